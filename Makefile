@@ -1,0 +1,39 @@
+# Everything a fresh machine needs is made by these targets: the virtualenv, the packages, the outputs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help setup demo test test-all lint clean
+help:
+	@echo "make demo      the whole pipeline on a small scale (CPU or GPU); ends with the report's path"
+	@echo "make test      lint, types and tests; make test-all adds the full parity matrix"
+	@echo "make clean     remove runs/ and caches (the virtualenv stays)"
+
+# Reinstalled only when the pins or the package's metadata change.
+$(READY): requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+setup: $(READY)
+
+demo: $(READY)
+	$(BIN)/nexus-ds demo $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest -m "not full"
+
+test-all: lint
+	$(BIN)/pytest
+
+clean:
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,41 @@
+"""Mistakes that a user can mend.
+
+Each message says what was found, what was expected and what to do. The command line prints the message alone;
+anything that is not a ``NexusError`` is a fault of this program and keeps its traceback.
+"""
+
+
+class NexusError(Exception):
+    """Base of all errors that the command line reports without a traceback."""
+
+
+class ConfigError(NexusError):
+    """A recipe, override or option that can't be understood or contradicts another."""
+
+
+class DataError(NexusError):
+    """Text that is missing, damaged, or not of the expected form."""
+
+
+class CheckpointError(NexusError):
+    """A model directory or training state that is incomplete, damaged or of another kind."""
+
+
+class IncompatibleModelsError(NexusError):
+    """Dense models that can't become experts of one model."""
+
+
+class UnsupportedModelError(NexusError):
+    """A model whose computation a Qwen2-MoE checkpoint can't express."""
+
+
+class OutputExistsError(NexusError):
+    """An output path that is taken: nothing is overwritten silently."""
+
+
+class LayoutError(NexusError):
+    """A combination of ranks, ZeRO stage and expert parallelism that can't run."""
+
+
+class TrainingError(NexusError):
+    """A run that can't go on: no progress, losses that are not numbers, lost ranks."""
