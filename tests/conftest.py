@@ -1,0 +1,122 @@
+"""Tiny checkpoints and text for tests: made once a session, never written to by a test."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+DOMAINS = ("alpha", "beta", "gamma")
+WORDS = {  # three domains that a unigram could tell apart
+    "alpha": "tree leaf root branch bark moss fern soil rain seed",
+    "beta": "sum proof lemma graph prime root field ring limit axiom",
+    "gamma": "ship sail wind port mast rope tide wave harbour rain",
+}
+
+
+def sentences(domain, count, seed):
+    """Return documents of ten sentences each of a domain's words."""
+    generator = torch.Generator().manual_seed(seed)
+    words = WORDS[domain].split()
+    documents = []
+    for _ in range(count):
+        picks = torch.randint(len(words), (10, 7), generator=generator).tolist()
+        documents.append(" ".join(" ".join(words[i] for i in line) + "." for line in picks))
+    return documents
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory):
+    """A folder of three domains, {train,validation}.jsonl."""
+    root = tmp_path_factory.mktemp("text")
+    for index, domain in enumerate(DOMAINS):
+        (root / domain).mkdir()
+        for offset, (split, count) in enumerate((("train", 60), ("validation", 30))):
+            lines = [json.dumps({"text": text, "meta": {}}) for text in sentences(domain, count, 10 * index + offset)]
+            (root / domain / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return root
+
+
+def save_tokenizer(out: Path, words=WORDS):
+    """Save a word tokenizer over the domains' words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = ["<|endoftext|>", "<unk>", *sorted({w for text in words.values() for w in text.split()}), "."]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", unk_token="<unk>", model_max_length=64
+    ).save_pretrained(out)
+    return len(known)
+
+
+@pytest.fixture(scope="session")
+def dense_dir(tmp_path_factory):
+    """A random Llama with its tokenizer: 2 layers, hidden 16, vocabulary 31."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    out = tmp_path_factory.mktemp("models") / "dense"
+    vocabulary = save_tokenizer(out)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(out)
+    return out
+
+
+def moe_model(vocabulary, seed=0, experts=3, top_k=1):
+    """Return a random stock Qwen2-MoE of the form that a Nexus checkpoint has."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen2MoeConfig(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=24, moe_intermediate_size=24,
+        shared_expert_intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        num_experts=experts, num_experts_per_tok=top_k, norm_topk_prob=False, decoder_sparse_step=1, mlp_only_layers=[],
+        max_position_embeddings=64, tie_word_embeddings=True, qkv_bias=False, bos_token_id=None, eos_token_id=0,
+    )  # fmt: skip
+    return Qwen2MoeForCausalLM(config)
+
+
+def make_nexus(out: Path, seed=0, names=DOMAINS, top_k=1):
+    """Save a random Nexus checkpoint with one expert for each of `names`, rows P(D), and its sidecar."""
+    from nexus_ds.model.checkpoint import EncoderRecord, ExpertRecord, RouterRecord, Sidecar, router_rows, write_sidecar
+    from nexus_ds.model.router import Projection, centre_of, condition, init_projection, layer_generator
+
+    model = moe_model(save_tokenizer(out), seed, len(names), top_k)
+    vectors = torch.randn(len(names), 8, generator=torch.Generator().manual_seed(seed))
+    centre = centre_of(vectors)
+    states = []
+    for layer in range(2):
+        projection = Projection(8, 16)
+        init_projection(projection, condition(vectors, centre), "balanced", 0.5, layer_generator(seed, layer))
+        states.append({name: tensor.detach().clone() for name, tensor in projection.state_dict().items()})
+    sidecar = Sidecar(
+        experts=[ExpertRecord(name=d, domain=d, source=f"branches/{d}", sha256="0" * 64) for d in names],
+        router=RouterRecord(kind="nexus", depth=2, width=0, activation="swiglu", centre=True, top_k=top_k),
+        encoder=EncoderRecord(name="tiny", revision="1" * 64, dimension=8, documents=5, normalised=True),
+        lineage=[{"verb": "upcycle", "seed": "seed"}], versions={"nexus_ds": "0"},
+        vectors=vectors, centre=centre, projections=states,
+    )  # fmt: skip
+    for layer, block in enumerate(model.model.layers):
+        block.mlp.gate.weight.data = router_rows(sidecar, layer, torch.float32)
+    model.save_pretrained(out)
+    write_sidecar(out, sidecar)
+    return out
+
+
+@pytest.fixture(scope="session")
+def nexus_dir(tmp_path_factory):
+    """A random Nexus checkpoint: experts alpha, beta, gamma; 2 layers, hidden 16."""
+    return make_nexus(tmp_path_factory.mktemp("models") / "nexus")
+
+
+@pytest.fixture(scope="session")
+def plain_moe_dir(tmp_path_factory):
+    """A stock Qwen2-MoE without sidecar, 4 experts, top-2."""
+    out = tmp_path_factory.mktemp("models") / "plain"
+    moe_model(save_tokenizer(out), seed=1, experts=4, top_k=2).save_pretrained(out)
+    return out

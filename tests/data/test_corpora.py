@@ -1,0 +1,183 @@
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nexus_ds.data.corpora import TokenFile, open_source, token_files, windows
+from nexus_ds.errors import CheckpointError, ConfigError, DataError
+from tests.data.conftest import sentences, write_jsonl
+
+# Token files -------------------------------------------------------------------------------------------------------
+
+
+def test_documents_are_joined_with_the_end_of_text_token(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    files = token_files(open_source(str(corpus)), ["beta", "alpha"], "train", tokenizer_dir, tmp_path / "cache")
+    assert list(files) == ["beta", "alpha"]
+    expected: list[int] = []
+    for text in sentences(1, 40):
+        expected += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    file = files["alpha"]
+    assert file.array.tolist() == expected
+    assert (file.tokens, file.documents, file.dtype, file.skipped) == (len(expected), 40, "uint16", 0)
+    assert file.blocks(16) == (len(expected) - 1) // 16
+    assert file.block(2, 16).tolist() == expected[32:49]
+    assert file.block(2, 16).dtype == np.int64
+    assert json.loads(file.path.with_suffix(".json").read_text())["fingerprint"] == file.fingerprint
+
+
+def test_special_tokens_in_a_document_stay_text(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
+    write_jsonl(corpus / "alpha" / "train.jsonl", ["a <|endoftext|> b"])
+    file = token_files(open_source(str(corpus)), ["alpha"], "train", tokenizer_dir, tmp_path)["alpha"]
+    assert file.array.tolist().count(0) == 1
+    assert file.array[-1] == 0
+
+
+def test_a_large_vocabulary_gets_four_bytes(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer.add_tokens([f"<{i}>" for i in range(1 << 16)])
+    tokenizer.save_pretrained(tmp_path / "large")
+    write_jsonl(corpus / "alpha" / "train.jsonl", [f"cat <{(1 << 16) - 1}>"])
+    file = token_files(open_source(str(corpus)), ["alpha"], "train", tmp_path / "large", tmp_path / "cache")["alpha"]
+    assert file.dtype == "uint32"
+    assert file.array.max() == 300 + (1 << 16) - 1
+
+
+def test_a_second_call_reads_the_cache_and_any_change_misses_it(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
+    source = open_source(str(corpus))
+
+    def ask(**options: object) -> TokenFile:
+        return token_files(source, ["alpha"], "train", tokenizer_dir, tmp_path / "cache", **options)["alpha"]
+
+    first = ask()
+    written = first.path.stat().st_mtime_ns
+    assert ask() == first
+    assert first.path.stat().st_mtime_ns == written
+    assert ask(max_bytes=500).fingerprint != first.fingerprint
+    assert ask(max_bytes=500).tokens < first.tokens
+    write_jsonl(corpus / "alpha" / "train.jsonl", sentences(9, 40))
+    assert ask().fingerprint != first.fingerprint
+
+
+def test_max_bytes_leaves_validation_text_whole(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
+    source = open_source(str(corpus))
+    whole = token_files(source, ["alpha"], "validation", tokenizer_dir, tmp_path)["alpha"]
+    assert token_files(source, ["alpha"], "validation", tokenizer_dir, tmp_path, max_bytes=10)["alpha"] == whole
+
+
+def test_a_damaged_cache_is_made_again(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
+    def ask() -> TokenFile:
+        return token_files(open_source(str(corpus)), ["alpha"], "train", tokenizer_dir, tmp_path / "cache")["alpha"]
+
+    first = ask()
+    content = first.path.read_bytes()
+    first.path.write_bytes(content[:-2])
+    assert ask().path.read_bytes() == content
+    first.path.with_suffix(".json").write_text("{")
+    assert ask().path.read_bytes() == content
+
+
+def test_damaged_rows_stop_or_are_counted(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    with (corpus / "alpha" / "train.jsonl").open("ab") as stream:
+        stream.write(b'{"text": \n')
+    source, cache = open_source(str(corpus)), tmp_path / "cache"
+    with pytest.raises(DataError, match=r"alpha/train\.jsonl:41: broken JSON"):
+        token_files(source, ["alpha"], "train", tokenizer_dir, cache)
+    assert [path.name for path in cache.iterdir()] == [".lock"]
+    file = token_files(source, ["alpha"], "train", tokenizer_dir, cache, on_bad_row="skip")["alpha"]
+    assert (file.skipped, file.documents) == (1, 40)
+    assert json.loads(file.path.with_suffix(".json").read_text())["skipped"]["first"][0].startswith(str(corpus))
+    assert "alpha/train: 1 damaged rows skipped" in capsys.readouterr().err
+
+
+def test_token_files_refuses_what_it_can_not_do(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
+    source = open_source(str(corpus))
+    with pytest.raises(DataError, match="no domain gamma; found: alpha, beta"):
+        token_files(source, ["alpha", "gamma"], "train", tokenizer_dir, tmp_path / "cache")
+    with pytest.raises(ConfigError, match="split 'test'"):
+        token_files(source, ["alpha"], "test", tokenizer_dir, tmp_path / "cache")
+    with pytest.raises(CheckpointError, match=r"no tokenizer at .*nowhere"):
+        token_files(source, ["alpha"], "train", tmp_path / "nowhere", tmp_path / "cache")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="no tokenizer that can be loaded"):
+        token_files(source, ["alpha"], "train", tmp_path / "empty", tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_tokenizer_without_an_end_of_text_token_is_refused(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "endless")
+    with pytest.raises(CheckpointError, match="no end-of-text token"):
+        token_files(open_source(str(corpus)), ["alpha"], "train", tmp_path / "endless", tmp_path / "cache")
+
+
+def test_a_token_file_pickles_without_its_content(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
+    file = token_files(open_source(str(corpus)), ["alpha"], "train", tokenizer_dir, tmp_path / "cache")["alpha"]
+    content = file.array.tolist()
+    pickled = pickle.dumps(file)
+    assert len(pickled) < 1000
+    assert pickle.loads(pickled).array.tolist() == content
+
+
+@pytest.mark.slow
+def test_several_processes_may_ask_at_once(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
+    code = (
+        "from pathlib import Path; from nexus_ds.data.corpora import open_source, token_files; "
+        f"f = token_files(open_source({str(corpus)!r}), ['alpha', 'beta'], 'train', Path({str(tokenizer_dir)!r}), "
+        "Path('cache')); print(sum(int(x.array.sum()) for x in f.values()))"
+    )
+    command = [sys.executable, "-c", code]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, cwd=tmp_path, **pipes) for _ in range(3)]
+    results = [process.communicate(timeout=100) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], results
+    assert len({out for out, _ in results}) == 1
+    assert sum(err.count("tokenise alpha/train: ") for _, err in results) == 1  # one made it, the others read it
+    names = sorted(path.suffix for path in (tmp_path / "cache").iterdir())
+    assert names == ["", ".bin", ".bin", ".json", ".json"]
+
+
+# Windows -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counting(tmp_path: Path) -> TokenFile:
+    np.arange(1001, dtype=np.uint16).tofile(tmp_path / "count.bin")
+    return TokenFile(tmp_path / "count.bin", "uint16", 1001, 1, 0, "f")
+
+
+def test_windows_lie_evenly_over_the_text(counting: TokenFile):
+    assert counting.blocks(100) == 10
+    chosen = windows(counting, 4, 100)
+    assert chosen.shape == (4, 101)
+    assert chosen.dtype == np.int64
+    assert chosen[:, 0].tolist() == [0, 200, 500, 700]
+    assert (np.diff(chosen, axis=1) == 1).all()
+    assert windows(counting, 10, 100)[:, 0].tolist() == list(range(0, 1000, 100))
+
+
+def test_seeded_windows_are_distinct_and_repeatable(counting: TokenFile):
+    chosen = windows(counting, 20, 20, seed=3)
+    assert len(set(chosen[:, 0])) == 20
+    assert (chosen == windows(counting, 20, 20, seed=3)).all()
+    assert (chosen != windows(counting, 20, 20, seed=4)).any()
+
+
+def test_too_little_text_for_windows(counting: TokenFile):
+    with pytest.raises(
+        DataError, match=r"count\.bin: 1,001 tokens make 10 windows of 100, expected 11; give more text"
+    ):
+        windows(counting, 11, 100)

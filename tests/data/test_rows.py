@@ -1,0 +1,128 @@
+import gzip
+import json
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from nexus_ds.data.rows import BadRows, Document, capped, read_rows
+from nexus_ds.errors import DataError
+
+GOOD = b'{"text": "good", "meta": {"a": 1}}\n'
+BAD_LINES = {
+    b'{"text": "caf\xe9"}': "invalid UTF-8 at byte 13 of the line",
+    b'{"text": ""}': "text is empty",
+    b'{"text": " \\n\\t"}': "text is empty",
+    b'{"text": null}': "text is NoneType, expected a string",
+    b'{"text": 5}': "text is int, expected a string",
+    b'{"content": "x"}': "no key text; found: content",
+    b"{}": "no key text; found: no keys",
+    b'{"text": "cut of': "broken JSON",
+    b'{"text": "a"} {"text": "b"}': "broken JSON (Extra data",
+    b'{"text": "a", "text": "b"}': "the key 'text' stands twice",
+    b'{"text": "a", "meta": {"k": 1, "k": 2}}': "the key 'k' stands twice",
+    b'{"text": "lone \\ud800 half"}': "lone surrogate at character 5",
+    b'{"text": "nul \\u0000 inside"}': "NUL character",
+    b'["text"]': "a JSON list, expected an object",
+    b'{"text": "a", "meta": "b"}': "meta is str, expected an object",
+    b'{"text": ' + b"[" * 100_000: "nested too deeply",
+    b'{"text": "a", "n": ' + b"9" * 5000 + b"}": "broken JSON (Exceeds the limit",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: line[:24].decode("latin1"))
+def test_a_damaged_row_is_named_by_file_and_line_or_skipped_and_counted(tmp_path: Path, line: bytes):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(GOOD + line + b"\n" + GOOD)
+    with pytest.raises(DataError) as caught:
+        list(read_rows(path))
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert BAD_LINES[line] in str(caught.value)
+    assert "data.on_bad_row=skip" in str(caught.value)
+
+    bad_rows = BadRows()
+    kept = list(read_rows(path, "skip", bad_rows))
+    assert [(d.text, d.meta, d.where) for d in kept] == [("good", {"a": 1}, f"{path}:{n}") for n in (1, 3)]
+    assert bad_rows.count == 1
+    assert bad_rows.messages[0].startswith(f"{path}:2: ")
+
+
+def test_blank_lines_and_other_keys_are_ignored(tmp_path: Path):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b'\n{"text": "a", "id": 7, "meta": null}\n  \n' + b'{"text": "no newline at the end"}')
+    assert [(d.text, d.where) for d in read_rows(path)] == [
+        ("a", f"{path}:2"),
+        ("no newline at the end", f"{path}:4"),
+    ]
+
+
+def test_compressed_files_of_several_parts_read_as_one(tmp_path: Path):
+    for name, compress in (("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", zstandard.compress)):
+        path = tmp_path / name
+        path.write_bytes(compress(GOOD * 2) + compress(GOOD))
+        assert len(list(read_rows(path))) == 3
+
+
+def test_a_long_zst_file_reads_whole(tmp_path: Path):
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(
+        zstandard.compress(b"".join(json.dumps({"text": f"row {i}"}).encode() + b"\n" for i in range(50_000)))
+    )
+    assert [d.text for d in read_rows(path)] == [f"row {i}" for i in range(50_000)]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_a_cut_or_garbled_compressed_file_is_an_error_in_any_case(tmp_path: Path, suffix: str, on_bad_row: str):
+    rows = b"".join(json.dumps({"text": f"row {i * 7919 % 1000}"}).encode() + b"\n" for i in range(5000))
+    whole = gzip.compress(rows) if suffix == ".gz" else zstandard.compress(rows)
+    for content in (whole[:-20], b"this is not compressed"):
+        path = tmp_path / f"train.jsonl{suffix}"
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"train\.jsonl.*:\d+: can't be read .*copy the file again"):
+            list(read_rows(path, on_bad_row))
+
+
+def test_a_line_of_50_mb_is_refused_in_bounded_memory(tmp_path: Path):
+    path = tmp_path / "train.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as stream:
+        stream.write(GOOD + b'{"text": "')
+        for _ in range(50):
+            stream.write(b"x" * (1 << 20))
+        stream.write(b'"}\n' + GOOD)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r":2: a line of more than 1,048,576 bytes; split the document"):
+        list(read_rows(path, max_line_bytes=1 << 20))
+    assert len(list(read_rows(path, "skip", BadRows(), max_line_bytes=1 << 20))) == 2
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12 << 20
+    with pytest.raises(DataError, match="more than 16,777,216 bytes"):
+        list(read_rows(path))
+
+
+def test_a_line_of_exactly_the_limit_is_read(tmp_path: Path):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(GOOD.strip() + b"\n" + GOOD.strip())
+    assert len(list(read_rows(path, max_line_bytes=len(GOOD.strip())))) == 2
+
+
+def test_capped_stops_at_the_byte_and_never_inside_a_character():
+    documents = [Document("äöü", {}, "a:1"), Document("äöü", {}, "a:2"), Document("x", {}, "a:3")]
+    assert [d.text for d in capped(iter(documents), 9)] == ["äöü", "ä"]
+    assert [d.text for d in capped(iter(documents), 0)] == ["äöü", "äöü", "x"]
+    assert [d.text for d in capped(iter(documents), 6)] == ["äöü"]
+
+
+def test_skipped_messages_are_bounded():
+    bad_rows = BadRows()
+    for number in range(1000):
+        bad_rows.add(str(number))
+    assert bad_rows.count == 1000
+    assert len(bad_rows.messages) == 10
+
+
+def test_an_unreadable_file_is_a_data_error(tmp_path: Path):
+    with pytest.raises(DataError, match="can't be read"):
+        list(read_rows(tmp_path / "missing.jsonl"))
