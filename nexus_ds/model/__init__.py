@@ -1,0 +1,1 @@
+"""What a Nexus model is made of: router, losses, layers, names, checkpoints."""

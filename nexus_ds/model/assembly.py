@@ -1,0 +1,240 @@
+"""Putting dense models together: what upcycling and extending share. Checks first, then one streaming pass of writing.
+
+Every tensor of the output is a `Blend` (a weighted sum of stored tensors, in fp32; a single one is copied exactly) or is
+given (router rows). `write_model` reads and writes slices of rows, so memory does not grow with the model.
+Not covered: aligning models of different bases (permutations, other vocabularies); averages other than linear ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexus_ds.data.domains import DomainEmbeddings
+from nexus_ds.errors import CheckpointError, ConfigError, IncompatibleModelsError
+from nexus_ds.model.checkpoint import EncoderRecord, ExpertRecord, tokenizer_difference
+from nexus_ds.model.families import DenseModel, moe_shapes, refuse_hooks
+from nexus_ds.model.tensorfile import (
+    DTYPES,
+    TensorReader,
+    TensorWriter,
+    read_json_object,
+    row_slices,
+    sha256_of_tensors,
+)
+from nexus_ds.outputs import write_json
+from nexus_ds.progress import Progress
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One summand of a tensor: `weight` times the tensor `name` of a model; `who` names the model in messages."""
+
+    who: str
+    reader: TensorReader
+    name: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Blend:
+    """sum(weight * tensor) / divisor * scale over the parts, in fp32; a lone part of weight 1 is copied as it is.
+
+    `scale` is a power of two (2 for the shared expert's down_proj), so that scaling a copy is exact.
+    """
+
+    parts: Sequence[Part]
+    divisor: float = 1.0
+    scale: float = 1.0
+
+
+def mean_of(parts: Sequence[Part]) -> Blend:
+    """Return the arithmetic mean of tensors (paper section 2.1)."""
+    return Blend(parts, divisor=float(len(parts)))
+
+
+def parse_experts(values: Iterable[str]) -> dict[str, Path]:
+    """Parse the NAME=DIR of --expert, in the order given.
+
+    Raises:
+        ConfigError: another form, a name that is no plain word, or a name given twice.
+    """
+    experts: dict[str, Path] = {}
+    for value in values:
+        name, equals, directory = value.partition("=")
+        if not equals or not directory or not NAME.fullmatch(name):
+            raise ConfigError(f"--expert {value!r}: expected NAME=DIR, with a name of letters, digits, '_', '.', '-'")
+        if name in experts:
+            raise ConfigError(f"--expert {name} is given twice; each expert needs a name of its own")
+        experts[name] = Path(directory)
+    return experts
+
+
+def portable(path: str | Path) -> str:
+    """Return a path as it may be recorded: relative ones as given, of an absolute one the last part."""
+    return Path(path).name if Path(path).is_absolute() else Path(path).as_posix()
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return settings as texts, RoPE one key a line and layer types as one letter a layer."""
+    flat: dict[str, str] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{inner}": str(item) for inner, item in sorted(value.items())}
+        elif isinstance(value, list):
+            flat[key] = "".join(str(item)[0] for item in value)
+        else:
+            flat[key] = str(value)
+    return flat
+
+
+def traits(model: DenseModel, with_family: bool = True) -> dict[str, Any]:
+    """Return all that must agree between models that are averaged."""
+    family = {"family": model.family} if with_family else {}
+    return {**family, "dtype": model.dtype, **model.settings}
+
+
+def check_alike(models: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise IncompatibleModelsError with one table of all differences among models.
+
+    Args:
+        models: for each model's name its traits.
+    """
+    flat = {name: _flat(settings) for name, settings in models.items()}
+    keys = dict.fromkeys(key for settings in flat.values() for key in settings)
+    rows = [[key, *(settings.get(key, "-") for settings in flat.values())] for key in keys]
+    rows = [row for row in rows if len(set(row[1:])) > 1]
+    if not rows:
+        return
+    table = [["", *flat], *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    raise IncompatibleModelsError(
+        "the models differ where they must agree; use branches of one seed, saved alike:\n" + "\n".join(lines)
+    )
+
+
+def check_tokenizers(reference: Path, others: Mapping[str, Path]) -> None:
+    """Raise IncompatibleModelsError that names the first five tokens in which another model's tokenizer differs."""
+    for name, directory in others.items():
+        difference = tokenizer_difference(reference, directory)
+        if difference:
+            raise IncompatibleModelsError(
+                f"the tokenizer of expert {name} ({directory}) is not that of {reference}: {difference}; "
+                "experts of one model must be trained on one tokenizer"
+            )
+
+
+def domain_vectors(embeddings: DomainEmbeddings, names: Iterable[str]) -> Tensor:
+    """Return the raw domain embeddings [n, m] fp32 of experts; DataError names the domains that exist."""
+    return torch.stack([torch.from_numpy(embeddings.vector(name).copy()) for name in names])
+
+
+def encoder_record(embeddings: DomainEmbeddings, names: Iterable[str]) -> EncoderRecord:
+    """Return what the sidecar keeps of the encoder."""
+    fewest = min(embeddings.documents.get(name, 0) for name in names)
+    return EncoderRecord(embeddings.encoder, embeddings.revision, embeddings.dimension, fewest, True)
+
+
+def expert_record(name: str, model: DenseModel) -> ExpertRecord:
+    """Return what the sidecar keeps of an expert, with the hash of its FFN tensors."""
+    return ExpertRecord(name, name, portable(model.directory), sha256_of_tensors(model.reader, model.ffn_names()))
+
+
+def _check_values(part: Part, bad: int, nonzero: bool) -> None:
+    where = f"{part.who} ({part.reader.directory}): tensor {part.name}"
+    if bad:
+        raise CheckpointError(
+            f"{where} has {bad} values that are NaN or infinite; expected finite weights, use a sound state of that model"
+        )
+    # A bias of zeros is how Qwen2 starts; a weight of zeros was never trained or never written.
+    if not nonzero and part.name.endswith(".weight"):
+        raise CheckpointError(f"{where} has only zeros; expected trained weights, use a sound state of that model")
+
+
+class _Health:
+    """Counts of what is wrong with one part's values, over all slices."""
+
+    def __init__(self) -> None:
+        self.bad, self.nonzero = 0, False
+
+    def see(self, rows: Tensor) -> None:
+        """Count values of one slice."""
+        self.bad += int(rows.numel() - torch.isfinite(rows).sum())
+        self.nonzero = self.nonzero or bool(rows.any())
+
+
+def _blend_rows(blend: Blend, health: Sequence[_Health], start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Return rows [start, stop) of a blend; one part's slice is in memory at a time, beside the sum."""
+    first = blend.parts[0]
+    total = first.reader.read_rows(first.name, start, stop)
+    health[0].see(total)
+    if len(blend.parts) == 1 and first.weight == blend.divisor == 1.0:
+        return total * blend.scale if blend.scale != 1.0 else total
+    total = total.float() * first.weight
+    for part, seen in zip(blend.parts[1:], health[1:], strict=True):
+        rows = part.reader.read_rows(part.name, start, stop)
+        seen.see(rows)
+        total += rows.float() * part.weight
+    return (total / blend.divisor * blend.scale).to(dtype)
+
+
+def _write_blend(writer: TensorWriter, name: str, blend: Blend, dtype: torch.dtype) -> None:
+    """Stream one tensor, a slice of rows at a time; values are checked on the way."""
+    health, result = [_Health() for _ in blend.parts], _Health()
+    for start, stop in row_slices(writer.plan[name][1]):
+        rows = _blend_rows(blend, health, start, stop, dtype)
+        result.see(rows)
+        writer.write_rows(name, start, rows)
+    for part, seen in zip(blend.parts, health, strict=True):
+        _check_values(part, seen.bad, seen.nonzero)
+    if result.bad:
+        raise CheckpointError(
+            f"{name}: {result.bad} values overflow {dtype}; {blend.parts[0].who} has weights too large"
+        )
+
+
+def write_model(
+    directory: Path, config: dict[str, Any], dtype: str, tensors: Mapping[str, Blend | Tensor], label: str
+) -> None:
+    """Write config.json and the model file(s) of a Nexus checkpoint, one slice of one tensor in memory at a time.
+
+    Args:
+        directory: empty, not yet renamed.
+        config: config.json of the output.
+        dtype: of all its weights, as safetensors names it.
+        tensors: for each tensor of the output where it comes from.
+        label: name in the progress line.
+
+    Raises:
+        CheckpointError: NaN, infinite or all-zero weights (names model, tensor and count), no space, a tensor that
+            `tensors` lacks.
+    """
+    write_json(directory / "config.json", config)
+    plan = {name: (dtype, shape) for name, shape in moe_shapes(config).items()}
+    with TensorWriter(directory, plan) as writer, Progress(label, len(plan), "tensors") as progress:
+        for name in plan:
+            tensor = tensors.get(name)
+            if isinstance(tensor, Blend):
+                _write_blend(writer, name, tensor, DTYPES[dtype])
+            elif tensor is not None:
+                writer.write(name, tensor.to(DTYPES[dtype]))
+            progress.advance()
+
+
+def read_generation_config(source: Path) -> dict[str, Any] | None:
+    """Return generation_config.json where there is one; UnsupportedModelError if it asks for code of its own."""
+    name = "generation_config.json"
+    if not (source / name).is_file():
+        return None
+    value = read_json_object(source, name)
+    refuse_hooks(value, str(source / name))
+    return value

@@ -1,0 +1,212 @@
+"""Models in memory: a checkpoint directory becomes a transformers model, its MoE blocks those of the caller's choice.
+
+A rank reads its own routed experts and the dense part, nothing else; tensors are read one at a time.
+Shapes: E routed experts, H hidden size, F inner width, M domain embedding.
+Not covered: partitioning while loading (ZeRO-3 shards the model in deepspeed.initialize).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nexus_ds.config import Config, ModelConfig, RouterConfig
+from nexus_ds.errors import CheckpointError
+from nexus_ds.model.checkpoint import is_nexus, load_projection, read_sidecar, verify_rows
+from nexus_ds.model.families import FFN_PARTS, expert_name, gate_name, shared_name
+from nexus_ds.model.loading import quiet_transformers, read_config
+from nexus_ds.model.moe import NexusMoE, NexusRouter, Placement
+from nexus_ds.model.reference import FeedForward, ReferenceExperts, ReferenceMoE, ReferenceRouter
+from nexus_ds.model.router import Projection
+from nexus_ds.model.tensorfile import TensorReader
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def transformers_config(directory: Path) -> Any:
+    """Return the checkpoint's configuration; nothing but local JSON is read and no code of the checkpoint is run."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+def load_stock(directory: Path, dtype: torch.dtype) -> Any:
+    """Load any checkpoint as plain transformers does (the oracle of the export, and the way dense models are trained)."""
+    from transformers import AutoModelForCausalLM
+
+    read_config(directory)
+    TensorReader(directory)  # checks headers, ranges and paths, which transformers trusts
+    quiet_transformers()
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
+
+
+def new_dense(model: ModelConfig, vocabulary: int, eos: int, seed: int) -> Any:
+    """Return a new Llama (fp32) with the sizes of the recipe, initialised under `seed`."""
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+    set_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.ffn_size,
+            num_hidden_layers=model.layers,
+            num_attention_heads=model.heads,
+            num_key_value_heads=model.kv_heads or model.heads,
+            max_position_embeddings=model.max_positions,
+            rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+            tie_word_embeddings=model.tied_embeddings,
+            bos_token_id=None,
+            eos_token_id=eos,
+        )
+    )
+
+
+def _empty_skeleton(directory: Path, dtype: torch.dtype) -> Any:
+    """Return a Qwen2-MoE without feed-forward blocks, on the meta device but for its rotary buffers."""
+    from transformers import Qwen2MoeForCausalLM
+
+    config = transformers_config(directory)
+    experts, config.num_experts = config.num_experts, 0  # cheap dense blocks, dropped below
+    with torch.device("meta"):
+        model = Qwen2MoeForCausalLM._from_config(config, dtype=dtype)
+    config.num_experts = experts
+    model.config.num_experts = experts
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    for layer in model.model.layers:
+        layer.mlp = nn.Identity()
+    return model
+
+
+def _fill_dense_part(model: Any, reader: TensorReader, dtype: torch.dtype) -> None:
+    """Read every tensor that stands outside the MoE blocks."""
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if name not in reader:
+            if name == "lm_head.weight" and model.config.tie_word_embeddings:
+                continue
+            raise CheckpointError(f"tensor {name} is missing; expected every weight of {model.config.model_type}")
+        owner = model.get_submodule(name.rpartition(".")[0])
+        owner.register_parameter(name.rpartition(".")[2], nn.Parameter(reader.read(name).to(dtype)))
+        del parameter
+    model.tie_weights()
+
+
+def _read_ffn(reader: TensorReader, names: dict[str, str], dtype: torch.dtype, down_scale: float = 1.0) -> FeedForward:
+    """Read one feed-forward network."""
+    ffn_size, hidden_size = reader.info(names["gate_proj"]).shape
+    with torch.device("meta"):
+        ffn = FeedForward(hidden_size, ffn_size)
+    for part, name in names.items():
+        weight = reader.read(name).to(dtype)
+        getattr(ffn, part).weight = nn.Parameter(weight * down_scale if part == "down_proj" else weight)
+    return ffn
+
+
+def _zero_ffn(hidden_size: int, ffn_size: int, dtype: torch.dtype) -> FeedForward:
+    ffn = FeedForward(hidden_size, ffn_size).to(dtype)
+    for parameter in ffn.parameters():
+        nn.init.zeros_(parameter)
+    return ffn
+
+
+class NexusParts:
+    """Reads the parts of one MoE block from a Nexus checkpoint."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
+        self.reader, self.sidecar, self.dtype = TensorReader(directory), read_sidecar(directory), dtype
+        self.experts = len(self.sidecar.experts)
+
+    def shared(self, layer: int) -> FeedForward:
+        """Return the shared expert; on disk its down_proj is doubled, since a stock Qwen2-MoE halves it."""
+        names = {part: shared_name(layer, part) for part in FFN_PARTS}
+        return _read_ffn(self.reader, names, self.dtype, down_scale=0.5)
+
+    def routed(self, layer: int, expert: int) -> FeedForward:
+        """Return one routed expert."""
+        return _read_ffn(self.reader, {part: expert_name(layer, expert, part) for part in FFN_PARTS}, self.dtype)
+
+    def projection(self, layer: int) -> tuple[Projection | None, Tensor | None]:
+        """Return P in the working dtype and its input [E, M] in fp32; (None, None) for a linear router."""
+        if self.sidecar.router.kind == "linear":
+            return None, None
+        return load_projection(self.sidecar, layer).to(self.dtype), self.sidecar.domain_inputs()
+
+    def rows(self, layer: int) -> Tensor:
+        """Return the free rows [E, H] of a linear router."""
+        return self.reader.read(gate_name(layer)).to(self.dtype)
+
+
+def _nexus_block(
+    parts: NexusParts, layer: int, placement: Placement, router: RouterConfig, grouped_mm: bool
+) -> NexusMoE:
+    shared = parts.shared(layer)
+    ffn_size, hidden_size = shared.gate_proj.weight.shape
+    local = [
+        _zero_ffn(hidden_size, ffn_size, parts.dtype) if expert is None else parts.routed(layer, expert)
+        for expert in placement.local_experts()
+    ]
+    projection, inputs_EM = parts.projection(layer)
+    gate = NexusRouter(
+        hidden_size, placement, parts.sidecar.router.top_k, projection, inputs_EM, router.load_balance, router.z_loss
+    )
+    if projection is None:
+        gate.gate.weight = nn.Parameter(parts.rows(layer))
+    return NexusMoE(placement, local, shared, gate, grouped_mm)
+
+
+def _reference_block(parts: NexusParts, layer: int, router: RouterConfig) -> ReferenceMoE:
+    shared = parts.shared(layer)
+    ffn_size, hidden_size = shared.gate_proj.weight.shape
+    experts = ReferenceExperts(parts.experts, hidden_size, ffn_size).to(parts.dtype)
+    for index in range(parts.experts):
+        routed = parts.routed(layer, index)
+        for target, part in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+            getattr(experts, target).data[index] = getattr(routed, part).weight.data
+    projection, inputs_EM = parts.projection(layer)
+    gate = ReferenceRouter(hidden_size, inputs_EM, projection, parts.experts)
+    if gate.gate is not None:
+        gate.gate.weight = nn.Parameter(parts.rows(layer))
+    return ReferenceMoE(gate, experts, shared, parts.sidecar.router.top_k, router.load_balance, router.z_loss)
+
+
+def _assemble(directory: Path, dtype: torch.dtype, block: Callable[[NexusParts, int], nn.Module]) -> Any:
+    parts = NexusParts(directory, dtype)
+    model = _empty_skeleton(directory, dtype)
+    _fill_dense_part(model, parts.reader, dtype)
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp = block(parts, index)
+    return model
+
+
+def load_nexus(
+    directory: Path, dtype: torch.dtype, placement: Placement, router: RouterConfig, grouped_mm: bool
+) -> Any:
+    """Load a Nexus checkpoint for training: NexusMoE blocks that hold the experts of `placement`."""
+    return _assemble(directory, dtype, lambda parts, layer: _nexus_block(parts, layer, placement, router, grouped_mm))
+
+
+def load_reference(directory: Path, dtype: torch.dtype, router: RouterConfig) -> Any:
+    """Load a Nexus checkpoint with plain PyTorch reference blocks, all experts in one process."""
+    return _assemble(directory, dtype, lambda parts, layer: _reference_block(parts, layer, router))
+
+
+def load_for_training(config: Config, placement_of: Callable[[int], Placement], grouped_mm: bool) -> Any:
+    """Load `config.model.path`, dense or Nexus, in the working dtype.
+
+    Args:
+        config: the run's configuration.
+        placement_of: from the number of routed experts to this rank's placement.
+        grouped_mm: grouped matrix products for the experts.
+    """
+    directory, dtype = Path(config.model.path), DTYPES[config.model.dtype]
+    if is_nexus(directory):
+        verify_rows(directory)
+        placement = placement_of(len(read_sidecar(directory).experts))
+        return load_nexus(directory, dtype, placement, config.router, grouped_mm)
+    return load_stock(directory, dtype)

@@ -1,0 +1,420 @@
+"""The Nexus checkpoint: a stock Qwen2-MoE directory, plus a sidecar that lets it be trained on and extended.
+
+    config.json, model*.safetensors, tokenizer files     what transformers, vLLM and llama.cpp read
+    nexus.json                                           experts, router, encoder, lineage, versions
+    nexus_router.safetensors                             domain embeddings, their centre, P of each layer (fp32)
+
+The router rows in the model file are P(D) in the model's dtype: redundant, and checked by `verify_rows`.
+Not covered: the model file itself (`families`, `tensorfile`), training states (`runtime.states`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+import shutil
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor
+
+from nexus_ds import __version__
+from nexus_ds.errors import CheckpointError, ConfigError, IncompatibleModelsError
+from nexus_ds.model.families import gate_name, open_moe, refuse_hooks
+from nexus_ds.model.router import Projection, condition, rows_in
+from nexus_ds.model.tensorfile import TensorReader, confined, read_json_object, require_directory
+from nexus_ds.outputs import new_file, write_json
+
+SIDECAR, ROUTER = "nexus.json", "nexus_router.safetensors"
+FORMAT = 1
+ROW_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
+"""Largest difference of stored and recomputed rows relative to the largest entry: machines differ in summing order."""
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+FILE_KEYS = ("vocab_file", "merges_file", "tokenizer_file", "spm_file")
+
+Record = TypeVar("Record")
+
+
+@dataclass
+class ExpertRecord:
+    """A routed expert: where its FFN came from."""
+
+    name: str
+    domain: str
+    source: str
+    """Path of the dense model as it was given; of an absolute path the last part."""
+    sha256: str
+    """Of the dense model's FFN tensors, see `tensorfile.sha256_of_tensors`."""
+
+
+@dataclass
+class EncoderRecord:
+    """The sentence encoder of the domain embeddings; only embeddings of the same one can be appended."""
+
+    name: str
+    revision: str
+    """Hash of its weights."""
+    dimension: int
+    documents: int
+    """Documents per domain that were averaged (of the domain with the fewest)."""
+    normalised: bool
+    """Whether each document's embedding had length one."""
+
+
+@dataclass
+class RouterRecord:
+    """The form of the router; see `RouterConfig`."""
+
+    kind: str
+    depth: int
+    width: int
+    """Inner width of P; 0: the hidden size."""
+    activation: str
+    centre: bool
+    top_k: int
+
+
+@dataclass
+class Sidecar:
+    """What a Nexus checkpoint holds besides the Qwen2-MoE; n experts, m the embedding's dimension."""
+
+    experts: list[ExpertRecord]
+    router: RouterRecord
+    encoder: EncoderRecord | None
+    lineage: list[dict[str, Any]]
+    """One entry a verb that made or changed the model, oldest first."""
+    versions: dict[str, str]
+    vectors: Tensor
+    """Raw domain embeddings [n, m] fp32, in expert order."""
+    centre: Tensor
+    """[m] fp32: mean of the upcycled domains' unit vectors; zeros when `router.centre` is off."""
+    projections: list[dict[str, Tensor]] = field(default_factory=list)
+    """State of `Projection` for each layer, fp32; empty for a linear router."""
+
+    def domain_inputs(self) -> Tensor:
+        """Return what P reads, [n, m] fp32: the conditioned embeddings, or the raw ones where centring is off."""
+        return condition(self.vectors, self.centre) if self.router.centre else self.vectors
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the software that writes a checkpoint."""
+    found = {"nexus_ds": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "deepspeed"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def is_nexus(directory: Path) -> bool:
+    """Return whether a directory is a Nexus checkpoint (has the sidecar)."""
+    return (Path(directory) / SIDECAR).is_file()
+
+
+def _sidecar_tensors(sidecar: Sidecar) -> dict[str, Tensor]:
+    """Return the sidecar's tensors under their names on disk."""
+    tensors = {"vectors": sidecar.vectors, "centre": sidecar.centre}
+    for layer, state in enumerate(sidecar.projections):
+        tensors |= {f"layers.{layer}.{name}": tensor for name, tensor in state.items()}
+    return {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _fail(where: Path, what: str) -> None:
+    raise CheckpointError(f"{where}: {what}; the sidecar is damaged or of another model, restore it from where it came")
+
+
+def check_sidecar(sidecar: Sidecar, where: Path) -> None:
+    """Raise CheckpointError where the parts of a sidecar contradict each other."""
+    experts, names = len(sidecar.experts), [expert.name for expert in sidecar.experts]
+    if sidecar.vectors.ndim != 2 or len(sidecar.vectors) != experts or not experts:
+        _fail(where, f"{experts} experts but domain embeddings of shape {tuple(sidecar.vectors.shape)}")
+    if len(set(names)) != experts:
+        _fail(where, f"the experts' names {names} are not all different")
+    if sidecar.centre.shape != sidecar.vectors.shape[1:]:
+        _fail(where, f"centre of shape {tuple(sidecar.centre.shape)}, embeddings {tuple(sidecar.vectors.shape)}")
+    if sidecar.encoder and sidecar.encoder.dimension != sidecar.vectors.shape[1]:
+        _fail(where, f"encoder of dimension {sidecar.encoder.dimension}, embeddings {tuple(sidecar.vectors.shape)}")
+    if bool(sidecar.projections) != (sidecar.router.kind == "nexus"):
+        _fail(where, f"a {sidecar.router.kind} router with {len(sidecar.projections)} projections")
+    for name, tensor in _sidecar_tensors(sidecar).items():
+        if not bool(torch.isfinite(tensor).all()):
+            _fail(where, f"{name} holds {int((~torch.isfinite(tensor)).sum())} values that are not finite")
+    for layer in range(len(sidecar.projections)):
+        load_projection(sidecar, layer, where)
+
+
+def write_sidecar(directory: Path, sidecar: Sidecar) -> None:
+    """Write or replace nexus.json and nexus_router.safetensors; CheckpointError if the parts contradict each other."""
+    from safetensors.torch import save_file
+
+    check_sidecar(sidecar, Path(directory))
+    with new_file(Path(directory) / ROUTER, overwrite=True) as temporary:
+        save_file(_sidecar_tensors(sidecar), temporary, metadata={"format": "pt"})
+    value = {
+        "format": FORMAT,
+        "experts": [dataclasses.asdict(expert) for expert in sidecar.experts],
+        "router": dataclasses.asdict(sidecar.router),
+        "encoder": dataclasses.asdict(sidecar.encoder) if sidecar.encoder else None,
+        "lineage": sidecar.lineage,
+        "versions": sidecar.versions,
+    }
+    write_json(Path(directory) / SIDECAR, value)
+
+
+def _record(cls: type[Record], value: Any, where: str) -> Record:
+    """Build a record from JSON, refusing missing, unknown and mistyped fields."""
+    hints = get_type_hints(cls)
+    if not isinstance(value, dict) or set(value) != set(hints):
+        found = sorted(value) if isinstance(value, dict) else type(value).__name__
+        raise CheckpointError(f"{where}: found {found}, expected {sorted(hints)}; the sidecar is damaged")
+    for name, kind in hints.items():
+        if type(value[name]) is not kind:
+            raise CheckpointError(f"{where}.{name}: found {value[name]!r}, expected {kind.__name__}")
+    return cls(**value)
+
+
+def _projections(reader: TensorReader) -> list[dict[str, Tensor]]:
+    """Return the states of all layers' projections."""
+    layers: dict[int, dict[str, Tensor]] = {}
+    for name in reader.names():
+        words = name.split(".", 2)
+        if words[0] == "layers" and len(words) == 3 and words[1].isdigit():
+            layers.setdefault(int(words[1]), {})[words[2]] = reader.read(name)
+    if sorted(layers) != list(range(len(layers))):
+        raise CheckpointError(
+            f"{reader.directory / ROUTER}: projections of layers {sorted(layers)}, expected all from 0"
+        )
+    return [layers[layer] for layer in range(len(layers))]
+
+
+def read_sidecar(directory: Path) -> Sidecar:
+    """Read the sidecar of a Nexus checkpoint and check it against itself and against config.json.
+
+    Raises:
+        CheckpointError: no Nexus checkpoint, damaged, of another format, or of another model.
+    """
+    directory = require_directory(Path(directory))
+    if not is_nexus(directory):
+        raise CheckpointError(
+            f"{directory} has no {SIDECAR}: it is no Nexus checkpoint; make one with nexus-ds upcycle"
+        )
+    value, where = read_json_object(directory, SIDECAR), f"{directory / SIDECAR}"
+    if value.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{where}: format {value.get('format')!r}, this version reads {FORMAT}; use a matching one"
+        )
+    if not isinstance(value.get("experts"), list) or not isinstance(value.get("lineage"), list):
+        raise CheckpointError(f"{where}: expected lists of experts and lineage; the sidecar is damaged")
+    encoder = value.get("encoder")
+    reader = TensorReader.of_file(directory, ROUTER)
+    sidecar = Sidecar(
+        experts=[_record(ExpertRecord, e, f"{where}: experts[{i}]") for i, e in enumerate(value["experts"])],
+        router=_record(RouterRecord, value.get("router"), f"{where}: router"),
+        encoder=_record(EncoderRecord, encoder, f"{where}: encoder") if encoder is not None else None,
+        lineage=value["lineage"],
+        versions=value.get("versions") or {},
+        vectors=reader.read("vectors"),
+        centre=reader.read("centre"),
+        projections=_projections(reader),
+    )
+    check_sidecar(sidecar, directory)
+    _check_against_config(directory, sidecar)
+    return sidecar
+
+
+def _check_against_config(directory: Path, sidecar: Sidecar) -> None:
+    """Raise CheckpointError where the sidecar tells of another model than config.json."""
+    config = read_json_object(directory, "config.json")
+    pairs = {
+        "num_experts": len(sidecar.experts),
+        "num_experts_per_tok": sidecar.router.top_k,
+        "num_hidden_layers": len(sidecar.projections) or config.get("num_hidden_layers"),
+        "hidden_size": load_projection(sidecar, 0).maps[-1].out_features
+        if sidecar.projections
+        else config.get("hidden_size"),
+    }
+    for key, found in pairs.items():
+        if config.get(key) != found:
+            _fail(directory, f"config.json has {key} {config.get(key)!r}, {SIDECAR} says {found}")
+
+
+def load_projection(sidecar: Sidecar, layer: int, where: Path = Path(SIDECAR)) -> Projection:
+    """Return P of one layer in fp32; CheckpointError if the stored weights are not those of the recorded form."""
+    record, state = sidecar.router, sidecar.projections[layer]
+    last = state.get(f"maps.{record.depth - 1}.weight")
+    hidden = last.shape[0] if last is not None and last.ndim == 2 else 1  # any size: what is there won't fit it
+    try:
+        projection = Projection(sidecar.vectors.shape[1], hidden, record.depth, record.width, record.activation)
+        projection.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    except (RuntimeError, ConfigError) as error:
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        raise CheckpointError(
+            f"{where}: P of layer {layer} has the weights {shapes}, which is not the form {dataclasses.asdict(record)} "
+            f"on embeddings of dimension {sidecar.vectors.shape[1]}; the sidecar is damaged"
+        ) from error
+    return projection
+
+
+def router_rows(sidecar: Sidecar, layer: int, dtype: torch.dtype) -> Tensor:
+    """Return the router weight [n, h] that P(D) gives one layer of a model of `dtype` (paper section 3).
+
+    Raises:
+        CheckpointError: the router is linear: its rows are in the model file alone.
+    """
+    if sidecar.router.kind != "nexus":
+        raise CheckpointError("a linear router has free rows; they are in the model file, not in the sidecar")
+    return rows_in(load_projection(sidecar, layer), sidecar.domain_inputs(), dtype)
+
+
+def verify_rows(directory: Path) -> None:
+    """Check that the stored router rows are P(D), recomputed in the model's dtype; nothing to check for linear ones.
+
+    Raises:
+        CheckpointError: the rows of a layer differ, or the checkpoint is damaged.
+    """
+    sidecar = read_sidecar(directory)
+    _, reader = open_moe(directory)
+    for layer in range(len(sidecar.projections)):
+        stored = reader.read(gate_name(layer))
+        expected = router_rows(sidecar, layer, stored.dtype)
+        scale = expected.float().abs().max().clamp_min(1e-30)
+        difference = float((stored.float() - expected.float()).abs().max() / scale)
+        if not difference <= ROW_TOLERANCE[stored.dtype]:
+            raise CheckpointError(
+                f"{directory}: {gate_name(layer)} differs from P(D) of {ROUTER} by {difference:.1e} of its largest "
+                f"entry, expected at most {ROW_TOLERANCE[stored.dtype]:.1e}; model and sidecar are not "
+                "of one training, restore both from the same checkpoint"
+            )
+
+
+def _vocabulary(model: dict[str, Any]) -> dict[int, str]:
+    """Return the tokens of a tokenizer.json's model by id."""
+    vocabulary = model.get("vocab", {})
+    if isinstance(vocabulary, list):  # unigram: [token, score], the position is the id
+        return {index: f"{token} ({score})" for index, (token, score) in enumerate(vocabulary)}
+    return {index: token for token, index in vocabulary.items()}
+
+
+def _special(config: dict[str, Any]) -> list[str]:
+    """Return the begin, end and unknown tokens (padding is a matter of training, not of the vocabulary)."""
+    found = []
+    for key in ("bos_token", "eos_token", "unk_token"):
+        value = config.get(key)
+        found.append(f"{key} {value['content'] if isinstance(value, dict) else value!s}")
+    return found
+
+
+def _tokenizer_parts(directory: Path) -> dict[str, list[str]]:
+    """Return what identifies a tokenizer: tokens, merges, added and special tokens, each as a list of texts."""
+    present = [name for name in VOCABULARIES if (directory / name).is_file()]
+    if not present:
+        raise CheckpointError(
+            f"{directory} has no tokenizer; expected {' or '.join(VOCABULARIES)}: save it there with save_pretrained"
+        )
+    config_file = "tokenizer_config.json"
+    config = read_json_object(directory, config_file) if (directory / config_file).is_file() else {}
+    parts: dict[str, list[str]] = {"token": [], "merge": [], "added token": [], "special token": _special(config)}
+    if present[0] == "tokenizer.model":
+        parts["token"] = [hashlib.sha256(confined(directory, present[0]).read_bytes()).hexdigest()]
+        return parts
+    value = read_json_object(directory, present[0])
+    model = value.get("model", {}) if present[0] == "tokenizer.json" else {"vocab": value}
+    try:
+        parts["token"] = [f"{index} {token!r}" for index, token in sorted(_vocabulary(model).items())]
+        merges = model.get("merges") or []
+        parts["merge"] = [" ".join(merge) if isinstance(merge, list) else merge for merge in merges]
+        added = value.get("added_tokens") or [] if present[0] == "tokenizer.json" else []
+        parts["added token"] = [f"{token['id']} {token['content']!r}" for token in added]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory / present[0]} is not a tokenizer that is known here ({error!r})") from error
+    if present[0] == "vocab.json" and (directory / "merges.txt").is_file():
+        lines = confined(directory, "merges.txt").read_text(encoding="utf-8").splitlines()
+        parts["merge"] = [line for line in lines if not line.startswith("#version")]
+    return parts
+
+
+def tokenizer_fingerprint(directory: Path) -> str:
+    """Return a sha256 over a tokenizer's vocabulary, merges, added, begin, end and unknown tokens.
+
+    Raises:
+        CheckpointError: no tokenizer in the directory, or one that can't be read.
+    """
+    return hashlib.sha256(json.dumps(_tokenizer_parts(Path(directory)), sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_difference(first: Path, second: Path) -> str | None:
+    """Return None for equal tokenizers, else a sentence that names the first five differing tokens or merges."""
+    a, b = _tokenizer_parts(Path(first)), _tokenizer_parts(Path(second))
+    for kind in a:
+        size = max(len(a[kind]), len(b[kind]))
+        left, right = (x[kind] + ["nothing"] * (size - len(x[kind])) for x in (a, b))
+        pairs = [(x, y) for x, y in zip(left, right, strict=True) if x != y]
+        if pairs:
+            listed = "; ".join(f"{x} / {y}" for x, y in pairs[:5])
+            return f"{len(pairs)} of {size} {kind}s differ, the first: {listed}"
+    return None
+
+
+def check_tokenizer(directory: Path, vocabulary: int) -> None:
+    """Check that a tokenizer can be copied and suits a model, reading it as data only.
+
+    Args:
+        directory: of the model that it comes with.
+        vocabulary: token ids that the model embeds.
+
+    Raises:
+        CheckpointError: no tokenizer there, or one whose configuration names files outside its directory.
+        IncompatibleModelsError: token ids beyond `vocabulary`.
+        UnsupportedModelError: a tokenizer that would run code of its own.
+    """
+    _check_tokenizer_config(Path(directory))
+    parts = _tokenizer_parts(Path(directory))
+    numbered = parts["token"] + parts["added token"]
+    largest = max((int(t.split()[0]) for t in numbered if " " in t), default=-1)
+    if largest >= vocabulary:
+        raise IncompatibleModelsError(
+            f"{directory}: the tokenizer has token ids up to {largest}, the model embeds {vocabulary}; "
+            "give the tokenizer that the model was trained with"
+        )
+
+
+def _check_tokenizer_config(source: Path) -> None:
+    """Refuse a tokenizer_config.json that asks for code or names files outside its directory."""
+    if (source / "tokenizer_config.json").is_file():
+        config = read_json_object(source, "tokenizer_config.json")
+        refuse_hooks(config, str(source / "tokenizer_config.json"))
+        for key in FILE_KEYS:
+            if isinstance(config.get(key), str):
+                confined(source, config[key])
+
+
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """Copy the tokenizer's files from one model directory into another.
+
+    Raises:
+        CheckpointError: no tokenizer there, or one whose configuration names files outside its directory.
+        UnsupportedModelError: a tokenizer that would run code of its own.
+    """
+    source = require_directory(Path(source))
+    _tokenizer_parts(source)
+    _check_tokenizer_config(source)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(confined(source, name), Path(out) / name)

@@ -1,0 +1,479 @@
+"""Dense families (Llama, Mistral, Qwen2 and 2.5) and their names and settings as Qwen2-MoE, there and back.
+
+A Nexus model is stored as a stock Qwen2-MoE: norm_topk_prob false, the shared expert's constant gate (sigmoid of about
+zero, exactly 1/2) undone by a doubled down_proj. `open_dense` refuses by name what that form can't express.
+Layout: attention and norms keep their names; model.layers.L.mlp becomes mlp.shared_expert, mlp.experts.E and the
+router row mlp.gate.
+Not covered: quantised models, fp16 weights, tied weights other than the embeddings, RoPE that covers part of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nexus_ds.errors import CheckpointError, UnsupportedModelError
+from nexus_ds.model.tensorfile import DTYPES, TensorReader, read_json_object, require_directory
+
+FFN_PARTS = ("gate_proj", "up_proj", "down_proj")
+SHARED_GATE_FILL = 2.0**-60
+"""Weight of the shared expert's gate: its sigmoid is exactly 1/2, and llama.cpp's silu(x)/x stays finite."""
+
+MODEL_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
+DEFAULTS: dict[str, dict[str, Any]] = {  # what a config.json may leave out, as transformers fills it in
+    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "sliding_window": None},
+    "mistral": {"rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "qwen2": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "sliding_window": 4096},
+    "qwen2_moe": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "sliding_window": 4096},
+}
+FAMILIES = ("llama", "mistral", "qwen2")
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+REASONS = {
+    "qwen3": "its attention norms q and k (q_norm, k_norm)",
+    "qwen3_moe": "it is a mixture already, and its attention norms q and k",
+    "olmo2": "it norms after attention and FFN, and norms q and k",
+    "olmo": "its norms have no weights",
+    "gemma": "its norms add 1 to their weights and its embeddings are scaled",
+    "gemma2": "its norms add 1 to their weights, and it has norms after attention and FFN",
+    "gemma3": "its norms add 1 to their weights, and it has norms after attention and FFN",
+    "gemma3_text": "its norms add 1 to their weights, and it has norms after attention and FFN",
+    "cohere": "its attention and FFN stand side by side",
+    "cohere2": "its attention and FFN stand side by side",
+    "phi3": "its projections are fused",
+    "mixtral": "it is a mixture already",
+    "qwen2_moe": "it is a mixture already",
+    "gpt2": "it has biases and learned positions",
+}
+HOOKS = (  # keys of a configuration that make transformers run code that is not its own
+    "auto_map",
+    "trust_remote_code",
+    "custom_pipelines",
+    "custom_generate",
+    "_attn_implementation_internal",
+    "_experts_implementation_internal",
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "_experts_implementation",
+    "kernel_config",
+)
+HARMLESS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "grouped_mm", "batched_mm")
+"""Implementations that transformers itself carries; anything else may be the name of a kernel on a hub."""
+KEPT = (  # keys that a Qwen2-MoE and the dense families share
+    *("dtype", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("hidden_act", "rms_norm_eps", "max_position_embeddings", "rope_parameters", "attention_dropout", "head_dim"),
+    *("initializer_range", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
+)
+
+
+def dense_ffn_name(layer: int, part: str) -> str:
+    """Return the name of a dense model's FFN weight."""
+    return f"model.layers.{layer}.mlp.{part}.weight"
+
+
+def expert_name(layer: int, expert: int, part: str) -> str:
+    """Return the name of a routed expert's weight."""
+    return f"model.layers.{layer}.mlp.experts.{expert}.{part}.weight"
+
+
+def shared_name(layer: int, part: str) -> str:
+    """Return the name of the shared expert's weight (its down_proj is stored doubled)."""
+    return f"model.layers.{layer}.mlp.shared_expert.{part}.weight"
+
+
+def gate_name(layer: int) -> str:
+    """Return the name of the router weight [experts, hidden]."""
+    return f"model.layers.{layer}.mlp.gate.weight"
+
+
+def shared_gate_name(layer: int) -> str:
+    """Return the name of the shared expert's gate [1, hidden], filled with SHARED_GATE_FILL."""
+    return f"model.layers.{layer}.mlp.shared_expert_gate.weight"
+
+
+def _walk(value: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yield (dotted path, key, value) of every key in nested JSON."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield f"{path}{key}", key, item
+            yield from _walk(item, f"{path}{key}.")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _walk(item, f"{path}{index}.")
+
+
+def refuse_hooks(config: dict[str, Any], where: str) -> None:
+    """Raise UnsupportedModelError for keys, at any depth, through which a configuration runs code of its own."""
+    for path, key, value in _walk(config):
+        harmless = value in (None, False) or (key.endswith("_implementation") and value in HARMLESS)
+        if key in HOOKS and not harmless:
+            raise UnsupportedModelError(
+                f"{where}: {path} = {str(value)[:100]!r} asks for code that is not part of transformers; "
+                "such code is never run. Remove the key if the model is one of the known families"
+            )
+
+
+def _positive(config: dict[str, Any], key: str, where: str) -> int:
+    value = config.get(key)
+    if type(value) is not int or value <= 0:
+        raise CheckpointError(f"{where}: {key} is {value!r}, expected a number above 0")
+    return value
+
+
+def _rope(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return rope_parameters in today's form from today's or the older keys (rope_theta, rope_scaling)."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise UnsupportedModelError(f"{where}: RoPE that differs between layers can't be expressed as Qwen2-MoE")
+    kind = rope.pop("type", "default")
+    rope.setdefault("rope_type", kind)
+    rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
+    if (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise UnsupportedModelError(f"{where}: partial_rotary_factor can't be expressed as Qwen2-MoE")
+    rope.pop("partial_rotary_factor", None)
+    if rope["rope_type"] in ("llama3", "yarn", "longrope"):
+        outer = config.get("original_max_position_embeddings") or _max_positions(config)
+        rope.setdefault("original_max_position_embeddings", outer)
+    rope["rope_theta"] = float(rope["rope_theta"])
+    return rope
+
+
+def _max_positions(config: dict[str, Any]) -> int:
+    return config.get("max_position_embeddings") or DEFAULTS[config["model_type"]]["max_position_embeddings"]
+
+
+def _layer_types(config: dict[str, Any], window: int | None) -> list[str]:
+    """Return 'full_attention' or 'sliding_attention' for each layer."""
+    layers = config["num_hidden_layers"]
+    if window is None:
+        return ["full_attention"] * layers
+    if config["model_type"] == "mistral":
+        return ["sliding_attention"] * layers
+    if config.get("layer_types"):
+        return list(config["layer_types"])
+    first = config.get("max_window_layers", 28)
+    return ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
+
+
+def _window(config: dict[str, Any]) -> int | None:
+    """Return the width of sliding-window attention in tokens, None where all attention is full."""
+    family = config["model_type"]
+    if family == "llama" or (family.startswith("qwen2") and not config.get("use_sliding_window", False)):
+        return None
+    window = config.get("sliding_window", DEFAULTS[family]["sliding_window"])
+    return window or None
+
+
+def settings(config: dict[str, Any], where: str = "config.json") -> dict[str, Any]:
+    """Return what a model of a known family (or a Nexus model's Qwen2-MoE) computes, in one normal form.
+
+    Two models whose settings are equal can be averaged and can share experts. `where` starts the messages.
+
+    Raises:
+        CheckpointError: sizes that are missing or no numbers.
+        UnsupportedModelError: RoPE that can't be expressed.
+    """
+    for key in SIZES:
+        _positive(config, key, where)
+    family, heads = config["model_type"], config["num_attention_heads"]
+    default_kv = 8 if family == "mistral" and "num_key_value_heads" not in config else heads
+    window = _window(config)
+    types = _layer_types(config, window)
+    if len(types) != config["num_hidden_layers"] or not set(types) <= {"full_attention", "sliding_attention"}:
+        raise UnsupportedModelError(f"{where}: layer_types {types!r} can't be expressed as Qwen2-MoE")
+    moe = family == "qwen2_moe"
+    return {
+        "hidden_size": config["hidden_size"],
+        "layers": config["num_hidden_layers"],
+        "heads": heads,
+        "kv_heads": config.get("num_key_value_heads") or default_kv,
+        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        "ffn_size": config["moe_intermediate_size"] if moe else config["intermediate_size"],
+        "vocabulary": config["vocab_size"],
+        "rope": _rope(config, where),
+        "norm_eps": float(config.get("rms_norm_eps", DEFAULTS[family]["rms_norm_eps"])),
+        "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "qkv_bias": bool(config.get("qkv_bias", True)) if moe else family == "qwen2",
+        "sliding_window": window if "sliding_attention" in types else None,
+        "layer_types": types if "sliding_attention" in types else ["full_attention"] * len(types),
+    }
+
+
+def moe_config(dense_config: dict[str, Any], experts: int, top_k: int) -> dict[str, Any]:
+    """Return the complete config.json of the Qwen2-MoE that a dense model's branches become.
+
+    Args:
+        dense_config: config.json of a Llama, Mistral or Qwen2.
+        experts: number of routed experts.
+        top_k: routed experts per token.
+    """
+    s = settings(dense_config)
+    config: dict[str, Any] = {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "dtype": dense_config.get("dtype") or dense_config.get("torch_dtype") or "float32",
+        "vocab_size": s["vocabulary"],
+        "hidden_size": s["hidden_size"],
+        "intermediate_size": s["ffn_size"],
+        "moe_intermediate_size": s["ffn_size"],
+        "shared_expert_intermediate_size": s["ffn_size"],
+        "num_hidden_layers": s["layers"],
+        "num_attention_heads": s["heads"],
+        "num_key_value_heads": s["kv_heads"],
+        "num_experts": experts,
+        "num_experts_per_tok": top_k,
+        "norm_topk_prob": False,  # the gate is the raw probability: renormalised top-1 would be 1 and teach nothing
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.0,
+        "hidden_act": "silu",
+        "rms_norm_eps": s["norm_eps"],
+        "max_position_embeddings": _max_positions(dense_config),
+        "rope_parameters": s["rope"],
+        "qkv_bias": s["qkv_bias"],
+        "attention_dropout": dense_config.get("attention_dropout") or 0.0,
+        "initializer_range": dense_config.get("initializer_range", 0.02),
+        "tie_word_embeddings": s["tied_embeddings"],
+        "use_sliding_window": s["sliding_window"] is not None,
+        "sliding_window": s["sliding_window"],
+        "layer_types": s["layer_types"],
+        "use_cache": True,
+    }
+    if dense_config.get("head_dim") is not None:  # a null would be taken as the size itself
+        config["head_dim"] = s["head_dim"]
+    tokens = _special_tokens(dense_config)
+    return config | tokens
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the ids of the special tokens, with the families' defaults written out."""
+    defaults = {"llama": (1, 2), "mistral": (1, 2)}.get(config["model_type"], (None, None))
+    return {
+        "bos_token_id": config.get("bos_token_id", defaults[0]),
+        "eos_token_id": config.get("eos_token_id", defaults[1]),
+        "pad_token_id": config.get("pad_token_id"),
+    }
+
+
+def dense_config(config: dict[str, Any], family: str | None = None) -> dict[str, Any]:
+    """Return the config.json of one expert of a Nexus model as a dense model (the way back).
+
+    Args:
+        config: config.json of the Nexus model.
+        family: llama | mistral | qwen2; None chooses the family that has the needed features.
+
+    Raises:
+        UnsupportedModelError: the family can't express the model (biases of q, k, v; sliding window).
+    """
+    s = settings(config)
+    sliding = s["sliding_window"] is not None
+    family = family or ("qwen2" if s["qkv_bias"] else "mistral" if sliding else "llama")
+    uniform = len(set(s["layer_types"])) == 1
+    if (family == "qwen2") != s["qkv_bias"] or (sliding and family == "llama"):
+        raise UnsupportedModelError(f"a {family} can't express qkv_bias={s['qkv_bias']} with sliding window {sliding}")
+    if sliding and family == "mistral" and not uniform:
+        raise UnsupportedModelError("a mistral has one kind of attention in all layers; this model mixes two")
+    architecture = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[family] + "ForCausalLM"
+    dense = {key: config[key] for key in KEPT if key in config}
+    dense |= {"architectures": [architecture], "model_type": family, "intermediate_size": s["ffn_size"]}
+    if family == "mistral":
+        dense["sliding_window"] = s["sliding_window"]
+    if family == "qwen2":
+        dense |= {"use_sliding_window": sliding, "sliding_window": s["sliding_window"], "layer_types": s["layer_types"]}
+    return dense
+
+
+def expert_as_dense(config: dict[str, Any], expert: int | None) -> dict[str, tuple[str, float]]:
+    """Return for each weight of a dense model the stored weight of a Nexus model that it is, and a factor.
+
+    Args:
+        config: config.json of the Nexus model.
+        expert: index of a routed expert, or None for the shared expert (whose stored down_proj has the factor 1/2).
+    """
+    names: dict[str, tuple[str, float]] = {}
+    for name in dense_shapes(config):
+        layer, part = ffn_place(name)
+        if part is None:
+            names[name] = name, 1.0
+        elif expert is None:
+            names[name] = shared_name(layer, part), 0.5 if part == "down_proj" else 1.0
+        else:
+            names[name] = expert_name(layer, expert, part), 1.0
+    return names
+
+
+def ffn_place(name: str) -> tuple[int, str | None]:
+    """Return (layer, part) of a dense FFN weight's name, (-1, None) for any other name."""
+    words = name.split(".")
+    if len(words) == 6 and words[3] == "mlp" and words[4] in FFN_PARTS:
+        return int(words[2]), words[4]
+    return -1, None
+
+
+def dense_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of all weights of the dense model (or of one expert of a Nexus model), in file order."""
+    s = settings(config)
+    h, f = s["hidden_size"], s["ffn_size"]
+    q, kv = s["heads"] * s["head_dim"], s["kv_heads"] * s["head_dim"]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (s["vocabulary"], h)}
+    for layer in range(s["layers"]):
+        prefix = f"model.layers.{layer}."
+        shapes[prefix + "input_layernorm.weight"] = (h,)
+        for part, rows in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
+            shapes[f"{prefix}self_attn.{part}.weight"] = (rows, h)
+            if s["qkv_bias"]:
+                shapes[f"{prefix}self_attn.{part}.bias"] = (rows,)
+        shapes[prefix + "self_attn.o_proj.weight"] = (h, q)
+        shapes[prefix + "post_attention_layernorm.weight"] = (h,)
+        for part in FFN_PARTS:
+            shapes[dense_ffn_name(layer, part)] = (h, f) if part == "down_proj" else (f, h)
+    shapes["model.norm.weight"] = (h,)
+    if not s["tied_embeddings"]:
+        shapes["lm_head.weight"] = (s["vocabulary"], h)
+    return shapes
+
+
+def moe_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of all weights of a Nexus model, in file order."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    experts, hidden = config["num_experts"], config["hidden_size"]
+    for name, shape in dense_shapes(config).items():
+        layer, part = ffn_place(name)
+        if part is None:
+            shapes[name] = shape
+            continue
+        if part == FFN_PARTS[0]:
+            shapes[gate_name(layer)] = (experts, hidden)
+            shapes[shared_gate_name(layer)] = (1, hidden)
+        shapes[shared_name(layer, part)] = shape
+        shapes |= {expert_name(layer, expert, part): shape for expert in range(experts)}
+    return shapes
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """A dense model on disk whose configuration and tensor headers were checked; no weight is in memory."""
+
+    directory: Path
+    config: dict[str, Any]
+    """config.json as it stands on disk."""
+    family: str
+    """llama | mistral | qwen2."""
+    reader: TensorReader
+    dtype: str
+    """Of all weights, as safetensors names it: F32 | BF16."""
+    settings: dict[str, Any]
+    """The normal form of the configuration, see `settings`."""
+
+    def ffn_names(self) -> list[str]:
+        """Return the names of all FFN weights."""
+        return [dense_ffn_name(layer, part) for layer in range(self.settings["layers"]) for part in FFN_PARTS]
+
+    def averaged_names(self) -> list[str]:
+        """Return the names of all other weights: those that are averaged over experts."""
+        return [name for name in dense_shapes(self.config) if ffn_place(name)[1] is None]
+
+
+def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
+    """Raise UnsupportedModelError for what a Qwen2-MoE can't express, by name."""
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        reason = REASONS.get(str(family), "its computation is not known to be the same")
+        raise UnsupportedModelError(
+            f"{where}: model_type {family!r} can't become a Qwen2-MoE: {reason}; supported: {', '.join(FAMILIES)}"
+        )
+    for key, what in (("attention_bias", "a bias in o_proj (o_proj.bias)"), ("mlp_bias", "biases in the FFN")):
+        if config.get(key):
+            raise UnsupportedModelError(f"{where}: {key} is set, but a Qwen2-MoE has no place for {what}")
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise UnsupportedModelError(f"{where}: hidden_act {config['hidden_act']!r}; only silu (SwiGLU) is supported")
+    for key in ("quantization_config", "per_layer_config"):
+        if config.get(key):
+            raise UnsupportedModelError(f"{where}: {key} is set; save the model unquantised and uniform first")
+
+
+def _check_tensors(reader: TensorReader, shapes: dict[str, tuple[int, ...]], tied: bool) -> str:
+    """Check names, shapes and dtypes of a model's tensors against its configuration; return the one dtype."""
+    where = reader.directory
+    ignored = {"lm_head.weight"} if tied else set()  # a tied model may repeat it; transformers ignores it too
+    extra = [
+        n for n in reader.names() if n not in shapes and n not in ignored and not n.endswith("rotary_emb.inv_freq")
+    ]
+    biases = [name for name in extra if name.endswith(("o_proj.bias", "mlp.down_proj.bias", "q_norm.weight"))]
+    if biases:
+        raise UnsupportedModelError(f"{where}: a Qwen2-MoE has no place for {biases[0]} and {len(biases) - 1} like it")
+    missing = [name for name in shapes if name not in reader]
+    if missing or extra:
+        parts = [f"{len(n)} {kind}: {', '.join(n[:5])}" for kind, n in (("missing", missing), ("unknown", extra)) if n]
+        raise CheckpointError(f"{where}: the tensors are not those of its config.json; {'; '.join(parts)}")
+    wrong = [
+        f"{n} {reader.info(n).shape}, expected {shape}" for n, shape in shapes.items() if reader.info(n).shape != shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{where}: {len(wrong)} tensors have another shape than config.json says: {'; '.join(wrong[:5])}"
+        )
+    dtypes = {reader.info(name).dtype: name for name in shapes}
+    if len(dtypes) > 1:
+        listed = ", ".join(f"{dtype} ({name})" for dtype, name in sorted(dtypes.items()))
+        raise UnsupportedModelError(
+            f"{where}: weights of several dtypes: {listed}; save the model in one, fp32 or bf16"
+        )
+    dtype = next(iter(dtypes))
+    if dtype not in MODEL_DTYPES:
+        raise UnsupportedModelError(
+            f"{where}: weights are {dtype} ({DTYPES[dtype]}); save the model in fp32 or bf16 first"
+        )
+    return dtype
+
+
+def open_dense(directory: Path) -> DenseModel:
+    """Open a dense model and check that it can become an expert, from its config.json and tensor headers alone.
+
+    Raises:
+        CheckpointError: not a model directory, damaged, or its tensors are not those that config.json describes.
+        UnsupportedModelError: a family, bias, activation, dtype or code hook that a Qwen2-MoE can't express.
+    """
+    directory = require_directory(Path(directory))
+    config = read_json_object(directory, "config.json")
+    where = str(directory / "config.json")
+    refuse_hooks(config, where)
+    _refuse_unsupported(config, where)
+    normal = settings(config, where)
+    reader = TensorReader(directory)
+    dtype = _check_tensors(reader, dense_shapes(config), normal["tied_embeddings"])
+    return DenseModel(directory, config, config["model_type"], reader, dtype, normal)
+
+
+def open_moe(directory: Path) -> tuple[dict[str, Any], TensorReader]:
+    """Open the Qwen2-MoE part of a Nexus checkpoint: config.json and the checked tensors.
+
+    Raises:
+        CheckpointError: not a Qwen2-MoE of the form that `moe_config` describes, or incomplete.
+        UnsupportedModelError: code hooks.
+    """
+    directory = require_directory(Path(directory))
+    config = read_json_object(directory, "config.json")
+    where = str(directory / "config.json")
+    refuse_hooks(config, where)
+    expected = {"model_type": "qwen2_moe", "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    for key, value in expected.items():
+        if config.get(key, value if key != "model_type" else None) != value:
+            raise CheckpointError(f"{where}: {key} is {config.get(key)!r}, a Nexus checkpoint has {value!r}")
+    for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+        _positive(config, key, where)
+    reader = TensorReader(directory)
+    _check_tensors(reader, moe_shapes(config), settings(config, where)["tied_embeddings"])
+    return config, reader
+
+
+def parameter_counts(config: dict[str, Any]) -> tuple[int, int]:
+    """Return (all, active per token) parameters of a Nexus model; they differ by n - k FFN stacks (paper section 3)."""
+    s = settings(config)
+    total = sum(math.prod(shape) for shape in moe_shapes(config).values())
+    stack = s["layers"] * len(FFN_PARTS) * s["hidden_size"] * s["ffn_size"]
+    return total, total - (config["num_experts"] - config["num_experts_per_tok"]) * stack

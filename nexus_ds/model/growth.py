@@ -1,0 +1,418 @@
+"""What a new mixture consists of: `upcycled` from a seed and its branches, `extended` by further experts.
+
+Both return a `NewModel`, checked and described but not yet written; `NewModel.write` streams it, and refits the router.
+Paper sections 2.1 and 2.3. Shapes: n routed experts, m width of a domain embedding, h hidden size.
+Not covered: where text and options come from (the verbs), how tensors are blended (`assembly`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexus_ds.config import Config, RouterConfig
+from nexus_ds.data.corpora import open_source, token_files, windows
+from nexus_ds.data.domains import DomainEmbeddings
+from nexus_ds.errors import ConfigError, DataError, IncompatibleModelsError
+from nexus_ds.model.assembly import (
+    Blend,
+    Part,
+    check_alike,
+    check_tokenizers,
+    domain_vectors,
+    encoder_record,
+    expert_record,
+    mean_of,
+    portable,
+    read_generation_config,
+    traits,
+    write_model,
+)
+from nexus_ds.model.checkpoint import (
+    RouterRecord,
+    Sidecar,
+    check_tokenizer,
+    copy_tokenizer,
+    read_sidecar,
+    router_rows,
+    verify_rows,
+    versions,
+    write_sidecar,
+)
+from nexus_ds.model.families import (
+    FFN_PARTS,
+    MODEL_DTYPES,
+    SHARED_GATE_FILL,
+    DenseModel,
+    dense_ffn_name,
+    expert_name,
+    gate_name,
+    moe_config,
+    open_dense,
+    open_moe,
+    parameter_counts,
+    settings,
+    shared_gate_name,
+    shared_name,
+)
+from nexus_ds.model.fit import FitReport, fit_router
+from nexus_ds.model.router import Projection, centre_of, init_projection, init_rows, layer_generator
+from nexus_ds.model.tensorfile import DTYPES, TensorReader
+from nexus_ds.outputs import write_json
+
+BYTES_PER_TOKEN = 16  # of text that is tokenised for the label fit: several times what a token takes
+
+
+@dataclass
+class NewModel:
+    """A checkpoint that could be written now: everything that headers and configurations can tell was checked."""
+
+    verb: str
+    config: dict[str, Any]
+    """config.json."""
+    dtype: str
+    """Of all weights: F32 | BF16."""
+    tensors: dict[str, Blend | Tensor]
+    sidecar: Sidecar
+    source: Path
+    """Where tokenizer and generation_config.json come from."""
+
+    def domains(self) -> list[str]:
+        """Return the experts' domains, in expert order."""
+        return [expert.domain for expert in self.sidecar.experts]
+
+    def fit_windows(self, data: str, config: Config, switch: str) -> dict[str, Tensor]:
+        """Return for each expert's domain the training text that the label fit reads, [count, length] int64.
+
+        Args:
+            data: folder of domains or other source.
+            config: `router.fit_windows`, `data.sequence_length`, `data.workers`, `data.on_bad_row`.
+            switch: the option that does without the fit, for the message.
+
+        Raises:
+            DataError: the text is gone, lacks a domain, is damaged or too short.
+        """
+        domains = self.domains()
+        count = config.router.fit_windows
+        length = min(config.data.sequence_length, self.config["max_position_embeddings"])
+        limit = max(1 << 16, count * (length + 1) * BYTES_PER_TOKEN)
+        workers, bad = config.data.workers, config.data.on_bad_row
+        try:
+            source = open_source(data)
+            with tempfile.TemporaryDirectory() as cache:
+                files = token_files(
+                    source, domains, "train", self.source, Path(cache), workers=workers, max_bytes=limit, on_bad_row=bad
+                )
+                return {name: torch.from_numpy(windows(files[name], count, length))[:, :length] for name in domains}
+        except DataError as error:
+            raise DataError(
+                f"{error}\nThe router's fit reads training text of {', '.join(domains)} (looked for in {data}): "
+                f"give --data DIR with a folder for each, or {switch} to go without the fit"
+            ) from error
+
+    def write(
+        self, directory: Path, text: Mapping[str, Tensor] | None, router: RouterConfig, seed: int
+    ) -> FitReport | None:
+        """Write the checkpoint into an empty directory that is not yet renamed, and fit its router.
+
+        Args:
+            directory: where to.
+            text: for each domain token ids [w, S] int64 for the label fit; None: no fit.
+            router: `fit_steps` and `fit_lr`.
+            seed: of the fit.
+
+        Raises:
+            CheckpointError: NaN, infinite or all-zero weights, no space.
+        """
+        write_model(directory, self.config, self.dtype, self.tensors, self.verb)
+        copy_tokenizer(self.source, directory)
+        generation = read_generation_config(self.source)
+        if generation is not None:
+            write_json(directory / "generation_config.json", generation)
+        write_sidecar(directory, self.sidecar)
+        report = None
+        if text is not None:
+            report = fit_router(directory, dict(text), router, seed)
+            fitted = read_sidecar(directory)
+            fitted.lineage[-1]["fit"] = dataclasses.asdict(report)
+            write_sidecar(directory, fitted)
+        verify_rows(directory)
+        return report
+
+    def summary(self, out: Path, report: FitReport | None) -> dict[str, Any]:
+        """Return what a program wants to know of the new checkpoint."""
+        total, active = parameter_counts(self.config)
+        return {
+            "out": str(out),
+            "experts": [expert.name for expert in self.sidecar.experts],
+            "top_k": self.sidecar.router.top_k,
+            "router": self.sidecar.router.kind,
+            "dtype": MODEL_DTYPES[self.dtype],
+            "parameters": {"total": total, "active": active},
+            "fit": dataclasses.asdict(report) if report else None,
+        }
+
+    def describe(self, out: Path, report: FitReport | None) -> str:
+        """Return the summary as lines for people."""
+        facts = self.summary(out, report)
+        total, active = facts["parameters"]["total"], facts["parameters"]["active"]
+        lines = [
+            f"wrote {out}: {len(facts['experts'])} experts ({', '.join(facts['experts'])}), top-{facts['top_k']}, "
+            f"{facts['router']} router, {facts['dtype']}, {total:,} parameters, {active:,} of them active per token"
+        ]
+        if report:
+            lines.append(
+                f"label fit, {report.steps} steps: share of tokens at their own domain's expert "
+                f"{report.before:.2f} -> {report.after:.2f}"
+            )
+        return "\n".join(lines)
+
+
+def _open_all(directories: Mapping[str, Path]) -> dict[str, DenseModel]:
+    return {name: open_dense(directory) for name, directory in directories.items()}
+
+
+def _same_dtype(target: dict[str, Any], dtype: str) -> dict[str, Any]:
+    return target | {"dtype": MODEL_DTYPES[dtype]}
+
+
+# Upcycling ---------------------------------------------------------------------------------------------------------
+
+
+def upcycled(seed: Path, experts: Mapping[str, Path], embeddings: DomainEmbeddings, config: Config) -> NewModel:
+    """Describe the mixture of a seed and its dense branches (paper section 2.1); nothing is written.
+
+    Seed FFN: shared expert. Branches' FFNs: routed experts, exact copies, in the order of `experts`. All else: fp32 mean
+    over the branches, the seed not counted. Router: P(D) of a freshly initialised P, or free rows.
+
+    Args:
+        seed: dense model that all branches started from.
+        experts: for each expert's name, which is also its domain, its dense model.
+        embeddings: rows of (at least) these domains.
+        config: `router` and `seed`.
+
+    Raises:
+        ConfigError: top-k larger than the number of experts.
+        DataError: a domain that was not embedded.
+        CheckpointError, UnsupportedModelError, IncompatibleModelsError: models that can't be put together.
+    """
+    domain_vectors(embeddings, experts)
+    if config.router.top_k > len(experts):
+        raise ConfigError(f"router.top_k is {config.router.top_k}, but there are {len(experts)} experts; lower it")
+    base, models = open_dense(seed), _open_all(experts)
+    check_alike({"seed": traits(base), **{name: traits(model) for name, model in models.items()}})
+    check_tokenizers(seed, experts)
+    check_tokenizer(seed, base.settings["vocabulary"])
+    read_generation_config(seed)
+    lineage = {
+        "verb": "upcycle",
+        "seed_model": portable(seed),
+        "family": base.family,
+        "router": dataclasses.asdict(config.router),
+        "seed": config.seed,
+    }
+    sidecar = _upcycled_sidecar(models, embeddings, config, lineage)
+    target = _same_dtype(moe_config(base.config, len(models), config.router.top_k), base.dtype)
+    return NewModel("upcycle", target, base.dtype, _upcycled_tensors(base, models, sidecar, config), sidecar, seed)
+
+
+def _upcycled_sidecar(
+    models: dict[str, DenseModel], embeddings: DomainEmbeddings, config: Config, lineage: dict[str, Any]
+) -> Sidecar:
+    """Return the sidecar of a new mixture, with a freshly initialised P for each layer."""
+    router, vectors = config.router, domain_vectors(embeddings, models)
+    sidecar = Sidecar(
+        experts=[expert_record(name, model) for name, model in models.items()],
+        router=RouterRecord(router.kind, router.depth, router.width, router.activation, router.centre, router.top_k),
+        encoder=encoder_record(embeddings, models),
+        lineage=[lineage],
+        versions=versions(),
+        vectors=vectors,
+        centre=centre_of(vectors) if router.centre else torch.zeros(vectors.shape[1]),
+    )
+    sizes = next(iter(models.values())).settings
+    for layer in range(sizes["layers"] if router.kind == "nexus" else 0):
+        projection = Projection(vectors.shape[1], sizes["hidden_size"], router.depth, router.width, router.activation)
+        init_projection(
+            projection, sidecar.domain_inputs(), router.init, router.row_norm, layer_generator(config.seed, layer)
+        )
+        sidecar.projections.append(projection.state_dict())
+    return sidecar
+
+
+def _upcycled_tensors(
+    seed: DenseModel, models: dict[str, DenseModel], sidecar: Sidecar, config: Config
+) -> dict[str, Blend | Tensor]:
+    """Return where each tensor of the mixture comes from."""
+    named = [(f"expert {name}", model) for name, model in models.items()]
+    tensors: dict[str, Blend | Tensor] = {
+        name: mean_of([Part(who, model.reader, name) for who, model in named]) for name in seed.averaged_names()
+    }
+    hidden_size, router = seed.settings["hidden_size"], config.router
+    for layer in range(seed.settings["layers"]):
+        if router.kind == "nexus":
+            tensors[gate_name(layer)] = router_rows(sidecar, layer, DTYPES[seed.dtype])
+        else:
+            generator = layer_generator(config.seed, layer)
+            tensors[gate_name(layer)] = init_rows(len(named), hidden_size, router.init, router.row_norm, generator)
+        tensors[shared_gate_name(layer)] = torch.full((1, hidden_size), SHARED_GATE_FILL)
+        for part in FFN_PARTS:
+            source = dense_ffn_name(layer, part)
+            # A stock Qwen2-MoE multiplies the shared expert by the sigmoid of its gate, here always 1/2.
+            scale = 2.0 if part == "down_proj" else 1.0
+            tensors[shared_name(layer, part)] = Blend([Part("seed", seed.reader, source)], scale=scale)
+            for index, (who, model) in enumerate(named):
+                tensors[expert_name(layer, index, part)] = Blend([Part(who, model.reader, source)])
+    return tensors
+
+
+# Extending ---------------------------------------------------------------------------------------------------------
+
+
+def merge_share(old: int, new: int, share: float | None) -> float:
+    """Return lambda, the total share of `new` experts in every averaged weight of a mixture that had `old`.
+
+    The default is new / (old + new): for one expert the paper's 1 / (n + 1), for several what adding them one after
+    the other gives, since (1 - 1/(n+1)) (1 - 1/(n+2)) ... = n / (n + k) and each new one keeps 1 / (n + k).
+
+    Raises:
+        ConfigError: a share outside [0, 1].
+    """
+    if share is None:
+        return new / (old + new)
+    if not 0.0 <= share <= 1.0:
+        raise ConfigError(f"--lambda {share}: expected a share in [0, 1]; leave it out for {new}/{old + new}")
+    return share
+
+
+def extended(
+    checkpoint: Path,
+    experts: Mapping[str, Path],
+    embeddings: DomainEmbeddings,
+    config: Config,
+    share: float | None = None,
+    linear_init: str = "keep",
+) -> NewModel:
+    """Describe a mixture with further experts appended (paper section 2.3); nothing is written.
+
+    Old FFNs and the shared expert: exact copies. New FFNs: exact copies, after the old ones. All else, in fp32:
+    (1 - lambda) phi_moe + lambda / k * sum of the k new models. Router: the learned P applied to the new domains,
+    conditioned with the stored centre: no new parameter, and the old rows stay as they are. A linear router gets, by
+    `linear_init`, one random row of the old rows' mean norm for each new expert (keep), or fresh rows for all (reset,
+    the paper's baseline).
+
+    Args:
+        checkpoint: Nexus checkpoint, upcycled or trained.
+        experts: for each new expert's name, which is also its domain, its dense model.
+        embeddings: rows of (at least) the new domains, from the checkpoint's encoder.
+        config: `router.init`, `router.row_norm` for linear rows, and `seed`.
+        share: lambda, the total share of the new experts; see `merge_share`.
+        linear_init: keep | reset, for a linear router.
+
+    Raises:
+        ConfigError: an expert's name that is taken, lambda outside [0, 1].
+        DataError: a domain that was not embedded.
+        CheckpointError, UnsupportedModelError, IncompatibleModelsError: models that can't be put together, or
+            embeddings of another encoder.
+    """
+    old_config, reader = open_moe(checkpoint)
+    verify_rows(checkpoint)
+    old = read_sidecar(checkpoint)
+    _check_names(old, experts)
+    _check_encoder(old, embeddings)
+    vectors, models = domain_vectors(embeddings, experts), _open_all(experts)
+    dtype = reader.info(gate_name(0)).dtype
+    own = {"dtype": dtype, **settings(old_config)}
+    check_alike({"checkpoint": own, **{name: traits(model, with_family=False) for name, model in models.items()}})
+    check_tokenizers(checkpoint, experts)
+    check_tokenizer(checkpoint, own["vocabulary"])
+    read_generation_config(checkpoint)
+    total = merge_share(len(old.experts), len(models), share)
+    lineage = {
+        "verb": "extend",
+        "checkpoint": portable(checkpoint),
+        "experts": list(models),
+        "lambda": total,
+        "linear_init": linear_init if old.router.kind == "linear" else None,
+        "router": dataclasses.asdict(config.router),
+        "seed": config.seed,
+    }
+    sidecar = dataclasses.replace(
+        old,
+        experts=[*old.experts, *(expert_record(name, model) for name, model in models.items())],
+        lineage=[*old.lineage, lineage],
+        versions=versions(),
+        vectors=torch.cat([old.vectors, vectors]),
+    )
+    target = old_config | {"num_experts": len(sidecar.experts)}
+    tensors = _extended_tensors(reader, old_config, models, total)
+    for layer in range(old_config["num_hidden_layers"]):
+        tensors[gate_name(layer)] = _extended_rows(reader, sidecar, layer, config, linear_init)
+    return NewModel("extend", _same_dtype(target, dtype), dtype, tensors, sidecar, checkpoint)
+
+
+def _check_names(sidecar: Sidecar, experts: Mapping[str, Path]) -> None:
+    taken = [expert.name for expert in sidecar.experts]
+    for name in experts:
+        if name in taken:
+            raise ConfigError(
+                f"--expert {name}: the checkpoint has an expert of this name ({', '.join(taken)}); rename it"
+            )
+
+
+def _check_encoder(sidecar: Sidecar, embeddings: DomainEmbeddings) -> None:
+    """Raise IncompatibleModelsError unless the embeddings come from the checkpoint's encoder."""
+    old = sidecar.encoder
+    dimension = sidecar.vectors.shape[1]
+    if embeddings.dimension == dimension and (old is None or embeddings.revision == old.revision):
+        return
+    found = f"{embeddings.encoder} (revision {embeddings.revision[:12]}, dimension {embeddings.dimension})"
+    name, revision = (old.name, old.revision[:12]) if old else ("unknown", "unknown")
+    raise IncompatibleModelsError(
+        f"the domain embeddings come from the encoder {found}, the checkpoint's from {name} (revision {revision}, "
+        f"dimension {dimension}); P only understands its own: embed the new domain with that encoder"
+    )
+
+
+def _extended_tensors(
+    reader: TensorReader, config: dict[str, Any], models: dict[str, DenseModel], share: float
+) -> dict[str, Blend | Tensor]:
+    """Return where each tensor but the router's comes from; `config` is the old one."""
+    named = [(f"expert {name}", model) for name, model in models.items()]
+    averaged = named[0][1].averaged_names()
+    tensors: dict[str, Blend | Tensor] = {}
+    for name in averaged:
+        parts = [Part("checkpoint", reader, name, 1.0 - share)]
+        parts += [Part(who, model.reader, name, share / len(named)) for who, model in named]
+        tensors[name] = Blend(parts)
+    for name in reader.names():
+        if ".mlp." in name:
+            tensors[name] = Blend([Part("checkpoint", reader, name)])
+    for layer in range(config["num_hidden_layers"]):
+        for part in FFN_PARTS:
+            for index, (who, model) in enumerate(named, start=config["num_experts"]):
+                source = Part(who, model.reader, dense_ffn_name(layer, part))
+                tensors[expert_name(layer, index, part)] = Blend([source])
+    return tensors
+
+
+def _extended_rows(reader: TensorReader, sidecar: Sidecar, layer: int, config: Config, linear_init: str) -> Tensor:
+    """Return the router weight [n + k, h] of one layer; `sidecar` is the new one."""
+    stored = reader.read(gate_name(layer))
+    old, total = len(stored), len(sidecar.experts)
+    if sidecar.router.kind == "nexus":
+        # The old rows as they are stored: recomputing them in a larger matrix product could change the last bit.
+        return torch.cat([stored, router_rows(sidecar, layer, stored.dtype)[old:]])
+    generator = layer_generator(config.seed, layer)
+    if linear_init == "reset":
+        return init_rows(total, stored.shape[1], config.router.init, config.router.row_norm, generator)
+    fresh = torch.empty(total - old, stored.shape[1]).normal_(generator=generator)
+    norm = stored.float().norm(dim=-1).mean()
+    return torch.cat([stored, (fresh / fresh.norm(dim=-1, keepdim=True) * norm).to(stored.dtype)])

@@ -1,0 +1,166 @@
+"""NexusMoE: DeepSpeed's expert-parallel MoE layer with the embedding-projection router and the always-on shared expert.
+
+Shapes: T tokens, E routed experts, K chosen experts a token, H hidden size. Slots are the places where experts live:
+`slots` is E rounded up to a multiple of the expert-parallel size, vacant slots are never chosen and hold zeros.
+Not covered: capacity and token dropping (the layer is dropless), renormalised gates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nexus_ds.model.losses import attach_loss, load_balancing_loss, router_z_loss
+from nexus_ds.model.reference import FeedForward
+from nexus_ds.model.router import Projection
+from nexus_ds.runtime.deepspeed_internals import (
+    AutoEPMoELayer,
+    TokenChoiceTopKRouter,
+    autoep_config,
+    autoep_spec,
+    count_tokens_per_expert,
+    mark_replicated,
+)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where experts live: expert e is on rank e % ep_size of its expert-parallel group."""
+
+    experts: int
+    ep_size: int = 1
+    ep_rank: int = 0
+
+    @property
+    def local_slots(self) -> int:
+        """Slots of one rank."""
+        return -(-self.experts // self.ep_size)
+
+    @property
+    def slots(self) -> int:
+        """Slots of all ranks of the group."""
+        return self.local_slots * self.ep_size
+
+    def slot(self, expert: int) -> int:
+        """Return the slot of a routed expert."""
+        return (expert % self.ep_size) * self.local_slots + expert // self.ep_size
+
+    def expert_at(self, slot: int) -> int | None:
+        """Return the routed expert in a slot, or None for a vacant one."""
+        rank, place = divmod(slot, self.local_slots)
+        expert = place * self.ep_size + rank
+        return expert if expert < self.experts else None
+
+    def local_experts(self) -> list[int | None]:
+        """Return the routed experts of this rank, in slot order."""
+        first = self.ep_rank * self.local_slots
+        return [self.expert_at(slot) for slot in range(first, first + self.local_slots)]
+
+
+@dataclass
+class RouterStatistics:
+    """What the router did in its last forward pass; detached, overwritten by the next one."""
+
+    selected_TK: Tensor
+    """Chosen routed experts, int64."""
+    gate_T1: Tensor
+    """Largest probability of each token, fp32."""
+    load_balance: Tensor
+    """Unit load-balancing loss, scalar."""
+    z: Tensor
+    """Unit z-loss, scalar."""
+
+
+class NexusRouter(TokenChoiceTopKRouter):
+    """Scores tokens against rows P(D) (or free rows for `linear`) and carries the auxiliary losses.
+
+    `loss_scale` is 1 / gradient accumulation steps: the engine scales the main loss by it, so must the losses here.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        placement: Placement,
+        top_k: int,
+        projection: Projection | None,
+        domain_inputs_EM: Tensor | None,
+        load_balance: float = 0.0,
+        z_loss: float = 0.0,
+    ) -> None:
+        with torch.device("meta"):  # the parent's own gate is dropped
+            super().__init__(hidden_size, placement.slots, None, None, top_k, "softmax", False, 1.0, False)
+        del self.gate
+        self.projection = projection
+        if projection is None:
+            self.gate: nn.Linear = nn.Linear(hidden_size, placement.experts, bias=False)
+        self.register_buffer("domain_inputs", domain_inputs_EM, persistent=False)
+        slots = torch.tensor([placement.slot(e) for e in range(placement.experts)])
+        self.register_buffer("slot_of_expert", slots, persistent=False)
+        self.load_balance, self.z_loss, self.loss_scale = load_balance, z_loss, 1.0
+        self.latest: RouterStatistics | None = None
+
+    def logits(self, x_TH: Tensor) -> Tensor:
+        """Return x E^T, [T, E]. P is reached by a module call, so that ZeRO-3 gathers it."""
+        if self.projection is None:
+            return self.gate(x_TH)
+        assert isinstance(self.domain_inputs, Tensor)
+        return F.linear(x_TH, self.projection(self.domain_inputs.to(x_TH.dtype)))
+
+    def forward(self, x: Tensor, expert_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return gate values [T, K] fp32, chosen slots [T, K], tokens per slot [slots]."""
+        logits_TE = self.logits(x)
+        p_TE = F.softmax(logits_TE.float(), dim=-1)
+        gate_TK, chosen_TK = torch.topk(p_TE, self.top_k, dim=-1)
+        load_balance, z = load_balancing_loss(p_TE, chosen_TK), router_z_loss(logits_TE)
+        self.latest = RouterStatistics(chosen_TK.detach(), gate_TK[:, 0].detach(), load_balance.detach(), z.detach())
+        if torch.is_grad_enabled() and self.training:
+            gate_TK = attach_loss(gate_TK, self.load_balance * load_balance + self.z_loss * z, self.loss_scale)
+        # Serving rounds the gate to the compute dtype before it multiplies; training does the same or routes differ.
+        gate_TK = gate_TK.to(x.dtype).float()
+        assert isinstance(self.slot_of_expert, Tensor)
+        slots_TK = self.slot_of_expert[chosen_TK]
+        return gate_TK, slots_TK, count_tokens_per_expert(slots_TK, self.num_experts)
+
+
+class _Source(nn.Module):
+    """The block that AutoEP copies its weights from: local experts real, the others on the meta device."""
+
+    def __init__(self, hidden_size: int, ffn_size: int, placement: Placement, local: list[FeedForward]) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden_size, placement.slots, bias=False)
+        with torch.device("meta"):
+            elsewhere = FeedForward(hidden_size, ffn_size)
+        first = placement.ep_rank * placement.local_slots
+        self.experts = nn.ModuleList(
+            local[slot - first] if first <= slot < first + placement.local_slots else elsewhere
+            for slot in range(placement.slots)
+        )
+
+
+class NexusMoE(AutoEPMoELayer):
+    """One Nexus layer under DeepSpeed: y = E_0(x) + sum over the top-k of p_i E_i(x); [B, S, H] -> [B, S, H].
+
+    Args:
+        placement: which experts live on this rank.
+        local: this rank's experts in slot order; a vacant slot is a FeedForward of zeros.
+        shared: the seed's feed-forward network, always on with weight 1.
+        router: scores and auxiliary losses.
+        grouped_mm: grouped matrix products instead of a loop over experts.
+    """
+
+    def __init__(
+        self, placement: Placement, local: list[FeedForward], shared: FeedForward, router: NexusRouter, grouped_mm: bool
+    ) -> None:
+        ffn_size, hidden_size = shared.gate_proj.weight.shape
+        source = _Source(hidden_size, ffn_size, placement, local)
+        source.shared_expert = shared
+        spec = autoep_spec(placement.slots, router.top_k, hidden_size, ffn_size)
+        super().__init__(
+            spec, source, placement.ep_size, placement.ep_rank, autoep_config(placement.ep_size, grouped_mm)
+        )
+        self.placement = placement
+        self.router = router
+        mark_replicated(router)

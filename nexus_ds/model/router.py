@@ -1,0 +1,141 @@
+"""The Nexus router: row i of the router weight is P(d_i), a learned projection of domain embedding i (paper section 3).
+
+    e_i = P(d_i) = W_2 SwiGLU(W_1 d_i)        W_1: m -> 2h, W_2: h -> h, no biases
+    s   = softmax(x e_1, ..., x e_n)          over all n routed experts; then top-k, not renormalised
+
+Shapes: E routed experts, M width of a domain embedding, H hidden size.
+Not covered: who calls it. NexusMoE and the plain reference layer each do their own routing on these rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nexus_ds.errors import ConfigError
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """Return silu(a) * b for the halves a, b of the last dimension."""
+    a, b = x.chunk(2, dim=-1)
+    return F.silu(a) * b
+
+
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {  # function, input width / output width
+    "swiglu": (swiglu, 2),
+    "gelu": (F.gelu, 1),
+    "relu": (F.relu, 1),
+    "none": (lambda x: x, 1),
+}
+
+
+class Projection(nn.Module):
+    """P of one MoE layer: domain embeddings [E, M] to router rows [E, H].
+
+    Args:
+        embedding_size: M.
+        hidden_size: H.
+        depth: linear maps; 2 is the paper's, 1 is a plain linear map.
+        width: inner width; 0 means H.
+        activation: between the maps: swiglu | gelu | relu | none.
+
+    Raises:
+        ConfigError: unknown activation.
+    """
+
+    def __init__(
+        self, embedding_size: int, hidden_size: int, depth: int = 2, width: int = 0, activation: str = "swiglu"
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ConfigError(f"router.activation: unknown value {activation!r}; known: {', '.join(ACTIVATIONS)}")
+        self.activation = activation
+        width, factor = width or hidden_size, ACTIVATIONS[activation][1]
+        inner = [width] * (depth - 1)
+        sizes_in, sizes_out = [embedding_size, *inner], [*(w * factor for w in inner), hidden_size]
+        pairs = zip(sizes_in, sizes_out, strict=True)
+        self.maps: Any = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in pairs)
+
+    def forward(self, embeddings_EM: Tensor) -> Tensor:
+        """Return the router rows [E, H] in the dtype of the weights."""
+        act = ACTIVATIONS[self.activation][0]
+        x = embeddings_EM
+        for index, linear in enumerate(self.maps):
+            x = linear(act(x) if index else x)
+        return x
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Return `vectors` [..., M] scaled to length one."""
+    return F.normalize(vectors, dim=-1)
+
+
+def centre_of(vectors_EM: Tensor) -> Tensor:
+    """Return the mean [M] of the unit vectors: stored at upcycling, subtracted from every later domain too."""
+    return unit(vectors_EM.float()).mean(0)
+
+
+def condition(vectors_EM: Tensor, centre_M: Tensor) -> Tensor:
+    """Return what P reads: normalised, centred, normalised again; fp32 [E, M]."""
+    return unit(unit(vectors_EM.float()) - centre_M.float())
+
+
+def centred_norm(rows_EH: Tensor) -> Tensor:
+    """Return the mean distance of the rows from their mean (from zero for a single row)."""
+    centred = rows_EH - rows_EH.mean(0) if len(rows_EH) > 1 else rows_EH
+    return centred.norm(dim=-1).mean()
+
+
+@torch.no_grad()
+def init_projection(
+    projection: Projection, embeddings_EM: Tensor, init: str, row_norm: float, generator: torch.Generator
+) -> None:
+    """Fill P in place.
+
+    balanced: every map keeps unit variance, then the last is scaled so that centred rows have mean norm `row_norm`.
+    Hidden states are RMS-normed, so the spread of the logits over experts starts at about `row_norm`: neither
+    saturated nor dead whatever the embedding's width. normal: N(0, 0.02) everywhere (the paper names no scale).
+    """
+    length = float(embeddings_EM.float().norm(dim=-1).mean())
+    for index, linear in enumerate(projection.maps):
+        fan_in = linear.weight.shape[1]
+        deviation = (1 / max(length, 1e-12) if index == 0 else 1 / math.sqrt(fan_in)) if init == "balanced" else 0.02
+        linear.weight.normal_(0.0, deviation, generator=generator)
+    if init == "balanced":
+        norm = centred_norm(projection(embeddings_EM.float()))
+        if norm > 0:
+            projection.maps[-1].weight.mul_(row_norm / norm)
+
+
+@torch.no_grad()
+def init_rows(experts: int, hidden_size: int, init: str, row_norm: float, generator: torch.Generator) -> Tensor:
+    """Return free router rows [E, H] of a linear router: N(0, 0.02), or scaled as the balanced projection's rows."""
+    rows = torch.empty(experts, hidden_size).normal_(0.0, 0.02, generator=generator)
+    return rows if init == "normal" else rows * (row_norm / centred_norm(rows))
+
+
+def layer_generator(seed: int, layer: int) -> torch.Generator:
+    """Return the random generator of one layer's router, a pure function of (seed, layer)."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**63)
+
+
+@torch.no_grad()
+def rows_in(projection: Projection, embeddings_EM: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the rows [E, H] as a model of `dtype` computes them: P and D rounded to `dtype` first.
+
+    Rounding fp32 rows instead flips a few tokens per layer between training and serving.
+    """
+    rounded = Projection.__new__(Projection)
+    nn.Module.__init__(rounded)
+    rounded.activation = projection.activation
+    rounded.maps = nn.ModuleList()
+    for linear in projection.maps:
+        copy = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+        copy.weight = nn.Parameter(linear.weight.to(dtype), requires_grad=False)
+        rounded.maps.append(copy)
+    return rounded(embeddings_EM.to(dtype))

@@ -1,0 +1,494 @@
+"""Safetensors in and out, one tensor or one slice of rows at a time: `TensorReader` and `TensorWriter`.
+
+A file is 8 bytes of header length (little endian), a JSON header, then the tensors' bytes. Reading goes through
+`os.preadv` into fresh tensors, not through mmap, so that memory is what the caller holds and nothing more.
+Nothing here unpickles: files of another kind are refused by name and by content, and paths in an index stay inside
+the model's directory.
+Not covered: big-endian machines, packed 4- and 6-bit types, two writers of one directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+
+from nexus_ds.errors import CheckpointError
+from nexus_ds.outputs import write_json
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+MAX_HEADER = 100_000_000  # bytes; the format's own limit
+MAX_JSON = 100_000_000  # bytes of an index or configuration
+SLICE = 1 << 22  # elements that `row_slices` allows at once
+CHUNK = 1 << 23  # bytes that are hashed at once
+
+
+class TensorInfo(NamedTuple):
+    """Where a tensor lies: dtype as safetensors names it, shape, file, and byte range [start, end) in that file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+
+def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
+    """Return the size of a tensor in bytes."""
+    return math.prod(shape) * DTYPES[dtype].itemsize
+
+
+def confined(directory: Path, name: str) -> Path:
+    """Return `directory / name`, a file that really lies in `directory`.
+
+    A directory of the Hugging Face cache (`snapshots/REVISION`) consists of links to its sibling `blobs`: these are
+    the one kind of link that may leave the directory.
+
+    Raises:
+        CheckpointError: absolute, upward or linked paths that lead out of the directory, NUL bytes.
+    """
+    root = directory.parent.parent if directory.parent.name == "snapshots" else directory
+    path = directory / name
+    outside = "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts
+    if outside or not path.resolve().is_relative_to(root.resolve()):
+        raise CheckpointError(
+            f"{directory}: the file {name!r} lies outside the model's directory; only files in it are read. "
+            "Copy the model so that its directory holds the files themselves"
+        )
+    return path
+
+
+def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object, refusing a name that stands twice (ValueError)."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r} stands twice")
+    return result
+
+
+def parse_json_object(text: bytes, what: str) -> dict[str, Any]:
+    """Parse a JSON object strictly: UTF-8, no doubled names. CheckpointError starts with `what`."""
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_no_doubles)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} is not valid JSON ({error}); fetch or save it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{what} holds {type(value).__name__}, expected a JSON object; fetch or save it again")
+    return value
+
+
+def read_json_object(directory: Path, name: str) -> dict[str, Any]:
+    """Read the JSON object in `directory / name`.
+
+    Raises:
+        CheckpointError: missing, outside the directory, larger than 100 MB, or not an object.
+    """
+    path = confined(directory, name)
+    if not path.is_file():
+        raise CheckpointError(f"{directory} has no {name}; expected a model directory as transformers saves it")
+    if path.stat().st_size > MAX_JSON:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected at most {MAX_JSON}")
+    return parse_json_object(path.read_bytes(), str(path))
+
+
+def require_directory(directory: Path) -> Path:
+    """Return `directory` if it is one; CheckpointError else, for instance for the name of a model on a hub."""
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory} is not a directory; expected a local model directory "
+            "(nothing is downloaded: fetch the model first)"
+        )
+    return directory
+
+
+def _int_list(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _entry(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    """Check one entry of a header and return where its tensor lies."""
+    where = f"{file}: tensor {name!r}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(
+            f"{where}: expected dtype, shape and data_offsets in the header, found {str(entry)[:200]}"
+        )
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{where}: unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    if not _int_list(shape) or not _int_list(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"{where}: shape {str(shape)[:100]} or data_offsets {str(offsets)[:100]} are no sizes")
+    start, end = offsets
+    if end - start != tensor_bytes(dtype, shape):
+        raise CheckpointError(
+            f"{where}: {end - start} bytes at [{start}, {end}), expected {tensor_bytes(dtype, shape)} "
+            f"for {dtype} {tuple(shape)}; the file is damaged, fetch or save it again"
+        )
+    return TensorInfo(dtype, tuple(shape), file, data_start + start, data_start + end)
+
+
+def _read_header_bytes(file: Path, size: int) -> bytes:
+    """Return the JSON header of a safetensors file of `size` bytes."""
+    with file.open("rb") as stream:
+        lead = stream.read(8)
+        length = int.from_bytes(lead, "little")
+        if lead[:2] == b"PK" or lead[:1] == b"\x80":
+            raise CheckpointError(
+                f"{file} is a pickle under the name of a safetensors file; it is not opened, since a pickle can run "
+                "code. Save the model with safetensors"
+            )
+        if len(lead) < 8 or length > min(MAX_HEADER, size - 8):
+            raise CheckpointError(
+                f"{file} is not a safetensors file: its header would have {length} bytes in a file of {size} "
+                f"(limit {MAX_HEADER}); it is cut off or of another kind, fetch or save it again"
+            )
+        return stream.read(length)
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Return where each tensor of one safetensors file lies, every claim of the header checked.
+
+    Raises:
+        CheckpointError: not safetensors (a renamed pickle for instance), oversized header, doubled names, unknown
+            dtypes, byte ranges that overlap, leave gaps, or do not end at the end of the file.
+    """
+    size = file.stat().st_size
+    text = _read_header_bytes(file, size)
+    if text[:1] != b"{":
+        raise CheckpointError(f"{file} is not a safetensors file: its header does not start with '{{'")
+    header = parse_json_object(text, f"{file}: the header")
+    header.pop("__metadata__", None)
+    data_start = 8 + len(text)
+    infos = {name: _entry(file, name, entry, data_start) for name, entry in header.items()}
+    position = data_start
+    for name, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start != position:
+            kind = "overlaps another one" if info.start < position else "leaves a gap before it"
+            raise CheckpointError(f"{file}: tensor {name!r} {kind}; the file is damaged, fetch or save it again")
+        position = info.end
+    if position != size:
+        raise CheckpointError(
+            f"{file} has {size} bytes, its header describes {position}; the file is cut off or damaged, "
+            "fetch or save it again"
+        )
+    return infos
+
+
+def _indexed(directory: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of a sharded model, index and shards checked against each other."""
+    weight_map = read_json_object(directory, INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{directory / INDEX}: expected a weight_map from tensor names to file names")
+    infos: dict[str, TensorInfo] = {}
+    for shard in sorted(set(weight_map.values())):
+        file = confined(directory, shard)
+        if not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{directory / INDEX}: shard {shard!r} is not a .safetensors file; only these are read"
+            )
+        if not file.is_file():
+            raise CheckpointError(
+                f"{directory}: the shard {shard!r} of {INDEX} is missing; fetch or save the model again"
+            )
+        for name, info in read_header(file).items():
+            if name in infos:
+                raise CheckpointError(
+                    f"{directory}: tensor {name!r} is in {infos[name].file.name} and in {shard}; expected one"
+                )
+            if weight_map.get(name) != shard:
+                raise CheckpointError(
+                    f"{directory}: tensor {name!r} is in {shard}, {INDEX} says {weight_map.get(name)!r}"
+                )
+            infos[name] = info
+    missing = [name for name in weight_map if name not in infos]
+    if missing:
+        raise CheckpointError(
+            f"{directory}: {len(missing)} tensors of {INDEX} are in no shard, the first: {missing[0]!r}"
+        )
+    return infos
+
+
+def _locate(directory: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of a model directory, single file or sharded."""
+    require_directory(directory)
+    if (directory / SINGLE).exists():
+        return read_header(confined(directory, SINGLE))
+    if (directory / INDEX).exists():
+        return _indexed(directory)
+    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
+    if pickles:
+        raise CheckpointError(
+            f"{directory} holds only {', '.join(pickles[:5])}: pickled weights are not read, since a pickle can run "
+            f"code. Save the model with safetensors ({SINGLE}, or shards with {INDEX})"
+        )
+    raise CheckpointError(f"{directory} has no weights; expected {SINGLE}, or shards with {INDEX}")
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor; for a contiguous one on the CPU they are the tensor's own memory."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write_at(descriptor: int, position: int, data: memoryview) -> None:
+    """Write all of `data`; one call of the system writes at most 2 GiB."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], position + done)
+
+
+class TensorReader:
+    """All tensors of a model directory: a single model.safetensors, or an index with its shards.
+
+    Opening reads the headers only. Each read opens its file anew, so no descriptor is held.
+
+    Raises:
+        CheckpointError: see `read_header`; also missing shards, tensors that stand in two shards, index entries that
+            lead out of the directory or nowhere, and directories with pickled weights only.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        self._infos = _locate(self.directory)
+
+    @classmethod
+    def of_file(cls, directory: Path, name: str) -> TensorReader:
+        """Open one safetensors file of a directory; CheckpointError if it is missing or damaged."""
+        reader = cls.__new__(cls)
+        reader.directory = Path(directory)
+        file = confined(reader.directory, name)
+        if not file.is_file():
+            raise CheckpointError(f"{directory} has no {name}; the checkpoint is incomplete")
+        reader._infos = read_header(file)
+        return reader
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors, sorted."""
+        return sorted(self._infos)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._infos
+
+    def info(self, name: str) -> TensorInfo:
+        """Return where a tensor lies; CheckpointError if there is none of this name."""
+        if name not in self._infos:
+            raise CheckpointError(
+                f"{self.directory}: no tensor {name!r} among its {len(self._infos)}; the model is incomplete"
+            )
+        return self._infos[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a whole tensor, in its stored dtype and shape."""
+        info = self.info(name)
+        return self._read(info, info.start, info.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return rows [start, stop) of the leading dimension of a tensor with at least one dimension."""
+        info = self.info(name)
+        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+            raise CheckpointError(
+                f"{self.directory}: tensor {name!r} of shape {info.shape} has no rows [{start}, {stop})"
+            )
+        row = tensor_bytes(info.dtype, info.shape[1:])
+        return self._read(info, info.start + start * row, (stop - start, *info.shape[1:]))
+
+    def _read(self, info: TensorInfo, start: int, shape: tuple[int, ...]) -> torch.Tensor:
+        tensor = torch.empty(shape, dtype=DTYPES[info.dtype])
+        view = _bytes_of(tensor)
+        with info.file.open("rb", buffering=0) as stream:
+            done = 0
+            while done < len(view):  # one call reads at most 2 GiB
+                count = os.preadv(stream.fileno(), [view[done:]], start + done)
+                if not count:
+                    raise CheckpointError(f"{info.file} ends at byte {start + done}; it was cut off while it was read")
+                done += count
+        return tensor
+
+
+def row_slices(shape: tuple[int, ...], limit: int = SLICE) -> Iterator[tuple[int, int]]:
+    """Yield [start, stop) ranges of the leading dimension, of at most `limit` elements each (at least one row)."""
+    rows = shape[0] if shape else 1
+    step = max(1, limit // max(1, math.prod(shape[1:])))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def _shards(plan: dict[str, tuple[str, tuple[int, ...]]], limit: int) -> list[list[str]]:
+    """Group the planned tensors, in order, into shards of at most `limit` bytes (a larger tensor has its own)."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, (dtype, shape) in plan.items():
+        count = tensor_bytes(dtype, shape)
+        if shards[-1] and size + count > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += count
+    return shards
+
+
+class TensorWriter:
+    """Streaming writer of a model's safetensors: plan first, then the tensors in any order, whole or by rows.
+
+    Args:
+        directory: existing directory without weights.
+        plan: for each tensor its safetensors dtype and its shape; the order is the order in the files.
+        max_shard_bytes: more than this are spread over shards with an index, as transformers does it.
+
+    Used as a context manager it closes itself, and checks that the plan was fulfilled if the block ended well.
+
+    Raises:
+        CheckpointError: not enough space on the disk, another dtype or shape than planned, a planned tensor that was
+            not written (from `close`).
+    """
+
+    def __init__(
+        self, directory: Path, plan: dict[str, tuple[str, tuple[int, ...]]], max_shard_bytes: int = 4 << 30
+    ) -> None:
+        self.directory, self.plan = Path(directory), plan
+        total = sum(tensor_bytes(*entry) for entry in plan.values())
+        free = shutil.disk_usage(self.directory).free
+        if total > free:
+            raise CheckpointError(
+                f"{self.directory}: not enough space: need {total:,} bytes, free {free:,}; make room first"
+            )
+        shards = _shards(plan, max_shard_bytes)
+        files = (
+            [SINGLE]
+            if len(shards) == 1
+            else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        )
+        self._missing = {name: tensor_bytes(*entry) for name, entry in plan.items()}  # bytes that are still to come
+        self._places: dict[str, tuple[int, int]] = {}  # name: descriptor, first byte
+        self._descriptors: list[int] = []
+        try:
+            for file, names in zip(files, shards, strict=True):
+                self._start_file(self.directory / file, names)
+        except BaseException:
+            self._close_files()
+            raise
+        if len(shards) > 1:
+            where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+            write_json(self.directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+    def _start_file(self, path: Path, names: list[str]) -> None:
+        """Write the header of one file and remember where its tensors go."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name in names:
+            dtype, shape = self.plan[name]
+            end = position + tensor_bytes(dtype, shape)
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+            position = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._descriptors.append(descriptor)
+        _write_at(descriptor, 0, memoryview(len(text).to_bytes(8, "little") + text))
+        os.ftruncate(descriptor, 8 + len(text) + position)
+        for name in names:
+            self._places[name] = descriptor, 8 + len(text) + header[name]["data_offsets"][0]
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a whole planned tensor."""
+        if name in self.plan and tuple(tensor.shape) != tuple(self.plan[name][1]):
+            raise CheckpointError(
+                f"tensor {name!r} has shape {tuple(tensor.shape)}, planned was {tuple(self.plan[name][1])}"
+            )
+        self._write(name, 0, tensor)
+
+    def write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
+        """Write rows [start, start + len(rows)) of the leading dimension of a planned tensor, each row once."""
+        shape = self.plan[name][1] if name in self.plan else ()
+        if name in self.plan and (rows.shape[1:] != tuple(shape[1:]) or start + len(rows) > shape[0]):
+            raise CheckpointError(f"rows {start}+{tuple(rows.shape)} do not fit into {name!r} of shape {tuple(shape)}")
+        self._write(name, start, rows)
+
+    def _write(self, name: str, start: int, tensor: torch.Tensor) -> None:
+        if name not in self.plan:
+            raise CheckpointError(f"tensor {name!r} was not planned; expected one of the {len(self.plan)} planned ones")
+        dtype, shape = self.plan[name]
+        if tensor.dtype != DTYPES[dtype]:
+            raise CheckpointError(f"tensor {name!r} has dtype {tensor.dtype}, planned was {dtype}")
+        data = _bytes_of(tensor)
+        self._missing[name] -= len(data)
+        if self._missing[name] < 0:
+            raise CheckpointError(f"tensor {name!r} was written twice")
+        descriptor, first = self._places[name]
+        first += start * tensor_bytes(dtype, shape[1:])
+        _write_at(descriptor, first, data)
+
+    def _close_files(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def close(self) -> None:
+        """Close the files; CheckpointError if a planned tensor was not (wholly) written."""
+        self._close_files()
+        missing = [name for name, count in self._missing.items() if count]
+        if missing:
+            raise CheckpointError(f"{len(missing)} planned tensors were not written, the first: {missing[0]!r}")
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._close_files()
+
+
+def overwrite(info: TensorInfo, tensor: torch.Tensor) -> None:
+    """Overwrite a tensor in its file, cast to the dtype that it has there; CheckpointError for another shape.
+
+    Only for directories that nobody else reads yet: it is not atomic.
+    """
+    if tuple(tensor.shape) != info.shape:
+        raise CheckpointError(f"{info.file}: found a tensor of shape {tuple(tensor.shape)}, the file has {info.shape}")
+    with info.file.open("r+b") as stream:
+        stream.seek(info.start)
+        stream.write(_bytes_of(tensor.to(DTYPES[info.dtype])))
+
+
+def sha256_of_tensors(reader: TensorReader, names: Iterable[str]) -> str:
+    """Return a hash over names, dtypes, shapes and bytes of some tensors; the order of `names` does not matter."""
+    digest = hashlib.sha256()
+    for name in sorted(set(names)):
+        info = reader.info(name)
+        digest.update(f"{name}\n{info.dtype}\n{info.shape}\n".encode())
+        with info.file.open("rb", buffering=0) as stream:
+            stream.seek(info.start)
+            left = info.end - info.start
+            while left:
+                chunk = stream.read(min(CHUNK, left))
+                if not chunk:
+                    raise CheckpointError(f"{info.file} was cut off while it was read")
+                digest.update(chunk)
+                left -= len(chunk)
+    return digest.hexdigest()

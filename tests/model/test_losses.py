@@ -1,0 +1,55 @@
+"""The router's losses and how they ride on an activation."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from nexus_ds.model.losses import attach_loss, load_balancing_loss, router_z_loss
+
+
+def test_uniform_routing_has_loss_one():
+    p = torch.full((8, 4), 0.25)
+    chosen = torch.arange(8).remainder(4)[:, None]
+    assert float(load_balancing_loss(p, chosen)) == pytest.approx(1.0)
+
+
+def test_collapse_on_one_expert_has_loss_n():
+    p = torch.zeros(8, 4)
+    p[:, 2] = 1.0
+    assert float(load_balancing_loss(p, torch.full((8, 1), 2))) == pytest.approx(4.0)
+
+
+def test_top_two_counts_every_assignment():
+    p = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]])
+    assert float(load_balancing_loss(p, torch.tensor([[0, 1], [1, 0]]))) == pytest.approx(1.5)
+
+
+def test_the_share_of_tokens_has_no_gradient_the_probabilities_have():
+    logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    p = logits.softmax(-1)
+    load_balancing_loss(p, p.argmax(-1, keepdim=True)).backward()
+    assert float(logits.grad.abs().sum()) > 0
+
+
+def test_z_loss_is_the_mean_squared_log_partition():
+    logits = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
+    expected = (torch.tensor(2.0).log() ** 2 + torch.logsumexp(torch.tensor([1.0, 2.0]), 0) ** 2) / 2
+    assert float(router_z_loss(logits)) == pytest.approx(float(expected))
+
+
+def body(x, weight, scale):
+    h = x * weight
+    return attach_loss(h, (weight**2).sum(), scale) * 3
+
+
+@pytest.mark.parametrize("mode", ["plain", "reentrant", "non_reentrant"])
+def test_an_attached_loss_is_exact_under_every_kind_of_checkpointing(mode):
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    weight = torch.tensor([0.5, -1.0], requires_grad=True)
+    if mode == "plain":
+        out = body(x, weight, 0.25)
+    else:
+        out = checkpoint(body, x, weight, 0.25, use_reentrant=mode == "reentrant")
+    out.sum().backward()
+    assert torch.allclose(x.grad, 3 * weight.detach())
+    assert torch.allclose(weight.grad, 3 * x.detach() + 0.25 * 2 * weight.detach())

@@ -1,0 +1,109 @@
+"""The router: shapes, initialisation, domain embeddings, and the facts of paper section 10 about rows."""
+
+import pytest
+import torch
+
+from nexus_ds.errors import ConfigError
+from nexus_ds.model.router import (
+    Projection,
+    centre_of,
+    centred_norm,
+    condition,
+    init_projection,
+    init_rows,
+    layer_generator,
+    rows_in,
+    swiglu,
+)
+
+EMBEDDINGS = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
+
+
+def balanced(seed=0, **options):
+    projection = Projection(12, 16, **options)
+    init_projection(projection, EMBEDDINGS, "balanced", 0.5, layer_generator(seed, 0))
+    return projection
+
+
+def test_the_papers_projection_has_w1_of_2h_by_m_and_w2_of_h_by_h():
+    projection = Projection(12, 16)
+    assert [tuple(p.shape) for p in projection.parameters()] == [(32, 12), (16, 16)]
+    w1, w2 = (p.detach() for p in projection.parameters())
+    a, b = (EMBEDDINGS @ w1.T).chunk(2, dim=-1)
+    expected = (torch.nn.functional.silu(a) * b) @ w2.T
+    assert torch.allclose(projection(EMBEDDINGS), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "shapes"),
+    [
+        ({"depth": 1}, [(16, 12)]),
+        ({"depth": 3, "width": 8}, [(16, 12), (16, 8), (16, 8)]),
+        ({"activation": "gelu", "width": 4}, [(4, 12), (16, 4)]),
+    ],
+)
+def test_depth_width_and_activation_are_configurable(options, shapes):
+    projection = Projection(12, 16, **options)
+    assert [tuple(p.shape) for p in projection.parameters()] == shapes
+    assert projection(EMBEDDINGS).shape == (5, 16)
+
+
+def test_an_unknown_activation_is_named():
+    with pytest.raises(ConfigError, match=r"router.activation: unknown value 'swish'; known: swiglu, gelu, relu, none"):
+        Projection(12, 16, activation="swish")
+
+
+def test_parameters_do_not_depend_on_the_number_of_experts():
+    count = sum(p.numel() for p in Projection(12, 16).parameters())
+    assert count == 32 * 12 + 16 * 16
+    assert Projection(12, 16)(EMBEDDINGS[:2]).shape == (2, 16)
+
+
+def test_rows_are_permuted_with_their_domains():
+    projection, order = balanced(), torch.tensor([3, 0, 4, 1, 2])
+    assert torch.equal(projection(EMBEDDINGS)[order], projection(EMBEDDINGS[order]))
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+def test_balanced_rows_have_the_asked_spread_whatever_the_embeddings_length(scale):
+    projection = Projection(12, 16)
+    init_projection(projection, EMBEDDINGS * scale, "balanced", 0.5, layer_generator(0, 0))
+    assert float(centred_norm(projection(EMBEDDINGS * scale))) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_initialisation_is_a_function_of_seed_and_layer():
+    assert torch.equal(balanced(1)(EMBEDDINGS), balanced(1)(EMBEDDINGS))
+    assert not torch.equal(balanced(1)(EMBEDDINGS), balanced(2)(EMBEDDINGS))
+    other = Projection(12, 16)
+    init_projection(other, EMBEDDINGS, "balanced", 0.5, layer_generator(1, 1))
+    assert not torch.equal(balanced(1)(EMBEDDINGS), other(EMBEDDINGS))
+
+
+def test_free_rows_are_normal_or_balanced():
+    rows = init_rows(4000, 16, "normal", 0.5, layer_generator(0, 0))
+    assert float(rows.std()) == pytest.approx(0.02, rel=0.02)
+    assert float(centred_norm(init_rows(4, 16, "balanced", 0.5, layer_generator(0, 0)))) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_conditioned_embeddings_are_unit_and_centred_first():
+    centre = centre_of(EMBEDDINGS)
+    unit = EMBEDDINGS / EMBEDDINGS.norm(dim=1, keepdim=True)
+    assert torch.allclose(centre, unit.mean(0), atol=1e-6)
+    found = condition(EMBEDDINGS, centre)
+    assert torch.allclose(found.norm(dim=1), torch.ones(5), atol=1e-6)
+    expected = unit - unit.mean(0)
+    assert torch.allclose(found, expected / expected.norm(dim=1, keepdim=True), atol=1e-6)
+
+
+def test_rows_in_bf16_are_those_of_a_bf16_model_not_rounded_fp32_rows():
+    projection = balanced()
+    expected = balanced().to(torch.bfloat16)(EMBEDDINGS.to(torch.bfloat16))
+    found = rows_in(projection, EMBEDDINGS, torch.bfloat16)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, projection(EMBEDDINGS).to(torch.bfloat16))
+    assert projection.maps[0].weight.dtype == torch.float32
+
+
+def test_swiglu_gates_the_first_half():
+    assert torch.allclose(swiglu(torch.tensor([[0.0, 5.0]])), torch.zeros(1, 1))
+    assert float(swiglu(torch.tensor([[5.0, 0.0]]))) == 0.0

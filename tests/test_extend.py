@@ -1,0 +1,309 @@
+"""The verb extend: facts 8 and 9 of the paper, several experts at once, linear routers, refit, and bad input."""
+
+import argparse
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nexus_ds import extend
+from nexus_ds.data.domains import DomainEmbeddings, write_domain_embeddings
+from nexus_ds.errors import CheckpointError, ConfigError, DataError, IncompatibleModelsError, OutputExistsError
+from nexus_ds.model.checkpoint import RouterRecord, read_sidecar, router_rows, verify_rows, write_sidecar
+from nexus_ds.model.families import FFN_PARTS, dense_ffn_name, expert_name, gate_name
+from nexus_ds.model.growth import merge_share
+from nexus_ds.model.router import condition
+
+OLD = ("alpha", "beta", "gamma")
+LAYERS = 2
+REVISION = "1" * 64  # of the checkpoint's encoder
+
+
+def embed(path, names, data="nowhere", revision=REVISION, width=8):
+    vectors = np.random.default_rng(5).normal(size=(len(names), width)).astype(np.float32)
+    documents = dict.fromkeys(names, 5)
+    embeddings = DomainEmbeddings(list(names), vectors, "tiny", revision, 16, 4, documents, 0, str(data))
+    write_domain_embeddings(path, embeddings, overwrite=True)
+    return torch.from_numpy(vectors)
+
+
+def edit_config(directory, **keys):
+    config = json.loads((directory / "config.json").read_text()) | keys
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(directory, change):
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def parts(tmp_path, nexus_dir, dense_dir, text_folder):
+    """A checkpoint with experts alpha, beta, gamma; new branches delta and epsilon; their embeddings; text; a recipe."""
+    shutil.copytree(nexus_dir, tmp_path / "nexus")
+    # The stock model's config has its default base of RoPE; that of the dense model is its own.
+    rope = json.loads((dense_dir / "config.json").read_text())["rope_parameters"]
+    edit_config(tmp_path / "nexus", rope_parameters=rope)
+    for index, name in enumerate(("delta", "epsilon")):
+        shutil.copytree(dense_dir, tmp_path / name)
+        generator = torch.Generator().manual_seed(index)
+        edit_tensors(
+            tmp_path / name,
+            lambda t, g=generator: t.update({n: x + 0.2 * torch.randn(x.shape, generator=g) for n, x in t.items()}),
+        )
+    shutil.copytree(text_folder, tmp_path / "text")
+    shutil.copytree(text_folder / "alpha", tmp_path / "text" / "delta")
+    words = "proof lemma axiom", "coral reef kelp"
+    for split in ("train", "validation"):
+        path = tmp_path / "text" / "delta" / f"{split}.jsonl"
+        path.write_text(path.read_text().replace("tree", words[0]).replace("leaf", words[1]))
+    embed(tmp_path / "domains.safetensors", ("delta", "epsilon"), tmp_path / "text")
+    (tmp_path / "recipe.yaml").write_text(
+        "training: {steps: 1}\ndata: {sequence_length: 32, workers: 1}\nrouter: {fit_steps: 30, fit_windows: 8}\n"
+    )
+    return tmp_path
+
+
+def run(parts, *extra, names=("delta",), refit=False, recipe="recipe.yaml"):
+    """Run the verb as the command line would."""
+    parser = argparse.ArgumentParser()
+    extend.add_arguments(parser)
+    arguments = ["--checkpoint", str(parts / "nexus"), "--domains", str(parts / "domains.safetensors")]
+    arguments += ["--out", str(parts / "out"), "--config", str(parts / recipe)]
+    for name in names:
+        arguments += ["--expert", f"{name}={parts / name}"]
+    return extend.run(parser.parse_args([*arguments, *([] if refit else ["--no-refit"]), *extra]))
+
+
+def make_linear(parts):
+    """Turn the checkpoint's router into a linear one with the same rows."""
+    sidecar = read_sidecar(parts / "nexus")
+    sidecar.router, sidecar.projections = RouterRecord("linear", 2, 0, "swiglu", True, 1), []
+    write_sidecar(parts / "nexus", sidecar)
+
+
+def tensors_of(directory):
+    return load_file(directory / "model.safetensors")
+
+
+def stock(directory):
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"], report
+    return model.eval()
+
+
+def left_over(parts):
+    return [path.name for path in parts.iterdir() if "out" in path.name]
+
+
+def averaged(names):
+    return [name for name in names if ".mlp." not in name]
+
+
+def test_appends_one_expert(parts, capsys):
+    """Facts 8 and 9: FFN list + 1, old FFNs bit-equal, lambda = 1/(n+1), rows P(d_new), no new router parameter."""
+    assert run(parts) == 0
+    old, new, dense = (tensors_of(parts / name) for name in ("nexus", "out", "delta"))
+    grown = {expert_name(layer, 3, part) for layer in range(LAYERS) for part in FFN_PARTS}
+    assert set(new) - set(old) == grown and set(old) <= set(new)
+    for layer in range(LAYERS):
+        assert torch.equal(new[gate_name(layer)][:3], old[gate_name(layer)])
+        for part in FFN_PARTS:
+            assert torch.equal(new[expert_name(layer, 3, part)], dense[dense_ffn_name(layer, part)])
+    for name in averaged(old):
+        torch.testing.assert_close(new[name], 0.75 * old[name] + 0.25 * dense[name], atol=1e-7, rtol=1e-6)
+    assert all(torch.equal(new[n], old[n]) for n in old if ".mlp." in n and not n.endswith("mlp.gate.weight"))
+    before, after = read_sidecar(parts / "nexus"), read_sidecar(parts / "out")
+    for layer in range(LAYERS):
+        assert all(
+            torch.equal(before.projections[layer][n], after.projections[layer][n]) for n in before.projections[0]
+        )
+    assert torch.equal(after.centre, before.centre) and torch.equal(after.vectors[:3], before.vectors)
+    assert [e.name for e in after.experts] == [*OLD, "delta"]
+    assert [entry["verb"] for entry in after.lineage] == ["upcycle", "extend"]
+    assert after.lineage[-1]["lambda"] == 0.25 and str(parts) not in (parts / "out" / "nexus.json").read_text()
+    verify_rows(parts / "out")
+    printed = capsys.readouterr().out
+    assert "4 experts (alpha, beta, gamma, delta)" in printed
+    assert "stage=extend" in printed and "data.new_domains=delta" in printed
+
+
+def test_new_row_is_p_of_the_conditioned_embedding(parts):
+    vectors = embed(parts / "domains.safetensors", ("delta",))
+    run(parts)
+    sidecar, rows = read_sidecar(parts / "out"), tensors_of(parts / "out")[gate_name(1)]
+    a, b = (condition(vectors, sidecar.centre) @ sidecar.projections[1]["maps.0.weight"].T).chunk(2, dim=-1)
+    expected = (torch.nn.functional.silu(a) * b) @ sidecar.projections[1]["maps.1.weight"].T
+    torch.testing.assert_close(rows[3:], expected)
+
+
+@torch.no_grad()
+def test_with_lambda_zero_old_logits_are_bit_identical(parts):
+    """Fact 8: the only change in the probabilities is the extra term of the softmax."""
+    run(parts, "--lambda", "0")
+    old, new = stock(parts / "nexus"), stock(parts / "out")
+    tokens = torch.arange(24)[None] % old.config.vocab_size
+    seen = []
+    for model in (old, new):
+        gate = model.model.layers[0].mlp.gate
+        gate.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output[0])))
+        assert torch.isfinite(model(tokens).logits).all()
+    (x_old, logits_old), (x_new, logits_new) = seen
+    assert torch.equal(x_old, x_new) and torch.equal(logits_old, logits_new[:, :3])
+    probabilities = logits_new.softmax(-1)
+    rescaled = probabilities[:, :3] / (1 - probabilities[:, 3:])
+    torch.testing.assert_close(rescaled, logits_old.softmax(-1))
+    a, b = tensors_of(parts / "nexus"), tensors_of(parts / "out")
+    assert all(torch.equal(a[name], b[name]) for name in averaged(a))
+
+
+def test_several_at_once_share_as_one_after_the_other(parts):
+    run(parts, names=("delta", "epsilon"))
+    old, new = tensors_of(parts / "nexus"), tensors_of(parts / "out")
+    delta, epsilon = tensors_of(parts / "delta"), tensors_of(parts / "epsilon")
+    for name in averaged(old):
+        first = 0.75 * old[name] + 0.25 * delta[name]  # 1 / (3 + 1), then 1 / (4 + 1)
+        torch.testing.assert_close(new[name], 0.8 * first + 0.2 * epsilon[name], atol=1e-6, rtol=1e-5)
+    assert torch.equal(new[expert_name(0, 4, "up_proj")], epsilon[dense_ffn_name(0, "up_proj")])
+    shutil.rmtree(parts / "out")
+    run(parts, "--lambda", "0.5", names=("delta", "epsilon"))
+    new = tensors_of(parts / "out")
+    for name in averaged(old):
+        expected = 0.5 * old[name] + 0.25 * delta[name] + 0.25 * epsilon[name]
+        torch.testing.assert_close(new[name], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_shares():
+    assert merge_share(4, 1, None) == 0.2 and merge_share(4, 2, None) == pytest.approx(1 / 3)
+    assert merge_share(4, 1, 0.0) == 0.0
+    with pytest.raises(ConfigError, match=r"--lambda 1.5: expected a share in \[0, 1\]; leave it out for 1/5"):
+        merge_share(4, 1, 1.5)
+
+
+def test_a_recipe_may_set_lambda(parts):
+    (parts / "other.yaml").write_text((parts / "recipe.yaml").read_text() + "pipeline: {merge_weight: 0.125}\n")
+    run(parts, recipe="other.yaml")
+    assert read_sidecar(parts / "out").lineage[-1]["lambda"] == 0.125
+
+
+def test_extended_models_extend(parts):
+    run(parts)
+    shutil.rmtree(parts / "nexus")
+    (parts / "out").rename(parts / "nexus")
+    run(parts, names=("epsilon",))
+    sidecar = read_sidecar(parts / "out")
+    assert [e.name for e in sidecar.experts] == [*OLD, "delta", "epsilon"] and len(sidecar.lineage) == 3
+    assert sidecar.lineage[-1]["lambda"] == 0.2
+
+
+@pytest.mark.parametrize("choice", ["keep", "reset"])
+def test_linear_routers(parts, choice):
+    make_linear(parts)
+    run(parts, "--linear-init", choice)
+    old, new = (tensors_of(parts / name)[gate_name(0)] for name in ("nexus", "out"))
+    assert new.shape == (4, 16)
+    assert torch.equal(new[:3], old) == (choice == "keep")
+    if choice == "keep":
+        torch.testing.assert_close(new[3].norm(), old.norm(dim=-1).mean())
+    else:
+        torch.testing.assert_close((new - new.mean(0)).norm(dim=-1).mean(), torch.tensor(0.5))
+    assert not read_sidecar(parts / "out").projections
+    assert torch.isfinite(stock(parts / "out")(torch.arange(5)[None]).logits).all()
+
+
+@pytest.mark.parametrize("kind", ["nexus", "linear"])
+def test_refit_reads_old_and_new_text(parts, capsys, kind):
+    if kind == "linear":
+        make_linear(parts)
+    run(parts, "--json", refit=True)
+    result = json.loads(capsys.readouterr().out)
+    assert result["fit"]["after"] > result["fit"]["before"] and result["lambda"] == 0.25
+    verify_rows(parts / "out")
+    sidecar = read_sidecar(parts / "out")
+    assert sidecar.router.kind == kind and sidecar.lineage[-1]["fit"]["steps"] == 30
+    if kind == "nexus":
+        before = read_sidecar(parts / "nexus").projections[0]
+        assert sidecar.projections[0].keys() == before.keys()
+        assert not torch.equal(sidecar.projections[0]["maps.0.weight"], before["maps.0.weight"])
+        assert torch.equal(tensors_of(parts / "out")[gate_name(0)], router_rows(sidecar, 0, torch.float32))
+
+
+# Bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [dict(revision="2" * 64), dict(width=9)])
+def test_another_encoder(parts, change):
+    embed(parts / "domains.safetensors", ("delta",), **change)
+    with pytest.raises(
+        IncompatibleModelsError, match=r"the encoder tiny .* the checkpoint's from tiny .* embed the new"
+    ):
+        run(parts)
+    assert not left_over(parts)
+
+
+def test_another_model(parts, dense_dir):
+    edit_config(parts / "delta", rope_parameters={"rope_type": "default", "rope_theta": 5.0}, rms_norm_eps=1e-3)
+    with pytest.raises(IncompatibleModelsError) as caught:
+        run(parts)
+    lines = {line.split()[0]: line.split()[1:] for line in str(caught.value).splitlines()[1:]}
+    assert lines["checkpoint"] == ["delta"] and lines["rope.rope_theta"] == ["10000.0", "5.0"]
+    assert set(lines) == {"checkpoint", "rope.rope_theta", "norm_eps"}
+    assert not left_over(parts)
+
+
+def test_another_tokenizer(parts):
+    path = parts / "delta" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"sail"', '"mast2"'))
+    with pytest.raises(IncompatibleModelsError, match=r"expert delta .* 1 of 31 tokens differ.* 'sail' / 21 'mast2'"):
+        run(parts)
+
+
+def test_nan_in_a_new_expert(parts):
+    edit_tensors(parts / "delta", lambda t: t[dense_ffn_name(0, "up_proj")].view(-1)[:2].fill_(torch.nan))
+    with pytest.raises(
+        CheckpointError, match=r"expert delta \(.*\): tensor .*up_proj.weight has 2 values that are NaN"
+    ):
+        run(parts)
+    assert not left_over(parts)
+
+
+def test_rows_that_are_not_p_of_d(parts):
+    edit_tensors(parts / "nexus", lambda t: t[gate_name(0)].add_(1))
+    with pytest.raises(CheckpointError, match=r"differs from P\(D\)"):
+        run(parts)
+
+
+def test_names_domains_and_output(parts):
+    with pytest.raises(ConfigError, match=r"--expert alpha: the checkpoint has an expert of this name"):
+        run(parts, "--expert", "alpha=x")
+    with pytest.raises(DataError, match="no embedding of the domain 'zeta'; the file has: delta, epsilon"):
+        run(parts, "--expert", "zeta=x")
+    with pytest.raises(CheckpointError, match=r"model_type is 'llama', a Nexus checkpoint has 'qwen2_moe'"):
+        run(parts, "--checkpoint", str(parts / "delta"))
+    with pytest.raises(ConfigError, match=r"--lambda -0.1: expected a share"):
+        run(parts, "--lambda", "-0.1")
+    assert not left_over(parts)
+    (parts / "out").write_text("taken")
+    with pytest.raises(OutputExistsError, match="exists already"):
+        run(parts)
+
+
+@pytest.mark.parametrize("gone", ["folder", "old domain"])
+def test_refit_without_text(parts, gone):
+    shutil.rmtree(parts / "text" if gone == "folder" else parts / "text" / "gamma")
+    with pytest.raises(DataError) as caught:
+        run(parts, refit=True)
+    assert "give --data DIR" in str(caught.value) and "--no-refit" in str(caught.value)
+    assert ("no text at" if gone == "folder" else "no domain gamma") in str(caught.value)
+    assert not left_over(parts)
+
+
+def test_a_plain_mixture_is_no_nexus_checkpoint(parts, plain_moe_dir):
+    with pytest.raises(CheckpointError, match=r"has no nexus.json: it is no Nexus checkpoint"):
+        run(parts, "--checkpoint", str(plain_moe_dir))

@@ -1,0 +1,394 @@
+"""The verb upcycle: facts 4, 5, 10 and 12 of the paper, stock transformers on its output, and bad input."""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from nexus_ds import upcycle
+from nexus_ds.data.domains import DomainEmbeddings, write_domain_embeddings
+from nexus_ds.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    IncompatibleModelsError,
+    OutputExistsError,
+    UnsupportedModelError,
+)
+from nexus_ds.model.checkpoint import read_sidecar, router_rows, verify_rows
+from nexus_ds.model.families import FFN_PARTS, dense_ffn_name, expert_name, gate_name, shared_gate_name, shared_name
+
+NAMES = ("alpha", "beta", "gamma")
+LAYERS = 2
+
+
+def branch(source, out, seed, dtype=torch.float32):
+    """Save a model whose every weight differs from `source`'s."""
+    shutil.copytree(source, out)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = load_file(out / "model.safetensors")
+    changed = {n: (t.float() + 0.2 * torch.randn(t.shape, generator=generator)).to(dtype) for n, t in tensors.items()}
+    save_file(changed, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((out / "config.json").read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def embed(path, names, data, seed=0):
+    vectors = np.random.default_rng(seed).normal(size=(len(names), 8)).astype(np.float32)
+    documents = dict.fromkeys(names, 5)
+    write_domain_embeddings(
+        path, DomainEmbeddings(list(names), vectors, "tiny", "1" * 64, 16, 4, documents, 0, str(data))
+    )
+    return path
+
+
+@pytest.fixture
+def parts(tmp_path, dense_dir, text_folder):
+    """A seed, three branches, domain embeddings and a recipe."""
+    branch(dense_dir, tmp_path / "seed", 9)
+    (tmp_path / "seed" / "generation_config.json").write_text('{"eos_token_id": 0}')
+    for index, name in enumerate(NAMES):
+        branch(dense_dir, tmp_path / name, index)
+    embed(tmp_path / "domains.safetensors", NAMES, text_folder)
+    (tmp_path / "recipe.yaml").write_text(
+        "training: {steps: 1}\ndata: {sequence_length: 32, workers: 1}\nrouter: {fit_steps: 30, fit_windows: 8}\n"
+    )
+    return tmp_path
+
+
+def run(parts, *extra, experts=None, seed="seed", warm=False):
+    """Run the verb as the command line would."""
+    parser = argparse.ArgumentParser()
+    upcycle.add_arguments(parser)
+    experts = experts or {name: parts / name for name in NAMES}
+    arguments = ["--seed", str(parts / seed), "--domains", str(parts / "domains.safetensors")]
+    arguments += ["--out", str(parts / "out"), "--config", str(parts / "recipe.yaml")]
+    for name, directory in experts.items():
+        arguments += ["--expert", f"{name}={directory}"]
+    return upcycle.run(parser.parse_args([*arguments, *([] if warm else ["--no-warm-start"]), *extra]))
+
+
+def tensors_of(directory):
+    return load_file(directory / "model.safetensors")
+
+
+def stock(directory):
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"], report
+    return model.eval()
+
+
+def left_over(parts):
+    return [path.name for path in parts.iterdir() if "out" in path.name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_copies_means_and_projections(parts, dense_dir, dtype):
+    """Facts 4 and 5: shared == seed's FFN, routed i == expert i's FFN, all else the mean over the experts."""
+    if dtype == torch.bfloat16:
+        for index, name in enumerate(("seed", *NAMES)):
+            shutil.rmtree(parts / name)
+            branch(dense_dir, parts / name, index, dtype)
+    assert run(parts) == 0
+    out, seed = tensors_of(parts / "out"), tensors_of(parts / "seed")
+    experts = [tensors_of(parts / name) for name in NAMES]
+    sidecar = read_sidecar(parts / "out")
+    expected = {n: torch.stack([e[n].float() for e in experts]).mean(0).to(dtype) for n in seed if ".mlp." not in n}
+    for layer in range(LAYERS):
+        for part in FFN_PARTS:
+            name = dense_ffn_name(layer, part)
+            expected[shared_name(layer, part)] = seed[name] * 2 if part == "down_proj" else seed[name]
+            expected |= {expert_name(layer, i, part): experts[i][name] for i in range(3)}
+        expected[gate_name(layer)] = router_rows(sidecar, layer, dtype)
+        expected[shared_gate_name(layer)] = torch.full((1, 16), 2.0**-60, dtype=dtype)
+    assert set(out) == set(expected)
+    for name, tensor in expected.items():
+        assert out[name].dtype == dtype
+        if ".mlp." in name:
+            assert torch.equal(out[name], tensor), name
+        else:
+            torch.testing.assert_close(out[name], tensor, atol=1e-7, rtol=1e-6 if dtype == torch.float32 else 1e-2)
+    verify_rows(parts / "out")
+    assert json.loads((parts / "out" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
+@torch.no_grad()
+def test_stock_transformers_routes_by_the_formula(parts):
+    """Fact 3: shared(x) + p_top1 expert_top1(x), p over all experts, in a stock Qwen2-MoE."""
+    run(parts, "router.row_norm=3")
+    model = stock(parts / "out")
+    tokens = torch.arange(24)[None] % model.config.vocab_size
+    seen = {}
+    block = model.model.layers[1].mlp
+    block.register_forward_hook(lambda _, inputs, output: seen.update(x=inputs[0], y=output))
+    assert torch.isfinite(model(tokens).logits).all()
+    x = seen["x"]
+    seed, experts = tensors_of(parts / "seed"), [tensors_of(parts / name) for name in NAMES]
+
+    def ffn(weights):
+        gate, up, down = (weights[dense_ffn_name(1, part)] for part in FFN_PARTS)
+        return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+    p, chosen = (x @ block.gate.weight.T).softmax(-1).max(-1)
+    routed = torch.stack([ffn(weights) for weights in experts], dim=-1)
+    expected = ffn(seed) + p[..., None] * routed.gather(-1, chosen[..., None, None].expand(*x.shape, 1))[..., 0]
+    assert len(chosen.unique()) > 1
+    torch.testing.assert_close(seen["y"], expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_copies_of_the_seed_keep_its_attention(parts):
+    """Fact 10; and with n = 1 the gate is 1."""
+    run(parts, experts={name: parts / "seed" for name in NAMES})
+    out, seed = tensors_of(parts / "out"), tensors_of(parts / "seed")
+    for name in seed:
+        if ".mlp." not in name:
+            torch.testing.assert_close(out[name], seed[name], atol=0, rtol=1e-7)
+    shutil.rmtree(parts / "out")
+    run(parts, experts={"alpha": parts / "seed"})
+    model, dense = stock(parts / "out"), stock(parts / "seed")
+    dense.model.layers[0].mlp.down_proj.weight.data *= 2  # shared + 1 * the same FFN
+    dense.model.layers[1].mlp.down_proj.weight.data *= 2
+    tokens = torch.arange(10)[None]
+    torch.testing.assert_close(model(tokens).logits, dense(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_parameter_counts(parts, capsys, top_k):
+    """Fact 12: total - active = (n - k) FFN stacks."""
+    run(parts, f"router.top_k={top_k}", "--json")
+    result = json.loads(capsys.readouterr().out)
+    count = result["parameters"]
+    ffn_stack = sum(
+        tensors_of(parts / "seed")[dense_ffn_name(layer, p)].numel() for layer in range(2) for p in FFN_PARTS
+    )
+    assert count["total"] == sum(tensor.numel() for tensor in tensors_of(parts / "out").values())
+    assert count["total"] - count["active"] == (3 - top_k) * ffn_stack
+    assert result["experts"] == list(NAMES) and result["top_k"] == top_k and result["fit"] is None
+    assert result["next"].startswith("deepspeed nexus_ds/train.py --deepspeed ds_configs/z3.json model.path=")
+
+
+def test_the_directory_is_complete(parts, capsys):
+    run(parts)
+    printed = capsys.readouterr().out
+    assert "wrote" in printed and "3 experts (alpha, beta, gamma)" in printed and "\nnext: deepspeed" in printed
+    files = {path.name for path in (parts / "out").iterdir()}
+    assert files == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+        "nexus.json", "nexus_router.safetensors",
+    }  # fmt: skip
+    sidecar = read_sidecar(parts / "out")
+    assert [(e.name, e.domain, e.source) for e in sidecar.experts] == [(n, n, n) for n in NAMES]
+    assert len({e.sha256 for e in sidecar.experts}) == 3
+    assert sidecar.encoder.revision == "1" * 64 and sidecar.encoder.documents == 5
+    assert sidecar.lineage[0]["verb"] == "upcycle" and sidecar.lineage[0]["router"]["row_norm"] == 0.5
+    assert str(parts) not in (parts / "out" / "nexus.json").read_text()
+
+
+def test_deterministic_under_the_seed(parts):
+    contents = []
+    for seed in (0, 0, 1):
+        run(parts, f"seed={seed}")
+        contents.append((parts / "out" / "model.safetensors").read_bytes())
+        shutil.rmtree(parts / "out")
+    assert contents[0] == contents[1] != contents[2]
+
+
+def test_linear_router(parts):
+    run(parts, "router.kind=linear", "router.init=normal")
+    sidecar, rows = read_sidecar(parts / "out"), tensors_of(parts / "out")[gate_name(0)]
+    assert sidecar.router.kind == "linear" and not sidecar.projections
+    assert 0.01 < rows.std() < 0.03
+    assert torch.isfinite(stock(parts / "out")(torch.arange(5)[None]).logits).all()
+
+
+@pytest.mark.parametrize("kind", ["nexus", "linear"])
+def test_warm_start_raises_the_own_domain_share(parts, capsys, kind):
+    run(parts, "--json", f"router.kind={kind}", warm=True)
+    fit = json.loads(capsys.readouterr().out)["fit"]
+    assert fit["after"] > max(fit["before"], 0.5) and fit["steps"] == 30
+    verify_rows(parts / "out")
+    assert read_sidecar(parts / "out").lineage[-1]["fit"] == fit
+    assert torch.isfinite(stock(parts / "out")(torch.arange(5)[None]).logits).all()
+
+
+# Bad input ---------------------------------------------------------------------------------------------------------
+
+
+def edit_config(directory, **keys):
+    config = json.loads((directory / "config.json").read_text()) | keys
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(directory, change):
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_all_differences_stand_in_one_table(parts, dense_dir):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shutil.rmtree(parts / "beta")
+    other = LlamaConfig(
+        vocab_size=40, hidden_size=12, intermediate_size=20, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=1, rms_norm_eps=1e-5, tie_word_embeddings=False, max_position_embeddings=64,
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}, dtype=torch.bfloat16,
+    )  # fmt: skip
+    LlamaForCausalLM(other).to(torch.bfloat16).save_pretrained(parts / "beta")
+    edit_config(parts / "gamma", model_type="mistral", sliding_window=8)
+    with pytest.raises(IncompatibleModelsError) as caught:
+        run(parts)
+    message = str(caught.value)
+    lines = {line.split()[0]: line.split()[1:] for line in message.splitlines()[2:]}
+    assert message.splitlines()[1].split() == ["seed", *NAMES]
+    assert lines["hidden_size"] == ["16", "16", "12", "16"] and lines["dtype"] == ["F32", "F32", "BF16", "F32"]
+    assert lines["rope.rope_theta"] == ["10000.0", "10000.0", "500000.0", "10000.0"]
+    assert lines["rope.factor"] == ["-", "-", "2.0", "-"] and lines["rope.rope_type"][2] == "linear"
+    assert lines["family"] == ["llama", "llama", "llama", "mistral"]
+    assert lines["sliding_window"] == ["None", "None", "None", "8"]
+    wanted = ["layers", "heads", "kv_heads", "head_dim", "ffn_size", "vocabulary", "norm_eps", "tied_embeddings"]
+    assert set(wanted) <= set(lines) and "qkv_bias" not in lines
+    assert not left_over(parts)
+
+
+def test_other_tokenizer(parts):
+    path = parts / "gamma" / "tokenizer.json"
+    value = json.loads(path.read_text())
+    vocabulary = value["model"]["vocab"]
+    vocabulary["sail"], vocabulary["ship"] = vocabulary["ship"], vocabulary["sail"]
+    path.write_text(json.dumps(value))
+    with pytest.raises(IncompatibleModelsError, match=r"tokenizer of expert gamma .* 2 of \d+ tokens differ.*'sail'"):
+        run(parts)
+    assert not left_over(parts)
+
+
+def test_missing_tensor(parts):
+    edit_tensors(parts / "beta", lambda t: t.pop("model.layers.1.self_attn.k_proj.weight"))
+    with pytest.raises(CheckpointError, match=r"beta: .*1 missing: model.layers.1.self_attn.k_proj.weight"):
+        run(parts)
+    assert not left_over(parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", lambda t: t.view(-1)[:3].fill_(torch.nan), "has 3 values that are NaN"),
+        ("model.norm.weight", lambda t: t[:1].fill_(torch.inf), "has 1 values that are NaN or infinite"),
+        ("model.layers.0.self_attn.q_proj.weight", lambda t: t.zero_(), "has only zeros"),
+    ],
+)
+def test_bad_values_name_model_tensor_and_count(parts, name, change, message):
+    edit_tensors(parts / "beta", lambda tensors: change(tensors[name]))
+    with pytest.raises(CheckpointError, match=rf"expert beta \(.*beta\): tensor {name} {message}"):
+        run(parts)
+    assert not left_over(parts)
+
+
+def test_a_doubled_shared_expert_that_overflows(parts):
+    edit_tensors(parts / "seed", lambda t: t["model.layers.0.mlp.down_proj.weight"].view(-1)[:2].fill_(3e38))
+    with pytest.raises(CheckpointError, match=r"shared_expert.down_proj.weight: 2 values overflow .* seed"):
+        run(parts)
+    assert not left_over(parts)
+
+
+def test_unembedded_domain_names_those_that_exist(parts):
+    with pytest.raises(DataError, match=r"no embedding of the domain 'delta'; the file has: alpha, beta, gamma"):
+        run(parts, experts={"alpha": parts / "alpha", "delta": parts / "beta"})
+
+
+def test_existing_output_is_kept(parts):
+    (parts / "out").mkdir()
+    (parts / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match="exists already"):
+        run(parts)
+    assert [path.name for path in (parts / "out").iterdir()] == ["mine.txt"]
+
+
+def test_bad_options(parts):
+    for value, message in [
+        ("alpha", "expected NAME=DIR"),
+        ("a/b=x", "expected NAME=DIR"),
+        ("alpha=", "expected NAME=DIR"),
+    ]:
+        parser = argparse.ArgumentParser()
+        upcycle.add_arguments(parser)
+        common = ["--seed", "s", "--domains", str(parts / "domains.safetensors"), "--out", str(parts / "out")]
+        with pytest.raises(ConfigError, match=message):
+            upcycle.run(parser.parse_args([*common, "--config", str(parts / "recipe.yaml"), "--expert", value]))
+    with pytest.raises(ConfigError, match="--expert alpha is given twice"):
+        run(parts, "--expert", "alpha=x")
+    with pytest.raises(ConfigError, match=r"router.top_k is 4, but there are 3 experts"):
+        run(parts, "router.top_k=4")
+    with pytest.raises(ConfigError, match=r"unknown key router.topk, did you mean top_k"):
+        run(parts, "router.topk=1")
+    with pytest.raises(UnsupportedModelError, match="'qwen3'"):
+        edit_config(parts / "alpha", model_type="qwen3")
+        run(parts)
+    assert not left_over(parts)
+
+
+@pytest.mark.parametrize("missing", ["all", "domain"])
+def test_text_that_is_gone(parts, text_folder, missing):
+    folder = parts / "text"
+    if missing == "domain":
+        shutil.copytree(text_folder, folder)
+        shutil.rmtree(folder / "beta")
+    with pytest.raises(DataError) as caught:
+        run(parts, "--data", str(folder), warm=True)
+    message = str(caught.value)
+    assert ("no text at" if missing == "all" else "no domain beta") in message
+    assert "give --data DIR" in message and "--no-warm-start" in message and "alpha, beta, gamma" in message
+    assert not left_over(parts)
+
+
+def test_remote_code_in_a_tokenizer_is_refused_and_leaves_nothing(parts):
+    path = parts / "seed" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": "evil.Tokenizer"}}))
+    with pytest.raises(UnsupportedModelError, match="auto_map"):
+        run(parts)
+    assert not left_over(parts)
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from safetensors.torch import save_file
+import torch
+from nexus_ds.model.assembly import Part, _write_blend, mean_of
+from nexus_ds.model.tensorfile import TensorReader, TensorWriter
+shape, root = (24_000, 1024), Path(sys.argv[1])
+readers = []
+for index in range(3):
+    (root / str(index)).mkdir()
+    with TensorWriter(root / str(index), {"w": ("F32", shape)}) as writer:
+        for start in range(0, shape[0], 1000):
+            writer.write_rows("w", start, torch.full((1000, shape[1]), float(index + 1)))
+    readers.append(TensorReader(root / str(index)))
+(root / "out").mkdir()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with TensorWriter(root / "out", {"w": ("F32", shape)}) as writer:
+    _write_blend(writer, "w", mean_of([Part("m", reader, "w") for reader in readers]), torch.float32)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+assert float(TensorReader(root / "out").read_rows("w", 100, 101).mean()) == 2.0
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """The mean of three tensors of 94 MiB is written with less than one of them in memory."""
+    result = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 80, f"{result.stdout} MiB"
