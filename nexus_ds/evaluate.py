@@ -1,0 +1,160 @@
+"""The verb `evaluate`: perplexity by domain of any checkpoints, routing of mixtures, figures and a page.
+
+Not covered: downstream tasks (lm-eval reads the exported model), text whose domain is not known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nexus_ds.errors import ConfigError
+from nexus_ds.outputs import new_directory, refuse_existing
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from nexus_ds.data.corpora import Source
+
+HELP = "score checkpoints by domain, with routing, figures and one page"
+DEFAULT_LENGTH = 128  # tokens
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's options."""
+    parser.add_argument("--checkpoint", action="append", required=True, type=Path, metavar="DIR",
+                        help="dense or Nexus checkpoint; give it several times to compare")  # fmt: skip
+    parser.add_argument("--data", required=True, metavar="DIR",
+                        help="folder with <domain>/validation.jsonl[.gz|.zst], hub:NAME, or demo")  # fmt: skip
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new directory of the results")
+    parser.add_argument(
+        "--name", action="append", default=[], help="name of each --checkpoint in the results, in order"
+    )
+    parser.add_argument("--domains", default="", metavar="A,B", help="domains to score (default: all of the data's)")
+    parser.add_argument("--windows", type=int, default=48, metavar="N", help="windows of text per domain (48)")
+    parser.add_argument("--length", type=int, default=0, metavar="TOKENS",
+                        help=f"tokens a window; 0: as the models were trained, else {DEFAULT_LENGTH}")  # fmt: skip
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="windows a forward pass (8)")
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "stored"),
+                        help="auto: fp32 on a CPU, the stored dtype on a GPU")  # fmt: skip
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="where token files are kept (default: nowhere)")
+    parser.add_argument("--json", action="store_true", help="print summary.json instead of tables")
+
+
+def model_names(checkpoints: Sequence[Path], given: Sequence[str]) -> list[str]:
+    """Return one name a checkpoint: those given, else the directories' names.
+
+    Raises:
+        ConfigError: not one --name a checkpoint, an empty name, or two models of one name.
+    """
+    if given and len(given) != len(checkpoints):
+        raise ConfigError(
+            f"found {len(given)} --name for {len(checkpoints)} --checkpoint; give one --name for each, or none"
+        )
+    names = list(given) or [path.resolve().name for path in checkpoints]
+    if not all(name.strip() for name in names):
+        raise ConfigError("found an empty --name; expected a name for each --checkpoint")
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise ConfigError(f"several checkpoints are called {', '.join(doubled)}; give each its own --name")
+    return names
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for option, least in (("windows", 1), ("length", 0), ("batch", 1)):
+        if getattr(args, option) < least:
+            raise ConfigError(f"--{option}: expected a number of at least {least}, found {getattr(args, option)}")
+
+
+def window_length(asked: int, facts: Sequence[dict[str, Any]]) -> int:
+    """Return the tokens of a window.
+
+    For `asked` 0: the shortest sequence length that one of the models was trained with, else DEFAULT_LENGTH; in any
+    case no more than every model reads.
+    """
+    trained = [int(model["sequence_length"]) for model in facts if model["sequence_length"]]
+    limits = [int(model["max_positions"]) for model in facts if model["max_positions"]]
+    return asked or min([*(trained or [DEFAULT_LENGTH]), *limits])
+
+
+def _domains(text: str, source: Source) -> list[str]:
+    domains = [name.strip() for name in text.split(",") if name.strip()] or source.domains()
+    if len(set(domains)) != len(domains):
+        raise ConfigError(f"--domains names a domain twice: {', '.join(domains)}; name each once")
+    return domains
+
+
+def _windows(
+    args: argparse.Namespace, source: Source, domains: list[str], tokenizer: Path, length: int, cache: Path
+) -> dict[str, np.ndarray]:
+    """Return validation windows [W, length + 1] of each domain in a checkpoint's own tokens."""
+    from nexus_ds.data.corpora import token_files, windows
+
+    files = token_files(source, domains, "validation", tokenizer, cache)
+    return {domain: windows(files[domain], args.windows, length) for domain in domains}
+
+
+def measure(args: argparse.Namespace, names: list[str], cache: Path) -> dict[str, Any]:
+    """Score every checkpoint and return the summary."""
+    from nexus_ds.data.corpora import open_source
+    from nexus_ds.model.facts import describe
+    from nexus_ds.model.scoring import cosines, score
+    from nexus_ds.report.evaluation import Measured, summarise
+
+    facts = [describe(path) for path in args.checkpoint]
+    length = window_length(args.length, facts)
+    source = open_source(args.data)
+    domains = _domains(args.domains, source)
+    texts: dict[str, dict[str, np.ndarray]] = {}  # by tokenizer: models of one tokenizer read the very same windows
+    measured: dict[str, Measured] = {}
+    for name, path, fact in zip(names, args.checkpoint, facts, strict=True):
+        if fact["tokenizer"] not in texts:
+            texts[fact["tokenizer"]] = _windows(args, source, domains, path, length, cache)
+        scores = score(path, texts[fact["tokenizer"]], args.batch, args.precision, label=name)
+        measured[name] = Measured(fact, scores, cosines(path) if scores.routing is not None else None)
+    setup = {"data": args.data, "domains": domains, "windows": args.windows, "length": length}
+    summary = summarise(measured, setup)
+    if len(texts) > 1:
+        summary["warnings"].append(
+            f"the models have {len(texts)} different tokenizers: perplexity per token can't be compared between them"
+        )
+    return summary
+
+
+def _show(summary: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print the tables, the warnings, what was written and what to type next."""
+    from nexus_ds.report.evaluation import PAGE, SUMMARY, perplexity_table, routing_table
+    from nexus_ds.report.page import text_table
+
+    print("perplexity (lower is better)")
+    print(text_table(perplexity_table(summary)))
+    routed = summary["routed_model"]
+    if routed is not None:
+        print(f"\nrouting of {routed}: share of each domain's tokens at each expert, mean over layers")
+        print(text_table(routing_table(summary["models"][routed])))
+    print(f"\n{summary['tokens_per_second']:,.0f} tokens/s")
+    for warning in summary["warnings"]:
+        print(f"warning: {warning}")
+    print(f"wrote {args.out / PAGE}, {args.out / SUMMARY}, {args.out / 'figures'}/")
+    print(f'next: nexus-ds generate --checkpoint {args.checkpoint[-1]} "The first thing"')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score, draw, write; the output directory appears when everything is in it."""
+    _check_numbers(args)
+    names = model_names(args.checkpoint, args.name)
+    refuse_existing(args.out)
+    with new_directory(args.out) as folder, tempfile.TemporaryDirectory(prefix="nexus-ds-") as scratch:
+        from nexus_ds.report.evaluation import write_evaluation
+
+        summary = measure(args, names, args.cache or Path(scratch))
+        write_evaluation(summary, folder)
+    if args.json:
+        print(json.dumps(summary, ensure_ascii=False))
+    else:
+        _show(summary, args)
+    return 0

@@ -1,0 +1,272 @@
+"""Figures as PNG: routing heatmaps, cosine tables, perplexity bars, curves; legible without colour vision.
+
+Every figure has a title, named axes and, where there are cells or bars, their values. Nothing opens a window.
+
+Not covered: interactive figures, vector formats, more than about 16 experts or domains in one legible picture.
+
+Shapes: L layers, D domains of text, E routed experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart with any of the usual colour-vision deficiencies; black and pale yellow left out.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#6F6F6F")
+HATCHES = ("", "//", "..")  # a second mark once the colours are used up
+LINES = ("-", "--", "-.", ":")
+MAX_PANELS = 8  # layers drawn; all are in the CSV
+MAX_GROUPED = 18  # bars in one group picture
+DPI = 130
+
+
+def _new(width: float, height: float) -> Figure:
+    """Return an empty figure of `width` x `height` inches that no global state knows (so nothing has to be closed)."""
+    # Imported here: matplotlib takes half a second, and --help of every verb would pay for it.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as NewFigure
+
+    figure = NewFigure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, out: Path) -> Path:
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # No date or version in the file: equal numbers give equal bytes.
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out
+
+
+def _heat(
+    axes: Axes,
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    limits: tuple[float, float],
+    colours: str,
+    size: float = 9.0,
+) -> Any:
+    """Draw `values` [rows, columns] with a number in every cell."""
+    image = axes.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor", fontsize=size)
+    axes.set_yticks(range(len(rows)), rows, fontsize=size)
+    for (r, c), value in np.ndenumerate(values):
+        red, green, blue, _ = image.cmap(image.norm(value))
+        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+        shown = f"{value:.2f}".replace("-0.00", "0.00")
+        axes.text(c, r, shown, ha="center", va="center", fontsize=size, color="white" if dark else "black")
+    return image
+
+
+def shown_layers(layers: Sequence[int]) -> list[int]:
+    """Return positions in `layers` of those that a heatmap shows: all, or MAX_PANELS evenly spaced with both ends."""
+    if len(layers) <= MAX_PANELS:
+        return list(range(len(layers)))
+    return sorted({round(i) for i in np.linspace(0, len(layers) - 1, MAX_PANELS)})
+
+
+def routing_heatmap(
+    share: np.ndarray,
+    domains: Sequence[str],
+    experts: Sequence[str],
+    out: Path,
+    *,
+    layers: Sequence[int] | None = None,
+    own: Sequence[str] | None = None,
+    title: str = "Where tokens go",
+) -> Path:
+    """Draw the routing share of every layer and their mean.
+
+    Args:
+        share: [L, D, E] share of a domain's tokens at each expert; rows sum to 1.
+        domains: D names of the text; experts: E names.
+        out: PNG file to write.
+        layers: numbers of the L layers (default 0..L-1).
+        own: E domains that the experts were trained on (default: their names); those cells get a frame.
+        title: heading of the figure.
+    """
+    from matplotlib.patches import Rectangle
+
+    layers = list(range(len(share))) if layers is None else list(layers)
+    own = list(experts) if own is None else list(own)
+    panels = [
+        ("mean over layers", share.mean(axis=0)),
+        *[(f"layer {layers[i]}", share[i]) for i in shown_layers(layers)],
+    ]
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    cell = 0.62
+    width, height = 1.3 + cell * len(experts), 1.3 + 0.42 * len(domains)
+    figure = _new(max(6.0, columns * width + 0.8), max(3.2, lines * height + 0.6))
+    grid = figure.subplots(lines, columns, squeeze=False)
+    image: Any = None
+    for number, axes in enumerate(grid.flat):
+        if number >= len(panels):
+            axes.set_axis_off()
+            continue
+        name, values = panels[number]
+        image = _heat(axes, values, domains, experts, (0.0, 1.0), "Blues", size=8.5)
+        axes.set_title(name, fontsize=10, fontweight="bold" if number == 0 else "normal")
+        for r, domain in enumerate(domains):
+            for c in [c for c, trained_on in enumerate(own) if trained_on == domain]:
+                axes.add_patch(
+                    Rectangle((c - 0.47, r - 0.46), 0.94, 0.92, fill=False, edgecolor="#D55E00", linewidth=1.8)
+                )
+    figure.suptitle(f"{title} (share of tokens; frame: the domain's own expert)", fontsize=11)
+    figure.supxlabel("routed expert", fontsize=10)
+    figure.supylabel("domain of the text", fontsize=10)
+    figure.colorbar(image, ax=grid, label="share of tokens", shrink=0.8)
+    return _save(figure, out)
+
+
+def cosine_pair(
+    before: np.ndarray,
+    after: np.ndarray,
+    names: Sequence[str],
+    out: Path,
+    *,
+    titles: tuple[str, str] = ("domain embeddings (before P)", "router rows (after P)"),
+    title: str = "Cosine between experts",
+) -> Path:
+    """Draw two [E, E] tables of cosines side by side on one scale from -1 to 1 (paper section 5.6)."""
+    side = 1.6 + 0.62 * len(names)
+    figure = _new(max(7.0, 2 * side + 1.2), max(3.4, 0.5 * len(names) + 2.0))
+    grid = figure.subplots(1, 2, squeeze=False)
+    image: Any = None
+    for axes, values, name in zip(grid.flat, (before, after), titles, strict=True):
+        image = _heat(axes, np.asarray(values), names, names, (-1.0, 1.0), "RdBu_r")
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("domain of the expert", fontsize=9)
+    grid[0, 0].set_ylabel("domain of the expert", fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    figure.colorbar(image, ax=grid, label="cosine", shrink=0.85)
+    return _save(figure, out)
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def perplexity_bars(
+    perplexity: Mapping[str, Mapping[str, float]], out: Path, *, title: str = "Perplexity by domain (lower is better)"
+) -> Path:
+    """Draw `perplexity[model][domain]` with the numbers at the bars.
+
+    Up to MAX_GROUPED bars stand in one picture, a group a domain; more are spread over one panel a domain.
+    """
+    models = list(perplexity)
+    domains = list(dict.fromkeys(domain for values in perplexity.values() for domain in values))
+    table = np.array([[perplexity[model].get(domain, math.nan) for domain in domains] for model in models])
+    if table.size <= MAX_GROUPED:
+        figure = _grouped_bars(table, models, domains)
+    else:
+        figure = _panelled_bars(table, models, domains)
+    figure.suptitle(title, fontsize=11)
+    return _save(figure, out)
+
+
+def _style(model: int) -> dict[str, Any]:
+    """Return the look of model number `model`: colours first, hatches when they are used up."""
+    hatch = HATCHES[model // len(COLOURS) % len(HATCHES)]
+    return {"color": COLOURS[model % len(COLOURS)], "hatch": hatch, "edgecolor": "white", "linewidth": 0.4}
+
+
+def _labels(values: np.ndarray) -> list[str]:
+    return ["" if math.isnan(value) else f"{value:.0f}" if value >= 100 else f"{value:.1f}" for value in values]
+
+
+def _grouped_bars(table: np.ndarray, models: Sequence[str], domains: Sequence[str]) -> Figure:
+    """Draw upright bars of `table` [models, D], a group a domain."""
+    figure = _new(max(6.5, 1.4 + 0.42 * table.size + 0.3 * len(domains)), 4.4)
+    axes = figure.subplots()
+    width = 0.84 / len(models)
+    for m, model in enumerate(models):
+        places = np.arange(len(domains)) + (m - (len(models) - 1) / 2) * width
+        bars = axes.bar(places, table[m], width * 0.94, label=model, **_style(m))
+        axes.bar_label(bars, _labels(table[m]), padding=2, fontsize=8)
+    _value_axis(axes, table)
+    axes.set_xticks(range(len(domains)), domains, fontsize=10)
+    axes.set_xlabel("domain of the text")
+    figure.legend(loc="outside lower center", ncols=min(4, len(models)), fontsize=9, frameon=False)
+    return figure
+
+
+def _panelled_bars(table: np.ndarray, models: Sequence[str], domains: Sequence[str]) -> Figure:
+    """Draw lying bars of `table` [models, D], a panel a domain, the models' names at the left."""
+    columns = min(3, len(domains))
+    lines = math.ceil(len(domains) / columns)
+    figure = _new(1.6 + 2.9 * columns, 0.7 + lines * (0.75 + 0.27 * len(models)))
+    grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
+    for number, axes in enumerate(grid.flat):
+        if number >= len(domains):
+            axes.set_axis_off()
+            continue
+        for m in range(len(models)):
+            bars = axes.barh(m, table[m, number], 0.8, **_style(m))
+            axes.bar_label(bars, _labels(table[m, number : number + 1]), padding=2, fontsize=8.5)
+        axes.set_xlim(0, max(1.0, float(np.nanmax(np.append(table[:, number], 0.0)))) * 1.22)
+        axes.set_title(domains[number], fontsize=10)
+        axes.tick_params(labelsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0, 0].set_yticks(range(len(models)), models)
+    grid[0, 0].invert_yaxis()  # shared by all panels
+    figure.supxlabel("perplexity per token (each panel has its own scale)", fontsize=10)
+    return figure
+
+
+def _value_axis(axes: Axes, table: np.ndarray) -> None:
+    """Choose the scale of the bars and leave room for the numbers above them."""
+    low, high = float(np.nanmin(table)), float(np.nanmax(table))
+    if low > 0 and high / low >= 8:
+        axes.set_yscale("log")
+        axes.set_ylim(max(1.0, low / 2), high * (high / low) ** 0.2)
+        axes.set_ylabel("perplexity per token (log scale)")
+    else:
+        axes.set_ylim(0, high * 1.18)
+        axes.set_ylabel("perplexity per token")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def line_plot(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    out: Path,
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    log_x: bool = False,
+    log_y: bool = False,
+) -> Path:
+    """Draw curves, one a name: `series[name] = (x, y)`; few points are marked, points that are not finite left out."""
+    figure = _new(7.5, 4.4)
+    axes = figure.subplots()
+    for number, (name, (xs, ys)) in enumerate(series.items()):
+        points = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(x) and math.isfinite(y)]
+        axes.plot(
+            [x for x, _ in points], [y for _, y in points], label=name, linewidth=1.8,
+            color=COLOURS[number % len(COLOURS)], linestyle=LINES[number % len(LINES)],
+            marker="o" if len(points) <= 12 else None, markersize=5,
+        )  # fmt: skip
+    if log_x:
+        axes.set_xscale("log")
+    if log_y:
+        axes.set_yscale("log")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_title(title, fontsize=11)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(series) > 1:
+        axes.legend(fontsize=9, frameon=False)
+    return _save(figure, out)

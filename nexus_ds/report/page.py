@@ -1,0 +1,201 @@
+"""One self-contained HTML page: sections of text, figures (inline PNG) and tables, readable in light and dark.
+
+Everything that is put in is escaped; the page loads nothing from anywhere and runs no script.
+
+Not covered: links between pages, any other image format than PNG, markup inside texts.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from nexus_ds.errors import DataError
+from nexus_ds.outputs import new_file
+
+Cell = str | int | float | None
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+
+# The page itself proves that it needs no network: a browser refuses anything but inline style and images.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+STYLE = """
+:root { color-scheme: light dark;
+  --text: #1b1f24; --paper: #ffffff; --soft: #f3f5f8; --line: #d4dae1; --accent: #0b5cad; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e4e8ee; --paper: #14171b; --soft: #1f242b; --line: #39424e; --accent: #7db7f5; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 68rem; background: var(--paper); color: var(--text);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .75rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; padding-top: 1rem; border-top: 1px solid var(--line); }
+p { max-width: 48rem; margin: .5rem 0; }
+nav { margin: 1rem 0; } nav a { color: var(--accent); margin-right: 1rem; white-space: nowrap; }
+figure { margin: 1rem 0; padding: .75rem; background: #ffffff; border: 1px solid var(--line); border-radius: 6px;
+  overflow-x: auto; }
+figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+.wide { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; }
+th, td { padding: .35rem .75rem; border-bottom: 1px solid var(--line); text-align: right; }
+th { background: var(--soft); font-weight: 600; } th:first-child, td:first-child, .text { text-align: left; }
+td strong { color: var(--accent); }
+footer { margin-top: 3rem; font-size: .85rem; opacity: .75; }
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table; its first column names the rows.
+
+    `best` sets the smallest ("min") or largest ("max") number of every column (or row, see `along`) in bold, ties
+    together; None sets nothing in bold. Numbers keep three significant digits or two decimals; None shows as a dash.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    best: Literal["min", "max"] | None = None
+    along: Literal["column", "row"] = "column"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A heading, paragraphs (separated by blank lines), and at most one figure and one table."""
+
+    title: str
+    text: str = ""
+    figure: Path | None = None
+    table: Table | None = field(default=None)
+
+
+def format_cell(value: Cell) -> str:
+    """Return a cell as people read it: 12,345 for counts, 17.3 or 0.574 for numbers, a dash for nothing."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    magnitude = abs(value)
+    return f"{value:,.0f}" if magnitude >= 1000 else f"{value:.1f}" if magnitude >= 100 else f"{value:.2f}"
+
+
+def _is_number(value: Cell) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def best_cells(table: Table) -> set[tuple[int, int]]:
+    """Return the (row, column) places of `table.rows` that are to be bold; the first column never is."""
+    if table.best is None:
+        return set()
+    choose = min if table.best == "min" else max
+    columns = range(1, len(table.header))
+    lines: Iterable[list[tuple[int, int]]]
+    if table.along == "column":
+        lines = [[(r, c) for r in range(len(table.rows))] for c in columns]
+    else:
+        lines = [[(r, c) for c in columns] for r in range(len(table.rows))]
+    found: set[tuple[int, int]] = set()
+    for line in lines:
+        numbers = {
+            place: table.rows[place[0]][place[1]] for place in line if _is_number(table.rows[place[0]][place[1]])
+        }
+        if len(numbers) > 1:  # one number alone has nothing to be better than
+            top = choose(float(value) for value in numbers.values() if value is not None)
+            # What is shown decides about ties: two equal numbers of which one is bold would puzzle the reader.
+            found |= {place for place, value in numbers.items() if format_cell(value) == format_cell(_as(value, top))}
+    return found
+
+
+def _as(like: Cell, number: float) -> Cell:
+    return int(number) if isinstance(like, int) else number
+
+
+def text_table(table: Table) -> str:
+    """Return the table as aligned plain text for a terminal, numbers to the right."""
+    grid = [list(table.header), *[[format_cell(cell) for cell in row] for row in table.rows]]
+    widths = [max(len(line[c]) for line in grid) for c in range(len(table.header))]
+    lines = []
+    for first, *others in grid:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def _check(table: Table) -> None:
+    for number, row in enumerate(table.rows):
+        if len(row) != len(table.header):
+            raise DataError(
+                f"row {number + 1} of the table has {len(row)} cells, expected {len(table.header)} as in its header "
+                f"({', '.join(table.header)})"
+            )
+
+
+def _kind(*cells: Cell) -> str:
+    """Return the attribute that puts text to the left; numbers stand at the right."""
+    return ' class="text"' if any(isinstance(cell, str) for cell in cells) else ""
+
+
+def _table(table: Table) -> str:
+    _check(table)
+    bold = best_cells(table)
+    columns = zip(table.header, zip(*table.rows, strict=True) if table.rows else [()] * len(table.header), strict=True)
+    head = "".join(f"<th{_kind(*cells)}>{html.escape(name)}</th>" for name, cells in columns)
+    body = []
+    for r, row in enumerate(table.rows):
+        cells = []
+        for c, value in enumerate(row):
+            shown = html.escape(format_cell(value))
+            cells.append(f"<td{_kind(value)}>{f'<strong>{shown}</strong>' if (r, c) in bold else shown}</td>")
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+
+
+def _figure(path: Path, title: str) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path}: the figure of section {title!r} can't be read ({error}); draw it before the page"
+        ) from error
+    if not data.startswith(PNG_MAGIC):
+        raise DataError(f"{path}: the figure of section {title!r} is not a PNG file; save it as PNG")
+    source = base64.b64encode(data).decode("ascii")
+    return f'<figure><img alt="{html.escape(title)}" src="data:image/png;base64,{source}"></figure>'
+
+
+def _paragraphs(text: str) -> str:
+    return "".join(f"<p>{html.escape(' '.join(part.split()))}</p>" for part in text.split("\n\n") if part.strip())
+
+
+def _section(number: int, section: Section) -> str:
+    parts = [f'<section id="s{number}"><h2>{html.escape(section.title)}</h2>', _paragraphs(section.text)]
+    if section.figure is not None:
+        parts.append(_figure(section.figure, section.title))
+    if section.table is not None:
+        parts.append(_table(section.table))
+    return "\n".join([*parts, "</section>"])
+
+
+def write_page(out: Path, title: str, intro: str, sections: Sequence[Section]) -> None:
+    """Write one HTML file that needs nothing else; an existing `out` is replaced in one step.
+
+    Raises:
+        DataError: a figure that is missing or no PNG, or a table row whose length differs from the header's.
+    """
+    links = "".join(f'<a href="#s{n}">{html.escape(s.title)}</a> ' for n, s in enumerate(sections))
+    body = "\n".join(_section(number, section) for number, section in enumerate(sections))
+    page = (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>\n"
+        f"{_paragraphs(intro)}\n<nav>{links}</nav>\n{body}\n<footer>Written by nexus_ds.</footer>\n</body>\n</html>\n"
+    )
+    with new_file(Path(out), overwrite=True) as temporary:
+        temporary.write_text(page, encoding="utf-8")
