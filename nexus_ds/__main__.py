@@ -1,0 +1,58 @@
+"""The command line: one line a verb, in the order of the pipeline."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+
+from nexus_ds.errors import NexusError
+
+VERBS = {  # name: module
+    "demo": "demo",
+    "embed": "embed",
+    "upcycle": "upcycle",
+    "train": "train",
+    "extend": "extend",
+    "evaluate": "evaluate",
+    "inspect": "inspect_model",
+    "generate": "generate",
+}
+
+
+def build_parser(verb: str | None) -> argparse.ArgumentParser:
+    """Return the parser; only the chosen verb's own arguments are declared in full."""
+    parser = argparse.ArgumentParser(
+        prog="nexus-ds", description="One mixture-of-experts out of several dense models, and more experts later."
+    )
+    commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, module_name in VERBS.items():
+        module = importlib.import_module(f"nexus_ds.{module_name}")
+        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        if name == verb:
+            module.add_arguments(command)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; a user's mistake is one line on stderr and exit code 1."""
+    # Nothing is fetched unless the user asks: HF_HUB_OFFLINE=0 in the environment lifts it.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_OFFLINE", os.environ["HF_HUB_OFFLINE"])
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    words = sys.argv[1:] if argv is None else argv
+    verb = next((word for word in words if not word.startswith("-")), None)
+    args = build_parser(verb).parse_args(words)
+    try:
+        return int(importlib.import_module(f"nexus_ds.{VERBS[args.verb]}").run(args))
+    except NexusError as error:
+        print(f"nexus-ds {args.verb}: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print(f"nexus-ds {args.verb}: interrupted", file=sys.stderr, flush=True)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""The stages of a whole run, where each one lives, and the command that makes it.
+
+    <run>/tokenizer  seed  branches/<domain>  domains.safetensors  upcycled  nexus
+          domains-new.safetensors  extension  extended  report
+A stage is done when its output exists. `train.py` asks for what its own stage needs, `demo` for everything.
+Not covered: clusters; the templates in slurm/ submit the same commands as jobs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from nexus_ds.config import Config
+from nexus_ds.errors import ConfigError, NexusError
+from nexus_ds.progress import duration
+
+TRAIN = Path(__file__).parent / "train.py"
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK",
+                    "ROLE_RANK", "TORCHELASTIC_RUN_ID", "CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Places:
+    """Paths of one run."""
+
+    run: Path
+
+    def __getattr__(self, name: str) -> Path:
+        names = {
+            "tokenizer": "tokenizer",
+            "seed": "seed",
+            "domains": "domains.safetensors",
+            "new_domains": "domains-new.safetensors",
+            "upcycled": "upcycled",
+            "nexus": "nexus",
+            "extension": "extension",
+            "extended": "extended",
+            "average": "average",
+            "report": "report",
+            "tokens": "tokens",
+        }
+        if name not in names:
+            raise AttributeError(name)
+        return self.run / names[name]
+
+    def branch(self, domain: str) -> Path:
+        """Return the dense expert of a domain."""
+        return self.run / "branches" / domain
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage: its name, what it makes, what it needs, how it is made."""
+
+    name: str
+    output: Path
+    command: list[str]
+    needs: tuple[str, ...] = field(default=())
+    wide: bool = False
+    """Whether it takes all devices."""
+    quiet: bool = False
+    """Whether its tables are left out of the log."""
+
+
+def places(config: Config) -> Places:
+    """Return the paths of the run that `config` belongs to."""
+    return Places(Path(config.pipeline.run))
+
+
+def resolve(config: Config) -> Config:
+    """Fill in the paths and domains that follow from the stage; settings that are given stay."""
+    where, pipe = places(config), config.pipeline
+    old, new = pipe.domains, pipe.new_domains
+    table = {
+        "seed": ("", where.seed, pipe.seed_domains or old),
+        "branch": (where.seed, where.branch(config.branch), [config.branch]),
+        "moe": (where.upcycled, where.nexus, old),
+        "extend": (where.extension, where.extended, old + new),
+    }
+    path, output, domains = table[config.stage]
+    model = replace(
+        config.model,
+        path=config.model.path or str(path or ""),
+        tokenizer=config.model.tokenizer or str(where.tokenizer),
+    )
+    if config.stage != "seed" and config.model.path and not config.model.tokenizer:
+        model.tokenizer = config.model.path
+    data = replace(
+        config.data,
+        domains=config.data.domains or domains,
+        validation_domains=config.data.validation_domains or old + new or domains,
+        new_domains=config.data.new_domains or (new if config.stage == "extend" else []),
+        cache=config.data.cache or str(where.tokens),
+    )
+    if not data.domains:
+        raise ConfigError("no domains to train on; set pipeline.domains or data.domains to folders of data.path")
+    name = config.name or (f"branch {config.branch}" if config.stage == "branch" else config.stage)
+    return replace(config, name=name, output=config.output or str(output), model=model, data=data)
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def devices() -> int:
+    """Return CUDA devices of this machine, 0 without any."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def train_command(recipe: str, overrides: Sequence[str], ranks: int, ds_config: str = "") -> list[str]:
+    """Return the command that trains one stage on `ranks` ranks of this machine."""
+    tail = [str(TRAIN), *(["--deepspeed", ds_config] if ds_config else []), "--config", recipe, *overrides]
+    if ranks == 1:
+        return [sys.executable, *tail]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+    return [*launcher, "--master_addr", "127.0.0.1", "--master_port", str(free_port()), *tail]
+
+
+def _verb(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "nexus_ds", *arguments]
+
+
+def steps(config: Config, recipe: str, overrides: Sequence[str], ranks: int, ds_config: str = "") -> list[Step]:
+    """Return the stages of the run in order.
+
+    Args:
+        config: of any stage of the run.
+        recipe, overrides: handed on to each command.
+        ranks: of the two stages that train a mixture-of-experts.
+        ds_config: their DeepSpeed JSON.
+    """
+    where, pipe, data = places(config), config.pipeline, config.data.path
+    common = list(overrides)
+
+    def train(stage: str, *more: str, wide: bool = False) -> list[str]:
+        settings = [*common, f"stage={stage}", *more]
+        return train_command(recipe, settings, ranks if wide else 1, ds_config if wide else "")
+
+    def embed(domains: list[str], out: Path) -> list[str]:
+        amount = str(pipe.embedding_documents)
+        return _verb("embed", "--data", data, "--domains", ",".join(domains), "--documents", amount,
+                     "--encoder", pipe.encoder, "--seed", str(config.seed), "--out", str(out))  # fmt: skip
+
+    def experts(domains: list[str]) -> list[str]:
+        return [part for d in domains for part in ("--expert", f"{d}={where.branch(d)}")]
+
+    branches = tuple(f"branch:{d}" for d in pipe.domains)
+    new_branches = tuple(f"branch:{d}" for d in pipe.new_domains)
+    all_domains = [*pipe.domains, *pipe.new_domains]
+    share = [] if pipe.merge_weight is None else ["--lambda", str(pipe.merge_weight)]
+    settings = ["--config", recipe, *common]
+    plan = [Step("seed", where.seed, train("seed"))]
+    for domain in all_domains:
+        plan.append(Step(f"branch:{domain}", where.branch(domain), train("branch", f"branch={domain}"), ("seed",)))
+    plan += [
+        Step("embed", where.domains, embed(pipe.domains, where.domains)),
+        Step("upcycle", where.upcycled,
+             _verb("upcycle", "--seed", str(where.seed), *experts(pipe.domains), "--domains", str(where.domains),
+                   "--data", data, "--out", str(where.upcycled), *settings), ("seed", "embed", *branches)),
+        Step("moe", where.nexus, train("moe", wide=True), ("upcycle",), wide=True),
+    ]  # fmt: skip
+    if pipe.new_domains:
+        plan += [
+            Step("embed:new", where.new_domains, embed(pipe.new_domains, where.new_domains)),
+            Step("extend", where.extension,
+                 _verb("extend", "--checkpoint", str(where.nexus), *experts(pipe.new_domains), "--domains",
+                       str(where.new_domains), "--data", data, *share, "--out", str(where.extension), *settings),
+                 ("moe", "embed:new", *new_branches)),
+            Step("extended", where.extended, train("extend", wide=True), ("extend",), wide=True),
+        ]  # fmt: skip
+    return plan
+
+
+def needed_for(plan: list[Step], name: str) -> list[Step]:
+    """Return the stages whose outputs `name` needs, directly or not, that are not there yet; in order, without `name`."""
+    by_name = {step.name: step for step in plan}
+    if name not in by_name:
+        raise ConfigError(f"unknown stage {name}; known: {', '.join(by_name)}")
+    wanted: set[str] = set()
+
+    def visit(current: str) -> None:
+        for other in by_name[current].needs:
+            if other not in wanted and not by_name[other].output.exists():
+                wanted.add(other)
+                visit(other)
+
+    visit(name)
+    return [step for step in plan if step.name in wanted]
+
+
+def _environment(slot: int, gpus: int) -> dict[str, str]:
+    """Return the environment of a stage: no launcher variables of our own, one device and one thread a single rank."""
+    kept = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}
+    if gpus and slot >= 0:
+        kept["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
+    # More threads than one wait for each other on a busy machine; branches that run side by side use the other cores.
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "true"}
+
+
+class _Scheduler:
+    """Runs stages as soon as what they need is there: single-rank ones side by side, the others alone."""
+
+    def __init__(self, todo: list[Step], slots: int, gpus: int) -> None:
+        self.waiting, self.slots, self.gpus = list(todo), slots, gpus
+        self.unfinished = {step.name for step in todo}
+        self.running: dict[int, tuple[Step, subprocess.Popen[bytes], float]] = {}
+
+    def _startable(self) -> Step | None:
+        for step in self.waiting:
+            free = not self.running if step.wide else len(self.running) < self.slots
+            if free and not any(name in self.unfinished for name in step.needs):
+                return step
+        return None
+
+    def start_all(self) -> None:
+        """Start whatever can start."""
+        while step := self._startable():
+            self.waiting.remove(step)
+            slot = next(s for s in range(self.slots) if s not in self.running)
+            print(f"== {step.name}", file=sys.stderr, flush=True)
+            environment = _environment(-1 if step.wide else slot, self.gpus)
+            process = subprocess.Popen(
+                step.command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL if step.quiet else None,
+            )
+            self.running[slot] = (step, process, time.monotonic())
+            if step.wide:
+                return
+
+    def collect(self) -> None:
+        """Take note of stages that ended; NexusError for one that failed."""
+        for slot, (step, process, started) in list(self.running.items()):
+            if process.poll() is None:
+                continue
+            del self.running[slot]
+            if process.returncode != 0 or not step.output.exists():
+                raise NexusError(f"stage {step.name} failed (exit {process.returncode}); its message stands above")
+            self.unfinished.discard(step.name)
+            print(f"== {step.name} done in {duration(time.monotonic() - started)}", file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        """End what is still running."""
+        for _, process, _ in self.running.values():
+            process.terminate()
+        for _, process, _ in self.running.values():
+            process.wait()
+
+
+def run_steps(todo: list[Step], side_by_side: int = 0) -> None:
+    """Run stages that are missing, telling what runs and how long each took.
+
+    Args:
+        todo: stages in an order in which they could run one by one.
+        side_by_side: single-rank stages at once; 0: one a device, or one a CPU core.
+
+    Raises:
+        NexusError: a stage failed; those that run beside it are ended.
+    """
+    gpus = devices()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` ends the stages
+    scheduler = _Scheduler(todo, side_by_side or gpus or len(os.sched_getaffinity(0)), gpus)
+    try:
+        while scheduler.unfinished:
+            scheduler.start_all()
+            time.sleep(0.05)
+            scheduler.collect()
+    finally:
+        scheduler.stop()

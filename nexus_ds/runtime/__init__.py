@@ -1,0 +1,1 @@
+"""Training machinery: the DeepSpeed engine, training states, signals and metrics."""

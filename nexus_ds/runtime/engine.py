@@ -1,0 +1,211 @@
+"""The DeepSpeed engine of a run: its configuration, parameter groups and batch arithmetic.
+
+Not covered: pipeline, tensor and sequence parallelism; fp16.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nexus_ds.config import Config, ParallelConfig, TrainingConfig, nearest
+from nexus_ds.errors import ConfigError, LayoutError
+from nexus_ds.model.moe import NexusMoE, Placement
+from nexus_ds.runtime import deepspeed_internals as internals
+
+# DeepSpeed ignores a misspelt key at top level; here it is refused.
+KNOWN_KEYS = frozenset(
+    [
+        "zero_optimization",
+        "activation_checkpointing",
+        "aio",
+        "comms_logger",
+        "communication_data_type",
+        "compile",
+        "flops_profiler",
+        "seq_parallel_communication_data_type",
+        "steps_per_print",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "dump_state",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "torch_autocast",
+    ]
+)
+OWNED_KEYS = {
+    "train_batch_size": "training.batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.batch_size and training.micro_batch_size",
+    "gradient_clipping": "training.clip",
+    "optimizer": "training.lr, weight_decay, beta1, beta2",
+    "scheduler": "training.schedule, warmup, final_lr",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype (fp32 or bf16)",
+    "expert_parallel": "parallel.expert",
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How a global batch is cut: `micro` sequences a rank and forward pass, `accumulation` passes a step."""
+
+    micro: int
+    accumulation: int
+
+
+def split_batch(training: TrainingConfig, world: int) -> Batch:
+    """Cut training.batch_size over ranks and passes; LayoutError if it does not come out even."""
+    share, rest = divmod(training.batch_size, world)
+    if rest:
+        raise LayoutError(
+            f"training.batch_size {training.batch_size} does not divide over {world} ranks; use a multiple of {world}"
+        )
+    micro = training.micro_batch_size or share
+    if share % micro:
+        raise LayoutError(
+            f"a rank's {share} sequences a step are not a multiple of training.micro_batch_size {micro}; change one of them"
+        )
+    return Batch(micro, share // micro)
+
+
+def expert_parallel_size(parallel: ParallelConfig, experts: int, world: int, local_world: int) -> int:
+    """Return parallel.expert, or for 0 the largest useful size inside one node; LayoutError if ranks don't divide."""
+    if parallel.expert:
+        if world % parallel.expert:
+            raise LayoutError(
+                f"parallel.expert {parallel.expert} does not divide {world} ranks; use a divisor of {world}, or 0 for automatic"
+            )
+        return parallel.expert
+    return max(size for size in range(1, local_world + 1) if world % size == 0 and size <= experts)
+
+
+def placement(parallel: ParallelConfig, experts: int, rank: int, world: int, local_world: int) -> Placement:
+    """Return where the routed experts of this rank are."""
+    size = expert_parallel_size(parallel, experts, world, local_world)
+    return Placement(experts, size, rank % size)
+
+
+def read_deepspeed_json(path: Path | None, parallel: ParallelConfig) -> dict[str, Any]:
+    """Read a DeepSpeed JSON; without one, the recipe's ZeRO stage. ConfigError names keys that don't belong there."""
+    if path is None:
+        return {"zero_optimization": {"stage": parallel.zero_stage}}
+    if not path.is_file():
+        raise ConfigError(f"no DeepSpeed configuration at {path}; the project's are in ds_configs/")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from error
+    for key in values:
+        if key in OWNED_KEYS:
+            raise ConfigError(f"{path}: {key} is set by the recipe ({OWNED_KEYS[key]}); remove it from the JSON")
+        if key not in KNOWN_KEYS:
+            raise ConfigError(f"{path}: unknown key {key}{nearest(key, KNOWN_KEYS)}")
+    return values
+
+
+def deepspeed_config(values: dict[str, Any], config: Config, batch: Batch, moe: bool) -> dict[str, Any]:
+    """Complete a DeepSpeed JSON with what the recipe decides. LayoutError for combinations that are not exact."""
+    training = config.training
+    zero = values.setdefault("zero_optimization", {})
+    stage = zero.setdefault("stage", config.parallel.zero_stage)
+    if moe and stage == 0:
+        raise LayoutError(
+            "ZeRO stage 0 with expert layers reports no gradient norm and clips wrongly; use ds_configs/z1.json or higher"
+        )
+    adam: dict[str, Any] = {
+        "lr": training.lr,
+        "betas": [training.beta1, training.beta2],
+        "eps": 1e-8,
+        "weight_decay": training.weight_decay,
+        "torch_adam": True,  # DeepSpeed's own builds a C++ or CUDA extension at the first start
+    }
+    if not internals.on_cpu() and "offload_optimizer" not in zero:
+        adam["fused"] = True
+    if "offload_optimizer" in zero:
+        values.setdefault("zero_force_ds_cpu_optimizer", False)
+    return values | {
+        "train_micro_batch_size_per_gpu": batch.micro,
+        "gradient_accumulation_steps": batch.accumulation,
+        "gradient_clipping": training.clip,  # DeepSpeed's default is 1.0
+        "optimizer": {"type": "AdamW", "params": adam},
+        "bf16": {"enabled": config.model.dtype == "bf16"},
+        "steps_per_print": values.get("steps_per_print", 10**9),
+    }
+
+
+def parameter_groups(model: nn.Module, training: TrainingConfig, router_lr_scale: float) -> list[dict[str, Any]]:
+    """Return AdamW's groups: matrices (decayed), vectors, and the router with its own learning rate.
+
+    For a projection Adam moves `W1 d` by up to lr * |d|_1 a step, many times what it moves a free row: at the model's
+    learning rate the rows blow up and the gate saturates. Each group has a name, which DeepSpeed needs with MoE layers.
+    """
+    groups: dict[str, dict[str, Any]] = {
+        "matrices": {"weight_decay": training.weight_decay, "lr_scale": 1.0},
+        "vectors": {"weight_decay": 0.0, "lr_scale": 1.0},
+        "router": {"weight_decay": 0.0, "lr_scale": router_lr_scale},
+    }
+    for group in groups.values():
+        group["params"] = []
+    for name, parameter in model.named_parameters():
+        kind = "router" if ".mlp.router." in name else "matrices" if parameter.ndim > 1 else "vectors"
+        groups[kind]["params"].append(parameter)
+    return [{"name": name, **group} for name, group in groups.items() if group["params"]]
+
+
+def moe_layers(model: nn.Module) -> list[NexusMoE]:
+    """Return the Nexus layers of a model in order; an empty list for a dense model."""
+    return [module for module in model.modules() if isinstance(module, NexusMoE)]
+
+
+def start_engine(model: Any, values: dict[str, Any], config: Config, batch: Batch) -> Any:
+    """Wrap a model for training.
+
+    Args:
+        model: dense or Nexus, in the working dtype.
+        values: the DeepSpeed JSON.
+        config: the run's configuration.
+        batch: how the batch is cut.
+
+    Returns:
+        The DeepSpeed engine; its optimizer's groups carry `lr_scale`.
+    """
+    layers = moe_layers(model)
+    if config.training.activation_checkpointing != "none":
+        reentrant = config.training.activation_checkpointing == "reentrant"
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    for layer in layers:
+        layer.router.loss_scale = 1.0 / batch.accumulation
+    linear = bool(layers) and layers[0].router.projection is None
+    groups = parameter_groups(model, config.training, 1.0 if linear else config.router.lr_scale)
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=groups, config=deepspeed_config(values, config, batch, bool(layers))
+    )
+    return engine
+
+
+def set_learning_rate(engine: Any, lr: float) -> None:
+    """Set every group's learning rate to `lr` times its scale."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def token_losses(model: Any, tokens_BS: Tensor) -> Tensor:
+    """Return the cross-entropy [B, S] fp32 of each next token, for windows [B, S+1]."""
+    logits = model(input_ids=tokens_BS[:, :-1], use_cache=False).logits
+    flat = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens_BS[:, 1:].flatten(), reduction="none")
+    return flat.view(len(tokens_BS), -1)
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum a tensor over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor

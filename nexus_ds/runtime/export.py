@@ -1,0 +1,178 @@
+"""The finished checkpoint out of a running engine: gathered layer by layer, written by rank 0, verified by reloading.
+
+Shapes: E routed experts, H hidden size, F inner width.
+Not covered: consolidating a training state without an engine.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nexus_ds.config import Config, dump
+from nexus_ds.errors import CheckpointError
+from nexus_ds.model.build import load_stock
+from nexus_ds.model.checkpoint import Sidecar, copy_tokenizer, read_sidecar, router_rows, versions, write_sidecar
+from nexus_ds.model.families import SHARED_GATE_FILL, expert_name, gate_name, shared_gate_name, shared_name
+from nexus_ds.model.moe import NexusMoE
+from nexus_ds.model.tensorfile import TensorWriter
+from nexus_ds.outputs import new_directory
+from nexus_ds.runtime import deepspeed_internals as internals
+from nexus_ds.runtime.engine import moe_layers
+
+Write = Callable[[str, Tensor], None]
+STACKED = (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj"))
+TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def full_shape(parameter: Any) -> tuple[int, ...]:
+    """Return the shape of the whole parameter, also under ZeRO-3."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _dense_part(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters outside Nexus layers, under their names on disk (tied weights once)."""
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, NexusMoE))
+    return {name: p for name, p in model.named_parameters() if not (inside and name.startswith(inside))}
+
+
+def _plan(model: nn.Module, dtype: torch.dtype) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype and shape of every tensor of the checkpoint."""
+    kind = TYPE_NAMES[dtype]
+    plan = {name: (kind, full_shape(p)) for name, p in _dense_part(model).items()}
+    for index, layer in enumerate(moe_layers(model)):
+        _, ffn_size, hidden_size = full_shape(layer.experts.w1)
+        sizes = {"gate_proj": (ffn_size, hidden_size), "up_proj": (ffn_size, hidden_size)}
+        sizes["down_proj"] = (hidden_size, ffn_size)
+        plan[gate_name(index)] = (kind, (layer.placement.experts, hidden_size))
+        plan[shared_gate_name(index)] = (kind, (1, hidden_size))
+        for part, shape in sizes.items():
+            plan[shared_name(index, part)] = (kind, shape)
+            for expert in range(layer.placement.experts):
+                plan[expert_name(index, expert, part)] = (kind, shape)
+    return plan
+
+
+def _write_experts(index: int, layer: NexusMoE, write: Write) -> None:
+    """Send one expert matrix at a time from its owner to rank 0, within rank 0's expert-parallel group."""
+    place, rank = layer.placement, dist.get_rank()
+    for stacked, part in STACKED:
+        with internals.gathered(getattr(layer.experts, stacked)) as local:
+            if rank >= place.ep_size:
+                continue  # a replica of rank 0's group: it only took part in gathering
+            for expert in range(place.experts):
+                owner, slot = divmod(place.slot(expert), place.local_slots)
+                matrix = local[slot].contiguous() if place.ep_rank == owner else torch.empty_like(local[0])
+                if place.ep_size > 1:
+                    dist.broadcast(matrix, src=owner, group=internals.expert_parallel_group(layer))
+                write(expert_name(index, expert, part), matrix)
+
+
+def _write_layer(index: int, layer: NexusMoE, sidecar: Sidecar, dtype: torch.dtype, write: Write) -> None:
+    """Write one Nexus layer under Qwen2-MoE's names; a projection's fp32 weights also go into `sidecar`."""
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        weight: nn.Parameter = getattr(layer.shared_experts, part).weight
+        with internals.gathered(weight) as data:
+            write(shared_name(index, part), data * 2 if part == "down_proj" else data)
+    if layer.router.projection is None:
+        with internals.gathered(layer.router.gate.weight) as data:
+            write(gate_name(index), data)
+    else:
+        named = list(layer.router.projection.named_parameters())
+        sidecar.projections[index] = {name: internals.full_fp32(parameter) for name, parameter in named}
+        write(gate_name(index), router_rows(sidecar, index, dtype))
+    hidden_size = full_shape(layer.experts.w1)[2]
+    write(shared_gate_name(index), torch.full((1, hidden_size), SHARED_GATE_FILL))
+    _write_experts(index, layer, write)
+
+
+def _write_tensors(model: nn.Module, sidecar: Sidecar | None, dtype: torch.dtype, directory: Path | None) -> None:
+    """Walk the model on all ranks; the one with a `directory` writes."""
+    writer = TensorWriter(directory, _plan(model, dtype)) if directory else None
+
+    def write(name: str, tensor: Tensor) -> None:
+        if writer:
+            writer.write(name, tensor.detach().to("cpu", dtype).contiguous())
+
+    for name, parameter in _dense_part(model).items():
+        with internals.gathered(parameter) as data:
+            write(name, data)
+    for index, layer in enumerate(moe_layers(model)):
+        assert sidecar is not None
+        _write_layer(index, layer, sidecar, dtype, write)
+    if writer:
+        writer.close()
+
+
+def _write_config(model: Any, source: Path | None, dtype: torch.dtype, directory: Path) -> None:
+    """Write config.json: the source's with the working dtype, or a new dense model's own."""
+    name = str(dtype).removeprefix("torch.")
+    if source and (source / "config.json").is_file():
+        values = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    else:
+        values = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
+    values["dtype"] = name
+    values.pop("torch_dtype", None)
+    (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    if source and (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", directory / "generation_config.json")
+
+
+def _verify(directory: Path, dtype: torch.dtype, tokens_BS: Tensor, logits_BSV: Tensor) -> float:
+    """Reload in plain transformers and return the largest difference of the logits from the engine's."""
+    model = load_stock(directory, dtype).to(tokens_BS.device).eval()
+    with torch.no_grad():
+        reloaded = model(input_ids=tokens_BS, use_cache=False).logits.float()
+    difference = float((reloaded - logits_BSV).abs().max() / logits_BSV.abs().max().clamp_min(1e-9))
+    if not difference <= TOLERANCE[dtype]:
+        raise CheckpointError(
+            f"the exported model does not compute what was trained: logits differ by {difference:.1e} of the largest, "
+            f"expected at most {TOLERANCE[dtype]:.0e}; nothing was exported, the training state is kept"
+        )
+    return difference
+
+
+def export(
+    engine: Any, config: Config, dtype: torch.dtype, out: Path, probe_BS: Tensor, lineage: dict[str, Any]
+) -> float:
+    """Write the trained model to `out` (rank 0) as a dense or Nexus checkpoint and verify it. All ranks must call.
+
+    Args:
+        engine: the DeepSpeed engine.
+        config: its configuration; `model.path` is where tokenizer, config and sidecar come from.
+        dtype: working dtype, also on disk.
+        out: new directory.
+        probe_BS: token ids whose logits must survive; the same on all ranks.
+        lineage: what this run was, for the sidecar.
+
+    Returns:
+        Largest relative difference of the logits (rank 0; 0.0 elsewhere).
+
+    Raises:
+        CheckpointError: the reloaded model computes something else. `out` is not made.
+    """
+    model, source = engine.module, Path(config.model.path) if config.model.path else None
+    model.eval()
+    with torch.no_grad():
+        logits_BSV = engine(input_ids=probe_BS, use_cache=False).logits.float()
+    sidecar = read_sidecar(source) if moe_layers(model) and source else None
+    if dist.get_rank() != 0:
+        _write_tensors(model, sidecar, dtype, None)
+        return 0.0
+    with new_directory(out) as directory:
+        _write_tensors(model, sidecar, dtype, directory)
+        _write_config(model, source, dtype, directory)
+        if sidecar:
+            write_sidecar(directory, replace(sidecar, lineage=[*sidecar.lineage, lineage], versions=versions()))
+        copy_tokenizer(Path(config.model.tokenizer or config.model.path), directory)
+        (directory / "training.yaml").write_text(dump(config), encoding="utf-8")
+        return _verify(directory, dtype, probe_BS, logits_BSV)

@@ -1,0 +1,367 @@
+"""The training loop: batches in, optimizer steps, validation, training states, and the verified checkpoint at the end.
+
+Shapes: B sequences, S tokens, D domains, E routed experts.
+Not covered: choosing what to train (train.py) and saving (states, export).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nexus_ds.config import Config, as_dict, dump
+from nexus_ds.data.corpora import TokenFile, open_source, token_files, windows
+from nexus_ds.data.mixture import Sampler, domain_weights
+from nexus_ds.errors import TrainingError
+from nexus_ds.model.build import DTYPES, load_for_training, new_dense
+from nexus_ds.model.checkpoint import is_nexus, read_sidecar
+from nexus_ds.runtime import deepspeed_internals as internals
+from nexus_ds.runtime import states
+from nexus_ds.runtime.engine import (
+    Batch,
+    all_reduce_sum,
+    moe_layers,
+    placement,
+    read_deepspeed_json,
+    set_learning_rate,
+    split_batch,
+    start_engine,
+    token_losses,
+)
+from nexus_ds.runtime.export import export
+from nexus_ds.runtime.metrics import Metrics
+from nexus_ds.runtime.schedule import learning_rate, tokens_per_step, total_steps
+from nexus_ds.runtime.signals import StopRequest
+
+EXIT_STOPPED = 75  # a signal asked for a stop; the training state is saved
+SATURATED = 0.95  # mean gate above which a router hardly learns any more
+
+
+@dataclass
+class Data:
+    """What a run reads."""
+
+    files: dict[str, TokenFile]
+    sampler: Sampler
+    weights: dict[str, float]
+    validation: dict[str, np.ndarray]
+    """Per domain: windows [n, S+1] int64."""
+
+
+class Tally:
+    """Sums over a stretch of batches: loss and tokens per domain, assignments per domain and routed expert."""
+
+    def __init__(self, domains: int, experts: int, device: torch.device) -> None:
+        self.loss_D = torch.zeros(domains, dtype=torch.float64, device=device)
+        self.tokens_D = torch.zeros_like(self.loss_D)
+        self.routed_DE = torch.zeros(domains, max(experts, 1), dtype=torch.float64, device=device)
+        self.router_3 = torch.zeros(4, dtype=torch.float64, device=device)  # load balance, z, gate, layer passes
+        self.experts = experts
+
+    def add(self, losses_BS: Tensor, domain_B: Tensor, layers: list[Any]) -> None:
+        """Add one forward pass: losses [B, S], the domain of each sequence, and the layers' last routing."""
+        self.loss_D.index_add_(0, domain_B, losses_BS.detach().double().sum(1))
+        self.tokens_D.index_add_(0, domain_B, torch.full_like(domain_B, losses_BS.shape[1], dtype=torch.float64))
+        for layer in layers:
+            seen = layer.router.latest
+            domain_T = domain_B.repeat_interleave(losses_BS.shape[1])
+            cell_TK = domain_T[:, None] * self.experts + seen.selected_TK
+            ones = torch.ones(cell_TK.numel(), dtype=torch.float64, device=cell_TK.device)
+            self.routed_DE.view(-1).scatter_add_(0, cell_TK.reshape(-1), ones)
+            values = [seen.load_balance, seen.z, seen.gate_T1.mean(), torch.ones_like(seen.z)]
+            self.router_3 += torch.stack(values).double()
+
+    def reduced(self) -> Tally:
+        """Sum over all ranks (all must call); return self."""
+        for tensor in (self.loss_D, self.tokens_D, self.routed_DE, self.router_3):
+            all_reduce_sum(tensor)
+        return self
+
+    def losses(self, names: list[str]) -> dict[str, float]:
+        """Return the mean loss per domain that was seen, nats a token."""
+        pairs = zip(names, self.loss_D.tolist(), self.tokens_D.tolist(), strict=True)
+        return {name: loss / tokens for name, loss, tokens in pairs if tokens}
+
+    def mean_loss(self) -> float:
+        """Return the mean loss over all tokens."""
+        return float(self.loss_D.sum() / self.tokens_D.sum().clamp_min(1))
+
+    def router(self) -> dict[str, float]:
+        """Return unit losses, mean gate and the smallest and largest share of assignments of a routed expert."""
+        if not self.experts:
+            return {}
+        balance, z, gate, passes = self.router_3.tolist()
+        share_E = self.routed_DE.sum(0) / self.routed_DE.sum().clamp_min(1)
+        return {
+            "load_balance": balance / passes,
+            "z": z / passes,
+            "gate": gate / passes,
+            "load_min": float(share_E.min()),
+            "load_max": float(share_E.max()),
+        }
+
+    def routing(self, names: list[str], experts: list[str]) -> dict[str, dict[str, float]]:
+        """Return the share of each seen domain's assignments per routed expert, mean over layers."""
+        if not self.experts:
+            return {}
+        total_D = self.routed_DE.sum(1).tolist()
+        rows = zip(names, self.routed_DE.tolist(), total_D, strict=True)
+        return {n: dict(zip(experts, (c / t for c in row), strict=True)) for n, row, t in rows if t}
+
+
+def read_data(config: Config, tokenizer: Path) -> Data:
+    """Tokenise what is missing and return the training sampler and validation windows. All ranks call."""
+    settings, source = config.data, open_source(config.data.path)
+    common: dict[str, Any] = {"workers": settings.workers, "on_bad_row": settings.on_bad_row}
+    cache, length = Path(settings.cache), settings.sequence_length
+    if dist.get_rank() != 0:
+        dist.barrier()
+    files = token_files(source, settings.domains, "train", tokenizer, cache, max_bytes=settings.max_bytes, **common)
+    scored = token_files(source, settings.validation_domains, "validation", tokenizer, cache, **common)
+    if dist.get_rank() == 0:
+        dist.barrier()
+    weights = domain_weights(settings, {name: file.tokens for name, file in files.items()})
+    sampler = Sampler(files, weights, length, config.seed)
+    validation = {name: windows(file, config.training.eval_windows, length) for name, file in scored.items()}
+    return Data(files, sampler, weights, validation)
+
+
+class Run:
+    """One training run on this rank: engine, data, bookkeeping."""
+
+    def __init__(self, config: Config, ds_json: str, rank: int, world: int, local_world: int) -> None:
+        self.config, self.rank, self.world = config, rank, world
+        self.tokenizer = Path(config.model.tokenizer)
+        self.batch: Batch = split_batch(config.training, world)
+        values = read_deepspeed_json(Path(ds_json) if ds_json else None, config.parallel)
+        self.data = read_data(config, self.tokenizer)
+        torch.manual_seed(config.seed)
+        grouped = config.parallel.grouped_mm if config.parallel.grouped_mm is not None else not internals.on_cpu()
+        model = self._model(lambda experts: placement(config.parallel, experts, rank, world, local_world), grouped)
+        self.engine = start_engine(model, values, config, self.batch)
+        self.layers = moe_layers(self.engine.module)
+        self.device = self.engine.device
+        self.work = Path(config.output + ".training")
+        self.domains = list(self.data.files)
+        self.experts: list[str] = []
+        self.expert_domains: list[str] = []
+        if self.layers:
+            records = read_sidecar(Path(config.model.path)).experts
+            self.experts, self.expert_domains = [r.name for r in records], [r.domain for r in records]
+        self.total = total_steps(config.training, config.data)
+        stage = values["zero_optimization"]["stage"]
+        ep_size = self.layers[0].placement.ep_size if self.layers else 1
+        self.description = {
+            "layout": f"{world} ranks, expert parallel {ep_size}, ZeRO stage {stage}",
+            "config": self._identity(),
+        }
+
+    def _model(self, placement_of: Any, grouped: bool) -> Any:
+        config = self.config
+        if config.model.path:
+            return load_for_training(config, placement_of, grouped)
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, local_files_only=True, trust_remote_code=False)
+        model = new_dense(config.model, len(tokenizer), tokenizer.eos_token_id, config.seed)
+        return model.to(DTYPES[config.model.dtype])
+
+    def _identity(self) -> dict[str, Any]:
+        """Return the settings and data on which the course of the run depends."""
+        flat = as_dict(self.config)
+        kept = {
+            **{f"training.{k}": v for k, v in flat["training"].items() if not k.endswith(("every", "keep_last"))},
+            **{f"router.{k}": flat["router"][k] for k in ("lr_scale", "load_balance", "z_loss")},
+            "seed": self.config.seed,
+            "model.dtype": self.config.model.dtype,
+            "data.sequence_length": self.config.data.sequence_length,
+            "data.weights": self.data.weights,
+            "data fingerprint": {name: file.fingerprint for name, file in self.data.files.items()},
+        }
+        return json.loads(json.dumps(kept))
+
+    def _batch(self, step: int, part: int) -> tuple[Tensor, Tensor]:
+        """Return token windows [B, S+1] and domain indices [B] of one micro-batch; sample ids depend on the step alone."""
+        share = self.batch.micro * self.batch.accumulation
+        first = step * self.config.training.batch_size + self.rank * share + part * self.batch.micro
+        samples = [self.data.sampler.sample(first + i) for i in range(self.batch.micro)]
+        tokens = torch.from_numpy(np.stack([s.tokens for s in samples]))
+        return tokens.to(self.device), torch.tensor([s.domain_index for s in samples], device=self.device)
+
+    def _step(self, step: int, tally: Tally) -> float:
+        """Do one optimizer step; return the gradient norm before clipping."""
+        self.engine.train()
+        set_learning_rate(self.engine, learning_rate(step, self.config.training, self.config.data))
+        for part in range(self.batch.accumulation):
+            tokens_BS, domain_B = self._batch(step, part)
+            losses_BS = token_losses(self.engine, tokens_BS)
+            tally.add(losses_BS, domain_B, self.layers)
+            self.engine.backward(losses_BS.mean())
+            self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        if norm is None or not math.isfinite(float(norm)):
+            saved = states.steps_saved(self.work / "states")
+            raise TrainingError(
+                f"the gradient norm is {norm} at step {step + 1} (samples from {step * self.config.training.batch_size}); "
+                f"stopped, last training state: {f'step {saved[-1]}' if saved else 'none'}; lower training.lr, or look "
+                "at these samples"
+            )
+        return float(norm)
+
+    @torch.no_grad()
+    def validate(self, step: int, metrics: Metrics) -> None:
+        """Score the validation windows, spread over the ranks (each does as many forward passes), and log the result."""
+        self.engine.eval()
+        names = list(self.data.validation)
+        tally = Tally(len(names), len(self.experts), self.device)
+        for index, name in enumerate(names):
+            windows_NS = torch.from_numpy(self.data.validation[name])
+            batch = max(1, self.batch.micro)
+            rounds = math.ceil(len(windows_NS) / (batch * self.world))
+            for turn in range(rounds):
+                start = (turn * self.world + self.rank) * batch
+                mine = windows_NS[start : start + batch].to(self.device)
+                idle = len(mine) == 0  # expert parallelism needs every rank in every pass
+                losses = token_losses(self.engine, windows_NS[:1].to(self.device) if idle else mine)
+                if not idle:
+                    tally.add(losses, torch.full((len(mine),), index, device=self.device), self.layers)
+        tally.reduced()
+        losses_D = tally.losses(names)
+        values: dict[str, Any] = {
+            "loss": losses_D,
+            "perplexity": {name: math.exp(min(loss, 700)) for name, loss in losses_D.items()},
+            "routing": tally.routing(names, self.experts),
+        }
+        line = " ".join(f"{name} {ppl:.1f}" for name, ppl in values["perplexity"].items())
+        own = self.own_share(values["routing"])
+        if own is not None:
+            values["own_share"] = own
+            line += f" | own-domain share {own:.2f}"
+        metrics.log("validation", step, values, f"step {step} validation perplexity: {line}")
+
+    def own_share(self, routing: dict[str, dict[str, float]]) -> float | None:
+        """Return the mean share of a domain's tokens at that domain's expert."""
+        pairs = zip(self.experts, self.expert_domains, strict=True)
+        shares = [routing[domain][expert] for expert, domain in pairs if domain in routing]
+        return sum(shares) / len(shares) if shares else None
+
+    def log(self, step: int, tally: Tally, norm: float, seconds: float, steps: int, metrics: Metrics) -> None:
+        """Log a stretch of `steps` optimizer steps that took `seconds`."""
+        tally.reduced()
+        lr = learning_rate(step - 1, self.config.training, self.config.data)
+        speed = steps * tokens_per_step(self.config.training, self.config.data) / max(seconds, 1e-9)
+        router = tally.router()
+        values: dict[str, Any] = {"loss": tally.mean_loss(), "domain_loss": tally.losses(self.domains), "lr": lr}
+        values |= {"grad_norm": norm, "tokens_per_second": speed, "router": router}
+        domains = " ".join(f"{name} {loss:.2f}" for name, loss in values["domain_loss"].items())
+        line = f"{step}/{self.total} loss {values['loss']:.3f} ({domains})"
+        if router:
+            own = self.own_share(tally.routing(self.domains, self.experts))
+            router["own_share"] = float("nan") if own is None else own
+            line += (
+                f" aux {router['load_balance']:.2f} gate {router['gate']:.2f} own {router['own_share']:.2f}"
+                f" load {router['load_min']:.2f}-{router['load_max']:.2f}"
+            )
+        line += f" lr {lr:.2e} norm {norm:.2f} {speed:,.0f} tok/s eta {metrics.eta(step)}"
+        metrics.log("train", step, values, line)
+        if router.get("gate", 0) > SATURATED and len(self.experts) > 1:
+            metrics.say(
+                f"warning: mean gate {router['gate']:.2f}: the router is saturated; lower router.lr_scale or training.lr"
+            )
+
+    def save(self, step: int) -> None:
+        """Save a training state."""
+        states.save(self.engine, self.work / "states", step, self.description, self.config.training.keep_last)
+
+    def loop(self, first: int, metrics: Metrics, stop: StopRequest) -> bool:
+        """Train from step `first` to the end; return False if a signal ended it early (the state is saved)."""
+        training = self.config.training
+        tally, since, started = self._tally(), first, time.monotonic()
+        for step in range(first, self.total):
+            norm = self._step(step, tally)
+            metrics.advance()
+            done = step + 1
+            if done % training.log_every == 0 or done == self.total:
+                self.log(done, tally, norm, time.monotonic() - started, done - since, metrics)
+                tally, since, started = self._tally(), done, time.monotonic()
+            if done == self.total:
+                break
+            number = stop.agreed()
+            if number or (training.save_every and done % training.save_every == 0):
+                self.save(done)
+            if number:
+                metrics.say(f"stopped by signal {number} after step {done}; start the same command again to go on")
+                return False
+            if training.eval_every and done % training.eval_every == 0:
+                self.validate(done, metrics)
+                started = time.monotonic()
+        return True
+
+    def _tally(self) -> Tally:
+        return Tally(len(self.domains), len(self.experts), self.device)
+
+    def finish(self, metrics: Metrics) -> None:
+        """Save the last state, write the verified checkpoint, and say where it is."""
+        if self.config.training.save_every:
+            self.save(self.total)
+        name = next(iter(self.data.validation))
+        probe = torch.from_numpy(self.data.validation[name][:2, :-1]).to(self.device)
+        lineage = {
+            "verb": "train",
+            "stage": self.config.stage,
+            "steps": self.total,
+            "tokens": self.total * tokens_per_step(self.config.training, self.config.data),
+            "mixture": self.data.weights,
+        }
+        out = Path(self.config.output)
+        difference = export(self.engine, self.config, DTYPES[self.config.model.dtype], out, probe, lineage)
+        metrics.say(f"wrote {out} (reloaded in plain transformers: logits differ by {difference:.1e})")
+        metrics.say(f"next: nexus-ds evaluate --checkpoint {out} --data {self.config.data.path} --out {out}-report")
+
+
+def train(config: Config, ds_json: str, rank: int, world: int, local_world: int, wait_minutes: float) -> int:
+    """Train `config` on this rank; return the exit code (0 finished, 75 stopped by a signal with its state saved)."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    internals.start(wait_minutes)
+    stop = StopRequest()
+    run = Run(config, ds_json, rank, world, local_world)
+    first, messages = states.resume(run.engine, run.work / "states", run.description)
+    metrics = Metrics(run.work, config.name, first, run.total, rank == 0)
+    if rank == 0:
+        (run.work / "config.yaml").write_text(dump(config), encoding="utf-8")
+    for message in messages:
+        metrics.say(message)
+    metrics.say(describe(run, first))
+    if first == 0:
+        run.validate(0, metrics)
+    finished = run.loop(first, metrics, stop)
+    if finished:
+        run.validate(run.total, metrics)
+        run.finish(metrics)
+    metrics.close()
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0 if finished else EXIT_STOPPED
+
+
+def describe(run: Run, first: int) -> str:
+    """Return one line that says what is about to be trained."""
+    kind = f"{len(run.experts)} routed experts + shared" if run.experts else "dense"
+    mixture = ", ".join(f"{name} {weight:.0%}" for name, weight in run.data.weights.items())
+    start = f", resumed after step {first}" if first else ""
+    nexus = "Nexus" if run.config.model.path and is_nexus(Path(run.config.model.path)) else "model"
+    return (
+        f"{run.config.name}: {nexus} ({kind}), {run.total} steps of "
+        f"{tokens_per_step(run.config.training, run.config.data)} tokens ({mixture}); "
+        f"{run.description['layout']}, {run.config.model.dtype}{start}"
+    )

@@ -1,0 +1,27 @@
+"""Signals ask for a stop; all ranks agree on it at a step boundary.
+
+Not covered: SIGKILL.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+from nexus_ds.runtime.deepspeed_internals import all_reduce_max
+
+
+class StopRequest:
+    """Remembers SIGTERM, SIGINT and SIGUSR1 sent to this rank; the last step still ends in order."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def agreed(self) -> int:
+        """Return the signal that any rank has received, 0 for none; the same on all ranks (all must call)."""
+        return int(all_reduce_max(float(self.received)))

@@ -1,0 +1,130 @@
+"""Train a dense branch, an upcycled or an extended model: one loop over the DeepSpeed engine.
+
+    deepspeed nexus_ds/train.py --deepspeed ds_configs/z3.json [--config RECIPE.yaml] [section.key=value ...]
+
+Also under torchrun, srun (one task a rank) and plain python (one rank). Without --config it runs the demo recipe and
+makes whatever its stage needs. An interrupted run goes on from its last training state when it is started again.
+Not covered: fp16, pipeline and tensor parallelism, resuming in another layout.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# As a file, this folder comes first on sys.path and would shadow packages of the same names (evaluate, ...).
+_HERE = os.path.dirname(os.path.abspath(__file__))
+if __name__ == "__main__":
+    sys.path[:] = [p for p in sys.path if os.path.abspath(p or ".") != _HERE]
+    sys.path.insert(0, os.path.dirname(_HERE))
+
+import argparse
+from pathlib import Path
+
+from nexus_ds.config import Config, dump, load_config
+from nexus_ds.errors import NexusError, OutputExistsError
+from nexus_ds.pipeline import free_port, needed_for, places, resolve, run_steps, steps
+
+HELP = "train one stage with DeepSpeed (dense branch, upcycled or extended model)"
+STAGE_STEP = {"seed": "seed", "moe": "moe", "extend": "extended"}
+WAIT_MINUTES = 240.0  # other ranks wait this long while rank 0 makes what is missing
+EXIT_STOPPED = 75  # a signal asked for a stop; the training state is saved
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    parser.add_argument("--deepspeed", metavar="JSON", default="", help="DeepSpeed configuration (ZeRO, offload)")
+    parser.add_argument("--config", metavar="RECIPE", default="demo", help="recipe file or name (default: demo)")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings laid over the recipe")
+
+
+def adopt_launcher() -> tuple[int, int, int]:
+    """Read or complete the launcher's variables; return rank, ranks, ranks on this node.
+
+    srun sets SLURM_PROCID, SLURM_LOCALID and SLURM_NTASKS (MASTER_ADDR and MASTER_PORT come from the job script);
+    deepspeed and torchrun set RANK and the rest; plain python sets nothing.
+    """
+    env = os.environ
+    if "RANK" not in env and "SLURM_STEP_ID" in env and "MASTER_ADDR" in env:
+        env["RANK"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_LOCALID"]
+        env["WORLD_SIZE"] = env["SLURM_NTASKS"]
+        env.setdefault("LOCAL_WORLD_SIZE", env.get("SLURM_NTASKS_PER_NODE", env["SLURM_NTASKS"]))
+    if "RANK" not in env:
+        env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    world = int(env["WORLD_SIZE"])
+    local_world = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world)
+    return int(env["RANK"]), world, local_world
+
+
+def _prepare(config: Config, args: argparse.Namespace) -> None:
+    """On rank 0: make the inputs of this stage that are missing (the demo's own, or a recipe's earlier stages)."""
+    from nexus_ds.data.corpora import open_source
+    from nexus_ds.data.tokenizer import train_tokenizer
+
+    where = places(config)
+    if config.stage == "seed":
+        if not config.model.path and not Path(config.model.tokenizer).exists():
+            source = open_source(config.data.path)
+            limit = config.data.max_bytes or 4_000_000
+            domains = config.pipeline.tokenizer_domains or config.pipeline.domains or config.data.domains
+            texts = (d.text for name in domains for d in source.documents(name, "train", max_bytes=limit))
+            train_tokenizer(texts, config.pipeline.vocabulary, Path(config.model.tokenizer))
+        return
+    if Path(config.model.path).exists() or Path(config.model.path).parent.absolute() != where.run.absolute():
+        return
+    name = STAGE_STEP.get(config.stage, f"branch:{config.branch}")
+    overrides = [o for o in args.overrides if o.partition("=")[0] not in ("stage", "branch", "output", "name")]
+    shared = ("pipeline.", "data.path", "data.max_bytes", "data.sequence_length", "model.dtype", "seed", "router.")
+    overrides = [o for o in overrides if o.startswith(shared)]
+    plan = steps(config, args.config, overrides, ranks=1, ds_config=args.deepspeed)
+    run_steps(needed_for(plan, name), config.pipeline.parallel_branches)
+
+
+def _finished(config: Config) -> bool:
+    """Return whether this very run is done already; OutputExistsError if something else stands in its place."""
+    out = Path(config.output)
+    if not out.exists():
+        return False
+    saved = out / "training.yaml"
+    if saved.is_file() and saved.read_text(encoding="utf-8") == dump(config):
+        return True
+    raise OutputExistsError(f"{out} exists already and is not the result of this configuration; give output=DIR")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train one stage; return the exit code."""
+    config = resolve(load_config(args.config, args.overrides))
+    rank, world, local_world = adopt_launcher()
+    if _finished(config):
+        if rank == 0:
+            print(f"{config.output} is finished already; next: nexus-ds evaluate --checkpoint {config.output}")
+        return 0
+    if rank == 0:
+        _prepare(config, args)
+    from nexus_ds.runtime.loop import train
+
+    return train(config, args.deepspeed, rank, world, local_world, WAIT_MINUTES)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run as a file under a launcher; a user's mistake is one line of rank 0, a lost rank's error that rank's."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n", 1)[0])
+    add_arguments(parser)
+    args, unknown = parser.parse_known_args(argv)
+    stray = [word for word in unknown if not word.startswith("--local")]
+    if stray:
+        parser.error(f"unknown argument {stray[0]}; settings are given as section.key=value")
+    try:
+        return run(args)
+    except NexusError as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"train.py: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
+        return 1
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
