@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 
+from nexus_ds.config import parse_words
 from nexus_ds.errors import NexusError
 
 VERBS = {  # name: module
@@ -37,13 +38,10 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; a user's mistake is one line on stderr and exit code 1."""
-    # Nothing is fetched unless the user asks: HF_HUB_OFFLINE=0 in the environment lifts it.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("HF_DATASETS_OFFLINE", os.environ["HF_HUB_OFFLINE"])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     words = sys.argv[1:] if argv is None else argv
     verb = next((word for word in words if not word.startswith("-")), None)
-    args = build_parser(verb).parse_args(words)
+    args = parse_words(build_parser(verb), words)
     try:
         return int(importlib.import_module(f"nexus_ds.{VERBS[args.verb]}").run(args))
     except NexusError as error:

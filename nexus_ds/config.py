@@ -7,6 +7,7 @@ line's `section.key=value` over both.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import math
@@ -107,7 +108,7 @@ class DataConfig:
     on_bad_row: str = "error"
     """What a damaged line does: error | skip (counted)."""
     workers: int = 0
-    """Processes that tokenise; 0: one a CPU core."""
+    """Threads that tokenise; 0: one a CPU core."""
 
 
 @dataclass(kw_only=True)
@@ -367,6 +368,20 @@ def parse_override(text: str) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
+
+
+def parse_words(parser: argparse.ArgumentParser, words: typing.Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line whose overrides may stand before, between and after its options.
+
+    argparse takes optional words at one place alone and hands the others back; those with a `=` are overrides too.
+    """
+    args, left = parser.parse_known_args(words)
+    stray = [word for word in left if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")]
+    if stray:
+        parser.error(f"unknown argument {stray[0]}; settings are given as section.key=value")
+    if left:
+        args.overrides = [*args.overrides, *left]
+    return args
 
 
 def get_key(config: Config, dotted: str) -> Any:

@@ -21,7 +21,7 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from nexus_ds.config import Config, dump, load_config
+from nexus_ds.config import Config, dump, load_config, parse_words
 from nexus_ds.errors import NexusError, OutputExistsError
 from nexus_ds.pipeline import free_port, needed_for, places, resolve, run_steps, steps
 
@@ -111,10 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run as a file under a launcher; a user's mistake is one line of rank 0, a lost rank's error that rank's."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n", 1)[0])
     add_arguments(parser)
-    args, unknown = parser.parse_known_args(argv)
-    stray = [word for word in unknown if not word.startswith("--local")]
-    if stray:
-        parser.error(f"unknown argument {stray[0]}; settings are given as section.key=value")
+    args = parse_words(parser, argv)
     try:
         return run(args)
     except NexusError as error:

@@ -1,0 +1,90 @@
+"""Recipes and overrides: what is understood, and how everything else is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from nexus_ds.config import RECIPES, STAGES, Config, dump, load_config, parse_yaml
+from nexus_ds.errors import ConfigError
+from nexus_ds.pipeline import resolve
+
+
+def recipe(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda p: str(p.relative_to(RECIPES)))
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_recipe_loads_in_every_stage(path, stage):
+    config = resolve(load_config(path, [f"stage={stage}", "branch=x"]))
+    assert config.stage == stage
+    assert config.training.tokens > 0 or config.training.steps > 0
+
+
+def test_stage_settings_lie_over_the_common_ones_and_overrides_over_both(tmp_path):
+    path = recipe(tmp_path, "training: {steps: 3, lr: 1e-3}\nstages: {moe: {training: {lr: 2e-3}}}\n")
+    assert load_config(path, ["stage=moe"]).training.lr == 2e-3
+    assert load_config(path, ["stage=seed"]).training.lr == 1e-3
+    assert load_config(path, ["stage=moe", "training.lr=5e-4"]).training.lr == 5e-4
+
+
+def test_numbers_in_yaml_notation_are_numbers(tmp_path):
+    config = load_config(recipe(tmp_path, "training: {steps: 3, lr: 1e-5, tokens: 1e6}"))
+    assert config.training.lr == 1e-5
+    assert config.training.tokens == 1_000_000
+
+
+def test_a_dumped_configuration_loads_to_the_same(tmp_path):
+    config = load_config(recipe(tmp_path, "training: {steps: 3}\npipeline: {domains: [a, b], merge_weight: 0.1}"))
+    assert load_config(recipe(tmp_path, dump(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training: {stepz: 3}", r"unknown key training.stepz, did you mean steps\?"),
+        ("trainig: {steps: 3}", r"unknown key trainig, did you mean training\?"),
+        ("stages: {moes: {}}", r"unknown key stages.moes, did you mean moe\?"),
+        ("stages: {seed: {training: {lrr: 1}}}", r"unknown key stages.seed.training.lrr, did you mean lr\?"),
+        ("training: {steps: many}", r"training.steps: expected int, found 'many'"),
+        ("training: {steps: true}", r"training.steps: expected int, found True"),
+        ("training: {steps: 3, lr: .inf}", r"training.lr: expected a finite number"),
+        ("training: {steps: 3, lr: -1}", r"training.lr: expected a number above 0, found -1"),
+        ("training: {steps: 3, steps: 4}", r"recipe.yaml:1: the key 'steps' stands twice"),
+        ("training: &a {steps: 3}\nrouter: *a", r"recipe.yaml:2: YAML aliases are not allowed"),
+        ("training: !!python/object/apply:os.system ['true']", r"not a valid recipe"),
+        ("training: {steps: 3}\nrouter: {kind: liner}", r"router.kind: unknown value 'liner', did you mean linear\?"),
+        ("training: 3", r"training: expected a mapping of settings, found 3"),
+        ("- a", r"expected a mapping of settings, found list"),
+        ("name: x", r"training.tokens and training.steps are both 0; set one of them"),
+        ("training: {steps: 3, warmup: 1.5}", r"training.warmup: expected a share of the steps"),
+        ("training: {steps: 3}\nmodel: {hidden_size: 10}", r"model.hidden_size 10 is not a multiple of model.heads 3"),
+        ("training: {steps: 3}\nstage: branch", r"name it with branch=DOMAIN"),
+    ],
+)
+def test_bad_recipes_are_named(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(recipe(tmp_path, text))
+
+
+def test_a_missing_recipe_lists_those_that_come_with_the_package():
+    with pytest.raises(ConfigError, match=r"no recipe at nowhere.yaml; give a file, or one of: .*demo"):
+        load_config("nowhere.yaml")
+
+
+def test_an_override_without_value_is_refused():
+    with pytest.raises(ConfigError, match=r"override 'training.lr': expected section.key=value"):
+        load_config("demo", ["training.lr"])
+
+
+def test_a_huge_recipe_is_refused():
+    with pytest.raises(ConfigError, match="a recipe has at most 1,000,000"):
+        parse_yaml("a" * 1_000_001, "big.yaml")
+
+
+def test_defaults_of_the_router_are_those_that_the_readme_names():
+    router = Config().router
+    assert (router.lr_scale, router.init, router.centre, router.warm_start) == (0.05, "balanced", True, "label_fit")
+    assert Path(RECIPES / "paper.yaml").is_file()

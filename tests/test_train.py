@@ -1,0 +1,149 @@
+"""train.py as a user starts it: real ranks, interruption and resumption, the verified checkpoint, mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from launch import clean_environment, finish, start_ranks
+from safetensors.torch import load_file
+
+from nexus_ds.train import main
+
+REPOSITORY = Path(__file__).parents[1]
+TRAIN, Z3 = REPOSITORY / "nexus_ds" / "train.py", REPOSITORY / "ds_configs" / "z3.json"
+STOCK = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+kept = torch.load(sys.argv[2], weights_only=True)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").eval()
+with torch.no_grad():
+    logits = model(input_ids=kept["probe"], use_cache=False).logits.float()
+assert "nexus_ds" not in sys.modules and "deepspeed" not in sys.modules
+print(float((logits - kept["logits"]).abs().max()), float(kept["logits"].abs().max()))
+"""
+
+
+def settings(checkpoint, text, out, *more):
+    """Return overrides that train a tiny checkpoint on tiny text for a few steps."""
+    return [
+        f"model.path={checkpoint}", f"model.tokenizer={checkpoint}", f"data.path={text}", f"output={out}",
+        "data.domains=[alpha,beta,gamma]", "data.validation_domains=[alpha,gamma]", f"data.cache={out}-tokens",
+        "data.sequence_length=16", "training.tokens=0", "training.steps=8", "training.batch_size=4", "training.lr=1e-2",
+        "training.log_every=2", "training.eval_windows=4", "pipeline.run=unused", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_trained_checkpoint_computes_the_engines_logits_in_stock_transformers(
+    tmp_path, nexus_dir, text_folder, dtype
+):
+    out, logits = tmp_path / "out", tmp_path / "logits.pt"
+    words = settings(nexus_dir, text_folder, out, f"model.dtype={dtype}", "parallel.expert=2")
+    config = tmp_path / "z3.json"
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    config.write_text(json.dumps({"zero_optimization": zero}))
+    log = finish(start_ranks([Path(__file__).parent / "train_worker.py", logits, config, *words], 2))
+    assert "reloaded in plain transformers: logits differ by" in log
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, str(out), str(logits)], capture_output=True, text=True, cwd=tmp_path,
+        env={k: v for k, v in clean_environment().items() if k != "PYTHONPATH"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    difference, largest = map(float, done.stdout.split()[-2:])
+    # A token that took another route would differ by far more than rounding does.
+    assert difference <= (1e-5 if dtype == "fp32" else 1e-2) * max(1.0, largest)
+    trained, before = load_file(out / "model.safetensors"), load_file(Path(nexus_dir) / "model.safetensors")
+    name = "model.layers.0.mlp.experts.2.down_proj.weight"
+    assert not torch.equal(trained[name].float(), before[name].float())
+    sidecar = json.loads((out / "nexus.json").read_text())
+    assert [step["verb"] for step in sidecar["lineage"]] == ["upcycle", "train"]
+    kinds = [
+        json.loads(line)["kind"] for line in (tmp_path / "out.training" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert kinds.count("train") == 4
+    assert list((tmp_path / "out.training" / "tensorboard").iterdir())
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_goes_on_to_bit_equal_weights(tmp_path, nexus_dir, text_folder):
+    def words(out):
+        return settings(nexus_dir, text_folder, tmp_path / out, "training.steps=40", "training.log_every=1",
+                        f"data.cache={tmp_path / 'tokens'}", "parallel.expert=2")  # fmt: skip
+
+    finish(start_ranks([TRAIN, "--deepspeed", Z3, "--config", "demo", *words("straight")], 2))
+    ranks = start_ranks([TRAIN, "--deepspeed", Z3, "--config", "demo", *words("stopped")], 2)
+    log = tmp_path / "stopped.training" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count('"kind": "train"') >= 3):
+        time.sleep(0.02)
+    ranks[1].send_signal(signal.SIGTERM)  # one rank alone is told; all agree
+    said = finish(ranks, code=75)
+    assert "stopped by signal 15 after step" in said
+    assert not (tmp_path / "stopped").exists()
+    said = finish(start_ranks([TRAIN, "--deepspeed", Z3, "--config", "demo", *words("stopped")], 2))
+    assert ", resumed after step" in said
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "stopped"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if '"kind": "train"' in line]
+    assert steps == list(range(1, 41))
+
+
+def fails(capsys, words, monkeypatch, tmp_path):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 1
+    return capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_repeated_and_another_is_not_overwritten(
+    tmp_path, nexus_dir, text_folder, capsys, monkeypatch
+):
+    from nexus_ds.config import dump, load_config
+    from nexus_ds.pipeline import resolve
+
+    words = settings(nexus_dir, text_folder, tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "training.yaml").write_text(dump(resolve(load_config("demo", words))))
+    assert main(["--config", "demo", *words]) == 0
+    assert "is finished already; next: nexus-ds evaluate" in capsys.readouterr().out
+    said = fails(capsys, ["--config", "demo", *words, "training.lr=1e-3"], monkeypatch, tmp_path)
+    assert "out exists already and is not the result of this configuration; give output=DIR" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config", "nowhere"], "train.py: no recipe at nowhere; give a file, or one of:"),
+        (["training.lrr=1"], "train.py: unknown key training.lrr, did you mean lr?"),
+        (["stage=branch"], "train.py: stage=branch trains one domain's dense expert; name it with branch=DOMAIN"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, capsys, monkeypatch, tmp_path):
+    said = fails(capsys, words, monkeypatch, tmp_path)
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_options_and_overrides_may_stand_in_any_order(tmp_path, capsys, monkeypatch):
+    said = fails(
+        capsys, ["seed=1", "--config", "demo", "training.lrr=1", "--deepspeed", "x.json"], monkeypatch, tmp_path
+    )
+    assert "unknown key training.lrr" in said
+
+
+def test_the_folder_of_the_script_shadows_nothing():
+    code = f"import runpy, sys; sys.argv = ['x', '--help']; runpy.run_path({str(TRAIN)!r}, run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"COLUMNS": "120"}
+    )
+    assert done.returncode == 0
+    assert "--deepspeed JSON" in done.stdout
