@@ -112,9 +112,9 @@ def findings(summary: dict[str, Any], config: Config) -> list[str]:
 
 def report(config: Config, seconds: float) -> dict[str, Any]:
     """Complete the evaluation's summary and page with what only the demo knows; return the summary."""
-    from nexus_ds.report.evaluation import FIGURES, PAGE, SUMMARY, evaluation_sections, intro
+    from nexus_ds.report.evaluation import FIGURES, PAGE, SUMMARY, evaluation_sections, intro, write_csv
     from nexus_ds.report.figures import line_plot
-    from nexus_ds.report.page import Section, write_page
+    from nexus_ds.report.page import Cell, Section, Table, write_page
 
     where = places(config)
     summary = json.loads((where.report / SUMMARY).read_text(encoding="utf-8"))
@@ -128,12 +128,18 @@ def report(config: Config, seconds: float) -> dict[str, Any]:
         figure = where.report / FIGURES / "extension.png"
         line_plot(lines, figure, title="While the extended model is finetuned", xlabel="finetune tokens",
                   ylabel="validation perplexity", log_y=True)  # fmt: skip
+        cells = [[int(tokens), *row.values()] for tokens, row in curve.items()]
+        write_csv(figure.with_suffix(".csv"), ["finetune_tokens", *lines], cells)
         text = (
             "Perplexity of each domain while the extended model is finetuned on half new, half old text; at 0 tokens "
             "the expert has only been appended and the router refitted. The new domain should fall fast, the others "
             "should stay level."
         )
-        sections.insert(1, Section(title="Adding an expert", text=text, figure=figure))
+        rows: list[list[Cell]] = [
+            [name, *summary["perplexity"][name].values()] for name in ("Nexus", APPENDED, EXTENDED)
+        ]
+        table = Table(header=["model", *summary["perplexity"]["Nexus"]], rows=rows)
+        sections.insert(1, Section(title="Adding an expert", text=text, figure=figure, table=table))
     write_json(where.report / SUMMARY, summary)
     opening = "\n\n".join([*summary["findings"], intro(summary)])
     write_page(where.report / PAGE, "Dense models in, one mixture-of-experts out", opening, sections)
@@ -165,7 +171,8 @@ def run(args: argparse.Namespace) -> int:
     config = resolve(load_config(args.config, overrides))
     if not config.pipeline.domains:
         raise ConfigError("pipeline.domains is empty; name the domains of the upcycled experts")
-    where, ranks = places(config), args.ranks or devices() or 2
+    where, batch = places(config), config.training.batch_size
+    ranks = args.ranks or max(r for r in range(1, (devices() or 2) + 1) if batch % r == 0)
     ds_config = Path(__file__).parent.parent / "ds_configs" / "z3.json"
     plan = steps(config, args.config, overrides, ranks, str(ds_config) if ds_config.is_file() else "")
     run_steps([step for step in plan if not step.output.exists()], config.pipeline.parallel_branches)

@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from nexus_ds.model.assembly import parse_experts
     from nexus_ds.model.growth import extended
     from nexus_ds.outputs import new_directory, refuse_existing
+    from nexus_ds.pipeline import next_training
 
     out, experts = Path(args.out), parse_experts(args.expert)
     refuse_existing(out)
@@ -79,10 +80,7 @@ def run(args: argparse.Namespace) -> int:
         text = model.fit_windows(args.data or embeddings.data, config, "--no-refit")
     with new_directory(out) as directory:
         report = model.write(directory, text, config.router, config.seed)
-    command = (
-        f"deepspeed nexus_ds/train.py --deepspeed ds_configs/z3.json stage=extend model.path={out} "
-        f"data.mixture=replay data.new_domains={','.join(experts)}"
-    )
+    command = next_training(out, args.data or embeddings.data, args.config or "demo", "extend")
     result = model.summary(out, report) | {"lambda": model.sidecar.lineage[-1]["lambda"], "next": command}
     print(json.dumps(result, indent=2) if args.json else model.describe(out, report) + f"\nnext: {command}")
     return 0

@@ -8,7 +8,10 @@ Not covered: clusters; the templates in slurm/ submit the same commands as jobs.
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -75,14 +78,31 @@ def places(config: Config) -> Places:
     return Places(Path(config.pipeline.run))
 
 
+def checkpoint_domains(path: str) -> tuple[list[str], list[str]]:
+    """Return the domains of a Nexus checkpoint's older experts and of those of its last extension; ([], []) for others."""
+    sidecar = Path(path) / "nexus.json"
+    if not path or not sidecar.is_file():
+        return [], []
+    value = json.loads(sidecar.read_text(encoding="utf-8"))
+    extensions = [step for step in value["lineage"] if step.get("verb") == "extend"]
+    last = extensions[-1]["experts"] if extensions else []
+    domains = [(expert["name"] in last, expert["domain"]) for expert in value["experts"]]
+    return [d for is_new, d in domains if not is_new], [d for is_new, d in domains if is_new]
+
+
 def resolve(config: Config) -> Config:
-    """Fill in the paths and domains that follow from the stage; settings that are given stay."""
+    """Fill in the paths and domains that follow from the stage; settings that are given stay.
+
+    Domains come from the settings, else from the checkpoint that `model.path` names, else from the pipeline's.
+    """
     where, pipe = places(config), config.pipeline
-    old, new = pipe.domains, pipe.new_domains
+    old, new = checkpoint_domains(config.model.path)
+    if not old:
+        old, new = pipe.domains, pipe.new_domains
     table = {
         "seed": ("", where.seed, pipe.seed_domains or old),
         "branch": (where.seed, where.branch(config.branch), [config.branch]),
-        "moe": (where.upcycled, where.nexus, old),
+        "moe": (where.upcycled, where.nexus, old + new if config.model.path else old),
         "extend": (where.extension, where.extended, old + new),
     }
     path, output, domains = table[config.stage]
@@ -106,6 +126,23 @@ def resolve(config: Config) -> Config:
     return replace(config, name=name, output=config.output or str(output), model=model, data=data)
 
 
+def shared_overrides(overrides: Sequence[str]) -> list[str]:
+    """Return those of a stage's overrides that hold for the whole run, so that earlier stages get them too."""
+    shared = ("pipeline.", "data.path", "data.max_bytes", "data.sequence_length", "model.dtype", "seed", "router.")
+    own = ("stage", "branch", "output", "name")
+    return [o for o in overrides if o.startswith(shared) and o.partition("=")[0] not in own]
+
+
+def check_domains(config: Config) -> None:
+    """Raise ConfigError for a domain that can't be the name of a folder or stand in a list of them."""
+    for domain in [*config.pipeline.domains, *config.pipeline.new_domains]:
+        if not re.fullmatch(r"[^/,=.\-\x00-\x1f\x7f][^/,=\x00-\x1f\x7f]*", domain):
+            raise ConfigError(
+                f"pipeline.domains: {domain!r} can't be a folder's name; expected no '/', ',', '=', control characters, "
+                "nor '.' or '-' at the start"
+            )
+
+
 def free_port() -> int:
     """Return a TCP port of the loopback interface that was free a moment ago."""
     with socket.socket() as probe:
@@ -127,6 +164,13 @@ def train_command(recipe: str, overrides: Sequence[str], ranks: int, ds_config: 
         return [sys.executable, *tail]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     return [*launcher, "--master_addr", "127.0.0.1", "--master_port", str(free_port()), *tail]
+
+
+def next_training(out: Path, data: str, recipe: str, stage: str) -> str:
+    """Return the command, quoted for a shell, that trains a checkpoint which `upcycle` or `extend` has made."""
+    settings = [f"stage={stage}", f"model.path={out}", f"data.path={data}", f"output={out}-trained"]
+    words = ["deepspeed", "nexus_ds/train.py", "--deepspeed", "ds_configs/z3.json", "--config", recipe, *settings]
+    return shlex.join(words)
 
 
 def _verb(*arguments: str) -> list[str]:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from nexus_ds.config import Config, dump, load_config, parse_words
 from nexus_ds.errors import NexusError, OutputExistsError
-from nexus_ds.pipeline import free_port, needed_for, places, resolve, run_steps, steps
+from nexus_ds.pipeline import free_port, needed_for, places, resolve, run_steps, shared_overrides, steps
 
 HELP = "train one stage with DeepSpeed (dense branch, upcycled or extended model)"
 STAGE_STEP = {"seed": "seed", "moe": "moe", "extend": "extended"}
@@ -74,10 +74,7 @@ def _prepare(config: Config, args: argparse.Namespace) -> None:
     if Path(config.model.path).exists() or Path(config.model.path).parent.absolute() != where.run.absolute():
         return
     name = STAGE_STEP.get(config.stage, f"branch:{config.branch}")
-    overrides = [o for o in args.overrides if o.partition("=")[0] not in ("stage", "branch", "output", "name")]
-    shared = ("pipeline.", "data.path", "data.max_bytes", "data.sequence_length", "model.dtype", "seed", "router.")
-    overrides = [o for o in overrides if o.startswith(shared)]
-    plan = steps(config, args.config, overrides, ranks=1, ds_config=args.deepspeed)
+    plan = steps(config, args.config, shared_overrides(args.overrides), ranks=1, ds_config=args.deepspeed)
     run_steps(needed_for(plan, name), config.pipeline.parallel_branches)
 
 

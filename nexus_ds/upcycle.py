@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from nexus_ds.model.assembly import parse_experts
     from nexus_ds.model.growth import upcycled
     from nexus_ds.outputs import new_directory, refuse_existing
+    from nexus_ds.pipeline import next_training
 
     out = Path(args.out)
     refuse_existing(out)
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         text = model.fit_windows(args.data or embeddings.data, config, "--no-warm-start")
     with new_directory(out) as directory:
         report = model.write(directory, text, config.router, config.seed)
-    command = f"deepspeed nexus_ds/train.py --deepspeed ds_configs/z3.json model.path={out}"
+    command = next_training(out, args.data or embeddings.data, args.config, "moe")
     result = model.summary(out, report) | {"next": command}
     print(json.dumps(result, indent=2) if args.json else model.describe(out, report) + f"\nnext: {command}")
     return 0

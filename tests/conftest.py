@@ -14,10 +14,10 @@ WORDS = {  # three domains that a unigram could tell apart
 }
 
 
-def sentences(domain, count, seed):
+def sentences(domain, count, seed, words_of=WORDS):
     """Return documents of ten sentences each of a domain's words."""
     generator = torch.Generator().manual_seed(seed)
-    words = WORDS[domain].split()
+    words = words_of[domain].split()
     documents = []
     for _ in range(count):
         picks = torch.randint(len(words), (10, 7), generator=generator).tolist()
@@ -84,6 +84,7 @@ def moe_model(vocabulary, seed=0, experts=3, top_k=1):
 def make_nexus(out: Path, seed=0, names=DOMAINS, top_k=1):
     """Save a random Nexus checkpoint with one expert for each of `names`, rows P(D), and its sidecar."""
     from nexus_ds.model.checkpoint import EncoderRecord, ExpertRecord, RouterRecord, Sidecar, router_rows, write_sidecar
+    from nexus_ds.model.families import SHARED_GATE_FILL
     from nexus_ds.model.router import Projection, centre_of, condition, init_projection, layer_generator
 
     model = moe_model(save_tokenizer(out), seed, len(names), top_k)
@@ -103,6 +104,7 @@ def make_nexus(out: Path, seed=0, names=DOMAINS, top_k=1):
     )  # fmt: skip
     for layer, block in enumerate(model.model.layers):
         block.mlp.gate.weight.data = router_rows(sidecar, layer, torch.float32)
+        block.mlp.shared_expert_gate.weight.data.fill_(SHARED_GATE_FILL)
     model.save_pretrained(out)
     write_sidecar(out, sidecar)
     return out

@@ -131,7 +131,7 @@ def test_appends_one_expert(parts, capsys):
     verify_rows(parts / "out")
     printed = capsys.readouterr().out
     assert "4 experts (alpha, beta, gamma, delta)" in printed
-    assert "stage=extend" in printed and "data.new_domains=delta" in printed
+    assert "stage=extend" in printed and f"output={parts / 'out'}-trained" in printed
 
 
 def test_new_row_is_p_of_the_conditioned_embedding(parts):

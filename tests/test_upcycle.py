@@ -175,7 +175,8 @@ def test_parameter_counts(parts, capsys, top_k):
     assert count["total"] == sum(tensor.numel() for tensor in tensors_of(parts / "out").values())
     assert count["total"] - count["active"] == (3 - top_k) * ffn_stack
     assert result["experts"] == list(NAMES) and result["top_k"] == top_k and result["fit"] is None
-    assert result["next"].startswith("deepspeed nexus_ds/train.py --deepspeed ds_configs/z3.json model.path=")
+    assert result["next"].startswith("deepspeed nexus_ds/train.py --deepspeed ds_configs/z3.json --config ")
+    assert f"model.path={parts / 'out'}" in result["next"]
 
 
 def test_the_directory_is_complete(parts, capsys):

@@ -104,7 +104,7 @@ def routing_heatmap(
         ("mean over layers", share.mean(axis=0)),
         *[(f"layer {layers[i]}", share[i]) for i in shown_layers(layers)],
     ]
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
     cell = 0.62
     width, height = 1.3 + cell * len(experts), 1.3 + 0.42 * len(domains)

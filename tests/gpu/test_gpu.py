@@ -1,0 +1,69 @@
+"""What only a CUDA device can show: grouped GEMM in bf16, the literal command under NCCL, the export of a GPU engine."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_nexus
+from launch import clean_environment, finish, start_ranks
+
+from nexus_ds.config import RouterConfig
+from nexus_ds.model.build import load_nexus, load_reference
+from nexus_ds.model.moe import Placement
+
+REPOSITORY = Path(__file__).parents[2]
+NAMES = ["a", "b", "c", "d"]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+
+def relative(a, b):
+    return float((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-12))
+
+
+def test_grouped_gemm_in_bf16_equals_the_reference_forward_and_backward(tmp_path):
+    checkpoint = make_nexus(tmp_path / "nexus", names=NAMES)
+    router = RouterConfig(load_balance=0.1, z_loss=0.01)
+    layer = load_nexus(checkpoint, torch.bfloat16, Placement(4), router, True).model.layers[0].mlp.cuda()
+    oracle = load_reference(checkpoint, torch.bfloat16, router).model.layers[0].mlp.cuda()
+    x = torch.randn(2, 512, 16, device="cuda", dtype=torch.bfloat16)
+    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    outputs = [module(i) for module, i in zip((layer, oracle), inputs, strict=True)]
+    assert relative(outputs[0], outputs[1]) < 1e-2
+    weight = torch.randn_like(outputs[0])
+    for output in outputs:
+        (output * weight).sum().backward()
+    assert relative(inputs[0].grad, inputs[1].grad) < 2e-2
+    expected = dict(oracle.named_parameters())
+    for name, parameter in layer.named_parameters():
+        assert relative(parameter.grad, expected[name].grad) < 3e-2, name
+
+
+def test_twenty_steps_of_the_literal_command(tmp_path):
+    for name in ("nexus_ds", "ds_configs"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    command = [Path(sys.executable).parent / "deepspeed", "nexus_ds/train.py", "--deepspeed", "ds_configs/z3.json"]
+    done = subprocess.run(
+        [*map(str, command), "training.tokens=0", "training.steps=20", "model.dtype=bf16"],
+        cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=1500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert "wrote runs/demo/nexus (reloaded in plain transformers" in done.stderr
+
+
+def test_the_export_equals_the_engine(tmp_path, text_folder):
+    from test_train import settings
+
+    checkpoint = make_nexus(tmp_path / "nexus", names=["alpha", "beta", "gamma"])
+    config = tmp_path / "z3.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    words = settings(checkpoint, text_folder, tmp_path / "out", "model.dtype=bf16", "training.steps=20")
+    worker = REPOSITORY / "tests" / "train_worker.py"
+    log = finish(start_ranks([worker, tmp_path / "logits.pt", config, *words], 1))
+    difference = float(log.split("logits differ by ")[1].split(")")[0])
+    assert difference <= 1e-2
