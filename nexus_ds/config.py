@@ -46,6 +46,8 @@ class PipelineConfig:
     """Sentence encoder of the domain embeddings: a package, a directory or a sentence-transformers name."""
     embedding_documents: int = 200
     """Documents of each domain that are embedded."""
+    embedding_size: int = 384
+    """Width of the encoder's embeddings; `plan` alone reads it, before there are any."""
     merge_weight: float | None = None
     """lambda of the extension: share of the new branch in every averaged weight; empty: 1/(n+1)."""
     parallel_branches: int = 0
@@ -177,6 +179,9 @@ class TrainingConfig:
     """AdamW's decay of the first moment."""
     beta2: float = 0.95
     """AdamW's decay of the second moment."""
+    moments: str = ""
+    """Folder of the training states of the run before an extension (its output + .training/states, kept with save_every):
+    AdamW starts with their moments; empty: from zero."""
     clip: float = 1.0
     """Largest norm of the gradient over all parameters; 0: no clipping."""
     activation_checkpointing: str = "none"
@@ -244,6 +249,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 POSITIVE = [
     "pipeline.vocabulary",
     "pipeline.embedding_documents",
+    "pipeline.embedding_size",
     "model.hidden_size",
     "model.layers",
     "model.heads",
@@ -260,6 +266,16 @@ POSITIVE = [
     "training.eval_windows",
     "training.keep_last",
 ]
+HUGE = 10**15
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("training.beta1", "training.beta2", "data.new_share"), (0, 1)),
+    **dict.fromkeys(("training.final_lr", "training.anneal_lr", "training.weight_decay", "training.clip"), (0, HUGE)),
+    **dict.fromkeys(("training.tokens", "training.steps", "training.anneal_tokens", "training.eval_every"), (0, HUGE)),
+    **dict.fromkeys(("training.micro_batch_size", "training.save_every", "data.max_bytes", "data.workers"), (0, HUGE)),
+    **dict.fromkeys(("router.lr_scale", "router.load_balance", "router.z_loss", "router.width"), (0, HUGE)),
+    **dict.fromkeys(("router.fit_lr", "router.row_norm", "parallel.expert", "model.kv_heads"), (0, HUGE)),
+    "parallel.zero_stage": (0, 3),
+}
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -277,6 +293,9 @@ class _StrictLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float | bool):
+                mark = key_node.start_mark
+                raise ConfigError(f"{mark.name}:{mark.line + 1}: expected a name before the colon, found {key!r}")
             if key in seen:
                 mark = key_node.start_mark
                 raise ConfigError(f"{mark.name}:{mark.line + 1}: the key {key!r} stands twice; keep one of the two")
@@ -392,8 +411,7 @@ def get_key(config: Config, dotted: str) -> Any:
     return value
 
 
-def validate(config: Config) -> Config:
-    """Check values that can be judged without files; ConfigError says what to set."""
+def _check_values(config: Config) -> None:
     for key, choices in CHOICES.items():
         value = get_key(config, key)
         if value not in choices:
@@ -401,6 +419,14 @@ def validate(config: Config) -> Config:
     for key in POSITIVE:
         if get_key(config, key) <= 0:
             raise ConfigError(f"{key}: expected a number above 0, found {get_key(config, key)}")
+    for key, (least, most) in RANGES.items():
+        if not least <= get_key(config, key) <= most:
+            raise ConfigError(f"{key}: expected a number in [{least}, {most}], found {get_key(config, key)}")
+
+
+def validate(config: Config) -> Config:
+    """Check values that can be judged without files; ConfigError says what to set."""
+    _check_values(config)
     training = config.training
     if training.tokens <= 0 and training.steps <= 0:
         raise ConfigError("training.tokens and training.steps are both 0; set one of them")
@@ -408,6 +434,9 @@ def validate(config: Config) -> Config:
         raise ConfigError(f"training.warmup: expected a share of the steps in [0, 1), found {training.warmup}")
     if config.stage == "branch" and not config.branch:
         raise ConfigError("stage=branch trains one domain's dense expert; name it with branch=DOMAIN")
+    model = config.model
+    if model.kv_heads and model.heads % model.kv_heads:
+        raise ConfigError(f"model.heads {model.heads} is not a multiple of model.kv_heads {model.kv_heads}")
     if config.model.hidden_size % config.model.heads:
         raise ConfigError(
             f"model.hidden_size {config.model.hidden_size} is not a multiple of model.heads {config.model.heads}"
@@ -421,7 +450,11 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     if found is None:
         known = sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml"))
         raise ConfigError(f"no recipe at {path}; give a file, or one of: {', '.join(known)}")
-    recipe = parse_yaml(found.read_text(encoding="utf-8"), str(found))
+    try:
+        text = found.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{found}: not UTF-8 text ({error}); save the recipe as UTF-8") from error
+    recipe = parse_yaml(text, str(found))
     if not isinstance(recipe, dict):
         raise ConfigError(f"{found}: expected a mapping of settings, found {type(recipe).__name__}")
     return recipe
@@ -443,6 +476,8 @@ def load_config(recipe: str | Path = "demo", overrides: typing.Sequence[str] = (
         _apply(Config(), stages[name], f"stages.{name}")
     parsed = [parse_override(text) for text in overrides]
     chosen = next((o["stage"] for o in reversed(parsed) if "stage" in o), values.get("stage", Config.stage))
+    if not isinstance(chosen, str):
+        raise ConfigError(f"stage: expected one of {', '.join(STAGES)}, found {chosen!r}")
     config = Config()
     for layer in (values, stages.get(chosen, {}), *parsed):
         _apply(config, layer, "")

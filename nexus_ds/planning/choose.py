@@ -1,0 +1,85 @@
+"""Every layout of a run with its memory and its time, the best first.
+
+Not covered: mixing GPUs of different kinds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from nexus_ds.config import Config
+from nexus_ds.planning import memory as space
+from nexus_ds.planning import traffic
+from nexus_ds.planning.layout import Layout, Machine, layouts
+from nexus_ds.planning.sizes import Sizes
+
+WIDTH = {"fp32": 4, "bf16": 2}
+SECONDS_A_DAY = 86400
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout with what it needs and how fast it is."""
+
+    layout: Layout
+    memory: space.Memory
+    step: traffic.Step
+    fits: bool
+
+    def to_json(self, tokens: int) -> dict[str, Any]:
+        """Return the facts; `tokens` are those of the whole run."""
+        return {
+            "name": self.layout.name,
+            "zero_stage": self.layout.stage,
+            "offload": self.layout.offload,
+            "expert_parallel": self.layout.expert,
+            "micro_batch_size": self.layout.micro,
+            "gradient_accumulation_steps": self.layout.accumulation,
+            "activation_checkpointing": self.layout.checkpointing,
+            "fits": self.fits,
+            "gpu_bytes": round(self.memory.gpu_bytes),
+            "host_bytes": round(self.memory.host_bytes),
+            "gpu": {name: round(value) for name, value in self.memory.gpu.items()},
+            "host": {name: round(value) for name, value in self.memory.host.items()},
+            "gpu_link_bytes_per_step": round(self.step.gpu_link_bytes),
+            "node_link_bytes_per_step": round(self.step.node_link_bytes),
+            "seconds": self.step.seconds,
+            "step_seconds": self.step.step_seconds,
+            "tokens_per_second": self.step.tokens_per_second,
+            "days": tokens / self.step.tokens_per_second / SECONDS_A_DAY,
+        }
+
+
+def judge(sizes: Sizes, layout: Layout, machine: Machine, config: Config) -> Candidate:
+    """Return one layout with its memory and time."""
+    width, length = WIDTH[config.model.dtype], config.data.sequence_length
+    needs = space.memory(sizes, layout, width, length, machine.local)
+    host = machine.host_memory or math.inf
+    fits = needs.gpu_bytes <= machine.gpu_memory and needs.host_bytes <= host
+    return Candidate(layout, needs, traffic.step(sizes, layout, machine, width, length), fits)
+
+
+def candidates(sizes: Sizes, machine: Machine, config: Config) -> list[Candidate]:
+    """Return the best cut of the batch for each layout: the fastest that fits, else the one that needs least memory.
+
+    Those that fit come first, the fastest of them first.
+
+    Raises:
+        LayoutError: the batch does not divide over the GPUs.
+    """
+    found = []
+    for ways in layouts(sizes, config.training, machine.gpus):
+        judged = [judge(sizes, layout, machine, config) for layout in ways]
+        fitting = [c for c in judged if c.fits]
+        if fitting:
+            found.append(min(fitting, key=lambda c: c.step.step_seconds))
+        else:
+            found.append(min(judged, key=lambda c: c.memory.gpu_bytes))
+    return sorted(found, key=lambda c: (not c.fits, c.step.step_seconds if c.fits else c.memory.gpu_bytes))
+
+
+def one_more_expert(sizes: Sizes, machine: Machine, config: Config, now: Candidate) -> Candidate:
+    """Return the same layout with one routed expert more."""
+    return judge(replace(sizes, experts=sizes.experts + 1), now.layout, machine, config)

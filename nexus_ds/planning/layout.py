@@ -1,0 +1,164 @@
+"""A machine, the layouts that it allows, and the DeepSpeed JSON of each.
+
+Not covered: ZeRO stage 0 (refused by `train`), offload to NVMe, ranks that share a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from nexus_ds.config import TrainingConfig
+from nexus_ds.errors import LayoutError
+from nexus_ds.planning import assumptions
+from nexus_ds.planning.sizes import Sizes
+
+OFFLOADS = ("none", "optimizer", "optimizer+parameters")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """GPUs and what connects them. Bytes, bytes a second, TFLOPS in dense bf16."""
+
+    gpus: int
+    """Of all nodes together."""
+    gpu_memory: float
+    nodes: int = 1
+    host_memory: float = 0.0
+    """Of a node; 0: not known, and every layout's need passes."""
+    link: float = assumptions.DEFAULT_LINK
+    """Of a node to the others."""
+    gpu_link: float = assumptions.DEFAULT_GPU_LINK
+    """Of a GPU to the others of its node and to main memory."""
+    tflops: float = assumptions.DEFAULT_TFLOPS
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1 or self.nodes < 1 or self.gpus % self.nodes:
+            raise LayoutError(
+                f"{self.gpus} GPUs don't spread evenly over {self.nodes} nodes; --gpus counts those of all nodes together"
+            )
+
+    @property
+    def local(self) -> int:
+        """GPUs of a node."""
+        return self.gpus // self.nodes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a run is spread over GPUs and how a batch is cut."""
+
+    stage: int
+    offload: str
+    expert: int
+    """Expert-parallel size."""
+    world: int
+    micro: int
+    """Sequences a rank and forward pass."""
+    accumulation: int
+    """Forward passes a step."""
+    checkpointing: str
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.world // self.expert
+
+    @property
+    def name(self) -> str:
+        """What tells it from other layouts, without the cut of the batch."""
+        offload = "" if self.offload == "none" else f", {self.offload} on CPU"
+        return f"ZeRO-{self.stage}, expert parallel {self.expert}{offload}"
+
+    @property
+    def overrides(self) -> list[str]:
+        """Settings that go with it."""
+        return [
+            f"parallel.expert={self.expert}",
+            f"training.micro_batch_size={self.micro}",
+            f"training.activation_checkpointing={self.checkpointing}",
+        ]
+
+    def slots(self, sizes: Sizes) -> int:
+        """Return the slots for routed experts on one rank; vacant ones take memory too."""
+        return -(-sizes.experts // self.expert)
+
+
+def divisors(number: int) -> list[int]:
+    """Return all divisors, ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def share_of(training: TrainingConfig, world: int) -> int:
+    """Return a rank's sequences of a step; LayoutError where the batch does not come out even."""
+    share, rest = divmod(training.batch_size, world)
+    if rest or not share:
+        near = max(1, round(training.batch_size / world)) * world
+        raise LayoutError(
+            f"training.batch_size {training.batch_size} does not divide over {world} GPUs; use a multiple of {world}, for "
+            f"example training.batch_size={near}"
+        )
+    micro = training.micro_batch_size
+    if micro and share % micro:
+        raise LayoutError(
+            f"a rank's {share} sequences a step are not a multiple of training.micro_batch_size {micro}; change one of them"
+        )
+    return share
+
+
+def layouts(sizes: Sizes, training: TrainingConfig, world: int) -> Iterator[list[Layout]]:
+    """Yield, for each ZeRO stage, offload and expert-parallel size, its ways to cut the batch.
+
+    A micro-batch or a kind of checkpointing that the configuration sets is kept. Parameters go to the CPU under ZeRO-3 only.
+    """
+    share = share_of(training, world)
+    micros = [training.micro_batch_size] if training.micro_batch_size else [n for n in divisors(share) if n <= 64]
+    kept = training.activation_checkpointing
+    kinds = ("none", "non_reentrant") if kept == "none" else (kept,)
+    for stage in (1, 2, 3):
+        for offload in OFFLOADS[: 3 if stage == 3 else 2]:
+            for expert in [n for n in divisors(world) if n <= max(sizes.experts, 1)]:
+                yield [
+                    Layout(stage=stage, offload=offload, expert=expert, world=world, micro=micro,
+                           accumulation=share // micro, checkpointing=kind)
+                    for micro in micros for kind in kinds
+                ]  # fmt: skip
+
+
+def largest_gathered(sizes: Sizes, layout: Layout) -> int:
+    """Return elements of the largest module that ZeRO-3 makes whole at once.
+
+    A module is gathered with all of its own parameters: a layer's experts together, anything else matrix by matrix.
+    Experts that one rank holds alone are whole already.
+    """
+    own = list(sizes.parameters(layout.slots(sizes)))
+    modules = [p.elements for p in own if p.kind != "experts"]
+    if layout.replicas > 1:
+        modules += [sum(p.elements for p in own if p.kind == "experts" and p.layer == 0)]
+    return max(modules)
+
+
+def live_elements(sizes: Sizes, layout: Layout) -> int:
+    """Return the elements that ZeRO-3 may keep gathered besides the module in use."""
+    return max(largest_gathered(sizes, layout), 2 * assumptions.PREFETCH_ELEMENTS)
+
+
+def deepspeed_json(sizes: Sizes, layout: Layout) -> dict[str, Any]:
+    """Return the DeepSpeed JSON of a layout; the memory plan counts on its bucket and prefetch sizes."""
+    zero: dict[str, Any] = {"stage": layout.stage, "reduce_bucket_size": assumptions.BUCKET_ELEMENTS}
+    if layout.stage > 1:
+        zero |= {"overlap_comm": True, "contiguous_gradients": True}
+    if layout.stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": assumptions.PREFETCH_ELEMENTS,
+            "stage3_param_persistence_threshold": assumptions.PERSISTENT_ELEMENTS,
+            "stage3_max_live_parameters": live_elements(sizes, layout),
+            "stage3_max_reuse_distance": live_elements(sizes, layout),
+            "stage3_gather_16bit_weights_on_model_save": False,
+        }
+    if layout.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if layout.offload == "optimizer+parameters":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return {"zero_optimization": zero}

@@ -1,0 +1,162 @@
+"""The sizes of a model that is to be trained: its parameters one by one, in the optimizer's groups, without a tensor.
+
+Shapes: E routed experts, H hidden size, F inner width, V vocabulary, M width of a domain embedding.
+Not covered: families whose parameters are not those of Llama, Mistral, Qwen2 or Qwen2-MoE (they can't be upcycled here).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nexus_ds.config import Config
+from nexus_ds.errors import CheckpointError, ConfigError
+from nexus_ds.model.loading import read_config
+
+KINDS = ("matrices", "vectors", "router", "experts")
+NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+ACTIVATION_INPUTS = {"swiglu": 2, "gelu": 1, "relu": 1, "none": 1}
+
+
+class Parameter(NamedTuple):
+    """One parameter of a rank: the optimizer's group it belongs to, its elements, and its layer (-1: outside of them)."""
+
+    kind: str
+    elements: int
+    layer: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What decides how many parameters there are and what they cost. A dense model has no experts."""
+
+    vocabulary: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    ffn: int
+    tied: bool
+    qkv_bias: bool = False
+    experts: int = 0
+    top_k: int = 1
+    projection: tuple[int, ...] = ()
+    """Elements of each map of P in one layer; empty for a linear router."""
+
+    @property
+    def expert(self) -> int:
+        """Elements of one feed-forward network: gate, up and down."""
+        return 3 * self.hidden * self.ffn
+
+    @property
+    def kv_width(self) -> int:
+        """Width of keys, and of values."""
+        return self.kv_heads * self.head_size
+
+    def parameters(self, experts: int) -> Iterator[Parameter]:
+        """Yield the parameters in the model's order, as a rank holds them that has `experts` slots for routed experts."""
+        wide = self.heads * self.head_size
+        yield Parameter("matrices", self.vocabulary * self.hidden, -1)
+        for layer in range(self.layers):
+            for elements in (wide, self.kv_width, self.kv_width):
+                yield Parameter("matrices", elements * self.hidden, layer)
+                if self.qkv_bias:
+                    yield Parameter("vectors", elements, layer)
+            yield Parameter("matrices", wide * self.hidden, layer)
+            if self.experts:
+                for elements in self.projection or (self.experts * self.hidden,):
+                    yield Parameter("router", elements, layer)
+                for _ in range(3 if experts else 0):
+                    yield Parameter("experts", experts * self.hidden * self.ffn, layer)
+            for _ in range(3):
+                yield Parameter("matrices", self.hidden * self.ffn, layer)
+            for _ in range(2):
+                yield Parameter("vectors", self.hidden, layer)
+        yield Parameter("vectors", self.hidden, -1)
+        if not self.tied:
+            yield Parameter("matrices", self.vocabulary * self.hidden, -1)
+
+    def counts(self) -> dict[str, int]:
+        """Return elements: total and active of the finished checkpoint, trained (with P), and its parts.
+
+        `total` and `active` are those that `inspect` reports: in place of P a row for each expert, and the shared expert's
+        constant gate. Active counts the top-k experts that a token visits.
+        """
+        by_kind = dict.fromkeys(KINDS, 0)
+        for parameter in self.parameters(self.experts):
+            by_kind[parameter.kind] += parameter.elements
+        rows = self.layers * self.hidden * (self.experts + 1) if self.experts else 0
+        total = by_kind["matrices"] + by_kind["vectors"] + by_kind["experts"] + rows
+        return {
+            "total": total,
+            "active": total - self.layers * self.expert * max(self.experts - self.top_k, 0),
+            "trained": sum(by_kind.values()),
+            "dense": by_kind["matrices"] + by_kind["vectors"],
+            "one_expert": self.layers * self.expert if self.experts else 0,
+            "projection": by_kind["router"],
+        }
+
+
+def _projection(config: Config, hidden: int, embedding_size: int) -> tuple[int, ...]:
+    router = config.router
+    if router.kind == "linear":
+        return ()
+    width, factor = router.width or hidden, ACTIVATION_INPUTS[router.activation]
+    inner = [width] * (router.depth - 1)
+    pairs = zip([embedding_size, *inner], [*(w * factor for w in inner), hidden], strict=True)
+    return tuple(a * b for a, b in pairs)
+
+
+def _of_checkpoint(config: Config, directory: Path) -> Sizes:
+    """Return the sizes of a dense, Nexus or stock Qwen2-MoE checkpoint; P's are read from the sidecar where there is one."""
+    from nexus_ds.model.checkpoint import is_nexus, read_sidecar
+
+    found: dict[str, Any] = read_config(directory)
+    for key in NEEDED:
+        if type(found.get(key)) is not int or found[key] <= 0:
+            raise CheckpointError(
+                f"{directory / 'config.json'}: {key} is {found.get(key)!r}, expected a number above 0; plan needs a dense "
+                "model, a Nexus or a Qwen2-MoE checkpoint"
+            )
+    hidden, heads = found["hidden_size"], found["num_attention_heads"]
+    maps: tuple[int, ...] = ()
+    if is_nexus(directory):
+        projections = read_sidecar(directory).projections
+        maps = tuple(weight.numel() for weight in projections[0].values()) if projections else ()
+    return Sizes(
+        vocabulary=found["vocab_size"], hidden=hidden, layers=found["num_hidden_layers"], heads=heads,
+        kv_heads=found.get("num_key_value_heads") or heads, head_size=found.get("head_dim") or hidden // heads,
+        ffn=found.get("moe_intermediate_size") or found["intermediate_size"],
+        tied=bool(found.get("tie_word_embeddings", False)),
+        qkv_bias=bool(found.get("qkv_bias", found.get("model_type") in ("qwen2", "qwen2_moe"))),
+        experts=found.get("num_experts") or 0, top_k=found.get("num_experts_per_tok") or 1, projection=maps,
+    )  # fmt: skip
+
+
+def sizes_of(config: Config) -> Sizes:
+    """Return the sizes of what `config` trains: of the checkpoint `model.path`, else of `model.*` and `pipeline.*`.
+
+    Raises:
+        ConfigError: a mixture-of-experts without a list of domains.
+        CheckpointError: `model.path` is no checkpoint.
+    """
+    if config.model.path:
+        return _of_checkpoint(config, Path(config.model.path))
+    model, pipe = config.model, config.pipeline
+    experts = {"moe": len(pipe.domains), "extend": len(pipe.domains) + len(pipe.new_domains)}.get(config.stage, 0)
+    if config.stage in ("moe", "extend") and not experts:
+        raise ConfigError(
+            "no experts to plan for: give pipeline.domains=a,b,... or a checkpoint with model.path=DIR; stage=seed plans a "
+            "dense model"
+        )
+    if experts and config.router.top_k > experts:
+        raise ConfigError(f"router.top_k {config.router.top_k} is more than the {experts} experts; lower it")
+    return Sizes(
+        vocabulary=pipe.vocabulary, hidden=model.hidden_size, layers=model.layers, heads=model.heads,
+        kv_heads=model.kv_heads or model.heads, head_size=model.hidden_size // model.heads, ffn=model.ffn_size,
+        tied=model.tied_embeddings, experts=experts, top_k=config.router.top_k,
+        projection=_projection(config, model.hidden_size, pipe.embedding_size) if experts else (),
+    )  # fmt: skip

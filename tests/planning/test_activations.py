@@ -1,0 +1,56 @@
+"""Planned activations against what a forward pass keeps, in one process: within 5%."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from plan_models import LENGTH, OTHER, SMALL, make_model
+from plan_worker import Kept, forward
+
+from nexus_ds.config import RouterConfig, load_config
+from nexus_ds.model.build import DTYPES, load_nexus, new_dense
+from nexus_ds.model.moe import Placement
+from nexus_ds.planning.layout import Layout
+from nexus_ds.planning.memory import activations
+from nexus_ds.planning.sizes import sizes_of
+
+SEQUENCES = 6
+
+
+def layout(checkpointing):
+    return Layout(
+        stage=2, offload="none", expert=1, world=1, micro=SEQUENCES, accumulation=1, checkpointing=checkpointing
+    )
+
+
+def measured(model, checkpointing):
+    """Return bytes that the forward pass keeps, and those of the logits."""
+    model.train()
+    if checkpointing != "none":
+        reentrant = checkpointing == "reentrant"
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    kept = Kept(SimpleNamespace(module=model))
+    forward(model, torch.randint(model.config.vocab_size, (SEQUENCES, LENGTH + 1)), kept)
+    return kept.bytes(model.config.vocab_size)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "non_reentrant"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("sizes", [SMALL, OTHER], ids=["small", "other"])
+def test_a_mixture_keeps_what_was_planned(sizes, dtype, checkpointing, tmp_path):
+    checkpoint = make_model(tmp_path / "model", sizes)
+    model = load_nexus(checkpoint, DTYPES[dtype], Placement(sizes.experts), RouterConfig(), False)
+    total, logits = measured(model, checkpointing)
+    tokens, width = SEQUENCES * LENGTH, DTYPES[dtype].itemsize
+    assert total - logits == pytest.approx(activations(sizes, layout(checkpointing), width, tokens), rel=0.05)
+    assert logits == 4 * tokens * sizes.vocabulary
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("kv_heads", [3, 1])
+def test_a_dense_model_keeps_what_was_planned(dtype, kv_heads):
+    config = load_config("demo", ["stage=seed", f"model.kv_heads={kv_heads}", "pipeline.vocabulary=900"])
+    model = new_dense(config.model, 900, 0, 0).to(DTYPES[dtype])
+    total, logits = measured(model, "none")
+    planned = activations(sizes_of(config), layout("none"), DTYPES[dtype].itemsize, SEQUENCES * LENGTH)
+    assert total - logits == pytest.approx(planned, rel=0.05)

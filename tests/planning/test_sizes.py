@@ -1,0 +1,105 @@
+"""Parameters counted without a tensor: against checkpoints, new models and P itself, and the paper's totals."""
+
+import pytest
+from plan_models import OTHER, SMALL, make_model
+
+from nexus_ds.config import load_config
+from nexus_ds.errors import CheckpointError, ConfigError
+from nexus_ds.model.build import new_dense
+from nexus_ds.model.facts import describe
+from nexus_ds.model.router import Projection
+from nexus_ds.planning.sizes import sizes_of
+
+
+@pytest.mark.parametrize("sizes", [SMALL, OTHER], ids=["small", "other"])
+def test_a_checkpoints_counts_are_those_that_inspect_reports(sizes, tmp_path):
+    checkpoint = make_model(tmp_path / "model", sizes)
+    found = sizes_of(load_config("demo", [f"model.path={checkpoint}"]))
+    assert found == sizes
+    counts = found.counts()
+    assert {name: counts[name] for name in ("total", "active")} == describe(checkpoint)["parameters"]
+    gates = sizes.layers * sizes.hidden * (sizes.experts + 1)
+    assert counts["trained"] == counts["total"] - gates + counts["projection"]
+
+
+def test_a_dense_checkpoints_counts_are_those_that_inspect_reports(dense_dir):
+    counts = sizes_of(load_config("demo", ["stage=seed", f"model.path={dense_dir}"])).counts()
+    assert {name: counts[name] for name in ("total", "active")} == describe(dense_dir)["parameters"]
+    assert counts["trained"] == counts["total"] and counts["one_expert"] == counts["projection"] == 0
+
+
+def test_biases_of_queries_keys_and_values_are_counted(tmp_path):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "qwen")
+    counts = sizes_of(load_config("demo", ["stage=seed", f"model.path={tmp_path / 'qwen'}"])).counts()
+    assert counts["total"] == describe(tmp_path / "qwen")["parameters"]["total"]
+
+
+@pytest.mark.parametrize("more", [[], ["model.kv_heads=1", "model.tied_embeddings=false"]])
+def test_a_new_models_count_is_that_of_its_tensors(more):
+    config = load_config("demo", ["stage=seed", *more])
+    model = new_dense(config.model, config.pipeline.vocabulary, 0, 0)
+    assert sizes_of(config).counts()["total"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("more", [{}, {"depth": 1}, {"depth": 3, "width": 40}, {"activation": "gelu"}])
+def test_the_projections_maps_are_those_of_the_module(more):
+    overrides = [f"router.{name}={value}" for name, value in more.items()]
+    config = load_config("demo", ["pipeline.embedding_size=24", *overrides])
+    projection = Projection(24, config.model.hidden_size, **more)
+    assert sizes_of(config).projection == tuple(weight.numel() for weight in projection.parameters())
+
+
+def test_a_linear_router_has_a_row_for_each_expert():
+    counts = sizes_of(load_config("demo", ["router.kind=linear"])).counts()
+    assert counts["projection"] == 3 * 4 * 96
+
+
+@pytest.mark.parametrize(
+    ("recipe", "seed", "total", "active", "one_expert"),
+    [("nexus-470m", "0.47", "1.3", "0.61", "0.13"), ("nexus-2.8b", "2.8", "9.1", "4.3", "1.6")],
+)
+def test_the_recipes_have_the_papers_totals(recipe, seed, total, active, one_expert):
+    digits = len(active) - 2
+    counts = sizes_of(load_config(recipe)).counts()
+    dense = sizes_of(load_config(recipe, ["stage=seed"])).counts()["total"]
+    assert f"{dense / 1e9:.{len(seed) - 2}f}" == seed
+    assert f"{counts['total'] / 1e9:.1f}" == total
+    assert f"{counts['active'] / 1e9:.{digits}f}" == active
+    assert f"{counts['one_expert'] / 1e9:.{len(one_expert) - 2}f}" == one_expert
+
+
+def test_the_small_recipes_active_parameters_are_within_half_a_percent_of_605_million():
+    assert sizes_of(load_config("nexus-470m")).counts()["active"] == pytest.approx(605e6, rel=0.005)
+
+
+def test_the_extension_has_the_new_experts_too():
+    assert sizes_of(load_config("nexus-2.8b", ["stage=extend"])).experts == 5
+
+
+def test_experts_without_a_list_of_domains_are_refused():
+    with pytest.raises(ConfigError, match=r"no experts to plan for: give pipeline.domains=a,b,... or a checkpoint"):
+        sizes_of(load_config("own"))
+
+
+def test_more_chosen_experts_than_there_are_is_refused():
+    with pytest.raises(ConfigError, match=r"router.top_k 5 is more than the 4 experts; lower it"):
+        sizes_of(load_config("demo", ["router.top_k=5"]))
+
+
+def test_a_path_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(CheckpointError):
+        sizes_of(load_config("demo", [f"model.path={tmp_path / 'none'}"]))
+
+
+def test_a_configuration_without_sizes_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 5}')
+    with pytest.raises(
+        CheckpointError, match=r"config.json: hidden_size is None, expected a number above 0; plan needs"
+    ):
+        sizes_of(load_config("demo", [f"model.path={tmp_path}"]))
