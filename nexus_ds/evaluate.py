@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "stored"),
                         help="auto: fp32 on a CPU, the stored dtype on a GPU")  # fmt: skip
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where token files are kept (default: nowhere)")
+    parser.add_argument("--on-bad-row", default="error", choices=("error", "skip"), help="what a damaged line does")
     parser.add_argument("--json", action="store_true", help="print summary.json instead of tables")
 
 
@@ -94,7 +95,7 @@ def _windows(
     """Return validation windows [W, length + 1] of each domain in a checkpoint's own tokens."""
     from nexus_ds.data.corpora import token_files, windows
 
-    files = token_files(source, domains, "validation", tokenizer, cache)
+    files = token_files(source, domains, "validation", tokenizer, cache, on_bad_row=args.on_bad_row)
     return {domain: windows(files[domain], args.windows, length) for domain in domains}
 
 

@@ -20,12 +20,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from nexus_ds.config import Config
-from nexus_ds.errors import ConfigError, NexusError
+from nexus_ds.config import Config, as_dict, load_config, parse_yaml
+from nexus_ds.errors import CheckpointError, ConfigError, NexusError, OutputExistsError
 from nexus_ds.progress import duration
 
 TRAIN = Path(__file__).parent / "train.py"
+TRAINED = {"seed": "seed", "branch": "branch", "moe": "moe", "extended": "extend"}  # step: train.py's stage
+HARMLESS = ("pipeline.parallel_branches", "data.workers", "training.log_every", "training.keep_last")
+DS_JSON = Path(__file__).parent.parent / "ds_configs" / "z3.json"
+WIDE_STAGES = ("moe", "extend")  # that train a mixture-of-experts, with DS_JSON unless another is given
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK",
                     "ROLE_RANK", "TORCHELASTIC_RUN_ID", "CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE")  # fmt: skip
 
@@ -83,10 +88,13 @@ def checkpoint_domains(path: str) -> tuple[list[str], list[str]]:
     sidecar = Path(path) / "nexus.json"
     if not path or not sidecar.is_file():
         return [], []
-    value = json.loads(sidecar.read_text(encoding="utf-8"))
-    extensions = [step for step in value["lineage"] if step.get("verb") == "extend"]
-    last = extensions[-1]["experts"] if extensions else []
-    domains = [(expert["name"] in last, expert["domain"]) for expert in value["experts"]]
+    try:
+        value = json.loads(sidecar.read_text(encoding="utf-8"))
+        extensions = [step for step in value["lineage"] if step.get("verb") == "extend"]
+        last = extensions[-1]["experts"] if extensions else []
+        domains = [(expert["name"] in last, expert["domain"]) for expert in value["experts"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{sidecar} is damaged ({error!r}); restore it from where it came") from error
     return [d for is_new, d in domains if not is_new], [d for is_new, d in domains if is_new]
 
 
@@ -128,18 +136,18 @@ def resolve(config: Config) -> Config:
 
 def shared_overrides(overrides: Sequence[str]) -> list[str]:
     """Return those of a stage's overrides that hold for the whole run, so that earlier stages get them too."""
-    shared = ("pipeline.", "data.path", "data.max_bytes", "data.sequence_length", "model.dtype", "seed", "router.")
-    own = ("stage", "branch", "output", "name")
+    shared = ("pipeline.", "data.path", "data.max_bytes", "data.sequence_length", "data.on_bad_row", "data.workers",
+              "model.", "seed", "router.")  # fmt: skip
+    own = ("stage", "branch", "output", "name", "model.path", "model.tokenizer")
     return [o for o in overrides if o.startswith(shared) and o.partition("=")[0] not in own]
 
 
 def check_domains(config: Config) -> None:
     """Raise ConfigError for a domain that can't be the name of a folder or stand in a list of them."""
     for domain in [*config.pipeline.domains, *config.pipeline.new_domains]:
-        if not re.fullmatch(r"[^/,=.\-\x00-\x1f\x7f][^/,=\x00-\x1f\x7f]*", domain):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", domain):  # what --expert NAME=DIR takes too
             raise ConfigError(
-                f"pipeline.domains: {domain!r} can't be a folder's name; expected no '/', ',', '=', control characters, "
-                "nor '.' or '-' at the start"
+                f"pipeline.domains: {domain!r} can't be the name of an expert; expected letters, digits, '_', '.', '-'"
             )
 
 
@@ -196,7 +204,8 @@ def steps(config: Config, recipe: str, overrides: Sequence[str], ranks: int, ds_
     def embed(domains: list[str], out: Path) -> list[str]:
         amount = str(pipe.embedding_documents)
         return _verb("embed", "--data", data, "--domains", ",".join(domains), "--documents", amount,
-                     "--encoder", pipe.encoder, "--seed", str(config.seed), "--out", str(out))  # fmt: skip
+                     "--encoder", pipe.encoder, "--seed", str(config.seed), "--max-bytes", str(config.data.max_bytes),
+                     "--on-bad-row", config.data.on_bad_row, "--out", str(out))  # fmt: skip
 
     def experts(domains: list[str]) -> list[str]:
         return [part for d in domains for part in ("--expert", f"{d}={where.branch(d)}")]
@@ -208,7 +217,9 @@ def steps(config: Config, recipe: str, overrides: Sequence[str], ranks: int, ds_
     settings = ["--config", recipe, *common]
     plan = [Step("seed", where.seed, train("seed"))]
     for domain in all_domains:
-        plan.append(Step(f"branch:{domain}", where.branch(domain), train("branch", f"branch={domain}"), ("seed",)))
+        plan.append(
+            Step(f"branch:{domain}", where.branch(domain), train("branch", f"branch={json.dumps(domain)}"), ("seed",))
+        )
     plan += [
         Step("embed", where.domains, embed(pipe.domains, where.domains)),
         Step("upcycle", where.upcycled,
@@ -226,6 +237,35 @@ def steps(config: Config, recipe: str, overrides: Sequence[str], ranks: int, ds_
             Step("extended", where.extended, train("extend", wide=True), ("extend",), wide=True),
         ]  # fmt: skip
     return plan
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in now:
+        name, a, b = f"{prefix}{key}", then.get(key), now[key]
+        if isinstance(b, dict) and isinstance(a, dict):
+            found += _differences(a, b, f"{name}.")
+        elif a != b and name not in HARMLESS:
+            found.append(f"{name}: {a!r} there, {b!r} here")
+    return found
+
+
+def check_made(plan: list[Step], recipe: str, overrides: Sequence[str]) -> None:
+    """Raise OutputExistsError if a trained stage that is there was trained with other settings than it would be now."""
+    for step in plan:
+        saved = step.output / "training.yaml"
+        if not saved.is_file():
+            continue
+        kind, _, domain = step.name.partition(":")
+        words = [*overrides, f"stage={TRAINED[kind]}", *([f"branch={json.dumps(domain)}"] if domain else [])]
+        now = as_dict(resolve(load_config(recipe, words)))
+        then = parse_yaml(saved.read_text(encoding="utf-8"), str(saved))
+        different = _differences(then if isinstance(then, dict) else {}, now)
+        if different:
+            raise OutputExistsError(
+                f"{step.output} was made with other settings ({'; '.join(different[:4])}); give another pipeline.run "
+                "(--out of the demo), or remove it"
+            )
 
 
 def needed_for(plan: list[Step], name: str) -> list[Step]:
@@ -249,7 +289,8 @@ def _environment(slot: int, gpus: int) -> dict[str, str]:
     """Return the environment of a stage: no launcher variables of our own, one device and one thread a single rank."""
     kept = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}
     if gpus and slot >= 0:
-        kept["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        kept["CUDA_VISIBLE_DEVICES"] = (visible or [str(i) for i in range(gpus)])[slot % gpus]
     # More threads than one wait for each other on a busy machine; branches that run side by side use the other cores.
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "true"}
 
@@ -263,8 +304,9 @@ class _Scheduler:
         self.running: dict[int, tuple[Step, subprocess.Popen[bytes], float]] = {}
 
     def _startable(self) -> Step | None:
+        alone = any(step.wide for step, _, _ in self.running.values())
         for step in self.waiting:
-            free = not self.running if step.wide else len(self.running) < self.slots
+            free = not self.running if step.wide else len(self.running) < self.slots and not alone
             if free and not any(name in self.unfinished for name in step.needs):
                 return step
         return None
@@ -283,8 +325,6 @@ class _Scheduler:
                 stdout=subprocess.DEVNULL if step.quiet else None,
             )
             self.running[slot] = (step, process, time.monotonic())
-            if step.wide:
-                return
 
     def collect(self) -> None:
         """Take note of stages that ended; NexusError for one that failed."""

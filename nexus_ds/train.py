@@ -4,7 +4,8 @@
 
 Also under torchrun, srun (one task a rank) and plain python (one rank). Without --config it runs the demo recipe and
 makes whatever its stage needs. An interrupted run goes on from its last training state when it is started again.
-Not covered: fp16, pipeline and tensor parallelism, resuming in another layout.
+A training state resumes with any number of ranks, expert-parallel size and ZeRO stage.
+Not covered: fp16, pipeline and tensor parallelism.
 """
 
 from __future__ import annotations
@@ -22,13 +23,12 @@ import argparse
 from pathlib import Path
 
 from nexus_ds.config import Config, dump, load_config, parse_words
-from nexus_ds.errors import NexusError, OutputExistsError
-from nexus_ds.pipeline import free_port, needed_for, places, resolve, run_steps, shared_overrides, steps
+from nexus_ds.errors import CheckpointError, NexusError, OutputExistsError
+from nexus_ds.pipeline import check_domains, free_port, needed_for, places, resolve, run_steps, shared_overrides, steps
 
 HELP = "train one stage with DeepSpeed (dense branch, upcycled or extended model)"
 STAGE_STEP = {"seed": "seed", "moe": "moe", "extend": "extended"}
 WAIT_MINUTES = 240.0  # other ranks wait this long while rank 0 makes what is missing
-EXIT_STOPPED = 75  # a signal asked for a stop; the training state is saved
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +68,7 @@ def _prepare(config: Config, args: argparse.Namespace) -> None:
             source = open_source(config.data.path)
             limit = config.data.max_bytes or 4_000_000
             domains = config.pipeline.tokenizer_domains or config.pipeline.domains or config.data.domains
-            texts = (d.text for name in domains for d in source.documents(name, "train", max_bytes=limit))
+            texts = (d.text for name in domains for d in source.documents(name, "train", config.data.on_bad_row, limit))
             train_tokenizer(texts, config.pipeline.vocabulary, Path(config.model.tokenizer))
         return
     if Path(config.model.path).exists() or Path(config.model.path).parent.absolute() != where.run.absolute():
@@ -91,7 +91,11 @@ def _finished(config: Config) -> bool:
 
 def run(args: argparse.Namespace) -> int:
     """Train one stage; return the exit code."""
-    config = resolve(load_config(args.config, args.overrides))
+    given = load_config(args.config, args.overrides)
+    if given.model.path and not Path(given.model.path).is_dir():
+        raise CheckpointError(f"no checkpoint at {given.model.path}; expected a directory that holds a model")
+    check_domains(given)
+    config = resolve(given)
     rank, world, local_world = adopt_launcher()
     if _finished(config):
         if rank == 0:
@@ -111,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_words(parser, argv)
     try:
         return run(args)
-    except NexusError as error:
+    except (NexusError, OSError) as error:
         rank = os.environ.get("RANK", "0")
         print(f"train.py: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
         return 1

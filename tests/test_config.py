@@ -18,7 +18,7 @@ def recipe(tmp_path, text):
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda p: str(p.relative_to(RECIPES)))
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_recipe_loads_in_every_stage(path, stage):
-    config = resolve(load_config(path, [f"stage={stage}", "branch=x"]))
+    config = resolve(load_config(path, [f"stage={stage}", "branch=x", "data.domains=[x]"]))
     assert config.stage == stage
     assert config.training.tokens > 0 or config.training.steps > 0
 
@@ -51,6 +51,13 @@ def test_a_dumped_configuration_loads_to_the_same(tmp_path):
         ("training: {steps: many}", r"training.steps: expected int, found 'many'"),
         ("training: {steps: true}", r"training.steps: expected int, found True"),
         ("training: {steps: 3, lr: .inf}", r"training.lr: expected a finite number"),
+        ("training: {steps: 3, micro_batch_size: -2}", r"training.micro_batch_size: expected a number in \[0, "),
+        (
+            "training: {steps: 3}\nparallel: {zero_stage: 9}",
+            r"parallel.zero_stage: expected a number in \[0, 3\], found 9",
+        ),
+        ("training: {steps: 3}\nstage: [a]", r"stage: expected one of seed, branch, moe, extend, found \['a'\]"),
+        ("? [a]\n: 3", r"recipe.yaml:1: expected a name before the colon"),
         ("training: {steps: 3, lr: -1}", r"training.lr: expected a number above 0, found -1"),
         ("training: {steps: 3, steps: 4}", r"recipe.yaml:1: the key 'steps' stands twice"),
         ("training: &a {steps: 3}\nrouter: *a", r"recipe.yaml:2: YAML aliases are not allowed"),

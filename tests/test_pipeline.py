@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from nexus_ds.config import load_config
-from nexus_ds.errors import ConfigError, NexusError
-from nexus_ds.pipeline import Step, needed_for, next_training, resolve, run_steps, steps
+from nexus_ds.config import dump, load_config
+from nexus_ds.errors import CheckpointError, ConfigError, NexusError, OutputExistsError
+from nexus_ds.pipeline import Step, check_domains, check_made, needed_for, next_training, resolve, run_steps, steps
 
 WORDS = ["pipeline.run=RUN", "pipeline.domains=[a,b]", "pipeline.new_domains=[c]"]
 
@@ -82,3 +82,56 @@ def test_a_failing_stage_ends_the_others(tmp_path):
         run_steps([step(tmp_path, "slow", seconds=60), step(tmp_path, "bad", code=3)], 2)
     assert time.monotonic() - started < 30
     assert not (tmp_path / "slow").exists()
+
+
+def test_nothing_runs_beside_a_wide_stage(tmp_path):
+    def timed(name, wide):
+        body = f"import pathlib, time; p = pathlib.Path({str(tmp_path)!r}); a = time.monotonic(); time.sleep(0.4)\n"
+        body += f"(p / {name!r}).write_text(f'{{a}} {{time.monotonic()}}')"
+        return Step(name, tmp_path / name, [sys.executable, "-c", body], wide=wide)
+
+    run_steps([timed("wide", True), timed("one", False), timed("two", False)], 2)
+    spans = {name: tuple(map(float, (tmp_path / name).read_text().split())) for name in ("wide", "one", "two")}
+    for name in ("one", "two"):
+        assert spans[name][0] >= spans["wide"][1] or spans[name][1] <= spans["wide"][0]
+    assert spans["one"][0] < spans["two"][1] and spans["two"][0] < spans["one"][1]
+
+
+def test_single_rank_stages_take_the_devices_that_the_user_has(monkeypatch):
+    from nexus_ds.pipeline import _environment
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    monkeypatch.setenv("RANK", "1")
+    assert [_environment(slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1, 2)] == ["2", "5", "2"]
+    assert "RANK" not in _environment(0, 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert _environment(1, 2)["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+def test_a_stage_that_was_made_with_other_settings_is_not_taken_for_this_runs(tmp_path):
+    words = [w.replace("RUN", str(tmp_path)) for w in WORDS]
+    config = config_of(tmp_path, "stage=seed")
+    config.data.path = "elsewhere"
+    (tmp_path / "seed").mkdir()
+    (tmp_path / "seed" / "training.yaml").write_text(dump(config))
+    plan = steps(config_of(tmp_path), "demo", words, 2)
+    with pytest.raises(
+        OutputExistsError, match=r"seed was made with other settings \(data.path: 'elsewhere' there, 'demo'"
+    ):
+        check_made(plan, "demo", words)
+    (tmp_path / "seed" / "training.yaml").write_text(dump(config_of(tmp_path, "stage=seed")))
+    check_made(plan, "demo", words)
+
+
+@pytest.mark.parametrize("name", ["a b", "c++", "../x", ""])
+def test_domains_that_can_not_name_an_expert_are_refused_before_anything_runs(tmp_path, name):
+    config = config_of(tmp_path)
+    config.pipeline.domains = ["a", name]
+    with pytest.raises(ConfigError, match=r"can't be the name of an expert; expected letters, digits"):
+        check_domains(config)
+
+
+def test_a_damaged_sidecar_is_named(tmp_path):
+    (tmp_path / "nexus.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"nexus.json is damaged .*; restore it"):
+        resolve(load_config("own", [f"model.path={tmp_path}"]))

@@ -23,7 +23,7 @@ from nexus_ds.errors import DataError
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 MAX_LINE_BYTES = 16 << 20
 KEPT_MESSAGES = 10
-REMEDY = "mend it, or skip such rows with data.on_bad_row=skip"
+REMEDY = "mend it, or skip such rows with data.on_bad_row=skip (--on-bad-row skip of embed and evaluate)"
 
 
 @dataclass(frozen=True)

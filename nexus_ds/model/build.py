@@ -1,8 +1,9 @@
 """Models in memory: a checkpoint directory becomes a transformers model, its MoE blocks those of the caller's choice.
 
-A rank reads its own routed experts and the dense part, nothing else; tensors are read one at a time.
+A rank reads its own routed experts and the dense part, nothing else; tensors are read one at a time, and each layer can
+be partitioned before the next one is read.
 Shapes: E routed experts, H hidden size, F inner width, M domain embedding.
-Not covered: partitioning while loading (ZeRO-3 shards the model in deepspeed.initialize).
+Not covered: dense models layer by layer (they are small enough for one device, or they could not become an expert).
 """
 
 from __future__ import annotations
@@ -16,8 +17,15 @@ from torch import Tensor, nn
 
 from nexus_ds.config import Config, ModelConfig, RouterConfig
 from nexus_ds.errors import CheckpointError
-from nexus_ds.model.checkpoint import is_nexus, load_projection, read_sidecar, verify_rows
-from nexus_ds.model.families import FFN_PARTS, expert_name, gate_name, shared_name
+from nexus_ds.model.checkpoint import load_projection, read_sidecar, verify_rows
+from nexus_ds.model.families import (
+    FFN_PARTS,
+    SHARED_GATE_FILL,
+    expert_name,
+    gate_name,
+    shared_gate_name,
+    shared_name,
+)
 from nexus_ds.model.loading import quiet_transformers, read_config
 from nexus_ds.model.moe import NexusMoE, NexusRouter, Placement
 from nexus_ds.model.reference import FeedForward, ReferenceExperts, ReferenceMoE, ReferenceRouter
@@ -84,17 +92,14 @@ def _empty_skeleton(directory: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def _fill_dense_part(model: Any, reader: TensorReader, dtype: torch.dtype) -> None:
-    """Read every tensor that stands outside the MoE blocks."""
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+def _fill(model: Any, prefix: str, reader: TensorReader, dtype: torch.dtype) -> None:
+    """Read every tensor under `prefix` that stands outside the MoE blocks."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False) if name.startswith(prefix)]
+    for name in names:
         if name not in reader:
-            if name == "lm_head.weight" and model.config.tie_word_embeddings:
-                continue
             raise CheckpointError(f"tensor {name} is missing; expected every weight of {model.config.model_type}")
-        owner = model.get_submodule(name.rpartition(".")[0])
-        owner.register_parameter(name.rpartition(".")[2], nn.Parameter(reader.read(name).to(dtype)))
-        del parameter
-    model.tie_weights()
+        owner, _, last = name.rpartition(".")
+        model.get_submodule(owner).register_parameter(last, nn.Parameter(reader.read(name).to(dtype)))
 
 
 def _read_ffn(reader: TensorReader, names: dict[str, str], dtype: torch.dtype, down_scale: float = 1.0) -> FeedForward:
@@ -123,7 +128,17 @@ class NexusParts:
         self.experts = len(self.sidecar.experts)
 
     def shared(self, layer: int) -> FeedForward:
-        """Return the shared expert; on disk its down_proj is doubled, since a stock Qwen2-MoE halves it."""
+        """Return the shared expert; on disk its down_proj is doubled, since a stock Qwen2-MoE halves it.
+
+        Raises:
+            CheckpointError: the gate that halves it has been trained since, which no layer here computes.
+        """
+        gate = float(self.reader.read(shared_gate_name(layer)).abs().max())
+        if gate > 1e-9:
+            raise CheckpointError(
+                f"layer {layer}: the shared expert's gate has weights up to {gate:.1e}, expected the constant "
+                f"{SHARED_GATE_FILL:.0e}; the model was trained elsewhere, freeze shared_expert_gate there"
+            )
         names = {part: shared_name(layer, part) for part in FFN_PARTS}
         return _read_ffn(self.reader, names, self.dtype, down_scale=0.5)
 
@@ -135,7 +150,9 @@ class NexusParts:
         """Return P in the working dtype and its input [E, M] in fp32; (None, None) for a linear router."""
         if self.sidecar.router.kind == "linear":
             return None, None
-        return load_projection(self.sidecar, layer).to(self.dtype), self.sidecar.domain_inputs()
+        projection = load_projection(self.sidecar, layer).to(self.dtype)
+        self.sidecar.projections[layer] = {}  # asked for once; all layers' fp32 weights would stay otherwise
+        return projection, self.sidecar.domain_inputs()
 
     def rows(self, layer: int) -> Tensor:
         """Return the free rows [E, H] of a linear router."""
@@ -175,20 +192,56 @@ def _reference_block(parts: NexusParts, layer: int, router: RouterConfig) -> Ref
     return ReferenceMoE(gate, experts, shared, parts.sidecar.router.top_k, router.load_balance, router.z_loss)
 
 
-def _assemble(directory: Path, dtype: torch.dtype, block: Callable[[NexusParts, int], nn.Module]) -> Any:
+def leave(module: nn.Module) -> None:
+    """Leave a module as it is."""
+
+
+def _assemble(
+    directory: Path,
+    dtype: torch.dtype,
+    block: Callable[[NexusParts, int], nn.Module],
+    settle: Callable[[nn.Module], None] = leave,
+) -> Any:
+    """Build a model part by part: embeddings, then each layer, then the rest; `settle` gets each part once it is read."""
     parts = NexusParts(directory, dtype)
     model = _empty_skeleton(directory, dtype)
-    _fill_dense_part(model, parts.reader, dtype)
+    tied = model.config.tie_word_embeddings
+    _fill(model, "model.embed_tokens.", parts.reader, dtype)
+    if tied:
+        model.tie_weights()
+    settle(model.model.embed_tokens)
     for index, layer in enumerate(model.model.layers):
+        _fill(model, f"model.layers.{index}.", parts.reader, dtype)
         layer.mlp = block(parts, index)
+        settle(layer)
+    for name, module in [("model.norm.", model.model.norm)] + [("lm_head.", model.lm_head)] * (not tied):
+        _fill(model, name, parts.reader, dtype)
+        settle(module)
     return model
 
 
 def load_nexus(
-    directory: Path, dtype: torch.dtype, placement: Placement, router: RouterConfig, grouped_mm: bool
+    directory: Path,
+    dtype: torch.dtype,
+    placement: Placement,
+    router: RouterConfig,
+    grouped_mm: bool,
+    settle: Callable[[nn.Module], None] = leave,
 ) -> Any:
-    """Load a Nexus checkpoint for training: NexusMoE blocks that hold the experts of `placement`."""
-    return _assemble(directory, dtype, lambda parts, layer: _nexus_block(parts, layer, placement, router, grouped_mm))
+    """Load a Nexus checkpoint for training: NexusMoE blocks that hold the experts of `placement`.
+
+    Args:
+        directory: of the checkpoint.
+        dtype: working dtype.
+        placement: which routed experts to read.
+        router: coefficients of the router's losses.
+        grouped_mm: grouped matrix products for the experts.
+        settle: called with each part of the model as soon as it is read; under ZeRO-3 it keeps this rank's shard only,
+            so that no more than one layer is ever whole.
+    """
+    return _assemble(
+        directory, dtype, lambda parts, layer: _nexus_block(parts, layer, placement, router, grouped_mm), settle
+    )
 
 
 def load_reference(directory: Path, dtype: torch.dtype, router: RouterConfig) -> Any:
@@ -196,17 +249,24 @@ def load_reference(directory: Path, dtype: torch.dtype, router: RouterConfig) ->
     return _assemble(directory, dtype, lambda parts, layer: _reference_block(parts, layer, router))
 
 
-def load_for_training(config: Config, placement_of: Callable[[int], Placement], grouped_mm: bool) -> Any:
+def load_for_training(
+    config: Config,
+    placement: Placement | None,
+    grouped_mm: bool,
+    settle: Callable[[nn.Module], None] = leave,
+) -> Any:
     """Load `config.model.path`, dense or Nexus, in the working dtype.
 
     Args:
         config: the run's configuration.
-        placement_of: from the number of routed experts to this rank's placement.
+        placement: which routed experts this rank holds; None for a dense model.
         grouped_mm: grouped matrix products for the experts.
+        settle: see `load_nexus`; a dense model is read whole and then settled.
     """
     directory, dtype = Path(config.model.path), DTYPES[config.model.dtype]
-    if is_nexus(directory):
+    if placement is not None:
         verify_rows(directory)
-        placement = placement_of(len(read_sidecar(directory).experts))
-        return load_nexus(directory, dtype, placement, config.router, grouped_mm)
-    return load_stock(directory, dtype)
+        return load_nexus(directory, dtype, placement, config.router, grouped_mm, settle)
+    model = load_stock(directory, dtype)
+    settle(model)
+    return model

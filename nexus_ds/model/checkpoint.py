@@ -32,6 +32,7 @@ from nexus_ds.outputs import new_file, write_json
 
 SIDECAR, ROUTER = "nexus.json", "nexus_router.safetensors"
 FORMAT = 1
+SAMPLES, SAMPLE_BYTES = 256, 4096  # of a weight file that `content_fingerprint` reads
 ROW_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
 """Largest difference of stored and recomputed rows relative to the largest entry: machines differ in summing order."""
 TOKENIZER_FILES = (
@@ -253,6 +254,25 @@ def _check_against_config(directory: Path, sidecar: Sidecar) -> None:
     for key, found in pairs.items():
         if config.get(key) != found:
             _fail(directory, f"config.json has {key} {config.get(key)!r}, {SIDECAR} says {found}")
+
+
+def content_fingerprint(directory: Path) -> str:
+    """Return a sha256 that differs between models: configuration and sidecar in full, weights by size and samples.
+
+    Cheap at any size. It tells a retrained or another model apart; it is no proof against somebody who means to deceive.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(directory).iterdir()):
+        if path.name in ("config.json", SIDECAR, ROUTER):
+            digest.update(path.name.encode() + path.read_bytes())
+        elif path.suffix == ".safetensors":
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for part in range(SAMPLES):
+                    file.seek(size * part // SAMPLES)
+                    digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def load_projection(sidecar: Sidecar, layer: int, where: Path = Path(SIDECAR)) -> Projection:

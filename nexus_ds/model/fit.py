@@ -6,6 +6,7 @@ In a tiny replication 100 steps lifted the own-domain share from 0.37 to 0.57 fo
 the new domain's text an appended row P(d_new) hardly finds its expert.
 
 Shapes: N windows, S tokens a window, T = N*S tokens, E routed experts, H hidden size.
+The states of all windows stay in host memory; a layer and the states of its router's input are on the device.
 Not covered: windows longer than a sliding attention window (they are cut to it).
 """
 
@@ -24,6 +25,7 @@ from nexus_ds.errors import DataError
 from nexus_ds.model.build import transformers_config
 from nexus_ds.model.checkpoint import Sidecar, load_projection, read_sidecar, router_rows, write_sidecar
 from nexus_ds.model.families import gate_name
+from nexus_ds.model.loading import device
 from nexus_ds.model.router import Projection
 from nexus_ds.model.tensorfile import TensorReader, overwrite
 from nexus_ds.progress import Progress
@@ -58,7 +60,7 @@ def _load_layer(config: Any, reader: TensorReader, layer: int, dtype: torch.dtyp
         ]
     )
     state["mlp.experts.down_proj"] = torch.stack([state.pop(f"mlp.experts.{e}.down_proj.weight") for e in experts])
-    block.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
+    block.load_state_dict({name: tensor.to(device(), dtype) for name, tensor in state.items()}, assign=True)
     return block.eval()
 
 
@@ -84,7 +86,7 @@ def _fit_rows(
     parameters = list(weights.parameters()) if isinstance(weights, nn.Module) else [weights]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     for _ in range(steps):
-        pick = torch.randint(len(x_TH), (min(TOKENS_PER_STEP, len(x_TH)),), generator=generator)
+        pick = torch.randint(len(x_TH), (min(TOKENS_PER_STEP, len(x_TH)),), generator=generator).to(x_TH.device)
         rows_EH = weights(inputs_EM) if isinstance(weights, nn.Module) else weights
         loss = F.cross_entropy(F.linear(x_TH[pick], rows_EH), labels_T[pick])
         optimizer.zero_grad()
@@ -93,7 +95,7 @@ def _fit_rows(
 
 
 def _share(x_TH: Tensor, labels_T: Tensor, rows_EH: Tensor) -> float:
-    return float((F.linear(x_TH, rows_EH.to(x_TH.dtype)).argmax(-1) == labels_T).float().mean())
+    return float((F.linear(x_TH, rows_EH.to(x_TH)).argmax(-1) == labels_T).float().mean())
 
 
 def _labels(sidecar: Sidecar, windows: dict[str, Tensor], length: int) -> tuple[Tensor, Tensor]:
@@ -119,7 +121,8 @@ class _Stream:
 
         self.hidden_NSH = F.embedding(tokens_NS, self.reader.read("model.embed_tokens.weight").to(self.dtype))
         where = torch.arange(tokens_NS.shape[1])[None]
-        self.positions = Qwen2MoeRotaryEmbedding(self.config)(self.hidden_NSH, where)
+        cos, sin = Qwen2MoeRotaryEmbedding(self.config)(self.hidden_NSH, where)
+        self.positions = cos.to(device()), sin.to(device())
 
     @torch.no_grad()
     def attend(self, block: Any) -> Tensor:
@@ -127,18 +130,19 @@ class _Stream:
         inputs = []
         for start in range(0, len(self.hidden_NSH), LAYER_BATCH):
             part = slice(start, start + LAYER_BATCH)
-            self.hidden_NSH[part], x = _attend(block, self.hidden_NSH[part], self.positions)
+            residual, x = _attend(block, self.hidden_NSH[part].to(device()), self.positions)
+            self.hidden_NSH[part] = residual.cpu()
             inputs.append(x)
         return torch.cat(inputs).flatten(0, 1)
 
     @torch.no_grad()
     def feed_forward(self, block: Any, x_TH: Tensor, rows_EH: Tensor) -> None:
         """Advance the states past the layer's MoE block, routed by `rows_EH`."""
-        block.mlp.gate.weight = nn.Parameter(rows_EH.to(self.dtype), requires_grad=False)
+        block.mlp.gate.weight = nn.Parameter(rows_EH.to(device(), self.dtype), requires_grad=False)
         x_NSH = x_TH.view(self.hidden_NSH.shape)
         for start in range(0, len(x_NSH), LAYER_BATCH):
             part = slice(start, start + LAYER_BATCH)
-            self.hidden_NSH[part] += block.mlp(x_NSH[part])
+            self.hidden_NSH[part] += block.mlp(x_NSH[part]).cpu()
 
 
 def fit_router(
@@ -163,6 +167,7 @@ def fit_router(
         length = min(length, settings.sliding_window)
     tokens_NS, labels_T = _labels(sidecar, windows, length)
     stream, kind = _Stream(directory, tokens_NS), sidecar.router.kind
+    labels_T = labels_T.to(device())
     lr, shares = config.fit_lr or DEFAULT_LR[kind], []
     with Progress(label, settings.num_hidden_layers, "layers") as progress:
         for layer in range(settings.num_hidden_layers):
@@ -173,7 +178,7 @@ def fit_router(
             rows_EH = _fit_layer(sidecar, layer, x_TH, labels_T, old_EH, lr, config.fit_steps, generator)
             if kind == "nexus":
                 rows_EH = router_rows(sidecar, layer, stream.reader.read(gate_name(layer)).dtype)
-            overwrite(stored, rows_EH)
+            overwrite(stored, rows_EH.cpu())
             stream.feed_forward(block, x_TH, rows_EH)
             shares.append((_share(x_TH, labels_T, old_EH), _share(x_TH, labels_T, rows_EH)))
             progress.advance()
@@ -198,6 +203,7 @@ def _fit_layer(
         _fit_rows(x_TH, labels_T, rows, None, lr, steps, generator)
         return rows.detach()
     projection: Projection = load_projection(sidecar, layer)
-    _fit_rows(x_TH, labels_T, projection, sidecar.domain_inputs(), lr, steps, generator)
-    sidecar.projections[layer] = {name: tensor.detach() for name, tensor in projection.state_dict().items()}
+    projection.to(x_TH.device)
+    _fit_rows(x_TH, labels_T, projection, sidecar.domain_inputs().to(x_TH.device), lr, steps, generator)
+    sidecar.projections[layer] = {name: tensor.detach().cpu() for name, tensor in projection.state_dict().items()}
     return old_EH

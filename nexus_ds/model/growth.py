@@ -1,6 +1,6 @@
-"""What a new mixture consists of: `upcycled` from a seed and its branches, `extended` by further experts.
+"""What a new mixture consists of: `upcycled` from a seed and its branches, `extended` by experts, `reduced` by some.
 
-Both return a `NewModel`, checked and described but not yet written; `NewModel.write` streams it, and refits the router.
+Each returns a `NewModel`, checked and described but not yet written; `NewModel.write` streams it, and refits the router.
 Paper sections 2.1 and 2.3. Shapes: n routed experts, m width of a domain embedding, h hidden size.
 Not covered: where text and options come from (the verbs), how tensors are blended (`assembly`).
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from nexus_ds.config import Config, RouterConfig
 from nexus_ds.data.corpora import open_source, token_files, windows
 from nexus_ds.data.domains import DomainEmbeddings
-from nexus_ds.errors import ConfigError, DataError, IncompatibleModelsError
+from nexus_ds.errors import CheckpointError, ConfigError, DataError, IncompatibleModelsError
 from nexus_ds.model.assembly import (
     Blend,
     Part,
@@ -67,6 +67,8 @@ from nexus_ds.model.router import Projection, centre_of, init_projection, init_r
 from nexus_ds.model.tensorfile import DTYPES, TensorReader
 from nexus_ds.outputs import write_json
 
+LARGEST_ROW = 100.0  # a new router row's norm relative to the largest old one
+FIT_LENGTH = 512  # tokens of a window that the label fit reads at most
 BYTES_PER_TOKEN = 16  # of text that is tokenised for the label fit: several times what a token takes
 
 
@@ -101,7 +103,7 @@ class NewModel:
         """
         domains = self.domains()
         count = config.router.fit_windows
-        length = min(config.data.sequence_length, self.config["max_position_embeddings"])
+        length = min(config.data.sequence_length, self.config["max_position_embeddings"], FIT_LENGTH)
         limit = max(1 << 16, count * (length + 1) * BYTES_PER_TOKEN)
         workers, bad = config.data.workers, config.data.on_bad_row
         try:
@@ -354,8 +356,20 @@ def extended(
     target = old_config | {"num_experts": len(sidecar.experts)}
     tensors = _extended_tensors(reader, old_config, models, total)
     for layer in range(old_config["num_hidden_layers"]):
-        tensors[gate_name(layer)] = _extended_rows(reader, sidecar, layer, config, linear_init)
+        rows = _extended_rows(reader, sidecar, layer, config, linear_init)
+        _check_rows(rows, len(old.experts), layer)
+        tensors[gate_name(layer)] = rows
     return NewModel("extend", _same_dtype(target, dtype), dtype, tensors, sidecar, checkpoint)
+
+
+def _check_rows(rows: Tensor, old: int, layer: int) -> None:
+    """Raise CheckpointError for new rows [n, h] that are not finite or dwarf the old ones: P never learned such input."""
+    norms = rows.float().norm(dim=1)
+    if not bool(torch.isfinite(norms).all()) or float(norms[old:].max()) > LARGEST_ROW * float(norms[:old].max()) + 1.0:
+        raise CheckpointError(
+            f"layer {layer}: the rows of the new experts have norms up to {float(norms[old:].max()):.1e}, those of the old "
+            f"{float(norms[:old].max()):.1e}; P is no use for these domains: embed them as the first ones were embedded"
+        )
 
 
 def _check_names(sidecar: Sidecar, experts: Mapping[str, Path]) -> None:
@@ -416,3 +430,50 @@ def _extended_rows(reader: TensorReader, sidecar: Sidecar, layer: int, config: C
     fresh = torch.empty(total - old, stored.shape[1]).normal_(generator=generator)
     norm = stored.float().norm(dim=-1).mean()
     return torch.cat([stored, (fresh / fresh.norm(dim=-1, keepdim=True) * norm).to(stored.dtype)])
+
+
+# Removing ----------------------------------------------------------------------------------------------------------
+
+
+def reduced(checkpoint: Path, names: Sequence[str]) -> NewModel:
+    """Describe a mixture without some of its routed experts; nothing is written.
+
+    Their FFNs and rows go, everything else is an exact copy: the softmax of the others renormalises by itself. What the
+    experts gave to the averaged weights stays there.
+
+    Raises:
+        ConfigError: an unknown expert, or fewer experts left than a token chooses.
+        CheckpointError: no Nexus checkpoint, or a damaged one.
+    """
+    config, reader = open_moe(checkpoint)
+    verify_rows(checkpoint)
+    old = read_sidecar(checkpoint)
+    known = [expert.name for expert in old.experts]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--expert {name}: the checkpoint has {', '.join(known)}; name one of these")
+    kept = [index for index, name in enumerate(known) if name not in names]
+    if len(kept) < old.router.top_k or not kept:
+        raise ConfigError(
+            f"{len(kept)} experts would be left, but each token goes to {old.router.top_k}; keep at least as many"
+        )
+    sidecar = dataclasses.replace(
+        old,
+        experts=[old.experts[index] for index in kept],
+        lineage=[*old.lineage, {"verb": "remove", "checkpoint": portable(checkpoint), "experts": list(names)}],
+        versions=versions(),
+        vectors=old.vectors[kept],
+    )
+    tensors: dict[str, Blend | Tensor] = {}
+    for name in reader.names():
+        if ".mlp.experts." not in name:
+            tensors[name] = Blend([Part("checkpoint", reader, name)])
+    for layer in range(config["num_hidden_layers"]):
+        tensors[gate_name(layer)] = reader.read(gate_name(layer))[kept]
+        for new, index in enumerate(kept):
+            for part in FFN_PARTS:
+                source = Part("checkpoint", reader, expert_name(layer, index, part))
+                tensors[expert_name(layer, new, part)] = Blend([source])
+    dtype = reader.info(gate_name(0)).dtype
+    target = config | {"num_experts": len(kept)}
+    return NewModel("remove", _same_dtype(target, dtype), dtype, tensors, sidecar, checkpoint)

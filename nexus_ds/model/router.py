@@ -76,8 +76,12 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def centre_of(vectors_EM: Tensor) -> Tensor:
-    """Return the mean [M] of the unit vectors: stored at upcycling, subtracted from every later domain too."""
-    return unit(vectors_EM.float()).mean(0)
+    """Return the mean [M] of the unit vectors: stored at upcycling, subtracted from every later domain too.
+
+    Zeros for a single vector: it would be its own mean, and nothing would be left of it.
+    """
+    mean_M = unit(vectors_EM.float()).mean(0)
+    return mean_M if len(vectors_EM) > 1 else torch.zeros_like(mean_M)
 
 
 def condition(vectors_EM: Tensor, centre_M: Tensor) -> Tensor:
@@ -104,7 +108,11 @@ def init_projection(
     length = float(embeddings_EM.float().norm(dim=-1).mean())
     for index, linear in enumerate(projection.maps):
         fan_in = linear.weight.shape[1]
-        deviation = (1 / max(length, 1e-12) if index == 0 else 1 / math.sqrt(fan_in)) if init == "balanced" else 0.02
+        deviation = (
+            (1 / (length if length > 1e-6 else 1.0) if index == 0 else 1 / math.sqrt(fan_in))
+            if init == "balanced"
+            else 0.02
+        )
         linear.weight.normal_(0.0, deviation, generator=generator)
     if init == "balanced":
         norm = centred_norm(projection(embeddings_EM.float()))

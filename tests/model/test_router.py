@@ -107,3 +107,12 @@ def test_rows_in_bf16_are_those_of_a_bf16_model_not_rounded_fp32_rows():
 def test_swiglu_gates_the_first_half():
     assert torch.allclose(swiglu(torch.tensor([[0.0, 5.0]])), torch.zeros(1, 1))
     assert float(swiglu(torch.tensor([[5.0, 0.0]]))) == 0.0
+
+
+def test_a_single_domain_is_not_centred_away():
+    one = EMBEDDINGS[:1]
+    assert torch.equal(centre_of(one), torch.zeros(12))
+    assert torch.allclose(condition(one, centre_of(one)), one / one.norm(), atol=1e-6)
+    projection = Projection(12, 16)
+    init_projection(projection, condition(one, centre_of(one)), "balanced", 0.5, layer_generator(0, 0))
+    assert float(projection(condition(EMBEDDINGS, centre_of(one))).detach().norm(dim=1).max()) < 5

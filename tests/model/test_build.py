@@ -1,0 +1,127 @@
+"""Checkpoints in memory: the reference and NexusMoE against stock transformers, and the facts about the layer."""
+
+import pytest
+import torch
+from conftest import make_nexus
+
+from nexus_ds.config import RouterConfig
+from nexus_ds.errors import CheckpointError
+from nexus_ds.model.build import load_nexus, load_reference, load_stock
+from nexus_ds.model.checkpoint import read_sidecar, write_sidecar
+from nexus_ds.model.moe import NexusMoE, Placement
+from nexus_ds.model.tensorfile import TensorReader, overwrite
+
+TOKENS = torch.arange(40).remainder(29).view(2, 20)
+
+
+def logits(model):
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=TOKENS, use_cache=False).logits.float()
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_written_down_rows_give_the_logits_that_the_projection_gives(tmp_path, top_k, dtype):
+    """Fact 1: P can be replaced by its precomputed rows. The stock model has the rows, the reference has P."""
+    checkpoint = make_nexus(tmp_path / "nexus", names=list("abcd"), top_k=top_k)
+    reference = load_reference(checkpoint, dtype, RouterConfig())
+    stock = load_stock(checkpoint, dtype)
+    if dtype == torch.bfloat16:  # a bf16 checkpoint stores rows of a rounded P, not rounded rows
+        for layer, block in enumerate(stock.model.layers):
+            block.mlp.gate.weight.data = reference.model.layers[layer].mlp.router.rows(dtype).detach()
+    found, expected = logits(reference), logits(stock)
+    without = load_reference(checkpoint, dtype, RouterConfig())
+    for block in without.model.layers:
+        block.mlp.experts.w2.data.zero_()
+    routed = float((logits(without) - expected).abs().max())  # what the routed experts contribute
+    assert float((found - expected).abs().max()) <= (1e-6 if dtype == torch.float32 else 0.1 * routed)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_one_process_of_nexus_moe_gives_the_references_logits(nexus_dir, grouped):
+    model = load_nexus(nexus_dir, torch.float32, Placement(3), RouterConfig(), grouped)
+    assert all(isinstance(block.mlp, NexusMoE) for block in model.model.layers)
+    assert float((logits(model) - logits(load_reference(nexus_dir, torch.float32, RouterConfig()))).abs().max()) <= 1e-6
+
+
+def test_the_output_is_the_shared_expert_plus_the_gated_routed_one(nexus_dir):
+    """Fact 3, computed once more by hand."""
+    layer = load_reference(nexus_dir, torch.float32, RouterConfig()).model.layers[0].mlp
+    x = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0))
+    p = (x[0] @ layer.router.rows(torch.float32).T).softmax(-1)
+    assert torch.allclose(p.sum(-1), torch.ones(5))
+    for t in range(5):
+        best = int(p[t].argmax())
+        expected = layer.shared_experts(x[0, t]) + p[t, best] * layer.experts(x[0, t], best)
+        assert torch.allclose(layer(x)[0, t], expected, atol=1e-6)
+
+
+def test_a_single_routed_expert_has_probability_one(tmp_path):
+    layer = load_reference(make_nexus(tmp_path / "one", names=["a"]), torch.float32, RouterConfig()).model.layers[0].mlp
+    x = torch.randn(1, 3, 16)
+    assert torch.allclose(layer(x), layer.shared_experts(x) + layer.experts(x, 0), atol=1e-6)
+
+
+def test_domain_embeddings_have_no_gradient_and_are_shared_by_all_layers(nexus_dir):
+    """Fact 2."""
+    model = load_nexus(nexus_dir, torch.float32, Placement(3), RouterConfig(), False)
+    assert not any("domain_inputs" in name for name, _ in model.named_parameters())
+    first, second = (block.mlp.router.domain_inputs for block in model.model.layers)
+    assert torch.equal(first, second) and not first.requires_grad
+    assert torch.equal(first, read_sidecar(nexus_dir).domain_inputs())
+    model.train()
+    model(input_ids=TOKENS, use_cache=False).logits.square().mean().backward()
+    for block in model.model.layers:
+        assert all(float(p.grad.abs().sum()) > 0 for p in block.mlp.router.projection.parameters())
+
+
+def test_experts_without_a_token_change_nothing_and_are_finite(nexus_dir):
+    model = load_nexus(nexus_dir, torch.float32, Placement(3), RouterConfig(load_balance=0.1), False)
+    model.train()
+    layer = model.model.layers[0].mlp
+    same = torch.ones(1, 6, 16, requires_grad=True)
+    layer(same).sum().backward()
+    chosen = int(layer.router.latest.selected_TK[0, 0])
+    for stacked in (layer.experts.w1, layer.experts.w2, layer.experts.w3):
+        norms = stacked.grad.flatten(1).norm(dim=1)
+        assert bool(torch.isfinite(norms).all())
+        assert [bool(n > 0) for n in norms] == [e == chosen for e in range(3)]
+
+
+@pytest.mark.parametrize(("experts", "size"), [(4, 1), (4, 2), (4, 4), (3, 2), (5, 4), (7, 4), (1, 2)])
+def test_every_expert_has_one_slot_and_vacant_slots_are_spread(experts, size):
+    ranks = [Placement(experts, size, rank) for rank in range(size)]
+    held = [[e for e in place.local_experts() if e is not None] for place in ranks]
+    assert sorted(e for local in held for e in local) == list(range(experts))
+    assert max(map(len, held)) - min(map(len, held)) <= 1
+    assert len({place.slots for place in ranks}) == 1 and ranks[0].slots % size == 0
+    for expert in range(experts):
+        assert ranks[0].expert_at(ranks[0].slot(expert)) == expert
+
+
+def test_a_shared_gate_that_was_trained_elsewhere_is_refused(tmp_path):
+    checkpoint = make_nexus(tmp_path / "nexus")
+    reader = TensorReader(checkpoint)
+    overwrite(reader.info("model.layers.1.mlp.shared_expert_gate.weight"), torch.full((1, 16), 0.3))
+    with pytest.raises(CheckpointError, match=r"layer 1: the shared expert's gate has weights up to 3\.0e-01"):
+        load_reference(checkpoint, torch.float32, RouterConfig())
+
+
+def test_a_linear_router_trains_its_own_rows(tmp_path):
+    checkpoint = make_nexus(tmp_path / "nexus", names=list("abcd"))
+    sidecar = read_sidecar(checkpoint)
+    sidecar.router.kind, sidecar.projections = "linear", []
+    write_sidecar(checkpoint, sidecar)
+    model = load_nexus(checkpoint, torch.float32, Placement(4), RouterConfig(load_balance=0.1), False)
+    reference = load_reference(checkpoint, torch.float32, RouterConfig(load_balance=0.1))
+    stock = logits(load_stock(checkpoint, torch.float32))
+    assert float((logits(model) - stock).abs().max()) <= 1e-6
+    assert float((logits(reference) - stock).abs().max()) <= 1e-6
+    for candidate in (model, reference):
+        candidate.train()
+        candidate(input_ids=TOKENS, use_cache=False).logits.square().mean().backward()
+    for a, b in zip(model.model.layers, reference.model.layers, strict=True):
+        gradient = a.mlp.router.gate.weight.grad
+        assert float(gradient.abs().sum()) > 0
+        assert torch.allclose(gradient, b.mlp.router.gate.weight.grad, atol=1e-7)
