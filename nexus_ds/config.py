@@ -196,8 +196,6 @@ class TrainingConfig:
     """Steps between two training states; 0: one, at the end of an interrupted run."""
     keep_last: int = 2
     """Training states that are kept."""
-    max_bad_steps: int = 5
-    """Steps in a row whose loss or gradient is not finite before the run stops; each is skipped."""
 
 
 @dataclass(kw_only=True)

@@ -1,8 +1,11 @@
-"""One rank of a parity run (not a test): trains a Nexus checkpoint under DeepSpeed and writes losses and gradients.
+"""One rank of parity runs (not a test): trains Nexus checkpoints under DeepSpeed and writes losses and gradients.
 
-python parity.py CHECKPOINT OUT KEY=VALUE ...      under the launcher's variables RANK, WORLD_SIZE, MASTER_*
+python parity.py RUNS.json      under the launcher's variables RANK, WORLD_SIZE, MASTER_*
+
+RUNS.json lists {checkpoint, out, words: [KEY=VALUE, ...]}; one after the other, since starting ranks takes longer than a run.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -13,9 +16,19 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from nexus_ds.config import Config, _apply, parse_override
-from nexus_ds.model.build import DTYPES, load_nexus
+from nexus_ds.model.build import DTYPES, leave, load_nexus
+from nexus_ds.model.checkpoint import read_sidecar
 from nexus_ds.runtime import deepspeed_internals as internals
-from nexus_ds.runtime.engine import Batch, moe_layers, placement, set_learning_rate, start_engine, token_losses
+from nexus_ds.runtime.engine import (
+    Batch,
+    check_layout,
+    deepspeed_config,
+    moe_layers,
+    placement,
+    set_learning_rate,
+    start_engine,
+    token_losses,
+)
 
 STEPS = 10
 
@@ -35,12 +48,14 @@ def batches(vocabulary, size, length=12):
     return torch.randint(vocabulary, (STEPS, size, length + 1), generator=torch.Generator().manual_seed(5))
 
 
-def deepspeed_json(stage, offload=False):
+def deepspeed_json(stage, offload=""):
     zero = {"stage": stage}
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 0  # else tiny weights are never partitioned
-    if offload:
+    if offload:  # "optimizer" or "parameters": the latter with the former, as DeepSpeed wants it
         zero["offload_optimizer"] = {"device": "cpu"}
+    if offload == "parameters":
+        zero["offload_param"] = {"device": "cpu"}
     return {"zero_optimization": zero}
 
 
@@ -66,46 +81,63 @@ def gradients(engine):
     return found
 
 
-def main():
-    checkpoint, out, *words = sys.argv[1:]
-    stage = int(next((w.partition("=")[2] for w in words if w.startswith("stage=")), 2))
-    accumulation = int(next((w.partition("=")[2] for w in words if w.startswith("accumulation=")), 1))
-    offload = any(w == "offload=1" for w in words)
-    words = [w for w in words if "." in w.partition("=")[0]]
-    config = settings(words)
+def start(checkpoint, words):
+    """Join the ranks and start an engine; return it, its configuration, how the batch is cut, and the other words."""
+    options = dict(w.split("=", 1) for w in words if "." not in w.partition("=")[0])
+    config = settings([w for w in words if "." in w.partition("=")[0]])
+    stage, accumulation = int(options.get("stage", 2)), int(options.get("accumulation", 1))
     internals.start(2)
     rank, world = dist.get_rank(), dist.get_world_size()
-    size = config.training.batch_size
-    batch = Batch(size // world // accumulation, accumulation)
-    from nexus_ds.model.checkpoint import read_sidecar
+    batch = Batch(config.training.batch_size // world // accumulation, accumulation)
+    experts = len(read_sidecar(Path(checkpoint)).experts)
+    values = deepspeed_json(stage, options.get("offload", ""))
+    check_layout(values, config, world, world, experts)
+    where = placement(config.parallel, experts, rank, world, world)
+    settle = internals.partitioner(deepspeed_config(values, config, batch)) if stage == 3 else leave
+    grouped, dtype = bool(config.parallel.grouped_mm), DTYPES[config.model.dtype]
+    model = load_nexus(Path(checkpoint), dtype, where, config.router, grouped, settle)
+    engine = start_engine(model, values, config, batch)
+    return engine, config, batch, options
 
-    where = placement(config.parallel, len(read_sidecar(Path(checkpoint)).experts), rank, world, world)
-    model = load_nexus(
-        Path(checkpoint), DTYPES[config.model.dtype], where, config.router, bool(config.parallel.grouped_mm)
-    )
-    engine = start_engine(model, deepspeed_json(stage, offload), config, batch)
-    data = batches(model.config.vocab_size, size)
-    losses, norms, first = [], [], None
-    for step in range(STEPS):
-        engine.train()
-        set_learning_rate(engine, config.training.lr)
-        total = 0.0
-        share = size // world
-        for part in range(accumulation):
-            start = rank * share + part * batch.micro
-            loss = token_losses(engine, data[step, start : start + batch.micro]).mean()
-            engine.backward(loss)
-            if step == 0 and part == accumulation - 1:
-                first = gradients(engine)
-            engine.step()
-            total += float(loss) / accumulation
-        value = torch.tensor([total / world], dtype=torch.float64)
-        dist.all_reduce(value)
-        losses.append(float(value))
+
+def train_step(engine, config, batch, windows, before_step=None):
+    """Do one optimizer step on this rank's share of `windows`; return the mean loss over all ranks."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    engine.train()
+    set_learning_rate(engine, config.training.lr)
+    total, share = 0.0, len(windows) // world
+    for part in range(batch.accumulation):
+        first = rank * share + part * batch.micro
+        loss = token_losses(engine, windows[first : first + batch.micro]).mean()
+        engine.backward(loss)
+        if before_step and part == batch.accumulation - 1:
+            before_step()
+        engine.step()
+        total += float(loss) / batch.accumulation
+    value = torch.tensor([total / world], dtype=torch.float64)
+    dist.all_reduce(value)
+    return float(value)
+
+
+def run(checkpoint, out, words):
+    """Train one layout and write what rank 0 saw."""
+    engine, config, batch, options = start(checkpoint, words)
+    data = batches(engine.module.config.vocab_size, config.training.batch_size)
+    losses, norms, first = [], [], {}
+    for step in range(int(options.get("steps", STEPS))):
+        keep = (lambda: first.update(gradients(engine))) if step == 0 else None
+        losses.append(train_step(engine, config, batch, data[step], keep))
         norms.append(float(engine.get_global_grad_norm()))
-    if rank == 0:
+    if dist.get_rank() == 0:
         torch.save(first, f"{out}.pt")
         Path(f"{out}.json").write_text(json.dumps({"losses": losses, "norms": norms}))
+    engine.destroy()
+
+
+def main():
+    for run_of in json.loads(Path(sys.argv[1]).read_text()):
+        run(**run_of)
+        gc.collect()
     dist.barrier()
     dist.destroy_process_group()
 

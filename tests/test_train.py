@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_nexus
 from launch import clean_environment, finish, start_ranks
 from safetensors.torch import load_file
 
@@ -147,3 +149,38 @@ def test_the_folder_of_the_script_shadows_nothing():
     )
     assert done.returncode == 0
     assert "--deepspeed JSON" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_leftover_state_of_another_model_is_refused(tmp_path, nexus_dir, text_folder):
+    """Resuming it would put one model's weights under another's names."""
+    words = settings(nexus_dir, text_folder, tmp_path / "out", "training.steps=4", "training.save_every=2")
+    finish(start_ranks([TRAIN, "--config", "demo", *words], 1))
+    shutil.rmtree(tmp_path / "out")
+    other = make_nexus(tmp_path / "other", seed=5)
+    words = settings(other, text_folder, tmp_path / "out", "training.steps=4", "training.save_every=2")
+    said = finish(start_ranks([TRAIN, "--config", "demo", *words], 1), code=1)
+    assert "belongs to another configuration" in said and "model at the start" in said
+    assert "Traceback" not in said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("data.sequence_length=65", "data.sequence_length 65: the model reads at most 64 tokens; lower it"),
+        ("data.domains=[alpha,omega]", "omega"),
+        ("training.batch_size=3", "training.batch_size 3 does not divide over 2 ranks; use a multiple of 2"),
+        ("parallel.expert=4", "parallel.expert 4 does not divide 2 ranks"),
+    ],
+)
+def test_what_can_not_be_trained_is_one_line(tmp_path, nexus_dir, text_folder, word, message):
+    words = settings(nexus_dir, text_folder, tmp_path / "out", word)
+    said = finish(start_ranks([TRAIN, "--deepspeed", Z3, "--config", "demo", *words], 2), code=1)
+    assert message in said and "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_is_not_there_is_named(capsys, monkeypatch, tmp_path):
+    said = fails(capsys, ["model.path=nowhere"], monkeypatch, tmp_path)
+    assert "train.py: no checkpoint at nowhere; expected a directory that holds a model" in said

@@ -27,12 +27,12 @@ def main():
     run = Run(config, ds_json, rank, world, local_world)
     metrics = Metrics(run.work, "worker", 0, run.total, rank == 0)
     run.loop(0, metrics, StopRequest())
-    probe = torch.arange(24).remainder(run.engine.module.config.vocab_size).view(2, 12)
+    probe = torch.arange(24).remainder(run.engine.module.config.vocab_size).view(2, 12).to(run.device)
     run.engine.eval()
     with torch.no_grad():
         logits = run.engine(input_ids=probe, use_cache=False).logits.float()
     if rank == 0:
-        torch.save({"probe": probe, "logits": logits}, logits_file)
+        torch.save({"probe": probe.cpu(), "logits": logits.cpu()}, logits_file)
     run.finish(metrics)
     metrics.close()
 

@@ -6,14 +6,15 @@ Not covered: other versions. `check_version` refuses what this file was not read
 from __future__ import annotations
 
 import collections
+import ctypes
 import datetime
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # DeepSpeed builds C++ extensions just in time. Theirs go into this interpreter's own environment: a shared folder
 # keeps the lock of every interrupted build, and the next start waits for it for ever.
@@ -32,10 +33,12 @@ from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.ep_count import count_tokens_per_expert
 from deepspeed.moe.ep_router import TokenChoiceTopKRouter
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import groups, safe_get_full_fp32_param
 from torch import Tensor, nn
 
-from nexus_ds.errors import LayoutError
+from nexus_ds.config import nearest
+from nexus_ds.errors import ConfigError, LayoutError
 
 __all__ = [
     "AutoEPMoELayer",
@@ -44,13 +47,18 @@ __all__ = [
     "count_tokens_per_expert",
     "device",
     "expert_parallel_ranks",
+    "fragments",
     "full_fp32",
     "gathered",
     "mark_replicated",
+    "partitioner",
+    "set_optimizer_step",
     "start",
+    "weights_from_masters",
 ]
 
 READ_FROM = "0.19."
+MASTER, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")
 
 
 def check_version() -> None:
@@ -59,6 +67,19 @@ def check_version() -> None:
         raise LayoutError(
             f"found deepspeed {deepspeed.__version__}, expected {READ_FROM}x; install deepspeed==0.19.8 (requirements.txt)"
         )
+
+
+def check_zero_section(values: dict[str, Any]) -> None:
+    """Raise ConfigError for a `zero_optimization` section that DeepSpeed would refuse, or worse, would ignore in part."""
+    fields = DeepSpeedZeroConfig.model_fields
+    known = {*fields, *(field.alias for field in fields.values() if field.alias)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"unknown key zero_optimization.{key}{nearest(key, known)}")
+    try:
+        DeepSpeedZeroConfig(**values)
+    except ValueError as error:
+        raise ConfigError(f"zero_optimization: {error}") from error
 
 
 def on_cpu() -> bool:
@@ -70,6 +91,13 @@ def device() -> torch.device:
     """Return this rank's device."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     return torch.device("cpu") if on_cpu() else torch.device(get_accelerator().device_name(local))
+
+
+def device_with_room(size: int) -> torch.device:
+    """Return this rank's device if another `size` bytes fit on it twice, else the CPU."""
+    if not on_cpu() and torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < 2 * size:
+        return torch.device("cpu")
+    return device()
 
 
 def start(timeout_minutes: float) -> None:
@@ -150,6 +178,42 @@ def gathered(parameter: Any) -> Iterator[Tensor]:
         yield parameter.data
 
 
+def partitioner(config: dict[str, Any]) -> Callable[[nn.Module], None]:
+    """Return what keeps only this rank's ZeRO-3 shard of a module's parameters. All ranks must call it alike.
+
+    Experts are partitioned over the ranks that hold the same ones; DeepSpeed refuses to train them otherwise. Building
+    the layers inside `zero.Init` would hang: their constructor gathers on some ranks alone.
+
+    Args:
+        config: the complete DeepSpeed configuration.
+    """
+    first: list[Any] = []
+
+    def partition(module: nn.Module) -> None:
+        for layer in module.modules():
+            if isinstance(layer, AutoEPMoELayer):
+                layer.set_deepspeed_parallelism()
+                for parameter in layer.experts.parameters():
+                    group = groups._get_expert_data_parallel_group(layer.ep_group_name)
+                    parameter.ds_zero_partition_process_group = group
+        whole = [p for p in module.parameters() if not is_partitioned(p)]
+        if first:
+            first[0].convert_to_zero_parameters(param_list=whole)
+        elif whole:
+            deepspeed.zero.Init(module=module, config_dict_or_path=config)
+            first.append(whole[0])
+        release_memory()
+
+    return partition
+
+
+def release_memory() -> None:
+    """Hand freed host memory back: glibc keeps blocks below 32 MiB, most of a layer's matrices, between live ones."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def full_fp32(parameter: nn.Parameter) -> Tensor:
     """Return the fp32 master of a replicated parameter on every rank (all ranks must call); its own data if it has none."""
     if parameter.dtype == torch.float32:
@@ -179,3 +243,96 @@ def all_reduce_max(value: float) -> float:
     tensor = torch.tensor([value], dtype=torch.float64, device="cpu" if on_cpu() else device())
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return float(tensor.item())
+
+
+# The optimizer's memory ------------------------------------------------------------------------------------------------
+
+
+class Fragment(NamedTuple):
+    """What this rank's optimizer owns of one parameter: elements [start, start + n) of it, flattened."""
+
+    parameter: nn.Parameter
+    start: int
+    values: dict[str, Tensor]
+    """fp32 (the master), exp_avg, exp_avg_sq: views [n] into the optimizer's own memory, fp32."""
+
+
+def _flats(optimizer: Any) -> list[Tensor]:
+    """Return the flat fp32 masters that the inner optimizer steps, one a group."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
+        return optimizer.fp32_partitioned_groups_flat
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO-1 and 2
+        return optimizer.single_partition_of_fp32_groups
+    raise LayoutError(f"{type(optimizer).__name__} keeps no ZeRO partition; use ds_configs/z1.json, z2.json or z3.json")
+
+
+def _place(optimizer: Any, parameter: Any) -> tuple[int, int, int, int] | None:
+    """Return group, offset in the group's flat master, first element and count of a parameter's fragment here."""
+    if is_partitioned(parameter):
+        group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = size * dist.get_rank(parameter.ds_process_group)
+        count = min(size, parameter.ds_numel - start)  # the last partitions are padded
+        return (group, offset, start, count) if count > 0 else None
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    address = mapping.get_hp_fragment_address()
+    return mapping.param_group_index, address.start, mapping.lp_fragment_address.start, address.numel
+
+
+def fragments(engine: Any) -> Iterator[Fragment]:
+    """Yield what this rank's optimizer owns, in the order of the model's parameters; no communication.
+
+    Every element of every parameter is owned by exactly one rank. Moments are there after the first step or after
+    `set_optimizer_step`. (DeepSpeed's own links to the moments are made after the first group's step and miss the
+    experts; nothing here uses them.)
+    """
+    optimizer = engine.optimizer
+    get_accelerator().synchronize()
+    flats = _flats(optimizer)
+    for parameter in engine.module.parameters():
+        if place := _place(optimizer, parameter):
+            group, offset, start, count = place
+            state = optimizer.optimizer.state[flats[group]]
+            kept = {MASTER: flats[group], **{name: state[name] for name in MOMENTS}}
+            views = {name: tensor.detach().narrow(0, offset, count) for name, tensor in kept.items()}
+            yield Fragment(parameter, start, views)
+
+
+def optimizer_step(engine: Any) -> int:
+    """Return how many updates Adam has counted (0 before the first)."""
+    states = (engine.optimizer.optimizer.state[flat] for flat in _flats(engine.optimizer))
+    return max((int(state["step"]) for state in states if "step" in state), default=0)
+
+
+def set_optimizer_step(engine: Any, step: int) -> None:
+    """Set Adam's count in every flat group, each with a tensor of its own; make the moments (zero) where they miss."""
+    inner = engine.optimizer.optimizer
+    for flat in _flats(engine.optimizer):
+        state = inner.state[flat]
+        for name in MOMENTS:
+            if name not in state:
+                state[name] = torch.zeros_like(flat, requires_grad=False)
+        where = flat.device if inner.defaults.get("fused") else torch.device("cpu")
+        state["step"] = torch.tensor(float(step), dtype=torch.float32, device=where)
+
+
+@torch.no_grad()
+def weights_from_masters(engine: Any) -> None:
+    """Derive the working weights from the fp32 masters, as the end of an optimizer step does. All ranks must call."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
+        return
+    optimizer._partition_all_parameters()
+    for group in range(len(optimizer.fp16_groups)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    if optimizer.persistent_parameters:
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def set_counters(engine: Any, step: int) -> None:
+    """Tell the engine how many optimizer steps lie behind it."""
+    engine.global_steps = step
+    engine.micro_steps = step * engine.gradient_accumulation_steps()
+    engine.global_samples = step * engine.train_batch_size()

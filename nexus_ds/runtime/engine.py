@@ -6,6 +6,7 @@ Not covered: pipeline, tensor and sequence parallelism; fp16.
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,18 @@ OWNED_KEYS = {
     "bf16": "model.dtype",
     "fp16": "model.dtype (fp32 or bf16)",
     "expert_parallel": "parallel.expert",
+}
+
+
+# Keys of `zero_optimization` whose other values can't train or can't be saved exactly: the one value that can, and why.
+REFUSED: dict[str, tuple[Any, str]] = {
+    "round_robin_gradients": (False, "DeepSpeed then files masters under other parameters than they belong to"),
+    "contiguous_gradients": (True, "DeepSpeed's expert layers need it"),
+    "reduce_scatter": (True, "DeepSpeed's expert layers need it"),
+    "zero_hpz_partition_size": (1, "DeepSpeed's expert layers do not run with secondary partitions"),
+    "zero_quantized_gradients": (False, "DeepSpeed's expert layers do not run with quantized gradients"),
+    "zero_quantized_weights": (False, "training would no longer be exact"),
+    "zenflow": (None, "its optimizer keeps no state that could be saved exactly"),
 }
 
 
@@ -111,15 +124,50 @@ def read_deepspeed_json(path: Path | None, parallel: ParallelConfig) -> dict[str
     return values
 
 
-def deepspeed_config(values: dict[str, Any], config: Config, batch: Batch, moe: bool) -> dict[str, Any]:
-    """Complete a DeepSpeed JSON with what the recipe decides. LayoutError for combinations that are not exact."""
-    training = config.training
+def check_layout(
+    values: dict[str, Any], config: Config, world: int, local_world: int, experts: int
+) -> tuple[int, Batch]:
+    """Judge a layout before anything is loaded; return its ZeRO stage and how the batch is cut.
+
+    Args:
+        values: the DeepSpeed JSON; its `zero_optimization.stage` is filled in.
+        config: the run's configuration.
+        world: number of ranks.
+        local_world: ranks of a node.
+        experts: routed experts of the model, 0 for a dense one.
+
+    Raises:
+        LayoutError: what DeepSpeed can't do, or can't do exactly.
+        ConfigError: keys that DeepSpeed does not know.
+    """
     zero = values.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", config.parallel.zero_stage)
-    if moe and stage == 0:
+    internals.check_zero_section(zero)
+    if stage == 0:
         raise LayoutError(
-            "ZeRO stage 0 with expert layers reports no gradient norm and clips wrongly; use ds_configs/z1.json or higher"
+            "ZeRO stage 0 clips wrongly with expert layers and keeps no masters; use ds_configs/z1.json or higher"
         )
+    for key, (value, why) in REFUSED.items():
+        if zero.get(key, value) not in (value, None):
+            raise LayoutError(
+                f"zero_optimization.{key}: {zero[key]!r} is not supported: {why}; remove it from the JSON"
+            )
+    for key in ("offload_optimizer", "offload_param"):
+        if (zero.get(key) or {}).get("device") == "nvme":
+            raise LayoutError(f"zero_optimization.{key}.device: nvme is not supported; use cpu")
+    if stage != 3 and (zero.get("offload_param") or {}).get("device", "none") != "none":
+        raise LayoutError(
+            f"zero_optimization.offload_param needs ZeRO stage 3, this is stage {stage}; use ds_configs/z3_offload.json"
+        )
+    if experts:
+        expert_parallel_size(config.parallel, experts, world, local_world)
+    return stage, split_batch(config.training, world)
+
+
+def deepspeed_config(values: dict[str, Any], config: Config, batch: Batch) -> dict[str, Any]:
+    """Complete a DeepSpeed JSON that `check_layout` accepted with what the recipe decides."""
+    training = config.training
+    zero = values["zero_optimization"]
     adam: dict[str, Any] = {
         "lr": training.lr,
         "betas": [training.beta1, training.beta2],
@@ -141,6 +189,11 @@ def deepspeed_config(values: dict[str, Any], config: Config, batch: Batch, moe: 
     }
 
 
+def full_shape(parameter: Any) -> tuple[int, ...]:
+    """Return the shape of the whole parameter, also under ZeRO-3."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def parameter_groups(model: nn.Module, training: TrainingConfig, router_lr_scale: float) -> list[dict[str, Any]]:
     """Return AdamW's groups: matrices (decayed), vectors, and the router with its own learning rate.
 
@@ -155,7 +208,7 @@ def parameter_groups(model: nn.Module, training: TrainingConfig, router_lr_scale
     for group in groups.values():
         group["params"] = []
     for name, parameter in model.named_parameters():
-        kind = "router" if ".mlp.router." in name else "matrices" if parameter.ndim > 1 else "vectors"
+        kind = "router" if ".mlp.router." in name else "matrices" if len(full_shape(parameter)) > 1 else "vectors"
         groups[kind]["params"].append(parameter)
     return [{"name": name, **group} for name, group in groups.items() if group["params"]]
 
@@ -180,14 +233,17 @@ def start_engine(model: Any, values: dict[str, Any], config: Config, batch: Batc
     layers = moe_layers(model)
     if config.training.activation_checkpointing != "none":
         reentrant = config.training.activation_checkpointing == "reentrant"
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        with warnings.catch_warnings():  # renamed in transformers 5.2x; the old name works in all supported versions
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     for layer in layers:
         layer.router.loss_scale = 1.0 / batch.accumulation
     linear = bool(layers) and layers[0].router.projection is None
     groups = parameter_groups(model, config.training, 1.0 if linear else config.router.lr_scale)
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=groups, config=deepspeed_config(values, config, batch, bool(layers))
+        model=model, model_parameters=groups, config=deepspeed_config(values, config, batch)
     )
+    internals.release_memory()  # what DeepSpeed copied on the way to its partitions
     return engine
 
 

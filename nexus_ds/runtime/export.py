@@ -24,19 +24,16 @@ from nexus_ds.model.checkpoint import Sidecar, copy_tokenizer, read_sidecar, rou
 from nexus_ds.model.families import SHARED_GATE_FILL, expert_name, gate_name, shared_gate_name, shared_name
 from nexus_ds.model.moe import NexusMoE
 from nexus_ds.model.tensorfile import TensorWriter
-from nexus_ds.outputs import new_directory
+from nexus_ds.outputs import new_directory, refuse_existing
 from nexus_ds.runtime import deepspeed_internals as internals
-from nexus_ds.runtime.engine import moe_layers
+from nexus_ds.runtime.canonical import STACKED
+from nexus_ds.runtime.engine import full_shape, moe_layers
+from nexus_ds.runtime.ranks import on_rank_0, together
 
 Write = Callable[[str, Tensor], None]
-STACKED = (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj"))
 TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-
-
-def full_shape(parameter: Any) -> tuple[int, ...]:
-    """Return the shape of the whole parameter, also under ZeRO-3."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+JUDGED = {torch.float32: 1.0, torch.bfloat16: 0.9}  # quantile of the tokens that has to be within the tolerance
 
 
 def _dense_part(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -95,22 +92,49 @@ def _write_layer(index: int, layer: NexusMoE, sidecar: Sidecar, dtype: torch.dty
     _write_experts(index, layer, write)
 
 
+class _Sink:
+    """Writes tensors on the rank that has a directory.
+
+    A failure is kept until the walk is over: the other ranks gather along, and would wait for this one for ever.
+    """
+
+    def __init__(
+        self, directory: Path | None, plan: dict[str, tuple[str, tuple[int, ...]]], dtype: torch.dtype
+    ) -> None:
+        self.dtype = dtype
+        self.failure: Exception | None = None
+        self.writer = self._try(lambda: TensorWriter(directory, plan)) if directory else None
+
+    def _try(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except (OSError, CheckpointError) as error:
+            self.failure = self.failure or error
+            return None
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor in the working dtype."""
+        if (writer := self.writer) and not self.failure:
+            self._try(lambda: writer.write(name, tensor.detach().to("cpu", self.dtype).contiguous()))
+
+    def close(self) -> None:
+        """Close the files; raise what went wrong on the way."""
+        if self.writer and not self.failure:
+            self._try(self.writer.close)
+        if self.failure:
+            raise self.failure
+
+
 def _write_tensors(model: nn.Module, sidecar: Sidecar | None, dtype: torch.dtype, directory: Path | None) -> None:
-    """Walk the model on all ranks; the one with a `directory` writes."""
-    writer = TensorWriter(directory, _plan(model, dtype)) if directory else None
-
-    def write(name: str, tensor: Tensor) -> None:
-        if writer:
-            writer.write(name, tensor.detach().to("cpu", dtype).contiguous())
-
+    """Walk the model on all ranks, one parameter whole at a time; the one with a `directory` writes."""
+    sink = _Sink(directory, _plan(model, dtype), dtype)
     for name, parameter in _dense_part(model).items():
         with internals.gathered(parameter) as data:
-            write(name, data)
+            sink.write(name, data)
     for index, layer in enumerate(moe_layers(model)):
         assert sidecar is not None
-        _write_layer(index, layer, sidecar, dtype, write)
-    if writer:
-        writer.close()
+        _write_layer(index, layer, sidecar, dtype, sink.write)
+    sink.close()
 
 
 def _write_config(model: Any, source: Path | None, dtype: torch.dtype, directory: Path) -> None:
@@ -128,14 +152,21 @@ def _write_config(model: Any, source: Path | None, dtype: torch.dtype, directory
 
 
 def _verify(directory: Path, dtype: torch.dtype, tokens_BS: Tensor, logits_BSV: Tensor) -> float:
-    """Reload in plain transformers and return the largest difference of the logits from the engine's."""
-    model = load_stock(directory, dtype).to(tokens_BS.device).eval()
+    """Reload in plain transformers and return the largest difference of the logits from the engine's.
+
+    In bf16 a token whose two best experts are nearly equal may take the other one in another kernel: one token in ten may
+    differ by more than rounding. Weights in the wrong place change nearly all of them.
+    """
+    device = internals.device_with_room(sum(p.stat().st_size for p in directory.glob("*.safetensors")))
+    model = load_stock(directory, dtype).to(device).eval()
     with torch.no_grad():
-        reloaded = model(input_ids=tokens_BS, use_cache=False).logits.float()
-    difference = float((reloaded - logits_BSV).abs().max() / logits_BSV.abs().max().clamp_min(1e-9))
-    if not difference <= TOLERANCE[dtype]:
+        reloaded = model(input_ids=tokens_BS.to(device), use_cache=False).logits.float().to(logits_BSV.device)
+    scale = logits_BSV.abs().max().clamp_min(1e-9)
+    token_T = ((reloaded - logits_BSV).abs().amax(-1) / scale).flatten()
+    difference, judged = float(token_T.max()), float(token_T.quantile(JUDGED[dtype]))
+    if not judged <= TOLERANCE[dtype]:
         raise CheckpointError(
-            f"the exported model does not compute what was trained: logits differ by {difference:.1e} of the largest, "
+            f"the exported model does not compute what was trained: logits differ by {judged:.1e} of the largest, "
             f"expected at most {TOLERANCE[dtype]:.0e}; nothing was exported, the training state is kept"
         )
     return difference
@@ -155,24 +186,37 @@ def export(
         lineage: what this run was, for the sidecar.
 
     Returns:
-        Largest relative difference of the logits (rank 0; 0.0 elsewhere).
+        Largest relative difference of the logits, the same on all ranks.
 
     Raises:
-        CheckpointError: the reloaded model computes something else. `out` is not made.
+        CheckpointError: the reloaded model computes something else, or it could not be written. `out` is not made; all
+            ranks raise.
     """
-    model, source = engine.module, Path(config.model.path) if config.model.path else None
-    model.eval()
+    on_rank_0(lambda: refuse_existing(out))
+    engine.module.eval()
     with torch.no_grad():
         logits_BSV = engine(input_ids=probe_BS, use_cache=False).logits.float()
+
+    def write_and_verify() -> float:
+        if dist.get_rank() != 0:
+            _write(engine.module, config, dtype, None, lineage)
+            return 0.0
+        with new_directory(out) as directory:
+            _write(engine.module, config, dtype, directory, lineage)
+            return _verify(directory, dtype, probe_BS, logits_BSV)
+
+    return together(write_and_verify)[0]
+
+
+def _write(model: Any, config: Config, dtype: torch.dtype, directory: Path | None, lineage: dict[str, Any]) -> None:
+    """Gather on all ranks and write the whole checkpoint on the one with a `directory`."""
+    source = Path(config.model.path) if config.model.path else None
     sidecar = read_sidecar(source) if moe_layers(model) and source else None
-    if dist.get_rank() != 0:
-        _write_tensors(model, sidecar, dtype, None)
-        return 0.0
-    with new_directory(out) as directory:
-        _write_tensors(model, sidecar, dtype, directory)
-        _write_config(model, source, dtype, directory)
-        if sidecar:
-            write_sidecar(directory, replace(sidecar, lineage=[*sidecar.lineage, lineage], versions=versions()))
-        copy_tokenizer(Path(config.model.tokenizer or config.model.path), directory)
-        (directory / "training.yaml").write_text(dump(config), encoding="utf-8")
-        return _verify(directory, dtype, probe_BS, logits_BSV)
+    _write_tensors(model, sidecar, dtype, directory)
+    if directory is None:
+        return
+    _write_config(model, source, dtype, directory)
+    if sidecar:
+        write_sidecar(directory, replace(sidecar, lineage=[*sidecar.lineage, lineage], versions=versions()))
+    copy_tokenizer(Path(config.model.tokenizer or config.model.path), directory)
+    (directory / "training.yaml").write_text(dump(config), encoding="utf-8")

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,24 +18,27 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from nexus_ds.config import Config, as_dict, dump
 from nexus_ds.data.corpora import TokenFile, open_source, token_files, windows
 from nexus_ds.data.mixture import Sampler, domain_weights
-from nexus_ds.errors import TrainingError
-from nexus_ds.model.build import DTYPES, load_for_training, new_dense
-from nexus_ds.model.checkpoint import is_nexus, read_sidecar
+from nexus_ds.errors import ConfigError, TrainingError
+from nexus_ds.model.build import DTYPES, leave, load_for_training, new_dense
+from nexus_ds.model.checkpoint import check_tokenizer, content_fingerprint, is_nexus, read_sidecar
+from nexus_ds.model.loading import read_config
+from nexus_ds.model.moe import Placement
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime import states
 from nexus_ds.runtime.engine import (
     Batch,
     all_reduce_sum,
+    check_layout,
+    deepspeed_config,
     moe_layers,
     placement,
     read_deepspeed_json,
     set_learning_rate,
-    split_batch,
     start_engine,
     token_losses,
 )
@@ -44,6 +48,8 @@ from nexus_ds.runtime.schedule import learning_rate, tokens_per_step, total_step
 from nexus_ds.runtime.signals import StopRequest
 
 EXIT_STOPPED = 75  # a signal asked for a stop; the training state is saved
+# Settings of `training` that may change between a training state and its resumption: the course stays the same.
+FREE = ("keep_last", "micro_batch_size", "activation_checkpointing")
 SATURATED = 0.95  # mean gate above which a router hardly learns any more
 
 
@@ -142,47 +148,62 @@ class Run:
     def __init__(self, config: Config, ds_json: str, rank: int, world: int, local_world: int) -> None:
         self.config, self.rank, self.world = config, rank, world
         self.tokenizer = Path(config.model.tokenizer)
-        self.batch: Batch = split_batch(config.training, world)
         values = read_deepspeed_json(Path(ds_json) if ds_json else None, config.parallel)
+        nexus = bool(config.model.path) and is_nexus(Path(config.model.path))
+        records = read_sidecar(Path(config.model.path)).experts if nexus else []
+        self.batch: Batch
+        stage, self.batch = check_layout(values, config, world, local_world, len(records))
         self.data = read_data(config, self.tokenizer)
         torch.manual_seed(config.seed)
-        grouped = config.parallel.grouped_mm if config.parallel.grouped_mm is not None else not internals.on_cpu()
-        model = self._model(lambda experts: placement(config.parallel, experts, rank, world, local_world), grouped)
+        self._check_model()
+        # In fp32 the kernels of older GPUs compute in TF32, and the export would not equal the engine.
+        grouped = config.parallel.grouped_mm
+        grouped = config.model.dtype == "bf16" and not internals.on_cpu() if grouped is None else grouped
+        place = placement(config.parallel, len(records), rank, world, local_world) if records else None
+        settle = internals.partitioner(deepspeed_config(values, config, self.batch)) if stage == 3 else leave
+        model = self._model(place, grouped, settle)
         self.engine = start_engine(model, values, config, self.batch)
         self.layers = moe_layers(self.engine.module)
         self.device = self.engine.device
         self.work = Path(config.output + ".training")
         self.domains = list(self.data.files)
-        self.experts: list[str] = []
-        self.expert_domains: list[str] = []
-        if self.layers:
-            records = read_sidecar(Path(config.model.path)).experts
-            self.experts, self.expert_domains = [r.name for r in records], [r.domain for r in records]
+        self.experts, self.expert_domains = [r.name for r in records], [r.domain for r in records]
         self.total = total_steps(config.training, config.data)
-        stage = values["zero_optimization"]["stage"]
-        ep_size = self.layers[0].placement.ep_size if self.layers else 1
+        ep_size = place.ep_size if place else 1
         self.description = {
             "layout": f"{world} ranks, expert parallel {ep_size}, ZeRO stage {stage}",
             "config": self._identity(),
         }
 
-    def _model(self, placement_of: Any, grouped: bool) -> Any:
+    def _model(self, place: Placement | None, grouped: bool, settle: Callable[[nn.Module], None]) -> Any:
         config = self.config
         if config.model.path:
-            return load_for_training(config, placement_of, grouped)
+            return load_for_training(config, place, grouped, settle)
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, local_files_only=True, trust_remote_code=False)
         model = new_dense(config.model, len(tokenizer), tokenizer.eos_token_id, config.seed)
         return model.to(DTYPES[config.model.dtype])
 
+    def _check_model(self) -> None:
+        """Refuse text that the model can't read: sequences longer than its positions, tokens that it does not embed."""
+        given, length = self.config.model, self.config.data.sequence_length
+        longest = given.max_positions
+        if given.path:
+            facts = read_config(Path(given.path))
+            longest = int(facts.get("max_position_embeddings") or length)
+            check_tokenizer(self.tokenizer, int(facts["vocab_size"]))
+        if length > longest:
+            raise ConfigError(f"data.sequence_length {length}: the model reads at most {longest} tokens; lower it")
+
     def _identity(self) -> dict[str, Any]:
-        """Return the settings and data on which the course of the run depends."""
+        """Return the settings and data on which the course of the run depends; the layout is not among them."""
         flat = as_dict(self.config)
         kept = {
-            **{f"training.{k}": v for k, v in flat["training"].items() if not k.endswith(("every", "keep_last"))},
+            **{f"training.{k}": v for k, v in flat["training"].items() if k not in FREE and not k.endswith("every")},
             **{f"router.{k}": flat["router"][k] for k in ("lr_scale", "load_balance", "z_loss")},
             "seed": self.config.seed,
+            "model at the start": content_fingerprint(Path(flat["model"]["path"])) if flat["model"]["path"] else "new",
             "model.dtype": self.config.model.dtype,
             "data.sequence_length": self.config.data.sequence_length,
             "data.weights": self.data.weights,
@@ -303,17 +324,20 @@ class Run:
                 metrics.say(f"stopped by signal {number} after step {done}; start the same command again to go on")
                 return False
             if training.eval_every and done % training.eval_every == 0:
+                paused = time.monotonic()
                 self.validate(done, metrics)
-                started = time.monotonic()
+                started += time.monotonic() - paused  # the speed is that of training
         return True
 
     def _tally(self) -> Tally:
         return Tally(len(self.domains), len(self.experts), self.device)
 
     def finish(self, metrics: Metrics) -> None:
-        """Save the last state, write the verified checkpoint, and say where it is."""
-        if self.config.training.save_every:
-            self.save(self.total)
+        """Save the last state, write the verified checkpoint, and say where it is.
+
+        The state comes first: if the export fails, no training is lost. Without `save_every` it is removed afterwards.
+        """
+        self.save(self.total)
         name = next(iter(self.data.validation))
         probe = torch.from_numpy(self.data.validation[name][:2, :-1]).to(self.device)
         lineage = {
@@ -325,6 +349,8 @@ class Run:
         }
         out = Path(self.config.output)
         difference = export(self.engine, self.config, DTYPES[self.config.model.dtype], out, probe, lineage)
+        if not self.config.training.save_every:
+            states.remove(self.work / "states")
         metrics.say(f"wrote {out} (reloaded in plain transformers: logits differ by {difference:.1e})")
         metrics.say(f"next: nexus-ds evaluate --checkpoint {out} --data {self.config.data.path} --out {out}-report")
 
@@ -336,6 +362,8 @@ def train(config: Config, ds_json: str, rank: int, world: int, local_world: int,
     stop = StopRequest()
     run = Run(config, ds_json, rank, world, local_world)
     first, messages = states.resume(run.engine, run.work / "states", run.description)
+    if not first and config.training.moments:
+        messages += states.adopt(run.engine, Path(config.training.moments))
     metrics = Metrics(run.work, config.name, first, run.total, rank == 0)
     if rank == 0:
         (run.work / "config.yaml").write_text(dump(config), encoding="utf-8")

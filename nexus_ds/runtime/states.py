@@ -1,56 +1,101 @@
-"""Training states: DeepSpeed's shards under our own manifest, committed by rename, verified before anything is unpickled.
+"""Training states: canonical files under a manifest, committed by rename, verified before they are read.
 
-    states/step_12/            DeepSpeed's files and manifest.json (step, layout, configuration, sizes, sha256)
-    states/latest              the name of the newest state, replaced in one step
+    states/step_12/            a file of each rank that saved, and manifest.json (step, layout, configuration,
+                               parameters, size and sha256 of each file)
+    states/latest              the name of the newest state, replaced in one step; for people, nothing follows it
+    states/partial/            a state that is being saved, or whose saving was interrupted
 
-DeepSpeed's shards are pickles: only a state whose every file matches its manifest is loaded. A hash in the same folder
-detects damage, not an attacker: states are for the one who wrote them.
-Not covered: resuming in another layout (refused with a sentence).
+Everything is safetensors and JSON: reading a state runs no code. A state says nothing of ranks, so any layout reads it.
+`NEXUS_FAULT=kill:rank0:before_rename:12` kills rank 0 with SIGKILL at that point of saving step 12: for tests only. The
+points are those of `_fault` below.
+Not covered: an attacker who can write to the folder (the hashes detect damage); two runs that save to one folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from nexus_ds.errors import CheckpointError, LayoutError
+from nexus_ds.errors import CheckpointError
 from nexus_ds.outputs import new_file
+from nexus_ds.runtime import canonical
+from nexus_ds.runtime import deepspeed_internals as internals
+from nexus_ds.runtime.ranks import on_rank_0, together
 
-MANIFEST = "manifest.json"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _files(directory: Path) -> dict[str, dict[str, Any]]:
-    found = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
-    return {str(p.relative_to(directory)): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in found}
+MANIFEST, FORMAT = "manifest.json", 1
+BYTES = 12  # of a parameter in a state: fp32 and two moments
 
 
-def damage(directory: Path) -> str:
-    """Return what is wrong with a state, '' if every file is there with the size and hash of the manifest."""
+def _rank_file(rank: int) -> str:
+    return f"rank_{rank:05}.safetensors"
+
+
+def _fault(point: str, step: int) -> None:
+    """Die here if the test asks for it."""
+    if os.environ.get("NEXUS_FAULT") == f"kill:rank{dist.get_rank()}:{point}:{step}":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Return a state's manifest; CheckpointError if it is missing or not of this kind."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        expected = manifest["files"]
+        known = manifest["format"] == FORMAT and all(
+            isinstance(manifest[key], dict) for key in ("files", "parameters", "config")
+        )
+        names = all(Path(name).name == name and name.endswith(".safetensors") for name in manifest["files"])
+        sizes = all(
+            isinstance(e["size"], int) and isinstance(e["sha256"], str) for e in manifest["files"].values()
+        ) and isinstance(manifest["step"], int)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST}: {error}"
-    for name, entry in expected.items():
-        path = directory / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink() or not path.is_file():
-            return f"{name}: not there"
-        if path.stat().st_size != entry["size"]:
-            return f"{name}: found {path.stat().st_size} bytes, expected {entry['size']}"
-        if (found := _sha256(path)) != entry["sha256"]:
-            return f"{name}: found sha256 {found[:12]}, expected {entry['sha256'][:12]}"
+        raise CheckpointError(f"{MANIFEST}: {error!r}") from error
+    if not (known and names and sizes):
+        raise CheckpointError(f"{MANIFEST}: found another format, expected format {FORMAT} of a training state")
+    return manifest
+
+
+def _size_problem(directory: Path, name: str, entry: dict[str, Any]) -> str:
+    path = directory / name
+    if path.is_symlink() or not path.is_file():
+        return f"{name}: not there"
+    if (found := path.stat().st_size) != entry["size"]:
+        return f"{name}: found {found} bytes, expected {entry['size']}"
     return ""
+
+
+def _hash_problem(directory: Path, name: str, entry: dict[str, Any]) -> str:
+    with (directory / name).open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    return "" if found == entry["sha256"] else f"{name}: found sha256 {found[:12]}, expected {entry['sha256'][:12]}"
+
+
+def damage(directory: Path, share: int = 0, of: int = 1) -> str:
+    """Return what is wrong with a state, '' if every file has the size and hash of the manifest.
+
+    Args:
+        directory: of the state.
+        share: which files are hashed here: `of` ranks share the work, each takes every `of`-th. 0 of 0: sizes only.
+        of: number of ranks that share the work.
+    """
+    try:
+        files = read_manifest(directory)["files"]
+        problems = [_size_problem(directory, name, entry) for name, entry in files.items()]
+        if not any(problems) and of:
+            problems = [_hash_problem(directory, name, files[name]) for name in sorted(files)[share::of]]
+    except (OSError, CheckpointError) as error:
+        return str(error)
+    return next((problem for problem in problems if problem), "")
 
 
 def steps_saved(states: Path) -> list[int]:
@@ -62,61 +107,32 @@ def steps_saved(states: Path) -> list[int]:
 def newest_good(states: Path) -> tuple[int, list[str]]:
     """Return the newest undamaged step (0 when no state was ever saved) and what is wrong with newer ones.
 
+    All ranks must call: they share the hashing, and get the same answer.
+
     Raises:
-        CheckpointError: there are states, and all are damaged.
+        CheckpointError: there are or were states, and none can be used. Nothing is deleted.
     """
+    world = dist.get_world_size()
+    steps = on_rank_0(lambda: steps_saved(states))
     problems: list[str] = []
-    for step in reversed(steps_saved(states)):
-        problem = damage(states / f"step_{step}")
+    for step in reversed(steps):
+        directory = states / f"step_{step}"
+        found = together(lambda directory=directory: damage(directory, dist.get_rank(), world))  # type: ignore[misc]
+        problem = next((p for p in found if p), "")
         if not problem:
             return step, problems
-        problems.append(f"{states / f'step_{step}'} is damaged ({problem})")
+        problems.append(f"{directory} is damaged ({problem})")
+    if not problems and on_rank_0((states / "latest").exists):
+        problems = [f"{states / 'latest'} is there, but no state that it could name"]
     if problems:
         raise CheckpointError(
-            "no training state can be used: " + "; ".join(problems) + "; remove the folder to start over"
+            f"no training state can be used: {'; '.join(problems)}; remove {states} to start over from the beginning"
         )
     return 0, []
 
 
-def save(engine: Any, states: Path, step: int, description: dict[str, Any], keep_last: int) -> None:
-    """Save a training state. All ranks must call; it counts once the folder carries its final name.
-
-    Args:
-        engine: the DeepSpeed engine.
-        states: folder of this run's states, on storage that all ranks share.
-        step: optimizer steps done.
-        description: layout and configuration, compared on resume.
-        keep_last: newest states that stay.
-    """
-    name, partial = f"step_{step}", states / "partial"
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    engine.save_checkpoint(str(partial), tag=name, client_state={"step": step}, save_latest=False)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        files = _files(partial / name)
-        manifest = {"step": step, **description, "files": files}
-        with new_file(partial / name / MANIFEST) as temporary:
-            temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        shutil.rmtree(states / name, ignore_errors=True)
-        os.replace(partial / name, states / name)
-        with new_file(states / "latest", overwrite=True) as temporary:
-            temporary.write_text(name, encoding="utf-8")
-        for old in steps_saved(states)[:-keep_last]:
-            shutil.rmtree(states / f"step_{old}")
-    dist.barrier()
-
-
-def _compare(manifest: dict[str, Any], description: dict[str, Any]) -> None:
-    """Refuse a state of another layout or configuration, with one sentence that is the same on all ranks."""
-    layout, here = manifest["layout"], description["layout"]
-    if layout != here:
-        raise LayoutError(
-            f"the training state at step {manifest['step']} was saved by {layout}, this run is {here}; "
-            "resume with the same layout, or start again from a finished checkpoint with model.path"
-        )
+def _compare(manifest: dict[str, Any], description: dict[str, Any], shapes: dict[str, list[int]]) -> None:
+    """Refuse a state of another configuration or model, with one sentence that is the same on all ranks."""
     saved, now = manifest["config"], description["config"]
     different = [
         f"{key}: {saved.get(key)!r} then, {now.get(key)!r} now" for key in now if saved.get(key) != now.get(key)
@@ -126,29 +142,158 @@ def _compare(manifest: dict[str, Any], description: dict[str, Any]) -> None:
             f"the training state at step {manifest['step']} belongs to another configuration ({'; '.join(different[:5])}); "
             "restore these settings, or give another output"
         )
+    parameters = manifest["parameters"]
+    other = [name for name in {**parameters, **shapes} if parameters.get(name) != shapes.get(name)]
+    if other:
+        name = other[0]
+        raise CheckpointError(
+            f"the training state at step {manifest['step']} belongs to another model: {len(other)} parameters differ, the "
+            f"first is {name}: found {parameters.get(name)}, expected {shapes.get(name)}; give another output"
+        )
 
 
 def resume(engine: Any, states: Path, description: dict[str, Any]) -> tuple[int, list[str]]:
-    """Load the newest good state into the engine; return its step (0: nothing saved) and messages about damaged ones.
+    """Load the newest good state into a fresh engine; return its step (0: nothing saved) and messages.
 
-    All ranks must call. Rank 0 verifies; every rank loads what rank 0 chose.
+    All ranks must call; the ranks, expert-parallel size and ZeRO stage of the state don't matter.
 
     Raises:
-        LayoutError: the state was saved by another number of ranks, expert-parallel size or ZeRO stage.
-        CheckpointError: all states are damaged, or the state belongs to another configuration.
+        CheckpointError: all states are damaged, or the state belongs to another configuration or model.
     """
-    choice: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            choice = [newest_good(states)]
-        except CheckpointError as error:
-            choice = [error]
-    dist.broadcast_object_list(choice)
-    if isinstance(choice[0], CheckpointError):
-        raise choice[0]
-    step, problems = choice[0]
-    if step:
-        manifest = json.loads((states / f"step_{step}" / MANIFEST).read_text(encoding="utf-8"))
-        _compare(manifest, description)
-        engine.load_checkpoint(str(states), tag=f"step_{step}")
-    return step, [f"{problem} - using step {step}" for problem in problems]
+    step, problems = newest_good(states)
+    messages = [f"{problem} - using step {step}" for problem in problems]
+    if not step:
+        return 0, messages
+    directory = states / f"step_{step}"
+    manifest = read_manifest(directory)
+    _compare(manifest, description, canonical.shapes(engine.module))
+    world = dist.get_world_size()
+    # A random generator's state belongs to one rank of one number of ranks.
+    own = _rank_file(dist.get_rank()) if len(manifest["files"]) == world else ""
+    files = canonical.StateFiles(directory, sorted(manifest["files"]))
+    canonical.read_rank(engine, files, manifest["optimizer_step"], own)
+    internals.set_counters(engine, step)
+    if manifest["layout"] != description["layout"]:
+        messages.append(f"the state of step {step} was saved by {manifest['layout']}; now {description['layout']}")
+    return step, messages
+
+
+def adopt(engine: Any, states: Path) -> list[str]:
+    """Carry the moments of the newest good state of a run before an extension into a fresh engine; return messages.
+
+    All ranks must call.
+
+    Raises:
+        CheckpointError: no state there that can be used.
+    """
+    step, problems = newest_good(states)
+    if not step:
+        raise CheckpointError(f"{states} holds no training state; train with training.save_every, or leave this out")
+    directory = states / f"step_{step}"
+    manifest = read_manifest(directory)
+    files = canonical.StateFiles(directory, sorted(manifest["files"]))
+    canonical.adopt_moments(engine, files, manifest["parameters"], manifest["optimizer_step"])
+    return [f"{problem} - using step {step}" for problem in problems] + [f"optimizer moments from {directory}"]
+
+
+# Saving --------------------------------------------------------------------------------------------------------------
+
+
+def _sync(directory: Path) -> None:
+    """Flush a directory's entries to the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _start(states: Path, partial: Path, needed: int) -> None:
+    """Make an empty folder for a state of `needed` bytes; OSError or CheckpointError if there is no room."""
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    free = shutil.disk_usage(states).free
+    if needed > free:
+        shutil.rmtree(partial)
+        raise CheckpointError(
+            f"{states}: not enough space for a training state: need {needed:,} bytes, free {free:,}; make room, or lower "
+            "training.keep_last; what was saved before is kept"
+        )
+
+
+def _commit(states: Path, partial: Path, manifest: dict[str, Any]) -> None:
+    """Give a whole state its manifest and its name."""
+    step = manifest["step"]
+    final = states / f"step_{step}"
+    _fault("before_manifest", step)
+    with (partial / MANIFEST).open("w", encoding="utf-8") as file:
+        file.write(json.dumps(manifest, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(partial)
+    _fault("before_rename", step)
+    shutil.rmtree(final, ignore_errors=True)  # only a damaged one can be there
+    os.rename(partial, final)
+    _sync(states)
+    _fault("after_rename", step)
+    with new_file(states / "latest", overwrite=True) as temporary:
+        temporary.write_text(final.name + "\n", encoding="utf-8")
+    _fault("after_latest", step)
+
+
+def _retain(states: Path, step: int, keep_last: int) -> None:
+    """Delete all but the newest states; nothing if one of those is not whole, so that the last good one stays."""
+    kept, old = steps_saved(states)[-keep_last:], steps_saved(states)[:-keep_last]
+    if any(damage(states / f"step_{s}", 0, 0) for s in kept):
+        return
+    for number in old:
+        (states / f"step_{number}" / MANIFEST).unlink(missing_ok=True)  # half a deleted state is no state
+        _fault("during_retention", step)
+        shutil.rmtree(states / f"step_{number}")
+
+
+def save(engine: Any, states: Path, step: int, description: dict[str, Any], keep_last: int) -> None:
+    """Save a training state. All ranks must call; it counts once the folder carries its final name.
+
+    Args:
+        engine: the DeepSpeed engine, between two optimizer steps.
+        states: folder of this run's states, on storage that all ranks share.
+        step: optimizer steps done.
+        description: layout and configuration; the configuration is compared on resume.
+        keep_last: newest states that stay.
+
+    Raises:
+        CheckpointError: no room, or a rank could not write; what was saved before is kept.
+    """
+    partial, name = states / "partial", _rank_file(dist.get_rank())
+    if step in on_rank_0(lambda: steps_saved(states)) and not on_rank_0(lambda: damage(states / f"step_{step}")):
+        return  # this run came here before and fell back further; the same state again
+    shapes = canonical.shapes(engine.module)
+    needed = BYTES * sum(math.prod(shape) for shape in shapes.values())
+    _fault("before_files", step)
+    on_rank_0(lambda: _start(states, partial, needed))
+    try:
+        entries = together(lambda: canonical.write_rank(engine, partial / name, lambda: _fault("during_file", step)))
+    except CheckpointError:
+        on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
+        raise
+    _fault("after_file", step)
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "optimizer_step": internals.optimizer_step(engine),
+        **description,
+        "parameters": shapes,
+        "files": {_rank_file(rank): entry for rank, entry in enumerate(entries)},
+    }
+
+    def commit() -> None:
+        _commit(states, partial, manifest)
+        _retain(states, step, keep_last)
+
+    on_rank_0(commit)
+
+
+def remove(states: Path) -> None:
+    """Remove all states of a run that needs them no more. All ranks must call."""
+    on_rank_0(lambda: shutil.rmtree(states, ignore_errors=True))

@@ -1,0 +1,34 @@
+"""One rank's failure is everybody's, with one message."""
+
+import pytest
+from launch import start_ranks
+
+RANK = """
+import torch.distributed as dist
+from nexus_ds.errors import CheckpointError
+from nexus_ds.runtime.ranks import on_rank_0, together
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+assert together(lambda: rank * 10) == [0, 10]
+assert on_rank_0(lambda: f"seen by {rank}") == "seen by 0"
+
+def fail():
+    if rank == 1:
+        raise OSError(28, "No space left on device", "rank_00001.safetensors")
+
+try:
+    together(fail)
+except CheckpointError as error:
+    print(error, flush=True)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_failure_of_one_rank_reaches_all():
+    ranks = start_ranks(["-c", RANK], 2)
+    said = [rank.communicate(timeout=60)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert all("[Errno 28] No space left on device: 'rank_00001.safetensors'\n" in text for text in said)
