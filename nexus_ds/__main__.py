@@ -16,8 +16,10 @@ VERBS = {  # name: module
     "upcycle": "upcycle",
     "train": "train",
     "extend": "extend",
+    "remove": "remove",
     "evaluate": "evaluate",
     "inspect": "inspect_model",
+    "plan": "plan",
     "generate": "generate",
 }
 
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_words(build_parser(verb), words)
     try:
         return int(importlib.import_module(f"nexus_ds.{VERBS[args.verb]}").run(args))
-    except NexusError as error:
+    except (NexusError, OSError) as error:  # of the operating system: a path, permissions, space
         print(f"nexus-ds {args.verb}: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
