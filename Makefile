@@ -6,14 +6,17 @@ READY := $(VENV)/ready
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-all lint clean
+.PHONY: help setup demo test test-all test-slurm lint clean
 help:
 	@echo "make demo      the whole pipeline on a small scale (CPU or GPU); ends with the report's path"
 	@echo "make test      lint, types and tests; make test-all adds the full parity matrix"
+	@echo "make test-slurm  the templates on a real SLURM, installed and started for the test (Debian, as root)"
 	@echo "make clean     remove runs/ and caches (the virtualenv stays)"
 
 # Reinstalled only when the pins or the package's metadata change.
 $(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
+	  { echo "$(PYTHON) is `$(PYTHON) --version 2>&1`; expected 3.11 or 3.12: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
@@ -30,10 +33,15 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -m "not full"
+	$(BIN)/pytest -m "not full and not slurm"
 
 test-all: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not slurm"
+
+# SLURM's packages are installed on Debian as root; elsewhere the tests are skipped and say why.
+test-slurm: $(READY)
+	$(BIN)/python tests/slurm/cluster.py install
+	$(BIN)/pytest tests/slurm -m "slurm and not full" -rs $(ARGS)
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

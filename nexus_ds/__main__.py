@@ -21,6 +21,9 @@ VERBS = {  # name: module
     "inspect": "inspect_model",
     "plan": "plan",
     "generate": "generate",
+    "preflight": "preflight",
+    "stage": "stage",
+    "status": "status",
 }
 
 

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Extends the trained model by the experts of new_domains and finetunes it.
+#   sbatch [--nodes=N --ntasks-per-node=R --gpus-per-node=R ...] slurm/finetune.sh [RECIPE] [section.key=value ...]
+#SBATCH --job-name=nexus-finetune
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=2
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+source "${NEXUS_REPO:=${SLURM_SUBMIT_DIR:-$PWD}}/slurm/common.sh" ||
+  { echo "error: submit from the repository's folder, or export NEXUS_REPO=/path/to/it" >&2; exit 1; }
+begin finetune "$@"
+preflight extended
+alone extend
+ranks extended

@@ -1,0 +1,182 @@
+"""No value of a recipe or name is run by a shell: the templates with fake srun, scontrol and sbatch that note their words."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from slurm.rig import REPO, clean_environment
+
+TEMPLATES = ("seed", "dense_branch", "embed", "upcycle", "finetune", "evaluate")
+EVIL = ("x$(touch canary)", "x`touch canary`", "x; touch canary", 'x" ; touch canary; "', "x' ; touch canary; '",
+        "x & touch canary", "x | touch canary", "x\n#SBATCH --wrap=touch canary", "x > canary", "-x --wrap=touch", "%j %x")  # fmt: skip
+FAKE = """#!{python}
+import json, os, sys
+with open(os.environ["NOTES"], "a") as file:
+    file.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
+print({{"scontrol": "node1", "sbatch": "7"}}.get(os.path.basename(sys.argv[0]), ""))
+"""
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """shell(script, *arguments) -> (exit code, output, what the fakes were called with), run in `tmp_path`."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("srun", "scontrol", "sbatch"):
+        (programs / name).write_text(FAKE.format(python=sys.executable))
+        (programs / name).chmod(0o755)
+    notes = tmp_path / "notes"
+
+    def run(script, *arguments, repository=REPO, **more):
+        notes.write_text("")
+        job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_ARRAY_TASK_ID": "0", "NOTES": str(notes),
+               "SLURM_ARRAY_JOB_ID": "7", "PATH": f"{programs}:{os.environ['PATH']}", "NEXUS_REPO": str(repository),
+               "NEXUS_SITE": str(tmp_path / "no site"), "MAX_STALLED": "0"}  # fmt: skip
+        done = subprocess.run(
+            ["bash", str(repository / "slurm" / f"{script}.sh"), *arguments], cwd=tmp_path, capture_output=True, text=True,
+            env={**clean_environment(), **job, **more}, stdin=subprocess.DEVNULL, timeout=60,
+        )  # fmt: skip
+        logs = "".join(path.read_text() for path in tmp_path.rglob("*-7*.log"))
+        return (
+            done.returncode,
+            done.stdout + done.stderr + logs,
+            [json.loads(n) for n in notes.read_text().splitlines()],
+        )
+
+    return run
+
+
+def recipe(path, **pipeline):
+    settings = {"run": str(path.parent / "run"), "domains": ["python", "docs"], "new_domains": ["cpp"]} | pipeline
+    path.write_text(json.dumps({"pipeline": settings, "training": {"steps": 1}}), encoding="utf-8")
+    return str(path)
+
+
+def canaries(tmp_path):
+    return [str(path) for root in (tmp_path, REPO) for path in root.glob("canary*")]
+
+
+@pytest.mark.parametrize("word", EVIL)
+def test_names_and_settings_reach_programs_as_one_word(shell, tmp_path, word):
+    file_name = "r" + word.replace("/", "") + ".yaml"
+    path = recipe(tmp_path / file_name)
+    for template in ("upcycle", "dense_branch"):
+        code, output, calls = shell(template, path, f"name={json.dumps(word)}")
+        srun = [call for call in calls if call[0] == "srun"]
+        assert srun and code == 1 and "error" in output, output  # the fake made no output
+        assert all(f"--config={path}" in call and f"name={json.dumps(word)}" in call for call in srun), srun
+    assert canaries(tmp_path) == []
+
+
+@pytest.mark.parametrize("word", EVIL)
+def test_a_run_s_folder_is_only_a_path(shell, tmp_path, word):
+    path = recipe(tmp_path / "recipe.yaml", run=str(tmp_path / f"run {word}"))
+    code, output, calls = shell("upcycle", path)
+    if "\n" in word:
+        assert code == 1 and "control character" in output
+        assert not any(call[0] == "srun" for call in calls)
+    else:
+        assert (tmp_path / f"run {word}" / "logs" / "upcycle-7_0.log").is_file()
+        assert any(call[0] == "srun" for call in calls)
+    assert canaries(tmp_path) == []
+
+
+@pytest.mark.parametrize("word", EVIL)
+def test_a_domain_never_reaches_a_shell(shell, tmp_path, word):
+    path = recipe(tmp_path / "recipe.yaml", domains=[word, "docs"])
+    code, output, calls = shell("dense_branch", path)
+    assert code == 1 and "can't be the name of an expert" in output, output
+    assert not any(call[0] == "srun" for call in calls)
+    assert canaries(tmp_path) == []
+
+
+@pytest.mark.parametrize("word", EVIL)
+def test_pipeline_submits_words_and_never_sbatch_lines(shell, tmp_path, word):
+    file_name = "r" + word.replace("/", "") + ".yaml"
+    run = tmp_path / ("run " + word.replace("\n", " "))
+    path = recipe(tmp_path / file_name, run=str(run))
+    code, output, calls = shell("pipeline", path, f"name={json.dumps(word)}")
+    assert code == 0, output
+    submitted = [call for call in calls if call[0] == "sbatch"]
+    assert [call[-3] for call in submitted] == [
+        f"slurm/{name}.sh" for name in ("seed", "dense_branch", "embed", "upcycle", "finetune", "evaluate")
+    ]
+    for call in submitted:
+        options = call[1:-3]
+        assert call[-2:] == [path, f"name={json.dumps(word)}"]
+        assert all(option.startswith("--") and "\n" not in option for option in options), options
+        name = next(option for option in options if option.startswith("--job-name="))
+        assert set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-="), name
+        log = next(option for option in options if option.startswith("--output="))
+        assert log.startswith(f"--output={str(run).replace('%', '%%')}/logs/")
+    assert "--array=0-2" in submitted[1] and "--dependency=afterok:7" in submitted[1]
+    assert "--dependency=afterok:7:7" in submitted[3]
+    assert all("--kill-on-invalid-dep=yes" in call for call in submitted)
+    assert canaries(tmp_path) == []
+
+
+def test_a_repository_with_a_strange_path_works(shell, tmp_path):
+    (tmp_path / "my $(touch canary) repo").symlink_to(REPO)
+    path = recipe(tmp_path / "recipe.yaml")
+    _, output, calls = shell("upcycle", path, repository=tmp_path / "my $(touch canary) repo")
+    assert any(call[0] == "srun" for call in calls), output
+    assert canaries(tmp_path) == []
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_templates_ask_for_no_account_partition_or_time(template):
+    lines = [
+        line for line in (REPO / "slurm" / f"{template}.sh").read_text().splitlines() if line.startswith("#SBATCH")
+    ]
+    assert "#SBATCH --requeue" in lines and "#SBATCH --signal=B:USR1@300" in lines
+    assert not [line for line in lines if any(word in line for word in ("account", "partition", "time", "gpus", "qos"))]
+    assert (REPO / "slurm" / f"{template}.sh").stat().st_mode & stat.S_IXUSR
+
+
+def test_a_wrong_folder_or_a_missing_environment_says_what_to_type(shell, tmp_path):
+    code, output, _ = shell("upcycle", NEXUS_REPO=str(tmp_path / "nowhere"))
+    assert code == 1 and "submit from the repository's folder" in output
+    bare = tmp_path / "bare"
+    (bare / "slurm").mkdir(parents=True)
+    for name in ("common.sh", "upcycle.sh"):
+        (bare / "slurm" / name).write_text((REPO / "slurm" / name).read_text())
+    programs = tmp_path / "bin"
+    (programs / "python3").write_text("#!/bin/sh\nexit 1\n")
+    (programs / "python3").chmod(0o755)
+    code, output, _ = shell("upcycle", repository=bare)
+    assert code == 1 and "make setup" in output and "no " in output
+    assert canaries(tmp_path) == []
+
+
+def test_a_failing_requeue_keeps_the_state_and_says_so(shell, tmp_path):
+    path = recipe(tmp_path / "recipe.yaml")
+    programs = tmp_path / "bin"
+    (programs / "srun").write_text("#!/bin/sh\nexit 75\n")
+    (programs / "scontrol").write_text(
+        '#!/bin/sh\n[ "$1" != requeue ] || { echo no controller >&2; exit 1; }\necho node1\n'
+    )
+    code, output, _ = shell("seed", path, MAX_STALLED="3")
+    assert code == 1
+    assert "'scontrol requeue 7_0' failed; the state of step 0 is kept: submit the same job again to go on" in output
+
+
+def test_a_template_outside_of_a_job_says_how_to_submit_it(shell, tmp_path):
+    code, output, _ = shell("upcycle", recipe(tmp_path / "recipe.yaml"), SLURM_JOB_ID="")
+    assert code == 1 and "not a job; type: sbatch slurm/upcycle.sh" in output
+
+
+@pytest.mark.parametrize(("code", "expected"), [(0, 0), (138, 0), (1, 1)])
+def test_ranks_that_are_signalled_after_the_output_is_there_have_finished(shell, tmp_path, code, expected):
+    path = recipe(tmp_path / "recipe.yaml")
+    output = tmp_path / "run" / "seed"
+    srun = f'#!/bin/sh\ncase "$*" in *preflight*) exit 0;; esac\nmkdir -p "{output}"\nexit {code}\n'
+    (tmp_path / "bin" / "srun").write_text(srun)
+    found, text, calls = shell("seed", path, MAX_STALLED="3")
+    assert found == expected, text
+    assert ("stage seed is finished" in text) == (expected == 0)
+    assert not any("requeue" in call for call in calls)
+    assert expected == 0 or f"exit 1, although {output} is there" in text
