@@ -94,4 +94,8 @@ def test_a_huge_recipe_is_refused():
 def test_defaults_of_the_router_are_those_that_the_readme_names():
     router = Config().router
     assert (router.lr_scale, router.init, router.centre, router.warm_start) == (0.05, "balanced", True, "label_fit")
-    assert Path(RECIPES / "paper.yaml").is_file()
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for row in ("`router.lr_scale` | 0.05 ", "`router.init` | `balanced`", "`router.warm_start` | `label_fit`"):
+        assert row in readme
+    paper = load_config("paper").router
+    assert (paper.lr_scale, paper.init, paper.centre, paper.warm_start) == (1.0, "normal", False, "none")

@@ -125,3 +125,19 @@ def test_a_linear_router_trains_its_own_rows(tmp_path):
         gradient = a.mlp.router.gate.weight.grad
         assert float(gradient.abs().sum()) > 0
         assert torch.allclose(gradient, b.mlp.router.gate.weight.grad, atol=1e-7)
+
+
+def test_experts_permuted_together_with_their_domains_leave_the_output_unchanged(tmp_path):
+    """Fact 6."""
+    checkpoint, order = make_nexus(tmp_path / "nexus", names=list("abcd"), top_k=2), [2, 0, 3, 1]
+    expected = logits(load_reference(checkpoint, torch.float32, RouterConfig()))
+    permuted = load_reference(checkpoint, torch.float32, RouterConfig())
+    for block in permuted.model.layers:
+        for stacked in ("w1", "w2", "w3"):
+            parameter = getattr(block.mlp.experts, stacked)
+            parameter.data = parameter.data[order]
+    moved = logits(permuted)
+    assert float((moved - expected).abs().max()) > 1e-5, "the experts alone are moved: the output has to change"
+    for block in permuted.model.layers:
+        block.mlp.router.domain_inputs = block.mlp.router.domain_inputs[order]
+    assert float((logits(permuted) - expected).abs().max()) <= 1e-6
