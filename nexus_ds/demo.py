@@ -18,8 +18,8 @@ from typing import Any
 
 from nexus_ds.config import Config, load_config
 from nexus_ds.errors import ConfigError, NexusError
-from nexus_ds.outputs import write_json
-from nexus_ds.pipeline import Places, check_domains, check_made, devices, places, resolve, run_steps, steps
+from nexus_ds.outputs import held, write_json
+from nexus_ds.pipeline import DS_JSON, Places, check_domains, check_made, devices, places, resolve, run_steps, steps
 from nexus_ds.progress import duration
 
 HELP = "seed, branches, upcycling, training, one more expert, evaluation: the whole pipeline on a small scale"
@@ -181,16 +181,16 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"--ranks {ranks}: training.batch_size {batch} does not divide over them; use a divisor of it"
         )
-    ds_config = Path(__file__).parent.parent / "ds_configs" / "z3.json"
-    plan = steps(config, args.config, overrides, ranks, str(ds_config) if ds_config.is_file() else "")
+    plan = steps(config, args.config, overrides, ranks, str(DS_JSON))
     check_made(plan, args.config, overrides)
-    run_steps([step for step in plan if not step.output.exists()], config.pipeline.parallel_branches)
-    if not where.average.exists():
-        average_dense([where.seed, *(where.branch(domain) for domain in config.pipeline.domains)], where.average)
-    if not where.report.exists():
-        print("== evaluate", file=sys.stderr, flush=True)
-        evaluate(config)
-    summary = report(config, args, time.monotonic() - started)
+    with held(where.run):
+        run_steps([step for step in plan if not step.output.exists()], config.pipeline.parallel_branches)
+        if not where.average.exists():
+            average_dense([where.seed, *(where.branch(domain) for domain in config.pipeline.domains)], where.average)
+        if not where.report.exists():
+            print("== evaluate", file=sys.stderr, flush=True)
+            evaluate(config)
+        summary = report(config, args, time.monotonic() - started)
     if args.json:
         print(json.dumps(summary, ensure_ascii=False))
     else:

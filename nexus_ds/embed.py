@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_ds.errors import ConfigError
-from nexus_ds.outputs import refuse_existing
+from nexus_ds.outputs import held, refuse_existing
 
 HELP = "embed each domain's training text with a sentence encoder"
 
@@ -66,17 +66,19 @@ def run(args: argparse.Namespace) -> int:
     source = open_source(args.data)
     domains = [name.strip() for name in args.domains.split(",") if name.strip()] or source.domains()
     require_domains(source, domains)  # before the encoder is loaded, which takes seconds
-    embeddings = embed_domains(
-        source,
-        domains,
-        SentenceEncoder(args.encoder),
-        args.documents,
-        args.seed,
-        windows=args.windows,
-        max_bytes=args.max_bytes,
-        on_bad_row=args.on_bad_row,
-    )
-    write_domain_embeddings(args.out, embeddings)
+    encoder = SentenceEncoder(args.encoder)
+    with held(args.out):
+        embeddings = embed_domains(
+            source,
+            domains,
+            encoder,
+            args.documents,
+            args.seed,
+            windows=args.windows,
+            max_bytes=args.max_bytes,
+            on_bad_row=args.on_bad_row,
+        )
+        write_domain_embeddings(args.out, embeddings)
     pairs = near_duplicates(embeddings)
     for first, second, cosine in pairs:
         print(

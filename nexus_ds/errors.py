@@ -33,6 +33,10 @@ class OutputExistsError(NexusError):
     """An output path that is taken: nothing is overwritten silently."""
 
 
+class OutputBusyError(NexusError):
+    """An output that another process is writing at this moment."""
+
+
 class LayoutError(NexusError):
     """A combination of ranks, ZeRO stage and expert parallelism that can't run."""
 

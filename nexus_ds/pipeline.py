@@ -29,7 +29,7 @@ from nexus_ds.progress import duration
 TRAIN = Path(__file__).parent / "train.py"
 TRAINED = {"seed": "seed", "branch": "branch", "moe": "moe", "extended": "extend"}  # step: train.py's stage
 HARMLESS = ("pipeline.parallel_branches", "data.workers", "training.log_every", "training.keep_last")
-DS_JSON = Path(__file__).parent.parent / "ds_configs" / "z3.json"
+DS_JSON = Path(__file__).parent / "ds_configs" / "z3.json"  # a link in a clone, a file in an installed package
 WIDE_STAGES = ("moe", "extend")  # that train a mixture-of-experts, with DS_JSON unless another is given
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK",
                     "ROLE_RANK", "TORCHELASTIC_RUN_ID", "CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE")  # fmt: skip
@@ -177,8 +177,9 @@ def train_command(recipe: str, overrides: Sequence[str], ranks: int, ds_config: 
 def next_training(out: Path, data: str, recipe: str, stage: str) -> str:
     """Return the command, quoted for a shell, that trains a checkpoint which `upcycle` or `extend` has made."""
     settings = [f"stage={stage}", f"model.path={out}", f"data.path={data}", f"output={out}-trained"]
-    words = ["deepspeed", "nexus_ds/train.py", "--deepspeed", "ds_configs/z3.json", "--config", recipe, *settings]
-    return shlex.join(words)
+    clone = DS_JSON.parent.is_symlink()
+    files = ("nexus_ds/train.py", "ds_configs/z3.json") if clone else (str(TRAIN), str(DS_JSON))
+    return shlex.join(["deepspeed", files[0], "--deepspeed", files[1], "--config", recipe, *settings])
 
 
 def _verb(*arguments: str) -> list[str]:

@@ -20,10 +20,12 @@ if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(_HERE))
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
 from nexus_ds.config import Config, dump, load_config, parse_words
 from nexus_ds.errors import CheckpointError, NexusError, OutputExistsError
+from nexus_ds.outputs import held
 from nexus_ds.pipeline import check_domains, free_port, needed_for, places, resolve, run_steps, shared_overrides, steps
 
 HELP = "train one stage with DeepSpeed (dense branch, upcycled or extended model)"
@@ -101,11 +103,12 @@ def run(args: argparse.Namespace) -> int:
         if rank == 0:
             print(f"{config.output} is finished already; next: nexus-ds evaluate --checkpoint {config.output}")
         return 0
-    if rank == 0:
-        _prepare(config, args)
-    from nexus_ds.runtime.loop import train
+    with held(Path(config.output + ".training")) if rank == 0 else nullcontext():
+        if rank == 0:
+            _prepare(config, args)
+        from nexus_ds.runtime.loop import train
 
-    return train(config, args.deepspeed, rank, world, local_world, WAIT_MINUTES)
+        return train(config, args.deepspeed, rank, world, local_world, WAIT_MINUTES)
 
 
 def main(argv: list[str] | None = None) -> int:

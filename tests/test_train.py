@@ -15,6 +15,7 @@ from conftest import make_nexus
 from launch import clean_environment, finish, start_ranks
 from safetensors.torch import load_file
 
+from nexus_ds.outputs import held
 from nexus_ds.train import main
 
 REPOSITORY = Path(__file__).parents[1]
@@ -119,6 +120,14 @@ def test_a_finished_run_is_not_repeated_and_another_is_not_overwritten(
     assert "is finished already; next: nexus-ds evaluate" in capsys.readouterr().out
     said = fails(capsys, ["--config", "demo", *words, "training.lr=1e-3"], monkeypatch, tmp_path)
     assert "out exists already and is not the result of this configuration; give output=DIR" in said
+
+
+def test_a_second_run_of_the_same_output_is_refused(tmp_path, nexus_dir, text_folder, capsys, monkeypatch):
+    words = settings(nexus_dir, text_folder, tmp_path / "out")
+    with held(tmp_path / "out.training"):
+        said = fails(capsys, ["--config", "demo", *words], monkeypatch, tmp_path)
+    assert f"out.training is being written by process {os.getpid()} on " in said and "Traceback" not in said
+    assert not (tmp_path / "out.training").exists()
 
 
 @pytest.mark.parametrize(

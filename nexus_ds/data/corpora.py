@@ -15,26 +15,28 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from nexus_ds.data.offline import stay_offline
+from nexus_ds.data.encoding import Batches, Packed, Tokenizer, cores, load_tokenizer, packer
 from nexus_ds.data.rows import BadRows, Document
-from nexus_ds.data.sources import SPLITS, Source, open_source, require_domains
-from nexus_ds.errors import CheckpointError, ConfigError, DataError
+from nexus_ds.data.sources import SPLITS, Source, open_source, passes, read, require_domains
+from nexus_ds.errors import ConfigError, DataError
 from nexus_ds.outputs import new_file, write_json
 from nexus_ds.progress import Progress
 
 __all__ = ["Document", "Source", "TokenFile", "open_source", "require_domains", "token_files", "windows"]
 
 FORMAT = 1  # of the token files; another number makes old caches be made again
-BATCH_BYTES = 4 << 20  # text that is tokenised at once
+BATCH_CHARACTERS = 1 << 20  # of text that one process tokenises at once
+LITTLE_TEXT = 8 << 20  # bytes; less is tokenised faster than processes start
 
 
 @dataclass
@@ -55,12 +57,25 @@ class TokenFile:
     """sha256 over text, tokenizer and settings."""
 
     @cached_property
-    def array(self) -> np.ndarray:
-        """[tokens] memory map, read-only."""
-        return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.tokens,))
+    def _stream(self) -> BinaryIO:
+        return self.path.open("rb", buffering=0)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "array"}  # a memmap pickles as its content
+        return {key: value for key, value in self.__dict__.items() if key != "_stream"}
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Return ids `start` to `start + count` as [count] int64; DataError if the file ends before.
+
+        A read, not a memory map: pages of a map count as this process's memory, and a file that was cut short kills it.
+        """
+        width = np.dtype(self.dtype).itemsize
+        content = os.pread(self._stream.fileno(), count * width, start * width)
+        if len(content) != count * width:
+            raise DataError(
+                f"{self.path}: found {len(content)} bytes at {start * width}, expected {count * width}; the file was cut "
+                "short: remove it, and it is made again"
+            )
+        return np.frombuffer(content, dtype=self.dtype).astype(np.int64)
 
     def blocks(self, length: int) -> int:
         """Return how many blocks of `length` inputs (and one more label) there are."""
@@ -68,57 +83,7 @@ class TokenFile:
 
     def block(self, index: int, length: int) -> np.ndarray:
         """Return block `index` as [length + 1] int64: inputs are all but the last, labels all but the first."""
-        start = index * length
-        return np.asarray(self.array[start : start + length + 1], dtype=np.int64)
-
-
-class _Tokenizer(NamedTuple):
-    """A fast tokenizer set up for whole documents, and what identifies it."""
-
-    backend: Any
-    end: int
-    vocabulary: int
-    fingerprint: str
-
-
-def _load_tokenizer(directory: Path) -> _Tokenizer:
-    """Load a tokenizer from a model directory; CheckpointError if it has none that serves."""
-    if not Path(directory).is_dir():
-        raise CheckpointError(f"no tokenizer at {directory}; expected a directory with tokenizer.json")
-    stay_offline()
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-        backend = tokenizer.backend_tokenizer
-    except Exception as error:  # transformers raises whatever the first of its loaders met
-        raise CheckpointError(
-            f"{directory}: no tokenizer that can be loaded ({error}); expected tokenizer.json"
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise CheckpointError(
-            f"{directory}: the tokenizer has no end-of-text token; set eos_token in tokenizer_config.json"
-        )
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True  # "<|endoftext|>" inside a document is text, not the end of it
-    facts = f"{backend.to_str()} {tokenizer.eos_token_id}"
-    return _Tokenizer(backend, tokenizer.eos_token_id, len(tokenizer), hashlib.sha256(facts.encode()).hexdigest())
-
-
-@contextmanager
-def _threads(workers: int) -> Iterator[None]:
-    """Let the tokenizer use `workers` threads (0: one a CPU core); its pool is made once a process."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers != 1 else "false"
-    if workers:
-        os.environ["RAYON_NUM_THREADS"] = str(workers)
-    try:
-        yield
-    finally:  # left at "true", a forked child that tokenises could hang
-        os.environ.pop("TOKENIZERS_PARALLELISM")
-        if before is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
+        return self.read(index * length, length + 1)
 
 
 @contextmanager
@@ -130,18 +95,17 @@ def _locked(cache: Path) -> Iterator[None]:
         yield
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
-    """Group texts into lists of about BATCH_BYTES characters."""
-    batch: list[str] = []
-    size = 0
-    for document in documents:
-        batch.append(document.text)
-        size += len(document.text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _batches(documents: Iterator[tuple[str, Document]]) -> Batches:
+    """Group (domain, document) into (domain, texts) of about BATCH_CHARACTERS; each domain's texts keep their order."""
+    batches: dict[str, list[str]] = {}
+    sizes: Counter[str] = Counter()
+    for domain, document in documents:
+        batches.setdefault(domain, []).append(document.text)
+        sizes[domain] += len(document.text)
+        if sizes[domain] >= BATCH_CHARACTERS:
+            yield domain, batches.pop(domain)
+            del sizes[domain]
+    yield from batches.items()
 
 
 def _existing(path: Path) -> TokenFile | None:
@@ -158,60 +122,83 @@ def _existing(path: Path) -> TokenFile | None:
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Job:
     """One token file to be made."""
 
-    source: Source
     domain: str
-    split: str
-    max_bytes: int
-    on_bad_row: str
     path: Path
     fingerprint: str
+    expected: int = 0
+    """Bytes of text, about; 0: unknown."""
+    tokens: int = 0
+    documents: int = 0
+    bad_rows: BadRows = field(default_factory=BadRows)
 
-    def make(self, tokenizer: _Tokenizer) -> None:
-        """Tokenise the documents into the file, then write its manifest, which makes it valid."""
-        bad_rows = BadRows()
-        documents = self.source.documents(self.domain, self.split, self.on_bad_row, self.max_bytes, bad_rows)
-        dtype = np.dtype("uint16" if tokenizer.vocabulary < 1 << 16 else "uint32")
-        with new_file(self.path, overwrite=True) as temporary:
-            tokens, count = self._write(documents, tokenizer, dtype, temporary)
+    def finish(self, dtype: str, split: str, max_bytes: int) -> None:
+        """Write the manifest, which makes the token file valid, and tell of damaged rows."""
+        bad = self.bad_rows
         facts = {
             "domain": self.domain,
-            "split": self.split,
-            "dtype": dtype.name,
-            "tokens": tokens,
-            "documents": count,
-            "skipped": {"count": bad_rows.count, "first": bad_rows.messages},
-            "max_bytes": self.max_bytes,
+            "split": split,
+            "dtype": dtype,
+            "tokens": self.tokens,
+            "documents": self.documents,
+            "skipped": {"count": bad.count, "first": bad.messages},
+            "max_bytes": max_bytes,
             "fingerprint": self.fingerprint,
         }
         write_json(self.path.with_suffix(".json"), facts)
-        if bad_rows.count:
-            print(
-                f"{self.domain}/{self.split}: {bad_rows.count} damaged rows skipped, first: {bad_rows.messages[0]}",
-                file=sys.stderr,
-            )
+        if bad.count:
+            print(f"{self.domain}/{split}: {bad.count} damaged rows skipped, first: {bad.messages[0]}", file=sys.stderr)
 
-    def _write(
-        self, documents: Iterator[Document], tokenizer: _Tokenizer, dtype: np.dtype[Any], path: Path
-    ) -> tuple[int, int]:
-        tokens = count = done = 0
-        expected = self.source.size(self.domain, self.split)
-        total = max(min(expected, self.max_bytes or expected) >> 10, 1)
-        with path.open("wb") as stream, Progress(f"tokenise {self.domain}/{self.split}", total, "kB") as progress:
-            for texts in _batches(documents):
-                for encoding in tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False):
-                    ids = np.asarray([*encoding.ids, tokenizer.end], dtype=dtype)
-                    stream.write(ids.tobytes())
-                    tokens += len(ids)
-                count += len(texts)
-                step = min(sum(map(len, texts)) >> 10, total - done)  # the total is an estimate
-                done += step
-                progress.advance(step)
-            progress.advance(total - done)
-        return tokens, count
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes token files of one source and split."""
+
+    source: Source
+    split: str
+    tokenizer: Tokenizer
+    max_bytes: int
+    on_bad_row: str
+
+    def make_all(self, jobs: Sequence[_Job], workers: int) -> None:
+        """Tokenise the text of some domains with `workers` processes; 0: as many as are worth their start."""
+        for job in jobs:
+            size = self.source.size(job.domain, self.split)
+            job.expected = min(size or self.max_bytes, self.max_bytes or size)
+        little = all(job.expected for job in jobs) and sum(job.expected for job in jobs) < LITTLE_TEXT
+        named = {job.domain: job for job in jobs}
+        with packer(self.tokenizer, workers or (1 if little else cores())) as pack:
+            for group in passes(self.source, list(named)):
+                self._make([named[domain] for domain in group], pack)
+
+    def _make(self, jobs: Sequence[_Job], pack: Callable[[Batches], Iterator[tuple[str, Packed]]]) -> None:
+        """Tokenise the text of some domains in one pass over it."""
+        named = {job.domain: job for job in jobs}
+        bad_rows = {job.domain: job.bad_rows for job in jobs}
+        documents = read(self.source, list(named), self.split, self.on_bad_row, self.max_bytes, bad_rows)
+        total = sum(job.expected for job in jobs) >> 10 if all(job.expected for job in jobs) else 0
+        label = f"tokenise {', '.join(named)}/{self.split}"
+        with ExitStack() as stack:
+            paths = {job.domain: stack.enter_context(new_file(job.path, overwrite=True)) for job in jobs}
+            streams = {domain: stack.enter_context(path.open("wb")) for domain, path in paths.items()}
+            progress = stack.enter_context(Progress(label, total, "kB"))
+            for domain, part in pack(_counted(_batches(documents), progress)):
+                streams[domain].write(part.ids)
+                named[domain].tokens += part.tokens
+                named[domain].documents += part.documents
+            progress.advance(max(total - progress.done, 0))
+        for job in jobs:
+            job.finish(self.tokenizer.dtype, self.split, self.max_bytes)
+
+
+def _counted(batches: Batches, progress: Progress) -> Batches:
+    for domain, texts in batches:
+        yield domain, texts
+        done = sum(map(len, texts)) >> 10
+        progress.advance(min(done, progress.total - progress.done) if progress.total else done)  # an estimate
 
 
 def token_files(
@@ -235,7 +222,8 @@ def token_files(
         split: train | validation.
         tokenizer_dir: a directory that `AutoTokenizer` loads offline.
         cache: directory of token files; a file is found again by text, tokenizer and settings.
-        workers: threads that tokenise; 0: one a CPU core.
+        workers: processes that tokenise; 0: one a CPU core, or this process alone if there is little text. The result
+            is the same.
         max_bytes: training text of a domain that is used, in bytes of UTF-8, from its start; 0: all. Validation text
             is always used whole.
         on_bad_row: error | skip (counted in the manifest and on stderr).
@@ -247,21 +235,21 @@ def token_files(
     """
     if split not in SPLITS or on_bad_row not in ("error", "skip"):
         raise ConfigError(f"split {split!r}, on_bad_row {on_bad_row!r}: expected {' | '.join(SPLITS)} and error | skip")
-    require_domains(source, domains)
-    tokenizer = _load_tokenizer(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     cap = max_bytes if split == "train" else 0
     jobs: list[_Job] = []
     for domain in domains:
         text = source.fingerprint(domain, split)
         facts = f"{FORMAT} {domain} {split} {text} {tokenizer.fingerprint} {cap} {on_bad_row}"
         fingerprint = hashlib.sha256(facts.encode()).hexdigest()
-        path = Path(cache) / f"{domain}-{split}-{fingerprint[:16]}.bin"
-        jobs.append(_Job(source, domain, split, cap, on_bad_row, path, fingerprint))
+        jobs.append(_Job(domain, Path(cache) / f"{domain}-{split}-{fingerprint[:16]}.bin", fingerprint))
     if any(_existing(job.path) is None for job in jobs):
-        with _locked(Path(cache)), _threads(workers):
-            for job in jobs:
-                if _existing(job.path) is None:  # another process may have made it while this one waited
-                    job.make(tokenizer)
+        require_domains(source, domains)
+        with _locked(Path(cache)):
+            for leftover in Path(cache).glob(".*.bin.tmp-*"):  # of a process that was killed: the lock is ours
+                leftover.unlink()
+            missing = [job for job in jobs if _existing(job.path) is None]  # others may have made some
+            _Maker(source, split, tokenizer, cap, on_bad_row).make_all(missing, workers)
     files = {job.domain: _existing(job.path) for job in jobs}
     gone = [domain for domain, file in files.items() if file is None]
     if gone:

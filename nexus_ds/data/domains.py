@@ -115,17 +115,22 @@ def sample_documents(documents: Iterator[Document], count: int, seed: int, domai
     return [document for _, _, document in sorted(kept, key=lambda item: -item[1])]
 
 
+def document_vectors(texts: Sequence[str], encoder: Encoder, windows: int) -> np.ndarray:
+    """Return [D, M] float64 unit-norm embeddings of D documents: the normalised means of their windows' embeddings."""
+    pieces = [encoder.windows(text, windows) for text in texts]
+    encoded_WM = encoder.encode([piece for document in pieces for piece in document])
+    bounds = np.cumsum([len(document) for document in pieces])[:-1]
+    return np.stack([unit(part_WM.astype(np.float64).mean(axis=0)) for part_WM in np.split(encoded_WM, bounds)])
+
+
 def _mean_of(documents: list[Document], encoder: Encoder, windows: int, progress: Progress) -> np.ndarray:
     """Return the [M] float32 mean of the unit-norm embeddings of `documents`."""
     rows: list[np.ndarray] = []
     for start in range(0, len(documents), ENCODE_BATCH):
         batch = documents[start : start + ENCODE_BATCH]
-        pieces = [encoder.windows(document.text, windows) for document in batch]
-        encoded_WM = encoder.encode([piece for document in pieces for piece in document])
-        bounds = np.cumsum([len(document) for document in pieces])[:-1]
-        rows += [unit(part_WM.astype(np.float64).mean(axis=0)) for part_WM in np.split(encoded_WM, bounds)]
+        rows.append(document_vectors([document.text for document in batch], encoder, windows))
         progress.advance(len(batch))
-    return np.mean(rows, axis=0).astype(np.float32)
+    return np.concatenate(rows).mean(axis=0).astype(np.float32)
 
 
 def embed_domains(

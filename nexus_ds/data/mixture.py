@@ -17,6 +17,8 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -30,20 +32,29 @@ SLOT_ERROR = 0.01  # largest relative difference between a domain's slots in a c
 SUM_ERROR = 1e-3  # of explicit weights
 
 
-def _keyed(key: bytes, value: int) -> int:
-    return int.from_bytes(hashlib.blake2b(value.to_bytes(9, "little"), key=key, digest_size=8).digest(), "little")
+@lru_cache(maxsize=256)  # one for each domain's epoch, and the cycle
+def _hashers(key: str) -> list[Any]:
+    """Return the keyed hashes of the half-rounds of a permutation."""
+    keys = (hashlib.blake2b(f"{half} {key}".encode(), digest_size=16).digest() for half in range(2 * ROUNDS))
+    return [hashlib.blake2b(key=key, digest_size=8) for key in keys]
+
+
+def _keyed(hasher: Any, value: int) -> int:
+    hasher = hasher.copy()
+    hasher.update(value.to_bytes(9, "little"))
+    return int.from_bytes(hasher.digest(), "little")
 
 
 def permuted(index: int, size: int, key: str) -> int:
     """Return where `index` goes under the permutation of range(size) that belongs to `key`; O(1) in `size`."""
     if not 0 <= index < size:
         raise IndexError(f"{index} is outside of range({size})")
-    keys = [hashlib.blake2b(f"{half} {key}".encode(), digest_size=16).digest() for half in range(2 * ROUNDS)]
+    hashers = _hashers(key)
     rows = math.isqrt(size - 1) + 1
     columns = -(-size // rows)
     while True:
         row, column = divmod(index, columns)
-        for first, second in zip(keys[::2], keys[1::2], strict=True):
+        for first, second in zip(hashers[::2], hashers[1::2], strict=True):
             row = (row + _keyed(first, column)) % rows
             column = (column + _keyed(second, row)) % columns
         index = row * columns + column

@@ -189,15 +189,33 @@ def _zstd_error() -> type[Exception]:
     return zstandard.ZstdError
 
 
+class Cap:
+    """Cuts text off where it makes `max_bytes` of UTF-8; 0: nowhere."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.capped, self.left = bool(max_bytes), max_bytes
+
+    @property
+    def full(self) -> bool:
+        """Whether no more text is wanted."""
+        return self.capped and self.left <= 0
+
+    def cut(self, document: Document) -> Document | None:
+        """Return the document, its beginning if the rest is too much, or None if nothing is left of it."""
+        if not self.capped:
+            return document
+        content = document.text.encode("utf-8")
+        text = content[: self.left].decode("utf-8", errors="ignore") if len(content) > self.left else document.text
+        self.left -= len(content)
+        return Document(text, document.meta, document.where) if text.strip() else None
+
+
 def capped(documents: Iterator[Document], max_bytes: int) -> Iterator[Document]:
     """Yield documents until their text makes `max_bytes` of UTF-8, the last one cut to fit; 0: all."""
-    left = max_bytes
+    cap = Cap(max_bytes)
     for document in documents:
-        size = len(document.text.encode("utf-8"))
-        if max_bytes and size >= left:
-            cut = document.text.encode("utf-8")[:left].decode("utf-8", errors="ignore")
-            if cut.strip():
-                yield Document(cut, document.meta, document.where)
+        kept = cap.cut(document)
+        if kept is not None:
+            yield kept
+        if cap.full:
             return
-        left -= size
-        yield document

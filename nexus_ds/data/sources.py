@@ -3,37 +3,25 @@
 Three kinds look alike: a folder with one sub-folder a domain, a data set of the `datasets` library whose rows name their
 domain, and text that every installation has on its disk.
 
-Not covered: data sets that need code to be loaded, shuffling of documents, a domain's text in several files.
+Not covered: shuffling of documents, a domain's text in several files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Protocol
 
 from nexus_ds.data.demo_text import demo_source
-from nexus_ds.data.offline import stay_offline
-from nexus_ds.data.rows import SUFFIXES, BadRows, Document, capped, check_text, read_rows
+from nexus_ds.data.hub import SET_NAME, HubSource
+from nexus_ds.data.rows import SUFFIXES, BadRows, Document, capped, read_rows
 from nexus_ds.errors import DataError
 
 SPLITS = ("train", "validation")
-HASHED_WHOLE = 1 << 30  # bytes; larger files are known by size and time of change
-SET_NAME = "meta.redpajama_set_name"
-SET_DOMAINS = {
-    "RedPajamaArXiv": "arxiv",
-    "RedPajamaBook": "books",
-    "RedPajamaC4": "c4",
-    "RedPajamaCommonCrawl": "commoncrawl",
-    "RedPajamaGithub": "github",
-    "RedPajamaStackExchange": "stackexchange",
-    "RedPajamaWikipedia": "wikipedia",
-}
+HASHED_WHOLE = 64 << 20  # bytes; larger files are known by size and time of change: every start asks
 
 
 class Source(Protocol):
@@ -57,7 +45,7 @@ class Source(Protocol):
         ...
 
     def size(self, domain: str, split: str) -> int:
-        """Return about how many bytes of text there are, for progress only."""
+        """Return about how many bytes of text there are, for progress and planning only; 0: unknown."""
         ...
 
 
@@ -65,7 +53,7 @@ def open_source(path: str) -> Source:
     """Open text: a folder of domains, `hub:NAME[#COLUMN]`, or `demo`.
 
     `hub:` takes a data set's name, a directory of `save_to_disk`, or a directory of parquet or JSON files; rows are
-    split by `meta.redpajama_set_name` or by COLUMN (dots go into structures).
+    streamed and split by `meta.redpajama_set_name` or by COLUMN (dots go into structures).
 
     Raises:
         DataError: there is no such text.
@@ -89,11 +77,37 @@ def _checked(documents: Iterator[Document], what: str) -> Iterator[Document]:
 
 
 def require_domains(source: Source, domains: Sequence[str]) -> None:
-    """Raise DataError if `source` lacks one of `domains`, naming those that it has."""
+    """Raise DataError if `source` lacks one of `domains`, naming those that it has; say it if only a stream can tell."""
     known = source.domains()
     missing = [domain for domain in domains if domain not in known]
-    if missing:
-        raise DataError(f"{source.name}: no domain {', '.join(missing)}; found: {', '.join(known) or 'none'}")
+    if not missing:
+        return
+    message = f"{source.name}: no domain {', '.join(missing)}; found: {', '.join(known) or 'none'}"
+    if not isinstance(source, HubSource):
+        raise DataError(message)
+    print(f"{message} in the first rows; the stream is read on, to its end if need be", file=sys.stderr, flush=True)
+
+
+def passes(source: Source, domains: Sequence[str]) -> list[list[str]]:
+    """Return which domains are read together, for `read`: those of a stream all at once, others one by one."""
+    return [list(domains)] if isinstance(source, HubSource) else [[domain] for domain in domains]
+
+
+def read(
+    source: Source,
+    domains: Sequence[str],
+    split: str,
+    on_bad_row: str,
+    max_bytes: int,
+    bad_rows: Mapping[str, BadRows],
+) -> Iterator[tuple[str, Document]]:
+    """Yield (domain, document) of several domains in one pass over the text; each domain's in a fixed order."""
+    if isinstance(source, HubSource):
+        yield from source.stream(domains, split, on_bad_row, max_bytes, bad_rows)
+        return
+    for domain in domains:
+        for document in source.documents(domain, split, on_bad_row, max_bytes, bad_rows[domain]):
+            yield domain, document
 
 
 class FolderSource:
@@ -139,7 +153,7 @@ class FolderSource:
         return _checked(capped(read_rows(path, on_bad_row, bad_rows), max_bytes), str(path))
 
     def fingerprint(self, domain: str, split: str) -> str:
-        """Return the sha256 of the file's bytes (of a file above 1 GiB: of its size and time of change)."""
+        """Return the sha256 of the file's bytes (of a file above 64 MiB: of its size and time of change)."""
         path = self.file(domain, split)
         facts = path.stat()
         if facts.st_size > HASHED_WHOLE:
@@ -156,111 +170,3 @@ class FolderSource:
                 stream.seek(-4, os.SEEK_END)  # gzip's last field: uncompressed size modulo 2**32
                 return max(int.from_bytes(stream.read(4), "little"), stored)
         return stored * 3 if path.suffix == ".zst" else stored
-
-
-class HubSource:
-    """Rows of a data set of the `datasets` library, split into domains by a column.
-
-    SlimPajama's set names become short names (RedPajamaArXiv: arxiv); other values stay as they are. Nothing is
-    downloaded unless the user has set HF_HUB_OFFLINE=0.
-    """
-
-    def __init__(self, path: str, name: str, column: str) -> None:
-        self.name, self.column = path, column
-        self.data = _load_dataset(path, name)
-        columns = {split: data.column_names for split, data in self.data.items()}
-        top = column.split(".")[0]
-        for split, names in columns.items():
-            if "text" not in names or top not in names:
-                raise DataError(
-                    f"{path}: the split {split} has the columns {', '.join(names)}; expected text and {column}; "
-                    "name the column that holds the domain with hub:NAME#COLUMN"
-                )
-
-    def _values(self, table: Any) -> Any:
-        """Return the column of domains of an arrow table, as an arrow array of strings."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        top, *inner = self.column.split(".")
-        array = table[top].combine_chunks()
-        for field in inner:
-            if not pa.types.is_struct(array.type) or array.type.get_field_index(field) < 0:
-                raise DataError(f"{self.name}: the column {self.column} has no field {field}; found {array.type}")
-            array = pc.struct_field(array, field)
-        return pc.cast(array, pa.string())
-
-    @cached_property
-    def _names(self) -> dict[str, str]:
-        """Domain -> value of the column."""
-        found: set[str] = set()
-        for data in self.data.values():
-            column = data.select_columns([self.column.split(".")[0]]).with_format("arrow")
-            for table in column.iter(batch_size=100_000):
-                found.update(v for v in self._values(table).unique().to_pylist() if v)
-        return {SET_DOMAINS.get(value, value): value for value in sorted(found)}
-
-    def domains(self) -> list[str]:
-        """Return the domains that occur in any split, sorted."""
-        return sorted(self._names)
-
-    def _split(self, domain: str, split: str) -> Any:
-        require_domains(self, [domain])
-        if split not in self.data:
-            raise DataError(f"{self.name}: no split {split}; found: {', '.join(self.data)}")
-        return self.data[split]
-
-    def documents(
-        self, domain: str, split: str, on_bad_row: str = "error", max_bytes: int = 0, bad_rows: BadRows | None = None
-    ) -> Iterator[Document]:
-        """Yield the domain's rows in order; DataError names the data set, split and row of what is wrong."""
-        data = self._split(domain, split)
-        rows = self._rows(data, self._names[domain], split, on_bad_row, bad_rows)
-        return _checked(capped(rows, max_bytes), f"{self.name}, split {split}, domain {domain}")
-
-    def _rows(self, data: Any, value: str, split: str, on_bad_row: str, bad_rows: BadRows | None) -> Iterator[Document]:
-        import pyarrow.compute as pc
-
-        start = 0
-        for table in data.with_format("arrow").iter(batch_size=1000):
-            mask = pc.fill_null(pc.equal(self._values(table), value), False)
-            texts = table["text"].filter(mask).to_pylist()
-            for offset, text in zip(np.flatnonzero(mask.to_numpy(zero_copy_only=False)), texts, strict=True):
-                where = f"{self.name}[{split}]:{start + int(offset)}"
-                try:
-                    yield Document(check_text(text, where), {self.column: value}, where)
-                except DataError as error:
-                    if on_bad_row != "skip":
-                        raise
-                    if bad_rows is not None:
-                        bad_rows.add(str(error))
-            start += table.num_rows
-
-    def fingerprint(self, domain: str, split: str) -> str:
-        """Return the data set's own fingerprint, with the domain and the number of rows."""
-        data = self._split(domain, split)
-        facts = f"{data._fingerprint} {len(data)} {self.column} {self._names[domain]}"
-        return hashlib.sha256(facts.encode()).hexdigest()
-
-    def size(self, domain: str, split: str) -> int:
-        """Return the bytes of the split divided by the number of domains."""
-        return int(self._split(domain, split).data.nbytes) // max(len(self._names), 1)
-
-
-def _load_dataset(path: str, name: str) -> dict[str, Any]:
-    """Return {split: Dataset} of a saved directory, a directory of files, or a data set's name."""
-    stay_offline()
-    import datasets
-
-    local = Path(name)
-    try:
-        if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
-            data = datasets.load_from_disk(name)
-        else:
-            data = datasets.load_dataset(name)
-    except Exception as error:  # the library raises a dozen kinds for a name that isn't there
-        raise DataError(
-            f"{path}: the data set can't be opened ({type(error).__name__}: {str(error).splitlines()[0]}); give a "
-            "directory of save_to_disk or of parquet files, or set HF_HUB_OFFLINE=0 to let it be downloaded"
-        ) from error
-    return {"train": data} if isinstance(data, datasets.Dataset) else dict(data)

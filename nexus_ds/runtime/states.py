@@ -8,7 +8,7 @@
 Everything is safetensors and JSON: reading a state runs no code. A state says nothing of ranks, so any layout reads it.
 `NEXUS_FAULT=kill:rank0:before_rename:12` kills rank 0 with SIGKILL at that point of saving step 12: for tests only. The
 points are those of `_fault` below.
-Not covered: an attacker who can write to the folder (the hashes detect damage); two runs that save to one folder.
+Not covered: an attacker who can write to the folder (the hashes detect damage).
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
 import json
+import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -7,9 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nexus_ds.data import corpora
 from nexus_ds.data.corpora import TokenFile, open_source, token_files, windows
 from nexus_ds.errors import CheckpointError, ConfigError, DataError
 from tests.data.conftest import sentences, write_jsonl
+
+
+def ids(file: TokenFile) -> np.ndarray:
+    return file.read(0, file.tokens)
+
 
 # Token files -------------------------------------------------------------------------------------------------------
 
@@ -24,7 +32,7 @@ def test_documents_are_joined_with_the_end_of_text_token(corpus: Path, tokenizer
     for text in sentences(1, 40):
         expected += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     file = files["alpha"]
-    assert file.array.tolist() == expected
+    assert ids(file).tolist() == expected
     assert (file.tokens, file.documents, file.dtype, file.skipped) == (len(expected), 40, "uint16", 0)
     assert file.blocks(16) == (len(expected) - 1) // 16
     assert file.block(2, 16).tolist() == expected[32:49]
@@ -35,8 +43,8 @@ def test_documents_are_joined_with_the_end_of_text_token(corpus: Path, tokenizer
 def test_special_tokens_in_a_document_stay_text(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
     write_jsonl(corpus / "alpha" / "train.jsonl", ["a <|endoftext|> b"])
     file = token_files(open_source(str(corpus)), ["alpha"], "train", tokenizer_dir, tmp_path)["alpha"]
-    assert file.array.tolist().count(0) == 1
-    assert file.array[-1] == 0
+    assert ids(file).tolist().count(0) == 1
+    assert ids(file)[-1] == 0
 
 
 def test_a_large_vocabulary_gets_four_bytes(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
@@ -48,7 +56,7 @@ def test_a_large_vocabulary_gets_four_bytes(corpus: Path, tokenizer_dir: Path, t
     write_jsonl(corpus / "alpha" / "train.jsonl", [f"cat <{(1 << 16) - 1}>"])
     file = token_files(open_source(str(corpus)), ["alpha"], "train", tmp_path / "large", tmp_path / "cache")["alpha"]
     assert file.dtype == "uint32"
-    assert file.array.max() == 300 + (1 << 16) - 1
+    assert ids(file).max() == 300 + (1 << 16) - 1
 
 
 def test_a_second_call_reads_the_cache_and_any_change_misses_it(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
@@ -124,12 +132,22 @@ def test_a_tokenizer_without_an_end_of_text_token_is_refused(corpus: Path, token
         token_files(open_source(str(corpus)), ["alpha"], "train", tmp_path / "endless", tmp_path / "cache")
 
 
+def test_a_token_file_that_was_cut_short_is_named(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
+    file = token_files(open_source(str(corpus)), ["alpha"], "train", tokenizer_dir, tmp_path / "cache")["alpha"]
+    os.truncate(file.path, 40)
+    assert file.block(0, 16).shape == (17,)
+    with pytest.raises(
+        DataError, match=r"alpha-train-\w+\.bin: found 8 bytes at 32, expected 34; .* remove it, and it is"
+    ):
+        file.block(1, 16)
+
+
 def test_a_token_file_pickles_without_its_content(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
     file = token_files(open_source(str(corpus)), ["alpha"], "train", tokenizer_dir, tmp_path / "cache")["alpha"]
-    content = file.array.tolist()
+    content = ids(file).tolist()
     pickled = pickle.dumps(file)
     assert len(pickled) < 1000
-    assert pickle.loads(pickled).array.tolist() == content
+    assert ids(pickle.loads(pickled)).tolist() == content
 
 
 @pytest.mark.slow
@@ -137,7 +155,7 @@ def test_several_processes_may_ask_at_once(corpus: Path, tokenizer_dir: Path, tm
     code = (
         "from pathlib import Path; from nexus_ds.data.corpora import open_source, token_files; "
         f"f = token_files(open_source({str(corpus)!r}), ['alpha', 'beta'], 'train', Path({str(tokenizer_dir)!r}), "
-        "Path('cache')); print(sum(int(x.array.sum()) for x in f.values()))"
+        "Path('cache')); print(sum(int(x.read(0, x.tokens).sum()) for x in f.values()))"
     )
     command = [sys.executable, "-c", code]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -148,6 +166,30 @@ def test_several_processes_may_ask_at_once(corpus: Path, tokenizer_dir: Path, tm
     assert sum(err.count("tokenise alpha/train: ") for _, err in results) == 1  # one made it, the others read it
     names = sorted(path.suffix for path in (tmp_path / "cache").iterdir())
     assert names == ["", ".bin", ".bin", ".json", ".json"]
+
+
+def test_the_files_are_the_same_for_any_number_of_processes(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(corpora, "BATCH_CHARACTERS", 300)  # many batches, some of one document
+    write_jsonl(corpus / "alpha" / "train.jsonl", [*sentences(1, 40), "long " * 500, *sentences(5, 40)])
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    made = {}
+    for workers in (1, 3):
+        cache = tmp_path / str(workers)
+        options = {"workers": workers, "max_bytes": 6000}
+        token_files(open_source(str(corpus)), ["alpha", "beta"], "train", tokenizer_dir, cache, **options)
+        made[workers] = {path.name: path.read_bytes() for path in cache.iterdir()}
+    assert made[1] == made[3]
+    assert len(made[1]) == 5  # two files, their manifests and the lock
+    assert os.environ.get("TOKENIZERS_PARALLELISM") == before
+    assert multiprocessing.active_children() == []
+
+
+def test_what_a_killed_process_left_is_removed(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
+    (tmp_path / ".alpha-train-0123.bin.tmp-1").write_bytes(b"half")
+    token_files(open_source(str(corpus)), ["alpha"], "train", tokenizer_dir, tmp_path)
+    assert not list(tmp_path.glob(".*.tmp-*"))
 
 
 # Windows -----------------------------------------------------------------------------------------------------------

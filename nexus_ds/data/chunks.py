@@ -1,0 +1,66 @@
+"""Chunks of text with embeddings of their own: what `router.warm_start: chunks | closed_form` learns P from.
+
+The embeddings are kept in a folder, one file a domain, found again by text and encoder: several warm starts of one run
+embed their text once.
+Not covered: an encoder that only another machine has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nexus_ds.data.domains import ENCODE_BATCH, SentenceEncoder, document_vectors, encoder_directory, weights_hash
+from nexus_ds.errors import IncompatibleModelsError
+from nexus_ds.outputs import new_file
+from nexus_ds.progress import Progress
+
+WINDOWS = 2  # pieces of a chunk that are averaged at most
+
+
+def _place(cache: Path, texts: Sequence[str], revision: str) -> Path:
+    digest = hashlib.sha256(f"{revision} {WINDOWS}".encode())
+    for text in texts:
+        digest.update(text.encode() + b"\0")
+    return cache / f"chunks-{digest.hexdigest()[:24]}.safetensors"
+
+
+def embed_chunks(texts: Mapping[str, Sequence[str]], encoder: str, revision: str, cache: Path) -> dict[str, Tensor]:
+    """Return for each domain the unit-norm embeddings [N, M] fp32 of its chunks.
+
+    Args:
+        texts: N chunks of each domain.
+        encoder: packaged name, directory or hub name, as for `nexus-ds embed`.
+        revision: hash of the weights that it must have: P only understands its own encoder.
+        cache: folder of embeddings that were made before; made if missing.
+
+    Raises:
+        ConfigError: no such encoder on this machine.
+        IncompatibleModelsError: it has other weights.
+    """
+    from safetensors.torch import load_file, save_file
+
+    found = weights_hash(encoder_directory(encoder))
+    if found != revision:
+        raise IncompatibleModelsError(
+            f"the encoder {encoder} has the revision {found[:12]}, the domain embeddings were made with {revision[:12]}; "
+            "set pipeline.encoder to the one that made them"
+        )
+    places = {domain: _place(cache, chunks, revision) for domain, chunks in texts.items()}
+    missing = [domain for domain, path in places.items() if not path.is_file()]
+    if missing:
+        model = SentenceEncoder(encoder)
+        with Progress("embed chunks", sum(len(texts[domain]) for domain in missing), "chunk") as progress:
+            for domain in missing:
+                parts: list[Tensor] = []
+                for start in range(0, len(texts[domain]), ENCODE_BATCH):
+                    batch = texts[domain][start : start + ENCODE_BATCH]
+                    parts.append(torch.from_numpy(document_vectors(batch, model, WINDOWS)).float())
+                    progress.advance(len(batch))
+                with new_file(places[domain], overwrite=True) as temporary:
+                    save_file({"vectors": torch.cat(parts)}, temporary)
+    return {domain: load_file(path)["vectors"] for domain, path in places.items()}

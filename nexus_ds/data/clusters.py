@@ -1,0 +1,323 @@
+"""Domains discovered in text that has no labels: documents clustered by their embeddings, named by their own words.
+
+A document is described twice: by the embedding of its opening, which knows what it is about, and by its words (tf-idf
+in few dimensions), which also know what kind of text it is. On five mixtures of 4 to 11 known domains, k-means over both
+had a purity of 0.95 to 0.99, over embeddings alone 0.76 to 0.95. Openings of OPENING characters do as well as
+whole windows of the encoder in a third of the time; the spherical kind of k-means, mixtures of Gaussians and subtracting
+the mean did no better.
+
+A seeded sample of documents is clustered. Then all documents are read again, a batch at a time, and each goes to the
+domain whose centre is nearest.
+
+Shape letters: D documents, M dimension of the encoder, F features (M and those of the words), N domains, V words.
+
+Not covered: how many domains there are (compare the silhouettes of several numbers), domains of equal size, near
+duplicates that come to lie in both splits.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nexus_ds.data.domains import ENCODE_BATCH, Encoder, document_vectors, sample_documents, unit
+from nexus_ds.data.rows import SUFFIXES, BadRows, Document, read_rows
+from nexus_ds.data.sources import SPLITS
+from nexus_ds.errors import ConfigError, DataError
+from nexus_ds.progress import Progress
+
+OPENING = 400  # characters of a document that are embedded
+READ = 4000  # characters of a document in which words are counted
+RARE, COMMON = 3, 0.9  # words in fewer documents, or in a larger share of them, say nothing of domains
+VOCABULARY, WORD_FEATURES = 50_000, 100
+LARGE = 50_000  # documents in the sample from which k-means works on batches
+STARTS = 10  # of k-means, of which the best is kept
+SILHOUETTE_SAMPLE = 5000  # documents; all pairs of them are compared
+NAME_WORDS, SHOWN_WORDS = 2, 8
+
+
+def corpus_files(path: Path) -> list[Path]:
+    """Return a corpus' files, sorted: `path` itself, or all .jsonl[.gz|.zst] in and below it.
+
+    Raises:
+        DataError: no such files.
+    """
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*.jsonl*") if p.is_file())
+    files = [file for file in files if file.name.endswith(SUFFIXES)]
+    if not files:
+        found = "a file of another kind" if path.is_file() else "none in it" if path.is_dir() else "nothing there"
+        raise DataError(
+            f"no text at {path}: {found}; expected files of one {{'text': ...}} a line, {' or '.join(SUFFIXES)}"
+        )
+    return files
+
+
+class Words:
+    """What words say of documents: tf-idf of a sample's words, reduced to its WORD_FEATURES main directions."""
+
+    def __init__(self, texts: Sequence[str], seed: int) -> None:
+        from sklearn.decomposition import TruncatedSVD
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        self.counter = TfidfVectorizer(sublinear_tf=True, min_df=RARE, max_df=COMMON, max_features=VOCABULARY)
+        self.reduction = None
+        try:
+            found_DV = self.counter.fit_transform(texts)
+        except ValueError:  # too few documents, or hardly a word in them
+            return
+        if min(found_DV.shape) > 1:
+            size = min(WORD_FEATURES, *found_DV.shape)
+            self.reduction = TruncatedSVD(size, random_state=seed).fit(found_DV)
+
+    def vectors(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the unit vectors [D, F - M] of documents; zeros for one without known words."""
+        if self.reduction is None:
+            return np.zeros((len(texts), 1))
+        return unit(self.reduction.transform(self.counter.transform(texts)))
+
+
+@dataclass
+class Clusters:
+    """N domains: names, centres [N, F], the words that set each apart, and how well they part the sample."""
+
+    names: list[str]
+    centres: np.ndarray
+    words: list[list[str]]
+    silhouette: float
+    """Mean over the sample of (b - a) / max(a, b), a and b the mean cosine distances to the own and the nearest other
+    domain's documents: 1 for islands, 0 for a cloud that was cut."""
+
+    def nearest(self, vectors_DF: np.ndarray) -> np.ndarray:
+        """Return for each document the number [D] of its domain."""
+        return nearest(vectors_DF, self.centres)
+
+
+def nearest(vectors_DF: np.ndarray, centres_NF: np.ndarray) -> np.ndarray:
+    """Return for each vector the number [D] of the centre that is nearest."""
+    return np.argmax(vectors_DF @ centres_NF.T - (centres_NF**2).sum(axis=1) / 2, axis=1)
+
+
+def fit_clusters(texts: Sequence[str], vectors_DF: np.ndarray, count: int, seed: int) -> Clusters:
+    """Cluster documents into `count` domains, the largest first.
+
+    Args:
+        texts: of D documents.
+        vectors_DF: their features.
+        count: domains.
+        seed: of k-means' starts.
+
+    Raises:
+        DataError: a domain of fewer than two documents.
+    """
+    centres = _k_means(vectors_DF, count, seed)
+    labels = nearest(vectors_DF, centres)
+    sizes = np.bincount(labels, minlength=count)
+    if sizes.min() < 2:
+        raise DataError(
+            f"one of the {count} domains has {sizes.min()} of the {len(texts)} sampled documents, expected two or more; "
+            "ask for fewer domains or a larger sample"
+        )
+    order = np.argsort(-sizes, kind="stable")
+    labels = np.argsort(order)[labels]
+    words = distinctive_words(texts, labels, count)
+    return Clusters(domain_names(words), centres[order], words, _silhouette(vectors_DF, labels, seed))
+
+
+def _k_means(vectors_DF: np.ndarray, count: int, seed: int) -> np.ndarray:
+    from sklearn.cluster import KMeans, MiniBatchKMeans
+
+    kind = KMeans if len(vectors_DF) < LARGE else MiniBatchKMeans
+    model = kind(n_clusters=count, init="k-means++", n_init=STARTS, random_state=seed).fit(vectors_DF)
+    return np.asarray(model.cluster_centers_)
+
+
+def _silhouette(vectors_DF: np.ndarray, labels: np.ndarray, seed: int) -> float:
+    from sklearn.metrics import silhouette_score
+
+    chosen = np.random.default_rng(seed).permutation(len(labels))[:SILHOUETTE_SAMPLE]
+    if len(set(labels[chosen])) < 2:  # of two domains one is so small that it fell through
+        return 0.0
+    return float(silhouette_score(vectors_DF[chosen], labels[chosen], metric="cosine"))
+
+
+def distinctive_words(texts: Sequence[str], labels: np.ndarray, count: int) -> list[list[str]]:
+    """Return for each of `count` domains the words that set it apart, best first.
+
+    A word's score is p log(p / q), p and q its shares of the domain's and of all documents: frequent here, and more so
+    than elsewhere. Counting documents keeps one long text from naming the domain.
+    """
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    counter = CountVectorizer(
+        binary=True, strip_accents="unicode", stop_words="english", token_pattern=r"[^\W\d_]{3,}", dtype=np.float64
+    )
+    try:
+        present_DV = counter.fit_transform(texts)
+    except ValueError:  # no word of three letters in any document
+        return [[] for _ in range(count)]
+    vocabulary = counter.get_feature_names_out()
+    everywhere_V = np.asarray(present_DV.mean(axis=0)).ravel()
+    found = []
+    for cluster in range(count):
+        here_V = np.asarray(present_DV[np.flatnonzero(labels == cluster)].mean(axis=0)).ravel()
+        score_V = here_V * np.log(np.maximum(here_V, 1e-12) / everywhere_V)
+        best = [v for v in np.argsort(-score_V, kind="stable")[: 8 * SHOWN_WORDS] if score_V[v] > 0]
+        found.append([str(vocabulary[v]) for v in best])
+    return found
+
+
+def domain_names(words: Sequence[Sequence[str]]) -> list[str]:
+    """Return a name for each domain, safe for folders and experts: its first words that no earlier domain's name has."""
+    taken: set[str] = set()
+    names = []
+    for number, best in enumerate(words, start=1):
+        chosen = [word for word in best if word not in taken and re.fullmatch("[a-z]{1,24}", word)][:NAME_WORDS]
+        taken.update(chosen)
+        names.append("-".join(chosen) or f"domain-{number}")
+    return names
+
+
+@dataclass
+class _Domain:
+    """Files and counts of one domain while it is written."""
+
+    name: str
+    seed: int
+    every: int
+    """One document of so many is set aside for validation."""
+    files: dict[str, Any]
+    counts: dict[str, int] = field(default_factory=lambda: {"train": 0, "validation": 0})
+    size: int = 0
+
+    def _split(self) -> str:
+        """Return where the next document goes: one of each block is drawn, the first block's among its first two."""
+        block, place = divmod(sum(self.counts.values()), self.every)
+        digest = hashlib.blake2b(f"{self.seed}\0{self.name}\0{block}".encode(), digest_size=8).digest()
+        drawn = int.from_bytes(digest) % (self.every if block else 2)
+        return "validation" if place == drawn else "train"
+
+    def add(self, document: Document) -> None:
+        """Write one document."""
+        split = self._split()
+        row = json.dumps({"text": document.text, "meta": document.meta}, ensure_ascii=False) + "\n"
+        # JSON's own way of writing a lone surrogate, which `meta` may hold and UTF-8 may not.
+        self.size += self.files[split].write(row.encode("utf-8", errors="backslashreplace"))
+        self.counts[split] += 1
+
+
+class Discovery:
+    """One corpus on its way to domains: `fit` on a sample, then `write` all of it.
+
+    Memory: the sample's openings of READ characters, its embeddings, and a batch of documents.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], encoder: Encoder, *, seed: int = 0, every: int = 20, on_bad_row: str = "error"
+    ) -> None:
+        """Take note of the corpus.
+
+        Args:
+            files: of .jsonl[.gz|.zst].
+            encoder: turns openings into unit-norm vectors.
+            seed: of the sample, of k-means and of the validation split.
+            every: one document of so many of a domain is set aside for validation.
+            on_bad_row: error | skip, for damaged lines.
+        """
+        if every < 2:
+            raise ConfigError(f"one document of {every} for validation: expected one of 2 or more")
+        self.files, self.encoder, self.seed = list(files), encoder, seed
+        self.every, self.on_bad_row = every, on_bad_row
+        self.documents = self.skipped = 0
+        self.words = Words([], seed)
+        self.known: dict[str, np.ndarray] = {}
+        """Embeddings [M] of the sampled documents, by the place where they stand."""
+
+    def _read(self, bad_rows: BadRows | None = None) -> Iterator[Document]:
+        return chain.from_iterable(read_rows(file, self.on_bad_row, bad_rows) for file in self.files)
+
+    def _cut(self) -> Iterator[Document]:
+        self.documents = 0
+        for document in self._read():
+            self.documents += 1
+            yield Document(document.text[:READ], {}, document.where)
+
+    def _embedded(self, documents: Sequence[Document]) -> dict[str, np.ndarray]:
+        """Return the embedding [M] of each document, by its place; those of the sample are known."""
+        new = [document for document in documents if document.where not in self.known]
+        if not new:
+            return self.known
+        vectors = document_vectors([document.text[:OPENING] for document in new], self.encoder, 1)
+        return self.known | {document.where: vector for document, vector in zip(new, vectors, strict=True)}
+
+    def _features(self, documents: Sequence[Document]) -> np.ndarray:
+        """Return the features [D, F] of documents: embedding and words, with the same weight."""
+        known = self._embedded(documents)
+        embedded_DM = np.array([known[document.where] for document in documents])
+        return np.concatenate([embedded_DM, self.words.vectors([d.text[:READ] for d in documents])], axis=1)
+
+    def fit(self, count: int, documents: int) -> Clusters:
+        """Read the corpus once, embed a sample of `documents` of it, and cluster that into `count` domains.
+
+        Raises:
+            DataError: damaged rows; too few documents for so many domains.
+        """
+        sample = sample_documents(self._cut(), documents, self.seed, "discover")
+        if len(sample) < 2 * count:
+            raise DataError(
+                f"found {len(sample)} documents for {count} domains; expected two for each: ask for fewer domains"
+            )
+        with Progress("embed the sample", len(sample), "doc") as progress:
+            for batch in _batches(iter(sample)):
+                self.known = self._embedded(batch)
+                progress.advance(len(batch))
+        texts = [document.text for document in sample]
+        self.words = Words(texts, self.seed)
+        return fit_clusters(texts, self._features(sample), count, self.seed)
+
+    def write(self, clusters: Clusters, out: Path) -> dict[str, dict[str, Any]]:
+        """Read the corpus again and write each document into `out`/<domain>/{train,validation}.jsonl.gz.
+
+        Args:
+            clusters: of the sample.
+            out: directory, there and empty.
+
+        Returns:
+            For each domain `train` and `validation` (documents), `bytes` (of rows) and `words`.
+        """
+        bad_rows = BadRows()
+        with ExitStack() as stack, Progress("assign", self.documents, "doc") as progress:
+            domains = [self._open(stack, out / name) for name in clusters.names]
+            for batch in _batches(self._read(bad_rows)):
+                numbers = clusters.nearest(self._features(batch))
+                for document, number in zip(batch, numbers, strict=True):
+                    domains[number].add(document)
+                progress.advance(len(batch))
+        self.skipped = bad_rows.count
+        return {
+            domain.name: {**domain.counts, "bytes": domain.size, "words": words[:SHOWN_WORDS]}
+            for domain, words in zip(domains, clusters.words, strict=True)
+        }
+
+    def _open(self, stack: ExitStack, folder: Path) -> _Domain:
+        folder.mkdir()
+        files = {}
+        for split in SPLITS:
+            stream = stack.enter_context((folder / f"{split}.jsonl.gz").open("wb"))
+            # Without a name and a time the bytes depend on the text alone.
+            files[split] = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=stream, mtime=0))
+        return _Domain(folder.name, self.seed, self.every, files)
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    while batch := list(islice(documents, ENCODE_BATCH)):
+        yield batch

@@ -1,0 +1,207 @@
+"""Text of the `datasets` library: a data set of the hub, or of this disk, read as a stream.
+
+Rows come one after the other, as they are downloaded; nothing is kept of them but what the reader keeps, so neither the
+memory nor the disk has to hold the data set. The rows of all domains come in one stream, and several domains are best
+read together, in one pass (`stream`).
+
+Not covered: data sets that need code to be loaded or the name of a configuration; going on in the middle of a stream
+that broke.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nexus_ds.data.offline import stay_offline
+from nexus_ds.data.rows import BadRows, Cap, Document, check_text
+from nexus_ds.errors import DataError
+
+SET_NAME = "meta.redpajama_set_name"
+SET_DOMAINS = {
+    "RedPajamaArXiv": "arxiv",
+    "RedPajamaBook": "books",
+    "RedPajamaC4": "c4",
+    "RedPajamaCommonCrawl": "commoncrawl",
+    "RedPajamaGithub": "github",
+    "RedPajamaStackExchange": "stackexchange",
+    "RedPajamaWikipedia": "wikipedia",
+}
+SET_VALUES = {domain: value for value, domain in SET_DOMAINS.items()}
+TABLE_ROWS = 100  # at once in memory
+HEAD_TABLES = 10  # from which the domains are told
+
+
+class HubSource:
+    """Rows of a data set, split into domains by a column.
+
+    SlimPajama's set names become short names (RedPajamaArXiv: arxiv); other values stay as they are. Nothing is
+    downloaded unless the user has set HF_HUB_OFFLINE=0; a data set that `datasets` has in its cache is read from there.
+    """
+
+    def __init__(self, path: str, name: str, column: str) -> None:
+        self.name, self.column = path, column
+        self.data, self._identity, self._sizes = _open(path, name)
+        for split, data in self.data.items():
+            if data.column_names is not None:
+                self._check_columns(split, data.column_names)
+
+    def _check_columns(self, split: str, names: Sequence[str]) -> None:
+        if "text" not in names or self.column.split(".")[0] not in names:
+            raise DataError(
+                f"{self.name}: the split {split} has the columns {', '.join(names)}; expected text and {self.column}; "
+                "name the column that holds the domain with hub:NAME#COLUMN"
+            )
+
+    def _values(self, table: Any) -> Any:
+        """Return the column of domains of an arrow table, as an arrow array of strings."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        top, *inner = self.column.split(".")
+        array = table[top].combine_chunks()
+        for field in inner:
+            if not pa.types.is_struct(array.type) or array.type.get_field_index(field) < 0:
+                raise DataError(f"{self.name}: the column {self.column} has no field {field}; found {array.type}")
+            array = pc.struct_field(array, field)
+        return pc.cast(array, pa.string())
+
+    def _split(self, split: str) -> Any:
+        if split not in self.data:
+            raise DataError(f"{self.name}: no split {split}; found: {', '.join(self.data)}")
+        return self.data[split]
+
+    def _tables(self, split: str) -> Iterator[Any]:
+        """Yield arrow tables of at most TABLE_ROWS rows."""
+        tables, rows = self._split(split).with_format("arrow").iter(batch_size=TABLE_ROWS), 0
+        while True:
+            try:
+                table = next(tables)
+            except StopIteration:
+                return
+            except Exception as error:  # of the network, of a file's format, of the library
+                reason = (str(error).splitlines() or [""])[0]
+                raise DataError(
+                    f"{self.name}[{split}]: the stream broke after row {rows:,} ({type(error).__name__}: {reason}); no part "
+                    "of these token files is kept; start again, or fetch the data set first with `hf download NAME "
+                    "--repo-type dataset --local-dir DIR`, which goes on where it stopped, and give hub:DIR"
+                ) from error
+            self._check_columns(split, table.column_names)
+            rows += table.num_rows
+            yield table
+
+    @cached_property
+    def _head(self) -> list[str]:
+        found: set[str] = set()
+        for split in self.data:
+            for table in islice(self._tables(split), HEAD_TABLES):
+                found.update(value for value in self._values(table).to_pylist() if value)
+        return sorted(SET_DOMAINS.get(value, value) for value in found)
+
+    def domains(self) -> list[str]:
+        """Return the domains of the first thousand rows of each split, sorted; there may be more further on."""
+        return self._head
+
+    def stream(
+        self, domains: Sequence[str], split: str, on_bad_row: str, max_bytes: int, bad_rows: Mapping[str, BadRows]
+    ) -> Iterator[tuple[str, Document]]:
+        """Yield (domain, document) in the order of the rows, until each domain has `max_bytes` of text (0: all).
+
+        Raises:
+            DataError: a stream that breaks, a damaged row by its number, a domain without rows.
+        """
+        wanted = {SET_VALUES.get(domain, domain): domain for domain in domains}
+        caps = {domain: Cap(max_bytes) for domain in domains}
+        counts: Counter[str] = Counter()
+        for value, text, where in self._rows(split, wanted):
+            domain = wanted[value]
+            try:
+                document = None if caps[domain].full else Document(check_text(text, where), {self.column: value}, where)
+            except DataError as error:
+                if on_bad_row != "skip":
+                    raise
+                bad_rows[domain].add(str(error))
+                continue
+            kept = document and caps[domain].cut(document)
+            if kept:
+                counts[domain] += 1
+                yield domain, kept
+            if all(cap.full for cap in caps.values()):
+                return
+        missing = [domain for domain in domains if not counts[domain]]
+        if missing:
+            raise DataError(
+                f"{self.name}, split {split}, domain {', '.join(missing)}: no documents; found: "
+                f"{', '.join(self.domains())} in the first rows; a domain needs text in both splits, or must be left out"
+            )
+
+    def _rows(self, split: str, wanted: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
+        """Yield (value of the column, text, where) of the rows of the wanted values."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        start, known = 0, pa.array(list(wanted))
+        for table in self._tables(split):
+            values = self._values(table)
+            mask = pc.is_in(values, value_set=known)
+            rows = np.flatnonzero(mask.to_numpy(zero_copy_only=False))
+            texts = table["text"].filter(mask).to_pylist()
+            for row, value, text in zip(rows, values.filter(mask).to_pylist(), texts, strict=True):
+                yield value, text, f"{self.name}[{split}]:{start + int(row)}"
+            start += table.num_rows
+
+    def documents(
+        self, domain: str, split: str, on_bad_row: str = "error", max_bytes: int = 0, bad_rows: BadRows | None = None
+    ) -> Iterator[Document]:
+        """Yield the domain's rows in order; DataError names the data set, split and row of what is wrong."""
+        self._split(split)  # here, not when the first document is asked for
+        counted = {domain: BadRows() if bad_rows is None else bad_rows}
+        return (document for _, document in self.stream([domain], split, on_bad_row, max_bytes, counted))
+
+    def fingerprint(self, domain: str, split: str) -> str:
+        """Return a hash over the data set's own fingerprint (its revision, or its files' times), column and domain."""
+        self._split(split)
+        return hashlib.sha256(f"{self._identity} {split} {self.column} {domain}".encode()).hexdigest()
+
+    def size(self, domain: str, split: str) -> int:
+        """Return the bytes of the split divided by the number of domains; 0: unknown."""
+        return self._sizes.get(split, 0) // max(len(self.domains()), 1)
+
+
+def _open(path: str, name: str) -> tuple[dict[str, Any], str, dict[str, int]]:
+    """Return {split: IterableDataset}, an identity, and {split: bytes} of a saved directory, of files, or of the hub."""
+    stay_offline()
+    import datasets
+
+    local = Path(name)
+    try:
+        if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
+            saved = datasets.load_from_disk(name)
+            splits = {"train": saved} if isinstance(saved, datasets.Dataset) else dict(saved)
+            identity = " ".join(data._fingerprint for data in splits.values())
+            sizes = {split: int(data.data.nbytes) for split, data in splits.items()}
+            return {split: data.to_iterable_dataset() for split, data in splits.items()}, identity, sizes
+        builder = datasets.load_dataset_builder(name)
+        return dict(builder.as_streaming_dataset()), f"{builder.hash} {builder.config_id}", _sizes(builder)
+    except Exception as error:  # the library raises a dozen kinds for a name that isn't there
+        raise DataError(
+            f"{path}: the data set can't be opened ({type(error).__name__}: {str(error).splitlines()[0]}); give a "
+            "directory of save_to_disk or of parquet files, or set HF_HUB_OFFLINE=0 to let it be downloaded"
+        ) from error
+
+
+def _sizes(builder: Any) -> dict[str, int]:
+    """Return bytes by split as far as they are known: from the data set's card, or of files on this disk."""
+    told = {str(split): int(info.num_bytes or 0) for split, info in (builder.info.splits or {}).items()}
+    files = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
+    return told or {
+        split: sum(os.path.getsize(name) for name in names if os.path.isfile(name)) for split, names in files.items()
+    }

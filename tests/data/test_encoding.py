@@ -1,0 +1,70 @@
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nexus_ds.data.encoding import load_tokenizer, packer
+from nexus_ds.errors import DataError
+from tests.data.conftest import sentences
+
+STARTS_WORKERS = """
+import multiprocessing, sys, time
+from pathlib import Path
+from nexus_ds.data.encoding import load_tokenizer, packer
+if __name__ == "__main__":
+    with packer(load_tokenizer(Path(sys.argv[1])), 2) as pack:
+        def batches():
+            yield "a", ["the cat"]
+            yield "a", ["the cat"]
+            time.sleep(1)
+            print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+            time.sleep(60)
+        list(pack(batches()))
+"""
+
+
+def test_ids_come_back_in_the_order_of_the_batches(tokenizer_dir: Path):
+    tokenizer = load_tokenizer(tokenizer_dir)
+    batches = [(key, sentences(i, 1 + 50 * (i % 3))) for i, key in enumerate("abcabcabcabc")]  # of unequal work
+    with packer(tokenizer, 1) as pack:
+        alone = list(pack(iter(batches)))
+    assert [key for key, _ in alone] == list("abcabcabcabc")
+    ids = np.frombuffer(alone[1][1].ids, tokenizer.dtype)
+    assert (alone[1][1].tokens, alone[1][1].documents) == (len(ids), 51)
+    assert np.count_nonzero(ids == tokenizer.end) == 51 and ids[-1] == tokenizer.end
+    with packer(tokenizer, 2) as pack:
+        assert list(pack(iter(batches))) == alone
+
+
+def test_a_killed_worker_is_an_error_not_a_hang(tokenizer_dir: Path):
+    def batches() -> Iterator[tuple[str, list[str]]]:
+        yield "a", ["the cat"]
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+        for _ in range(1000):
+            yield "a", ["the cat"]
+
+    message = "one of 2 processes that tokenise was killed, .* start again with a lower data.workers"
+    with pytest.raises(DataError, match=message), packer(load_tokenizer(tokenizer_dir), 2) as pack:
+        list(pack(batches()))
+
+
+def test_workers_end_with_the_process_that_started_them(tokenizer_dir: Path, tmp_path: Path):
+    (tmp_path / "starts.py").write_text(STARTS_WORKERS)
+    command = [sys.executable, str(tmp_path / "starts.py"), str(tokenizer_dir)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    process.kill()
+    process.wait()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

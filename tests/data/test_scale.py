@@ -1,0 +1,67 @@
+"""Nothing in the way from token files to samples grows with the text: sparse files of 50 GB stand for real ones."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from nexus_ds.config import DataConfig
+from nexus_ds.data import mixture
+from nexus_ds.data.corpora import TokenFile, open_source, token_files, windows
+from nexus_ds.data.mixture import Sampler, domain_weights, permuted
+
+TOKENS = 25 << 30  # of a file of 50 GiB
+LENGTH = 2048
+
+
+def anonymous_and_mapped() -> int:
+    """Return this process's resident memory in bytes, memory maps of files included."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def enlarge(file: TokenFile) -> None:
+    os.truncate(file.path, 2 * TOKENS)
+    manifest = file.path.with_suffix(".json")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"tokens": TOKENS}))
+
+
+def test_a_hundred_gigabytes_of_token_files_add_no_start_and_no_memory(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path
+):
+    arguments = (open_source(str(corpus)), ["alpha", "beta"], "train", tokenizer_dir, tmp_path / "cache")
+    begun = time.perf_counter()
+    for file in token_files(*arguments).values():
+        enlarge(file)
+    making = time.perf_counter() - begun
+    before, begun = anonymous_and_mapped(), time.perf_counter()
+    files = token_files(*arguments)
+    weights = domain_weights(DataConfig(), {name: file.tokens for name, file in files.items()})
+    sampler = Sampler(files, weights, LENGTH, 0)
+    assert len(sampler.fingerprint()) == 64
+    assert windows(files["alpha"], 8, LENGTH).shape == (8, LENGTH + 1)
+    assert time.perf_counter() - begun < making + 0.5  # no longer than when there were some kB of text
+    assert sum(file.tokens for file in files.values()) == 2 * TOKENS
+    begun = time.perf_counter()
+    blocks = {sampler.sample(i).block for i in range(0, 10**9, 10**6)}
+    assert time.perf_counter() - begun < 2  # a thousand samples
+    assert len(blocks) > 990
+    assert max(blocks) - min(blocks) > 0.9 * TOKENS // LENGTH
+    assert anonymous_and_mapped() - before < 16 << 20
+
+
+@pytest.mark.parametrize("size", [10, 10**4, 10**7, 10**12, 10**15])
+def test_shuffling_costs_the_same_at_any_size(size: int, monkeypatch: pytest.MonkeyPatch):
+    calls = 0
+    keyed = mixture._keyed
+
+    def counted(hasher: object, value: int) -> int:
+        nonlocal calls
+        calls += 1
+        return keyed(hasher, value)
+
+    monkeypatch.setattr(mixture, "_keyed", counted)
+    image = {permuted(i, size, "key") for i in range(0, size, max(size // 500, 1))}
+    assert len(image) == len(range(0, size, max(size // 500, 1)))  # no number twice
+    assert calls <= 1.5 * 2 * mixture.ROUNDS * len(image)  # one walk, rarely two
