@@ -80,6 +80,8 @@ class ModelConfig:
     """Base of the rotary position embedding of a new model."""
     tied_embeddings: bool = True
     """Whether a new model shares its input and output embeddings."""
+    shared_expert: str = "seed"
+    """Upcycling: seed: its feed-forward network is always on | none: zeros, which stay zero in training (BTX's form)."""
 
 
 @dataclass(kw_only=True)
@@ -119,15 +121,20 @@ class RouterConfig:
 
     kind: str = "nexus"
     """nexus: rows are P(d), a learned projection of domain embeddings | linear: free rows."""
+    input: str = "token"
+    """token: the hidden state of a token | context: the causal running mean of the hidden states (no stock Qwen2-MoE)."""
     depth: int = 2
     """Linear maps in P; the paper's P has 2."""
     width: int = 0
     """Inner width of P; 0: the model's hidden size, as in the paper."""
-    activation: str = "swiglu"
-    """Between the maps of P: swiglu | gelu | relu | none."""
+    projection: str = "swiglu"
+    """Between the maps of P: swiglu | gelu | relu; linear: P is one matrix, whatever `depth` and `width`."""
+    row_norm: str = "free"
+    """free: rows as long as P makes them | fixed: all of one learned length, a cosine with a temperature; measured in
+    a space that one more map [H, H] leaves, where `chunks` and `closed_form` put the whitening of the router's input."""
     init: str = "balanced"
-    """balanced: rows start with norm `row_norm` around their mean | normal: N(0, 0.02) everywhere (the paper is silent)."""
-    row_norm: float = 0.5
+    """balanced: rows start with norm `init_norm` around their mean | normal: N(0, 0.02) everywhere (the paper is silent)."""
+    init_norm: float = 0.5
     """Mean norm of the centred router rows at the start, for `balanced`."""
     centre: bool = True
     """Whether domain embeddings are normalised, the upcycled domains' mean subtracted, and normalised again."""
@@ -140,13 +147,17 @@ class RouterConfig:
     z_loss: float = 0.0
     """Coefficient of the router z-loss."""
     warm_start: str = "label_fit"
-    """label_fit: fit the router to domain labels of hidden states before training | none (the paper)."""
+    """How the router starts: none (the paper) | label_fit: by domain labels of hidden states, for either kind.
+    Linear rows: hidden_mean: a domain's mean hidden state | ridge: closed form of the label fit | embedding: the domain
+    embeddings themselves. P, from pieces of old text and their own embeddings: chunks: contrastive | closed_form."""
     fit_steps: int = 100
-    """AdamW steps of the label fit."""
+    """AdamW steps of `label_fit` and `chunks`."""
     fit_lr: float = 0.0
-    """Learning rate of the label fit; 0: 1e-3 for nexus, 5e-3 for linear."""
+    """Learning rate of `label_fit` and `chunks`; 0: 1e-3 for nexus, 5e-3 for linear."""
     fit_windows: int = 24
-    """Windows of text per domain that the label fit sees."""
+    """Windows of text per domain that a warm start sees."""
+    fit_chunks: int = 512
+    """Windows of text per domain that `chunks` and `closed_form` see; each is embedded."""
 
 
 @dataclass(kw_only=True)
@@ -211,6 +222,30 @@ class ParallelConfig:
 
 
 @dataclass(kw_only=True)
+class CompareConfig:
+    """What `compare` sets beside each other; every name stands in nexus_ds/comparison/contenders.py."""
+
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Seeds of everything: the seed model, its branches, all that comes after."""
+    contenders: list[str] = field(default_factory=list)
+    """Ways to make one model of the same data; empty: all."""
+    extensions: list[str] = field(default_factory=list)
+    """Ways to add an expert of each of `pipeline.new_domains`; empty: all, if there are new domains."""
+    budgets: list[int] = field(default_factory=list)
+    """Finetune tokens at which an extension is scored, beside 0; the last one is its length."""
+    adding: str = "each"
+    """each: every new domain on its own | together: all at once | sequence: one after another."""
+    variants: dict[str, list[str]] = field(default_factory=dict)
+    """Ablations: for each name the overrides under which all contenders and extensions are made once more."""
+    embedding: str = "mean"
+    """What P reads: mean (as it should be) | shuffled (another domain's) | random | noise (mean and random, half each)."""
+    tasks: str = ""
+    """Downstream tasks that lm-eval scores every contender on: names, or paper for the paper's groups; empty: none."""
+    task_path: str = ""
+    """Folder with tasks of your own as lm-eval's YAML."""
+
+
+@dataclass(kw_only=True)
 class Config:
     """Everything that a training run needs to know; saved with every output."""
 
@@ -230,6 +265,7 @@ class Config:
     router: RouterConfig = field(default_factory=RouterConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -238,10 +274,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.mixture": ("proportional", "uniform", "explicit", "replay"),
     "data.on_bad_row": ("error", "skip"),
     "router.kind": ("nexus", "linear"),
-    "router.activation": ("swiglu", "gelu", "relu", "none"),
+    "model.shared_expert": ("seed", "none"),
+    "router.input": ("token", "context"),
+    "router.projection": ("swiglu", "gelu", "relu", "linear"),
+    "router.row_norm": ("free", "fixed"),
     "router.init": ("balanced", "normal"),
-    "router.warm_start": ("label_fit", "none"),
+    "router.warm_start": ("label_fit", "none", "hidden_mean", "ridge", "embedding", "chunks", "closed_form"),
     "training.schedule": ("cosine", "constant"),
+    "compare.adding": ("each", "together", "sequence"),
+    "compare.embedding": ("mean", "shuffled", "random", "noise"),
     "training.activation_checkpointing": ("none", "reentrant", "non_reentrant"),
 }
 POSITIVE = [
@@ -258,6 +299,7 @@ POSITIVE = [
     "router.top_k",
     "router.fit_steps",
     "router.fit_windows",
+    "router.fit_chunks",
     "training.batch_size",
     "training.lr",
     "training.log_every",
@@ -271,7 +313,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("training.tokens", "training.steps", "training.anneal_tokens", "training.eval_every"), (0, HUGE)),
     **dict.fromkeys(("training.micro_batch_size", "training.save_every", "data.max_bytes", "data.workers"), (0, HUGE)),
     **dict.fromkeys(("router.lr_scale", "router.load_balance", "router.z_loss", "router.width"), (0, HUGE)),
-    **dict.fromkeys(("router.fit_lr", "router.row_norm", "parallel.expert", "model.kv_heads"), (0, HUGE)),
+    **dict.fromkeys(("router.fit_lr", "router.init_norm", "parallel.expert", "model.kv_heads"), (0, HUGE)),
     "parallel.zero_stage": (0, 3),
 }
 
@@ -443,7 +485,26 @@ def validate(config: Config) -> Config:
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """Read a recipe: a path, or the name of one that comes with the package ('demo')."""
+    """Read a recipe: a path, or the name of one that comes with the package ('demo').
+
+    `base: NAME` lays it over another recipe: mappings are merged, everything else is replaced.
+    """
+    recipe = _read_one(path)
+    chain = [str(path)]
+    while (base := recipe.pop("base", None)) is not None:
+        if not isinstance(base, str) or base in chain:
+            raise ConfigError(f"{chain[-1]}: base: expected the name of another recipe, found {base!r}")
+        chain.append(base)
+        recipe = _merged(_read_one(base), recipe)
+    return recipe
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {k: _merged(below[k], v) for k, v in above.items() if isinstance(v, dict) and isinstance(below.get(k), dict)}
+    return below | above | both
+
+
+def _read_one(path: str | Path) -> dict[str, Any]:
     found = next((p for p in (Path(path), RECIPES / f"{path}.yaml") if p.is_file()), None)
     if found is None:
         known = sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml"))
@@ -458,6 +519,21 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     return recipe
 
 
+def _stage_settings(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Take `stages` out of recipe and overrides (stages.moe.training.lr=1e-3 holds for one stage) and return them as one."""
+    stages: dict[str, Any] = {}
+    for layer in layers:
+        given = layer.pop("stages", {})
+        if not isinstance(given, dict):
+            raise ConfigError(f"stages: expected a mapping of stages, found {given!r}")
+        stages = _merged(stages, given)
+    for name, settings in stages.items():
+        if name not in STAGES:
+            raise ConfigError(f"unknown key stages.{name}{nearest(str(name), STAGES)}")
+        _apply(Config(), settings, f"stages.{name}")
+    return stages
+
+
 def load_config(recipe: str | Path = "demo", overrides: typing.Sequence[str] = ()) -> Config:
     """Read a recipe, choose its stage, lay the overrides over it, and check the result.
 
@@ -465,14 +541,8 @@ def load_config(recipe: str | Path = "demo", overrides: typing.Sequence[str] = (
         ConfigError: unknown or doubled keys, wrong types, contradictions.
     """
     values = read_recipe(recipe)
-    stages = values.pop("stages", {})
-    if not isinstance(stages, dict):
-        raise ConfigError(f"stages: expected a mapping of stages, found {stages!r}")
-    for name in stages:
-        if name not in STAGES:
-            raise ConfigError(f"unknown key stages.{name}{nearest(str(name), STAGES)}")
-        _apply(Config(), stages[name], f"stages.{name}")
     parsed = [parse_override(text) for text in overrides]
+    stages = _stage_settings([values, *parsed])
     chosen = next((o["stage"] for o in reversed(parsed) if "stage" in o), values.get("stage", Config.stage))
     if not isinstance(chosen, str):
         raise ConfigError(f"stage: expected one of {', '.join(STAGES)}, found {chosen!r}")

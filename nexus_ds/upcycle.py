@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", required=True, help="new directory of the Nexus checkpoint")
     parser.add_argument("--config", metavar="RECIPE", default="demo", help="recipe with the router's settings")
     parser.add_argument("--data", metavar="DIR", help="text for the router's warm start; default: what was embedded")
-    parser.add_argument("--no-warm-start", action="store_true", help="leave the router as it was initialised")
+    parser.add_argument("--no-warm-start", action="store_true", help="router.warm_start=none")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings over those of the recipe")
 
@@ -51,12 +51,11 @@ def run(args: argparse.Namespace) -> int:
 
     out = Path(args.out)
     refuse_existing(out)
-    config = load_config(args.config, ["stage=moe", *args.overrides])
+    cold = ["router.warm_start=none"] if args.no_warm_start else []
+    config = load_config(args.config, ["stage=moe", *args.overrides, *cold])
     embeddings = read_domain_embeddings(Path(args.domains))
     model = upcycled(Path(args.seed), parse_experts(args.expert), embeddings, config)
-    text = None
-    if config.router.warm_start == "label_fit" and not args.no_warm_start:
-        text = model.fit_windows(args.data or embeddings.data, config, "--no-warm-start")
+    text = model.fit_text(args.data or embeddings.data, config, "--no-warm-start")
     with new_directory(out) as directory:
         report = model.write(directory, text, config.router, config.seed)
     command = next_training(out, args.data or embeddings.data, args.config, "moe")

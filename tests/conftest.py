@@ -81,7 +81,21 @@ def moe_model(vocabulary, seed=0, experts=3, top_k=1):
     return Qwen2MoeForCausalLM(config)
 
 
-def make_nexus(out: Path, seed=0, names=DOMAINS, top_k=1):
+def read_running_means(directory: Path, seed=0):
+    """Turn a saved stock model into one whose routers read running means less a random vector."""
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"model_type": "nexus_moe", "architectures": ["NexusMoeForCausalLM"]}
+    (directory / "config.json").write_text(json.dumps(config))
+    tensors = load_file(directory / "model.safetensors")
+    generator = torch.Generator().manual_seed(seed)
+    for layer in range(config["num_hidden_layers"]):
+        tensors[f"model.layers.{layer}.mlp.gate.mean"] = torch.randn(config["hidden_size"], generator=generator)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def make_nexus(out: Path, seed=0, names=DOMAINS, top_k=1, router_input="token", row_norm="free"):
     """Save a random Nexus checkpoint with one expert for each of `names`, rows P(D), and its sidecar."""
     from nexus_ds.model.checkpoint import EncoderRecord, ExpertRecord, RouterRecord, Sidecar, router_rows, write_sidecar
     from nexus_ds.model.families import SHARED_GATE_FILL
@@ -92,12 +106,13 @@ def make_nexus(out: Path, seed=0, names=DOMAINS, top_k=1):
     centre = centre_of(vectors)
     states = []
     for layer in range(2):
-        projection = Projection(8, 16)
+        projection = Projection(8, 16, row_norm=row_norm)
         init_projection(projection, condition(vectors, centre), "balanced", 0.5, layer_generator(seed, layer))
         states.append({name: tensor.detach().clone() for name, tensor in projection.state_dict().items()})
     sidecar = Sidecar(
         experts=[ExpertRecord(name=d, domain=d, source=f"branches/{d}", sha256="0" * 64) for d in names],
-        router=RouterRecord(kind="nexus", depth=2, width=0, activation="swiglu", centre=True, top_k=top_k),
+        router=RouterRecord(kind="nexus", depth=2, width=0, projection="swiglu", row_norm=row_norm, input=router_input,
+                            centre=True, top_k=top_k),
         encoder=EncoderRecord(name="tiny", revision="1" * 64, dimension=8, documents=5, normalised=True),
         lineage=[{"verb": "upcycle", "seed": "seed"}], versions={"nexus_ds": "0"},
         vectors=vectors, centre=centre, projections=states,
@@ -106,6 +121,8 @@ def make_nexus(out: Path, seed=0, names=DOMAINS, top_k=1):
         block.mlp.gate.weight.data = router_rows(sidecar, layer, torch.float32)
         block.mlp.shared_expert_gate.weight.data.fill_(SHARED_GATE_FILL)
     model.save_pretrained(out)
+    if router_input == "context":
+        read_running_means(out, seed)
     write_sidecar(out, sidecar)
     return out
 
@@ -114,6 +131,13 @@ def make_nexus(out: Path, seed=0, names=DOMAINS, top_k=1):
 def nexus_dir(tmp_path_factory):
     """A random Nexus checkpoint: experts alpha, beta, gamma; 2 layers, hidden 16."""
     return make_nexus(tmp_path_factory.mktemp("models") / "nexus")
+
+
+@pytest.fixture(scope="session")
+def context_dir(tmp_path_factory):
+    """A random Nexus checkpoint whose routers read running means; otherwise as `nexus_dir`, with rows of one length."""
+    out = tmp_path_factory.mktemp("models") / "context"
+    return make_nexus(out, router_input="context", row_norm="fixed")
 
 
 @pytest.fixture(scope="session")

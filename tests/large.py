@@ -41,7 +41,7 @@ def make_large(out, hidden=1024, ffn=4096, layers=9, experts=8, vocabulary=32000
     vectors = torch.randn(experts, 384, generator=generator)
     sidecar = Sidecar(
         experts=[ExpertRecord(name=f"d{i}", domain=f"d{i}", source=f"d{i}", sha256="0" * 64) for i in range(experts)],
-        router=RouterRecord(kind="nexus", depth=2, width=0, activation="swiglu", centre=True, top_k=top_k),
+        router=RouterRecord(kind="nexus", depth=2, width=0, projection="swiglu", row_norm="free", input="token", centre=True, top_k=top_k),
         encoder=EncoderRecord(name="tiny", revision="1" * 64, dimension=384, documents=5, normalised=True),
         lineage=[{"verb": "upcycle"}], versions={}, vectors=vectors, centre=centre_of(vectors),
     )  # fmt: skip

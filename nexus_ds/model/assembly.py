@@ -42,6 +42,8 @@ class Part:
     reader: TensorReader
     name: str
     weight: float = 1.0
+    zeros: bool = False
+    """Whether only zeros are right: the shared expert of a mixture without one."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def _check_values(part: Part, bad: int, nonzero: bool) -> None:
             f"{where} has {bad} values that are NaN or infinite; expected finite weights, use a sound state of that model"
         )
     # A bias of zeros is how Qwen2 starts; a weight of zeros was never trained or never written.
-    if not nonzero and part.name.endswith(".weight"):
+    if not nonzero and part.name.endswith(".weight") and not part.zeros:
         raise CheckpointError(f"{where} has only zeros; expected trained weights, use a sound state of that model")
 
 

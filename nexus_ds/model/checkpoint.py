@@ -25,13 +25,14 @@ from torch import Tensor
 
 from nexus_ds import __version__
 from nexus_ds.errors import CheckpointError, ConfigError, IncompatibleModelsError
+from nexus_ds.model.context import CONTEXT_MODEL
 from nexus_ds.model.families import gate_name, open_moe, refuse_hooks
 from nexus_ds.model.router import Projection, condition, rows_in
 from nexus_ds.model.tensorfile import TensorReader, confined, read_json_object, require_directory
 from nexus_ds.outputs import new_file, write_json
 
 SIDECAR, ROUTER = "nexus.json", "nexus_router.safetensors"
-FORMAT = 1
+FORMAT = 2
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of a weight file that `content_fingerprint` reads
 ROW_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
 """Largest difference of stored and recomputed rows relative to the largest entry: machines differ in summing order."""
@@ -86,9 +87,18 @@ class RouterRecord:
     depth: int
     width: int
     """Inner width of P; 0: the hidden size."""
-    activation: str
+    projection: str
+    """Form of P: swiglu | gelu | relu | linear."""
+    row_norm: str
+    """free | fixed."""
+    input: str
+    """token | context."""
     centre: bool
     top_k: int
+
+    def new_projection(self, embedding_size: int, hidden_size: int) -> Projection:
+        """Return an untrained P of this form."""
+        return Projection(embedding_size, hidden_size, self.depth, self.width, self.projection, self.row_norm)
 
 
 @dataclass
@@ -107,10 +117,16 @@ class Sidecar:
     """[m] fp32: mean of the upcycled domains' unit vectors; zeros when `router.centre` is off."""
     projections: list[dict[str, Tensor]] = field(default_factory=list)
     """State of `Projection` for each layer, fp32; empty for a linear router."""
+    shared_expert: str = "seed"
+    """seed | none: its weights are zeros."""
 
     def domain_inputs(self) -> Tensor:
         """Return what P reads, [n, m] fp32: the conditioned embeddings, or the raw ones where centring is off."""
-        return condition(self.vectors, self.centre) if self.router.centre else self.vectors
+        return self.inputs_of(self.vectors)
+
+    def inputs_of(self, vectors: Tensor) -> Tensor:
+        """Return what P reads of raw embeddings [.., m], as `domain_inputs` does of the experts'."""
+        return condition(vectors, self.centre) if self.router.centre else vectors
 
 
 def versions() -> dict[str, str]:
@@ -152,6 +168,8 @@ def check_sidecar(sidecar: Sidecar, where: Path) -> None:
         _fail(where, f"centre of shape {tuple(sidecar.centre.shape)}, embeddings {tuple(sidecar.vectors.shape)}")
     if sidecar.encoder and sidecar.encoder.dimension != sidecar.vectors.shape[1]:
         _fail(where, f"encoder of dimension {sidecar.encoder.dimension}, embeddings {tuple(sidecar.vectors.shape)}")
+    if sidecar.shared_expert not in ("seed", "none"):
+        _fail(where, f"shared_expert is {sidecar.shared_expert!r}, expected seed or none")
     if bool(sidecar.projections) != (sidecar.router.kind == "nexus"):
         _fail(where, f"a {sidecar.router.kind} router with {len(sidecar.projections)} projections")
     for name, tensor in _sidecar_tensors(sidecar).items():
@@ -175,6 +193,7 @@ def write_sidecar(directory: Path, sidecar: Sidecar) -> None:
         "encoder": dataclasses.asdict(sidecar.encoder) if sidecar.encoder else None,
         "lineage": sidecar.lineage,
         "versions": sidecar.versions,
+        "shared_expert": sidecar.shared_expert,
     }
     write_json(Path(directory) / SIDECAR, value)
 
@@ -205,6 +224,14 @@ def _projections(reader: TensorReader) -> list[dict[str, Tensor]]:
     return [layers[layer] for layer in range(len(layers))]
 
 
+def _from_format_1(value: dict[str, Any]) -> dict[str, Any]:
+    """Return the description of a checkpoint of format 1 as of format 2, which names more forms of the router."""
+    router = dict(value["router"]) if isinstance(value.get("router"), dict) else {}
+    if "activation" in router:
+        router |= {"projection": router.pop("activation"), "row_norm": "free", "input": "token"}
+    return value | {"format": 2, "router": router, "shared_expert": "seed"}
+
+
 def read_sidecar(directory: Path) -> Sidecar:
     """Read the sidecar of a Nexus checkpoint and check it against itself and against config.json.
 
@@ -217,6 +244,8 @@ def read_sidecar(directory: Path) -> Sidecar:
             f"{directory} has no {SIDECAR}: it is no Nexus checkpoint; make one with nexus-ds upcycle"
         )
     value, where = read_json_object(directory, SIDECAR), f"{directory / SIDECAR}"
+    if value.get("format") == 1:
+        value = _from_format_1(value)
     if value.get("format") != FORMAT:
         raise CheckpointError(
             f"{where}: format {value.get('format')!r}, this version reads {FORMAT}; use a matching one"
@@ -234,6 +263,7 @@ def read_sidecar(directory: Path) -> Sidecar:
         vectors=reader.read("vectors"),
         centre=reader.read("centre"),
         projections=_projections(reader),
+        shared_expert=value.get("shared_expert", ""),
     )
     check_sidecar(sidecar, directory)
     _check_against_config(directory, sidecar)
@@ -250,6 +280,7 @@ def _check_against_config(directory: Path, sidecar: Sidecar) -> None:
         "hidden_size": load_projection(sidecar, 0).maps[-1].out_features
         if sidecar.projections
         else config.get("hidden_size"),
+        "model_type": CONTEXT_MODEL if sidecar.router.input == "context" else "qwen2_moe",
     }
     for key, found in pairs.items():
         if config.get(key) != found:
@@ -278,10 +309,10 @@ def content_fingerprint(directory: Path) -> str:
 def load_projection(sidecar: Sidecar, layer: int, where: Path = Path(SIDECAR)) -> Projection:
     """Return P of one layer in fp32; CheckpointError if the stored weights are not those of the recorded form."""
     record, state = sidecar.router, sidecar.projections[layer]
-    last = state.get(f"maps.{record.depth - 1}.weight")
+    last = state.get(f"maps.{0 if record.projection == 'linear' else record.depth - 1}.weight")
     hidden = last.shape[0] if last is not None and last.ndim == 2 else 1  # any size: what is there won't fit it
     try:
-        projection = Projection(sidecar.vectors.shape[1], hidden, record.depth, record.width, record.activation)
+        projection = record.new_projection(sidecar.vectors.shape[1], hidden)
         projection.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     except (RuntimeError, ConfigError) as error:
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -28,29 +28,30 @@ SIZES = {  # our name: config.json's
 }
 
 
-def count_parameters(reader: TensorReader, config: dict[str, Any]) -> dict[str, int]:
+def count_parameters(reader: TensorReader, config: dict[str, Any], shared: bool = True) -> dict[str, int]:
     """Return {"total", "active"}: active counts, of the routed experts, the top-k that a token visits.
 
-    Tied embeddings count once, also where both are on disk.
+    Tied embeddings count once, also where both are on disk; a shared expert of zeros (`shared` false) is not active.
     """
     tied = bool(config.get("tie_word_embeddings", False)) and "model.embed_tokens.weight" in reader
-    total = routed = 0
+    total = routed = zeros = 0
     experts: set[int] = set()
     for name in reader.names():
         if tied and name == "lm_head.weight":
             continue
         size = math.prod(reader.info(name).shape)
         total += size
+        zeros += size if not shared and ".mlp.shared_expert." in name else 0
         match = ROUTED.search(name)
         if match:
             routed += size
             experts.add(int(match[1]))
     top_k = int(config.get("num_experts_per_tok", 1))
     idle = routed * (len(experts) - top_k) // len(experts) if experts else 0
-    return {"total": total, "active": total - idle}
+    return {"total": total, "active": total - idle - zeros}
 
 
-def _nexus_facts(directory: Path) -> dict[str, Any]:
+def _nexus_facts(directory: Path, reader: TensorReader, config: dict[str, Any]) -> dict[str, Any]:
     sidecar = read_sidecar(directory)
     try:
         verify_rows(directory)
@@ -62,6 +63,8 @@ def _nexus_facts(directory: Path) -> dict[str, Any]:
         "router": {**vars(sidecar.router), "rows": rows},
         "encoder": None if sidecar.encoder is None else vars(sidecar.encoder).copy(),
         "lineage": sidecar.lineage,
+        "shared_expert": sidecar.shared_expert,
+        "parameters": count_parameters(reader, config, sidecar.shared_expert == "seed"),
         "versions": sidecar.versions,
     }
 
@@ -120,4 +123,4 @@ def describe(directory: Path) -> dict[str, Any]:
         "sequence_length": _sequence_length(directory),
         "tokenizer": _tokenizer(directory),
     }
-    return facts | (_nexus_facts(directory) if nexus else {})
+    return facts | (_nexus_facts(directory, reader, config) if nexus else {})

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
+from nexus_ds.model.context import CONTEXT_MODEL
 from nexus_ds.model.tensorfile import DTYPES, TensorReader, read_json_object, require_directory
 
 FFN_PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -87,6 +88,11 @@ def shared_name(layer: int, part: str) -> str:
 def gate_name(layer: int) -> str:
     """Return the name of the router weight [experts, hidden]."""
     return f"model.layers.{layer}.mlp.gate.weight"
+
+
+def mean_name(layer: int) -> str:
+    """Return the name of the vector [hidden] that a router with the input `context` subtracts from what it reads."""
+    return f"model.layers.{layer}.mlp.gate.mean"
 
 
 def shared_gate_name(layer: int) -> str:
@@ -178,6 +184,8 @@ def settings(config: dict[str, Any], where: str = "config.json") -> dict[str, An
     """
     for key in SIZES:
         _positive(config, key, where)
+    if config["model_type"] == CONTEXT_MODEL:
+        config = config | {"model_type": "qwen2_moe"}
     family, heads = config["model_type"], config["num_attention_heads"]
     default_kv = 8 if family == "mistral" and "num_key_value_heads" not in config else heads
     window = _window(config)
@@ -202,18 +210,19 @@ def settings(config: dict[str, Any], where: str = "config.json") -> dict[str, An
     }
 
 
-def moe_config(dense_config: dict[str, Any], experts: int, top_k: int) -> dict[str, Any]:
+def moe_config(dense_config: dict[str, Any], experts: int, top_k: int, router_input: str = "token") -> dict[str, Any]:
     """Return the complete config.json of the Qwen2-MoE that a dense model's branches become.
 
     Args:
         dense_config: config.json of a Llama, Mistral or Qwen2.
         experts: number of routed experts.
         top_k: routed experts per token.
+        router_input: token | context; the latter is no stock Qwen2-MoE and says so by its model_type.
     """
-    s = settings(dense_config)
+    s, context = settings(dense_config), router_input == "context"
     config: dict[str, Any] = {
-        "architectures": ["Qwen2MoeForCausalLM"],
-        "model_type": "qwen2_moe",
+        "architectures": ["NexusMoeForCausalLM" if context else "Qwen2MoeForCausalLM"],
+        "model_type": CONTEXT_MODEL if context else "qwen2_moe",
         "dtype": dense_config.get("dtype") or dense_config.get("torch_dtype") or "float32",
         "vocab_size": s["vocabulary"],
         "hidden_size": s["hidden_size"],
@@ -349,6 +358,8 @@ def moe_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         if part == FFN_PARTS[0]:
             shapes[gate_name(layer)] = (experts, hidden)
             shapes[shared_gate_name(layer)] = (1, hidden)
+            if config["model_type"] == CONTEXT_MODEL:
+                shapes[mean_name(layer)] = (hidden,)
         shapes[shared_name(layer, part)] = shape
         shapes |= {expert_name(layer, expert, part): shape for expert in range(experts)}
     return shapes
@@ -460,9 +471,14 @@ def open_moe(directory: Path) -> tuple[dict[str, Any], TensorReader]:
     config = read_json_object(directory, "config.json")
     where = str(directory / "config.json")
     refuse_hooks(config, where)
-    expected = {"model_type": "qwen2_moe", "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    if config.get("model_type") not in ("qwen2_moe", CONTEXT_MODEL):
+        found = config.get("model_type")
+        raise CheckpointError(
+            f"{where}: model_type is {found!r}, a Nexus checkpoint has 'qwen2_moe' or {CONTEXT_MODEL!r}"
+        )
+    expected = {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []}
     for key, value in expected.items():
-        if config.get(key, value if key != "model_type" else None) != value:
+        if config.get(key, value) != value:
             raise CheckpointError(f"{where}: {key} is {config.get(key)!r}, a Nexus checkpoint has {value!r}")
     for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
         _positive(config, key, where)
@@ -471,9 +487,12 @@ def open_moe(directory: Path) -> tuple[dict[str, Any], TensorReader]:
     return config, reader
 
 
-def parameter_counts(config: dict[str, Any]) -> tuple[int, int]:
-    """Return (all, active per token) parameters of a Nexus model; they differ by n - k FFN stacks (paper section 3)."""
+def parameter_counts(config: dict[str, Any], shared: bool = True) -> tuple[int, int]:
+    """Return (all, active per token) parameters of a Nexus model; they differ by n - k FFN stacks (paper section 3).
+
+    A shared expert of zeros (`shared` false) is stored but computes nothing: it is not active.
+    """
     s = settings(config)
     total = sum(math.prod(shape) for shape in moe_shapes(config).values())
     stack = s["layers"] * len(FFN_PARTS) * s["hidden_size"] * s["ffn_size"]
-    return total, total - (config["num_experts"] - config["num_experts_per_tok"]) * stack
+    return total, total - (config["num_experts"] - config["num_experts_per_tok"] + (not shared)) * stack

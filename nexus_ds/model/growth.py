@@ -8,7 +8,6 @@ Not covered: where text and options come from (the verbs), how tensors are blend
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,8 @@ import torch
 from torch import Tensor
 
 from nexus_ds.config import Config, RouterConfig
-from nexus_ds.data.corpora import open_source, token_files, windows
 from nexus_ds.data.domains import DomainEmbeddings
-from nexus_ds.errors import CheckpointError, ConfigError, DataError, IncompatibleModelsError
+from nexus_ds.errors import CheckpointError, ConfigError, IncompatibleModelsError
 from nexus_ds.model.assembly import (
     Blend,
     Part,
@@ -54,6 +52,7 @@ from nexus_ds.model.families import (
     dense_ffn_name,
     expert_name,
     gate_name,
+    mean_name,
     moe_config,
     open_dense,
     open_moe,
@@ -63,13 +62,14 @@ from nexus_ds.model.families import (
     shared_name,
 )
 from nexus_ds.model.fit import FitReport, fit_router
-from nexus_ds.model.router import Projection, centre_of, init_projection, init_rows, layer_generator
+from nexus_ds.model.fit_text import FitText, read_fit_text
+from nexus_ds.model.router import centre_of, domain_rows, init_projection, init_rows, layer_generator
+from nexus_ds.model.starts import check_start
 from nexus_ds.model.tensorfile import DTYPES, TensorReader
 from nexus_ds.outputs import write_json
 
+FAMILIAR = 0.4  # cosine; of eleven domains P(d) failed two, the least familiar (0.32) and one taken for a near relative
 LARGEST_ROW = 100.0  # a new router row's norm relative to the largest old one
-FIT_LENGTH = 512  # tokens of a window that the label fit reads at most
-BYTES_PER_TOKEN = 16  # of text that is tokenised for the label fit: several times what a token takes
 
 
 @dataclass
@@ -85,50 +85,30 @@ class NewModel:
     sidecar: Sidecar
     source: Path
     """Where tokenizer and generation_config.json come from."""
+    kept: int = 0
+    """Experts that were there before an extension."""
 
     def domains(self) -> list[str]:
         """Return the experts' domains, in expert order."""
         return [expert.domain for expert in self.sidecar.experts]
 
-    def fit_windows(self, data: str, config: Config, switch: str) -> dict[str, Tensor]:
-        """Return for each expert's domain the training text that the label fit reads, [count, length] int64.
+    def fit_text(self, data: str, config: Config, switch: str) -> FitText | None:
+        """Return the training text that the router's warm start reads, None for a start that reads none.
 
-        Args:
-            data: folder of domains or other source.
-            config: `router.fit_windows`, `data.sequence_length`, `data.workers`, `data.on_bad_row`.
-            switch: the option that does without the fit, for the message.
-
-        Raises:
-            DataError: the text is gone, lacks a domain, is damaged or too short.
+        `chunks` and `closed_form` read text of the experts that were there before; the others of every expert's domain.
+        Arguments and errors: `read_fit_text`.
         """
-        domains = self.domains()
-        count = config.router.fit_windows
-        length = min(config.data.sequence_length, self.config["max_position_embeddings"], FIT_LENGTH)
-        limit = max(1 << 16, count * (length + 1) * BYTES_PER_TOKEN)
-        workers, bad = config.data.workers, config.data.on_bad_row
-        try:
-            source = open_source(data)
-            with tempfile.TemporaryDirectory() as cache:
-                files = token_files(
-                    source, domains, "train", self.source, Path(cache), workers=workers, max_bytes=limit, on_bad_row=bad
-                )
-                return {name: torch.from_numpy(windows(files[name], count, length))[:, :length] for name in domains}
-        except DataError as error:
-            raise DataError(
-                f"{error}\nThe router's fit reads training text of {', '.join(domains)} (looked for in {data}): "
-                f"give --data DIR with a folder for each, or {switch} to go without the fit"
-            ) from error
+        positions = self.config["max_position_embeddings"]
+        return read_fit_text(self.sidecar, self.source, positions, self.kept, data, config, switch)
 
-    def write(
-        self, directory: Path, text: Mapping[str, Tensor] | None, router: RouterConfig, seed: int
-    ) -> FitReport | None:
-        """Write the checkpoint into an empty directory that is not yet renamed, and fit its router.
+    def write(self, directory: Path, text: FitText | None, router: RouterConfig, seed: int) -> FitReport | None:
+        """Write the checkpoint into an empty directory that is not yet renamed, and start its router.
 
         Args:
             directory: where to.
-            text: for each domain token ids [w, S] int64 for the label fit; None: no fit.
-            router: `fit_steps` and `fit_lr`.
-            seed: of the fit.
+            text: what the warm start reads; None: no start.
+            router: `warm_start`, `fit_steps` and `fit_lr`.
+            seed: of the start.
 
         Raises:
             CheckpointError: NaN, infinite or all-zero weights, no space.
@@ -141,7 +121,7 @@ class NewModel:
         write_sidecar(directory, self.sidecar)
         report = None
         if text is not None:
-            report = fit_router(directory, dict(text), router, seed)
+            report = fit_router(directory, text, router, seed, self.kept)
             fitted = read_sidecar(directory)
             fitted.lineage[-1]["fit"] = dataclasses.asdict(report)
             write_sidecar(directory, fitted)
@@ -150,7 +130,7 @@ class NewModel:
 
     def summary(self, out: Path, report: FitReport | None) -> dict[str, Any]:
         """Return what a program wants to know of the new checkpoint."""
-        total, active = parameter_counts(self.config)
+        total, active = parameter_counts(self.config, self.sidecar.shared_expert == "seed")
         return {
             "out": str(out),
             "experts": [expert.name for expert in self.sidecar.experts],
@@ -171,8 +151,14 @@ class NewModel:
         ]
         if report:
             lines.append(
-                f"label fit, {report.steps} steps: share of tokens at their own domain's expert "
+                f"{report.start.replace('_', ' ')}{f', {report.steps} steps' if report.steps else ''}: "
+                "share of tokens at their own domain's expert "
                 f"{report.before:.2f} -> {report.after:.2f}"
+            )
+        for domain, cosine in report.nearest.items() if report else ():
+            doubt = "" if cosine >= FAMILIAR else ": P has seen nothing like it, its row may not find its text"
+            lines.append(
+                f"cosine of {domain} to the nearest chunk of the text that P was fitted to: {cosine:.2f}{doubt}"
             )
         return "\n".join(lines)
 
@@ -181,7 +167,13 @@ def _open_all(directories: Mapping[str, Path]) -> dict[str, DenseModel]:
     return {name: open_dense(directory) for name, directory in directories.items()}
 
 
-def _same_dtype(target: dict[str, Any], dtype: str) -> dict[str, Any]:
+def copy_of(reader: TensorReader, name: str) -> Blend:
+    """Return a checkpoint's tensor as it is; a mixture without a shared expert has zeros in its place."""
+    return Blend([Part("checkpoint", reader, name, zeros=".mlp.shared_expert." in name)])
+
+
+def same_dtype(target: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Return a config.json that says which dtype the weights have; `dtype` as safetensors names it."""
     return target | {"dtype": MODEL_DTYPES[dtype]}
 
 
@@ -191,21 +183,23 @@ def _same_dtype(target: dict[str, Any], dtype: str) -> dict[str, Any]:
 def upcycled(seed: Path, experts: Mapping[str, Path], embeddings: DomainEmbeddings, config: Config) -> NewModel:
     """Describe the mixture of a seed and its dense branches (paper section 2.1); nothing is written.
 
-    Seed FFN: shared expert. Branches' FFNs: routed experts, exact copies, in the order of `experts`. All else: fp32 mean
-    over the branches, the seed not counted. Router: P(D) of a freshly initialised P, or free rows.
+    Seed FFN: shared expert, or zeros. Branches' FFNs: routed experts, exact copies, in the order of `experts`. All else:
+    fp32 mean over the branches, the seed not counted unless it is among them. Router: P(D) of a freshly initialised P, or
+    free rows.
 
     Args:
         seed: dense model that all branches started from.
-        experts: for each expert's name, which is also its domain, its dense model.
-        embeddings: rows of (at least) these domains.
-        config: `router` and `seed`.
+        experts: for each expert's name, which is also its domain, its dense model; the seed may be one of them.
+        embeddings: rows of (at least) these domains; free rows do without that of the seed.
+        config: `router`, `model.shared_expert` and `seed`.
 
     Raises:
-        ConfigError: top-k larger than the number of experts.
+        ConfigError: top-k larger than the number of experts, a warm start that the router can't have.
         DataError: a domain that was not embedded.
         CheckpointError, UnsupportedModelError, IncompatibleModelsError: models that can't be put together.
     """
-    domain_vectors(embeddings, experts)
+    check_start(config.router.warm_start, config.router.kind, config.router.projection)
+    vectors = _upcycled_vectors(seed, experts, embeddings, config)
     if config.router.top_k > len(experts):
         raise ConfigError(f"router.top_k is {config.router.top_k}, but there are {len(experts)} experts; lower it")
     base, models = open_dense(seed), _open_all(experts)
@@ -220,30 +214,46 @@ def upcycled(seed: Path, experts: Mapping[str, Path], embeddings: DomainEmbeddin
         "router": dataclasses.asdict(config.router),
         "seed": config.seed,
     }
-    sidecar = _upcycled_sidecar(models, embeddings, config, lineage)
-    target = _same_dtype(moe_config(base.config, len(models), config.router.top_k), base.dtype)
+    sidecar = _upcycled_sidecar(models, embeddings, vectors, config, lineage)
+    router = config.router
+    target = same_dtype(moe_config(base.config, len(models), router.top_k, router.input), base.dtype)
     return NewModel("upcycle", target, base.dtype, _upcycled_tensors(base, models, sidecar, config), sidecar, seed)
 
 
+def _upcycled_vectors(seed: Path, experts: Mapping[str, Path], embeddings: DomainEmbeddings, config: Config) -> Tensor:
+    """Return the domain embeddings [n, m]; free rows don't need that of the seed as an expert, which gets the mean."""
+    others = [name for name, path in experts.items() if name in embeddings.names or Path(path) != Path(seed)]
+    if config.router.kind == "nexus" or not others:
+        return domain_vectors(embeddings, experts)
+    vectors = domain_vectors(embeddings, others)
+    found = dict(zip(others, vectors, strict=True))
+    return torch.stack([found.get(name, vectors.mean(0)) for name in experts])
+
+
 def _upcycled_sidecar(
-    models: dict[str, DenseModel], embeddings: DomainEmbeddings, config: Config, lineage: dict[str, Any]
+    models: dict[str, DenseModel],
+    embeddings: DomainEmbeddings,
+    vectors: Tensor,
+    config: Config,
+    lineage: dict[str, Any],
 ) -> Sidecar:
     """Return the sidecar of a new mixture, with a freshly initialised P for each layer."""
-    router, vectors = config.router, domain_vectors(embeddings, models)
+    router = config.router
     sidecar = Sidecar(
         experts=[expert_record(name, model) for name, model in models.items()],
-        router=RouterRecord(router.kind, router.depth, router.width, router.activation, router.centre, router.top_k),
-        encoder=encoder_record(embeddings, models),
+        router=RouterRecord(**{field.name: getattr(router, field.name) for field in dataclasses.fields(RouterRecord)}),
+        encoder=encoder_record(embeddings, [name for name in models if name in embeddings.names]),
         lineage=[lineage],
         versions=versions(),
         vectors=vectors,
         centre=centre_of(vectors) if router.centre else torch.zeros(vectors.shape[1]),
+        shared_expert=config.model.shared_expert,
     )
     sizes = next(iter(models.values())).settings
     for layer in range(sizes["layers"] if router.kind == "nexus" else 0):
-        projection = Projection(vectors.shape[1], sizes["hidden_size"], router.depth, router.width, router.activation)
+        projection = sidecar.router.new_projection(vectors.shape[1], sizes["hidden_size"])
         init_projection(
-            projection, sidecar.domain_inputs(), router.init, router.row_norm, layer_generator(config.seed, layer)
+            projection, sidecar.domain_inputs(), router.init, router.init_norm, layer_generator(config.seed, layer)
         )
         sidecar.projections.append(projection.state_dict())
     return sidecar
@@ -261,15 +271,21 @@ def _upcycled_tensors(
     for layer in range(seed.settings["layers"]):
         if router.kind == "nexus":
             tensors[gate_name(layer)] = router_rows(sidecar, layer, DTYPES[seed.dtype])
+        elif router.warm_start == "embedding":
+            tensors[gate_name(layer)] = domain_rows(sidecar.domain_inputs(), hidden_size, layer, router.init_norm)
         else:
             generator = layer_generator(config.seed, layer)
-            tensors[gate_name(layer)] = init_rows(len(named), hidden_size, router.init, router.row_norm, generator)
+            tensors[gate_name(layer)] = init_rows(len(named), hidden_size, router.init, router.init_norm, generator)
         tensors[shared_gate_name(layer)] = torch.full((1, hidden_size), SHARED_GATE_FILL)
+        if router.input == "context":
+            tensors[mean_name(layer)] = torch.zeros(hidden_size)
         for part in FFN_PARTS:
             source = dense_ffn_name(layer, part)
             # A stock Qwen2-MoE multiplies the shared expert by the sigmoid of its gate, here always 1/2.
             scale = 2.0 if part == "down_proj" else 1.0
-            tensors[shared_name(layer, part)] = Blend([Part("seed", seed.reader, source)], scale=scale)
+            shared = Blend([Part("seed", seed.reader, source)], scale=scale)
+            none = sidecar.shared_expert == "none"
+            tensors[shared_name(layer, part)] = torch.zeros(seed.reader.info(source).shape) if none else shared
             for index, (who, model) in enumerate(named):
                 tensors[expert_name(layer, index, part)] = Blend([Part(who, model.reader, source)])
     return tensors
@@ -314,7 +330,7 @@ def extended(
         checkpoint: Nexus checkpoint, upcycled or trained.
         experts: for each new expert's name, which is also its domain, its dense model.
         embeddings: rows of (at least) the new domains, from the checkpoint's encoder.
-        config: `router.init`, `router.row_norm` for linear rows, and `seed`.
+        config: `router.warm_start`, `router.init`, `router.init_norm` for linear rows, and `seed`.
         share: lambda, the total share of the new experts; see `merge_share`.
         linear_init: keep | reset, for a linear router.
 
@@ -328,14 +344,9 @@ def extended(
     verify_rows(checkpoint)
     old = read_sidecar(checkpoint)
     _check_names(old, experts)
-    _check_encoder(old, embeddings)
-    vectors, models = domain_vectors(embeddings, experts), _open_all(experts)
+    check_encoder(old, embeddings)
+    vectors, models = domain_vectors(embeddings, experts), open_fitting(checkpoint, experts)
     dtype = reader.info(gate_name(0)).dtype
-    own = {"dtype": dtype, **settings(old_config)}
-    check_alike({"checkpoint": own, **{name: traits(model, with_family=False) for name, model in models.items()}})
-    check_tokenizers(checkpoint, experts)
-    check_tokenizer(checkpoint, own["vocabulary"])
-    read_generation_config(checkpoint)
     total = merge_share(len(old.experts), len(models), share)
     lineage = {
         "verb": "extend",
@@ -357,13 +368,33 @@ def extended(
     tensors = _extended_tensors(reader, old_config, models, total)
     for layer in range(old_config["num_hidden_layers"]):
         rows = _extended_rows(reader, sidecar, layer, config, linear_init)
-        _check_rows(rows, len(old.experts), layer)
+        check_rows(rows, len(old.experts), layer)
         tensors[gate_name(layer)] = rows
-    return NewModel("extend", _same_dtype(target, dtype), dtype, tensors, sidecar, checkpoint)
+    return NewModel("extend", same_dtype(target, dtype), dtype, tensors, sidecar, checkpoint, len(old.experts))
 
 
-def _check_rows(rows: Tensor, old: int, layer: int) -> None:
-    """Raise CheckpointError for new rows [n, h] that are not finite or dwarf the old ones: P never learned such input."""
+def open_fitting(checkpoint: Path, experts: Mapping[str, Path]) -> dict[str, DenseModel]:
+    """Open dense models that are to become experts of a checkpoint.
+
+    Raises:
+        IncompatibleModelsError: sizes, dtype or tokenizers that differ from the checkpoint's.
+        CheckpointError, UnsupportedModelError: models that can't be read or expressed.
+    """
+    config, reader = open_moe(checkpoint)
+    models = _open_all(experts)
+    own = {"dtype": reader.info(gate_name(0)).dtype, **settings(config)}
+    check_alike({"checkpoint": own, **{name: traits(model, with_family=False) for name, model in models.items()}})
+    check_tokenizers(checkpoint, experts)
+    check_tokenizer(checkpoint, own["vocabulary"])
+    read_generation_config(checkpoint)
+    return models
+
+
+def check_rows(rows: Tensor, old: int, layer: int) -> None:
+    """Raise CheckpointError for rows [n, h] after the first `old` that are not finite or dwarf the old ones.
+
+    P has then never learned such input.
+    """
     norms = rows.float().norm(dim=1)
     if not bool(torch.isfinite(norms).all()) or float(norms[old:].max()) > LARGEST_ROW * float(norms[:old].max()) + 1.0:
         raise CheckpointError(
@@ -381,7 +412,7 @@ def _check_names(sidecar: Sidecar, experts: Mapping[str, Path]) -> None:
             )
 
 
-def _check_encoder(sidecar: Sidecar, embeddings: DomainEmbeddings) -> None:
+def check_encoder(sidecar: Sidecar, embeddings: DomainEmbeddings) -> None:
     """Raise IncompatibleModelsError unless the embeddings come from the checkpoint's encoder."""
     old = sidecar.encoder
     dimension = sidecar.vectors.shape[1]
@@ -408,7 +439,7 @@ def _extended_tensors(
         tensors[name] = Blend(parts)
     for name in reader.names():
         if ".mlp." in name:
-            tensors[name] = Blend([Part("checkpoint", reader, name)])
+            tensors[name] = copy_of(reader, name)
     for layer in range(config["num_hidden_layers"]):
         for part in FFN_PARTS:
             for index, (who, model) in enumerate(named, start=config["num_experts"]):
@@ -426,9 +457,12 @@ def _extended_rows(reader: TensorReader, sidecar: Sidecar, layer: int, config: C
         return torch.cat([stored, router_rows(sidecar, layer, stored.dtype)[old:]])
     generator = layer_generator(config.seed, layer)
     if linear_init == "reset":
-        return init_rows(total, stored.shape[1], config.router.init, config.router.row_norm, generator)
-    fresh = torch.empty(total - old, stored.shape[1]).normal_(generator=generator)
+        return init_rows(total, stored.shape[1], config.router.init, config.router.init_norm, generator)
     norm = stored.float().norm(dim=-1).mean()
+    if config.router.warm_start == "embedding":
+        rows = domain_rows(sidecar.domain_inputs(), stored.shape[1], layer, 1.0)[old:]
+        return torch.cat([stored, (rows / rows.norm(dim=-1, keepdim=True) * norm).to(stored.dtype)])
+    fresh = torch.empty(total - old, stored.shape[1]).normal_(generator=generator)
     return torch.cat([stored, (fresh / fresh.norm(dim=-1, keepdim=True) * norm).to(stored.dtype)])
 
 
@@ -467,7 +501,7 @@ def reduced(checkpoint: Path, names: Sequence[str]) -> NewModel:
     tensors: dict[str, Blend | Tensor] = {}
     for name in reader.names():
         if ".mlp.experts." not in name:
-            tensors[name] = Blend([Part("checkpoint", reader, name)])
+            tensors[name] = copy_of(reader, name)
     for layer in range(config["num_hidden_layers"]):
         tensors[gate_name(layer)] = reader.read(gate_name(layer))[kept]
         for new, index in enumerate(kept):
@@ -476,4 +510,4 @@ def reduced(checkpoint: Path, names: Sequence[str]) -> NewModel:
                 tensors[expert_name(layer, new, part)] = Blend([source])
     dtype = reader.info(gate_name(0)).dtype
     target = config | {"num_experts": len(kept)}
-    return NewModel("remove", _same_dtype(target, dtype), dtype, tensors, sidecar, checkpoint)
+    return NewModel("remove", same_dtype(target, dtype), dtype, tensors, sidecar, checkpoint)

@@ -15,6 +15,7 @@ import torch
 
 from nexus_ds.errors import CheckpointError, ConfigError
 from nexus_ds.model.checkpoint import is_nexus, verify_rows
+from nexus_ds.model.context import CONTEXT_MODEL
 from nexus_ds.model.families import refuse_hooks
 from nexus_ds.model.tensorfile import TensorReader, read_json_object, require_directory
 
@@ -46,6 +47,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     config = read_json_object(require_directory(Path(directory)), "config.json")
     refuse_hooks(config, str(Path(directory) / "config.json"))
     return config
+
+
+def know_model_type(directory: Path) -> None:
+    """Make transformers know the model of a checkpoint with the router input `context`; others it knows."""
+    if read_config(directory).get("model_type") == CONTEXT_MODEL:
+        from nexus_ds.model.served import register
+
+        register()
 
 
 def _dtype(directory: Path, precision: str, place: torch.device) -> torch.dtype | str:
@@ -90,7 +99,7 @@ def load_model(directory: Path, precision: str = "auto") -> Any:
     """
     directory, place = Path(directory), device()
     dtype = _dtype(directory, precision, place)
-    read_config(directory)
+    know_model_type(directory)
     TensorReader(directory)  # checks headers, ranges and paths, which transformers trusts
     if is_nexus(directory):
         verify_rows(directory)

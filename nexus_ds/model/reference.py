@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nexus_ds.model.context import EPS
 from nexus_ds.model.losses import attach_loss, load_balancing_loss, router_z_loss
 from nexus_ds.model.router import Projection
 
@@ -34,10 +35,16 @@ class ReferenceRouter(nn.Module):
     """Rows of the router: P(D) for `nexus`, a free matrix for `linear`."""
 
     def __init__(
-        self, hidden_size: int, domain_inputs: Tensor | None, projection: Projection | None, experts: int
+        self,
+        hidden_size: int,
+        domain_inputs: Tensor | None,
+        projection: Projection | None,
+        experts: int,
+        mean: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.projection = projection
+        self.mean = None if mean is None else nn.Parameter(mean)
         self.register_buffer("domain_inputs", domain_inputs, persistent=False)
         self.gate = None if projection is not None else nn.Linear(hidden_size, experts, bias=False)
 
@@ -47,6 +54,15 @@ class ReferenceRouter(nn.Module):
             return self.gate.weight
         assert self.projection is not None and isinstance(self.domain_inputs, Tensor)
         return self.projection(self.domain_inputs.to(dtype))
+
+    def read(self, hidden_states: Tensor) -> Tensor:
+        """Return what is scored of hidden states [B, S, H]: [T, H], themselves or, with `mean`, a text's running mean."""
+        if self.mean is None:
+            return hidden_states.flatten(0, 1)
+        means = [hidden_states[:, : end + 1].float().mean(1) for end in range(hidden_states.shape[1])]
+        mean_TH = torch.stack(means, dim=1).flatten(0, 1)
+        scale = torch.rsqrt(mean_TH.square().mean(-1, keepdim=True) + EPS)
+        return (mean_TH * scale - self.mean.float()).to(hidden_states.dtype)
 
 
 class ReferenceExperts(nn.Module):
@@ -85,7 +101,7 @@ class ReferenceMoE(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the shared expert's output plus the gated outputs of the chosen routed experts."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logits_TE = F.linear(x_TH, self.router.rows(x_TH.dtype))
+        logits_TE = F.linear(self.router.read(hidden_states), self.router.rows(x_TH.dtype))
         p_TE = F.softmax(logits_TE.float(), dim=-1)
         gate_TK, chosen_TK = torch.topk(p_TE, self.top_k, dim=-1)
         self.losses = {"load_balance": load_balancing_loss(p_TE, chosen_TK), "z": router_z_loss(logits_TE)}

@@ -26,11 +26,11 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(a) * b
 
 
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {  # function, input width / output width
+FORMS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {  # function, input width / output width
     "swiglu": (swiglu, 2),
     "gelu": (F.gelu, 1),
     "relu": (F.relu, 1),
-    "none": (lambda x: x, 1),
+    "linear": (lambda x: x, 1),
 }
 
 
@@ -42,32 +42,61 @@ class Projection(nn.Module):
         hidden_size: H.
         depth: linear maps; 2 is the paper's, 1 is a plain linear map.
         width: inner width; 0 means H.
-        activation: between the maps: swiglu | gelu | relu | none.
+        form: between the maps: swiglu | gelu | relu; linear: one matrix, whatever `depth` and `width`.
+        row_norm: free | fixed: rows of one length, exp(log_norm), in a space that the map `out` leaves. A warm start puts
+            the whitening of the router's input there, so that it is each row's spread of logits that is the same.
 
     Raises:
-        ConfigError: unknown activation.
+        ConfigError: unknown form.
     """
 
     def __init__(
-        self, embedding_size: int, hidden_size: int, depth: int = 2, width: int = 0, activation: str = "swiglu"
+        self,
+        embedding_size: int,
+        hidden_size: int,
+        depth: int = 2,
+        width: int = 0,
+        form: str = "swiglu",
+        row_norm: str = "free",
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ConfigError(f"router.activation: unknown value {activation!r}; known: {', '.join(ACTIVATIONS)}")
-        self.activation = activation
-        width, factor = width or hidden_size, ACTIVATIONS[activation][1]
-        inner = [width] * (depth - 1)
+        if form not in FORMS:
+            raise ConfigError(f"router.projection: unknown value {form!r}; known: {', '.join(FORMS)}")
+        self.form = form
+        width, factor = width or hidden_size, FORMS[form][1]
+        inner = [] if form == "linear" else [width] * (depth - 1)
         sizes_in, sizes_out = [embedding_size, *inner], [*(w * factor for w in inner), hidden_size]
         pairs = zip(sizes_in, sizes_out, strict=True)
         self.maps: Any = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in pairs)
+        self.log_norm = nn.Parameter(torch.zeros(1)) if row_norm == "fixed" else None
+        self.out = nn.Linear(hidden_size, hidden_size, bias=False) if row_norm == "fixed" else None
+        self.fold(None)
 
     def forward(self, embeddings_EM: Tensor) -> Tensor:
         """Return the router rows [E, H] in the dtype of the weights."""
-        act = ACTIVATIONS[self.activation][0]
+        act = FORMS[self.form][0]
         x = embeddings_EM
         for index, linear in enumerate(self.maps):
             x = linear(act(x) if index else x)
-        return x
+        if self.log_norm is None or self.out is None:
+            return x
+        return self.out((unit(x.float()) * self.log_norm.float().exp()).to(x.dtype))
+
+    @torch.no_grad()
+    def fold(self, white_HH: Tensor | None) -> None:
+        """Let rows that were fitted to inputs x W be applied to x: put W [H, H] behind them; None: W is the identity."""
+        if self.out is not None:
+            nn.init.eye_(self.out.weight) if white_HH is None else self.out.weight.copy_(white_HH)
+        elif white_HH is not None:
+            self.maps[-1].weight.copy_(white_HH @ self.maps[-1].weight)
+
+    @torch.no_grad()
+    def scale_rows(self, factor: float) -> None:
+        """Make every row `factor` times as long."""
+        if self.log_norm is None:
+            self.maps[-1].weight.mul_(factor)
+        else:
+            self.log_norm.add_(math.log(factor))
 
 
 def unit(vectors: Tensor) -> Tensor:
@@ -97,12 +126,12 @@ def centred_norm(rows_EH: Tensor) -> Tensor:
 
 @torch.no_grad()
 def init_projection(
-    projection: Projection, embeddings_EM: Tensor, init: str, row_norm: float, generator: torch.Generator
+    projection: Projection, embeddings_EM: Tensor, init: str, init_norm: float, generator: torch.Generator
 ) -> None:
     """Fill P in place.
 
-    balanced: every map keeps unit variance, then the last is scaled so that centred rows have mean norm `row_norm`.
-    Hidden states are RMS-normed, so the spread of the logits over experts starts at about `row_norm`: neither
+    balanced: every map keeps unit variance, then the rows are scaled so that centred ones have mean norm `init_norm`.
+    Hidden states are RMS-normed, so the spread of the logits over experts starts at about `init_norm`: neither
     saturated nor dead whatever the embedding's width. normal: N(0, 0.02) everywhere (the paper names no scale).
     """
     length = float(embeddings_EM.float().norm(dim=-1).mean())
@@ -117,14 +146,27 @@ def init_projection(
     if init == "balanced":
         norm = centred_norm(projection(embeddings_EM.float()))
         if norm > 0:
-            projection.maps[-1].weight.mul_(row_norm / norm)
+            projection.scale_rows(float(init_norm / norm))
 
 
 @torch.no_grad()
-def init_rows(experts: int, hidden_size: int, init: str, row_norm: float, generator: torch.Generator) -> Tensor:
+def init_rows(experts: int, hidden_size: int, init: str, init_norm: float, generator: torch.Generator) -> Tensor:
     """Return free router rows [E, H] of a linear router: N(0, 0.02), or scaled as the balanced projection's rows."""
     rows = torch.empty(experts, hidden_size).normal_(0.0, 0.02, generator=generator)
-    return rows if init == "normal" else rows * (row_norm / centred_norm(rows))
+    return rows if init == "normal" else rows * (init_norm / centred_norm(rows))
+
+
+@torch.no_grad()
+def domain_rows(inputs_EM: Tensor, hidden_size: int, layer: int, norm: float) -> Tensor:
+    """Return free rows [E, H] that are the domain embeddings themselves, of mean norm `norm` (FlexOlmo's way).
+
+    Where M is not H, a random matrix puts them to that width: the same one at every extension of a layer.
+    """
+    rows_EH = inputs_EM.float()
+    if inputs_EM.shape[1] != hidden_size:
+        generator = layer_generator(inputs_EM.shape[1], layer)
+        rows_EH = rows_EH @ torch.randn(inputs_EM.shape[1], hidden_size, generator=generator)
+    return rows_EH * (norm / rows_EH.norm(dim=-1).mean())
 
 
 def layer_generator(seed: int, layer: int) -> torch.Generator:
@@ -138,12 +180,5 @@ def rows_in(projection: Projection, embeddings_EM: Tensor, dtype: torch.dtype) -
 
     Rounding fp32 rows instead flips a few tokens per layer between training and serving.
     """
-    rounded = Projection.__new__(Projection)
-    nn.Module.__init__(rounded)
-    rounded.activation = projection.activation
-    rounded.maps = nn.ModuleList()
-    for linear in projection.maps:
-        copy = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-        copy.weight = nn.Parameter(linear.weight.to(dtype), requires_grad=False)
-        rounded.maps.append(copy)
-    return rounded(embeddings_EM.to(dtype))
+    rounded = {name: tensor.to(dtype) for name, tensor in projection.state_dict().items()}
+    return torch.func.functional_call(projection, rounded, (embeddings_EM.to(dtype),))

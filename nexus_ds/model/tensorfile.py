@@ -156,7 +156,9 @@ def _read_header_bytes(file: Path, size: int) -> bytes:
     with file.open("rb") as stream:
         lead = stream.read(8)
         length = int.from_bytes(lead, "little")
-        if lead[:2] == b"PK" or lead[:1] == b"\x80":
+        # Read as a header's length, the first eight bytes of a pickle are more than any file has; without that, a header
+        # of 640 bytes would start like a pickle too.
+        if length > size and (lead[:2] == b"PK" or lead[:1] == b"\x80"):
             raise CheckpointError(
                 f"{file} is a pickle under the name of a safetensors file; it is not opened, since a pickle can run "
                 "code. Save the model with safetensors"

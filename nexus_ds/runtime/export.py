@@ -21,7 +21,14 @@ from nexus_ds.config import Config, dump
 from nexus_ds.errors import CheckpointError
 from nexus_ds.model.build import load_stock
 from nexus_ds.model.checkpoint import Sidecar, copy_tokenizer, read_sidecar, router_rows, versions, write_sidecar
-from nexus_ds.model.families import SHARED_GATE_FILL, expert_name, gate_name, shared_gate_name, shared_name
+from nexus_ds.model.families import (
+    SHARED_GATE_FILL,
+    expert_name,
+    gate_name,
+    mean_name,
+    shared_gate_name,
+    shared_name,
+)
 from nexus_ds.model.moe import NexusMoE
 from nexus_ds.model.tensorfile import TensorWriter
 from nexus_ds.outputs import new_directory, refuse_existing
@@ -52,6 +59,8 @@ def _plan(model: nn.Module, dtype: torch.dtype) -> dict[str, tuple[str, tuple[in
         sizes["down_proj"] = (hidden_size, ffn_size)
         plan[gate_name(index)] = (kind, (layer.placement.experts, hidden_size))
         plan[shared_gate_name(index)] = (kind, (1, hidden_size))
+        if layer.router.mean is not None:
+            plan[mean_name(index)] = (kind, (hidden_size,))
         for part, shape in sizes.items():
             plan[shared_name(index, part)] = (kind, shape)
             for expert in range(layer.placement.experts):
@@ -80,6 +89,9 @@ def _write_layer(index: int, layer: NexusMoE, sidecar: Sidecar, dtype: torch.dty
         weight: nn.Parameter = getattr(layer.shared_experts, part).weight
         with internals.gathered(weight) as data:
             write(shared_name(index, part), data * 2 if part == "down_proj" else data)
+    if layer.router.mean is not None:
+        with internals.gathered(layer.router.mean) as data:
+            write(mean_name(index), data)
     if layer.router.projection is None:
         with internals.gathered(layer.router.gate.weight) as data:
             write(gate_name(index), data)

@@ -103,13 +103,14 @@ def test_verify_rows_in_bf16(copied):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.update(format=2), "format 2, this version reads 1"),
+        (lambda v: v.update(format=3), "format 3, this version reads 2"),
+        (lambda v: v.update(shared_expert="some"), "shared_expert is 'some', expected seed or none"),
         (lambda v: v["experts"].pop(), "2 experts but domain embeddings of shape \\(3, 8\\)"),
         (lambda v: v["experts"][0].pop("sha256"), "experts\\[0\\]: found .* expected"),
         (lambda v: v["experts"][0].update(name="beta"), "not all different"),
         (lambda v: v["router"].update(depth="2"), "router.depth: found '2', expected int"),
         (lambda v: v["router"].update(depth=3), "P of layer 0 has the weights"),
-        (lambda v: v["router"].update(activation="sine"), "P of layer 0 has the weights"),
+        (lambda v: v["router"].update(projection="sine"), "P of layer 0 has the weights"),
         (lambda v: v["router"].update(kind="linear"), "a linear router with 2 projections"),
         (lambda v: v["router"].update(top_k=2), "num_experts_per_tok 1, nexus.json says 2"),
         (lambda v: v["encoder"].update(dimension=9), "encoder of dimension 9"),
@@ -120,6 +121,20 @@ def test_damaged_sidecars(copied, change, message):
     edit_json(copied / SIDECAR, change)
     with pytest.raises(CheckpointError, match=message):
         read_sidecar(copied)
+
+
+def test_a_checkpoint_of_format_1_is_read(copied):
+    def older(value):
+        value.pop("shared_expert")
+        value["router"].pop("row_norm")
+        value["router"].pop("input")
+        value["router"]["activation"] = value["router"].pop("projection")
+        value["format"] = 1
+
+    edit_json(copied / SIDECAR, older)
+    router = read_sidecar(copied).router
+    assert (router.projection, router.row_norm, read_sidecar(copied).shared_expert) == ("swiglu", "free", "seed")
+    verify_rows(copied)
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_stock_transformers_computes_the_formula(kind, tmp_path, dense_dir):
     names, top_k = ("a", "b", "c"), 2 if kind in ("llama", "qwen2-tied") else 1
     models = {n: dense(kind, tmp_path / n, i, vocabulary, dense_dir) for i, n in enumerate(("seed", *names))}
     config = Config()
-    config.router.top_k, config.router.row_norm = top_k, 2.0
+    config.router.top_k, config.router.init_norm = top_k, 2.0
     new = upcycled(tmp_path / "seed", {n: tmp_path / n for n in names}, embeddings(names), config)
     out = tmp_path / "out"
     out.mkdir()

@@ -11,6 +11,7 @@ from nexus_ds.errors import DataError
 from nexus_ds.model.build import load_stock
 from nexus_ds.model.checkpoint import read_sidecar, verify_rows
 from nexus_ds.model.fit import fit_router
+from nexus_ds.model.fit_text import FitText
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def windows():
     generator = torch.Generator().manual_seed(0)
     picks = {d: torch.randint(9, (6, 20), generator=generator) * 3 + 2 + i for i, d in enumerate(DOMAINS)}
     assert len(WORDS) == len(picks)
-    return picks
+    return FitText(picks, {})
 
 
 def own_share(checkpoint, windows):
@@ -38,7 +39,7 @@ def own_share(checkpoint, windows):
     for index, domain in enumerate(DOMAINS):
         chosen.clear()
         with torch.no_grad():
-            model(input_ids=windows[domain], use_cache=False)
+            model(input_ids=windows.windows[domain], use_cache=False)
         hits += [(picked == index).float().mean() for picked in chosen]
     return float(torch.stack(hits).mean())
 
@@ -72,6 +73,8 @@ def test_the_fit_is_deterministic(tmp_path, nexus_dir, windows):
 
 
 def test_a_domain_without_text_is_named(checkpoint, windows):
-    del windows["beta"]
-    with pytest.raises(DataError, match="the label fit has no text of beta; expected text of every expert's domain"):
+    del windows.windows["beta"]
+    with pytest.raises(
+        DataError, match="the router's warm start label_fit has no text of beta; expected text of every expert's domain"
+    ):
         fit_router(checkpoint, windows, RouterConfig(), seed=0)

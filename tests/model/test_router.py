@@ -9,6 +9,7 @@ from nexus_ds.model.router import (
     centre_of,
     centred_norm,
     condition,
+    domain_rows,
     init_projection,
     init_rows,
     layer_generator,
@@ -39,18 +40,21 @@ def test_the_papers_projection_has_w1_of_2h_by_m_and_w2_of_h_by_h():
     [
         ({"depth": 1}, [(16, 12)]),
         ({"depth": 3, "width": 8}, [(16, 12), (16, 8), (16, 8)]),
-        ({"activation": "gelu", "width": 4}, [(4, 12), (16, 4)]),
+        ({"form": "gelu", "width": 4}, [(4, 12), (16, 4)]),
+        ({"form": "linear", "depth": 3, "width": 4}, [(16, 12)]),
     ],
 )
-def test_depth_width_and_activation_are_configurable(options, shapes):
+def test_depth_width_and_form_are_configurable(options, shapes):
     projection = Projection(12, 16, **options)
     assert [tuple(p.shape) for p in projection.parameters()] == shapes
     assert projection(EMBEDDINGS).shape == (5, 16)
 
 
-def test_an_unknown_activation_is_named():
-    with pytest.raises(ConfigError, match=r"router.activation: unknown value 'swish'; known: swiglu, gelu, relu, none"):
-        Projection(12, 16, activation="swish")
+def test_an_unknown_form_is_named():
+    with pytest.raises(
+        ConfigError, match=r"router.projection: unknown value 'swish'; known: swiglu, gelu, relu, linear"
+    ):
+        Projection(12, 16, form="swish")
 
 
 def test_parameters_do_not_depend_on_the_number_of_experts():
@@ -116,3 +120,35 @@ def test_a_single_domain_is_not_centred_away():
     projection = Projection(12, 16)
     init_projection(projection, condition(one, centre_of(one)), "balanced", 0.5, layer_generator(0, 0))
     assert float(projection(condition(EMBEDDINGS, centre_of(one))).detach().norm(dim=1).max()) < 5
+
+
+def test_fixed_rows_have_one_learned_length():
+    projection = balanced(row_norm="fixed")
+    rows = projection(EMBEDDINGS)
+    assert torch.allclose(rows.norm(dim=1), projection.log_norm.exp().expand(5), atol=1e-5)
+    projection.scale_rows(3.0)
+    assert torch.allclose(projection(EMBEDDINGS), 3 * rows, atol=1e-5)
+    white = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
+    x, plain = torch.randn(7, 16, generator=torch.Generator().manual_seed(2)), projection(EMBEDDINGS)
+    projection.fold(white)
+    assert torch.allclose(x @ projection(EMBEDDINGS).T, (x @ white) @ plain.T, atol=1e-4)
+    projection(EMBEDDINGS).square().sum().backward()
+    assert projection.log_norm.grad.abs() > 0
+    free = balanced()
+    plain = free(EMBEDDINGS)
+    free.fold(white)
+    assert torch.allclose(x @ free(EMBEDDINGS).T, (x @ white) @ plain.T, atol=1e-4)
+    before = free(EMBEDDINGS)
+    free.scale_rows(3.0)
+    assert torch.allclose(free(EMBEDDINGS), 3 * before, atol=1e-5)
+
+
+def test_domain_rows_are_the_embeddings_or_one_random_map_of_them():
+    rows = domain_rows(EMBEDDINGS, 12, 0, 0.5)
+    assert float(rows.norm(dim=1).mean()) == pytest.approx(0.5, rel=1e-5)
+    assert torch.allclose(rows / rows[0, 0], EMBEDDINGS / EMBEDDINGS[0, 0], atol=1e-5)
+    wide = domain_rows(EMBEDDINGS, 16, 1, 1.0)
+    assert wide.shape == (5, 16) and not torch.allclose(wide, domain_rows(EMBEDDINGS, 16, 2, 1.0))
+    # A later domain goes through the same map: its row is a combination of the others as its embedding is.
+    later = domain_rows(torch.cat([EMBEDDINGS, EMBEDDINGS[:1] + EMBEDDINGS[1:2]]), 16, 1, 1.0)
+    assert torch.allclose(later[5], later[0] + later[1], atol=1e-5)

@@ -124,6 +124,15 @@ class Canary:
         return open, (str(self.path), "w")
 
 
+@pytest.mark.parametrize("lead", [b"\x80\x02", b"PK"])
+def test_a_header_whose_length_starts_like_a_pickle_is_read(tmp_path, lead):
+    """One header in thirty-two has a length whose first byte is 0x80."""
+    length = int.from_bytes(lead, "little")
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / SINGLE).write_bytes(length.to_bytes(8, "little") + header.ljust(length) + bytes(4))
+    assert TensorReader(tmp_path).read("a").item() == 0.0
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_pickles_are_refused_by_name_and_by_content(tmp_path, zipped):
     canary, weights = tmp_path / "canary", tmp_path / "model"

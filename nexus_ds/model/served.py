@@ -1,0 +1,169 @@
+"""Checkpoints of the router input `context` as a transformers model: a Qwen2-MoE whose routers read a running mean.
+
+`register` makes AutoConfig and AutoModelForCausalLM know the model type; `import nexus_ds.hf` does it for users. In
+generation each layer's cache keeps one vector more, the sum of the router inputs so far.
+Shapes: B sequences, S tokens, T = B*S, H hidden size.
+Not covered: static, quantised and offloaded caches (refused), assisted generation, other serving programs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeModel, Qwen2MoeTopKRouter
+
+from nexus_ds.errors import UnsupportedModelError
+from nexus_ds.model.context import CONTEXT_MODEL, context_of, running_mean
+
+
+class _Sum:
+    """What a cache layer adds to its keys and values: sum [B, H] and count [B, 1] of the router inputs."""
+
+    so_far: tuple[Tensor, Tensor] | None = None
+
+    def _take(self, index: Tensor) -> None:
+        if self.so_far is not None:
+            self.so_far = self.so_far[0][index], self.so_far[1][index]
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.so_far = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._take(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._take(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        if self.so_far is not None:
+            self._take(torch.arange(len(self.so_far[0]), device=self.so_far[0].device).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove and self.so_far is not None:
+            raise UnsupportedModelError(
+                f"a router that reads a running mean can't take {tokens_to_remove} tokens back; generate without an "
+                "assistant"
+            )
+
+
+class _SumLayer(_Sum, DynamicLayer):
+    """Full attention."""
+
+
+class _SlidingSumLayer(_Sum, DynamicSlidingWindowLayer):
+    """Sliding-window attention: the running mean still is over all tokens."""
+
+
+def summing(cache: Any, config: Any) -> Any:
+    """Return a cache whose layers keep running sums: a new one, or the given one if it has them or is still empty."""
+    if cache is None:
+        cache = DynamicCache(config=config)
+    if cache.layers and isinstance(cache.layers[0], _Sum):
+        return cache
+    if type(cache) is not DynamicCache or cache.get_seq_length() or getattr(cache, "offloading", False):
+        raise UnsupportedModelError(
+            f"this model needs an empty DynamicCache to start from, found {type(cache).__name__} with "
+            f"{cache.get_seq_length()} tokens; leave the cache's implementation to the default"
+        )
+    sliding = [kind == "sliding_attention" for kind in config.layer_types]
+    cache.layers = [_SlidingSumLayer(config.sliding_window) if s else _SumLayer() for s in sliding]
+    return cache
+
+
+class ContextRouter(Qwen2MoeTopKRouter):
+    """Scores tokens by the running mean of the router inputs of their text."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.mean = nn.Parameter(torch.zeros(config.hidden_size))
+        self.length = 0
+        self.valid_BS: Tensor | None = None
+        self.memory: Any = None
+
+    def begin(self, length: int, valid_BS: Tensor | None = None, memory: Any = None) -> None:
+        """Say what the next pass reads: texts of `length` new tokens, which are padding, and the layer's cache."""
+        self.length, self.valid_BS, self.memory = length, valid_BS, memory
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        """Return logits [T, E], gate values and choices [T, K] of inputs [T, H]."""
+        x_BSH = hidden_states.view(-1, self.length, hidden_states.shape[-1])
+        mean_BSH, after = running_mean(x_BSH, self.valid_BS, self.memory.so_far if self.memory else None)
+        if self.memory is not None:
+            self.memory.so_far = after
+            self.memory = None  # once: a recomputed pass must not count its tokens twice
+        return super().forward(context_of(mean_BSH, self.mean, x_BSH.dtype))
+
+
+class NexusMoeConfig(Qwen2MoeConfig):
+    """A Qwen2-MoE's settings under another name."""
+
+    model_type = CONTEXT_MODEL
+
+
+class NexusMoeModel(Qwen2MoeModel):
+    """A Qwen2-MoE whose routers read running means."""
+
+    config_class = NexusMoeConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        layers: Any = self.layers
+        for layer in layers:
+            layer.mlp.gate = ContextRouter(config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Tell the routers what they are about to read, then run as a Qwen2-MoE does."""
+        given = input_ids if input_ids is not None else inputs_embeds
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache or past_key_values is not None:
+            past_key_values = summing(past_key_values, self.config)
+        length = given.shape[1] if given is not None else 0
+        if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2):
+            raise UnsupportedModelError(
+                "this model needs to know which tokens are padding: give attention_mask as [sequences, tokens]"
+            )
+        valid_BS = None if attention_mask is None else attention_mask[:, -length:]
+        layers: Any = self.layers
+        for index, layer in enumerate(layers):
+            layer.mlp.gate.begin(length, valid_BS, past_key_values.layers[index] if past_key_values else None)
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+        )  # fmt: skip
+
+
+class NexusMoeForCausalLM(Qwen2MoeForCausalLM):
+    """The language model that `AutoModelForCausalLM` loads for `model_type` nexus_moe."""
+
+    config_class = NexusMoeConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model = NexusMoeModel(config)
+        self.post_init()
+
+
+def register() -> None:
+    """Make transformers' Auto classes know the model; further calls change nothing."""
+    AutoConfig.register(CONTEXT_MODEL, NexusMoeConfig, exist_ok=True)
+    AutoModelForCausalLM.register(NexusMoeConfig, NexusMoeForCausalLM, exist_ok=True)
+    mapping = get_checkpoint_conversion_mapping("qwen2_moe")
+    register_checkpoint_conversion_mapping(CONTEXT_MODEL, mapping, overwrite=True)

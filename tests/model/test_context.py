@@ -1,0 +1,154 @@
+"""The router input `context`: its definition, the reference, the transformers model, generation, and who refuses it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_nexus
+
+from nexus_ds.config import RouterConfig
+from nexus_ds.errors import CheckpointError, UnsupportedModelError
+from nexus_ds.model.build import load_reference, load_stock
+from nexus_ds.model.checkpoint import SIDECAR, read_sidecar
+from nexus_ds.model.context import context, running_mean
+from nexus_ds.model.loading import load_model
+from nexus_ds.model.served import NexusMoeForCausalLM
+
+TOKENS = torch.randint(31, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def served(context_dir):
+    return load_model(context_dir, "fp32")
+
+
+def test_the_input_is_the_normalised_mean_of_the_text_so_far_less_a_vector():
+    x_BSH = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(1))
+    centre_H = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    found = context(x_BSH.flatten(0, 1), 5, centre_H).view(2, 5, 4)
+    mean = x_BSH[1, :4].mean(0)
+    torch.testing.assert_close(found[1, 3], mean / (mean.square().mean() + 1e-6).sqrt() - centre_H)
+
+
+def test_running_means_go_on_where_they_stopped_and_skip_padding():
+    x_BSH = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(1))
+    whole, _ = running_mean(x_BSH)
+    first, state = running_mean(x_BSH[:, :5])
+    second, _ = running_mean(x_BSH[:, 5:], before=state)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole)
+    valid = torch.tensor([[0, 0, 0] + [1] * 6, [1] * 9])
+    padded, _ = running_mean(x_BSH, valid)
+    torch.testing.assert_close(padded[0, 3:], running_mean(x_BSH[:1, 3:])[0][0])
+    torch.testing.assert_close(padded[1], whole[1])
+
+
+@torch.no_grad()
+def test_transformers_computes_what_the_reference_does(context_dir, served):
+    assert type(served) is NexusMoeForCausalLM
+    expected = load_reference(context_dir, torch.float32, RouterConfig())(input_ids=TOKENS, use_cache=False).logits
+    torch.testing.assert_close(served(input_ids=TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
+    served.model.layers[0].mlp.gate.mean.data += 1.0
+    changed = served(input_ids=TOKENS).logits
+    served.model.layers[0].mlp.gate.mean.data -= 1.0
+    assert not torch.allclose(changed, expected, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_stock_model_of_the_same_weights_routes_otherwise(tmp_path, served):
+    make_nexus(tmp_path / "token", row_norm="fixed")
+    stock = load_model(tmp_path / "token", "fp32")(input_ids=TOKENS).logits
+    assert not torch.allclose(served(input_ids=TOKENS).logits, stock, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [[1] * 20, [7, 1, 1, 5, 6]])
+def test_token_by_token_equals_the_whole_pass(served, steps):
+    expected = served(input_ids=TOKENS, use_cache=False).logits
+    cache, found, start = None, [], 0
+    for count in steps:
+        out = served(input_ids=TOKENS[:, start : start + count], past_key_values=cache, use_cache=True)
+        cache, start = out.past_key_values, start + count
+        found.append(out.logits)
+    torch.testing.assert_close(torch.cat(found, 1), expected, atol=1e-5, rtol=1e-5)
+    total, count = cache.layers[0].so_far
+    assert total.shape == (2, 16) and count.tolist() == [[20.0], [20.0]]  # one vector a layer, however long the text
+
+
+@torch.no_grad()
+def test_generation_equals_the_whole_pass_greedily_with_beams_and_padding(served):
+    options = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+    prompt = TOKENS[:, :8]
+    text = served.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    for end in range(8, 20):
+        assert torch.equal(served(input_ids=text[:, :end], use_cache=False).logits[:, -1].argmax(-1), text[:, end])
+    with_cache = served.generate(prompt, attention_mask=torch.ones_like(prompt), num_beams=3, **options)
+    without = served.generate(prompt, attention_mask=torch.ones_like(prompt), num_beams=3, use_cache=False, **options)
+    assert torch.equal(with_cache, without)
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), prompt], 1)
+    mask = torch.cat([torch.zeros(2, 3, dtype=torch.long), torch.ones_like(prompt)], 1)
+    assert torch.equal(served.generate(padded, attention_mask=mask, **options)[:, 3:], text)
+
+
+@torch.no_grad()
+def test_caches_that_keep_no_sum_are_refused(served):
+    from transformers import DynamicCache, StaticCache
+
+    with pytest.raises(UnsupportedModelError, match="needs an empty DynamicCache to start from, found StaticCache"):
+        served(input_ids=TOKENS, past_key_values=StaticCache(config=served.config, max_cache_len=32), use_cache=True)
+    cache = DynamicCache(config=served.config)
+    cache.update(torch.zeros(2, 2, 3, 8), torch.zeros(2, 2, 3, 8), 0)
+    with pytest.raises(UnsupportedModelError, match="found DynamicCache with 3 tokens"):
+        served(input_ids=TOKENS, past_key_values=cache, use_cache=True)
+    cache = served(input_ids=TOKENS, use_cache=True).past_key_values
+    with pytest.raises(UnsupportedModelError, match="can't take -2 tokens back"):
+        cache.crop(-2)
+    with pytest.raises(UnsupportedModelError, match="which tokens are padding"):
+        served(input_ids=TOKENS, attention_mask=torch.ones(2, 1, 20, 20))
+
+
+def test_saving_and_loading_keeps_the_model(tmp_path, served):
+    served.save_pretrained(tmp_path / "again")
+    names = set(json.loads((tmp_path / "again" / "config.json").read_text()).items() if False else [])
+    again = load_stock(tmp_path / "again", torch.float32).eval()
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=TOKENS).logits, served(input_ids=TOKENS).logits)
+    assert not names
+
+
+LOAD = """
+import sys
+from transformers import AutoModelForCausalLM
+if sys.argv[2] == "hf":
+    import nexus_ds.hf
+model, report = AutoModelForCausalLM.from_pretrained(sys.argv[1], local_files_only=True, output_loading_info=True)
+assert not report["missing_keys"] and not report["unexpected_keys"], report
+print(type(model).__name__)
+"""
+
+
+@pytest.mark.slow
+def test_transformers_alone_refuses_it_by_name_and_one_import_makes_it_load(context_dir):
+    def load(how):
+        return subprocess.run(
+            [sys.executable, "-c", LOAD, str(context_dir), how],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    alone = load("alone")
+    assert alone.returncode and "nexus_moe" in alone.stderr
+    assert load("hf").stdout.strip() == "NexusMoeForCausalLM"
+
+
+def test_a_sidecar_that_contradicts_the_model_type(context_dir, tmp_path):
+    make_nexus(tmp_path / "nexus")
+    value = json.loads((tmp_path / "nexus" / SIDECAR).read_text())
+    value["router"]["input"] = "context"
+    (tmp_path / "nexus" / SIDECAR).write_text(json.dumps(value))
+    with pytest.raises(CheckpointError, match=r"model_type .qwen2_moe., nexus.json says nexus_moe"):
+        read_sidecar(tmp_path / "nexus")
+    assert read_sidecar(context_dir).router.input == "context"
