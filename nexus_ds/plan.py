@@ -88,6 +88,7 @@ def collect(args: argparse.Namespace, config: Config, sizes: Sizes, machine: Mac
     """
     from nexus_ds.planning import assumptions, choose
     from nexus_ds.planning.layout import deepspeed_json
+    from nexus_ds.planning.links import LinkAdvice
     from nexus_ds.planning.memory import disk
     from nexus_ds.runtime.schedule import tokens_per_step, total_steps
 
@@ -107,6 +108,7 @@ def collect(args: argparse.Namespace, config: Config, sizes: Sizes, machine: Mac
         "layouts": [candidate.to_json(tokens) for candidate in found],
         "best": None,
         "one_more_expert": None,
+        "links": LinkAdvice(sizes, machine, config).to_json(),
         "estimated": "bytes of the CUDA context and allocator, and all seconds, are estimates from `assumptions`",
         "assumptions": assumptions.table(),
     }
@@ -172,6 +174,22 @@ def _more(plan: dict[str, Any]) -> str:
     )
 
 
+def _links(advice: dict[str, Any]) -> str:
+    """Return, in one line, whether expert parallelism pays on the link, and where that changes."""
+    from nexus_ds.planning.units import bits
+
+    words = {"expert_parallel": "expert parallelism", "zero_only": "ZeRO alone"}
+    better, other = sorted(words, key=lambda way: way != advice["use"])
+    line = (
+        f"links: at {bits(advice['link'])} between {advice['between']} {words[better]} is the faster: "
+        f"{advice[better]['name']} {advice[better]['step_seconds']:.3g} s a step, {advice[other]['name']} "
+        f"{advice[other]['step_seconds']:.3g} s"
+    )
+    if not advice["flips"]:
+        return line + "; so it is from 10 Mb to 10 Tb"
+    return line + "".join(f"; above {bits(f['link'])} {words[f['on_faster_links']]}" for f in advice["flips"])
+
+
 def describe(plan: dict[str, Any]) -> str:
     """Return the plan as text."""
     counts, disk, run = plan["parameters"], plan["disk_bytes"], plan["run"]
@@ -192,6 +210,8 @@ def describe(plan: dict[str, Any]) -> str:
     ]
     if plan["one_more_expert"]:
         lines.append(_more(plan))
+    if plan["links"]:
+        lines.append(_links(plan["links"]))
     machine = plan["machine"]
     lines.append(
         f"estimated, not measured: all seconds ({machine['tflops']:g} TFLOPS at {plan['assumptions']['MFU']:.0%}, links at "

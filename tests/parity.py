@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from nexus_ds.config import Config, _apply, parse_override
 from nexus_ds.model.build import DTYPES, leave, load_nexus
 from nexus_ds.model.checkpoint import read_sidecar
+from nexus_ds.model.head import next_token_loss
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.engine import (
     Batch,
@@ -27,7 +28,6 @@ from nexus_ds.runtime.engine import (
     placement,
     set_learning_rate,
     start_engine,
-    token_losses,
 )
 
 STEPS = 10
@@ -108,7 +108,7 @@ def train_step(engine, config, batch, windows, before_step=None):
     total, share = 0.0, len(windows) // world
     for part in range(batch.accumulation):
         first = rank * share + part * batch.micro
-        loss = token_losses(engine, windows[first : first + batch.micro]).mean()
+        loss, _ = next_token_loss(engine, windows[first : first + batch.micro])
         engine.backward(loss)
         if before_step and part == batch.accumulation - 1:
             before_step()

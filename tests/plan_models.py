@@ -43,7 +43,7 @@ def make_model(out, sizes):
     names = [f"domain{i}" for i in range(sizes.experts)]
     sidecar = Sidecar(
         experts=[ExpertRecord(name=d, domain=d, source=d, sha256="0" * 64) for d in names],
-        router=RouterRecord(kind="nexus", depth=2, width=0, activation="swiglu", centre=True, top_k=sizes.top_k),
+        router=RouterRecord(kind="nexus", depth=2, width=0, projection="swiglu", row_norm="free", input="token", centre=True, top_k=sizes.top_k),
         encoder=EncoderRecord(name="tiny", revision="1" * 64, dimension=EMBEDDING, documents=5, normalised=True),
         lineage=[{"verb": "upcycle"}], versions={}, vectors=vectors, centre=centre_of(vectors),
         projections=[Projection(EMBEDDING, sizes.hidden).state_dict() for _ in range(sizes.layers)],

@@ -4,7 +4,7 @@ python plan_worker.py CHECKPOINT OUT DEEPSPEED_JSON KEY=VALUE ...      under the
 
 Writes OUT.RANK.json in bytes, of the second step between backward pass and update, when everything is there at once:
 `states` (all live tensors but the buckets), its parts `weights`, `gradients`, `optimizer` and `other`, `buckets` (on the way
-to other ranks or the CPU), and `activations`: what the forward pass kept for the backward pass, with `logits` of it.
+to other ranks or the CPU), and `activations`: what the forward pass kept for the backward pass, with `head` of it.
 """
 
 import gc
@@ -19,6 +19,7 @@ from parity import settings
 
 from nexus_ds.model.build import DTYPES, leave, load_nexus
 from nexus_ds.model.checkpoint import read_sidecar
+from nexus_ds.model.head import next_token_loss
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.engine import (
     check_layout,
@@ -26,7 +27,6 @@ from nexus_ds.runtime.engine import (
     placement,
     set_learning_rate,
     start_engine,
-    token_losses,
 )
 
 
@@ -107,17 +107,17 @@ class Kept:
         return tensor
 
     def bytes(self, vocabulary):
-        """Return bytes of all, and of those as wide as the vocabulary."""
+        """Return bytes of all, and of those that have a row for each word: the gradient of the output layer's weight."""
         found = {a: n for a, n in storages(self.tensors).items() if a not in self.known}
-        wide = storages([t for t in self.tensors if t.ndim and t.shape[-1] == vocabulary])
+        wide = storages([t for t in self.tensors if t.ndim == 2 and len(t) == vocabulary])
         return sum(found.values()), sum(n for a, n in wide.items() if a not in self.known)
 
 
 def forward(engine, windows, kept=None):
     if kept is None:
-        return token_losses(engine, windows).mean()
+        return next_token_loss(engine, windows)[0]
     with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
-        return token_losses(engine, windows).mean()
+        return next_token_loss(engine, windows)[0]
 
 
 def main():
@@ -148,7 +148,7 @@ def main():
             kept = Kept(engine) if step == 1 and last else None
             loss = forward(engine, data, kept)
             if kept:
-                found["activations"], found["logits"] = kept.bytes(vocabulary)
+                found["activations"], found["head"] = kept.bytes(vocabulary)
                 kept.tensors.clear()
             if kept and stage == 1:
                 count_before_reducing(engine, found)

@@ -35,10 +35,25 @@ def test_the_json_has_the_promised_keys(capsys):
 def test_the_text_says_what_fits_what_is_estimated_and_what_to_type(capsys):
     assert main(LARGE) == 0
     text = capsys.readouterr().out
-    for part in ("parameters: 9,093M, 4,345M active", "fastest that fits: ZeRO-3", "GB a training state", "logits",
+    for part in ("parameters: 9,093M, 4,345M active", "fastest that fits: ZeRO-3", "GB a training state", "activations",
                  "one more expert: +1,583M parameters", "estimated, not measured: all seconds", "days",
                  "next: the same command with --write"):  # fmt: skip
         assert part in text
+
+
+def test_it_says_what_the_link_is_good_for(capsys):
+    cluster = ["plan", "--config", "nexus-470m", "--gpus", "8", "--nodes", "2", "--gpu-memory", "80GB", "--link"]
+    slow, fast = planned(capsys, *cluster, "1Gb")["links"], planned(capsys, *cluster, "100Gb")["links"]
+    assert (slow["use"], fast["use"]) == ("expert_parallel", "zero_only")
+    assert slow["flips"] == fast["flips"] and slow["flips"]
+    assert main([*cluster, "1Gb"]) == 0
+    text = capsys.readouterr().out
+    assert "links: at 1 Gb between nodes expert parallelism is the faster: ZeRO-" in text
+    assert f"; above {8e-9 * slow['flips'][0]['link']:.3g} Gb ZeRO alone" in text
+    assert main(["plan", "--config", "nexus-470m", "--gpus", "8", "--gpu-memory", "80GB"]) == 0
+    assert "so it is from 10 Mb to 10 Tb" in capsys.readouterr().out
+    assert main(["plan", "--config", "nexus-470m", "--gpus", "1", "--gpu-memory", "80GB"]) == 0
+    assert "links: at" not in capsys.readouterr().out
 
 
 def test_the_written_json_and_the_command_are_those_of_the_best(tmp_path, capsys):

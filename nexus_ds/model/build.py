@@ -23,10 +23,11 @@ from nexus_ds.model.families import (
     SHARED_GATE_FILL,
     expert_name,
     gate_name,
+    mean_name,
     shared_gate_name,
     shared_name,
 )
-from nexus_ds.model.loading import quiet_transformers, read_config
+from nexus_ds.model.loading import know_model_type, quiet_transformers
 from nexus_ds.model.moe import NexusMoE, NexusRouter, Placement
 from nexus_ds.model.reference import FeedForward, ReferenceExperts, ReferenceMoE, ReferenceRouter
 from nexus_ds.model.router import Projection
@@ -39,6 +40,7 @@ def transformers_config(directory: Path) -> Any:
     """Return the checkpoint's configuration; nothing but local JSON is read and no code of the checkpoint is run."""
     from transformers import AutoConfig
 
+    know_model_type(directory)
     return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
@@ -46,7 +48,7 @@ def load_stock(directory: Path, dtype: torch.dtype) -> Any:
     """Load any checkpoint as plain transformers does (the oracle of the export, and the way dense models are trained)."""
     from transformers import AutoModelForCausalLM
 
-    read_config(directory)
+    know_model_type(directory)
     TensorReader(directory)  # checks headers, ranges and paths, which transformers trusts
     quiet_transformers()
     return AutoModelForCausalLM.from_pretrained(
@@ -158,6 +160,11 @@ class NexusParts:
         """Return the free rows [E, H] of a linear router."""
         return self.reader.read(gate_name(layer)).to(self.dtype)
 
+    def mean(self, layer: int) -> Tensor | None:
+        """Return what a router with the input `context` subtracts [H]; None for the input `token`."""
+        context = self.sidecar.router.input == "context"
+        return self.reader.read(mean_name(layer)).to(self.dtype) if context else None
+
 
 def _nexus_block(
     parts: NexusParts, layer: int, placement: Placement, router: RouterConfig, grouped_mm: bool
@@ -170,8 +177,9 @@ def _nexus_block(
     ]
     projection, inputs_EM = parts.projection(layer)
     gate = NexusRouter(
-        hidden_size, placement, parts.sidecar.router.top_k, projection, inputs_EM, router.load_balance, router.z_loss
-    )
+        hidden_size, placement, parts.sidecar.router.top_k, projection, inputs_EM, router.load_balance, router.z_loss,
+        parts.mean(layer),
+    )  # fmt: skip
     if projection is None:
         gate.gate.weight = nn.Parameter(parts.rows(layer))
     return NexusMoE(placement, local, shared, gate, grouped_mm)
@@ -186,7 +194,7 @@ def _reference_block(parts: NexusParts, layer: int, router: RouterConfig) -> Ref
         for target, part in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
             getattr(experts, target).data[index] = getattr(routed, part).weight.data
     projection, inputs_EM = parts.projection(layer)
-    gate = ReferenceRouter(hidden_size, inputs_EM, projection, parts.experts)
+    gate = ReferenceRouter(hidden_size, inputs_EM, projection, parts.experts, parts.mean(layer))
     if gate.gate is not None:
         gate.gate.weight = nn.Parameter(parts.rows(layer))
     return ReferenceMoE(gate, experts, shared, parts.sidecar.router.top_k, router.load_balance, router.z_loss)

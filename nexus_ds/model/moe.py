@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nexus_ds.model.context import context
+from nexus_ds.model.experts import ExpertOrder, RoutedExperts
 from nexus_ds.model.losses import attach_loss, load_balancing_loss, router_z_loss
 from nexus_ds.model.reference import FeedForward
 from nexus_ds.model.router import Projection
@@ -21,9 +23,13 @@ from nexus_ds.runtime.deepspeed_internals import (
     TokenChoiceTopKRouter,
     autoep_config,
     autoep_spec,
+    compute_split_plan,
     count_tokens_per_expert,
     mark_replicated,
+    permute_by_local_expert,
+    unpermute_by_local_expert,
 )
+from nexus_ds.runtime.exchange import Exchange
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class NexusRouter(TokenChoiceTopKRouter):
     """Scores tokens against rows P(D) (or free rows for `linear`) and carries the auxiliary losses.
 
     `loss_scale` is 1 / gradient accumulation steps: the engine scales the main loss by it, so must the losses here.
+    With `mean_H` [H] the scored input is the running mean of a text's hidden states (see `context`).
     """
 
     def __init__(
@@ -89,6 +96,7 @@ class NexusRouter(TokenChoiceTopKRouter):
         domain_inputs_EM: Tensor | None,
         load_balance: float = 0.0,
         z_loss: float = 0.0,
+        mean_H: Tensor | None = None,
     ) -> None:
         with torch.device("meta"):  # the parent's own gate is dropped
             super().__init__(hidden_size, placement.slots, None, None, top_k, "softmax", False, 1.0, False)
@@ -97,6 +105,8 @@ class NexusRouter(TokenChoiceTopKRouter):
         if projection is None:
             self.gate: nn.Linear = nn.Linear(hidden_size, placement.experts, bias=False)
         self.register_buffer("domain_inputs", domain_inputs_EM, persistent=False)
+        self.mean = None if mean_H is None else nn.Parameter(mean_H)
+        self.length = 0  # of the texts in a batch; the input `context` has to know where one begins
         slots = torch.tensor([placement.slot(e) for e in range(placement.experts)])
         self.register_buffer("slot_of_expert", slots, persistent=False)
         self.load_balance, self.z_loss, self.loss_scale = load_balance, z_loss, 1.0
@@ -104,6 +114,8 @@ class NexusRouter(TokenChoiceTopKRouter):
 
     def logits(self, x_TH: Tensor) -> Tensor:
         """Return x E^T, [T, E]. P is reached by a module call, so that ZeRO-3 gathers it."""
+        if self.mean is not None:
+            x_TH = context(x_TH, self.length, self.mean)
         if self.projection is None:
             return self.gate(x_TH)
         assert isinstance(self.domain_inputs, Tensor)
@@ -117,7 +129,8 @@ class NexusRouter(TokenChoiceTopKRouter):
         load_balance, z = load_balancing_loss(p_TE, chosen_TK), router_z_loss(logits_TE)
         self.latest = RouterStatistics(chosen_TK.detach(), gate_TK[:, 0].detach(), load_balance.detach(), z.detach())
         if torch.is_grad_enabled() and self.training:
-            gate_TK = attach_loss(gate_TK, self.load_balance * load_balance + self.z_loss * z, self.loss_scale)
+            total = self.load_balance * load_balance + (self.z_loss * z if self.z_loss else 0.0)
+            gate_TK = attach_loss(gate_TK, total, self.loss_scale)
         # Serving rounds the gate to the compute dtype before it multiplies; training does the same or routes differ.
         gate_TK = gate_TK.to(x.dtype).float()
         assert isinstance(self.slot_of_expert, Tensor)
@@ -164,3 +177,39 @@ class NexusMoE(AutoEPMoELayer):
         self.placement = placement
         self.router = router
         mark_replicated(router)
+        self.grouped_mm = grouped_mm
+        if not grouped_mm:
+            self.experts: nn.Module = RoutedExperts(self.experts)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return the shared expert's output plus the gated routed ones, [B, S, H]."""
+        self.router.length = hidden_states.shape[-2]
+        if self.ep_size == 1 and self.grouped_mm and hidden_states.is_cuda:  # there groups are padded for the kernel
+            return super().forward(hidden_states)
+        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        gate_TK, slots_TK, counts_E = self.router(x_TH)
+        order = ExpertOrder(slots_TK)
+        rows_NH = order.dispatch(x_TH)
+        if self.ep_size == 1:
+            routed_NH, shared_TH = self.experts(rows_NH, counts_E), self.shared_experts(x_TH)
+        else:
+            routed_NH, shared_TH = self._travel(x_TH, rows_NH, counts_E)
+        return (order.combine(routed_NH, gate_TK) + shared_TH).view_as(hidden_states)
+
+    def _travel(self, x_TH: Tensor, rows_NH: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the experts' outputs [N, H] of rows that go to their ranks and back, and the shared expert's [T, H].
+
+        The shared expert is computed while rows travel: gate and up projections on the way there, the down projection on
+        the way back. Under autograd their backward passes hide the gradients' ways alike (docs/slow-links.md).
+        """
+        plan = compute_split_plan(
+            rows_NH, self.num_experts, self.ep_size, self.num_local_experts, self.ep_group, counts_E
+        )
+        there = Exchange(self.ep_group, plan.input_splits, plan.output_splits)
+        back, shared = there.back(), self.shared_experts
+        sent_NH = there.start(rows_NH)
+        inner_TF = F.silu(shared.gate_proj(x_TH)) * shared.up_proj(x_TH)
+        rows, places, counts, number = permute_by_local_expert(there.wait(sent_NH), plan.local_counts_by_source)
+        sent_NH = back.start(unpermute_by_local_expert(self.experts(rows, counts), places, number))
+        shared_TH = shared.down_proj(inner_TF)
+        return back.wait(sent_NH), shared_TH

@@ -19,8 +19,8 @@ PREFETCH_ELEMENTS = 50_000_000
 """ZeRO-3 gathers this many elements ahead (stage3_prefetch_bucket_size)."""
 PERSISTENT_ELEMENTS = 100_000
 """ZeRO-3 keeps smaller parameters whole on every rank, as ds_configs/z3.json says."""
-LOGITS_BYTES = 12
-"""Bytes of a logit at the peak of the cross-entropy: log-probabilities and two gradients, all fp32."""
+LOGITS_BYTES = 8
+"""Bytes of a logit at the peak of the cross-entropy: itself and its log-probability, both fp32."""
 
 # Choices in the DeepSpeed JSON that the plan writes -------------------------------------------------------------------
 
@@ -50,7 +50,7 @@ LAYER_SECONDS = 2e-3
 LINK_EFFICIENCY = 0.7
 """Share of a link's nominal speed that large collectives reach."""
 OVERLAP = 0.5
-"""Share of the computing time behind which ZeRO's communication can hide; all-to-alls of tokens hide behind nothing."""
+"""Share of the computing time behind which ZeRO's communication can hide; all-to-alls hide behind the shared expert."""
 GPU_ADAM_PER_SECOND = 1.5e10
 """Parameters a GPU's fused AdamW updates in a second: 30 bytes each at about 450 GB/s."""
 CPU_ADAM_PER_SECOND = 5e8

@@ -61,6 +61,18 @@ def judge(sizes: Sizes, layout: Layout, machine: Machine, config: Config) -> Can
     return Candidate(layout, needs, traffic.step(sizes, layout, machine, width, length), fits)
 
 
+def judged(sizes: Sizes, machine: Machine, config: Config) -> list[list[Candidate]]:
+    """Return, for each layout, all ways to cut the batch.
+
+    Raises:
+        LayoutError: the batch does not divide over the GPUs.
+    """
+    return [
+        [judge(sizes, layout, machine, config) for layout in ways]
+        for ways in layouts(sizes, config.training, machine.gpus)
+    ]
+
+
 def candidates(sizes: Sizes, machine: Machine, config: Config) -> list[Candidate]:
     """Return the best cut of the batch for each layout: the fastest that fits, else the one that needs least memory.
 
@@ -70,13 +82,12 @@ def candidates(sizes: Sizes, machine: Machine, config: Config) -> list[Candidate
         LayoutError: the batch does not divide over the GPUs.
     """
     found = []
-    for ways in layouts(sizes, config.training, machine.gpus):
-        judged = [judge(sizes, layout, machine, config) for layout in ways]
-        fitting = [c for c in judged if c.fits]
+    for ways in judged(sizes, machine, config):
+        fitting = [c for c in ways if c.fits]
         if fitting:
             found.append(min(fitting, key=lambda c: c.step.step_seconds))
         else:
-            found.append(min(judged, key=lambda c: c.memory.gpu_bytes))
+            found.append(min(ways, key=lambda c: c.memory.gpu_bytes))
     return sorted(found, key=lambda c: (not c.fits, c.step.step_seconds if c.fits else c.memory.gpu_bytes))
 
 

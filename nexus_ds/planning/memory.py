@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from nexus_ds.model.head import chunk_tokens
 from nexus_ds.planning import assumptions as assume
 from nexus_ds.planning.layout import Layout, largest_gathered, live_elements
 from nexus_ds.planning.sizes import KINDS, Parameter, Sizes
@@ -144,15 +145,23 @@ def layer_activations(sizes: Sizes, width: int, imbalance: float = 1.0) -> float
     ffn = 4 * width * sizes.ffn  # gate, its SiLU, up, their product
     if not sizes.experts:
         return norms + attention + ffn
-    routed = sizes.top_k * (ffn + 2 * width * sizes.hidden) * imbalance
+    # In fp32 experts run one after the other and keep half: SiLU and product are made again (nexus_ds/model/experts.py).
+    inner = ffn if width == 2 else ffn / 2
+    routed = sizes.top_k * (inner + 2 * width * sizes.hidden) * imbalance
     return norms + attention + ffn + routed + 16 * sizes.experts + 100
 
 
 def activations(sizes: Sizes, layout: Layout, width: int, tokens: int) -> float:
-    """Return bytes that the forward pass of `tokens` tokens keeps, logits not counted."""
+    """Return bytes that the forward pass of `tokens` tokens keeps, the output layer not counted."""
     imbalance = assume.ROUTING_IMBALANCE if layout.expert > 1 else 1.0
     layer = layer_activations(sizes, width, imbalance) if layout.checkpointing == "none" else width * sizes.hidden
     return tokens * (sizes.layers * layer + (4 + 2 * width) * sizes.hidden)
+
+
+def head(sizes: Sizes, width: int, tokens: int) -> float:
+    """Return bytes that the output layer needs at once: the logits of a chunk of tokens, and its weight's gradient."""
+    logits = min(tokens, chunk_tokens(sizes.vocabulary)) * sizes.vocabulary
+    return assume.LOGITS_BYTES * logits + width * sizes.vocabulary * sizes.hidden
 
 
 def _working(sizes: Sizes, layout: Layout, width: int, tokens: int) -> float:
@@ -205,7 +214,7 @@ def memory(sizes: Sizes, layout: Layout, width: int, length: int, local: int) ->
     gpu |= buffers(sizes, layout, width)
     passes = {
         "activations": activations(sizes, layout, width, tokens),
-        "logits and their gradients": assume.LOGITS_BYTES * tokens * sizes.vocabulary,
+        "logits and gradient of the output layer": head(sizes, width, tokens),
         "backward pass of a layer": _working(sizes, layout, width, tokens),
     }
     smaller = min(list(passes)[1:], key=lambda name: passes[name])

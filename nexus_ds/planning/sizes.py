@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 from nexus_ds.config import Config
 from nexus_ds.errors import CheckpointError, ConfigError
+from nexus_ds.model.context import CONTEXT_MODEL
 from nexus_ds.model.loading import read_config
 
 KINDS = ("matrices", "vectors", "router", "experts")
 NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-ACTIVATION_INPUTS = {"swiglu": 2, "gelu": 1, "relu": 1, "none": 1}
+ACTIVATION_INPUTS = {"swiglu": 2, "gelu": 1, "relu": 1, "linear": 1}
 
 
 class Parameter(NamedTuple):
@@ -45,11 +46,21 @@ class Sizes:
     top_k: int = 1
     projection: tuple[int, ...] = ()
     """Elements of each map of P in one layer; empty for a linear router."""
+    context: bool = False
+    """Whether routers read running means, less a vector that is trained."""
+    shared: bool = True
+    """Whether the shared expert computes something; without one it is zeros."""
 
     @property
     def expert(self) -> int:
         """Elements of one feed-forward network: gate, up and down."""
         return 3 * self.hidden * self.ffn
+
+    @property
+    def router(self) -> tuple[int, ...]:
+        """Elements of each parameter of one layer's router: P's or free rows, and the vector of the input `context`."""
+        rows = self.projection or (self.experts * self.hidden,)
+        return (*rows, self.hidden) if self.context else rows
 
     @property
     def kv_width(self) -> int:
@@ -67,7 +78,7 @@ class Sizes:
                     yield Parameter("vectors", elements, layer)
             yield Parameter("matrices", wide * self.hidden, layer)
             if self.experts:
-                for elements in self.projection or (self.experts * self.hidden,):
+                for elements in self.router:
                     yield Parameter("router", elements, layer)
                 for _ in range(3 if experts else 0):
                     yield Parameter("experts", experts * self.hidden * self.ffn, layer)
@@ -88,11 +99,12 @@ class Sizes:
         by_kind = dict.fromkeys(KINDS, 0)
         for parameter in self.parameters(self.experts):
             by_kind[parameter.kind] += parameter.elements
-        rows = self.layers * self.hidden * (self.experts + 1) if self.experts else 0
+        rows = self.layers * self.hidden * (self.experts + 1 + self.context) if self.experts else 0
+        idle = max(self.experts - self.top_k, 0) + (not self.shared)
         total = by_kind["matrices"] + by_kind["vectors"] + by_kind["experts"] + rows
         return {
             "total": total,
-            "active": total - self.layers * self.expert * max(self.experts - self.top_k, 0),
+            "active": total - self.layers * self.expert * idle,
             "trained": sum(by_kind.values()),
             "dense": by_kind["matrices"] + by_kind["vectors"],
             "one_expert": self.layers * self.expert if self.experts else 0,
@@ -104,10 +116,11 @@ def _projection(config: Config, hidden: int, embedding_size: int) -> tuple[int, 
     router = config.router
     if router.kind == "linear":
         return ()
-    width, factor = router.width or hidden, ACTIVATION_INPUTS[router.activation]
-    inner = [width] * (router.depth - 1)
+    width, factor = router.width or hidden, ACTIVATION_INPUTS[router.projection]
+    inner = [] if router.projection == "linear" else [width] * (router.depth - 1)
     pairs = zip([embedding_size, *inner], [*(w * factor for w in inner), hidden], strict=True)
-    return tuple(a * b for a, b in pairs)
+    maps = tuple(a * b for a, b in pairs)
+    return (1, *maps, hidden * hidden) if router.row_norm == "fixed" else maps
 
 
 def _of_checkpoint(config: Config, directory: Path) -> Sizes:
@@ -123,15 +136,18 @@ def _of_checkpoint(config: Config, directory: Path) -> Sizes:
             )
     hidden, heads = found["hidden_size"], found["num_attention_heads"]
     maps: tuple[int, ...] = ()
+    shared = True
     if is_nexus(directory):
-        projections = read_sidecar(directory).projections
-        maps = tuple(weight.numel() for weight in projections[0].values()) if projections else ()
+        sidecar = read_sidecar(directory)
+        maps = tuple(weight.numel() for weight in sidecar.projections[0].values()) if sidecar.projections else ()
+        shared = sidecar.shared_expert == "seed"
     return Sizes(
         vocabulary=found["vocab_size"], hidden=hidden, layers=found["num_hidden_layers"], heads=heads,
         kv_heads=found.get("num_key_value_heads") or heads, head_size=found.get("head_dim") or hidden // heads,
         ffn=found.get("moe_intermediate_size") or found["intermediate_size"],
         tied=bool(found.get("tie_word_embeddings", False)),
-        qkv_bias=bool(found.get("qkv_bias", found.get("model_type") in ("qwen2", "qwen2_moe"))),
+        qkv_bias=bool(found.get("qkv_bias", found.get("model_type") in ("qwen2", "qwen2_moe", CONTEXT_MODEL))),
+        context=found.get("model_type") == CONTEXT_MODEL, shared=shared,
         experts=found.get("num_experts") or 0, top_k=found.get("num_experts_per_tok") or 1, projection=maps,
     )  # fmt: skip
 
@@ -159,4 +175,6 @@ def sizes_of(config: Config) -> Sizes:
         kv_heads=model.kv_heads or model.heads, head_size=model.hidden_size // model.heads, ffn=model.ffn_size,
         tied=model.tied_embeddings, experts=experts, top_k=config.router.top_k,
         projection=_projection(config, model.hidden_size, pipe.embedding_size) if experts else (),
+        context=bool(experts) and config.router.input == "context",
+        shared=not experts or model.shared_expert == "seed",
     )  # fmt: skip

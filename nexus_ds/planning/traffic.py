@@ -8,10 +8,10 @@ Not covered: latency of small collectives, congestion by other jobs, rails (seve
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from nexus_ds.planning import assumptions as assume
 from nexus_ds.planning.layout import Layout, Machine
-from nexus_ds.planning.memory import partition
 from nexus_ds.planning.sizes import Sizes
 
 
@@ -20,7 +20,8 @@ class Step:
     """One optimizer step: seconds by cause, bytes by link, and its tokens over all ranks."""
 
     seconds: dict[str, float]
-    """What adds up to the step: computing, all_to_all, exposed (communication that nothing hides), optimizer, offload."""
+    """What adds up to the step: computing; all_to_all and exposed (of tokens, and of ZeRO: what nothing hides); optimizer;
+    offload."""
     gpu_link_bytes: float
     """Sent by one GPU inside its node."""
     node_link_bytes: float
@@ -38,6 +39,15 @@ class Step:
         return self.tokens / self.step_seconds
 
 
+@lru_cache(maxsize=256)
+def _elements(sizes: Sizes, slots: int) -> tuple[int, int]:
+    """Return elements of a rank's parameters that are no experts, and of its `slots` experts of all layers."""
+    by_kind = [(p.kind == "experts", p.elements) for p in sizes.parameters(slots)]
+    experts = sum(elements for expert, elements in by_kind if expert)
+    return sum(elements for _, elements in by_kind) - experts, experts
+
+
+@lru_cache(maxsize=256)
 def token_flops(sizes: Sizes, length: int) -> tuple[float, float]:
     """Return floating-point operations of one token, forward and backward: of everything, and of its routed experts.
 
@@ -48,6 +58,23 @@ def token_flops(sizes: Sizes, length: int) -> tuple[float, float]:
     attention = 6 * sizes.layers * sizes.heads * sizes.head_size * length
     routed = 6 * sizes.layers * sizes.expert * sizes.top_k if sizes.experts else 0
     return 6 * weights + attention, routed
+
+
+def shared_seconds(sizes: Sizes, layout: Layout, machine: Machine, length: int) -> float:
+    """Return seconds of a step in the shared experts' matrix products, behind which the all-to-alls travel."""
+    if not sizes.experts:
+        return 0.0
+    flops = 6 * sizes.layers * sizes.expert * (1 if layout.checkpointing == "none" else 1 + assume.RECOMPUTED)
+    return layout.micro * layout.accumulation * length * flops / (machine.tflops * 1e12 * assume.MFU)
+
+
+def exposed_all_to_all(seconds: float, shared: float) -> float:
+    """Return what is seen of all-to-alls that take `seconds`, half of them dispatch and half of them combine.
+
+    The shared expert's gate and up projections (two of its three matrices) hide the dispatch, the third the combine
+    (`NexusMoE.forward`).
+    """
+    return max(0.0, seconds / 2 - 2 * shared / 3) + max(0.0, seconds / 2 - shared / 3)
 
 
 def _computing(sizes: Sizes, layout: Layout, machine: Machine, length: int) -> float:
@@ -79,9 +106,7 @@ def _sends(layout: Layout) -> float:
 
 def zero_traffic(sizes: Sizes, layout: Layout, machine: Machine, width: int) -> tuple[float, float]:
     """Return bytes of ZeRO's collectives in a step: a GPU's inside its node, and a node's to the others."""
-    own = list(sizes.parameters(layout.slots(sizes)))
-    experts = sum(p.elements for p in own if p.kind == "experts")
-    others, sends = sum(p.elements for p in own) - experts, width * _sends(layout)
+    (others, experts), sends = _elements(sizes, layout.slots(sizes)), width * _sends(layout)
     dense_ring = ring_bytes(others, layout.world, sends)
     expert_ring = ring_bytes(experts, layout.replicas, sends)
     if machine.nodes == 1:
@@ -111,7 +136,8 @@ def _seconds(traffic: tuple[float, float], machine: Machine) -> float:
 
 
 def _optimizer(sizes: Sizes, layout: Layout, machine: Machine, width: int) -> dict[str, float]:
-    share = partition(list(sizes.parameters(layout.slots(sizes))), layout)
+    others, experts = _elements(sizes, layout.slots(sizes))
+    share = others / layout.world + experts / layout.replicas
     if layout.offload == "none":
         return {"optimizer": share / assume.GPU_ADAM_PER_SECOND}
     moved = width * share * (layout.accumulation + 1)  # gradients down after every pass, weights up once
@@ -136,10 +162,13 @@ def step(sizes: Sizes, layout: Layout, machine: Machine, width: int, length: int
     zero = zero_traffic(sizes, layout, machine, width)
     tokens = token_traffic(sizes, layout, machine, width, length)
     computing = _computing(sizes, layout, machine, length)
+    sent = _seconds(tokens, machine)
+    seen = exposed_all_to_all(sent, shared_seconds(sizes, layout, machine, length))
     hidden = assume.OVERLAP * computing / (layout.accumulation if layout.stage == 1 else 1)
+    hidden = max(0.0, hidden - (sent - seen))  # a link carries one thing at a time
     seconds = {
         "computing": computing,
-        "all_to_all": _seconds(tokens, machine),
+        "all_to_all": seen,
         "exposed": max(0.0, _seconds(zero, machine) - hidden),
         **_optimizer(sizes, layout, machine, width),
     }

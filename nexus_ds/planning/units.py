@@ -38,3 +38,8 @@ def short(number: float) -> str:
             return f"{number:.3g}{prefix}"
         number /= 1000
     return f"{number:.3g} T"
+
+
+def bits(speed: float) -> str:
+    """Return bytes a second as a link's speed: 3.125e9 is 25 Gb."""
+    return f"{short(8 * speed)}b"

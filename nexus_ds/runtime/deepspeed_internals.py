@@ -30,7 +30,12 @@ import deepspeed.ops
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.module_inject.auto_ep_layer import (
+    AutoEPMoELayer,
+    compute_split_plan,
+    permute_by_local_expert,
+    unpermute_by_local_expert,
+)
 from deepspeed.moe.ep_count import count_tokens_per_expert
 from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -44,6 +49,7 @@ __all__ = [
     "AutoEPMoELayer",
     "TokenChoiceTopKRouter",
     "autoep_spec",
+    "compute_split_plan",
     "count_tokens_per_expert",
     "device",
     "expert_parallel_ranks",
@@ -52,8 +58,10 @@ __all__ = [
     "gathered",
     "mark_replicated",
     "partitioner",
+    "permute_by_local_expert",
     "set_optimizer_step",
     "start",
+    "unpermute_by_local_expert",
     "weights_from_masters",
 ]
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from nexus_ds.config import Config, ParallelConfig, TrainingConfig, nearest
 from nexus_ds.errors import ConfigError, LayoutError
+from nexus_ds.model.head import use_loss_head
 from nexus_ds.model.moe import NexusMoE, Placement
 from nexus_ds.runtime import deepspeed_internals as internals
 
@@ -239,6 +239,7 @@ def start_engine(model: Any, values: dict[str, Any], config: Config, batch: Batc
     for layer in layers:
         layer.router.loss_scale = 1.0 / batch.accumulation
     linear = bool(layers) and layers[0].router.projection is None
+    use_loss_head(model)
     groups = parameter_groups(model, config.training, 1.0 if linear else config.router.lr_scale)
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=groups, config=deepspeed_config(values, config, batch)
@@ -251,13 +252,6 @@ def set_learning_rate(engine: Any, lr: float) -> None:
     """Set every group's learning rate to `lr` times its scale."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
-
-
-def token_losses(model: Any, tokens_BS: Tensor) -> Tensor:
-    """Return the cross-entropy [B, S] fp32 of each next token, for windows [B, S+1]."""
-    logits = model(input_ids=tokens_BS[:, :-1], use_cache=False).logits
-    flat = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens_BS[:, 1:].flatten(), reduction="none")
-    return flat.view(len(tokens_BS), -1)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

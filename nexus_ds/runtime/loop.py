@@ -26,6 +26,7 @@ from nexus_ds.data.mixture import Sampler, domain_weights
 from nexus_ds.errors import ConfigError, TrainingError
 from nexus_ds.model.build import DTYPES, leave, load_for_training, new_dense
 from nexus_ds.model.checkpoint import check_tokenizer, content_fingerprint, is_nexus, read_sidecar
+from nexus_ds.model.head import next_token_loss
 from nexus_ds.model.loading import read_config
 from nexus_ds.model.moe import Placement
 from nexus_ds.runtime import deepspeed_internals as internals
@@ -40,7 +41,6 @@ from nexus_ds.runtime.engine import (
     read_deepspeed_json,
     set_learning_rate,
     start_engine,
-    token_losses,
 )
 from nexus_ds.runtime.export import export
 from nexus_ds.runtime.metrics import Metrics
@@ -225,9 +225,9 @@ class Run:
         set_learning_rate(self.engine, learning_rate(step, self.config.training, self.config.data))
         for part in range(self.batch.accumulation):
             tokens_BS, domain_B = self._batch(step, part)
-            losses_BS = token_losses(self.engine, tokens_BS)
+            loss, losses_BS = next_token_loss(self.engine, tokens_BS)
             tally.add(losses_BS, domain_B, self.layers)
-            self.engine.backward(losses_BS.mean())
+            self.engine.backward(loss)
             self.engine.step()
         norm = self.engine.get_global_grad_norm()
         if norm is None or not math.isfinite(float(norm)):
@@ -253,7 +253,7 @@ class Run:
                 start = (turn * self.world + self.rank) * batch
                 mine = windows_NS[start : start + batch].to(self.device)
                 idle = len(mine) == 0  # expert parallelism needs every rank in every pass
-                losses = token_losses(self.engine, windows_NS[:1].to(self.device) if idle else mine)
+                _, losses = next_token_loss(self.engine, windows_NS[:1].to(self.device) if idle else mine)
                 if not idle:
                     tally.add(losses, torch.full((len(mine),), index, device=self.device), self.layers)
         tally.reduced()

@@ -9,6 +9,7 @@ from plan_worker import Kept, forward
 
 from nexus_ds.config import RouterConfig, load_config
 from nexus_ds.model.build import DTYPES, load_nexus, new_dense
+from nexus_ds.model.head import use_loss_head
 from nexus_ds.model.moe import Placement
 from nexus_ds.planning.layout import Layout
 from nexus_ds.planning.memory import activations
@@ -24,8 +25,9 @@ def layout(checkpointing):
 
 
 def measured(model, checkpointing):
-    """Return bytes that the forward pass keeps, and those of the logits."""
+    """Return bytes that the forward pass keeps, and those of the output layer's gradient."""
     model.train()
+    use_loss_head(model)
     if checkpointing != "none":
         reentrant = checkpointing == "reentrant"
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -39,11 +41,11 @@ def measured(model, checkpointing):
 @pytest.mark.parametrize("sizes", [SMALL, OTHER], ids=["small", "other"])
 def test_a_mixture_keeps_what_was_planned(sizes, dtype, checkpointing, tmp_path):
     checkpoint = make_model(tmp_path / "model", sizes)
-    model = load_nexus(checkpoint, DTYPES[dtype], Placement(sizes.experts), RouterConfig(), False)
-    total, logits = measured(model, checkpointing)
+    model = load_nexus(checkpoint, DTYPES[dtype], Placement(sizes.experts), RouterConfig(), dtype == "bf16")
+    total, head = measured(model, checkpointing)
     tokens, width = SEQUENCES * LENGTH, DTYPES[dtype].itemsize
-    assert total - logits == pytest.approx(activations(sizes, layout(checkpointing), width, tokens), rel=0.05)
-    assert logits == 4 * tokens * sizes.vocabulary
+    assert total - head == pytest.approx(activations(sizes, layout(checkpointing), width, tokens), rel=0.05)
+    assert head == width * sizes.vocabulary * sizes.hidden
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -51,6 +53,6 @@ def test_a_mixture_keeps_what_was_planned(sizes, dtype, checkpointing, tmp_path)
 def test_a_dense_model_keeps_what_was_planned(dtype, kv_heads):
     config = load_config("demo", ["stage=seed", f"model.kv_heads={kv_heads}", "pipeline.vocabulary=900"])
     model = new_dense(config.model, 900, 0, 0).to(DTYPES[dtype])
-    total, logits = measured(model, "none")
+    total, head = measured(model, "none")
     planned = activations(sizes_of(config), layout("none"), DTYPES[dtype].itemsize, SEQUENCES * LENGTH)
-    assert total - logits == pytest.approx(planned, rel=0.05)
+    assert total - head == pytest.approx(planned, rel=0.05)

@@ -68,7 +68,7 @@ def check(case, tmp_path, monkeypatch):
         if key in values["zero_optimization"]:
             values["zero_optimization"][key]["pin_memory"] = False  # there is no device to pin it for
     words = [
-        f"model.dtype={case.dtype}", f"parallel.expert={case.expert}", f"data.sequence_length={LENGTH}",
+        f"model.dtype={case.dtype}", f"parallel.grouped_mm={str(case.dtype == 'bf16').lower()}", f"parallel.expert={case.expert}", f"data.sequence_length={LENGTH}",
         f"training.batch_size={WORLD * MICRO * case.accumulation}", f"training.micro_batch_size={MICRO}",
         f"training.activation_checkpointing={case.checkpointing}",
     ]  # fmt: skip
@@ -87,9 +87,9 @@ def check(case, tmp_path, monkeypatch):
         tokens = layout.micro * LENGTH
         monkeypatch.setattr(assumptions, "ROUTING_IMBALANCE", 1.0)
         planned = activations(case.sizes, layout, width, tokens)
-        kept = sum(f["activations"] - f["logits"] for f in found) / WORLD
+        kept = sum(f["activations"] - f["head"] for f in found) / WORLD
         assert kept == pytest.approx(planned, rel=0.08), found
-        assert max(f["logits"] for f in found) == 4 * tokens * case.sizes.vocabulary
+        assert max(f["head"] for f in found) == width * case.sizes.vocabulary * case.sizes.hidden
 
 
 @pytest.mark.slow

@@ -22,6 +22,20 @@ def test_a_checkpoints_counts_are_those_that_inspect_reports(sizes, tmp_path):
     assert counts["trained"] == counts["total"] - gates + counts["projection"]
 
 
+def test_a_router_that_reads_running_means_has_a_vector_more_a_layer(context_dir):
+    counts = sizes_of(load_config("demo", [f"model.path={context_dir}"])).counts()
+    assert {name: counts[name] for name in ("total", "active")} == describe(context_dir)["parameters"]
+    with_mean = sizes_of(load_config("demo", ["router.input=context"])).counts()
+    without = sizes_of(load_config("demo")).counts()
+    assert with_mean["projection"] - without["projection"] == with_mean["total"] - without["total"] == 3 * 96
+
+
+def test_a_shared_expert_of_zeros_is_stored_but_not_active():
+    with_it, without = (sizes_of(load_config("demo", more)).counts() for more in ([], ["model.shared_expert=none"]))
+    assert with_it["total"] == without["total"]
+    assert with_it["active"] - without["active"] == with_it["one_expert"]
+
+
 def test_a_dense_checkpoints_counts_are_those_that_inspect_reports(dense_dir):
     counts = sizes_of(load_config("demo", ["stage=seed", f"model.path={dense_dir}"])).counts()
     assert {name: counts[name] for name in ("total", "active")} == describe(dense_dir)["parameters"]
@@ -47,11 +61,21 @@ def test_a_new_models_count_is_that_of_its_tensors(more):
     assert sizes_of(config).counts()["total"] == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("more", [{}, {"depth": 1}, {"depth": 3, "width": 40}, {"activation": "gelu"}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"depth": 1},
+        {"depth": 3, "width": 40},
+        {"projection": "gelu"},
+        {"projection": "linear", "row_norm": "fixed"},
+    ],
+)
 def test_the_projections_maps_are_those_of_the_module(more):
     overrides = [f"router.{name}={value}" for name, value in more.items()]
     config = load_config("demo", ["pipeline.embedding_size=24", *overrides])
-    projection = Projection(24, config.model.hidden_size, **more)
+    form = {"form" if name == "projection" else name: value for name, value in more.items()}
+    projection = Projection(24, config.model.hidden_size, **form)
     assert sizes_of(config).projection == tuple(weight.numel() for weight in projection.parameters())
 
 

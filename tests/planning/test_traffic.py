@@ -7,7 +7,7 @@ import pytest
 from nexus_ds.planning import assumptions
 from nexus_ds.planning.layout import Layout, Machine
 from nexus_ds.planning.sizes import Sizes
-from nexus_ds.planning.traffic import step, token_flops, token_traffic, zero_traffic
+from nexus_ds.planning.traffic import exposed_all_to_all, shared_seconds, step, token_flops, token_traffic, zero_traffic
 
 # 100 x 10 embedding; a layer: attention 4 x 100, FFN 3 x 200 shared and for each expert, P 10, two norms of 10; norm of 10
 SIZES = Sizes(
@@ -86,6 +86,41 @@ def test_a_steps_seconds_add_up_and_give_tokens_a_second():
     assert found.tokens == 4 * 2 * 8
     assert found.step_seconds == pytest.approx(sum(found.seconds.values()))
     assert found.tokens_per_second == pytest.approx(found.tokens / found.step_seconds)
+
+
+def test_the_shared_expert_computes_six_operations_a_weight_and_token():
+    everything = shared_seconds(SIZES, layout(), ONE_NODE, 8)
+    assert everything == pytest.approx(2 * 8 * 6 * 600 / (ONE_NODE.tflops * 1e12 * assumptions.MFU))
+    again = shared_seconds(SIZES, layout(checkpointing="reentrant"), ONE_NODE, 8)
+    assert again == pytest.approx(everything * 4 / 3)
+    assert shared_seconds(replace(SIZES, experts=0), layout(), ONE_NODE, 8) == 0
+
+
+@pytest.mark.parametrize(
+    ("sent", "shared", "seen"),
+    [
+        (6, 0, 6),  # nothing to hide behind
+        (6, 3, 3),  # the link is the slower: all of the shared expert is used
+        (6, 6, 1),  # the dispatch is hidden, the combine not quite: 3 - 6 / 3
+        (6, 9, 0),
+        (0, 3, 0),
+    ],
+)
+def test_two_thirds_of_the_shared_expert_hide_the_dispatch_and_a_third_the_combine(sent, shared, seen):
+    assert exposed_all_to_all(sent, shared) == pytest.approx(seen)
+
+
+def test_what_the_link_carries_for_tokens_hides_nothing_of_zero():
+    found = step(SIZES, layout(stage=3, expert=4), TWO_NODES, 2, 8)
+    inside, between = token_traffic(SIZES, layout(stage=3, expert=4), TWO_NODES, 2, 8)
+    sent = (inside / TWO_NODES.gpu_link + between / TWO_NODES.link) / assumptions.LINK_EFFICIENCY
+    seen = exposed_all_to_all(sent, shared_seconds(SIZES, layout(), TWO_NODES, 8))
+    assert 0 < seen < sent
+    assert found.seconds["all_to_all"] == pytest.approx(seen)
+    inside, between = zero_traffic(SIZES, layout(stage=3, expert=4), TWO_NODES, 2)
+    zero = (inside / TWO_NODES.gpu_link + between / TWO_NODES.link) / assumptions.LINK_EFFICIENCY
+    hidden = max(0, assumptions.OVERLAP * found.seconds["computing"] - (sent - seen))
+    assert found.seconds["exposed"] == pytest.approx(max(0, zero - hidden))
 
 
 def test_slow_links_and_recomputation_cost_time_and_faster_gpus_save_it():

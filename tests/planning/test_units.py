@@ -3,7 +3,7 @@
 import pytest
 
 from nexus_ds.errors import ConfigError
-from nexus_ds.planning.units import parse_bytes, short
+from nexus_ds.planning.units import bits, parse_bytes, short
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,7 @@ def test_what_is_not_is_refused(text):
 
 def test_counts_are_shown_short():
     assert [short(n) for n in (0, 950, 1234, 9.093e9, 5e14)] == ["0", "950", "1.23 k", "9.09 G", "500 T"]
+
+
+def test_a_links_speed_is_shown_in_bits():
+    assert [bits(parse_bytes(text, "--link")) for text in ("25Gb", "300Mb", "25GB")] == ["25 Gb", "300 Mb", "200 Gb"]

@@ -7,8 +7,17 @@ import torch
 
 from nexus_ds.config import Config
 from nexus_ds.errors import ConfigError, LayoutError
+from nexus_ds.model.build import load_nexus, new_dense
 from nexus_ds.model.moe import Placement
-from nexus_ds.runtime.engine import Batch, check_layout, parameter_groups, placement, read_deepspeed_json
+from nexus_ds.runtime import deepspeed_internals as internals
+from nexus_ds.runtime.engine import (
+    Batch,
+    check_layout,
+    deepspeed_config,
+    parameter_groups,
+    placement,
+    read_deepspeed_json,
+)
 
 
 def config(expert=1, batch=8, micro=0, stage=2):
@@ -85,3 +94,18 @@ def test_a_partitioned_matrix_is_still_decayed():
     groups = {group["name"]: group for group in parameter_groups(model, Config().training, 1.0)}
     assert groups["matrices"]["params"] == [model.weight]
     assert groups["vectors"]["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+@pytest.mark.parametrize("offload", [True, False])
+def test_adamw_is_fused_wherever_the_gpu_does_the_update(monkeypatch, cpu, offload):
+    monkeypatch.setattr(internals, "on_cpu", lambda: cpu)
+    zero = {"stage": 2, **({"offload_optimizer": {"device": "cpu"}} if offload else {})}
+    adam = deepspeed_config({"zero_optimization": zero}, config(), Batch(1, 1))["optimizer"]["params"]
+    assert adam.get("fused", False) == (not cpu and not offload) and adam["torch_adam"]
+
+
+def test_attention_is_torchs_scaled_dot_product_by_default(nexus_dir):
+    nexus = load_nexus(nexus_dir, torch.float32, Placement(3), Config().router, False)
+    assert nexus.config._attn_implementation == "sdpa"
+    assert new_dense(Config().model, 50, 0, 0).config._attn_implementation == "sdpa"

@@ -18,8 +18,9 @@ from parity import STEPS, batches, settings
 from nexus_ds.model.build import DTYPES, load_reference
 from nexus_ds.model.checkpoint import read_sidecar, router_rows, write_sidecar
 from nexus_ds.model.families import gate_name
+from nexus_ds.model.head import next_token_loss
 from nexus_ds.model.tensorfile import TensorReader, overwrite
-from nexus_ds.runtime.engine import parameter_groups, token_losses
+from nexus_ds.runtime.engine import parameter_groups
 
 WORKER = Path(__file__).parents[1] / "parity.py"
 BATCH = 8
@@ -40,6 +41,7 @@ class Case:
     offload: str = ""
     dtype: str = "fp32"
     steps: int = STEPS
+    router_input: str = "token"
 
     @property
     def id(self):
@@ -47,7 +49,7 @@ class Case:
         parts += [f"top{self.top_k}"] * (self.top_k > 1) + [f"accumulate{self.accumulation}"] * (self.accumulation > 1)
         parts += [self.checkpointing] * (self.checkpointing != "none") + ["grouped"] * self.grouped
         parts += [f"offload_{self.offload}"] * bool(self.offload) + [self.dtype] * (self.dtype != "fp32")
-        return "-".join(parts)
+        return "-".join(parts + [self.router_input] * (self.router_input != "token"))
 
 
 CASES = [  # a trimmed matrix: the two layouts, then each other feature once, combined
@@ -56,6 +58,7 @@ CASES = [  # a trimmed matrix: the issue's two layouts, then each other feature 
     Case(1, 2, 1, top_k=2, accumulation=2),
     Case(3, 2, 2, experts=3, checkpointing="reentrant", accumulation=2),
     Case(3, 2, 1, checkpointing="non_reentrant", grouped=True),
+    Case(3, 2, 2, checkpointing="reentrant", accumulation=2, router_input="context"),
 ]
 FULL = (
     [
@@ -76,6 +79,8 @@ FULL = (
     + [Case(3, 2, 2, offload=offload, experts=experts) for offload in ("optimizer", "parameters") for experts in (3, 4)]
     + [Case(stage, 2, expert, experts=3, dtype="bf16") for stage in (1, 2, 3) for expert in (1, 2)]
     + [Case(3, 4, 4, experts=5, top_k=2, dtype="bf16", checkpointing="reentrant", offload="parameters")]
+    + [Case(stage, 2, ep, dtype=dtype, router_input="context")
+       for stage, ep, dtype in ((1, 1, "fp32"), (2, 2, "fp32"), (3, 1, "bf16"))]
 )  # fmt: skip
 
 
@@ -123,7 +128,7 @@ def reference(checkpoint, case):
         total = 0.0
         model.zero_grad()
         for part in batch.chunk(chunks):
-            loss = token_losses(model, part).mean()
+            loss, _ = next_token_loss(model, part)
             total += float(loss.detach()) / chunks
             (loss / chunks).backward()
         for name, parameter in working.items():
@@ -164,9 +169,10 @@ class Launches:
         self.folder, self.found = folder, {}
 
     def checkpoint(self, case):
-        out = self.folder / f"nexus-{case.experts}-{case.top_k}"
+        out = self.folder / f"nexus-{case.experts}-{case.top_k}-{case.router_input}"
+        form = {"router_input": case.router_input, "row_norm": "fixed" if case.router_input == "context" else "free"}
         names = [f"domain{i}" for i in range(case.experts)]
-        return out if out.exists() else make_nexus(out, names=names, top_k=case.top_k)
+        return out if out.exists() else make_nexus(out, names=names, top_k=case.top_k, **form)
 
     def __call__(self, case, cases):
         if case not in self.found:

@@ -13,7 +13,8 @@ from conftest import make_nexus
 from launch import finish, start_ranks
 
 from nexus_ds.errors import CheckpointError
-from nexus_ds.model.checkpoint import verify_rows
+from nexus_ds.model.checkpoint import read_sidecar, verify_rows
+from nexus_ds.model.families import mean_name
 from nexus_ds.model.tensorfile import TensorReader
 from nexus_ds.runtime import states
 from nexus_ds.runtime.canonical import StateFiles
@@ -225,8 +226,17 @@ def check_export(tmp_path, checkpoint, stage, world, expert, offload):
 
 
 @pytest.mark.slow
-def test_an_export_holds_the_trained_experts_in_order(tmp_path, checkpoint):
-    check_export(tmp_path, checkpoint, 3, 2, 2, "")
+def test_an_export_holds_the_trained_experts_in_order(tmp_path, context_dir):
+    """Of a router that reads running means, so that what only such a one has is trained, gathered and verified too."""
+    check_export(tmp_path, context_dir, 3, 2, 2, "")
+    exported = TensorReader(tmp_path / "exported")
+    for layer in range(2):
+        mean = exported.read(mean_name(layer))
+        assert not torch.equal(mean, TensorReader(context_dir).read(mean_name(layer)))
+        assert torch.equal(
+            mean, content(tmp_path / "states" / "step_2")["fp32", f"model.layers.{layer}.mlp.router.mean"]
+        )
+    assert read_sidecar(tmp_path / "exported").projections[0]["log_norm"].shape == (1,)
 
 
 @pytest.mark.slow

@@ -1,0 +1,124 @@
+"""Output layer and cross-entropy in one module: the logits of all tokens never stand in memory at once.
+
+Tokens are taken in chunks; each chunk's logits become its losses and, in training, at once its share of the gradients, so
+nothing as wide as the vocabulary is kept for the backward pass and no matrix product is done twice. One module, so that
+ZeRO-3 gathers the (possibly tied) weight once a pass and not once a chunk.
+Shapes: B sequences, S tokens, T = B*S, H hidden size, V vocabulary.
+Not covered: any loss but the mean over all tokens, output layers with a bias, a second backward pass through one forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHUNK_ELEMENTS = 2**27
+"""Logits that stand in memory at once: 512 tokens of 256k, enough for a GPU's matrix products to be bound by arithmetic."""
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Return the tokens of a chunk."""
+    return max(1, CHUNK_ELEMENTS // vocabulary)
+
+
+def _score(hidden_cH: Tensor, weight_VH: Tensor, targets_c: Tensor, learn: bool) -> tuple[Tensor, Tensor]:
+    """Return a chunk's losses [c] and, to learn from, their gradient by the logits [c, V]: probabilities minus targets."""
+    target_c1 = targets_c[:, None]
+    log_p_cV = F.log_softmax((hidden_cH @ weight_VH.T).float(), dim=-1)
+    losses_c = -log_p_cV.gather(1, target_c1)[:, 0]
+    if learn:
+        log_p_cV.exp_().scatter_add_(1, target_c1, log_p_cV.new_full((1, 1), -1.0).expand_as(target_c1))
+    return losses_c, log_p_cV.to(hidden_cH.dtype)
+
+
+class _MeanLoss(torch.autograd.Function):
+    """(mean loss with its gradients, losses [T] without)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, learn: bool
+    ) -> tuple[Tensor, Tensor]:
+        losses_T = torch.empty(len(targets_T), dtype=torch.float32, device=hidden_TH.device)
+        hidden_grad_TH = torch.empty_like(hidden_TH) if learn else None
+        weight_grad_VH = torch.zeros_like(weight_VH) if learn else None
+        chunk = chunk_tokens(len(weight_VH))
+        for first in range(0, len(targets_T), chunk):
+            rows = slice(first, first + chunk)
+            losses_T[rows], error_cV = _score(hidden_TH[rows], weight_VH, targets_T[rows], learn)
+            if hidden_grad_TH is not None and weight_grad_VH is not None:
+                torch.mm(error_cV, weight_VH, out=hidden_grad_TH[rows])
+                weight_grad_VH.addmm_(error_cV.T, hidden_TH[rows])
+            del error_cV  # else the next chunk's would be there beside it
+        if learn:
+            ctx.save_for_backward(hidden_grad_TH, weight_grad_VH)
+        ctx.mark_non_differentiable(losses_T)
+        return losses_T.mean(), losses_T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden_grad_TH, weight_grad_VH = ctx.saved_tensors
+        share = gradients[0] / len(hidden_grad_TH)
+        return hidden_grad_TH.mul_(share), weight_grad_VH.mul_(share), None, None
+
+
+class LossHead(nn.Module):
+    """An output layer [.., H] -> logits [.., V] that inside `scoring` returns the mean loss instead.
+
+    Args:
+        weight_VH: the parameter, shared with the embedding where the two are tied.
+    """
+
+    def __init__(self, weight_VH: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight_VH
+        self.targets_BS: Tensor | None = None
+        self.losses_BS: Tensor | None = None
+        """Cross-entropy of each token of the last pass inside `scoring`, fp32, without gradient."""
+
+    @contextmanager
+    def scoring(self, targets_BS: Tensor) -> Iterator[None]:
+        """Score hidden states [B, S, H] against `targets_BS`: `forward` returns their mean cross-entropy, a fp32 scalar."""
+        self.targets_BS = targets_BS
+        try:
+            yield
+        finally:
+            self.targets_BS = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return logits, or inside `scoring` the mean loss."""
+        if self.targets_BS is None:
+            return F.linear(hidden, self.weight)
+        learn = torch.is_grad_enabled()
+        targets_T = self.targets_BS.reshape(-1)
+        mean, losses_T = _MeanLoss.apply(hidden.flatten(0, -2), self.weight, targets_T, learn)
+        self.losses_BS = losses_T.view(self.targets_BS.shape)
+        return mean
+
+
+def use_loss_head(model: Any) -> None:
+    """Put a LossHead in place of a transformers model's output layer (one with a bias stays as it is)."""
+    if isinstance(model.lm_head, nn.Linear) and model.lm_head.bias is None:
+        model.lm_head = LossHead(model.lm_head.weight)
+
+
+def next_token_loss(model: Any, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean cross-entropy of the next tokens (fp32, to train on) and each token's [B, S] (without gradient).
+
+    Args:
+        model: a transformers model or a DeepSpeed engine around one; without a LossHead all logits are materialised.
+        tokens_BS: windows [B, S+1].
+    """
+    head, inputs_BS, targets_BS = getattr(model, "module", model).lm_head, tokens_BS[:, :-1], tokens_BS[:, 1:]
+    if isinstance(head, LossHead):
+        with head.scoring(targets_BS):
+            mean = model(input_ids=inputs_BS, use_cache=False).logits
+        assert head.losses_BS is not None
+        return mean, head.losses_BS
+    logits = model(input_ids=inputs_BS, use_cache=False).logits
+    losses_T = F.cross_entropy(logits.flatten(0, 1).float(), targets_BS.flatten(), reduction="none")
+    return losses_T.mean(), losses_T.detach().view(targets_BS.shape)

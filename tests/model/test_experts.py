@@ -1,0 +1,75 @@
+"""The routed experts' own forward and backward pass against autograd's, and the order of rows."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nexus_ds.model.experts import ExpertOrder, RoutedExperts
+
+E, F_SIZE, H = 3, 12, 8
+
+
+class Stacked(nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in (("w1", (E, F_SIZE, H)), ("w2", (E, H, F_SIZE)), ("w3", (E, F_SIZE, H))):
+            setattr(self, name, nn.Parameter(torch.randn(shape, generator=generator).to(dtype) / 3))
+
+
+def plain(stacked, x, counts):
+    """Return what autograd differentiates by itself: each expert on its rows, zeros for rows beyond the counts."""
+    outputs, first = [], 0
+    for e, count in enumerate(counts):
+        rows = x[first : first + count]
+        inner = F.silu(rows @ stacked.w1[e].T) * (rows @ stacked.w3[e].T)
+        outputs.append(inner @ stacked.w2[e].T)
+        first += count
+    return torch.cat([*outputs, torch.zeros_like(x[first:])])
+
+
+@pytest.mark.parametrize("counts", [[4, 3, 5], [0, 9, 0], [2, 0, 1], [0, 0, 0]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_and_gradients_equal_autograds(dtype, counts):
+    x = torch.randn(12, H, generator=torch.Generator().manual_seed(1)).to(dtype)
+    weight = torch.randn(12, H, generator=torch.Generator().manual_seed(2)).to(dtype)
+    found = []
+    for kind in ("own", "plain"):
+        stacked, rows = Stacked(dtype), x.clone().requires_grad_()
+        own = RoutedExperts(stacked)
+        assert own.w2 is stacked.w2
+        out = own(rows, torch.tensor(counts)) if kind == "own" else plain(stacked, rows, counts)
+        (out * weight).sum().backward()
+        found.append([out.detach(), rows.grad, *(w.grad for w in (stacked.w1, stacked.w2, stacked.w3))])
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a.float(), b.float(), rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 3e-2)
+        assert bool((a == 0).all()) == bool((b == 0).all())
+
+
+def test_only_gate_and_up_projections_are_kept():
+    stacked, kept = Stacked(torch.float32), []
+    own, x = RoutedExperts(stacked), torch.randn(12, H, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        own(x, torch.tensor([4, 4, 4]))
+    assert [tuple(t.shape) for t in kept] == [(12, H), (12, F_SIZE), (12, F_SIZE), *(w.shape for w in own.parameters())]
+    assert all(any(t is w for t in kept) for w in own.parameters()), "a view would keep weights that ZeRO-3 gathered"
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_rows_go_to_their_experts_and_back(top_k):
+    slots = torch.tensor([[2, 0], [1, 2], [0, 1], [2, 1], [0, 2]])[:, :top_k]
+    gate = torch.rand(5, top_k, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = torch.randn(5, H, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    order = ExpertOrder(slots)
+    rows = order.dispatch(x)
+    places = slots.reshape(-1).sort(stable=True).values
+    expected = torch.stack([x[t] for s in range(3) for t in range(5) for k in range(top_k) if slots[t, k] == s])
+    assert torch.equal(rows, expected)
+    out = order.combine(rows * (places[:, None] + 1), gate)  # expert s multiplies by s + 1
+    by_hand = (x[:, None] * (slots + 1)[:, :, None] * gate[:, :, None]).sum(1)
+    assert torch.allclose(out, by_hand, atol=1e-6)
+    weight = torch.randn(5, H, generator=torch.Generator().manual_seed(2))
+    found = torch.autograd.grad((out * weight).sum(), (x, gate))
+    for a, b in zip(found, torch.autograd.grad((by_hand * weight).sum(), (x, gate)), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)

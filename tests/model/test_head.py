@@ -1,0 +1,131 @@
+"""The chunked cross-entropy against the plain one: losses, every gradient, and what is kept for the backward pass."""
+
+import statistics
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import moe_model
+
+from nexus_ds.benchmarks.growth import Memory
+from nexus_ds.model import head
+from nexus_ds.model.head import LossHead, next_token_loss, use_loss_head
+
+VOCABULARY = 50
+
+
+def windows(sequences=3, length=21):
+    return torch.randint(VOCABULARY, (sequences, length + 1), generator=torch.Generator().manual_seed(0))
+
+
+def pair(dtype, tied=True):
+    """Return two equal models, the second with the chunked loss."""
+    plain, chunked = (moe_model(VOCABULARY).to(dtype).train() for _ in range(2))
+    if not tied:
+        for model in (plain, chunked):
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flip(0).clone())
+    use_loss_head(chunked)
+    assert isinstance(chunked.lm_head, LossHead) and not isinstance(plain.lm_head, LossHead)
+    return plain, chunked
+
+
+def gradients(model, scale):
+    mean, losses = next_token_loss(model, windows())
+    (mean * scale).backward()
+    assert not losses.requires_grad and losses.dtype == mean.dtype == torch.float32
+    return mean.detach(), losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("chunk", [1, 5, 21, 1000])
+def test_loss_and_gradients_equal_the_plain_ones(monkeypatch, chunk, tied):
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk * VOCABULARY)
+    expected, found = (gradients(model, 0.25) for model in pair(torch.float32, tied))
+    assert float(abs(found[0] - expected[0])) <= 1e-6 * float(expected[0])
+    assert torch.allclose(found[1], expected[1], rtol=1e-6, atol=0)
+    assert found[2].keys() == expected[2].keys() and ("lm_head.weight" in found[2]) != tied
+    for name, gradient in expected[2].items():
+        assert float((found[2][name] - gradient).norm() / gradient.norm()) <= 1e-6, name
+
+
+def test_bf16_gradients_are_as_near_to_fp32_as_the_plain_ones(monkeypatch):
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 8 * VOCABULARY)
+    exact = gradients(pair(torch.bfloat16)[0].float(), 1.0)[2]
+    plain, chunked = (gradients(model, 1.0)[2] for model in pair(torch.bfloat16))
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.shared_expert.down_proj.weight"):
+        distance = [float((g[name].float() - exact[name]).norm() / exact[name].norm()) for g in (plain, chunked)]
+        assert distance[1] <= 1.3 * distance[0] < 0.05, (name, distance)
+
+
+def test_nothing_as_wide_as_the_vocabulary_is_kept_for_the_tokens():
+    shapes = []
+    _, model = pair(torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+        next_token_loss(model, windows())
+    wide = [shape for shape in shapes if shape and shape[-1] == VOCABULARY]
+    assert not wide and (VOCABULARY, 16) in shapes  # the weight's gradient is there already
+
+
+def test_outside_of_scoring_there_are_logits_and_without_gradients_none_are_made(monkeypatch):
+    plain, model = pair(torch.float32)
+    inputs = windows()[:, :-1]
+    assert torch.equal(model(input_ids=inputs).logits, plain(input_ids=inputs).logits)
+    with torch.no_grad():
+        mean, losses = next_token_loss(model, windows())
+    assert not mean.requires_grad and torch.allclose(losses, next_token_loss(plain, windows())[1], rtol=1e-6)
+    assert model(input_ids=inputs).logits.shape == (3, 21, VOCABULARY)
+
+
+def test_an_output_layer_with_a_bias_is_left_alone():
+    model = moe_model(VOCABULARY)
+    model.lm_head = torch.nn.Linear(16, VOCABULARY)
+    use_loss_head(model)
+    assert isinstance(model.lm_head, torch.nn.Linear)
+
+
+class Plain(torch.nn.Module):
+    """A stock output layer with all logits in memory, called as `next_token_loss` calls a model."""
+
+    def __init__(self, weight, hidden):
+        super().__init__()
+        self.lm_head, self.hidden = torch.nn.Linear(1, 1, bias=False), hidden
+        self.lm_head.weight = weight
+
+    def forward(self, input_ids, use_cache):
+        return SimpleNamespace(logits=self.lm_head(self.hidden))
+
+
+@pytest.mark.slow
+@pytest.mark.full
+@pytest.mark.parametrize("vocabulary", [65536, 262144])
+def test_peak_memory_and_time_at_large_vocabularies(vocabulary, capsys):
+    """2^28 logits, 1 GiB in fp32: two chunks."""
+    tokens, hidden_size = 2**28 // vocabulary, 128
+    weight = torch.nn.Parameter(torch.randn(vocabulary, hidden_size) / 16)
+    hidden = torch.randn(1, tokens, hidden_size, requires_grad=True)
+    windows = torch.randint(vocabulary, (1, tokens + 1))
+    found = {}
+    for name in ("plain", "chunked"):
+        model = Plain(weight, hidden)
+        if name == "chunked":
+            use_loss_head(model)
+        seconds = []
+        with Memory(torch.device("cpu")) as memory:
+            for _ in range(3):
+                weight.grad = hidden.grad = None
+                started = time.process_time()
+                mean, _ = next_token_loss(model, windows)
+                mean.backward()
+                seconds.append(time.process_time() - started)
+        found[name] = (memory.bytes, statistics.median(seconds), mean.detach(), weight.grad, hidden.grad)
+        weight.grad = hidden.grad = None
+    plain, chunked = found["plain"], found["chunked"]
+    with capsys.disabled():
+        print(
+            f"\nvocabulary {vocabulary}, {tokens} tokens, hidden {hidden_size}: peak {plain[0] / 1e6:,.0f} MB plain, "
+            f"{chunked[0] / 1e6:,.0f} MB chunked; {plain[1]:.2f} and {chunked[1]:.2f} CPU seconds ({chunked[1] / plain[1]:.2f})"
+        )
+    for a, b in zip(chunked[2:], plain[2:], strict=True):
+        assert float((a - b).norm() / b.norm()) <= 1e-6
+    assert chunked[0] < 0.42 * plain[0] and chunked[1] < 1.2 * plain[1]

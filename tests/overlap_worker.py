@@ -1,0 +1,91 @@
+"""One rank that times a Nexus layer on a limited link, its shared expert a stand-in for an accelerator: it sleeps (not a test).
+
+python -m overlap_worker OUT.json SPEED,SPEED,... SECONDS
+
+Sleeping takes no core, so that figures are those of a machine that computes elsewhere, however busy this one is. OUT.json lists
+{speed, overlapped, plain, bytes}: least seconds of a forward and backward pass of all rounds, and bytes that rank 0 sends in one.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from nexus_ds.benchmarks import network
+from nexus_ds.benchmarks.links import Links
+from nexus_ds.benchmarks.links_worker import build
+from nexus_ds.model.moe import NexusMoE, Placement
+from nexus_ds.runtime import deepspeed_internals as internals
+
+HIDDEN, TOKENS, ROUNDS = 256, 2048, 8
+
+
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, seconds):
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        time.sleep(2 * ctx.seconds)  # a matrix product has two in its backward pass
+        return gradient, None
+
+
+class Sleeper(torch.nn.Module):
+    """A projection that takes its time."""
+
+    def __init__(self, projection, seconds):
+        super().__init__()
+        self.projection, self.seconds = projection, seconds
+
+    def forward(self, x):
+        return _Sleep.apply(self.projection(x), self.seconds)
+
+
+def timed(forward, layer, x):
+    dist.barrier()
+    started = time.perf_counter()
+    forward(layer, x).sum().backward()
+    dist.barrier()
+    return time.perf_counter() - started
+
+
+def main():
+    out, speeds, seconds = Path(sys.argv[1]), sys.argv[2].split(","), float(sys.argv[3])
+    rank = int(os.environ["RANK"])
+    network.join(rank)
+    internals.start(2)
+    model = build(Links(speeds=(1.0,), layers=1, hidden=HIDDEN, ffn=16), Placement(4, 2, rank))
+    layer = model.model.layers[0].mlp
+    layer.set_deepspeed_parallelism()
+    shared = layer.shared_experts
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        setattr(
+            shared, name, Sleeper(getattr(shared, name), seconds / 9)
+        )  # one part forward, two backward, three of them
+    x = torch.randn(1, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(rank), requires_grad=True)
+    ways = {"overlapped": NexusMoE.forward, "plain": internals.AutoEPMoELayer.forward}
+    found = []
+    for speed in map(float, speeds):
+        dist.barrier()
+        network.limit(speed)
+        times, before = {name: [] for name in ways}, network.sent()
+        for _ in range(ROUNDS):
+            for name, forward in ways.items():
+                times[name].append(timed(forward, layer, x))
+        sent = (network.sent() - before) / ROUNDS / len(ways)
+        found.append({"speed": speed, "bytes": sent, **{name: min(t) for name, t in times.items()}})
+    if rank == 0:
+        out.write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
