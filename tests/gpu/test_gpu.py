@@ -10,6 +10,8 @@ import torch
 from conftest import make_nexus
 from launch import clean_environment, finish, start_ranks
 
+from nexus_ds.__main__ import main
+from nexus_ds.bench import describe_train
 from nexus_ds.config import RouterConfig
 from nexus_ds.model.build import load_nexus, load_reference
 from nexus_ds.model.moe import Placement
@@ -67,3 +69,18 @@ def test_the_export_equals_the_engine(tmp_path, text_folder):
     log = finish(start_ranks([worker, tmp_path / "logits.pt", config, *words], 1))
     difference = float(log.split("logits differ by ")[1].split(")")[0])
     assert difference <= 1e-2
+
+
+def test_the_comparison_at_the_size_of_the_470m_recipe(capsys):
+    """Prints the table; MFU counts active parameters. Two mixtures and the dense model, so that 80 GB suffice."""
+    words = ["--preset=470m", "--device=cuda", "--models=nexus-grouped,transformers-grouped", "--rounds=3"]
+    assert main(["bench", "train", *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {row["model"]: row for row in found["rows"]}
+    with capsys.disabled():
+        print("\n" + describe_train(found))
+    assert rows["nexus-grouped"]["loss"] == pytest.approx(rows["transformers-grouped"]["loss"], abs=0.05)
+    if any(row["mfu"] is None for row in rows.values()):
+        pytest.skip(f"the peak of {found['machine']['device']} is not known, so no MFU")
+    assert 0 < rows["nexus-grouped"]["mfu"] < 1
+    assert rows["nexus-grouped"]["shares"]["router"] < 0.01
