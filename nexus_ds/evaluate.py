@@ -1,11 +1,12 @@
-"""The verb `evaluate`: perplexity by domain of any checkpoints, routing of mixtures, figures and a page.
+"""The verb `evaluate`: perplexity by domain of any checkpoints, routing of mixtures, tasks, figures and a page.
 
-Not covered: downstream tasks (lm-eval reads the exported model), text whose domain is not known.
+Not covered: text whose domain is not known (`discover` finds some).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import tempfile
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import new_directory, refuse_existing
+from nexus_ds.report import verdict as before_after
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from nexus_ds.data.corpora import Source
 
 HELP = "score checkpoints by domain, with routing, figures and one page"
-DEFAULT_LENGTH = 128  # tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,10 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--domains", default="", metavar="A,B", help="domains to score (default: all of the data's)")
     parser.add_argument("--windows", type=int, default=48, metavar="N", help="windows of text per domain (48)")
     parser.add_argument("--length", type=int, default=0, metavar="TOKENS",
-                        help=f"tokens a window; 0: as the models were trained, else {DEFAULT_LENGTH}")  # fmt: skip
+                        help="tokens a window; 0: as the models were trained, else 128")  # fmt: skip
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="windows a forward pass (8)")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "stored"),
                         help="auto: fp32 on a CPU, the stored dtype on a GPU")  # fmt: skip
+    parser.add_argument("--tasks", default="", metavar="A,B", help="downstream tasks by name, or paper: the paper's groups, "
+                        "as far as they can be run; needs lm-eval, and its data on this machine")  # fmt: skip
+    parser.add_argument("--task-path", type=Path, metavar="DIR", help="folder with tasks of lm-eval as YAML; they win over "
+                        "lm-eval's own of the same name, and the Python functions that they name are run")  # fmt: skip
+    parser.add_argument("--task-limit", type=int, default=0, metavar="N", help="examples of each task; 0: all")
+    before_after.add_limit(parser, "the page (it compares the last two mixtures)")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where token files are kept (default: nowhere)")
     parser.add_argument("--on-bad-row", default="error", choices=("error", "skip"), help="what a damaged line does")
     parser.add_argument("--json", action="store_true", help="print summary.json instead of tables")
@@ -66,20 +73,10 @@ def model_names(checkpoints: Sequence[Path], given: Sequence[str]) -> list[str]:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    for option, least in (("windows", 1), ("length", 0), ("batch", 1)):
-        if getattr(args, option) < least:
-            raise ConfigError(f"--{option}: expected a number of at least {least}, found {getattr(args, option)}")
-
-
-def window_length(asked: int, facts: Sequence[dict[str, Any]]) -> int:
-    """Return the tokens of a window.
-
-    For `asked` 0: the shortest sequence length that one of the models was trained with, else DEFAULT_LENGTH; in any
-    case no more than every model reads.
-    """
-    trained = [int(model["sequence_length"]) for model in facts if model["sequence_length"]]
-    limits = [int(model["max_positions"]) for model in facts if model["max_positions"]]
-    return asked or min([*(trained or [DEFAULT_LENGTH]), *limits])
+    for option, least in (("windows", 1), ("length", 0), ("batch", 1), ("task-limit", 0)):
+        found = getattr(args, option.replace("-", "_"))
+        if found < least:
+            raise ConfigError(f"--{option}: expected a number of at least {least}, found {found}")
 
 
 def _domains(text: str, source: Source) -> list[str]:
@@ -103,7 +100,7 @@ def measure(args: argparse.Namespace, names: list[str], cache: Path) -> dict[str
     """Score every checkpoint and return the summary."""
     from nexus_ds.data.corpora import open_source
     from nexus_ds.model.facts import describe
-    from nexus_ds.model.scoring import cosines, score
+    from nexus_ds.model.scoring import cosines, score, window_length
     from nexus_ds.report.evaluation import Measured, summarise
 
     facts = [describe(path) for path in args.checkpoint]
@@ -126,10 +123,32 @@ def measure(args: argparse.Namespace, names: list[str], cache: Path) -> dict[str
     return summary
 
 
+def measure_tasks(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
+    """Return for each checkpoint groups, mean, tasks and what was not run (and why); scores in per cent."""
+    from nexus_ds.model.tasks import run_tasks, task_groups
+
+    groups, strict = task_groups(args.tasks), args.tasks.strip() != "paper"
+    found = {}
+    for name, path in zip(names, args.checkpoint, strict=True):
+        scores = run_tasks(
+            path,
+            groups,
+            args.task_path,
+            limit=args.task_limit,
+            batch=args.batch,
+            precision=args.precision,
+            strict=strict,
+            label=name,
+        )
+        found[name] = {"mean": scores.mean, **dataclasses.asdict(scores)}
+    return found
+
+
 def _show(summary: dict[str, Any], args: argparse.Namespace) -> None:
     """Print the tables, the warnings, what was written and what to type next."""
     from nexus_ds.report.evaluation import PAGE, SUMMARY, perplexity_table, routing_table
     from nexus_ds.report.page import text_table
+    from nexus_ds.report.tasks import task_table
 
     print("perplexity (lower is better)")
     print(text_table(perplexity_table(summary)))
@@ -137,6 +156,9 @@ def _show(summary: dict[str, Any], args: argparse.Namespace) -> None:
     if routed is not None:
         print(f"\nrouting of {routed}: share of each domain's tokens at each expert, mean over layers")
         print(text_table(routing_table(summary["models"][routed])))
+    if summary.get("tasks"):
+        print("\ntasks (per cent, higher is better)")
+        print(text_table(task_table(summary["tasks"])))
     print(f"\n{summary['tokens_per_second']:,.0f} tokens/s")
     for warning in summary["warnings"]:
         print(f"warning: {warning}")
@@ -147,15 +169,25 @@ def _show(summary: dict[str, Any], args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """Score, draw, write; the output directory appears when everything is in it."""
     _check_numbers(args)
+    limit = before_after.parse_limit(args.limit)
     names = model_names(args.checkpoint, args.name)
     refuse_existing(args.out)
     with new_directory(args.out) as folder, tempfile.TemporaryDirectory(prefix="nexus-ds-") as scratch:
-        from nexus_ds.report.evaluation import write_evaluation
+        from nexus_ds.model.tasks import require_harness, task_groups
+        from nexus_ds.report.evaluation import change_verdict, write_evaluation
 
+        if args.tasks:
+            require_harness()
+            task_groups(args.tasks)
         summary = measure(args, names, args.cache or Path(scratch))
+        verdict = change_verdict(summary, limit)
+        if limit is not None and verdict is None:
+            raise ConfigError("--fail-if-worse compares two mixtures; give --checkpoint of one before and of one after")
+        if args.tasks:
+            summary["tasks"] = measure_tasks(args, names)
         write_evaluation(summary, folder)
     if args.json:
         print(json.dumps(summary, ensure_ascii=False))
     else:
         _show(summary, args)
-    return 0
+    return verdict.exit_code("evaluate", args.out) if verdict else 0

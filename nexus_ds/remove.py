@@ -1,4 +1,4 @@
-"""The verb `remove`: an expert leaves the mixture, everything else stays as it is.
+"""The verb `remove`: an expert leaves the mixture, everything else stays as it is; what that costs, on request.
 
 Not covered: what the expert gave to the averaged weights; train on text of the others to wash that out.
 """
@@ -10,6 +10,9 @@ import json
 import shlex
 from pathlib import Path
 
+from nexus_ds.errors import ConfigError
+from nexus_ds.report import verdict as before_after
+
 HELP = "take routed experts out of a mixture"
 
 
@@ -18,21 +21,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", type=Path, help="Nexus checkpoint")
     parser.add_argument("--expert", required=True, action="append", metavar="NAME", help="expert that leaves (repeat)")
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="new checkpoint")
+    parser.add_argument("--data", metavar="DIR",
+                        help="text of the domains: score both models on it and print a table before and after (seconds "
+                        "for small models, two passes over N windows a domain for all)")  # fmt: skip
+    before_after.add_options(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the smaller mixture and say how to measure what it lost."""
+    """Write the smaller mixture; score it beside the larger one, or say how."""
     from nexus_ds.config import RouterConfig
     from nexus_ds.model.growth import reduced
+    from nexus_ds.model.trial import Trial, chosen
     from nexus_ds.outputs import new_directory, refuse_existing
 
+    limit = before_after.parse_limit(args.limit)
+    if limit is not None and not args.data:
+        raise ConfigError("--fail-if-worse needs --data DIR, the text to judge by")
     refuse_existing(args.out)
     model = reduced(args.checkpoint, args.expert)
+    domains = chosen(args.scored, args.checkpoint, [])
+    trial = Trial(args.checkpoint, args.data, domains, args.windows) if args.data else None
     with new_directory(args.out) as directory:
         model.write(directory, None, RouterConfig(), 0)
-    words = ["--checkpoint", str(args.checkpoint), "--checkpoint", str(args.out), "--data", "DIR"]
+    words = ["--checkpoint", str(args.checkpoint), "--checkpoint", str(args.out), "--data", args.data or "DIR"]
     command = shlex.join(["nexus-ds", "evaluate", *words, "--out", f"{args.out}-report"])
-    result = model.summary(args.out, None) | {"next": command}
-    print(json.dumps(result, indent=2) if args.json else f"{model.describe(args.out, None)}\nnext: {command}")
-    return 0
+    verdict = before_after.judge(trial.before, trial.after(args.out), limit) if trial else None
+    result = model.summary(args.out, None) | {"verdict": verdict.as_dict() if verdict else None, "next": command}
+    text = "\n".join([model.describe(args.out, None), *([verdict.text()] if verdict else []), f"next: {command}"])
+    print(json.dumps(result, indent=2) if args.json else text)
+    return verdict.exit_code("remove", args.out) if verdict else 0

@@ -2,14 +2,16 @@
 
 import argparse
 import csv
+import importlib.util
 import json
 import shutil
 
 import pytest
+from conftest import make_nexus
 
 from nexus_ds import evaluate
 from nexus_ds.errors import ConfigError, DataError, OutputExistsError
-from nexus_ds.model.scoring import score
+from nexus_ds.model.scoring import DEFAULT_LENGTH, score, window_length
 from nexus_ds.report.evaluation import file_names
 from nexus_ds.report.page import PNG_MAGIC
 
@@ -146,6 +148,12 @@ def test_nothing_is_left_after_a_failure(dense_dir, text_folder, tmp_path):
     [
         (["--windows", "0"], "--windows: expected a number of at least 1, found 0"),
         (["--length", "-1"], "--length: expected a number of at least 0, found -1"),
+        (["--task-limit", "-1"], "--task-limit: expected a number of at least 0, found -1"),
+        (["--fail-if-worse", "3"], "--fail-if-worse '3': expected a percentage such as 3%"),
+        (
+            ["--fail-if-worse", "3%"],
+            "--fail-if-worse compares two mixtures; give --checkpoint of one before and of one",
+        ),
         (["--batch", "0"], "--batch: expected a number of at least 1, found 0"),
         (["--name", "a", "--name", "b"], "found 2 --name for 1 --checkpoint; give one --name for each, or none"),
         (["--name", " "], "found an empty --name"),
@@ -157,6 +165,42 @@ def test_options_that_make_no_sense(dense_dir, text_folder, tmp_path, more, mess
         evaluate.run(arguments([dense_dir], text_folder, tmp_path / "out", *more))
 
 
+def test_two_mixtures_are_judged(nexus_dir, text_folder, tmp_path, capsys):
+    make_nexus(tmp_path / "other", seed=1)  # random too, and worse on some domain
+    words = ("--fail-if-worse", "0%")
+    assert evaluate.run(arguments([nexus_dir, tmp_path / "other"], text_folder, tmp_path / "out", *words)) == 3
+    change = summary_of(tmp_path / "out")["change"]["ratio"]
+    worse = [domain for domain, ratio in change.items() if ratio > 1]
+    said = capsys.readouterr().err
+    assert worse and "nexus-ds evaluate: worse than --fail-if-worse 0% allows" in said
+    assert [domain for domain in change if f"{domain} (+" in said] == worse
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
+def test_tasks_without_lm_eval(dense_dir, text_folder, tmp_path):
+    with pytest.raises(ConfigError, match="tasks need lm-eval, found no lm_eval"):
+        evaluate.run(arguments([dense_dir], text_folder, tmp_path / "out", "--tasks", "paper"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
+def test_tasks_stand_in_summary_and_page(dense_dir, nexus_dir, text_folder, tmp_path, capsys):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "rows.jsonl").write_text('{"query": "ship", "choices": ["sail", "moss"], "gold": 0}\n' * 4)
+    (tmp_path / "tasks" / "wet.yaml").write_text(
+        f"task: wet\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/tasks/rows.jsonl}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{query}}'\ndoc_to_choice: choices\n"
+        "doc_to_target: gold\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    more = ["--tasks", "wet", "--task-path", str(tmp_path / "tasks")]
+    assert evaluate.run(arguments([dense_dir, nexus_dir], text_folder, tmp_path / "out", *more)) == 0
+    tasks = summary_of(tmp_path / "out")["tasks"]
+    assert list(tasks) == ["dense", "nexus"] and tasks["dense"]["groups"]["wet"] in (0.0, 100.0)
+    assert tasks["dense"]["mean"] == tasks["dense"]["groups"]["wet"]
+    assert "tasks (per cent, higher is better)" in capsys.readouterr().out
+    assert "<h2>Tasks</h2>" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_two_models_of_one_name(dense_dir, text_folder, tmp_path):
     with pytest.raises(ConfigError, match="several checkpoints are called dense; give each its own --name"):
         evaluate.run(arguments([dense_dir, dense_dir], text_folder, tmp_path / "out"))
@@ -164,10 +208,10 @@ def test_two_models_of_one_name(dense_dir, text_folder, tmp_path):
 
 def test_window_length():
     facts = [{"sequence_length": None, "max_positions": 2048}, {"sequence_length": None, "max_positions": 64}]
-    assert evaluate.window_length(0, facts) == 64
-    assert evaluate.window_length(0, facts[:1]) == evaluate.DEFAULT_LENGTH
-    assert evaluate.window_length(0, [{"sequence_length": 512, "max_positions": 2048}]) == 512
-    assert evaluate.window_length(32, facts) == 32
+    assert window_length(0, facts) == 64
+    assert window_length(0, facts[:1]) == DEFAULT_LENGTH
+    assert window_length(0, [{"sequence_length": 512, "max_positions": 2048}]) == 512
+    assert window_length(32, facts) == 32
 
 
 def test_file_names_are_harmless_and_distinct():

@@ -82,7 +82,7 @@ def run(parts, *extra, names=("delta",), refit=False, recipe="recipe.yaml"):
 def make_linear(parts):
     """Turn the checkpoint's router into a linear one with the same rows."""
     sidecar = read_sidecar(parts / "nexus")
-    sidecar.router, sidecar.projections = RouterRecord("linear", 2, 0, "swiglu", True, 1), []
+    sidecar.router, sidecar.projections = RouterRecord("linear", 2, 0, "swiglu", "free", "token", True, 1), []
     write_sidecar(parts / "nexus", sidecar)
 
 
@@ -232,6 +232,22 @@ def test_refit_reads_old_and_new_text(parts, capsys, kind):
         assert sidecar.projections[0].keys() == before.keys()
         assert not torch.equal(sidecar.projections[0]["maps.0.weight"], before["maps.0.weight"])
         assert torch.equal(tensors_of(parts / "out")[gate_name(0)], router_rows(sidecar, 0, torch.float32))
+
+
+@pytest.mark.parametrize("start", ["hidden_mean", "ridge", "embedding"])
+def test_starts_of_a_linear_router(parts, capsys, start):
+    make_linear(parts)
+    run(parts, "--json", f"router.warm_start={start}", refit=True)
+    fit = json.loads(capsys.readouterr().out)["fit"]
+    old, new = (tensors_of(parts / name)[gate_name(0)] for name in ("nexus", "out"))
+    assert torch.equal(new[:3], old) == (start != "ridge")
+    if start != "ridge":
+        torch.testing.assert_close(new[3].norm(), old.norm(dim=-1).mean())
+    assert (fit is None) == (start == "embedding")
+    random = torch.Generator()
+    if start == "embedding":  # not the random row that `none` appends
+        fresh = torch.empty(1, 16).normal_(generator=random.manual_seed(0))[0]
+        assert abs(torch.cosine_similarity(fresh, new[3], dim=0)) < 0.99
 
 
 # Bad input ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The verb `remove`: what is left computes what the mixture computes without that expert's column."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from conftest import make_nexus
 
 from nexus_ds.__main__ import main
 from nexus_ds.config import RouterConfig
+from nexus_ds.data.corpora import open_source, token_files, windows
 from nexus_ds.model.build import load_reference, load_stock
 from nexus_ds.model.checkpoint import read_sidecar
+from nexus_ds.model.scoring import score
 
 TOKENS = torch.arange(20).remainder(29).view(1, 20)
 
@@ -59,3 +62,69 @@ def test_top_two_needs_two(tmp_path, capsys):
     checkpoint = make_nexus(tmp_path / "nexus", names=["a", "b"], top_k=2)
     assert main(["remove", "--checkpoint", str(checkpoint), "--expert", "a", "--out", str(tmp_path / "out")]) == 1
     assert "1 experts would be left, but each token goes to 2" in capsys.readouterr().err
+
+
+# Before and after --------------------------------------------------------------------------------------------------
+
+
+def removed(nexus_dir, text_folder, out, *more):
+    words = ["remove", "--checkpoint", str(nexus_dir), "--expert", "beta", "--out", str(out)]
+    return main([*words, "--data", str(text_folder), "--windows", "6", *more])
+
+
+@pytest.fixture(scope="module")
+def losses(nexus_dir, text_folder, tmp_path_factory):
+    """Loss of the mixture with and without beta, by the scoring itself."""
+    root = tmp_path_factory.mktemp("removed")
+    assert main(["remove", "--checkpoint", str(nexus_dir), "--expert", "beta", "--out", str(root / "out")]) == 0
+    source = open_source(str(text_folder))
+    files = token_files(source, ["alpha", "beta", "gamma"], "validation", nexus_dir, root / "cache")
+    text = {domain: windows(file, 6, 64) for domain, file in files.items()}  # 64: all that this model reads
+    return [score(path, text).loss for path in (nexus_dir, root / "out")]
+
+
+def test_table_before_and_after(tmp_path, nexus_dir, text_folder, losses, capsys):
+    assert removed(nexus_dir, text_folder, tmp_path / "out", "--json") == 0
+    verdict = json.loads(capsys.readouterr().out)["verdict"]
+    before, after = losses
+    assert list(verdict["domains"]) == ["alpha", "beta", "gamma"]
+    for domain, entry in verdict["domains"].items():
+        assert entry["before"] == pytest.approx(math.exp(before[domain]))
+        assert entry["after"] == pytest.approx(math.exp(after[domain]))
+    assert removed(nexus_dir, text_folder, tmp_path / "again", "--scored", "gamma,alpha") == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = lines.index("perplexity of  before  after  change  verdict")
+    assert [line.split()[0] for line in lines[table + 1 : -1]] == ["gamma", "alpha", "all"]
+
+
+def test_worse_than_allowed_is_an_exit_code_of_its_own(tmp_path, nexus_dir, text_folder, losses, capsys):
+    rise = {domain: math.expm1(losses[1][domain] - losses[0][domain]) for domain in losses[0]}
+    worst = max(rise, key=rise.get)
+    assert rise[worst] > 1e-5, "this model gains by losing its expert: the test needs another one"
+    assert removed(nexus_dir, text_folder, tmp_path / "good", "--fail-if-worse", f"{101 * rise[worst]:.6f}%") == 0
+    assert removed(nexus_dir, text_folder, tmp_path / "bad", "--fail-if-worse", f"{99 * rise[worst]:.6f}%") == 3
+    said = capsys.readouterr().err
+    assert f"{worst} (+" in said and f"{tmp_path / 'bad'} is written all the same" in said
+    assert [expert.name for expert in read_sidecar(tmp_path / "bad").experts] == ["alpha", "gamma"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--fail-if-worse", "3"], "--fail-if-worse '3': expected a percentage such as 3%"),
+        (["--windows", "0"], "--windows: expected a number of at least 1, found 0"),
+        (["--scored", "alpha,alpha"], "--scored names a domain twice: alpha, alpha; name each once"),
+        (["--scored", "alpha,delta"], "no domain delta; found: alpha, beta, gamma"),
+    ],
+)
+def test_mistakes_of_the_table_come_before_the_checkpoint(tmp_path, nexus_dir, text_folder, capsys, more, message):
+    assert removed(nexus_dir, text_folder, tmp_path / "out", *more) == 1
+    said = capsys.readouterr().err
+    assert message in said and ("delta" not in message or "name those that are there with --scored A,B" in said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_limit_needs_text(tmp_path, nexus_dir, capsys):
+    words = ["remove", "--checkpoint", str(nexus_dir), "--expert", "beta", "--out", str(tmp_path / "out")]
+    assert main([*words, "--fail-if-worse", "3%"]) == 1
+    assert "--fail-if-worse needs --data DIR, the text to judge by" in capsys.readouterr().err

@@ -31,6 +31,7 @@ from nexus_ds.model.loading import load_model, read_config
 from nexus_ds.model.tensorfile import TensorReader
 from nexus_ds.progress import Progress
 
+DEFAULT_LENGTH = 128  # tokens of a window
 LOGITS_AT_ONCE = 1 << 24  # fp32 numbers: 64 MiB of logits, whatever the vocabulary
 SATURATED = 0.95  # mean top-1 probability above which a router hardly learns any more
 GATE_MODULE = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.gate$")
@@ -108,6 +109,17 @@ class Scores:
     def perplexity(self) -> dict[str, float]:
         """exp(loss) of each domain, kept below the largest float."""
         return {domain: math.exp(min(loss, 700.0)) for domain, loss in self.loss.items()}
+
+
+def window_length(asked: int, facts: Sequence[Mapping[str, Any]]) -> int:
+    """Return the tokens of a window.
+
+    For `asked` 0: the shortest sequence length that one of the models (`facts.describe`) was trained with, else
+    DEFAULT_LENGTH; in any case no more than every model reads.
+    """
+    trained = [int(model["sequence_length"]) for model in facts if model["sequence_length"]]
+    limits = [int(model["max_positions"]) for model in facts if model["max_positions"]]
+    return asked or min([*(trained or [DEFAULT_LENGTH]), *limits])
 
 
 def expert_names(directory: Path, count: int) -> tuple[list[str], list[str]]:

@@ -25,6 +25,8 @@ import numpy as np
 from nexus_ds.outputs import write_json
 from nexus_ds.report import figures
 from nexus_ds.report.page import Cell, Section, Table, write_page
+from nexus_ds.report.tasks import task_sections
+from nexus_ds.report.verdict import Verdict, judge
 
 if TYPE_CHECKING:
     from nexus_ds.model.scoring import Cosines, Routing, Scores
@@ -37,7 +39,8 @@ READING = {
     "perplexity 20 is as unsure as if it had to choose among 20 equally likely tokens. Bold marks the best model of a "
     "column; the last column is e to the mean of the domains' losses, each domain counting the same.",
     "change": "The change of perplexity between the last two mixtures, for instance before and after an expert was "
-    "added. A domain that was added should fall a great deal, and the others should hardly rise.",
+    "added; within 1 % it is called the same. A domain that was added should fall a great deal, and the others should "
+    "hardly rise.",
     "routing": "Each row is one domain's validation text, each column a routed expert, and each number the share of "
     "that text's tokens which the router sends there; framed cells are the experts trained on that very domain. A "
     "specialised model is dark in the frames, while equal shades mean that the router does not tell the domains apart; "
@@ -93,7 +96,7 @@ def _warnings(name: str, routing: Routing) -> list[str]:
     layer, domain, gate = max(found, key=lambda place: place[2])
     return [
         f"{name}: the router is saturated in {len(found)} of {routing.gate.size} places (layer, domain), mean gate up "
-        f"to {gate:.2f} in layer {layer} on {domain}; above 0.95 it hardly learns: lower router.lr_scale or row_norm"
+        f"to {gate:.2f} in layer {layer} on {domain}; above 0.95 it hardly learns: lower router.lr_scale or init_norm"
     ]
 
 
@@ -193,8 +196,13 @@ def draw(summary: dict[str, Any], folder: Path) -> None:
         for domain, value in values.items()
     ]
     write_csv(folder / "perplexity.csv", ("model", "domain", "loss_nats", "perplexity"), rows)
-    for name, file in file_names(list(summary["models"])).items():
-        entry = summary["models"][name]
+    draw_models(summary["models"], folder)
+
+
+def draw_models(models: Mapping[str, dict[str, Any]], folder: Path) -> None:
+    """Draw the routing and the cosines of every mixture among `models` (a summary's entries) into `folder`."""
+    for name, file in file_names(list(models)).items():
+        entry = models[name]
         if "share_by_layer" in entry:
             _draw_routing(entry, list(entry["routing"]), name, folder / f"routing-{file}.png")
         if _has_cosines(entry):
@@ -234,30 +242,24 @@ def _perplexity_section(summary: dict[str, Any], folder: Path) -> Section:
     )
 
 
-def percent(ratio: float) -> str:
-    """Return a ratio of perplexities as a change: 1.08 is +8.0 %."""
-    return f"{100 * (ratio - 1):+.1f} %".replace("-0.0 %", "+0.0 %")
+def change_verdict(summary: dict[str, Any], limit: float | None = None) -> Verdict | None:
+    """Return what happened from the last mixture but one to the last, None if there are fewer."""
+    change, loss = summary["change"], summary["loss"]
+    return None if change is None else judge(loss[change["before"]], loss[change["after"]], limit)
 
 
 def _change_section(summary: dict[str, Any]) -> list[Section]:
-    change = summary["change"]
-    if change is None:
+    verdict = change_verdict(summary)
+    if verdict is None:
         return []
-    before, after = change["before"], change["after"]
-    rows: list[list[Cell]] = [
-        [domain, summary["perplexity"][before][domain], summary["perplexity"][after][domain], percent(r)]
-        for domain, r in change["ratio"].items()
-    ]
+    before, after = summary["change"]["before"], summary["change"]["after"]
     return [
-        Section(
-            title=f"From {before} to {after}",
-            text=READING["change"],
-            table=Table(header=["text of", before, after, "change"], rows=rows),
-        )
+        Section(title=f"From {before} to {after}", text=READING["change"], table=verdict.table(before, after)),
     ]
 
 
-def _model_sections(name: str, file: str, entry: dict[str, Any], folder: Path) -> list[Section]:
+def model_sections(name: str, file: str, entry: dict[str, Any], folder: Path) -> list[Section]:
+    """Return the sections about one model whose figures `draw_models` has put into `folder` under `file`."""
     sections: list[Section] = []
     if "share_by_layer" in entry:
         sections.append(
@@ -342,9 +344,9 @@ def _details(step: Mapping[str, Any]) -> str:
 
 def evaluation_sections(summary: dict[str, Any], folder: Path) -> list[Section]:
     """Return the sections of a page about a summary whose figures `draw` has put into `folder`."""
-    sections = [_perplexity_section(summary, folder), *_change_section(summary)]
+    sections = [_perplexity_section(summary, folder), *_change_section(summary), *task_sections(summary)]
     for name, file in file_names(list(summary["models"])).items():
-        sections += _model_sections(name, file, summary["models"][name], folder)
+        sections += model_sections(name, file, summary["models"][name], folder)
     return [*sections, _checkpoint_section(summary), *_lineage_sections(summary)]
 
 

@@ -11,7 +11,6 @@ from nexus_ds.report.evaluation import (
     Measured,
     evaluation_sections,
     intro,
-    percent,
     perplexity_table,
     summarise,
     write_evaluation,
@@ -106,6 +105,12 @@ def test_lineage_is_readable(summary, tmp_path):
     assert section.table.rows == [["1", "upcycle", "note: <&>; fit: before 0.4529, after 0.5; experts: a, b"]]
 
 
-@pytest.mark.parametrize(("ratio", "shown"), [(0.5, "-50.0 %"), (1.08, "+8.0 %"), (0.9999, "+0.0 %")])
-def testpercent(ratio, shown):
-    assert percent(ratio) == shown
+def test_change_has_verdicts(summary, tmp_path):
+    (section,) = [s for s in evaluation_sections(summary, tmp_path) if s.title == "From before to after"]
+    assert section.table.header == ["perplexity of", "before", "after", "change", "verdict"]
+    assert [row[0] for row in section.table.rows] == ["a", "b", "all"]
+    assert [row[3:] for row in section.table.rows] == [
+        ["-63.2 %", "better"],
+        ["+10.5 %", "worse"],
+        ["-36.2 %", "better"],
+    ]
