@@ -12,14 +12,17 @@ from nexus_ds.errors import NexusError
 
 VERBS = {  # name: module
     "demo": "demo",
+    "discover": "discover",
     "embed": "embed",
     "upcycle": "upcycle",
     "train": "train",
     "extend": "extend",
     "remove": "remove",
     "evaluate": "evaluate",
+    "compare": "compare",
     "inspect": "inspect_model",
     "plan": "plan",
+    "bench": "bench",
     "generate": "generate",
     "preflight": "preflight",
     "stage": "stage",

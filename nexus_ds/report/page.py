@@ -11,14 +11,13 @@ import base64
 import html
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from nexus_ds.errors import DataError
 from nexus_ds.outputs import new_file
 
-Cell = str | int | float | None
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 # The page itself proves that it needs no network: a browser refuses anything but inline style and images.
@@ -31,22 +30,42 @@ STYLE = """
   :root { --text: #e4e8ee; --paper: #14171b; --soft: #1f242b; --line: #39424e; --accent: #7db7f5; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 68rem; background: var(--paper); color: var(--text);
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 76rem; background: var(--paper); color: var(--text);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .75rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; padding-top: 1rem; border-top: 1px solid var(--line); }
-p { max-width: 48rem; margin: .5rem 0; }
+p { max-width: 48rem; margin: .5rem 0; } h1 + p { font-size: 1.1rem; }
 nav { margin: 1rem 0; } nav a { color: var(--accent); margin-right: 1rem; white-space: nowrap; }
 figure { margin: 1rem 0; padding: .75rem; background: #ffffff; border: 1px solid var(--line); border-radius: 6px;
   overflow-x: auto; }
 figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; }
-th, td { padding: .35rem .75rem; border-bottom: 1px solid var(--line); text-align: right; }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; }
 th { background: var(--soft); font-weight: 600; } th:first-child, td:first-child, .text { text-align: left; }
-td strong { color: var(--accent); }
+td:not(.text) { white-space: nowrap; } td:first-child { min-width: 8.5rem; } td strong { color: var(--accent); }
 footer { margin-top: 3rem; font-size: .85rem; opacity: .75; }
 """
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean over seeds and its sample standard deviation (None: one seed), shown as 4.613 ± 0.027."""
+
+    mean: float
+    deviation: float | None = None
+    digits: int = 3
+    signed: bool = False
+
+    def __float__(self) -> float:
+        return self.mean
+
+    def __str__(self) -> str:
+        shown = f"{self.mean:{'+' if self.signed else ''},.{self.digits}f}"
+        return shown if self.deviation is None else f"{shown} ± {self.deviation:,.{self.digits}f}"
+
+
+Cell = str | int | float | Spread | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +73,15 @@ class Table:
     """A table; its first column names the rows.
 
     `best` sets the smallest ("min") or largest ("max") number of every column (or row, see `along`) in bold, ties
-    together; None sets nothing in bold. Numbers keep three significant digits or two decimals; None shows as a dash.
+    together; None sets nothing in bold; `only` names the columns that are compared (empty: all). Numbers keep three
+    significant digits or two decimals; None shows as a dash.
     """
 
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     best: Literal["min", "max"] | None = None
     along: Literal["column", "row"] = "column"
+    only: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +98,7 @@ def format_cell(value: Cell) -> str:
     """Return a cell as people read it: 12,345 for counts, 17.3 or 0.574 for numbers, a dash for nothing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
-    if isinstance(value, bool | str):
+    if isinstance(value, bool | str | Spread):
         return str(value)
     if isinstance(value, int):
         return f"{value:,}"
@@ -86,7 +107,7 @@ def format_cell(value: Cell) -> str:
 
 
 def _is_number(value: Cell) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, int | float | Spread) and not isinstance(value, bool) and not math.isnan(float(value))
 
 
 def best_cells(table: Table) -> set[tuple[int, int]]:
@@ -94,7 +115,7 @@ def best_cells(table: Table) -> set[tuple[int, int]]:
     if table.best is None:
         return set()
     choose = min if table.best == "min" else max
-    columns = range(1, len(table.header))
+    columns = [c for c, name in enumerate(table.header) if c > 0 and (not table.only or name in table.only)]
     lines: Iterable[list[tuple[int, int]]]
     if table.along == "column":
         lines = [[(r, c) for r in range(len(table.rows))] for c in columns]
@@ -113,6 +134,8 @@ def best_cells(table: Table) -> set[tuple[int, int]]:
 
 
 def _as(like: Cell, number: float) -> Cell:
+    if isinstance(like, Spread):
+        return replace(like, mean=number)  # the same deviation: the means alone decide
     return int(number) if isinstance(like, int) else number
 
 

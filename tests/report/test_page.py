@@ -7,7 +7,7 @@ import pytest
 
 from nexus_ds.errors import DataError
 from nexus_ds.report import figures
-from nexus_ds.report.page import Section, Table, best_cells, format_cell, text_table, write_page
+from nexus_ds.report.page import Section, Spread, Table, best_cells, format_cell, text_table, write_page
 
 
 class Reader(html.parser.HTMLParser):
@@ -65,6 +65,25 @@ def test_paragraphs_and_figureless_sections(tmp_path):
 def test_best_cells(best, along, bold):
     table = Table(header=["m", "a", "b"], rows=[["x", 1.0, 5.0], ["y", 2.0, 1.5]], best=best, along=along)
     assert best_cells(table) == bold
+
+
+def test_only_named_columns_are_compared_and_spreads_by_their_means():
+    rows = [["x", Spread(1.0, 0.1), 5.0], ["y", Spread(2.0, 0.0), 1.5], ["z", Spread(1.0004, 0.9), None]]
+    table = Table(header=["m", "loss", "cost"], rows=rows, best="min", only=["loss"])
+    assert best_cells(table) == {(0, 1), (2, 1)}
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (Spread(4.6129, 0.0271), "4.613 ± 0.027"),
+        (Spread(4.6129), "4.613"),
+        (Spread(0.034, 0.012, signed=True), "+0.034 ± 0.012"),
+        (Spread(2770.3, 71.2, 0), "2,770 ± 71"),
+    ],
+)
+def test_spreads(value, shown):
+    assert format_cell(value) == shown
 
 
 def test_ties_as_shown_are_both_bold_and_gaps_are_none():

@@ -1,0 +1,1 @@
+"""What `compare` sets beside each other, the work that makes it, and what came out."""

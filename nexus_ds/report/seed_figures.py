@@ -1,0 +1,207 @@
+"""Figures of what several seeds found: paired differences as dots, levels with error bars, quality against compute.
+
+Every seed is a dot or every mean has its deviation; series differ in colour, marker and line.
+
+Not covered: more than about 14 series or 30 rows in one legible picture.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nexus_ds.report.figures import COLOURS, LINES, _new, _save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MARKERS = "osD^vPX*<>hp"
+
+
+def short_count(value: float) -> str:
+    """Return a count as people read it: 25k, 1M, 200M, 1B."""
+    for letter, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:g}"
+
+
+@dataclass(frozen=True)
+class Level:
+    """One point: where it stands on the x axis (a number, or the position of a name), its mean and its deviation."""
+
+    x: float
+    mean: float
+    deviation: float | None = None
+
+
+def paired_dots(
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    out: Path,
+    *,
+    title: str,
+    xlabel: str,
+    ignore: float = 0.0,
+) -> Path:
+    """Draw differences: `panels[title][row]` holds one number a seed; the mean is a bar, `ignore` a grey band.
+
+    The axis is linear near zero and logarithmic further out, so that 0.01 and 1 can both be read.
+    """
+    rows = list(dict.fromkeys(row for panel in panels.values() for row in panel))
+    figure = _new(2.6 + 4.4 * len(panels), 1.3 + 0.3 * len(rows))
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)
+    for axes, (name, panel) in zip(grid.flat, panels.items(), strict=True):
+        axes.axvspan(-ignore, ignore, color="#d9d9d9", linewidth=0)
+        axes.axvline(0, color="#444444", linewidth=1)
+        for row, values in panel.items():
+            _dots(axes, rows.index(row), values)
+        _difference_axis(axes, [value for values in panel.values() for value in values], max(ignore, 1e-3))
+        axes.set_title(name, fontsize=10)
+    grid[0, 0].set_yticks(range(len(rows)), rows, fontsize=9)
+    grid[0, 0].set_ylim(len(rows) - 0.4, -0.6)
+    figure.suptitle(title, fontsize=11)
+    figure.supxlabel(xlabel, fontsize=10)
+    return _save(figure, out)
+
+
+def _dots(axes: Axes, row: int, values: Sequence[float]) -> None:
+    if not values:
+        return
+    mean = statistics.fmean(values)
+    colour = COLOURS[0] if mean < 0 else COLOURS[5]
+    axes.plot([mean, mean], [row - 0.32, row + 0.32], color=colour, linewidth=2.4)
+    axes.plot(values, [row] * len(values), "o", color=colour, markersize=5, alpha=0.65, markeredgewidth=0)
+
+
+def _difference_axis(axes: Axes, values: Sequence[float], near: float) -> None:
+    """Choose a scale that is linear up to `near` and marks powers of ten beyond."""
+    furthest = max([abs(value) for value in values] or [near]) * 1.3
+    low, high = min([*values, -near]), max([*values, near])
+    if furthest > 8 * near:
+        axes.set_xscale("symlog", linthresh=near, linscale=0.5)
+        steps = [step for power in range(-3, 5) for step in (10.0**power, 3 * 10.0**power) if near <= step <= furthest]
+        ticks = [-step for step in steps if -step >= low * 1.5] + [0.0] + [step for step in steps if step <= high * 1.5]
+        shown = ticks if len(ticks) <= 9 else [t for t in ticks if t == 0 or f"{abs(t):.0e}"[0] == "1"]
+        axes.set_xticks(shown, [f"{tick:+g}" if tick else "0" for tick in shown], fontsize=8.5)
+        axes.minorticks_off()
+    margin = 1.5 if furthest > 8 * near else 1.15
+    axes.set_xlim(low * margin, high * margin)
+    axes.grid(axis="x", alpha=0.25)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+def levels(
+    panels: Mapping[str, Mapping[str, Sequence[Level]]],
+    out: Path,
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    names: Sequence[str] = (),
+    lines: Mapping[str, float] | None = None,
+) -> Path:
+    """Draw curves (or, with `names` of the x positions, points) with error bars: `panels[title][series]`.
+
+    `lines[panel]` draws a dashed level, for instance that before an extension. The first series is drawn thicker.
+    """
+    series = list(dict.fromkeys(name for panel in panels.values() for name in panel))
+    figure = _new(1.4 + 4.6 * len(panels), 4.4 + 0.2 * ((len(series) + 2) // 3))
+    grid = figure.subplots(1, len(panels), squeeze=False)
+    for axes, (panel, curves) in zip(grid.flat, panels.items(), strict=True):
+        xs = [level.x for points in curves.values() for level in points]
+        step = (max(xs) - min(xs)) / 150 if xs and not names else 0.7 / max(1, len(series))
+        for name, points in curves.items():
+            number = series.index(name)
+            _curve(axes, points, name, number, (number - (len(series) - 1) / 2) * step, joined=not names)
+        if lines and panel in lines:
+            axes.axhline(lines[panel], color="#444444", linestyle=":", linewidth=1.4, label="before")
+        if names:
+            axes.set_xticks(range(len(names)), names, rotation=25, ha="right", rotation_mode="anchor", fontsize=9)
+        elif xs:
+            ticks = sorted(set(xs))
+            axes.set_xticks(ticks, [short_count(tick) for tick in ticks], fontsize=9)
+        axes.set_xlabel(xlabel)
+        axes.set_title(panel, fontsize=10)
+        axes.grid(axis="y", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles = {label: h for axes in grid.flat for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=min(3, len(handles)), fontsize=9,
+        frameon=False,
+    )  # fmt: skip
+    grid[0, 0].set_ylabel(ylabel)
+    figure.suptitle(title, fontsize=11)
+    return _save(figure, out)
+
+
+def _curve(axes: Axes, points: Sequence[Level], name: str, number: int, shift: float, joined: bool) -> None:
+    """Draw one series, moved by `shift` so that error bars don't cover one another."""
+    axes.errorbar(
+        [point.x + shift for point in points], [point.mean for point in points],
+        yerr=[point.deviation or 0.0 for point in points], label=name, color=COLOURS[number % len(COLOURS)],
+        marker=MARKERS[number % len(MARKERS)], markersize=5.5, linewidth=2.2 if number == 0 else 1.3, elinewidth=1.0,
+        linestyle=LINES[number % len(LINES)] if joined else "none", capsize=2,
+    )  # fmt: skip
+
+
+def quality_compute(points: Mapping[str, Level], out: Path, *, title: str, xlabel: str, ylabel: str) -> Path:
+    """Draw quality (y, lower is better) against compute (x, logarithmic; 0 stands at the left edge) with names."""
+    from matplotlib.ticker import LogLocator
+
+    figure = _new(8.6, max(4.2, 1.4 + 0.27 * len(points)))
+    axes = figure.subplots()
+    positive = [level.x for level in points.values() if level.x > 0] or [1.0]
+    edge = min(positive) / 3
+    axes.set_xscale("log")
+    axes.set_xlim(edge / 1.3, max(positive) * 1.5)
+    order = sorted(points, key=lambda name: points[name].mean)
+    for number, name in enumerate(points):
+        level = points[name]
+        axes.errorbar(
+            max(level.x, edge), level.mean, yerr=level.deviation or 0.0, color=COLOURS[number % len(COLOURS)],
+            marker=MARKERS[number % len(MARKERS)], markersize=7, capsize=2, linestyle="none",
+        )  # fmt: skip
+    low, high = axes.get_ylim()
+    heights = _apart([points[name].mean for name in order], (high - low) / max(14, len(order)))
+    middle = (min(heights) + max(heights)) / 2
+    axes.set_ylim(min(low, 2 * middle - max(heights)), max(high, *heights) + (high - low) * 0.02)
+    for name, height in zip(order, heights, strict=True):
+        level = points[name]
+        zero = " (no training)" if level.x <= 0 else ""
+        axes.annotate(
+            name + zero, (max(level.x, edge), level.mean), xytext=(1.03, height), textcoords=axes.get_yaxis_transform(),
+            va="center", fontsize=9, color="#222222", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": "#b0b0b0", "linewidth": 0.7, "shrinkB": 4, "relpos": (0, 0.5)},
+        )  # fmt: skip
+    if max(positive) / edge < 1000:  # few powers of ten: name some steps between them
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e+", "e"))
+    axes.xaxis.set_minor_formatter("")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_title(title, fontsize=11)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _save(figure, out)
+
+
+def _apart(values: Sequence[float], gap: float) -> list[float]:
+    """Return places for labels of the rising `values`, at least `gap` apart and near their values."""
+    places = np.asarray(values, dtype=float).copy()
+    for _ in range(200):
+        moved = False
+        for i in range(len(places) - 1):
+            short = gap - (places[i + 1] - places[i])
+            if short > 1e-9 * gap:
+                places[i] -= short / 2
+                places[i + 1] += short / 2
+                moved = True
+        if not moved:
+            break
+    return [float(place) for place in places]

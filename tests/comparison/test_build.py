@@ -1,0 +1,114 @@
+"""The jobs of a comparison: what is shared, what is not, and that the budgets are what they say."""
+
+from pathlib import Path
+
+import pytest
+
+from nexus_ds.comparison.build import additions, build
+from nexus_ds.comparison.contenders import CONTENDERS, EXTENSIONS
+from nexus_ds.config import load_config
+from nexus_ds.errors import ConfigError
+
+OUT = Path("comparison")
+
+
+def made(*overrides, recipe="compare-tiny"):
+    return build(recipe, ["compare.seeds=[0]", *overrides], OUT)
+
+
+def jobs(found, part):
+    return [job for job in found.builder.jobs.values() if part in job.name]
+
+
+def test_names_stand_once_and_extensions_start_from_contenders():
+    names = [c.name for c in CONTENDERS]
+    assert len(set(names)) == len(names) and len({e.name for e in EXTENSIONS}) == len(EXTENSIONS)
+    assert all(e.starts_from in names for e in EXTENSIONS)
+
+
+def test_every_contender_and_extension_can_be_built_and_has_a_row():
+    found = made("compare.contenders=[]", "compare.extensions=[]")
+    rows = {row for _, row in found.contenders}
+    assert rows - {c.name for c in CONTENDERS} == {f"branch {d}" for d in ("python", "docs", "algebra", "tables")}
+    assert {c.name for c in CONTENDERS} - rows == {"branches"}
+    assert {name for _, name, _ in found.extensions} == {e.name for e in EXTENSIONS}
+    for job in found.builder.jobs.values():
+        assert all(need in found.builder.jobs for need in job.needs), job.name
+
+
+def test_contenders_of_a_seed_share_its_branches_and_nothing_with_another():
+    found = made(
+        "compare.seeds=[0,1]", "compare.contenders=[nexus,linear,btm,average]", "compare.extensions=[nexus_append]"
+    )
+    assert len(jobs(found, "branch-python")) == 2  # one a seed
+    assert len(jobs(found, "tokenizer")) == 1
+    assert len(jobs(found, " upcycle nexus")) == 2
+    needed = {seed: set(jobs(found, f"seed {seed} upcycle nexus")[0].needs) for seed in (0, 1)}
+    assert not needed[0] & needed[1]
+
+
+def test_a_variant_makes_only_what_it_changes():
+    variants = "compare.variants={low: [router.load_balance=0.0005], big: [stages.branch.training.tokens=9000]}"
+    found = made("compare.contenders=[nexus]", "compare.extensions=[nexus_append]", variants)
+    assert len(jobs(found, "seed 0 seed")) == 1
+    assert len(jobs(found, "branch-python")) == 2  # as it is, and with fewer tokens
+    trained = [job for job in jobs(found, "seed 0 nexus") if job.words[0] == "train" and "append" not in job.name]
+    assert len(trained) == 3
+    assert {key[0] for key in found.contenders} == {"", "low", "big"}
+
+
+def test_the_name_of_an_output_does_not_depend_on_where_it_lies():
+    here, there = (build("compare-tiny", ["compare.seeds=[0]"], out) for out in (OUT, Path("/elsewhere/deep")))
+    assert [p.relative_to(OUT) for p in here.builder.jobs] == [
+        p.relative_to("/elsewhere/deep") for p in there.builder.jobs
+    ]
+
+
+def test_matched_contenders_have_the_whole_budget():
+    found = made("compare.contenders=[union,nexus,sparse_upcycling_matched]", "compare.extensions=[linear_reset]")
+    trained = {name: sum(job.flops for job in jobs(found, f"seed 0 {name}") if job.words[0] == "train")
+               for name in ("union", "sparse_upcycling_matched")}  # fmt: skip
+    whole = [job for part in ("python", "docs", "algebra", "tables") for job in jobs(found, f"branch-{part}")]
+    whole += [job for job in jobs(found, "seed 0 nexus") if job.words[0] == "train"]
+    budget = sum(job.flops for job in whole)
+    assert trained["union"] == pytest.approx(budget, rel=0.002) and trained["union"] > 1e12
+    assert trained["sparse_upcycling_matched"] == pytest.approx(budget, rel=0.002)
+
+
+def test_budgets_become_steps_that_are_validated():
+    found = made("compare.contenders=[nexus]", "compare.extensions=[nexus_append]", "compare.budgets=[2048,6144]")
+    _, seeds = found.extensions[("", "nexus_append", "cpp")]
+    assert seeds[0].steps == {0: 0, 2: 2048, 6: 6144}
+    (file,) = [path for path in found.builder.configs if "nexus_append-cpp" in path.name and "start" not in path.name]
+    training = found.builder.configs[file].training
+    assert (training.eval_every, training.steps, training.tokens) == (2, 6, 0)
+
+
+def test_adding_each_together_and_in_sequence():
+    words = ["pipeline.new_domains=[x,y]", "stage=extend"]
+    assert additions(load_config("demo", words)) == {"x": [["x"]], "y": [["y"]]}
+    assert additions(load_config("demo", [*words, "compare.adding=together"])) == {"x+y": [["x", "y"]]}
+    assert additions(load_config("demo", [*words, "compare.adding=sequence"])) == {"x, then y": [["x"], ["y"]]}
+    found = made("pipeline.new_domains=[x,y]", "compare.adding=sequence", "compare.extensions=[nexus_append]",
+                 "compare.contenders=[nexus]")  # fmt: skip
+    extends = jobs(found, "extend nexus_append")
+    first = next(job for job in jobs(found, "nexus_append-x") if job.words[0] == "train")
+    assert len(extends) == 2 and first.output in extends[1].needs
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("compare.contenders=[nexsu]", "compare.contenders: unknown name 'nexsu', did you mean nexus?"),
+        (
+            "compare.extensions=[linear_rest]",
+            "compare.extensions: unknown name 'linear_rest', did you mean linear_reset?",
+        ),
+        ("pipeline.domains=[]", "pipeline.domains is empty; name the domains of the upcycled experts"),
+        ("compare.adding=all", "compare.adding: unknown value 'all'; known: each, together, sequence"),
+    ],
+)
+def test_mistakes(override, message):
+    with pytest.raises(ConfigError) as caught:
+        made(override)
+    assert message in str(caught.value)

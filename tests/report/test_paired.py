@@ -1,0 +1,66 @@
+"""Statistics over seeds: what a paired difference is called, and that missing numbers stay missing."""
+
+import math
+
+import pytest
+
+from nexus_ds.report.page import Spread
+from nexus_ds.report.paired import budgets_of, losses, mean_loss, measured, paired, spread
+
+
+def seeds(*values):
+    return {str(seed): value for seed, value in enumerate(values)}
+
+
+@pytest.mark.parametrize(
+    ("differences", "outcome"),
+    [
+        ((-0.02, -0.03, -0.01), "better"),
+        ((0.02, 0.03, 0.01), "worse"),
+        ((-0.5, -0.6, 0.001), "open"),  # one seed has another sign
+        ((-0.009, -0.008, -0.012), "open"),  # one sign, but too small
+        ((-0.02, -0.03), "lower"),  # too few seeds to call it
+        ((0.9,), "higher"),
+        ((0.0, 0.0, 0.0), "open"),
+    ],
+)
+def test_outcome(differences, outcome):
+    assert paired(seeds(*differences), seeds(*[0.0] * len(differences))).outcome == outcome
+
+
+def test_paired_uses_the_seeds_that_both_have():
+    found = paired({"0": 1.0, "1": 2.0, "2": 9.0}, {"1": 1.5, "0": 1.25})
+    assert found.by_seed == {"0": -0.25, "1": 0.5}
+    assert found.agreement == "1 of 2"
+    assert found.spread.mean == pytest.approx(0.125) and found.spread.deviation == pytest.approx(0.75 / math.sqrt(2))
+    assert paired({"0": 1.0}, {"1": 1.0}) is None
+
+
+def test_the_pairing_takes_out_what_seeds_have_in_common():
+    base = seeds(4.0, 5.0, 6.0)
+    assert spread(base).deviation == pytest.approx(1.0)
+    assert paired({seed: value - 0.1 for seed, value in base.items()}, base).spread.deviation == pytest.approx(0.0)
+
+
+def test_one_seed_has_no_deviation():
+    assert spread({"0": 2.0}) == Spread(2.0, None)
+    assert str(spread({"0": 2.0})) == "2.000" and str(spread(seeds(2.0, 2.0))) == "2.000 ± 0.000"
+    assert spread({}) is None
+
+
+def test_a_missing_domain_makes_no_mean():
+    assert mean_loss({"a": 2.0, "b": 4.0}, ["a", "b"]) == 3.0
+    for found in ({"a": 2.0}, {"a": 2.0, "b": None}, {"a": 2.0, "b": math.nan}, {"a": 2.0, "b": "x"}, None, {}):
+        assert mean_loss(found, ["a", "b"]) is None
+    assert mean_loss({"a": 2.0}, []) is None
+
+
+def test_failed_seeds_are_left_out():
+    entry = {"seeds": {"0": {"loss": {"a": 1.0}, "gate": 0.5}, "1": None, "2": {"loss": None, "gate": None}}}
+    assert losses(entry, ["a"]) == {"0": 1.0} and measured(entry, "gate") == {"0": 0.5}
+    assert losses({"seeds": None}, ["a"]) == {}
+
+
+def test_budgets_are_ordered_as_numbers():
+    entries = [{"seeds": {"0": {"budgets": {"100000": {}, "25000": {}}}, "1": {"budgets": {"0": {}}}, "2": {}}}]
+    assert budgets_of(entries) == ["0", "25000", "100000"]

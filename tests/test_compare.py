@@ -1,0 +1,136 @@
+"""The verb `compare` as a user runs it: what it makes, says and leaves alone, and its mistakes."""
+
+import csv
+import json
+import math
+
+import pytest
+
+from nexus_ds.__main__ import main
+from nexus_ds.comparison.build import Made
+from nexus_ds.comparison.results import budgets, records
+
+RECIPE = """
+base: compare-tiny
+data: {max_bytes: 200000, cache: ""}
+pipeline: {vocabulary: 512, embedding_documents: 3}
+model: {hidden_size: 32, heads: 2, layers: 2, ffn_size: 48}
+compare:
+  seeds: [0]
+  contenders: [seed, union, average, btm, linear, nexus]
+  extensions: [linear_reset, nexus_refit]
+  budgets: [1024, 2048]
+training: {eval_windows: 4, log_every: 2}
+router: {fit_steps: 10, fit_windows: 4}
+stages:
+  seed: {training: {tokens: 4096}}
+  branch: {training: {tokens: 2048}}
+  moe: {training: {tokens: 2048}}
+"""
+
+
+def run(capsys, *words):
+    code = main(["compare", *map(str, words)])
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+@pytest.mark.slow
+def test_a_whole_comparison_and_its_repetition(tmp_path, capsys):
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(RECIPE)
+    words = (
+        "--config",
+        recipe,
+        "--out",
+        out,
+        "--json",
+        "--domains",
+        "python,algebra",
+        "--new-domain",
+        "cpp",
+        "--data",
+        "demo",
+    )
+    code, text, err = run(capsys, *words)
+    assert code == 0, err
+    found = json.loads(text)
+    assert json.loads((out / "results.json").read_text()) == found
+    rows = {row["name"]: row for row in found["contenders"]}
+    assert list(rows) == ["seed", "union", "average", "btm", "linear", "nexus"]
+    assert all(set(row["seeds"]["0"]["loss"]) == {"python", "algebra", "cpp"} for row in rows.values())
+    assert all(3 < loss < 8 for row in rows.values() for loss in row["seeds"]["0"]["loss"].values())
+    assert rows["btm"]["compute"]["parameters"]["active"] == 2 * rows["seed"]["compute"]["parameters"]["active"]
+    assert rows["seed"]["compute"]["training_flops"] == 0
+    flops = {name: rows[name]["compute"]["training_flops"] for name in rows}
+    assert flops["average"] == flops["btm"] < flops["linear"] == flops["nexus"]
+    assert flops["union"] == pytest.approx(flops["nexus"], rel=0.15)  # whole steps, and there are few
+    for row in found["extensions"]:
+        assert list(row["seeds"]["0"]["budgets"]) == ["0", "1024", "2048"]
+        assert all(0 <= b["leak"] <= 1 and 0 <= b["share"] <= 1 for b in row["seeds"]["0"]["budgets"].values())
+    # Untrained and before any finetune: only the router differs, so what is not routed to is the same model.
+    assert rows["nexus"]["seeds"]["0"]["untrained"]["loss"] != rows["linear"]["seeds"]["0"]["untrained"]["loss"]
+    page = (out / "report.html").read_text()
+    assert page.startswith("<!DOCTYPE html>") and "BTM" in page
+    tables = list(out.rglob("*.csv"))
+    assert tables and all(len(list(csv.reader(path.open()))) > 1 for path in tables)
+
+    made = {path: path.stat().st_mtime_ns for path in out.rglob("model*.safetensors")}
+    code, text, err = run(capsys, *words[:-2], "--data", "demo", "compare.contenders=[seed,nexus,linear,average]")
+    again = json.loads(text)
+    assert code == 0 and [row["name"] for row in again["contenders"]] == ["seed", "average", "linear", "nexus"]
+    assert again["contenders"][-1]["seeds"] == rows["nexus"]["seeds"]
+    assert made == {path: path.stat().st_mtime_ns for path in out.rglob("model*.safetensors")}
+
+
+def test_a_dry_run_prints_commands_and_trains_nothing(tmp_path, capsys):
+    code, text, err = run(capsys, "--out", tmp_path / "out", "--dry-run", "--seeds", "0", "compare.contenders=[nexus]",
+                          "compare.extensions=[nexus_append]")  # fmt: skip
+    assert code == 0, err
+    lines = text.splitlines()
+    assert sum(line.startswith("deepspeed nexus_ds/train.py --deepspeed ds_configs/z3.json") for line in lines) == 8
+    assert any(line.startswith("nexus-ds upcycle --seed") for line in lines) and lines[-1].startswith("# 1")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"configs"}
+    for line in lines[:-1]:
+        if " --config " in line:
+            config = line.split(" --config ")[1].split()[0]
+            assert main(["compare", "--config", config, "--out", str(tmp_path / "x"), "--dry-run"]) in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--jobs", "-1"), "--jobs: expected a number of at least 0, found -1"),
+        (("--domains", "a,b", "--new-domain", "c", "--data", "DATA"), "no domain"),
+        (("compare.contenders=[nexsu]",), "compare.contenders: unknown name 'nexsu'"),
+        (("--config", "no-such"), "no recipe at no-such"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, text_folder, words, message):
+    words = [str(text_folder) if word == "DATA" else word for word in words]
+    code, _, err = run(capsys, "--out", tmp_path / "out", *words)
+    assert code == 1 and message in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def write_metrics(model, rows):
+    folder = model.with_name(f"{model.name}.training")
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+
+
+def test_shares_and_leak_are_read_from_the_right_cells(tmp_path):
+    routing = {
+        "a": {"a": 0.7, "b": 0.1, "x": 0.2},
+        "b": {"a": 0.3, "b": 0.6, "x": 0.1},
+        "x": {"a": 0.2, "b": 0.3, "x": 0.5},
+    }
+    rows = [{"kind": "validation", "step": s, "loss": {"a": 1.0 + s}, "routing": routing, "time": s} for s in (0, 2, 3)]
+    write_metrics(tmp_path / "m", [*rows, rows[1] | {"loss": {"a": 9.0}}])
+    made = Made(model=tmp_path / "m", experts=("x",), steps={0: 0, 2: 2048})
+    found = budgets(made, ["a", "b"])
+    assert list(found) == ["0", "2048"]
+    assert math.isclose(found["0"]["share"], 0.5) and math.isclose(found["0"]["leak"], 0.15)
+    assert math.isclose(found["0"]["own_share"], 0.65)
+    assert found["2048"]["loss"] == {"a": 9.0}, "a repeated step counts as it was last"
+    assert len(records(tmp_path / "m")) == 3

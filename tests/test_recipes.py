@@ -1,0 +1,80 @@
+"""Recipes of comparisons: each one makes jobs, each changed setting changes something, those for clusters can be planned."""
+
+import functools
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from nexus_ds.__main__ import main
+from nexus_ds.comparison.build import build
+from nexus_ds.config import RECIPES, load_config, read_recipe
+
+NAMES = sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml"))
+COMPARED = [name for name in NAMES if "compare" in read_recipe(name)]
+CLUSTER = ["compare-470m", "compare-2.8b"]
+LAST = ["compare.seeds=[0]"]  # one seed says as much here as three
+
+
+@functools.cache
+def comparison(name):
+    """The jobs of a recipe; `build` writes nothing, so that the directory need not be there."""
+    overrides = [] if load_config(name).pipeline.domains else ["pipeline.domains=[a,b,c]"]
+    return build(name, [*overrides, *LAST], Path("nowhere"))
+
+
+def test_each_table_figure_and_scale_has_a_recipe():
+    scales = {"compare-tiny", "compare-small", "compare-470m", "compare-2.8b"}
+    paper = {f"paper/{name}" for name in ("table2", "table3", "figure4", "figure5", "figure6", "figure7", "figure8")}
+    cluster = [read_recipe(name)["model"] for name in CLUSTER]
+    assert scales | paper <= set(COMPARED) and all(read_recipe(name)["model"] in cluster for name in paper)
+    assert len([name for name in COMPARED if name.startswith("ablations/")]) >= 12
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_comparison_can_be_made_of_it(name):
+    found = comparison(name)
+    assert {variant for variant, _ in found.contenders} == {"", *load_config(name).compare.variants}
+    assert not Path("nowhere").exists()
+    for _, seeds in found.extensions.values():
+        steps = [step for step in seeds[0].steps if step]
+        assert len(steps) >= 3 and math.gcd(*steps) >= 10, "scored so often that it costs more than the finetuning"
+
+
+@pytest.mark.parametrize("name", [name for name in COMPARED if load_config(name).compare.variants])
+def test_each_changed_setting_makes_other_models(name):
+    found = comparison(name)
+    for variant in load_config(name).compare.variants:
+        changed = [
+            key for table in (found.contenders, found.extensions) for key, (_, seeds) in table.items()
+            if key[0] == variant and seeds[0].model != table[("", *key[1:])][1][0].model
+        ]  # fmt: skip
+        assert changed, f"{variant} changes nothing"
+
+
+@pytest.mark.parametrize("name", [name for name in COMPARED if name != "ablations/budget"])  # changes the branches
+def test_dense_models_are_trained_once(name):
+    """Contenders and variants differ after the branches, so these are shared."""
+    jobs = [job.name for job in comparison(name).builder.jobs.values()]
+    dense = [job for job in jobs if job.split(" ", 2)[-1] == "seed" or " branch-" in job]
+    assert len(dense) == len(set(dense)) > 1
+
+
+@pytest.mark.parametrize("name", CLUSTER)
+def test_recipes_for_clusters_can_be_planned(name, capsys):
+    words = ["--gpus", "32", "--nodes", "4", "--gpu-memory", "80GB", "--link", "200Gb", "--json"]
+    assert main(["plan", "--config", name, *words]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["layouts"][0]["fits"] and plan["run"]["tokens"] > 1e10
+
+
+def test_the_recipe_of_one_gpu_is_planned_on_one(capsys):
+    assert main(["plan", "--config", "compare-small", "--gpus", "1", "--gpu-memory", "24GB", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["layouts"][0]["fits"] and 50e6 < plan["parameters"]["active"] < plan["parameters"]["total"] < 110e6
+
+
+def test_recipes_say_what_they_are_for():
+    for name in NAMES:
+        assert Path(RECIPES / f"{name}.yaml").read_text(encoding="utf-8").startswith("# "), name
