@@ -122,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
     from nexus_ds.comparison.build import build
     from nexus_ds.comparison.jobs import Pool
     from nexus_ds.data.corpora import open_source, require_domains
+    from nexus_ds.model.tasks import require_harness, task_groups
 
     if args.jobs < 0:
         raise ConfigError(f"--jobs: expected a number of at least 0, found {args.jobs}")
@@ -136,6 +137,9 @@ def run(args: argparse.Namespace) -> int:
         _show_plan(comparison)
         return 0
     require_domains(open_source(config.data.path), comparison.builder.scored(config))
+    if config.compare.tasks:  # before the days of training, not after
+        require_harness()
+        task_groups(config.compare.tasks)
     gpus = devices()
     with held(args.out):
         comparison.builder.write_configs()

@@ -1,6 +1,7 @@
 """The verb `compare` as a user runs it: what it makes, says and leaves alone, and its mistakes."""
 
 import csv
+import importlib.util
 import json
 import math
 
@@ -111,6 +112,21 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, text_folder, 
     code, _, err = run(capsys, "--out", tmp_path / "out", *words)
     assert code == 1 and message in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
+def test_tasks_without_the_harness_are_refused_before_anything_is_trained(tmp_path, capsys):
+    code, _, err = run(capsys, "--out", tmp_path / "out", "compare.tasks=paper")
+    assert code == 1 and "tasks need lm-eval, found no lm_eval" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_tasks_are_asked_of_every_checkpoint(tmp_path, capsys):
+    code, text, _ = run(capsys, "--out", tmp_path / "out", "--dry-run", "--seeds", "0", "compare.tasks=arc_easy",
+                        "compare.task_path=mine", "compare.contenders=[seed,btm,nexus]", "compare.extensions=[nexus_append]")  # fmt: skip
+    asked = [line for line in text.splitlines() if "--tasks arc_easy --task-path mine" in line]
+    assert code == 0 and len(asked) == 2  # an ensemble is no checkpoint
+    assert all(" --checkpoint " in line for line in asked)
 
 
 def write_metrics(model, rows):
