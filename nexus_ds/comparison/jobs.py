@@ -104,6 +104,8 @@ class Pool:
             self.context.set_forkserver_preload(PRELOAD)
         self.waiting = [job for job in self.jobs.values() if not job.output.exists()]
         self.total, self.started = len(self.waiting), time.monotonic()
+        self.least = sum(job.flops for job in self.waiting) / max(20 * self.total, 1) + 1.0
+        self.work = sum(map(self._weight, self.waiting))
 
     def _blocked(self, job: Job) -> bool:
         """Return whether a job has to wait; one that can never run is moved to the failed ones."""
@@ -129,6 +131,7 @@ class Pool:
             process.start()
             self.waiting.remove(job)
             self.running[slot] = (job, process, time.monotonic())
+            print(f"{self._count()} {job.name} ...", file=sys.stderr, flush=True)
 
     def log(self, job: Job) -> Path:
         """Return where a job's messages go."""
@@ -148,19 +151,32 @@ class Pool:
                   f"{self.failed[job.output]} [{self.log(job)}]", file=sys.stderr, flush=True)  # fmt: skip
 
     def _count(self) -> str:
-        done = self.total - len(self.waiting) - len(self.running)
-        left = (time.monotonic() - self.started) / max(done, 1) * (self.total - done)
-        return f"[{done}/{self.total}, {duration(left)} to go]"
+        """Return how far the pool is; jobs count by their training's operations, all others as one in twenty of the mean."""
+        left = [*self.waiting, *(job for job, _, _ in self.running.values())]
+        undone = sum(map(self._weight, left))
+        done = f"{self.total - len(left)}/{self.total}"
+        if len(left) == self.total:
+            return f"[{done}]"
+        rest = (time.monotonic() - self.started) / (self.work - undone) * undone
+        return f"[{done}, {duration(rest)} to go]"
+
+    def _weight(self, job: Job) -> float:
+        return job.flops + self.least
 
     def run(self) -> None:
         """Run everything that is missing; `failed` says afterwards what could not be made, and why."""
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` ends the jobs
+        there = len(self.jobs) - self.total
+        print(f"{self.total} jobs, {there} more are there already; {self.slots} at once, messages of each in {self.logs}",
+              file=sys.stderr, flush=True)  # fmt: skip
         try:
             while self.waiting or self.running:
                 self._start_all()
                 time.sleep(0.05)
                 self._collect()
         finally:
+            if self.running:
+                print("stopping; the same command again goes on from here", file=sys.stderr, flush=True)
             for _, process, _ in self.running.values():
                 process.terminate()
             for _, process, _ in self.running.values():

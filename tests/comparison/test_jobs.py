@@ -51,6 +51,8 @@ def test_a_failure_takes_only_its_dependants_with_it(tmp_path, dense_dir, capsys
     assert "nothing" in pool.failed[bad]
     assert pool.failed[tmp_path / "child"] == "needs bad, which failed"
     told = capsys.readouterr().err
+    assert told.startswith("5 jobs, 0 more are there already; 2 at once, messages of each in ")
+    assert "[0/5] bad ..." in told and "other ..." in told and "[5/5, 0s to go] other: " in told
     assert "good: " in told and "bad FAILED after" in told and str(tmp_path / "logs" / "bad.log") in told
 
     made = (good / "model.safetensors").stat().st_mtime_ns
