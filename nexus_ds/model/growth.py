@@ -365,7 +365,8 @@ def extended(
         vectors=torch.cat([old.vectors, vectors]),
     )
     target = old_config | {"num_experts": len(sidecar.experts)}
-    tensors = _extended_tensors(reader, old_config, models, total)
+    places = {name: number for number, name in enumerate(models, start=len(old.experts))}
+    tensors = branched_tensors(reader, old_config["num_hidden_layers"], models, places, total)
     for layer in range(old_config["num_hidden_layers"]):
         rows = _extended_rows(reader, sidecar, layer, config, linear_init)
         check_rows(rows, len(old.experts), layer)
@@ -426,25 +427,21 @@ def check_encoder(sidecar: Sidecar, embeddings: DomainEmbeddings) -> None:
     )
 
 
-def _extended_tensors(
-    reader: TensorReader, config: dict[str, Any], models: dict[str, DenseModel], share: float
+def branched_tensors(
+    reader: TensorReader, layers: int, models: Mapping[str, DenseModel], places: Mapping[str, int], share: float
 ) -> dict[str, Blend | Tensor]:
-    """Return where each tensor but the router's comes from; `config` is the old one."""
-    named = [(f"expert {name}", model) for name, model in models.items()]
-    averaged = named[0][1].averaged_names()
-    tensors: dict[str, Blend | Tensor] = {}
-    for name in averaged:
-        parts = [Part("checkpoint", reader, name, 1.0 - share)]
-        parts += [Part(who, model.reader, name, share / len(named)) for who, model in named]
-        tensors[name] = Blend(parts)
-    for name in reader.names():
-        if ".mlp." in name:
-            tensors[name] = copy_of(reader, name)
-    for layer in range(config["num_hidden_layers"]):
+    """Return a checkpoint's tensors with dense models in it: FFNs at their `places`, all else merged in by `share`."""
+    tensors: dict[str, Blend | Tensor] = {name: copy_of(reader, name) for name in reader.names()}
+    named = {name: (f"expert {name}", model) for name, model in models.items()}
+    for tensor in next(iter(models.values())).averaged_names():
+        parts = [Part("checkpoint", reader, tensor, 1.0 - share)]
+        parts += [Part(who, model.reader, tensor, share / len(named)) for who, model in named.values()]
+        tensors[tensor] = Blend(parts)
+    for layer in range(layers):
         for part in FFN_PARTS:
-            for index, (who, model) in enumerate(named, start=config["num_experts"]):
+            for name, (who, model) in named.items():
                 source = Part(who, model.reader, dense_ffn_name(layer, part))
-                tensors[expert_name(layer, index, part)] = Blend([source])
+                tensors[expert_name(layer, places[name], part)] = Blend([source])
     return tensors
 
 

@@ -18,14 +18,14 @@ from torch import Tensor
 from nexus_ds.config import Config
 from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import ConfigError
-from nexus_ds.model.assembly import Blend, Part, domain_vectors, expert_record, portable
+from nexus_ds.model.assembly import domain_vectors, expert_record, portable
 from nexus_ds.model.checkpoint import Sidecar, read_sidecar, router_rows, verify_rows, versions
-from nexus_ds.model.families import FFN_PARTS, DenseModel, dense_ffn_name, expert_name, gate_name, open_moe
+from nexus_ds.model.families import gate_name, open_moe
 from nexus_ds.model.growth import (
     NewModel,
+    branched_tensors,
     check_encoder,
     check_rows,
-    copy_of,
     merge_share,
     open_fitting,
     same_dtype,
@@ -83,7 +83,7 @@ def replaced(
         old, experts=records, lineage=[*old.lineage, lineage], versions=versions(), vectors=vectors
     )
     dtype = reader.info(gate_name(0)).dtype
-    tensors = _tensors(reader, old_config["num_hidden_layers"], models, places, total)
+    tensors = branched_tensors(reader, old_config["num_hidden_layers"], models, places, total)
     for layer in range(old_config["num_hidden_layers"]):
         tensors[gate_name(layer)] = _rows(reader, old, sidecar, layer)
     return NewModel("replace", same_dtype(old_config, dtype), dtype, tensors, sidecar, checkpoint)
@@ -108,24 +108,6 @@ def _vectors(sidecar: Sidecar, places: Mapping[str, int], embeddings: DomainEmbe
         check_encoder(sidecar, embeddings)
         vectors[list(places.values())] = domain_vectors(embeddings, places)
     return vectors
-
-
-def _tensors(
-    reader: TensorReader, layers: int, models: Mapping[str, DenseModel], places: Mapping[str, int], share: float
-) -> dict[str, Blend | Tensor]:
-    """Return where each tensor but the router's comes from."""
-    tensors: dict[str, Blend | Tensor] = {name: copy_of(reader, name) for name in reader.names()}
-    named = {name: (f"expert {name}", model) for name, model in models.items()}
-    for tensor in next(iter(models.values())).averaged_names():
-        parts = [Part("checkpoint", reader, tensor, 1.0 - share)]
-        parts += [Part(who, model.reader, tensor, share / len(named)) for who, model in named.values()]
-        tensors[tensor] = Blend(parts)
-    for layer in range(layers):
-        for part in FFN_PARTS:
-            for name, (who, model) in named.items():
-                source = Part(who, model.reader, dense_ffn_name(layer, part))
-                tensors[expert_name(layer, places[name], part)] = Blend([source])
-    return tensors
 
 
 def _rows(reader: TensorReader, old: Sidecar, new: Sidecar, layer: int) -> Tensor:
