@@ -15,10 +15,11 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,28 +96,19 @@ def _pack(backend: Any, tokenizer: Tokenizer, texts: list[str]) -> Packed:
     return Packed(np.asarray(ids, dtype=tokenizer.dtype).tobytes(), len(ids), len(texts))
 
 
-_worker: tuple[Any, Tokenizer]  # of a worker process
-
-
-def _start_worker(tokenizer: Tokenizer) -> None:
-    """Set up a worker process, which ends with the one that started it, however that ends."""
-    global _worker
+def _serve(pipe: Connection, tokenizer: Tokenizer) -> None:
+    """Pack texts that come over `pipe` until its other end closes: by choice, or because that process ended."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the starting process too, which decides
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_follow_parent, daemon=True).start()
-    _worker = (tokenizer.backend(), tokenizer)
-
-
-def _follow_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-    os._exit(1)
-
-
-def _work(texts: list[str]) -> Packed:
-    return _pack(*_worker, texts)
+    backend = tokenizer.backend()
+    with suppress(EOFError, OSError):
+        while True:
+            texts = pipe.recv()
+            try:
+                pipe.send(_pack(backend, tokenizer, texts))
+            except Exception as error:  # whatever it is, the starting process raises it
+                pipe.send(error)
 
 
 def cores() -> int:
@@ -157,23 +149,62 @@ def packer(tokenizer: Tokenizer, workers: int) -> Iterator[Callable[[Batches], I
         with _without_threads():
             yield lambda batches: ((key, _pack(backend, tokenizer, texts)) for key, texts in batches)
         return
-    spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads could hang
-    pool = ProcessPoolExecutor(workers, spawn, _start_worker, (tokenizer,))
+    team = _Team(tokenizer, workers)
+    threads = ThreadPoolExecutor(workers)  # one for each process, which it feeds and waits for
     try:
-        yield lambda batches: _in_order(batches, pool, AHEAD * workers)
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"one of {workers} processes that tokenise was killed, perhaps for want of memory; start again with a "
-            "lower data.workers"
-        ) from error
+        yield lambda batches: _in_order(batches, threads, team.pack, AHEAD * workers)
     finally:
-        pool.shutdown(cancel_futures=True)
+        threads.shutdown(cancel_futures=True)
+        team.end()
 
 
-def _in_order(batches: Batches, pool: ProcessPoolExecutor, ahead: int) -> Iterator[tuple[str, Packed]]:
+class _Team:
+    """Worker processes, each with a pipe of its own: what is shared (a queue, a lock) hangs when its holder is killed."""
+
+    def __init__(self, tokenizer: Tokenizer, workers: int) -> None:
+        self.tokenizer, self.workers = tokenizer, workers
+        self.context = multiprocessing.get_context("spawn")  # a fork of a process with threads could hang
+        self.own = threading.local()
+        self.started: list[tuple[BaseProcess, Connection]] = []
+
+    def pack(self, texts: list[str]) -> Packed:
+        """Have the calling thread's own process pack `texts`; it is started with the first."""
+        try:
+            if not hasattr(self.own, "pipe"):
+                self.own.pipe = self._start()
+            self.own.pipe.send(texts)
+            result = self.own.pipe.recv()
+        except (EOFError, OSError) as error:
+            raise DataError(
+                f"one of {self.workers} processes that tokenise was killed, perhaps for want of memory; start again "
+                "with a lower data.workers"
+            ) from error
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def _start(self) -> Connection:
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=_serve, args=(theirs, self.tokenizer))
+        process.start()
+        theirs.close()
+        self.started.append((process, ours))
+        return ours
+
+    def end(self) -> None:
+        """End the processes, which wait for their next texts."""
+        for _, pipe in self.started:
+            pipe.close()
+        for process, _ in self.started:
+            process.join()
+
+
+def _in_order(
+    batches: Batches, threads: ThreadPoolExecutor, pack: Callable[[list[str]], Packed], ahead: int
+) -> Iterator[tuple[str, Packed]]:
     waiting: deque[tuple[str, Future[Packed]]] = deque()
     for key, texts in batches:
-        waiting.append((key, pool.submit(_work, texts)))
+        waiting.append((key, threads.submit(pack, texts)))
         if len(waiting) >= ahead:
             first, future = waiting.popleft()
             yield first, future.result()

@@ -43,10 +43,13 @@ def test_ids_come_back_in_the_order_of_the_batches(tokenizer_dir: Path):
         assert list(pack(iter(batches))) == alone
 
 
-def test_a_killed_worker_is_an_error_not_a_hang(tokenizer_dir: Path):
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("killed", [1, 2])
+def test_a_killed_worker_is_an_error_not_a_hang(tokenizer_dir: Path, killed: int):
     def batches() -> Iterator[tuple[str, list[str]]]:
-        yield "a", ["the cat"]
-        for child in multiprocessing.active_children():
+        while len(multiprocessing.active_children()) < 2:  # both are needed
+            yield "a", ["the cat"]
+        for child in multiprocessing.active_children()[:killed]:
             os.kill(child.pid, signal.SIGKILL)
         for _ in range(1000):
             yield "a", ["the cat"]
@@ -54,6 +57,27 @@ def test_a_killed_worker_is_an_error_not_a_hang(tokenizer_dir: Path):
     message = "one of 2 processes that tokenise was killed, .* start again with a lower data.workers"
     with pytest.raises(DataError, match=message), packer(load_tokenizer(tokenizer_dir), 2) as pack:
         list(pack(batches()))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_killed_amid_its_answer_is_an_error_too(tokenizer_dir: Path):
+    large = ["the cat " * 100_000]  # its ids fill the pipe, which nobody reads yet
+
+    def batches() -> Iterator[tuple[str, list[str]]]:
+        yield from [("a", large)] * 12
+        for child in multiprocessing.active_children()[:1]:
+            os.kill(child.pid, signal.SIGKILL)
+        yield from [("a", large)] * 12
+
+    with pytest.raises(DataError, match="one of 2 processes"), packer(load_tokenizer(tokenizer_dir), 2) as pack:
+        list(pack(batches()))
+
+
+def test_what_a_worker_raises_is_raised_here(tokenizer_dir: Path):
+    with pytest.raises(TypeError), packer(load_tokenizer(tokenizer_dir), 2) as pack:
+        list(pack(iter([("a", [7])])))
+    assert not multiprocessing.active_children()
 
 
 def test_workers_end_with_the_process_that_started_them(tokenizer_dir: Path, tmp_path: Path):
