@@ -121,7 +121,9 @@ def main(argv: list[str] | None = None) -> int:
     except (NexusError, OSError) as error:
         rank = os.environ.get("RANK", "0")
         print(f"train.py: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
-        return 1
+        from nexus_ds.runtime.ranks import leave
+
+        return leave(1)
 
 
 if __name__ == "__main__":

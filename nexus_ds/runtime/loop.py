@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -364,19 +365,18 @@ def train(config: Config, ds_json: str, rank: int, world: int, local_world: int,
     first, messages = states.resume(run.engine, run.work / "states", run.description)
     if not first and config.training.moments:
         messages += states.adopt(run.engine, Path(config.training.moments))
-    metrics = Metrics(run.work, config.name, first, run.total, rank == 0)
-    if rank == 0:
-        (run.work / "config.yaml").write_text(dump(config), encoding="utf-8")
-    for message in messages:
-        metrics.say(message)
-    metrics.say(describe(run, first))
-    if first == 0:
-        run.validate(0, metrics)
-    finished = run.loop(first, metrics, stop)
-    if finished:
-        run.validate(run.total, metrics)
-        run.finish(metrics)
-    metrics.close()
+    with closing(Metrics(run.work, config.name, first, run.total, rank == 0)) as metrics:
+        if rank == 0:
+            (run.work / "config.yaml").write_text(dump(config), encoding="utf-8")
+        for message in messages:
+            metrics.say(message)
+        metrics.say(describe(run, first))
+        if first == 0:
+            run.validate(0, metrics)
+        finished = run.loop(first, metrics, stop)
+        if finished:
+            run.validate(run.total, metrics)
+            run.finish(metrics)
     dist.barrier()
     dist.destroy_process_group()
     return 0 if finished else EXIT_STOPPED

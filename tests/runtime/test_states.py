@@ -255,7 +255,7 @@ def test_an_export_that_computes_something_else_fails_on_all_ranks_and_keeps_the
         [WORKER, checkpoint, tmp_path / "states", tmp_path / "out", *words, f"export={out}", "wrong=1"], 2
     )
     said = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert [rank.returncode for rank in ranks] == [1, 1], said
     for text in said:
         assert "NEXUS CheckpointError: the exported model does not compute what was trained: logits differ by" in text
         assert "nothing was exported, the training state is kept" in text
