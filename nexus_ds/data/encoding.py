@@ -12,6 +12,8 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,7 +21,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,13 +97,15 @@ def _pack(backend: Any, tokenizer: Tokenizer, texts: list[str]) -> Packed:
     return Packed(np.asarray(ids, dtype=tokenizer.dtype).tobytes(), len(ids), len(texts))
 
 
-def _serve(pipe: Connection, tokenizer: Tokenizer) -> None:
-    """Pack texts that come over `pipe` until its other end closes: by choice, or because that process ended."""
+def serve(descriptor: int) -> None:
+    """Be a worker: pack what comes over a pipe until its other end closes, by choice or because that process ended."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the starting process too, which decides
         signal.signal(number, signal.SIG_IGN)
-    backend = tokenizer.backend()
+    pipe = Connection(descriptor)
     with suppress(EOFError, OSError):
+        tokenizer = pipe.recv()
+        backend = tokenizer.backend()
         while True:
             texts = pipe.recv()
             try:
@@ -138,8 +141,7 @@ def packer(tokenizer: Tokenizer, workers: int) -> Iterator[Callable[[Batches], I
 
     Args:
         tokenizer: what makes ids of texts.
-        workers: processes, each of which takes a batch at a time; 1: this one does the work. They are started anew (not
-            forked), so a script that calls this needs the usual `if __name__ == "__main__":`.
+        workers: processes, each of which takes a batch at a time; 1: this one does the work.
 
     Raises:
         DataError: a worker died.
@@ -159,13 +161,15 @@ def packer(tokenizer: Tokenizer, workers: int) -> Iterator[Callable[[Batches], I
 
 
 class _Team:
-    """Worker processes, each with a pipe of its own: what is shared (a queue, a lock) hangs when its holder is killed."""
+    """Worker processes, each with a pipe of its own: what is shared (a queue, a lock) hangs when its holder is killed.
+
+    They are fresh processes: a fork of one with threads could hang, and multiprocessing's would run the caller's script.
+    """
 
     def __init__(self, tokenizer: Tokenizer, workers: int) -> None:
         self.tokenizer, self.workers = tokenizer, workers
-        self.context = multiprocessing.get_context("spawn")  # a fork of a process with threads could hang
         self.own = threading.local()
-        self.started: list[tuple[BaseProcess, Connection]] = []
+        self.started: list[tuple[subprocess.Popen[bytes], Connection]] = []
 
     def pack(self, texts: list[str]) -> Packed:
         """Have the calling thread's own process pack `texts`; it is started with the first."""
@@ -184,11 +188,13 @@ class _Team:
         return result
 
     def _start(self) -> Connection:
-        ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=_serve, args=(theirs, self.tokenizer))
-        process.start()
-        theirs.close()
+        ours, theirs = multiprocessing.Pipe()
+        code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({theirs.fileno()})"
+        command = [sys.executable, "-c", code]
+        with theirs:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
         self.started.append((process, ours))
+        ours.send(self.tokenizer)
         return ours
 
     def end(self) -> None:
@@ -196,7 +202,7 @@ class _Team:
         for _, pipe in self.started:
             pipe.close()
         for process, _ in self.started:
-            process.join()
+            process.wait()
 
 
 def _in_order(

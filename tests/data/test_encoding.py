@@ -1,6 +1,3 @@
-import multiprocessing
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -8,26 +5,30 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from nexus_ds.data.encoding import load_tokenizer, packer
 from nexus_ds.errors import DataError
 from tests.data.conftest import sentences
 
-STARTS_WORKERS = """
-import multiprocessing, sys, time
+STARTS_WORKERS = """  # without `if __name__ == "__main__":`, which nobody may need
+import psutil, sys, time
 from pathlib import Path
 from nexus_ds.data.encoding import load_tokenizer, packer
-if __name__ == "__main__":
-    with packer(load_tokenizer(Path(sys.argv[1])), 2) as pack:
-        def batches():
-            yield "a", ["the cat"]
-            yield "a", ["the cat"]
-            time.sleep(1)
-            print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-            time.sleep(60)
-        list(pack(batches()))
+with packer(load_tokenizer(Path(sys.argv[1])), 2) as pack:
+    def batches():
+        yield "a", ["the cat"]
+        yield "a", ["the cat"]
+        time.sleep(1)
+        print(*(child.pid for child in psutil.Process().children()), flush=True)
+        time.sleep(60)
+    list(pack(batches()))
 """
+
+
+def children() -> list[psutil.Process]:
+    return psutil.Process().children()
 
 
 def test_ids_come_back_in_the_order_of_the_batches(tokenizer_dir: Path):
@@ -47,17 +48,17 @@ def test_ids_come_back_in_the_order_of_the_batches(tokenizer_dir: Path):
 @pytest.mark.parametrize("killed", [1, 2])
 def test_a_killed_worker_is_an_error_not_a_hang(tokenizer_dir: Path, killed: int):
     def batches() -> Iterator[tuple[str, list[str]]]:
-        while len(multiprocessing.active_children()) < 2:  # both are needed
+        while len(children()) < 2:  # both are needed
             yield "a", ["the cat"]
-        for child in multiprocessing.active_children()[:killed]:
-            os.kill(child.pid, signal.SIGKILL)
+        for child in children()[:killed]:
+            child.kill()
         for _ in range(1000):
             yield "a", ["the cat"]
 
     message = "one of 2 processes that tokenise was killed, .* start again with a lower data.workers"
     with pytest.raises(DataError, match=message), packer(load_tokenizer(tokenizer_dir), 2) as pack:
         list(pack(batches()))
-    assert not multiprocessing.active_children()
+    assert not children()
 
 
 @pytest.mark.timeout(60)
@@ -66,8 +67,8 @@ def test_a_worker_killed_amid_its_answer_is_an_error_too(tokenizer_dir: Path):
 
     def batches() -> Iterator[tuple[str, list[str]]]:
         yield from [("a", large)] * 12
-        for child in multiprocessing.active_children()[:1]:
-            os.kill(child.pid, signal.SIGKILL)
+        for child in children()[:1]:
+            child.kill()
         yield from [("a", large)] * 12
 
     with pytest.raises(DataError, match="one of 2 processes"), packer(load_tokenizer(tokenizer_dir), 2) as pack:
@@ -77,7 +78,7 @@ def test_a_worker_killed_amid_its_answer_is_an_error_too(tokenizer_dir: Path):
 def test_what_a_worker_raises_is_raised_here(tokenizer_dir: Path):
     with pytest.raises(TypeError), packer(load_tokenizer(tokenizer_dir), 2) as pack:
         list(pack(iter([("a", [7])])))
-    assert not multiprocessing.active_children()
+    assert not children()
 
 
 def test_workers_end_with_the_process_that_started_them(tokenizer_dir: Path, tmp_path: Path):
