@@ -158,6 +158,8 @@ class RouterConfig:
     """Windows of text per domain that a warm start sees."""
     fit_chunks: int = 512
     """Windows of text per domain that `chunks` and `closed_form` see; each is embedded."""
+    fit_background: list[str] = field(default_factory=list)
+    """Domains without an expert, such as the seed's pretraining text, whose windows these two see as well."""
 
 
 @dataclass(kw_only=True)
@@ -268,6 +270,7 @@ class Config:
     compare: CompareConfig = field(default_factory=CompareConfig)
 
 
+CHUNK_STARTS = ("chunks", "closed_form")  # warm starts of P that read embedded windows of text
 CHOICES: dict[str, tuple[str, ...]] = {
     "stage": STAGES,
     "model.dtype": ("fp32", "bf16"),

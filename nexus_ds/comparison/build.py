@@ -17,6 +17,7 @@ from typing import Any
 from nexus_ds.comparison.contenders import CONTENDERS, Contender, Extension, chosen_contenders, chosen_extensions
 from nexus_ds.comparison.jobs import WORK, Job, identity
 from nexus_ds.config import (
+    CHUNK_STARTS,
     CompareConfig,
     Config,
     ModelConfig,
@@ -233,7 +234,17 @@ class Builder:
         config = self.config(stage, seed, more)
         pipe = PipelineConfig(merge_weight=config.pipeline.merge_weight if stage == "extend" else None)
         data = replace(config.data, domains=[], validation_domains=[], new_domains=[], cache=str(self.out / "tokens"))
-        return replace(config, training=TrainingConfig(steps=1), compare=CompareConfig(), pipeline=pipe, data=data)
+        router = replace(config.router, fit_background=self._background(config))
+        training = TrainingConfig(steps=1)
+        return replace(config, training=training, compare=CompareConfig(), pipeline=pipe, data=data, router=router)
+
+    @staticmethod
+    def _background(config: Config) -> list[str]:
+        """Return the seed's domains that never get an expert, where the router's start reads such text."""
+        if config.router.warm_start not in CHUNK_STARTS:
+            return []
+        experts = (*config.pipeline.domains, *config.pipeline.new_domains)
+        return config.router.fit_background or [d for d in config.pipeline.seed_domains if d not in experts]
 
     def mixture(self, contender: Contender, seed: int, more: tuple[str, ...]) -> Made:
         """Return a trained mixture, and the checkpoint that its training starts from."""

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_ds.config import RouterConfig
+from nexus_ds.config import CHUNK_STARTS, RouterConfig
 from nexus_ds.errors import DataError
 from nexus_ds.model.build import transformers_config
 from nexus_ds.model.checkpoint import Sidecar, load_projection, read_sidecar, router_rows, write_sidecar
@@ -29,7 +29,7 @@ from nexus_ds.model.families import gate_name, mean_name
 from nexus_ds.model.fit_text import FitText
 from nexus_ds.model.loading import device
 from nexus_ds.model.router import unit
-from nexus_ds.model.starts import CHUNK_STARTS, Seen, check_start, start_projection, start_rows
+from nexus_ds.model.starts import Seen, check_start, start_projection, start_rows
 from nexus_ds.model.tensorfile import DTYPES, TensorReader, overwrite
 from nexus_ds.progress import Progress
 
@@ -88,7 +88,8 @@ def _attend(block: Any, hidden_NSH: Tensor, positions: tuple[Tensor, Tensor]) ->
 
 
 def _share(x_TH: Tensor, labels_T: Tensor, rows_EH: Tensor) -> float:
-    return float((F.linear(x_TH, rows_EH.to(x_TH)).argmax(-1) == labels_T).float().mean())
+    own_T = labels_T >= 0
+    return float((F.linear(x_TH[own_T], rows_EH.to(x_TH)).argmax(-1) == labels_T[own_T]).float().mean())
 
 
 def _with_text(sidecar: Sidecar, text: FitText, start: str) -> list[int]:
@@ -108,7 +109,7 @@ class _Reading:
 
     tokens_NS: Tensor
     own_T: Tensor
-    """Expert of each token's domain."""
+    """Expert of each token's domain; -1: background."""
     labels_T: Tensor
     """The same, counted among the experts that have text."""
     inputs_EM: Tensor | None
@@ -117,13 +118,16 @@ class _Reading:
 
 def _read(sidecar: Sidecar, text: FitText, start: str, length: int) -> _Reading:
     experts, place = _with_text(sidecar, text, start), device()
-    domains = [sidecar.experts[index].domain for index in experts]
+    known = [sidecar.experts[index].domain for index in experts]
+    domains = known + [domain for domain in text.windows if domain not in known]
     tokens = [text.windows[domain][:, :length] for domain in domains]
-    labels_T = torch.cat([torch.full((t.numel(),), label) for label, t in enumerate(tokens)]).to(place)
+    sizes = torch.tensor([window.numel() for window in tokens])
+    background = [-1] * (len(domains) - len(known))
+    labels_T = torch.tensor([*range(len(known)), *background]).repeat_interleave(sizes).to(place)
     nexus = sidecar.router.kind == "nexus"
     return _Reading(
         tokens_NS=torch.cat(tokens),
-        own_T=torch.tensor(experts).to(place)[labels_T],
+        own_T=torch.tensor([*experts, *background]).repeat_interleave(sizes).to(place),
         labels_T=labels_T,
         inputs_EM=sidecar.domain_inputs()[experts].to(place) if nexus else None,
         chunks_NM=sidecar.inputs_of(torch.cat([text.chunks[d] for d in domains])).to(place) if text.chunks else None,

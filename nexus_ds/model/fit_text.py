@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nexus_ds.config import Config
+from nexus_ds.config import CHUNK_STARTS, Config
 from nexus_ds.data.chunks import embed_chunks
 from nexus_ds.data.corpora import open_source, token_files, windows
 from nexus_ds.errors import CheckpointError, DataError
 from nexus_ds.model.checkpoint import Sidecar
 from nexus_ds.model.loading import load_tokenizer
-from nexus_ds.model.starts import CHUNK_STARTS, check_start
+from nexus_ds.model.starts import check_start
 
 LENGTH = 512  # tokens of a window at most
 BYTES_PER_TOKEN = 16  # of text that is tokenised: several times what a token takes
@@ -34,7 +34,7 @@ class FitText:
     """Text that a warm start reads."""
 
     windows: dict[str, Tensor]
-    """For each domain token ids [n, S] int64."""
+    """For each domain token ids [n, S] int64; background is what is not an expert's domain."""
     chunks: dict[str, Tensor]
     """For each domain the embeddings [n, M] fp32 of its windows; empty for starts that need none."""
 
@@ -48,7 +48,8 @@ def read_fit_text(
         sidecar: whose experts' domains, and which encoder.
         source: directory with the tokenizer.
         positions: tokens that the model reads at most.
-        kept: experts that were there before an extension, 0 at upcycling: `chunks` and `closed_form` read only their text.
+        kept: experts that were there before an extension, 0 at upcycling: `chunks` and `closed_form` read only their text,
+            and that of `router.fit_background`.
         data: folder of domains or other source.
         config: `router`, `pipeline.encoder`, `data.cache`, `data.sequence_length`, `data.workers`, `data.on_bad_row`.
         switch: the option that does without the start, for the message.
@@ -64,12 +65,14 @@ def read_fit_text(
     if start in NO_TEXT:
         return None
     embedded = start in CHUNK_STARTS
+    kept = kept if embedded else 0
+    background = [name for name in config.router.fit_background if name not in domains] if embedded else []
     try:
-        found = _windows(source, positions, data, config, domains[: kept or None] if embedded else domains)
+        found = _windows(source, positions, data, config, domains[: kept or None] + background)
     except DataError as error:
         setting = "router.fit_chunks" if embedded else "router.fit_windows"
         raise DataError(
-            f"{error}\nThe router's warm start reads training text of {', '.join(domains)} (looked for in {data}): "
+            f"{error}\nThe router's warm start reads training text of {', '.join(domains + background)} (looked for in {data}): "
             f"give --data DIR with a folder for each, lower {setting}, or {switch} to go without it"
         ) from error
     return FitText(found, _embedded(sidecar, source, found, config) if embedded else {})

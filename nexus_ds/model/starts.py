@@ -7,7 +7,7 @@
     closed_form   a linear P by ridge regression from embeddings of chunks to their mean whitened inputs
 
 `chunks` and `closed_form` show P a direction for every chunk instead of one a domain: what P(d) of a domain that it has
-never seen is worth depends on that.
+never seen is worth depends on that, and on how much of all text the chunks come from: background text has no expert.
 Shapes: T tokens in windows of S, E routed experts, H hidden size, C chunks (= windows), M width of an embedding.
 Not covered: where the inputs come from (`fit`).
 """
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_ds.config import RouterConfig
+from nexus_ds.config import CHUNK_STARTS, RouterConfig
 from nexus_ds.errors import ConfigError
 from nexus_ds.model.router import Projection
 
@@ -36,21 +36,25 @@ CHUNK_RIDGE = 3.0  # chosen by leaving out one old domain after the other, as ar
 DOMAIN_WEIGHT = 0.3  # of all domain rows beside all chunks
 
 FREE_STARTS = ("hidden_mean", "ridge", "embedding")
-CHUNK_STARTS = ("chunks", "closed_form")
 
 
 @dataclass
 class Seen:
-    """What the router of one layer sees of labelled text; all on one device, fp32."""
+    """What the router of one layer sees of text; all on one device, fp32."""
 
     x_TH: Tensor
     labels_T: Tensor
-    """Domain of each token, 0 .. E-1 of those that have text."""
+    """Domain of each token, 0 .. E-1 of those that have an expert and text; -1: background, which has no expert."""
     generator: torch.Generator
     inputs_EM: Tensor | None = None
     """What P reads of each of these domains; None for free rows."""
     chunks_CM: Tensor | None = None
     """What P reads of each window's own embedding, for `chunks` and `closed_form`."""
+
+    def labelled(self) -> Seen:
+        """Return what it sees of domains with an expert; the chunks don't fit these tokens any more."""
+        known_T = self.labels_T >= 0
+        return replace(self, x_TH=self.x_TH[known_T], labels_T=self.labels_T[known_T], chunks_CM=None)
 
 
 def check_start(start: str, kind: str, projection: str) -> None:
@@ -140,7 +144,7 @@ def start_projection(projection: Projection, seen: Seen, config: RouterConfig) -
 
     Args:
         projection: of one layer, on the device of `seen`.
-        seen: for `label_fit` text of every expert's domain; for the others of some, with `chunks_CM`.
+        seen: for `label_fit` text of every expert's domain; for the others of some, with `chunks_CM`, and background.
         config: `warm_start`, `fit_steps`, `fit_lr`.
     """
     if config.warm_start == "closed_form":
@@ -155,8 +159,9 @@ def start_projection(projection: Projection, seen: Seen, config: RouterConfig) -
     projection.fold(None)
     white_HH = whitener(seen.x_TH)
     whitened = replace(seen, x_TH=seen.x_TH @ white_HH)
+    labelled = whitened.labelled()
     for _ in range(config.fit_steps):
-        _step(optimizer, _chunk_loss(whitened, projection) + _label_loss(whitened, projection(seen.inputs_EM)))
+        _step(optimizer, _chunk_loss(whitened, projection) + _label_loss(labelled, projection(seen.inputs_EM)))
     _finish(projection, white_HH, seen)
 
 
@@ -202,7 +207,8 @@ def _closed_form(projection: Projection, seen: Seen) -> None:
     white_HH = whitener(seen.x_TH)
     chunks, domains, device = len(seen.chunks_CM), len(seen.inputs_EM), seen.x_TH.device
     chunk_T = torch.arange(chunks, device=device).repeat_interleave(len(seen.x_TH) // chunks)
-    domain_EH = means(seen.x_TH, seen.labels_T, domains)
+    labelled = seen.labelled()
+    domain_EH = means(labelled.x_TH, labelled.labels_T, domains)
     targets_GH = torch.cat([means(seen.x_TH, chunk_T, chunks), domain_EH]) - domain_EH.mean(0)
     inputs_GM = torch.cat([seen.chunks_CM, seen.inputs_EM])
     weight_G1 = torch.ones(len(inputs_GM), 1, device=device)
@@ -218,5 +224,6 @@ def _closed_form(projection: Projection, seen: Seen) -> None:
 def _finish(projection: Projection, white_HH: Tensor, seen: Seen) -> None:
     """Fold the whitening of the inputs into P, and put its rows to the temperature that suits the labels."""
     assert seen.inputs_EM is not None
+    labelled = seen.labelled()
     projection.fold(white_HH)
-    projection.scale_rows(temperature(seen.x_TH, seen.labels_T, projection(seen.inputs_EM)))
+    projection.scale_rows(temperature(labelled.x_TH, labelled.labels_T, projection(seen.inputs_EM)))

@@ -75,6 +75,17 @@ def test_matched_contenders_have_the_whole_budget():
     assert trained["sparse_upcycling_matched"] == pytest.approx(budget, rel=0.002)
 
 
+def test_p_sees_pretraining_text_without_an_expert_where_its_start_reads_chunks():
+    found = made("compare.contenders=[nexus,nexus_context]", "compare.extensions=[nexus_zero_shot,nexus_refit]",
+                 "pipeline.seed_domains=[python,web,cpp]")  # fmt: skip
+    grown = [job for job in found.builder.jobs.values() if job.words[0] in ("upcycle", "extend")]
+    files = {job.name: Path(job.words[job.words.index("--config") + 1]) for job in grown}
+    assert {name: found.builder.configs[file].router.fit_background for name, file in files.items()} == {
+        "seed 0 upcycle nexus": [], "seed 0 extend nexus_refit cpp": [],
+        "seed 0 upcycle nexus_context": ["web"], "seed 0 extend nexus_zero_shot cpp": ["web"],
+    }  # fmt: skip
+
+
 def test_budgets_become_steps_that_are_validated():
     found = made("compare.contenders=[nexus]", "compare.extensions=[nexus_append]", "compare.budgets=[2048,6144]")
     _, seeds = found.extensions[("", "nexus_append", "cpp")]

@@ -1,6 +1,7 @@
 """The router's warm starts on one layer's inputs: each does what its name says, and P learns directions, not labels only."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,10 +25,11 @@ from nexus_ds.model.starts import (
 HIDDEN, WIDTH, DOMAINS, CHUNKS, LENGTH = 16, 12, 3, 60, 20
 
 
-def world(seed=0, unseen=1):
+def world(seed=0, unseen=1, background=0):
     """Return text in which a chunk's inputs lie where a fixed linear map puts its topic, and its embedding near the topic.
 
-    The last `unseen` domains have no tokens among those that a start sees.
+    The last `unseen` domains have no tokens among those that a start sees, but for the first `background` of them, whose
+    tokens have no label.
     """
     generator = torch.Generator().manual_seed(seed)
     topics = unit(torch.randn(DOMAINS + unseen, WIDTH, generator=generator))
@@ -40,12 +42,13 @@ def world(seed=0, unseen=1):
         return chunks, ((chunks @ truth)[:, None] + 0.5 * noise + 3.0).flatten(0, 1)
 
     texts = [text(domain) for domain in range(DOMAINS + unseen)]
+    read = texts[: DOMAINS + background]
     seen = Seen(
-        x_TH=torch.cat([x for _, x in texts[:DOMAINS]]),
-        labels_T=torch.arange(DOMAINS).repeat_interleave(CHUNKS * LENGTH),
+        x_TH=torch.cat([x for _, x in read]),
+        labels_T=torch.tensor([*range(DOMAINS), *[-1] * background]).repeat_interleave(CHUNKS * LENGTH),
         generator=torch.Generator().manual_seed(seed),
         inputs_EM=topics[:DOMAINS],
-        chunks_CM=torch.cat([c for c, _ in texts[:DOMAINS]]),
+        chunks_CM=torch.cat([c for c, _ in read]),
     )
     return seen, topics, texts[-1][1]
 
@@ -87,6 +90,26 @@ def test_chunks_teach_p_directions_that_labels_do_not(start, form, row_norm):
     # The paper's SwiGLU learns a little of it; a linear P generalises.
     assert found[start] > found["label_fit"] + 0.2 and leaks[start] < 0.25
     assert found[start] > 0.7 or form == "swiglu"
+
+
+@pytest.mark.parametrize(("start", "form"), [("chunks", "swiglu"), ("chunks", "linear"), ("closed_form", "linear")])
+def test_background_teaches_p_more_directions_and_is_nobodys_domain(start, form):
+    """Text without an expert makes a row that it never belongs to, and room for the rows of its kind."""
+    everything, topics, new_text = world(unseen=1 + DOMAINS, background=DOMAINS)
+    known = everything.labels_T >= 0
+    without = replace(everything.labelled(), chunks_CM=everything.chunks_CM[: DOMAINS * CHUNKS])
+    found, rows = {}, {}
+    for name, seen in (("without", without), ("with", everything)):
+        projection = projection_of(seen, form, "fixed")
+        start_projection(projection, seen, RouterConfig(warm_start=start, fit_steps=100, fit_lr=3e-3))
+        rows[name] = projection(torch.cat([topics[:DOMAINS], topics[-1:]])).detach()
+        own = F.linear(everything.x_TH[known], rows[name][:DOMAINS]).argmax(-1) == everything.labels_T[known]
+        assert float(own.float().mean()) > 0.6
+        found[name] = share(new_text, rows[name], DOMAINS)
+        background = projection(topics[DOMAINS:-1]).detach()
+        found[f"background {name}"] = share(everything.x_TH[~known], torch.cat([rows[name], background]), DOMAINS + 1)
+    assert found["with"] > found["without"] - 0.05
+    assert found["background with"] > found["background without"] + 0.05
 
 
 def test_fixed_rows_spread_their_logits_alike_after_a_start():
