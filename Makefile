@@ -41,7 +41,7 @@ test-all: lint
 # SLURM's packages are installed on Debian as root; elsewhere the tests are skipped and say why.
 test-slurm: $(READY)
 	$(BIN)/python tests/slurm/cluster.py install
-	$(BIN)/pytest tests/slurm -m "slurm and not full" -rs $(ARGS)
+	$(BIN)/pytest tests/slurm -m "slurm and not full" --timeout 1800 -rs $(ARGS)
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
