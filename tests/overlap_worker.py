@@ -3,11 +3,13 @@
 python -m overlap_worker OUT.json SPEED,SPEED,... SECONDS
 
 Sleeping takes no core, so that figures are those of a machine that computes elsewhere, however busy this one is. OUT.json lists
-{speed, overlapped, plain, bytes}: least seconds of a forward and backward pass of all rounds, and bytes that rank 0 sends in one.
+{speed, overlapped, plain, medians, bytes}: least seconds of a forward and backward pass of all rounds, {way: median of the
+rounds}, and bytes that rank 0 sends in one.
 """
 
 import json
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -80,7 +82,8 @@ def main():
             for name, forward in ways.items():
                 times[name].append(timed(forward, layer, x))
         sent = (network.sent() - before) / ROUNDS / len(ways)
-        found.append({"speed": speed, "bytes": sent, **{name: min(t) for name, t in times.items()}})
+        medians = {name: statistics.median(t) for name, t in times.items()}
+        found.append({"speed": speed, "bytes": sent, "medians": medians, **{name: min(t) for name, t in times.items()}})
     if rank == 0:
         out.write_text(json.dumps(found))
     dist.barrier()

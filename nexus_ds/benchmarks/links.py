@@ -1,13 +1,14 @@
 """Step times on slow links: expert parallelism with and without overlap, and ZeRO alone, beside what `plan` expects.
 
 Ranks are processes on this machine, each on its own limited link (see network.py); the model is small and random.
-Not covered: delay, several ranks a node, GPUs. More ranks than cores wait for each other.
+Not covered: several ranks a node, GPUs; what `plan` expects knows no delay. More ranks than cores wait for each other.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import tempfile
 from dataclasses import asdict, dataclass
@@ -23,6 +24,9 @@ from nexus_ds.planning.units import bits, parse_bytes
 HELP = "step times on slow links (Linux): overlapped and plain expert parallelism, ZeRO alone, and what plan expects"
 TIMEOUT = 1800.0  # seconds for all ranks
 EMBEDDING = 384  # width of a domain embedding
+TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s)")
+TIME_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+FIGURES = ("seconds", "waits", "bytes", "collectives")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,8 @@ class Links:
     batch: int = 8
     """Sequences a rank and step."""
     steps: int = 5
+    delay: float = 0.0
+    """Seconds from rank to rank, one way."""
 
     def sizes(self) -> Sizes:
         """Return the sizes by which `plan` counts."""
@@ -71,7 +77,9 @@ def ways(ranks: int) -> list[Way]:
 
 
 def measure(links: Links, which: list[Way] | None = None) -> list[dict[str, Any]]:
-    """Return `way`, `speed`, `seconds`, `waits` (seconds of waiting for tokens) and `bytes` (sent) of every step of rank 0.
+    """Return `way`, `speed`, `seconds`, `waits` (seconds of waiting for tokens), `bytes` (sent) of every step of rank 0.
+
+    `collectives` is how many of them a step has; it is counted once for each way.
 
     Raises:
         LayoutError: limited links can't be made here, or a rank failed.
@@ -82,7 +90,7 @@ def measure(links: Links, which: list[Way] | None = None) -> list[dict[str, Any]
         settings, out = Path(folder) / "settings.json", Path(folder) / "found.json"
         every = [asdict(way) for way in which or ways(links.ranks)]
         settings.write_text(json.dumps({"links": asdict(links), "ways": every, "out": str(out)}), encoding="utf-8")
-        run_ranks("nexus_ds.benchmarks.links_worker", [str(settings)], links.ranks, TIMEOUT)
+        run_ranks("nexus_ds.benchmarks.links_worker", [str(settings)], links.ranks, TIMEOUT, links.delay)
         return json.loads(out.read_text(encoding="utf-8"))
 
 
@@ -99,12 +107,11 @@ def peak(links: Links, seconds: float) -> float:
 
 
 def _medians(found: list[dict[str, Any]], speed: float) -> dict[str, dict[str, float]]:
-    """Return way: {seconds, waits, bytes} at a speed."""
+    """Return way: {seconds, waits, bytes, collectives} at a speed."""
     names = {f["way"] for f in found}
     return {
         name: {
-            key: statistics.median(f[key] for f in found if (f["way"], f["speed"]) == (name, speed))
-            for key in ("seconds", "waits", "bytes")
+            key: statistics.median(f[key] for f in found if (f["way"], f["speed"]) == (name, speed)) for key in FIGURES
         }
         for name in names
     }
@@ -144,15 +151,16 @@ def describe(links: Links, rows: list[dict[str, Any]]) -> str:
     """Return the comparison as a table."""
     from nexus_ds.report.page import Table, text_table
 
-    header = ["link", "way", "s/step", "waits for tokens s", "MB sent", "overlapped / plain", "ZeRO alone / overlapped",
-              "plan expects"]  # fmt: skip
-    cells = []
+    header = ["link", "way", "s/step", "waits for tokens s", "MB sent", "collectives", "overlapped / plain",
+              "ZeRO alone / overlapped", "plan expects"]  # fmt: skip
+    cells, delay = [], f", {1000 * links.delay:g} ms" if links.delay else ""
     for row in rows:
         low, middle, high = row["overlap"]
         for way in ways(links.ranks):
             found = row["ways"][way.name]
             cells.append([
-                bits(row["speed"]), way.name, f"{found['seconds']:.3f}", f"{found['waits']:.3f}", f"{found['bytes'] / 1e6:.1f}",
+                bits(row["speed"]) + delay, way.name, f"{found['seconds']:.3f}", f"{found['waits']:.3f}",
+                f"{found['bytes'] / 1e6:.1f}", f"{found['collectives']:.0f}",
                 f"{middle:.2f} [{low:.2f} {high:.2f}]" if way.name == "overlapped" else "",
                 "{1:.2f} [{0:.2f} {2:.2f}]".format(*row["ratio"]) if way.name == "zero_only" else "",
                 f"{row['expected_ratio']:.2f}" if way.name == "zero_only" else "",
@@ -165,6 +173,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rates", default="10Gb,1Gb,300Mb,100Mb", metavar="LIST", help="speeds of a rank's link (default: %(default)s)"
     )
+    parser.add_argument("--delay", default="0", metavar="TIME", help="from rank to rank, such as 1ms (default: none)")
     for name, default, text in (
         ("ranks", 2, "ranks, no more than cores"), ("stage", 3, "ZeRO stage"), ("batch", 8, "sequences of 256 tokens a rank"),
         ("ffn", 512, "inner width of an expert"), ("steps", 5, "timed steps at each speed"),
@@ -173,11 +182,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
+def parse_delay(text: str) -> float:
+    """Return seconds: 100us is 1e-4, 1ms is 1e-3, 0 is 0.
+
+    Raises:
+        ConfigError: anything else, a number without unit included.
+    """
+    match = TIME.fullmatch(text.strip())
+    if not match and text.strip() != "0":
+        raise ConfigError(f"--delay: expected 0 or a time with its unit such as 100us, 1ms or 0.5s, found {text!r}")
+    return float(match[1]) * TIME_UNITS[match[2]] if match else 0.0
+
+
 def links_of(args: argparse.Namespace) -> Links:
     """Return what the options ask for.
 
     Raises:
-        ConfigError: a speed that can't be read, or numbers that make no comparison.
+        ConfigError: a speed or delay that can't be read, or numbers that make no comparison.
     """
     speeds = tuple(sorted((parse_bytes(rate, "--rates") for rate in args.rates.split(",")), reverse=True))
     if args.ranks not in (2, 4):
@@ -187,7 +208,10 @@ def links_of(args: argparse.Namespace) -> Links:
     for name in ("batch", "ffn", "steps"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name}: expected a number above 0, found {getattr(args, name)}")
-    return Links(speeds=speeds, ranks=args.ranks, stage=args.stage, batch=args.batch, ffn=args.ffn, steps=args.steps)
+    return Links(
+        speeds=speeds, ranks=args.ranks, stage=args.stage, batch=args.batch, ffn=args.ffn, steps=args.steps,
+        delay=parse_delay(args.delay),
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:

@@ -110,6 +110,14 @@ def step(engine: Any, tokens: Tensor, waits: Waits) -> dict[str, float]:
     return {"seconds": time.perf_counter() - started, "waits": waits.seconds, "bytes": network.sent() - before}
 
 
+def collectives(engine: Any, tokens: Tensor, waits: Waits) -> int:
+    """Do one step; return how many collectives this rank takes part in, without the barriers around it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(engine, tokens, waits)
+    names = [event.name for event in profile.events() if event.name.startswith("gloo:")]
+    return len(names) - names.count("gloo:barrier")
+
+
 def measure(links: Links, ways: list[Way]) -> list[dict[str, Any]]:
     """Return what every step of every way took, at every speed; the ways take turns, so that noise meets all alike."""
     network.limit(links.speeds[0])
@@ -119,12 +127,14 @@ def measure(links: Links, ways: list[Way]) -> list[dict[str, Any]]:
     for _ in range(WARM_UP):
         for engine in engines:
             step(engine, tokens, waits)
+    counts = [collectives(engine, tokens, waits) for engine in engines]
     found = []
     for speed in links.speeds:
         network.limit(speed)
         for _ in range(links.steps):
-            for engine, way in zip(engines, ways, strict=True):
-                found.append({"way": way.name, "speed": speed, **step(engine, tokens, waits)})
+            for engine, way, count in zip(engines, ways, counts, strict=True):
+                figures = step(engine, tokens, waits)
+                found.append({"way": way.name, "speed": speed, "collectives": count, **figures})
     return found
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from nexus_ds.benchmarks.links import (
     expected,
     links_of,
     measure,
+    parse_delay,
     peak,
     ways,
 )
@@ -34,16 +36,23 @@ def arguments(*words):
 def made_up(seconds):
     """Return a measurement of three rounds: {(way, speed): seconds}, a second and a third round that are slower for all."""
     return [
-        {"way": way, "speed": speed, "seconds": factor * s, "waits": s / 10, "bytes": 1000}
+        {"way": way, "speed": speed, "seconds": factor * s, "waits": s / 10, "bytes": 1000, "collectives": 7}
         for factor in (1, 2, 3) for (way, speed), s in seconds.items()
     ]  # fmt: skip
 
 
 def test_what_is_asked_for():
-    links = links_of(arguments("--rates", "100Mb,10Gb", "--steps", "2", "--stage", "2"))
-    assert links == Links(speeds=(FAST, SLOW), steps=2, stage=2)
+    links = links_of(arguments("--rates", "100Mb,10Gb", "--steps", "2", "--stage", "2", "--delay", "0.5ms"))
+    assert links == Links(speeds=(FAST, SLOW), steps=2, stage=2, delay=0.0005)
     assert [way.expert for way in ways(2)] == [2, 2, 1]
     assert [way.overlap for way in ways(2)] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("0", 0.0), ("0ms", 0.0), ("100us", 1e-4), ("2 ms", 2e-3), ("0.5s", 0.5)]
+)
+def test_delays_have_units(text, seconds):
+    assert parse_delay(text) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +63,8 @@ def test_what_is_asked_for():
         (["--stage", "0"], "--stage: expected 1, 2 or 3, found 0"),
         (["--steps", "0"], "--steps: expected a number above 0, found 0"),
         (["--batch", "-1"], "--batch: expected a number above 0, found -1"),
+        (["--delay", "5"], "--delay: expected 0 or a time with its unit such as 100us, 1ms or 0.5s, found '5'"),
+        (["--delay=-1ms"], "--delay: expected 0 or a time with its unit such as 100us, 1ms or 0.5s, found '-1ms'"),
     ],
 )
 def test_mistakes_are_named(words, message):
@@ -92,10 +103,11 @@ def test_the_comparisons_arithmetic():
     assert fast["overlap"] == pytest.approx([0.8, 0.8, 0.8])  # noise that meets all ways of a round does not matter
     assert slow["overlap"] == pytest.approx([0.375, 0.75, 0.75])
     assert (fast["ratio"][1], slow["ratio"][1]) == (pytest.approx(2.0), pytest.approx(3.0))
-    assert slow["ways"]["overlapped"] == {"seconds": 6.0, "waits": pytest.approx(0.3), "bytes": 1000}
+    assert slow["ways"]["overlapped"] == {"seconds": 6.0, "waits": pytest.approx(0.3), "bytes": 1000, "collectives": 7}
     assert slow["expected_ratio"] > fast["expected_ratio"]
     table = describe(links, [fast, slow])
-    assert "100 Mb" in table and "0.75 [0.38 0.75]" in table and "3.00 [3.00 3.00]" in table
+    assert "100 Mb " in table and "0.75 [0.38 0.75]" in table and "3.00 [3.00 3.00]" in table
+    assert "100 Mb, 0.5 ms" in describe(replace(links, delay=0.0005), [fast, slow])
 
 
 def test_the_plan_is_calibrated_to_the_step_on_the_fastest_link():
@@ -147,6 +159,9 @@ def test_real_ranks_send_the_bytes_that_the_plan_expects(rows):
     for row in rows:
         for way, sent in row["expected_bytes"].items():
             assert row["ways"][way]["bytes"] == pytest.approx(sent, rel=0.05), way
+        all_to_alls = 2 * (4 + 1)  # two layers: rows there and back, forward and backward, and once how many
+        assert row["ways"]["overlapped"]["collectives"] == row["ways"]["plain"]["collectives"] > all_to_alls
+        assert row["ways"]["zero_only"]["collectives"] < row["ways"]["overlapped"]["collectives"]
 
 
 @pytest.mark.slow
