@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -35,6 +36,8 @@ def main():
         torch.save({"probe": probe.cpu(), "logits": logits.cpu()}, logits_file)
     run.finish(metrics)
     metrics.close()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
