@@ -22,6 +22,7 @@ if __name__ == "__main__":
 import argparse
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 from nexus_ds.config import Config, dump, load_config, parse_words
 from nexus_ds.errors import CheckpointError, NexusError, OutputExistsError
@@ -121,13 +122,21 @@ def main(argv: list[str] | None = None) -> int:
     except (NexusError, OSError) as error:
         rank = os.environ.get("RANK", "0")
         print(f"train.py: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
-        from nexus_ds.runtime.ranks import leave
+        return 1
 
-        return leave(1)
+
+def end(code: int) -> NoReturn:
+    """End this process, whose files are closed, with `code`; a rank that has peers without tearing Python down.
+
+    A rank that failed has its process group up still, and gloo's threads sometimes abort it in the teardown when its peer
+    goes first: the launcher would see SIGABRT instead of the code.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    sys.exit(code)
+    end(main())

@@ -18,7 +18,7 @@ from nexus_ds.errors import NexusError
 from nexus_ds.model.build import DTYPES
 from nexus_ds.runtime import states
 from nexus_ds.runtime.export import export
-from nexus_ds.runtime.ranks import leave
+from nexus_ds.train import end
 
 
 def main():
@@ -54,4 +54,4 @@ if __name__ == "__main__":
         main()
     except NexusError as error:
         print(f"NEXUS {type(error).__name__}: {error}", flush=True)
-        sys.exit(leave(1))
+        end(1)

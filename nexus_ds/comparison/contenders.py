@@ -80,7 +80,7 @@ CONTENDERS = [
               ("router.kind=nexus", "router.warm_start=none", "router.init=normal", "router.lr_scale=1")),
     Contender("nexus", "Nexus", "Rows P(d) with the package's defaults.", "router", "branches", ("router.kind=nexus",)),
     Contender("nexus_context", "Nexus, context router", "Rows P(d) with a linear P and fixed length, read by the running mean "
-              "of the hidden states.", "router", "branches",
+              "of the hidden states; P also sees text of the seed's domains that get no expert.", "router", "branches",
               ("router.kind=nexus", "router.input=context", "router.projection=linear", "router.row_norm=fixed",
                "router.warm_start=closed_form")),
 ]  # fmt: skip
@@ -98,12 +98,12 @@ EXTENSIONS = [
               _start("label_fit")),
     Extension("nexus_append", "Nexus, append", "The paper's way: the new row is P(d_new), nothing else.", "nexus", (),
               ("--no-refit",)),
-    Extension("nexus_contrastive", "Nexus, contrastive", "P warmed up on chunks of the old text, then P(d_new): the new text "
-              "is embedded, never read.", "nexus", ("router.warm_start=chunks",)),
+    Extension("nexus_contrastive", "Nexus, contrastive", "P warmed up on chunks of the old text (the seed's too), then P(d_new): "
+              "the new text is embedded, never read.", "nexus", ("router.warm_start=chunks",)),
     Extension("nexus_refit", "Nexus, refit", "The package's default: P fitted again, with the new text.", "nexus",
               ("router.warm_start=label_fit",)),
-    Extension("nexus_zero_shot", "Nexus, context, zero-shot", "The context router with P refreshed on old text, then P(d_new): "
-              "the new text is embedded, never read.", "nexus_context",
+    Extension("nexus_zero_shot", "Nexus, context, zero-shot", "The context router with P refreshed on old text (the seed's "
+              "too), then P(d_new): the new text is embedded, never read.", "nexus_context",
               ("router.input=context", "router.projection=linear", "router.row_norm=fixed",
                "router.warm_start=closed_form")),
     Extension("nexus_context_refit", "Nexus, context, refit", "The context router, P fitted again with the new text.",

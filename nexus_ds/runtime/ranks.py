@@ -1,12 +1,10 @@
-"""Work that may fail on one rank: all ranks learn of it, raise the same error and end with the same exit code.
+"""Work that may fail on one rank: all ranks learn of it and raise the same error, instead of waiting for each other.
 
 Not covered: ranks that die; the collective that the others wait in ends with them.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -37,16 +35,3 @@ def together(action: Callable[[], Any]) -> list[Any]:
 def on_rank_0(action: Callable[[], Any]) -> Any:
     """Run `action` on rank 0 and return its result on all ranks; if it fails, all raise the same CheckpointError."""
     return together(lambda: action() if dist.get_rank() == 0 else None)[0]
-
-
-def leave(code: int) -> int:
-    """End a process that failed: at once with `code` if it has peers, else return `code`.
-
-    A rank whose process group is still up when Python is torn down is sometimes aborted, when its peer goes first: its
-    exit code is then SIGABRT's and not ours. Whoever calls this has closed its files.
-    """
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
