@@ -110,11 +110,9 @@ def test_caches_that_keep_no_sum_are_refused(served):
 
 def test_saving_and_loading_keeps_the_model(tmp_path, served):
     served.save_pretrained(tmp_path / "again")
-    names = set(json.loads((tmp_path / "again" / "config.json").read_text()).items() if False else [])
     again = load_stock(tmp_path / "again", torch.float32).eval()
     with torch.no_grad():
         assert torch.equal(again(input_ids=TOKENS).logits, served(input_ids=TOKENS).logits)
-    assert not names
 
 
 LOAD = """
