@@ -22,12 +22,21 @@ if __name__ == "__main__":
 import argparse
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NoReturn
 
 from nexus_ds.config import Config, dump, load_config, parse_words
 from nexus_ds.errors import CheckpointError, NexusError, OutputExistsError
 from nexus_ds.outputs import held
-from nexus_ds.pipeline import check_domains, free_port, needed_for, places, resolve, run_steps, shared_overrides, steps
+from nexus_ds.pipeline import (
+    check_domains,
+    end,
+    free_port,
+    needed_for,
+    places,
+    resolve,
+    run_steps,
+    shared_overrides,
+    steps,
+)
 
 HELP = "train one stage with DeepSpeed (dense branch, upcycled or extended model)"
 STAGE_STEP = {"seed": "seed", "moe": "moe", "extend": "extended"}
@@ -123,19 +132,6 @@ def main(argv: list[str] | None = None) -> int:
         rank = os.environ.get("RANK", "0")
         print(f"train.py: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
         return 1
-
-
-def end(code: int) -> NoReturn:
-    """End this process, whose files are closed, with `code`; a rank that has peers without tearing Python down.
-
-    A rank that failed has its process group up still, and gloo's threads sometimes abort it in the teardown when its peer
-    goes first: the launcher would see SIGABRT instead of the code.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        os._exit(code)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

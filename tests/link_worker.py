@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from nexus_ds.benchmarks import network
+from nexus_ds.pipeline import end
 
 
 def connection(rank):
@@ -62,3 +63,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    end(0)

@@ -18,6 +18,7 @@ from parity import deepspeed_json, settings
 
 from nexus_ds.model.build import DTYPES, load_nexus
 from nexus_ds.model.checkpoint import read_sidecar, verify_rows
+from nexus_ds.pipeline import end
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.canonical import shapes
 from nexus_ds.runtime.engine import Batch, deepspeed_config, placement, start_engine
@@ -68,3 +69,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    end(0)

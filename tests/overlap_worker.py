@@ -21,6 +21,7 @@ from nexus_ds.benchmarks import network
 from nexus_ds.benchmarks.links import Links
 from nexus_ds.benchmarks.links_worker import build
 from nexus_ds.model.moe import NexusMoE, Placement
+from nexus_ds.pipeline import end
 from nexus_ds.runtime import deepspeed_internals as internals
 
 HIDDEN, TOKENS, ROUNDS = 256, 2048, 8
@@ -92,3 +93,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    end(0)

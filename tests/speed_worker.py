@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from parity import start, train_step
 
+from nexus_ds.pipeline import end
 from nexus_ds.runtime import states
 from nexus_ds.runtime.canonical import shapes
 
@@ -64,3 +65,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    end(0)

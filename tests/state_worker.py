@@ -16,9 +16,9 @@ from parity import batches, start, train_step
 
 from nexus_ds.errors import NexusError
 from nexus_ds.model.build import DTYPES
+from nexus_ds.pipeline import end
 from nexus_ds.runtime import states
 from nexus_ds.runtime.export import export
-from nexus_ds.train import end
 
 
 def main():
@@ -55,3 +55,4 @@ if __name__ == "__main__":
     except NexusError as error:
         print(f"NEXUS {type(error).__name__}: {error}", flush=True)
         end(1)
+    end(0)

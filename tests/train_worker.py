@@ -12,7 +12,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from nexus_ds.config import load_config
-from nexus_ds.pipeline import resolve
+from nexus_ds.pipeline import end, resolve
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.loop import Run
 from nexus_ds.runtime.metrics import Metrics
@@ -42,3 +42,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    end(0)

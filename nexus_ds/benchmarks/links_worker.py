@@ -24,6 +24,7 @@ from nexus_ds.model.head import next_token_loss
 from nexus_ds.model.moe import NexusMoE, NexusRouter, Placement
 from nexus_ds.model.reference import FeedForward
 from nexus_ds.model.router import Projection, centre_of, condition, init_projection, layer_generator
+from nexus_ds.pipeline import end
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.engine import Batch, check_layout, deepspeed_config, moe_layers, set_learning_rate, start_engine
 
@@ -152,3 +153,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end(0)
