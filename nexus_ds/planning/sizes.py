@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nexus_ds.config import Config
-from nexus_ds.errors import CheckpointError, ConfigError
+from nexus_ds.errors import CheckpointError, ConfigError, UnsupportedModelError
 from nexus_ds.model.context import CONTEXT_MODEL
+from nexus_ds.model.families import FAMILIES, SIZES, settings
 from nexus_ds.model.loading import read_config
 
 KINDS = ("matrices", "vectors", "router", "experts")
-NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+MIXTURES = ("qwen2_moe", CONTEXT_MODEL)
+MIXTURE_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 ACTIVATION_INPUTS = {"swiglu": 2, "gelu": 1, "relu": 1, "linear": 1}
 
 
@@ -123,18 +125,41 @@ def _projection(config: Config, hidden: int, embedding_size: int) -> tuple[int, 
     return (1, *maps, hidden * hidden) if router.row_norm == "fixed" else maps
 
 
+def _check_form(found: dict[str, Any], where: str) -> None:
+    """Refuse a Qwen2-MoE whose layers are not all alike, or whose shared expert has another width than the routed ones."""
+    uniform = {"decoder_sparse_step": 1, "mlp_only_layers": []}  # what transformers fills in, too
+    form = uniform | found
+    for key, value in (uniform | {"shared_expert_intermediate_size": found["moe_intermediate_size"]}).items():
+        if form.get(key) != value:
+            raise CheckpointError(
+                f"{where}: {key} is {form.get(key)!r}; plan needs a Qwen2-MoE that has {value!r} there"
+            )
+
+
+def _read(found: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a config.json in the normal form that training reads it in (`families.settings`)."""
+    kind = found.get("model_type")
+    if kind not in (*FAMILIES, *MIXTURES):
+        raise UnsupportedModelError(
+            f"{where}: model_type {kind!r} can't be planned; plan knows {', '.join(FAMILIES)}, Nexus and Qwen2-MoE checkpoints"
+        )
+    for key in (*SIZES, *(MIXTURE_SIZES if kind in MIXTURES else ())):
+        if type(found.get(key)) is not int or found[key] <= 0:
+            raise CheckpointError(
+                f"{where}: {key} is {found.get(key)!r}, expected a number above 0; plan needs a dense model, a Nexus or a "
+                "Qwen2-MoE checkpoint"
+            )
+    if kind in MIXTURES:
+        _check_form(found, where)
+    return settings(found, where)
+
+
 def _of_checkpoint(config: Config, directory: Path) -> Sizes:
     """Return the sizes of a dense, Nexus or stock Qwen2-MoE checkpoint; P's are read from the sidecar where there is one."""
     from nexus_ds.model.checkpoint import is_nexus, read_sidecar
 
-    found: dict[str, Any] = read_config(directory)
-    for key in NEEDED:
-        if type(found.get(key)) is not int or found[key] <= 0:
-            raise CheckpointError(
-                f"{directory / 'config.json'}: {key} is {found.get(key)!r}, expected a number above 0; plan needs a dense "
-                "model, a Nexus or a Qwen2-MoE checkpoint"
-            )
-    hidden, heads = found["hidden_size"], found["num_attention_heads"]
+    found = read_config(directory)
+    read, moe = _read(found, str(directory / "config.json")), found["model_type"] in MIXTURES
     maps: tuple[int, ...] = ()
     shared = True
     if is_nexus(directory):
@@ -142,13 +167,10 @@ def _of_checkpoint(config: Config, directory: Path) -> Sizes:
         maps = tuple(weight.numel() for weight in sidecar.projections[0].values()) if sidecar.projections else ()
         shared = sidecar.shared_expert == "seed"
     return Sizes(
-        vocabulary=found["vocab_size"], hidden=hidden, layers=found["num_hidden_layers"], heads=heads,
-        kv_heads=found.get("num_key_value_heads") or heads, head_size=found.get("head_dim") or hidden // heads,
-        ffn=found.get("moe_intermediate_size") or found["intermediate_size"],
-        tied=bool(found.get("tie_word_embeddings", False)),
-        qkv_bias=bool(found.get("qkv_bias", found.get("model_type") in ("qwen2", "qwen2_moe", CONTEXT_MODEL))),
-        context=found.get("model_type") == CONTEXT_MODEL, shared=shared,
-        experts=found.get("num_experts") or 0, top_k=found.get("num_experts_per_tok") or 1, projection=maps,
+        vocabulary=read["vocabulary"], hidden=read["hidden_size"], layers=read["layers"], heads=read["heads"],
+        kv_heads=read["kv_heads"], head_size=read["head_dim"], ffn=read["ffn_size"], tied=read["tied_embeddings"],
+        qkv_bias=read["qkv_bias"], context=found["model_type"] == CONTEXT_MODEL, shared=shared,
+        experts=found["num_experts"] if moe else 0, top_k=found["num_experts_per_tok"] if moe else 1, projection=maps,
     )  # fmt: skip
 
 
@@ -157,7 +179,8 @@ def sizes_of(config: Config) -> Sizes:
 
     Raises:
         ConfigError: a mixture-of-experts without a list of domains.
-        CheckpointError: `model.path` is no checkpoint.
+        CheckpointError: `model.path` is no checkpoint, or a Qwen2-MoE of another form than a Nexus model's.
+        UnsupportedModelError: `model.path` is of a family that can't be trained here.
     """
     if config.model.path:
         return _of_checkpoint(config, Path(config.model.path))

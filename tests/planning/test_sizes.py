@@ -1,10 +1,14 @@
 """Parameters counted without a tensor: against checkpoints, new models and P itself, and the paper's totals."""
 
+import json
+import re
+
 import pytest
+import torch
 from plan_models import OTHER, SMALL, make_model
 
 from nexus_ds.config import load_config
-from nexus_ds.errors import CheckpointError, ConfigError
+from nexus_ds.errors import CheckpointError, ConfigError, UnsupportedModelError
 from nexus_ds.model.build import new_dense
 from nexus_ds.model.facts import describe
 from nexus_ds.model.router import Projection
@@ -52,6 +56,63 @@ def test_biases_of_queries_keys_and_values_are_counted(tmp_path):
     Qwen2ForCausalLM(config).save_pretrained(tmp_path / "qwen")
     counts = sizes_of(load_config("demo", ["stage=seed", f"model.path={tmp_path / 'qwen'}"])).counts()
     assert counts["total"] == describe(tmp_path / "qwen")["parameters"]["total"]
+
+
+BARE = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 16}
+MIXTURE = {
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 80,
+    "shared_expert_intermediate_size": 80,
+}
+
+
+def write_config(directory, **values):
+    (directory / "config.json").write_text(json.dumps(values))
+    return load_config("demo", [f"model.path={directory}"])
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("mistral", {}),  # 8 heads for keys and values, whatever the number of heads
+        ("mistral", {"num_key_value_heads": 2}),
+        ("llama", {}),
+        ("llama", {"num_key_value_heads": None, "head_dim": None}),
+        ("llama", {"num_key_value_heads": 4, "head_dim": 8}),  # heads that are not as wide as the model together
+        ("qwen2", {"num_key_value_heads": None}),
+        ("qwen2", {"num_key_value_heads": 4, "head_dim": 12, "tie_word_embeddings": True}),
+        ("qwen2_moe", {**MIXTURE, "num_key_value_heads": 4}),
+        ("qwen2_moe", {**MIXTURE, "num_key_value_heads": 4, "qkv_bias": False, "tie_word_embeddings": True}),
+    ],
+)
+def test_what_a_config_leaves_out_is_counted_as_transformers_fills_it_in(family, more, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = write_config(tmp_path, model_type=family, **BARE, **more)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    sizes, attention = sizes_of(config), model.model.layers[0].self_attn
+    assert sizes.kv_width == attention.k_proj.out_features
+    assert sizes.heads * sizes.head_size == attention.q_proj.out_features
+    assert sizes.counts()["total"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"model_type": "gemma2"}, UnsupportedModelError, "model_type 'gemma2' can't be planned; plan knows llama, mistral"),
+        ({}, UnsupportedModelError, "model_type None can't be planned"),
+        ({"model_type": "qwen2_moe"}, CheckpointError, "num_experts is None, expected a number above 0; plan needs a dense"),
+        ({"model_type": "qwen2_moe", **MIXTURE, "shared_expert_intermediate_size": 160}, CheckpointError,
+         "shared_expert_intermediate_size is 160; plan needs a Qwen2-MoE that has 80 there"),
+        ({"model_type": "qwen2_moe", **MIXTURE, "decoder_sparse_step": 2}, CheckpointError, "decoder_sparse_step is 2; plan"),
+        ({"model_type": "qwen2_moe", **MIXTURE, "mlp_only_layers": [0]}, CheckpointError, "mlp_only_layers is [0]; plan"),
+    ],
+)  # fmt: skip
+def test_models_that_would_be_counted_wrong_are_refused(values, error, message, tmp_path):
+    with pytest.raises(error, match=re.escape(f"{tmp_path / 'config.json'}: {message}")):
+        sizes_of(write_config(tmp_path, **BARE, **values))
 
 
 @pytest.mark.parametrize("more", [[], ["model.kv_heads=1", "model.tied_embeddings=false"]])
