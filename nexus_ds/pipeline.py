@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from nexus_ds.config import Config, as_dict, load_config, parse_yaml
 from nexus_ds.errors import CheckpointError, ConfigError, NexusError, OutputExistsError
@@ -149,20 +149,6 @@ def check_domains(config: Config) -> None:
             raise ConfigError(
                 f"pipeline.domains: {domain!r} can't be the name of an expert; expected letters, digits, '_', '.', '-'"
             )
-
-
-def end(code: int) -> NoReturn:
-    """End this process, whose files are closed, with `code`; a rank that has peers without tearing Python down.
-
-    DeepSpeed keeps the process groups in its modules, so gloo's threads run on after `destroy_process_group` (seen: 8 that
-    run work and 4 that listen); in the teardown they sometimes abort a rank that has done its work, and the launcher
-    would see SIGABRT instead of the code.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        os._exit(code)
-    sys.exit(code)
 
 
 def free_port() -> int:

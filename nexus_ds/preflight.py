@@ -7,11 +7,11 @@ Not covered: memory on machines without GPUs, which `plan` does not predict.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from nexus_ds.config import load_config
-from nexus_ds.pipeline import DS_JSON, WIDE_STAGES, free_port, resolve
+from nexus_ds.launch import meeting_point, position
+from nexus_ds.pipeline import DS_JSON, WIDE_STAGES, resolve
 
 HELP = "check nodes, versions, devices, disk and network before a stage (every rank runs it)"
 STAGES = {"seed": "seed", "branch": "branch", "moe": "moe", "extended": "extend"}  # name: train.py's stage
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check; print what was found, or every problem."""
-    from nexus_ds.runtime.preflight import Needs, PreflightError, check, needs_of, position
+    from nexus_ds.runtime.preflight import Needs, PreflightError, check, needs_of
 
     stage = STAGES.get(args.name, "moe")
     overrides = [*args.overrides, f"stage={stage}"]
@@ -40,10 +40,7 @@ def run(args: argparse.Namespace) -> int:
     config = resolve(load_config(args.config, overrides))
     ds_json = args.deepspeed or str(DS_JSON) if stage in WIDE_STAGES else ""
     here = position()
-    if here.world == 1:  # nobody to meet; no port of the job is taken
-        address, port = "127.0.0.1", free_port()
-    else:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port = meeting_point(here)
     try:
         plan = (lambda: needs_of(config, here, ds_json)) if args.name in STAGES else Needs
         line = check(Path(config.pipeline.run), here, address, port, args.wait, plan)

@@ -25,18 +25,9 @@ from pathlib import Path
 
 from nexus_ds.config import Config, dump, load_config, parse_words
 from nexus_ds.errors import CheckpointError, NexusError, OutputExistsError
+from nexus_ds.launch import adopt_launcher, end
 from nexus_ds.outputs import held
-from nexus_ds.pipeline import (
-    check_domains,
-    end,
-    free_port,
-    needed_for,
-    places,
-    resolve,
-    run_steps,
-    shared_overrides,
-    steps,
-)
+from nexus_ds.pipeline import check_domains, needed_for, places, resolve, run_steps, shared_overrides, steps
 
 HELP = "train one stage with DeepSpeed (dense branch, upcycled or extended model)"
 STAGE_STEP = {"seed": "seed", "moe": "moe", "extend": "extended"}
@@ -49,24 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="RECIPE", default="demo", help="recipe file or name (default: demo)")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings laid over the recipe")
-
-
-def adopt_launcher() -> tuple[int, int, int]:
-    """Read or complete the launcher's variables; return rank, ranks, ranks on this node.
-
-    srun sets SLURM_PROCID, SLURM_LOCALID and SLURM_NTASKS (MASTER_ADDR and MASTER_PORT come from the job script);
-    deepspeed and torchrun set RANK and the rest; plain python sets nothing.
-    """
-    env = os.environ
-    if "RANK" not in env and "SLURM_STEP_ID" in env and "MASTER_ADDR" in env:
-        env["RANK"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_LOCALID"]
-        env["WORLD_SIZE"] = env["SLURM_NTASKS"]
-        env.setdefault("LOCAL_WORLD_SIZE", env.get("SLURM_NTASKS_PER_NODE", env["SLURM_NTASKS"]))
-    if "RANK" not in env:
-        env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    world = int(env["WORLD_SIZE"])
-    local_world = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world)
-    return int(env["RANK"]), world, local_world
 
 
 def _prepare(config: Config, args: argparse.Namespace) -> None:
@@ -108,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
         raise CheckpointError(f"no checkpoint at {given.model.path}; expected a directory that holds a model")
     check_domains(given)
     config = resolve(given)
-    rank, world, local_world = adopt_launcher()
+    here = adopt_launcher()
+    rank = here.rank
     if _finished(config):
         if rank == 0:
             print(f"{config.output} is finished already; next: nexus-ds evaluate --checkpoint {config.output}")
@@ -118,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
             _prepare(config, args)
         from nexus_ds.runtime.loop import train
 
-        return train(config, args.deepspeed, rank, world, local_world, WAIT_MINUTES)
+        return train(config, args.deepspeed, rank, here.world, here.local_world, WAIT_MINUTES)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -129,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(args)
     except (NexusError, OSError) as error:
-        rank = os.environ.get("RANK", "0")
+        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
         print(f"train.py: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
         return 1
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from nexus_ds.benchmarks import network
-from nexus_ds.pipeline import end
+from nexus_ds.launch import end
 
 
 def connection(rank):

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from nexus_ds.benchmarks import network
 from nexus_ds.benchmarks.links import Links
 from nexus_ds.benchmarks.links_worker import build
+from nexus_ds.launch import end
 from nexus_ds.model.moe import NexusMoE, Placement
-from nexus_ds.pipeline import end
 from nexus_ds.runtime import deepspeed_internals as internals
 
 HIDDEN, TOKENS, ROUNDS = 256, 2048, 8

@@ -16,10 +16,10 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from nexus_ds.config import Config, _apply, parse_override
+from nexus_ds.launch import end
 from nexus_ds.model.build import DTYPES, leave, load_nexus
 from nexus_ds.model.checkpoint import read_sidecar
 from nexus_ds.model.head import next_token_loss
-from nexus_ds.pipeline import end
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.engine import (
     Batch,

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from parity import settings
 
+from nexus_ds.launch import end
 from nexus_ds.model.build import DTYPES, leave, load_nexus
 from nexus_ds.model.checkpoint import read_sidecar
 from nexus_ds.model.head import next_token_loss
-from nexus_ds.pipeline import end
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.engine import (
     check_layout,

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from parity import start, train_step
 
-from nexus_ds.pipeline import end
+from nexus_ds.launch import end
 from nexus_ds.runtime import states
 from nexus_ds.runtime.canonical import shapes
 

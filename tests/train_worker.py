@@ -12,20 +12,21 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from nexus_ds.config import load_config
-from nexus_ds.pipeline import end, resolve
+from nexus_ds.launch import adopt_launcher, end
+from nexus_ds.pipeline import resolve
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.loop import Run
 from nexus_ds.runtime.metrics import Metrics
 from nexus_ds.runtime.signals import StopRequest
-from nexus_ds.train import adopt_launcher
 
 
 def main():
     logits_file, ds_json, *words = sys.argv[1:]
-    rank, world, local_world = adopt_launcher()
+    here = adopt_launcher()
+    rank = here.rank
     config = resolve(load_config("demo", words))
     internals.start(2)
-    run = Run(config, ds_json, rank, world, local_world)
+    run = Run(config, ds_json, rank, here.world, here.local_world)
     metrics = Metrics(run.work, "worker", 0, run.total, rank == 0)
     run.loop(0, metrics, StopRequest())
     probe = torch.arange(24).remainder(run.engine.module.config.vocab_size).view(2, 12).to(run.device)

@@ -24,6 +24,7 @@ from packaging.requirements import Requirement
 
 from nexus_ds.config import Config
 from nexus_ds.errors import ConfigError, NexusError
+from nexus_ds.launch import Position
 from nexus_ds.planning import memory as space
 from nexus_ds.planning.layout import Layout, share_of
 from nexus_ds.planning.sizes import Sizes, sizes_of
@@ -35,30 +36,6 @@ FOLDER_SECONDS = 5.0  # a network file system may show a new file late
 
 class PreflightError(NexusError):
     """Something that would make the job fail later; the message has one line a cause, each with its node."""
-
-
-@dataclass(frozen=True)
-class Position:
-    """This rank in the job."""
-
-    rank: int
-    world: int
-    local_world: int
-    """Ranks on this node."""
-    node: str
-
-
-def position(env: Mapping[str, str] = os.environ) -> Position:
-    """Read the launcher's variables: RANK and the rest, else srun's, else a single rank."""
-    node = env.get("SLURMD_NODENAME") or platform.node()
-    if "RANK" in env:
-        world = int(env["WORLD_SIZE"])
-        return Position(int(env["RANK"]), world, int(env.get("LOCAL_WORLD_SIZE") or world), node)
-    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
-        world = int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
-        nodes = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES") or 1)
-        return Position(int(env["SLURM_PROCID"]), world, max(1, world // nodes), node)
-    return Position(0, 1, 1, node)
 
 
 def versions() -> dict[str, str]:

@@ -7,21 +7,12 @@ import pytest
 
 from nexus_ds.config import load_config
 from nexus_ds.errors import ConfigError, LayoutError
+from nexus_ds.launch import Position
 from nexus_ds.pipeline import free_port, resolve
 from nexus_ds.runtime import preflight
-from nexus_ds.runtime.preflight import Position
 
 REPO = Path(__file__).parents[2]
 HERE = Position(0, 4, 2, "n1")
-
-
-def test_srun_s_variables():
-    env = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2",
-           "SLURMD_NODENAME": "n2", "SLURM_NTASKS": "8"}  # fmt: skip
-    assert preflight.position(env) == Position(3, 4, 2, "n2")
-    assert preflight.position({"SLURMD_NODENAME": "n"}) == Position(0, 1, 1, "n")
-    own = {"RANK": "1", "WORLD_SIZE": "2", "SLURMD_NODENAME": "n", **{k: v for k, v in env.items() if "STEP" in k}}
-    assert preflight.position(own) == Position(1, 2, 2, "n")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 def test_a_rank_ends_with_its_own_code_whatever_the_teardown_does():
-    teardown = "import atexit, os; atexit.register(os.abort); from nexus_ds.pipeline import end; print('said'); end(3)"
+    teardown = "import atexit, os; atexit.register(os.abort); from nexus_ds.launch import end; print('said'); end(3)"
     ranks = start_ranks(["-c", teardown], 2)
     assert [rank.communicate(timeout=60)[0] for rank in ranks] == ["said\n"] * 2
     assert [rank.returncode for rank in ranks] == [3, 3]
