@@ -12,6 +12,7 @@ Not covered: windows longer than a sliding attention window (they are cut to it)
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,11 @@ def _load_layer(config: Any, reader: TensorReader, layer: int, dtype: torch.dtyp
     """Return one stock decoder layer with its weights."""
     from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeDecoderLayer
 
+    kind: Any = Qwen2MoeDecoderLayer
+    if config.model_type == CONTEXT_MODEL:
+        from nexus_ds.model.served import NexusMoeDecoderLayer as kind
     with torch.device("meta"):
-        block = Qwen2MoeDecoderLayer(config, layer)
-        if config.model_type == CONTEXT_MODEL:
-            from nexus_ds.model.served import ContextRouter
-
-            block.mlp.gate = ContextRouter(config)
+        block = kind(config, layer)
     prefix = f"model.layers.{layer}."
     state = {name[len(prefix) :]: reader.read(name) for name in reader.names() if name.startswith(prefix)}
     experts = range(config.num_experts)
@@ -177,10 +177,10 @@ class _Stream:
         gate.weight = nn.Parameter(rows_EH, requires_grad=False)
         if mean_H is not None:
             gate.mean = nn.Parameter(mean_H, requires_grad=False)
-            gate.begin(x_NSH.shape[1])
-        for start in range(0, len(x_NSH), LAYER_BATCH):
-            part = slice(start, start + LAYER_BATCH)
-            self.hidden_NSH[part] += block.mlp(x_NSH[part]).cpu()
+        with nullcontext() if mean_H is None else gate.reading(x_NSH.shape[1]):
+            for start in range(0, len(x_NSH), LAYER_BATCH):
+                part = slice(start, start + LAYER_BATCH)
+                self.hidden_NSH[part] += block.mlp(x_NSH[part]).cpu()
 
 
 def fit_router(directory: Path, text: FitText, config: RouterConfig, seed: int, kept: int = 0) -> FitReport:

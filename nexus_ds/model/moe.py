@@ -68,7 +68,7 @@ class Placement:
 
 @dataclass
 class RouterStatistics:
-    """What the router did in its last forward pass; detached, overwritten by the next one."""
+    """What the router did in its last forward pass; detached, overwritten by the next one (a recomputed one too)."""
 
     selected_TK: Tensor
     """Chosen routed experts, int64."""
@@ -106,7 +106,7 @@ class NexusRouter(TokenChoiceTopKRouter):
             self.gate: nn.Linear = nn.Linear(hidden_size, placement.experts, bias=False)
         self.register_buffer("domain_inputs", domain_inputs_EM, persistent=False)
         self.mean = None if mean_H is None else nn.Parameter(mean_H)
-        self.length = 0  # of the texts in a batch; the input `context` has to know where one begins
+        self.length = 0  # of the texts; set in each pass of the layer, so in a recomputed one too
         slots = torch.tensor([placement.slot(e) for e in range(placement.experts)])
         self.register_buffer("slot_of_expert", slots, persistent=False)
         self.load_balance, self.z_loss, self.loss_scale = load_balance, z_loss, 1.0

@@ -8,6 +8,8 @@ Not covered: static, quantised and offloaded caches (refused), assisted generati
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeModel, Qwen2MoeTopKRouter
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeDecoderLayer, Qwen2MoeModel, Qwen2MoeTopKRouter
 
 from nexus_ds.errors import UnsupportedModelError
 from nexus_ds.model.context import CONTEXT_MODEL, context_of, running_mean
@@ -85,22 +87,46 @@ class ContextRouter(Qwen2MoeTopKRouter):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.mean = nn.Parameter(torch.zeros(config.hidden_size))
-        self.length = 0
-        self.valid_BS: Tensor | None = None
-        self.memory: Any = None
+        self.reads: tuple[int, Tensor | None, Any] | None = None
 
-    def begin(self, length: int, valid_BS: Tensor | None = None, memory: Any = None) -> None:
-        """Say what the next pass reads: texts of `length` new tokens, which are padding, and the layer's cache."""
-        self.length, self.valid_BS, self.memory = length, valid_BS, memory
+    @contextmanager
+    def reading(self, length: int, valid_BS: Tensor | None = None, memory: Any = None) -> Iterator[None]:
+        """Say what is read inside the context: texts of `length` new tokens, which are padding, and the layer's cache."""
+        self.reads = length, valid_BS, memory
+        try:
+            yield
+        finally:
+            self.reads = None
 
     def forward(self, hidden_states: Tensor) -> Any:
         """Return logits [T, E], gate values and choices [T, K] of inputs [T, H]."""
-        x_BSH = hidden_states.view(-1, self.length, hidden_states.shape[-1])
-        mean_BSH, after = running_mean(x_BSH, self.valid_BS, self.memory.so_far if self.memory else None)
-        if self.memory is not None:
-            self.memory.so_far = after
-            self.memory = None  # once: a recomputed pass must not count its tokens twice
+        assert self.reads is not None
+        length, valid_BS, memory = self.reads
+        x_BSH = hidden_states.view(-1, length, hidden_states.shape[-1])
+        mean_BSH, after = running_mean(x_BSH, valid_BS, memory.so_far if memory else None)
+        if memory is not None:
+            memory.so_far = after
         return super().forward(context_of(mean_BSH, self.mean, x_BSH.dtype))
+
+
+class NexusMoeDecoderLayer(Qwen2MoeDecoderLayer):
+    """A decoder layer that tells its router what this very pass reads.
+
+    It does so inside of what activation checkpointing repeats: a pass that is made again, while others have been made in
+    between, reads its own text's length and padding. Caches are left out there (transformers takes them away).
+    """
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.mlp.gate = ContextRouter(config)
+        self.index = layer_idx
+
+    def forward(self, hidden_states: Tensor, *args: Any, valid_BS: Tensor | None = None, **kwargs: Any) -> Any:
+        """As a Qwen2-MoE's, with `valid_BS` (0 for padding; None: no padding) for the router."""
+        cache: Any = kwargs.get("past_key_values")
+        gate: Any = self.mlp.gate
+        with gate.reading(hidden_states.shape[1], valid_BS, None if cache is None else cache.layers[self.index]):
+            return super().forward(hidden_states, *args, **kwargs)
 
 
 class NexusMoeConfig(Qwen2MoeConfig):
@@ -113,12 +139,11 @@ class NexusMoeModel(Qwen2MoeModel):
     """A Qwen2-MoE whose routers read running means."""
 
     config_class = NexusMoeConfig
+    _no_split_modules = ["NexusMoeDecoderLayer"]  # noqa: RUF012
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        layers: Any = self.layers
-        for layer in layers:
-            layer.mlp.gate = ContextRouter(config)
+        self.layers = nn.ModuleList(NexusMoeDecoderLayer(config, index) for index in range(config.num_hidden_layers))
 
     def forward(
         self,
@@ -130,7 +155,7 @@ class NexusMoeModel(Qwen2MoeModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Tell the routers what they are about to read, then run as a Qwen2-MoE does."""
+        """Run as a Qwen2-MoE does; its layers are told which tokens are padding, their caches keep sums."""
         given = input_ids if input_ids is not None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache or past_key_values is not None:
@@ -141,12 +166,9 @@ class NexusMoeModel(Qwen2MoeModel):
                 "this model needs to know which tokens are padding: give attention_mask as [sequences, tokens]"
             )
         valid_BS = None if attention_mask is None else attention_mask[:, -length:]
-        layers: Any = self.layers
-        for index, layer in enumerate(layers):
-            layer.mlp.gate.begin(length, valid_BS, past_key_values.layers[index] if past_key_values else None)
         return super().forward(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, valid_BS=valid_BS, **kwargs,
         )  # fmt: skip
 
 

@@ -10,10 +10,11 @@ from conftest import make_nexus
 
 from nexus_ds.config import RouterConfig
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
-from nexus_ds.model.build import load_reference, load_stock
+from nexus_ds.model.build import load_nexus, load_reference, load_stock
 from nexus_ds.model.checkpoint import SIDECAR, read_sidecar
 from nexus_ds.model.context import context, running_mean
 from nexus_ds.model.loading import load_model
+from nexus_ds.model.moe import Placement
 from nexus_ds.model.served import NexusMoeForCausalLM
 
 TOKENS = torch.randint(31, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -150,3 +151,84 @@ def test_a_sidecar_that_contradicts_the_model_type(context_dir, tmp_path):
     with pytest.raises(CheckpointError, match=r"model_type .qwen2_moe., nexus.json says nexus_moe"):
         read_sidecar(tmp_path / "nexus")
     assert read_sidecar(context_dir).router.input == "context"
+
+
+# Activation checkpointing: a pass that is made again reads its own text ---------------------------------------------
+
+
+def two_texts_gradients(model, masks=(None, None)):
+    """Return every gradient of the summed losses of two passes over texts of different lengths, one backward pass."""
+    model.train()
+    total = 0.0
+    for tokens, mask in zip((TOKENS, TOKENS[:, 3:14].flip(0)), masks, strict=True):
+        kept = {} if mask is None else {"attention_mask": mask}
+        logits = model(input_ids=tokens, use_cache=False, **kept).logits
+        total = total + torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    total.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def checkpointed(model, reentrant):
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    return model
+
+
+def plain_names(gradients):
+    """Return gradients under names that the served model, the reference and NexusMoE share."""
+    found = {name.replace(".mlp.gate.", ".mlp.router."): gradient for name, gradient in gradients.items()}
+    for name in [name for name in found if name.endswith("experts.gate_up_proj")]:
+        found[name.replace("gate_up_proj", "w1")], found[name.replace("gate_up_proj", "w3")] = found[name].chunk(2, 1)
+        found[name.replace("gate_up_proj", "w2")] = found[name.replace("gate_up_proj", "down_proj")]
+    return found
+
+
+def assert_same_gradients(found, expected, names=None):
+    names = expected.keys() if names is None else names
+    assert len(names) >= 20
+    for name in names:
+        scale = float(expected[name].abs().max())
+        assert scale > 0, name
+        assert float((found[name] - expected[name]).abs().max()) <= 1e-5 * scale, name
+
+
+@pytest.fixture(scope="module")
+def expected(context_dir):
+    """The gradients of the plain reference, which computes each mean of its own and keeps all activations."""
+    return two_texts_gradients(load_reference(context_dir, torch.float32, RouterConfig(load_balance=0)))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_two_passes_before_one_backward_pass_of_the_transformers_model(context_dir, expected, reentrant):
+    found = plain_names(two_texts_gradients(checkpointed(load_stock(context_dir, torch.float32), reentrant)))
+    shared = [name for name in expected if name in found and "shared_experts" not in name]
+    assert {f"model.layers.{layer}.mlp.router.mean" for layer in range(2)} < set(shared)
+    assert_same_gradients(found, expected, shared)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_two_padded_passes_before_one_backward_pass(context_dir, reentrant):
+    masks = [torch.ones(2, 20, dtype=torch.long), torch.ones(2, 11, dtype=torch.long)]
+    masks[0][0, :7], masks[1][1, :4] = 0, 0
+    kept = two_texts_gradients(load_stock(context_dir, torch.float32), masks)
+    again = two_texts_gradients(checkpointed(load_stock(context_dir, torch.float32), reentrant), masks)
+    trained = [name for name, gradient in kept.items() if gradient.abs().max() > 0]
+    assert_same_gradients(again, kept, trained)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_two_passes_before_one_backward_pass_in_training(context_dir, reentrant):
+    """Of NexusMoE and of the reference, the router's losses among what is trained on."""
+    losses = RouterConfig(load_balance=0.1, z_loss=0.01)
+    kept = two_texts_gradients(load_reference(context_dir, torch.float32, losses))
+    again = checkpointed(load_reference(context_dir, torch.float32, losses), reentrant)
+    assert_same_gradients(two_texts_gradients(again), kept)
+    model = checkpointed(load_nexus(context_dir, torch.float32, Placement(3), losses, False), reentrant)
+    assert_same_gradients(two_texts_gradients(model), kept)
+
+
+def test_no_module_keeps_what_one_pass_read(served):
+    served(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS), use_cache=True)
+    for layer in served.model.layers:
+        assert layer.mlp.gate.reads is None
