@@ -1,13 +1,15 @@
-"""DeepSpeed against the plain PyTorch reference: losses over ten AdamW steps, and every gradient of the first step.
+"""DeepSpeed against plain PyTorch (oracle.py): losses over ten AdamW steps, and every gradient of the first step.
 
-The reference is one process with all experts; DeepSpeed runs in real ranks (gloo). Gradients are compared because
+The oracle is one process with all experts; DeepSpeed runs in real ranks (gloo). Gradients are compared because
 AdamW hides their scale. Persistence is off under ZeRO-3, else weights this small are never partitioned.
 """
 
+import ast
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
 from conftest import make_nexus
@@ -15,12 +17,9 @@ from large import make_large
 from launch import finish, start_ranks
 from parity import STEPS, batches, settings
 
-from nexus_ds.model.build import DTYPES, load_reference
 from nexus_ds.model.checkpoint import read_sidecar, router_rows, write_sidecar
 from nexus_ds.model.families import gate_name
-from nexus_ds.model.head import next_token_loss
 from nexus_ds.model.tensorfile import TensorReader, overwrite
-from nexus_ds.runtime.engine import parameter_groups
 
 WORKER = Path(__file__).parents[1] / "parity.py"
 BATCH = 8
@@ -106,31 +105,24 @@ def launch(cases, folder, checkpoint_of):
 
 
 def reference(checkpoint, case):
-    """Train the plain reference on the very same batches, rank by rank and part by part in one process.
+    """Train the oracle on the very same batches, rank by rank and part by part in one process.
 
     In bf16 AdamW works on fp32 masters, and the working weights are those rounded, as under DeepSpeed.
     """
     config = settings([f"training.batch_size={BATCH}"])
-    model = load_reference(checkpoint, DTYPES[case.dtype], config.router)
+    model = oracle.load(checkpoint, oracle.DTYPES[case.dtype], config.router).train()
     working = dict(model.named_parameters())
     masters = {name: torch.nn.Parameter(p.detach().float().clone()) for name, p in working.items()}
-    kind = {id(p): name for name, p in working.items()}
-    groups = parameter_groups(model, config.training, config.router.lr_scale)
-    for group in groups:
-        group["lr"] = config.training.lr * group["lr_scale"]
-        group["params"] = [masters[kind[id(p)]] for p in group["params"]]
-    optimizer = torch.optim.AdamW(groups, betas=(config.training.beta1, config.training.beta2), eps=1e-8)
+    optimizer = oracle.adamw(masters, config.training, config.router.lr_scale)
     chunks = case.world * case.accumulation
-    for layer in model.model.layers:
-        layer.mlp.loss_scale = 1.0 / chunks  # the router's losses are scaled as the main loss is
     losses, norms, first = [], [], None
     for step, batch in enumerate(batches(model.config.vocab_size, BATCH)[: case.steps]):
         total = 0.0
         model.zero_grad()
         for part in batch.chunk(chunks):
-            loss, _ = next_token_loss(model, part)
+            loss, auxiliary = oracle.losses(model, part)
             total += float(loss.detach()) / chunks
-            (loss / chunks).backward()
+            ((loss + auxiliary) / chunks).backward()
         for name, parameter in working.items():
             masters[name].grad = parameter.grad.float()
         if step == 0:
@@ -186,6 +178,19 @@ class Launches:
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory):
     return Launches(tmp_path_factory.mktemp("parity"))
+
+
+def test_the_oracle_shares_nothing_with_what_it_judges():
+    tree = ast.parse(Path(oracle.__file__).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = [getattr(node, "module", None) or alias.name for node in imports for alias in node.names]
+    assert sorted({name.split(".")[0] for name in modules}) == [
+        "json",
+        "pathlib",
+        "safetensors",
+        "torch",
+        "transformers",
+    ]
 
 
 @pytest.mark.slow
