@@ -51,6 +51,8 @@ from nexus_ds.runtime.signals import StopRequest
 EXIT_STOPPED = 75  # a signal asked for a stop; the training state is saved
 # Settings of `training` that may change between a training state and its resumption: the course stays the same.
 FREE = ("keep_last", "micro_batch_size", "activation_checkpointing")
+# Settings of `model` that a new model's shapes do not say, or not all.
+NEW_MODEL = ("hidden_size", "layers", "heads", "kv_heads", "ffn_size", "max_positions", "rope_theta", "tied_embeddings")
 SATURATED = 0.95  # mean gate above which a router hardly learns any more
 
 
@@ -206,6 +208,7 @@ class Run:
             "seed": self.config.seed,
             "model at the start": content_fingerprint(Path(flat["model"]["path"])) if flat["model"]["path"] else "new",
             "model.dtype": self.config.model.dtype,
+            **({} if flat["model"]["path"] else {f"model.{k}": flat["model"][k] for k in NEW_MODEL}),
             "data.sequence_length": self.config.data.sequence_length,
             "data.weights": self.data.weights,
             "data fingerprint": {name: file.fingerprint for name, file in self.data.files.items()},

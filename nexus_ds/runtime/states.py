@@ -132,10 +132,15 @@ def newest_good(states: Path) -> tuple[int, list[str]]:
 
 
 def _compare(manifest: dict[str, Any], description: dict[str, Any], shapes: dict[str, list[int]]) -> None:
-    """Refuse a state of another configuration or model, with one sentence that is the same on all ranks."""
+    """Refuse a state of another configuration or model, with one sentence that is the same on all ranks.
+
+    The order of a mapping counts, as that of the domains does for the samples; what an older state does not say does not.
+    """
     saved, now = manifest["config"], description["config"]
     different = [
-        f"{key}: {saved.get(key)!r} then, {now.get(key)!r} now" for key in now if saved.get(key) != now.get(key)
+        f"{key}: {saved[key]!r} then, {now[key]!r} now"
+        for key in now
+        if key in saved and json.dumps(saved[key]) != json.dumps(now[key])
     ]
     if different:
         raise CheckpointError(

@@ -1,0 +1,415 @@
+"""The loop's own numbers: learning rates in the engine, samples of a step, what it logs and scores, what a resume refuses."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import oracle
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import DOMAINS, make_nexus, save_tokenizer
+from launch import finish, start_ranks
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nexus_ds.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    RouterConfig,
+    TrainingConfig,
+    _apply,
+    parse_override,
+)
+from nexus_ds.data.mixture import Sample
+from nexus_ds.errors import CheckpointError, TrainingError
+from nexus_ds.model.build import leave
+from nexus_ds.model.scoring import score
+from nexus_ds.runtime import canonical, states
+from nexus_ds.runtime.engine import split_batch
+from nexus_ds.runtime.loop import Run, Tally, read_data
+
+WORKER = Path(__file__).parents[1] / "loop_worker.py"
+LENGTH, WINDOWS, BATCH, WORLD = 16, 5, 8, 2
+LR_SCALE, BALANCE, Z = 0.25, 0.1, 0.01
+# By hand: 3 steps of warm-up to 1e-2, a half cosine over 6 to 2e-3, a half cosine over the anneal's 4 steps to 5e-4.
+RATES = [
+    1e-2 / 3, 2e-2 / 3, 1e-2,
+    1e-2, 9.4641e-3, 8e-3, 6e-3, 4e-3, 2.5359e-3, 2e-3,
+    1.78033e-3, 1.25e-3, 7.19670e-4, 5e-4,
+]  # fmt: skip
+GROUPS = {"matrices": (0.1, 1.0), "ep_size_2": (0.1, 1.0), "vectors": (0.0, 1.0), "router": (0.0, LR_SCALE)}
+SETTINGS = [
+    f"data.domains=[{','.join(DOMAINS)}]", "data.validation_domains=[gamma,alpha]", f"data.sequence_length={LENGTH}",
+    "data.mixture=uniform", "model.dtype=fp32", "parallel.expert=2", "parallel.zero_stage=2", f"router.lr_scale={LR_SCALE}",
+    f"router.load_balance={BALANCE}", f"router.z_loss={Z}", "training.tokens=0", "training.steps=10", "training.warmup=0.3",
+    f"training.anneal_tokens={4 * BATCH * LENGTH}", "training.lr=1e-2", "training.final_lr=2e-3",
+    "training.anneal_lr=5e-4", f"training.batch_size={BATCH}", "training.micro_batch_size=2", "training.log_every=1",
+    f"training.eval_windows={WINDOWS}", "pipeline.run=unused",
+]  # fmt: skip
+
+
+# One run of two ranks -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory, nexus_dir, text_folder):
+    """What two ranks of a whole run saw; five windows a domain, so that a rank is idle in the last pass of each."""
+    folder = tmp_path_factory.mktemp("watched")
+    words = [f"model.path={nexus_dir}", f"model.tokenizer={nexus_dir}", f"data.path={text_folder}",
+             f"output={folder / 'out'}", f"data.cache={folder / 'tokens'}", *SETTINGS]  # fmt: skip
+    finish(start_ranks([WORKER, folder / "seen", *words], WORLD))
+    lines = [json.loads(line) for line in (folder / "out.training" / "metrics.jsonl").read_text().splitlines()]
+    return SimpleNamespace(
+        ranks=[json.loads(Path(f"{folder}/seen-{rank}.json").read_text()) for rank in range(WORLD)],
+        train=[line for line in lines if line["kind"] == "train"],
+        validation={line["step"]: line for line in lines if line["kind"] == "validation"},
+        start=nexus_dir, out=folder / "out", cache=folder / "tokens",
+    )  # fmt: skip
+
+
+def blocks(text_folder, directory, domain, split):
+    """Return all blocks of a domain's text [n, LENGTH + 1]: documents tokenised here, each closed by the end of text."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    lines = (text_folder / domain / f"{split}.jsonl").read_text().splitlines()
+    ids = [i for line in lines for i in [*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]]
+    return np.array([ids[n * LENGTH : (n + 1) * LENGTH + 1] for n in range((len(ids) - 1) // LENGTH)])
+
+
+def validation_windows(text_folder, directory):
+    """Return five windows of each validation domain, evenly over its text."""
+    found = {domain: blocks(text_folder, directory, domain, "validation") for domain in ("gamma", "alpha")}
+    return {domain: all_of[[n * len(all_of) // WINDOWS for n in range(WINDOWS)]] for domain, all_of in found.items()}
+
+
+@pytest.mark.slow
+def test_every_group_of_the_engine_gets_the_schedules_rate_times_its_scale_at_every_step(watched):
+    for seen in watched.ranks:
+        assert len(seen["groups"]) == len(RATES)
+        for step, (groups, rate) in enumerate(zip(seen["groups"], RATES, strict=True)):
+            assert {g["name"]: (g["weight_decay"], g["lr_scale"]) for g in groups} == GROUPS
+            for group in groups:
+                assert group["lr"] == pytest.approx(rate * group["lr_scale"], rel=1e-5), (step, group)
+    assert [line["lr"] for line in watched.train] == pytest.approx(RATES, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_each_step_trains_on_each_of_its_samples_once(watched):
+    for step in range(len(RATES)):
+        drawn = [seen["samples"][step] for seen in watched.ranks]
+        assert [len(samples) for samples in drawn] == [BATCH // WORLD] * WORLD
+        assert sorted(number for samples in drawn for number in samples) == list(
+            range(step * BATCH, (step + 1) * BATCH)
+        )
+
+
+def judge(line, model_dir, windows):
+    """Compare a logged validation with the scoring of a checkpoint, and that with plain transformers."""
+    expected = score(model_dir, windows, batch=3, precision="fp32")
+    assert line["loss"].keys() == windows.keys()
+    assert line["loss"] == pytest.approx(expected.loss, abs=1e-5)
+    assert line["perplexity"] == pytest.approx({name: np.exp(loss) for name, loss in expected.loss.items()}, rel=1e-4)
+    shares = expected.routing.mean_share()
+    for name in windows:
+        assert line["routing"][name] == pytest.approx(shares[name], abs=1e-9)
+    own = [shares["gamma"]["gamma"], shares["alpha"]["alpha"]]
+    assert line["own_share"] == pytest.approx(sum(own) / 2, abs=1e-9)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    for name, found in windows.items():
+        tokens = torch.from_numpy(found)
+        with torch.no_grad():
+            logits = model(input_ids=tokens[:, :-1]).logits.flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
+        assert line["loss"][name] == pytest.approx(float(loss), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_validation_before_and_after_is_the_scoring_of_the_validation_text(watched, text_folder):
+    windows = validation_windows(text_folder, watched.start)
+    assert sorted(watched.validation) == [0, len(RATES)]
+    judge(watched.validation[0], watched.start, windows)
+    judge(watched.validation[len(RATES)], watched.out, windows)
+
+
+@pytest.mark.slow
+def test_the_first_line_of_the_log_is_what_the_oracle_computes_of_the_first_steps_samples(watched, text_folder, alone):
+    sampler = reading(made(watched.start, text_folder, watched.cache)).data.sampler
+    parts = [seen["samples"][0][first : first + 2] for seen in watched.ranks for first in (0, 2)]
+    model = oracle.load(watched.start, torch.float32, RouterConfig())
+    experts = len(DOMAINS)
+    losses, counts, units = {name: [] for name in DOMAINS}, torch.zeros(experts, experts), []
+    for part in parts:
+        samples = [sampler.sample(number) for number in part]
+        tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
+        for sample, windows in zip(samples, tokens, strict=True):
+            with torch.no_grad():
+                losses[sampler.domains[sample.domain_index]].append(float(oracle.losses(model, windows[None])[0]))
+            for block in model.model.layers:
+                counts[sample.domain_index] += torch.bincount(block.mlp.selected.flatten(), minlength=experts)
+        for name in ("load_balance", "z_loss"):
+            for block in model.model.layers:
+                block.mlp.load_balance, block.mlp.z_loss = float(name == "load_balance"), float(name == "z_loss")
+            units.append(float(oracle.losses(model, tokens)[1].detach()) / 2)
+    line, router = watched.train[0], watched.train[0]["router"]
+    seen = {name: found for name, found in losses.items() if found}
+    assert line["domain_loss"] == pytest.approx(
+        {name: sum(found) / len(found) for name, found in seen.items()}, abs=1e-5
+    )
+    assert line["loss"] == pytest.approx(sum(map(sum, seen.values())) / BATCH, abs=1e-5)
+    assert router["load_balance"] == pytest.approx(sum(units[0::2]) / len(parts), abs=1e-5)
+    assert router["z"] == pytest.approx(sum(units[1::2]) / len(parts), abs=1e-5)
+    share = counts.sum(0) / counts.sum()
+    assert (router["load_min"], router["load_max"]) == pytest.approx((float(share.min()), float(share.max())), abs=1e-9)
+    own = [float(counts[d, d] / counts[d].sum()) for d in range(experts) if counts[d].sum()]
+    assert router["own_share"] == pytest.approx(sum(own) / len(own), abs=1e-6)
+
+
+# A step and its samples, without processes --------------------------------------------------------------------------
+
+
+class Numbers:
+    """Stands for a sampler: sample i is full of the number i and of domain i % 3."""
+
+    def sample(self, number):
+        return Sample(number % 3, number, np.full(LENGTH + 1, number))
+
+
+def bare(training, rank=0, world=1, **more):
+    """Return a Run without engine and data."""
+    run = object.__new__(Run)
+    run.config, run.rank, run.world, run.device = Config(), rank, world, torch.device("cpu")
+    run.config.training, run.config.data.sequence_length = training, LENGTH
+    run.batch, run.layers = split_batch(training, world), []
+    run.data = SimpleNamespace(sampler=Numbers())
+    vars(run).update(more)
+    return run
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("micro", [0, 1, 2])
+def test_the_samples_of_a_step_come_each_once_over_ranks_and_passes(world, micro):
+    training = TrainingConfig(batch_size=8, micro_batch_size=micro)
+    runs = [bare(training, rank, world) for rank in range(world)]
+    assert {run.batch.accumulation for run in runs} == {8 // world // micro if micro else 1}
+    for step in (0, 3):
+        found = [run._batch(step, part) for run in runs for part in range(run.batch.accumulation)]
+        numbers = torch.cat([tokens[:, 0] for tokens, _ in found])
+        assert numbers.tolist() == list(range(step * 8, step * 8 + 8))
+        assert torch.cat([domains for _, domains in found]).tolist() == [int(n) % 3 for n in numbers]
+        assert all(tokens.shape == (run.batch.micro, LENGTH + 1) for run in runs for tokens, _ in found)
+
+
+class Engine(torch.nn.Module):
+    """Stands for an engine of one group and one weight; notes the rate with which each step is made."""
+
+    def __init__(self, norm=1.0):
+        super().__init__()
+        self.lm_head = torch.nn.Linear(4, 100, bias=False)
+        self.embed = torch.nn.Embedding(100, 4)
+        self.optimizer = SimpleNamespace(param_groups=[{"lr": 0.0}, {"lr": 0.0, "lr_scale": 0.5}])
+        self.norm, self.rates, self.backwards = norm, [], 0
+
+    @property
+    def module(self):
+        return self
+
+    def forward(self, input_ids, use_cache):
+        return SimpleNamespace(logits=self.lm_head(self.embed(input_ids)))
+
+    def backward(self, loss):
+        self.backwards += 1
+
+    def step(self):
+        self.rates.append([group["lr"] for group in self.optimizer.param_groups])
+
+    def get_global_grad_norm(self):
+        return self.norm
+
+
+def test_a_step_has_its_own_rate_and_goes_through_all_passes():
+    training = TrainingConfig(steps=4, batch_size=4, micro_batch_size=2, warmup=0.5, schedule="constant", lr=1e-2)
+    run = bare(training, engine=Engine(), experts=[], domains=["a", "b", "c"])
+    tally = run._tally()
+    assert [run._step(step, tally) for step in range(3)] == [1.0] * 3
+    assert run.engine.rates == [[rate, rate / 2] for rate in (5e-3, 5e-3, 1e-2, 1e-2, 1e-2, 1e-2)]
+    assert run.engine.backwards == 6
+    assert tally.tokens_D.tolist() == [4 * LENGTH] * 3  # samples 0 to 11
+
+
+@pytest.mark.parametrize("norm", [None, float("nan"), float("inf")])
+def test_a_norm_that_is_no_number_stops_the_run_and_names_step_samples_and_state(norm, tmp_path):
+    run = bare(
+        TrainingConfig(steps=4, batch_size=4), engine=Engine(norm), experts=[], domains=list("abc"), work=tmp_path
+    )
+    (tmp_path / "states" / "step_2").mkdir(parents=True)
+    message = rf"the gradient norm is {norm} at step 4 \(samples from 12\); stopped, last training state: step 2; lower"
+    with pytest.raises(TrainingError, match=message):
+        run._step(3, run._tally())
+
+
+# What a run counts --------------------------------------------------------------------------------------------------
+
+
+def passed(selected, gate, balance, z):
+    """Return a layer that routed tokens so."""
+    seen = SimpleNamespace(
+        selected_TK=torch.tensor(selected),
+        gate_T1=torch.tensor(gate),
+        load_balance=torch.tensor(balance),
+        z=torch.tensor(z),
+    )
+    return SimpleNamespace(router=SimpleNamespace(latest=seen))
+
+
+def test_a_tally_keeps_domains_and_experts_apart():
+    """Two sequences of three tokens, of domain 2 and domain 0; two layers, top-1; three experts."""
+    tally = Tally(3, 3, torch.device("cpu"))
+    losses = torch.tensor([[1.0, 2.0, 3.0], [4.0, 4.0, 7.0]])
+    first = passed([[0], [1], [1], [2], [2], [2]], [0.5, 0.75, 0.25, 0.5, 0.5, 0.5], 1.5, 0.25)
+    second = passed([[1], [1], [1], [2], [0], [0]], [1.0, 1.0, 1.0, 1.0, 0.5, 0.5], 2.5, 0.75)
+    tally.add(losses, torch.tensor([2, 0]), [first, second])
+    names, experts = ["a", "b", "c"], ["x", "y", "z"]
+    assert tally.losses(names) == {"a": 5.0, "c": 2.0}
+    assert tally.mean_loss() == 3.5
+    routing = tally.routing(names, experts)
+    assert routing == {
+        "a": pytest.approx({"x": 2 / 6, "y": 0, "z": 4 / 6}), "c": pytest.approx({"x": 1 / 6, "y": 5 / 6, "z": 0}),
+    }  # fmt: skip
+    assert tally.router() == pytest.approx(
+        {"load_balance": 2.0, "z": 0.5, "gate": (0.5 + 5 / 6) / 2, "load_min": 3 / 12, "load_max": 5 / 12}
+    )
+    tally.add(torch.full((1, 3), 11.0), torch.tensor([0]), [passed([[1]] * 3, [0.5] * 3, 3.5, 1.0)])
+    assert tally.losses(names) == {"a": 8.0, "c": 2.0}
+    assert tally.routing(names, experts)["a"] == pytest.approx({"x": 2 / 9, "y": 3 / 9, "z": 4 / 9})
+    assert tally.router()["load_balance"] == pytest.approx(2.5)
+
+
+def test_a_tally_counts_both_choices_of_a_token():
+    tally = Tally(2, 4, torch.device("cpu"))
+    chosen = [[0, 3], [3, 1], [2, 0], [2, 3]]
+    tally.add(torch.ones(2, 2), torch.tensor([1, 0]), [passed(chosen, [0.5] * 4, 1.0, 1.0)])
+    routing = tally.routing(["a", "b"], list("wxyz"))
+    assert routing["b"] == {"w": 0.25, "x": 0.25, "y": 0.0, "z": 0.5}
+    assert routing["a"] == {"w": 0.25, "x": 0.0, "y": 0.5, "z": 0.25}
+
+
+def test_a_tally_of_a_dense_model_has_no_routing():
+    tally = Tally(2, 0, torch.device("cpu"))
+    tally.add(torch.ones(1, 4), torch.tensor([1]), [])
+    assert tally.losses(["a", "b"]) == {"b": 1.0}
+    assert tally.router() == {} and tally.routing(["a", "b"], []) == {}
+
+
+def test_the_own_share_is_that_of_each_experts_domain():
+    run = bare(TrainingConfig(), experts=["x", "y", "z"], expert_domains=["b", "a", "unseen"])
+    routing = {"a": {"x": 0.1, "y": 0.7, "z": 0.2}, "b": {"x": 0.5, "y": 0.25, "z": 0.25}}
+    assert run.own_share(routing) == pytest.approx((0.5 + 0.7) / 2)
+    assert run.own_share({"other": {"x": 1.0, "y": 0.0, "z": 0.0}}) is None
+
+
+# What a resume refuses ----------------------------------------------------------------------------------------------
+
+REFUSED = "refused"
+SPEED = "free: where, how fast or how often, not what is trained"
+BEFORE = "free: read before training; the model at the start is what it made"
+HALF = ("data.mixture=explicit", 'data.weights={"alpha":0.5,"beta":0.25,"gamma":0.25}')
+REPLAY = ("data.mixture=replay", "data.new_domains=[gamma]")
+DENSE = ("model.path=", "model.hidden_size=24", "model.heads=2", "model.ffn_size=32")
+VERDICTS = (  # section, verdict, what both runs have, settings with another value: every setting has a place here
+    ("training", REFUSED, (), "tokens=4096 steps=11 batch_size=16 lr=2e-2 final_lr=1e-3 warmup=0.2 schedule=constant "
+     "anneal_tokens=0 anneal_lr=1e-4 weight_decay=0.2 beta1=0.8 beta2=0.99 moments=elsewhere clip=0.5 eval_windows=4"),
+    ("training", SPEED, (), "micro_batch_size=4 activation_checkpointing=reentrant log_every=5 eval_every=5 save_every=5 "
+     "keep_last=3"),
+    ("router", REFUSED, (), "lr_scale=0.5 load_balance=0.2 z_loss=0.02"),
+    ("router", BEFORE, (), "kind=linear input=context depth=1 width=8 projection=gelu row_norm=fixed init=normal "
+     "init_norm=0.25 centre=false top_k=2 warm_start=none fit_steps=7 fit_lr=0.1 fit_windows=7 fit_chunks=7 "
+     "fit_background=[alpha]"),
+    ("data", REFUSED, (), "path=OTHER_TEXT domains=[alpha,beta] domains=[beta,alpha,gamma] "
+     "sequence_length=8 max_bytes=2000 on_bad_row=skip"),
+    ("data", REFUSED, HALF, 'weights={"alpha":0.25,"beta":0.5,"gamma":0.25} mixture=uniform'),
+    ("data", REFUSED, REPLAY, "new_domains=[alpha] new_share=0.25"),
+    ("data", SPEED, (), "validation_domains=[alpha] cache=OTHER_CACHE workers=1"),
+    ("model", REFUSED, (), "path=OTHER_MODEL dtype=bf16 tokenizer=OTHER_TOKENIZER"),
+    ("model", REFUSED, DENSE, "hidden_size=48 layers=2 heads=4 kv_heads=1 ffn_size=48 max_positions=128 "
+     "rope_theta=5000.0 tied_embeddings=false"),
+    ("model", BEFORE, (), "shared_expert=none"),
+    ("parallel", SPEED, (), "expert=1 zero_stage=3 grouped_mm=true"),
+)  # fmt: skip
+CHANGES = [
+    (f"{section}.{word}", verdict, both) for section, verdict, both, words in VERDICTS for word in words.split()
+] + [("seed=1", REFUSED, ())]
+SECTIONS = {
+    "training": TrainingConfig, "router": RouterConfig, "data": DataConfig, "model": ModelConfig, "parallel": ParallelConfig,
+}  # fmt: skip
+
+
+def made(model, text, cache, *words):
+    """Return the configuration of the watched run, and `words` laid over it."""
+    config = Config()
+    common = (f"model.path={model}", f"model.tokenizer={model}", f"data.path={text}", f"data.cache={cache}")
+    for word in (*common, *SETTINGS, *words):
+        _apply(config, parse_override(word), "")
+    return config
+
+
+def reading(config):
+    """Return a Run without an engine that has read its data. Needs a process group."""
+    tokenizer = Path(config.model.tokenizer)
+    return bare(config.training, config=config, tokenizer=tokenizer, data=read_data(config, tokenizer))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A process group of this process alone."""
+    file = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory, text_folder, nexus_dir):
+    """Another model, text with one more line in one domain, and another tokenizer."""
+    folder = tmp_path_factory.mktemp("others")
+    shutil.copytree(text_folder, folder / "text")
+    with (folder / "text" / "beta" / "train.jsonl").open("a") as file:
+        file.write('{"text": "one more line"}\n')
+    save_tokenizer(folder / "tokenizer", {"alpha": "tree leaf", "beta": "sum", "gamma": "ship"})
+    return {
+        "OTHER_TEXT": folder / "text", "OTHER_CACHE": folder / "other-tokens", "OTHER_TOKENIZER": folder / "tokenizer",
+        "OTHER_MODEL": make_nexus(folder / "model", seed=5), "cache": folder / "tokens",
+    }  # fmt: skip
+
+
+def test_every_setting_has_its_place_in_the_verdicts():
+    settings = {f"{section}.{field.name}" for section, form in SECTIONS.items() for field in dataclasses.fields(form)}
+    assert {word.partition("=")[0] for word, _, _ in CHANGES} - {"seed"} == settings
+
+
+@pytest.mark.parametrize(("word", "verdict", "both"), CHANGES, ids=lambda value: str(value)[:40])
+def test_a_state_goes_on_under_the_same_course_alone(word, verdict, both, alone, others, nexus_dir, text_folder):
+    def state(*words):
+        run = reading(made(nexus_dir, text_folder, others["cache"], *both, *words))
+        model = None if run.config.model.path else run._model(None, False, leave)
+        return {"step": 3, "config": run._identity(), "parameters": canonical.shapes(model) if model else {}}
+
+    key, _, value = word.partition("=")
+    saved = json.loads(json.dumps(state()))
+    states._compare(saved, *_now(state()))
+    now = _now(state(f"{key}={others.get(value, value)}"))
+    if verdict != REFUSED:
+        return states._compare(saved, *now)
+    with pytest.raises(CheckpointError, match="the training state at step 3 belongs to another"):
+        states._compare(saved, *now)
+
+
+def _now(state):
+    return {"config": state["config"]}, state["parameters"]
+
+
+def test_a_state_of_before_a_setting_was_recorded_goes_on():
+    states._compare({"step": 3, "config": {}, "parameters": {}}, {"config": {"model.heads": 2}}, {})
