@@ -127,6 +127,16 @@ def make_nexus(out: Path, seed=0, names=DOMAINS, top_k=1, router_input="token", 
     return out
 
 
+def make_linear(out: Path, **form):
+    """Save a random Nexus checkpoint with a linear router: free rows, no projection."""
+    from nexus_ds.model.checkpoint import read_sidecar, write_sidecar
+
+    sidecar = read_sidecar(make_nexus(out, **form))
+    sidecar.router.kind, sidecar.projections = "linear", []
+    write_sidecar(out, sidecar)
+    return out
+
+
 @pytest.fixture(scope="session")
 def nexus_dir(tmp_path_factory):
     """A random Nexus checkpoint: experts alpha, beta, gamma; 2 layers, hidden 16."""

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import make_nexus
+from conftest import make_linear, make_nexus
 
 from nexus_ds.config import RouterConfig
 from nexus_ds.errors import CheckpointError
 from nexus_ds.model.build import load_nexus, load_reference, load_stock
-from nexus_ds.model.checkpoint import read_sidecar, write_sidecar
+from nexus_ds.model.checkpoint import read_sidecar
 from nexus_ds.model.moe import NexusMoE, Placement
 from nexus_ds.model.tensorfile import TensorReader, overwrite
 
@@ -109,10 +109,7 @@ def test_a_shared_gate_that_was_trained_elsewhere_is_refused(tmp_path):
 
 
 def test_a_linear_router_trains_its_own_rows(tmp_path):
-    checkpoint = make_nexus(tmp_path / "nexus", names=list("abcd"))
-    sidecar = read_sidecar(checkpoint)
-    sidecar.router.kind, sidecar.projections = "linear", []
-    write_sidecar(checkpoint, sidecar)
+    checkpoint = make_linear(tmp_path / "nexus", names=list("abcd"))
     model = load_nexus(checkpoint, torch.float32, Placement(4), RouterConfig(load_balance=0.1), False)
     reference = load_reference(checkpoint, torch.float32, RouterConfig(load_balance=0.1))
     stock = logits(load_stock(checkpoint, torch.float32))

@@ -1,22 +1,28 @@
 """Layouts: what is judged before anything is loaded, and how a batch is cut."""
 
 import json
+from types import SimpleNamespace
 
+import deepspeed
 import pytest
 import torch
+from conftest import make_linear
 
 from nexus_ds.config import Config
 from nexus_ds.errors import ConfigError, LayoutError
-from nexus_ds.model.build import load_nexus, new_dense
+from nexus_ds.model.build import load_nexus, load_stock, new_dense
 from nexus_ds.model.moe import Placement
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.engine import (
     Batch,
     check_layout,
     deepspeed_config,
+    moe_layers,
     parameter_groups,
     placement,
     read_deepspeed_json,
+    set_learning_rate,
+    start_engine,
 )
 
 
@@ -85,6 +91,100 @@ def test_automatic_expert_parallelism_stays_within_a_node():
     assert placement(parallel, 4, 5, 16, 8).ep_size == 4
     assert placement(parallel, 8, 5, 16, 4).ep_size == 4
     assert placement(parallel, 3, 0, 4, 4).ep_size == 2
+
+
+def names_of(model, groups):
+    """Return name, decay and scale of each group, and the names of its parameters."""
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {g["name"]: (g["weight_decay"], g["lr_scale"], sorted(known[id(p)] for p in g["params"])) for g in groups}
+
+
+BLOCK = ["experts.w1", "experts.w2", "experts.w3",
+         *(f"shared_experts.{part}_proj.weight" for part in ("down", "gate", "up"))]  # fmt: skip
+MATRICES = sorted(
+    [f"model.layers.{layer}.mlp.{name}" for layer in range(2) for name in BLOCK]
+    + [f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in range(2) for part in "qkvo"]
+    + ["model.embed_tokens.weight"]
+)
+VECTORS = ["model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight",
+           "model.layers.1.input_layernorm.weight", "model.layers.1.post_attention_layernorm.weight",
+           "model.norm.weight"]  # fmt: skip
+ROUTERS = {
+    "nexus": ["projection.maps.0.weight", "projection.maps.1.weight"],
+    "context": ["mean", "projection.log_norm", *(f"projection.{name}.weight" for name in ("maps.0", "maps.1", "out"))],
+    "linear": ["gate.weight"],
+}
+
+
+def started(monkeypatch, directory, experts, accumulation=1, lr_scale=0.3):
+    """Return a model, and what start_engine hands to DeepSpeed for it."""
+    given, used = {}, config()
+    used.training.weight_decay, used.router.lr_scale, used.model.dtype = 0.2, lr_scale, "fp32"
+    monkeypatch.setattr(deepspeed, "initialize", lambda **values: given.update(values) or (object(),))
+    model = load_nexus(directory, torch.float32, Placement(experts), used.router, False)
+    start_engine(model, {"zero_optimization": {"stage": 2}}, used, Batch(1, accumulation))
+    return model, given
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_each_parameter_is_in_its_group_by_name(monkeypatch, tmp_path, nexus_dir, context_dir, kind):
+    """P has no decay and a rate of its own; free rows are a layer like others and have the model's rate."""
+    directory = {"nexus": nexus_dir, "context": context_dir}.get(kind) or make_linear(tmp_path / "linear")
+    model, given = started(monkeypatch, directory, 3)
+    router = sorted(f"model.layers.{layer}.mlp.router.{name}" for layer in range(2) for name in ROUTERS[kind])
+    assert names_of(model, given["model_parameters"]) == {
+        "matrices": (0.2, 1.0, MATRICES), "vectors": (0.0, 1.0, VECTORS),
+        "router": (0.0, 1.0 if kind == "linear" else 0.3, router),
+    }  # fmt: skip
+
+
+def test_a_dense_model_has_no_router_group_and_each_parameter_once(dense_dir):
+    model = load_stock(dense_dir, torch.float32)
+    found = names_of(model, parameter_groups(model, Config().training, 0.05))
+    assert list(found) == ["matrices", "vectors"]
+    assert sorted(found["matrices"][2] + found["vectors"][2]) == sorted(name for name, _ in model.named_parameters())
+    assert all(("norm" in name) == (name in found["vectors"][2]) for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_routers_losses_are_scaled_as_the_main_loss_is(monkeypatch, nexus_dir, accumulation):
+    model, _ = started(monkeypatch, nexus_dir, 3, accumulation)
+    assert [layer.router.loss_scale for layer in moe_layers(model)] == [1 / accumulation] * 2
+
+
+@pytest.mark.parametrize("kind", ["none", "reentrant", "non_reentrant"])
+def test_activation_checkpointing_is_of_the_kind_that_is_asked_for(monkeypatch, nexus_dir, kind):
+    given, used = {}, config()
+    used.training.activation_checkpointing = kind
+    monkeypatch.setattr(deepspeed, "initialize", lambda **values: (object(),))
+    model = load_nexus(nexus_dir, torch.float32, Placement(3), used.router, False)
+    monkeypatch.setattr(model, "gradient_checkpointing_enable", lambda **values: given.update(values))
+    start_engine(model, {"zero_optimization": {"stage": 2}}, used, Batch(1, 1))
+    wanted = {"gradient_checkpointing_kwargs": {"use_reentrant": kind == "reentrant"}}
+    assert given == ({} if kind == "none" else wanted)
+
+
+def test_the_recipes_training_reaches_deepspeed():
+    used = config()
+    used.training.beta1, used.training.beta2, used.training.weight_decay, used.training.lr = 0.8, 0.97, 0.3, 4e-3
+    used.training.clip = 0.25
+    values = deepspeed_config({"zero_optimization": {"stage": 2}}, used, Batch(3, 4))
+    adam = values["optimizer"]["params"]
+    assert values["optimizer"]["type"] == "AdamW"
+    assert (adam["lr"], adam["betas"], adam["eps"], adam["weight_decay"]) == (4e-3, [0.8, 0.97], 1e-8, 0.3)
+    assert values["gradient_clipping"] == 0.25
+    assert (values["train_micro_batch_size_per_gpu"], values["gradient_accumulation_steps"]) == (3, 4)
+    for dtype in ("fp32", "bf16"):
+        used.model.dtype = dtype
+        assert deepspeed_config({"zero_optimization": {"stage": 2}}, used, Batch(1, 1))["bf16"]["enabled"] == (
+            dtype == "bf16"
+        )
+
+
+def test_a_rate_reaches_every_group_times_its_scale():
+    groups = [{"lr": 9.0}, {"lr": 9.0, "lr_scale": 0.05}, {"lr": 9.0, "lr_scale": 1.0}]
+    set_learning_rate(SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups)), 2e-3)
+    assert [group["lr"] for group in groups] == [2e-3, pytest.approx(1e-4), 2e-3]
 
 
 def test_a_partitioned_matrix_is_still_decayed():

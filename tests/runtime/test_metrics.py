@@ -1,0 +1,53 @@
+"""What a run tells: one JSON line and one line of text a call, nested numbers flat on the board, nothing on other ranks."""
+
+import json
+import time
+
+from nexus_ds.runtime.metrics import Metrics, _flat
+
+VALUES = {"loss": {"alpha": 2.5, "beta": 1}, "lr": 1e-3, "note": "text", "router": {"own": {"a": 0.5}}}
+
+
+def test_nested_numbers_are_flat_and_words_are_left_out():
+    assert _flat(VALUES) == {"loss/alpha": 2.5, "loss/beta": 1.0, "lr": 1e-3, "router/own/a": 0.5}
+
+
+def test_a_call_is_a_line_in_the_file_and_one_on_the_screen(tmp_path, capsys):
+    metrics = Metrics(tmp_path / "run", "moe", 4, 10, True)
+    metrics.log("train", 5, VALUES, "5/10 loss 2.5")
+    metrics.close()
+    again = Metrics(tmp_path / "run", "moe", 5, 10, True)  # a resumed run goes on in the same file
+    again.log("validation", 10, {"loss": 1.0}, "done")
+    again.close()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"]) for line in lines] == [("train", 5), ("validation", 10)]
+    assert {key: lines[0][key] for key in VALUES} == VALUES
+    assert abs(lines[0]["time"] - time.time()) < 600
+    assert capsys.readouterr().err == "moe 5/10 loss 2.5\nmoe done\n"
+
+
+def test_the_board_has_every_number_at_its_step(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metrics = Metrics(tmp_path, "moe", 0, 10, True)
+    for step, loss in ((1, 3.0), (2, 2.0)):
+        metrics.log("train", step, {"loss": loss, "router": {"gate": loss / 4}}, "")
+    metrics.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert board.Tags()["scalars"] == ["train/loss", "train/router/gate"]
+    assert [(event.step, event.value) for event in board.Scalars("train/router/gate")] == [(1, 0.75), (2, 0.5)]
+
+
+def test_another_rank_writes_nothing_and_says_nothing(tmp_path, capsys):
+    metrics = Metrics(tmp_path / "run", "moe", 0, 10, False)
+    metrics.log("train", 1, VALUES, "line")
+    metrics.say("words")
+    metrics.advance()
+    metrics.close()
+    assert not (tmp_path / "run").exists() and capsys.readouterr().err == ""
+
+
+def test_the_time_left_is_that_of_the_steps_left_at_the_speed_of_this_start(monkeypatch):
+    metrics = Metrics(None, "moe", 10, 30, False)
+    monkeypatch.setattr(time, "monotonic", lambda: metrics.started + 20.0)
+    assert metrics.eta(14) == "1m20s"  # 4 steps in 20 s, 16 to go
