@@ -6,11 +6,12 @@ READY := $(VENV)/ready
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-all test-slurm lint clean
+.PHONY: help setup demo test test-all test-slurm mutants lint clean
 help:
 	@echo "make demo      the whole pipeline on a small scale (CPU or GPU); ends with the report's path"
 	@echo "make test      lint, types and tests; make test-all adds the full parity matrix"
 	@echo "make test-slurm  the templates on a real SLURM, installed and started for the test (Debian, as root)"
+	@echo "make mutants   put faults into copies of the code and count those that the tests see"
 	@echo "make clean     remove runs/ and caches (the virtualenv stays)"
 
 # Reinstalled only when the pins or the package's metadata change.
@@ -42,6 +43,10 @@ test-all: lint
 test-slurm: $(READY)
 	$(BIN)/python tests/slurm/cluster.py install
 	$(BIN)/pytest tests/slurm -m "slurm and not full" --timeout 1800 -rs $(ARGS)
+
+# A quarter of an hour on two cores; ARGS="growth router" for the faults with one of these words.
+mutants: $(READY)
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

@@ -4,6 +4,7 @@ python loop_worker.py OUT section.key=value ...      under the launcher's variab
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from nexus_ds.config import load_config
 from nexus_ds.pipeline import resolve
 from nexus_ds.runtime import loop
-from nexus_ds.train import adopt_launcher, end
+from nexus_ds.train import end
 
 
 class Watched(loop.Run):
@@ -43,10 +44,10 @@ class Watched(loop.Run):
 
 
 def main():
-    rank, world, local_world = adopt_launcher()
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     config = resolve(load_config("demo", sys.argv[2:]))
     loop.Run = Watched
-    return loop.train(config, "", rank, world, local_world, 2)
+    return loop.train(config, "", rank, world, world, 2)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,341 @@
+"""Faults put into the code on purpose: each has to make a test fail (make mutants).
+
+python tests/mutants.py [WORD ...]      all faults, or those whose name or file contains one of the words
+
+Two copies of the tree, in a temporary folder, get one fault after the other; the tests that judge it run there, slow ones
+only where the fault says so. A test that fails without any fault proves nothing: those that killed are run once more at
+the end on the clean tree. Exit code: 1 below GOAL, 2 for a fault that can't be judged (its text is not there exactly once,
+its tests are not there or can't be collected, or what killed it fails on the clean tree too).
+Not covered: faults in several places, faults that only a GPU or a SLURM cluster shows.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+GOAL = 0.95
+WORKERS = 2
+SECONDS = 420  # of one fault's tests; whoever hangs is no kill
+FAST, SLOW = "not full and not slurm and not gpu and not slow", "not full and not slurm and not gpu"
+
+
+class Fault(NamedTuple):
+    """One replacement of text."""
+
+    name: str
+    file: str
+    """Below nexus_ds/, or below the repository."""
+    old: str
+    """Stands exactly once in the file."""
+    new: str
+    judges: str = ""
+    """Tests below tests/ besides the mirroring file, options of pytest, and `slow` for those that start processes."""
+
+    def path(self, tree: Path) -> Path:
+        inside = tree / "nexus_ds" / self.file
+        return inside if inside.is_file() else tree / self.file
+
+    def tests(self, tree: Path) -> list[str]:
+        """Return pytest's arguments; the mirroring file is one if it is there and none is named with a test's name."""
+        words = shlex.split(self.judges)
+        folder, _, name = self.file.rpartition("/")
+        mirror = f"{folder}/test_{name}" if folder else f"test_{name}"
+        named = [word for word in words if word.partition("::")[0].endswith(".py")]
+        if mirror not in [word.partition("::")[0] for word in named] and (tree / "tests" / mirror).is_file():
+            named.insert(0, mirror)
+        options = [word for word in words if word not in named and word != "slow"]
+        return [f"tests/{word}" for word in named] + options
+
+    def faulty(self, text: str) -> str:
+        """Return the file's text with the fault; ValueError unless it has exactly one place."""
+        if text.count(self.old) != 1 or self.old == self.new:
+            raise ValueError(
+                f"{self.name}: {self.old!r} stands {text.count(self.old)} times in {self.file}, expected 1"
+            )
+        return text.replace(self.old, self.new)
+
+
+class Result(NamedTuple):
+    fault: Fault
+    outcome: str
+    """killed | SURVIVED | TIMEOUT | UNFIT."""
+    detail: str
+    seconds: float
+
+
+FAULTS = (
+    # nexus_ds/model
+    Fault("the gate stays fp32", "model/moe.py", "gate_TK.to(x.dtype).float()", "gate_TK.float()"),
+    Fault("each pass has the whole of the router's losses", "model/moe.py", "total, self.loss_scale)", "total, 1.0)"),
+    Fault("balance sees first choices alone", "model/losses.py", "selected_TK.reshape(-1)", "selected_TK[:, 0]"),
+    Fault("z-loss squares the mean", "model/losses.py", ".square().mean()", ".mean().square()"),
+    Fault("the centre is that of raw vectors", "model/router.py",
+          "unit(vectors_EM.float()).mean(0)", "vectors_EM.float().mean(0)"),
+    Fault("balanced rows get the inverse length", "model/router.py",
+          "float(init_norm / norm)", "float(norm / init_norm)"),
+    Fault("two experts are averaged", "model/experts.py",
+          "gate_TK[:, :, None]).sum(1)", "gate_TK[:, :, None]).mean(1)"),
+    Fault("the loss head forgets the engine's factor", "model/head.py",
+          "gradients[0] / len(hidden_grad_TH)", "1.0 / len(hidden_grad_TH)"),
+    Fault("the dense average is a median", "model/average.py",
+          "for model in opened]).mean(0)", "for model in opened]).median(0).values", "comparison/test_work.py"),
+    Fault("the dense average adds in bf16", "model/average.py",
+          ".reader.read(name).float()", ".reader.read(name)", "comparison/test_work.py"),
+    Fault("added tokens are not copied", "model/checkpoint.py",
+          '    "added_tokens.json",\n', ""),
+    Fault("a tokenizer's links are followed", "model/checkpoint.py",
+          "copyfile(confined(source, name), ", "copyfile(source / name, "),
+    Fault("a fingerprint without weights", "model/checkpoint.py",
+          "digest.update(file.read(SAMPLE_BYTES))", "file.read(SAMPLE_BYTES)"),
+    Fault("rows that are NaN agree", "model/checkpoint.py",
+          "if not difference <= ROW_TOLERANCE[stored.dtype]", "if difference > ROW_TOLERANCE[stored.dtype]"),
+    Fault("removing keeps the first rows", "model/growth.py",
+          "reader.read(gate_name(layer))[kept]", "reader.read(gate_name(layer))[: len(kept)]", "test_remove.py"),
+    Fault("any row of a new expert will do", "model/growth.py",
+          "> LARGEST_ROW * float(", "> 1e9 * float(", "test_extend.py"),
+    Fault("lambda counts one expert too many", "model/growth.py",
+          "return new / (old + new)", "return new / (old + new + 1)", "test_extend.py"),
+    Fault("domain vectors in sorted order", "model/assembly.py",
+          ".copy()) for name in names])", ".copy()) for name in sorted(names)])", "test_upcycle.py"),
+    Fault("code of a checkpoint is run", "model/build.py",
+          "trust_remote_code=False, use_safe", "trust_remote_code=True, use_safe", "model/test_loading.py"),
+    Fault("a new model has no grouped attention", "model/build.py",
+          "num_key_value_heads=model.kv_heads or model.heads", "num_key_value_heads=model.heads"),
+    Fault("scoring runs a checkpoint's own code", "model/loading.py",
+          "            trust_remote_code=False,", "            trust_remote_code=True,"),
+    Fault("a leak is the expert's own share", "model/scoring.py",
+          "if domain != self.expert_domains[column]", "if domain == self.expert_domains[column]"),
+    Fault("top-2 counts one idle expert more", "model/facts.py",
+          "routed * (len(experts) - top_k)", "routed * (len(experts) - 1)"),
+    Fault("replacing changes the first vectors", "model/replacement.py",
+          "vectors[list(places.values())] =", "vectors[: len(places)] =", "test_replace.py"),
+    Fault("whitening divides twice", "model/starts.py", "values_H.mean()).sqrt())", "values_H.mean()))"),
+    Fault("gaps in a weight file pass", "model/tensorfile.py",
+          "if info.start != position:", "if info.start < position:"),
+    # nexus_ds/runtime
+    Fault("the loop is a step late in the schedule", "runtime/loop.py",
+          "learning_rate(step, self.config.training", "learning_rate(max(step - 1, 0), self.config.training"),
+    Fault("ranks start a micro-batch apart", "runtime/loop.py",
+          "self.rank * share + part", "self.rank * self.batch.micro + part"),
+    Fault("validation repeats its first windows", "runtime/loop.py",
+          "(turn * self.world + self.rank) * batch", "self.rank * batch", "runtime/test_loop.py -k validation slow"),
+    Fault("an idle rank's pass counts", "runtime/loop.py",
+          "if not idle:", "if True:", "runtime/test_loop.py -k validation slow"),
+    Fault("validation reads what was trained on", "runtime/loop.py",
+          'validation_domains, "validation"', 'validation_domains, "train"', "runtime/test_loop.py -k validation slow"),
+    Fault("tokens count for a neighbour's domain", "runtime/loop.py",
+          "domain_B.repeat_interleave(losses_BS.shape[1])", "domain_B.repeat(losses_BS.shape[1])"),
+    Fault("weight decay may change on resume", "runtime/loop.py",
+          'FREE = ("keep_last", ', 'FREE = ("keep_last", "weight_decay", '),
+    Fault("the order of domains may change on resume", "runtime/states.py",
+          "json.dumps(saved[key]) != json.dumps(now[key])", "saved[key] != now[key]", "runtime/test_loop.py"),
+    Fault("each rank hashes the first files", "runtime/states.py",
+          "sorted(files)[share::of]", "sorted(files)[:: max(of, 1)]",
+          "runtime/test_states.py slow -k 'damage or hash or share or file'"),
+    Fault("P is among the matrices", "runtime/engine.py",
+          '"router" if ".mlp.router." in name', '"router" if ".mlp.gate." in name'),
+    Fault("the router is decayed", "runtime/engine.py",
+          '"router": {"weight_decay": 0.0,', '"router": {"weight_decay": training.weight_decay,'),
+    Fault("free rows learn as slowly as P", "runtime/engine.py",
+          "1.0 if linear else config.router.lr_scale", "config.router.lr_scale"),
+    Fault("a group's scale is forgotten", "runtime/engine.py", 'lr * group.get("lr_scale", 1.0)', "lr"),
+    Fault("the anneal starts from the peak", "runtime/schedule.py",
+          "_cosine(end, training.anneal_lr,", "_cosine(training.lr, training.anneal_lr,"),
+    Fault("half of the tokens may differ after an export", "runtime/export.py",
+          "torch.bfloat16: 0.9}", "torch.bfloat16: 0.5}"),
+    Fault("the time left counts from step 0", "runtime/metrics.py", "done = step - self.first", "done = step"),
+    # nexus_ds/data
+    Fault("validation files hold training text", "data/corpora.py",
+          "read(self.source, list(named), self.split,", 'read(self.source, list(named), "train",'),
+    Fault("the cap cuts validation text", "data/corpora.py", 'max_bytes if split == "train" else 0', "max_bytes"),
+    Fault("every epoch has the same order", "data/mixture.py",
+          '{self.domains[domain]} {epoch}")', '{self.domains[domain]}")'),
+    Fault("text can end a document", "data/encoding.py",
+          "backend.encode_special_tokens = True", "backend.encode_special_tokens = False", "data/test_corpora.py"),
+    Fault("an encoder's own code is run", "data/domains.py",
+          "                trust_remote_code=False,", "                trust_remote_code=True,"),
+    Fault("a small domain has no validation text", "data/clusters.py",
+          "% (self.every if block else 2)", "% self.every"),
+    Fault("rows are numbered within their table", "data/hub.py", "{start + int(row)}", "{int(row)}"),
+    Fault("a cap counts characters", "data/rows.py", "self.left -= len(content)", "self.left -= len(document.text)"),
+    # nexus_ds/comparison
+    Fault("a mixture costs as little as a dense model", "comparison/build.py",
+          "token_flops(sizes, config.data", "token_flops(replace(sizes, experts=0), config.data"),
+    Fault("the budget has one branch", "comparison/build.py", "(branch, len(branch.pipeline.domains))", "(branch, 1)"),
+    Fault("untrained is trained", "comparison/results.py",
+          '"untrained": _validation(scored[0])', '"untrained": _validation(scored[-1])', "test_compare.py"),
+    Fault("the posterior is one over tokens", "comparison/ensemble.py",
+          "before_NWT.log_softmax(0)", "before_NWT.log_softmax(-1)"),
+    # nexus_ds/planning
+    Fault("logits are half as large", "planning/memory.py", "assume.LOGITS_BYTES * logits", "4 * logits"),
+    Fault("offloaded gradients take no host memory", "planning/memory.py",
+          "optimizer + (4 + width) * share, 0.0", "optimizer + width * share, 0.0"),
+    Fault("what ZeRO-3 keeps gathered is free", "planning/memory.py",
+          "width * (live_elements(sizes, layout) + gathered)", "width * gathered"),
+    Fault("all experts are active", "planning/traffic.py", 'counts["active"] - (0', 'counts["total"] - (0'),
+    Fault("host memory never runs out", "planning/choose.py", " and needs.host_bytes <= host", ""),
+    # nexus_ds/report
+    Fault("losses under the head of perplexities", "report/evaluation.py",
+          '"loss_nats", "perplexity"', '"perplexity", "loss_nats"'),
+    Fault("every domain shows the largest gate", "report/evaluation.py", "float(gate_D[d])", "float(gate_D.max())"),
+    Fault("gate and own share change places", "report/comparison_tables.py",
+          "                own,\n                gate,\n", "                gate,\n                own,\n",
+          "report/test_comparison.py"),
+    Fault("before and after change places", "report/comparison_tables.py",
+          "for side in (before, entry)", "for side in (entry, before)", "report/test_comparison.py"),
+    Fault("a limit of 3% is 300%", "report/verdict.py", "float(match[1]) / 100", "float(match[1])"),
+    Fault("cells are not escaped", "report/page.py", "html.escape(format_cell(value))", "format_cell(value)"),
+    # nexus_ds/benchmarks
+    Fault("a part of a block counts twice", "benchmarks/parts.py",
+          'block - sum(known.get(part, 0.0) for part in BLOCK_PARTS)', "block"),
+    Fault("slower is faster", "benchmarks/compare.py", "sorted(b / r for b, r in", "sorted(r / b for b, r in"),
+    Fault("links have no delay", "benchmarks/network.py",
+          "(time.monotonic() + delay, frame)", "(time.monotonic(), frame)"),
+    # verbs, settings
+    Fault("a base wins over what is laid on it", "config.py",
+          "return below | above | both", "return above | below | both", "test_recipes.py"),
+    Fault("two tokenizers are one", "evaluate.py", "if len(texts) > 1:", "if len(texts) > 2:"),
+    Fault("a prompt may outgrow the model", "generate.py",
+          "min(tokens, limit - ids.shape[1]) if limit else tokens", "tokens"),
+    Fault("what is there is made again", "pipeline.py",
+          "not in wanted and not by_name[other].output.exists()", "not in wanted"),
+    Fault("an array task takes its neighbour's domain", "stage.py",
+          "return domains[int(text)]", "return domains[int(text) - 1]"),
+    Fault("the time left is that of the whole run", "status.py", "pace * (total - last['step'])", "pace * total"),
+    # slurm
+    Fault("one task too many", "slurm/pipeline.sh",
+          '--array="0-$((count - 1))"', '--array="0-$count"', "slurm/test_injection.py -k pipeline"),
+    Fault("a stop in order is a failure", "slurm/common.sh",
+          "*75 | *138 | *143 |", "*138 | *143 |", "slurm/test_injection.py -k requeue"),
+)  # fmt: skip
+
+
+def copy_tree(out: Path) -> Path:
+    """Copy what git knows or would add, and a link to the virtual environment that the SLURM templates look for."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, names):
+        source, target = ROOT / name, out / name
+        if source.is_symlink() or source.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target, follow_symlinks=False)
+    link = out / ".venv"
+    if (ROOT / ".venv").exists() and not link.is_symlink():
+        link.symlink_to((ROOT / ".venv").resolve())
+    return out
+
+
+def run_tests(tree: Path, arguments: list[str], slow: bool, seconds: float) -> tuple[int | None, list[str], str]:
+    """Run pytest in a tree; return its exit code (None: too slow), the tests that failed, and the end of its output."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    more = {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    cache, words = tree / ".failures", [] if "-m" in arguments else ["-m", SLOW if slow else FAST]
+    shutil.rmtree(cache, ignore_errors=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-o", f"cache_dir={cache}", *words, *arguments]
+    process = subprocess.Popen(
+        command, cwd=tree, env=kept | more, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        output = process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # its ranks too
+        process.communicate()
+        return None, [], f"not done after {seconds:.0f} s"
+    failed = cache / "v" / "cache" / "lastfailed"
+    found = list(json.loads(failed.read_text())) if failed.is_file() else []
+    return process.returncode, found, output[-2000:]
+
+
+def judge(fault: Fault, tree: Path) -> Result:
+    """Put one fault into a tree, run its tests, and take it out again."""
+    started, path = time.monotonic(), fault.path(tree)
+    text = path.read_text(encoding="utf-8")
+    try:
+        path.write_text(fault.faulty(text), encoding="utf-8")
+        arguments = fault.tests(tree)
+        if not any(word.partition("::")[0].endswith(".py") for word in arguments):
+            raise ValueError(f"{fault.name}: no test judges {fault.file}")
+        code, failed, output = run_tests(tree, ["-x", *arguments], "slow" in fault.judges.split(), SECONDS)
+    except ValueError as error:
+        return Result(fault, "UNFIT", str(error), 0.0)
+    finally:
+        path.write_text(text, encoding="utf-8")
+    outcome = {0: "SURVIVED", 1: "killed", None: "TIMEOUT"}.get(code, "UNFIT")
+    killer = failed[-1] if failed else " ".join(output.split())[-300:]
+    detail = killer if outcome in ("killed", "UNFIT") else " ".join(arguments)
+    return Result(fault, outcome, detail, time.monotonic() - started)
+
+
+def run_all(faults: list[Fault], folder: Path) -> list[Result]:
+    """Judge all faults, as many at once as there are WORKERS."""
+    trees: SimpleQueue[Path] = SimpleQueue()
+    for number in range(min(WORKERS, len(faults))):
+        trees.put(copy_tree(folder / f"tree{number}"))
+
+    def one(fault: Fault) -> Result:
+        tree = trees.get()
+        try:
+            result = judge(fault, tree)
+        finally:
+            trees.put(tree)
+        print(
+            f"{result.outcome:8} {fault.file:28} {fault.name:50} {result.seconds:4.0f} s  {result.detail}", flush=True
+        )
+        return result
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        results = list(pool.map(one, faults))
+    return confirmed(results, trees.get())
+
+
+def confirmed(results: list[Result], tree: Path) -> list[Result]:
+    """Return the results, a kill by a test that fails without any fault as UNFIT."""
+    killers = sorted({result.detail for result in results if result.outcome == "killed"})
+    code, failed, output = run_tests(tree, killers, True, 4 * SECONDS) if killers else (0, [], "")
+    if code in (0, 1):
+        bad = set(failed)
+    else:
+        print(f"the tests that killed can't be run on the clean tree (exit {code}): {output}", flush=True)
+        bad = set(killers)
+    return [
+        result._replace(outcome="UNFIT", detail=f"{result.detail} fails without the fault")
+        if result.detail in bad
+        else result
+        for result in results
+    ]
+
+
+def main(words: list[str]) -> int:
+    """Run, print, and return the exit code."""
+    faults = [f for f in FAULTS if not words or any(word in f.name or word in f.file for word in words)]
+    if not faults:
+        print(f"no fault has one of the words {', '.join(words)} in its name or file")
+        return 2
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        results = run_all(faults, Path(folder))
+    counts = Counter(result.outcome for result in results)
+    rate = counts["killed"] / len(results)
+    minutes = (time.monotonic() - started) / 60
+    print(f"\nkilled {counts['killed']} of {len(results)} faults ({rate:.0%}, goal {GOAL:.0%}) in {minutes:.0f} min")
+    for result in results:
+        if result.outcome != "killed":
+            print(f"{result.outcome}: {result.fault.name} ({result.fault.file}): {result.detail}")
+    return 2 if counts["UNFIT"] else int(rate < GOAL)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
