@@ -112,7 +112,7 @@ class DataConfig:
     on_bad_row: str = "error"
     """What a damaged line does: error | skip (counted)."""
     workers: int = 0
-    """Threads that tokenise; 0: one a CPU core."""
+    """Processes that tokenise; 0: one a CPU core, or this process alone for little text."""
 
 
 @dataclass(kw_only=True)

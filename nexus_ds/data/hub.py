@@ -11,6 +11,7 @@ that broke.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -68,11 +69,31 @@ class HubSource:
 
         top, *inner = self.column.split(".")
         array = table[top].combine_chunks()
-        for field in inner:
+        for depth, field in enumerate(inner):
+            if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+                values = [self._in_json(text, inner[depth:]) for text in array.to_pylist()]
+                return pa.array(values, pa.string())
             if not pa.types.is_struct(array.type) or array.type.get_field_index(field) < 0:
                 raise DataError(f"{self.name}: the column {self.column} has no field {field}; found {array.type}")
             array = pc.struct_field(array, field)
         return pc.cast(array, pa.string())
+
+    def _in_json(self, text: str | None, fields: Sequence[str]) -> str | None:
+        """Return the value at `fields` of an object that a column holds as JSON text; None where there is none."""
+        if text is None:
+            return None
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise DataError(
+                f"{self.name}: the column {self.column} has no field {fields[0]}; found text that is no JSON object: "
+                f"{text[:60]!r}; name the column that holds the domain with hub:NAME#COLUMN"
+            )
+        for field in fields:
+            value = value.get(field) if isinstance(value, dict) else None
+        return None if value is None else str(value)
 
     def _split(self, split: str) -> Any:
         if split not in self.data:

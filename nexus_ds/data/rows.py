@@ -1,14 +1,15 @@
 """Rows of JSON-lines files, checked: each is a document or an error that names its file and line.
 
-A row is one JSON object a line with `text` (a string that holds something) and, optionally, `meta` (an object), as in
-SlimPajama; other keys are ignored, and so are blank lines. Files may be compressed with gzip or zstandard. Memory is
-bounded by the longest line that is allowed, whatever the file holds.
+A row is one JSON object a line with `text` (a string that holds something) and, optionally, `meta` (anything; an object
+in SlimPajama); other keys are ignored, and so are blank lines and byte order marks. Files may be compressed with gzip or
+zstandard. Memory is bounded by the longest line that is allowed, whatever the file holds.
 
 Not covered: other formats, other encodings than UTF-8, normalisation of the text.
 """
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
@@ -31,7 +32,8 @@ class Document:
     """One document of a domain."""
 
     text: str
-    meta: dict[str, Any]
+    meta: Any
+    """As the row has it; an empty object where it has none."""
     where: str
     """file:line, or data set and row number, for messages."""
 
@@ -95,10 +97,13 @@ def open_bytes(path: Path) -> io.BufferedIOBase:
 
 
 def _lines(stream: io.BufferedIOBase, limit: int) -> Iterator[bytes | None]:
-    """Yield the lines of `stream`; None for a line of more than `limit` bytes, which is passed over piece by piece."""
+    """Yield the lines of `stream`; None for a line of more than `limit` bytes, which is passed over piece by piece.
+
+    A byte order mark at a line's start is passed over: editors put one before a file, and files are put together.
+    """
     while line := stream.readline(limit + 1):
         if len(line) <= limit or line.endswith(b"\n"):
-            yield line
+            yield line.removeprefix(codecs.BOM_UTF8)
             continue
         while line and not line.endswith(b"\n"):
             line = stream.readline(limit)
@@ -134,6 +139,8 @@ def parse_row(line: bytes, where: str) -> Document:
     try:
         row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
+        if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise DataError(f"{where}: the file is UTF-16, expected UTF-8; save it as UTF-8") from error
         raise DataError(f"{where}: invalid UTF-8 at byte {error.start} of the line; {REMEDY}") from error
     except RecursionError as error:
         raise DataError(f"{where}: JSON nested too deeply; {REMEDY}") from error
@@ -143,10 +150,8 @@ def parse_row(line: bytes, where: str) -> Document:
         raise DataError(f"{where}: a JSON {type(row).__name__}, expected an object with the key text; {REMEDY}")
     if "text" not in row:
         raise DataError(f"{where}: no key text; found: {', '.join(row) or 'no keys'}; {REMEDY}")
-    meta = row.get("meta") or {}
-    if not isinstance(meta, dict):
-        raise DataError(f"{where}: meta is {type(meta).__name__}, expected an object; {REMEDY}")
-    return Document(check_text(row["text"], where), meta, where)
+    meta = row.get("meta")
+    return Document(check_text(row["text"], where), {} if meta is None else meta, where)
 
 
 def read_rows(

@@ -67,6 +67,21 @@ def test_a_directory_of_parquet_files_and_a_column_of_its_own(tmp_path: Path, mo
         open_source(f"hub:{tmp_path / 'files'}#kind.x").domains()
 
 
+def test_a_column_of_json_text_is_parsed(tmp_path: Path):
+    (tmp_path / "text").mkdir()
+    metas = [json.dumps({"redpajama_set_name": name}) for name in ("RedPajamaBook", "Own")] + ['{"url": "x"}', None]
+    rows = [json.dumps({"text": f"number {i}", "meta": meta}) for i, meta in enumerate(metas)]
+    (tmp_path / "text" / "train.jsonl").write_text("\n".join(rows))
+    source = open_source(f"hub:{tmp_path / 'text'}")
+    assert source.domains() == ["Own", "books"]
+    assert [d.text for d in source.documents("books", "train")] == ["number 0"]
+    (tmp_path / "text" / "train.jsonl").write_text('{"text": "a", "meta": "plain"}')
+    with pytest.raises(
+        DataError, match=r"no field redpajama_set_name; found text that is no JSON object: 'plain'; name"
+    ):
+        open_source(f"hub:{tmp_path / 'text'}").domains()
+
+
 def write_rows(path: Path, rows: list[tuple[str, str]]) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps({"text": text, "kind": kind}) + "\n" for kind, text in rows), encoding="utf-8")

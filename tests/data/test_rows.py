@@ -25,7 +25,6 @@ BAD_LINES = {
     b'{"text": "lone \\ud800 half"}': "lone surrogate at character 5",
     b'{"text": "nul \\u0000 inside"}': "NUL character",
     b'["text"]': "a JSON list, expected an object",
-    b'{"text": "a", "meta": "b"}': "meta is str, expected an object",
     b'{"text": ' + b"[" * 100_000: "nested too deeply",
     b'{"text": "a", "n": ' + b"9" * 5000 + b"}": "broken JSON (Exceeds the limit",
 }
@@ -55,6 +54,29 @@ def test_blank_lines_and_other_keys_are_ignored(tmp_path: Path):
         ("a", f"{path}:2"),
         ("no newline at the end", f"{path}:4"),
     ]
+
+
+@pytest.mark.parametrize("meta", ["", "plain text", '{"a": "JSON"}', 5, ["a"], {"a": 1}])
+def test_meta_is_kept_as_it_is_and_makes_no_row_damaged(tmp_path: Path, meta: object):
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"text": "a", "meta": meta}))
+    assert [d.meta for d in read_rows(path)] == [meta]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_byte_order_marks_before_a_file_or_its_parts_are_passed_over(tmp_path: Path, suffix: str):
+    path, mark = tmp_path / f"train.jsonl{suffix}", b"\xef\xbb\xbf"
+    content = mark + GOOD * 2 + mark + GOOD + mark
+    path.write_bytes({"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix](content))
+    assert [(d.text, d.where) for d in read_rows(path)] == [("good", f"{path}:{n}") for n in (1, 2, 3)]
+
+
+def test_a_file_of_another_encoding_is_called_so(tmp_path: Path):
+    path = tmp_path / "train.jsonl"
+    for encoding in ("utf-16-le", "utf-16-be"):
+        path.write_bytes(("\ufeff" + GOOD.decode()).encode(encoding))
+        with pytest.raises(DataError, match=r"train\.jsonl:1: the file is UTF-16, expected UTF-8; save it as UTF-8"):
+            list(read_rows(path))
 
 
 def test_compressed_files_of_several_parts_read_as_one(tmp_path: Path):
