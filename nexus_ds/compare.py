@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nexus_ds.errors import ConfigError, NexusError
 from nexus_ds.outputs import held, write_json
-from nexus_ds.pipeline import check_domains, devices
+from nexus_ds.pipeline import check_domains, devices, no_bos
 from nexus_ds.progress import duration
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def _evaluate(comparison: Comparison, out: Path, name: str, model: Path, what: s
     report = model.with_name(f"{model.name}-{what}")
     words = ("evaluate", "--checkpoint", str(model), "--data", config.data.path, "--name", name,
              "--domains", ",".join(builder.scored(config)), "--windows", str(config.training.eval_windows),
-             "--length", str(config.data.sequence_length), "--cache", str(out / "tokens"), *more, "--out", str(report))  # fmt: skip
+             "--length", str(config.data.sequence_length), "--cache", str(out / "tokens"),
+             *no_bos(config.data), *more, "--out", str(report))  # fmt: skip
     return builder.add(Job(f"{what} of {name}", report, words, (model,) if model in builder.jobs else ()))
 
 

@@ -111,6 +111,9 @@ class DataConfig:
     """Upper limit of training text per domain in bytes; 0: all."""
     on_bad_row: str = "error"
     """What a damaged line does: error | skip (counted)."""
+    bos: bool = True
+    """Whether a document begins as the model's own tokenizer begins a text: Llama, Gemma, Mistral: BOS; Qwen, GPT-2: as it
+    is, whatever this says."""
     workers: int = 0
     """Processes that tokenise; 0: one a CPU core, or this process alone for little text."""
 

@@ -19,7 +19,18 @@ from typing import Any
 from nexus_ds.config import Config, load_config
 from nexus_ds.errors import ConfigError, NexusError
 from nexus_ds.outputs import held, write_json
-from nexus_ds.pipeline import DS_JSON, Places, check_domains, check_made, devices, places, resolve, run_steps, steps
+from nexus_ds.pipeline import (
+    DS_JSON,
+    Places,
+    check_domains,
+    check_made,
+    devices,
+    no_bos,
+    places,
+    resolve,
+    run_steps,
+    steps,
+)
 from nexus_ds.progress import duration
 
 HELP = "seed, branches, upcycling, training, one more expert, evaluation: the whole pipeline on a small scale"
@@ -66,7 +77,7 @@ def evaluate(config: Config) -> None:
     command = [sys.executable, "-m", "nexus_ds", "evaluate", "--data", data.path, "--out", str(where.report)]
     command += ["--domains", ",".join([*config.pipeline.domains, *config.pipeline.new_domains])]
     command += ["--windows", str(training.eval_windows), "--length", str(data.sequence_length)]
-    command += ["--cache", str(where.tokens), "--on-bad-row", data.on_bad_row]
+    command += ["--cache", str(where.tokens), "--on-bad-row", data.on_bad_row, *no_bos(data)]
     for name, path in evaluated(config).items():
         command += ["--checkpoint", str(path), "--name", name]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)

@@ -50,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     before_after.add_limit(parser, "the page (it compares the last two mixtures)")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where token files are kept (default: nowhere)")
     parser.add_argument("--on-bad-row", default="error", choices=("error", "skip"), help="what a damaged line does")
+    parser.add_argument("--no-bos", action="store_true",
+                        help="documents don't begin with the BOS of the model's tokenizer (trained with data.bos=false)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print summary.json instead of tables")
 
 
@@ -92,7 +94,8 @@ def _windows(
     """Return validation windows [W, length + 1] of each domain in a checkpoint's own tokens."""
     from nexus_ds.data.corpora import token_files, windows
 
-    files = token_files(source, domains, "validation", tokenizer, cache, on_bad_row=args.on_bad_row)
+    files = token_files(source, domains, "validation", tokenizer, cache, on_bad_row=args.on_bad_row,
+                        bos=not args.no_bos)  # fmt: skip
     return {domain: windows(files[domain], args.windows, length) for domain in domains}
 
 

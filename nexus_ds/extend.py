@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
     trial = None
     if args.verdict or limit is not None:
         domains = chosen(args.scored, Path(args.checkpoint), list(experts))
-        trial = Trial(Path(args.checkpoint), data, domains, args.windows)
+        trial = Trial(Path(args.checkpoint), data, domains, args.windows, config.data.bos)
     with new_directory(out) as directory:
         report = model.write(directory, text, config.router, config.seed)
     verdict = before_after.judge(trial.before, trial.after(out), limit) if trial else None

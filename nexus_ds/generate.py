@@ -68,9 +68,10 @@ def continue_prompt(
 def run(args: argparse.Namespace) -> int:
     """Load, generate, print."""
     _check(args)
-    from nexus_ds.model.loading import load_model, load_tokenizer
+    from nexus_ds.data.tokenizer import open_tokenizer
+    from nexus_ds.model.loading import load_model
 
-    tokenizer = load_tokenizer(args.checkpoint)
+    tokenizer = open_tokenizer(args.checkpoint)
     model = load_model(args.checkpoint, args.precision)
     started = time.perf_counter()
     text, count = continue_prompt(model, tokenizer, args.prompt, args.tokens, args.temperature, args.seed)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nexus_ds.config import Config, as_dict, load_config, parse_yaml
+from nexus_ds.config import Config, DataConfig, as_dict, load_config, parse_yaml
 from nexus_ds.errors import CheckpointError, ConfigError, NexusError, OutputExistsError
 from nexus_ds.progress import duration
 
@@ -137,9 +137,14 @@ def resolve(config: Config) -> Config:
 def shared_overrides(overrides: Sequence[str]) -> list[str]:
     """Return those of a stage's overrides that hold for the whole run, so that earlier stages get them too."""
     shared = ("pipeline.", "data.path", "data.max_bytes", "data.sequence_length", "data.on_bad_row", "data.workers",
-              "model.", "seed", "router.")  # fmt: skip
+              "data.bos", "model.", "seed", "router.")  # fmt: skip
     own = ("stage", "branch", "output", "name", "model.path", "model.tokenizer")
     return [o for o in overrides if o.startswith(shared) and o.partition("=")[0] not in own]
+
+
+def no_bos(data: DataConfig) -> list[str]:
+    """Return the option with which `evaluate` and `remove` read text as a run with these settings does."""
+    return [] if data.bos else ["--no-bos"]
 
 
 def check_domains(config: Config) -> None:

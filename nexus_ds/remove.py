@@ -24,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DIR",
                         help="text of the domains: score both models on it and print a table before and after (seconds "
                         "for small models, two passes over N windows a domain for all)")  # fmt: skip
+    parser.add_argument("--no-bos", action="store_true",
+                        help="of that text: documents don't begin with the BOS of the model's tokenizer")  # fmt: skip
     before_after.add_options(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -41,10 +43,11 @@ def run(args: argparse.Namespace) -> int:
     refuse_existing(args.out)
     model = reduced(args.checkpoint, args.expert)
     domains = chosen(args.scored, args.checkpoint, [])
-    trial = Trial(args.checkpoint, args.data, domains, args.windows) if args.data else None
+    trial = Trial(args.checkpoint, args.data, domains, args.windows, not args.no_bos) if args.data else None
     with new_directory(args.out) as directory:
         model.write(directory, None, RouterConfig(), 0)
     words = ["--checkpoint", str(args.checkpoint), "--checkpoint", str(args.out), "--data", args.data or "DIR"]
+    words += ["--no-bos"] if args.no_bos else []
     command = shlex.join(["nexus-ds", "evaluate", *words, "--out", f"{args.out}-report"])
     verdict = before_after.judge(trial.before, trial.after(args.out), limit) if trial else None
     result = model.summary(args.out, None) | {"verdict": verdict.as_dict() if verdict else None, "next": command}

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from nexus_ds.__main__ import main
+from nexus_ds.data.tokenizer import open_tokenizer
 from nexus_ds.model.checkpoint import read_sidecar, verify_rows
 from nexus_ds.model.families import mean_name
-from nexus_ds.model.loading import load_model, load_tokenizer
+from nexus_ds.model.loading import load_model
 from nexus_ds.model.tensorfile import TensorReader
 
 
@@ -23,7 +24,7 @@ def test_evaluate_scores_and_meters_it(context_dir, text_folder, tmp_path, capsy
 def test_generate_equals_the_whole_pass(context_dir, capsys):
     assert main(["generate", "--checkpoint", str(context_dir), "tree leaf", "--tokens", "6", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    tokenizer, model = load_tokenizer(context_dir), load_model(context_dir, "fp32")
+    tokenizer, model = open_tokenizer(context_dir), load_model(context_dir, "fp32")
     ids = tokenizer("tree leaf", return_tensors="pt").input_ids
     for _ in range(6):
         ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)

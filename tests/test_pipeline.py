@@ -7,7 +7,18 @@ import pytest
 
 from nexus_ds.config import dump, load_config
 from nexus_ds.errors import CheckpointError, ConfigError, NexusError, OutputExistsError
-from nexus_ds.pipeline import Step, check_domains, check_made, needed_for, next_training, resolve, run_steps, steps
+from nexus_ds.pipeline import (
+    Step,
+    check_domains,
+    check_made,
+    needed_for,
+    next_training,
+    no_bos,
+    resolve,
+    run_steps,
+    shared_overrides,
+    steps,
+)
 
 WORDS = ["pipeline.run=RUN", "pipeline.domains=[a,b]", "pipeline.new_domains=[c]"]
 
@@ -50,6 +61,12 @@ def test_what_is_there_is_not_needed_again(tmp_path):
     assert {s.name for s in needed_for(plan, "extended")} == {"branch:c", "embed:new", "extend"}
     with pytest.raises(ConfigError, match="unknown stage nowhere; known: seed, "):
         needed_for(plan, "nowhere")
+
+
+def test_how_documents_begin_holds_for_the_whole_run(tmp_path):
+    assert shared_overrides(["data.bos=false", "training.steps=3"]) == ["data.bos=false"]
+    assert no_bos(config_of(tmp_path, "data.bos=false").data) == ["--no-bos"]
+    assert no_bos(config_of(tmp_path).data) == []
 
 
 def test_the_next_command_is_quoted(tmp_path):

@@ -272,7 +272,7 @@ class Builder:
         config = self.config("moe", seed, more)
         given = {"models": models, "data": config.data.path, "domains": self.scored(config),
                  "windows": config.training.eval_windows, "length": config.data.sequence_length,
-                 "cache": self.out / "tokens"}  # fmt: skip
+                 "cache": self.out / "tokens", "bos": config.data.bos}  # fmt: skip
         return self._piece(seed, f"score-{name}", "score", given, self._ours(models), ".json")
 
     def contender(self, contender: Contender, seed: int, more: tuple[str, ...]) -> dict[str, Made]:

@@ -38,16 +38,16 @@ def random_dense(out: str, config: str, tokenizer: str, number: int) -> None:
     So models of several numbers put together are one mixture with random weights everywhere: their mean is no smaller.
     """
     import torch
-    from transformers import AutoTokenizer
 
     from nexus_ds.config import load_config
+    from nexus_ds.data.tokenizer import open_tokenizer, vocabulary_size
     from nexus_ds.model.build import DTYPES, new_dense
     from nexus_ds.model.checkpoint import copy_tokenizer
     from nexus_ds.outputs import new_directory
 
     settings = load_config(config)
-    words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
-    model = new_dense(settings.model, len(words), words.eos_token_id, settings.seed)
+    words = open_tokenizer(Path(tokenizer))
+    model = new_dense(settings.model, vocabulary_size(words), words.eos_token_id, settings.seed)
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
     for name, parameter in model.named_parameters():
         if ".mlp." in name:
@@ -74,14 +74,16 @@ def embedding(out: str, source: str, change: str, seed: int) -> None:
     write_domain_embeddings(Path(out), given)
 
 
-def score(out: str, models: list[str], data: str, domains: list[str], windows: int, length: int, cache: str) -> None:
+def score(
+    out: str, models: list[str], data: str, domains: list[str], windows: int, length: int, cache: str, bos: bool = True
+) -> None:
     """Write the losses of one model, or of several as a BTM ensemble, on the windows that training validates on."""
     from nexus_ds.comparison.ensemble import ensemble_losses
     from nexus_ds.data.corpora import open_source, token_files
     from nexus_ds.data.corpora import windows as windows_of
     from nexus_ds.outputs import write_json
 
-    files = token_files(open_source(data), domains, "validation", Path(models[0]), Path(cache))
+    files = token_files(open_source(data), domains, "validation", Path(models[0]), Path(cache), bos=bos)
     texts = {domain: windows_of(files[domain], windows, length) for domain in domains}
     write_json(Path(out), {"loss": ensemble_losses([Path(model) for model in models], texts)})
 

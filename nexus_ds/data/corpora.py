@@ -1,7 +1,8 @@
 """Token files: each domain's documents, tokenised once into the flat files that training reads.
 
-A token file is a binary file of token ids of one domain and split, each document closed by the end-of-text token; a
-manifest beside it says from what it was made, and a fingerprint of text, tokenizer and settings is part of its name.
+A token file is a binary file of token ids of one domain and split, each document opened by what the tokenizer puts
+before a text (BOS, or nothing) and closed by the end-of-text token; a manifest beside it says from what it was made,
+and a fingerprint of text, tokenizer and settings is part of its name.
 Blocks of any length are slices of that file, so packing costs nothing.
 
 Not covered: shuffling documents (blocks are permuted when they are drawn, see mixture.py), masking attention between
@@ -211,6 +212,7 @@ def token_files(
     workers: int = 0,
     max_bytes: int = 0,
     on_bad_row: str = "error",
+    bos: bool = True,
 ) -> dict[str, TokenFile]:
     """Return the token file of each domain, tokenising what is not in the cache yet.
 
@@ -227,6 +229,7 @@ def token_files(
         max_bytes: training text of a domain that is used, in bytes of UTF-8, from its start; 0: all. Validation text
             is always used whole.
         on_bad_row: error | skip (counted in the manifest and on stderr).
+        bos: whether documents begin as the tokenizer begins a text.
 
     Raises:
         ConfigError: an unknown split or `on_bad_row`.
@@ -235,7 +238,7 @@ def token_files(
     """
     if split not in SPLITS or on_bad_row not in ("error", "skip"):
         raise ConfigError(f"split {split!r}, on_bad_row {on_bad_row!r}: expected {' | '.join(SPLITS)} and error | skip")
-    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir, bos)
     cap = max_bytes if split == "train" else 0
     jobs: list[_Job] = []
     for domain in domains:

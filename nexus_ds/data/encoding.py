@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nexus_ds.data.offline import stay_offline
+from nexus_ds.data.tokenizer import open_tokenizer, vocabulary_size
 from nexus_ds.errors import CheckpointError, DataError
 
 AHEAD = 3  # batches a worker that are under way at once, so that none waits for the reader
@@ -38,12 +38,14 @@ class Tokenizer:
 
     definition: str
     """As JSON of the `tokenizers` library."""
+    begin: tuple[int, ...]
+    """Ids that open each document: what the tokenizer itself puts before a text, BOS or nothing."""
     end: int
     """Id that closes each document."""
     dtype: str
     """uint16 or uint32: of ids on disk."""
     fingerprint: str
-    """sha256 over definition and end."""
+    """sha256 over definition, begin and end."""
 
     def backend(self) -> Any:
         """Return the `tokenizers` object, set up for whole documents."""
@@ -62,36 +64,46 @@ class Packed(NamedTuple):
     documents: int
 
 
-def load_tokenizer(directory: Path) -> Tokenizer:
-    """Load a tokenizer from a model directory; CheckpointError if it has none that serves."""
-    if not Path(directory).is_dir():
-        raise CheckpointError(f"no tokenizer at {directory}; expected a directory with tokenizer.json")
-    stay_offline()
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
+def beginning(backend: Any) -> tuple[int, ...]:
+    """Return the ids that a `tokenizers` object puts before a text: BOS for a Llama's or a Gemma's, none for a Qwen's."""
+    for text in ("a", *backend.get_vocab(with_added_tokens=False)):  # the first that it knows
+        with suppress(Exception):  # a vocabulary of words raises where it has none for the unknown
+            encoding = backend.encode(text)
+            if 0 in encoding.sequence_ids:
+                return tuple(encoding.ids[: encoding.sequence_ids.index(0)])
+    return ()
 
-    logging.set_verbosity_error()  # it warns of a model that it does not know, where only a tokenizer is asked for
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-        backend = tokenizer.backend_tokenizer
-    except Exception as error:  # transformers raises whatever the first of its loaders met
-        raise CheckpointError(
-            f"{directory}: no tokenizer that can be loaded ({error}); expected tokenizer.json"
-        ) from error
+
+def load_tokenizer(directory: Path, bos: bool = True) -> Tokenizer:
+    """Load a tokenizer from a model directory.
+
+    Args:
+        directory: which `AutoTokenizer` loads offline.
+        bos: documents begin as the tokenizer begins a text; False: with their own first token.
+
+    Raises:
+        CheckpointError: it has none that serves.
+    """
+    tokenizer = open_tokenizer(directory)
+    backend = tokenizer.backend_tokenizer
     if tokenizer.eos_token_id is None:
         raise CheckpointError(
             f"{directory}: the tokenizer has no end-of-text token; set eos_token in tokenizer_config.json"
         )
     backend.no_truncation()
     backend.no_padding()
+    begin = beginning(backend) if bos else ()
     definition, end = backend.to_str(), tokenizer.eos_token_id
-    fingerprint = hashlib.sha256(f"{definition} {end}".encode()).hexdigest()
-    return Tokenizer(definition, end, "uint16" if len(tokenizer) < 1 << 16 else "uint32", fingerprint)
+    facts = [definition, str(end), *(["begins with", *map(str, begin)] if begin else [])]
+    fingerprint = hashlib.sha256(" ".join(facts).encode()).hexdigest()
+    dtype = "uint16" if vocabulary_size(tokenizer) < 1 << 16 else "uint32"
+    return Tokenizer(definition, begin, end, dtype, fingerprint)
 
 
 def _pack(backend: Any, tokenizer: Tokenizer, texts: list[str]) -> Packed:
     ids: list[int] = []
     for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
+        ids += tokenizer.begin
         ids += encoding.ids
         ids.append(tokenizer.end)
     return Packed(np.asarray(ids, dtype=tokenizer.dtype).tobytes(), len(ids), len(texts))

@@ -1,20 +1,66 @@
-"""A byte-level BPE tokenizer for a new model, trained on its own text.
+"""Tokenizers: those of other models, as transformers loads them, and a byte-level BPE for a new model.
 
-Not covered: other kinds of tokenizers, chat templates, adding tokens to an existing tokenizer.
+Not covered: training other kinds of tokenizers, chat templates, adding tokens to an existing tokenizer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from nexus_ds.data.offline import stay_offline
-from nexus_ds.errors import ConfigError, DataError
+from nexus_ds.errors import CheckpointError, ConfigError, DataError
 from nexus_ds.outputs import new_directory
 
 END_OF_TEXT = "<|endoftext|>"
 MODEL_MAX_LENGTH = 1 << 20  # the model's max_position_embeddings is the real limit
 SMALLEST_VOCABULARY = 257  # 256 bytes and END_OF_TEXT
+
+
+def open_tokenizer(directory: Path) -> Any:
+    """Return the tokenizer in a directory as transformers loads it: offline, and without code of the directory.
+
+    Raises:
+        CheckpointError: none there, none of the `tokenizers` library, or one that doesn't load; says what is missing.
+    """
+    if not Path(directory).is_dir():
+        raise CheckpointError(f"no tokenizer at {directory}; expected a directory with tokenizer.json")
+    stay_offline()
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # it warns of a model that it does not know, where only a tokenizer is asked for
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        names = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+        if not any((Path(directory) / name).is_file() for name in names):  # it makes one of three tokens up
+            raise FileNotFoundError(f"none of {', '.join(sorted(names))} is there")
+        if not tokenizer.is_fast:
+            raise TypeError(f"{type(tokenizer).__name__} is not one of the tokenizers library")
+    except Exception as error:  # transformers raises whatever the first of its loaders met
+        raise CheckpointError(f"{directory}: no tokenizer that can be loaded {_reason(directory, error)}") from error
+    return tokenizer
+
+
+def _reason(directory: Path, error: Exception) -> str:
+    """Return why a tokenizer doesn't load and what to do; of sentencepiece's files transformers names a wrong package."""
+    from transformers.utils import is_protobuf_available, is_sentencepiece_available
+
+    packages = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+    missing = [name for name, there in packages.items() if not there]
+    models = sorted(path.name for path in Path(directory).glob("*.model"))
+    if missing and models and not (Path(directory) / "tokenizer.json").is_file():
+        return f"without the packages that read {models[0]}: pip install {' '.join(missing)}"
+    said = " ".join(str(error).split())[:300]
+    return (
+        f"({said}); expected tokenizer.json and tokenizer_config.json, as save_pretrained writes them; copy them there"
+    )
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """Return how many token ids a model must embed for a tokenizer: ids may have gaps, added tokens count."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def train_tokenizer(texts: Iterator[str], vocabulary: int, out: Path) -> None:

@@ -15,9 +15,10 @@ from torch import Tensor
 from nexus_ds.config import CHUNK_STARTS, Config
 from nexus_ds.data.chunks import embed_chunks
 from nexus_ds.data.corpora import open_source, token_files, windows
+from nexus_ds.data.encoding import beginning
+from nexus_ds.data.tokenizer import open_tokenizer
 from nexus_ds.errors import CheckpointError, DataError
 from nexus_ds.model.checkpoint import Sidecar
-from nexus_ds.model.loading import load_tokenizer
 from nexus_ds.model.starts import check_start
 
 LENGTH = 512  # tokens of a window at most
@@ -51,7 +52,8 @@ def read_fit_text(
         kept: experts that were there before an extension, 0 at upcycling: `chunks` and `closed_form` read only their text,
             and that of `router.fit_background`.
         data: folder of domains or other source.
-        config: `router`, `pipeline.encoder`, `data.cache`, `data.sequence_length`, `data.workers`, `data.on_bad_row`.
+        config: `router`, `pipeline.encoder`, `data.cache`, `data.sequence_length`, `data.workers`, `data.on_bad_row`,
+            `data.bos`.
         switch: the option that does without the start, for the message.
 
     Raises:
@@ -87,6 +89,7 @@ def _windows(source: Path, positions: int, data: str, config: Config, domains: l
         files = token_files(
             open_source(data), domains, "train", source, Path(cache), workers=config.data.workers,
             max_bytes=max(least, count * (length + 1) * BYTES_PER_TOKEN), on_bad_row=config.data.on_bad_row,
+            bos=config.data.bos,
         )  # fmt: skip
         return {name: torch.from_numpy(windows(files[name], count, length))[:, :length] for name in domains}
 
@@ -98,8 +101,12 @@ def _embedded(sidecar: Sidecar, source: Path, found: dict[str, Tensor], config: 
             f"{source}: the checkpoint names no encoder of its domain embeddings, but router.warm_start "
             f"{config.router.warm_start} embeds text; use label_fit or none"
         )
-    tokenizer, run = load_tokenizer(source), Path(config.pipeline.run)
-    texts = {domain: tokenizer.batch_decode(tokens_NS.tolist()) for domain, tokens_NS in found.items()}
+    tokenizer, run = open_tokenizer(source), Path(config.pipeline.run)
+    begin = set(beginning(tokenizer.backend_tokenizer))  # no text, and nothing that an encoder knows
+    texts = {
+        domain: tokenizer.batch_decode([[i for i in row if i not in begin] for row in tokens_NS.tolist()])
+        for domain, tokens_NS in found.items()
+    }
     cache = Path(config.data.cache) if config.data.cache else run / "tokens" if run.is_dir() else None
     with tempfile.TemporaryDirectory() as scratch:
         return embed_chunks(texts, config.pipeline.encoder, sidecar.encoder.revision, cache or Path(scratch))

@@ -120,19 +120,3 @@ def load_model(directory: Path, precision: str = "auto") -> Any:
     model, info = loaded
     _check_loaded(directory, info)
     return model.to(place).eval()
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """Return the tokenizer of a checkpoint; CheckpointError if none loads without code or network."""
-    from transformers import AutoTokenizer
-
-    quiet_transformers()
-    try:
-        return AutoTokenizer.from_pretrained(
-            require_directory(Path(directory)), local_files_only=True, trust_remote_code=False
-        )
-    except LOAD_ERRORS as error:
-        raise CheckpointError(
-            f"{directory}: no tokenizer that can be loaded ({_said(error)}); expected tokenizer.json and "
-            "tokenizer_config.json beside the weights, copy them there"
-        ) from error

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from nexus_ds.data.offline import stay_offline
+from nexus_ds.data.tokenizer import open_tokenizer
 from nexus_ds.errors import ConfigError
-from nexus_ds.model.loading import load_model, load_tokenizer
+from nexus_ds.model.loading import load_model
 from nexus_ds.progress import Progress
 
 PAPER = {
@@ -126,7 +127,7 @@ def run_tasks(
         from lm_eval.models.huggingface import HFLM
 
         manager = _manager(task_path, frozenset(task for tasks in groups.values() for task in tasks))
-        model, tokenizer = load_model(checkpoint, precision), load_tokenizer(checkpoint)
+        model, tokenizer = load_model(checkpoint, precision), open_tokenizer(checkpoint)
         harness = _Harness(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch), manager, limit)
         scores, names = TaskScores(), [(group, task) for group, tasks in groups.items() for task in tasks]
         with Progress(f"tasks {label or checkpoint.name}", len(names), "task") as progress:

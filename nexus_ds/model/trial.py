@@ -19,7 +19,7 @@ from nexus_ds.model.scoring import score, window_length
 class Trial:
     """Validation windows in a checkpoint's own tokens, and its loss on them; see `before` and `after`."""
 
-    def __init__(self, checkpoint: Path, data: str, domains: Sequence[str], count: int) -> None:
+    def __init__(self, checkpoint: Path, data: str, domains: Sequence[str], count: int, bos: bool = True) -> None:
         """Read the text and score the checkpoint as it is.
 
         Args:
@@ -27,6 +27,7 @@ class Trial:
             data: folder of domains or other source, with validation text.
             domains: to score.
             count: windows a domain.
+            bos: whether documents begin as the checkpoint's tokenizer begins a text.
 
         Raises:
             ConfigError: fewer than one window.
@@ -39,7 +40,7 @@ class Trial:
         try:
             source = open_source(data)
             with tempfile.TemporaryDirectory(prefix="nexus-ds-") as cache:
-                files = token_files(source, domains, "validation", checkpoint, Path(cache))
+                files = token_files(source, domains, "validation", checkpoint, Path(cache), bos=bos)
                 self.windows = {domain: windows(files[domain], count, length) for domain in domains}
         except DataError as error:
             raise DataError(

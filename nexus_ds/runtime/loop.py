@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from nexus_ds.config import Config, as_dict, dump
 from nexus_ds.data.corpora import TokenFile, open_source, token_files, windows
 from nexus_ds.data.mixture import Sampler, domain_weights
+from nexus_ds.data.tokenizer import open_tokenizer, vocabulary_size
 from nexus_ds.errors import ConfigError, TrainingError
 from nexus_ds.model.build import DTYPES, leave, load_for_training, new_dense
 from nexus_ds.model.checkpoint import check_tokenizer, content_fingerprint, is_nexus, read_sidecar
 from nexus_ds.model.head import next_token_loss
 from nexus_ds.model.loading import read_config
 from nexus_ds.model.moe import Placement
+from nexus_ds.pipeline import no_bos
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime import states
 from nexus_ds.runtime.engine import (
@@ -131,7 +133,7 @@ class Tally:
 def read_data(config: Config, tokenizer: Path) -> Data:
     """Tokenise what is missing and return the training sampler and validation windows. All ranks call."""
     settings, source = config.data, open_source(config.data.path)
-    common: dict[str, Any] = {"workers": settings.workers, "on_bad_row": settings.on_bad_row}
+    common: dict[str, Any] = {"workers": settings.workers, "on_bad_row": settings.on_bad_row, "bos": settings.bos}
     cache, length = Path(settings.cache), settings.sequence_length
     if dist.get_rank() != 0:
         dist.barrier()
@@ -182,10 +184,8 @@ class Run:
         config = self.config
         if config.model.path:
             return load_for_training(config, place, grouped, settle)
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, local_files_only=True, trust_remote_code=False)
-        model = new_dense(config.model, len(tokenizer), tokenizer.eos_token_id, config.seed)
+        tokenizer = open_tokenizer(self.tokenizer)
+        model = new_dense(config.model, vocabulary_size(tokenizer), tokenizer.eos_token_id, config.seed)
         return model.to(DTYPES[config.model.dtype])
 
     def _check_model(self) -> None:
@@ -356,7 +356,8 @@ class Run:
         if not self.config.training.save_every:
             states.remove(self.work / "states")
         metrics.say(f"wrote {out} (reloaded in plain transformers: logits differ by {difference:.1e})")
-        metrics.say(f"next: nexus-ds evaluate --checkpoint {out} --data {self.config.data.path} --out {out}-report")
+        words = ["--data", self.config.data.path, *no_bos(self.config.data), "--out", f"{out}-report"]
+        metrics.say(f"next: nexus-ds evaluate --checkpoint {out} {' '.join(words)}")
 
 
 def train(config: Config, ds_json: str, rank: int, world: int, local_world: int, wait_minutes: float) -> int:

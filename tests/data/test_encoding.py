@@ -1,3 +1,5 @@
+import hashlib
+import shutil
 import subprocess
 import sys
 import time
@@ -8,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
-from nexus_ds.data.encoding import load_tokenizer, packer
+from nexus_ds.data.encoding import beginning, load_tokenizer, packer
 from nexus_ds.errors import DataError
 from tests.data.conftest import sentences
 
@@ -44,6 +46,60 @@ def test_ids_come_back_in_the_order_of_the_batches(tokenizer_dir: Path):
     assert np.count_nonzero(ids == tokenizer.end) == 51 and ids[-1] == tokenizer.end
     with packer(tokenizer, 2) as pack:
         assert list(pack(iter(batches))) == alone
+
+
+def with_post_processor(source: Path, out: Path, single: str) -> Path:
+    """Copy a tokenizer and let it put special tokens around a text, as a Llama's does."""
+    from tokenizers import Tokenizer
+    from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
+
+    shutil.copytree(source, out)
+    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<s>", "<sep>"])
+    pairs = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "<sep>")]
+    tokenizer.post_processor = Sequence([ByteLevel(), TemplateProcessing(single=single, special_tokens=pairs)])
+    tokenizer.save(str(out / "tokenizer.json"))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("single", "begin"), [("$A", []), ("<s> $A", ["<s>"]), ("<s> <sep> $A <sep>", ["<s>", "<sep>"]), ("$A <sep>", [])]
+)
+def test_documents_begin_as_the_tokenizer_begins_a_text(tokenizer_dir: Path, tmp_path: Path, single: str, begin: list):
+    from transformers import AutoTokenizer
+
+    texts = ["the cat sat", "<s> on a mat"]  # in a document it is text, not the beginning
+    source = with_post_processor(tokenizer_dir, tmp_path / "tok", single)
+    stock = AutoTokenizer.from_pretrained(source)
+    plain = [stock(text, add_special_tokens=False, split_special_tokens=True).input_ids for text in texts]
+    first = stock.convert_tokens_to_ids(begin)
+    assert stock(texts[0]).input_ids[: len(first) + 1] == [*first, plain[0][0]]
+    for bos in (True, False):
+        tokenizer = load_tokenizer(source, bos)
+        with packer(tokenizer, 1) as pack:
+            [(_, packed)] = pack(iter([("a", texts)]))
+        expected = [i for ids in plain for i in [*(first if bos else []), *ids, stock.eos_token_id]]
+        assert np.frombuffer(packed.ids, tokenizer.dtype).tolist() == expected
+        assert packed.tokens == len(expected)
+
+
+def test_only_what_a_tokenizer_puts_before_a_text_changes_its_fingerprint(tokenizer_dir: Path, tmp_path: Path):
+    """Token files of models without BOS stay valid."""
+    opening = with_post_processor(tokenizer_dir, tmp_path / "opening", "<s> $A")
+    assert load_tokenizer(opening).fingerprint != load_tokenizer(opening, bos=False).fingerprint
+    plain = load_tokenizer(tokenizer_dir)
+    assert plain == load_tokenizer(tokenizer_dir, bos=False)
+    assert plain.fingerprint == hashlib.sha256(f"{plain.definition} {plain.end}".encode()).hexdigest()
+
+
+def test_the_beginning_is_found_where_a_letter_is_no_token():
+    from tokenizers import Tokenizer, models
+    from tokenizers.processors import TemplateProcessing
+
+    for model in (models.WordLevel({"<s>": 0, "tree": 1}), models.BPE({"<s>": 0, "t": 1}, [])):
+        backend = Tokenizer(model)
+        backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        assert beginning(backend) == (0,)
 
 
 @pytest.mark.timeout(60)

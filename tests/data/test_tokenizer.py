@@ -1,12 +1,14 @@
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from nexus_ds.data.tokenizer import train_tokenizer
-from nexus_ds.errors import ConfigError, DataError, OutputExistsError
-from tests.data.conftest import sentences
+from nexus_ds.data.tokenizer import open_tokenizer, train_tokenizer, vocabulary_size
+from nexus_ds.errors import CheckpointError, ConfigError, DataError, OutputExistsError
+from tests.data.conftest import save_sentencepiece, sentences
 
 
 def test_it_loads_offline_with_transformers_and_round_trips_any_text(tokenizer_dir: Path):
@@ -38,3 +40,70 @@ def test_bad_input(tmp_path: Path):
     with pytest.raises(OutputExistsError, match="exists already"):
         train_tokenizer(iter(["a"]), 300, tmp_path / "c")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c"]
+
+
+# Opening one ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_without_a_tokenizer_is_not_given_one_that_is_made_up(tmp_path: Path):
+    """Of a class alone transformers makes a tokenizer of three tokens."""
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    message = (
+        r"no tokenizer that can be loaded \(none of tokenizer.json, tokenizer.model is there\); expected tokenizer"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        open_tokenizer(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no tokenizer at .*nowhere; expected a directory with tokenizer.json"):
+        open_tokenizer(tmp_path / "nowhere")
+
+
+def test_a_tokenizer_of_another_library_is_refused(tokenizer_dir: Path, tmp_path: Path):
+    shutil.copytree(tokenizer_dir, tmp_path / "canine")
+    (tmp_path / "canine" / "tokenizer_config.json").write_text('{"tokenizer_class": "CanineTokenizer"}')
+    with pytest.raises(CheckpointError, match="CanineTokenizer is not one of the tokenizers library"):
+        open_tokenizer(tmp_path / "canine")
+
+
+def test_code_of_a_tokenizer_is_not_run(tokenizer_dir: Path, tmp_path: Path):
+    source = shutil.copytree(tokenizer_dir, tmp_path / "evil")
+    (source / "code.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\nclass Evil: pass\n")
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    for name, hooks in (("tokenizer_config.json", {"AutoTokenizer": ["code.Evil", "code.Evil"]}),
+                        ("config.json", {"AutoConfig": "code.Evil", "AutoTokenizer": "code.Evil"})):  # fmt: skip
+        (source / "tokenizer_config.json").write_text(json.dumps(config))
+        given = config | {"tokenizer_class": "Evil"} if name.startswith("tok") else {"model_type": "evil"}
+        (source / name).write_text(json.dumps(given | {"auto_map": hooks}))
+        try:
+            open_tokenizer(source)
+        except CheckpointError as error:
+            assert "no tokenizer that can be loaded" in str(error)
+        assert not (tmp_path / "canary").exists()
+
+
+def test_ids_with_gaps_are_counted_to_the_last(tokenizer_dir: Path, tmp_path: Path):
+    shutil.copytree(tokenizer_dir, tmp_path / "gap")
+    definition = json.loads((tmp_path / "gap" / "tokenizer.json").read_text())
+    definition["model"]["vocab"]["far"] = 400
+    (tmp_path / "gap" / "tokenizer.json").write_text(json.dumps(definition))
+    tokenizer = open_tokenizer(tmp_path / "gap")
+    assert (len(tokenizer), vocabulary_size(tokenizer)) == (301, 401)
+
+
+def test_a_sentencepiece_file_is_read(tmp_path: Path):
+    tokenizer = open_tokenizer(save_sentencepiece(tmp_path))
+    ids = tokenizer("the cat sat").input_ids
+    assert (ids[0], tokenizer.bos_token_id, tokenizer.decode(ids[1:])) == (1, 1, "the cat sat")
+
+
+@pytest.mark.slow
+def test_the_package_that_reads_sentencepiece_files_is_named(tmp_path: Path):
+    save_sentencepiece(tmp_path / "tok")
+    code = (
+        "import sys; sys.modules['sentencepiece'] = None; from pathlib import Path\n"
+        "from nexus_ds.data.tokenizer import open_tokenizer\nopen_tokenizer(Path('tok'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    said = done.stderr.strip().splitlines()[-1]
+    assert said.endswith(
+        "tok: no tokenizer that can be loaded without the packages that read tokenizer.model: pip install sentencepiece"
+    )

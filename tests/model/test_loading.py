@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nexus_ds.data.tokenizer import open_tokenizer
 from nexus_ds.errors import CheckpointError, ConfigError, UnsupportedModelError
-from nexus_ds.model.loading import load_model, load_tokenizer, read_config
+from nexus_ds.model.loading import load_model, read_config
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_pickled_weights_are_refused(copy):
 
 def test_hub_names_are_not_looked_up(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for load in (load_model, load_tokenizer, read_config):
+    for load in (load_model, open_tokenizer, read_config):
         with pytest.raises(CheckpointError, match="some/model"):
             load("some/model")
 
@@ -87,10 +88,3 @@ def test_rows_that_are_not_the_projection(nexus_dir, tmp_path):
 def test_unknown_precision(dense_dir):
     with pytest.raises(ConfigError, match="precision: unknown value 'fp8'; known: auto, fp32, stored"):
         load_model(dense_dir, "fp8")
-
-
-def test_missing_tokenizer(copy):
-    for file in copy.glob("tokenizer*"):
-        file.unlink()
-    with pytest.raises(CheckpointError, match=r"no tokenizer that can be loaded .*expected tokenizer.json"):
-        load_tokenizer(copy)

@@ -1,0 +1,131 @@
+"""Models whose tokenizer puts BOS before a text: every verb reads documents that begin so, or without where asked."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from nexus_ds.__main__ import main
+from nexus_ds.comparison import work
+from nexus_ds.config import load_config
+from nexus_ds.data.domains import DomainEmbeddings, write_domain_embeddings
+from nexus_ds.model import fit_text
+from nexus_ds.model.checkpoint import read_sidecar
+from nexus_ds.model.scoring import score
+from nexus_ds.runtime import loop
+
+DOMAINS, COUNT, LENGTH = ("alpha", "beta", "gamma"), 6, 64
+BOS = 1  # <unk>, which the texts don't need
+READS = pytest.mark.parametrize("bos", [True, False])
+
+
+@pytest.fixture(scope="module")
+def llama_like(nexus_dir, tmp_path_factory):
+    """A Nexus checkpoint with a tokenizer as a Llama's."""
+    out = shutil.copytree(nexus_dir, tmp_path_factory.mktemp("models") / "bos")
+    value = json.loads((out / "tokenizer.json").read_text())
+    value["post_processor"] = {
+        "type": "TemplateProcessing", "pair": [],
+        "single": [{"SpecialToken": {"id": "<unk>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"<unk>": {"id": "<unk>", "ids": [BOS], "tokens": ["<unk>"]}},
+    }  # fmt: skip
+    (out / "tokenizer.json").write_text(json.dumps(value))
+    return out
+
+
+def ids_of(checkpoint, text_folder, domain, split, bos):
+    """Return a domain's text as one list of ids, by stock transformers alone."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    texts = [json.loads(line)["text"] for line in (text_folder / domain / f"{split}.jsonl").open()]
+    assert all(tokenizer(text).input_ids[0] == BOS for text in texts)
+    return [i for text in texts for i in [*tokenizer(text).input_ids[0 if bos else 1 :], tokenizer.eos_token_id]]
+
+
+def windows_of(checkpoint, text_folder, bos, split="validation", length=LENGTH):
+    """Return the windows that are scored, cut by hand."""
+    found = {}
+    for domain in DOMAINS:
+        ids = ids_of(checkpoint, text_folder, domain, split, bos)
+        blocks = (len(ids) - 1) // length
+        starts = [index * blocks // COUNT * length for index in range(COUNT)]
+        found[domain] = np.array([ids[start : start + length + 1] for start in starts])
+    assert any(BOS in tokens for tokens in found.values()) == bos
+    return found
+
+
+@READS
+def test_evaluate(llama_like, text_folder, tmp_path, capsys, bos):
+    words = ["--checkpoint", str(llama_like), "--data", str(text_folder), "--out", str(tmp_path / "out"), "--json"]
+    more = ["--windows", str(COUNT), "--length", str(LENGTH), *([] if bos else ["--no-bos"])]
+    assert main(["evaluate", *words, *more]) == 0
+    expected = score(llama_like, windows_of(llama_like, text_folder, bos)).perplexity
+    assert json.loads(capsys.readouterr().out)["perplexity"]["bos"] == pytest.approx(expected)
+
+
+@READS
+def test_remove(llama_like, text_folder, tmp_path, capsys, bos):
+    words = ["--checkpoint", str(llama_like), "--expert", "beta", "--out", str(tmp_path / "out"), "--json"]
+    more = ["--data", str(text_folder), "--windows", str(COUNT), *([] if bos else ["--no-bos"])]
+    assert main(["remove", *words, *more]) == 0
+    result = json.loads(capsys.readouterr().out)
+    before = {domain: math.log(row["before"]) for domain, row in result["verdict"]["domains"].items()}
+    assert before == pytest.approx(score(llama_like, windows_of(llama_like, text_folder, bos)).loss)
+    assert ("--no-bos" in result["next"]) != bos
+
+
+@READS
+def test_extend(llama_like, dense_dir, text_folder, tmp_path, capsys, bos):
+    old = shutil.copytree(llama_like, tmp_path / "old")
+    config = json.loads((old / "config.json").read_text())  # stock models differ in their base of RoPE
+    rope = json.loads((dense_dir / "config.json").read_text())["rope_parameters"]
+    (old / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    vectors = np.random.default_rng(0).normal(size=(1, 8)).astype(np.float32)
+    embeddings = DomainEmbeddings(["delta"], vectors, "tiny", "1" * 64, 16, 4, {"delta": 5}, 0, str(text_folder))
+    write_domain_embeddings(tmp_path / "d.safetensors", embeddings)
+    words = ["--checkpoint", str(old), "--expert", f"delta={dense_dir}", "--domains", str(tmp_path / "d.safetensors")]
+    more = ["--verdict", "--scored", ",".join(DOMAINS), "--windows", str(COUNT), "--no-refit", "--json"]
+    assert main(["extend", *words, "--out", str(tmp_path / "out"), *more, f"data.bos={str(bos).lower()}"]) == 0
+    rows = json.loads(capsys.readouterr().out)["verdict"]["domains"]
+    before = {domain: math.log(row["before"]) for domain, row in rows.items()}
+    assert before == pytest.approx(score(old, windows_of(old, text_folder, bos)).loss)
+
+
+@READS
+def test_the_comparisons_scores(llama_like, text_folder, tmp_path, bos):
+    work.score(str(tmp_path / "out.json"), [str(llama_like)], str(text_folder), list(DOMAINS), COUNT, LENGTH,
+               str(tmp_path / "cache"), bos)  # fmt: skip
+    expected = score(llama_like, windows_of(llama_like, text_folder, bos)).loss
+    assert json.loads((tmp_path / "out.json").read_text())["loss"] == pytest.approx(expected)
+
+
+@READS
+def test_the_routers_fit_and_the_text_that_is_embedded(llama_like, text_folder, tmp_path, monkeypatch, bos):
+    config = load_config("demo", [f"data.bos={str(bos).lower()}", "data.workers=1", "router.warm_start=chunks",
+                                  f"router.fit_chunks={COUNT}", f"pipeline.run={tmp_path / 'none'}"])  # fmt: skip
+    seen = {}
+    monkeypatch.setattr(fit_text, "embed_chunks", lambda texts, *_: seen.update(texts) or {})
+    text = fit_text.read_fit_text(read_sidecar(llama_like), llama_like, LENGTH, 0, str(text_folder), config, "--cold")
+    expected = windows_of(llama_like, text_folder, bos, "train")
+    for domain in DOMAINS:
+        assert torch.equal(text.windows[domain], torch.from_numpy(expected[domain][:, :-1]))
+        assert not any("<unk>" in chunk for chunk in seen[domain]) and "<|endoftext|>" in " ".join(seen[domain])
+
+
+@READS
+def test_training(llama_like, text_folder, tmp_path, monkeypatch, bos):
+    monkeypatch.setattr(loop.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(loop.dist, "barrier", lambda: None)
+    words = [f"data.path={text_folder}", f"data.cache={tmp_path}", "data.domains=[alpha]", "data.sequence_length=16",
+             "data.validation_domains=[alpha,beta,gamma]", f"training.eval_windows={COUNT}"]  # fmt: skip
+    data = loop.read_data(load_config("demo", [*words, f"data.bos={str(bos).lower()}"]), llama_like)
+    ids = ids_of(llama_like, text_folder, "alpha", "train", bos)
+    for number in range(5):
+        sample = data.sampler.sample(number)
+        assert sample.tokens.tolist() == ids[16 * sample.block :][:17]
+    expected = windows_of(llama_like, text_folder, bos, length=16)
+    assert all((data.validation[domain] == expected[domain]).all() for domain in DOMAINS)
