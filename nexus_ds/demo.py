@@ -80,6 +80,8 @@ def evaluate(config: Config) -> None:
     command += ["--cache", str(where.tokens), "--on-bad-row", data.on_bad_row, *no_bos(data)]
     for name, path in evaluated(config).items():
         command += ["--checkpoint", str(path), "--name", name]
+    if config.pipeline.new_domains:
+        command += ["--before", "Nexus"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     if done.returncode:
         raise NexusError(f"evaluate failed (exit {done.returncode}); its message stands above")

@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task-path", type=Path, metavar="DIR", help="folder with tasks of lm-eval as YAML; they win over "
                         "lm-eval's own of the same name, and the Python functions that they name are run")  # fmt: skip
     parser.add_argument("--task-limit", type=int, default=0, metavar="N", help="examples of each task; 0: all")
-    before_after.add_limit(parser, "the page (it compares the last two mixtures)")
+    parser.add_argument("--before", default="", metavar="NAME", help="model that the last --checkpoint is compared with, by "
+                        "name (default: the last two mixtures are compared)")  # fmt: skip
+    before_after.add_limit(parser, "the page")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where token files are kept (default: nowhere)")
     parser.add_argument("--on-bad-row", default="error", choices=("error", "skip"), help="what a damaged line does")
     parser.add_argument("--no-bos", action="store_true",
@@ -99,7 +101,24 @@ def _windows(
     return {domain: windows(files[domain], args.windows, length) for domain in domains}
 
 
-def measure(args: argparse.Namespace, names: list[str], cache: Path) -> dict[str, Any]:
+def _check_compared(facts: dict[str, dict[str, Any]], before: str, limit: float | None) -> None:
+    """Refuse a limit that nothing can be held against, before a second of work."""
+    from nexus_ds.report.evaluation import compared
+
+    if compared(facts, before) is not None or limit is None:
+        return
+    if len({fact["tokenizer"] for fact in facts.values()}) > 1:
+        raise ConfigError(
+            "--fail-if-worse compares two models window by window, but these have different tokenizers and so different "
+            "windows; give --checkpoint of two models of one tokenizer"
+        )
+    raise ConfigError(
+        "--fail-if-worse compares two mixtures; give --checkpoint of one before and of one after, or name any model "
+        "with --before"
+    )
+
+
+def measure(args: argparse.Namespace, names: list[str], cache: Path, limit: float | None = None) -> dict[str, Any]:
     """Score every checkpoint and return the summary."""
     from nexus_ds.data.corpora import open_source
     from nexus_ds.model.facts import describe
@@ -107,6 +126,7 @@ def measure(args: argparse.Namespace, names: list[str], cache: Path) -> dict[str
     from nexus_ds.report.evaluation import Measured, summarise
 
     facts = [describe(path) for path in args.checkpoint]
+    _check_compared(dict(zip(names, facts, strict=True)), args.before, limit)
     length = window_length(args.length, facts)
     source = open_source(args.data)
     domains = _domains(args.domains, source)
@@ -118,7 +138,7 @@ def measure(args: argparse.Namespace, names: list[str], cache: Path) -> dict[str
         scores = score(path, texts[fact["tokenizer"]], args.batch, args.precision, label=name)
         measured[name] = Measured(fact, scores, cosines(path) if scores.routing is not None else None)
     setup = {"data": args.data, "domains": domains, "windows": args.windows, "length": length}
-    summary = summarise(measured, setup)
+    summary = summarise(measured, setup, args.before, limit)
     if len(texts) > 1:
         summary["warnings"].append(
             f"the models have {len(texts)} different tokenizers: perplexity per token can't be compared between them"
@@ -149,18 +169,22 @@ def measure_tasks(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
 
 def _show(summary: dict[str, Any], args: argparse.Namespace) -> None:
     """Print the tables, the warnings, what was written and what to type next."""
-    from nexus_ds.report.evaluation import PAGE, SUMMARY, perplexity_table, routing_table
+    from nexus_ds.report.evaluation import PAGE, SUMMARY, change_verdict, perplexity_table, routing_table
     from nexus_ds.report.page import text_table
     from nexus_ds.report.tasks import task_table
 
     print("perplexity (lower is better)")
     print(text_table(perplexity_table(summary)))
+    verdict = change_verdict(summary)
+    if verdict is not None:
+        print(f"\nfrom {summary['change']['before']} to {summary['change']['after']}, ± one standard error")
+        print(verdict.text())
     routed = summary["routed_model"]
     if routed is not None:
         print(f"\nrouting of {routed}: share of each domain's tokens at each expert, mean over layers")
         print(text_table(routing_table(summary["models"][routed])))
     if summary.get("tasks"):
-        print("\ntasks (per cent, higher is better)")
+        print("\ntasks (per cent ± one standard error, higher is better)")
         print(text_table(task_table(summary["tasks"])))
     print(f"\n{summary['tokens_per_second']:,.0f} tokens/s")
     for warning in summary["warnings"]:
@@ -182,10 +206,8 @@ def run(args: argparse.Namespace) -> int:
         if args.tasks:
             require_harness()
             task_groups(args.tasks)
-        summary = measure(args, names, args.cache or Path(scratch))
-        verdict = change_verdict(summary, limit)
-        if limit is not None and verdict is None:
-            raise ConfigError("--fail-if-worse compares two mixtures; give --checkpoint of one before and of one after")
+        summary = measure(args, names, args.cache or Path(scratch), limit)
+        verdict = change_verdict(summary)
         if args.tasks:
             summary["tasks"] = measure_tasks(args, names)
         write_evaluation(summary, folder)

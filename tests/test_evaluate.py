@@ -1,17 +1,23 @@
 """The verb evaluate: summary, figures, CSV and page of one run; names, tokenizers, and what it refuses."""
 
 import argparse
+import contextlib
 import csv
 import importlib.util
+import io
 import json
+import math
 import shutil
 
+import numpy as np
 import pytest
-from conftest import make_nexus
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nexus_ds import evaluate
 from nexus_ds.errors import ConfigError, DataError, OutputExistsError
-from nexus_ds.model.scoring import DEFAULT_LENGTH, score, window_length
+from nexus_ds.model.scoring import DEFAULT_LENGTH, window_length
 from nexus_ds.report.evaluation import file_names
 from nexus_ds.report.page import PNG_MAGIC
 
@@ -58,15 +64,29 @@ def test_models_of_one_tokenizer_read_the_same_text(evaluated):
     assert summary["perplexity"]["nexus"] != summary["perplexity"]["dense"]
 
 
-def test_summary_equals_the_scoring(evaluated, nexus_dir, text_folder):
-    from nexus_ds.data.corpora import open_source, token_files, windows
+def beta_windows(text_folder, directory):
+    """Return what the evaluation should read of beta, from the text itself: 6 of the blocks of 16 tokens and a label."""
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    lines = (text_folder / "beta" / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+    ids = [i for line in lines for i in [*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]]
+    blocks = (len(ids) - 1) // 16
+    starts = [16 * (n * blocks // 6) for n in range(6)]
+    return torch.tensor([ids[start : start + 17] for start in starts])
 
-    cache = evaluated.parent / "cache"
-    files = token_files(open_source(str(text_folder)), ["beta"], "validation", nexus_dir, cache)
-    scores = score(nexus_dir, {"beta": windows(files["beta"], 6, 16)})
-    summary = summary_of(evaluated)
-    assert summary["perplexity"]["nexus"]["beta"] == pytest.approx(scores.perplexity["beta"], rel=1e-5)
-    assert summary["models"]["nexus"]["routing"]["beta"] == pytest.approx(scores.routing.mean_share()["beta"])
+
+def test_summary_is_what_plain_transformers_finds_in_the_validation_text(evaluated, nexus_dir, text_folder):
+    model = AutoModelForCausalLM.from_pretrained(nexus_dir, local_files_only=True, dtype=torch.float32).eval()
+    summary, tokens_WT = summary_of(evaluated), beta_windows(text_folder, nexus_dir)
+    with torch.no_grad():
+        losses = [float(model(input_ids=window[None], labels=window[None]).loss) for window in tokens_WT]
+        logits = model(input_ids=tokens_WT[:, :-1], output_router_logits=True).router_logits
+    assert summary["window_loss"]["nexus"]["beta"] == pytest.approx(losses, abs=1e-5)
+    assert summary["loss"]["nexus"]["beta"] == pytest.approx(sum(losses) / 6, abs=1e-5)
+    assert summary["perplexity"]["nexus"]["beta"] == pytest.approx(math.exp(sum(losses) / 6), rel=1e-5)
+    shares = [torch.bincount(layer.argmax(-1), minlength=3) / len(layer) for layer in logits]
+    expected = dict(zip(["alpha", "beta", "gamma"], (sum(shares) / 2).tolist(), strict=True))
+    assert summary["routing"]["beta"] == pytest.approx(expected)  # of the copy, which computes the same
+    assert summary["models"]["nexus"]["routing"]["beta"] == pytest.approx(expected)
 
 
 def test_figures_and_their_numbers(evaluated):
@@ -74,7 +94,7 @@ def test_figures_and_their_numbers(evaluated):
     names = {path.name for path in figures.iterdir()}
     kinds = ("routing-nexus", "cosine-nexus", "cosine-nexus-centred")
     kinds += tuple(kind.replace("nexus", "grown") for kind in kinds)
-    assert names == {f"{kind}.{end}" for kind in ("perplexity", *kinds) for end in ("png", "csv")}
+    assert names == {f"{kind}.{end}" for kind in ("perplexity", *kinds) for end in ("png", "csv")} | {"change.csv"}
     assert all(path.read_bytes().startswith(PNG_MAGIC) for path in figures.glob("*.png"))
     with (figures / "routing-nexus.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -118,12 +138,7 @@ def test_mixture_without_sidecar_has_no_cosines_of_embeddings(plain_moe_dir, tex
 
 
 def test_different_tokenizers_are_warned_about(dense_dir, text_folder, tmp_path):
-    shutil.copytree(dense_dir, tmp_path / "other")
-    path = tmp_path / "other" / "tokenizer.json"
-    value = json.loads(path.read_text())
-    vocabulary = value["model"]["vocab"]
-    vocabulary["axiom"], vocabulary["bark"] = vocabulary["bark"], vocabulary["axiom"]
-    path.write_text(json.dumps(value))
+    other_tokenizer(dense_dir, tmp_path / "other")
     evaluate.run(arguments([dense_dir, tmp_path / "other"], text_folder, tmp_path / "out"))
     summary = summary_of(tmp_path / "out")
     assert "2 different tokenizers" in summary["warnings"][0]
@@ -146,13 +161,17 @@ def test_nothing_is_left_after_a_failure(dense_dir, text_folder, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (
+            ["--before", "other"],
+            "--before other: expected a model given before the last one, which it is compared with",
+        ),
         (["--windows", "0"], "--windows: expected a number of at least 1, found 0"),
         (["--length", "-1"], "--length: expected a number of at least 0, found -1"),
         (["--task-limit", "-1"], "--task-limit: expected a number of at least 0, found -1"),
         (["--fail-if-worse", "3"], "--fail-if-worse '3': expected a percentage such as 3%"),
         (
             ["--fail-if-worse", "3%"],
-            "--fail-if-worse compares two mixtures; give --checkpoint of one before and of one",
+            "--fail-if-worse compares two mixtures; give --checkpoint of one before and of one after, or name any model",
         ),
         (["--batch", "0"], "--batch: expected a number of at least 1, found 0"),
         (["--name", "a", "--name", "b"], "found 2 --name for 1 --checkpoint; give one --name for each, or none"),
@@ -165,15 +184,90 @@ def test_options_that_make_no_sense(dense_dir, text_folder, tmp_path, more, mess
         evaluate.run(arguments([dense_dir], text_folder, tmp_path / "out", *more))
 
 
-def test_two_mixtures_are_judged(nexus_dir, text_folder, tmp_path, capsys):
-    make_nexus(tmp_path / "other", seed=1)  # random too, and worse on some domain
-    words = ("--fail-if-worse", "0%")
-    assert evaluate.run(arguments([nexus_dir, tmp_path / "other"], text_folder, tmp_path / "out", *words)) == 3
-    change = summary_of(tmp_path / "out")["change"]["ratio"]
-    worse = [domain for domain, ratio in change.items() if ratio > 1]
+@pytest.fixture(scope="module")
+def worse_dir(nexus_dir, tmp_path_factory):
+    """The mixture with a final norm that makes it far too sure: worse on every window of every domain."""
+    out = tmp_path_factory.mktemp("worse") / "worse"
+    shutil.copytree(nexus_dir, out)
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.norm.weight"] *= 20
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def interval(summary, before, after, domain):
+    """Return the 95% interval of the relative change over 6 windows: Student's t of 5 degrees of freedom is 2.5706."""
+    loss = summary["window_loss"]
+    difference_W = np.array(loss[after][domain]) - np.array(loss[before][domain])
+    noise = 2.5706 * difference_W.std(ddof=1) / math.sqrt(6)
+    return np.expm1([difference_W.mean() - noise, difference_W.mean() + noise])
+
+
+@pytest.fixture(scope="module")
+def judged(nexus_dir, worse_dir, text_folder, tmp_path_factory):
+    """What `evaluate` prints of two mixtures, its exit code and its output."""
+    out = tmp_path_factory.mktemp("judged") / "out"
+    words, told, errors = ("--fail-if-worse", "3%"), io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(errors):
+        code = evaluate.run(arguments([nexus_dir, worse_dir], text_folder, out, *words))
+    return code, told.getvalue(), errors.getvalue(), out
+
+
+def test_two_mixtures_are_judged(judged):
+    code, told, errors, out = judged
+    assert code == 3 and "nexus-ds evaluate: worse than --fail-if-worse 3% allows: alpha (+" in errors
+    summary = summary_of(out)
+    change = summary["change"]
+    assert change["failed"] == ["alpha", "beta", "gamma"] and change["limit"] == 0.03 and change["windows"] == 6
+    for domain, entry in change["domains"].items():
+        assert entry["interval"] == pytest.approx(interval(summary, "nexus", "worse", domain), rel=1e-4)
+        assert entry["interval"][0] > 0.03 and entry["verdict"] == "worse"
+        perplexity = {name: summary["perplexity"][name][domain] for name in ("nexus", "worse")}
+        assert (entry["before"], entry["after"]) == pytest.approx((perplexity["nexus"], perplexity["worse"]))
+    lines = told.splitlines()
+    start = lines.index("from nexus to worse, ± one standard error")
+    assert lines[start + 1].split() == ["perplexity", "of", "before", "after", "change", "in", "nats", "verdict"]
+    assert [line.split()[0] for line in lines[start + 2 : start + 6]] == ["alpha", "beta", "gamma", "all"]
+    assert all(" ± " in line and line.endswith("worse") for line in lines[start + 2 : start + 6])
+
+
+def test_a_limit_that_the_windows_do_not_decide_passes_and_is_said(
+    judged, nexus_dir, worse_dir, text_folder, tmp_path, capsys
+):
+    low, high = interval(summary_of(judged[-1]), "nexus", "worse", "beta")
+    limit = f"{100 * (0.2 * low + 0.8 * high):.2f}%"  # above the change itself: some windows would fail it, others not
+    words = ("--domains", "beta", "--fail-if-worse", limit)
+    assert evaluate.run(arguments([nexus_dir, worse_dir], text_folder, tmp_path / "out", *words)) == 0
     said = capsys.readouterr().err
-    assert worse and "nexus-ds evaluate: worse than --fail-if-worse 0% allows" in said
-    assert [domain for domain in change if f"{domain} (+" in said] == worse
+    assert f"nexus-ds evaluate: 6 windows do not decide --fail-if-worse {limit} for beta (+" in said
+    assert "so it passes; about" in said and summary_of(tmp_path / "out")["change"]["undecided"] == ["beta"]
+    assert "Not decided: 6 windows do not decide" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_any_model_can_be_the_one_before(dense_dir, nexus_dir, worse_dir, text_folder, tmp_path):
+    words = ("--before", "nexus", "--fail-if-worse", "3%", "--domains", "beta")
+    models = [nexus_dir, worse_dir, dense_dir]
+    code = evaluate.run(arguments(models, text_folder, tmp_path / "out", *words))
+    summary = summary_of(tmp_path / "out")
+    assert (summary["change"]["before"], summary["change"]["after"]) == ("nexus", "dense")
+    assert code == (3 if any(interval(summary, "nexus", "dense", d)[0] > 0.03 for d in summary["domains"]) else 0)
+    assert "<h2>From nexus to dense" in (tmp_path / "out" / "report.html").read_text()
+
+
+def other_tokenizer(source, out):
+    """Copy a model and exchange two words of its vocabulary."""
+    shutil.copytree(source, out)
+    value = json.loads((out / "tokenizer.json").read_text())
+    vocabulary = value["model"]["vocab"]
+    vocabulary["axiom"], vocabulary["bark"] = vocabulary["bark"], vocabulary["axiom"]
+    (out / "tokenizer.json").write_text(json.dumps(value))
+    return out
+
+
+def test_a_limit_needs_models_that_read_the_same_windows(nexus_dir, text_folder, tmp_path):
+    models = [nexus_dir, other_tokenizer(nexus_dir, tmp_path / "other")]
+    with pytest.raises(ConfigError, match="but these have different tokenizers and so different windows"):
+        evaluate.run(arguments(models, text_folder, tmp_path / "out", "--fail-if-worse", "3%"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
@@ -197,7 +291,7 @@ def test_tasks_stand_in_summary_and_page(dense_dir, nexus_dir, text_folder, tmp_
     tasks = summary_of(tmp_path / "out")["tasks"]
     assert list(tasks) == ["dense", "nexus"] and tasks["dense"]["groups"]["wet"] in (0.0, 100.0)
     assert tasks["dense"]["mean"] == tasks["dense"]["groups"]["wet"]
-    assert "tasks (per cent, higher is better)" in capsys.readouterr().out
+    assert "tasks (per cent ± one standard error, higher is better)" in capsys.readouterr().out
     assert "<h2>Tasks</h2>" in (tmp_path / "out" / "report.html").read_text()
 
 

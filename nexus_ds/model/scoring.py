@@ -98,12 +98,24 @@ class Routing:
 
 @dataclass
 class Scores:
-    """What `score` measured: loss in nats per token, tokens scored, tokens per second, routing of a Nexus model."""
+    """What `score` measured, by domain.
 
-    loss: dict[str, float]
+    Attributes:
+        window_loss: [W] nats per token of each window, in the order of the windows.
+        tokens: tokens scored.
+        tokens_per_second: of all domains together.
+        routing: of a model with routers.
+    """
+
+    window_loss: dict[str, np.ndarray]
     tokens: dict[str, int]
     tokens_per_second: float
     routing: Routing | None
+
+    @property
+    def loss(self) -> dict[str, float]:
+        """Nats per token of each domain: the mean over its windows, which are of one length."""
+        return {domain: float(np.mean(loss_W)) for domain, loss_W in self.window_loss.items()}
 
     @property
     def perplexity(self) -> dict[str, float]:
@@ -185,7 +197,7 @@ class RoutingMeter:
 
 @torch.inference_mode()
 def batch_loss(model: Any, tokens_WT: Tensor) -> Tensor:
-    """Return the summed next-token cross-entropy (nats, float64 scalar) of windows [W, T+1].
+    """Return the next-token cross-entropy (nats, float64 [W]) of each of the windows [W, T+1], summed over its tokens.
 
     The logits are made in slices of LOGITS_AT_ONCE numbers and scored in fp32: a large vocabulary costs no memory.
     """
@@ -193,11 +205,11 @@ def batch_loss(model: Any, tokens_WT: Tensor) -> Tensor:
     hidden_TH = model.base_model(input_ids=inputs_WT, use_cache=False).last_hidden_state.flatten(0, 1)
     head = model.get_output_embeddings()
     step = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-    total = torch.zeros((), dtype=torch.float64, device=hidden_TH.device)
+    parts = []
     for start in range(0, len(hidden_TH), step):
         logits_TV = head(hidden_TH[start : start + step]).float()
-        total += F.cross_entropy(logits_TV, targets[start : start + step], reduction="sum").double()
-    return total
+        parts.append(F.cross_entropy(logits_TV, targets[start : start + step], reduction="none"))
+    return torch.cat(parts).view(inputs_WT.shape).sum(dim=1, dtype=torch.float64)
 
 
 def _check_windows(windows: Mapping[str, np.ndarray], vocabulary: int, positions: int, model_dir: Path) -> None:
@@ -222,14 +234,14 @@ def _check_windows(windows: Mapping[str, np.ndarray], vocabulary: int, positions
             )
 
 
-def _score_domain(model: Any, tokens_WT: np.ndarray, batch: int, progress: Progress) -> float:
-    """Return the mean loss (nats per token) of windows [W, T+1]."""
-    total = 0.0
+def _score_domain(model: Any, tokens_WT: np.ndarray, batch: int, progress: Progress) -> np.ndarray:
+    """Return the loss (nats per token, float64 [W]) of each of the windows [W, T+1]."""
+    found = []
     for start in range(0, len(tokens_WT), batch):
         part = torch.from_numpy(np.ascontiguousarray(tokens_WT[start : start + batch], dtype=np.int64))
-        total += float(batch_loss(model, part.to(model.device)))
+        found.append(batch_loss(model, part.to(model.device)).cpu().numpy())
         progress.advance(len(part))
-    return total / (len(tokens_WT) * (tokens_WT.shape[1] - 1))
+    return np.concatenate(found) / (tokens_WT.shape[1] - 1)
 
 
 def _check_losses(loss: Mapping[str, float], model_dir: Path) -> None:
@@ -264,7 +276,7 @@ def score(
     positions = int(config.get("max_position_embeddings") or 0)
     _check_windows(windows, int(config.get("vocab_size", 0)), positions, model_dir)
     model = load_model(model_dir, precision)
-    loss: dict[str, float] = {}
+    loss: dict[str, np.ndarray] = {}
     shares, gates = [], []
     # One pass uncounted: the first one pays for allocation and kernel selection.
     batch_loss(model, torch.from_numpy(next(iter(windows.values()))[:1].astype(np.int64)).to(model.device))
@@ -280,14 +292,15 @@ def score(
                 shares.append(meter.share_LE())
                 gates.append(meter.gate_L())
     seconds = time.perf_counter() - started
-    _check_losses(loss, model_dir)
     tokens = {domain: len(array) * (array.shape[1] - 1) for domain, array in windows.items()}
     routing = None
     if meter.layers:
         names, domains = expert_names(model_dir, shares[0].shape[1])
         share_LDE, gate_LD = np.stack(shares, axis=1), np.stack(gates, axis=1)
         routing = Routing(list(windows), names, domains, meter.layers, share_LDE, gate_LD)
-    return Scores(loss, tokens, sum(tokens.values()) / max(seconds, 1e-9), routing)
+    scores = Scores(loss, tokens, sum(tokens.values()) / max(seconds, 1e-9), routing)
+    _check_losses(scores.loss, model_dir)
+    return scores
 
 
 def cosine_matrix(vectors: Tensor) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A mixture on trial: its loss by domain before a change, and that of what the change has made, on the same text.
+"""A mixture on trial: its loss by domain before a change, and that of what the change has made, window by window.
 
 Not covered: what to think of the difference (`report.verdict`).
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from nexus_ds.data.corpora import open_source, token_files, windows
 from nexus_ds.errors import ConfigError, DataError
@@ -47,11 +49,11 @@ class Trial:
                 f"{error}\nThe table before and after reads validation text of {', '.join(domains)} (looked for in "
                 f"{data}): give --data DIR with a folder for each, or name those that are there with --scored A,B"
             ) from error
-        self.before = score(checkpoint, self.windows, label="before").loss
+        self.before = score(checkpoint, self.windows, label="before").window_loss
 
-    def after(self, checkpoint: Path) -> dict[str, float]:
-        """Return the loss of the changed checkpoint (of the same tokenizer) by domain, in nats per token."""
-        return score(checkpoint, self.windows, label="after").loss
+    def after(self, checkpoint: Path) -> dict[str, np.ndarray]:
+        """Return the loss of the changed checkpoint (of the same tokenizer) by domain: [W] nats per token of each window."""
+        return score(checkpoint, self.windows, label="after").window_loss
 
 
 def chosen(text: str, checkpoint: Path, new: Sequence[str]) -> list[str]:

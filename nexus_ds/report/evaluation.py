@@ -5,7 +5,8 @@ that another page (the demo's) can be made from a summary.json and its folder of
 
 summary.json: `perplexity[model][domain]`, `loss[model][domain]` in nats per token, `routing[domain][expert]` (share of
 tokens, mean over layers) and `tokens_per_second` of `routed_model`, the last mixture given (of the last model if all
-are dense); `change` from the last mixture but one to the last; `models[model]` with all of it layer by layer.
+are dense); `window_loss[model][domain]`, a loss a window; `change` between the last two mixtures, or from a model that
+was named to the last, with standard errors; `models[model]` with all of it layer by layer.
 Not covered: figures of more models or experts than fit on a page (they are drawn, but small).
 """
 
@@ -22,11 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import write_json
 from nexus_ds.report import figures
 from nexus_ds.report.page import Cell, Section, Table, write_page
+from nexus_ds.report.paired import number, standard_error
 from nexus_ds.report.tasks import task_sections
-from nexus_ds.report.verdict import Verdict, judge
+from nexus_ds.report.verdict import ALL, Verdict, judge
 
 if TYPE_CHECKING:
     from nexus_ds.model.scoring import Cosines, Routing, Scores
@@ -38,9 +41,10 @@ READING = {
     "perplexity": "Perplexity is e to the mean loss per token on validation text: lower is better, and a model of "
     "perplexity 20 is as unsure as if it had to choose among 20 equally likely tokens. Bold marks the best model of a "
     "column; the last column is e to the mean of the domains' losses, each domain counting the same.",
-    "change": "The change of perplexity between the last two mixtures, for instance before and after an expert was "
-    "added; within 1 % it is called the same. A domain that was added should fall a great deal, and the others should "
-    "hardly rise.",
+    "change": "The change of perplexity (and of the loss in nats per token) between two models on the very same windows, for "
+    "instance before and after an expert was added, ± one standard error of the paired difference; it is called the same "
+    "within 1 % or within the 95 % interval, whichever is wider. A domain that was added should fall a great deal, and the "
+    "others should hardly rise.",
     "routing": "Each row is one domain's validation text, each column a routed expert, and each number the share of "
     "that text's tokens which the router sends there; framed cells are the experts trained on that very domain. A "
     "specialised model is dark in the frames, while equal shades mean that the router does not tell the domains apart; "
@@ -67,10 +71,6 @@ class Measured:
     cosines: Cosines | None
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _routing_entry(routing: Routing) -> dict[str, Any]:
     return {
         "experts": routing.experts,
@@ -78,7 +78,7 @@ def _routing_entry(routing: Routing) -> dict[str, Any]:
         "layers": routing.layers,
         "routing": routing.mean_share(),
         "own_share": routing.own_share(),
-        "leak": {expert: _number(routing.leak(expert)) for expert in routing.experts},
+        "leak": {expert: number(routing.leak(expert)) for expert in routing.experts},
         "share_by_layer": routing.share.tolist(),
         "gate_by_layer": routing.gate.tolist(),
     }
@@ -100,17 +100,50 @@ def _warnings(name: str, routing: Routing) -> list[str]:
     ]
 
 
-def _change(perplexity: Mapping[str, Mapping[str, float]], mixtures: Sequence[str]) -> dict[str, Any] | None:
-    """Return the ratio of perplexities between the last two mixtures, None if there are fewer."""
-    if len(mixtures) < 2:
+def compared(facts: Mapping[str, Mapping[str, Any]], before: str = "") -> tuple[str, str] | None:
+    """Return which two models a summary compares: `before` and the last, else the last two mixtures.
+
+    None if there are none, or where the tokenizers differ: such models read different windows. `facts` are by the model's
+    name, as `nexus_ds.model.facts.describe` gives them.
+
+    Raises:
+        ConfigError: a `before` that is no model, or the last one.
+    """
+    if before and before not in list(facts)[:-1]:
+        raise ConfigError(
+            f"--before {before}: expected a model given before the last one, which it is compared with; found: "
+            f"{', '.join(facts)}"
+        )
+    pair = (
+        [before, list(facts)[-1]] if before else [name for name, fact in facts.items() if fact["routed_experts"]][-2:]
+    )
+    if len(pair) < 2 or facts[pair[0]].get("tokenizer") != facts[pair[1]].get("tokenizer"):
         return None
-    before, after = mixtures[-2:]
-    ratio = {domain: perplexity[after][domain] / value for domain, value in perplexity[before].items()}
-    return {"before": before, "after": after, "ratio": ratio}
+    return pair[0], pair[1]
 
 
-def summarise(measured: Mapping[str, Measured], setup: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the summary (see the module's docstring); `setup` (data, domains, windows, length) is put at its top."""
+def _change(measured: Mapping[str, Measured], before: str, limit: float | None) -> dict[str, Any] | None:
+    """Return the ratio of perplexities of two models and what may be said about it; None without two to compare."""
+    pair = compared({name: part.facts for name, part in measured.items()}, before)
+    if pair is None:
+        return None
+    first, last = (measured[name].scores for name in pair)
+    ratio = {domain: last.perplexity[domain] / value for domain, value in first.perplexity.items()}
+    verdict = judge(first.window_loss, last.window_loss, limit)
+    return {"before": pair[0], "after": pair[1], "ratio": ratio, **verdict.as_dict()}
+
+
+def summarise(
+    measured: Mapping[str, Measured], setup: Mapping[str, Any], before: str = "", limit: float | None = None
+) -> dict[str, Any]:
+    """Return the summary (see the module's docstring).
+
+    Args:
+        measured: by the model's name.
+        setup: data, domains, windows, length; put at the top.
+        before: model that the last one is compared with; "": the last two mixtures are compared.
+        limit: rise of a domain's perplexity that is accepted (`report.verdict`).
+    """
     models: dict[str, Any] = {}
     warnings: list[str] = []
     for name, part in measured.items():
@@ -126,10 +159,14 @@ def summarise(measured: Mapping[str, Measured], setup: Mapping[str, Any]) -> dic
         **setup,
         "perplexity": perplexity,
         "loss": {name: part.scores.loss for name, part in measured.items()},
+        "window_loss": {
+            name: {domain: loss_W.tolist() for domain, loss_W in part.scores.window_loss.items()}
+            for name, part in measured.items()
+        },
         "routed_model": mixtures[-1] if mixtures else None,
         "routing": models[mixtures[-1]]["routing"] if mixtures else {},
         "tokens_per_second": models[(mixtures or list(models))[-1]]["tokens_per_second"],
-        "change": _change(perplexity, mixtures),
+        "change": _change(measured, before, limit),
         "warnings": warnings,
         "models": models,
     }
@@ -185,17 +222,45 @@ def _draw_cosine(cosine: dict[str, Any], name: str, out: Path) -> None:
         write_csv(path.with_suffix(".csv"), ("expert", "other", "before", "after"), rows)
 
 
+def _write_change(change: Mapping[str, Any] | None, out: Path) -> None:
+    """Write what happened between the two models that are compared, with standard errors; nothing without two."""
+    if change is None:
+        return
+    columns = {
+        "before": "perplexity_before",
+        "after": "perplexity_after",
+        "change": "change",
+        "change_error": "change_standard_error",
+        "nats": "difference_nats",
+        "nats_error": "standard_error_nats",
+        "verdict": "verdict",
+    }
+    rows = [
+        [domain, *(entry[key] for key in columns)]
+        for domain, entry in {**change["domains"], ALL: change["all"]}.items()
+    ]
+    write_csv(out, ("domain", *columns.values()), rows)
+
+
 def draw(summary: dict[str, Any], folder: Path) -> None:
     """Draw all figures of a summary into `folder`, each as PNG with the numbers as CSV beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     perplexity = summary["perplexity"]
     figures.perplexity_bars(perplexity, folder / "perplexity.png")
     rows = [
-        (model, domain, summary["loss"][model][domain], value)
+        (
+            model,
+            domain,
+            summary["loss"][model][domain],
+            value,
+            number(standard_error(summary["window_loss"][model][domain])),
+        )
         for model, values in perplexity.items()
         for domain, value in values.items()
     ]
-    write_csv(folder / "perplexity.csv", ("model", "domain", "loss_nats", "perplexity"), rows)
+    header = ("model", "domain", "loss_nats", "perplexity", "standard_error_nats")
+    write_csv(folder / "perplexity.csv", header, rows)
+    _write_change(summary["change"], folder / "change.csv")
     draw_models(summary["models"], folder)
 
 
@@ -242,10 +307,10 @@ def _perplexity_section(summary: dict[str, Any], folder: Path) -> Section:
     )
 
 
-def change_verdict(summary: dict[str, Any], limit: float | None = None) -> Verdict | None:
-    """Return what happened from the last mixture but one to the last, None if there are fewer."""
-    change, loss = summary["change"], summary["loss"]
-    return None if change is None else judge(loss[change["before"]], loss[change["after"]], limit)
+def change_verdict(summary: dict[str, Any]) -> Verdict | None:
+    """Return what happened between the two models that are compared, None if there are not two."""
+    change, loss = summary["change"], summary.get("window_loss")  # none in a summary that an older version wrote
+    return judge(loss[change["before"]], loss[change["after"]], change["limit"]) if change and loss else None
 
 
 def _change_section(summary: dict[str, Any]) -> list[Section]:
@@ -253,9 +318,8 @@ def _change_section(summary: dict[str, Any]) -> list[Section]:
     if verdict is None:
         return []
     before, after = summary["change"]["before"], summary["change"]["after"]
-    return [
-        Section(title=f"From {before} to {after}", text=READING["change"], table=verdict.table(before, after)),
-    ]
+    text = "\n\n".join([READING["change"], *(f"Not decided: {note}." for note in verdict.notes())])
+    return [Section(title=f"From {before} to {after}", text=text, table=verdict.table(before, after))]
 
 
 def model_sections(name: str, file: str, entry: dict[str, Any], folder: Path) -> list[Section]:

@@ -50,7 +50,10 @@ footer { margin-top: 3rem; font-size: .85rem; opacity: .75; }
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean over seeds and its sample standard deviation (None: one seed), shown as 4.613 ± 0.027."""
+    """A mean and how far it may be off, shown as 4.613 ± 0.027: the deviation over seeds, or a standard error.
+
+    `deviation` is None where nothing is known of it, as of one seed.
+    """
 
     mean: float
     deviation: float | None = None

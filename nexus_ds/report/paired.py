@@ -1,9 +1,14 @@
-"""Numbers of a comparison: means over seeds, paired differences, and what may be said about them.
+"""Numbers of a comparison: means over seeds or windows, paired differences, and what may be said about them.
 
 Two contenders of one seed saw the same text in the same order and are scored on the same windows, so it is their
-difference seed by seed that counts, not the difference of two means with their spreads.
+difference seed by seed that counts, not the difference of two means with their spreads. Two models that are scored on the
+same windows differ window by window in the same way, and many windows, unlike three seeds, carry a standard error.
 
-Not covered: significance tests (three seeds carry none), spreads over other data or another tokenizer.
+Windows are taken as independent draws from a domain's text. They are neighbours in one file, but lie evenly over it, and
+what two models' losses have in common cancels in each window. The standard error is that of another sample of windows;
+another seed's training is no part of it.
+
+Not covered: significance over seeds (three carry none), spreads over other data or another tokenizer.
 """
 
 from __future__ import annotations
@@ -12,10 +17,17 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nexus_ds.report.page import Spread
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    Values = Sequence[float] | np.ndarray
+
+CONFIDENCE = 0.95
+"""Of the intervals around a difference over windows; two standard errors where there are many windows."""
 LEAST = 0.01
 """Nats below which a difference is not called: paired differences of equal contenders vary by 0.003-0.03."""
 ENOUGH = 3
@@ -68,6 +80,51 @@ def paired(values: Mapping[str, float], reference: Mapping[str, float]) -> Paire
     """Return `values` minus `reference` over the seeds that both have; None if there are none."""
     common = {seed: value - reference[seed] for seed, value in values.items() if seed in reference}
     return Paired(common) if common else None
+
+
+def quantile(freedom: float) -> float:
+    """Return how many standard errors an interval of CONFIDENCE reaches to each side (Student's t; inf for freedom 0)."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) if freedom > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference of two models' losses in nats per token over windows that both read; below 0 is better."""
+
+    mean: float
+    error: float
+    """Standard error of the mean; NaN for one window."""
+    freedom: float
+    """Degrees of freedom of the standard error; 0 for one window."""
+
+    @property
+    def noise(self) -> float:
+        """How far the interval of CONFIDENCE reaches to each side of the mean; infinite for one window."""
+        return quantile(self.freedom) * self.error if self.freedom > 0 else math.inf
+
+
+def standard_error(values: Values) -> float:
+    """Return the standard error of the mean of independent values; NaN for one."""
+    return statistics.stdev(map(float, values)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def over_windows(before: Values, after: Values) -> Difference:
+    """Return `after` minus `before`, losses of two models window by window on the same windows (at least one)."""
+    values = [float(b) - float(a) for a, b in zip(before, after, strict=True)]
+    return Difference(statistics.fmean(values), standard_error(values), len(values) - 1)
+
+
+def mean_difference(parts: Sequence[Difference]) -> Difference:
+    """Return the mean of differences over different texts, each counting the same (freedom: Welch and Satterthwaite)."""
+    mean = statistics.fmean(part.mean for part in parts)
+    if any(part.freedom == 0 for part in parts):
+        return Difference(mean, math.nan, 0)
+    variances = [part.error**2 for part in parts]
+    fourth = sum(v**2 / part.freedom for v, part in zip(variances, parts, strict=True))
+    freedom = sum(variances) ** 2 / fourth if fourth > 0 else sum(part.freedom for part in parts)
+    return Difference(mean, math.sqrt(sum(variances)) / len(parts), freedom)
 
 
 def number(value: Any) -> float | None:

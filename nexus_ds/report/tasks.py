@@ -5,14 +5,16 @@ Not covered: figures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nexus_ds.report.page import Cell, Section, Table
+from nexus_ds.report.page import Cell, Section, Spread, Table
 
 READING = (
-    "Scores of downstream tasks in per cent, by group; higher is better, bold marks the best model of a column, and the "
-    "last column is the mean of the groups. Tasks of four choices start at 25, of two at 50: small models often stay there."
+    "Scores of downstream tasks in per cent ± one standard error, by group; higher is better, bold marks the best model of a "
+    "column, and the last column is the mean of the groups. Tasks of four choices start at 25, of two at 50: small models "
+    "often stay there."
 )
 READING_EACH = (
     "Score and standard error of each task, in per cent, and how it was run. Two models differ where their scores are "
@@ -22,12 +24,24 @@ READING_LEFT_OUT = "The paper's tasks that are not in the means above, with the 
 
 
 def task_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Return scores[model][group] and their mean as a table; `tasks` is that of a summary.json."""
+    """Return scores[model][group] and their mean, ± one standard error; `tasks` is that of a summary.json."""
     groups = list(dict.fromkeys(group for entry in tasks.values() for group in entry["groups"]))
-    rows: list[list[Cell]] = [
-        [model, *(entry["groups"].get(group) for group in groups), entry["mean"]] for model, entry in tasks.items()
-    ]
+    rows: list[list[Cell]] = []
+    for model, entry in tasks.items():
+        errors = {group: _group_error(entry, group) for group in entry["groups"]}
+        scores = [Spread(entry["groups"][g], errors[g], 1) if g in errors else None for g in groups]
+        rows.append([model, *scores, Spread(entry["mean"], _error_of_mean(list(errors.values())), 1)])
     return Table(header=["model", *groups, "mean"], rows=rows, best="max")
+
+
+def _group_error(entry: Mapping[str, Any], group: str) -> float | None:
+    return _error_of_mean([task["stderr"] for task in entry["tasks"].values() if task["group"] == group])
+
+
+def _error_of_mean(errors: Sequence[float | None]) -> float | None:
+    """Return the standard error of the mean of independent scores; None if that of one is not known."""
+    known = [error for error in errors if error is not None]
+    return math.hypot(*known) / len(known) if known and len(known) == len(errors) else None
 
 
 def task_sections(summary: Mapping[str, Any]) -> list[Section]:

@@ -1,8 +1,13 @@
 """Before and after: what a change of a mixture did to each domain's text, as a table with a verdict for each.
 
-The numbers are perplexities of two models on the same windows (`nexus_ds.model.trial`). The noise of such a pair is far
-below that of either number, since both models read the same words.
-Not covered: noise measured for the very pair (score more windows), tasks other than predicting text.
+The numbers are perplexities of two models on the same windows (`nexus_ds.model.trial`). Both models read the same words, so
+what counts is the difference window by window; its standard error stands beside it (`report.paired` has the assumptions).
+
+A domain is the same within SAME or within the interval of the difference, whichever is wider. A limit fails where all of the
+interval lies above it, so that a model which keeps to the limit is not failed by an unlucky choice of windows; where the
+limit lies inside the interval, the windows do not decide: that passes, and is said with the number of windows that would.
+The interval is that of one domain: of many that have not changed, one in forty is called worse by chance.
+Not covered: tasks other than predicting text, another seed's training.
 """
 
 from __future__ import annotations
@@ -11,17 +16,24 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import NormalDist, fmean
+from typing import TYPE_CHECKING, Any
 
 from nexus_ds.errors import ConfigError
-from nexus_ds.report.page import Cell, Table, text_table
+from nexus_ds.report.page import Cell, Spread, Table, text_table
+from nexus_ds.report.paired import CONFIDENCE, Difference, mean_difference, number, over_windows, quantile
 
-SAME = 0.01  # largest change of perplexity, in either direction, that is called the same
+if TYPE_CHECKING:
+    from nexus_ds.report.paired import Values
+
+SAME = 0.01  # change of perplexity, in either direction, that is called the same however sure it is
 EXIT_WORSE = 3  # 1 is a mistake, 2 argparse's
 WINDOWS = 48
+FURTHEST = 100  # times as many windows: what needs more is too near to the limit to be told
+POWER = 0.8  # chance with which the advised number of windows decides, if the change is as it was estimated
 ALL = "all"
 
 
@@ -31,8 +43,9 @@ def add_limit(parser: argparse.ArgumentParser, written: str) -> None:
         "--fail-if-worse",
         metavar="X%",
         dest="limit",
-        help=f"exit with {EXIT_WORSE} if the perplexity of a domain rises by more than this, e.g. 3%%; {written} is "
-        "written all the same",
+        help=f"exit with {EXIT_WORSE} if the perplexity of a domain rises by more than this, e.g. 3%%, and by more than "
+        f"chance: all of the {100 * CONFIDENCE:.0f}%% interval of the rise, window by window, lies above it; what the windows "
+        f"do not decide passes, with a line that says how many would; {written} is written all the same",
     )
 
 
@@ -57,89 +70,201 @@ def parse_limit(text: str | None) -> float | None:
     return float(match[1]) / 100
 
 
-def percent(change: float) -> str:
-    """Return a change as people read it: 0.08 is +8.0 %."""
-    return f"{100 * change:+.1f} %".replace("-0.0 %", "+0.0 %")
+def percent(change: float, error: float = math.nan) -> str:
+    """Return a change as people read it, with its standard error if there is one: 0.08 is +8.0 %, or +8.0 ± 0.5 %."""
+    shown = f"{100 * change:+.1f}".replace("-0.0", "+0.0")
+    return f"{shown} %" if math.isnan(error) else f"{shown} ± {100 * error:.1f} %"
 
 
 @dataclass(frozen=True)
 class Change:
-    """Perplexity of one domain's text before and after."""
+    """One domain's text before and after: perplexities, and the difference of the losses window by window."""
 
     before: float
     after: float
+    difference: Difference
     same: float
-    """Largest change that is called the same."""
+    """Largest change that is called the same however sure it is."""
 
     @property
     def change(self) -> float:
         """Relative change of perplexity; above 0 is worse."""
-        return self.after / self.before - 1.0
+        return math.expm1(self.difference.mean)
+
+    @property
+    def error(self) -> float:
+        """Standard error of `change`; NaN for one window."""
+        return (1.0 + self.change) * self.difference.error
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Where the change lies with CONFIDENCE; all above -1 for one window."""
+        mean, noise = self.difference.mean, self.difference.noise
+        return math.expm1(mean - noise), math.expm1(mean + noise)
 
     @property
     def verdict(self) -> str:
-        """Better, same or worse."""
-        if abs(self.change) <= self.same:
+        """Better, same, worse, or open: one window alone tells nothing about its noise."""
+        if self.difference.freedom == 0:
+            return "open"
+        if abs(self.change) <= self.same or abs(self.difference.mean) <= self.difference.noise:
             return "same"
         return "worse" if self.change > 0 else "better"
+
+    def exceeds(self, limit: float) -> bool:
+        """Whether the change is above `limit` beyond the noise."""
+        return self.interval[0] > limit
+
+    def undecided(self, limit: float) -> bool:
+        """Whether the noise leaves open on which side of `limit` the change is."""
+        return not self.exceeds(limit) and self.interval[1] > limit
+
+    def shown(self) -> str:
+        """Return the change with its standard error."""
+        return percent(self.change, self.error)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all of it as JSON; null where one window has no error."""
+        low, high = self.interval
+        return {
+            "before": self.before,
+            "after": self.after,
+            "change": self.change,
+            "change_error": number(self.error),
+            "interval": [low, high] if math.isfinite(high) else None,
+            "nats": self.difference.mean,
+            "nats_error": number(self.difference.error),
+            "verdict": self.verdict,
+        }
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a change did to every domain that was scored; `all` is e to the mean loss, each domain counting the same."""
+    """What a change did to every domain that was scored; `all` is the mean of the losses, each domain counting the same."""
 
     domains: dict[str, Change]
     all: Change
     limit: float | None
+    windows: int
 
     @property
     def failed(self) -> list[str]:
-        """Domains that are worse by more than the limit."""
-        if self.limit is None:
-            return []
-        return [domain for domain, change in self.domains.items() if change.change > self.limit]
+        """Domains that are worse by more than the limit, beyond the noise."""
+        return [d for d, change in self.domains.items() if self.limit is not None and change.exceeds(self.limit)]
+
+    @property
+    def undecided(self) -> list[str]:
+        """Domains of which these windows do not tell on which side of the limit they are."""
+        return [d for d, change in self.domains.items() if self.limit is not None and change.undecided(self.limit)]
+
+    @property
+    def coarse(self) -> list[str]:
+        """Domains that are called the same though a larger change than `same` would drown in the noise; without a limit."""
+        found = {d: c for d, c in self.domains.items() if self.limit is None and c.verdict == "same"}
+        return [domain for domain, c in found.items() if c.difference.noise > math.log1p(c.same)]
+
+    def _listed(self, domains: Sequence[str]) -> str:
+        return ", ".join(f"{domain} ({self.domains[domain].shown()})" for domain in domains)
+
+    def _enough(self, gaps: Mapping[str, float], power: float = 0.5) -> str:
+        """Return in words how many windows bring each domain's noise below its gap (nats), with a chance of `power`."""
+        more = NormalDist().inv_cdf(power)
+        differences = {d: self.domains[d].difference for d in gaps}
+        times = [
+            ((quantile(x.freedom) + more) * x.error / gaps[d]) ** 2 if gaps[d] else math.inf
+            for d, x in differences.items()
+        ]
+        if max(times) > FURTHEST:
+            return f"not even {FURTHEST} times as many windows"
+        return f"about {_rounded(self.windows * max(times)):,} windows a domain (--windows)"
+
+    def notes(self) -> list[str]:
+        """Return a line on what the windows leave open and how many would decide it; none where all is decided."""
+        if self.windows < 2:
+            return [f"one window has no standard error, so nothing is called better or worse; give --windows {WINDOWS}"]
+        if self.coarse:
+            gaps = {d: math.log1p(self.domains[d].same) for d in self.coarse}
+            return [
+                f"the same as far as {self.windows} windows can tell: {self._listed(self.coarse)}; "
+                f"{self._enough(gaps)} would show a change of {100 * SAME:g} %"
+            ]
+        if self.limit is not None and self.undecided:
+            gaps = {d: abs(self.domains[d].difference.mean - math.log1p(self.limit)) for d in self.undecided}
+            return [
+                f"{self.windows} windows do not decide --fail-if-worse {100 * self.limit:g}% for "
+                f"{self._listed(self.undecided)}, so it passes; {self._enough(gaps, POWER)} would"
+            ]
+        return []
 
     def table(self, before: str = "before", after: str = "after") -> Table:
-        """Return the table; `before` and `after` name the models."""
+        """Return the table; `before` and `after` name the models, ± is one standard error."""
         rows: list[list[Cell]] = [
-            [name, c.before, c.after, percent(c.change), c.verdict]
+            [name, c.before, c.after, c.shown(), _nats(c.difference), c.verdict]
             for name, c in {**self.domains, ALL: self.all}.items()
         ]
-        return Table(header=["perplexity of", before, after, "change", "verdict"], rows=rows)
+        return Table(header=["perplexity of", before, after, "change", "in nats", "verdict"], rows=rows)
 
     def text(self) -> str:
-        """Return the table as lines for people."""
-        return text_table(self.table())
+        """Return the table as lines for people; what the windows can't tell of a limit says `exit_code`."""
+        return "\n".join([text_table(self.table()), *(self.notes() if self.limit is None else [])])
 
     def as_dict(self) -> dict[str, Any]:
         """Return all of it as JSON."""
-        entries = {
-            name: {"before": c.before, "after": c.after, "change": c.change, "verdict": c.verdict}
-            for name, c in {**self.domains, ALL: self.all}.items()
+        domains = {name: change.as_dict() for name, change in self.domains.items()}
+        return {
+            "domains": domains,
+            "all": self.all.as_dict(),
+            "limit": self.limit,
+            "failed": self.failed,
+            "undecided": self.undecided,
+            "windows": self.windows,
+            "notes": self.notes(),
         }
-        mean = entries.pop(ALL)
-        return {"domains": entries, "all": mean, "limit": self.limit, "failed": self.failed}
 
     def exit_code(self, verb: str, out: Path) -> int:
-        """Return 0, or EXIT_WORSE with a line on stderr that names the domains which got too much worse."""
-        if not self.failed or self.limit is None:
+        """Return 0, or EXIT_WORSE with a line on stderr that names the domains which got too much worse.
+
+        With a limit, a line on stderr also says what the windows leave open.
+        """
+        if self.limit is None:
             return 0
-        found = ", ".join(f"{domain} ({percent(self.domains[domain].change)})" for domain in self.failed)
+        for note in self.notes():
+            print(f"nexus-ds {verb}: {note}", file=sys.stderr)
+        if not self.failed:
+            return 0
         print(
-            f"nexus-ds {verb}: worse than --fail-if-worse {100 * self.limit:g}% allows: {found}; {out} is written all the same",
+            f"nexus-ds {verb}: worse than --fail-if-worse {100 * self.limit:g}% allows: {self._listed(self.failed)}; {out} is "
+            "written all the same",
             file=sys.stderr,
         )
         return EXIT_WORSE
 
 
-def judge(before: Mapping[str, float], after: Mapping[str, float], limit: float | None = None) -> Verdict:
-    """Compare losses (nats per token) by domain of two models on the same text.
+def _rounded(count: float) -> int:
+    """Return a count rounded up to two significant digits."""
+    step = 10 ** max(0, math.floor(math.log10(max(count, 1))) - 1)
+    return math.ceil(count / step) * step
+
+
+def _nats(difference: Difference) -> Spread:
+    return Spread(difference.mean, number(difference.error), signed=True)
+
+
+def _perplexity(losses: Sequence[Values]) -> float:
+    """Return e to the mean of the domains' mean losses, below the largest float."""
+    return math.exp(min(700.0, fmean(fmean(map(float, loss_W)) for loss_W in losses)))
+
+
+def judge(before: Mapping[str, Values], after: Mapping[str, Values], limit: float | None = None) -> Verdict:
+    """Compare losses (nats per token) by domain of two models on the same windows of text.
 
     Args:
-        before, after: for each domain the loss.
+        before, after: for each domain the loss of every window, in the same order, at least one; as many in each domain.
         limit: relative rise of a domain's perplexity that is still accepted; None: any.
     """
     same = SAME if limit is None else min(SAME, limit)
-    changes = {d: Change(math.exp(before[d]), math.exp(after[d]), same) for d in before}
-    means = [math.exp(sum(losses[d] for d in before) / len(before)) for losses in (before, after)]
-    return Verdict(changes, Change(means[0], means[1], same), limit)
+    differences = {d: over_windows(before[d], after[d]) for d in before}
+    changes = {d: Change(_perplexity([before[d]]), _perplexity([after[d]]), x, same) for d, x in differences.items()}
+    means = [_perplexity([losses[d] for d in before]) for losses in (before, after)]
+    whole = Change(means[0], means[1], mean_difference(list(differences.values())), same)
+    return Verdict(changes, whole, limit, min(len(losses) for losses in before.values()))

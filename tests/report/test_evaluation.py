@@ -1,30 +1,38 @@
-"""Summaries: which model the top level speaks of, warnings, changes between mixtures, and a page from JSON alone."""
+"""Summaries: which model the top level speaks of, warnings, changes between models, and a page from JSON alone."""
 
+import csv
 import json
 import math
+from statistics import fmean
 
 import numpy as np
 import pytest
 
+from nexus_ds.errors import ConfigError
 from nexus_ds.model.scoring import Cosines, Routing, Scores
 from nexus_ds.report.evaluation import (
     Measured,
+    compared,
     evaluation_sections,
     intro,
     perplexity_table,
     summarise,
     write_evaluation,
 )
+from nexus_ds.report.page import Spread, text_table
 
-SETUP = {"data": "demo", "domains": ["a", "b"], "windows": 2, "length": 8}
+SETUP = {"data": "demo", "domains": ["a", "b"], "windows": 4, "length": 8}
+SHARE = np.array([[[0.6, 0.4], [0.1, 0.9]], [[0.8, 0.2], [0.3, 0.7]], [[0.7, 0.3], [0.5, 0.5]]])  # layer, text, expert
+GATE = np.array([[0.5, 0.6], [0.55, 0.65], [0.6, 0.7]])  # layer, text
 
 
-def measured(loss, routed, gate=0.5):
+def measured(loss, routed, gate=GATE, tokenizer="t"):
+    """A model whose windows have the losses `loss[domain]`."""
     domains = list(loss)
     routing = None
     if routed:
-        share = np.full((1, len(domains), 2), 0.5)
-        routing = Routing(domains, ["a", "b"], ["a", "b"], [0], share, np.full((1, len(domains)), gate))
+        d = len(domains)
+        routing = Routing(domains, ["first", "second"], ["a", "b"], [0, 2, 5], SHARE[:, :d], np.array(gate)[:, :d])
     eye = np.eye(2)
     step = {
         "verb": "upcycle",
@@ -35,56 +43,220 @@ def measured(loss, routed, gate=0.5):
     }
     facts = {
         "kind": "Nexus" if routed else "dense", "family": "x", "dtype": "F32", "routed_experts": 2 if routed else 0,
-        "top_k": 1, "parameters": {"total": 10, "active": 5}, "lineage": [step],
+        "top_k": 1 if routed else None, "parameters": {"total": 10, "active": 5}, "lineage": [step], "tokenizer": tokenizer,
     }  # fmt: skip
-    cosine = Cosines(["a", "b"], eye, eye, eye[None], eye[None]) if routed else None
-    return Measured(facts, Scores(loss, dict.fromkeys(loss, 16), 100.0 if routed else 300.0, routing), cosine)
+    cosine = None
+    if routed:
+        tables = [(eye + k / 10).tolist() for k in range(6)]
+        rows, centred = np.array(tables[2:4]), np.array(tables[4:6])
+        cosine = Cosines(["first", "second"], np.array(tables[0]), np.array(tables[1]), rows, centred)
+    windows = {domain: np.array(values) for domain, values in loss.items()}
+    return Measured(facts, Scores(windows, dict.fromkeys(loss, 16), 100.25 if routed else 300.0, routing), cosine)
+
+
+LOSSES = {
+    "seed": {"a": [2.0, 2.2, 1.8, 2.0], "b": [3.0, 3.0, 3.0, 3.0]},
+    "before": {"a": [2.0, 2.2, 1.8, 2.0], "b": [3.0, 3.4, 2.6, 3.0]},
+    "after": {"a": [1.1, 1.2, 0.9, 0.8], "b": [3.1, 3.6, 2.8, 2.9]},
+    "branch": {"a": [1.5, 1.5, 1.5, 1.5], "b": [4.0, 4.0, 4.0, 4.0]},
+}
+# after - before: a: -0.9 -1.0 -0.9 -1.2, mean -1.0, deviations 0.1 0 0.1 -0.2; b: 0.1 0.2 0.2 -0.1, mean 0.1
+ERROR_A = math.sqrt((0.01 + 0 + 0.01 + 0.04) / 3 / 4)
+ERROR_B = math.sqrt((0 + 0.01 + 0.01 + 0.04) / 3 / 4)
+
+
+def models(saturated=False):
+    gate = np.full((3, 2), 0.99) if saturated else GATE
+    return {
+        name: measured(loss, name in ("before", "after"), gate if name == "after" else GATE)
+        for name, loss in LOSSES.items()
+    }
 
 
 @pytest.fixture
 def summary():
-    models = {
-        "seed": measured({"a": 2.0, "b": 3.0}, routed=False),
-        "before": measured({"a": 2.0, "b": 3.0}, routed=True),
-        "after": measured({"a": 1.0, "b": 3.1}, routed=True, gate=0.99),
-        "branch": measured({"a": 1.5, "b": 4.0}, routed=False),
-    }
-    return summarise(models, SETUP)
+    return summarise(models(), SETUP)
+
+
+def rows_of(path):
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def section(summary, title, tmp_path):
+    (found,) = [s for s in evaluation_sections(summary, tmp_path) if s.title == title]
+    return found
 
 
 def test_top_level_speaks_of_the_last_mixture(summary):
-    assert summary["routed_model"] == "after" and summary["tokens_per_second"] == 100.0
-    assert summary["routing"] == {"a": {"a": 0.5, "b": 0.5}, "b": {"a": 0.5, "b": 0.5}}
+    assert summary["routed_model"] == "after" and summary["tokens_per_second"] == 100.25
+    assert summary["routing"] == {
+        "a": pytest.approx({"first": 0.7, "second": 0.3}),
+        "b": pytest.approx({"first": 0.3, "second": 0.7}),
+    }
     assert summary["change"]["before"] == "before" and summary["change"]["after"] == "after"
     assert summary["change"]["ratio"] == pytest.approx({"a": math.exp(-1), "b": math.exp(0.1)})
 
 
-def test_saturated_routers_are_warned_about(summary):
+def test_losses_of_windows_are_kept_and_their_mean_is_the_loss(summary):
+    assert summary["window_loss"] == LOSSES
+    assert summary["loss"] == {name: pytest.approx({d: fmean(w) for d, w in v.items()}) for name, v in LOSSES.items()}
+    assert summary["perplexity"]["after"] == pytest.approx({"a": math.exp(1.0), "b": math.exp(3.1)})
+
+
+def test_saturated_routers_are_warned_about():
+    summary = summarise(models(saturated=True), SETUP)
     (warning,) = summary["warnings"]
-    assert warning.startswith("after: the router is saturated in 2 of 2 places") and "0.99 in layer 0" in warning
+    assert warning.startswith("after: the router is saturated in 6 of 6 places") and "0.99 in layer 0" in warning
     assert "Warning: after: the router" in intro(summary)
 
 
 def test_dense_models_alone():
-    summary = summarise({"seed": measured({"a": 2.0}, routed=False)}, SETUP)
+    summary = summarise({"seed": measured({"a": [2.0, 2.0]}, routed=False)}, SETUP)
     assert summary["routing"] == {} and summary["tokens_per_second"] == 300.0 and summary["change"] is None
 
 
 def test_leak_without_other_domains_is_null():
-    summary = summarise({"m": measured({"a": 2.0}, routed=True)}, SETUP)
-    assert summary["models"]["m"]["leak"] == {"a": None, "b": 0.5}
+    summary = summarise({"m": measured({"a": [2.0]}, routed=True)}, SETUP)
+    assert summary["models"]["m"]["leak"] == {"first": None, "second": pytest.approx(0.3)}
     json.dumps(summary, allow_nan=False)
 
 
-def test_perplexity_table_has_the_mean_of_the_losses(summary):
+# Which two models are compared -------------------------------------------------------------------------------------
+
+
+def test_a_named_model_is_compared_with_the_last_one():
+    change = summarise(models(), SETUP, before="seed")["change"]
+    assert (change["before"], change["after"]) == ("seed", "branch")
+    assert change["domains"]["a"]["nats"] == pytest.approx(-0.5)
+
+
+@pytest.mark.parametrize("name", ["branch", "nobody"])
+def test_a_model_that_can_not_be_compared(name):
+    with pytest.raises(ConfigError) as caught:
+        summarise(models(), SETUP, before=name)
+    assert str(caught.value) == (
+        f"--before {name}: expected a model given before the last one, which it is compared with; found: seed, before, "
+        "after, branch"
+    )
+
+
+def test_models_of_different_tokenizers_are_not_compared():
+    facts = {name: part.facts for name, part in models().items()}
+    assert compared(facts) == ("before", "after") and compared(facts, "before") == ("before", "branch")
+    facts["before"]["tokenizer"] = "another"
+    assert compared(facts) is None and compared(facts, "before") is None and compared(facts, "seed") is not None
+
+
+def test_the_limit_is_part_of_the_summary():
+    change = summarise(models(), SETUP, limit=0.02)["change"]
+    assert change["limit"] == 0.02 and change["failed"] == [] and change["undecided"] == ["b"]
+
+
+# Tables: every column ----------------------------------------------------------------------------------------------
+
+
+def test_every_column_of_the_perplexity_table(summary):
     table = perplexity_table(summary)
-    assert table.rows[0] == [
-        "seed",
-        pytest.approx(math.exp(2)),
-        pytest.approx(math.exp(3)),
-        pytest.approx(math.exp(2.5)),
+    assert table.header == ["model", "a", "b", "all"] and table.best == "min"
+    assert table.rows[1:3] == [
+        ["before", pytest.approx(math.exp(2)), pytest.approx(math.exp(3)), pytest.approx(math.exp(2.5))],
+        ["after", pytest.approx(math.exp(1)), pytest.approx(math.exp(3.1)), pytest.approx(math.exp(2.05))],
     ]
-    assert table.best == "min"
+
+
+def test_every_column_of_the_routing_table(summary, tmp_path):
+    table = section(summary, "Routing of after", tmp_path).table
+    assert table.header == ["text of", "first", "second", "own expert", "mean gate"]
+    assert table.rows == [
+        ["a", pytest.approx(0.7), pytest.approx(0.3), pytest.approx(0.7), pytest.approx(0.55)],
+        ["b", pytest.approx(0.3), pytest.approx(0.7), pytest.approx(0.7), pytest.approx(0.65)],
+    ]
+
+
+def test_every_column_of_the_change_table(summary, tmp_path):
+    found = section(summary, "From before to after", tmp_path)
+    assert found.table.header == ["perplexity of", "before", "after", "change", "in nats", "verdict"]
+    assert [row[0] for row in found.table.rows] == ["a", "b", "all"]
+    assert [row[1:3] for row in found.table.rows] == [
+        pytest.approx([math.exp(x), math.exp(y)]) for x, y in ((2.0, 1.0), (3.0, 3.1), (2.5, 2.05))
+    ]
+    whole = math.hypot(ERROR_A, ERROR_B) / 2
+    assert [row[4] for row in found.table.rows] == [
+        Spread(pytest.approx(mean), pytest.approx(error), signed=True)
+        for mean, error in ((-1.0, ERROR_A), (0.1, ERROR_B), (-0.45, whole))
+    ]
+    # t of 3 degrees of freedom is 3.18: 0.1 is less than 3.18 * 0.0707
+    assert [[row[3], row[5]] for row in found.table.rows] == [
+        [f"-63.2 ± {100 * math.exp(-1) * ERROR_A:.1f} %", "better"],
+        [f"+10.5 ± {100 * math.exp(0.1) * ERROR_B:.1f} %", "same"],
+        [f"-36.2 ± {100 * math.exp(-0.45) * whole:.1f} %", "better"],
+    ]
+    assert "Not decided: the same as far as 4 windows can tell: b (+10.5" in found.text
+
+
+def test_every_column_of_the_checkpoints(summary, tmp_path):
+    table = section(summary, "Checkpoints", tmp_path).table
+    assert dict(zip(table.header, table.rows[2], strict=True)) == {
+        "model": "after", "kind": "Nexus", "family": "x", "dtype": "F32", "experts": 2, "top-k": 1, "parameters": 10,
+        "active per token": 5, "tokens/s": 100,
+    }  # fmt: skip
+    assert table.rows[0][4:6] == [None, None] and table.rows[0][-1] == 300
+
+
+# CSV: every column -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def figures(summary, tmp_path):
+    write_evaluation(json.loads(json.dumps(summary)), tmp_path)
+    return tmp_path / "figures"
+
+
+def test_every_column_of_perplexity_csv(figures):
+    rows = rows_of(figures / "perplexity.csv")
+    assert [(row["model"], row["domain"]) for row in rows] == [(name, d) for name in LOSSES for d in "ab"]
+    row = rows[2]
+    assert list(row) == ["model", "domain", "loss_nats", "perplexity", "standard_error_nats"]
+    assert (row["model"], row["domain"]) == ("before", "a")
+    assert float(row["loss_nats"]) == pytest.approx(2.0) and float(row["perplexity"]) == pytest.approx(math.exp(2))
+    assert float(row["standard_error_nats"]) == pytest.approx(math.sqrt((0.04 + 0.04) / 3 / 4))
+
+
+def test_every_column_of_change_csv(figures):
+    a, b, whole = rows_of(figures / "change.csv")
+    assert a == {
+        "domain": "a", "perplexity_before": a["perplexity_before"], "perplexity_after": a["perplexity_after"],
+        "change": a["change"], "change_standard_error": a["change_standard_error"],
+        "difference_nats": a["difference_nats"], "standard_error_nats": a["standard_error_nats"], "verdict": "better",
+    }  # fmt: skip
+    assert [float(value) for value in list(a.values())[1:-1]] == pytest.approx(
+        [math.exp(2), math.exp(1), math.exp(-1) - 1, math.exp(-1) * ERROR_A, -1.0, ERROR_A]
+    )
+    assert float(b["difference_nats"]) == pytest.approx(0.1) and b["verdict"] == "same"
+    assert whole["domain"] == "all" and float(whole["difference_nats"]) == pytest.approx(-0.45)
+
+
+def test_every_column_of_routing_csv(figures):
+    rows = rows_of(figures / "routing-after.csv")
+    assert list(rows[0]) == ["layer", "domain", "expert", "share"]
+    found = {(row["layer"], row["domain"], row["expert"]): float(row["share"]) for row in rows}
+    assert len(rows) == len(found) == (3 + 1) * 2 * 2
+    assert found["2", "a", "second"] == 0.2 and found["5", "b", "first"] == 0.5 and found["0", "b", "second"] == 0.9
+    assert found["mean", "b", "first"] == pytest.approx(0.3)
+
+
+def test_every_column_of_cosine_csv(figures):
+    """Tables 0 to 5 add k/10 to the unit matrix: embeddings, inputs, two layers' rows, two layers' centred rows."""
+    for name, before, after in (("cosine-after", 0.0, 0.3), ("cosine-after-centred", 0.1, 0.45)):
+        rows = rows_of(figures / f"{name}.csv")
+        assert list(rows[0]) == ["expert", "other", "before", "after"]
+        found = {(r["expert"], r["other"]): (float(r["before"]), float(r["after"])) for r in rows}
+        assert found["first", "second"] == pytest.approx((before, after))
+        assert found["second", "second"] == pytest.approx((1 + before, 1 + after))
+
+
+# The page ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_page_can_be_made_from_the_file_alone(summary, tmp_path):
@@ -94,23 +266,20 @@ def test_a_page_can_be_made_from_the_file_alone(summary, tmp_path):
     titles = [section.title for section in sections]
     assert titles[:2] == ["Perplexity by domain", "From before to after"]
     assert all(section.figure is None or section.figure.is_file() for section in sections)
-    assert all(
-        len([s for s in section.text.split(". ") if s.strip()]) == 2 for section in sections
-    )  # two sentences each
+    explained = [section.text.split("\n\n")[0] for section in sections]
+    assert all(len([s for s in text.split(". ") if s.strip()]) == 2 for text in explained)  # two sentences each
     assert "&lt;&amp;&gt;" in (tmp_path / "report.html").read_text()
+    assert "-63.2 ± 2.6 %" in (tmp_path / "report.html").read_text()
+
+
+def test_a_summary_of_an_older_version_still_makes_a_page(summary, tmp_path):
+    old = {key: value for key, value in summary.items() if key != "window_loss"}
+    old["change"] = {key: summary["change"][key] for key in ("before", "after", "ratio")}
+    assert "From before to after" not in [s.title for s in evaluation_sections(old, tmp_path)]
 
 
 def test_lineage_is_readable(summary, tmp_path):
-    (section,) = [s for s in evaluation_sections(summary, tmp_path) if s.title == "How after came about"]
-    assert section.table.rows == [["1", "upcycle", "note: <&>; fit: before 0.4529, after 0.5; experts: a, b"]]
-
-
-def test_change_has_verdicts(summary, tmp_path):
-    (section,) = [s for s in evaluation_sections(summary, tmp_path) if s.title == "From before to after"]
-    assert section.table.header == ["perplexity of", "before", "after", "change", "verdict"]
-    assert [row[0] for row in section.table.rows] == ["a", "b", "all"]
-    assert [row[3:] for row in section.table.rows] == [
-        ["-63.2 %", "better"],
-        ["+10.5 %", "worse"],
-        ["-36.2 %", "better"],
-    ]
+    table = section(summary, "How after came about", tmp_path).table
+    assert table.header == ["step", "verb", "settings"]
+    assert table.rows == [["1", "upcycle", "note: <&>; fit: before 0.4529, after 0.5; experts: a, b"]]
+    assert "upcycle" in text_table(table)

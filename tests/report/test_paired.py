@@ -1,11 +1,22 @@
-"""Statistics over seeds: what a paired difference is called, and that missing numbers stay missing."""
+"""Statistics over seeds and windows: what a paired difference is called, its error, and that missing numbers stay missing."""
 
 import math
 
 import pytest
 
 from nexus_ds.report.page import Spread
-from nexus_ds.report.paired import budgets_of, losses, mean_loss, measured, paired, spread
+from nexus_ds.report.paired import (
+    Difference,
+    budgets_of,
+    losses,
+    mean_difference,
+    mean_loss,
+    measured,
+    over_windows,
+    paired,
+    quantile,
+    spread,
+)
 
 
 def seeds(*values):
@@ -64,3 +75,38 @@ def test_failed_seeds_are_left_out():
 def test_budgets_are_ordered_as_numbers():
     entries = [{"seeds": {"0": {"budgets": {"100000": {}, "25000": {}}}, "1": {"budgets": {"0": {}}}, "2": {}}}]
     assert budgets_of(entries) == ["0", "25000", "100000"]
+
+
+# Windows -----------------------------------------------------------------------------------------------------------
+
+
+def test_quantiles_are_those_of_printed_tables():
+    table = {1: 12.706, 3: 3.182, 10: 2.228, 47: 2.012, 1e9: 1.960}
+    assert {freedom: round(quantile(freedom), 3) for freedom in table} == table
+    assert quantile(0) == math.inf
+
+
+def test_the_error_is_that_of_the_differences():
+    found = over_windows([1.0, 2.0, 3.0, 4.0], [1.5, 2.0, 3.7, 4.4])
+    assert found.mean == pytest.approx(0.4)
+    assert found.error == pytest.approx(math.sqrt((0.01 + 0.16 + 0.09 + 0.0) / 3 / 4))  # deviations 0.1 -0.4 0.3 0
+    assert found.freedom == 3 and found.noise == pytest.approx(3.182 * 0.147196, abs=1e-4)
+    assert over_windows([1.0, 5.0], [1.25, 5.25]) == Difference(0.25, 0.0, 1), "what windows have in common cancels"
+
+
+def test_one_window_has_no_error():
+    found = over_windows([1.0], [1.5])
+    assert found.mean == 0.5 and math.isnan(found.error) and found.noise == math.inf
+
+
+def test_windows_that_are_not_pairs_are_refused():
+    with pytest.raises(ValueError, match="zip"):
+        over_windows([1.0, 2.0], [1.0])
+
+
+def test_the_mean_over_domains_has_the_error_of_independent_parts():
+    found = mean_difference([Difference(0.1, 0.3, 4), Difference(-0.3, 0.4, 9)])
+    assert found.mean == pytest.approx(-0.1) and found.error == pytest.approx(0.25)  # hypot(0.3, 0.4) / 2
+    assert found.freedom == pytest.approx(0.25**2 / (0.09**2 / 4 + 0.16**2 / 9))
+    assert mean_difference([Difference(0.1, 0.0, 4), Difference(0.1, 0.0, 9)]).error == 0
+    assert mean_difference([Difference(0.1, 0.2, 4), Difference(0.1, math.nan, 0)]).noise == math.inf

@@ -1,6 +1,6 @@
 """Tasks on a page: table of groups, each task with its error, and what was not run."""
 
-from nexus_ds.report.page import text_table
+from nexus_ds.report.page import Spread, text_table
 from nexus_ds.report.tasks import task_sections, task_table
 
 
@@ -23,8 +23,18 @@ TASKS = {
 def test_groups_and_their_mean():
     table = task_table(TASKS)
     assert table.header == ["model", "science", "mmlu", "mean"] and table.best == "max"
-    assert table.rows == [["seed", 30.0, None, 30.0], ["Nexus", 34.0, 26.0, 30.0]]
+    assert table.rows == [
+        ["seed", Spread(30.0, 1.5, 1), None, Spread(30.0, 1.5, 1)],
+        ["Nexus", Spread(34.0, None, 1), Spread(26.0, 2.0, 1), Spread(30.0, None, 1)],
+    ]
+    assert [line.split("  ")[-1] for line in text_table(table).splitlines()] == ["mean", "30.0 ± 1.5", "30.0"]
     assert "–" in text_table(table)
+
+
+def test_errors_of_groups_and_their_mean():
+    tasks = {"a": task("x", 10.0, 3.0), "b": task("x", 20.0, 4.0), "c": task("y", 40.0, 6.0)}
+    (row,) = task_table({"Nexus": entry({"x": 15.0, "y": 40.0}, tasks)}).rows
+    assert row[1:] == [Spread(15.0, 2.5, 1), Spread(40.0, 6.0, 1), Spread(27.5, 3.25, 1)]  # 5/2; hypot(2.5, 6)/2
 
 
 def test_sections_name_each_task_and_what_was_not_run():
