@@ -105,14 +105,30 @@ def z_loss(logits_TE):
     return logits_TE.float().exp().sum(dim=-1).log().square().mean()
 
 
+class Carry(torch.autograd.Function):
+    """Hands a tensor on; its backward pass gives a loss the gradient `scale`, in a recomputed pass too."""
+
+    @staticmethod
+    def forward(ctx, tensor, loss, scale):
+        ctx.scale = scale
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, torch.tensor(ctx.scale, device=gradient.device), None
+
+
 class Layer(nn.Module):
-    """One layer: [B, S, H] -> [B, S, H]; `auxiliary` is the weighted sum of its losses in the last pass."""
+    """One layer: [B, S, H] -> [B, S, H]; `auxiliary` is the weighted sum of its losses in the last pass.
+
+    Their gradient comes with that of the output, `loss_scale` times; with 0 the caller adds `auxiliary` to his own loss.
+    """
 
     def __init__(self, router, experts, shared_experts, top_k, coefficients):
         super().__init__()
         self.router, self.experts, self.shared_experts = router, experts, shared_experts
         self.top_k, self.load_balance, self.z_loss = top_k, coefficients.load_balance, coefficients.z_loss
-        self.selected, self.gate, self.auxiliary = None, None, None
+        self.selected, self.gate, self.auxiliary, self.loss_scale = None, None, None, 1.0
 
     def forward(self, x_BSH):
         x_TH = x_BSH.flatten(0, 1)
@@ -120,6 +136,8 @@ class Layer(nn.Module):
         p_TE = logits_TE.float().softmax(dim=-1)
         gate_TK, self.selected = p_TE.topk(self.top_k, dim=-1)
         self.auxiliary = self.load_balance * load_balancing(p_TE, self.selected) + self.z_loss * z_loss(logits_TE)
+        if self.auxiliary.requires_grad:
+            gate_TK = Carry.apply(gate_TK, self.auxiliary, self.loss_scale)
         self.gate = gate_TK.to(x_TH.dtype)  # transformers rounds the gate to the model's precision
         y_TH = self.shared_experts(x_TH)
         for expert in range(p_TE.shape[1]):

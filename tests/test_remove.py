@@ -4,6 +4,7 @@ import json
 import math
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from conftest import make_nexus
@@ -11,7 +12,7 @@ from conftest import make_nexus
 from nexus_ds.__main__ import main
 from nexus_ds.config import RouterConfig
 from nexus_ds.data.corpora import open_source, token_files, windows
-from nexus_ds.model.build import load_reference, load_stock
+from nexus_ds.model.build import load_stock
 from nexus_ds.model.checkpoint import read_sidecar
 from nexus_ds.model.scoring import score
 
@@ -26,7 +27,7 @@ def logits(model):
 def test_the_others_renormalise_and_nothing_else_changes(tmp_path, nexus_dir, capsys):
     assert main(["remove", "--checkpoint", str(nexus_dir), "--expert", "beta", "--out", str(tmp_path / "out")]) == 0
     assert "2 experts (alpha, gamma)" in capsys.readouterr().out
-    expected = load_reference(nexus_dir, torch.float32, RouterConfig())
+    expected = oracle.load(nexus_dir, torch.float32, RouterConfig())
     for layer in expected.model.layers:
         rows = layer.mlp.router.rows
         layer.mlp.router.rows = lambda dtype, rows=rows: rows(dtype)[[0, 2]]

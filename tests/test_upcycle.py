@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,6 @@ from nexus_ds.errors import (
     OutputExistsError,
     UnsupportedModelError,
 )
-from nexus_ds.model.build import load_reference
 from nexus_ds.model.checkpoint import read_sidecar, router_rows, verify_rows
 from nexus_ds.model.facts import describe
 from nexus_ds.model.families import (
@@ -474,7 +474,7 @@ def test_btx_has_the_seed_as_a_routed_expert_and_no_shared_one(parts, capsys):
     assert described["shared_expert"] == "none" and described["parameters"] == facts["parameters"]
     vectors = read_sidecar(parts / "out").vectors
     torch.testing.assert_close(vectors[3], vectors[:3].mean(0))
-    model = load_reference(parts / "out", torch.float32, RouterConfig())
+    model = oracle.load(parts / "out", torch.float32, RouterConfig())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     for _ in range(3):
         model(input_ids=torch.arange(24)[None], labels=torch.arange(24)[None], use_cache=False).loss.backward()

@@ -21,9 +21,9 @@ from nexus_ds.benchmarks import network
 from nexus_ds.benchmarks.links import EMBEDDING, Links, Way
 from nexus_ds.config import Config
 from nexus_ds.launch import end
+from nexus_ds.model.experts import FeedForward
 from nexus_ds.model.head import next_token_loss
 from nexus_ds.model.moe import NexusMoE, NexusRouter, Placement
-from nexus_ds.model.reference import FeedForward
 from nexus_ds.model.router import Projection, centre_of, condition, init_projection, layer_generator
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.engine import Batch, check_layout, deepspeed_config, moe_layers, set_learning_rate, start_engine

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from nexus_ds.errors import ConfigError
+from nexus_ds.model.experts import FeedForward
 from nexus_ds.model.head import use_loss_head
 from nexus_ds.model.losses import attach_loss
 from nexus_ds.model.moe import NexusMoE, NexusRouter, Placement
-from nexus_ds.model.reference import FeedForward
 from nexus_ds.model.router import Projection, init_projection, layer_generator
 from nexus_ds.planning.sizes import Sizes
 from nexus_ds.runtime.deepspeed_internals import AutoEPMoELayer

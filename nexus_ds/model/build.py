@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nexus_ds.config import Config, ModelConfig, RouterConfig
 from nexus_ds.errors import CheckpointError
 from nexus_ds.model.checkpoint import load_projection, read_sidecar, verify_rows
+from nexus_ds.model.experts import FeedForward
 from nexus_ds.model.families import (
     FFN_PARTS,
     SHARED_GATE_FILL,
@@ -29,7 +30,6 @@ from nexus_ds.model.families import (
 )
 from nexus_ds.model.loading import know_model_type, quiet_transformers
 from nexus_ds.model.moe import NexusMoE, NexusRouter, Placement
-from nexus_ds.model.reference import FeedForward, ReferenceExperts, ReferenceMoE, ReferenceRouter
 from nexus_ds.model.router import Projection
 from nexus_ds.model.tensorfile import TensorReader
 
@@ -185,21 +185,6 @@ def _nexus_block(
     return NexusMoE(placement, local, shared, gate, grouped_mm)
 
 
-def _reference_block(parts: NexusParts, layer: int, router: RouterConfig) -> ReferenceMoE:
-    shared = parts.shared(layer)
-    ffn_size, hidden_size = shared.gate_proj.weight.shape
-    experts = ReferenceExperts(parts.experts, hidden_size, ffn_size).to(parts.dtype)
-    for index in range(parts.experts):
-        routed = parts.routed(layer, index)
-        for target, part in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
-            getattr(experts, target).data[index] = getattr(routed, part).weight.data
-    projection, inputs_EM = parts.projection(layer)
-    gate = ReferenceRouter(hidden_size, inputs_EM, projection, parts.experts, parts.mean(layer))
-    if gate.gate is not None:
-        gate.gate.weight = nn.Parameter(parts.rows(layer))
-    return ReferenceMoE(gate, experts, shared, parts.sidecar.router.top_k, router.load_balance, router.z_loss)
-
-
 def leave(module: nn.Module) -> None:
     """Leave a module as it is."""
 
@@ -250,11 +235,6 @@ def load_nexus(
     return _assemble(
         directory, dtype, lambda parts, layer: _nexus_block(parts, layer, placement, router, grouped_mm), settle
     )
-
-
-def load_reference(directory: Path, dtype: torch.dtype, router: RouterConfig) -> Any:
-    """Load a Nexus checkpoint with plain PyTorch reference blocks, all experts in one process."""
-    return _assemble(directory, dtype, lambda parts, layer: _reference_block(parts, layer, router))
 
 
 def load_for_training(

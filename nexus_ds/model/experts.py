@@ -1,4 +1,4 @@
-"""The routed experts' computation on one rank, and the order of rows that it needs.
+"""Feed-forward networks: one, and the routed ones of a rank in the order of rows that they need.
 
 Rows are put in the order of their experts once, every expert computes one stretch of them, and they are put back. The gradients
 of the stacked weights are written in place: a loop over `w1[e]` would add one gradient as large as all experts for each of them.
@@ -14,6 +14,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class FeedForward(nn.Module):
+    """SwiGLU feed-forward network without biases: [.., H] -> [.., H]."""
+
+    def __init__(self, hidden_size: int, ffn_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, ffn_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, ffn_size, bias=False)
+        self.down_proj = nn.Linear(ffn_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return down(silu(gate(x)) * up(x))."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class _Reorder(torch.autograd.Function):

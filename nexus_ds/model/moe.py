@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_ds.model.context import context
-from nexus_ds.model.experts import ExpertOrder, RoutedExperts
+from nexus_ds.model.experts import ExpertOrder, FeedForward, RoutedExperts
 from nexus_ds.model.losses import attach_loss, load_balancing_loss, router_z_loss
-from nexus_ds.model.reference import FeedForward
 from nexus_ds.model.router import Projection
 from nexus_ds.runtime.deepspeed_internals import (
     AutoEPMoELayer,

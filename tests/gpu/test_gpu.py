@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
 from conftest import make_nexus
@@ -13,7 +14,7 @@ from launch import clean_environment, finish, start_ranks
 from nexus_ds.__main__ import main
 from nexus_ds.bench import describe_train
 from nexus_ds.config import RouterConfig
-from nexus_ds.model.build import load_nexus, load_reference
+from nexus_ds.model.build import load_nexus
 from nexus_ds.model.moe import Placement
 
 REPOSITORY = Path(__file__).parents[2]
@@ -32,16 +33,16 @@ def test_grouped_gemm_in_bf16_equals_the_reference_forward_and_backward(tmp_path
     checkpoint = make_nexus(tmp_path / "nexus", names=NAMES)
     router = RouterConfig(load_balance=0.1, z_loss=0.01)
     layer = load_nexus(checkpoint, torch.bfloat16, Placement(4), router, True).model.layers[0].mlp.cuda()
-    oracle = load_reference(checkpoint, torch.bfloat16, router).model.layers[0].mlp.cuda()
+    plain = oracle.load(checkpoint, torch.bfloat16, router).model.layers[0].mlp.cuda()
     x = torch.randn(2, 512, 16, device="cuda", dtype=torch.bfloat16)
     inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
-    outputs = [module(i) for module, i in zip((layer, oracle), inputs, strict=True)]
+    outputs = [module(i) for module, i in zip((layer, plain), inputs, strict=True)]
     assert relative(outputs[0], outputs[1]) < 1e-2
     weight = torch.randn_like(outputs[0])
     for output in outputs:
         (output * weight).sum().backward()
     assert relative(inputs[0].grad, inputs[1].grad) < 2e-2
-    expected = dict(oracle.named_parameters())
+    expected = dict(plain.named_parameters())
     for name, parameter in layer.named_parameters():
         assert relative(parameter.grad, expected[name].grad) < 3e-2, name
 

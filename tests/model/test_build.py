@@ -1,12 +1,13 @@
-"""Checkpoints in memory: the reference and NexusMoE against stock transformers, and the facts about the layer."""
+"""Checkpoints in memory: the oracle and NexusMoE against stock transformers, and the facts about the layer."""
 
+import oracle
 import pytest
 import torch
 from conftest import make_linear, make_nexus
 
-from nexus_ds.config import RouterConfig
+from nexus_ds.config import ModelConfig, RouterConfig
 from nexus_ds.errors import CheckpointError
-from nexus_ds.model.build import load_nexus, load_reference, load_stock
+from nexus_ds.model.build import load_nexus, load_stock, new_dense
 from nexus_ds.model.checkpoint import read_sidecar
 from nexus_ds.model.moe import NexusMoE, Placement
 from nexus_ds.model.tensorfile import TensorReader, overwrite
@@ -21,33 +22,38 @@ def logits(model):
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_written_down_rows_give_the_logits_that_the_projection_gives(tmp_path, top_k, dtype):
-    """Fact 1: P can be replaced by its precomputed rows. The stock model has the rows, the reference has P."""
+def test_written_down_rows_give_the_logits_that_the_projection_gives(tmp_path, top_k):
+    """Fact 1: P can be replaced by its precomputed rows. The stock model has the rows, the oracle has P."""
     checkpoint = make_nexus(tmp_path / "nexus", names=list("abcd"), top_k=top_k)
-    reference = load_reference(checkpoint, dtype, RouterConfig())
-    stock = load_stock(checkpoint, dtype)
-    if dtype == torch.bfloat16:  # a bf16 checkpoint stores rows of a rounded P, not rounded rows
-        for layer, block in enumerate(stock.model.layers):
-            block.mlp.gate.weight.data = reference.model.layers[layer].mlp.router.rows(dtype).detach()
-    found, expected = logits(reference), logits(stock)
-    without = load_reference(checkpoint, dtype, RouterConfig())
-    for block in without.model.layers:
-        block.mlp.experts.w2.data.zero_()
-    routed = float((logits(without) - expected).abs().max())  # what the routed experts contribute
-    assert float((found - expected).abs().max()) <= (1e-6 if dtype == torch.float32 else 0.1 * routed)
+    reference = oracle.load(checkpoint, torch.float32, RouterConfig())
+    assert float((logits(reference) - logits(load_stock(checkpoint, torch.float32))).abs().max()) <= 1e-6
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_written_down_rows_route_as_the_projection_does_in_bf16(tmp_path, top_k):
+    """Layer by layer and without the shared expert, beside which routed ones are lost in the rounding."""
+    checkpoint = make_nexus(tmp_path / "nexus", names=list("abcd"), top_k=top_k)
+    reference, stock = oracle.load(checkpoint, torch.bfloat16, RouterConfig()), load_stock(checkpoint, torch.bfloat16)
+    x_BSH = torch.randn(4, 64, 16, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    for plain, block in zip(reference.model.layers, stock.model.layers, strict=True):
+        plain.mlp.shared_experts.down_proj.weight.data.zero_()
+        block.mlp.shared_expert.down_proj.weight.data.zero_()
+        with torch.no_grad():
+            found, expected = plain.mlp(x_BSH).float(), block.mlp(x_BSH).float()
+        difference_T = (found - expected).abs().amax(-1).flatten() / expected.abs().max()
+        assert float(difference_T.quantile(0.95)) <= 2e-2  # a token between two experts may take either
 
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_one_process_of_nexus_moe_gives_the_references_logits(nexus_dir, grouped):
     model = load_nexus(nexus_dir, torch.float32, Placement(3), RouterConfig(), grouped)
     assert all(isinstance(block.mlp, NexusMoE) for block in model.model.layers)
-    assert float((logits(model) - logits(load_reference(nexus_dir, torch.float32, RouterConfig()))).abs().max()) <= 1e-6
+    assert float((logits(model) - logits(oracle.load(nexus_dir, torch.float32, RouterConfig()))).abs().max()) <= 1e-6
 
 
 def test_the_output_is_the_shared_expert_plus_the_gated_routed_one(nexus_dir):
     """Fact 3, computed once more by hand."""
-    layer = load_reference(nexus_dir, torch.float32, RouterConfig()).model.layers[0].mlp
+    layer = oracle.load(nexus_dir, torch.float32, RouterConfig()).model.layers[0].mlp
     x = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0))
     p = (x[0] @ layer.router.rows(torch.float32).T).softmax(-1)
     assert torch.allclose(p.sum(-1), torch.ones(5))
@@ -57,8 +63,23 @@ def test_the_output_is_the_shared_expert_plus_the_gated_routed_one(nexus_dir):
         assert torch.allclose(layer(x)[0, t], expected, atol=1e-6)
 
 
+def test_a_new_dense_model_has_the_sizes_of_the_recipe():
+    sizes = ModelConfig(hidden_size=48, layers=2, heads=4, kv_heads=2, ffn_size=40, max_positions=96, rope_theta=5e3,
+                        tied_embeddings=False)  # fmt: skip
+    model = new_dense(sizes, 70, 3, 0)
+    config, block = model.config, model.model.layers[1]
+    assert (config.vocab_size, config.eos_token_id, config.max_position_embeddings) == (70, 3, 96)
+    assert config.rope_parameters["rope_theta"] == 5e3 and len(model.model.layers) == 2
+    assert block.self_attn.q_proj.weight.shape == (48, 48) and block.self_attn.k_proj.weight.shape == (24, 48)
+    assert block.mlp.gate_proj.weight.shape == (40, 48)
+    assert model.lm_head.weight.shape == (70, 48) and model.lm_head.weight is not model.model.embed_tokens.weight
+    again, other = new_dense(sizes, 70, 3, 0), new_dense(sizes, 70, 3, 1)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    assert not torch.equal(other.lm_head.weight, model.lm_head.weight)
+
+
 def test_a_single_routed_expert_has_probability_one(tmp_path):
-    layer = load_reference(make_nexus(tmp_path / "one", names=["a"]), torch.float32, RouterConfig()).model.layers[0].mlp
+    layer = oracle.load(make_nexus(tmp_path / "one", names=["a"]), torch.float32, RouterConfig()).model.layers[0].mlp
     x = torch.randn(1, 3, 16)
     assert torch.allclose(layer(x), layer.shared_experts(x) + layer.experts(x, 0), atol=1e-6)
 
@@ -105,13 +126,13 @@ def test_a_shared_gate_that_was_trained_elsewhere_is_refused(tmp_path):
     reader = TensorReader(checkpoint)
     overwrite(reader.info("model.layers.1.mlp.shared_expert_gate.weight"), torch.full((1, 16), 0.3))
     with pytest.raises(CheckpointError, match=r"layer 1: the shared expert's gate has weights up to 3\.0e-01"):
-        load_reference(checkpoint, torch.float32, RouterConfig())
+        load_nexus(checkpoint, torch.float32, Placement(3), RouterConfig(), False)
 
 
 def test_a_linear_router_trains_its_own_rows(tmp_path):
     checkpoint = make_linear(tmp_path / "nexus", names=list("abcd"))
     model = load_nexus(checkpoint, torch.float32, Placement(4), RouterConfig(load_balance=0.1), False)
-    reference = load_reference(checkpoint, torch.float32, RouterConfig(load_balance=0.1))
+    reference = oracle.load(checkpoint, torch.float32, RouterConfig(load_balance=0.1))
     stock = logits(load_stock(checkpoint, torch.float32))
     assert float((logits(model) - stock).abs().max()) <= 1e-6
     assert float((logits(reference) - stock).abs().max()) <= 1e-6
@@ -127,8 +148,8 @@ def test_a_linear_router_trains_its_own_rows(tmp_path):
 def test_experts_permuted_together_with_their_domains_leave_the_output_unchanged(tmp_path):
     """Fact 6."""
     checkpoint, order = make_nexus(tmp_path / "nexus", names=list("abcd"), top_k=2), [2, 0, 3, 1]
-    expected = logits(load_reference(checkpoint, torch.float32, RouterConfig()))
-    permuted = load_reference(checkpoint, torch.float32, RouterConfig())
+    expected = logits(oracle.load(checkpoint, torch.float32, RouterConfig()))
+    permuted = oracle.load(checkpoint, torch.float32, RouterConfig())
     for block in permuted.model.layers:
         for stacked in ("w1", "w2", "w3"):
             parameter = getattr(block.mlp.experts, stacked)

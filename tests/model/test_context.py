@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 
+import oracle
 import pytest
 import torch
 from conftest import make_nexus
 
 from nexus_ds.config import RouterConfig
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
-from nexus_ds.model.build import load_nexus, load_reference, load_stock
+from nexus_ds.model.build import load_nexus, load_stock
 from nexus_ds.model.checkpoint import SIDECAR, read_sidecar
 from nexus_ds.model.context import context, running_mean
 from nexus_ds.model.loading import load_model
@@ -48,7 +49,7 @@ def test_running_means_go_on_where_they_stopped_and_skip_padding():
 @torch.no_grad()
 def test_transformers_computes_what_the_reference_does(context_dir, served):
     assert type(served) is NexusMoeForCausalLM
-    expected = load_reference(context_dir, torch.float32, RouterConfig())(input_ids=TOKENS, use_cache=False).logits
+    expected = oracle.load(context_dir, torch.float32, RouterConfig())(input_ids=TOKENS, use_cache=False).logits
     torch.testing.assert_close(served(input_ids=TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
     served.model.layers[0].mlp.gate.mean.data += 1.0
     changed = served(input_ids=TOKENS).logits
@@ -196,7 +197,7 @@ def assert_same_gradients(found, expected, names=None):
 @pytest.fixture(scope="module")
 def expected(context_dir):
     """The gradients of the plain reference, which computes each mean of its own and keeps all activations."""
-    return two_texts_gradients(load_reference(context_dir, torch.float32, RouterConfig(load_balance=0)))
+    return two_texts_gradients(oracle.load(context_dir, torch.float32, RouterConfig(load_balance=0)))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -221,8 +222,8 @@ def test_two_padded_passes_before_one_backward_pass(context_dir, reentrant):
 def test_two_passes_before_one_backward_pass_in_training(context_dir, reentrant):
     """Of NexusMoE and of the reference, the router's losses among what is trained on."""
     losses = RouterConfig(load_balance=0.1, z_loss=0.01)
-    kept = two_texts_gradients(load_reference(context_dir, torch.float32, losses))
-    again = checkpointed(load_reference(context_dir, torch.float32, losses), reentrant)
+    kept = two_texts_gradients(oracle.load(context_dir, torch.float32, losses))
+    again = checkpointed(oracle.load(context_dir, torch.float32, losses), reentrant)
     assert_same_gradients(two_texts_gradients(again), kept)
     model = checkpointed(load_nexus(context_dir, torch.float32, Placement(3), losses, False), reentrant)
     assert_same_gradients(two_texts_gradients(model), kept)

@@ -115,6 +115,8 @@ def reference(checkpoint, case):
     masters = {name: torch.nn.Parameter(p.detach().float().clone()) for name, p in working.items()}
     optimizer = oracle.adamw(masters, config.training, config.router.lr_scale)
     chunks = case.world * case.accumulation
+    for layer in model.model.layers:
+        layer.mlp.loss_scale = 0.0  # its losses are added below
     losses, norms, first = [], [], None
     for step, batch in enumerate(batches(model.config.vocab_size, BATCH)[: case.steps]):
         total = 0.0
