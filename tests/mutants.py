@@ -144,6 +144,7 @@ FAULTS = (
     Fault("each rank hashes the first files", "runtime/states.py",
           "sorted(files)[share::of]", "sorted(files)[:: max(of, 1)]",
           "runtime/test_states.py slow -k 'damage or hash or share or file'"),
+    Fault("a new expert's second moment is a sum", "runtime/canonical.py", "alpha=1 / len(siblings)", "alpha=1"),
     Fault("P is among the matrices", "runtime/engine.py",
           '"router" if ".mlp.router." in name', '"router" if ".mlp.gate." in name'),
     Fault("the router is decayed", "runtime/engine.py",
