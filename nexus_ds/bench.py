@@ -13,7 +13,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nexus_ds.benchmarks import data, links
 from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import new_directory, refuse_existing
 
@@ -28,6 +27,8 @@ SIZES = ("hidden", "layers", "heads", "ffn", "vocabulary", "experts", "top_k", "
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
+    from nexus_ds.benchmarks import data, links  # they import torch, for which no other verb's --help should wait
+
     commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     train = commands.add_parser("train", help="tokens/s of a Nexus layer, DeepSpeed's, transformers' and a dense model")
     growth = commands.add_parser("growth", help="step time and memory against experts, top-k, layers and sequence")
@@ -192,6 +193,8 @@ def describe_growth(found: dict[str, Any]) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, and with --out write."""
+    from nexus_ds.benchmarks import data, links
+
     if args.what == "data":
         return data.run(args, _say)
     if args.what == "links":
