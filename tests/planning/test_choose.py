@@ -17,7 +17,6 @@ from nexus_ds.planning.memory import (
     model_states,
 )
 from nexus_ds.planning.sizes import Parameter, sizes_of
-from nexus_ds.runtime.states import BYTES
 
 CARDS = Machine(gpus=16, gpu_memory=24e9, nodes=4, host_memory=256e9, link=25e9 / 8)
 
@@ -114,16 +113,9 @@ def test_one_more_expert_can_tip_a_run_over(large):
     assert not choose.one_more_expert(sizes, roomy, large, best).fits
 
 
-def test_a_training_states_bytes_are_those_that_are_saved(large):
-    assert assumptions.ADAM_BYTES == BYTES
+def test_the_disk_holds_a_state_more_than_are_kept_and_the_checkpoint(large):
     sizes = sizes_of(large)
     counts, found = sizes.counts(), disk(sizes, 2, keep_last=2)
     assert found["state"] == 12 * counts["trained"]
     assert found["states"] == 3 * found["state"]  # one is written before the oldest goes
     assert found["total"] == found["states"] + found["export"]
-
-
-def test_every_assumption_is_a_number_with_a_name():
-    table = assumptions.table()
-    assert table["MFU"] == assumptions.MFU and len(table) > 15
-    assert all(value > 0 for value in table.values())

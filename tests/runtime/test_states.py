@@ -12,10 +12,13 @@ import torch.distributed as dist
 from conftest import make_nexus
 from launch import finish, start_ranks
 
+from nexus_ds.config import load_config
 from nexus_ds.errors import CheckpointError
 from nexus_ds.model.checkpoint import read_sidecar, verify_rows
 from nexus_ds.model.families import mean_name
 from nexus_ds.model.tensorfile import TensorReader
+from nexus_ds.planning.memory import disk
+from nexus_ds.planning.sizes import sizes_of
 from nexus_ds.runtime import states
 from nexus_ds.runtime.canonical import StateFiles
 from nexus_ds.runtime.states import damage, newest_good, read_manifest, steps_saved
@@ -175,6 +178,7 @@ def test_a_state_holds_no_rank_no_vacant_slot_and_no_pickle(source, checkpoint):
     total = sum(math.prod(shape) for shape in names.values())
     size = sum(p.stat().st_size for p in directory.iterdir())
     assert 12 * total < size < 12 * total + 60_000  # headers, manifest and the random generators of two ranks
+    assert disk(sizes_of(load_config("demo", [f"model.path={checkpoint}"])), 4, 2)["state"] == 12 * total  # as planned
     assert (folder / "latest").read_text() == "step_6\n"
 
 
