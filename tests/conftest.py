@@ -137,6 +137,31 @@ def make_linear(out: Path, **form):
     return out
 
 
+def shaken(tensors, seed):
+    """Return a model's tensors with noise of half their size: those of a branch of it."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (t.float() + 0.5 * t.float().abs().mean() * torch.randn(t.shape, generator=generator)).to(t.dtype)
+        for name, t in tensors.items()
+    }
+
+
+def save_branch(checkpoint: Path, out: Path, seed=0):
+    """Save a dense branch that could become an expert of a Nexus checkpoint: its first expert, shaken."""
+    from safetensors.torch import save_file
+
+    from nexus_ds.model.checkpoint import copy_tokenizer
+    from nexus_ds.model.families import dense_config, expert_as_dense, open_moe
+
+    config, reader = open_moe(checkpoint)
+    out.mkdir()
+    tensors = {name: reader.read(stored) for name, (stored, _) in expert_as_dense(config, 0).items()}
+    save_file(shaken(tensors, seed), out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(dense_config(config)))
+    copy_tokenizer(checkpoint, out)
+    return out
+
+
 @pytest.fixture(scope="session")
 def nexus_dir(tmp_path_factory):
     """A random Nexus checkpoint: experts alpha, beta, gamma; 2 layers, hidden 16."""

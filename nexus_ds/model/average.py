@@ -5,7 +5,6 @@ Not covered: checks of compatibility beyond names and shapes; upcycling the same
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,9 +12,9 @@ import torch
 
 from nexus_ds.errors import IncompatibleModelsError
 from nexus_ds.model.checkpoint import copy_tokenizer
-from nexus_ds.model.families import open_dense
+from nexus_ds.model.families import both_ropes, open_dense
 from nexus_ds.model.tensorfile import DTYPES, TensorWriter
-from nexus_ds.outputs import new_directory
+from nexus_ds.outputs import new_directory, write_json
 
 
 def average_dense(models: Sequence[Path], out: Path) -> None:
@@ -41,5 +40,5 @@ def average_dense(models: Sequence[Path], out: Path) -> None:
             for name, (dtype, _) in plan.items():
                 mean = torch.stack([model.reader.read(name).float() for model in opened]).mean(0)
                 writer.write(name, mean.to(DTYPES[dtype]))
-        shutil.copyfile(models[0] / "config.json", directory / "config.json")
+        write_json(directory / "config.json", both_ropes(opened[0].config))
         copy_tokenizer(models[0], directory)

@@ -21,11 +21,12 @@ from nexus_ds.model.checkpoint import load_projection, read_sidecar, verify_rows
 from nexus_ds.model.experts import FeedForward
 from nexus_ds.model.families import (
     FFN_PARTS,
-    SHARED_GATE_FILL,
+    check_shared_gates,
     expert_name,
     gate_name,
     mean_name,
-    shared_gate_name,
+    open_moe,
+    settings,
     shared_name,
 )
 from nexus_ds.model.loading import know_model_type, quiet_transformers
@@ -78,11 +79,12 @@ def new_dense(model: ModelConfig, vocabulary: int, eos: int, seed: int) -> Any:
     )
 
 
-def _empty_skeleton(directory: Path, dtype: torch.dtype) -> Any:
+def _empty_skeleton(directory: Path, stored: dict[str, Any], dtype: torch.dtype) -> Any:
     """Return a Qwen2-MoE without feed-forward blocks, on the meta device but for its rotary buffers."""
     from transformers import Qwen2MoeForCausalLM
 
     config = transformers_config(directory)
+    config.tie_word_embeddings = settings(stored)["tied_embeddings"]
     experts, config.num_experts = config.num_experts, 0  # cheap dense blocks, dropped below
     with torch.device("meta"):
         model = Qwen2MoeForCausalLM._from_config(config, dtype=dtype)
@@ -123,24 +125,20 @@ def _zero_ffn(hidden_size: int, ffn_size: int, dtype: torch.dtype) -> FeedForwar
 
 
 class NexusParts:
-    """Reads the parts of one MoE block from a Nexus checkpoint."""
+    """Reads the parts of one MoE block from a Nexus checkpoint.
+
+    Raises:
+        CheckpointError: damaged, or the shared expert's gate has been trained since, which no layer here computes.
+    """
 
     def __init__(self, directory: Path, dtype: torch.dtype) -> None:
-        self.reader, self.sidecar, self.dtype = TensorReader(directory), read_sidecar(directory), dtype
+        self.config, self.reader = open_moe(directory)
+        self.sidecar, self.dtype = read_sidecar(directory), dtype
         self.experts = len(self.sidecar.experts)
+        check_shared_gates(self.reader, self.config["num_hidden_layers"])
 
     def shared(self, layer: int) -> FeedForward:
-        """Return the shared expert; on disk its down_proj is doubled, since a stock Qwen2-MoE halves it.
-
-        Raises:
-            CheckpointError: the gate that halves it has been trained since, which no layer here computes.
-        """
-        gate = float(self.reader.read(shared_gate_name(layer)).abs().max())
-        if gate > 1e-9:
-            raise CheckpointError(
-                f"layer {layer}: the shared expert's gate has weights up to {gate:.1e}, expected the constant "
-                f"{SHARED_GATE_FILL:.0e}; the model was trained elsewhere, freeze shared_expert_gate there"
-            )
+        """Return the shared expert; on disk its down_proj is doubled, since a stock Qwen2-MoE halves it."""
         names = {part: shared_name(layer, part) for part in FFN_PARTS}
         return _read_ffn(self.reader, names, self.dtype, down_scale=0.5)
 
@@ -197,7 +195,7 @@ def _assemble(
 ) -> Any:
     """Build a model part by part: embeddings, then each layer, then the rest; `settle` gets each part once it is read."""
     parts = NexusParts(directory, dtype)
-    model = _empty_skeleton(directory, dtype)
+    model = _empty_skeleton(directory, parts.config, dtype)
     tied = model.config.tie_word_embeddings
     _fill(model, "model.embed_tokens.", parts.reader, dtype)
     if tied:

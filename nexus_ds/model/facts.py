@@ -13,6 +13,7 @@ from typing import Any
 from nexus_ds.config import parse_yaml
 from nexus_ds.errors import CheckpointError
 from nexus_ds.model.checkpoint import is_nexus, read_sidecar, tokenizer_fingerprint, verify_rows
+from nexus_ds.model.families import as_stored, check_shared_gates
 from nexus_ds.model.loading import read_config
 from nexus_ds.model.tensorfile import TensorReader
 
@@ -58,12 +59,18 @@ def _nexus_facts(directory: Path, reader: TensorReader, config: dict[str, Any]) 
         rows = "equal to P(D)" if sidecar.router.kind == "nexus" else "free"
     except CheckpointError as error:
         rows = f"DAMAGED: {error}"
+    try:
+        check_shared_gates(reader, config["num_hidden_layers"])
+        gates = "constant"
+    except CheckpointError as error:
+        gates = f"TRAINED ELSEWHERE: {error}"
     return {
         "experts": [vars(expert).copy() for expert in sidecar.experts],
         "router": {**vars(sidecar.router), "rows": rows},
         "encoder": None if sidecar.encoder is None else vars(sidecar.encoder).copy(),
         "lineage": sidecar.lineage,
         "shared_expert": sidecar.shared_expert,
+        "shared_expert_gate": gates,
         "parameters": count_parameters(reader, config, sidecar.shared_expert == "seed"),
         "versions": sidecar.versions,
     }
@@ -108,6 +115,7 @@ def describe(directory: Path) -> dict[str, Any]:
     """
     directory = Path(directory)
     config, reader = read_config(directory), TensorReader(directory)
+    config = as_stored(config, reader)
     nexus = is_nexus(directory)
     infos = [reader.info(name) for name in reader.names()]
     facts: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 A Nexus model is stored as a stock Qwen2-MoE: norm_topk_prob false, the shared expert's constant gate (sigmoid of about
 zero, exactly 1/2) undone by a doubled down_proj. `open_dense` refuses by name what that form can't express.
+A config.json is read by transformers' own class: what a key means, and what holds where two contradict, is said there.
 Layout: attention and norms keep their names; model.layers.L.mlp becomes mlp.shared_expert, mlp.experts.E and the
 router row mlp.gate.
 Not covered: quantised models, fp16 weights, tied weights other than the embeddings, RoPE that covers part of a head.
@@ -9,29 +10,32 @@ Not covered: quantised models, fp16 weights, tied weights other than the embeddi
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 from nexus_ds.model.context import CONTEXT_MODEL
-from nexus_ds.model.tensorfile import DTYPES, TensorReader, read_json_object, require_directory
+from nexus_ds.model.tensorfile import DTYPES, TensorReader, read_json_object, require_directory, row_slices
 
 FFN_PARTS = ("gate_proj", "up_proj", "down_proj")
 SHARED_GATE_FILL = 2.0**-60
 """Weight of the shared expert's gate: its sigmoid is exactly 1/2, and llama.cpp's silu(x)/x stays finite."""
 
 MODEL_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
-DEFAULTS: dict[str, dict[str, Any]] = {  # what a config.json may leave out, as transformers fills it in
-    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "sliding_window": None},
-    "mistral": {"rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "sliding_window": 4096},
-    "qwen2": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "sliding_window": 4096},
-    "qwen2_moe": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "sliding_window": 4096},
-}
 FAMILIES = ("llama", "mistral", "qwen2")
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+MOST_LAYERS = 10_000
+ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+STRETCHED = ("dynamic", "yarn", "longrope")
+"""Kinds of RoPE whose frequencies depend on max_position_embeddings."""
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ADAPTER = "adapter_config.json"
 REASONS = {
     "qwen3": "its attention norms q and k (q_norm, k_norm)",
     "qwen3_moe": "it is a mixture already, and its attention norms q and k",
@@ -47,7 +51,10 @@ REASONS = {
     "mixtral": "it is a mixture already",
     "qwen2_moe": "it is a mixture already",
     "gpt2": "it has biases and learned positions",
+    "granite": "its embeddings, attention, residuals and logits are scaled",
 }
+ELSEWHERE = ("transformers_weights", "configuration_files")
+"""Keys by which transformers reads other files than model.safetensors and config.json."""
 HOOKS = (  # keys of a configuration that make transformers run code that is not its own
     "auto_map",
     "trust_remote_code",
@@ -111,6 +118,21 @@ def _walk(value: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
             yield from _walk(item, f"{path}{index}.")
 
 
+def check_shared_gates(reader: TensorReader, layers: int) -> None:
+    """Raise CheckpointError unless the shared expert's gate is the constant that the doubled down_proj makes up for.
+
+    What has been trained elsewhere with that gate runs in transformers, but nothing here computes or extends it.
+    """
+    for layer in range(layers):
+        gate = float(reader.read(shared_gate_name(layer)).abs().max())
+        if not gate <= 1e-9:
+            raise CheckpointError(
+                f"{reader.directory}: layer {layer}: the shared expert's gate has weights up to {gate:.1e}, expected the "
+                f"constant {SHARED_GATE_FILL:.0e}; the model was trained elsewhere: keep shared_expert_gate frozen there "
+                "(peft: exclude_modules), and start from the checkpoint before that"
+            )
+
+
 def refuse_hooks(config: dict[str, Any], where: str) -> None:
     """Raise UnsupportedModelError for keys, at any depth, through which a configuration runs code of its own."""
     for path, key, value in _walk(config):
@@ -129,48 +151,68 @@ def _positive(config: dict[str, Any], key: str, where: str) -> int:
     return value
 
 
-def _rope(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return rope_parameters in today's form from today's or the older keys (rope_theta, rope_scaling)."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+def own_config(config: dict[str, Any], where: str = "config.json") -> Any:
+    """Return the configuration object that transformers makes of a config.json of a known family.
+
+    It fills in what the file leaves out, reads older keys, and decides between keys that contradict each other.
+
+    Raises:
+        CheckpointError: transformers can't read it.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    family = "qwen2_moe" if config["model_type"] == CONTEXT_MODEL else config["model_type"]
+    if family == "mistral" and "layer_types" in config:
+        family = "ministral"  # as AutoConfig does it
+    values = copy.deepcopy({key: value for key, value in config.items() if key != "model_type"})
+    try:
+        found = CONFIG_MAPPING[family](**values)
+        found.standardize_rope_params()  # as it is done once more when a model is built
+    except (StrictDataclassError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{where}: transformers can't read it as {family}: {said}; mend that key, or fetch or save the model again"
+        ) from error
+    return found
+
+
+def _rope(own: Any, where: str) -> dict[str, Any]:
+    """Return rope_parameters in today's form, whatever form config.json has."""
+    rope = dict(own.rope_parameters)
     if any(isinstance(value, dict) for value in rope.values()):
         raise UnsupportedModelError(f"{where}: RoPE that differs between layers can't be expressed as Qwen2-MoE")
-    kind = rope.pop("type", "default")
-    rope.setdefault("rope_type", kind)
-    rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
-    if (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
+    rope.pop("type", None)
+    if rope["rope_type"] not in ROPES:
+        raise UnsupportedModelError(
+            f"{where}: RoPE of type {rope['rope_type']!r} can't be expressed as Qwen2-MoE; known: {', '.join(ROPES)}"
+        )
+    if (rope.pop("partial_rotary_factor", None) or getattr(own, "partial_rotary_factor", None) or 1.0) != 1.0:
         raise UnsupportedModelError(f"{where}: partial_rotary_factor can't be expressed as Qwen2-MoE")
-    rope.pop("partial_rotary_factor", None)
-    if rope["rope_type"] in ("llama3", "yarn", "longrope"):
-        outer = config.get("original_max_position_embeddings") or _max_positions(config)
-        rope.setdefault("original_max_position_embeddings", outer)
-    rope["rope_theta"] = float(rope["rope_theta"])
-    return rope
+    theta = rope["rope_theta"]
+    if type(theta) not in (int, float) or not theta > 0:
+        raise CheckpointError(f"{where}: rope_theta is {theta!r}, expected a number above 0")
+    return rope | {"rope_theta": float(theta)}
 
 
-def _max_positions(config: dict[str, Any]) -> int:
-    return config.get("max_position_embeddings") or DEFAULTS[config["model_type"]]["max_position_embeddings"]
-
-
-def _layer_types(config: dict[str, Any], window: int | None) -> list[str]:
-    """Return 'full_attention' or 'sliding_attention' for each layer."""
-    layers = config["num_hidden_layers"]
-    if window is None:
-        return ["full_attention"] * layers
-    if config["model_type"] == "mistral":
-        return ["sliding_attention"] * layers
-    if config.get("layer_types"):
-        return list(config["layer_types"])
-    first = config.get("max_window_layers", 28)
-    return ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
-
-
-def _window(config: dict[str, Any]) -> int | None:
-    """Return the width of sliding-window attention in tokens, None where all attention is full."""
-    family = config["model_type"]
-    if family == "llama" or (family.startswith("qwen2") and not config.get("use_sliding_window", False)):
-        return None
-    window = config.get("sliding_window", DEFAULTS[family]["sliding_window"])
-    return window or None
+def _windows(own: Any, where: str) -> tuple[int | None, list[str]]:
+    """Return the width of sliding-window attention in tokens (None: all is full), and each layer's kind of attention."""
+    layers, window = own.num_hidden_layers, getattr(own, "sliding_window", None)
+    full = ["full_attention"] * layers
+    if own.model_type == "llama" or (own.model_type == "mistral" and window is None):
+        return None, full
+    types = ["sliding_attention"] * layers if own.model_type == "mistral" else list(own.layer_types)
+    if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
+        raise UnsupportedModelError(f"{where}: layer_types {types!r} can't be expressed as Qwen2-MoE")
+    if "sliding_attention" not in types:
+        return None, full
+    if type(window) is not int or window <= 0:
+        raise CheckpointError(
+            f"{where}: sliding_window is {window!r}, but layers have sliding-window attention; expected a number above 0"
+        )
+    return window, types
 
 
 def settings(config: dict[str, Any], where: str = "config.json") -> dict[str, Any]:
@@ -179,35 +221,49 @@ def settings(config: dict[str, Any], where: str = "config.json") -> dict[str, An
     Two models whose settings are equal can be averaged and can share experts. `where` starts the messages.
 
     Raises:
-        CheckpointError: sizes that are missing or no numbers.
-        UnsupportedModelError: RoPE that can't be expressed.
+        CheckpointError: sizes that are missing or no numbers, anything else that transformers can't read.
+        UnsupportedModelError: RoPE or attention that can't be expressed.
     """
     for key in SIZES:
         _positive(config, key, where)
-    if config["model_type"] == CONTEXT_MODEL:
-        config = config | {"model_type": "qwen2_moe"}
-    family, heads = config["model_type"], config["num_attention_heads"]
-    default_kv = 8 if family == "mistral" and "num_key_value_heads" not in config else heads
-    window = _window(config)
-    types = _layer_types(config, window)
-    if len(types) != config["num_hidden_layers"] or not set(types) <= {"full_attention", "sliding_attention"}:
-        raise UnsupportedModelError(f"{where}: layer_types {types!r} can't be expressed as Qwen2-MoE")
-    moe = family == "qwen2_moe"
+    if config["num_hidden_layers"] > MOST_LAYERS:
+        raise CheckpointError(
+            f"{where}: num_hidden_layers is {config['num_hidden_layers']}, expected at most {MOST_LAYERS}"
+        )
+    own = own_config(config, where)
+    heads, moe = own.num_attention_heads, own.model_type == "qwen2_moe"
+    window, types = _windows(own, where)
+    rope = _rope(own, where)
     return {
-        "hidden_size": config["hidden_size"],
-        "layers": config["num_hidden_layers"],
+        "hidden_size": own.hidden_size,
+        "layers": own.num_hidden_layers,
         "heads": heads,
-        "kv_heads": config.get("num_key_value_heads") or default_kv,
-        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "ffn_size": config["moe_intermediate_size"] if moe else config["intermediate_size"],
-        "vocabulary": config["vocab_size"],
-        "rope": _rope(config, where),
-        "norm_eps": float(config.get("rms_norm_eps", DEFAULTS[family]["rms_norm_eps"])),
-        "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
-        "qkv_bias": bool(config.get("qkv_bias", True)) if moe else family == "qwen2",
-        "sliding_window": window if "sliding_attention" in types else None,
-        "layer_types": types if "sliding_attention" in types else ["full_attention"] * len(types),
+        "kv_heads": own.num_key_value_heads or heads,
+        "head_dim": getattr(own, "head_dim", None) or own.hidden_size // heads,
+        "ffn_size": own.moe_intermediate_size if moe else own.intermediate_size,
+        "vocabulary": own.vocab_size,
+        "rope": rope,
+        "rope_positions": own.max_position_embeddings if rope["rope_type"] in STRETCHED else None,
+        "norm_eps": float(own.rms_norm_eps),
+        "tied_embeddings": own.tie_word_embeddings,
+        "qkv_bias": own.qkv_bias if moe else own.model_type == "qwen2",
+        "sliding_window": window,
+        "layer_types": types,
     }
+
+
+def both_ropes(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json that says its RoPE in today's spelling and in that of transformers before 5.
+
+    The older one is rope_theta and, where frequencies are scaled, rope_scaling; without them such a version reads the base
+    as 10000. Today's transformers, which takes rope_scaling before rope_parameters, reads the same from either.
+    """
+    rope = settings(config)["rope"]
+    older: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
+    if rope["rope_type"] != "default":
+        older["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    kept = {key: value for key, value in config.items() if key != "rope_scaling"}
+    return kept | {"rope_parameters": rope} | older
 
 
 def moe_config(dense_config: dict[str, Any], experts: int, top_k: int, router_input: str = "token") -> dict[str, Any]:
@@ -219,7 +275,7 @@ def moe_config(dense_config: dict[str, Any], experts: int, top_k: int, router_in
         top_k: routed experts per token.
         router_input: token | context; the latter is no stock Qwen2-MoE and says so by its model_type.
     """
-    s, context = settings(dense_config), router_input == "context"
+    s, own, context = settings(dense_config), own_config(dense_config), router_input == "context"
     config: dict[str, Any] = {
         "architectures": ["NexusMoeForCausalLM" if context else "Qwen2MoeForCausalLM"],
         "model_type": CONTEXT_MODEL if context else "qwen2_moe",
@@ -241,11 +297,11 @@ def moe_config(dense_config: dict[str, Any], experts: int, top_k: int, router_in
         "router_aux_loss_coef": 0.0,
         "hidden_act": "silu",
         "rms_norm_eps": s["norm_eps"],
-        "max_position_embeddings": _max_positions(dense_config),
+        "max_position_embeddings": own.max_position_embeddings,
         "rope_parameters": s["rope"],
         "qkv_bias": s["qkv_bias"],
-        "attention_dropout": dense_config.get("attention_dropout") or 0.0,
-        "initializer_range": dense_config.get("initializer_range", 0.02),
+        "attention_dropout": own.attention_dropout or 0.0,
+        "initializer_range": own.initializer_range,
         "tie_word_embeddings": s["tied_embeddings"],
         "use_sliding_window": s["sliding_window"] is not None,
         "sliding_window": s["sliding_window"],
@@ -254,18 +310,8 @@ def moe_config(dense_config: dict[str, Any], experts: int, top_k: int, router_in
     }
     if dense_config.get("head_dim") is not None:  # a null would be taken as the size itself
         config["head_dim"] = s["head_dim"]
-    tokens = _special_tokens(dense_config)
-    return config | tokens
-
-
-def _special_tokens(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the ids of the special tokens, with the families' defaults written out."""
-    defaults = {"llama": (1, 2), "mistral": (1, 2)}.get(config["model_type"], (None, None))
-    return {
-        "bos_token_id": config.get("bos_token_id", defaults[0]),
-        "eos_token_id": config.get("eos_token_id", defaults[1]),
-        "pad_token_id": config.get("pad_token_id"),
-    }
+    tokens = {key: getattr(own, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return both_ropes(config | tokens)
 
 
 def dense_config(config: dict[str, Any], family: str | None = None) -> dict[str, Any]:
@@ -293,7 +339,7 @@ def dense_config(config: dict[str, Any], family: str | None = None) -> dict[str,
         dense["sliding_window"] = s["sliding_window"]
     if family == "qwen2":
         dense |= {"use_sliding_window": sliding, "sliding_window": s["sliding_window"], "layer_types": s["layer_types"]}
-    return dense
+    return both_ropes(dense)
 
 
 def expert_as_dense(config: dict[str, Any], expert: int | None) -> dict[str, tuple[str, float]]:
@@ -328,7 +374,7 @@ def dense_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     s = settings(config)
     h, f = s["hidden_size"], s["ffn_size"]
     q, kv = s["heads"] * s["head_dim"], s["kv_heads"] * s["head_dim"]
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (s["vocabulary"], h)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (s["vocabulary"], h)}
     for layer in range(s["layers"]):
         prefix = f"model.layers.{layer}."
         shapes[prefix + "input_layernorm.weight"] = (h,)
@@ -342,7 +388,7 @@ def dense_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes[dense_ffn_name(layer, part)] = (h, f) if part == "down_proj" else (f, h)
     shapes["model.norm.weight"] = (h,)
     if not s["tied_embeddings"]:
-        shapes["lm_head.weight"] = (s["vocabulary"], h)
+        shapes[HEAD] = (s["vocabulary"], h)
     return shapes
 
 
@@ -371,7 +417,7 @@ class DenseModel:
 
     directory: Path
     config: dict[str, Any]
-    """config.json as it stands on disk."""
+    """config.json as it stands on disk, but for `tie_word_embeddings`, which is as the file of weights has it."""
     family: str
     """llama | mistral | qwen2."""
     reader: TensorReader
@@ -400,17 +446,68 @@ def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
     for key, what in (("attention_bias", "a bias in o_proj (o_proj.bias)"), ("mlp_bias", "biases in the FFN")):
         if config.get(key):
             raise UnsupportedModelError(f"{where}: {key} is set, but a Qwen2-MoE has no place for {what}")
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UnsupportedModelError(f"{where}: hidden_act {config['hidden_act']!r}; only silu (SwiGLU) is supported")
     for key in ("quantization_config", "per_layer_config"):
         if config.get(key):
             raise UnsupportedModelError(f"{where}: {key} is set; save the model unquantised and uniform first")
+    _refuse_in_any_form(config, where)
+
+
+def _refuse_in_any_form(config: dict[str, Any], where: str) -> None:
+    """Raise UnsupportedModelError for what neither a dense model nor a mixture may have."""
+    for key in ELSEWHERE:
+        if config.get(key):
+            raise UnsupportedModelError(
+                f"{where}: {key} is set, so transformers reads other files than this program; save the model again"
+            )
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise UnsupportedModelError(f"{where}: hidden_act {config['hidden_act']!r}; only silu (SwiGLU) is supported")
+    if config.get("is_causal", True) is not True:
+        raise UnsupportedModelError(
+            f"{where}: is_causal is {config['is_causal']!r}: attention to later tokens can't be expressed as Qwen2-MoE"
+        )
+    for key in ("text_config", "decoder", "generator", "text_encoder"):
+        if config.get(key):
+            raise UnsupportedModelError(
+                f"{where}: {key} is set, it wraps a model within a model; save the language model on its own first"
+            )
+
+
+def refuse_other_weights(directory: Path) -> None:
+    """Raise UnsupportedModelError where other weights than model.safetensors decide: an adapter's, or shards of ranks."""
+    shards = sorted(path.name for path in directory.glob("shard-*-model-*-of-*.safetensors"))
+    if shards:
+        raise UnsupportedModelError(
+            f"{directory} holds shards that ranks have saved ({shards[0]}), which transformers reads before "
+            "model.safetensors: save the model whole, or remove them"
+        )
+    if not (directory / ADAPTER).is_file():
+        return
+    adapter = read_json_object(directory, ADAPTER)
+    kind, base = (str(adapter.get(key) or "?")[:200] for key in ("peft_type", "base_model_name_or_path"))
+    raise UnsupportedModelError(
+        f"{directory} holds an adapter ({ADAPTER}: {kind} of {base}), not a whole model: merge it first, with peft's "
+        "AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(OUT), save the tokenizer there "
+        f"too, and give OUT; if the weights beside it are merged already, remove {ADAPTER}"
+    )
+
+
+def as_stored(config: dict[str, Any], reader: TensorReader) -> dict[str, Any]:
+    """Return config.json with embeddings that are tied only if no other head is in the file: transformers keeps that."""
+    if not config.get("tie_word_embeddings") or not {EMBEDDING, HEAD} <= set(reader.names()):
+        return config
+    embedding, head = reader.info(EMBEDDING), reader.info(HEAD)
+    same = embedding.shape == head.shape and embedding.dtype == head.dtype
+    equal = same and all(
+        torch.equal(reader.read_rows(EMBEDDING, *rows), reader.read_rows(HEAD, *rows))
+        for rows in row_slices(head.shape)
+    )
+    return config if equal else config | {"tie_word_embeddings": False}
 
 
 def _check_tensors(reader: TensorReader, shapes: dict[str, tuple[int, ...]], tied: bool) -> str:
     """Check names, shapes and dtypes of a model's tensors against its configuration; return the one dtype."""
     where = reader.directory
-    ignored = {"lm_head.weight"} if tied else set()  # a tied model may repeat it; transformers ignores it too
+    ignored = {HEAD} if tied else set()  # a tied model may repeat it; transformers ignores it too
     extra = [
         n for n in reader.names() if n not in shapes and n not in ignored and not n.endswith("rotary_emb.inv_freq")
     ]
@@ -450,12 +547,14 @@ def open_dense(directory: Path) -> DenseModel:
         UnsupportedModelError: a family, bias, activation, dtype or code hook that a Qwen2-MoE can't express.
     """
     directory = require_directory(Path(directory))
+    refuse_other_weights(directory)
     config = read_json_object(directory, "config.json")
     where = str(directory / "config.json")
     refuse_hooks(config, where)
     _refuse_unsupported(config, where)
-    normal = settings(config, where)
     reader = TensorReader(directory)
+    config = as_stored(config, reader)
+    normal = settings(config, where)
     dtype = _check_tensors(reader, dense_shapes(config), normal["tied_embeddings"])
     return DenseModel(directory, config, config["model_type"], reader, dtype, normal)
 
@@ -468,6 +567,7 @@ def open_moe(directory: Path) -> tuple[dict[str, Any], TensorReader]:
         UnsupportedModelError: code hooks.
     """
     directory = require_directory(Path(directory))
+    refuse_other_weights(directory)
     config = read_json_object(directory, "config.json")
     where = str(directory / "config.json")
     refuse_hooks(config, where)
@@ -482,7 +582,9 @@ def open_moe(directory: Path) -> tuple[dict[str, Any], TensorReader]:
             raise CheckpointError(f"{where}: {key} is {config.get(key)!r}, a Nexus checkpoint has {value!r}")
     for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
         _positive(config, key, where)
+    _refuse_in_any_form(config, where)
     reader = TensorReader(directory)
+    config = as_stored(config, reader)
     _check_tensors(reader, moe_shapes(config), settings(config, where)["tied_embeddings"])
     return config, reader
 

@@ -16,7 +16,7 @@ import torch
 from nexus_ds.errors import CheckpointError, ConfigError
 from nexus_ds.model.checkpoint import is_nexus, verify_rows
 from nexus_ds.model.context import CONTEXT_MODEL
-from nexus_ds.model.families import refuse_hooks
+from nexus_ds.model.families import refuse_hooks, refuse_other_weights
 from nexus_ds.model.tensorfile import TensorReader, read_json_object, require_directory
 
 PRECISIONS = ("auto", "fp32", "stored")
@@ -42,8 +42,9 @@ def read_config(directory: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: no such directory, no valid config.json.
-        UnsupportedModelError: a configuration that asks for code of the checkpoint or of a hub.
+        UnsupportedModelError: an adapter, or a configuration that asks for code of the checkpoint or of a hub.
     """
+    refuse_other_weights(Path(directory))
     config = read_json_object(require_directory(Path(directory)), "config.json")
     refuse_hooks(config, str(Path(directory) / "config.json"))
     return config

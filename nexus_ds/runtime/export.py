@@ -22,7 +22,9 @@ from nexus_ds.errors import CheckpointError
 from nexus_ds.model.build import load_stock
 from nexus_ds.model.checkpoint import Sidecar, copy_tokenizer, read_sidecar, router_rows, versions, write_sidecar
 from nexus_ds.model.families import (
+    HEAD,
     SHARED_GATE_FILL,
+    both_ropes,
     expert_name,
     gate_name,
     mean_name,
@@ -156,8 +158,9 @@ def _write_config(model: Any, source: Path | None, dtype: torch.dtype, directory
         values = json.loads((source / "config.json").read_text(encoding="utf-8"))
     else:
         values = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
-    values["dtype"] = name
+    values |= {"dtype": name, "tie_word_embeddings": HEAD not in _dense_part(model)}
     values.pop("torch_dtype", None)
+    values = both_ropes(values)
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     if source and (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", directory / "generation_config.json")

@@ -1,13 +1,17 @@
 """Checkpoints in memory: the oracle and NexusMoE against stock transformers, and the facts about the layer."""
 
+import json
+import runpy
+import shutil
+
 import oracle
 import pytest
 import torch
 from conftest import make_linear, make_nexus
 
 from nexus_ds.config import ModelConfig, RouterConfig
-from nexus_ds.errors import CheckpointError
-from nexus_ds.model.build import load_nexus, load_stock, new_dense
+from nexus_ds.errors import CheckpointError, UnsupportedModelError
+from nexus_ds.model.build import load_nexus, load_stock, new_dense, transformers_config
 from nexus_ds.model.checkpoint import read_sidecar
 from nexus_ds.model.moe import NexusMoE, Placement
 from nexus_ds.model.tensorfile import TensorReader, overwrite
@@ -121,12 +125,39 @@ def test_every_expert_has_one_slot_and_vacant_slots_are_spread(experts, size):
         assert ranks[0].expert_at(ranks[0].slot(expert)) == expert
 
 
-def test_a_shared_gate_that_was_trained_elsewhere_is_refused(tmp_path):
+@pytest.mark.parametrize("trained", [0.3, -0.3])
+def test_a_shared_gate_that_was_trained_elsewhere_is_refused(tmp_path, trained):
     checkpoint = make_nexus(tmp_path / "nexus")
     reader = TensorReader(checkpoint)
-    overwrite(reader.info("model.layers.1.mlp.shared_expert_gate.weight"), torch.full((1, 16), 0.3))
-    with pytest.raises(CheckpointError, match=r"layer 1: the shared expert's gate has weights up to 3\.0e-01"):
+    overwrite(reader.info("model.layers.1.mlp.shared_expert_gate.weight"), torch.full((1, 16), trained))
+    message = r"layer 1: the shared expert's gate has weights up to 3\.0e-01.*keep shared_expert_gate frozen"
+    with pytest.raises(CheckpointError, match=message):
         load_nexus(checkpoint, torch.float32, Placement(3), RouterConfig(), False)
+
+
+def test_code_of_a_checkpoint_is_never_run(tmp_path, dense_dir, monkeypatch):
+    """A configuration that names a module beside it: the module would leave a file behind."""
+    odd, canary = shutil.copytree(dense_dir, tmp_path / "odd"), tmp_path / "canary"
+    (odd / "evil.py").write_text(
+        f"from pathlib import Path\nPath({str(canary)!r}).touch()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig):\n    model_type = 'evil'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    config = json.loads((odd / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}, "model_type": "evil"}
+    (odd / "config.json").write_text(json.dumps(config))
+    loaders = (transformers_config, lambda directory: load_stock(directory, torch.float32))
+    for load in loaders:
+        with pytest.raises(UnsupportedModelError, match="auto_map"):
+            load(odd)
+    monkeypatch.setattr("nexus_ds.model.build.know_model_type", lambda directory: None)  # without the first defence
+    for load in loaders:
+        with pytest.raises(ValueError, match=r"trust_remote_code|evil"):
+            load(odd)
+    assert not canary.exists()
+    runpy.run_path(str(odd / "evil.py"))
+    assert canary.exists()
 
 
 def test_a_linear_router_trains_its_own_rows(tmp_path):

@@ -86,6 +86,12 @@ def test_verify_rows(nexus_dir, copied):
         verify_rows(copied)
 
 
+def test_rows_that_are_no_numbers(copied):
+    edit_tensors(copied / "model.safetensors", lambda t: t[gate_name(1)][2, 3].fill_(torch.nan))
+    with pytest.raises(CheckpointError, match=r"layers.1.mlp.gate.weight differs from P\(D\).* by nan"):
+        verify_rows(copied)
+
+
 def test_verify_rows_in_bf16(copied):
     sidecar = read_sidecar(copied)
 

@@ -46,6 +46,18 @@ def test_damaged_rows_are_shown(nexus_dir, tmp_path):
     assert describe(tmp_path / "copy")["router"]["rows"].startswith("DAMAGED: ")
 
 
+def test_a_gate_that_was_trained_elsewhere_is_shown(nexus_dir, tmp_path):
+    assert describe(nexus_dir)["shared_expert_gate"] == "constant"
+    shutil.copytree(nexus_dir, tmp_path / "copy")
+    tensors = load_file(tmp_path / "copy" / "model.safetensors")
+    tensors["model.layers.1.mlp.shared_expert_gate.weight"] -= 0.01
+    save_file(tensors, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
+    said = describe(tmp_path / "copy")["shared_expert_gate"]
+    assert (
+        said.startswith("TRAINED ELSEWHERE: ") and "layer 1: the shared expert's gate has weights up to 1.0e-02" in said
+    )
+
+
 def test_sequence_length_of_the_training(dense_dir, tmp_path):
     assert describe(dense_dir)["sequence_length"] is None
     shutil.copytree(dense_dir, tmp_path / "copy")

@@ -1,19 +1,27 @@
-"""What is judged before an export counts: the logits of the reloaded model against the engine's."""
+"""What an export writes beside the tensors, and what is judged before it counts: the reloaded model's logits."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from nexus_ds.config import RouterConfig
+from nexus_ds.config import ModelConfig, RouterConfig
 from nexus_ds.errors import CheckpointError
-from nexus_ds.model.build import load_nexus, load_stock
+from nexus_ds.model.build import load_nexus, load_stock, new_dense
 from nexus_ds.model.moe import Placement
 from nexus_ds.model.tensorfile import TensorReader
 from nexus_ds.runtime.export import _plan, _Sink, _verify, _write_config
 
 TOKENS = torch.arange(40).remainder(29).view(2, 20)
+
+
+def written(model, source, out):
+    out.mkdir()
+    _write_config(model, source, torch.bfloat16, out)
+    return json.loads((out / "config.json").read_text())
 
 
 def logits(directory, dtype):
@@ -63,13 +71,10 @@ def test_the_plan_has_the_tensors_of_the_checkpoint_and_their_shapes(request, ki
     assert _plan(model, torch.bfloat16) == {name: ("BF16", stored.info(name).shape) for name in stored.names()}
 
 
-def test_the_configuration_is_the_sources_in_the_working_precision(tmp_path, nexus_dir):
-    before = json.loads((nexus_dir / "config.json").read_text())
-    _write_config(None, nexus_dir, torch.bfloat16, tmp_path)
-    after = json.loads((tmp_path / "config.json").read_text())
-    assert after == before | {"dtype": "bfloat16"}
+def test_the_generation_configuration_is_the_sources(tmp_path, nexus_dir):
+    written(load_stock(nexus_dir, torch.float32), nexus_dir, tmp_path / "out")
     generation = (nexus_dir / "generation_config.json").read_bytes()
-    assert (tmp_path / "generation_config.json").read_bytes() == generation
+    assert (tmp_path / "out" / "generation_config.json").read_bytes() == generation
 
 
 def test_a_failed_write_is_told_at_the_end_and_not_on_the_way(tmp_path):
@@ -79,3 +84,37 @@ def test_a_failed_write_is_told_at_the_end_and_not_on_the_way(tmp_path):
     sink.write("b", torch.zeros(2))
     with pytest.raises(CheckpointError, match="a"):
         sink.close()
+
+
+@pytest.mark.parametrize("kind", ["dense", "nexus"])
+def test_rope_stands_in_both_spellings_and_the_dtype_is_that_of_the_weights(tmp_path, dense_dir, nexus_dir, kind):
+    source = shutil.copytree(dense_dir if kind == "dense" else nexus_dir, tmp_path / "source")
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+    before = json.loads((source / "config.json").read_text()) | {"rope_parameters": rope, "torch_dtype": "float32"}
+    (source / "config.json").write_text(json.dumps(before))
+    config = written(load_stock(source, torch.float32), source, tmp_path / "out")
+    assert config["rope_parameters"] == rope and config["rope_theta"] == 500.0
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert config["dtype"] == "bfloat16" and "torch_dtype" not in config
+    changed = {"rope_parameters", "rope_theta", "rope_scaling", "dtype", "torch_dtype"}
+    assert {k: v for k, v in config.items() if k not in changed} == {
+        k: v for k, v in before.items() if k not in changed
+    }
+
+
+def test_a_new_model_says_both_too(tmp_path):
+    sizes = ModelConfig(hidden_size=16, layers=1, heads=2, ffn_size=24, max_positions=64, rope_theta=700.0)
+    config = written(new_dense(sizes, vocabulary=31, eos=0, seed=0), None, tmp_path / "out")
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 700.0} and config["rope_theta"] == 700.0
+    assert config["tie_word_embeddings"] is True and config["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_embeddings_are_tied_where_the_model_ties_them(tmp_path, dense_dir):
+    """transformers keeps a head of its own in spite of a configuration that ties; so does the trained model."""
+    source = shutil.copytree(dense_dir, tmp_path / "source")
+    assert written(load_stock(source, torch.float32), source, tmp_path / "tied")["tie_word_embeddings"] is True
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = -tensors["model.embed_tokens.weight"]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    assert json.loads((source / "config.json").read_text())["tie_word_embeddings"] is True
+    assert written(load_stock(source, torch.float32), source, tmp_path / "untied")["tie_word_embeddings"] is False
