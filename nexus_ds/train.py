@@ -63,6 +63,18 @@ def _prepare(config: Config, args: argparse.Namespace) -> None:
     run_steps(needed_for(plan, name), config.pipeline.parallel_branches)
 
 
+def _check_start(path: Path) -> None:
+    """Refuse a dense model that could never become an expert, as `upcycle` would after all the training.
+
+    Families that scale or cap their logits would besides be trained with another loss than their own.
+    """
+    from nexus_ds.model.checkpoint import is_nexus
+    from nexus_ds.model.families import open_dense
+
+    if path.is_dir() and not is_nexus(path):
+        open_dense(path)
+
+
 def _finished(config: Config) -> bool:
     """Return whether this very run is done already; OutputExistsError if something else stands in its place."""
     out = Path(config.output)
@@ -81,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
         raise CheckpointError(f"no checkpoint at {given.model.path}; expected a directory that holds a model")
     check_domains(given)
     config = resolve(given)
+    if config.model.path:
+        _check_start(Path(config.model.path))
     here = adopt_launcher()
     rank = here.rank
     if _finished(config):

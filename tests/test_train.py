@@ -193,3 +193,33 @@ def test_what_can_not_be_trained_is_one_line(tmp_path, nexus_dir, text_folder, w
 def test_a_checkpoint_that_is_not_there_is_named(capsys, monkeypatch, tmp_path):
     said = fails(capsys, ["model.path=nowhere"], monkeypatch, tmp_path)
     assert "train.py: no checkpoint at nowhere; expected a directory that holds a model" in said
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "message"),
+    [
+        (
+            "branch",
+            {"model_type": "granite"},
+            "model_type 'granite' can't become a Qwen2-MoE: its embeddings, attention,",
+        ),
+        (
+            "seed",
+            {"model_type": "cohere2"},
+            "model_type 'cohere2' can't become a Qwen2-MoE: its attention and FFN stand",
+        ),
+        ("branch", {"model_type": "gemma2"}, "supported: llama, mistral, qwen2"),
+        ("branch", {"attention_bias": True}, "a Qwen2-MoE has no place for a bias in o_proj"),
+    ],
+)
+def test_what_can_never_become_an_expert_is_refused_before_it_is_trained(
+    tmp_path, dense_dir, text_folder, capsys, monkeypatch, stage, keys, message
+):
+    """Granite, Cohere 2 and Gemma 2 scale or cap their logits besides: they would be trained with another loss."""
+    start = shutil.copytree(dense_dir, tmp_path / "start")
+    config = json.loads((start / "config.json").read_text()) | keys
+    (start / "config.json").write_text(json.dumps(config))
+    words = settings(start, text_folder, tmp_path / "out", f"stage={stage}", "branch=alpha")
+    said = fails(capsys, ["--config", "demo", *words], monkeypatch, tmp_path)
+    assert message in said and said.startswith(f"train.py: {start}") and "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["start"]
