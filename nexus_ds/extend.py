@@ -2,7 +2,7 @@
 
 Their FFNs are appended, everything else is merged in with the share lambda, and the router's rows of the new experts are
 P(d_new): no router parameter is added. With --replace they take the places of experts of the same names.
-Not covered: removing experts; branches of another seed (refused where sizes or tokenizer tell); training (`train`).
+Not covered: removing experts; branches of another seed (refused: sizes, tokenizer or weights tell); training (`train`).
 """
 
 from __future__ import annotations

@@ -146,7 +146,29 @@ def shaken(tensors, seed):
     }
 
 
-def save_branch(checkpoint: Path, out: Path, seed=0):
+def of_another_origin(directory: Path, seed=99):
+    """Give a saved model random matrices of the same size: nothing but sizes and tokenizer is left in common."""
+    from safetensors.torch import load_file, save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: t.float().std() * torch.randn(t.shape, generator=generator) if t.ndim == 2 else t
+        for name, t in load_file(directory / "model.safetensors").items()
+    }
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def train_shared_gates(directory: Path):
+    """Leave in the shared experts' gates of a saved mixture what training elsewhere leaves there."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directory / "model.safetensors")
+    for name in (n for n in tensors if n.endswith("shared_expert_gate.weight")):
+        tensors[name] = tensors[name] - 0.01
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def save_branch(checkpoint: Path, out: Path, seed=0, dtype=torch.float32):
     """Save a dense branch that could become an expert of a Nexus checkpoint: its first expert, shaken."""
     from safetensors.torch import save_file
 
@@ -156,7 +178,8 @@ def save_branch(checkpoint: Path, out: Path, seed=0):
     config, reader = open_moe(checkpoint)
     out.mkdir()
     tensors = {name: reader.read(stored) for name, (stored, _) in expert_as_dense(config, 0).items()}
-    save_file(shaken(tensors, seed), out / "model.safetensors", metadata={"format": "pt"})
+    tensors = {name: tensor.to(dtype) for name, tensor in shaken(tensors, seed).items()}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(dense_config(config)))
     copy_tokenizer(checkpoint, out)
     return out

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import of_another_origin, save_branch, train_shared_gates
 from safetensors.torch import load_file, save_file
 
 from nexus_ds import extend
@@ -14,8 +15,9 @@ from nexus_ds.data.domains import DomainEmbeddings, write_domain_embeddings
 from nexus_ds.errors import CheckpointError, ConfigError, DataError, IncompatibleModelsError, OutputExistsError
 from nexus_ds.model.checkpoint import RouterRecord, read_sidecar, router_rows, verify_rows, write_sidecar
 from nexus_ds.model.families import FFN_PARTS, dense_ffn_name, expert_name, gate_name
-from nexus_ds.model.growth import merge_share
+from nexus_ds.model.growth import check_rows, merge_share
 from nexus_ds.model.router import condition
+from nexus_ds.model.tensorfile import TensorReader, sha256_of_tensors
 
 OLD = ("alpha", "beta", "gamma")
 LAYERS = 2
@@ -42,19 +44,11 @@ def edit_tensors(directory, change):
 
 
 @pytest.fixture
-def parts(tmp_path, nexus_dir, dense_dir, text_folder):
+def parts(tmp_path, nexus_dir, text_folder):
     """A checkpoint with experts alpha, beta, gamma; new branches delta and epsilon; their embeddings; text; a recipe."""
     shutil.copytree(nexus_dir, tmp_path / "nexus")
-    # The stock model's config has its default base of RoPE; that of the dense model is its own.
-    rope = json.loads((dense_dir / "config.json").read_text())["rope_parameters"]
-    edit_config(tmp_path / "nexus", rope_parameters=rope)
     for index, name in enumerate(("delta", "epsilon")):
-        shutil.copytree(dense_dir, tmp_path / name)
-        generator = torch.Generator().manual_seed(index)
-        edit_tensors(
-            tmp_path / name,
-            lambda t, g=generator: t.update({n: x + 0.2 * torch.randn(x.shape, generator=g) for n, x in t.items()}),
-        )
+        save_branch(nexus_dir, tmp_path / name, index)
     shutil.copytree(text_folder, tmp_path / "text")
     shutil.copytree(text_folder / "alpha", tmp_path / "text" / "delta")
     words = "proof lemma axiom", "coral reef kelp"
@@ -252,6 +246,44 @@ def test_starts_of_a_linear_router(parts, capsys, start):
         assert abs(torch.cosine_similarity(fresh, new[3], dim=0)) < 0.99
 
 
+def test_a_branch_of_another_dtype_is_cast_and_named(parts, capsys):
+    """The README's models: a checkpoint in bf16, a branch that was trained in fp32."""
+    edit_tensors(parts / "nexus", lambda t: t.update({name: tensor.bfloat16() for name, tensor in t.items()}))
+    sidecar = read_sidecar(parts / "nexus")
+    rows = {gate_name(layer): router_rows(sidecar, layer, torch.bfloat16) for layer in range(LAYERS)}
+    edit_tensors(parts / "nexus", lambda t: t.update(rows))
+    run(parts)
+    said = f"expert delta: weights cast from float32 to bfloat16, the dtype of {parts / 'nexus'}"
+    assert said in capsys.readouterr().out
+    old, new, dense = (tensors_of(parts / name) for name in ("nexus", "out", "delta"))
+    assert {tensor.dtype for tensor in new.values()} == {torch.bfloat16}
+    for part in FFN_PARTS:
+        assert torch.equal(new[expert_name(1, 3, part)], dense[dense_ffn_name(1, part)].bfloat16())
+    for name in averaged(old):
+        mean = 0.75 * old[name].double() + 0.25 * dense[name].double()
+        assert ((new[name].double() - mean).abs() <= mean.abs() * (2**-8 + 1e-5)).all(), name
+    ffn = [dense_ffn_name(layer, part) for layer in range(LAYERS) for part in FFN_PARTS]
+    assert read_sidecar(parts / "out").experts[3].sha256 == sha256_of_tensors(TensorReader(parts / "delta"), ffn)
+    verify_rows(parts / "out")
+    assert torch.isfinite(stock(parts / "out")(torch.arange(5)[None]).logits).all()
+
+
+def test_bf16_branches_of_an_fp32_checkpoint(parts, nexus_dir, capsys):
+    shutil.rmtree(parts / "delta")
+    save_branch(nexus_dir, parts / "delta", 0, torch.bfloat16)
+    run(parts, "--json")
+    assert json.loads(capsys.readouterr().out)["cast"] == {"delta": "bfloat16"}
+    dense, new = tensors_of(parts / "delta"), tensors_of(parts / "out")
+    assert torch.equal(new[expert_name(0, 3, "up_proj")], dense[dense_ffn_name(0, "up_proj")].float())
+
+
+def test_older_checkpoints_get_the_older_spelling_of_rope(parts):
+    assert "rope_theta" not in json.loads((parts / "nexus" / "config.json").read_text())
+    run(parts)
+    config = json.loads((parts / "out" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0 and "rope_scaling" not in config
+
+
 # Bad input ---------------------------------------------------------------------------------------------------------
 
 
@@ -265,7 +297,7 @@ def test_another_encoder(parts, change):
     assert not left_over(parts)
 
 
-def test_another_model(parts, dense_dir):
+def test_another_model(parts):
     edit_config(parts / "delta", rope_parameters={"rope_type": "default", "rope_theta": 5.0}, rms_norm_eps=1e-3)
     with pytest.raises(IncompatibleModelsError) as caught:
         run(parts)
@@ -273,6 +305,31 @@ def test_another_model(parts, dense_dir):
     assert lines["checkpoint"] == ["delta"] and lines["rope.rope_theta"] == ["10000.0", "5.0"]
     assert set(lines) == {"checkpoint", "rope.rope_theta", "norm_eps"}
     assert not left_over(parts)
+
+
+def test_a_branch_of_another_origin(parts):
+    of_another_origin(parts / "delta")
+    message = rf"the checkpoint {parts / 'nexus'}: expert delta \({parts / 'delta'}\): cosine -?0\.0"
+    with pytest.raises(IncompatibleModelsError, match=message):
+        run(parts)
+    assert not left_over(parts)
+
+
+def test_a_shared_gate_that_was_trained_elsewhere(parts):
+    """No later training would take such a model: it is refused before anything is written."""
+    train_shared_gates(parts / "nexus")
+    with pytest.raises(CheckpointError, match=r"layer 0: the shared expert's gate .*keep shared_expert_gate frozen"):
+        run(parts)
+    assert not left_over(parts)
+
+
+@pytest.mark.parametrize("value", [150.0, -150.0, torch.nan, torch.inf])
+def test_rows_that_dwarf_the_old_ones(value):
+    """P has never learned such input. Rows up to 100 times the largest old one pass."""
+    old = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    with pytest.raises(CheckpointError, match=r"layer 1: the rows of the new experts have norms up to .*embed them"):
+        check_rows(torch.cat([old, torch.tensor([[0.0, 1.0], [value * 5.0, 0.0]])]), 2, 1)
+    check_rows(torch.cat([old, torch.tensor([[0.0, 90.0 * 5.0]])]), 2, 1)
 
 
 def test_another_tokenizer(parts):

@@ -8,11 +8,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import of_another_origin, save_branch, train_shared_gates
 from safetensors.torch import load_file, save_file
 
 from nexus_ds import extend
 from nexus_ds.data.domains import DomainEmbeddings, write_domain_embeddings
-from nexus_ds.errors import ConfigError, DataError, IncompatibleModelsError
+from nexus_ds.errors import CheckpointError, ConfigError, DataError, IncompatibleModelsError
 from nexus_ds.model.checkpoint import read_sidecar, router_rows, verify_rows, write_sidecar
 from nexus_ds.model.families import FFN_PARTS, dense_ffn_name, expert_name, gate_name
 from nexus_ds.pipeline import checkpoint_domains
@@ -29,18 +30,11 @@ def embed(path, names, vectors=None, revision=REVISION):
 
 
 @pytest.fixture
-def parts(tmp_path, nexus_dir, dense_dir):
+def parts(tmp_path, nexus_dir):
     """A checkpoint with experts alpha, beta, gamma, and better branches of beta and gamma."""
     shutil.copytree(nexus_dir, tmp_path / "nexus")
-    config = json.loads((nexus_dir / "config.json").read_text())
-    config["rope_parameters"] = json.loads((dense_dir / "config.json").read_text())["rope_parameters"]
-    (tmp_path / "nexus" / "config.json").write_text(json.dumps(config))
     for seed, name in enumerate(("beta", "gamma")):
-        shutil.copytree(dense_dir, tmp_path / name)
-        generator = torch.Generator().manual_seed(seed)
-        tensors = load_file(tmp_path / name / "model.safetensors")
-        changed = {n: t + 0.2 * torch.randn(t.shape, generator=generator) for n, t in tensors.items()}
-        save_file(changed, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+        save_branch(nexus_dir, tmp_path / name, seed)
     return tmp_path
 
 
@@ -121,7 +115,9 @@ def test_several_at_once_share_lambda(parts):
 
 
 def test_verdict_and_exit_code(parts, text_folder, capsys):
-    """The new branch is noise: its domain gets worse, the checkpoint is there all the same."""
+    """The new branch's FFNs are noise: its domain gets worse, the checkpoint is there all the same."""
+    tensors = {name: 50 * t if ".mlp." in name else t for name, t in tensors_of(parts / "beta").items()}
+    save_file(tensors, parts / "beta" / "model.safetensors", metadata={"format": "pt"})
     words = ["--data", str(text_folder), "--windows", "6"]
     assert run(parts, *words, "--verdict", "--json") == 0
     verdict = json.loads(capsys.readouterr().out)["verdict"]
@@ -132,6 +128,25 @@ def test_verdict_and_exit_code(parts, text_folder, capsys):
     said = capsys.readouterr()
     assert "nexus-ds extend: worse than --fail-if-worse 0% allows: " in said.err and worst in said.err
     assert "verdict" in said.out and (parts / "out" / "nexus.json").is_file()
+
+
+def test_a_branch_of_another_dtype_is_cast_and_named(parts, nexus_dir, capsys):
+    shutil.rmtree(parts / "beta")
+    save_branch(nexus_dir, parts / "beta", 0, torch.bfloat16)
+    run(parts)
+    assert "expert beta: weights cast from bfloat16 to float32, the dtype of " in capsys.readouterr().out
+    dense, new = tensors_of(parts / "beta"), tensors_of(parts / "out")
+    assert torch.equal(new[expert_name(0, 1, "down_proj")], dense[dense_ffn_name(0, "down_proj")].float())
+
+
+def test_models_that_do_not_belong_together(parts):
+    of_another_origin(parts / "beta")
+    with pytest.raises(IncompatibleModelsError, match=r"unrelated to those of the checkpoint .*: expert beta "):
+        run(parts)
+    train_shared_gates(parts / "nexus")
+    with pytest.raises(CheckpointError, match=r"the shared expert's gate has weights up to 1\.0e-02"):
+        run(parts)
+    assert not (parts / "out").exists()
 
 
 def test_mistakes(parts, dense_dir):

@@ -1,7 +1,9 @@
 """The verb upcycle: facts 4, 5, 10 and 12 of the paper, stock transformers on its output, and bad input."""
 
 import argparse
+import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import of_another_origin, shaken
 from safetensors.torch import load_file, save_file
 
 from nexus_ds import extend, remove, upcycle
@@ -36,17 +39,16 @@ from nexus_ds.model.families import (
     shared_name,
 )
 from nexus_ds.model.router import domain_rows
+from nexus_ds.model.tensorfile import TensorReader, sha256_of_tensors
 
 NAMES = ("alpha", "beta", "gamma")
 LAYERS = 2
 
 
 def branch(source, out, seed, dtype=torch.float32):
-    """Save a model whose every weight differs from `source`'s."""
+    """Save a branch of `source`, whose every weight differs."""
     shutil.copytree(source, out)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = load_file(out / "model.safetensors")
-    changed = {n: (t.float() + 0.2 * torch.randn(t.shape, generator=generator)).to(dtype) for n, t in tensors.items()}
+    changed = {name: t.to(dtype) for name, t in shaken(load_file(out / "model.safetensors"), seed).items()}
     save_file(changed, out / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((out / "config.json").read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
     (out / "config.json").write_text(json.dumps(config))
@@ -64,10 +66,13 @@ def embed(path, names, data, seed=0, width=8, revision="1" * 64):
 @pytest.fixture
 def parts(tmp_path, dense_dir, text_folder):
     """A seed, three branches, domain embeddings and a recipe."""
-    branch(dense_dir, tmp_path / "seed", 9)
+    large = {name: 10 * t if t.ndim == 2 else t for name, t in load_file(dense_dir / "model.safetensors").items()}
+    shutil.copytree(dense_dir, tmp_path / "dense")
+    save_file(large, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
+    branch(tmp_path / "dense", tmp_path / "seed", 9)
     (tmp_path / "seed" / "generation_config.json").write_text('{"eos_token_id": 0}')
     for index, name in enumerate(NAMES):
-        branch(dense_dir, tmp_path / name, index)
+        branch(tmp_path / "seed", tmp_path / name, index)
     embed(tmp_path / "domains.safetensors", NAMES, text_folder)
     (tmp_path / "recipe.yaml").write_text(
         "training: {steps: 1}\ndata: {sequence_length: 32, workers: 1}\nrouter: {fit_steps: 30, fit_windows: 8}\n"
@@ -104,12 +109,12 @@ def left_over(parts):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_are_copies_means_and_projections(parts, dense_dir, dtype):
+def test_weights_are_copies_means_and_projections(parts, dtype):
     """Facts 4 and 5: shared == seed's FFN, routed i == expert i's FFN, all else the mean over the experts."""
     if dtype == torch.bfloat16:
         for index, name in enumerate(("seed", *NAMES)):
             shutil.rmtree(parts / name)
-            branch(dense_dir, parts / name, index, dtype)
+            branch(parts / "dense", parts / name, index, dtype)
     assert run(parts) == 0
     out, seed = tensors_of(parts / "out"), tensors_of(parts / "seed")
     experts = [tensors_of(parts / name) for name in NAMES]
@@ -234,6 +239,54 @@ def test_warm_start_raises_the_own_domain_share(parts, capsys, kind):
     assert torch.isfinite(stock(parts / "out")(torch.arange(5)[None]).logits).all()
 
 
+def test_experts_and_embeddings_are_matched_by_name(parts, text_folder):
+    """Experts in one order, embeddings in another, neither alphabetical."""
+    order = ("gamma", "alpha", "beta")
+    embed(parts / "domains.safetensors", ("beta", "gamma", "alpha"), text_folder)
+    vectors = dict(zip(("beta", "gamma", "alpha"), np.random.default_rng(0).normal(size=(3, 8)), strict=True))
+    run(parts, experts={name: parts / name for name in order})
+    sidecar, out = read_sidecar(parts / "out"), tensors_of(parts / "out")
+    assert [(e.name, e.domain, e.source) for e in sidecar.experts] == [(name, name, name) for name in order]
+    given = torch.from_numpy(np.stack([vectors[name] for name in order]).astype(np.float32))
+    assert torch.equal(sidecar.vectors, given)
+    for index, name in enumerate(order):
+        dense, reader = tensors_of(parts / name), TensorReader(parts / name)
+        ffn = [dense_ffn_name(layer, part) for layer in range(LAYERS) for part in FFN_PARTS]
+        assert sidecar.experts[index].sha256 == sha256_of_tensors(reader, ffn)
+        for layer in range(LAYERS):
+            for part in FFN_PARTS:
+                assert torch.equal(out[expert_name(layer, index, part)], dense[dense_ffn_name(layer, part)])
+    for layer in range(LAYERS):  # the row of an expert is P of its own domain's embedding
+        one = dataclasses.replace(sidecar, experts=sidecar.experts[1:2], vectors=given[1:2])
+        torch.testing.assert_close(out[gate_name(layer)][1:2], router_rows(one, layer, torch.float32))
+
+
+def test_experts_of_another_dtype_are_cast_to_the_seeds_and_named(parts, dense_dir, capsys):
+    for name in ("seed", "beta"):
+        tensors = {n: t.bfloat16() for n, t in tensors_of(parts / name).items()}
+        save_file(tensors, parts / name / "model.safetensors", metadata={"format": "pt"})
+    run(parts)
+    said = capsys.readouterr().out
+    assert f"expert alpha: weights cast from float32 to bfloat16, the dtype of {parts / 'seed'}" in said
+    assert "expert gamma: weights cast" in said and "expert beta: weights" not in said
+    out, experts = tensors_of(parts / "out"), {name: tensors_of(parts / name) for name in NAMES}
+    assert {t.dtype for t in out.values()} == {torch.bfloat16}
+    for index, name in enumerate(NAMES):
+        for part in FFN_PARTS:
+            assert torch.equal(out[expert_name(1, index, part)], experts[name][dense_ffn_name(1, part)].bfloat16())
+        reader = TensorReader(parts / name)
+        ffn = [dense_ffn_name(layer, part) for layer in range(LAYERS) for part in FFN_PARTS]
+        assert read_sidecar(parts / "out").experts[index].sha256 == sha256_of_tensors(reader, ffn)  # of what was given
+    name = "model.layers.0.self_attn.q_proj.weight"
+    mean = sum(expert[name].double() for expert in experts.values()) / 3
+    assert ((out[name].double() - mean).abs() <= mean.abs() * (2**-8 + 1e-6)).all()
+    verify_rows(parts / "out")
+    assert torch.isfinite(stock(parts / "out")(torch.arange(5)[None]).logits).all()
+    shutil.rmtree(parts / "out")
+    run(parts, "--json")
+    assert json.loads(capsys.readouterr().out)["cast"] == {"alpha": "float32", "gamma": "float32"}
+
+
 # Bad input ---------------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +301,7 @@ def edit_tensors(directory, change):
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_all_differences_stand_in_one_table(parts, dense_dir):
+def test_all_differences_stand_in_one_table(parts):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shutil.rmtree(parts / "beta")
@@ -264,13 +317,57 @@ def test_all_differences_stand_in_one_table(parts, dense_dir):
     message = str(caught.value)
     lines = {line.split()[0]: line.split()[1:] for line in message.splitlines()[2:]}
     assert message.splitlines()[1].split() == ["seed", *NAMES]
-    assert lines["hidden_size"] == ["16", "16", "12", "16"] and lines["dtype"] == ["F32", "F32", "BF16", "F32"]
+    assert lines["hidden_size"] == ["16", "16", "12", "16"] and "dtype" not in lines
     assert lines["rope.rope_theta"] == ["10000.0", "10000.0", "500000.0", "10000.0"]
     assert lines["rope.factor"] == ["-", "-", "2.0", "-"] and lines["rope.rope_type"][2] == "linear"
     assert lines["family"] == ["llama", "llama", "llama", "mistral"]
     assert lines["sliding_window"] == ["None", "None", "None", "8"]
     wanted = ["layers", "heads", "kv_heads", "head_dim", "ffn_size", "vocabulary", "norm_eps", "tied_embeddings"]
     assert set(wanted) <= set(lines) and "qkv_bias" not in lines
+    assert not left_over(parts)
+
+
+def test_branches_of_another_origin_are_named(parts):
+    """Of the seed's sizes and tokenizer, but of another random start: their average with the others is noise."""
+    of_another_origin(parts / "beta")
+    with pytest.raises(IncompatibleModelsError) as caught:
+        run(parts)
+    said = str(caught.value)
+    assert f"unrelated to those of the seed {parts / 'seed'}: expert beta ({parts / 'beta'}): cosine " in said
+    assert "alpha" not in said.replace(str(parts), "") and "give branches that were trained from that model" in said
+    assert abs(float(re.search(r"cosine (-?\d\.\d\d)", said)[1])) < 0.1
+    assert not left_over(parts)
+
+
+def test_a_seed_of_another_origin_is_unrelated_to_all(parts):
+    of_another_origin(parts / "seed")
+    with pytest.raises(
+        IncompatibleModelsError, match=r"expert alpha .*expert beta .*expert gamma .*the one that these"
+    ):
+        run(parts)
+
+
+def test_a_cast_that_overflows(parts):
+    for name in ("seed", "alpha", "gamma"):
+        tensors = {n: t.bfloat16() for n, t in tensors_of(parts / name).items()}
+        save_file(tensors, parts / name / "model.safetensors", metadata={"format": "pt"})
+    edit_tensors(parts / "beta", lambda t: t["model.layers.0.mlp.up_proj.weight"].view(-1)[:2].fill_(3.4e38))
+    with pytest.raises(
+        CheckpointError, match=r"experts.1.up_proj.weight: 2 values overflow torch.bfloat16; expert beta"
+    ):
+        run(parts)
+    assert not left_over(parts)
+
+
+def test_an_adapter_is_no_branch(parts):
+    for name in ("model.safetensors", "config.json"):
+        (parts / "beta" / name).unlink()
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "hub/seed", "r": 4}
+    (parts / "beta" / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(
+        UnsupportedModelError, match=r"beta holds an adapter .*LORA of hub/seed.*merge it first, with peft"
+    ):
+        run(parts)
     assert not left_over(parts)
 
 

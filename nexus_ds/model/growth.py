@@ -23,6 +23,7 @@ from nexus_ds.model.assembly import (
     Blend,
     Part,
     check_alike,
+    check_related,
     check_tokenizers,
     domain_vectors,
     encoder_record,
@@ -49,6 +50,8 @@ from nexus_ds.model.families import (
     MODEL_DTYPES,
     SHARED_GATE_FILL,
     DenseModel,
+    both_ropes,
+    check_shared_gates,
     dense_ffn_name,
     expert_name,
     gate_name,
@@ -87,6 +90,8 @@ class NewModel:
     """Where tokenizer and generation_config.json come from."""
     kept: int = 0
     """Experts that were there before an extension."""
+    cast: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Experts whose dense model had another dtype than the checkpoint gets: for each name that dtype."""
 
     def domains(self) -> list[str]:
         """Return the experts' domains, in expert order."""
@@ -137,6 +142,7 @@ class NewModel:
             "top_k": self.sidecar.router.top_k,
             "router": self.sidecar.router.kind,
             "dtype": MODEL_DTYPES[self.dtype],
+            "cast": self.cast,
             "parameters": {"total": total, "active": active},
             "fit": dataclasses.asdict(report) if report else None,
         }
@@ -149,6 +155,8 @@ class NewModel:
             f"wrote {out}: {len(facts['experts'])} experts ({', '.join(facts['experts'])}), top-{facts['top_k']}, "
             f"{facts['router']} router, {facts['dtype']}, {total:,} parameters, {active:,} of them active per token"
         ]
+        for name, dtype in self.cast.items():
+            lines.append(f"expert {name}: weights cast from {dtype} to {facts['dtype']}, the dtype of {self.source}")
         if report:
             lines.append(
                 f"{report.start.replace('_', ' ')}{f', {report.steps} steps' if report.steps else ''}: "
@@ -172,9 +180,14 @@ def copy_of(reader: TensorReader, name: str) -> Blend:
     return Blend([Part("checkpoint", reader, name, zeros=".mlp.shared_expert." in name)])
 
 
-def same_dtype(target: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Return a config.json that says which dtype the weights have; `dtype` as safetensors names it."""
-    return target | {"dtype": MODEL_DTYPES[dtype]}
+def casts(models: Mapping[str, DenseModel], dtype: str) -> dict[str, str]:
+    """Return the dtypes of the models that have another one than `dtype`; both as transformers and safetensors name them."""
+    return {name: MODEL_DTYPES[model.dtype] for name, model in models.items() if model.dtype != dtype}
+
+
+def as_written(target: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Return a config.json that says which dtype the weights have (`dtype` as safetensors names it), RoPE in both spellings."""
+    return both_ropes(target) | {"dtype": MODEL_DTYPES[dtype]}
 
 
 # Upcycling ---------------------------------------------------------------------------------------------------------
@@ -204,6 +217,7 @@ def upcycled(seed: Path, experts: Mapping[str, Path], embeddings: DomainEmbeddin
         raise ConfigError(f"router.top_k is {config.router.top_k}, but there are {len(experts)} experts; lower it")
     base, models = open_dense(seed), _open_all(experts)
     check_alike({"seed": traits(base), **{name: traits(model) for name, model in models.items()}})
+    check_related(f"the seed {seed}", base.reader, models)
     check_tokenizers(seed, experts)
     check_tokenizer(seed, base.settings["vocabulary"])
     read_generation_config(seed)
@@ -216,8 +230,9 @@ def upcycled(seed: Path, experts: Mapping[str, Path], embeddings: DomainEmbeddin
     }
     sidecar = _upcycled_sidecar(models, embeddings, vectors, config, lineage)
     router = config.router
-    target = same_dtype(moe_config(base.config, len(models), router.top_k, router.input), base.dtype)
-    return NewModel("upcycle", target, base.dtype, _upcycled_tensors(base, models, sidecar, config), sidecar, seed)
+    target = as_written(moe_config(base.config, len(models), router.top_k, router.input), base.dtype)
+    tensors = _upcycled_tensors(base, models, sidecar, config)
+    return NewModel("upcycle", target, base.dtype, tensors, sidecar, seed, cast=casts(models, base.dtype))
 
 
 def _upcycled_vectors(seed: Path, experts: Mapping[str, Path], embeddings: DomainEmbeddings, config: Config) -> Tensor:
@@ -371,20 +386,24 @@ def extended(
         rows = _extended_rows(reader, sidecar, layer, config, linear_init)
         check_rows(rows, len(old.experts), layer)
         tensors[gate_name(layer)] = rows
-    return NewModel("extend", same_dtype(target, dtype), dtype, tensors, sidecar, checkpoint, len(old.experts))
+    target, cast = as_written(target, dtype), casts(models, dtype)
+    return NewModel("extend", target, dtype, tensors, sidecar, checkpoint, len(old.experts), cast)
 
 
 def open_fitting(checkpoint: Path, experts: Mapping[str, Path]) -> dict[str, DenseModel]:
     """Open dense models that are to become experts of a checkpoint.
 
     Raises:
-        IncompatibleModelsError: sizes, dtype or tokenizers that differ from the checkpoint's.
-        CheckpointError, UnsupportedModelError: models that can't be read or expressed.
+        IncompatibleModelsError: sizes or tokenizers that differ from the checkpoint's, weights that have nothing to do
+            with its own.
+        CheckpointError, UnsupportedModelError: models that can't be read or expressed; a checkpoint that was trained
+            elsewhere, with its shared expert's gate.
     """
     config, reader = open_moe(checkpoint)
-    models = _open_all(experts)
-    own = {"dtype": reader.info(gate_name(0)).dtype, **settings(config)}
+    check_shared_gates(reader, config["num_hidden_layers"])
+    models, own = _open_all(experts), settings(config)
     check_alike({"checkpoint": own, **{name: traits(model, with_family=False) for name, model in models.items()}})
+    check_related(f"the checkpoint {checkpoint}", reader, models)
     check_tokenizers(checkpoint, experts)
     check_tokenizer(checkpoint, own["vocabulary"])
     read_generation_config(checkpoint)
@@ -474,10 +493,12 @@ def reduced(checkpoint: Path, names: Sequence[str]) -> NewModel:
 
     Raises:
         ConfigError: an unknown expert, or fewer experts left than a token chooses.
-        CheckpointError: no Nexus checkpoint, or a damaged one.
+        CheckpointError: no Nexus checkpoint, a damaged one, or one that was trained elsewhere, with its shared expert's
+            gate.
     """
     config, reader = open_moe(checkpoint)
     verify_rows(checkpoint)
+    check_shared_gates(reader, config["num_hidden_layers"])
     old = read_sidecar(checkpoint)
     known = [expert.name for expert in old.experts]
     for name in names:
@@ -507,4 +528,4 @@ def reduced(checkpoint: Path, names: Sequence[str]) -> NewModel:
                 tensors[expert_name(layer, new, part)] = Blend([source])
     dtype = reader.info(gate_name(0)).dtype
     target = config | {"num_experts": len(kept)}
-    return NewModel("remove", same_dtype(target, dtype), dtype, tensors, sidecar, checkpoint)
+    return NewModel("remove", as_written(target, dtype), dtype, tensors, sidecar, checkpoint)

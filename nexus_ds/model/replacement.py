@@ -23,12 +23,13 @@ from nexus_ds.model.checkpoint import Sidecar, read_sidecar, router_rows, verify
 from nexus_ds.model.families import gate_name, open_moe
 from nexus_ds.model.growth import (
     NewModel,
+    as_written,
     branched_tensors,
+    casts,
     check_encoder,
     check_rows,
     merge_share,
     open_fitting,
-    same_dtype,
 )
 from nexus_ds.model.tensorfile import TensorReader
 
@@ -86,7 +87,8 @@ def replaced(
     tensors = branched_tensors(reader, old_config["num_hidden_layers"], models, places, total)
     for layer in range(old_config["num_hidden_layers"]):
         tensors[gate_name(layer)] = _rows(reader, old, sidecar, layer)
-    return NewModel("replace", same_dtype(old_config, dtype), dtype, tensors, sidecar, checkpoint)
+    target, cast = as_written(old_config, dtype), casts(models, dtype)
+    return NewModel("replace", target, dtype, tensors, sidecar, checkpoint, cast=cast)
 
 
 def _places(sidecar: Sidecar, experts: Mapping[str, Path]) -> dict[str, int]:
