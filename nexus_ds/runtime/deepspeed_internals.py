@@ -49,6 +49,7 @@ __all__ = [
     "AutoEPMoELayer",
     "TokenChoiceTopKRouter",
     "autoep_spec",
+    "buffers_to_device",
     "compute_split_plan",
     "count_tokens_per_expert",
     "device",
@@ -213,6 +214,17 @@ def partitioner(config: dict[str, Any]) -> Callable[[nn.Module], None]:
         release_memory()
 
     return partition
+
+
+def buffers_to_device(model: nn.Module) -> None:
+    """Move every buffer of a model to this rank's device, persistent or not.
+
+    DeepSpeed moves a whole model there, but of one that is partitioned already (ZeRO-3) the parameters alone: its buffers
+    would stay where the model was read, on the CPU, and the first product with one of them fails.
+    """
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device())
 
 
 def release_memory() -> None:

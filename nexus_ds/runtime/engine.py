@@ -241,6 +241,7 @@ def start_engine(model: Any, values: dict[str, Any], config: Config, batch: Batc
     linear = bool(layers) and layers[0].router.projection is None
     use_loss_head(model)
     groups = parameter_groups(model, config.training, 1.0 if linear else config.router.lr_scale)
+    internals.buffers_to_device(model)
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=groups, config=deepspeed_config(values, config, batch)
     )
