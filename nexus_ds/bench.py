@@ -6,7 +6,6 @@ Not covered: several processes and communication but in `links`, generating text
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from dataclasses import asdict, replace
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nexus_ds.errors import ConfigError
-from nexus_ds.outputs import new_directory, refuse_existing
+from nexus_ds.outputs import new_directory, refuse_existing, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -127,17 +126,16 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(out: Path, what: str, found: dict[str, Any]) -> None:
+    from nexus_ds.report.evaluation import write_csv
     from nexus_ds.report.speed_figures import growth_curves, speed_bars
 
     about = {key: value for key, value in found.items() if key != "rows"}
     with new_directory(out) as folder:
         lines = [json.dumps({**row, **about}) for row in found["rows"]]
-        (folder / f"{what}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(folder / f"{what}.jsonl", "\n".join(lines) + "\n")
         flat = [_flat(row) for row in found["rows"]]
-        with (folder / f"{what}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in flat for key in row)))
-            writer.writeheader()
-            writer.writerows(flat)
+        keys = list(dict.fromkeys(key for row in flat for key in row))
+        write_csv(folder / f"{what}.csv", keys, [[row.get(key, "") for key in keys] for row in flat])
         if what == "train":
             speed_bars(found["rows"], found["parts"], found["baseline"], folder / "train.png")
         else:

@@ -1,6 +1,8 @@
 """New output directories and files: written under a temporary name, renamed when whole, never over something else.
 
-An output has one writer at a time (`held`). The lock is the kernel's, so that it goes with its process, however that ends.
+An output has one writer at a time (`held`). The lock is the kernel's, so that it goes with its process, however that ends,
+and what a killed writer left under a temporary name is removed by the next one. Every file of an output may be read by
+those whom the umask allows (0666 & ~umask), whoever wrote it. A failed write names the file, also where the system does not.
 Not covered: two writers on two machines whose shared file system has no locks (NFS without a lock service, Lustre mounted
 without `flock`): there each believes that it is alone. A machine that is lost may keep its lock on NFS for a while; the
 message names the file to remove.
@@ -8,18 +10,112 @@ message names the file to remove.
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import io
 import json
 import os
 import shutil
+import signal
 import socket
+import stat
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from types import FrameType
+from typing import IO, Any, BinaryIO
 
 from nexus_ds.errors import OutputBusyError, OutputExistsError
+
+BUFFER = 1 << 20  # bytes that are written at once
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+class Ended(SystemExit):
+    """A signal asked this process to end: its exit code is 128 + the signal's number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number).name
+
+
+@contextmanager
+def exit_on_signals() -> Iterator[None]:
+    """Inside, SIGTERM, SIGHUP and SIGUSR1 raise `Ended`, so that `finally` removes what is unfinished.
+
+    What was ignored (nohup) or has a handler already is left alone. Further signals don't disturb the clearing up.
+    """
+    on_main = threading.current_thread() is threading.main_thread()
+    mine = [number for number in ENDING if on_main and signal.getsignal(number) is signal.SIG_DFL]
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        for other in mine:
+            signal.signal(other, signal.SIG_IGN)
+        raise Ended(number)
+
+    for number in mine:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
+
+
+# Writing -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def naming(path: Path, size: int | None = None) -> Iterator[None]:
+    """Let a failed write (of `size` bytes) say of which file: the system's error on a full disk names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        free = shutil.disk_usage(Path(path).parent).free
+        needed = "" if size is None else f"need {size:,} bytes more, "
+        reason = f"{error.strerror}: {needed}free {free:,}"
+        raise OSError(error.errno, reason, str(path)) from error
+
+
+def write_at(descriptor: int, position: int, data: memoryview, path: Path) -> None:
+    """Write all of `data` (bytes); one call of the system writes at most 2 GiB, and less where a limit or quota is near.
+
+    Raises:
+        OSError: names `path`, what is still to be written, and what is free.
+    """
+    done = 0
+    while done < len(data):
+        with naming(path, len(data) - done):
+            count = os.pwrite(descriptor, data[done:], position + done)
+            if not count:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        done += count
+
+
+class _NamedFile(io.FileIO):
+    """A file whose failed writes name it."""
+
+    def write(self, data: Any) -> int:
+        with naming(Path(os.fsdecode(self.name)), memoryview(data).nbytes):
+            return super().write(data)
+
+
+def create(path: Path, append: bool = False) -> BinaryIO:
+    """Open a file for writing, buffered; what fails, at `close` too, names the file."""
+    return io.BufferedWriter(_NamedFile(path, "ab" if append else "wb"), BUFFER)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file (UTF-8, line ends as they are)."""
+    with create(path) as stream:
+        stream.write(text.encode("utf-8"))
+
+
+# One writer ----------------------------------------------------------------------------------------------------------
 
 
 def refuse_existing(out: Path) -> None:
@@ -30,8 +126,8 @@ def refuse_existing(out: Path) -> None:
         raise OutputExistsError(f"{out} exists already; give another --out or remove it first")
 
 
-def _lock(path: Path, out: Path) -> IO[str]:
-    """Return `path`, opened and locked if this file system can; OutputBusyError if another process has it."""
+def _lock(path: Path, out: Path) -> tuple[IO[str], bool]:
+    """Return `path`, opened, and whether this file system could lock it; OutputBusyError if another process has it."""
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
@@ -45,13 +141,42 @@ def _lock(path: Path, out: Path) -> IO[str]:
                 f"remove {path})"
             ) from None
         except OSError:
-            return file
-        try:
-            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                return file
-        except FileNotFoundError:
-            pass
+            return file, False
+        if _is_at(file, path):
+            return file, True
         file.close()  # its holder has removed it in the meantime
+
+
+def _is_at(file: IO[Any], path: Path) -> bool:
+    """Return whether `path` still is the opened file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _temporary(out: Path) -> Path:
+    return out.parent / f".{out.name}.tmp-{os.getpid()}"
+
+
+def _left(out: Path) -> list[Path]:
+    """Return all temporary files and directories of `out`, of whatever process."""
+    start = f".{out.name}.tmp-"
+    with suppress(PermissionError):  # a folder that may be written and not listed
+        names = [n for n in os.listdir(out.parent) if n.startswith(start) and n.removeprefix(start).isdecimal()]
+        return [out.parent / name for name in names]
+    return []
+
+
+def _remove_if_dead(path: Path) -> None:
+    """Remove a temporary file unless a living process writes it: such a one has locked it."""
+    try:
+        with path.open("rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(file, path):
+                path.unlink()
+    except OSError:
+        return  # alive, gone already, another user's, or a file system without locks
 
 
 @contextmanager
@@ -60,7 +185,10 @@ def held(out: Path) -> Iterator[None]:
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     path = out.parent / f".{out.name}.lock"
-    with _lock(path, out) as file:
+    file, locked = _lock(path, out)
+    with file:
+        for folder in (p for p in _left(out) if locked and p.is_dir() and not p.is_symlink()):
+            shutil.rmtree(folder, ignore_errors=True)  # directories are made under this lock: its writer was killed
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         print(f"process {os.getpid()} on {socket.gethostname()} since {since}", file=file, flush=True)
@@ -87,11 +215,12 @@ def new_directory(out: Path) -> Iterator[Path]:
 @contextmanager
 def _temporary_directory(out: Path) -> Iterator[Path]:
     refuse_existing(out)  # it may have been finished a moment ago
-    temporary = out.parent / f".{out.name}.tmp-{os.getpid()}"
+    temporary = _temporary(out)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
+        _share(temporary)
         if out.is_dir():
             out.rmdir()
         temporary.rename(out)
@@ -99,22 +228,47 @@ def _temporary_directory(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _share(directory: Path) -> None:
+    """Give every file the mode that the umask gives: some libraries write files that their owner alone can read."""
+    usual = stat.S_IMODE(directory.stat().st_mode) & 0o666
+    for path in directory.rglob("*"):
+        if path.is_file() and not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) != usual:
+            path.chmod(usual)
+
+
+def _start_file(path: Path) -> BinaryIO:
+    """Return a temporary file, empty and locked as long as it is open (if this file system can)."""
+    while True:
+        file = create(path)
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if _is_at(file, path):
+            return file
+        file.close()  # taken for a killed writer's before it was locked
+
+
 @contextmanager
 def new_file(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside `out` that becomes `out` when the block ends well, and vanishes when not."""
+    """Yield a temporary path beside `out` that becomes `out` when the block ends well, and vanishes when not.
+
+    The path is an empty file already; it has to be written, not replaced.
+    """
     out = Path(out)
     if not overwrite:
         refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.parent / f".{out.name}.tmp-{os.getpid()}"
-    try:
-        yield temporary
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    for left in _left(out):
+        _remove_if_dead(left)
+    temporary = _temporary(out)
+    with _start_file(temporary):
+        try:
+            yield temporary
+            os.replace(temporary, out)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, replacing `path` in one step."""
     with new_file(path, overwrite=True) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(temporary, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

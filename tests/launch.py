@@ -1,8 +1,10 @@
-"""Start real ranks for tests: loopback, gloo, one thread each."""
+"""Start real ranks for tests (loopback, gloo, one thread each), and what a process may be given: file size, umask."""
 
 import os
+import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 
 from nexus_ds.pipeline import LAUNCH_VARIABLES, free_port
 
@@ -31,3 +33,31 @@ def finish(ranks, code=0, timeout=240):
     outputs = [rank.communicate(timeout=timeout)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [code] * len(ranks), "\n".join(outputs)
     return outputs[0]
+
+
+@contextmanager
+def file_limit(size):
+    """Let no file of this process, or of one that it starts, grow beyond `size` bytes: a write stops there, short."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # Python ignores SIGXFSZ
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def umask(value):
+    """Create files, here and in processes that are started, under another umask."""
+    before = os.umask(value)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def file_modes(directory):
+    """Return the modes that occur among all files under a directory (or of one file)."""
+    files = [path for path in directory.rglob("*") if path.is_file()] if directory.is_dir() else [directory]
+    assert files
+    return {path.stat().st_mode & 0o777 for path in files}

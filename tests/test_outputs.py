@@ -8,32 +8,60 @@ import sys
 from pathlib import Path
 
 import pytest
+from launch import file_limit, file_modes, umask
 
 from nexus_ds.__main__ import main
 from nexus_ds.errors import OutputBusyError, OutputExistsError
-from nexus_ds.outputs import held, new_directory
+from nexus_ds.outputs import Ended, create, exit_on_signals, held, new_directory, new_file, write_at, write_json
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from nexus_ds.outputs import new_directory
-with new_directory(Path(sys.argv[1])) as folder:
-    (folder / "model").write_text("whole")
+from nexus_ds.outputs import exit_on_signals, new_directory, new_file
+kind = {"directory": new_directory, "file": lambda out: new_file(out, overwrite=True)}[sys.argv[2]]
+with exit_on_signals(), kind(Path(sys.argv[1])) as made:
+    (made / "model" if made.is_dir() else made).write_text("whole")
     print("holding", flush=True)
     sys.stdin.readline()
 """
 
 
+def start(out: Path, kind: str, **options: object) -> subprocess.Popen:
+    """Start another process that is writing `out` until it is told to finish."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(out), kind],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+    assert process.stdout.readline() == "holding\n"
+    return process
+
+
+def end(process: subprocess.Popen) -> None:
+    process.kill()
+    process.communicate()
+
+
 @pytest.fixture
 def other(tmp_path: Path):
     """Another process that is writing tmp_path/out until it is told to finish."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "out")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "holding\n"
+    process = start(tmp_path / "out", "directory")
     yield process
-    process.kill()
-    process.wait()
+    end(process)
+
+
+@pytest.fixture
+def other_file(tmp_path: Path):
+    """The same of a file."""
+    process = start(tmp_path / "out", "file")
+    yield process
+    end(process)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_the_second_writer_is_told_who_the_first_is_and_the_first_goes_on(other: subprocess.Popen, tmp_path: Path):
@@ -61,6 +89,139 @@ def test_the_lock_of_a_killed_process_is_none(other: subprocess.Popen, tmp_path:
     assert not (tmp_path / ".out.lock").exists()
 
 
+# Leftovers -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_one(other: subprocess.Popen, tmp_path: Path):
+    end(other)
+    assert names(tmp_path) == [".out.lock", f".out.tmp-{other.pid}"]
+    with new_directory(tmp_path / "out"):
+        assert names(tmp_path) == [".out.lock", f".out.tmp-{os.getpid()}"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_leftovers_of_others_stay(tmp_path: Path):
+    kept = [".out.tmp-1.tmp-23", ".out.tmp-keep", ".outer.tmp-4", "out.tmp-5"]  # of out.tmp-1, of nobody, of outer
+    for name in kept:
+        (tmp_path / name).mkdir()
+    with new_directory(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == [*kept[:3], "out", "out.tmp-5"]
+
+
+def test_a_writer_that_is_refused_takes_nothing_from_the_living_one(other: subprocess.Popen, tmp_path: Path):
+    with pytest.raises(OutputBusyError), held(tmp_path / "out"):
+        pass
+    other.communicate("\n", timeout=60)
+    assert (other.returncode, names(tmp_path / "out")) == (0, ["model"])
+
+
+def test_a_killed_writer_of_a_file_leaves_nothing_to_the_next_one(other_file: subprocess.Popen, tmp_path: Path):
+    end(other_file)
+    assert names(tmp_path) == [f".out.tmp-{other_file.pid}"]
+    write_json(tmp_path / "out", 1)
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_living_writer_of_a_file_keeps_it(other_file: subprocess.Popen, tmp_path: Path):
+    write_json(tmp_path / "out", 1)
+    assert names(tmp_path) == [f".out.tmp-{other_file.pid}", "out"]
+    other_file.communicate("\n", timeout=60)
+    assert (other_file.returncode, (tmp_path / "out").read_text()) == (0, "whole")
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_temporary_file_that_was_taken_for_a_leftover_is_made_again(tmp_path: Path, monkeypatch):
+    flock = fcntl.flock
+
+    def late(file: object, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        (tmp_path / f".out.tmp-{os.getpid()}").unlink()  # between our opening and our locking it
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    write_json(tmp_path / "out", 1)
+    assert (tmp_path / "out").read_text() == "1\n"
+
+
+# Signals -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_a_signal_leaves_nothing_behind(tmp_path: Path, number: signal.Signals, kind: str):
+    process = start(tmp_path / "out", kind)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert names(tmp_path) == []
+
+
+def test_nohup_stays(tmp_path: Path):
+    process = start(tmp_path / "out", "directory", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.send_signal(signal.SIGHUP)
+    process.communicate("\n", timeout=60)
+    assert (process.returncode, names(tmp_path)) == (0, ["out"])
+
+
+def test_a_second_signal_does_not_disturb_the_clearing_up_and_handlers_come_back():
+    cleared = False
+    with pytest.raises(Ended) as ended, exit_on_signals():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGHUP)
+            cleared = True
+    assert (cleared, ended.value.code, ended.value.signal) == (True, 143, "SIGTERM")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+# Modes ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o027, 0o640)])
+def test_every_file_of_an_output_has_the_mode_of_the_umask(tmp_path: Path, mask: int, mode: int):
+    with umask(mask):
+        with new_directory(tmp_path / "out") as folder:
+            (folder / "deep").mkdir()
+            (folder / "deep" / "own").write_text("as open makes it")
+            (folder / "private").touch(0o600)  # as some libraries do
+            (folder / "open").touch()
+            (folder / "open").chmod(0o666)
+        with new_file(tmp_path / "file") as temporary:
+            temporary.write_text("x")
+    assert file_modes(tmp_path / "out") == file_modes(tmp_path / "file") == {mode}
+
+
+# Short writes --------------------------------------------------------------------------------------------------------
+
+
+def test_a_write_that_stops_short_goes_on_or_names_file_need_and_free(tmp_path: Path):
+    said = r"\[Errno 27\] File too large: need 600 bytes more, free [\d,]+: '.*/raw'$"
+    with (tmp_path / "raw").open("wb", buffering=0) as file, file_limit(1000), pytest.raises(OSError, match=said):
+        write_at(file.fileno(), 600, memoryview(b"x" * 1000), tmp_path / "raw")
+    assert (tmp_path / "raw").stat().st_size == 1000
+
+
+@pytest.mark.parametrize("at_close", [True, False])
+def test_a_buffered_write_names_the_file_at_once_or_when_it_is_closed(tmp_path: Path, at_close: bool):
+    said = r"\[Errno 27\] File too large: need [\d,]+ bytes more, free [\d,]+: '.*/text'$"
+    with file_limit(1000), pytest.raises(OSError, match=said), create(tmp_path / "text") as stream:
+        stream.write(b"x" * (1500 if at_close else 3 << 20))
+        assert at_close, "larger than the buffer"
+
+
+def test_json_that_does_not_fit_leaves_the_old_one(tmp_path: Path):
+    write_json(tmp_path / "a.json", [1])
+    with file_limit(1000), pytest.raises(OSError, match=r"File too large: need .*/\.a\.json\.tmp-\d+'$"):
+        write_json(tmp_path / "a.json", ["x" * 2000])
+    assert (tmp_path / "a.json").read_text() == "[\n  1\n]\n" and names(tmp_path) == ["a.json"]
+
+
+# One writer ----------------------------------------------------------------------------------------------------------
+
+
 def test_a_lock_file_that_its_holder_just_removed_is_not_taken_for_the_lock(tmp_path: Path, monkeypatch):
     flock, path = fcntl.flock, tmp_path / ".out.lock"
 
@@ -83,9 +244,11 @@ def test_a_file_system_without_locks_does_without(tmp_path: Path, monkeypatch: p
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / ".out.tmp-1").mkdir()
     with new_directory(tmp_path / "out"):
         pass
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    write_json(tmp_path / "file", 1)
+    assert names(tmp_path) == [".out.tmp-1", "file", "out"]  # what may be a living writer's stays
 
 
 def test_a_second_demo_of_the_same_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

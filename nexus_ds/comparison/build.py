@@ -30,7 +30,7 @@ from nexus_ds.config import (
     load_config,
 )
 from nexus_ds.errors import ConfigError
-from nexus_ds.outputs import new_file
+from nexus_ds.outputs import new_file, write_text
 from nexus_ds.pipeline import HARMLESS
 from nexus_ds.planning.sizes import sizes_of
 from nexus_ds.planning.traffic import token_flops
@@ -94,7 +94,7 @@ class Builder:
         """Write the settings of every job that has a file of its own."""
         for path, config in self.configs.items():
             with new_file(path, overwrite=True) as temporary:
-                temporary.write_text(dump(config), encoding="utf-8")
+                write_text(temporary, dump(config))
 
     # Jobs ----------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nexus_ds.data.domains import ENCODE_BATCH, SentenceEncoder, document_vectors, encoder_directory, weights_hash
 from nexus_ds.errors import IncompatibleModelsError
-from nexus_ds.outputs import new_file
+from nexus_ds.outputs import create, new_file
 from nexus_ds.progress import Progress
 
 WINDOWS = 2  # pieces of a chunk that are averaged at most
@@ -42,7 +42,7 @@ def embed_chunks(texts: Mapping[str, Sequence[str]], encoder: str, revision: str
         ConfigError: no such encoder on this machine.
         IncompatibleModelsError: it has other weights.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
     found = weights_hash(encoder_directory(encoder))
     if found != revision:
@@ -61,6 +61,6 @@ def embed_chunks(texts: Mapping[str, Sequence[str]], encoder: str, revision: str
                     batch = texts[domain][start : start + ENCODE_BATCH]
                     parts.append(torch.from_numpy(document_vectors(batch, model, WINDOWS)).float())
                     progress.advance(len(batch))
-                with new_file(places[domain], overwrite=True) as temporary:
-                    save_file({"vectors": torch.cat(parts)}, temporary)
+                with new_file(places[domain], overwrite=True) as temporary, create(temporary) as stream:
+                    stream.write(save({"vectors": torch.cat(parts)}))
     return {domain: load_file(path)["vectors"] for domain, path in places.items()}

@@ -34,6 +34,7 @@ from nexus_ds.data.domains import ENCODE_BATCH, Encoder, document_vectors, sampl
 from nexus_ds.data.rows import SUFFIXES, BadRows, Document, read_rows
 from nexus_ds.data.sources import SPLITS
 from nexus_ds.errors import ConfigError, DataError
+from nexus_ds.outputs import create
 from nexus_ds.progress import Progress
 
 OPENING = 400  # characters of a document that are embedded
@@ -312,7 +313,7 @@ class Discovery:
         folder.mkdir()
         files = {}
         for split in SPLITS:
-            stream = stack.enter_context((folder / f"{split}.jsonl.gz").open("wb"))
+            stream = stack.enter_context(create(folder / f"{split}.jsonl.gz"))
             # Without a name and a time the bytes depend on the text alone.
             files[split] = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=stream, mtime=0))
         return _Domain(folder.name, self.seed, self.every, files)

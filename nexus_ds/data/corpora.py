@@ -30,7 +30,7 @@ from nexus_ds.data.encoding import Batches, Packed, Tokenizer, cores, load_token
 from nexus_ds.data.rows import BadRows, Document
 from nexus_ds.data.sources import SPLITS, Source, open_source, passes, read, require_domains
 from nexus_ds.errors import ConfigError, DataError
-from nexus_ds.outputs import new_file, write_json
+from nexus_ds.outputs import create, new_file, write_json
 from nexus_ds.progress import Progress
 
 __all__ = ["Document", "Source", "TokenFile", "open_source", "require_domains", "token_files", "windows"]
@@ -184,7 +184,7 @@ class _Maker:
         label = f"tokenise {', '.join(named)}/{self.split}"
         with ExitStack() as stack:
             paths = {job.domain: stack.enter_context(new_file(job.path, overwrite=True)) for job in jobs}
-            streams = {domain: stack.enter_context(path.open("wb")) for domain, path in paths.items()}
+            streams = {domain: stack.enter_context(create(path)) for domain, path in paths.items()}
             progress = stack.enter_context(Progress(label, total, "kB"))
             for domain, part in pack(_counted(_batches(documents), progress)):
                 streams[domain].write(part.ids)

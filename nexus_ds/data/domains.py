@@ -29,7 +29,7 @@ from nexus_ds.data.offline import stay_offline
 from nexus_ds.data.rows import Document
 from nexus_ds.data.sources import Source
 from nexus_ds.errors import ConfigError, DataError
-from nexus_ds.outputs import new_file
+from nexus_ds.outputs import create, new_file
 from nexus_ds.progress import Progress
 
 METADATA_KEY = "nexus_domains"
@@ -306,12 +306,13 @@ class SentenceEncoder:
 
 def write_domain_embeddings(path: Path, embeddings: DomainEmbeddings, overwrite: bool = False) -> None:
     """Write `embeddings` as one safetensors file; OutputExistsError if `path` is taken and not `overwrite`."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     facts = {f.name: getattr(embeddings, f.name) for f in dataclasses.fields(embeddings) if f.name != "vectors"}
-    with new_file(Path(path), overwrite=overwrite) as temporary:
-        vectors = np.ascontiguousarray(embeddings.vectors, dtype=np.float32)
-        save_file({"vectors": vectors}, temporary, metadata={METADATA_KEY: json.dumps(facts, ensure_ascii=False)})
+    vectors = np.ascontiguousarray(embeddings.vectors, dtype=np.float32)
+    content = save({"vectors": vectors}, metadata={METADATA_KEY: json.dumps(facts, ensure_ascii=False)})
+    with new_file(Path(path), overwrite=overwrite) as temporary, create(temporary) as stream:
+        stream.write(content)
 
 
 def read_domain_embeddings(path: Path) -> DomainEmbeddings:

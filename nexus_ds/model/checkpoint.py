@@ -28,7 +28,7 @@ from nexus_ds.errors import CheckpointError, ConfigError, IncompatibleModelsErro
 from nexus_ds.model.context import CONTEXT_MODEL
 from nexus_ds.model.families import gate_name, open_moe, refuse_hooks
 from nexus_ds.model.router import Projection, condition, rows_in
-from nexus_ds.model.tensorfile import TensorReader, confined, read_json_object, require_directory
+from nexus_ds.model.tensorfile import TensorReader, confined, read_json_object, require_directory, write_tensors
 from nexus_ds.outputs import new_file, write_json
 
 SIDECAR, ROUTER = "nexus.json", "nexus_router.safetensors"
@@ -181,11 +181,9 @@ def check_sidecar(sidecar: Sidecar, where: Path) -> None:
 
 def write_sidecar(directory: Path, sidecar: Sidecar) -> None:
     """Write or replace nexus.json and nexus_router.safetensors; CheckpointError if the parts contradict each other."""
-    from safetensors.torch import save_file
-
     check_sidecar(sidecar, Path(directory))
     with new_file(Path(directory) / ROUTER, overwrite=True) as temporary:
-        save_file(_sidecar_tensors(sidecar), temporary, metadata={"format": "pt"})
+        write_tensors(temporary, _sidecar_tensors(sidecar))
     value = {
         "format": FORMAT,
         "experts": [dataclasses.asdict(expert) for expert in sidecar.experts],

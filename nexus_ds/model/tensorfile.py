@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nexus_ds.errors import CheckpointError
-from nexus_ds.outputs import write_json
+from nexus_ds.outputs import create, naming, write_at, write_json
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -255,11 +255,30 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _write_at(descriptor: int, position: int, data: memoryview) -> None:
-    """Write all of `data`; one call of the system writes at most 2 GiB."""
-    done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], position + done)
+def header_of(
+    plan: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str] | None = None
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """Return what a safetensors file begins with, and for each tensor (dtype name, shape) its bytes [start, end) in it."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    position = 0
+    for name, (dtype, shape) in plan.items():
+        end = position + tensor_bytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    lead = len(text).to_bytes(8, "little") + text
+    places = {name: header[name]["data_offsets"] for name in plan}
+    return lead, {name: (len(lead) + start, len(lead) + end) for name, (start, end) in places.items()}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write one safetensors file over `path`, a tensor at a time."""
+    lead, _ = header_of({n: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items()}, {"format": "pt"})
+    with create(path) as stream:
+        stream.write(lead)
+        for tensor in tensors.values():
+            stream.write(_bytes_of(tensor))
 
 
 class TensorReader:
@@ -384,7 +403,7 @@ class TensorWriter:
             else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
         )
         self._missing = {name: tensor_bytes(*entry) for name, entry in plan.items()}  # bytes that are still to come
-        self._places: dict[str, tuple[int, int]] = {}  # name: descriptor, first byte
+        self._places: dict[str, tuple[int, int, Path]] = {}  # name: descriptor, first byte, file
         self._descriptors: list[int] = []
         try:
             for file, names in zip(files, shards, strict=True):
@@ -398,21 +417,15 @@ class TensorWriter:
 
     def _start_file(self, path: Path, names: list[str]) -> None:
         """Write the header of one file and remember where its tensors go."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        for name in names:
-            dtype, shape = self.plan[name]
-            end = position + tensor_bytes(dtype, shape)
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
-            position = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        lead, places = header_of({name: self.plan[name] for name in names}, {"format": "pt"})
+        size = max((end for _, end in places.values()), default=len(lead))
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._descriptors.append(descriptor)
-        _write_at(descriptor, 0, memoryview(len(text).to_bytes(8, "little") + text))
-        os.ftruncate(descriptor, 8 + len(text) + position)
-        for name in names:
-            self._places[name] = descriptor, 8 + len(text) + header[name]["data_offsets"][0]
+        write_at(descriptor, 0, memoryview(lead), path)
+        with naming(path, size):
+            os.ftruncate(descriptor, size)
+        for name, (start, _) in places.items():
+            self._places[name] = descriptor, start, path
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write a whole planned tensor."""
@@ -436,12 +449,11 @@ class TensorWriter:
         if tensor.dtype != DTYPES[dtype]:
             raise CheckpointError(f"tensor {name!r} has dtype {tensor.dtype}, planned was {dtype}")
         data = _bytes_of(tensor)
-        self._missing[name] -= len(data)
-        if self._missing[name] < 0:
+        if self._missing[name] < len(data):
             raise CheckpointError(f"tensor {name!r} was written twice")
-        descriptor, first = self._places[name]
-        first += start * tensor_bytes(dtype, shape[1:])
-        _write_at(descriptor, first, data)
+        descriptor, first, path = self._places[name]
+        write_at(descriptor, first + start * tensor_bytes(dtype, shape[1:]), data, path)
+        self._missing[name] -= len(data)
 
     def _close_files(self) -> None:
         while self._descriptors:
@@ -473,9 +485,8 @@ def overwrite(info: TensorInfo, tensor: torch.Tensor) -> None:
     """
     if tuple(tensor.shape) != info.shape:
         raise CheckpointError(f"{info.file}: found a tensor of shape {tuple(tensor.shape)}, the file has {info.shape}")
-    with info.file.open("r+b") as stream:
-        stream.seek(info.start)
-        stream.write(_bytes_of(tensor.to(DTYPES[info.dtype])))
+    with info.file.open("r+b", buffering=0) as stream:
+        write_at(stream.fileno(), info.start, _bytes_of(tensor.to(DTYPES[info.dtype])), info.file)
 
 
 def sha256_of_tensors(reader: TensorReader, names: Iterable[str]) -> str:

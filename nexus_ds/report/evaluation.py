@@ -13,6 +13,7 @@ Not covered: figures of more models or experts than fit on a page (they are draw
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import re
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nexus_ds.errors import ConfigError
-from nexus_ds.outputs import write_json
+from nexus_ds.outputs import write_json, write_text
 from nexus_ds.report import figures
 from nexus_ds.report.page import Cell, Section, Table, write_page
 from nexus_ds.report.paired import number, standard_error
@@ -174,8 +175,9 @@ def summarise(
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Write the numbers behind a figure."""
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows([header, *rows])
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([header, *rows])
+    write_text(path, text.getvalue())
 
 
 def file_names(models: Sequence[str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from nexus_ds.errors import DataError
-from nexus_ds.outputs import new_file
+from nexus_ds.outputs import new_file, write_text
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
@@ -224,4 +224,4 @@ def write_page(out: Path, title: str, intro: str, sections: Sequence[Section]) -
         f"{_paragraphs(intro)}\n<nav>{links}</nav>\n{body}\n<footer>Written by nexus_ds.</footer>\n</body>\n</html>\n"
     )
     with new_file(Path(out), overwrite=True) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        write_text(temporary, page)

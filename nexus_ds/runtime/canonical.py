@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -25,7 +24,8 @@ from torch import Tensor, nn
 
 from nexus_ds.errors import CheckpointError
 from nexus_ds.model.families import expert_name
-from nexus_ds.model.tensorfile import DTYPE_NAMES, TensorReader
+from nexus_ds.model.tensorfile import DTYPE_NAMES, TensorReader, header_of
+from nexus_ds.outputs import naming, write_at
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.engine import full_shape, moe_layers
 
@@ -111,35 +111,41 @@ def _random_states() -> dict[str, Tensor]:
 def write_rank(engine: Any, path: Path, halfway: Callable[[], None]) -> dict[str, Any]:
     """Write what this rank owns to `path` and flush it to the disk; return its size in bytes and sha256.
 
-    The hash is taken of what is in memory, by a thread beside the writing. At most two chunks have left the device.
+    Both are of what is in memory, not of what came to the disk; the hash is taken by a thread beside the writing. At most
+    two chunks have left the device.
+
+    Raises:
+        OSError: not all could be written; it names the file, what is still to be written, and what is free.
     """
     tensors = {f"{kind}:{p.start}:{p.name}": view for p in pieces(engine) for kind, view in p.values.items()}
     tensors |= _random_states()
-    header: dict[str, Any] = {}
-    position = 0
-    for name, tensor in tensors.items():
-        end = position + tensor.numel() * tensor.element_size()
-        entry = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": [tensor.numel()], "data_offsets": [position, end]}
-        header[name], position = entry, end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    lead, places = header_of({name: (DTYPE_NAMES[tensor.dtype], (tensor.numel(),)) for name, tensor in tensors.items()})
+    size, position = max(end for _, end in places.values()), 0
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
         hashed = beside.submit(digest.update, b"")
-        for index, data in enumerate(_chunks(text, tensors)):
+        for index, data in enumerate(_chunks(lead, tensors)):
             hashed.result()
             hashed = beside.submit(digest.update, data)
-            file.write(data)
+            write_at(file.fileno(), position, data, path)
+            position += len(data)
             if index == len(tensors) // 2:
                 halfway()
-        os.fsync(file.fileno())
+        with naming(path, size):
+            os.fsync(file.fileno())
         hashed.result()
-        size = file.tell()
+    _check_size(path, size)
     return {"size": size, "sha256": digest.hexdigest()}
 
 
-def _chunks(header: bytes, tensors: dict[str, Tensor]) -> Iterator[memoryview]:
-    yield memoryview(len(header).to_bytes(8, "little") + header)
+def _check_size(path: Path, size: int) -> None:
+    """Raise CheckpointError unless the file is as long as its header says."""
+    if (found := path.stat().st_size) != size:
+        raise CheckpointError(f"{path}: {found:,} bytes were written, {size:,} planned; the state does not count")
+
+
+def _chunks(lead: bytes, tensors: dict[str, Tensor]) -> Iterator[memoryview]:
+    yield memoryview(lead)
     for tensor in tensors.values():
         data = _bytes(tensor)
         for start in range(0, len(data), 1 << 30):  # one call of the system writes at most 2 GiB

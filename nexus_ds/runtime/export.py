@@ -33,7 +33,7 @@ from nexus_ds.model.families import (
 )
 from nexus_ds.model.moe import NexusMoE
 from nexus_ds.model.tensorfile import TensorWriter
-from nexus_ds.outputs import new_directory, refuse_existing
+from nexus_ds.outputs import new_directory, refuse_existing, write_text
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.canonical import STACKED
 from nexus_ds.runtime.engine import full_shape, moe_layers
@@ -161,7 +161,7 @@ def _write_config(model: Any, source: Path | None, dtype: torch.dtype, directory
     values |= {"dtype": name, "tie_word_embeddings": HEAD not in _dense_part(model)}
     values.pop("torch_dtype", None)
     values = both_ropes(values)
-    (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_text(directory / "config.json", json.dumps(values, indent=2) + "\n")
     if source and (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", directory / "generation_config.json")
 
@@ -234,4 +234,4 @@ def _write(model: Any, config: Config, dtype: torch.dtype, directory: Path | Non
     if sidecar:
         write_sidecar(directory, replace(sidecar, lineage=[*sidecar.lineage, lineage], versions=versions()))
     copy_tokenizer(Path(config.model.tokenizer or config.model.path), directory)
-    (directory / "training.yaml").write_text(dump(config), encoding="utf-8")
+    write_text(directory / "training.yaml", dump(config))

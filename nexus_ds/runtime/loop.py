@@ -31,6 +31,7 @@ from nexus_ds.model.checkpoint import check_tokenizer, content_fingerprint, is_n
 from nexus_ds.model.head import next_token_loss
 from nexus_ds.model.loading import read_config
 from nexus_ds.model.moe import Placement
+from nexus_ds.outputs import write_text
 from nexus_ds.pipeline import no_bos
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime import states
@@ -371,7 +372,7 @@ def train(config: Config, ds_json: str, rank: int, world: int, local_world: int,
         messages += states.adopt(run.engine, Path(config.training.moments))
     with closing(Metrics(run.work, config.name, first, run.total, rank == 0)) as metrics:
         if rank == 0:
-            (run.work / "config.yaml").write_text(dump(config), encoding="utf-8")
+            write_text(run.work / "config.yaml", dump(config))
         for message in messages:
             metrics.say(message)
         metrics.say(describe(run, first))

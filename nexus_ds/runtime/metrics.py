@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from nexus_ds.outputs import create, naming
 from nexus_ds.progress import duration
 
 
@@ -37,8 +38,9 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         directory.mkdir(parents=True, exist_ok=True)
-        self.jsonl = (directory / "metrics.jsonl").open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
+        self.jsonl = create(directory / "metrics.jsonl", append=True)
+        self.events = directory / "tensorboard"
+        self.board = SummaryWriter(str(self.events), purge_step=first_step)
         self.bar = tqdm(total=total_steps, initial=first_step, desc=name, unit="step") if sys.stderr.isatty() else None
 
     def say(self, text: str) -> None:
@@ -60,16 +62,19 @@ class Metrics:
         """Write `values` (nested numbers) under `kind` and print `line`."""
         if not self.active:
             return
-        self.jsonl.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
+        record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+        self.jsonl.write((json.dumps(record) + "\n").encode())
         self.jsonl.flush()
-        for name, value in _flat(values).items():
-            self.board.add_scalar(f"{kind}/{name}", value, step)
+        with naming(self.events):
+            for name, value in _flat(values).items():
+                self.board.add_scalar(f"{kind}/{name}", value, step)
         self.say(f"{self.name} {line}")
 
     def close(self) -> None:
         """Flush and close both files."""
         if self.active:
             self.jsonl.close()
-            self.board.close()
+            with naming(self.events):
+                self.board.close()
             if self.bar is not None:
                 self.bar.close()

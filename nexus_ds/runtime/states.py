@@ -25,7 +25,7 @@ from typing import Any
 import torch.distributed as dist
 
 from nexus_ds.errors import CheckpointError
-from nexus_ds.outputs import new_file
+from nexus_ds.outputs import create, new_file, write_text
 from nexus_ds.runtime import canonical
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.ranks import on_rank_0, together
@@ -231,8 +231,8 @@ def _commit(states: Path, partial: Path, manifest: dict[str, Any]) -> None:
     step = manifest["step"]
     final = states / f"step_{step}"
     _fault("before_manifest", step)
-    with (partial / MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(json.dumps(manifest, indent=1) + "\n")
+    with create(partial / MANIFEST) as file:
+        file.write((json.dumps(manifest, indent=1) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())
     _sync(partial)
@@ -242,7 +242,7 @@ def _commit(states: Path, partial: Path, manifest: dict[str, Any]) -> None:
     _sync(states)
     _fault("after_rename", step)
     with new_file(states / "latest", overwrite=True) as temporary:
-        temporary.write_text(final.name + "\n", encoding="utf-8")
+        write_text(temporary, final.name + "\n")
     _fault("after_latest", step)
 
 

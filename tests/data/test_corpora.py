@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from launch import file_limit
 
 from nexus_ds.data import corpora
 from nexus_ds.data.corpora import TokenFile, open_source, token_files, windows
@@ -140,6 +141,15 @@ def test_a_token_file_that_was_cut_short_is_named(corpus: Path, tokenizer_dir: P
         DataError, match=r"alpha-train-\w+\.bin: found 8 bytes at 32, expected 34; .* remove it, and it is"
     ):
         file.block(1, 16)
+
+
+def test_a_full_disk_names_the_file_and_leaves_nothing(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
+    source, cache = open_source(str(corpus)), tmp_path / "cache"
+    said = r"\[Errno 27\] File too large: need [\d,]+ bytes more, free [\d,]+: '.*/\.beta-train-\w+\.bin\.tmp-\d+'$"
+    with file_limit(1000), pytest.raises(OSError, match=said):
+        token_files(source, ["beta"], "train", tokenizer_dir, cache)
+    assert [path.name for path in cache.iterdir()] == [".lock"]
+    assert token_files(source, ["beta"], "train", tokenizer_dir, cache)["beta"].documents == 30
 
 
 def test_a_token_file_pickles_without_its_content(corpus: Path, tokenizer_dir: Path, tmp_path: Path):

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from launch import file_limit
 from safetensors.torch import load_file, save_file
 
 from nexus_ds.errors import CheckpointError
@@ -21,6 +22,7 @@ from nexus_ds.model.tensorfile import (
     row_slices,
     sha256_of_tensors,
     tensor_bytes,
+    write_tensors,
 )
 
 TENSORS = {
@@ -122,6 +124,39 @@ class Canary:
 
     def __reduce__(self):
         return open, (str(self.path), "w")
+
+
+FULL = r"\[Errno 27\] File too large: need [\d,]+ bytes more, free [\d,]+: '.*/{}'$"
+
+
+def test_a_write_that_stops_short_names_the_file_and_does_not_count(tmp_path):
+    (tmp_path / "late").mkdir()
+    plan = {"a": ("F32", (100,)), "b": ("F32", (1000,))}
+    with file_limit(2000), pytest.raises(OSError, match=FULL.format("model.safetensors")):
+        TensorWriter(tmp_path, plan)
+    writer = TensorWriter(tmp_path / "late", plan)
+    writer.write("a", torch.ones(100))
+    with file_limit(2000), pytest.raises(OSError, match=FULL.format("model.safetensors")):
+        writer.write("b", torch.ones(1000))
+    with pytest.raises(CheckpointError, match="1 planned tensors were not written, the first: 'b'"):
+        writer.close()
+
+
+def test_an_overwrite_that_stops_short_names_the_file(tmp_path):
+    save_file({"a": torch.zeros(1000)}, tmp_path / "model.safetensors")
+    info = TensorReader(tmp_path).info("a")
+    with file_limit(2000), pytest.raises(OSError, match=FULL.format("model.safetensors")):
+        overwrite(info, torch.ones(1000))
+
+
+def test_a_file_that_is_written_at_once(tmp_path):
+    tensors = {"a": torch.arange(5), "b": torch.randn(3, 4).T, "c": torch.zeros(0, 2, dtype=torch.bfloat16)}
+    write_tensors(tmp_path / "some.safetensors", tensors)
+    found = load_file(tmp_path / "some.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    with file_limit(100), pytest.raises(OSError, match=FULL.format("some.safetensors")):
+        write_tensors(tmp_path / "some.safetensors", tensors)
 
 
 @pytest.mark.parametrize("lead", [b"\x80\x02", b"PK"])

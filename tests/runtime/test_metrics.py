@@ -2,6 +2,10 @@
 
 import json
 import time
+from contextlib import closing
+
+import pytest
+from launch import file_limit
 
 from nexus_ds.runtime.metrics import Metrics, _flat
 
@@ -51,3 +55,13 @@ def test_the_time_left_is_that_of_the_steps_left_at_the_speed_of_this_start(monk
     metrics = Metrics(None, "moe", 10, 30, False)
     monkeypatch.setattr(time, "monotonic", lambda: metrics.started + 20.0)
     assert metrics.eta(14) == "1m20s"  # 4 steps in 20 s, 16 to go
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard writes in a thread
+@pytest.mark.parametrize(("count", "name"), [(500, r"metrics\.jsonl"), (60, "tensorboard")])
+def test_a_full_disk_names_the_file(tmp_path, count, name):
+    """Many short numbers are larger in TensorBoard's file than in ours."""
+    metrics = Metrics(tmp_path, "run", 0, 9, True)
+    said = rf"\[Errno 27\] File too large: .*free [\d,]+: '{tmp_path}/{name}'$"
+    with file_limit(1800), pytest.raises(OSError, match=said), closing(metrics):
+        metrics.log("train", 1, {str(number): 1.0 for number in range(count)}, "line")

@@ -1,16 +1,20 @@
 """Training states: exact resumption in the same and in any other layout, damage, kills at every point of a save."""
 
+import hashlib
 import json
 import math
 import os
+import pickle
+import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import make_nexus
-from launch import finish, start_ranks
+from launch import file_limit, file_modes, finish, start_ranks, umask
 
 from nexus_ds.config import load_config
 from nexus_ds.errors import CheckpointError
@@ -26,6 +30,7 @@ from nexus_ds.runtime.states import damage, newest_good, read_manifest, steps_sa
 WORKER = Path(__file__).parents[1] / "state_worker.py"
 TRAIN = Path(__file__).parents[2] / "nexus_ds" / "train.py"
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
+RANK_0, RANK_1 = "rank_00000.safetensors", "rank_00001.safetensors"
 POINTS = (
     "before_files", "during_file", "after_file", "before_manifest", "before_rename", "after_rename", "after_latest",
     "during_retention",
@@ -87,12 +92,18 @@ def one_rank(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_same_layout_goes_on_to_bit_equal_weights_and_moments(tmp_path, checkpoint, source):
+    """Newer states are damaged, each in another rank's file: the ranks share the hashing, and see both."""
     folder, losses = source
-    copy_step(folder, tmp_path / "states", 2)
+    for step in (2, 4, 6):
+        copy_step(folder, tmp_path / "states", step)
+    flip(tmp_path / "states" / "step_4" / RANK_0)
+    flip(tmp_path / "states" / "step_6" / RANK_1)
     words = ("stage=3", "parallel.expert=2", "router.load_balance=0", "save=6", "until=6")
     result = launch(checkpoint, tmp_path / "states", 2, *words)
     assert result["first"] == 2
-    assert result["messages"] == []
+    told = [message.partition(": found sha256")[0] for message in result["messages"]]
+    damaged = [(6, RANK_1), (4, RANK_0)]
+    assert told == [f"{tmp_path / 'states' / f'step_{step}'} is damaged ({name}" for step, name in damaged]
     assert result["losses"] == {step: loss for step, loss in losses.items() if int(step) >= 2}
     assert equal(content(folder / "step_6"), content(tmp_path / "states" / "step_6"))
     assert read_manifest(tmp_path / "states" / "step_6")["optimizer_step"] == 6
@@ -172,13 +183,27 @@ def test_a_state_holds_no_rank_no_vacant_slot_and_no_pickle(source, checkpoint):
     assert sorted(p.name for p in directory.iterdir()) == [
         "manifest.json", "rank_00000.safetensors", "rank_00001.safetensors",
     ]  # fmt: skip
-    names = read_manifest(directory)["parameters"]
-    experts = {name.split(".experts.")[1].split(".")[0] for name in names if ".experts." in name}
+    shapes, held, elements = read_manifest(directory)["parameters"], set(), 0
+    for path in directory.glob("*.safetensors"):
+        content = path.read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:end])  # JSON and then numbers, of which the header tells every one
+        held |= {tuple(name.split(":")[::2]) for name in header if not name.startswith("rng:")}
+        elements += sum(math.prod(entry["shape"]) for name, entry in header.items() if not name.startswith("rng:"))
+        assert max(entry["data_offsets"][1] for entry in header.values()) == len(content) - end
+        assert {entry["dtype"] for name, entry in header.items() if not name.startswith("rng:")} == {"F32"}
+        assert {name for name in header if name.startswith("rng:")} == {"rng:cpu"}
+        assert not zipfile.is_zipfile(path)
+        with pytest.raises(pickle.UnpicklingError):
+            pickle.loads(content, fix_imports=False)
+    assert held == {(kind, name) for kind in KINDS for name in shapes}
+    experts = {name.split(".experts.")[1].split(".")[0] for _, name in held if ".experts." in name}
     assert experts == {"0", "1", "2"}  # of four slots
-    total = sum(math.prod(shape) for shape in names.values())
+    total = sum(math.prod(shape) for shape in shapes.values())
     size = sum(p.stat().st_size for p in directory.iterdir())
     assert 12 * total < size < 12 * total + 60_000  # headers, manifest and the random generators of two ranks
     assert disk(sizes_of(load_config("demo", [f"model.path={checkpoint}"])), 4, 2)["state"] == 12 * total  # as planned
+    assert elements == 3 * sum(math.prod(shape) for shape in shapes.values())  # each once
     assert (folder / "latest").read_text() == "step_6\n"
 
 
@@ -199,7 +224,9 @@ def test_train_py_goes_on_with_other_ranks_and_another_stage(tmp_path, nexus_dir
             f"parallel.zero_stage={stage}",
         ]  # fmt: skip
 
-    finish(start_ranks([*words(tmp_path / "a", 3), "parallel.expert=2"], 2))
+    with umask(0o022):
+        finish(start_ranks([*words(tmp_path / "a", 3), "parallel.expert=2"], 2))
+    assert file_modes(tmp_path / "a") == file_modes(tmp_path / "a.training") == {0o644}
     copy_step(tmp_path / "a.training" / "states", tmp_path / "b.training" / "states", 4)
     said = finish(start_ranks(words(tmp_path / "b", 1), 1))
     assert (
@@ -220,7 +247,9 @@ def test_train_py_goes_on_with_other_ranks_and_another_stage(tmp_path, nexus_dir
 def check_export(tmp_path, checkpoint, stage, world, expert, offload):
     out = tmp_path / "exported"
     words = (f"stage={stage}", f"parallel.expert={expert}", f"offload={offload}", "save=2", "until=2", f"export={out}")
-    launch(checkpoint, tmp_path / "states", world, *words)
+    with umask(0o077):
+        launch(checkpoint, tmp_path / "states", world, *words)
+    assert file_modes(out) == file_modes(tmp_path / "states") == {0o600}
     state, exported = content(tmp_path / "states" / "step_2"), TensorReader(out)
     experts = [name for name in exported.names() if ".mlp.experts." in name]
     assert len(experts) == 2 * 3 * 3  # layers, experts, matrices: no vacant slot
@@ -304,7 +333,6 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-5])
 
 
-RANK_1 = "rank_00001.safetensors"
 DAMAGES = {
     "flipped": (flip, RANK_1, f"{RANK_1}: found sha256 "),
     "truncated": (truncate, RANK_1, f"{RANK_1}: found "),
@@ -332,6 +360,23 @@ def test_damage_is_named_and_the_newest_good_state_is_taken(saved, one_rank, kin
     assert len(problems) == 1
     assert problems[0].startswith(f"{saved / 'step_6'} is damaged ({message}")
     assert (saved / "step_6").exists()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_share_the_hashing_and_leave_no_file_out(tmp_path, world):
+    files = {f"rank_{rank:05}.safetensors": bytes([rank] * 100) for rank in range(5)}
+    entries = {name: {"size": 100, "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    manifest = {"format": 1, "step": 4, "parameters": {}, "config": {}, "files": entries}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    assert [damage(tmp_path, rank, world) for rank in range(world)] == [""] * world
+    for name, data in files.items():
+        flip(tmp_path / name)
+        found = [damage(tmp_path, rank, world) for rank in range(world)]
+        assert sorted(map(bool, found)) == [False] * (world - 1) + [True]
+        assert next(filter(None, found)).startswith(f"{name}: found sha256 ")
+        (tmp_path / name).write_bytes(data)
 
 
 @pytest.mark.slow
@@ -433,6 +478,24 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path):
     ):
         states._start(tmp_path, tmp_path / "partial", 10**18)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_state_that_could_not_be_written_whole_does_not_count_and_the_older_one_stays(tmp_path, checkpoint, source):
+    """A real short write: the file system stops a file before its end, as a quota or a full disk does."""
+    folder = tmp_path / "states"
+    copy_step(source[0], folder, 6)
+    size = sum(path.stat().st_size for path in (folder / "step_6").glob("*.safetensors"))  # one rank holds all
+    words = ["stage=2", "router.load_balance=0", "training.batch_size=8", "until=7", "save=7", "keep=1"]
+    with file_limit(size - 20_000):
+        ranks = start_ranks([WORKER, checkpoint, folder, tmp_path / "out", *words], 1)
+    said = finish(ranks, code=1)
+    assert re.search(
+        rf"NEXUS CheckpointError: \[Errno 27\] File too large: need [\d,]+ bytes more, free [\d,]+: '{folder}/partial/{RANK_0}'",
+        said,
+    )
+    assert steps_saved(folder) == [6] and damage(folder / "step_6") == ""
+    assert not (folder / "partial").exists()
 
 
 # Kills ---------------------------------------------------------------------------------------------------------------
