@@ -6,9 +6,11 @@ import argparse
 import importlib
 import os
 import sys
+from contextlib import nullcontext
 
 from nexus_ds.config import parse_words
 from nexus_ds.errors import NexusError
+from nexus_ds.outputs import Ended, exit_on_signals
 
 VERBS = {  # name: module
     "demo": "demo",
@@ -45,16 +47,23 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; a user's mistake is one line on stderr and exit code 1."""
+    """Run one verb; a user's mistake is one line on stderr and exit code 1.
+
+    SIGTERM and its like end a verb in order, with 128 + their number; `train` saves its state instead (runtime/signals).
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     words = sys.argv[1:] if argv is None else argv
     verb = next((word for word in words if not word.startswith("-")), None)
     args = parse_words(build_parser(verb), words)
     try:
-        return int(importlib.import_module(f"nexus_ds.{VERBS[args.verb]}").run(args))
+        with nullcontext() if args.verb == "train" else exit_on_signals():
+            return int(importlib.import_module(f"nexus_ds.{VERBS[args.verb]}").run(args))
     except (NexusError, OSError) as error:  # of the operating system: a path, permissions, space
         print(f"nexus-ds {args.verb}: {error}", file=sys.stderr, flush=True)
         return 1
+    except Ended as ended:
+        print(f"nexus-ds {args.verb}: ended by {ended.signal}", file=sys.stderr, flush=True)
+        return int(ended.code or 0)
     except KeyboardInterrupt:
         print(f"nexus-ds {args.verb}: interrupted", file=sys.stderr, flush=True)
         return 130

@@ -12,18 +12,19 @@ import json
 import os
 import re
 import shlex
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nexus_ds.config import Config, DataConfig, as_dict, load_config, parse_yaml
 from nexus_ds.errors import CheckpointError, ConfigError, NexusError, OutputExistsError
+from nexus_ds.outputs import exit_on_signals
 from nexus_ds.progress import duration
 
 TRAIN = Path(__file__).parent / "train.py"
@@ -343,8 +344,8 @@ class _Scheduler:
             self.unfinished.discard(step.name)
             print(f"== {step.name} done in {duration(time.monotonic() - started)}", file=sys.stderr, flush=True)
 
-    def stop(self) -> None:
-        """End what is still running."""
+    def close(self) -> None:
+        """End what is still running; it clears up after itself."""
         for _, process, _ in self.running.values():
             process.terminate()
         for _, process, _ in self.running.values():
@@ -362,12 +363,9 @@ def run_steps(todo: list[Step], side_by_side: int = 0) -> None:
         NexusError: a stage failed; those that run beside it are ended.
     """
     gpus = devices()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` ends the stages
     scheduler = _Scheduler(todo, side_by_side or gpus or len(os.sched_getaffinity(0)), gpus)
-    try:
+    with exit_on_signals(), closing(scheduler):
         while scheduler.unfinished:
             scheduler.start_all()
             time.sleep(0.05)
             scheduler.collect()
-    finally:
-        scheduler.stop()

@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import json
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import NoReturn
 
 from nexus_ds.config import Config, dump, load_config
 from nexus_ds.errors import ConfigError, NexusError
-from nexus_ds.outputs import new_file
+from nexus_ds.outputs import Ended, exit_on_signals, new_file, write_text
 from nexus_ds.pipeline import (
     DS_JSON,
     TRAIN,
@@ -116,7 +115,7 @@ def show(what: str, config: Config, args: argparse.Namespace) -> str:
         (run / "logs").mkdir(parents=True, exist_ok=True)
         # For `status`, which knows a run by its folder.
         with new_file(run / "logs" / "recipe.yaml", overwrite=True) as temporary:
-            temporary.write_text(dump(config), encoding="utf-8")
+            write_text(temporary, dump(config))
         line = str(run / "logs")
     elif what == "output":
         line = str(chosen(plan(config, args), names_of(args.name, config))[-1].output.absolute())
@@ -145,13 +144,13 @@ def _only_one(path: Path) -> Iterator[None]:
 
 def make(todo: list[str], found: list[Step], config: Config) -> int:
     """Run stages and what they need, if missing; return 0, or 75 when a signal ended it."""
-    signal.signal(signal.SIGUSR1, lambda number, frame: sys.exit(EXIT_STOPPED))
     try:
-        for name in todo:
-            step = next(s for s in found if s.name == name)
-            if not step.output.exists():
-                run_steps([*needed_for(found, name), step], config.pipeline.parallel_branches)
-    except SystemExit:  # from a signal handler; the stages that ran have saved their state
+        with exit_on_signals():
+            for name in todo:
+                step = next(s for s in found if s.name == name)
+                if not step.output.exists():
+                    run_steps([*needed_for(found, name), step], config.pipeline.parallel_branches)
+    except Ended:  # the stages that ran have saved their state or removed what was unfinished
         print("nexus-ds stage: stopped by a signal; start the same command again to go on", file=sys.stderr, flush=True)
         return EXIT_STOPPED
     return 0
@@ -192,6 +191,4 @@ def run(args: argparse.Namespace) -> int:
             code = make([step.name for step in missing], found, config)
         if code:
             return code
-        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     train(config, args)

@@ -5,8 +5,10 @@ import dataclasses
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import oracle
@@ -14,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import of_another_origin, shaken
+from launch import clean_environment, file_modes, umask
 from safetensors.torch import load_file, save_file
 
 from nexus_ds import extend, remove, upcycle
@@ -624,3 +627,59 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) < 80, f"{result.stdout} MiB"
+
+
+# Modes and signals ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_every_file_may_be_read_by_those_whom_the_umask_allows(parts, text_folder, mask, mode):
+    (parts / "domains.safetensors").unlink()
+    with umask(mask):
+        embed(parts / "domains.safetensors", NAMES, text_folder)
+        assert run(parts, warm=True) == 0
+    assert {"nexus_router.safetensors", "model.safetensors", "nexus.json", "tokenizer.json"} <= {
+        path.name for path in (parts / "out").iterdir()
+    }
+    assert file_modes(parts / "out") == file_modes(parts / "domains.safetensors") == {mode}
+
+
+def start_and_signal(words, folder, number):
+    """Run a verb for which the router's fit takes for ever, signal it amidst that; return its exit code and what it said."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nexus_ds", *map(str, words), "router.fit_steps=1000000000"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=clean_environment(),
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not list(folder.glob(".*.tmp-*/model.safetensors")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(number)
+    return process.communicate(timeout=300)[0], process.returncode
+
+
+@pytest.mark.slow
+def test_a_stopped_upcycle_leaves_nothing(parts):
+    words = ["upcycle", "--seed", parts / "seed", "--domains", parts / "domains.safetensors", "--out", parts / "out"]
+    words += [word for name in NAMES for word in ("--expert", f"{name}={parts / name}")]
+    said, code = start_and_signal([*words, "--config", parts / "recipe.yaml"], parts, signal.SIGTERM)
+    assert (code, said.splitlines()[-1]) == (143, "nexus-ds upcycle: ended by SIGTERM")
+    assert left_over(parts) == []
+
+
+@pytest.mark.slow
+def test_a_stage_that_is_stopped_leaves_nothing_of_what_it_ran(parts, text_folder):
+    run_folder = parts / "run"
+    (run_folder / "branches").mkdir(parents=True)
+    for name in NAMES:
+        (parts / name).rename(run_folder / "branches" / name)
+    for name in ("seed", "domains.safetensors"):
+        (parts / name).rename(run_folder / name)
+    before = sorted(path.name for path in run_folder.iterdir())
+    words = [f"pipeline.run={run_folder}", f"pipeline.domains=[{','.join(NAMES)}]", "pipeline.new_domains=[]"]
+    words = ["stage", "--config", parts / "recipe.yaml", "upcycle", *words, f"data.path={text_folder}"]
+    said, code = start_and_signal(words, run_folder, signal.SIGUSR1)
+    assert code == 75, said
+    assert "nexus-ds upcycle: ended by SIGTERM" in said
+    assert said.splitlines()[-1] == "nexus-ds stage: stopped by a signal; start the same command again to go on"
+    assert sorted(path.name for path in run_folder.iterdir()) == before

@@ -20,11 +20,13 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from nexus_ds.outputs import exit_on_signals
 from nexus_ds.pipeline import LAUNCH_VARIABLES
 from nexus_ds.progress import duration
 
@@ -165,19 +167,20 @@ class Pool:
 
     def run(self) -> None:
         """Run everything that is missing; `failed` says afterwards what could not be made, and why."""
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` ends the jobs
         there = len(self.jobs) - self.total
         print(f"{self.total} jobs, {there} more are there already; {self.slots} at once, messages of each in {self.logs}",
               file=sys.stderr, flush=True)  # fmt: skip
-        try:
+        with exit_on_signals(), closing(self):
             while self.waiting or self.running:
                 self._start_all()
                 time.sleep(0.05)
                 self._collect()
-        finally:
-            if self.running:
-                print("stopping; the same command again goes on from here", file=sys.stderr, flush=True)
-            for _, process, _ in self.running.values():
-                process.terminate()
-            for _, process, _ in self.running.values():
-                process.join()
+
+    def close(self) -> None:
+        """End what is still running; it clears up after itself."""
+        if self.running:
+            print("stopping; the same command again goes on from here", file=sys.stderr, flush=True)
+        for _, process, _ in self.running.values():
+            process.terminate()
+        for _, process, _ in self.running.values():
+            process.join()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_ds.errors import NexusError
+from nexus_ds.outputs import exit_on_signals
 
 
 def tokenizer(out: str, data: str, domains: list[str], vocabulary: int, max_bytes: int, on_bad_row: str) -> None:
@@ -100,7 +101,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"expected a name ({', '.join(PIECES)}) and its arguments as JSON, found {words}", file=sys.stderr)
         return 2
     try:
-        PIECES[words[0]](**json.loads(words[1]))
+        with exit_on_signals():
+            PIECES[words[0]](**json.loads(words[1]))
     except (NexusError, OSError) as error:
         print(f"{words[0]}: {error}", file=sys.stderr, flush=True)
         return 1

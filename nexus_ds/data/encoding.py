@@ -28,6 +28,7 @@ import numpy as np
 
 from nexus_ds.data.tokenizer import open_tokenizer, vocabulary_size
 from nexus_ds.errors import CheckpointError, DataError
+from nexus_ds.outputs import ENDING
 
 AHEAD = 3  # batches a worker that are under way at once, so that none waits for the reader
 
@@ -112,7 +113,7 @@ def _pack(backend: Any, tokenizer: Tokenizer, texts: list[str]) -> Packed:
 def serve(descriptor: int) -> None:
     """Be a worker: pack what comes over a pipe until its other end closes, by choice or because that process ended."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the starting process too, which decides
+    for number in (signal.SIGINT, *ENDING):  # they reach the starting process too, which decides
         signal.signal(number, signal.SIG_IGN)
     pipe = Connection(descriptor)
     with suppress(EOFError, OSError):
