@@ -33,6 +33,16 @@ def test_the_share_of_tokens_is_a_constant_and_the_probabilities_learn():
     assert torch.allclose(p.grad, (3 * torch.tensor([0.75, 0.25, 0.0]) / 4).expand(4, 3))
 
 
+def test_the_z_loss_pushes_the_log_partition_down():
+    """Mean of lse^2 over tokens: each logit gets 2 lse softmax / T."""
+    logits = torch.tensor([[0.0, 1.0], [2.0, -1.0]], requires_grad=True)
+    router_z_loss(logits).backward()
+    with torch.no_grad():
+        partition = logits.exp().sum(-1, keepdim=True)
+        expected = 2 * partition.log() * (logits.exp() / partition) / 2
+    assert torch.allclose(logits.grad, expected)
+
+
 def test_z_loss_is_the_mean_squared_log_partition():
     logits = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
     expected = (torch.tensor(2.0).log() ** 2 + torch.logsumexp(torch.tensor([1.0, 2.0]), 0) ** 2) / 2
