@@ -3,13 +3,10 @@
 import csv
 import importlib.util
 import json
-import math
 
 import pytest
 
 from nexus_ds.__main__ import main
-from nexus_ds.comparison.build import Made
-from nexus_ds.comparison.results import budgets, records
 
 RECIPE = """
 base: compare-tiny
@@ -127,26 +124,3 @@ def test_tasks_are_asked_of_every_checkpoint(tmp_path, capsys):
     asked = [line for line in text.splitlines() if "--tasks arc_easy --task-path mine" in line]
     assert code == 0 and len(asked) == 2  # an ensemble is no checkpoint
     assert all(" --checkpoint " in line for line in asked)
-
-
-def write_metrics(model, rows):
-    folder = model.with_name(f"{model.name}.training")
-    folder.mkdir()
-    (folder / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-
-
-def test_shares_and_leak_are_read_from_the_right_cells(tmp_path):
-    routing = {
-        "a": {"a": 0.7, "b": 0.1, "x": 0.2},
-        "b": {"a": 0.3, "b": 0.6, "x": 0.1},
-        "x": {"a": 0.2, "b": 0.3, "x": 0.5},
-    }
-    rows = [{"kind": "validation", "step": s, "loss": {"a": 1.0 + s}, "routing": routing, "time": s} for s in (0, 2, 3)]
-    write_metrics(tmp_path / "m", [*rows, rows[1] | {"loss": {"a": 9.0}}])
-    made = Made(model=tmp_path / "m", experts=("x",), steps={0: 0, 2: 2048})
-    found = budgets(made, ["a", "b"])
-    assert list(found) == ["0", "2048"]
-    assert math.isclose(found["0"]["share"], 0.5) and math.isclose(found["0"]["leak"], 0.15)
-    assert math.isclose(found["0"]["own_share"], 0.65)
-    assert found["2048"]["loss"] == {"a": 9.0}, "a repeated step counts as it was last"
-    assert len(records(tmp_path / "m")) == 3
