@@ -4,7 +4,9 @@ import copy
 import csv
 import html.parser
 import json
+import math
 import re
+from statistics import fmean, stdev
 
 import pytest
 from made_up_results import OLD, results
@@ -13,6 +15,7 @@ from nexus_ds.report.comparison import comparison_sections, terminal_tables, wri
 from nexus_ds.report.comparison_tables import (
     domain_table,
     extension_table,
+    extension_variant_table,
     own_table,
     quality_table,
     share_table,
@@ -253,3 +256,271 @@ def test_terminal_tables_fit_and_say_the_same(found):
     table = quality_table(found)
     for row in table.rows:
         assert isinstance(row[1], Spread) and str(row[1]) in text
+
+
+# Every column of every table and CSV -------------------------------------------------------------------------------
+
+
+def seeds_of(found, kind, name, variant="", budget=None):
+    """Return what was measured of a contender or extension, a dictionary a seed."""
+    (entry,) = [e for e in found[kind] if e["name"] == name and e["variant"] == variant]
+    seeds = list(entry["seeds"].values())
+    return seeds if budget is None else [seed["budgets"][budget] for seed in seeds]
+
+
+def mean_loss(seeds, domains):
+    return [fmean(seed["loss"][domain] for domain in domains) for seed in seeds]
+
+
+def approx(values, digits=3, signed=False):
+    """A cell that shows the mean and the deviation of one number a seed."""
+    return Spread(pytest.approx(fmean(values)), pytest.approx(stdev(values), abs=1e-12), digits, signed)
+
+
+def minus(values, others):
+    """The cells of a paired difference: its mean and deviation, and in how many seeds it is lower."""
+    differences = [value - other for value, other in zip(values, others, strict=True)]
+    return approx(differences, signed=True), f"{sum(d < 0 for d in differences)} of {len(differences)}"
+
+
+def assert_row(table, row, expected):
+    """Check all cells of the rows that begin with `row`; `expected` names every column, in order."""
+    assert list(table.header) == list(expected)
+    (line,) = [line for line in table.rows if line[: len(row)] == row]
+    assert list(line) == list(expected.values())
+
+
+def test_every_column_of_the_contenders(found):
+    linear, nexus = (seeds_of(found, "contenders", name) for name in ("linear", "nexus"))
+    for number, seed in enumerate(linear):
+        seed |= {"own_share": 0.40 + number / 100, "gate": 0.60 + number / 50}
+    difference, lower = minus(mean_loss(linear, OLD), mean_loss(nexus, OLD))
+    next(e for e in found["contenders"] if e["name"] == "linear")["compute"] = {
+        "training_flops": 3e12, "training_tokens": 7_000_000, "parameters": {"total": 1_194_000, "active": 752_000},
+        "seconds": 61.5,
+    }  # fmt: skip
+    assert_row(
+        quality_table(found),
+        ["Linear router"],
+        {
+            "contender": "Linear router", "loss, old domains": approx(mean_loss(linear, OLD)), "minus Nexus": difference,
+            "seeds lower": lower, "own share": approx([0.40, 0.41, 0.42], 2), "gate": approx([0.60, 0.62, 0.64], 2),
+            "training TFLOP": 3.0, "× Nexus's": 0.5, "M tokens": 7.0, "M active": 0.752, "M total": 1.194,
+            "seconds": 61.5,
+        },
+    )  # fmt: skip
+
+
+def test_every_column_of_before_and_after_training(found):
+    nexus = seeds_of(found, "contenders", "nexus")
+    for number, seed in enumerate(nexus):
+        seed["own_share"], seed["untrained"]["own_share"] = 0.57 + number / 100, 0.31 + number / 50
+    before = mean_loss([seed["untrained"] for seed in nexus], OLD)
+    assert_row(
+        start_table(found),
+        ["Nexus"],
+        {
+            "contender": "Nexus", "loss before": approx(before), "own share before": approx([0.31, 0.33, 0.35], 2),
+            "loss after": approx(mean_loss(nexus, OLD)), "own share after": approx([0.57, 0.58, 0.59], 2),
+        },
+    )  # fmt: skip
+
+
+def test_every_column_of_the_domains(found):
+    nexus = seeds_of(found, "contenders", "nexus")
+    heads = {**{d: d for d in OLD}, "c4": "c4 (pretraining)", "github": "github (new)"}
+    shown = {}
+    for domain, head in heads.items():
+        perplexity = [math.exp(seed["loss"][domain]) for seed in nexus]
+        shown[head] = approx(perplexity, 0 if fmean(perplexity) >= 1000 else 1)
+    assert_row(domain_table(found), ["Nexus"], {"contender": "Nexus", **shown})
+
+
+def test_every_column_of_the_tasks(found):
+    for number, seed in enumerate(seeds_of(found, "contenders", "nexus")):
+        seed["tasks"] = {"science": 50.0 + number, "code": 10.0 + 2 * number}
+    assert_row(
+        task_table(found),
+        ["Nexus"],
+        {"contender": "Nexus", "science": approx([50, 51, 52], 1), "code": approx([10, 12, 14], 1),
+         "mean of the groups": approx([30, 31.5, 33], 1)},
+    )  # fmt: skip
+
+
+def test_every_column_of_the_own_shares(found):
+    nexus = seeds_of(found, "contenders", "nexus")
+    for number, seed in enumerate(nexus):
+        seed["own_share"] = 0.9 + number / 100
+        for place, domain in enumerate(OLD):
+            seed["routing"][domain] = {other: 0.0 for other in OLD} | {domain: 0.2 + place / 10 + number / 100}
+    shares = {d: approx([0.2 + k / 10, 0.21 + k / 10, 0.22 + k / 10], 2) for k, d in enumerate(OLD)}
+    expected = {"contender": "Nexus", **shares, "mean": approx([0.9, 0.91, 0.92], 2)}
+    assert_row(own_table(found), ["Nexus"], expected)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_every_column_of_the_extensions(found, new):
+    domains = ["github"] if new else OLD
+    last = {name: mean_loss(seeds_of(found, "extensions", name, budget="100000"), domains)
+            for name in ("linear_reset", "nexus_refit")}  # fmt: skip
+    difference, lower = minus(last["linear_reset"], last["nexus_refit"])
+    start = mean_loss(seeds_of(found, "contenders", "linear"), domains)  # what it was extended from
+    expected = {"extension": "Linear, reset", "mixture before": approx(start)}
+    for budget, head in (
+        ("0", "before finetune"),
+        ("25000", "after 25k"),
+        ("50000", "after 50k"),
+        ("100000", "after 100k"),
+    ):
+        expected[head] = approx(mean_loss(seeds_of(found, "extensions", "linear_reset", budget=budget), domains))
+    expected |= {"minus Nexus, refit": difference, "seeds lower": lower}
+    next(e for e in found["extensions"] if e["name"] == "linear_reset")["compute"]["training_tokens"] = 4_000_000
+    expected |= {"training TFLOP": 7.5, "M tokens": 4.0} if new else {}
+    assert_row(extension_table(found, "github", new=new), ["Linear, reset"], expected)
+
+
+def test_every_column_of_the_shares(found):
+    heads = {"0": "0", "25000": "25k", "50000": "50k", "100000": "100k"}
+    for place, budget in enumerate(heads):
+        for number, seed in enumerate(seeds_of(found, "extensions", "nexus_refit", budget=budget)):
+            seed |= {"share": 0.5 + place / 10 + number / 100, "leak": 0.1 + place / 50 + number / 200}
+            seed["own_share"] = 0.9 - place / 20 - number / 100
+    expected = {"extension": "Nexus, refit"}
+    expected |= {
+        f"share at {h}": approx([0.5 + k / 10 + n / 100 for n in range(3)], 2) for k, h in enumerate(heads.values())
+    }
+    expected |= {
+        f"leak at {h}": approx([0.1 + k / 50 + n / 200 for n in range(3)], 2) for k, h in enumerate(heads.values())
+    }
+    expected |= {"own share at 0": approx([0.9, 0.89, 0.88], 2), "own share at 100k": approx([0.75, 0.74, 0.73], 2)}
+    assert_row(share_table(found, "github"), ["Nexus, refit"], expected)
+
+
+def test_every_column_of_the_changed_settings(found):
+    changed, same = (seeds_of(found, "contenders", "linear", v) for v in ("equal_data", ""))
+    for number, seed in enumerate(changed):
+        seed |= {"own_share": 0.40 + number / 100, "gate": 0.60 + number / 50}
+    difference, lower = minus(mean_loss(changed, OLD), mean_loss(same, OLD))
+    assert_row(
+        variant_table(found),
+        ["equal_data", "Linear router"],
+        {
+            "setting": "equal_data", "contender": "Linear router", "loss, old domains": approx(mean_loss(changed, OLD)),
+            "minus the recipe": difference, "seeds lower": lower, "own share": approx([0.40, 0.41, 0.42], 2),
+            "gate": approx([0.60, 0.62, 0.64], 2),
+        },
+    )  # fmt: skip
+
+
+def test_every_column_of_the_changed_extensions(found):
+    changed, same = (seeds_of(found, "extensions", "nexus_refit", v, "100000") for v in ("low_balance", ""))
+    for number, seed in enumerate(seeds_of(found, "extensions", "nexus_refit", "low_balance", "0")):
+        seed |= {"share": 0.40 + number / 100, "leak": 0.10 + number / 50}
+    table = extension_variant_table(found)
+    assert table.header == ["setting", "extension", "added", "loss, new", "minus the recipe", "lower", "loss, old",
+                            "minus the recipe", "lower", "share before finetune", "leak before finetune"]  # fmt: skip
+    (row,) = table.rows
+    expected = ["low_balance", "Nexus, refit", "github"]
+    for domains in (["github"], OLD):
+        losses = [mean_loss(seeds, domains) for seeds in (changed, same)]
+        expected += [approx(losses[0]), *minus(*losses)]
+    assert row == [*expected, approx([0.40, 0.41, 0.42], 2), approx([0.10, 0.12, 0.14], 2)]
+
+
+def test_every_column_of_what_describes_the_comparison(found, tmp_path):
+    found |= {"evaluations": {}, "overrides": ["a=1"]}
+    sections = {section.title: section.table for section in comparison_sections(found, tmp_path)}
+    assert_row(sections["Not run"], ["nexus_context"],
+               {"what": "nexus_context", "why": "the recipe leaves it out: it needs a router that reads context"})  # fmt: skip
+    about = sections["What the contenders are"]
+    assert_row(about, ["BTX"], {"name": "BTX", "kind": "contender", "what it is": "What BTX is, in one sentence."})
+    assert_row(about, ["Ridge (DUME)", "extension"],
+               {"name": "Ridge (DUME)", "kind": "extension", "what it is": "What Ridge (DUME) does."})  # fmt: skip
+    settings = sections["Settings, and how to repeat this"]
+    assert settings.header == ["setting", "value"]
+    assert dict(settings.rows) == {
+        "repeat it": "nexus-ds compare --config compare-tiny --out DIR a=1", "seeds": "0, 1, 2",
+        "machine": "2 CPU cores, 8 GB", "time": "25.0 minutes", "text": "data",
+        "validation": "48 windows of 128 tokens a domain", "domains, old": ", ".join(OLD),
+        "domains, pretraining": "c4", "domains, new": "github", "domains, scored": ", ".join([*OLD, "c4", "github"]),
+        "setting low_balance": "router.load_balance=0.0005", "setting equal_data": "data.mixture=uniform",
+    }  # fmt: skip
+
+
+def test_every_table_as_csv_has_the_cells_of_the_page(written, found, tmp_path):
+    """Each table's CSV: the same heads, a column `(deviation)` after each mean, and the numbers in full."""
+    names = []
+    for section in comparison_sections(found, tmp_path):
+        if section.table is None:
+            continue
+        name = re.sub(r"[^A-Za-z0-9_-]+", "-", section.title.lower()).strip("-")
+        names.append(f"{name}.csv")
+        with (written / "tables" / names[-1]).open(newline="", encoding="utf-8") as stream:
+            header, *lines = list(csv.reader(stream))
+        wide = [any(isinstance(row[c], Spread) for row in section.table.rows) for c in range(len(section.table.header))]
+        heads = [(h, f"{h} (deviation)") if w else (h,) for h, w in zip(section.table.header, wide, strict=True)]
+        assert header == [head for pair in heads for head in pair], name
+        for line, row in zip(lines, section.table.rows, strict=True):
+            cells = []
+            for cell, double in zip(row, wide, strict=True):
+                parts = [cell.mean, cell.deviation] if isinstance(cell, Spread) else [cell, None][: 1 + double]
+                cells += ["" if part is None else str(part) for part in parts]
+            assert line == cells, name
+    assert {path.name for path in (written / "tables").iterdir()} == {*names, "losses.csv"}
+
+
+def test_every_column_of_losses_csv(written, found):
+    rows = rows_of(written / "tables" / "losses.csv")
+    assert list(rows[0]) == ["contender", "variant", "added", "finetune_tokens", "seed", "domain", "loss_nats"]
+    read = {tuple(row.values())[:-1]: float(row["loss_nats"]) for row in rows}
+    expected = {
+        (e["name"], e["variant"], "", "", seed, domain): loss
+        for e in found["contenders"]
+        for seed, value in e["seeds"].items()
+        for domain, loss in value["loss"].items()
+    }
+    expected |= {
+        (e["name"], e["variant"], "github", budget, seed, domain): loss
+        for e in found["extensions"]
+        for seed, value in e["seeds"].items()
+        for budget, measured in value["budgets"].items()
+        for domain, loss in measured["loss"].items()
+    }
+    assert len(rows) == len(read) and read == expected
+
+
+def assert_csv(path, columns, line):
+    """Check one line of a CSV, found by its text columns; numbers agree approximately."""
+    rows = rows_of(path)
+    assert list(rows[0]) == list(columns)
+    keys = [column for column, value in zip(columns, line, strict=True) if isinstance(value, str)]
+    wanted = dict(zip(columns, line, strict=True))
+    (row,) = [row for row in rows if all(row[key] == wanted[key] for key in keys)]
+    numbers = [float(row[column]) for column in columns if column not in keys]
+    assert numbers == pytest.approx([value for value in line if not isinstance(value, str)])
+
+
+def test_every_column_of_the_figures_csv(written, found):
+    folder = written / "figures"
+    linear, nexus = (seeds_of(found, "contenders", name) for name in ("linear", "nexus"))
+    losses, base = mean_loss(linear, OLD), mean_loss(nexus, OLD)
+    assert_csv(folder / "differences.csv", ("contender", "seed", "difference_nats"),
+               ("Linear router", "1", losses[1] - base[1]))  # fmt: skip
+    level = ("panel", "contender", "training_flops", "mean", "deviation")
+    assert_csv(folder / "compute.csv", level, ("", "Linear router", 6e12, fmean(losses), stdev(losses)))
+    last = seeds_of(found, "extensions", "linear_reset", budget="50000")
+    columns = ("panel", "extension", "finetune_tokens", "mean", "deviation")
+    for panel, domains in (("new domain: github", ["github"]), (f"old domains: {', '.join(OLD)}", OLD)):
+        values = mean_loss(last, domains)
+        line = (panel, "Linear, reset", "50000.0", fmean(values), stdev(values))
+        assert_csv(folder / "extension-github.csv", columns, line)
+    for panel, key in (
+        ("share: github's tokens at the new expert", "share"),
+        ("leak: old domains' tokens there", "leak"),
+    ):
+        values = [seed[key] for seed in last]
+        line = (panel, "Linear, reset", "50000.0", fmean(values), stdev(values))
+        assert_csv(folder / "share-github.csv", columns, line)
+    changed = mean_loss(seeds_of(found, "contenders", "linear", "equal_data"), OLD)
+    assert_csv(folder / "settings.csv", ("setting", "contender", "mean", "deviation"),
+               ("equal_data", "Linear router", fmean(changed), stdev(changed)))  # fmt: skip
