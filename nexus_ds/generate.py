@@ -42,13 +42,19 @@ def continue_prompt(
     """Return the text that the model adds to `prompt`, and its number of tokens.
 
     Raises:
-        ConfigError: a prompt without a token, or one that leaves the model no room for another.
+        ConfigError: a prompt without a token, with one that the model does not embed, or one that leaves the model no room for another.
     """
     import torch
 
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
     if not ids.shape[1]:
         raise ConfigError("the prompt has no token; write at least one word")
+    rows = model.get_input_embeddings().num_embeddings
+    if int(ids.max()) >= rows:
+        raise ConfigError(
+            f"the prompt has the token id {int(ids.max())}, the model embeds {rows}; give the checkpoint the tokenizer that "
+            "it was trained with"
+        )
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and ids.shape[1] >= limit:
         raise ConfigError(f"the prompt has {ids.shape[1]} tokens, the model reads {limit}; shorten it")

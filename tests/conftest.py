@@ -51,6 +51,15 @@ def save_tokenizer(out: Path, words=WORDS):
     return len(known)
 
 
+def add_token(directory: Path):
+    """Let a text end with a token beyond a checkpoint's 31 rows, which tokenizer_config.json alone knows."""
+    path = directory / "tokenizer_config.json"
+    flags = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
+    token = {"content": "<|im_end|>", "special": True, **flags}
+    more = {"eos_token": "<|im_end|>", "added_tokens_decoder": {"31": token}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+
+
 @pytest.fixture(scope="session")
 def dense_dir(tmp_path_factory):
     """A random Llama with its tokenizer: 2 layers, hidden 16, vocabulary 31."""
@@ -172,8 +181,8 @@ def save_branch(checkpoint: Path, out: Path, seed=0, dtype=torch.float32):
     """Save a dense branch that could become an expert of a Nexus checkpoint: its first expert, shaken."""
     from safetensors.torch import save_file
 
-    from nexus_ds.model.checkpoint import copy_tokenizer
     from nexus_ds.model.families import dense_config, expert_as_dense, open_moe
+    from nexus_ds.model.tokenizer import copy_tokenizer
 
     config, reader = open_moe(checkpoint)
     out.mkdir()

@@ -7,11 +7,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import add_token
 
 from nexus_ds.__main__ import main
 from nexus_ds.comparison import work
 from nexus_ds.config import load_config
 from nexus_ds.data.domains import DomainEmbeddings, write_domain_embeddings
+from nexus_ds.errors import IncompatibleModelsError
 from nexus_ds.model import fit_text
 from nexus_ds.model.checkpoint import read_sidecar
 from nexus_ds.model.scoring import score
@@ -114,6 +116,16 @@ def test_the_routers_fit_and_the_text_that_is_embedded(llama_like, text_folder, 
     for domain in DOMAINS:
         assert torch.equal(text.windows[domain], torch.from_numpy(expected[domain][:, :-1]))
         assert not any("<unk>" in chunk for chunk in seen[domain]) and "<|endoftext|>" in " ".join(seen[domain])
+
+
+def test_training_refuses_a_tokenizer_beyond_the_embedding(nexus_dir, tmp_path):
+    add_token(shutil.copytree(nexus_dir, tmp_path / "large"))
+    run = object.__new__(loop.Run)
+    run.config, run.tokenizer = load_config("demo", [f"model.path={nexus_dir}", "data.sequence_length=16"]), nexus_dir
+    run._check_model()
+    run.tokenizer = tmp_path / "large"
+    with pytest.raises(IncompatibleModelsError, match=r"ids up to 31 .* the model embeds 31"):
+        run._check_model()
 
 
 @READS

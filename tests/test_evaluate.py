@@ -12,6 +12,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import add_token
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -135,6 +136,15 @@ def test_mixture_without_sidecar_has_no_cosines_of_embeddings(plain_moe_dir, tex
     evaluate.run(arguments([plain_moe_dir], text_folder, tmp_path / "out"))
     assert not list((tmp_path / "out" / "figures").glob("cosine*"))
     assert list(summary_of(tmp_path / "out")["routing"]["alpha"]) == [f"expert_{i}" for i in range(4)]
+
+
+def test_a_tokenizer_too_large_is_refused(nexus_dir, text_folder, tmp_path):
+    add_token(shutil.copytree(nexus_dir, tmp_path / "large"))
+    with pytest.raises(
+        DataError, match=r"found token ids from \d+ to 31, .*large knows 0 to 30; tokenise the text with"
+    ):
+        evaluate.run(arguments([tmp_path / "large"], text_folder, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_different_tokenizers_are_warned_about(dense_dir, text_folder, tmp_path):

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import of_another_origin, save_branch, train_shared_gates
+from conftest import add_token, of_another_origin, save_branch, train_shared_gates
 from safetensors.torch import load_file, save_file
 
 from nexus_ds import extend
@@ -335,8 +335,18 @@ def test_rows_that_dwarf_the_old_ones(value):
 def test_another_tokenizer(parts):
     path = parts / "delta" / "tokenizer.json"
     path.write_text(path.read_text().replace('"sail"', '"mast2"'))
-    with pytest.raises(IncompatibleModelsError, match=r"expert delta .* 1 of 31 tokens differ.* 'sail' / 21 'mast2'"):
+    with pytest.raises(IncompatibleModelsError, match=r"expert delta .* 1 of 31 tokens differ.* 21 'sail' / 'mast2'"):
         run(parts)
+
+
+def test_a_tokenizer_too_large_leaves_nothing(parts):
+    for name in ("nexus", "delta"):
+        add_token(parts / name)
+    with pytest.raises(
+        IncompatibleModelsError, match=r"nexus: .* ids up to 31 \('<\|im_end\|>'\), the model embeds 31"
+    ):
+        run(parts)
+    assert not left_over(parts)
 
 
 def test_nan_in_a_new_expert(parts):

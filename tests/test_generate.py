@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import shutil
 
 import pytest
 import torch
+from conftest import add_token
 
 from nexus_ds import generate
 from nexus_ds.errors import ConfigError
@@ -42,6 +44,16 @@ def test_seeds_repeat_and_differ(dense_dir, capsys):
 def test_stops_at_the_end_of_the_context(dense_dir, capsys):
     prompt = " ".join(["tree"] * 62)
     assert json.loads(run(capsys, dense_dir, prompt, "--tokens", "40", "--json"))["tokens"] <= 2
+
+
+def test_tokens_beyond_the_embedding_are_refused(nexus_dir, tmp_path, capsys):
+    copy = shutil.copytree(nexus_dir, tmp_path / "large")
+    add_token(copy)
+    assert run(capsys, copy, "tree leaf").startswith("tree leaf")
+    with pytest.raises(
+        ConfigError, match=r"the prompt has the token id 31, the model embeds 31; .* the tokenizer that"
+    ):
+        run(capsys, copy, "tree <|im_end|> leaf")
 
 
 @pytest.mark.parametrize(

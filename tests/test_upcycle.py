@@ -15,7 +15,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import of_another_origin, shaken
+from conftest import add_token, of_another_origin, shaken
 from launch import clean_environment, file_modes, umask
 from safetensors.torch import load_file, save_file
 
@@ -383,6 +383,23 @@ def test_other_tokenizer(parts):
     with pytest.raises(IncompatibleModelsError, match=r"tokenizer of expert gamma .* 2 of \d+ tokens differ.*'sail'"):
         run(parts)
     assert not left_over(parts)
+
+
+def test_a_tokenizer_too_large_in_any_form_leaves_nothing(parts):
+    for name in ("seed", *NAMES):
+        add_token(parts / name)
+    with pytest.raises(IncompatibleModelsError, match=r"seed: .* ids up to 31 \('<\|im_end\|>'\), the model embeds 31"):
+        run(parts)
+    assert not left_over(parts)
+
+
+def test_a_tokenizer_in_another_form_is_taken_and_a_chat_template_is_not(parts, capsys):
+    config = {"eos_token": "<|endoftext|>", "unk_token": "<unk>"}
+    (parts / "gamma" / "tokenizer_config.json").write_text(json.dumps(config))
+    (parts / "gamma" / "chat_template.jinja").write_text("{{ messages }}")
+    run(parts)
+    assert "note: expert gamma: its chat template (chat_template.jinja in " in capsys.readouterr().err
+    assert not (parts / "out" / "chat_template.jinja").exists()
 
 
 def test_missing_tensor(parts):

@@ -43,7 +43,7 @@ def random_dense(out: str, config: str, tokenizer: str, number: int) -> None:
     from nexus_ds.config import load_config
     from nexus_ds.data.tokenizer import open_tokenizer, vocabulary_size
     from nexus_ds.model.build import DTYPES, new_dense
-    from nexus_ds.model.checkpoint import copy_tokenizer
+    from nexus_ds.model.tokenizer import copy_tokenizer
     from nexus_ds.outputs import new_directory
 
     settings = load_config(config)

@@ -71,7 +71,8 @@ def beginning(backend: Any) -> tuple[int, ...]:
         with suppress(Exception):  # a vocabulary of words raises where it has none for the unknown
             encoding = backend.encode(text)
             if 0 in encoding.sequence_ids:
-                return tuple(encoding.ids[: encoding.sequence_ids.index(0)])
+                before = list(zip(encoding.ids, encoding.attention_mask, strict=True))[: encoding.sequence_ids.index(0)]
+                return tuple(token for token, seen in before if seen)  # padding is not
     return ()
 
 

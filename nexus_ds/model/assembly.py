@@ -8,6 +8,7 @@ Not covered: aligning models of different bases (permutations, other vocabularie
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import CheckpointError, ConfigError, IncompatibleModelsError
-from nexus_ds.model.checkpoint import EncoderRecord, ExpertRecord, tokenizer_difference
+from nexus_ds.model.checkpoint import EncoderRecord, ExpertRecord
 from nexus_ds.model.families import DenseModel, moe_shapes, refuse_hooks
 from nexus_ds.model.tensorfile import (
     DTYPES,
@@ -28,6 +29,7 @@ from nexus_ds.model.tensorfile import (
     row_slices,
     sha256_of_tensors,
 )
+from nexus_ds.model.tokenizer import TokenizerMeaning, chat_templates, read_tokenizer, same_tokenizer_files
 from nexus_ds.outputs import write_json
 from nexus_ds.progress import Progress
 
@@ -179,14 +181,43 @@ def check_related(origin: str, reader: TensorReader, models: Mapping[str, DenseM
 
 
 def check_tokenizers(reference: Path, others: Mapping[str, Path]) -> None:
-    """Raise IncompatibleModelsError that names the first five tokens in which another model's tokenizer differs."""
+    """Check that ids mean the same to models; say on stderr what the new checkpoint does not take from `others`.
+
+    A token in another role (another end of a document) is a note: `reference`'s is kept. So is a chat template.
+
+    Raises:
+        IncompatibleModelsError: another vocabulary or another way to split a text; names the first five differences.
+        CheckpointError, UnsupportedModelError: a tokenizer that can't be read.
+    """
+    own = None
     for name, directory in others.items():
-        difference = tokenizer_difference(reference, directory)
+        if same_tokenizer_files(reference, directory):
+            continue
+        own, other = own or read_tokenizer(reference), read_tokenizer(directory)
+        difference = own.difference(other)
         if difference:
             raise IncompatibleModelsError(
                 f"the tokenizer of expert {name} ({directory}) is not that of {reference}: {difference}; "
-                "experts of one model must be trained on one tokenizer"
+                "experts of one model must be trained on one tokenizer. If no text of this one held what differs, copy "
+                f"the tokenizer files of {reference} over those in {directory}"
             )
+        for note in (*_role_notes(own, other), *_template_notes(reference, directory)):
+            print(f"note: expert {name}: {note}", file=sys.stderr, flush=True)
+
+
+def _role_notes(own: TokenizerMeaning, other: TokenizerMeaning) -> list[str]:
+    roles = own.other_roles(other)
+    kept = "every id means the same, and the new checkpoint keeps the latter; its tokenizer_config.json can change it"
+    return [f"{'; '.join(roles)}: {kept}"] if roles else []
+
+
+def _template_notes(reference: Path, directory: Path) -> list[str]:
+    own, other = chat_templates(reference), chat_templates(directory)
+    if not other or list(own.values()) == list(other.values()):
+        return []
+    kept = f"that of {reference}" if own else "none"
+    return [f"its chat template ({', '.join(other)} in {directory}) is not taken along, the new checkpoint has {kept}: "
+            "copy it there, as chat_template.jinja, to chat as this expert does"]  # fmt: skip
 
 
 def domain_vectors(embeddings: DomainEmbeddings, names: Iterable[str]) -> Tensor:

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from nexus_ds.errors import IncompatibleModelsError
-from nexus_ds.model.checkpoint import copy_tokenizer
 from nexus_ds.model.families import both_ropes, open_dense
 from nexus_ds.model.tensorfile import DTYPES, TensorWriter
+from nexus_ds.model.tokenizer import copy_tokenizer
 from nexus_ds.outputs import new_directory, write_json
 
 

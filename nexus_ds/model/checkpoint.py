@@ -5,16 +5,14 @@
     nexus_router.safetensors                             domain embeddings, their centre, P of each layer (fp32)
 
 The router rows in the model file are P(D) in the model's dtype: redundant, and checked by `verify_rows`.
-Not covered: the model file itself (`families`, `tensorfile`), training states (`runtime.states`).
+Not covered: the model file itself (`families`, `tensorfile`), tokenizers (`tokenizer`), training states (`runtime.states`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import platform
-import shutil
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -24,11 +22,11 @@ import torch
 from torch import Tensor
 
 from nexus_ds import __version__
-from nexus_ds.errors import CheckpointError, ConfigError, IncompatibleModelsError
+from nexus_ds.errors import CheckpointError, ConfigError
 from nexus_ds.model.context import CONTEXT_MODEL
-from nexus_ds.model.families import gate_name, open_moe, refuse_hooks
+from nexus_ds.model.families import gate_name, open_moe
 from nexus_ds.model.router import Projection, condition, rows_in
-from nexus_ds.model.tensorfile import TensorReader, confined, read_json_object, require_directory, write_tensors
+from nexus_ds.model.tensorfile import TensorReader, read_json_object, require_directory, write_tensors
 from nexus_ds.outputs import new_file, write_json
 
 SIDECAR, ROUTER = "nexus.json", "nexus_router.safetensors"
@@ -36,19 +34,6 @@ FORMAT = 2
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of a weight file that `content_fingerprint` reads
 ROW_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
 """Largest difference of stored and recomputed rows relative to the largest entry: machines differ in summing order."""
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
-FILE_KEYS = ("vocab_file", "merges_file", "tokenizer_file", "spm_file")
 
 Record = TypeVar("Record")
 
@@ -351,119 +336,3 @@ def verify_rows(directory: Path) -> None:
                 f"entry, expected at most {ROW_TOLERANCE[stored.dtype]:.1e}; model and sidecar are not "
                 "of one training, restore both from the same checkpoint"
             )
-
-
-def _vocabulary(model: dict[str, Any]) -> dict[int, str]:
-    """Return the tokens of a tokenizer.json's model by id."""
-    vocabulary = model.get("vocab", {})
-    if isinstance(vocabulary, list):  # unigram: [token, score], the position is the id
-        return {index: f"{token} ({score})" for index, (token, score) in enumerate(vocabulary)}
-    return {index: token for token, index in vocabulary.items()}
-
-
-def _special(config: dict[str, Any]) -> list[str]:
-    """Return the begin, end and unknown tokens (padding is a matter of training, not of the vocabulary)."""
-    found = []
-    for key in ("bos_token", "eos_token", "unk_token"):
-        value = config.get(key)
-        found.append(f"{key} {value['content'] if isinstance(value, dict) else value!s}")
-    return found
-
-
-def _tokenizer_parts(directory: Path) -> dict[str, list[str]]:
-    """Return what identifies a tokenizer: tokens, merges, added and special tokens, each as a list of texts."""
-    present = [name for name in VOCABULARIES if (directory / name).is_file()]
-    if not present:
-        raise CheckpointError(
-            f"{directory} has no tokenizer; expected {' or '.join(VOCABULARIES)}: save it there with save_pretrained"
-        )
-    config_file = "tokenizer_config.json"
-    config = read_json_object(directory, config_file) if (directory / config_file).is_file() else {}
-    parts: dict[str, list[str]] = {"token": [], "merge": [], "added token": [], "special token": _special(config)}
-    if present[0] == "tokenizer.model":
-        parts["token"] = [hashlib.sha256(confined(directory, present[0]).read_bytes()).hexdigest()]
-        return parts
-    value = read_json_object(directory, present[0])
-    model = value.get("model", {}) if present[0] == "tokenizer.json" else {"vocab": value}
-    try:
-        parts["token"] = [f"{index} {token!r}" for index, token in sorted(_vocabulary(model).items())]
-        merges = model.get("merges") or []
-        parts["merge"] = [" ".join(merge) if isinstance(merge, list) else merge for merge in merges]
-        added = value.get("added_tokens") or [] if present[0] == "tokenizer.json" else []
-        parts["added token"] = [f"{token['id']} {token['content']!r}" for token in added]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{directory / present[0]} is not a tokenizer that is known here ({error!r})") from error
-    if present[0] == "vocab.json" and (directory / "merges.txt").is_file():
-        lines = confined(directory, "merges.txt").read_text(encoding="utf-8").splitlines()
-        parts["merge"] = [line for line in lines if not line.startswith("#version")]
-    return parts
-
-
-def tokenizer_fingerprint(directory: Path) -> str:
-    """Return a sha256 over a tokenizer's vocabulary, merges, added, begin, end and unknown tokens.
-
-    Raises:
-        CheckpointError: no tokenizer in the directory, or one that can't be read.
-    """
-    return hashlib.sha256(json.dumps(_tokenizer_parts(Path(directory)), sort_keys=True).encode()).hexdigest()
-
-
-def tokenizer_difference(first: Path, second: Path) -> str | None:
-    """Return None for equal tokenizers, else a sentence that names the first five differing tokens or merges."""
-    a, b = _tokenizer_parts(Path(first)), _tokenizer_parts(Path(second))
-    for kind in a:
-        size = max(len(a[kind]), len(b[kind]))
-        left, right = (x[kind] + ["nothing"] * (size - len(x[kind])) for x in (a, b))
-        pairs = [(x, y) for x, y in zip(left, right, strict=True) if x != y]
-        if pairs:
-            listed = "; ".join(f"{x} / {y}" for x, y in pairs[:5])
-            return f"{len(pairs)} of {size} {kind}s differ, the first: {listed}"
-    return None
-
-
-def check_tokenizer(directory: Path, vocabulary: int) -> None:
-    """Check that a tokenizer can be copied and suits a model, reading it as data only.
-
-    Args:
-        directory: of the model that it comes with.
-        vocabulary: token ids that the model embeds.
-
-    Raises:
-        CheckpointError: no tokenizer there, or one whose configuration names files outside its directory.
-        IncompatibleModelsError: token ids beyond `vocabulary`.
-        UnsupportedModelError: a tokenizer that would run code of its own.
-    """
-    _check_tokenizer_config(Path(directory))
-    parts = _tokenizer_parts(Path(directory))
-    numbered = parts["token"] + parts["added token"]
-    largest = max((int(t.split()[0]) for t in numbered if " " in t), default=-1)
-    if largest >= vocabulary:
-        raise IncompatibleModelsError(
-            f"{directory}: the tokenizer has token ids up to {largest}, the model embeds {vocabulary}; "
-            "give the tokenizer that the model was trained with"
-        )
-
-
-def _check_tokenizer_config(source: Path) -> None:
-    """Refuse a tokenizer_config.json that asks for code or names files outside its directory."""
-    if (source / "tokenizer_config.json").is_file():
-        config = read_json_object(source, "tokenizer_config.json")
-        refuse_hooks(config, str(source / "tokenizer_config.json"))
-        for key in FILE_KEYS:
-            if isinstance(config.get(key), str):
-                confined(source, config[key])
-
-
-def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copy the tokenizer's files from one model directory into another.
-
-    Raises:
-        CheckpointError: no tokenizer there, or one whose configuration names files outside its directory.
-        UnsupportedModelError: a tokenizer that would run code of its own.
-    """
-    source = require_directory(Path(source))
-    _tokenizer_parts(source)
-    _check_tokenizer_config(source)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(confined(source, name), Path(out) / name)

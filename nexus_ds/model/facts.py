@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from nexus_ds.config import parse_yaml
-from nexus_ds.errors import CheckpointError
-from nexus_ds.model.checkpoint import is_nexus, read_sidecar, tokenizer_fingerprint, verify_rows
+from nexus_ds.errors import CheckpointError, UnsupportedModelError
+from nexus_ds.model.checkpoint import is_nexus, read_sidecar, verify_rows
 from nexus_ds.model.families import as_stored, check_shared_gates
 from nexus_ds.model.loading import read_config
 from nexus_ds.model.tensorfile import TensorReader
+from nexus_ds.model.tokenizer import read_tokenizer
 
 ROUTED = re.compile(r"\.mlp\.experts\.(\d+)\.")
 SIZES = {  # our name: config.json's
@@ -90,8 +91,8 @@ def _moe_facts(config: dict[str, Any]) -> dict[str, Any]:
 
 def _tokenizer(directory: Path) -> str:
     try:
-        return tokenizer_fingerprint(directory)
-    except CheckpointError:
+        return read_tokenizer(directory).fingerprint
+    except (CheckpointError, UnsupportedModelError):
         return "none"
 
 

@@ -37,8 +37,6 @@ from nexus_ds.model.assembly import (
 from nexus_ds.model.checkpoint import (
     RouterRecord,
     Sidecar,
-    check_tokenizer,
-    copy_tokenizer,
     read_sidecar,
     router_rows,
     verify_rows,
@@ -69,6 +67,7 @@ from nexus_ds.model.fit_text import FitText, read_fit_text
 from nexus_ds.model.router import centre_of, domain_rows, init_projection, init_rows, layer_generator
 from nexus_ds.model.starts import check_start
 from nexus_ds.model.tensorfile import DTYPES, TensorReader
+from nexus_ds.model.tokenizer import check_tokenizer, copy_tokenizer
 from nexus_ds.outputs import write_json
 
 FAMILIAR = 0.4  # cosine; of eleven domains P(d) failed two, the least familiar (0.32) and one taken for a near relative

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nexus_ds.config import Config, dump
 from nexus_ds.errors import CheckpointError
 from nexus_ds.model.build import load_stock
-from nexus_ds.model.checkpoint import Sidecar, copy_tokenizer, read_sidecar, router_rows, versions, write_sidecar
+from nexus_ds.model.checkpoint import Sidecar, read_sidecar, router_rows, versions, write_sidecar
 from nexus_ds.model.families import (
     HEAD,
     SHARED_GATE_FILL,
@@ -33,6 +33,7 @@ from nexus_ds.model.families import (
 )
 from nexus_ds.model.moe import NexusMoE
 from nexus_ds.model.tensorfile import TensorWriter
+from nexus_ds.model.tokenizer import copy_tokenizer
 from nexus_ds.outputs import new_directory, refuse_existing, write_text
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.canonical import STACKED

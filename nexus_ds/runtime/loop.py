@@ -27,10 +27,11 @@ from nexus_ds.data.mixture import Sampler, domain_weights
 from nexus_ds.data.tokenizer import open_tokenizer, vocabulary_size
 from nexus_ds.errors import ConfigError, TrainingError
 from nexus_ds.model.build import DTYPES, leave, load_for_training, new_dense
-from nexus_ds.model.checkpoint import check_tokenizer, content_fingerprint, is_nexus, read_sidecar
+from nexus_ds.model.checkpoint import content_fingerprint, is_nexus, read_sidecar
 from nexus_ds.model.head import next_token_loss
 from nexus_ds.model.loading import read_config
 from nexus_ds.model.moe import Placement
+from nexus_ds.model.tokenizer import check_tokenizer
 from nexus_ds.outputs import write_text
 from nexus_ds.pipeline import no_bos
 from nexus_ds.runtime import deepspeed_internals as internals

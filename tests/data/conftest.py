@@ -36,14 +36,14 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def save_sentencepiece(out: Path) -> Path:
+def save_sentencepiece(out: Path, seed: int = 1) -> Path:
     """Save a tokenizer as older Llamas have it: tokenizer.model, and no tokenizer.json; BOS is put before a text."""
     import sentencepiece
 
     out.mkdir(parents=True, exist_ok=True)
     with (out / "tokenizer.model").open("wb") as stream:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences(1, 50)), model_writer=stream, vocab_size=320, model_type="bpe",
+            sentence_iterator=iter(sentences(seed, 50)), model_writer=stream, vocab_size=320, model_type="bpe",
             byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
         )  # fmt: skip
     config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

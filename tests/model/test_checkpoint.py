@@ -1,15 +1,14 @@
-"""The sidecar of a Nexus checkpoint, the rows that it vouches for, and tokenizers."""
+"""The sidecar of a Nexus checkpoint, and the rows that it vouches for."""
 
 import dataclasses
 import json
-import re
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nexus_ds.errors import CheckpointError, IncompatibleModelsError, UnsupportedModelError
+from nexus_ds.errors import CheckpointError
 from nexus_ds.model import checkpoint
 from nexus_ds.model.checkpoint import ROUTER, SIDECAR, read_sidecar, router_rows, verify_rows, write_sidecar
 from nexus_ds.model.families import gate_name
@@ -184,67 +183,3 @@ def test_a_linear_router_keeps_its_rows_in_the_model(nexus_dir, copied):
 def test_versions():
     found = checkpoint.versions()
     assert found["nexus_ds"] and found["torch"].startswith("2.")
-
-
-def test_tokenizers_are_compared_token_by_token(dense_dir, tmp_path):
-    other = tmp_path / "other"
-    checkpoint_tokens = json.loads((dense_dir / "tokenizer.json").read_text())["model"]["vocab"]
-    other.mkdir()
-    checkpoint.copy_tokenizer(dense_dir, other)
-    assert checkpoint.tokenizer_difference(dense_dir, other) is None
-    assert checkpoint.tokenizer_fingerprint(dense_dir) == checkpoint.tokenizer_fingerprint(other)
-    words = sorted(checkpoint_tokens, key=checkpoint_tokens.get)[5:11]
-
-    def rotate(value):  # the same vocabulary with six tokens in another order
-        vocabulary = value["model"]["vocab"]
-        ids = [vocabulary[word] for word in words]
-        vocabulary.update(zip(words, ids[1:] + ids[:1], strict=True))
-
-    edit_json(other / "tokenizer.json", rotate)
-    difference = checkpoint.tokenizer_difference(dense_dir, other)
-    assert difference.startswith(f"6 of {len(checkpoint_tokens)} tokens differ, the first: 5 '{words[0]}' / 5 ")
-    assert difference.count(";") == 4  # the first five
-    assert checkpoint.tokenizer_fingerprint(dense_dir) != checkpoint.tokenizer_fingerprint(other)
-
-
-def test_other_special_and_added_tokens_are_named(dense_dir, tmp_path):
-    for name, file, change, message in [
-        ("eos", "tokenizer_config.json", lambda v: v.update(eos_token="<unk>"), "1 of 3 special tokens differ"),
-        ("added", "tokenizer.json", lambda v: v["added_tokens"][0].update(content="<x>"), "added tokens differ"),
-        ("merge", "tokenizer.json", lambda v: v["model"].update(merges=[["a", "b"]]), "1 of 1 merges differ.*a b"),
-    ]:
-        (tmp_path / name).mkdir()
-        checkpoint.copy_tokenizer(dense_dir, tmp_path / name)
-        edit_json(tmp_path / name / file, change)
-        assert re.search(message, checkpoint.tokenizer_difference(dense_dir, tmp_path / name))
-
-
-def test_tokenizers_of_other_forms(tmp_path):
-    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
-    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
-    first = checkpoint.tokenizer_fingerprint(tmp_path)
-    (tmp_path / "merges.txt").write_text("#version: 0.3\na b\n")
-    assert checkpoint.tokenizer_fingerprint(tmp_path) == first
-    (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": [["a", -1.0], ["b", -2.0]]}}')
-    assert checkpoint.tokenizer_fingerprint(tmp_path) != first
-    (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": 3}}')
-    with pytest.raises(CheckpointError, match="is not a tokenizer that is known here"):
-        checkpoint.tokenizer_fingerprint(tmp_path)
-
-
-def test_tokenizers_that_are_refused(dense_dir, tmp_path):
-    with pytest.raises(CheckpointError, match=r"has no tokenizer; expected tokenizer.json"):
-        checkpoint.copy_tokenizer(tmp_path, tmp_path)
-    out, source = tmp_path / "out", tmp_path / "source"
-    out.mkdir()
-    source.mkdir()
-    checkpoint.copy_tokenizer(dense_dir, source)
-    with pytest.raises(IncompatibleModelsError, match=r"token ids up to .* the model embeds 4"):
-        checkpoint.check_tokenizer(source, 4)
-    edit_json(source / "tokenizer_config.json", lambda v: v.update(vocab_file="/etc/passwd"))
-    with pytest.raises(CheckpointError, match="'/etc/passwd' lies outside the model's directory"):
-        checkpoint.copy_tokenizer(source, out)
-    edit_json(source / "tokenizer_config.json", lambda v: v.update(vocab_file=None, auto_map={"AutoTokenizer": "x.Y"}))
-    with pytest.raises(UnsupportedModelError, match=r"auto_map .* never run"):
-        checkpoint.copy_tokenizer(source, out)
-    assert not list(out.iterdir())
