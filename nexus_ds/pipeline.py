@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shlex
 import socket
@@ -17,13 +18,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nexus_ds.config import Config, DataConfig, as_dict, load_config, parse_yaml
-from nexus_ds.errors import CheckpointError, ConfigError, NexusError, OutputExistsError
+from nexus_ds.errors import CheckpointError, ConfigError, LayoutError, NexusError, OutputExistsError
 from nexus_ds.outputs import exit_on_signals
 from nexus_ds.progress import duration
 
@@ -158,10 +159,16 @@ def check_domains(config: Config) -> None:
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback interface that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port of the loopback interface that was free a moment ago.
+
+    It is none of those that the kernel gives out by itself (from 32768): gloo asks for several a rank, and one of another
+    run would get it before this run's first rank binds it. SLURM's templates use 20000 to 29999.
+    """
+    for port in random.SystemRandom().sample(range(10_000, 20_000), 1_000):  # not of the generator that runs seed
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise LayoutError("no free TCP port from 10000 to 19999 on the loopback interface; end what holds them")
 
 
 def devices() -> int:

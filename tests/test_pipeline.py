@@ -1,16 +1,19 @@
 """Stages of a run: where they live, what they need, and how they are run side by side."""
 
+import random
+import socket
 import sys
 import time
 
 import pytest
 
 from nexus_ds.config import dump, load_config
-from nexus_ds.errors import CheckpointError, ConfigError, NexusError, OutputExistsError
+from nexus_ds.errors import CheckpointError, ConfigError, LayoutError, NexusError, OutputExistsError
 from nexus_ds.pipeline import (
     Step,
     check_domains,
     check_made,
+    free_port,
     needed_for,
     next_training,
     no_bos,
@@ -67,6 +70,27 @@ def test_how_documents_begin_holds_for_the_whole_run(tmp_path):
     assert shared_overrides(["data.bos=false", "training.steps=3"]) == ["data.bos=false"]
     assert no_bos(config_of(tmp_path, "data.bos=false").data) == ["--no-bos"]
     assert no_bos(config_of(tmp_path).data) == []
+
+
+def test_a_port_is_free_and_none_that_the_kernel_gives_out_by_itself(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", free_port()))
+        port = taken.getsockname()[1]
+        assert 10_000 <= port < 20_000
+        other = free_port()
+        monkeypatch.setattr(random.SystemRandom, "sample", lambda self, ports, count: [port, other])
+        assert free_port() == other
+        monkeypatch.setattr(random.SystemRandom, "sample", lambda self, ports, count: [port])
+        with pytest.raises(LayoutError, match="no free TCP port from 10000 to 19999"):
+            free_port()
+
+
+def test_two_runs_that_were_seeded_alike_meet_at_different_ports():
+    ports = []
+    for _ in range(4):
+        random.seed(0)
+        ports.append(free_port())
+    assert len(set(ports)) > 1
 
 
 def test_the_next_command_is_quoted(tmp_path):
