@@ -36,6 +36,11 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def bytes_read() -> int:
+    """Return how many bytes this process has read by system calls so far, from caches too."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
 def save_sentencepiece(out: Path, seed: int = 1) -> Path:
     """Save a tokenizer as older Llamas have it: tokenizer.model, and no tokenizer.json; BOS is put before a text."""
     import sentencepiece

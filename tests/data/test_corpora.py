@@ -76,10 +76,16 @@ def test_a_second_call_reads_the_cache_and_any_change_misses_it(corpus: Path, to
     assert ask().fingerprint != first.fingerprint
 
 
-def test_max_bytes_leaves_validation_text_whole(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
-    source = open_source(str(corpus))
-    whole = token_files(source, ["alpha"], "validation", tokenizer_dir, tmp_path)["alpha"]
-    assert token_files(source, ["alpha"], "validation", tokenizer_dir, tmp_path, max_bytes=10)["alpha"] == whole
+def test_validation_files_hold_the_whole_validation_text(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
+    from transformers import AutoTokenizer
+
+    tokenizer, source = AutoTokenizer.from_pretrained(tokenizer_dir), open_source(str(corpus))
+    texts = {"alpha": sentences(2, 10), "beta": sentences(4, 10)}
+    for options in ({}, {"max_bytes": 10}):
+        files = token_files(source, ["beta", "alpha"], "validation", tokenizer_dir, tmp_path, **options)
+        for domain, file in files.items():
+            expected = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts[domain]]
+            assert (file.documents, ids(file).tolist()) == (10, [i for document in expected for i in document])
 
 
 def test_a_damaged_cache_is_made_again(corpus: Path, tokenizer_dir: Path, tmp_path: Path):

@@ -1,3 +1,4 @@
+import sysconfig
 import zlib
 from itertools import islice
 from pathlib import Path
@@ -50,11 +51,29 @@ def test_a_domain_compresses_its_own_validation_text_best(texts: dict[str, dict[
         assert min(costs, key=costs.__getitem__) == domain, costs
 
 
-def test_two_sources_agree():
-    one, two = open_source("demo"), demo_source()
-    assert [d.where for d in one.documents("python", "train")] == [d.where for d in two.documents("python", "train")]
-    assert one.fingerprint("cpp", "train") == two.fingerprint("cpp", "train") != one.fingerprint("cpp", "validation")
-    assert sum(len(d.text.encode()) for d in one.documents("python", "train", max_bytes=5000)) == 5000
+def test_documents_are_stretches_of_the_files_that_they_name():
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for document in islice(open_source("demo").documents("python", "train"), 50):
+        name, _, number = document.where.partition("#")
+        assert (
+            document.text in (library.parent / name).read_text(encoding="utf-8").replace("\0", "") and int(number) >= 0
+        )
+        assert document.meta == {"set_name": "python", "source": name}
+    assert sum(len(d.text.encode()) for d in open_source("demo").documents("python", "train", max_bytes=5000)) == 5000
+
+
+def test_the_fingerprint_follows_names_and_sizes_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "a.txt").write_text("one")
+    monkeypatch.setattr(demo_text, "_roots", lambda recipe: [tmp_path / "pack"])
+    monkeypatch.setitem(demo_text.RECIPES, "pack", Recipe(("pack",), (".txt",)))
+    seen = [demo_source().fingerprint("pack", "train"), demo_source().fingerprint("pack", "validation")]
+    for name, content in (("a.txt", "more"), ("b.txt", "one"), ("c.py", "not of the domain")):
+        (tmp_path / "pack" / name).write_text(content)
+        demo_text._files.cache_clear()
+        seen.append(demo_source().fingerprint("pack", "train"))
+    demo_text._files.cache_clear()
+    assert len(set(seen)) == 4 and seen[-1] == seen[-2]
 
 
 def test_domains_that_are_not_there(monkeypatch: pytest.MonkeyPatch):

@@ -227,6 +227,20 @@ def test_the_revision_follows_the_weights(tmp_path: Path):
     assert weights_hash(tmp_path) != first
 
 
+@pytest.mark.parametrize("hook", ["modules.json", "config.json"])
+def test_code_of_an_encoder_is_not_run(tmp_path: Path, hook: str):
+    source = tmp_path / "evil"
+    source.mkdir()
+    (source / "code.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\nclass Evil: pass\n")
+    (source / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "code.Evil"}}))
+    if hook == "modules.json":
+        (source / hook).write_text(json.dumps([{"idx": 0, "name": "0", "path": "", "type": "code.Evil"}]))
+    save_file({"a": np.ones(1, np.float32)}, source / "model.safetensors")
+    with pytest.raises(ConfigError, match="can't be loaded as a sentence-transformers model"):
+        SentenceEncoder(str(source))
+    assert not (tmp_path / "canary").exists()
+
+
 def test_encoders_that_are_not_there_or_not_safe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))

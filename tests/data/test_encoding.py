@@ -102,7 +102,7 @@ def test_the_beginning_is_found_where_a_letter_is_no_token():
         assert beginning(backend) == (0,)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("killed", [1, 2])
 def test_a_killed_worker_is_an_error_not_a_hang(tokenizer_dir: Path, killed: int):
     def batches() -> Iterator[tuple[str, list[str]]]:
@@ -119,7 +119,7 @@ def test_a_killed_worker_is_an_error_not_a_hang(tokenizer_dir: Path, killed: int
     assert not children()
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_a_worker_killed_amid_its_answer_is_an_error_too(tokenizer_dir: Path):
     large = ["the cat " * 100_000]  # its ids fill the pipe, which nobody reads yet
 
@@ -147,7 +147,7 @@ def test_workers_end_with_the_process_that_started_them(tokenizer_dir: Path, tmp
     process.kill()
     process.wait()
     assert len(workers) == 2
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 200
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -180,6 +180,28 @@ def test_a_linear_router_keeps_its_rows_in_the_model(nexus_dir, copied):
         router_rows(read_sidecar(copied), 0, torch.float32)
 
 
+def test_the_content_fingerprint_follows_every_part(nexus_dir, copied):
+    first = checkpoint.content_fingerprint(nexus_dir)
+    assert checkpoint.content_fingerprint(copied) == first
+    seen = {first}
+    flip = "model.layers.1.self_attn.q_proj.weight"
+    for name, change in {
+        "model.safetensors": lambda path: edit_tensors(path, lambda t: t[flip].view(-1)[7:8].mul_(-1)),
+        ROUTER: lambda path: edit_tensors(path, lambda t: t["vectors"].view(-1)[:1].add_(1)),
+        SIDECAR: lambda path: edit_json(path, lambda v: v["lineage"].append({"verb": "train"})),
+        "config.json": lambda path: edit_json(path, lambda v: v.update(rms_norm_eps=1e-4)),
+    }.items():
+        size = (copied / name).stat().st_size
+        change(copied / name)
+        assert name != "model.safetensors" or (copied / name).stat().st_size == size
+        seen.add(checkpoint.content_fingerprint(copied))
+    (copied / "model.safetensors").rename(copied / "model-00001-of-00001.safetensors")
+    last = checkpoint.content_fingerprint(copied)
+    assert len(seen | {last}) == 6
+    (copied / "training.yaml").write_text("no part of the model")
+    assert checkpoint.content_fingerprint(copied) == last
+
+
 def test_versions():
     found = checkpoint.versions()
     assert found["nexus_ds"] and found["torch"].startswith("2.")
