@@ -3,12 +3,14 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import add_token
 
+from nexus_ds import demo
 from nexus_ds.__main__ import main
 from nexus_ds.comparison import work
 from nexus_ds.config import load_config
@@ -17,6 +19,7 @@ from nexus_ds.errors import IncompatibleModelsError
 from nexus_ds.model import fit_text
 from nexus_ds.model.checkpoint import read_sidecar
 from nexus_ds.model.scoring import score
+from nexus_ds.pipeline import resolve
 from nexus_ds.runtime import loop
 
 DOMAINS, COUNT, LENGTH = ("alpha", "beta", "gamma"), 6, 64
@@ -116,6 +119,24 @@ def test_the_routers_fit_and_the_text_that_is_embedded(llama_like, text_folder, 
     for domain in DOMAINS:
         assert torch.equal(text.windows[domain], torch.from_numpy(expected[domain][:, :-1]))
         assert not any("<unk>" in chunk for chunk in seen[domain]) and "<|endoftext|>" in " ".join(seen[domain])
+
+
+@READS
+def test_the_demos_and_the_comparisons_evaluations(tmp_path, monkeypatch, capsys, bos):
+    asked = []
+    monkeypatch.setattr(
+        demo.subprocess, "run", lambda command, **_: asked.append(command) or SimpleNamespace(returncode=0)
+    )
+    setting = f"data.bos={str(bos).lower()}"
+    demo.evaluate(resolve(load_config("demo", ["pipeline.domains=[a]", f"pipeline.run={tmp_path}", setting])))
+    assert ("--no-bos" in asked[0]) != bos
+    words = ["--out", str(tmp_path / "out"), "--dry-run", "--seeds", "0", "compare.contenders=[btm]", setting]
+    assert main(["compare", *words, "compare.extensions=[]", "compare.tasks=arc_easy"]) == 0
+    scores = [line for line in capsys.readouterr().out.splitlines() if '"windows"' in line]
+    assert scores and all((f'"bos": {str(bos).lower()}' in line) for line in scores)
+    assert main(["compare", *words, "compare.contenders=[seed]", "compare.tasks=arc_easy"]) == 0
+    tasks = [line for line in capsys.readouterr().out.splitlines() if "--tasks arc_easy" in line]
+    assert tasks and all(("--no-bos" in line) != bos for line in tasks)
 
 
 def test_training_refuses_a_tokenizer_beyond_the_embedding(nexus_dir, tmp_path):
