@@ -205,9 +205,10 @@ class TrainingConfig:
     log_every: int = 10
     """Steps between two lines of the log."""
     eval_every: int = 0
-    """Steps between two validations; 0: only at the end."""
+    """Steps between two validations; 0: none but those at the start and the end, on what validation text there is."""
     eval_windows: int = 48
-    """Validation windows per domain."""
+    """Validation windows per domain, each data.sequence_length long; with `eval_every: 0` fewer if the text has fewer, and
+    at least one."""
     save_every: int = 0
     """Steps between two training states; 0: one, at the end of an interrupted run."""
     keep_last: int = 2

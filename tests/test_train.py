@@ -11,11 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import make_nexus
 from launch import clean_environment, finish, start_ranks
 from safetensors.torch import load_file
 
+from nexus_ds.config import dump, load_config
+from nexus_ds.errors import DataError
 from nexus_ds.outputs import held
+from nexus_ds.pipeline import resolve
+from nexus_ds.runtime.loop import read_data
 from nexus_ds.train import main
 
 REPOSITORY = Path(__file__).parents[1]
@@ -110,9 +115,6 @@ def fails(capsys, words, monkeypatch, tmp_path):
 def test_a_finished_run_is_not_repeated_and_another_is_not_overwritten(
     tmp_path, nexus_dir, text_folder, capsys, monkeypatch
 ):
-    from nexus_ds.config import dump, load_config
-    from nexus_ds.pipeline import resolve
-
     words = settings(nexus_dir, text_folder, tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "training.yaml").write_text(dump(resolve(load_config("demo", words))))
@@ -178,16 +180,56 @@ def test_a_leftover_state_of_another_model_is_refused(tmp_path, nexus_dir, text_
     ("word", "message"),
     [
         ("data.sequence_length=65", "data.sequence_length 65: the model reads at most 64 tokens; lower it"),
+        (
+            "data.sequence_length=64 training.eval_windows=1000 training.eval_every=1",
+            "alpha: the validation text makes 37 windows of data.sequence_length 64, expected training.eval_windows 1000; give",
+        ),
         ("data.domains=[alpha,omega]", "omega"),
         ("training.batch_size=3", "training.batch_size 3 does not divide over 2 ranks; use a multiple of 2"),
         ("parallel.expert=4", "parallel.expert 4 does not divide 2 ranks"),
     ],
 )
 def test_what_can_not_be_trained_is_one_line(tmp_path, nexus_dir, text_folder, word, message):
-    words = settings(nexus_dir, text_folder, tmp_path / "out", word)
+    words = settings(nexus_dir, text_folder, tmp_path / "out", *word.split())
     said = finish(start_ranks([TRAIN, "--deepspeed", Z3, "--config", "demo", *words], 2), code=1)
     assert message in said and "Traceback" not in said
     assert not (tmp_path / "out").exists()
+    if "validation" not in message:
+        assert not list(tmp_path.glob("out-tokens/*")), "tokenised before the mistake was found"
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """A process group of this process alone, as reading the data needs."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_without_validations_on_the_way_what_validation_text_there_is_serves(
+    tmp_path, nexus_dir, text_folder, one_rank
+):
+    def read(*words):
+        settled = settings(nexus_dir, text_folder, tmp_path / "out", "data.sequence_length=64", *words)
+        return read_data(resolve(load_config("demo", settled)), Path(nexus_dir))
+
+    data = read("training.eval_every=0", "training.eval_windows=1000")
+    assert {name: len(found) for name, found in data.validation.items()} == {"alpha": 37, "gamma": 37}
+    assert data.messages == [
+        f"{name}: 37 validation windows, training.eval_windows is 1000" for name in ("alpha", "gamma")
+    ]
+    data = read("training.eval_every=0", "training.eval_windows=4")
+    assert [len(found) for found in data.validation.values()] == [4, 4] and data.messages == []
+    with pytest.raises(
+        DataError, match=r"alpha: the validation text makes 37 windows .* training.eval_windows 38; give"
+    ):
+        read("training.eval_every=5", "training.eval_windows=38")
+    assert len(read("training.eval_every=5", "training.eval_windows=37").validation["alpha"]) == 37
+    said = (
+        r"makes 0 windows of data.sequence_length 2500, expected .* 48 \(with training.eval_every 0 one is enough\); g"
+    )
+    with pytest.raises(DataError, match=said):
+        read("training.eval_every=0", "training.eval_windows=48", "data.sequence_length=2500")
 
 
 def test_a_checkpoint_that_is_not_there_is_named(capsys, monkeypatch, tmp_path):

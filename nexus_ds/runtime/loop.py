@@ -25,7 +25,7 @@ from nexus_ds.config import Config, as_dict, dump
 from nexus_ds.data.corpora import TokenFile, open_source, token_files, windows
 from nexus_ds.data.mixture import Sampler, domain_weights
 from nexus_ds.data.tokenizer import open_tokenizer, vocabulary_size
-from nexus_ds.errors import ConfigError, TrainingError
+from nexus_ds.errors import ConfigError, DataError, TrainingError
 from nexus_ds.model.build import DTYPES, leave, load_for_training, new_dense
 from nexus_ds.model.checkpoint import content_fingerprint, is_nexus, read_sidecar
 from nexus_ds.model.head import next_token_loss
@@ -69,6 +69,8 @@ class Data:
     weights: dict[str, float]
     validation: dict[str, np.ndarray]
     """Per domain: windows [n, S+1] int64."""
+    messages: list[str]
+    """What a user should know of the text."""
 
 
 class Tally:
@@ -145,8 +147,26 @@ def read_data(config: Config, tokenizer: Path) -> Data:
         dist.barrier()
     weights = domain_weights(settings, {name: file.tokens for name, file in files.items()})
     sampler = Sampler(files, weights, length, config.seed)
-    validation = {name: windows(file, config.training.eval_windows, length) for name, file in scored.items()}
-    return Data(files, sampler, weights, validation)
+    counts = {name: _windows_of(name, file.blocks(length), config) for name, file in scored.items()}
+    wanted = config.training.eval_windows
+    messages = [
+        f"{n}: {c} validation windows, training.eval_windows is {wanted}" for n, c in counts.items() if c < wanted
+    ]
+    validation = {name: windows(scored[name], count, length) for name, count in counts.items()}
+    return Data(files, sampler, weights, validation, messages)
+
+
+def _windows_of(domain: str, there: int, config: Config) -> int:
+    """Return how many validation windows of a domain are scored; DataError if its text has fewer than that."""
+    training, length = config.training, config.data.sequence_length
+    wanted = training.eval_windows if training.eval_every else max(1, min(there, training.eval_windows))
+    if there < wanted:
+        few = "" if training.eval_every else " (with training.eval_every 0 one is enough)"
+        raise DataError(
+            f"{domain}: the validation text makes {there} windows of data.sequence_length {length}, expected "
+            f"training.eval_windows {training.eval_windows}{few}; give more text, or lower one of them"
+        )
+    return wanted
 
 
 class Run:
@@ -160,9 +180,9 @@ class Run:
         records = read_sidecar(Path(config.model.path)).experts if nexus else []
         self.batch: Batch
         stage, self.batch = check_layout(values, config, world, local_world, len(records))
+        self._check_model()  # before the text is tokenised, which may take hours
         self.data = read_data(config, self.tokenizer)
         torch.manual_seed(config.seed)
-        self._check_model()
         # In fp32 the kernels of older GPUs compute in TF32, and the export would not equal the engine.
         grouped = config.parallel.grouped_mm
         grouped = config.model.dtype == "bf16" and not internals.on_cpu() if grouped is None else grouped
@@ -369,6 +389,7 @@ def train(config: Config, ds_json: str, rank: int, world: int, local_world: int,
     stop = StopRequest()
     run = Run(config, ds_json, rank, world, local_world)
     first, messages = states.resume(run.engine, run.work / "states", run.description)
+    messages = run.data.messages + messages
     if not first and config.training.moments:
         messages += states.adopt(run.engine, Path(config.training.moments))
     with closing(Metrics(run.work, config.name, first, run.total, rank == 0)) as metrics:
