@@ -1,5 +1,6 @@
 import hashlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -131,6 +132,32 @@ def test_a_worker_killed_amid_its_answer_is_an_error_too(tokenizer_dir: Path):
 
     with pytest.raises(DataError, match="one of 2 processes"), packer(load_tokenizer(tokenizer_dir), 2) as pack:
         list(pack(batches()))
+
+
+def ignored(process: psutil.Process) -> int:
+    """Return the signals that a process ignores, a bit each."""
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("SigIgn:")), 16)
+
+
+@pytest.mark.timeout(120)
+def test_signals_that_reach_all_processes_are_left_to_the_one_that_started_them(tokenizer_dir: Path):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    wanted = sum(1 << number - 1 for number in numbers)
+
+    def batches() -> Iterator[tuple[str, list[str]]]:
+        deadline = time.monotonic() + 60
+        while len([child for child in children() if ignored(child) & wanted == wanted]) < 2:
+            assert time.monotonic() < deadline, "processes that tokenise take signals themselves"
+            yield "a", ["the cat"]
+        for child in children():
+            for number in numbers:
+                child.send_signal(number)
+        yield from [("b", ["the cat"])] * 50
+
+    with packer(load_tokenizer(tokenizer_dir), 2) as pack:
+        assert [key for key, _ in pack(batches())].count("b") == 50
+    assert not children()
 
 
 def test_what_a_worker_raises_is_raised_here(tokenizer_dir: Path):

@@ -23,7 +23,7 @@ from nexus_ds.model.families import mean_name
 from nexus_ds.model.tensorfile import TensorReader, header_of
 from nexus_ds.planning.memory import disk
 from nexus_ds.planning.sizes import sizes_of
-from nexus_ds.runtime import states
+from nexus_ds.runtime import canonical, states
 from nexus_ds.runtime.canonical import StateFiles
 from nexus_ds.runtime.states import damage, newest_good, read_manifest, steps_saved
 
@@ -470,6 +470,15 @@ def test_old_states_go_only_while_the_newer_ones_are_whole(saved):
     shutil.rmtree(saved / "step_6")
     states._retain(saved, 4, 1)
     assert steps_saved(saved) == [4]
+
+
+def test_a_file_shorter_than_its_header_says_does_not_count(tmp_path):
+    (tmp_path / RANK_0).write_bytes(b"x" * 1000)
+    canonical._check_size(tmp_path / RANK_0, 1000)
+    with pytest.raises(
+        CheckpointError, match=rf"{RANK_0}: 1,000 bytes were written, 1,200 planned; the state does not c"
+    ):
+        canonical._check_size(tmp_path / RANK_0, 1200)
 
 
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path):
