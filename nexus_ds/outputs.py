@@ -169,7 +169,13 @@ def _left(out: Path) -> list[Path]:
 
 
 def _remove_if_dead(path: Path) -> None:
-    """Remove a temporary file unless a living process writes it: such a one has locked it."""
+    """Remove a temporary file or directory of an output that this process holds, if its writer was killed.
+
+    Directories are made under the lock of their output. A file need not be: a living process that writes it has locked it.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
     try:
         with path.open("rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -187,8 +193,8 @@ def held(out: Path) -> Iterator[None]:
     path = out.parent / f".{out.name}.lock"
     file, locked = _lock(path, out)
     with file:
-        for folder in (p for p in _left(out) if locked and p.is_dir() and not p.is_symlink()):
-            shutil.rmtree(folder, ignore_errors=True)  # directories are made under this lock: its writer was killed
+        for left in _left(out) if locked else []:
+            _remove_if_dead(left)
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         print(f"process {os.getpid()} on {socket.gethostname()} since {since}", file=file, flush=True)
@@ -257,8 +263,6 @@ def new_file(out: Path, overwrite: bool = False) -> Iterator[Path]:
     if not overwrite:
         refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    for left in _left(out):
-        _remove_if_dead(left)
     temporary = _temporary(out)
     with _start_file(temporary):
         try:

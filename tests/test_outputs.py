@@ -119,12 +119,14 @@ def test_a_writer_that_is_refused_takes_nothing_from_the_living_one(other: subpr
 def test_a_killed_writer_of_a_file_leaves_nothing_to_the_next_one(other_file: subprocess.Popen, tmp_path: Path):
     end(other_file)
     assert names(tmp_path) == [f".out.tmp-{other_file.pid}"]
-    write_json(tmp_path / "out", 1)
+    with held(tmp_path / "out"):
+        write_json(tmp_path / "out", 1)
     assert names(tmp_path) == ["out"]
 
 
 def test_a_living_writer_of_a_file_keeps_it(other_file: subprocess.Popen, tmp_path: Path):
-    write_json(tmp_path / "out", 1)
+    with held(tmp_path / "out"):
+        write_json(tmp_path / "out", 1)
     assert names(tmp_path) == [f".out.tmp-{other_file.pid}", "out"]
     other_file.communicate("\n", timeout=60)
     assert (other_file.returncode, (tmp_path / "out").read_text()) == (0, "whole")
@@ -245,10 +247,11 @@ def test_a_file_system_without_locks_does_without(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     (tmp_path / ".out.tmp-1").mkdir()
+    (tmp_path / ".out.tmp-2").touch()
     with new_directory(tmp_path / "out"):
         pass
     write_json(tmp_path / "file", 1)
-    assert names(tmp_path) == [".out.tmp-1", "file", "out"]  # what may be a living writer's stays
+    assert names(tmp_path) == [".out.tmp-1", ".out.tmp-2", "file", "out"]  # what may be a living writer's stays
 
 
 def test_a_second_demo_of_the_same_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
