@@ -98,6 +98,7 @@ def start(checkpoint, words):
     grouped, dtype = bool(config.parallel.grouped_mm), DTYPES[config.model.dtype]
     model = load_nexus(Path(checkpoint), dtype, where, config.router, grouped, settle)
     engine = start_engine(model, values, config, batch)
+    assert "torch._inductor.compile_fx" not in sys.modules, "a rank waits seconds for a compiler that nothing here uses"
     return engine, config, batch, options
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import ctypes
 import datetime
+import importlib
 import os
 import sys
 import warnings
@@ -38,6 +39,7 @@ from deepspeed.module_inject.auto_ep_layer import (
 )
 from deepspeed.moe.ep_count import count_tokens_per_expert
 from deepspeed.moe.ep_router import TokenChoiceTopKRouter
+from deepspeed.runtime import compiler
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import groups, safe_get_full_fp32_param
 from torch import Tensor, nn
@@ -66,6 +68,17 @@ __all__ = [
     "weights_from_masters",
 ]
 
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, which every engine does, without compiling it: torch's compiler costs a rank seconds of imports."""
+    kept, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = kept
+
+
+_import_muon()
 READ_FROM = "0.19."
 MASTER, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")
 
