@@ -1,10 +1,16 @@
 """Start real ranks for tests (loopback, gloo, one thread each), and what a process may be given: file size, umask."""
 
+import atexit
+import functools
+import json
 import os
 import resource
+import socket
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 from nexus_ds.pipeline import LAUNCH_VARIABLES, free_port
 
@@ -15,17 +21,66 @@ def clean_environment():
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def start_ranks(arguments, world, cwd=None):
-    """Start `world` python processes with the same arguments and the variables of a launcher."""
+def _launched(world):
+    """Return the environment of each of `world` ranks."""
     common = clean_environment() | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
     common["MASTER_PORT"] = str(free_port())
+    ranks = map(str, range(world))
+    return [common | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": str(world)} for rank in ranks]
+
+
+def start_ranks(arguments, world, cwd=None):
+    """Start `world` python processes with the same arguments and the variables of a launcher."""
     return [
         subprocess.Popen(
             [sys.executable, *map(str, arguments)], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)},
+            env=environment,
         )
-        for rank in range(world)
+        for environment in _launched(world)
     ]  # fmt: skip
+
+
+def fork_ranks(arguments, world):
+    """Start `world` ranks of a script of the tests as `start_ranks` does, out of a process that has imported all modules."""
+    return [ForkedRank(arguments, environment) for environment in _launched(world)]
+
+
+@functools.cache
+def _rank_server():
+    """Start the process that forks ranks; it ends with this one."""
+    folder = tempfile.TemporaryDirectory(prefix="ranks-")
+    server = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("rank_server.py"), f"{folder.name}/socket"], text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=clean_environment(),
+    )  # fmt: skip
+    assert server.stdout.readline() == "ready\n"
+    atexit.register(lambda: (server.stdin.close(), server.wait()))
+    return folder, server
+
+
+class ForkedRank:
+    """A rank out of the rank server, with what the tests use of subprocess.Popen."""
+
+    def __init__(self, arguments, environment):
+        folder, _ = _rank_server()
+        handle, self.out = tempfile.mkstemp(dir=folder.name)
+        os.close(handle)
+        os.umask(mask := os.umask(0))
+        request = {"arguments": list(map(str, arguments)), "environment": environment, "folder": os.getcwd(), "umask": mask,
+                   "file_limit": resource.getrlimit(resource.RLIMIT_FSIZE), "out": self.out}  # fmt: skip
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(f"{folder.name}/socket")
+        self.socket.sendall(json.dumps(request).encode() + b"\n")
+        self.answers = self.socket.makefile()
+        self.pid, self.returncode = int(self.answers.readline()), None
+
+    def communicate(self, timeout):
+        """Wait for the end; return what was said, and None as Popen does where both streams are one."""
+        self.socket.settimeout(timeout)
+        if self.returncode is None:
+            self.returncode = os.waitstatus_to_exitcode(int(self.answers.readline()))
+            self.socket.close()
+        return Path(self.out).read_text(errors="replace"), None
 
 
 def finish(ranks, code=0, timeout=240):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from launch import finish, start_ranks
+from launch import finish, fork_ranks
 from plan_models import LARGE, LENGTH, NAMES, OTHER, SMALL, make_model
 
 from nexus_ds.planning import assumptions
@@ -73,7 +73,7 @@ def check(case, tmp_path, monkeypatch):
         f"training.activation_checkpointing={case.checkpointing}",
     ]  # fmt: skip
     options = [f"group={case.group}"] if case.group else []
-    finish(start_ranks([WORKER, checkpoint, tmp_path / "out", json.dumps(values), *options, *words], WORLD))
+    finish(fork_ranks([WORKER, checkpoint, tmp_path / "out", json.dumps(values), *options, *words], WORLD))
     found = [json.loads((tmp_path / f"out.{rank}.json").read_text()) for rank in range(WORLD)]
     width = {"fp32": 4, "bf16": 2}[case.dtype]
     states = model_states(case.sizes, layout, width)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import make_nexus
 from large import make_large
-from launch import finish, start_ranks
+from launch import finish, fork_ranks
 from parity import STEPS, batches, settings
 
 from nexus_ds.model.checkpoint import read_sidecar, router_rows, write_sidecar
@@ -97,7 +97,7 @@ def launch(cases, folder, checkpoint_of):
         for case in cases
     ]  # fmt: skip
     (folder / "runs.json").write_text(json.dumps(runs))
-    finish(start_ranks([WORKER, folder / "runs.json"], cases[0].world))
+    finish(fork_ranks([WORKER, folder / "runs.json"], cases[0].world))
     return {
         case: (json.loads(Path(f"{run['out']}.json").read_text()), torch.load(f"{run['out']}.pt", weights_only=True))
         for case, run in zip(cases, runs, strict=True)

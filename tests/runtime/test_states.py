@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import make_nexus
-from launch import file_limit, file_modes, finish, start_ranks, umask
+from launch import file_limit, file_modes, finish, fork_ranks, start_ranks, umask
 
 from nexus_ds.config import load_config
 from nexus_ds.errors import CheckpointError
@@ -40,7 +40,7 @@ POINTS = (
 def launch(checkpoint, folder, world, *words, out="out", code=0):
     """Run the worker on `world` ranks; return what it wrote."""
     path = folder.parent / out
-    finish(start_ranks([WORKER, checkpoint, folder, path, "training.batch_size=8", *words], world), code)
+    finish(fork_ranks([WORKER, checkpoint, folder, path, "training.batch_size=8", *words], world), code)
     return json.loads(Path(f"{path}.json").read_text())
 
 
@@ -284,7 +284,7 @@ def test_an_export_out_of_every_layout(tmp_path, checkpoint, case):
 @pytest.mark.slow
 def test_an_export_that_computes_something_else_fails_on_all_ranks_and_keeps_the_state(tmp_path, checkpoint):
     out, words = tmp_path / "exported", ["stage=2", "parallel.expert=2", "save=1", "until=1", "training.batch_size=8"]
-    ranks = start_ranks(
+    ranks = fork_ranks(
         [WORKER, checkpoint, tmp_path / "states", tmp_path / "out", *words, f"export={out}", "wrong=1"], 2
     )
     said = [rank.communicate(timeout=120)[0] for rank in ranks]
@@ -516,7 +516,7 @@ def check_kill(tmp_path, monkeypatch, checkpoint, source, point, rank):
     monkeypatch.setenv("NEXUS_FAULT", f"kill:rank{rank}:{point}:4")
     folder = tmp_path / "states"
     words = ["stage=3", "parallel.expert=2", "router.load_balance=0", "save=2,4,6", "keep=1", "training.batch_size=8"]
-    ranks = start_ranks([WORKER, checkpoint, folder, tmp_path / "out", *words, "until=6"], 2)
+    ranks = fork_ranks([WORKER, checkpoint, folder, tmp_path / "out", *words, "until=6"], 2)
     for process in ranks:
         process.communicate(timeout=120)
     assert ranks[rank].returncode == -9
