@@ -1,6 +1,9 @@
 """Tiny checkpoints and text for tests: made once a session, never written to by a test."""
 
 import json
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,25 @@ WORDS = {  # three domains that a unigram could tell apart
     "beta": "sum proof lemma graph prime root field ring limit axiom",
     "gamma": "ship sail wind port mast rope tide wave harbour rain",
 }
+
+
+@pytest.hookimpl(trylast=True)  # after options that name files from where pytest was started
+def pytest_configure(config):
+    """Go where nothing of the caller is found, a demo's `runs` or a cache, before tests are imported; HOME too is empty."""
+    root, start = Path(tempfile.mkdtemp(prefix="nexus-ds-tests-")), Path.cwd()
+    for name in [n for n in os.environ if n.startswith(("HF_", "XDG_", "MPL")) and n != "HF_HUB_OFFLINE"]:
+        del os.environ[name]
+    for name in ("home", "folder"):
+        (root / name).mkdir()
+    os.environ["HOME"] = str(root / "home")
+    os.chdir(root / "folder")
+    config.add_cleanup(lambda: (os.chdir(start), shutil.rmtree(root, ignore_errors=True)))
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path_factory, monkeypatch):
+    """Start each test in an empty folder of its own; a test that needs the repository takes it from __file__."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
 
 
 def sentences(domain, count, seed, words_of=WORDS):

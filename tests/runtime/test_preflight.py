@@ -116,7 +116,7 @@ def start(rank, world, port, run, wrapper=(), wait=20, **env):
                 "SLURM_JOB_ID": "1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}  # fmt: skip
     command = [*wrapper, sys.executable, "-m", "nexus_ds", "preflight", f"--wait={wait}", "moe", f"pipeline.run={run}"]
     return subprocess.Popen(
-        command, cwd=REPO, env={**clean, **position, **env}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command, env={**clean, **position, **env}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 

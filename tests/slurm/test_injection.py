@@ -38,7 +38,7 @@ def shell(tmp_path):
                "NEXUS_SITE": str(tmp_path / "no site"), "MAX_STALLED": "0"}  # fmt: skip
         done = subprocess.run(
             ["bash", str(repository / "slurm" / f"{script}.sh"), *arguments], cwd=tmp_path, capture_output=True, text=True,
-            env={**clean_environment(), **job, **more}, stdin=subprocess.DEVNULL, timeout=60,
+            env={**clean_environment(), **job, **more}, stdin=subprocess.DEVNULL, timeout=600,
         )  # fmt: skip
         logs = "".join(path.read_text() for path in tmp_path.rglob("*-7*.log"))
         return (
