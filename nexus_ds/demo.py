@@ -25,6 +25,7 @@ from nexus_ds.pipeline import (
     check_domains,
     check_made,
     devices,
+    next_words,
     no_bos,
     places,
     resolve,
@@ -173,7 +174,7 @@ def show(summary: dict[str, Any], config: Config) -> None:
     print(f"\nreport:      {where.report / 'report.html'}")
     print(f"checkpoints: {', '.join(str(path) for path in (where.seed, where.nexus, last))}")
     print(f"this run:    {duration(summary['seconds'])}, all of it in {where.run}")
-    print(f'next:        nexus-ds generate --checkpoint {last} "The first thing"')
+    print(f"next:        {next_words(last)}")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import new_directory, refuse_existing, write_json
+from nexus_ds.pipeline import typed_training
 
 if TYPE_CHECKING:
     from nexus_ds.data.domains import DomainEmbeddings
@@ -71,8 +72,15 @@ def run(args: argparse.Namespace) -> int:
             "domains": domains,
         }
         write_json(folder / FACTS, facts)
-    branch = ["deepspeed", "nexus_ds/train.py", "--config", "own", "stage=branch", f"branch={clusters.names[0]}"]
-    command = shlex.join([*branch, "model.path=SEED", f"data.path={args.out}", f"output=branches/{clusters.names[0]}"])
+    first = clusters.names[0]
+    settings = [
+        "stage=branch",
+        f"branch={first}",
+        "model.path=SEED",
+        f"data.path={args.out}",
+        f"output=branches/{first}",
+    ]
+    command = typed_training(["--config", "own", *settings])
     result = facts | {"out": str(args.out), "next": command}
     print(json.dumps(result, indent=2, ensure_ascii=False) if args.json else _text(result, embeddings))
     return 0
@@ -97,9 +105,10 @@ def _text(result: dict[str, Any], embeddings: DomainEmbeddings) -> str:
     ]
     if result["skipped"]:
         lines.append(f"{result['skipped']} damaged rows skipped")
-    experts = " ".join(f"--expert {name}=branches/{name}" for name in result["domains"])
+    experts = [word for name in result["domains"] for word in ("--expert", f"{name}=branches/{name}")]
     embedded = f"{result['out']}/{EMBEDDINGS}"
+    upcycle = ["nexus-ds", "upcycle", "--seed", "SEED", *experts, "--domains", embedded, "--out", "DIR"]
     lines.append(f"wrote {result['out']}: folders for --data, {embedded} for --domains")
-    lines.append(f"next: {result['next']}  (a dense branch; the same for each domain)")
-    lines.append(f"then: nexus-ds upcycle --seed SEED {experts} --domains {embedded} --out DIR")
+    lines.append(f"next, for the branch of each domain: {result['next']}")
+    lines.append(f"then: {shlex.join(upcycle)}")
     return "\n".join(lines)

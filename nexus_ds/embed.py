@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,9 @@ def run(args: argparse.Namespace) -> int:
     print(f"cosines between domains ({embeddings.encoder}, {embeddings.dimension} dimensions):")
     print(cosine_table(embeddings))
     print(f"wrote {args.out}")
-    experts = " ".join(f"--expert {name}=DIR" for name in embeddings.names)
-    print(f"next: nexus-ds upcycle --seed DIR {experts} --domains {args.out} --out DIR")
+    experts = [word for name in embeddings.names for word in ("--expert", f"{name}=DIR")]
+    upcycle = ["nexus-ds", "upcycle", "--seed", "DIR", *experts, "--domains", str(args.out), "--out", "DIR"]
+    print(f"next: {shlex.join(upcycle)}")
     return 0
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import new_directory, refuse_existing
+from nexus_ds.pipeline import next_words
 from nexus_ds.report import verdict as before_after
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def _show(summary: dict[str, Any], args: argparse.Namespace) -> None:
     for warning in summary["warnings"]:
         print(f"warning: {warning}")
     print(f"wrote {args.out / PAGE}, {args.out / SUMMARY}, {args.out / 'figures'}/")
-    print(f'next: nexus-ds generate --checkpoint {args.checkpoint[-1]} "The first thing"')
+    print(f"next: {next_words(args.checkpoint[-1])}")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -32,6 +32,7 @@ TRAIN = Path(__file__).parent / "train.py"
 TRAINED = {"seed": "seed", "branch": "branch", "moe": "moe", "extended": "extend"}  # step: train.py's stage
 HARMLESS = ("pipeline.parallel_branches", "data.workers", "training.log_every", "training.keep_last")
 DS_JSON = Path(__file__).parent / "ds_configs" / "z3.json"  # a link in a clone, a file in an installed package
+STARTS = {"branch": "the seed", "moe": "what nexus-ds upcycle wrote", "extend": "what nexus-ds extend wrote"}
 WIDE_STAGES = ("moe", "extend")  # that train a mixture-of-experts, with DS_JSON unless another is given
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK",
                     "ROLE_RANK", "TORCHELASTIC_RUN_ID", "CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE")  # fmt: skip
@@ -100,6 +101,18 @@ def checkpoint_domains(path: str) -> tuple[list[str], list[str]]:
     return [d for is_new, d in domains if not is_new], [d for is_new, d in domains if is_new]
 
 
+def stage_places(config: Config) -> tuple[Path | None, Path]:
+    """Return where the model that a stage starts from (None: a new one) and its output are, unless settings say otherwise."""
+    where = places(config)
+    table = {
+        "seed": (None, where.seed),
+        "branch": (where.seed, where.branch(config.branch)),
+        "moe": (where.upcycled, where.nexus),
+        "extend": (where.extension, where.extended),
+    }
+    return table[config.stage]
+
+
 def resolve(config: Config) -> Config:
     """Fill in the paths and domains that follow from the stage; settings that are given stay.
 
@@ -109,13 +122,13 @@ def resolve(config: Config) -> Config:
     old, new = checkpoint_domains(config.model.path)
     if not old:
         old, new = pipe.domains, pipe.new_domains
-    table = {
-        "seed": ("", where.seed, pipe.seed_domains or old),
-        "branch": (where.seed, where.branch(config.branch), [config.branch]),
-        "moe": (where.upcycled, where.nexus, old + new if config.model.path else old),
-        "extend": (where.extension, where.extended, old + new),
-    }
-    path, output, domains = table[config.stage]
+    path, output = stage_places(config)
+    domains = {
+        "seed": pipe.seed_domains or old,
+        "branch": [config.branch],
+        "moe": old + new if config.model.path else old,
+        "extend": old + new,
+    }[config.stage]
     model = replace(
         config.model,
         path=config.model.path or str(path or ""),
@@ -187,12 +200,62 @@ def train_command(recipe: str, overrides: Sequence[str], ranks: int, ds_config: 
     return [*launcher, "--master_addr", "127.0.0.1", "--master_port", str(free_port()), *tail]
 
 
+def _typed(short: str, path: Path) -> str:
+    """Return `short` where that is `path`, seen from the working directory, as in a clone; else `path` itself."""
+    return short if os.path.exists(short) and os.path.samefile(short, path) else str(path)
+
+
+def typed_training(words: Sequence[str], *, launcher: Sequence[str] = ("deepspeed",), ds_json: str = "") -> str:
+    """Return the command, quoted for a shell, that starts train.py with `words`; without `ds_json` it takes the project's z3."""
+    files = [_typed("nexus_ds/train.py", TRAIN), "--deepspeed", ds_json or _typed("ds_configs/z3.json", DS_JSON)]
+    return shlex.join([*launcher, *files, *words])
+
+
 def next_training(out: Path, data: str, recipe: str, stage: str) -> str:
     """Return the command, quoted for a shell, that trains a checkpoint which `upcycle` or `extend` has made."""
     settings = [f"stage={stage}", f"model.path={out}", f"data.path={data}", f"output={out}-trained"]
-    clone = DS_JSON.parent.is_symlink()
-    files = ("nexus_ds/train.py", "ds_configs/z3.json") if clone else (str(TRAIN), str(DS_JSON))
-    return shlex.join(["deepspeed", files[0], "--deepspeed", files[1], "--config", recipe, *settings])
+    return typed_training(["--config", recipe, *settings])
+
+
+def next_evaluation(out: Path | str, data: DataConfig) -> str:
+    """Return the command, quoted for a shell, that scores a checkpoint as it was trained."""
+    words = ["--checkpoint", str(out), "--data", data.path, *no_bos(data), "--out", f"{out}-report"]
+    return shlex.join(["nexus-ds", "evaluate", *words])
+
+
+def next_words(checkpoint: Path) -> str:
+    """Return the command, quoted for a shell, that lets a checkpoint speak."""
+    return shlex.join(["nexus-ds", "generate", "--checkpoint", str(checkpoint), "The first thing"])
+
+
+def check_start(config: Config, recipe: str, overrides: Sequence[str]) -> None:
+    """Raise ConfigError, with the whole command, if a stage has no model to start from and the recipe makes none."""
+    pipe = config.pipeline
+    start, output = stage_places(config)
+    made_for = {
+        "branch": config.branch in [*pipe.domains, *pipe.new_domains],
+        "moe": bool(pipe.domains),
+        "extend": bool(pipe.domains and pipe.new_domains),
+    }
+    if config.model.path or start is None or start.exists() or made_for[config.stage]:
+        return
+    if Path(config.output or output).exists():  # a finished run, or one in the way: that is to be said
+        return
+    given = {text.partition("=")[0] for text in overrides}
+    missing = {"model.path": "DIR", "data.path": "DIR", "output": f"models/{config.branch}" if config.branch else "DIR"}
+    words = [*overrides, *(f"{key}={value}" for key, value in missing.items() if key not in given)]
+    raise ConfigError(
+        f"stage={config.stage} starts from {STARTS[config.stage]}; there is none at {start}, and the recipe {recipe} makes "
+        f"none {_lack(config)}. Missing: {', '.join(key for key in missing if key not in given)}; type: "
+        f"{typed_training(['--config', recipe, *words])}"
+    )
+
+
+def _lack(config: Config) -> str:
+    """Return for which domains the recipe makes models."""
+    old, new = config.pipeline.domains, config.pipeline.new_domains
+    names = f"pipeline.domains: {', '.join(old) or 'none'}; pipeline.new_domains: {', '.join(new) or 'none'}"
+    return f"for {config.branch} ({names})" if config.stage == "branch" else f"({names})"
 
 
 def _verb(*arguments: str) -> list[str]:
@@ -285,8 +348,6 @@ def check_made(plan: list[Step], recipe: str, overrides: Sequence[str]) -> None:
 def needed_for(plan: list[Step], name: str) -> list[Step]:
     """Return the stages whose outputs `name` needs, directly or not, that are not there yet; in order, without `name`."""
     by_name = {step.name: step for step in plan}
-    if name not in by_name:
-        raise ConfigError(f"unknown stage {name}; known: {', '.join(by_name)}")
     wanted: set[str] = set()
 
     def visit(current: str) -> None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nexus_ds.config import Config, load_config
 from nexus_ds.errors import ConfigError, LayoutError
 from nexus_ds.outputs import refuse_existing, write_json
+from nexus_ds.pipeline import typed_training
 
 if TYPE_CHECKING:
     from nexus_ds.planning.choose import Candidate
@@ -76,8 +76,8 @@ def command(args: argparse.Namespace, candidate: Candidate, machine: Machine, ds
     launcher = ["deepspeed", "--num_gpus", str(machine.local)]
     if machine.nodes > 1:
         launcher = ["srun", f"--nodes={machine.nodes}", f"--ntasks-per-node={machine.local}", "python"]
-    words = [*launcher, "nexus_ds/train.py", "--deepspeed", ds_json, "--config", args.config]
-    return shlex.join([*words, *args.overrides, *candidate.layout.overrides])
+    words = ["--config", args.config, *args.overrides, *candidate.layout.overrides]
+    return typed_training(words, launcher=launcher, ds_json=ds_json)
 
 
 def collect(args: argparse.Namespace, config: Config, sizes: Sizes, machine: Machine) -> dict[str, Any]:

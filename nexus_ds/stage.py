@@ -51,6 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings laid over the recipe")
 
 
+def _domains(config: Config) -> list[str]:
+    """Return the domains whose branches a run trains, in the order of an array's tasks; ConfigError if there are none."""
+    if not config.pipeline.domains:
+        raise ConfigError(
+            "pipeline.domains is empty: a run trains a branch for each; give pipeline.domains=[A,B,..], folders of data.path"
+        )
+    return [*config.pipeline.domains, *config.pipeline.new_domains]
+
+
 def branch_domain(config: Config) -> str:
     """Return the domain of this array task: SLURM_ARRAY_TASK_ID counts domains, then new domains, from 0.
 
@@ -59,7 +68,7 @@ def branch_domain(config: Config) -> str:
     """
     if config.branch:
         return config.branch
-    domains = [*config.pipeline.domains, *config.pipeline.new_domains]
+    domains = _domains(config)
     text = os.environ.get("SLURM_ARRAY_TASK_ID", "")
     if not text.isdecimal():
         raise ConfigError(f"which branch? submit with --array=0-{len(domains) - 1}, or give branch=DOMAIN")
@@ -77,6 +86,8 @@ def _config(args: argparse.Namespace) -> Config:
     own = [f"stage={'moe' if stage == 'branch' else stage}"]
     config = load_config(args.config, [*args.overrides, *own])
     check_domains(config)
+    if args.name != "seed":  # whose text may stand in data.domains
+        _domains(config)
     return config
 
 
@@ -103,8 +114,14 @@ def chosen(found: list[Step], names: list[str]) -> list[Step]:
     """Return the steps of these names; ConfigError for one that the recipe does not have."""
     by_name = {step.name: step for step in found}
     for name in names:
+        kind, _, domain = name.partition(":")
+        if name not in by_name and kind == "branch":
+            known = ", ".join(other.partition(":")[2] for other in by_name if other.startswith("branch:"))
+            raise ConfigError(
+                f"branch={domain} is none of the recipe's domains ({known or 'none'}); give pipeline.domains=[A,B,..]"
+            )
         if name not in by_name:
-            raise ConfigError(f"the recipe has no stage {name} (pipeline.new_domains is empty?)")
+            raise ConfigError(f"the recipe adds no expert, so it has no stage {name}; give pipeline.new_domains=[E]")
     return [by_name[name] for name in names]
 
 
@@ -120,7 +137,7 @@ def show(what: str, config: Config, args: argparse.Namespace) -> str:
     elif what == "output":
         line = str(chosen(plan(config, args), names_of(args.name, config))[-1].output.absolute())
     elif what == "branches":
-        line = str(len(config.pipeline.domains) + len(config.pipeline.new_domains))
+        line = str(len(_domains(config)))
     else:
         line = "yes" if config.pipeline.new_domains else "no"
     if any(ord(character) < 32 for character in line):
@@ -185,7 +202,7 @@ def run(args: argparse.Namespace) -> int:
         if code == 0:
             print(f"finished: {', '.join(str(step.output) for step in targets)}")
         return code
-    missing = needed_for(found, names[0])
+    missing = [] if config.model.path else needed_for(found, names[0])
     if missing and os.environ.get("SLURM_PROCID", "0") == "0" and not targets[0].output.exists():
         with _only_one(places(config).run / "logs" / ".making"):
             code = make([step.name for step in missing], found, config)

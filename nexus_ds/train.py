@@ -27,7 +27,17 @@ from nexus_ds.config import Config, dump, load_config, parse_words
 from nexus_ds.errors import CheckpointError, NexusError, OutputExistsError
 from nexus_ds.launch import adopt_launcher, end
 from nexus_ds.outputs import held
-from nexus_ds.pipeline import check_domains, needed_for, places, resolve, run_steps, shared_overrides, steps
+from nexus_ds.pipeline import (
+    check_domains,
+    check_start,
+    needed_for,
+    next_evaluation,
+    places,
+    resolve,
+    run_steps,
+    shared_overrides,
+    steps,
+)
 
 HELP = "train one stage with DeepSpeed (dense branch, upcycled or extended model)"
 STAGE_STEP = {"seed": "seed", "moe": "moe", "extend": "extended"}
@@ -92,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
     if given.model.path and not Path(given.model.path).is_dir():
         raise CheckpointError(f"no checkpoint at {given.model.path}; expected a directory that holds a model")
     check_domains(given)
+    check_start(given, args.config, args.overrides)
     config = resolve(given)
     if config.model.path:
         _check_start(Path(config.model.path))
@@ -99,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     rank = here.rank
     if _finished(config):
         if rank == 0:
-            print(f"{config.output} is finished already; next: nexus-ds evaluate --checkpoint {config.output}")
+            print(f"{config.output} is finished already; next: {next_evaluation(config.output, config.data)}")
         return 0
     with held(Path(config.output + ".training")) if rank == 0 else nullcontext():
         if rank == 0:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from nexus_ds.__main__ import main
 from nexus_ds.config import load_config
+from nexus_ds.pipeline import DS_JSON, TRAIN
 
 RECIPE = """
 base: compare-tiny
@@ -110,7 +111,7 @@ def test_a_dry_run_prints_commands_and_trains_nothing(tmp_path, capsys):
                           "compare.extensions=[nexus_append]")  # fmt: skip
     assert code == 0, err
     lines = text.splitlines()
-    assert sum(line.startswith("deepspeed nexus_ds/train.py --deepspeed ds_configs/z3.json") for line in lines) == 8
+    assert sum(line.startswith(f"deepspeed {TRAIN} --deepspeed {DS_JSON}") for line in lines) == 8
     assert any(line.startswith("nexus-ds upcycle --seed") for line in lines) and lines[-1].startswith("# 1")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"configs"}
     options = [dict(zip(words := shlex.split(line), words[1:], strict=False)) for line in lines[:-1]]

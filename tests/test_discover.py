@@ -1,6 +1,10 @@
 """The verb discover: real text of known domains, mixed, is found again, and the pipeline takes it from there."""
 
+import contextlib
+import io
 import json
+import re
+import shlex
 import shutil
 from collections import Counter
 from itertools import islice
@@ -10,12 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nexus_ds.__main__ import main
+from nexus_ds.__main__ import build_parser, main
+from nexus_ds.config import load_config
 from nexus_ds.data.demo_text import demo_source
 from nexus_ds.data.domains import SentenceEncoder, embed_domains, read_domain_embeddings
 from nexus_ds.data.rows import read_rows
 from nexus_ds.data.sources import open_source
 from nexus_ds.model.checkpoint import read_sidecar, verify_rows
+from nexus_ds.pipeline import DS_JSON, TRAIN, resolve
 
 TRUE = ("algebra", "cpp", "docs", "python")
 DOCUMENTS, CHARACTERS = 20, 500
@@ -35,9 +41,11 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(corpus, tmp_path_factory):
-    out = tmp_path_factory.mktemp("found") / "domains"
+    out = tmp_path_factory.mktemp("found") / "the domains"
     words = ["discover", "--data", str(corpus), "--domains", "4", "--out", str(out), "--documents", "4"]
-    assert main(words) == 0
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main(words) == 0
+    (out.parent / "said").write_text(said.getvalue(), encoding="utf-8")
     return out
 
 
@@ -62,6 +70,22 @@ def test_the_file_is_what_embed_would_write(found):
     assert set(embeddings.names) == set(open_source(str(found)).domains()) and embeddings.data == str(found)
     again = embed_domains(open_source(str(found)), embeddings.names, SentenceEncoder(), 4, 0)
     np.testing.assert_allclose(embeddings.vectors, again.vectors, atol=1e-5)
+
+
+def test_the_printed_commands_can_be_typed(found):
+    said = (found.parent / "said").read_text(encoding="utf-8")
+    names = open_source(str(found)).domains()
+    [branch] = re.findall(r"next, for the branch of each domain: (.*)", said)
+    words = shlex.split(branch)
+    assert words[:4] == ["deepspeed", str(TRAIN), "--deepspeed", str(DS_JSON)]
+    config = resolve(load_config("own", words[6:]))
+    assert (config.model.path, config.data.path) == ("SEED", str(found))
+    [name] = config.data.domains
+    assert name in names and config.output == f"branches/{name}"
+    [upcycle] = re.findall(r"then: (.*)", said)
+    args = build_parser("upcycle").parse_args(shlex.split(upcycle)[1:])
+    assert sorted(args.expert) == [f"{name}=branches/{name}" for name in names]
+    assert args.domains == str(found / "domains.safetensors")
 
 
 def test_upcycle_takes_folders_and_file(found, dense_dir, tmp_path):

@@ -34,14 +34,14 @@ def call(*arguments: str) -> int:
 def test_it_writes_the_file_and_prints_table_warning_and_next_command(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    out = tmp_path / "domains.safetensors"
+    out = tmp_path / "the domains.safetensors"
     assert call("--data", str(corpus), "--out", str(out)) == 0
     printed = capsys.readouterr()
     assert "cooking    law  rules\n" in printed.out
     assert f"wrote {out}" in printed.out
     assert (
-        f"next: nexus-ds upcycle --seed DIR --expert cooking=DIR --expert law=DIR --expert rules=DIR --domains {out}"
-        in printed.out
+        "next: nexus-ds upcycle --seed DIR --expert cooking=DIR --expert law=DIR --expert rules=DIR "
+        f"--domains '{out}' --out DIR\n" in printed.out
     )
     assert "warning: law and rules are nearly the same text (cosine 1.000)" in printed.err
     assert "embed: 600/600 doc" in printed.err

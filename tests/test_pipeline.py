@@ -1,26 +1,34 @@
 """Stages of a run: where they live, what they need, and how they are run side by side."""
 
 import random
+import shlex
 import socket
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from nexus_ds.config import dump, load_config
+from nexus_ds.config import DataConfig, dump, load_config
 from nexus_ds.errors import CheckpointError, ConfigError, LayoutError, NexusError, OutputExistsError
 from nexus_ds.pipeline import (
+    DS_JSON,
+    TRAIN,
     Step,
     check_domains,
     check_made,
+    check_start,
     free_port,
     needed_for,
+    next_evaluation,
     next_training,
+    next_words,
     no_bos,
     resolve,
     run_steps,
     shared_overrides,
     steps,
+    typed_training,
 )
 
 WORDS = ["pipeline.run=RUN", "pipeline.domains=[a,b]", "pipeline.new_domains=[c]"]
@@ -62,8 +70,6 @@ def test_what_is_there_is_not_needed_again(tmp_path):
     (tmp_path / "seed").mkdir()
     (tmp_path / "nexus").mkdir()
     assert {s.name for s in needed_for(plan, "extended")} == {"branch:c", "embed:new", "extend"}
-    with pytest.raises(ConfigError, match="unknown stage nowhere; known: seed, "):
-        needed_for(plan, "nowhere")
 
 
 def test_how_documents_begin_holds_for_the_whole_run(tmp_path):
@@ -93,9 +99,75 @@ def test_two_runs_that_were_seeded_alike_meet_at_different_ports():
     assert len(set(ports)) > 1
 
 
-def test_the_next_command_is_quoted(tmp_path):
-    command = next_training(tmp_path / "a b", "my data", "demo", "moe")
-    assert f"'model.path={tmp_path}/a b'" in command and "'data.path=my data'" in command
+def test_printed_commands_are_quoted_for_a_shell():
+    out = Path("a b")
+    words = shlex.split(next_training(out, "my data", "demo", "moe"))
+    assert words == ["deepspeed", str(TRAIN), "--deepspeed", str(DS_JSON), "--config", "demo", "stage=moe",
+                     "model.path=a b", "data.path=my data", "output=a b-trained"]  # fmt: skip
+    words = shlex.split(next_evaluation(out, DataConfig(path="my data")))
+    assert words[2:] == ["--checkpoint", "a b", "--data", "my data", "--out", "a b-report"]
+    assert shlex.split(next_words(out)) == ["nexus-ds", "generate", "--checkpoint", "a b", "The first thing"]
+
+
+def test_printed_commands_name_files_that_are_there(tmp_path, monkeypatch):
+    """In a clone as the README does, elsewhere by their whole paths; another file of that name is not train.py."""
+    clone = TRAIN.parents[1]
+    monkeypatch.chdir(clone)
+    assert shlex.split(typed_training([])) == ["deepspeed", "nexus_ds/train.py", "--deepspeed", "ds_configs/z3.json"]
+    (tmp_path / "nexus_ds").mkdir()
+    (tmp_path / "nexus_ds" / "train.py").touch()
+    monkeypatch.chdir(tmp_path)
+    assert shlex.split(typed_training(["seed=1"])) == [
+        "deepspeed", str(TRAIN), "--deepspeed", str(DS_JSON), "seed=1",
+    ]  # fmt: skip
+    assert shlex.split(typed_training([], launcher=["srun", "python"], ds_json="x.json"))[:5] == [
+        "srun", "python", str(TRAIN), "--deepspeed", "x.json",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "found", "missing"),
+    [
+        ("own", ["stage=branch", "branch=law"],
+         "stage=branch starts from the seed; there is none at runs/own/seed, and the recipe own makes none for law "
+         "(pipeline.domains: none; pipeline.new_domains: none). Missing: model.path, data.path, output; type: ",
+         ["model.path=DIR", "data.path=DIR", "output=models/law"]),
+        ("own-context", ["stage=branch", "branch=law", "data.path=my data", "output=x"], "Missing: model.path; type: ",
+         ["model.path=DIR"]),
+        ("own", [], "stage=moe starts from what nexus-ds upcycle wrote; there is none at runs/own/upcycled",
+         ["model.path=DIR", "data.path=DIR", "output=DIR"]),
+        ("own", ["stage=extend"], "stage=extend starts from what nexus-ds extend wrote; there is none at ",
+         ["model.path=DIR", "data.path=DIR", "output=DIR"]),
+        ("paper", ["stage=branch", "branch=law"], "(pipeline.domains: python, docs, algebra, tables; pipeline.new_domains: cpp)",
+         ["model.path=DIR", "data.path=DIR", "output=models/law"]),
+        ("paper/table2", ["stage=extend"], "there is none at runs/nexus-470m/extension, and the recipe paper/table2 makes ",
+         ["model.path=DIR", "data.path=DIR", "output=DIR"]),
+    ],
+)  # fmt: skip
+def test_a_stage_without_a_model_to_start_from_prints_the_whole_command(recipe, words, found, missing):
+    with pytest.raises(ConfigError) as error:
+        check_start(load_config(recipe, words), recipe, words)
+    said, _, command = str(error.value).partition("type: ")
+    assert found in f"{said}type: "
+    start = ["deepspeed", str(TRAIN), "--deepspeed", str(DS_JSON), "--config", recipe]
+    assert shlex.split(command) == [*start, *words, *missing]
+    given = load_config(recipe, shlex.split(command)[len(start) :])
+    check_start(given, recipe, [])
+    if given.stage == "branch":
+        assert resolve(given).data.domains == ["law"]
+
+
+@pytest.mark.parametrize("words", [["stage=seed"], ["stage=branch", "branch=cpp"], [], ["stage=extend"]])
+def test_a_recipe_that_makes_the_start_is_let_through(words):
+    check_start(load_config("demo", words), "demo", words)
+
+
+def test_a_start_or_an_output_that_is_there_is_enough():
+    words = ["stage=branch", "branch=law"]
+    Path("runs/own/seed").mkdir(parents=True)
+    check_start(load_config("own", words), "own", words)
+    Path("runs/own/seed").rename("done")
+    check_start(load_config("own", [*words, "output=done"]), "own", [*words, "output=done"])
 
 
 def step(tmp_path, name, needs=(), seconds=0.0, code=0, wide=False):

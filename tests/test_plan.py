@@ -7,6 +7,7 @@ import pytest
 
 from nexus_ds.__main__ import main
 from nexus_ds.config import load_config
+from nexus_ds.pipeline import TRAIN
 
 LARGE = ["plan", "--config", "nexus-2.8b", "--gpus", "16", "--nodes", "4", "--gpu-memory", "24GB", "--link", "25Gb"]
 TINY = ["plan", "--gpus", "2", "--gpu-memory", "8GB"]
@@ -63,7 +64,7 @@ def test_the_written_json_and_the_command_are_those_of_the_best(tmp_path, capsys
     plan = planned(capsys, *TINY, "training.lr=1e-3")
     assert json.loads(out.read_text()) == plan["best"]["deepspeed"]
     words = shlex.split(text.split("next: ", 1)[1])
-    assert words[:4] == ["deepspeed", "--num_gpus", "2", "nexus_ds/train.py"]
+    assert words[:4] == ["deepspeed", "--num_gpus", "2", str(TRAIN)]
     assert words[4:8] == ["--deepspeed", str(out), "--config", "demo"]
     config = load_config("demo", words[8:])  # the overrides are understood
     assert config.training.lr == 1e-3
@@ -74,7 +75,7 @@ def test_the_written_json_and_the_command_are_those_of_the_best(tmp_path, capsys
 
 def test_several_nodes_start_under_srun(capsys):
     command = planned(capsys, *LARGE)["best"]["command"]
-    assert command.startswith("srun --nodes=4 --ntasks-per-node=4 python nexus_ds/train.py --deepspeed ds.json")
+    assert command.startswith(f"srun --nodes=4 --ntasks-per-node=4 python {TRAIN} --deepspeed ds.json")
 
 
 def test_a_dense_stage_has_no_experts(capsys):

@@ -82,8 +82,36 @@ def test_a_path_with_a_newline_is_refused_before_a_shell_sees_it(tmp_path):
 def test_a_stage_that_the_recipe_lacks(tmp_path):
     options = args("extend", "pipeline.new_domains=[]", f"pipeline.run={tmp_path}")
     config = stage._config(options)
-    with pytest.raises(ConfigError, match=r"no stage extend \(pipeline.new_domains is empty\?\)"):
+    with pytest.raises(
+        ConfigError, match=r"adds no expert, so it has no stage extend; give pipeline.new_domains=\[E\]"
+    ):
         stage.chosen(stage.plan(config, options), stage.names_of("extend", config))
+
+
+@pytest.mark.parametrize("name", ["branch", "embed", "upcycle", "moe", "evaluate"])
+def test_a_recipe_without_domains_says_what_to_set(name, capsys):
+    assert main(["stage", "--config=own", name]) == 1
+    assert "pipeline.domains is empty: a run trains a branch for each; give pipeline.domains=[A,B,..]" in (
+        capsys.readouterr().err
+    )
+    assert main(["stage", "--config=own", "--show=branches", "seed"]) == 1  # pipeline.sh: no array of 0 to -1
+
+
+def test_a_branch_that_the_recipe_lacks_is_named_with_those_it_has(capsys):
+    assert main(["stage", "branch", "branch=law"]) == 1
+    assert "branch=law is none of the recipe's domains (python, docs, algebra, tables, cpp); give pipeline" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_branch_of_a_given_seed_needs_no_other(monkeypatch):
+    """Else a new seed would be trained, and not be used."""
+    trained = []
+    monkeypatch.setattr(stage, "train", lambda config, options: trained.append(options.overrides))
+    monkeypatch.setattr(stage, "make", lambda *given: pytest.fail("made an earlier stage"))
+    words = ["branch=law", "pipeline.domains=[law]", "model.path=models/seed"]
+    stage.run(args("branch", *words, show=None))
+    assert trained == [words]
 
 
 def test_settings_of_one_stage_do_not_reach_earlier_ones():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -119,7 +120,11 @@ def test_a_finished_run_is_not_repeated_and_another_is_not_overwritten(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "training.yaml").write_text(dump(resolve(load_config("demo", words))))
     assert main(["--config", "demo", *words]) == 0
-    assert "is finished already; next: nexus-ds evaluate" in capsys.readouterr().out
+    command = capsys.readouterr().out.partition("is finished already; next: ")[2]
+    assert shlex.split(command) == [
+        "nexus-ds", "evaluate", "--checkpoint", f"{tmp_path / 'out'}", "--data", str(text_folder), "--out",
+        f"{tmp_path / 'out'}-report",
+    ]  # fmt: skip
     said = fails(capsys, ["--config", "demo", *words, "training.lr=1e-3"], monkeypatch, tmp_path)
     assert "out exists already and is not the result of this configuration; give output=DIR" in said
 
@@ -138,6 +143,10 @@ def test_a_second_run_of_the_same_output_is_refused(tmp_path, nexus_dir, text_fo
         (["--config", "nowhere"], "train.py: no recipe at nowhere; give a file, or one of:"),
         (["training.lrr=1"], "train.py: unknown key training.lrr, did you mean lr?"),
         (["stage=branch"], "train.py: stage=branch trains one domain's dense expert; name it with branch=DOMAIN"),
+        (
+            ["--config", "own", "stage=branch", "branch=law"],
+            "train.py: stage=branch starts from the seed; there is none",
+        ),
     ],
 )
 def test_mistakes_are_one_line(words, message, capsys, monkeypatch, tmp_path):

@@ -43,6 +43,7 @@ from nexus_ds.model.families import (
 )
 from nexus_ds.model.router import domain_rows
 from nexus_ds.model.tensorfile import TensorReader, sha256_of_tensors
+from nexus_ds.pipeline import DS_JSON, TRAIN
 
 NAMES = ("alpha", "beta", "gamma")
 LAYERS = 2
@@ -194,7 +195,7 @@ def test_parameter_counts(parts, capsys, top_k):
     assert count["total"] == sum(tensor.numel() for tensor in tensors_of(parts / "out").values())
     assert count["total"] - count["active"] == (3 - top_k) * ffn_stack
     assert result["experts"] == list(NAMES) and result["top_k"] == top_k and result["fit"] is None
-    assert result["next"].startswith("deepspeed nexus_ds/train.py --deepspeed ds_configs/z3.json --config ")
+    assert result["next"].startswith(f"deepspeed {TRAIN} --deepspeed {DS_JSON} --config ")
     assert f"model.path={parts / 'out'}" in result["next"]
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_ds.outputs import exit_on_signals
-from nexus_ds.pipeline import LAUNCH_VARIABLES
+from nexus_ds.pipeline import LAUNCH_VARIABLES, typed_training
 from nexus_ds.progress import duration
 
 PRELOAD = ["nexus_ds.runtime.loop", "torch.utils.tensorboard", "transformers.models.llama.modeling_llama",
@@ -51,10 +51,9 @@ class Job:
 
     def command(self) -> str:
         """Return the job as one would type it."""
-        head = ["python", "-m"] if self.words[0] == WORK else ["nexus-ds"]
         if self.words[0] == "train":
-            head = ["deepspeed", "nexus_ds/train.py", "--deepspeed", "ds_configs/z3.json"]
-        return shlex.join([*head, *self.words[1 if self.words[0] == "train" else 0 :]])
+            return typed_training(self.words[1:])
+        return shlex.join([*(["python", "-m"] if self.words[0] == WORK else ["nexus-ds"]), *self.words])
 
 
 def identity(*parts: Any, without: str = "") -> str:

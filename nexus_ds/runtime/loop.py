@@ -33,7 +33,7 @@ from nexus_ds.model.loading import read_config
 from nexus_ds.model.moe import Placement
 from nexus_ds.model.tokenizer import check_tokenizer
 from nexus_ds.outputs import write_text
-from nexus_ds.pipeline import no_bos
+from nexus_ds.pipeline import next_evaluation
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime import states
 from nexus_ds.runtime.engine import (
@@ -378,8 +378,7 @@ class Run:
         if not self.config.training.save_every:
             states.remove(self.work / "states")
         metrics.say(f"wrote {out} (reloaded in plain transformers: logits differ by {difference:.1e})")
-        words = ["--data", self.config.data.path, *no_bos(self.config.data), "--out", f"{out}-report"]
-        metrics.say(f"next: nexus-ds evaluate --checkpoint {out} {' '.join(words)}")
+        metrics.say(f"next: {next_evaluation(out, self.config.data)}")
 
 
 def train(config: Config, ds_json: str, rank: int, world: int, local_world: int, wait_minutes: float) -> int:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from nexus_ds.comparison.jobs import WORK, Job, Pool, identity, last_line
+from nexus_ds.pipeline import DS_JSON, TRAIN
 
 
 def piece(out, name, needs=(), **given):
@@ -18,7 +19,7 @@ def test_identity_follows_from_everything_but_the_place():
 
 def test_commands_are_what_one_would_type(tmp_path):
     train = Job("t", tmp_path / "t", ("train", "--config", "a b.yaml"))
-    assert train.command() == "deepspeed nexus_ds/train.py --deepspeed ds_configs/z3.json --config 'a b.yaml'"
+    assert train.command() == f"deepspeed {TRAIN} --deepspeed {DS_JSON} --config 'a b.yaml'"
     assert Job("e", tmp_path / "e", ("embed", "--out", "x")).command() == "nexus-ds embed --out x"
     assert (
         piece(tmp_path / "m", "average", models=[]).command().startswith("python -m nexus_ds.comparison.work average")
