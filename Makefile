@@ -5,11 +5,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
+# Test files at once; those that start two ranks keep two cores busy by themselves.
+JOBS ?= 2
+PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo test test-all test-slurm mutants lint clean
 help:
 	@echo "make demo      the whole pipeline on a small scale (CPU or GPU); ends with the report's path"
-	@echo "make test      lint, types and tests; make test-all adds the full parity matrix"
+	@echo "make test      lint, types and tests (JOBS=2 files at once); make test-all adds the full parity matrix"
 	@echo "make test-slurm  the templates on a real SLURM, installed and started for the test (Debian, as root)"
 	@echo "make mutants   put faults into copies of the code and count those that the tests see"
 	@echo "make clean     remove runs/ and caches (the virtualenv stays)"
@@ -34,10 +37,10 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -m "not full and not slurm"
+	$(PYTEST) -m "not full and not slurm"
 
 test-all: lint
-	$(BIN)/pytest -m "not slurm"
+	$(PYTEST) -m "not slurm"
 
 # SLURM's packages are installed on Debian as root; elsewhere the tests are skipped and say why.
 test-slurm: $(READY)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+LONG = ("test_end_to_end", "test_compare", "test_train", "test_readme", "test_states", "test_parity", "test_injection",
+        "test_preflight", "test_memory", "test_discover", "test_upcycle")  # fmt: skip
 DOMAINS = ("alpha", "beta", "gamma")
 WORDS = {  # three domains that a unigram could tell apart
     "alpha": "tree leaf root branch bark moss fern soil rain seed",
@@ -34,6 +36,11 @@ def pytest_configure(config):
 def empty_folder(tmp_path_factory, monkeypatch):
     """Start each test in an empty folder of its own; a test that needs the repository takes it from __file__."""
     monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that of several workers none ends long after the others."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 def sentences(domain, count, seed, words_of=WORDS):

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import make_nexus
-from launch import clean_environment, finish, start_ranks
+from launch import clean_environment, finish, fork_ranks, start_ranks
 from safetensors.torch import load_file
 
 from nexus_ds.config import dump, load_config
@@ -58,7 +58,7 @@ def test_a_trained_checkpoint_computes_the_engines_logits_in_stock_transformers(
     config = tmp_path / "z3.json"
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     config.write_text(json.dumps({"zero_optimization": zero}))
-    log = finish(start_ranks([Path(__file__).parent / "train_worker.py", logits, config, *words], 2))
+    log = finish(fork_ranks([Path(__file__).parent / "train_worker.py", logits, config, *words], 2))
     assert "reloaded in plain transformers: logits differ by" in log
     done = subprocess.run(
         [sys.executable, "-c", STOCK, str(out), str(logits)], capture_output=True, text=True, cwd=tmp_path,
@@ -186,21 +186,21 @@ def test_a_leftover_state_of_another_model_is_refused(tmp_path, nexus_dir, text_
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("word", "ranks", "message"),
     [
-        ("data.sequence_length=65", "data.sequence_length 65: the model reads at most 64 tokens; lower it"),
+        ("data.sequence_length=65", 1, "data.sequence_length 65: the model reads at most 64 tokens; lower it"),
         (
             "data.sequence_length=64 training.eval_windows=1000 training.eval_every=1",
+            1,
             "alpha: the validation text makes 37 windows of data.sequence_length 64, expected training.eval_windows 1000; give",
         ),
-        ("data.domains=[alpha,omega]", "omega"),
-        ("training.batch_size=3", "training.batch_size 3 does not divide over 2 ranks; use a multiple of 2"),
-        ("parallel.expert=4", "parallel.expert 4 does not divide 2 ranks"),
+        ("data.domains=[alpha,omega]", 1, "omega"),
+        ("parallel.expert=4", 2, "parallel.expert 4 does not divide 2 ranks"),  # other layouts: test_engine.py
     ],
 )
-def test_what_can_not_be_trained_is_one_line(tmp_path, nexus_dir, text_folder, word, message):
+def test_what_can_not_be_trained_is_one_line(tmp_path, nexus_dir, text_folder, word, ranks, message):
     words = settings(nexus_dir, text_folder, tmp_path / "out", *word.split())
-    said = finish(start_ranks([TRAIN, "--deepspeed", Z3, "--config", "demo", *words], 2), code=1)
+    said = finish(start_ranks([TRAIN, "--deepspeed", Z3, "--config", "demo", *words], ranks), code=1)
     assert message in said and "Traceback" not in said
     assert not (tmp_path / "out").exists()
     if "validation" not in message:
