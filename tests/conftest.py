@@ -22,6 +22,8 @@ WORDS = {  # three domains that a unigram could tell apart
 @pytest.hookimpl(trylast=True)  # after options that name files from where pytest was started
 def pytest_configure(config):
     """Go where nothing of the caller is found, a demo's `runs` or a cache, before tests are imported; HOME too is empty."""
+    if getattr(config.option, "numprocesses", None):
+        return  # its workers do; they start from where this process is
     root, start = Path(tempfile.mkdtemp(prefix="nexus-ds-tests-")), Path.cwd()
     for name in [n for n in os.environ if n.startswith(("HF_", "XDG_", "MPL")) and n != "HF_HUB_OFFLINE"]:
         del os.environ[name]
