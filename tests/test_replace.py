@@ -70,6 +70,8 @@ def test_the_branch_stands_where_the_old_expert_stood(parts, capsys):
     assert (step["verb"], step["replaced"], step["experts"]) == ("extend", True, ["beta"])
     assert step["lambda"] == pytest.approx(1 / 3)
     assert "stage=extend" in capsys.readouterr().out
+    config = json.loads((parts / "out" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     # A finetune that goes on from here takes the replaced expert for the new one.
     assert checkpoint_domains(str(parts / "out")) == (["alpha", "gamma"], ["beta"])
 

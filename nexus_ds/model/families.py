@@ -439,7 +439,11 @@ def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
     """Raise UnsupportedModelError for what a Qwen2-MoE can't express, by name."""
     family = config.get("model_type")
     if family not in FAMILIES:
-        reason = REASONS.get(str(family), "its computation is not known to be the same")
+        unknown = "its computation is not known to be the same"
+        if isinstance(config.get("text_config"), dict):
+            inner = config["text_config"].get("model_type")
+            unknown = f"it wraps a language model ({inner!r}), which has to be saved on its own first"
+        reason = REASONS.get(str(family), unknown)
         raise UnsupportedModelError(
             f"{where}: model_type {family!r} can't become a Qwen2-MoE: {reason}; supported: {', '.join(FAMILIES)}"
         )

@@ -104,6 +104,7 @@ def load_model(directory: Path, precision: str = "auto") -> Any:
     TensorReader(directory)  # checks headers, ranges and paths, which transformers trusts
     if is_nexus(directory):
         verify_rows(directory)
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 
     quiet_transformers()
@@ -116,7 +117,7 @@ def load_model(directory: Path, precision: str = "auto") -> Any:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except LOAD_ERRORS as error:
+    except (*LOAD_ERRORS, StrictDataclassError) as error:
         raise CheckpointError(f"{directory}: transformers can't load this checkpoint: {_said(error)}") from error
     model, info = loaded
     _check_loaded(directory, info)

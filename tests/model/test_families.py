@@ -175,7 +175,8 @@ def test_written_configurations_say_their_rope_in_both_spellings(kind, tmp_path,
     plain = dict(model_type=family, vocab_size=31, **SIZES, **extra)
     scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
     mixture = families.moe_config(plain, 2, 1)
-    for config in (mixture, families.dense_config(mixture, family), families.both_ropes(plain)):
+    context = families.moe_config(plain, 2, 1, "context")
+    for config in (mixture, context, families.dense_config(mixture, family), families.both_ropes(plain)):
         assert config["rope_parameters"] == extra["rope_parameters"] and config["rope_theta"] == 500.0
         assert config.get("rope_scaling") == (scaling if kind == "llama3-rope" else None)
         assert families.settings(config)["rope"] == families.settings(plain)["rope"]
@@ -207,6 +208,7 @@ def changed(source, out, **keys):
         (dict(model_type="gemma2"), ["'gemma2'", "add 1"]),
         (dict(model_type="cohere2"), ["'cohere2'", "side by side"]),
         (dict(model_type="granite"), ["'granite'", "logits are scaled"]),
+        (dict(model_type="mistral3", text_config=dict(model_type="mistral")), ["'mistral3'", "wraps", "'mistral'"]),
         (dict(model_type="blender"), ["'blender'", "supported: llama"]),
         (dict(model_type=...), ["None", "supported: llama"]),
         (dict(hidden_act="gelu"), ["hidden_act 'gelu'", "silu"]),

@@ -59,6 +59,19 @@ def test_tensor_of_another_shape(copy):
         load_model(copy)
 
 
+def test_a_value_of_another_kind_in_the_configuration(copy):
+    change_config(copy, rms_norm_eps=None)
+    with pytest.raises(CheckpointError, match=r"transformers can't load this checkpoint: .*rms_norm_eps"):
+        load_model(copy)
+
+
+def test_an_adapter_is_no_checkpoint(copy):
+    (copy / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "base"}')
+    for load in (load_model, read_config):
+        with pytest.raises(UnsupportedModelError, match=r"holds an adapter .*LORA of base.*merge it first"):
+            load(copy)
+
+
 def test_code_hooks_are_refused(copy):
     change_config(copy, auto_map={"AutoModelForCausalLM": "evil.Model"})
     with pytest.raises(UnsupportedModelError, match="auto_map"):
