@@ -250,7 +250,7 @@ def test_a_limit_that_the_windows_do_not_decide_passes_and_is_said(
     assert evaluate.run(arguments([nexus_dir, worse_dir], text_folder, tmp_path / "out", *words)) == 0
     said = capsys.readouterr().err
     assert f"nexus-ds evaluate: 6 windows do not decide --fail-if-worse {limit} for beta (+" in said
-    assert "so it passes; about" in said and summary_of(tmp_path / "out")["change"]["undecided"] == ["beta"]
+    assert "so that passes; about" in said and summary_of(tmp_path / "out")["change"]["undecided"] == ["beta"]
     assert "Not decided: 6 windows do not decide" in (tmp_path / "out" / "report.html").read_text()
 
 

@@ -176,7 +176,7 @@ class Verdict:
         ]
         if max(times) > FURTHEST:
             return f"not even {FURTHEST} times as many windows"
-        return f"about {_rounded(self.windows * max(times)):,} windows a domain (--windows)"
+        return f"about {_rounded(self.windows * max(times)):,} windows a domain (--windows) of that much more text"
 
     def notes(self) -> list[str]:
         """Return a line on what the windows leave open and how many would decide it; none where all is decided."""
@@ -192,7 +192,7 @@ class Verdict:
             gaps = {d: abs(self.domains[d].difference.mean - math.log1p(self.limit)) for d in self.undecided}
             return [
                 f"{self.windows} windows do not decide --fail-if-worse {100 * self.limit:g}% for "
-                f"{self._listed(self.undecided)}, so it passes; {self._enough(gaps, POWER)} would"
+                f"{self._listed(self.undecided)}, so that passes; {self._enough(gaps, POWER)} would"
             ]
         return []
 

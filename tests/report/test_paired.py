@@ -16,6 +16,7 @@ from nexus_ds.report.paired import (
     paired,
     quantile,
     spread,
+    standard_error,
 )
 
 
@@ -81,7 +82,7 @@ def test_budgets_are_ordered_as_numbers():
 
 
 def test_quantiles_are_those_of_printed_tables():
-    table = {1: 12.706, 3: 3.182, 10: 2.228, 47: 2.012, 1e9: 1.960}
+    table = {1: 12.706, 3: 3.182, 9: 2.262, 47: 2.012, 1e9: 1.960}
     assert {freedom: round(quantile(freedom), 3) for freedom in table} == table
     assert quantile(0) == math.inf
 
@@ -92,6 +93,22 @@ def test_the_error_is_that_of_the_differences():
     assert found.error == pytest.approx(math.sqrt((0.01 + 0.16 + 0.09 + 0.0) / 3 / 4))  # deviations 0.1 -0.4 0.3 0
     assert found.freedom == 3 and found.noise == pytest.approx(3.182 * 0.147196, abs=1e-4)
     assert over_windows([1.0, 5.0], [1.25, 5.25]) == Difference(0.25, 0.0, 1), "what windows have in common cancels"
+
+
+def test_neighbouring_windows_count_together():
+    """20 windows in pairs that agree tell no more than ten windows; pairs that cancel leave nothing."""
+    ten = [0.1, 0.3, 0.2, 0.5, 0.4, 0.1, 0.0, 0.2, 0.6, 0.1]  # mean 0.25, squared deviations add up to 0.345
+    error = math.sqrt(0.345 / 9 / 10)
+    assert standard_error(ten) == pytest.approx(error)
+    assert standard_error([value for value in ten for _ in range(2)]) == pytest.approx(error)
+    assert standard_error([0.2, 0.4] * 10) == pytest.approx(0.0, abs=1e-9)
+    assert over_windows([0.0] * 20, [0.2, 0.4] * 10).freedom == 9
+
+
+def test_groups_of_unequal_size_count_by_their_windows():
+    """Twelve windows in ten groups: the fifth and the last have two. Mean 1; one group of two is 3 above it, twice."""
+    values = [0.4] * 4 + [4.0, 4.0] + [0.4] * 6
+    assert standard_error(values) == pytest.approx(math.sqrt(10 / 9 * (6.0**2 + 8 * 0.6**2 + 1.2**2)) / 12)
 
 
 def test_one_window_has_no_error():

@@ -9,19 +9,19 @@ import pytest
 from nexus_ds.errors import ConfigError
 from nexus_ds.report.verdict import EXIT_WORSE, add_options, judge, parse_limit, percent
 
-T47 = 2.0117  # Student's t, 47 degrees of freedom, 97.5%
+T9 = 2.26216  # Student's t, 9 degrees of freedom, 97.5%
 BEFORE = {"law": 2.0, "code": 1.0, "cats": 3.0}
 AFTER = {"law": 1.9, "code": 1.005, "cats": 3.2}
 
 
-def pair(change, error, count=48, before=2.0):
+def pair(change, error, count=10, before=2.0):
     """Return losses of `count` windows whose paired difference has the mean `change` (nats) and the standard error."""
     apart = error * math.sqrt(count - 1)
-    level = [before + 0.3 * (i % 4 - 1.5) for i in range(count)]
+    level = [before + 0.3 * (i % 5 - 2) for i in range(count)]
     return level, [loss + change + (apart if i % 2 else -apart) for i, loss in enumerate(level)]
 
 
-def judged(changes, limit=None, count=48):
+def judged(changes, limit=None, count=10):
     """Judge domains {name: (relative change, standard error in nats)}."""
     pairs = {name: pair(math.log1p(change), error, count) for name, (change, error) in changes.items()}
     return judge({d: p[0] for d, p in pairs.items()}, {d: p[1] for d, p in pairs.items()}, limit)
@@ -66,7 +66,7 @@ def test_every_column_of_the_table():
     [
         (0.05, 0.01, "worse"),
         (-0.05, 0.01, "better"),
-        (0.015, 0.01, "same"),  # inside 2.01 standard errors, though above 1%
+        (0.015, 0.01, "same"),  # inside 2.26 standard errors, though above 1%
         (-0.015, 0.01, "same"),
         (0.015, 0.005, "worse"),
         (0.008, 0.0001, "same"),  # sure, and too small to matter
@@ -77,16 +77,16 @@ def test_same_is_within_the_band_or_the_noise(change, error, called):
 
 
 def test_few_windows_need_a_larger_difference():
-    """Student's t: 12.7 standard errors with two windows, 2.01 with 48."""
+    """Student's t: 12.7 standard errors with two windows, 2.26 with ten."""
     assert judged({"law": (0.5, 0.04)}, count=2).domains["law"].verdict == "same"  # ln 1.5 = 0.405 < 12.7 * 0.04
     assert judged({"law": (0.7, 0.04)}, count=2).domains["law"].verdict == "worse"  # ln 1.7 = 0.531
-    assert judged({"law": (0.09, 0.04)}).domains["law"].verdict == "worse"  # 0.086 > 2.01 * 0.04
+    assert judged({"law": (0.1, 0.04)}).domains["law"].verdict == "worse"  # 0.0953 > 2.26 * 0.04
 
 
 def test_the_interval_and_the_error_of_a_change():
     change = judged({"law": (0.057, 0.01)}).domains["law"]
     assert change.error == pytest.approx(1.057 * 0.01)
-    low, high = (1.057 * math.exp(side * T47 * 0.01) - 1 for side in (-1, 1))
+    low, high = (1.057 * math.exp(side * T9 * 0.01) - 1 for side in (-1, 1))
     assert change.interval == pytest.approx((low, high), abs=1e-6)
 
 
@@ -102,26 +102,26 @@ def test_a_limit_fails_where_all_of_the_interval_is_above_it(tmp_path, capsys, c
 
 
 def test_what_the_windows_do_not_decide_is_said_with_how_many_would(tmp_path, capsys):
-    """(2.0117 + 0.8416) * 0.01 / (ln 1.057 - ln 1.05) = 4.2949; its square times 48 windows is 885."""
+    """(2.2622 + 0.8416) * 0.01 / (ln 1.057 - ln 1.05) = 4.6712; its square times 10 windows is 218."""
     verdict = judged({"law": (0.057, 0.01), "code": (0.2, 0.01)}, 0.05)
     assert verdict.exit_code("evaluate", tmp_path / "out") == EXIT_WORSE
     assert capsys.readouterr().err == (
-        "nexus-ds evaluate: 48 windows do not decide --fail-if-worse 5% for law (+5.7 ± 1.1 %), so it passes; about 890 "
-        "windows a domain (--windows) would\n"
+        "nexus-ds evaluate: 10 windows do not decide --fail-if-worse 5% for law (+5.7 ± 1.1 %), so that passes; about 220 "
+        "windows a domain (--windows) of that much more text would\n"
         f"nexus-ds evaluate: worse than --fail-if-worse 5% allows: code (+20.0 ± 1.2 %); {tmp_path / 'out'} is written all "
         "the same\n"
     )
     assert "do not decide" not in verdict.text(), "said once"
     (note,) = judged({"law": (0.0501, 0.01)}, 0.05).notes()
-    assert note.endswith("so it passes; not even 100 times as many windows would")
+    assert note.endswith("so that passes; not even 100 times as many windows would")
 
 
 def test_the_same_for_want_of_windows_is_said():
-    """2.0117 * 0.01 / ln 1.01 = 2.0217; its square times 48 windows is 197."""
+    """2.2622 * 0.01 / ln 1.01 = 2.2735; its square times 10 windows is 51.7."""
     verdict = judged({"law": (0.003, 0.01), "code": (0.003, 0.001), "cats": (0.2, 0.03)})
     assert verdict.text().splitlines()[-1] == (
-        "the same as far as 48 windows can tell: law (+0.3 ± 1.0 %); about 200 windows a domain (--windows) would show a "
-        "change of 1 %"
+        "the same as far as 10 windows can tell: law (+0.3 ± 1.0 %); about 52 windows a domain (--windows) of that much "
+        "more text would show a change of 1 %"
     )
     assert judged({"code": (0.003, 0.001), "cats": (0.2, 0.03)}).notes() == []
 
@@ -167,9 +167,9 @@ def test_a_limit_below_the_band_narrows_it():
 def test_json_has_everything():
     value = sure(0.1).as_dict()
     assert list(value) == ["domains", "all", "limit", "failed", "undecided", "windows", "notes"]
-    assert value["limit"] == 0.1 and value["windows"] == 48 and value["failed"] == ["cats"]
+    assert value["limit"] == 0.1 and value["windows"] == 10 and value["failed"] == ["cats"]
     assert value["undecided"] == value["notes"] == []
-    ends = [math.exp(-0.1 + side * T47 * 0.001) - 1 for side in (-1, 1)]
+    ends = [math.exp(-0.1 + side * T9 * 0.001) - 1 for side in (-1, 1)]
     assert value["domains"]["law"] == {
         "before": pytest.approx(math.exp(2)), "after": pytest.approx(math.exp(1.9)),
         "change": pytest.approx(math.exp(-0.1) - 1), "change_error": pytest.approx(math.exp(-0.1) * 0.001),
