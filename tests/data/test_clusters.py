@@ -145,6 +145,11 @@ def test_validation_is_a_part_of_every_domain(mixed: Path, tmp_path: Path, every
         assert counts["train"] >= 1 and 0 <= counts["validation"] - total // every <= 1
 
 
+def test_a_domain_of_less_than_one_stretch_has_one_document_for_validation(mixed: Path, tmp_path: Path):
+    _, _, facts = discover(mixed, tmp_path / "out", every=1000)
+    assert sorted((f["train"], f["validation"]) for f in facts.values()) == [(19, 1), (39, 1), (59, 1)]
+
+
 def test_documents_of_the_sample_are_embedded_once(mixed: Path, tmp_path: Path):
     work, _, _ = discover(mixed, tmp_path / "out", sample=60)
     assert work.encoder.calls == 120

@@ -41,6 +41,12 @@ def test_a_saved_data_set_is_split_by_its_set_names(saved: Path):
     assert source.size("books", "train") > 0
 
 
+def test_rows_are_numbered_over_all_tables(saved: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hub, "TABLE_ROWS", 2)
+    found = [document.where for document in open_source(f"hub:{saved}").documents("books", "train")]
+    assert found == [f"hub:{saved}[train]:{row}" for row in (1, 4, 7)]
+
+
 def test_damaged_rows_of_a_data_set_are_named(saved: Path):
     source = open_source(f"hub:{saved}")
     with pytest.raises(DataError, match=r"saved\[validation\]:2: text is empty"):

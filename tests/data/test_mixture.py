@@ -169,6 +169,9 @@ def test_seeds_and_epochs_have_orders_of_their_own():
     assert sorted(first) == list(range(64))
     assert first != [two.locate(i)[1] for i in range(64)]
     assert first != [one.locate(i)[1] for i in range(64, 128)]
+    long = sampler({"a": 1.0}, {"a": 4 * 64})  # an epoch of four cycles: what each of them draws differs too
+    cycles = [{long.locate(i)[1] for i in range(64 * cycle, 64 * cycle + 64)} for cycle in range(8)]
+    assert all(cycles[cycle] != cycles[cycle + 4] for cycle in range(4))
 
 
 def test_a_sample_of_a_billion_blocks_takes_two_permuted_numbers(monkeypatch: pytest.MonkeyPatch):

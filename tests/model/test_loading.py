@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from nexus_ds.data.tokenizer import open_tokenizer
 from nexus_ds.errors import CheckpointError, ConfigError, UnsupportedModelError
+from nexus_ds.model import loading
 from nexus_ds.model.loading import load_model, read_config
 
 
@@ -76,6 +77,22 @@ def test_code_hooks_are_refused(copy):
     change_config(copy, auto_map={"AutoModelForCausalLM": "evil.Model"})
     with pytest.raises(UnsupportedModelError, match="auto_map"):
         load_model(copy)
+
+
+def test_code_beside_a_model_is_not_run_even_where_its_hooks_are_not_seen(copy, tmp_path, monkeypatch):
+    """Both defences: without the look at config.json, transformers is still told to run nothing."""
+    canary = tmp_path / "canary"
+    (copy / "evil.py").write_text(
+        f"open({str(canary)!r}, 'w')\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig):\n    model_type = 'evil'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    change_config(copy, model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
+    monkeypatch.setattr(loading, "know_model_type", lambda directory: None)
+    monkeypatch.setattr(loading, "_dtype", lambda *arguments: torch.float32)
+    with pytest.raises(CheckpointError, match="custom code which must be executed"):
+        load_model(copy)
+    assert not canary.exists()
 
 
 def test_pickled_weights_are_refused(copy):
