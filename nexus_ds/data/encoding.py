@@ -66,7 +66,22 @@ class Packed(NamedTuple):
 
 
 def beginning(backend: Any) -> tuple[int, ...]:
-    """Return the ids that a `tokenizers` object puts before a text: BOS for a Llama's or a Gemma's, none for a Qwen's."""
+    """Return the ids that a `tokenizers` object puts before a text: BOS for a Llama's or a Gemma's, none for a Qwen's.
+
+    Raises:
+        CheckpointError: an id of which there is no token.
+    """
+    found = _before_text(backend)
+    strange = [index for index in found if backend.id_to_token(index) is None]
+    if strange:
+        raise CheckpointError(
+            f"the tokenizer puts the id {strange[0]} before a text, but has no such token; mend post_processor in its "
+            "tokenizer.json"
+        )
+    return found
+
+
+def _before_text(backend: Any) -> tuple[int, ...]:
     for text in ("a", *backend.get_vocab(with_added_tokens=False)):  # the first that it knows
         with suppress(Exception):  # a vocabulary of words raises where it has none for the unknown
             encoding = backend.encode(text)

@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,16 +49,17 @@ def test_special_tokens_in_a_document_stay_text(corpus: Path, tokenizer_dir: Pat
     assert ids(file)[-1] == 0
 
 
-def test_a_large_vocabulary_gets_four_bytes(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    tokenizer.add_tokens([f"<{i}>" for i in range(1 << 16)])
-    tokenizer.save_pretrained(tmp_path / "large")
-    write_jsonl(corpus / "alpha" / "train.jsonl", [f"cat <{(1 << 16) - 1}>"])
+@pytest.mark.parametrize(("largest", "dtype"), [((1 << 16) - 2, "uint16"), (1 << 16, "uint32")])
+def test_a_large_vocabulary_gets_four_bytes(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path, largest: int, dtype: str
+):
+    shutil.copytree(tokenizer_dir, tmp_path / "large")
+    definition = json.loads((tmp_path / "large" / "tokenizer.json").read_text())
+    definition["model"]["vocab"]["~"] = largest
+    (tmp_path / "large" / "tokenizer.json").write_text(json.dumps(definition))
+    write_jsonl(corpus / "alpha" / "train.jsonl", ["cat ~"])
     file = token_files(open_source(str(corpus)), ["alpha"], "train", tmp_path / "large", tmp_path / "cache")["alpha"]
-    assert file.dtype == "uint32"
-    assert ids(file).max() == 300 + (1 << 16) - 1
+    assert (file.dtype, ids(file).max()) == (dtype, largest)
 
 
 def test_a_second_call_reads_the_cache_and_any_change_misses_it(corpus: Path, tokenizer_dir: Path, tmp_path: Path):

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from nexus_ds.data.encoding import beginning, load_tokenizer, packer
-from nexus_ds.errors import DataError
+from nexus_ds.errors import CheckpointError, DataError
 from tests.data.conftest import sentences
 
 STARTS_WORKERS = """  # without `if __name__ == "__main__":`, which nobody may need
@@ -101,6 +101,21 @@ def test_the_beginning_is_found_where_a_letter_is_no_token():
         backend = Tokenizer(model)
         backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
         assert beginning(backend) == (0,)
+
+
+def test_what_is_put_before_a_text_must_be_a_token_and_no_padding():
+    from tokenizers import Tokenizer, models
+    from tokenizers.processors import TemplateProcessing
+
+    backend = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "<pad>": 2}))
+    backend.enable_padding(direction="left", pad_id=2, pad_token="<pad>", length=8)
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    assert backend.encode("a").ids == [2] * 6 + [0, 1] and beginning(backend) == (0,)
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 9)])
+    with pytest.raises(
+        CheckpointError, match="puts the id 9 before a text, but has no such token; mend post_processor"
+    ):
+        beginning(backend)
 
 
 @pytest.mark.timeout(300)
