@@ -124,7 +124,10 @@ def read_tokenizer(directory: Path) -> TokenizerMeaning:
     directory = require_directory(Path(directory))
     _check_files(directory)
     tokenizer = open_tokenizer(directory)
-    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # both are of the training that saved it
+    backend.no_padding()
+    definition = json.loads(backend.to_str())
     model = definition["model"]
     vocabulary = model.pop("vocab", None)
     splitting = {
@@ -135,7 +138,6 @@ def read_tokenizer(directory: Path) -> TokenizerMeaning:
         "pre_tokenizer": definition["pre_tokenizer"],
         "added tokens": sorted([token[key] for key in MATCHING] for token in definition["added_tokens"]),
     }
-    backend = tokenizer.backend_tokenizer
     tokens = {index: backend.id_to_token(index) for index in tokenizer.get_vocab().values()}
     roles = {role: getattr(tokenizer, role) and str(getattr(tokenizer, role)) for role in ROLES}
     roles["what is put before a text"] = "".join(tokens[i] for i in beginning(backend)) or None

@@ -179,6 +179,10 @@ def test_what_changes_no_token_is_no_difference(fast_dir, tmp_path):
     for name in ("a", "b"):
         out = shutil.copytree(fast_dir, tmp_path / name)
         edit_json(out / "tokenizer_config.json", lambda v: v.update(tokenizer_class="PreTrainedTokenizerFast"))
+    cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    fill = {"strategy": {"Fixed": 64}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+            "pad_token": "<|endoftext|>"}  # fmt: skip
+    edit_json(tmp_path / "b" / "tokenizer.json", lambda v: v.update(truncation=cut, padding=fill))
     nothing = {"type": "Replace", "pattern": {"String": "\x07"}, "content": "\x07"}
     edit_json(tmp_path / "b" / "tokenizer.json", lambda v: v.update(
         normalizer={"type": "Sequence", "normalizers": [v["normalizer"], nothing]}))  # fmt: skip
