@@ -203,8 +203,7 @@ def test_what_can_not_be_trained_is_one_line(tmp_path, nexus_dir, text_folder, w
     said = finish(start_ranks([TRAIN, "--deepspeed", Z3, "--config", "demo", *words], ranks), code=1)
     assert message in said and "Traceback" not in said
     assert not (tmp_path / "out").exists()
-    if "validation" not in message:
-        assert not list(tmp_path.glob("out-tokens/*")), "tokenised before the mistake was found"
+    assert not list(tmp_path.glob("out-tokens/*-train-*")), "tokenised before the mistake was found"
 
 
 @pytest.fixture
@@ -232,7 +231,8 @@ def test_without_validations_on_the_way_what_validation_text_there_is_serves(
     with pytest.raises(
         DataError, match=r"alpha: the validation text makes 37 windows .* training.eval_windows 38; give"
     ):
-        read("training.eval_every=5", "training.eval_windows=38")
+        read("training.eval_every=5", "training.eval_windows=38", f"data.cache={tmp_path / 'new'}")
+    assert not list((tmp_path / "new").glob("*-train-*"))  # told before the training text is tokenised
     assert len(read("training.eval_every=5", "training.eval_windows=37").validation["alpha"]) == 37
     said = (
         r"makes 0 windows of data.sequence_length 2500, expected .* 48 \(with training.eval_every 0 one is enough\); g"

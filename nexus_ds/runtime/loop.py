@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from nexus_ds.runtime.engine import (
 )
 from nexus_ds.runtime.export import export
 from nexus_ds.runtime.metrics import Metrics
+from nexus_ds.runtime.ranks import on_rank_0
 from nexus_ds.runtime.schedule import learning_rate, tokens_per_step, total_steps
 from nexus_ds.runtime.signals import StopRequest
 
@@ -69,7 +70,7 @@ class Data:
     weights: dict[str, float]
     validation: dict[str, np.ndarray]
     """Per domain: windows [n, S+1] int64."""
-    messages: list[str]
+    messages: list[str] = field(default_factory=list)
     """What a user should know of the text."""
 
 
@@ -135,19 +136,26 @@ class Tally:
 
 
 def read_data(config: Config, tokenizer: Path) -> Data:
-    """Tokenise what is missing and return the training sampler and validation windows. All ranks call."""
-    settings, source = config.data, open_source(config.data.path)
+    """Tokenise what is missing and return the training sampler and validation windows. All ranks call.
+
+    Validation text comes first: it is little, and what is wrong with it is told before hours go into the other.
+    """
+    settings, source, length = config.data, open_source(config.data.path), config.data.sequence_length
     common: dict[str, Any] = {"workers": settings.workers, "on_bad_row": settings.on_bad_row, "bos": settings.bos}
-    cache, length = Path(settings.cache), settings.sequence_length
-    if dist.get_rank() != 0:
-        dist.barrier()
-    files = token_files(source, settings.domains, "train", tokenizer, cache, max_bytes=settings.max_bytes, **common)
-    scored = token_files(source, settings.validation_domains, "validation", tokenizer, cache, **common)
-    if dist.get_rank() == 0:
-        dist.barrier()
+
+    def made(domains: list[str], split: str, max_bytes: int) -> dict[str, TokenFile]:
+        def make() -> dict[str, TokenFile]:
+            cache = Path(settings.cache)
+            return token_files(source, domains, split, tokenizer, cache, max_bytes=max_bytes, **common)
+
+        on_rank_0(lambda: len(make()))  # the others wait, and read
+        return make()
+
+    scored = made(settings.validation_domains, "validation", 0)
+    counts = {name: _windows_of(name, file.blocks(length), config) for name, file in scored.items()}
+    files = made(settings.domains, "train", settings.max_bytes)
     weights = domain_weights(settings, {name: file.tokens for name, file in files.items()})
     sampler = Sampler(files, weights, length, config.seed)
-    counts = {name: _windows_of(name, file.blocks(length), config) for name, file in scored.items()}
     wanted = config.training.eval_windows
     messages = [
         f"{n}: {c} validation windows, training.eval_windows is {wanted}" for n, c in counts.items() if c < wanted

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from conftest import DOMAINS, make_nexus, save_tokenizer
 from launch import finish, start_ranks
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nexus_ds.config import (
@@ -332,6 +333,7 @@ VERDICTS = (  # section, verdict, what both runs have, settings with another val
      "sequence_length=8 max_bytes=2000 on_bad_row=skip"),
     ("data", REFUSED, HALF, 'weights={"alpha":0.25,"beta":0.5,"gamma":0.25} mixture=uniform'),
     ("data", REFUSED, REPLAY, "new_domains=[alpha] new_share=0.25"),
+    ("data", REFUSED, ("model.tokenizer=BOS_TOKENIZER",), "bos=false"),
     ("data", SPEED, (), "validation_domains=[alpha] cache=OTHER_CACHE workers=1"),
     ("model", REFUSED, (), "path=OTHER_MODEL dtype=bf16 tokenizer=OTHER_TOKENIZER"),
     ("model", REFUSED, DENSE, "hidden_size=48 layers=2 heads=4 kv_heads=1 ffn_size=48 max_positions=128 "
@@ -371,6 +373,16 @@ def alone(tmp_path_factory):
     dist.destroy_process_group()
 
 
+def put_bos(directory):
+    """Let a saved tokenizer begin every text with a token."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    template = TemplateProcessing(single=f"{end[0]} $A", special_tokens=[end])
+    tokenizer.backend_tokenizer.post_processor = template
+    tokenizer.bos_token = tokenizer.eos_token
+    tokenizer.save_pretrained(directory)
+
+
 @pytest.fixture(scope="module")
 def others(tmp_path_factory, text_folder, nexus_dir):
     """Another model, text with one more line in one domain, and another tokenizer."""
@@ -379,9 +391,10 @@ def others(tmp_path_factory, text_folder, nexus_dir):
     with (folder / "text" / "beta" / "train.jsonl").open("a") as file:
         file.write('{"text": "one more line"}\n')
     save_tokenizer(folder / "tokenizer", {"alpha": "tree leaf", "beta": "sum", "gamma": "ship"})
+    put_bos(shutil.copytree(nexus_dir, folder / "bos"))
     return {
         "OTHER_TEXT": folder / "text", "OTHER_CACHE": folder / "other-tokens", "OTHER_TOKENIZER": folder / "tokenizer",
-        "OTHER_MODEL": make_nexus(folder / "model", seed=5), "cache": folder / "tokens",
+        "BOS_TOKENIZER": folder / "bos", "OTHER_MODEL": make_nexus(folder / "model", seed=5), "cache": folder / "tokens",
     }  # fmt: skip
 
 
@@ -393,14 +406,14 @@ def test_every_setting_has_its_place_in_the_verdicts():
 @pytest.mark.parametrize(("word", "verdict", "both"), CHANGES, ids=lambda value: str(value)[:40])
 def test_a_state_goes_on_under_the_same_course_alone(word, verdict, both, alone, others, nexus_dir, text_folder):
     def state(*words):
-        run = reading(made(nexus_dir, text_folder, others["cache"], *both, *words))
+        words = [f"{key}={others.get(value, value)}" for key, _, value in (w.partition("=") for w in (*both, *words))]
+        run = reading(made(nexus_dir, text_folder, others["cache"], *words))
         model = None if run.config.model.path else run._model(None, False, leave)
         return {"step": 3, "config": run._identity(), "parameters": canonical.shapes(model) if model else {}}
 
-    key, _, value = word.partition("=")
     saved = json.loads(json.dumps(state()))
     states._compare(saved, *_now(state()))
-    now = _now(state(f"{key}={others.get(value, value)}"))
+    now = _now(state(word))
     if verdict != REFUSED:
         return states._compare(saved, *now)
     with pytest.raises(CheckpointError, match="the training state at step 3 belongs to another"):
