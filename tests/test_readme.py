@@ -1,6 +1,7 @@
 """The README as a user reads it: its blocks run in order on tiny models of a user's own, its words are looked up."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -33,7 +34,6 @@ WORDS = {
     "medicine": "heart blood nerve fever dose virus tissue organ",
 }
 CHAT = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"  # of an instruct-like branch
-DTYPE = torch.bfloat16
 KINDS = [("Llama", True, torch.float32), ("Mistral", False, torch.bfloat16), ("Qwen2", True, torch.bfloat16)]
 COMMANDS = [block.strip().splitlines() for block in re.findall(r"```bash\n(.*?)```", README, re.S)]
 [STOCK] = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -104,12 +104,12 @@ def check_next(printed):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A user's folder: data/, models/ without a branch for law, and what a clone holds."""
+    """A user's folder: data/, models/ in fp32 without a branch for law, and what a clone holds."""
     root = tmp_path_factory.mktemp("user")
     for name in ("nexus_ds", "ds_configs"):
         (root / name).symlink_to(REPOSITORY / name)
     new_text(root / "data")
-    new_seed("Llama", False, DTYPE, root / "models" / "seed")
+    new_seed("Llama", False, torch.float32, root / "models" / "seed")
     for number, domain in enumerate(("code", "medicine")):
         new_branch(root / "models" / "seed", root / "models" / domain, number)
     (root / "models" / "medicine" / "chat_template.jinja").write_text(CHAT, encoding="utf-8")
@@ -118,11 +118,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(folder):
-    """The folder after all commands of the blocks, in order."""
+    """The folder after all commands of the blocks, in order; what each printed lies in its file `said`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for command in (*BRANCH, *OWN):
-            check_next(typed(command))
+        said = [typed(command) for command in (*BRANCH, *OWN)]
+        for printed in said:
+            check_next(printed)
+    (folder / "said").write_text("\n".join(said), encoding="utf-8")
     return folder
 
 
@@ -137,6 +139,21 @@ def test_the_branch_that_was_lacking_is_trained(done):
     assert seed.keys() == law.keys()
     name = "model.layers.0.mlp.gate_proj.weight"
     assert 0 < (law[name].float() - seed[name].float()).abs().max() < 0.02  # four steps of 1e-3
+
+
+@pytest.mark.slow
+def test_models_in_fp32_and_the_recipe_s_bf16_go_together(done):
+    """The seed in fp32 gets a branch in bf16, and what was trained in bf16 a branch in fp32."""
+    said = (done / "said").read_text(encoding="utf-8")
+    assert re.findall(r"expert (\w+): weights cast from (\w+) to (\w+), the dtype of (\S+)", said) == [
+        ("law", "bfloat16", "float32", "models/seed"), ("medicine", "float32", "bfloat16", "moe/trained"),
+    ]  # fmt: skip
+    dtypes = [json.loads((done / name / "config.json").read_text())["dtype"] for name in ("moe/start", "moe/trained")]
+    assert dtypes == ["float32", "bfloat16"]
+    name = "mlp.experts.2.up_proj.weight"
+    wide = load_file(done / "moe/wider/model.safetensors")[f"model.layers.0.{name}"]
+    branch = load_file(done / "models/medicine/model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(wide, branch.to(torch.bfloat16))
 
 
 @pytest.mark.slow
@@ -212,6 +229,7 @@ def test_models_of_every_kind_go_through_the_block(family, tied, dtype, done, mo
     assert torch.equal(expert, load_file("models/medicine/model.safetensors")["model.layers.1.mlp.up_proj.weight"])
 
 
+@functools.cache
 def options_of(verb):
     """Return the options of a verb, of its own verbs too."""
     waiting, found = [build_parser(verb)._subparsers._group_actions[0].choices[verb]], set()
