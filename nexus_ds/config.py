@@ -8,8 +8,10 @@ line's `section.key=value` over both.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import types
@@ -359,6 +361,11 @@ _StrictLoader.add_implicit_resolver(
 
 def parse_yaml(text: str, name: str) -> Any:
     """Parse YAML strictly; ConfigError names the file and line of what is wrong."""
+    return copy.deepcopy(_parsed(text, name))
+
+
+@functools.lru_cache(maxsize=1024)  # a comparison reads the same recipe and overrides hundreds of times
+def _parsed(text: str, name: str) -> Any:
     if len(text) > 1_000_000:
         raise ConfigError(f"{name}: {len(text)} characters; a recipe has at most 1,000,000")
     loader = _StrictLoader(text)
@@ -410,11 +417,14 @@ def _coerce_scalar(value: Any, annotation: type, key: str) -> Any:
     return value
 
 
+_hints = functools.cache(typing.get_type_hints)
+
+
 def _apply(target: Any, values: Any, prefix: str) -> None:
     """Lay a nested mapping over the dataclass `target` in place."""
     if not isinstance(values, dict):
         raise ConfigError(f"{prefix or 'recipe'}: expected a mapping of settings, found {values!r}")
-    hints = typing.get_type_hints(type(target))
+    hints = _hints(type(target))
     for name, value in values.items():
         key = f"{prefix}.{name}" if prefix else str(name)
         if name not in hints:

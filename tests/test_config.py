@@ -128,3 +128,9 @@ def test_an_override_can_hold_for_one_stage(tmp_path):
         load_config(path, ["stages.mow.training.lr=1"])
     with pytest.raises(ConfigError, match="stages: expected a mapping of stages, found 3"):
         load_config(path, ["stages=3"])
+
+
+def test_what_was_parsed_before_is_not_what_somebody_changed_since():
+    first = parse_yaml("a: {b: [1]}", "recipe")
+    first["a"]["b"].append(2)
+    assert parse_yaml("a: {b: [1]}", "recipe") == {"a": {"b": [1]}}
