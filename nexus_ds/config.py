@@ -417,14 +417,11 @@ def _coerce_scalar(value: Any, annotation: type, key: str) -> Any:
     return value
 
 
-_hints = functools.cache(typing.get_type_hints)
-
-
 def _apply(target: Any, values: Any, prefix: str) -> None:
     """Lay a nested mapping over the dataclass `target` in place."""
     if not isinstance(values, dict):
         raise ConfigError(f"{prefix or 'recipe'}: expected a mapping of settings, found {values!r}")
-    hints = _hints(type(target))
+    hints = typing.get_type_hints(type(target))
     for name, value in values.items():
         key = f"{prefix}.{name}" if prefix else str(name)
         if name not in hints:
