@@ -51,7 +51,7 @@ class Case:
         return "-".join(parts + [self.router_input] * (self.router_input != "token"))
 
 
-CASES = [  # a trimmed matrix: the two layouts, then each other feature once, combined
+CASES = [  # a trimmed matrix: two whole layouts, then each other feature once, combined
     Case(3, 2, 2),
     Case(2, 2, 2),
     Case(1, 2, 1, top_k=2, accumulation=2),
