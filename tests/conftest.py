@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 LONG = ("test_end_to_end", "test_compare", "test_train", "test_readme", "test_states", "test_parity", "test_injection",
         "test_preflight", "test_memory", "test_discover", "test_upcycle")  # fmt: skip
@@ -43,6 +44,14 @@ def empty_folder(tmp_path_factory, monkeypatch):
 def pytest_collection_modifyitems(items):
     """Begin with the files that take longest, so that of several workers none ends long after the others."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def sentences(domain, count, seed, words_of=WORDS):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import add_token
+from conftest import add_token, save_branch
 
 from nexus_ds import demo
 from nexus_ds.__main__ import main
@@ -84,20 +84,24 @@ def test_remove(llama_like, text_folder, tmp_path, capsys, bos):
 
 
 @READS
-def test_extend(llama_like, dense_dir, text_folder, tmp_path, capsys, bos):
-    old = shutil.copytree(llama_like, tmp_path / "old")
-    config = json.loads((old / "config.json").read_text())  # stock models differ in their base of RoPE
-    rope = json.loads((dense_dir / "config.json").read_text())["rope_parameters"]
-    (old / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+def test_extend(llama_like, text_folder, tmp_path, capsys, bos):
+    branch = save_branch(llama_like, tmp_path / "delta")
     vectors = np.random.default_rng(0).normal(size=(1, 8)).astype(np.float32)
     embeddings = DomainEmbeddings(["delta"], vectors, "tiny", "1" * 64, 16, 4, {"delta": 5}, 0, str(text_folder))
     write_domain_embeddings(tmp_path / "d.safetensors", embeddings)
-    words = ["--checkpoint", str(old), "--expert", f"delta={dense_dir}", "--domains", str(tmp_path / "d.safetensors")]
+    words = [
+        "--checkpoint",
+        str(llama_like),
+        "--expert",
+        f"delta={branch}",
+        "--domains",
+        str(tmp_path / "d.safetensors"),
+    ]
     more = ["--verdict", "--scored", ",".join(DOMAINS), "--windows", str(COUNT), "--no-refit", "--json"]
     assert main(["extend", *words, "--out", str(tmp_path / "out"), *more, f"data.bos={str(bos).lower()}"]) == 0
     rows = json.loads(capsys.readouterr().out)["verdict"]["domains"]
     before = {domain: math.log(row["before"]) for domain, row in rows.items()}
-    assert before == pytest.approx(score(old, windows_of(old, text_folder, bos)).loss)
+    assert before == pytest.approx(score(llama_like, windows_of(llama_like, text_folder, bos)).loss)
 
 
 @READS
@@ -150,9 +154,7 @@ def test_training_refuses_a_tokenizer_beyond_the_embedding(nexus_dir, tmp_path):
 
 
 @READS
-def test_training(llama_like, text_folder, tmp_path, monkeypatch, bos):
-    monkeypatch.setattr(loop.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(loop.dist, "barrier", lambda: None)
+def test_training(llama_like, text_folder, tmp_path, alone, bos):
     words = [f"data.path={text_folder}", f"data.cache={tmp_path}", "data.domains=[alpha]", "data.sequence_length=16",
              "data.validation_domains=[alpha,beta,gamma]", f"training.eval_windows={COUNT}"]  # fmt: skip
     data = loop.read_data(load_config("demo", [*words, f"data.bos={str(bos).lower()}"]), llama_like)

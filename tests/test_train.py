@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import make_nexus
 from launch import clean_environment, finish, fork_ranks, start_ranks
 from safetensors.torch import load_file
@@ -206,17 +205,7 @@ def test_what_can_not_be_trained_is_one_line(tmp_path, nexus_dir, text_folder, w
     assert not list(tmp_path.glob("out-tokens/*-train-*")), "tokenised before the mistake was found"
 
 
-@pytest.fixture
-def one_rank(tmp_path):
-    """A process group of this process alone, as reading the data needs."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_without_validations_on_the_way_what_validation_text_there_is_serves(
-    tmp_path, nexus_dir, text_folder, one_rank
-):
+def test_without_validations_on_the_way_what_validation_text_there_is_serves(tmp_path, nexus_dir, text_folder, alone):
     def read(*words):
         settled = settings(nexus_dir, text_folder, tmp_path / "out", "data.sequence_length=64", *words)
         return read_data(resolve(load_config("demo", settled)), Path(nexus_dir))

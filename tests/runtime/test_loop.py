@@ -10,7 +10,6 @@ import numpy as np
 import oracle
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import DOMAINS, make_nexus, save_tokenizer
 from launch import finish, start_ranks
 from tokenizers.processors import TemplateProcessing
@@ -362,15 +361,6 @@ def reading(config):
     """Return a Run without an engine that has read its data. Needs a process group."""
     tokenizer = Path(config.model.tokenizer)
     return bare(config.training, config=config, tokenizer=tokenizer, data=read_data(config, tokenizer))
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A process group of this process alone."""
-    file = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def put_bos(directory):
