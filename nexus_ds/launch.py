@@ -93,14 +93,13 @@ def adopt_launcher() -> Position:
 
 
 def end(code: int) -> NoReturn:
-    """End this process, whose files are closed, with `code`; a rank that has peers without tearing Python down.
+    """End this process, whose files are closed, with `code`, and without Python's teardown.
 
-    DeepSpeed keeps the process groups in its modules, so gloo's threads run on after `destroy_process_group` (seen: 8 that
-    run work and 4 that listen); in the teardown they sometimes abort a rank that has done its work, and the launcher
-    would see SIGABRT instead of the code.
+    DeepSpeed keeps the process groups in its modules, so gloo's threads outlive `destroy_process_group`. One that drops the
+    tensors of a finished collective while Python is torn down asks for the interpreter's lock, is ended there amidst a
+    destructor, and aborts the process ("terminate called without an active exception"): the launcher would see SIGABRT
+    of a rank that has done its work.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        os._exit(code)
-    sys.exit(code)
+    os._exit(code)

@@ -73,7 +73,7 @@ def _prepare(config: Config, args: argparse.Namespace) -> None:
     run_steps(needed_for(plan, name), config.pipeline.parallel_branches)
 
 
-def _check_start(path: Path) -> None:
+def _check_dense(path: Path) -> None:
     """Refuse a dense model that could never become an expert, as `upcycle` would after all the training.
 
     Families that scale or cap their logits would besides be trained with another loss than their own.
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     check_start(given, args.config, args.overrides)
     config = resolve(given)
     if config.model.path:
-        _check_start(Path(config.model.path))
+        _check_dense(Path(config.model.path))
     here = adopt_launcher()
     rank = here.rank
     if _finished(config):

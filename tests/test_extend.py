@@ -315,6 +315,29 @@ def test_a_branch_of_another_origin(parts):
     assert not left_over(parts)
 
 
+def test_a_mixture_that_was_finetuned_elsewhere_extends(parts):
+    """As the README says: with both gates frozen, and the sidecar beside what stock transformers saves."""
+    model = stock(parts / "nexus").train()
+    trained = [
+        p for n, p in model.named_parameters() if not n.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))
+    ]
+    tokens = torch.arange(24)[None]
+    model(tokens, labels=tokens).loss.backward()
+    torch.optim.SGD(trained, lr=0.1).step()
+    model.save_pretrained(parts / "tuned")
+    before = tensors_of(parts / "nexus")
+    for name in ("nexus.json", "nexus_router.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(parts / "nexus" / name, parts / "tuned" / name)
+    shutil.rmtree(parts / "nexus")
+    (parts / "tuned").rename(parts / "nexus")
+    run(parts, "--lambda", "0")
+    verify_rows(parts / "out")
+    tuned, new = tensors_of(parts / "nexus"), tensors_of(parts / "out")
+    for name in ("model.layers.0.self_attn.q_proj.weight", expert_name(1, 0, "up_proj")):
+        assert torch.equal(new[name], tuned[name]) and not torch.equal(new[name], before[name])
+    assert torch.equal(new[gate_name(0)][:3], before[gate_name(0)])
+
+
 def test_a_shared_gate_that_was_trained_elsewhere(parts):
     """No later training would take such a model: it is refused before anything is written."""
     train_shared_gates(parts / "nexus")
