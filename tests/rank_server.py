@@ -3,7 +3,7 @@
 python rank_server.py SOCKET      ends with the process that holds its standard input
 
 A request is one line of JSON {arguments, environment, folder, umask, file_limit, out}; the answers are lines: the process's
-id, later its wait status. A forked rank ends as an interpreter does, with all of its teardown. What ranks of one test share
+id, later its wait status. A forked rank ends as one that was started does (launch.end). What ranks of one test share
 here and not in reality is the seed of their hashes, so the order of sets; train.py is started afresh for that reason.
 """
 

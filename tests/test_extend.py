@@ -392,7 +392,9 @@ def test_names_domains_and_output(parts):
         run(parts, "--expert", "alpha=x")
     with pytest.raises(DataError, match="no embedding of the domain 'zeta'; the file has: delta, epsilon"):
         run(parts, "--expert", "zeta=x")
-    with pytest.raises(CheckpointError, match=r"model_type is 'llama', a Nexus checkpoint has 'qwen2_moe'"):
+    with pytest.raises(
+        CheckpointError, match=r"model_type is 'llama', a Nexus checkpoint has 'qwen2_moe' .*nexus-ds upcycle"
+    ):
         run(parts, "--checkpoint", str(parts / "delta"))
     with pytest.raises(ConfigError, match=r"--lambda -0.1: expected a share"):
         run(parts, "--lambda", "-0.1")

@@ -578,7 +578,8 @@ def open_moe(directory: Path) -> tuple[dict[str, Any], TensorReader]:
     if config.get("model_type") not in ("qwen2_moe", CONTEXT_MODEL):
         found = config.get("model_type")
         raise CheckpointError(
-            f"{where}: model_type is {found!r}, a Nexus checkpoint has 'qwen2_moe' or {CONTEXT_MODEL!r}"
+            f"{where}: model_type is {found!r}, a Nexus checkpoint has 'qwen2_moe' or {CONTEXT_MODEL!r}; give one that "
+            "nexus-ds upcycle has made"
         )
     expected = {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []}
     for key, value in expected.items():
