@@ -13,22 +13,22 @@ from nexus_ds.errors import NexusError
 from nexus_ds.outputs import Ended, exit_on_signals
 
 VERBS = {  # name: module
-    "demo": "demo",
-    "discover": "discover",
-    "embed": "embed",
-    "upcycle": "upcycle",
+    "demo": "commands.demo",
+    "discover": "commands.discover",
+    "embed": "commands.embed",
+    "upcycle": "commands.upcycle",
     "train": "train",
-    "extend": "extend",
-    "remove": "remove",
-    "evaluate": "evaluate",
-    "compare": "compare",
-    "inspect": "inspect_model",
-    "plan": "plan",
-    "bench": "bench",
-    "generate": "generate",
-    "preflight": "preflight",
-    "stage": "stage",
-    "status": "status",
+    "extend": "commands.extend",
+    "remove": "commands.remove",
+    "evaluate": "commands.evaluate",
+    "compare": "commands.compare",
+    "inspect": "commands.inspect_model",
+    "plan": "commands.plan",
+    "bench": "commands.bench",
+    "generate": "commands.generate",
+    "preflight": "commands.preflight",
+    "stage": "commands.stage",
+    "status": "commands.status",
 }
 
 

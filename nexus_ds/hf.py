@@ -7,7 +7,7 @@ Checkpoints of the default `router.input: token` are stock Qwen2-MoE models and 
 Not covered: vLLM, llama.cpp and other programs with models of their own; they refuse the model type.
 """
 
-from nexus_ds.model.served import NexusMoeConfig, NexusMoeForCausalLM, register
+from nexus_ds.checkpoint.hf_model import NexusMoeConfig, NexusMoeForCausalLM, register
 
 __all__ = ["NexusMoeConfig", "NexusMoeForCausalLM"]
 

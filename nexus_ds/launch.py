@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 import platform
+import random
+import socket
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
 from nexus_ds.errors import ConfigError, LayoutError
-from nexus_ds.pipeline import free_port
 
 
 @dataclass(frozen=True)
@@ -103,3 +105,27 @@ def end(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK",
+                    "ROLE_RANK", "TORCHELASTIC_RUN_ID", "CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE")  # fmt: skip
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that was free a moment ago.
+
+    It is none of those that the kernel gives out by itself (from 32768): gloo asks for several a rank, and one of another
+    run would get it before this run's first rank binds it. SLURM's templates use 20000 to 29999.
+    """
+    for port in random.SystemRandom().sample(range(10_000, 20_000), 1_000):  # not of the generator that runs seed
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise LayoutError("no free TCP port from 10000 to 19999 on the loopback interface; end what holds them")
+
+
+def devices() -> int:
+    """Return CUDA devices of this machine, 0 without any."""
+    import torch
+
+    return torch.cuda.device_count()

@@ -23,9 +23,10 @@ import argparse
 from contextlib import nullcontext
 from pathlib import Path
 
-from nexus_ds.config import Config, dump, load_config, parse_words
+from nexus_ds.config import dump, load_config, parse_words
 from nexus_ds.errors import CheckpointError, NexusError, OutputExistsError
 from nexus_ds.launch import adopt_launcher, end
+from nexus_ds.local_runner import run_steps
 from nexus_ds.outputs import held
 from nexus_ds.pipeline import (
     check_domains,
@@ -34,10 +35,10 @@ from nexus_ds.pipeline import (
     next_evaluation,
     places,
     resolve,
-    run_steps,
     shared_overrides,
     steps,
 )
+from nexus_ds.settings import Config
 
 HELP = "train one stage with DeepSpeed (dense branch, upcycled or extended model)"
 STAGE_STEP = {"seed": "seed", "moe": "moe", "extend": "extended"}
@@ -78,8 +79,8 @@ def _check_dense(path: Path) -> None:
 
     Families that scale or cap their logits would besides be trained with another loss than their own.
     """
-    from nexus_ds.model.checkpoint import is_nexus
-    from nexus_ds.model.families import open_dense
+    from nexus_ds.checkpoint.families import open_dense
+    from nexus_ds.checkpoint.sidecar import is_nexus
 
     if path.is_dir() and not is_nexus(path):
         open_dense(path)

@@ -146,8 +146,15 @@ def read_running_means(directory: Path, seed=0):
 
 def make_nexus(out: Path, seed=0, names=DOMAINS, top_k=1, router_input="token", row_norm="free"):
     """Save a random Nexus checkpoint with one expert for each of `names`, rows P(D), and its sidecar."""
-    from nexus_ds.model.checkpoint import EncoderRecord, ExpertRecord, RouterRecord, Sidecar, router_rows, write_sidecar
-    from nexus_ds.model.families import SHARED_GATE_FILL
+    from nexus_ds.checkpoint.qwen2_moe import SHARED_GATE_FILL
+    from nexus_ds.checkpoint.sidecar import (
+        EncoderRecord,
+        ExpertRecord,
+        RouterRecord,
+        Sidecar,
+        router_rows,
+        write_sidecar,
+    )
     from nexus_ds.model.router import Projection, centre_of, condition, init_projection, layer_generator
 
     model = moe_model(save_tokenizer(out), seed, len(names), top_k)
@@ -178,7 +185,7 @@ def make_nexus(out: Path, seed=0, names=DOMAINS, top_k=1, router_input="token", 
 
 def make_linear(out: Path, **form):
     """Save a random Nexus checkpoint with a linear router: free rows, no projection."""
-    from nexus_ds.model.checkpoint import read_sidecar, write_sidecar
+    from nexus_ds.checkpoint.sidecar import read_sidecar, write_sidecar
 
     sidecar = read_sidecar(make_nexus(out, **form))
     sidecar.router.kind, sidecar.projections = "linear", []
@@ -221,8 +228,9 @@ def save_branch(checkpoint: Path, out: Path, seed=0, dtype=torch.float32):
     """Save a dense branch that could become an expert of a Nexus checkpoint: its first expert, shaken."""
     from safetensors.torch import save_file
 
-    from nexus_ds.model.families import dense_config, expert_as_dense, open_moe
-    from nexus_ds.model.tokenizer import copy_tokenizer
+    from nexus_ds.checkpoint.families import dense_config
+    from nexus_ds.checkpoint.qwen2_moe import expert_as_dense, open_moe
+    from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 
     config, reader = open_moe(checkpoint)
     out.mkdir()

@@ -2,10 +2,10 @@
 
 import torch
 
-from nexus_ds.model.checkpoint import EncoderRecord, ExpertRecord, RouterRecord, Sidecar, router_rows, write_sidecar
-from nexus_ds.model.families import SHARED_GATE_FILL, expert_name, gate_name, shared_gate_name, shared_name
+from nexus_ds.checkpoint.qwen2_moe import SHARED_GATE_FILL, expert_name, gate_name, shared_gate_name, shared_name
+from nexus_ds.checkpoint.sidecar import EncoderRecord, ExpertRecord, RouterRecord, Sidecar, router_rows, write_sidecar
+from nexus_ds.checkpoint.tensors import TensorWriter
 from nexus_ds.model.router import Projection, centre_of, condition, init_projection, layer_generator
-from nexus_ds.model.tensorfile import TensorWriter
 
 
 def sizes_of(hidden, ffn, layers, experts, vocabulary):

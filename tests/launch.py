@@ -12,7 +12,7 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from nexus_ds.pipeline import LAUNCH_VARIABLES, free_port
+from nexus_ds.launch import LAUNCH_VARIABLES, free_port
 
 
 def clean_environment():

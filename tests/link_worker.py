@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from nexus_ds.benchmarks import network
+from nexus_ds.experiments.benchmarks import network
 from nexus_ds.launch import end
 
 

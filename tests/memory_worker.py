@@ -16,12 +16,13 @@ from pathlib import Path
 import torch.distributed as dist
 from parity import deepspeed_json, settings
 
+from nexus_ds.checkpoint.build import DTYPES
+from nexus_ds.checkpoint.sidecar import read_sidecar, verify_rows
 from nexus_ds.launch import end
-from nexus_ds.model.build import DTYPES, load_nexus
-from nexus_ds.model.checkpoint import read_sidecar, verify_rows
 from nexus_ds.runtime import deepspeed_internals as internals
-from nexus_ds.runtime.canonical import shapes
 from nexus_ds.runtime.engine import Batch, deepspeed_config, placement, start_engine
+from nexus_ds.runtime.parallel_model import load_nexus
+from nexus_ds.runtime.portable_state import shapes
 
 
 def status(key):

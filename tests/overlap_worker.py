@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nexus_ds.benchmarks import network
-from nexus_ds.benchmarks.links import Links
-from nexus_ds.benchmarks.links_worker import build
+from nexus_ds.experiments.benchmarks import network
+from nexus_ds.experiments.benchmarks.slow_links import Links
+from nexus_ds.experiments.benchmarks.slow_links_worker import build
 from nexus_ds.launch import end
-from nexus_ds.model.moe import NexusMoE, Placement
 from nexus_ds.runtime import deepspeed_internals as internals
+from nexus_ds.runtime.nexus_moe import NexusMoE, Placement
 
 HIDDEN, TOKENS, ROUNDS = 256, 2048, 8
 

@@ -15,10 +15,10 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from nexus_ds.config import Config, _apply, parse_override
+from nexus_ds.checkpoint.build import DTYPES
+from nexus_ds.checkpoint.sidecar import read_sidecar
+from nexus_ds.config import _apply, parse_override
 from nexus_ds.launch import end
-from nexus_ds.model.build import DTYPES, leave, load_nexus
-from nexus_ds.model.checkpoint import read_sidecar
 from nexus_ds.model.head import next_token_loss
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.engine import (
@@ -30,6 +30,8 @@ from nexus_ds.runtime.engine import (
     set_learning_rate,
     start_engine,
 )
+from nexus_ds.runtime.parallel_model import leave, load_nexus
+from nexus_ds.settings import Config
 
 STEPS = 10
 

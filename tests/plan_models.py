@@ -27,8 +27,15 @@ def make_model(out, sizes):
     """Save a random Nexus checkpoint of the given sizes."""
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-    from nexus_ds.model.checkpoint import EncoderRecord, ExpertRecord, RouterRecord, Sidecar, router_rows, write_sidecar
-    from nexus_ds.model.families import SHARED_GATE_FILL
+    from nexus_ds.checkpoint.qwen2_moe import SHARED_GATE_FILL
+    from nexus_ds.checkpoint.sidecar import (
+        EncoderRecord,
+        ExpertRecord,
+        RouterRecord,
+        Sidecar,
+        router_rows,
+        write_sidecar,
+    )
     from nexus_ds.model.router import Projection, centre_of
 
     config = Qwen2MoeConfig(

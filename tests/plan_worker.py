@@ -18,9 +18,9 @@ import torch.distributed as dist
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from parity import settings
 
+from nexus_ds.checkpoint.build import DTYPES
+from nexus_ds.checkpoint.sidecar import read_sidecar
 from nexus_ds.launch import end
-from nexus_ds.model.build import DTYPES, leave, load_nexus
-from nexus_ds.model.checkpoint import read_sidecar
 from nexus_ds.model.head import next_token_loss
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.engine import (
@@ -30,6 +30,7 @@ from nexus_ds.runtime.engine import (
     set_learning_rate,
     start_engine,
 )
+from nexus_ds.runtime.parallel_model import leave, load_nexus
 
 
 def storages(tensors):

@@ -18,7 +18,7 @@ import socket
 import sys
 
 MODULES = ("torch.distributed", "nexus_ds.runtime.loop", "nexus_ds.runtime.states", "nexus_ds.runtime.export",
-           "nexus_ds.model.build", "transformers.models.qwen2_moe.modeling_qwen2_moe",
+           "nexus_ds.checkpoint.build", "transformers.models.qwen2_moe.modeling_qwen2_moe",
            "transformers.models.llama.modeling_llama", "parity")  # fmt: skip
 
 

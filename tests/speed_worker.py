@@ -20,7 +20,7 @@ from parity import start, train_step
 
 from nexus_ds.launch import end
 from nexus_ds.runtime import states
-from nexus_ds.runtime.canonical import shapes
+from nexus_ds.runtime.portable_state import shapes
 
 ROUNDS = 3
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch.distributed as dist
 from parity import batches, start, train_step
 
+from nexus_ds.checkpoint.build import DTYPES
 from nexus_ds.errors import NexusError
 from nexus_ds.launch import end
-from nexus_ds.model.build import DTYPES
 from nexus_ds.runtime import states
 from nexus_ds.runtime.export import export
 

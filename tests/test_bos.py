@@ -10,17 +10,17 @@ import pytest
 import torch
 from conftest import add_token, save_branch
 
-from nexus_ds import demo
 from nexus_ds.__main__ import main
-from nexus_ds.comparison import work
+from nexus_ds.checkpoint.sidecar import read_sidecar
+from nexus_ds.commands import demo
 from nexus_ds.config import load_config
 from nexus_ds.data.domains import DomainEmbeddings, write_domain_embeddings
 from nexus_ds.errors import IncompatibleModelsError
-from nexus_ds.model import fit_text
-from nexus_ds.model.checkpoint import read_sidecar
-from nexus_ds.model.scoring import score
+from nexus_ds.evaluation.perplexity import score
+from nexus_ds.experiments.comparison import work
 from nexus_ds.pipeline import resolve
 from nexus_ds.runtime import loop
+from nexus_ds.warm_start import fit_text
 
 DOMAINS, COUNT, LENGTH = ("alpha", "beta", "gamma"), 6, 64
 BOS = 1  # <unk>, which the texts don't need

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from nexus_ds.config import RECIPES, STAGES, Config, dump, load_config, parse_yaml
+from nexus_ds.config import RECIPES, dump, load_config, parse_yaml
 from nexus_ds.errors import ConfigError
 from nexus_ds.pipeline import resolve
+from nexus_ds.settings import STAGES, Config
 
 
 def recipe(tmp_path, text):

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from nexus_ds.__main__ import main
+from nexus_ds.checkpoint.loading import load_model
+from nexus_ds.checkpoint.qwen2_moe import mean_name
+from nexus_ds.checkpoint.sidecar import read_sidecar, verify_rows
+from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.data.tokenizer import open_tokenizer
-from nexus_ds.model.checkpoint import read_sidecar, verify_rows
-from nexus_ds.model.families import mean_name
-from nexus_ds.model.loading import load_model
-from nexus_ds.model.tensorfile import TensorReader
 
 
 def test_evaluate_scores_and_meters_it(context_dir, text_folder, tmp_path, capsys):

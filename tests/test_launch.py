@@ -4,8 +4,7 @@ import pytest
 
 from nexus_ds import launch
 from nexus_ds.errors import ConfigError, LayoutError
-from nexus_ds.launch import Position
-from nexus_ds.pipeline import LAUNCH_VARIABLES
+from nexus_ds.launch import LAUNCH_VARIABLES, Position
 from nexus_ds.train import main
 
 # srun of 8 tasks on 2 nodes, nobody asked for --ntasks-per-node; the job itself has more.

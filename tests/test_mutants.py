@@ -8,7 +8,22 @@ import mutants
 import pytest
 from mutants import FAULTS, ROOT, Fault, confirmed, judge, main
 
-FOLDERS = {"model", "runtime", "data", "comparison", "planning", "report", "benchmarks", "slurm", ""}
+FOLDERS = {
+    "checkpoint",
+    "commands",
+    "data",
+    "evaluation",
+    "experiments/benchmarks",
+    "experiments/comparison",
+    "model",
+    "planning",
+    "report",
+    "runtime",
+    "slurm",
+    "upcycling",
+    "warm_start",
+    "",
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

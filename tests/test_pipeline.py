@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from nexus_ds.config import DataConfig, dump, load_config
+from nexus_ds.config import dump, load_config
 from nexus_ds.errors import CheckpointError, ConfigError, LayoutError, NexusError, OutputExistsError
+from nexus_ds.launch import free_port
+from nexus_ds.local_runner import run_steps
 from nexus_ds.pipeline import (
     DS_JSON,
     TRAIN,
@@ -17,18 +19,17 @@ from nexus_ds.pipeline import (
     check_domains,
     check_made,
     check_start,
-    free_port,
     needed_for,
     next_evaluation,
     next_training,
     next_words,
     no_bos,
     resolve,
-    run_steps,
     shared_overrides,
     steps,
     typed_training,
 )
+from nexus_ds.settings import DataConfig
 
 WORDS = ["pipeline.run=RUN", "pipeline.domains=[a,b]", "pipeline.new_domains=[c]"]
 
@@ -212,7 +213,7 @@ def test_nothing_runs_beside_a_wide_stage(tmp_path):
 
 
 def test_single_rank_stages_take_the_devices_that_the_user_has(monkeypatch):
-    from nexus_ds.pipeline import _environment
+    from nexus_ds.local_runner import _environment
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     monkeypatch.setenv("RANK", "1")

@@ -19,9 +19,10 @@ from launch import clean_environment
 from safetensors.torch import load_file, save_file
 
 from nexus_ds.__main__ import VERBS, build_parser, main
-from nexus_ds.config import Config, get_key, load_config, read_recipe
+from nexus_ds.checkpoint.sidecar import read_sidecar, verify_rows
+from nexus_ds.config import get_key, load_config, read_recipe
 from nexus_ds.data.tokenizer import train_tokenizer
-from nexus_ds.model.checkpoint import read_sidecar, verify_rows
+from nexus_ds.settings import Config
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

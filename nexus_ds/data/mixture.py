@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from nexus_ds.config import DataConfig
 from nexus_ds.data.corpora import TokenFile
 from nexus_ds.errors import ConfigError, DataError
+from nexus_ds.settings import DataConfig
 
 ROUNDS = 4  # each of two half-rounds
 SHORTEST_CYCLE, LONGEST_CYCLE = 64, 8192  # samples

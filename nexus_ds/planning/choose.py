@@ -9,11 +9,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nexus_ds.config import Config
 from nexus_ds.planning import memory as space
 from nexus_ds.planning import traffic
 from nexus_ds.planning.layout import Layout, Machine, layouts
 from nexus_ds.planning.sizes import Sizes
+from nexus_ds.settings import Config
 
 WIDTH = {"fp32": 4, "bf16": 2}
 SECONDS_A_DAY = 86400

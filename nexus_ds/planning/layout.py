@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nexus_ds.config import TrainingConfig
 from nexus_ds.errors import LayoutError
 from nexus_ds.planning import assumptions
 from nexus_ds.planning.sizes import Sizes
+from nexus_ds.settings import TrainingConfig
 
 OFFLOADS = ("none", "optimizer", "optimizer+parameters")
 

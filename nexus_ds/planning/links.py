@@ -9,11 +9,11 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from nexus_ds.config import Config
 from nexus_ds.planning import traffic
 from nexus_ds.planning.choose import WIDTH, judged
 from nexus_ds.planning.layout import Layout, Machine
 from nexus_ds.planning.sizes import Sizes
+from nexus_ds.settings import Config
 
 SPEEDS = [10 ** (exponent / 8) / 8 for exponent in range(7 * 8, 13 * 8 + 1)]
 """10 Mb to 10 Tb a second, in bytes a second."""

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nexus_ds.config import Config
+from nexus_ds.checkpoint.families import FAMILIES, SIZES, settings
+from nexus_ds.checkpoint.loading import read_config
 from nexus_ds.errors import CheckpointError, ConfigError, UnsupportedModelError
 from nexus_ds.model.context import CONTEXT_MODEL
-from nexus_ds.model.families import FAMILIES, SIZES, settings
-from nexus_ds.model.loading import read_config
+from nexus_ds.settings import Config
 
 KINDS = ("matrices", "vectors", "router", "experts")
 MIXTURES = ("qwen2_moe", CONTEXT_MODEL)
@@ -156,7 +156,7 @@ def _read(found: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _of_checkpoint(config: Config, directory: Path) -> Sizes:
     """Return the sizes of a dense, Nexus or stock Qwen2-MoE checkpoint; P's are read from the sidecar where there is one."""
-    from nexus_ds.model.checkpoint import is_nexus, read_sidecar
+    from nexus_ds.checkpoint.sidecar import is_nexus, read_sidecar
 
     found = read_config(directory)
     read, moe = _read(found, str(directory / "config.json")), found["model_type"] in MIXTURES

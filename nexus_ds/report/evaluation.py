@@ -33,7 +33,7 @@ from nexus_ds.report.tasks import task_sections
 from nexus_ds.report.verdict import ALL, Verdict, judge
 
 if TYPE_CHECKING:
-    from nexus_ds.model.scoring import Cosines, Routing, Scores
+    from nexus_ds.evaluation.perplexity import Cosines, Routing, Scores
 
 SUMMARY, PAGE, FIGURES = "summary.json", "report.html", "figures"
 
@@ -65,7 +65,7 @@ READING = {
 
 @dataclass
 class Measured:
-    """One model's part of an evaluation: facts as `nexus_ds.model.facts.describe` gives them, scores, cosines."""
+    """One model's part of an evaluation: facts as `nexus_ds.checkpoint.inspection.describe` gives them, scores, cosines."""
 
     facts: dict[str, Any]
     scores: Scores
@@ -105,7 +105,7 @@ def compared(facts: Mapping[str, Mapping[str, Any]], before: str = "") -> tuple[
     """Return which two models a summary compares: `before` and the last, else the last two mixtures.
 
     None if there are none, or where the tokenizers differ: such models read different windows. `facts` are by the model's
-    name, as `nexus_ds.model.facts.describe` gives them.
+    name, as `nexus_ds.checkpoint.inspection.describe` gives them.
 
     Raises:
         ConfigError: a `before` that is no model, or the last one.

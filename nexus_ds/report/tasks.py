@@ -1,4 +1,4 @@
-"""Scores of downstream tasks as a table and a section of a page; the numbers come from `nexus_ds.model.tasks`.
+"""Scores of downstream tasks as a table and a section of a page; the numbers come from `nexus_ds.evaluation.tasks`.
 
 Not covered: figures.
 """

@@ -1,6 +1,6 @@
 """Before and after: what a change of a mixture did to each domain's text, as a table with a verdict for each.
 
-The numbers are perplexities of two models on the same windows (`nexus_ds.model.trial`). Both models read the same words, so
+The numbers are perplexities of two models on the same windows (`nexus_ds.evaluation.before_after`). Both models read the same words, so
 what counts is the difference window by window; its standard error stands beside it (`report.paired` has the assumptions).
 
 A domain is the same within SAME or within the interval of the difference, whichever is wider. A limit fails where all of the

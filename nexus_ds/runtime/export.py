@@ -17,28 +17,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nexus_ds.config import Config, dump
-from nexus_ds.errors import CheckpointError
-from nexus_ds.model.build import load_stock
-from nexus_ds.model.checkpoint import Sidecar, read_sidecar, router_rows, versions, write_sidecar
-from nexus_ds.model.families import (
-    HEAD,
+from nexus_ds.checkpoint.build import load_stock
+from nexus_ds.checkpoint.families import HEAD, both_ropes
+from nexus_ds.checkpoint.qwen2_moe import (
     SHARED_GATE_FILL,
-    both_ropes,
     expert_name,
     gate_name,
     mean_name,
     shared_gate_name,
     shared_name,
 )
-from nexus_ds.model.moe import NexusMoE
-from nexus_ds.model.tensorfile import TensorWriter
-from nexus_ds.model.tokenizer import copy_tokenizer
+from nexus_ds.checkpoint.sidecar import Sidecar, read_sidecar, router_rows, versions, write_sidecar
+from nexus_ds.checkpoint.tensors import TensorWriter
+from nexus_ds.checkpoint.tokenizer import copy_tokenizer
+from nexus_ds.config import dump
+from nexus_ds.errors import CheckpointError
 from nexus_ds.outputs import new_directory, refuse_existing, write_text
 from nexus_ds.runtime import deepspeed_internals as internals
-from nexus_ds.runtime.canonical import STACKED
 from nexus_ds.runtime.engine import full_shape, moe_layers
+from nexus_ds.runtime.nexus_moe import NexusMoE
+from nexus_ds.runtime.portable_state import STACKED
 from nexus_ds.runtime.ranks import on_rank_0, together
+from nexus_ds.settings import Config
 
 Write = Callable[[str, Tensor], None]
 TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}

@@ -21,24 +21,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nexus_ds.config import Config, as_dict, dump
+from nexus_ds.checkpoint.build import DTYPES, new_dense
+from nexus_ds.checkpoint.loading import read_config
+from nexus_ds.checkpoint.sidecar import content_fingerprint, is_nexus, read_sidecar
+from nexus_ds.checkpoint.tokenizer import check_tokenizer
+from nexus_ds.config import as_dict, dump
 from nexus_ds.data.corpora import TokenFile, open_source, token_files, windows
 from nexus_ds.data.mixture import Sampler, domain_weights
 from nexus_ds.data.tokenizer import open_tokenizer, vocabulary_size
 from nexus_ds.errors import ConfigError, DataError, TrainingError
-from nexus_ds.model.build import DTYPES, leave, load_for_training, new_dense
-from nexus_ds.model.checkpoint import content_fingerprint, is_nexus, read_sidecar
 from nexus_ds.model.head import next_token_loss
-from nexus_ds.model.loading import read_config
-from nexus_ds.model.moe import Placement
-from nexus_ds.model.tokenizer import check_tokenizer
 from nexus_ds.outputs import write_text
 from nexus_ds.pipeline import next_evaluation
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime import states
 from nexus_ds.runtime.engine import (
     Batch,
-    all_reduce_sum,
     check_layout,
     deepspeed_config,
     moe_layers,
@@ -49,16 +47,19 @@ from nexus_ds.runtime.engine import (
 )
 from nexus_ds.runtime.export import export
 from nexus_ds.runtime.metrics import Metrics
+from nexus_ds.runtime.nexus_moe import Placement
+from nexus_ds.runtime.parallel_model import leave, load_for_training
 from nexus_ds.runtime.ranks import on_rank_0
 from nexus_ds.runtime.schedule import learning_rate, tokens_per_step, total_steps
 from nexus_ds.runtime.signals import StopRequest
+from nexus_ds.runtime.tally import SATURATED, Tally
+from nexus_ds.settings import Config
 
 EXIT_STOPPED = 75  # a signal asked for a stop; the training state is saved
 # Settings of `training` that may change between a training state and its resumption: the course stays the same.
 FREE = ("keep_last", "micro_batch_size", "activation_checkpointing")
 # Settings of `model` that a new model's shapes do not say, or not all.
 NEW_MODEL = ("hidden_size", "layers", "heads", "kv_heads", "ffn_size", "max_positions", "rope_theta", "tied_embeddings")
-SATURATED = 0.95  # mean gate above which a router hardly learns any more
 
 
 @dataclass
@@ -72,67 +73,6 @@ class Data:
     """Per domain: windows [n, S+1] int64."""
     messages: list[str] = field(default_factory=list)
     """What a user should know of the text."""
-
-
-class Tally:
-    """Sums over a stretch of batches: loss and tokens per domain, assignments per domain and routed expert."""
-
-    def __init__(self, domains: int, experts: int, device: torch.device) -> None:
-        self.loss_D = torch.zeros(domains, dtype=torch.float64, device=device)
-        self.tokens_D = torch.zeros_like(self.loss_D)
-        self.routed_DE = torch.zeros(domains, max(experts, 1), dtype=torch.float64, device=device)
-        self.router_3 = torch.zeros(4, dtype=torch.float64, device=device)  # load balance, z, gate, layer passes
-        self.experts = experts
-
-    def add(self, losses_BS: Tensor, domain_B: Tensor, layers: list[Any]) -> None:
-        """Add one forward pass: losses [B, S], the domain of each sequence, and the layers' last routing."""
-        self.loss_D.index_add_(0, domain_B, losses_BS.detach().double().sum(1))
-        self.tokens_D.index_add_(0, domain_B, torch.full_like(domain_B, losses_BS.shape[1], dtype=torch.float64))
-        for layer in layers:
-            seen = layer.router.latest
-            domain_T = domain_B.repeat_interleave(losses_BS.shape[1])
-            cell_TK = domain_T[:, None] * self.experts + seen.selected_TK
-            ones = torch.ones(cell_TK.numel(), dtype=torch.float64, device=cell_TK.device)
-            self.routed_DE.view(-1).scatter_add_(0, cell_TK.reshape(-1), ones)
-            values = [seen.load_balance, seen.z, seen.gate_T1.mean(), torch.ones_like(seen.z)]
-            self.router_3 += torch.stack(values).double()
-
-    def reduced(self) -> Tally:
-        """Sum over all ranks (all must call); return self."""
-        for tensor in (self.loss_D, self.tokens_D, self.routed_DE, self.router_3):
-            all_reduce_sum(tensor)
-        return self
-
-    def losses(self, names: list[str]) -> dict[str, float]:
-        """Return the mean loss per domain that was seen, nats a token."""
-        pairs = zip(names, self.loss_D.tolist(), self.tokens_D.tolist(), strict=True)
-        return {name: loss / tokens for name, loss, tokens in pairs if tokens}
-
-    def mean_loss(self) -> float:
-        """Return the mean loss over all tokens."""
-        return float(self.loss_D.sum() / self.tokens_D.sum().clamp_min(1))
-
-    def router(self) -> dict[str, float]:
-        """Return unit losses, mean gate and the smallest and largest share of assignments of a routed expert."""
-        if not self.experts:
-            return {}
-        balance, z, gate, passes = self.router_3.tolist()
-        share_E = self.routed_DE.sum(0) / self.routed_DE.sum().clamp_min(1)
-        return {
-            "load_balance": balance / passes,
-            "z": z / passes,
-            "gate": gate / passes,
-            "load_min": float(share_E.min()),
-            "load_max": float(share_E.max()),
-        }
-
-    def routing(self, names: list[str], experts: list[str]) -> dict[str, dict[str, float]]:
-        """Return the share of each seen domain's assignments per routed expert, mean over layers."""
-        if not self.experts:
-            return {}
-        total_D = self.routed_DE.sum(1).tolist()
-        rows = zip(names, self.routed_DE.tolist(), total_D, strict=True)
-        return {n: dict(zip(experts, (c / t for c in row), strict=True)) for n, row, t in rows if t}
 
 
 def read_data(config: Config, tokenizer: Path) -> Data:

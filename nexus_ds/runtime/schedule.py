@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from nexus_ds.config import DataConfig, TrainingConfig
+from nexus_ds.settings import DataConfig, TrainingConfig
 
 
 def tokens_per_step(training: TrainingConfig, data: DataConfig) -> int:

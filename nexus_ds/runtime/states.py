@@ -26,8 +26,8 @@ import torch.distributed as dist
 
 from nexus_ds.errors import CheckpointError
 from nexus_ds.outputs import create, new_file, write_text
-from nexus_ds.runtime import canonical
 from nexus_ds.runtime import deepspeed_internals as internals
+from nexus_ds.runtime import portable_state
 from nexus_ds.runtime.ranks import on_rank_0, together
 
 MANIFEST, FORMAT = "manifest.json", 1
@@ -171,12 +171,12 @@ def resume(engine: Any, states: Path, description: dict[str, Any]) -> tuple[int,
         return 0, messages
     directory = states / f"step_{step}"
     manifest = read_manifest(directory)
-    _compare(manifest, description, canonical.shapes(engine.module))
+    _compare(manifest, description, portable_state.shapes(engine.module))
     world = dist.get_world_size()
     # A random generator's state belongs to one rank of one number of ranks.
     own = _rank_file(dist.get_rank()) if len(manifest["files"]) == world else ""
-    files = canonical.StateFiles(directory, sorted(manifest["files"]))
-    canonical.read_rank(engine, files, manifest["optimizer_step"], own)
+    files = portable_state.StateFiles(directory, sorted(manifest["files"]))
+    portable_state.read_rank(engine, files, manifest["optimizer_step"], own)
     internals.set_counters(engine, step)
     if manifest["layout"] != description["layout"]:
         messages.append(f"the state of step {step} was saved by {manifest['layout']}; now {description['layout']}")
@@ -196,8 +196,8 @@ def adopt(engine: Any, states: Path) -> list[str]:
         raise CheckpointError(f"{states} holds no training state; train with training.save_every, or leave this out")
     directory = states / f"step_{step}"
     manifest = read_manifest(directory)
-    files = canonical.StateFiles(directory, sorted(manifest["files"]))
-    canonical.adopt_moments(engine, files, manifest["parameters"], manifest["optimizer_step"])
+    files = portable_state.StateFiles(directory, sorted(manifest["files"]))
+    portable_state.adopt_moments(engine, files, manifest["parameters"], manifest["optimizer_step"])
     return [f"{problem} - using step {step}" for problem in problems] + [f"optimizer moments from {directory}"]
 
 
@@ -273,12 +273,14 @@ def save(engine: Any, states: Path, step: int, description: dict[str, Any], keep
     partial, name = states / "partial", _rank_file(dist.get_rank())
     if step in on_rank_0(lambda: steps_saved(states)) and not on_rank_0(lambda: damage(states / f"step_{step}")):
         return  # this run came here before and fell back further; the same state again
-    shapes = canonical.shapes(engine.module)
+    shapes = portable_state.shapes(engine.module)
     needed = BYTES * sum(math.prod(shape) for shape in shapes.values())
     _fault("before_files", step)
     on_rank_0(lambda: _start(states, partial, needed))
     try:
-        entries = together(lambda: canonical.write_rank(engine, partial / name, lambda: _fault("during_file", step)))
+        entries = together(
+            lambda: portable_state.write_rank(engine, partial / name, lambda: _fault("during_file", step))
+        )
     except CheckpointError:
         on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
         raise

@@ -4,11 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nexus_ds.config import DataConfig
 from nexus_ds.data import mixture
 from nexus_ds.data.corpora import TokenFile
 from nexus_ds.data.mixture import Sampler, cycle_slots, domain_weights, permuted, slots
 from nexus_ds.errors import ConfigError, DataError
+from nexus_ds.settings import DataConfig
 
 TOKENS = {"a": 600, "b": 300, "c": 100}
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from nexus_ds.config import DataConfig
 from nexus_ds.data import mixture
 from nexus_ds.data.corpora import TokenFile, open_source, token_files, windows
 from nexus_ds.data.mixture import Sampler, domain_weights, permuted
+from nexus_ds.settings import DataConfig
 from tests.data.conftest import bytes_read
 
 TOKENS = 25 << 30  # of a file of 50 GiB

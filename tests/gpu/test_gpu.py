@@ -12,10 +12,10 @@ from conftest import make_nexus
 from launch import clean_environment, finish, start_ranks
 
 from nexus_ds.__main__ import main
-from nexus_ds.bench import describe_train
-from nexus_ds.config import RouterConfig
-from nexus_ds.model.build import load_nexus
-from nexus_ds.model.moe import Placement
+from nexus_ds.commands.bench import describe_train
+from nexus_ds.runtime.nexus_moe import Placement
+from nexus_ds.runtime.parallel_model import load_nexus
+from nexus_ds.settings import RouterConfig
 
 REPOSITORY = Path(__file__).parents[2]
 NAMES = ["a", "b", "c", "d"]

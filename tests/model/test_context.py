@@ -9,14 +9,15 @@ import pytest
 import torch
 from conftest import make_nexus
 
-from nexus_ds.config import RouterConfig
+from nexus_ds.checkpoint.build import load_stock
+from nexus_ds.checkpoint.hf_model import NexusMoeForCausalLM
+from nexus_ds.checkpoint.loading import load_model
+from nexus_ds.checkpoint.sidecar import SIDECAR, read_sidecar
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
-from nexus_ds.model.build import load_nexus, load_stock
-from nexus_ds.model.checkpoint import SIDECAR, read_sidecar
 from nexus_ds.model.context import context, running_mean
-from nexus_ds.model.loading import load_model
-from nexus_ds.model.moe import Placement
-from nexus_ds.model.served import NexusMoeForCausalLM
+from nexus_ds.runtime.nexus_moe import Placement
+from nexus_ds.runtime.parallel_model import load_nexus
+from nexus_ds.settings import RouterConfig
 
 TOKENS = torch.randint(31, (2, 20), generator=torch.Generator().manual_seed(0))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import moe_model
 
-from nexus_ds.benchmarks.growth import Memory
+from nexus_ds.experiments.benchmarks.scaling import Memory
 from nexus_ds.model import head
 from nexus_ds.model.head import LossHead, next_token_loss, use_loss_head
 

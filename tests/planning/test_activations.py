@@ -7,13 +7,15 @@ import torch
 from plan_models import LENGTH, OTHER, SMALL, make_model
 from plan_worker import Kept, forward
 
-from nexus_ds.config import RouterConfig, load_config
-from nexus_ds.model.build import DTYPES, load_nexus, new_dense
+from nexus_ds.checkpoint.build import DTYPES, new_dense
+from nexus_ds.config import load_config
 from nexus_ds.model.head import use_loss_head
-from nexus_ds.model.moe import Placement
 from nexus_ds.planning.layout import Layout
 from nexus_ds.planning.memory import activations
 from nexus_ds.planning.sizes import sizes_of
+from nexus_ds.runtime.nexus_moe import Placement
+from nexus_ds.runtime.parallel_model import load_nexus
+from nexus_ds.settings import RouterConfig
 
 SEQUENCES = 6
 

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from nexus_ds import plan
+from nexus_ds.commands import plan
 from nexus_ds.config import load_config
 from nexus_ds.planning import assumptions, choose
 from nexus_ds.planning.sizes import sizes_of

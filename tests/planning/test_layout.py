@@ -3,11 +3,12 @@
 import pytest
 from plan_models import OTHER, SMALL
 
-from nexus_ds.config import TrainingConfig, load_config
+from nexus_ds.config import load_config
 from nexus_ds.errors import LayoutError
 from nexus_ds.planning.layout import Layout, Machine, deepspeed_json, largest_gathered, layouts
 from nexus_ds.planning.sizes import Sizes
 from nexus_ds.runtime.engine import check_layout
+from nexus_ds.settings import TrainingConfig
 
 DENSE = Sizes(vocabulary=100, hidden=32, layers=2, heads=4, kv_heads=4, head_size=8, ffn=64, tied=True)
 

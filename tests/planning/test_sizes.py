@@ -7,10 +7,10 @@ import pytest
 import torch
 from plan_models import OTHER, SMALL, make_model
 
+from nexus_ds.checkpoint.build import new_dense
+from nexus_ds.checkpoint.inspection import describe
 from nexus_ds.config import load_config
 from nexus_ds.errors import CheckpointError, ConfigError, UnsupportedModelError
-from nexus_ds.model.build import new_dense
-from nexus_ds.model.facts import describe
 from nexus_ds.model.router import Projection
 from nexus_ds.planning.sizes import sizes_of
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nexus_ds.errors import ConfigError
-from nexus_ds.model.scoring import Cosines, Routing, Scores
+from nexus_ds.evaluation.perplexity import Cosines, Routing, Scores
 from nexus_ds.report.evaluation import (
     Measured,
     compared,

@@ -11,16 +11,17 @@ from conftest import make_nexus
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nexus_ds.config import Config, RouterConfig
-from nexus_ds.model.build import load_nexus, load_stock
-from nexus_ds.model.checkpoint import read_sidecar, write_sidecar
+from nexus_ds.checkpoint.build import load_stock
+from nexus_ds.checkpoint.sidecar import read_sidecar, write_sidecar
 from nexus_ds.model.experts import RoutedExperts, _SwiGLUExperts
 from nexus_ds.model.head import next_token_loss, use_loss_head
-from nexus_ds.model.moe import Placement
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime import engine
 from nexus_ds.runtime.engine import Batch, moe_layers, start_engine
-from nexus_ds.runtime.loop import Tally
+from nexus_ds.runtime.nexus_moe import Placement
+from nexus_ds.runtime.parallel_model import load_nexus
+from nexus_ds.runtime.tally import Tally
+from nexus_ds.settings import Config, RouterConfig
 
 GPU = torch.device("meta")
 FORMS = ("nexus", "context", "linear")

@@ -8,10 +8,8 @@ import pytest
 import torch
 from conftest import make_linear
 
-from nexus_ds.config import Config
+from nexus_ds.checkpoint.build import load_stock, new_dense
 from nexus_ds.errors import ConfigError, LayoutError
-from nexus_ds.model.build import load_nexus, load_stock, new_dense
-from nexus_ds.model.moe import Placement
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.engine import (
     Batch,
@@ -24,6 +22,9 @@ from nexus_ds.runtime.engine import (
     set_learning_rate,
     start_engine,
 )
+from nexus_ds.runtime.nexus_moe import Placement
+from nexus_ds.runtime.parallel_model import load_nexus
+from nexus_ds.settings import Config
 
 
 def config(expert=1, batch=8, micro=0, stage=2):

@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from nexus_ds.config import ModelConfig, RouterConfig
+from nexus_ds.checkpoint.build import load_stock, new_dense
+from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.errors import CheckpointError
-from nexus_ds.model.build import load_nexus, load_stock, new_dense
-from nexus_ds.model.moe import Placement
-from nexus_ds.model.tensorfile import TensorReader
 from nexus_ds.runtime.export import _plan, _Sink, _verify, _write_config
+from nexus_ds.runtime.nexus_moe import Placement
+from nexus_ds.runtime.parallel_model import load_nexus
+from nexus_ds.settings import ModelConfig, RouterConfig
 
 TOKENS = torch.arange(40).remainder(29).view(2, 20)
 

@@ -15,23 +15,16 @@ from launch import finish, start_ranks
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nexus_ds.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    RouterConfig,
-    TrainingConfig,
-    _apply,
-    parse_override,
-)
+from nexus_ds.config import _apply, parse_override
 from nexus_ds.data.mixture import Sample
 from nexus_ds.errors import CheckpointError, TrainingError
-from nexus_ds.model.build import leave
-from nexus_ds.model.scoring import score
-from nexus_ds.runtime import canonical, states
+from nexus_ds.evaluation.perplexity import score
+from nexus_ds.runtime import portable_state, states
 from nexus_ds.runtime.engine import split_batch
-from nexus_ds.runtime.loop import Run, Tally, read_data
+from nexus_ds.runtime.loop import Run, read_data
+from nexus_ds.runtime.parallel_model import leave
+from nexus_ds.runtime.tally import Tally
+from nexus_ds.settings import Config, DataConfig, ModelConfig, ParallelConfig, RouterConfig, TrainingConfig
 
 WORKER = Path(__file__).parents[1] / "loop_worker.py"
 LENGTH, WINDOWS, BATCH, WORLD = 16, 5, 8, 2
@@ -399,7 +392,7 @@ def test_a_state_goes_on_under_the_same_course_alone(word, verdict, both, alone,
         words = [f"{key}={others.get(value, value)}" for key, _, value in (w.partition("=") for w in (*both, *words))]
         run = reading(made(nexus_dir, text_folder, others["cache"], *words))
         model = None if run.config.model.path else run._model(None, False, leave)
-        return {"step": 3, "config": run._identity(), "parameters": canonical.shapes(model) if model else {}}
+        return {"step": 3, "config": run._identity(), "parameters": portable_state.shapes(model) if model else {}}
 
     saved = json.loads(json.dumps(state()))
     states._compare(saved, *_now(state()))

@@ -17,9 +17,9 @@ from large import make_large
 from launch import finish, fork_ranks
 from parity import STEPS, batches, settings
 
-from nexus_ds.model.checkpoint import read_sidecar, router_rows, write_sidecar
-from nexus_ds.model.families import gate_name
-from nexus_ds.model.tensorfile import TensorReader, overwrite
+from nexus_ds.checkpoint.qwen2_moe import gate_name
+from nexus_ds.checkpoint.sidecar import read_sidecar, router_rows, write_sidecar
+from nexus_ds.checkpoint.tensors import TensorReader, overwrite
 
 WORKER = Path(__file__).parents[1] / "parity.py"
 BATCH = 8

@@ -2,8 +2,8 @@
 
 import pytest
 
-from nexus_ds.config import DataConfig, TrainingConfig
 from nexus_ds.runtime.schedule import learning_rate, main_steps, tokens_per_step, total_steps
+from nexus_ds.settings import DataConfig, TrainingConfig
 
 DATA = DataConfig(sequence_length=100)
 PAPER = TrainingConfig(

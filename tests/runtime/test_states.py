@@ -16,15 +16,15 @@ import torch.distributed as dist
 from conftest import make_nexus
 from launch import file_limit, file_modes, finish, fork_ranks, start_ranks, umask
 
+from nexus_ds.checkpoint.qwen2_moe import mean_name
+from nexus_ds.checkpoint.sidecar import read_sidecar, verify_rows
+from nexus_ds.checkpoint.tensors import TensorReader, header_of
 from nexus_ds.config import load_config
 from nexus_ds.errors import CheckpointError
-from nexus_ds.model.checkpoint import read_sidecar, verify_rows
-from nexus_ds.model.families import mean_name
-from nexus_ds.model.tensorfile import TensorReader, header_of
 from nexus_ds.planning.memory import disk
 from nexus_ds.planning.sizes import sizes_of
-from nexus_ds.runtime import canonical, states
-from nexus_ds.runtime.canonical import StateFiles
+from nexus_ds.runtime import portable_state, states
+from nexus_ds.runtime.portable_state import StateFiles
 from nexus_ds.runtime.states import damage, newest_good, read_manifest, steps_saved
 
 WORKER = Path(__file__).parents[1] / "state_worker.py"
@@ -474,11 +474,11 @@ def test_old_states_go_only_while_the_newer_ones_are_whole(saved):
 
 def test_a_file_shorter_than_its_header_says_does_not_count(tmp_path):
     (tmp_path / RANK_0).write_bytes(b"x" * 1000)
-    canonical._check_size(tmp_path / RANK_0, 1000)
+    portable_state._check_size(tmp_path / RANK_0, 1000)
     with pytest.raises(
         CheckpointError, match=rf"{RANK_0}: 1,000 bytes were written, 1,200 planned; the state does not c"
     ):
-        canonical._check_size(tmp_path / RANK_0, 1200)
+        portable_state._check_size(tmp_path / RANK_0, 1200)
 
 
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path):

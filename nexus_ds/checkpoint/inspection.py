@@ -1,0 +1,136 @@
+"""What a checkpoint is, read from its headers and its sidecar without loading a weight.
+
+Not covered: whether its tensors hold sensible numbers (`evaluate` finds out).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from nexus_ds.checkpoint.families import as_stored
+from nexus_ds.checkpoint.loading import read_config
+from nexus_ds.checkpoint.qwen2_moe import check_shared_gates
+from nexus_ds.checkpoint.sidecar import is_nexus, read_sidecar, verify_rows
+from nexus_ds.checkpoint.tensors import TensorReader
+from nexus_ds.checkpoint.tokenizer import read_tokenizer
+from nexus_ds.config import parse_yaml
+from nexus_ds.errors import CheckpointError, UnsupportedModelError
+
+ROUTED = re.compile(r"\.mlp\.experts\.(\d+)\.")
+SIZES = {  # our name: config.json's
+    "layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_size": "intermediate_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "vocabulary": "vocab_size",
+    "max_positions": "max_position_embeddings",
+}
+
+
+def count_parameters(reader: TensorReader, config: dict[str, Any], shared: bool = True) -> dict[str, int]:
+    """Return {"total", "active"}: active counts, of the routed experts, the top-k that a token visits.
+
+    Tied embeddings count once, also where both are on disk; a shared expert of zeros (`shared` false) is not active.
+    """
+    tied = bool(config.get("tie_word_embeddings", False)) and "model.embed_tokens.weight" in reader
+    total = routed = zeros = 0
+    experts: set[int] = set()
+    for name in reader.names():
+        if tied and name == "lm_head.weight":
+            continue
+        size = math.prod(reader.info(name).shape)
+        total += size
+        zeros += size if not shared and ".mlp.shared_expert." in name else 0
+        match = ROUTED.search(name)
+        if match:
+            routed += size
+            experts.add(int(match[1]))
+    top_k = int(config.get("num_experts_per_tok", 1))
+    idle = routed * (len(experts) - top_k) // len(experts) if experts else 0
+    return {"total": total, "active": total - idle - zeros}
+
+
+def _nexus_facts(directory: Path, reader: TensorReader, config: dict[str, Any]) -> dict[str, Any]:
+    sidecar = read_sidecar(directory)
+    try:
+        verify_rows(directory)
+        rows = "equal to P(D)" if sidecar.router.kind == "nexus" else "free"
+    except CheckpointError as error:
+        rows = f"DAMAGED: {error}"
+    try:
+        check_shared_gates(reader, config["num_hidden_layers"])
+        gates = "constant"
+    except CheckpointError as error:
+        gates = f"TRAINED ELSEWHERE: {error}"
+    return {
+        "experts": [vars(expert).copy() for expert in sidecar.experts],
+        "router": {**vars(sidecar.router), "rows": rows},
+        "encoder": None if sidecar.encoder is None else vars(sidecar.encoder).copy(),
+        "lineage": sidecar.lineage,
+        "shared_expert": sidecar.shared_expert,
+        "shared_expert_gate": gates,
+        "parameters": count_parameters(reader, config, sidecar.shared_expert == "seed"),
+        "versions": sidecar.versions,
+    }
+
+
+def _moe_facts(config: dict[str, Any]) -> dict[str, Any]:
+    experts = int(config.get("num_experts", 0))
+    if not experts:
+        return {"routed_experts": 0}
+    return {
+        "routed_experts": experts,
+        "top_k": int(config.get("num_experts_per_tok", 0)),
+        "ffn_size": int(config.get("moe_intermediate_size", 0)),
+        "shared_ffn_size": int(config.get("shared_expert_intermediate_size", 0)),
+    }
+
+
+def _tokenizer(directory: Path) -> str:
+    try:
+        return read_tokenizer(directory).fingerprint
+    except (CheckpointError, UnsupportedModelError):
+        return "none"
+
+
+def _sequence_length(directory: Path) -> int | None:
+    """Return the sequence length that a checkpoint was trained with, None where training.yaml doesn't tell."""
+    path = directory / "training.yaml"
+    if not path.is_file():
+        return None
+    saved = parse_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path))
+    data = saved.get("data") if isinstance(saved, dict) else None
+    length = data.get("sequence_length") if isinstance(data, dict) else None
+    return length if type(length) is int and length > 0 else None
+
+
+def describe(directory: Path) -> dict[str, Any]:
+    """Return the facts of one checkpoint, all of them JSON: kind, family, dtype, sizes, parameters, experts, origin.
+
+    Raises:
+        CheckpointError: no model directory, or damaged files.
+        UnsupportedModelError: a configuration that asks for code of the checkpoint or of a hub.
+    """
+    directory = Path(directory)
+    config, reader = read_config(directory), TensorReader(directory)
+    config = as_stored(config, reader)
+    nexus = is_nexus(directory)
+    infos = [reader.info(name) for name in reader.names()]
+    facts: dict[str, Any] = {
+        "directory": str(directory),
+        "kind": "Nexus" if nexus else "mixture of experts" if config.get("num_experts") else "dense",
+        "family": config.get("model_type", "unknown"),
+        "dtype": "+".join(sorted({info.dtype for info in infos})),
+        "parameters": count_parameters(reader, config),
+        "bytes": sum(info.end - info.start for info in infos),
+        **{ours: config.get(theirs) for ours, theirs in SIZES.items()},
+        "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
+        **_moe_facts(config),
+        "sequence_length": _sequence_length(directory),
+        "tokenizer": _tokenizer(directory),
+    }
+    return facts | (_nexus_facts(directory, reader, config) if nexus else {})

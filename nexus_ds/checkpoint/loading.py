@@ -1,0 +1,124 @@
+"""Any checkpoint, dense or Nexus, as stock transformers runs it: for scoring and for generating.
+
+Nothing leaves the machine, no code of the checkpoint is run, no tensor is initialised at random: a checkpoint whose
+tensors don't fit its configuration is refused.
+
+Not covered: models larger than one device, quantised weights, training (see build.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nexus_ds.checkpoint.families import refuse_hooks, refuse_other_weights
+from nexus_ds.checkpoint.sidecar import is_nexus, verify_rows
+from nexus_ds.checkpoint.tensors import TensorReader, read_json_object, require_directory
+from nexus_ds.errors import CheckpointError, ConfigError
+from nexus_ds.model.context import CONTEXT_MODEL
+
+PRECISIONS = ("auto", "fp32", "stored")
+# What transformers raises for damaged or contradictory files: it has no type of its own for them.
+LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError)
+
+
+def device() -> torch.device:
+    """Return the CUDA device if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def quiet_transformers() -> None:
+    """Leave progress bars and warnings to this program's own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return config.json of a checkpoint.
+
+    Raises:
+        CheckpointError: no such directory, no valid config.json.
+        UnsupportedModelError: an adapter, or a configuration that asks for code of the checkpoint or of a hub.
+    """
+    refuse_other_weights(Path(directory))
+    config = read_json_object(require_directory(Path(directory)), "config.json")
+    refuse_hooks(config, str(Path(directory) / "config.json"))
+    return config
+
+
+def know_model_type(directory: Path) -> None:
+    """Make transformers know the model of a checkpoint with the router input `context`; others it knows."""
+    if read_config(directory).get("model_type") == CONTEXT_MODEL:
+        from nexus_ds.checkpoint.hf_model import register
+
+        register()
+
+
+def _dtype(directory: Path, precision: str, place: torch.device) -> torch.dtype | str:
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision: unknown value {precision!r}; known: {', '.join(PRECISIONS)}")
+    if precision == "fp32" or (precision == "auto" and place.type == "cpu"):
+        return torch.float32
+    return "auto"
+
+
+def _said(error: Exception) -> str:
+    """Return an error of transformers as one line of bearable length."""
+    return " ".join(str(error).split())[:300]
+
+
+def _check_loaded(directory: Path, info: dict[str, Any]) -> None:
+    """Refuse what transformers would mend with random numbers or drop in silence."""
+    for key, said in (
+        ("missing_keys", "are missing"),
+        ("unexpected_keys", "are not known to the model's family"),
+        ("mismatched_keys", "have another shape than config.json says"),
+    ):
+        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info.get(key, ()))
+        if names:
+            raise CheckpointError(
+                f"{directory}: {len(names)} tensors {said}, the first: {names[0]!r}; expected exactly the tensors "
+                "of config.json. Save or fetch the checkpoint again"
+            )
+
+
+def load_model(directory: Path, precision: str = "auto") -> Any:
+    """Return a causal language model of stock transformers, in eval mode, on the GPU if there is one.
+
+    Args:
+        directory: a dense or a Nexus checkpoint.
+        precision: fp32, stored (the dtype on disk), or auto: fp32 on a CPU, stored on a GPU.
+
+    Raises:
+        CheckpointError: damaged, incomplete or pickled files; router rows that differ from P(D) of the sidecar.
+        UnsupportedModelError: a configuration that asks for code of the checkpoint or of a hub.
+        ConfigError: unknown precision.
+    """
+    directory, place = Path(directory), device()
+    dtype = _dtype(directory, precision, place)
+    know_model_type(directory)
+    TensorReader(directory)  # checks headers, ranges and paths, which transformers trusts
+    if is_nexus(directory):
+        verify_rows(directory)
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoModelForCausalLM
+
+    quiet_transformers()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (*LOAD_ERRORS, StrictDataclassError) as error:
+        raise CheckpointError(f"{directory}: transformers can't load this checkpoint: {_said(error)}") from error
+    model, info = loaded
+    _check_loaded(directory, info)
+    return model.to(place).eval()

@@ -1,0 +1,219 @@
+"""The verb `bench`: training speed against other layers, and how cost grows with the model.
+
+Not covered: several processes and communication but in `links`, generating text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nexus_ds.errors import ConfigError
+from nexus_ds.outputs import new_directory, refuse_existing, write_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from nexus_ds.experiments.benchmarks.models import Shape
+
+HELP = "measure training speed (train), cost as the model grows (growth), slow links (links), tokenising (data)"
+SIZES = ("hidden", "layers", "heads", "ffn", "vocabulary", "experts", "top_k", "batch", "length")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's options."""
+    from nexus_ds.experiments.benchmarks import data_speed, slow_links
+
+    commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    train = commands.add_parser("train", help="tokens/s of a Nexus layer, DeepSpeed's, transformers' and a dense model")
+    scaling = commands.add_parser("growth", help="step time and memory against experts, top-k, layers and sequence")
+    for command, shape, rounds in ((train, "cpu", 5), (scaling, "tiny", 3)):
+        command.add_argument("--preset", default=shape, metavar="NAME", help=f"sizes: tiny, cpu or 470m ({shape})")
+        command.add_argument("--device", default="cpu", metavar="cpu|cuda", help="where to compute (cpu)")
+        command.add_argument("--dtype", default="", metavar="fp32|bf16", help="fp32 on a CPU, bf16 on a GPU")
+        command.add_argument("--rounds", type=int, default=rounds, metavar="N", help=f"repetitions ({rounds})")
+        for size in SIZES:
+            command.add_argument(f"--{size.replace('_', '-')}", type=int, metavar="N", help=argparse.SUPPRESS)
+        command.add_argument("--out", type=Path, metavar="DIR", help="write JSONL, CSV and a figure there")
+        command.add_argument("--json", action="store_true", help="print everything as JSON")
+    data_speed.add_arguments(commands.add_parser("data", help=data_speed.HELP))
+    train.add_argument("--baseline", default="dense", metavar="MODEL", help="what ratios are taken against (dense)")
+    train.add_argument("--models", default="", metavar="A,B,...", help="only these (all)")
+    slow_links.add_arguments(commands.add_parser("links", help=slow_links.HELP))
+    scaling.add_argument("--model", default="nexus-loop", metavar="MODEL", help="what is grown (nexus-loop)")
+
+
+def _shape(args: argparse.Namespace) -> Shape:
+    from nexus_ds.experiments.benchmarks.models import preset
+
+    given = {size: getattr(args, size) for size in SIZES if getattr(args, size) is not None}
+    for size, value in given.items():
+        if value < 1:
+            raise ConfigError(f"--{size.replace('_', '-')}: expected a number above 0, found {value}")
+    shape = replace(preset(args.preset), **given)
+    if shape.top_k > shape.experts:
+        raise ConfigError(f"--top-k {shape.top_k} is more than the {shape.experts} experts; lower it")
+    if shape.hidden % shape.heads:
+        raise ConfigError(f"--hidden {shape.hidden} is not a multiple of --heads {shape.heads}; change one of them")
+    return shape
+
+
+def _place(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    import torch
+
+    from nexus_ds.checkpoint.build import DTYPES
+
+    if args.device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device: unknown device {args.device!r}; expected cpu or cuda")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no CUDA device on this machine; use --device cpu")
+    dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype: unknown value {dtype!r}; expected {' or '.join(DTYPES)}")
+    return torch.device(args.device), DTYPES[dtype]
+
+
+def _known(option: str, names: list[str]) -> list[str]:
+    from nexus_ds.experiments.benchmarks.models import VARIANTS
+
+    for name in names:
+        if name not in VARIANTS:
+            raise ConfigError(f"{option}: unknown model {name!r}; expected {', '.join(VARIANTS)}")
+    return names
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _train(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
+    from nexus_ds.experiments.benchmarks import layer_speed
+    from nexus_ds.experiments.benchmarks.models import VARIANTS
+    from nexus_ds.experiments.benchmarks.parts import STEP_PARTS
+
+    (baseline,) = _known("--baseline", [args.baseline])
+    names = _known("--models", [name for name in args.models.split(",") if name] or list(VARIANTS))
+    if baseline not in names:
+        names = [baseline, *names]
+    if shape.top_k > 2:
+        names = [name for name in names if not name.startswith("deepspeed")]
+    device, dtype = _place(args)
+    results, data_speed = layer_speed.measure(names, shape, device, dtype, args.rounds, _say)
+    rows = layer_speed.summary(results, data_speed, shape, baseline, device)
+    parts = [part for part in STEP_PARTS if any(part in row["shares"] for row in rows)]
+    about = {"machine": layer_speed.machine(device), "dtype": str(dtype), "baseline": baseline, "parts": parts}
+    return {**about, "rows": rows}
+
+
+def _growth(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
+    from nexus_ds.experiments.benchmarks import layer_speed, scaling
+
+    (model,) = _known("--model", [args.model])
+    device, dtype = _place(args)
+    rows = scaling.sweep(shape, model, device, dtype, args.rounds, _say)
+    rows += scaling.router_sweep(shape, device, dtype, args.rounds, _say)
+    about = {"machine": layer_speed.machine(device), "dtype": str(dtype), "model": model}
+    return {**about, "rows": rows, "exponents": scaling.exponents(rows), "router": scaling.router_law(rows)}
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    flat = {key: value for key, value in row.items() if not isinstance(value, dict | list)}
+    return flat | {f"share {part}": share for part, share in row.get("shares", {}).items()}
+
+
+def _write(out: Path, what: str, found: dict[str, Any]) -> None:
+    from nexus_ds.experiments.benchmarks.figures import growth_curves, speed_bars
+    from nexus_ds.report.evaluation import write_csv
+
+    about = {key: value for key, value in found.items() if key != "rows"}
+    with new_directory(out) as folder:
+        lines = [json.dumps({**row, **about}) for row in found["rows"]]
+        write_text(folder / f"{what}.jsonl", "\n".join(lines) + "\n")
+        flat = [_flat(row) for row in found["rows"]]
+        keys = list(dict.fromkeys(key for row in flat for key in row))
+        write_csv(folder / f"{what}.csv", keys, [[row.get(key, "") for key in keys] for row in flat])
+        if what == "train":
+            speed_bars(found["rows"], found["parts"], found["baseline"], folder / "train.png")
+        else:
+            growth_curves(found["rows"], found["exponents"], folder / "growth.png")
+
+
+def _aligned(grid: list[list[str]]) -> str:
+    widths = [max(len(line[c]) for line in grid) for c in range(len(grid[0]))]
+    lines = (
+        [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))] for line in grid
+    )
+    return "\n".join("  ".join(cells).rstrip() for cells in lines)
+
+
+def describe_train(found: dict[str, Any]) -> str:
+    """Return the comparison as text."""
+    rows = found["rows"]
+    grid = [["model", "tokens/s", "ratio", "range", "params", "AdamW", "TFLOPS", *(["MFU"] if rows[0]["mfu"] else [])]]
+    for row in rows:
+        spread = f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}"
+        line = [row["model"], f"{row['tokens_per_second']:,.0f}", f"{row['ratio']:.3f}", spread]
+        line += [
+            f"{row['parameters'] / 1e6:,.1f}M",
+            f"{row['optimizer_seconds'] * 1e3:,.1f} ms",
+            f"{row['active_tflops']:.3g}",
+        ]
+        grid.append([*line, *([f"{row['mfu']:.1%}"] if row["mfu"] else [])])
+    parts = found["parts"]
+    table = [["share of the step", *parts]]
+    for row in rows:
+        table.append([row["model"], *(f"{row['shares'][p]:.2%}" if p in row["shares"] else "" for p in parts)])
+    return f"{_aligned(grid)}\n\n{_aligned(table)}"
+
+
+def describe_growth(found: dict[str, Any]) -> str:
+    """Return the sweeps and their exponents as text."""
+    grid = [["quantity", "x", "ms a step", "peak MB"]]
+    for row in found["rows"]:
+        peak = f"{row['peak_bytes'] / 1e6:,.0f}" if row["peak_bytes"] else ""
+        grid.append([row["quantity"], str(row["x"]), f"{row['seconds'] * 1e3:,.2f}", peak])
+    fits = [["exponent", "time", "memory"]]
+    for quantity, fitted in found["exponents"].items():
+        memory = f"{fitted['peak_bytes']:.2f}" if "peak_bytes" in fitted else ""
+        fits.append([quantity, f"{fitted['seconds']:.2f}", memory])
+    law = found["router"]
+    router = (
+        f"router of a layer with P: {law['token_seconds_few'] * 1e6:.2f} µs a token for {law['few_tokens']:,} tokens, "
+        f"{law['token_seconds_many'] * 1e6:.2f} for {law['many_tokens']:,}; {law['expert_seconds'] * 1e3:+.3f} ms an expert on "
+        f"{law['fixed_seconds'] * 1e3:.2f} ms (correlation with a straight line {law['correlation']:.2f})"
+    )
+    return f"{_aligned(grid)}\n\n{_aligned(fits)}\n{router}"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, and with --out write."""
+    from nexus_ds.experiments.benchmarks import data_speed, slow_links
+
+    if args.what == "data":
+        return data_speed.run(args, _say)
+    if args.what == "links":
+        return slow_links.run(args)
+    if args.rounds < 1:
+        raise ConfigError(f"--rounds: expected a number above 0, found {args.rounds}")
+    if args.out:
+        refuse_existing(args.out)
+    shape = _shape(args)
+    train = args.what == "train"
+    found = {"preset": args.preset, "shape": asdict(shape), **(_train if train else _growth)(args, shape)}
+    if args.out:
+        _write(args.out, args.what, found)
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
+    print(f"{args.what}, preset {args.preset}, {shape.tokens} tokens a step, {found['dtype']}; {machine}")
+    print(describe_train(found) if train else describe_growth(found))
+    if args.out:
+        print(f"wrote {args.out}; next: open {args.out / (args.what + '.png')}")
+    else:
+        print("next: the same with --out DIR for JSONL, CSV and a figure")
+    return 0

@@ -1,0 +1,219 @@
+"""The verb `evaluate`: perplexity by domain of any checkpoints, routing of mixtures, tasks, figures and a page.
+
+Not covered: text whose domain is not known (`discover` finds some).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nexus_ds.errors import ConfigError
+from nexus_ds.outputs import new_directory, refuse_existing
+from nexus_ds.pipeline import next_words
+from nexus_ds.report import verdict as before_after
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from nexus_ds.data.corpora import Source
+
+HELP = "score checkpoints by domain, with routing, figures and one page"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's options."""
+    parser.add_argument("--checkpoint", action="append", required=True, type=Path, metavar="DIR",
+                        help="dense or Nexus checkpoint; give it several times to compare")  # fmt: skip
+    parser.add_argument("--data", required=True, metavar="DIR",
+                        help="folder with <domain>/validation.jsonl[.gz|.zst], hub:NAME, or demo")  # fmt: skip
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new directory of the results")
+    parser.add_argument(
+        "--name", action="append", default=[], help="name of each --checkpoint in the results, in order"
+    )
+    parser.add_argument("--domains", default="", metavar="A,B", help="domains to score (default: all of the data's)")
+    parser.add_argument("--windows", type=int, default=48, metavar="N", help="windows of text per domain (48)")
+    parser.add_argument("--length", type=int, default=0, metavar="TOKENS",
+                        help="tokens a window; 0: as the models were trained, else 128")  # fmt: skip
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="windows a forward pass (8)")
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "stored"),
+                        help="auto: fp32 on a CPU, the stored dtype on a GPU")  # fmt: skip
+    parser.add_argument("--tasks", default="", metavar="A,B", help="downstream tasks by name, or paper: the paper's groups, "
+                        "as far as they can be run; needs lm-eval, and its data on this machine")  # fmt: skip
+    parser.add_argument("--task-path", type=Path, metavar="DIR", help="folder with tasks of lm-eval as YAML; they win over "
+                        "lm-eval's own of the same name, and the Python functions that they name are run")  # fmt: skip
+    parser.add_argument("--task-limit", type=int, default=0, metavar="N", help="examples of each task; 0: all")
+    parser.add_argument("--before", default="", metavar="NAME", help="model that the last --checkpoint is compared with, by "
+                        "name (default: the last two mixtures are compared)")  # fmt: skip
+    before_after.add_limit(parser, "the page")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="where token files are kept (default: nowhere)")
+    parser.add_argument("--on-bad-row", default="error", choices=("error", "skip"), help="what a damaged line does")
+    parser.add_argument("--no-bos", action="store_true",
+                        help="documents don't begin with the BOS of the model's tokenizer (trained with data.bos=false)")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print summary.json instead of tables")
+
+
+def model_names(checkpoints: Sequence[Path], given: Sequence[str]) -> list[str]:
+    """Return one name a checkpoint: those given, else the directories' names.
+
+    Raises:
+        ConfigError: not one --name a checkpoint, an empty name, or two models of one name.
+    """
+    if given and len(given) != len(checkpoints):
+        raise ConfigError(
+            f"found {len(given)} --name for {len(checkpoints)} --checkpoint; give one --name for each, or none"
+        )
+    names = list(given) or [path.resolve().name for path in checkpoints]
+    if not all(name.strip() for name in names):
+        raise ConfigError("found an empty --name; expected a name for each --checkpoint")
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise ConfigError(f"several checkpoints are called {', '.join(doubled)}; give each its own --name")
+    return names
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for option, least in (("windows", 1), ("length", 0), ("batch", 1), ("task-limit", 0)):
+        found = getattr(args, option.replace("-", "_"))
+        if found < least:
+            raise ConfigError(f"--{option}: expected a number of at least {least}, found {found}")
+
+
+def _domains(text: str, source: Source) -> list[str]:
+    domains = [name.strip() for name in text.split(",") if name.strip()] or source.domains()
+    if len(set(domains)) != len(domains):
+        raise ConfigError(f"--domains names a domain twice: {', '.join(domains)}; name each once")
+    return domains
+
+
+def _windows(
+    args: argparse.Namespace, source: Source, domains: list[str], tokenizer: Path, length: int, cache: Path
+) -> dict[str, np.ndarray]:
+    """Return validation windows [W, length + 1] of each domain in a checkpoint's own tokens."""
+    from nexus_ds.data.corpora import token_files, windows
+
+    files = token_files(source, domains, "validation", tokenizer, cache, on_bad_row=args.on_bad_row,
+                        bos=not args.no_bos)  # fmt: skip
+    return {domain: windows(files[domain], args.windows, length) for domain in domains}
+
+
+def _check_compared(facts: dict[str, dict[str, Any]], before: str, limit: float | None) -> None:
+    """Refuse a limit that nothing can be held against, before a second of work."""
+    from nexus_ds.report.evaluation import compared
+
+    if compared(facts, before) is not None or limit is None:
+        return
+    if len({fact["tokenizer"] for fact in facts.values()}) > 1:
+        raise ConfigError(
+            "--fail-if-worse compares two models window by window, but these have different tokenizers and so different "
+            "windows; give --checkpoint of two models of one tokenizer"
+        )
+    raise ConfigError(
+        "--fail-if-worse compares two mixtures; give --checkpoint of one before and of one after, or name any model "
+        "with --before"
+    )
+
+
+def measure(args: argparse.Namespace, names: list[str], cache: Path, limit: float | None = None) -> dict[str, Any]:
+    """Score every checkpoint and return the summary."""
+    from nexus_ds.checkpoint.inspection import describe
+    from nexus_ds.data.corpora import open_source
+    from nexus_ds.evaluation.perplexity import cosines, score, window_length
+    from nexus_ds.report.evaluation import Measured, summarise
+
+    facts = [describe(path) for path in args.checkpoint]
+    _check_compared(dict(zip(names, facts, strict=True)), args.before, limit)
+    length = window_length(args.length, facts)
+    source = open_source(args.data)
+    domains = _domains(args.domains, source)
+    texts: dict[str, dict[str, np.ndarray]] = {}  # by tokenizer: models of one tokenizer read the very same windows
+    measured: dict[str, Measured] = {}
+    for name, path, fact in zip(names, args.checkpoint, facts, strict=True):
+        if fact["tokenizer"] not in texts:
+            texts[fact["tokenizer"]] = _windows(args, source, domains, path, length, cache)
+        scores = score(path, texts[fact["tokenizer"]], args.batch, args.precision, label=name)
+        measured[name] = Measured(fact, scores, cosines(path) if scores.routing is not None else None)
+    setup = {"data": args.data, "domains": domains, "windows": args.windows, "length": length}
+    summary = summarise(measured, setup, args.before, limit)
+    if len(texts) > 1:
+        summary["warnings"].append(
+            f"the models have {len(texts)} different tokenizers: perplexity per token can't be compared between them"
+        )
+    return summary
+
+
+def measure_tasks(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
+    """Return for each checkpoint groups, mean, tasks and what was not run (and why); scores in per cent."""
+    from nexus_ds.evaluation.tasks import run_tasks, task_groups
+
+    groups, strict = task_groups(args.tasks), args.tasks.strip() != "paper"
+    found = {}
+    for name, path in zip(names, args.checkpoint, strict=True):
+        scores = run_tasks(
+            path,
+            groups,
+            args.task_path,
+            limit=args.task_limit,
+            batch=args.batch,
+            precision=args.precision,
+            strict=strict,
+            label=name,
+        )
+        found[name] = {"mean": scores.mean, **dataclasses.asdict(scores)}
+    return found
+
+
+def _show(summary: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print the tables, the warnings, what was written and what to type next."""
+    from nexus_ds.report.evaluation import PAGE, SUMMARY, change_verdict, perplexity_table, routing_table
+    from nexus_ds.report.page import text_table
+    from nexus_ds.report.tasks import task_table
+
+    print("perplexity (lower is better)")
+    print(text_table(perplexity_table(summary)))
+    verdict = change_verdict(summary)
+    if verdict is not None:
+        print(f"\nfrom {summary['change']['before']} to {summary['change']['after']}, ± one standard error")
+        print(verdict.text())
+    routed = summary["routed_model"]
+    if routed is not None:
+        print(f"\nrouting of {routed}: share of each domain's tokens at each expert, mean over layers")
+        print(text_table(routing_table(summary["models"][routed])))
+    if summary.get("tasks"):
+        print("\ntasks (per cent ± one standard error, higher is better)")
+        print(text_table(task_table(summary["tasks"])))
+    print(f"\n{summary['tokens_per_second']:,.0f} tokens/s")
+    for warning in summary["warnings"]:
+        print(f"warning: {warning}")
+    print(f"wrote {args.out / PAGE}, {args.out / SUMMARY}, {args.out / 'figures'}/")
+    print(f"next: {next_words(args.checkpoint[-1])}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score, draw, write; the output directory appears when everything is in it."""
+    _check_numbers(args)
+    limit = before_after.parse_limit(args.limit)
+    names = model_names(args.checkpoint, args.name)
+    refuse_existing(args.out)
+    with new_directory(args.out) as folder, tempfile.TemporaryDirectory(prefix="nexus-ds-") as scratch:
+        from nexus_ds.evaluation.tasks import require_harness, task_groups
+        from nexus_ds.report.evaluation import change_verdict, write_evaluation
+
+        if args.tasks:
+            require_harness()
+            task_groups(args.tasks)
+        summary = measure(args, names, args.cache or Path(scratch), limit)
+        verdict = change_verdict(summary)
+        if args.tasks:
+            summary["tasks"] = measure_tasks(args, names)
+        write_evaluation(summary, folder)
+    if args.json:
+        print(json.dumps(summary, ensure_ascii=False))
+    else:
+        _show(summary, args)
+    return verdict.exit_code("evaluate", args.out) if verdict else 0

@@ -1,0 +1,140 @@
+"""The verb `extend`: further dense branches become experts of a trained mixture (paper section 2.3).
+
+Their FFNs are appended, everything else is merged in with the share lambda, and the router's rows of the new experts are
+P(d_new): no router parameter is added. With --replace they take the places of experts of the same names.
+Not covered: removing experts; branches of another seed (refused: sizes, tokenizer or weights tell); training (`train`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nexus_ds.errors import ConfigError
+from nexus_ds.report import verdict as before_after
+
+if TYPE_CHECKING:
+    from nexus_ds.data.domains import DomainEmbeddings
+    from nexus_ds.settings import Config
+    from nexus_ds.upcycling.new_checkpoint import NewModel
+
+HELP = "add one or several dense branches as experts to a mixture"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.add_argument("--checkpoint", metavar="DIR", required=True, help="Nexus checkpoint to extend")
+    parser.add_argument(
+        "--expert",
+        metavar="NAME=DIR",
+        required=True,
+        action="append",
+        help="a new dense branch; NAME is also its domain, a row of --domains (repeat for each expert)",
+    )
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="the checkpoint has experts of these names: put the branches in their place",
+    )
+    parser.add_argument(
+        "--domains",
+        metavar="FILE",
+        help="embeddings of the new domains, from the checkpoint's encoder; may be left out with --replace where the "
+        "expert's text is the old one",
+    )
+    parser.add_argument("--out", metavar="DIR", required=True, help="new directory of the extended checkpoint")
+    parser.add_argument(
+        "--lambda",
+        metavar="X",
+        dest="share",
+        type=float,
+        help="total share of the new branches in averaged weights; default: k/(n+k) for k new beside n old experts, k/n "
+        "for k of n that are replaced",
+    )
+    parser.add_argument(
+        "--linear-init",
+        choices=("keep", "reset"),
+        default="keep",
+        help="linear routers only: keep the old rows and add random ones, or reset all rows (the paper's baseline)",
+    )
+    parser.add_argument("--config", metavar="RECIPE", default=None, help="recipe with the router's settings")
+    parser.add_argument("--data", metavar="DIR", help="text of old and new domains for the refit; default: as embedded")
+    parser.add_argument("--no-refit", action="store_true", help="leave P (or the linear rows): router.warm_start=none")
+    parser.add_argument(
+        "--verdict",
+        action="store_true",
+        help="score both models on validation text of --data and print a table before and after (before any finetune); "
+        "seconds for small models, two passes over N windows a domain for all",
+    )
+    before_after.add_options(parser)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings over those of the recipe")
+
+
+def _describe(
+    args: argparse.Namespace, experts: dict[str, Path], embeddings: DomainEmbeddings | None, config: Config
+) -> NewModel:
+    """Return the new mixture; lambda is --lambda, else that of a recipe given with --config, else the default."""
+    from nexus_ds.upcycling.extend import extended
+    from nexus_ds.upcycling.replace import replaced
+
+    share = args.share
+    if share is None and args.config:
+        share = config.pipeline.merge_weight
+    if args.replace and args.linear_init != "keep":
+        raise ConfigError(
+            f"--linear-init {args.linear_init} is for experts that are added; with --replace the rows stay"
+        )
+    if args.replace:
+        return replaced(Path(args.checkpoint), experts, embeddings, config, share)
+    if embeddings is None:
+        raise ConfigError("--domains FILE is missing: the embeddings of the new domains (make it with nexus-ds embed)")
+    return extended(Path(args.checkpoint), experts, embeddings, config, share, args.linear_init)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Extend: check everything, write the checkpoint under a temporary name, refit its router, rename, and score it.
+
+    lambda is --lambda, else `pipeline.merge_weight` of a recipe given with --config, else k/(n+k).
+
+    Raises:
+        IncompatibleModelsError: models, tokenizers or encoder that differ from the checkpoint's.
+        UnsupportedModelError: a model that a Qwen2-MoE can't express.
+        CheckpointError: missing, damaged, NaN or all-zero tensors, or rows that are not P(D).
+        ConfigError, DataError: options, recipe, domain embeddings or text.
+        OutputExistsError: --out is taken. In all cases --out is not made.
+    """
+    from nexus_ds.config import load_config
+    from nexus_ds.data.domains import read_domain_embeddings
+    from nexus_ds.evaluation.before_after import Trial, chosen
+    from nexus_ds.outputs import new_directory, refuse_existing
+    from nexus_ds.pipeline import next_training
+    from nexus_ds.upcycling.blend import parse_experts
+
+    out, experts, limit = Path(args.out), parse_experts(args.expert), before_after.parse_limit(args.limit)
+    refuse_existing(out)
+    cold = ["router.warm_start=none"] if args.no_refit else []
+    config = load_config(args.config or "demo", ["stage=extend", *args.overrides, *cold])
+    embeddings = read_domain_embeddings(Path(args.domains)) if args.domains else None
+    model = _describe(args, experts, embeddings, config)
+    data = args.data or (embeddings.data if embeddings else "")
+    if not data and (args.verdict or limit is not None or config.router.warm_start != "none"):
+        raise ConfigError(
+            "without --domains nothing says where the text is: give --data DIR, or --no-refit to read none"
+        )
+    text = model.fit_text(data, config, "--no-refit")
+    trial = None
+    if args.verdict or limit is not None:
+        domains = chosen(args.scored, Path(args.checkpoint), list(experts))
+        trial = Trial(Path(args.checkpoint), data, domains, args.windows, config.data.bos)
+    with new_directory(out) as directory:
+        report = model.write(directory, text, config.router, config.seed)
+    verdict = before_after.judge(trial.before, trial.after(out), limit) if trial else None
+    command = next_training(out, data or "DIR", args.config or "demo", "extend")
+    result = model.summary(out, report) | {"lambda": model.sidecar.lineage[-1]["lambda"], "next": command}
+    result["verdict"] = verdict.as_dict() if verdict else None
+    lines = [model.describe(out, report), *([verdict.text()] if verdict else []), f"next: {command}"]
+    print(json.dumps(result, indent=2) if args.json else "\n".join(lines))
+    return verdict.exit_code("extend", out) if verdict else 0

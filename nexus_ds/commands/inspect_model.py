@@ -1,0 +1,81 @@
+"""The verb `inspect`: what a checkpoint is, or how several differ. (A module named inspect would shadow Python's own.)
+
+Not covered: differences between weights; only sizes, experts, router, origin and tokenizer are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HELP = "show what a checkpoint is, or how several differ"
+LISTS = ("experts", "lineage")  # shown below the facts
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's options."""
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="dense or Nexus checkpoint")
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON (a list for several directories)")
+
+
+def flat(facts: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return nested facts as one level of texts: {'parameters': {'total': 5}} becomes {'parameters.total': '5'}."""
+    result: dict[str, str] = {}
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            result |= flat(value, f"{prefix}{key}.")
+        elif key == "lineage":
+            result[prefix + key] = " > ".join(str(step.get("verb", "?")) for step in value)
+        elif key == "experts":
+            result[prefix + key] = ", ".join(f"{expert['name']} {expert['sha256'][:8]}" for expert in value)
+        elif value is not None:
+            result[prefix + key] = f"{value:,}" if type(value) is int else str(value)
+    return result
+
+
+def describe_text(facts: dict[str, Any]) -> str:
+    """Return the facts of one checkpoint as lines of text."""
+    lines = flat({key: value for key, value in facts.items() if key not in LISTS})
+    width = max(map(len, lines))
+    text = [f"{name.ljust(width)}  {value}" for name, value in lines.items()]
+    for index, expert in enumerate(facts.get("experts", [])):
+        text.append(f"expert {index}: {expert['name']} (domain {expert['domain']}) from {expert['source']}, "
+                    f"sha256 {expert['sha256'][:12]}")  # fmt: skip
+    for index, step in enumerate(facts.get("lineage", [])):
+        settings = {key: value for key, value in step.items() if key != "verb"}
+        text.append(f"step {index + 1}: {step.get('verb', '?')} {json.dumps(settings, ensure_ascii=False)}")
+    return "\n".join(text)
+
+
+def differences(all_facts: Sequence[dict[str, Any]]) -> tuple[list[list[str]], list[str]]:
+    """Return rows [fact, value of the first, of the second, ...] of what differs, and the names of what is equal."""
+    flats = [flat(facts) for facts in all_facts]
+    keys = [key for key in dict.fromkeys(k for f in flats for k in f) if key != "directory"]
+    rows, equal = [], []
+    for key in keys:
+        values = [f.get(key, "–") for f in flats]
+        if len(set(values)) == 1:
+            equal.append(key)
+        else:
+            rows.append([key, *values])
+    return rows, equal
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the facts of one directory, or a table of differences of several."""
+    from nexus_ds.checkpoint.inspection import describe
+    from nexus_ds.report.page import Table, text_table
+
+    facts = [describe(directory) for directory in args.directories]
+    if args.json:
+        print(json.dumps(facts[0] if len(facts) == 1 else facts, indent=2, ensure_ascii=False))
+    elif len(facts) == 1:
+        print(describe_text(facts[0]))
+    else:
+        rows, equal = differences(facts)
+        print(text_table(Table(header=["differs", *map(str, args.directories)], rows=rows)))
+        print(f"equal: {', '.join(equal)}")
+    return 0

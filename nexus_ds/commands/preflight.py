@@ -1,0 +1,53 @@
+"""The verb `preflight`: check nodes, versions, devices, disk and network in seconds, before a job's expensive part.
+
+Every rank runs it, as srun starts it; outside of SLURM it checks this machine with one rank.
+Not covered: memory on machines without GPUs, which `plan` does not predict.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nexus_ds.config import load_config
+from nexus_ds.launch import meeting_point, position
+from nexus_ds.pipeline import DS_JSON, WIDE_STAGES, resolve
+
+HELP = "check nodes, versions, devices, disk and network before a stage (every rank runs it)"
+STAGES = {"seed": "seed", "branch": "branch", "moe": "moe", "extended": "extend"}  # name: train.py's stage
+OTHERS = ("embed", "upcycle", "extend", "evaluate")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's options."""
+    parser.add_argument("--config", metavar="RECIPE", default="demo", help="recipe file or name (default: demo)")
+    parser.add_argument(
+        "--deepspeed", metavar="JSON", default="", help="for moe and extended (default: the project's z3)"
+    )
+    parser.add_argument("--wait", type=float, default=60.0, metavar="S", help="seconds to wait for ranks (default: 60)")
+    parser.add_argument("name", metavar="STAGE", choices=(*STAGES, *OTHERS), help="stage that is about to run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings laid over the recipe")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check; print what was found, or every problem."""
+    from nexus_ds.runtime.node_checks import Needs, PreflightError, check, needs_of
+
+    stage = STAGES.get(args.name, "moe")
+    overrides = [*args.overrides, f"stage={stage}"]
+    if stage == "branch" and not any(text.startswith("branch=") for text in overrides):
+        overrides.append("branch=any")  # all branches are of one size
+    config = resolve(load_config(args.config, overrides))
+    ds_json = args.deepspeed or str(DS_JSON) if stage in WIDE_STAGES else ""
+    here = position()
+    address, port = meeting_point(here)
+    try:
+        plan = (lambda: needs_of(config, here, ds_json)) if args.name in STAGES else Needs
+        line = check(Path(config.pipeline.run), here, address, port, args.wait, plan)
+    except PreflightError as error:
+        if str(error):
+            raise
+        return 1  # rank 0 says why
+    if here.rank == 0:
+        print(line)
+    return 0

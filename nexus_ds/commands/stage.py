@@ -1,0 +1,212 @@
+"""The verb `stage`: make one stage of a recipe's run by name; what the templates in slurm/ call in every job.
+
+Names and domains of a recipe stay inside python: a template passes the recipe's path, the stage's name and the user's
+settings on as they came, and a task of an array finds its domain here.
+Not covered: launching several ranks (srun does), submitting and requeueing (slurm/).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from nexus_ds.config import dump, load_config
+from nexus_ds.errors import ConfigError, NexusError
+from nexus_ds.local_runner import run_steps
+from nexus_ds.outputs import Ended, exit_on_signals, new_file, write_text
+from nexus_ds.pipeline import (
+    DS_JSON,
+    TRAIN,
+    TRAINED,
+    WIDE_STAGES,
+    Step,
+    check_domains,
+    needed_for,
+    places,
+    shared_overrides,
+    steps,
+)
+from nexus_ds.settings import Config
+
+HELP = "make one stage of a recipe's run (what the templates in slurm/ call)"
+ALONE = ("embed", "upcycle", "extend", "evaluate")
+SHOWN = ("logs", "output", "branches", "extension")
+EXIT_STOPPED = 75  # a signal asked for a stop
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's options."""
+    parser.add_argument("--config", metavar="RECIPE", default="demo", help="recipe file or name (default: demo)")
+    parser.add_argument(
+        "--deepspeed", metavar="JSON", default="", help="for moe and extended (default: the project's z3)"
+    )
+    parser.add_argument("--show", choices=SHOWN, help="print one fact for a job script and do nothing else")
+    parser.add_argument("name", metavar="STAGE", choices=(*TRAINED, *ALONE), help=" | ".join((*TRAINED, *ALONE)))
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings laid over the recipe")
+
+
+def _domains(config: Config) -> list[str]:
+    """Return the domains whose branches a run trains, in the order of an array's tasks; ConfigError if there are none."""
+    if not config.pipeline.domains:
+        raise ConfigError(
+            "pipeline.domains is empty: a run trains a branch for each; give pipeline.domains=[A,B,..], folders of data.path"
+        )
+    return [*config.pipeline.domains, *config.pipeline.new_domains]
+
+
+def branch_domain(config: Config) -> str:
+    """Return the domain of this array task: SLURM_ARRAY_TASK_ID counts domains, then new domains, from 0.
+
+    Raises:
+        ConfigError: no index, or one beyond the recipe's branches.
+    """
+    if config.branch:
+        return config.branch
+    domains = _domains(config)
+    text = os.environ.get("SLURM_ARRAY_TASK_ID", "")
+    if not text.isdecimal():
+        raise ConfigError(f"which branch? submit with --array=0-{len(domains) - 1}, or give branch=DOMAIN")
+    if int(text) >= len(domains):
+        raise ConfigError(
+            f"array task {text}: the recipe has {len(domains)} branches ({', '.join(domains)}); "
+            f"submit with --array=0-{len(domains) - 1}"
+        )
+    return domains[int(text)]
+
+
+def _config(args: argparse.Namespace) -> Config:
+    """Load the recipe for the chosen stage; the branch stage gets its domain later."""
+    stage = TRAINED.get(args.name, "moe")
+    own = [f"stage={'moe' if stage == 'branch' else stage}"]
+    config = load_config(args.config, [*args.overrides, *own])
+    check_domains(config)
+    if args.name != "seed":  # whose text may stand in data.domains
+        _domains(config)
+    return config
+
+
+def plan(config: Config, args: argparse.Namespace) -> list[Step]:
+    """Return the stages of the run, the evaluation last."""
+    overrides = shared_overrides(args.overrides)
+    ds_json = args.deepspeed or (str(DS_JSON) if DS_JSON.is_file() else "")
+    found = steps(config, args.config, overrides, ranks=1, ds_config=ds_json)
+    # The demo runs whatever is missing, which is nothing here, and then scores and reports.
+    demo = [sys.executable, "-m", "nexus_ds", "demo", f"--config={args.config}", *overrides]
+    return [*found, Step("evaluate", places(config).report, demo, (found[-1].name,))]
+
+
+def names_of(name: str, config: Config) -> list[str]:
+    """Return the names in the plan that a stage of the command line stands for."""
+    if name == "branch":
+        return [f"branch:{branch_domain(config)}"]
+    if name == "embed" and config.pipeline.new_domains:
+        return ["embed", "embed:new"]
+    return [name]
+
+
+def chosen(found: list[Step], names: list[str]) -> list[Step]:
+    """Return the steps of these names; ConfigError for one that the recipe does not have."""
+    by_name = {step.name: step for step in found}
+    for name in names:
+        kind, _, domain = name.partition(":")
+        if name not in by_name and kind == "branch":
+            known = ", ".join(other.partition(":")[2] for other in by_name if other.startswith("branch:"))
+            raise ConfigError(
+                f"branch={domain} is none of the recipe's domains ({known or 'none'}); give pipeline.domains=[A,B,..]"
+            )
+        if name not in by_name:
+            raise ConfigError(f"the recipe adds no expert, so it has no stage {name}; give pipeline.new_domains=[E]")
+    return [by_name[name] for name in names]
+
+
+def show(what: str, config: Config, args: argparse.Namespace) -> str:
+    """Return one fact as one line: `logs` (made if missing), `output`, `branches`, `extension`."""
+    run = places(config).run.absolute()
+    if what == "logs":
+        (run / "logs").mkdir(parents=True, exist_ok=True)
+        # For `status`, which knows a run by its folder.
+        with new_file(run / "logs" / "recipe.yaml", overwrite=True) as temporary:
+            write_text(temporary, dump(config))
+        line = str(run / "logs")
+    elif what == "output":
+        line = str(chosen(plan(config, args), names_of(args.name, config))[-1].output.absolute())
+    elif what == "branches":
+        line = str(len(_domains(config)))
+    else:
+        line = "yes" if config.pipeline.new_domains else "no"
+    if any(ord(character) < 32 for character in line):
+        raise ConfigError(f"pipeline.run {str(run)!r} has a control character; choose another path")
+    return line
+
+
+@contextlib.contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """Hold a lock that the jobs of a run share: tasks of an array that all miss the seed make it once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise NexusError(
+                f"{path}: this file system has no locks ({error}); train the seed first: sbatch slurm/seed.sh"
+            ) from error
+        yield
+
+
+def make(todo: list[str], found: list[Step], config: Config) -> int:
+    """Run stages and what they need, if missing; return 0, or 75 when a signal ended it."""
+    try:
+        with exit_on_signals():
+            for name in todo:
+                step = next(s for s in found if s.name == name)
+                if not step.output.exists():
+                    run_steps([*needed_for(found, name), step], config.pipeline.parallel_branches)
+    except Ended:  # the stages that ran have saved their state or removed what was unfinished
+        print("nexus-ds stage: stopped by a signal; start the same command again to go on", file=sys.stderr, flush=True)
+        return EXIT_STOPPED
+    return 0
+
+
+def train(config: Config, args: argparse.Namespace) -> NoReturn:
+    """Become train.py for this stage, with the same process id: signals reach the training loop."""
+    stage = TRAINED[args.name]
+    settings = [*args.overrides, f"stage={stage}"]
+    if stage == "branch":
+        # Quoted: a domain may be called 2024 or yes.
+        settings.append(f"branch={json.dumps(branch_domain(config), ensure_ascii=False)}")
+    command = [sys.executable, "-u", str(TRAIN), f"--config={args.config}"]
+    if stage in WIDE_STAGES and (args.deepspeed or DS_JSON.is_file()):
+        command.append(f"--deepspeed={args.deepspeed or DS_JSON}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [*command, *settings])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the stage; a finished one is left alone."""
+    config = _config(args)
+    if args.show:
+        print(show(args.show, config, args))
+        return 0
+    found = plan(config, args)
+    names = names_of(args.name, config)
+    targets = chosen(found, names)
+    if args.name in ALONE:
+        code = make(names, found, config)
+        if code == 0:
+            print(f"finished: {', '.join(str(step.output) for step in targets)}")
+        return code
+    missing = [] if config.model.path else needed_for(found, names[0])
+    if missing and os.environ.get("SLURM_PROCID", "0") == "0" and not targets[0].output.exists():
+        with _only_one(places(config).run / "logs" / ".making"):
+            code = make([step.name for step in missing], found, config)
+        if code:
+            return code
+    train(config, args)

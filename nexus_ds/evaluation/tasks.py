@@ -1,0 +1,230 @@
+"""Downstream tasks: lm-eval on a checkpoint as stock transformers runs it, by groups of tasks (paper section 6).
+
+lm-eval is no requirement of this program: `pip install 'lm-eval[hf]'` adds it. Nothing is downloaded unless the user sets
+HF_HUB_OFFLINE=0; tasks of a folder of one's own (lm-eval's YAML) read local files and win over lm-eval's of that name.
+
+Not covered: the paper's own harness, prompts and metrics, which it does not print; QuAC, LBPP and HumanEval-Pack, which
+lm-eval does not have, and SQuAD with shots. Tasks' YAML may name Python functions, which are run: use folders you trust.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import io
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nexus_ds.checkpoint.loading import load_model
+from nexus_ds.data.offline import stay_offline
+from nexus_ds.data.tokenizer import open_tokenizer
+from nexus_ds.errors import ConfigError
+from nexus_ds.progress import Progress
+
+PAPER = {
+    "knowledge": ("openbookqa", "nq_open", "triviaqa", "squad_completion"),
+    "science": ("arc_easy", "arc_challenge", "sciq"),
+    "reasoning": ("commonsense_qa", "social_iqa", "piqa", "winogrande", "hellaswag"),
+    "mmlu": ("mmlu",),
+    "code": ("mbpp", "humaneval"),
+}
+SHOTS = {"mmlu": 5}  # of lm-eval's tasks; all else as the task says
+METRICS = ("acc_norm", "acc", "exact_match", "contains", "f1", "pass@1", "pass_at_1")
+"""Shares of 1 that count as a task's score; the first that a task reports."""
+CONSENT = "HF_ALLOW_CODE_EVAL"
+UNSAFE = f"it runs code that the model wrote; allow that in a sandbox with {CONSENT}=1"
+
+
+@dataclass
+class TaskScores:
+    """Scores of one checkpoint in per cent: of groups, of each task, and why others were not run."""
+
+    groups: dict[str, float] = field(default_factory=dict)
+    """Mean over the group's tasks that were run."""
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """group, metric, score, stderr, shots and examples of each task."""
+    not_run: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        """Mean over groups, each counting the same, as the paper's averages."""
+        return sum(self.groups.values()) / len(self.groups)
+
+
+def task_groups(text: str) -> dict[str, tuple[str, ...]]:
+    """Return groups of tasks: those of the paper for `paper`, else each of the names A,B as a group of its own.
+
+    Raises:
+        ConfigError: no name, or one that is given twice.
+    """
+    if text.strip() == "paper":
+        return dict(PAPER)
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"--tasks {text!r}: expected paper, or names of tasks, each once: A,B")
+    return {name: (name,) for name in names}
+
+
+def require_harness() -> None:
+    """Raise ConfigError unless lm-eval and what it needs for transformers models are installed."""
+    missing = [name for name in ("lm_eval", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"tasks need lm-eval, found no {' and no '.join(missing)}; add it with: "
+            f"{sys.executable} -m pip install 'lm-eval[hf]'"
+        )
+
+
+def score_of(result: Mapping[str, Any]) -> tuple[str, float, float | None] | None:
+    """Return (metric, score, standard error) in per cent of one task's lm-eval result; None without a known metric."""
+    for metric in METRICS:
+        for key, value in result.items():  # "acc,none": the metric and the filter of the answers
+            name, _, answers = key.partition(",")
+            if name == metric and isinstance(value, int | float):
+                error = result.get(f"{name}_stderr,{answers}")
+                return metric, 100.0 * value, 100.0 * error if isinstance(error, int | float) else None
+    return None
+
+
+def run_tasks(
+    checkpoint: Path,
+    groups: Mapping[str, Sequence[str]],
+    task_path: Path | None = None,
+    *,
+    limit: int = 0,
+    batch: int = 8,
+    precision: str = "auto",
+    strict: bool = True,
+    label: str = "",
+) -> TaskScores:
+    """Run tasks on a checkpoint.
+
+    Args:
+        checkpoint: dense or Nexus.
+        groups: names of lm-eval's tasks (or of its groups of tasks) by group.
+        task_path: folder with further tasks as YAML.
+        limit: examples of each task; 0: all.
+        batch: sequences a forward pass.
+        precision: of the weights, as in `scoring.score`.
+        strict: whether a task that can't be run is an error; if not, it is left out and named in `not_run`.
+        label: what the progress line calls the model; default its directory's name.
+
+    Raises:
+        ConfigError: lm-eval is missing, no such folder, a task that can't be run, or none that can.
+        CheckpointError: a checkpoint that can't be loaded.
+    """
+    require_harness()
+    if task_path is not None and not task_path.is_dir():
+        raise ConfigError(f"--task-path {task_path}: no such folder; expected one with tasks of lm-eval as YAML")
+    stay_offline()
+    with _quiet():
+        from lm_eval.models.huggingface import HFLM
+
+        manager = _manager(task_path, frozenset(task for tasks in groups.values() for task in tasks))
+        model, tokenizer = load_model(checkpoint, precision), open_tokenizer(checkpoint)
+        harness = _Harness(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch), manager, limit)
+        scores, names = TaskScores(), [(group, task) for group, tasks in groups.items() for task in tasks]
+        with Progress(f"tasks {label or checkpoint.name}", len(names), "task") as progress:
+            for group, task in names:
+                try:
+                    scores.tasks[task] = {"group": group, **harness.run(task)}
+                except ConfigError as error:
+                    if strict:
+                        raise
+                    scores.not_run[task] = str(error).removeprefix(f"task {task}: ")
+                progress.advance()
+    if not scores.tasks:
+        raise ConfigError(
+            "none of the tasks could be run:\n" + "\n".join(f"{t}: {why}" for t, why in scores.not_run.items())
+        )
+    for group in groups:
+        found = [task["score"] for task in scores.tasks.values() if task["group"] == group]
+        if found:
+            scores.groups[group] = sum(found) / len(found)
+    return scores
+
+
+@functools.cache
+def _manager(task_path: Path | None, names: frozenset[str]) -> Any:
+    """Return lm-eval's index of tasks; reading all of its own takes many seconds and is left out where it can be."""
+    from lm_eval.tasks import TaskManager
+
+    if task_path is not None:
+        manager = TaskManager(include_path=str(task_path), include_defaults=False)
+        if names <= set(manager.all_tasks):
+            return manager
+    return TaskManager(include_path=str(task_path) if task_path else None)
+
+
+@dataclass
+class _Harness:
+    """lm-eval with one model."""
+
+    model: Any
+    manager: Any
+    limit: int
+
+    def run(self, task: str) -> dict[str, Any]:
+        """Return metric, score, stderr, shots and examples of one task; ConfigError if it can't be run."""
+        from lm_eval import simple_evaluate
+
+        if task in PAPER["code"] and os.environ.get(CONSENT) != "1":  # before any of it is loaded
+            raise ConfigError(f"task {task}: {UNSAFE}")
+        if task not in self.manager.all_tasks:
+            raise ConfigError(f"task {task}: lm-eval has none of this name; give its YAML's folder with --task-path")
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # four bars a task; what goes wrong is raised
+                found = simple_evaluate(
+                    model=self.model,
+                    tasks=[task],
+                    num_fewshot=SHOTS.get(task),
+                    limit=self.limit or None,
+                    task_manager=self.manager,
+                    bootstrap_iters=100,
+                    log_samples=False,
+                    confirm_run_unsafe_code=os.environ.get(CONSENT) == "1",
+                )
+        except Exception as error:  # of lm-eval, of `datasets`, of a task's own code: they have no type in common
+            raise ConfigError(f"task {task}: {_reason(error)}") from error
+        result = found["results"].get(task, {})
+        score = score_of(result)
+        if score is None:
+            said = ", ".join(map(str, result)) or f"nothing itself; it stands for {', '.join(found['results'])}"
+            raise ConfigError(f"task {task}: reports {said}; expected one of {', '.join(METRICS)}")
+        shots = set(found["n-shot"].values())
+        return {
+            "metric": score[0],
+            "score": score[1],
+            "stderr": score[2],
+            "shots": max(shots),
+            "examples": sum(count["effective"] for count in found["n-samples"].values()),
+        }
+
+
+def _reason(error: Exception) -> str:
+    """Return why a task failed, and what helps, as one line."""
+    said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    if "unsafe" in said:
+        return f"{UNSAFE} ({said})"
+    return f"{said}; if its data is not on this machine: HF_HUB_OFFLINE=0 downloads it, --task-path reads files"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave lm-eval's log and its bars to errors."""
+    import datasets
+
+    level, root = logging.getLogger("lm_eval").level, logging.getLogger("lm_eval")
+    root.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        datasets.enable_progress_bars()

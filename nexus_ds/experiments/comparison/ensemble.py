@@ -1,0 +1,50 @@
+"""BTM's ensemble (Li et al., arXiv 2208.03306): all branches at once, weighted by the posterior of their domain.
+
+    p(x_t | x_<t) = sum_i w_i(t) p_i(x_t | x_<t),      w_i(t) = softmax_i of sum over s < t of log p_i(x_s | x_<s)
+
+The prior is uniform and the posterior is that of the window so far, so nothing is fitted on text of the future.
+Shapes: N models, W windows, T tokens.
+Not covered: a prior estimated on validation text, leaving out models of small weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nexus_ds.checkpoint.loading import load_model
+
+
+def posterior_loss(losses_NWT: Tensor) -> Tensor:
+    """Return the ensemble's loss [W, T] from its members' losses of each token (nats)."""
+    log_p_NWT = -losses_NWT.double()
+    before_NWT = log_p_NWT.cumsum(-1) - log_p_NWT  # of the tokens before each one
+    log_w_NWT = before_NWT.log_softmax(0)
+    return -(log_w_NWT + log_p_NWT).logsumexp(0)
+
+
+@torch.inference_mode()
+def window_losses(directory: Path, windows_WT: np.ndarray, batch: int = 8) -> Tensor:
+    """Return the loss of each next token, [W, T], of windows [W, T + 1]."""
+    model = load_model(directory, "auto")
+    parts = []
+    for start in range(0, len(windows_WT), batch):
+        tokens = torch.from_numpy(np.ascontiguousarray(windows_WT[start : start + batch], dtype=np.int64)).to(
+            model.device
+        )
+        logits_WTV = model(input_ids=tokens[:, :-1], use_cache=False).logits.float()
+        parts.append(F.cross_entropy(logits_WTV.transpose(1, 2), tokens[:, 1:], reduction="none").cpu())
+    return torch.cat(parts)
+
+
+def ensemble_losses(models: Sequence[Path], windows: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Return the ensemble's mean loss (nats per token) on each domain's windows."""
+    texts = np.concatenate(list(windows.values()))
+    losses_WT = posterior_loss(torch.stack([window_losses(path, texts) for path in models]))
+    parts = losses_WT.split([len(w) for w in windows.values()])
+    return {domain: float(part.mean()) for domain, part in zip(windows, parts, strict=True)}

@@ -1,0 +1,256 @@
+"""Training state in a form that knows no ranks: fp32 weights and Adam's moments per parameter, experts in expert order.
+
+A parameter is flattened; whoever owns elements [a, b) of it writes them into a safetensors file of its own, under the
+name `KIND:a:PARAMETER` (KIND: fp32, exp_avg, exp_avg_sq). Reading takes from all files what this rank owns now, so
+that any number of ranks, expert-parallel size and ZeRO stage reads what any other wrote, and no rank ever holds more
+than its own. A routed expert's matrix is a parameter of its own, under its name in a checkpoint: placement does not
+show, and vacant slots are in no file.
+Not covered: other optimizers than Adam; when files count and whether they are whole (`states`).
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nexus_ds.checkpoint.qwen2_moe import expert_name
+from nexus_ds.checkpoint.tensors import DTYPE_NAMES, TensorReader, header_of
+from nexus_ds.errors import CheckpointError
+from nexus_ds.outputs import naming, write_at
+from nexus_ds.runtime import deepspeed_internals as internals
+from nexus_ds.runtime.engine import full_shape, moe_layers
+
+STACKED = (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj"))
+RNG = "rng"
+
+
+class Piece(NamedTuple):
+    """Elements [start, start + n) of a parameter in canonical form."""
+
+    name: str
+    start: int
+    values: dict[str, Tensor]
+    """Per kind a view [n] into the optimizer's memory, fp32."""
+
+
+class _Stack(NamedTuple):
+    """A stack of this rank's experts: per slot the name in canonical form (None: vacant) and the elements of one."""
+
+    names: list[str | None]
+    size: int
+
+
+def _stacks(model: nn.Module) -> dict[int, _Stack]:
+    """Return the expert stacks of a model by the id of their parameter."""
+    found = {}
+    for index, layer in enumerate(moe_layers(model)):
+        local = layer.placement.local_experts()
+        for stacked, part in STACKED:
+            parameter = getattr(layer.experts, stacked)
+            names = [None if expert is None else expert_name(index, expert, part) for expert in local]
+            found[id(parameter)] = _Stack(names, math.prod(full_shape(parameter)[1:]))
+    return found
+
+
+def shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Return every parameter's shape in canonical form, the same on all ranks of all layouts."""
+    stacks = _stacks(model)
+    found = {name: list(full_shape(p)) for name, p in model.named_parameters() if id(p) not in stacks}
+    for index, layer in enumerate(moe_layers(model)):
+        for stacked, part in STACKED:
+            shape = list(full_shape(getattr(layer.experts, stacked))[1:])
+            found |= {expert_name(index, expert, part): shape for expert in range(layer.placement.experts)}
+    return found
+
+
+def _cut(fragment: internals.Fragment, stack: _Stack) -> Iterator[Piece]:
+    """Cut a fragment of an expert stack at the borders between slots; vacant slots are left out."""
+    stop = fragment.start + len(fragment.values[internals.MASTER])
+    for slot in range(fragment.start // stack.size, -(-stop // stack.size)):
+        first, last = max(fragment.start, slot * stack.size), min(stop, (slot + 1) * stack.size)
+        name = stack.names[slot]
+        if name is not None:
+            views = {
+                kind: view[first - fragment.start : last - fragment.start] for kind, view in fragment.values.items()
+            }
+            yield Piece(name, first - slot * stack.size, views)
+
+
+def pieces(engine: Any) -> Iterator[Piece]:
+    """Yield what this rank owns, in canonical form; the values are views, writing to them writes the optimizer."""
+    names = {id(p): name for name, p in engine.module.named_parameters()}
+    stacks = _stacks(engine.module)
+    for fragment in internals.fragments(engine):
+        key = id(fragment.parameter)
+        if key in stacks:
+            yield from _cut(fragment, stacks[key])
+        else:
+            yield Piece(names[key], fragment.start, fragment.values)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
+
+
+def _random_states() -> dict[str, Tensor]:
+    found = {f"{RNG}:cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        found[f"{RNG}:cuda"] = torch.cuda.get_rng_state()
+    return found
+
+
+def write_rank(engine: Any, path: Path, halfway: Callable[[], None]) -> dict[str, Any]:
+    """Write what this rank owns to `path` and flush it to the disk; return its size in bytes and sha256.
+
+    Both are of what is in memory, not of what came to the disk; the hash is taken by a thread beside the writing. At most
+    two chunks have left the device.
+
+    Raises:
+        OSError: not all could be written; it names the file, what is still to be written, and what is free.
+    """
+    tensors = {f"{kind}:{p.start}:{p.name}": view for p in pieces(engine) for kind, view in p.values.items()}
+    tensors |= _random_states()
+    lead, places = header_of({name: (DTYPE_NAMES[tensor.dtype], (tensor.numel(),)) for name, tensor in tensors.items()})
+    size, position = max(end for _, end in places.values()), 0
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
+        hashed = beside.submit(digest.update, b"")
+        for index, data in enumerate(_chunks(lead, tensors)):
+            hashed.result()
+            hashed = beside.submit(digest.update, data)
+            write_at(file.fileno(), position, data, path)
+            position += len(data)
+            if index == len(tensors) // 2:
+                halfway()
+        with naming(path, size):
+            os.fsync(file.fileno())
+        hashed.result()
+    _check_size(path, size)
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _check_size(path: Path, size: int) -> None:
+    """Raise CheckpointError unless the file is as long as its header says."""
+    if (found := path.stat().st_size) != size:
+        raise CheckpointError(f"{path}: {found:,} bytes were written, {size:,} planned; the state does not count")
+
+
+def _chunks(lead: bytes, tensors: dict[str, Tensor]) -> Iterator[memoryview]:
+    yield memoryview(lead)
+    for tensor in tensors.values():
+        data = _bytes(tensor)
+        for start in range(0, len(data), 1 << 30):  # one call of the system writes at most 2 GiB
+            yield data[start : start + (1 << 30)]
+
+
+class StateFiles:
+    """The files of one training state, read by parameter and element.
+
+    Raises:
+        CheckpointError: a file is damaged or named otherwise than `write_rank` names tensors.
+    """
+
+    def __init__(self, directory: Path, files: list[str]) -> None:
+        self.directory = directory
+        self._readers = {name: TensorReader.of_file(directory, name) for name in files}
+        self._index: dict[tuple[str, str], list[tuple[int, int, TensorReader, str]]] = {}
+        for file, reader in self._readers.items():
+            for name in reader.names():
+                kind, _, rest = name.partition(":")
+                start, _, parameter = rest.partition(":")
+                if kind == RNG:
+                    continue
+                if not start.isdigit() or not parameter:
+                    raise CheckpointError(f"{directory / file}: tensor {name!r} belongs to no training state")
+                entry = (int(start), int(start) + reader.info(name).shape[0], reader, name)
+                self._index.setdefault((kind, parameter), []).append(entry)
+        for entries in self._index.values():
+            entries.sort(key=lambda entry: entry[:2])
+
+    def fill(self, kind: str, name: str, start: int, target: Tensor) -> None:
+        """Read elements [start, start + n) of a parameter into `target` [n]; CheckpointError if some are nowhere."""
+        entries = self._index.get((kind, name), [])
+        position, stop = start, start + len(target)
+        first = max(0, bisect.bisect_right(entries, start, key=lambda entry: entry[0]) - 1)
+        for begin, end, reader, tensor in entries[first:]:
+            if begin > position or position >= stop:
+                break
+            if end <= position:
+                continue
+            last = min(end, stop)
+            target[position - start : last - start].copy_(reader.read_rows(tensor, position - begin, last - begin))
+            position = last
+        if position < stop:
+            raise CheckpointError(
+                f"{self.directory}: element {position} of {kind} of {name} is in no file; the training state is incomplete"
+            )
+
+    def random_states(self, file: str) -> dict[str, Tensor]:
+        """Return the random generators' states that the writer of `file` had."""
+        if file not in self._readers:
+            return {}
+        reader = self._readers[file]
+        return {name.partition(":")[2]: reader.read(name) for name in reader.names() if name.startswith(f"{RNG}:")}
+
+
+def read_rank(engine: Any, files: StateFiles, optimizer_step: int, own_file: str) -> None:
+    """Fill a fresh engine: masters, moments, Adam's count, working weights, and the generators of `own_file` if there.
+
+    All ranks must call.
+
+    Raises:
+        CheckpointError: elements that no file has.
+    """
+    internals.set_optimizer_step(engine, optimizer_step)
+    for piece in pieces(engine):
+        for kind, view in piece.values.items():
+            files.fill(kind, piece.name, piece.start, view)
+    internals.weights_from_masters(engine)
+    states = files.random_states(own_file)
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def adopt_moments(engine: Any, files: StateFiles, known: dict[str, list[int]], optimizer_step: int) -> None:
+    """Give a fresh engine the moments that another model's training left, by parameter; weights stay as they are.
+
+    A parameter of another shape or name (a new expert's, the rows of a linear router) starts with a first moment of zero
+    and the mean second moment of its siblings, the old experts' same matrix: zeros under a carried count would make the
+    first updates several times the learning rate.
+
+    Args:
+        engine: fresh, of the extended model.
+        files: a state of the model before the extension.
+        known: its parameters' shapes.
+        optimizer_step: its count of updates.
+    """
+    internals.set_optimizer_step(engine, optimizer_step)
+    now = shapes(engine.module)
+    for piece in pieces(engine):
+        if known.get(piece.name) == now[piece.name]:
+            for kind in internals.MOMENTS:
+                files.fill(kind, piece.name, piece.start, piece.values[kind])
+            continue
+        siblings = [name for name in known if _sibling(name, piece.name) and known[name] == now[piece.name]]
+        target = piece.values["exp_avg_sq"]
+        for name in siblings:
+            part = torch.empty_like(target)
+            files.fill("exp_avg_sq", name, piece.start, part)
+            target.add_(part, alpha=1 / len(siblings))
+
+
+def _sibling(name: str, other: str) -> bool:
+    """Return whether two names are the same matrix of two experts of one layer."""
+    (a, _, x), (b, _, y) = name.partition(".experts."), other.partition(".experts.")
+    return bool(x and y) and a == b and x.partition(".")[2] == y.partition(".")[2]

@@ -1,0 +1,328 @@
+"""Putting dense models together: what upcycling and extending share. Checks first, then one streaming pass of writing.
+
+Every tensor of the output is a `Blend` (a weighted sum of stored tensors, in fp32; a single one is copied exactly) or is
+given (router rows). `write_model` reads and writes slices of rows, so memory does not grow with the model.
+Not covered: aligning models of different bases (permutations, other vocabularies); averages other than linear ones.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexus_ds.checkpoint.families import DenseModel, refuse_hooks
+from nexus_ds.checkpoint.qwen2_moe import moe_shapes
+from nexus_ds.checkpoint.sidecar import EncoderRecord, ExpertRecord
+from nexus_ds.checkpoint.tensors import (
+    DTYPES,
+    TensorReader,
+    TensorWriter,
+    read_json_object,
+    row_slices,
+    sha256_of_tensors,
+)
+from nexus_ds.checkpoint.tokenizer import TokenizerMeaning, chat_templates, read_tokenizer, same_tokenizer_files
+from nexus_ds.data.domains import DomainEmbeddings
+from nexus_ds.errors import CheckpointError, ConfigError, IncompatibleModelsError
+from nexus_ds.outputs import write_json
+from nexus_ds.progress import Progress
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+ATTENTION = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
+SAMPLED_LAYERS, SAMPLED_VALUES = 3, 1 << 18  # of each attention matrix of so many layers, by `check_related`
+UNRELATED = 0.1
+"""Median cosine of attention matrices below which models have nothing to do with each other.
+
+Measured in the demo, whose learning rates are high: branches and their seed 0.94; the trained seed and its own random start,
+a thousand steps before, 0.22; the same and another random start 0 give or take 0.01 (0.03 in the smallest models of tests).
+"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One summand of a tensor: `weight` times the tensor `name` of a model; `who` names the model in messages."""
+
+    who: str
+    reader: TensorReader
+    name: str
+    weight: float = 1.0
+    zeros: bool = False
+    """Whether only zeros are right: the shared expert of a mixture without one."""
+
+
+@dataclass(frozen=True)
+class Blend:
+    """sum(weight * tensor) / divisor * scale over the parts, in fp32; a lone part of weight 1 is copied as it is, or cast.
+
+    `scale` is a power of two (2 for the shared expert's down_proj), so that scaling a copy is exact.
+    """
+
+    parts: Sequence[Part]
+    divisor: float = 1.0
+    scale: float = 1.0
+
+
+def mean_of(parts: Sequence[Part]) -> Blend:
+    """Return the arithmetic mean of tensors (paper section 2.1)."""
+    return Blend(parts, divisor=float(len(parts)))
+
+
+def parse_experts(values: Iterable[str]) -> dict[str, Path]:
+    """Parse the NAME=DIR of --expert, in the order given.
+
+    Raises:
+        ConfigError: another form, a name that is no plain word, or a name given twice.
+    """
+    experts: dict[str, Path] = {}
+    for value in values:
+        name, equals, directory = value.partition("=")
+        if not equals or not directory or not NAME.fullmatch(name):
+            raise ConfigError(f"--expert {value!r}: expected NAME=DIR, with a name of letters, digits, '_', '.', '-'")
+        if name in experts:
+            raise ConfigError(f"--expert {name} is given twice; each expert needs a name of its own")
+        experts[name] = Path(directory)
+    return experts
+
+
+def portable(path: str | Path) -> str:
+    """Return a path as it may be recorded: relative ones as given, of an absolute one the last part."""
+    return Path(path).name if Path(path).is_absolute() else Path(path).as_posix()
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return settings as texts, RoPE one key a line and layer types as one letter a layer."""
+    flat: dict[str, str] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{inner}": str(item) for inner, item in sorted(value.items())}
+        elif isinstance(value, list):
+            flat[key] = "".join(str(item)[0] for item in value)
+        else:
+            flat[key] = str(value)
+    return flat
+
+
+def traits(model: DenseModel, with_family: bool = True) -> dict[str, Any]:
+    """Return all that must agree between models that are averaged; a dtype is cast instead."""
+    return {**({"family": model.family} if with_family else {}), **model.settings}
+
+
+def check_alike(models: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise IncompatibleModelsError with one table of all differences among models.
+
+    Args:
+        models: for each model's name its traits.
+    """
+    flat = {name: _flat(settings) for name, settings in models.items()}
+    keys = dict.fromkeys(key for settings in flat.values() for key in settings)
+    rows = [[key, *(settings.get(key, "-") for settings in flat.values())] for key in keys]
+    rows = [row for row in rows if len(set(row[1:])) > 1]
+    if not rows:
+        return
+    table = [["", *flat], *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    raise IncompatibleModelsError(
+        "the models differ where they must agree; use branches of one seed, saved alike:\n" + "\n".join(lines)
+    )
+
+
+def _relation(a: TensorReader, b: TensorReader, names: Sequence[str]) -> float:
+    """Return the median, over some tensors of two models, of the cosine of their middle rows; NaN where none has one.
+
+    Zeros and non-numbers have none: whoever writes the tensors names them.
+    """
+    cosines = []
+    for name in names:
+        rows, width = a.info(name).shape
+        count = min(rows, max(1, SAMPLED_VALUES // width))
+        start = (rows - count) // 2
+        x, y = (reader.read_rows(name, start, start + count).double().flatten() for reader in (a, b))
+        cosines.append(x @ y / (x.norm() * y.norm()))
+    return float(torch.stack(cosines).nanmedian())
+
+
+def check_related(origin: str, reader: TensorReader, models: Mapping[str, DenseModel]) -> None:
+    """Refuse models of another origin: of the same sizes and tokenizer, but their average is noise.
+
+    Attention matrices tell: they are averaged, and nothing but a common start makes them similar. (Norms are alike in all
+    models.) A few MB of each model are read.
+
+    Args:
+        origin: what the models should descend from, for messages.
+        reader: its weights, dense or of a mixture.
+        models: for each expert's name its dense model.
+
+    Raises:
+        IncompatibleModelsError: names each unrelated expert and its cosine.
+    """
+    first = next(iter(models.values()))
+    layers = first.settings["layers"]
+    picked = {layers * part // SAMPLED_LAYERS for part in range(SAMPLED_LAYERS)}
+    names = [f"model.layers.{layer}.self_attn.{part}" for layer in sorted(picked) for part in ATTENTION]
+    cosines = {name: _relation(reader, model.reader, names) for name, model in models.items()}
+    unrelated = [
+        f"expert {name} ({models[name].directory}): cosine {cosine:.2f}"
+        for name, cosine in cosines.items()
+        if cosine < UNRELATED
+    ]
+    if unrelated:
+        raise IncompatibleModelsError(
+            f"weights that are unrelated to those of {origin}: {'; '.join(unrelated)} (median over attention matrices; a branch "
+            f"has about 0.9, expected at least {UNRELATED}). The average of models of different origin is noise, even where "
+            "sizes and tokenizer agree: give branches that were trained from that model, or the one that these come from"
+        )
+
+
+def check_tokenizers(reference: Path, others: Mapping[str, Path]) -> None:
+    """Check that ids mean the same to models; say on stderr what the new checkpoint does not take from `others`.
+
+    A token in another role (another end of a document) is a note: `reference`'s is kept. So is a chat template.
+
+    Raises:
+        IncompatibleModelsError: another vocabulary or another way to split a text; names the first five differences.
+        CheckpointError, UnsupportedModelError: a tokenizer that can't be read.
+    """
+    own = None
+    for name, directory in others.items():
+        if same_tokenizer_files(reference, directory):
+            continue
+        own, other = own or read_tokenizer(reference), read_tokenizer(directory)
+        difference = own.difference(other)
+        if difference:
+            raise IncompatibleModelsError(
+                f"the tokenizer of expert {name} ({directory}) is not that of {reference}: {difference}; "
+                "experts of one model must be trained on one tokenizer. If no text of this one held what differs, copy "
+                f"the tokenizer files of {reference} over those in {directory}"
+            )
+        for note in (*_role_notes(own, other), *_template_notes(reference, directory)):
+            print(f"note: expert {name}: {note}", file=sys.stderr, flush=True)
+
+
+def _role_notes(own: TokenizerMeaning, other: TokenizerMeaning) -> list[str]:
+    roles = own.other_roles(other)
+    kept = "every id means the same, and the new checkpoint keeps the latter; its tokenizer_config.json can change it"
+    return [f"{'; '.join(roles)}: {kept}"] if roles else []
+
+
+def _template_notes(reference: Path, directory: Path) -> list[str]:
+    own, other = chat_templates(reference), chat_templates(directory)
+    if not other or list(own.values()) == list(other.values()):
+        return []
+    kept = f"that of {reference}" if own else "none"
+    return [f"its chat template ({', '.join(other)} in {directory}) is not taken along, the new checkpoint has {kept}: "
+            "copy it there, as chat_template.jinja, to chat as this expert does"]  # fmt: skip
+
+
+def domain_vectors(embeddings: DomainEmbeddings, names: Iterable[str]) -> Tensor:
+    """Return the raw domain embeddings [n, m] fp32 of experts; DataError names the domains that exist."""
+    return torch.stack([torch.from_numpy(embeddings.vector(name).copy()) for name in names])
+
+
+def encoder_record(embeddings: DomainEmbeddings, names: Iterable[str]) -> EncoderRecord:
+    """Return what the sidecar keeps of the encoder."""
+    fewest = min(embeddings.documents.get(name, 0) for name in names)
+    return EncoderRecord(embeddings.encoder, embeddings.revision, embeddings.dimension, fewest, True)
+
+
+def expert_record(name: str, model: DenseModel) -> ExpertRecord:
+    """Return what the sidecar keeps of an expert, with the hash of its FFN tensors."""
+    return ExpertRecord(name, name, portable(model.directory), sha256_of_tensors(model.reader, model.ffn_names()))
+
+
+def _check_values(part: Part, bad: int, nonzero: bool) -> None:
+    where = f"{part.who} ({part.reader.directory}): tensor {part.name}"
+    if bad:
+        raise CheckpointError(
+            f"{where} has {bad} values that are NaN or infinite; expected finite weights, use a sound state of that model"
+        )
+    # A bias of zeros is how Qwen2 starts; a weight of zeros was never trained or never written.
+    if not nonzero and part.name.endswith(".weight") and not part.zeros:
+        raise CheckpointError(f"{where} has only zeros; expected trained weights, use a sound state of that model")
+
+
+class _Health:
+    """Counts of what is wrong with one part's values, over all slices."""
+
+    def __init__(self) -> None:
+        self.bad, self.nonzero = 0, False
+
+    def see(self, rows: Tensor) -> None:
+        """Count values of one slice."""
+        self.bad += int(rows.numel() - torch.isfinite(rows).sum())
+        self.nonzero = self.nonzero or bool(rows.any())
+
+
+def _blend_rows(blend: Blend, health: Sequence[_Health], start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Return rows [start, stop) of a blend in `dtype`; one part's slice is in memory at a time, beside the sum."""
+    first = blend.parts[0]
+    total = first.reader.read_rows(first.name, start, stop)
+    health[0].see(total)
+    if len(blend.parts) == 1 and first.weight == blend.divisor == 1.0:
+        return (total * blend.scale if blend.scale != 1.0 else total).to(dtype)
+    total = total.float() * first.weight
+    for part, seen in zip(blend.parts[1:], health[1:], strict=True):
+        rows = part.reader.read_rows(part.name, start, stop)
+        seen.see(rows)
+        total += rows.float() * part.weight
+    return (total / blend.divisor * blend.scale).to(dtype)
+
+
+def _write_blend(writer: TensorWriter, name: str, blend: Blend, dtype: torch.dtype) -> None:
+    """Stream one tensor, a slice of rows at a time; values are checked on the way."""
+    health, result = [_Health() for _ in blend.parts], _Health()
+    for start, stop in row_slices(writer.plan[name][1]):
+        rows = _blend_rows(blend, health, start, stop, dtype)
+        result.see(rows)
+        writer.write_rows(name, start, rows)
+    for part, seen in zip(blend.parts, health, strict=True):
+        _check_values(part, seen.bad, seen.nonzero)
+    if result.bad:
+        raise CheckpointError(
+            f"{name}: {result.bad} values overflow {dtype}; {blend.parts[0].who} has weights too large"
+        )
+
+
+def write_model(
+    directory: Path, config: dict[str, Any], dtype: str, tensors: Mapping[str, Blend | Tensor], label: str
+) -> None:
+    """Write config.json and the model file(s) of a Nexus checkpoint, one slice of one tensor in memory at a time.
+
+    Args:
+        directory: empty, not yet renamed.
+        config: config.json of the output.
+        dtype: of all its weights, as safetensors names it.
+        tensors: for each tensor of the output where it comes from.
+        label: name in the progress line.
+
+    Raises:
+        CheckpointError: NaN, infinite or all-zero weights (names model, tensor and count), no space, a tensor that
+            `tensors` lacks.
+    """
+    write_json(directory / "config.json", config)
+    plan = {name: (dtype, shape) for name, shape in moe_shapes(config).items()}
+    with TensorWriter(directory, plan) as writer, Progress(label, len(plan), "tensors") as progress:
+        for name in plan:
+            tensor = tensors.get(name)
+            if isinstance(tensor, Blend):
+                _write_blend(writer, name, tensor, DTYPES[dtype])
+            elif tensor is not None:
+                writer.write(name, tensor.to(DTYPES[dtype]))
+            progress.advance()
+
+
+def read_generation_config(source: Path) -> dict[str, Any] | None:
+    """Return generation_config.json where there is one; UnsupportedModelError if it asks for code of its own."""
+    name = "generation_config.json"
+    if not (source / name).is_file():
+        return None
+    value = read_json_object(source, name)
+    refuse_hooks(value, str(source / name))
+    return value

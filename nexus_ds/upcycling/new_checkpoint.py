@@ -1,0 +1,156 @@
+"""A mixture that could be written now: checked and described, then streamed to disk and its router fitted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nexus_ds.checkpoint.families import (
+    MODEL_DTYPES,
+    DenseModel,
+    both_ropes,
+    open_dense,
+)
+from nexus_ds.checkpoint.qwen2_moe import (
+    parameter_counts,
+)
+from nexus_ds.checkpoint.sidecar import (
+    Sidecar,
+    read_sidecar,
+    verify_rows,
+    write_sidecar,
+)
+from nexus_ds.checkpoint.tensors import TensorReader
+from nexus_ds.checkpoint.tokenizer import copy_tokenizer
+from nexus_ds.outputs import write_json
+from nexus_ds.settings import Config, RouterConfig
+from nexus_ds.upcycling.blend import (
+    Blend,
+    Part,
+    read_generation_config,
+    write_model,
+)
+from nexus_ds.warm_start.fit import FitReport, fit_router
+from nexus_ds.warm_start.fit_text import FitText, read_fit_text
+
+FAMILIAR = 0.4  # cosine; of eleven domains P(d) failed two, the least familiar (0.32) and one taken for a near relative
+
+
+@dataclass
+class NewModel:
+    """A checkpoint that could be written now: everything that headers and configurations can tell was checked."""
+
+    verb: str
+    config: dict[str, Any]
+    """config.json."""
+    dtype: str
+    """Of all weights: F32 | BF16."""
+    tensors: dict[str, Blend | Tensor]
+    sidecar: Sidecar
+    source: Path
+    """Where tokenizer and generation_config.json come from."""
+    kept: int = 0
+    """Experts that were there before an extension."""
+    cast: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Experts whose dense model had another dtype than the checkpoint gets: for each name that dtype."""
+
+    def domains(self) -> list[str]:
+        """Return the experts' domains, in expert order."""
+        return [expert.domain for expert in self.sidecar.experts]
+
+    def fit_text(self, data: str, config: Config, switch: str) -> FitText | None:
+        """Return the training text that the router's warm start reads, None for a start that reads none.
+
+        `chunks` and `closed_form` read text of the experts that were there before; the others of every expert's domain.
+        Arguments and errors: `read_fit_text`.
+        """
+        positions = self.config["max_position_embeddings"]
+        return read_fit_text(self.sidecar, self.source, positions, self.kept, data, config, switch)
+
+    def write(self, directory: Path, text: FitText | None, router: RouterConfig, seed: int) -> FitReport | None:
+        """Write the checkpoint into an empty directory that is not yet renamed, and start its router.
+
+        Args:
+            directory: where to.
+            text: what the warm start reads; None: no start.
+            router: `warm_start`, `fit_steps` and `fit_lr`.
+            seed: of the start.
+
+        Raises:
+            CheckpointError: NaN, infinite or all-zero weights, no space.
+        """
+        write_model(directory, self.config, self.dtype, self.tensors, self.verb)
+        copy_tokenizer(self.source, directory)
+        generation = read_generation_config(self.source)
+        if generation is not None:
+            write_json(directory / "generation_config.json", generation)
+        write_sidecar(directory, self.sidecar)
+        report = None
+        if text is not None:
+            report = fit_router(directory, text, router, seed, self.kept)
+            fitted = read_sidecar(directory)
+            fitted.lineage[-1]["fit"] = dataclasses.asdict(report)
+            write_sidecar(directory, fitted)
+        verify_rows(directory)
+        return report
+
+    def summary(self, out: Path, report: FitReport | None) -> dict[str, Any]:
+        """Return what a program wants to know of the new checkpoint."""
+        total, active = parameter_counts(self.config, self.sidecar.shared_expert == "seed")
+        return {
+            "out": str(out),
+            "experts": [expert.name for expert in self.sidecar.experts],
+            "top_k": self.sidecar.router.top_k,
+            "router": self.sidecar.router.kind,
+            "dtype": MODEL_DTYPES[self.dtype],
+            "cast": self.cast,
+            "parameters": {"total": total, "active": active},
+            "fit": dataclasses.asdict(report) if report else None,
+        }
+
+    def describe(self, out: Path, report: FitReport | None) -> str:
+        """Return the summary as lines for people."""
+        facts = self.summary(out, report)
+        total, active = facts["parameters"]["total"], facts["parameters"]["active"]
+        lines = [
+            f"wrote {out}: {len(facts['experts'])} experts ({', '.join(facts['experts'])}), top-{facts['top_k']}, "
+            f"{facts['router']} router, {facts['dtype']}, {total:,} parameters, {active:,} of them active per token"
+        ]
+        for name, dtype in self.cast.items():
+            lines.append(f"expert {name}: weights cast from {dtype} to {facts['dtype']}, the dtype of {self.source}")
+        if report:
+            lines.append(
+                f"{report.start.replace('_', ' ')}{f', {report.steps} steps' if report.steps else ''}: "
+                "share of tokens at their own domain's expert "
+                f"{report.before:.2f} -> {report.after:.2f}"
+            )
+        for domain, cosine in report.nearest.items() if report else ():
+            doubt = "" if cosine >= FAMILIAR else ": P has seen nothing like it, its row may not find its text"
+            lines.append(
+                f"cosine of {domain} to the nearest chunk of the text that P was fitted to: {cosine:.2f}{doubt}"
+            )
+        return "\n".join(lines)
+
+
+def _open_all(directories: Mapping[str, Path]) -> dict[str, DenseModel]:
+    return {name: open_dense(directory) for name, directory in directories.items()}
+
+
+def copy_of(reader: TensorReader, name: str) -> Blend:
+    """Return a checkpoint's tensor as it is; a mixture without a shared expert has zeros in its place."""
+    return Blend([Part("checkpoint", reader, name, zeros=".mlp.shared_expert." in name)])
+
+
+def casts(models: Mapping[str, DenseModel], dtype: str) -> dict[str, str]:
+    """Return the dtypes of the models that have another one than `dtype`; both as transformers and safetensors name them."""
+    return {name: MODEL_DTYPES[model.dtype] for name, model in models.items() if model.dtype != dtype}
+
+
+def as_written(target: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Return a config.json that says which dtype the weights have (`dtype` as safetensors names it), RoPE in both spellings."""
+    return both_ropes(target) | {"dtype": MODEL_DTYPES[dtype]}

@@ -1,0 +1,115 @@
+"""A mixture in which experts are `replaced` by other dense branches of the same names.
+
+What an extension (paper section 2.3) does for a new expert, done at the place of an old one. Shapes: n routed experts,
+h hidden size.
+Not covered: taking the old branch's part out of the averaged weights (they were trained since; lambda of the new one is
+laid over them).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nexus_ds.checkpoint.qwen2_moe import gate_name, open_moe
+from nexus_ds.checkpoint.sidecar import Sidecar, read_sidecar, router_rows, verify_rows, versions
+from nexus_ds.checkpoint.tensors import TensorReader
+from nexus_ds.data.domains import DomainEmbeddings
+from nexus_ds.errors import ConfigError
+from nexus_ds.settings import Config
+from nexus_ds.upcycling.blend import domain_vectors, expert_record, portable
+from nexus_ds.upcycling.extend import branched_tensors, check_encoder, check_rows, merge_share, open_fitting
+from nexus_ds.upcycling.new_checkpoint import NewModel, as_written, casts
+
+
+def replaced(
+    checkpoint: Path,
+    experts: Mapping[str, Path],
+    embeddings: DomainEmbeddings | None,
+    config: Config,
+    share: float | None = None,
+) -> NewModel:
+    """Describe a mixture with some of its experts replaced; nothing is written.
+
+    The FFNs of the named experts: exact copies of the new branches', at the old places. Averaged weights, in fp32:
+    (1 - lambda) phi_moe + lambda / k * sum of the k new models. Rows: P of the new domain embedding; as stored where
+    the embedding is the old one's or none is given, and always for a linear router. All else: exact copies.
+
+    Args:
+        checkpoint: Nexus checkpoint, upcycled or trained.
+        experts: for each replaced expert's name its new dense model.
+        embeddings: rows of the experts' names, from the checkpoint's encoder; None: the text is the old one.
+        config: recorded with the lineage.
+        share: lambda, the total share of the new branches; default k/n, what k of n experts have by right.
+
+    Raises:
+        ConfigError: a name that no expert has, lambda outside [0, 1].
+        DataError: a domain that was not embedded.
+        CheckpointError, UnsupportedModelError, IncompatibleModelsError: models that can't be put together, or
+            embeddings of another encoder.
+    """
+    old_config, reader = open_moe(checkpoint)
+    verify_rows(checkpoint)
+    old = read_sidecar(checkpoint)
+    places = _places(old, experts)
+    vectors = _vectors(old, places, embeddings)
+    models = open_fitting(checkpoint, experts)
+    total = merge_share(len(old.experts) - len(models), len(models), share)
+    lineage = {
+        # An extension to all who read on: its experts are the ones that a finetune is about.
+        "verb": "extend",
+        "checkpoint": portable(checkpoint),
+        "experts": list(models),
+        "replaced": True,
+        "lambda": total,
+        "router": dataclasses.asdict(config.router),
+        "seed": config.seed,
+    }
+    records = list(old.experts)
+    for name, place in places.items():
+        records[place] = dataclasses.replace(expert_record(name, models[name]), domain=records[place].domain)
+    sidecar = dataclasses.replace(
+        old, experts=records, lineage=[*old.lineage, lineage], versions=versions(), vectors=vectors
+    )
+    dtype = reader.info(gate_name(0)).dtype
+    tensors = branched_tensors(reader, old_config["num_hidden_layers"], models, places, total)
+    for layer in range(old_config["num_hidden_layers"]):
+        tensors[gate_name(layer)] = _rows(reader, old, sidecar, layer)
+    target, cast = as_written(old_config, dtype), casts(models, dtype)
+    return NewModel("replace", target, dtype, tensors, sidecar, checkpoint, cast=cast)
+
+
+def _places(sidecar: Sidecar, experts: Mapping[str, Path]) -> dict[str, int]:
+    """Return each replaced expert's number; ConfigError for names that are not there."""
+    known = [expert.name for expert in sidecar.experts]
+    for name in experts:
+        if name not in known:
+            raise ConfigError(
+                f"--expert {name}: --replace needs the name of an expert of the checkpoint ({', '.join(known)}); "
+                "leave --replace out to add one"
+            )
+    return {name: known.index(name) for name in experts}
+
+
+def _vectors(sidecar: Sidecar, places: Mapping[str, int], embeddings: DomainEmbeddings | None) -> Tensor:
+    """Return the domain embeddings [n, m] of the new mixture."""
+    vectors = sidecar.vectors.clone()
+    if embeddings is not None:
+        check_encoder(sidecar, embeddings)
+        vectors[list(places.values())] = domain_vectors(embeddings, places)
+    return vectors
+
+
+def _rows(reader: TensorReader, old: Sidecar, new: Sidecar, layer: int) -> Tensor:
+    """Return the router weight [n, h] of one layer: stored rows, but for experts whose embedding has changed."""
+    stored = reader.read(gate_name(layer))
+    changed = (old.vectors != new.vectors).any(dim=1)
+    if new.router.kind != "nexus" or not bool(changed.any()):
+        return stored
+    fresh = router_rows(new, layer, stored.dtype)
+    check_rows(torch.cat([stored, fresh[changed]]), len(stored), layer)
+    return torch.where(changed[:, None], fresh, stored)

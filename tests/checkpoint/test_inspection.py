@@ -1,0 +1,70 @@
+"""Facts of checkpoints: parameter counts against transformers, kind, sidecar, damage that is shown and not hidden."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from nexus_ds.checkpoint.inspection import describe
+from nexus_ds.errors import CheckpointError
+
+
+def test_dense(dense_dir):
+    from transformers import AutoModelForCausalLM
+
+    facts, model = describe(dense_dir), AutoModelForCausalLM.from_pretrained(dense_dir, local_files_only=True)
+    count = sum(p.numel() for p in model.parameters())
+    assert facts["parameters"] == {"total": count, "active": count}
+    assert facts["bytes"] == 4 * count
+    assert (facts["kind"], facts["family"], facts["dtype"], facts["layers"]) == ("dense", "llama", "F32", 2)
+    assert facts["routed_experts"] == 0 and "experts" not in facts
+
+
+def test_nexus_counts_only_the_chosen_expert_as_active(nexus_dir):
+    """Paper section 10, fact 12: total - active = (n - k) FFN stacks."""
+    facts = describe(nexus_dir)
+    stack = 2 * 3 * 16 * 24
+    assert facts["parameters"]["total"] - facts["parameters"]["active"] == (3 - 1) * stack
+    assert facts["kind"] == "Nexus" and facts["routed_experts"] == 3 and facts["top_k"] == 1
+    assert [expert["name"] for expert in facts["experts"]] == ["alpha", "beta", "gamma"]
+    assert facts["router"]["rows"] == "equal to P(D)" and facts["encoder"]["dimension"] == 8
+    json.dumps(facts)
+
+
+def test_mixture_without_sidecar(plain_moe_dir):
+    facts = describe(plain_moe_dir)
+    assert facts["kind"] == "mixture of experts"
+    assert facts["parameters"]["total"] - facts["parameters"]["active"] == (4 - 2) * 2 * 3 * 16 * 24
+
+
+def test_damaged_rows_are_shown(nexus_dir, tmp_path):
+    shutil.copytree(nexus_dir, tmp_path / "copy")
+    tensors = load_file(tmp_path / "copy" / "model.safetensors")
+    tensors["model.layers.0.mlp.gate.weight"] += 1
+    save_file(tensors, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
+    assert describe(tmp_path / "copy")["router"]["rows"].startswith("DAMAGED: ")
+
+
+def test_a_gate_that_was_trained_elsewhere_is_shown(nexus_dir, tmp_path):
+    assert describe(nexus_dir)["shared_expert_gate"] == "constant"
+    shutil.copytree(nexus_dir, tmp_path / "copy")
+    tensors = load_file(tmp_path / "copy" / "model.safetensors")
+    tensors["model.layers.1.mlp.shared_expert_gate.weight"] -= 0.01
+    save_file(tensors, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
+    said = describe(tmp_path / "copy")["shared_expert_gate"]
+    assert (
+        said.startswith("TRAINED ELSEWHERE: ") and "layer 1: the shared expert's gate has weights up to 1.0e-02" in said
+    )
+
+
+def test_sequence_length_of_the_training(dense_dir, tmp_path):
+    assert describe(dense_dir)["sequence_length"] is None
+    shutil.copytree(dense_dir, tmp_path / "copy")
+    (tmp_path / "copy" / "training.yaml").write_text("data:\n  sequence_length: 32\n")
+    assert describe(tmp_path / "copy")["sequence_length"] == 32
+
+
+def test_no_model(tmp_path):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        describe(tmp_path)

@@ -1,0 +1,207 @@
+"""The sidecar of a Nexus checkpoint, and the rows that it vouches for."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nexus_ds.checkpoint import sidecar as sidecar_module
+from nexus_ds.checkpoint.qwen2_moe import gate_name
+from nexus_ds.checkpoint.sidecar import ROUTER, SIDECAR, read_sidecar, router_rows, verify_rows, write_sidecar
+from nexus_ds.errors import CheckpointError
+from nexus_ds.model.router import Projection, condition, rows_in
+
+
+@pytest.fixture
+def copied(nexus_dir, tmp_path):
+    return shutil.copytree(nexus_dir, tmp_path / "nexus")
+
+
+def edit_json(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def edit_tensors(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_round_trip(nexus_dir, copied):
+    sidecar = read_sidecar(nexus_dir)
+    assert sidecar_module.is_nexus(nexus_dir) and not sidecar_module.is_nexus(nexus_dir.parent)
+    write_sidecar(copied, dataclasses.replace(sidecar, lineage=[*sidecar.lineage, {"verb": "train"}]))
+    again = read_sidecar(copied)
+    assert [e.name for e in again.experts] == ["alpha", "beta", "gamma"] and again.lineage[-1] == {"verb": "train"}
+    assert again.router == sidecar.router and again.encoder == sidecar.encoder
+    assert torch.equal(again.vectors, sidecar.vectors) and torch.equal(again.centre, sidecar.centre)
+    pairs = zip(again.projections, sidecar.projections, strict=True)
+    assert all(torch.equal(a[name], b[name]) for a, b in pairs for name in b)
+
+
+def test_rows_are_a_function_of_the_embeddings(nexus_dir):
+    """Fact 1 and 2: rows are P(D); P's shapes don't depend on the number of experts, d has no gradient."""
+    sidecar = read_sidecar(nexus_dir)
+    state = sidecar.projections[0]
+    assert state["maps.0.weight"].shape == (32, 8) and state["maps.1.weight"].shape == (16, 16)
+    a, b = (condition(sidecar.vectors, sidecar.centre) @ state["maps.0.weight"].T).chunk(2, dim=-1)
+    expected = (torch.nn.functional.silu(a) * b) @ state["maps.1.weight"].T
+    torch.testing.assert_close(router_rows(sidecar, 0, torch.float32), expected)
+    assert not sidecar.domain_inputs().requires_grad
+    order = [2, 0, 1]  # fact 6: permuting experts permutes rows
+    permuted = dataclasses.replace(sidecar, vectors=sidecar.vectors[order])
+    torch.testing.assert_close(router_rows(permuted, 1, torch.float32), router_rows(sidecar, 1, torch.float32)[order])
+    raw = dataclasses.replace(sidecar, router=dataclasses.replace(sidecar.router, centre=False))
+    assert torch.equal(raw.domain_inputs(), sidecar.vectors)
+    assert router_rows(sidecar, 0, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_identical_embeddings_give_equal_gates(nexus_dir):
+    """Fact 7."""
+    sidecar = read_sidecar(nexus_dir)
+    same = dataclasses.replace(sidecar, vectors=sidecar.vectors[:1].expand(3, -1))
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    gates = (x @ router_rows(same, 0, torch.float32).T).softmax(-1)
+    torch.testing.assert_close(gates, torch.full((5, 3), 1 / 3))
+
+
+def test_rows_round_weights_and_embeddings_first(nexus_dir):
+    sidecar = read_sidecar(nexus_dir)
+    projection = sidecar_module.load_projection(sidecar, 1)
+    assert isinstance(projection, Projection)
+    expected = rows_in(projection, sidecar.domain_inputs(), torch.bfloat16)
+    assert torch.equal(router_rows(sidecar, 1, torch.bfloat16), expected)
+
+
+def test_verify_rows(nexus_dir, copied):
+    verify_rows(nexus_dir)
+    edit_tensors(copied / "model.safetensors", lambda t: t[gate_name(1)].mul_(1.01))
+    with pytest.raises(CheckpointError, match=r"layers.1.mlp.gate.weight differs from P\(D\).*restore both"):
+        verify_rows(copied)
+
+
+def test_rows_that_are_no_numbers(copied):
+    edit_tensors(copied / "model.safetensors", lambda t: t[gate_name(1)][2, 3].fill_(torch.nan))
+    with pytest.raises(CheckpointError, match=r"layers.1.mlp.gate.weight differs from P\(D\).* by nan"):
+        verify_rows(copied)
+
+
+def test_verify_rows_in_bf16(copied):
+    sidecar = read_sidecar(copied)
+
+    def cast(tensors):
+        tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
+        tensors.update({gate_name(i): router_rows(sidecar, i, torch.bfloat16) for i in range(2)})
+
+    edit_tensors(copied / "model.safetensors", cast)
+    verify_rows(copied)
+    edit_tensors(copied / "model.safetensors", lambda t: t[gate_name(0)].mul_(1.1))
+    with pytest.raises(CheckpointError, match=r"layers.0.mlp.gate.weight differs"):
+        verify_rows(copied)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.update(format=3), "format 3, this version reads 2"),
+        (lambda v: v.update(shared_expert="some"), "shared_expert is 'some', expected seed or none"),
+        (lambda v: v["experts"].pop(), "2 experts but domain embeddings of shape \\(3, 8\\)"),
+        (lambda v: v["experts"][0].pop("sha256"), "experts\\[0\\]: found .* expected"),
+        (lambda v: v["experts"][0].update(name="beta"), "not all different"),
+        (lambda v: v["router"].update(depth="2"), "router.depth: found '2', expected int"),
+        (lambda v: v["router"].update(depth=3), "P of layer 0 has the weights"),
+        (lambda v: v["router"].update(projection="sine"), "P of layer 0 has the weights"),
+        (lambda v: v["router"].update(kind="linear"), "a linear router with 2 projections"),
+        (lambda v: v["router"].update(top_k=2), "num_experts_per_tok 1, nexus.json says 2"),
+        (lambda v: v["encoder"].update(dimension=9), "encoder of dimension 9"),
+        (lambda v: v.update(experts={}), "expected lists of experts and lineage"),
+    ],
+)
+def test_damaged_sidecars(copied, change, message):
+    edit_json(copied / SIDECAR, change)
+    with pytest.raises(CheckpointError, match=message):
+        read_sidecar(copied)
+
+
+def test_a_checkpoint_of_format_1_is_read(copied):
+    def older(value):
+        value.pop("shared_expert")
+        value["router"].pop("row_norm")
+        value["router"].pop("input")
+        value["router"]["activation"] = value["router"].pop("projection")
+        value["format"] = 1
+
+    edit_json(copied / SIDECAR, older)
+    router = read_sidecar(copied).router
+    assert (router.projection, router.row_norm, read_sidecar(copied).shared_expert) == ("swiglu", "free", "seed")
+    verify_rows(copied)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update(vectors=t["vectors"] * torch.nan), "vectors holds 24 values that are not finite"),
+        (lambda t: t.update(centre=t["centre"][:3].clone()), "centre of shape \\(3,\\)"),
+        (lambda t: t.pop("layers.0.maps.1.weight"), "P of layer 0"),
+        (lambda t: [t.pop(n) for n in list(t) if n.startswith("layers.0")], "projections of layers \\[1\\]"),
+        (lambda t: [t.pop(n) for n in list(t) if n.startswith("layers.1")], "num_hidden_layers 2, nexus.json says 1"),
+        (lambda t: t.pop("vectors"), "no tensor 'vectors'"),
+    ],
+)
+def test_damaged_router_files(copied, change, message):
+    edit_tensors(copied / ROUTER, change)
+    with pytest.raises(CheckpointError, match=message):
+        read_sidecar(copied)
+
+
+def test_missing_parts(copied, dense_dir, nexus_dir):
+    with pytest.raises(CheckpointError, match=r"has no nexus.json: it is no Nexus checkpoint; make one"):
+        read_sidecar(dense_dir)
+    (copied / ROUTER).unlink()
+    with pytest.raises(CheckpointError, match=r"has no nexus_router.safetensors"):
+        read_sidecar(copied)
+    sidecar = read_sidecar(nexus_dir)
+    with pytest.raises(CheckpointError, match="3 experts but"):
+        write_sidecar(copied, dataclasses.replace(sidecar, vectors=sidecar.vectors[:2]))
+    assert not (copied / ROUTER).exists()
+
+
+def test_a_linear_router_keeps_its_rows_in_the_model(nexus_dir, copied):
+    sidecar = read_sidecar(nexus_dir)
+    linear = dataclasses.replace(sidecar.router, kind="linear")
+    write_sidecar(copied, dataclasses.replace(sidecar, router=linear, projections=[]))
+    verify_rows(copied)
+    with pytest.raises(CheckpointError, match="a linear router has free rows"):
+        router_rows(read_sidecar(copied), 0, torch.float32)
+
+
+def test_the_content_fingerprint_follows_every_part(nexus_dir, copied):
+    first = sidecar_module.content_fingerprint(nexus_dir)
+    assert sidecar_module.content_fingerprint(copied) == first
+    seen = {first}
+    flip = "model.layers.1.self_attn.q_proj.weight"
+    for name, change in {
+        "model.safetensors": lambda path: edit_tensors(path, lambda t: t[flip].view(-1)[7:8].mul_(-1)),
+        ROUTER: lambda path: edit_tensors(path, lambda t: t["vectors"].view(-1)[:1].add_(1)),
+        SIDECAR: lambda path: edit_json(path, lambda v: v["lineage"].append({"verb": "train"})),
+        "config.json": lambda path: edit_json(path, lambda v: v.update(rms_norm_eps=1e-4)),
+    }.items():
+        size = (copied / name).stat().st_size
+        change(copied / name)
+        assert name != "model.safetensors" or (copied / name).stat().st_size == size
+        seen.add(sidecar_module.content_fingerprint(copied))
+    (copied / "model.safetensors").rename(copied / "model-00001-of-00001.safetensors")
+    last = sidecar_module.content_fingerprint(copied)
+    assert len(seen | {last}) == 6
+    (copied / "training.yaml").write_text("no part of the model")
+    assert sidecar_module.content_fingerprint(copied) == last
+
+
+def test_versions():
+    found = sidecar_module.versions()
+    assert found["nexus_ds"] and found["torch"].startswith("2.")

@@ -1,0 +1,143 @@
+import argparse
+import json
+
+import pytest
+
+from nexus_ds.__main__ import main
+from nexus_ds.commands import stage
+from nexus_ds.config import load_config
+from nexus_ds.errors import ConfigError
+from nexus_ds.pipeline import check_domains, shared_overrides
+
+
+def args(name, *overrides, **more):
+    return argparse.Namespace(**{"name": name, "overrides": list(overrides), "config": "demo", "deepspeed": "", **more})
+
+
+def test_an_array_task_finds_its_domain(monkeypatch):
+    config = load_config("demo")
+    found = []
+    for index in range(5):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(index))
+        found.append(stage.branch_domain(config))
+    assert found == [*config.pipeline.domains, *config.pipeline.new_domains]
+
+
+@pytest.mark.parametrize("index", ["5", "-1", "x", "", "1; true"])
+def test_a_task_without_a_branch_says_which_there_are(monkeypatch, index):
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", index)
+    with pytest.raises(ConfigError, match=r"--array=0-4"):
+        stage.branch_domain(load_config("demo"))
+
+
+def test_branch_given_by_name_needs_no_array(monkeypatch):
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    assert stage.branch_domain(load_config("demo", ["branch=docs"])) == "docs"
+
+
+@pytest.mark.parametrize(
+    "domain", ["a/b", "..", ".hidden", "-x", "a,b", "a=b", "a b", "x$(touch y)", "a'b", "a\nb", "a\x00b", ""]
+)
+def test_domains_that_can_t_be_names_are_refused(domain):
+    config = load_config("demo")
+    config.pipeline.domains = ["fine", domain]
+    with pytest.raises(ConfigError, match="can't be the name of an expert"):
+        check_domains(config)
+
+
+@pytest.mark.parametrize("domain", ["wiki-pedia", "2024", "yes", "a_b.c"])
+def test_domains_that_can_be_names_are_accepted(domain):
+    config = load_config("demo")
+    config.pipeline.domains = [domain]
+    check_domains(config)
+
+
+def test_outputs_are_where_the_pipeline_puts_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    run = f"pipeline.run={tmp_path}"
+    names = {"seed": "seed", "branch": "branches/docs", "embed": "domains-new.safetensors", "upcycle": "upcycled",
+             "moe": "nexus", "extend": "extension", "extended": "extended", "evaluate": "report"}  # fmt: skip
+    for name, path in names.items():
+        options = args(name, run)
+        assert stage.show("output", stage._config(options), options) == str(tmp_path / path)
+
+
+def test_shown_facts(tmp_path):
+    options = args("seed", f"pipeline.run={tmp_path}/a run")
+    config = stage._config(options)
+    assert stage.show("branches", config, options) == "5"
+    assert stage.show("extension", config, options) == "yes"
+    assert stage.show("logs", config, options) == f"{tmp_path}/a run/logs"
+    assert load_config(tmp_path / "a run" / "logs" / "recipe.yaml").pipeline == config.pipeline
+    config.pipeline.new_domains = []
+    assert stage.show("extension", config, options) == "no"
+
+
+def test_a_path_with_a_newline_is_refused_before_a_shell_sees_it(tmp_path):
+    options = args("seed", "pipeline.run=" + json.dumps(f"{tmp_path}/a\nb"))
+    with pytest.raises(ConfigError, match="control character"):
+        stage.show("logs", stage._config(options), options)
+
+
+def test_a_stage_that_the_recipe_lacks(tmp_path):
+    options = args("extend", "pipeline.new_domains=[]", f"pipeline.run={tmp_path}")
+    config = stage._config(options)
+    with pytest.raises(
+        ConfigError, match=r"adds no expert, so it has no stage extend; give pipeline.new_domains=\[E\]"
+    ):
+        stage.chosen(stage.plan(config, options), stage.names_of("extend", config))
+
+
+@pytest.mark.parametrize("name", ["branch", "embed", "upcycle", "moe", "evaluate"])
+def test_a_recipe_without_domains_says_what_to_set(name, capsys):
+    assert main(["stage", "--config=own", name]) == 1
+    assert "pipeline.domains is empty: a run trains a branch for each; give pipeline.domains=[A,B,..]" in (
+        capsys.readouterr().err
+    )
+    assert main(["stage", "--config=own", "--show=branches", "seed"]) == 1  # pipeline.sh: no array of 0 to -1
+
+
+def test_a_branch_that_the_recipe_lacks_is_named_with_those_it_has(capsys):
+    assert main(["stage", "branch", "branch=law"]) == 1
+    assert "branch=law is none of the recipe's domains (python, docs, algebra, tables, cpp); give pipeline" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_branch_of_a_given_seed_needs_no_other(monkeypatch):
+    """Else a new seed would be trained, and not be used."""
+    trained = []
+    monkeypatch.setattr(stage, "train", lambda config, options: trained.append(options.overrides))
+    monkeypatch.setattr(stage, "make", lambda *given: pytest.fail("made an earlier stage"))
+    words = ["branch=law", "pipeline.domains=[law]", "model.path=models/seed"]
+    stage.run(args("branch", *words, show=None))
+    assert trained == [words]
+
+
+def test_settings_of_one_stage_do_not_reach_earlier_ones():
+    given = ["training.lr=1", "pipeline.run=x", "stage=moe", "router.top_k=2", "name=n", "data.path=d", "seed=3"]
+    assert shared_overrides(given) == ["pipeline.run=x", "router.top_k=2", "data.path=d", "seed=3"]
+
+
+def test_a_trained_stage_becomes_train_py(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(stage.os, "execv", lambda program, words: seen.extend(words))
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    stage.train(load_config("demo"), args("branch", "pipeline.domains=['2024']", "training.steps=3"))
+    assert seen[2:] == [str(stage.TRAIN), "--config=demo", "pipeline.domains=['2024']", "training.steps=3",
+                        "stage=branch", 'branch="python"']  # fmt: skip
+    seen.clear()
+    stage.train(load_config("demo"), args("moe", deepspeed="x.json"))
+    assert "--deepspeed=x.json" in seen and seen[-1] == "stage=moe"
+
+
+def test_a_finished_stage_is_left_alone(tmp_path, capsys):
+    (tmp_path / "upcycled").mkdir()
+    assert main(["stage", "--config=demo", "upcycle", f"pipeline.run={tmp_path}"]) == 0
+    assert capsys.readouterr().out == f"finished: {tmp_path / 'upcycled'}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["upcycled"]  # nor is what it was made of
+
+
+def test_an_unknown_recipe_is_one_line(capsys):
+    assert main(["stage", "--config=nowhere", "moe"]) == 1
+    assert capsys.readouterr().err.startswith("nexus-ds stage: no recipe at nowhere")

@@ -1,0 +1,154 @@
+"""Scoring against plain transformers: losses, routing counts, gates, cosines; bad text and bad weights by message."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nexus_ds.errors import CheckpointError, ConfigError, DataError
+from nexus_ds.evaluation import perplexity
+from nexus_ds.evaluation.perplexity import Routing, cosine_matrix, cosines, score
+
+
+def some_windows(count=5, length=12, vocabulary=31, seed=0):
+    generator = np.random.default_rng(seed)
+    return {d: generator.integers(2, vocabulary, (count, length + 1)) for d in ("alpha", "beta")}
+
+
+def stock(directory):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("kind", ["dense_dir", "nexus_dir", "plain_moe_dir"])
+def test_loss_is_that_of_transformers(kind, request):
+    directory, windows = request.getfixturevalue(kind), some_windows()
+    scores = score(directory, windows, batch=2)
+    model = stock(directory)
+    for domain, array in windows.items():
+        tokens = torch.from_numpy(array)
+        expected = model(input_ids=tokens, labels=tokens).loss.item()
+        assert scores.loss[domain] == pytest.approx(expected, abs=1e-5)
+        assert scores.perplexity[domain] == pytest.approx(math.exp(expected), rel=1e-5)
+        assert scores.tokens[domain] == 5 * 12
+    assert scores.tokens_per_second > 0
+
+
+def test_loss_does_not_depend_on_batch_and_slices(dense_dir, monkeypatch):
+    whole = score(dense_dir, some_windows(), batch=5).loss
+    monkeypatch.setattr(perplexity, "LOGITS_AT_ONCE", 7 * 31)  # 7 tokens a slice: the last slice is a partial one
+    assert score(dense_dir, some_windows(), batch=3).loss == pytest.approx(whole, abs=1e-6)
+
+
+def test_routing_counts_every_token_once(nexus_dir):
+    windows = some_windows()
+    routing = score(nexus_dir, windows, batch=2).routing
+    model = stock(nexus_dir)
+    for d, (_, array) in enumerate(windows.items()):
+        with torch.no_grad():
+            logits = model(input_ids=torch.from_numpy(array[:, :-1]), output_router_logits=True).router_logits
+        for layer, logits_TE in enumerate(logits):
+            chosen = logits_TE.argmax(-1).bincount(minlength=3).double() / len(logits_TE)
+            assert routing.share[layer, d] == pytest.approx(chosen.numpy(), abs=1e-12)
+            assert routing.gate[layer, d] == pytest.approx(float(logits_TE.softmax(-1).amax(-1).mean()), abs=1e-6)
+    assert routing.experts == routing.expert_domains == ["alpha", "beta", "gamma"]
+    assert routing.layers == [0, 1] and routing.share.shape == (2, 2, 3)
+
+
+def test_top_2_shares_sum_to_one_and_experts_without_sidecar_are_numbered(plain_moe_dir):
+    routing = score(plain_moe_dir, some_windows()).routing
+    assert routing.experts == ["expert_0", "expert_1", "expert_2", "expert_3"]
+    assert routing.share.sum(axis=-1) == pytest.approx(np.ones((2, 2)))
+    assert routing.share.max() <= 0.5  # with top-2 no expert gets a token twice
+    assert routing.own_share() == {}
+
+
+def test_dense_models_have_no_routing(dense_dir):
+    assert score(dense_dir, some_windows()).routing is None
+
+
+def a_routing():
+    share = np.array([[[0.6, 0.4, 0.0], [0.1, 0.7, 0.2]], [[0.8, 0.0, 0.2], [0.3, 0.3, 0.4]]])
+    return Routing(["a", "b"], ["first", "second", "new"], ["a", "b", "c"], [0, 1], share, np.full((2, 2), 0.5))
+
+
+def test_own_share_mean_share_and_leak():
+    routing = a_routing()
+    assert routing.mean_share()["a"] == pytest.approx({"first": 0.7, "second": 0.2, "new": 0.1})
+    assert routing.own_share() == pytest.approx({"a": 0.7, "b": 0.5})
+    assert routing.leak("new") == pytest.approx((0.0 + 0.2 + 0.2 + 0.4) / 4)
+    assert routing.leak("first") == pytest.approx((0.1 + 0.3) / 2)  # its own domain does not count as a leak
+    assert routing.leak("new", ["b"]) == pytest.approx(0.3)
+    assert math.isnan(routing.leak("new", []))
+
+
+def test_leak_names_what_it_does_not_know():
+    with pytest.raises(ConfigError, match="no expert 'x' in this model; it has: first, second, new"):
+        a_routing().leak("x")
+    with pytest.raises(ConfigError, match="no text of z was scored; scored: a, b"):
+        a_routing().leak("new", ["z"])
+
+
+def test_saturated_places():
+    routing = a_routing()
+    assert routing.saturated() == []
+    routing.gate[1, 0] = 0.97
+    assert routing.saturated() == [(1, "a", 0.97)]
+
+
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        ({}, "no domain to score"),
+        ({"a": np.zeros((0, 5), np.int64)}, r"domain 'a': found windows of shape \(0, 5\), expected"),
+        ({"a": np.zeros(5, np.int64)}, r"found windows of shape \(5,\)"),
+        ({"a": np.full((1, 5), 31)}, r"found token ids from 31 to 31, .* knows 0 to 30; tokenise"),
+        ({"a": np.full((1, 5), -1)}, "found token ids from -1 to -1"),
+        ({"a": np.zeros((1, 66), np.int64)}, "windows of 65 tokens, .* reads at most 64; choose a smaller length"),
+    ],
+)
+def test_text_that_the_model_can_not_read(dense_dir, windows, message):
+    with pytest.raises(DataError, match=message):
+        score(dense_dir, windows)
+
+
+def test_batch_must_be_positive(dense_dir):
+    with pytest.raises(ConfigError, match="batch: expected a number above 0, found 0"):
+        score(dense_dir, some_windows(), batch=0)
+
+
+def test_weights_that_are_not_numbers(dense_dir, tmp_path):
+    model = stock(dense_dir)
+    model.model.norm.weight.data[0] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="the loss on alpha, beta is nan, expected a finite number"):
+        score(tmp_path, some_windows())
+
+
+def test_cosines_before_and_after_the_projection(nexus_dir):
+    from nexus_ds.checkpoint.sidecar import read_sidecar
+
+    found, sidecar, model = cosines(nexus_dir), read_sidecar(nexus_dir), stock(nexus_dir)
+    assert found.names == ["alpha", "beta", "gamma"]
+    pair = torch.nn.functional.cosine_similarity(sidecar.vectors[0], sidecar.vectors[2], dim=0)
+    assert found.embeddings[0, 2] == pytest.approx(float(pair), abs=1e-6)
+    rows = model.model.layers[1].mlp.gate.weight.detach()
+    centred = rows - rows.mean(0)
+    assert found.rows[1, 0, 1] == pytest.approx(float(torch.cosine_similarity(rows[0], rows[1], dim=0)), abs=1e-6)
+    assert found.centred_rows[1] == pytest.approx(cosine_matrix(centred))
+    assert np.diag(found.inputs) == pytest.approx(np.ones(3))
+
+
+def test_cosines_without_sidecar_and_without_router(plain_moe_dir, dense_dir):
+    found = cosines(plain_moe_dir)
+    assert found.embeddings is None and found.inputs is None and found.rows.shape == (2, 4, 4)
+    with pytest.raises(CheckpointError, match=r"no router weights .* expected a mixture-of-experts checkpoint"):
+        cosines(dense_dir)
+
+
+def test_stored_precision_runs_in_the_stored_dtype(dense_dir, tmp_path):
+    stock(dense_dir).to(torch.bfloat16).save_pretrained(tmp_path)
+    full, stored = (score(tmp_path, some_windows(), precision=p).loss["alpha"] for p in ("fp32", "stored"))
+    assert full != stored and full == pytest.approx(stored, rel=0.02)

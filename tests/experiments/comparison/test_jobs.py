@@ -1,0 +1,65 @@
+"""The pool: what is made, what a failure takes with it, and that a repetition makes only what is missing."""
+
+import json
+
+import pytest
+
+from nexus_ds.experiments.comparison.jobs import WORK, Job, Pool, identity, last_line
+from nexus_ds.pipeline import DS_JSON, TRAIN
+
+
+def piece(out, name, needs=(), **given):
+    return Job(out.name, out, (WORK, name, json.dumps({"out": str(out), **given})), tuple(needs))
+
+
+def test_identity_follows_from_everything_but_the_place():
+    assert identity("a", {"x": 1}) != identity("a", {"x": 2})
+    assert identity("/here/b", without="/here/") == identity("/there/b", without="/there/") != identity("/there/c")
+
+
+def test_commands_are_what_one_would_type(tmp_path):
+    train = Job("t", tmp_path / "t", ("train", "--config", "a b.yaml"))
+    assert train.command() == f"deepspeed {TRAIN} --deepspeed {DS_JSON} --config 'a b.yaml'"
+    assert Job("e", tmp_path / "e", ("embed", "--out", "x")).command() == "nexus-ds embed --out x"
+    assert (
+        piece(tmp_path / "m", "average", models=[])
+        .command()
+        .startswith("python -m nexus_ds.experiments.comparison.work average")
+    )
+
+
+def test_the_last_line_of_a_log_is_the_message(tmp_path):
+    log = tmp_path / "a.log"
+    assert last_line(log) == "no log"
+    log.write_text("step 1\nnexus-ds train: no text in data\n\n")
+    assert last_line(log) == "no text in data"
+    log.write_text("")
+    assert last_line(log) == "no message"
+
+
+@pytest.mark.slow
+def test_a_failure_takes_only_its_dependants_with_it(tmp_path, dense_dir, capsys):
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    jobs = [
+        piece(bad, "average", models=[str(tmp_path / "nothing")]),
+        piece(tmp_path / "child", "average", [bad], models=[str(bad)]),
+        piece(good, "average", models=[str(dense_dir)]),
+        piece(tmp_path / "grandchild", "average", [tmp_path / "child", good], models=[str(good)]),
+        piece(tmp_path / "other", "average", [good], models=[str(good)]),
+    ]
+    pool = Pool({job.output: job for job in jobs}, tmp_path / "logs", slots=2)
+    pool.run()
+    assert {path.name for path in tmp_path.iterdir()} == {"good", "other", "logs"}
+    assert set(pool.failed) == {bad, tmp_path / "child", tmp_path / "grandchild"}
+    assert "nothing" in pool.failed[bad]
+    assert pool.failed[tmp_path / "child"] == "needs bad, which failed"
+    told = capsys.readouterr().err
+    assert told.startswith("5 jobs, 0 more are there already; 2 at once, messages of each in ")
+    assert "[0/5] bad ..." in told and "other ..." in told and "[5/5, 0s to go] other: " in told
+    assert "good: " in told and "bad FAILED after" in told and str(tmp_path / "logs" / "bad.log") in told
+
+    made = (good / "model.safetensors").stat().st_mtime_ns
+    again = Pool({job.output: job for job in jobs if job.output.name in ("good", "other")}, tmp_path / "logs", slots=2)
+    assert again.total == 0
+    again.run()
+    assert (good / "model.safetensors").stat().st_mtime_ns == made

@@ -1,0 +1,80 @@
+"""The label fit: it streams what the whole model computes, and it makes routers tell domains apart."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import DOMAINS, WORDS
+
+from nexus_ds.checkpoint.build import load_stock
+from nexus_ds.checkpoint.sidecar import read_sidecar, verify_rows
+from nexus_ds.errors import DataError
+from nexus_ds.settings import RouterConfig
+from nexus_ds.warm_start.fit import fit_router
+from nexus_ds.warm_start.fit_text import FitText
+
+
+@pytest.fixture
+def checkpoint(tmp_path, nexus_dir):
+    shutil.copytree(nexus_dir, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.fixture
+def windows():
+    """Windows of random words: domain d uses tokens 2 + d, 5 + d, ... so that an embedding tells it."""
+    generator = torch.Generator().manual_seed(0)
+    picks = {d: torch.randint(9, (6, 20), generator=generator) * 3 + 2 + i for i, d in enumerate(DOMAINS)}
+    assert len(WORDS) == len(picks)
+    return FitText(picks, {})
+
+
+def own_share(checkpoint, windows):
+    """Return the share of tokens at their own expert, by the whole stock model in one pass."""
+    model = load_stock(checkpoint, torch.float32).eval()
+    chosen = []
+    for block in model.model.layers:
+        block.mlp.gate.register_forward_hook(lambda module, inputs, output: chosen.append(output[2][:, 0]))
+    hits = []
+    for index, domain in enumerate(DOMAINS):
+        chosen.clear()
+        with torch.no_grad():
+            model(input_ids=windows.windows[domain], use_cache=False)
+        hits += [(picked == index).float().mean() for picked in chosen]
+    return float(torch.stack(hits).mean())
+
+
+def test_the_streamed_share_is_the_whole_models_and_grows(checkpoint, windows):
+    before = own_share(checkpoint, windows)
+    report = fit_router(checkpoint, windows, RouterConfig(fit_steps=60), seed=0)
+    after = own_share(checkpoint, windows)
+    assert report.after == pytest.approx(after, abs=1e-4)
+    assert after > before + 0.1
+    verify_rows(checkpoint)
+
+
+def test_nothing_but_the_router_changes(checkpoint, nexus_dir, windows):
+    fit_router(checkpoint, windows, RouterConfig(fit_steps=3), seed=0)
+    a, b = load_stock(nexus_dir, torch.float32).state_dict(), load_stock(checkpoint, torch.float32).state_dict()
+    assert {name for name in a if not torch.equal(a[name], b[name])} == {
+        f"model.layers.{layer}.mlp.gate.weight" for layer in range(2)
+    }
+    old, new = read_sidecar(nexus_dir), read_sidecar(checkpoint)
+    assert torch.equal(old.vectors, new.vectors) and torch.equal(old.centre, new.centre)
+
+
+def test_the_fit_is_deterministic(tmp_path, nexus_dir, windows):
+    rows = []
+    for name in ("one", "two"):
+        shutil.copytree(nexus_dir, tmp_path / name)
+        fit_router(tmp_path / name, windows, RouterConfig(fit_steps=5), seed=3)
+        rows.append(read_sidecar(tmp_path / name).projections[1]["maps.0.weight"])
+    assert torch.equal(*rows)
+
+
+def test_a_domain_without_text_is_named(checkpoint, windows):
+    del windows.windows["beta"]
+    with pytest.raises(
+        DataError, match="the router's warm start label_fit has no text of beta; expected text of every expert's domain"
+    ):
+        fit_router(checkpoint, windows, RouterConfig(), seed=0)

@@ -1,0 +1,194 @@
+"""The router's warm starts on one layer's inputs: each does what its name says, and P learns directions, not labels only."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nexus_ds.errors import ConfigError
+from nexus_ds.model.router import Projection, init_projection, layer_generator, unit
+from nexus_ds.settings import RouterConfig
+from nexus_ds.warm_start.methods import (
+    Seen,
+    check_start,
+    hidden_mean_rows,
+    means,
+    ridge_rows,
+    start_projection,
+    start_rows,
+    temperature,
+    whitener,
+)
+
+HIDDEN, WIDTH, DOMAINS, CHUNKS, LENGTH = 16, 12, 3, 60, 20
+
+
+def world(seed=0, unseen=1, background=0):
+    """Return text in which a chunk's inputs lie where a fixed linear map puts its topic, and its embedding near the topic.
+
+    The last `unseen` domains have no tokens among those that a start sees, but for the first `background` of them, whose
+    tokens have no label.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    topics = unit(torch.randn(DOMAINS + unseen, WIDTH, generator=generator))
+    truth = torch.randn(WIDTH, HIDDEN, generator=generator) * 2
+    spread = torch.diag(torch.linspace(0.3, 3.0, HIDDEN))
+
+    def text(domain):
+        chunks = unit(topics[domain] + 0.25 * torch.randn(CHUNKS, WIDTH, generator=generator))
+        noise = torch.randn(CHUNKS, LENGTH, HIDDEN, generator=generator) @ spread
+        return chunks, ((chunks @ truth)[:, None] + 0.5 * noise + 3.0).flatten(0, 1)
+
+    texts = [text(domain) for domain in range(DOMAINS + unseen)]
+    read = texts[: DOMAINS + background]
+    seen = Seen(
+        x_TH=torch.cat([x for _, x in read]),
+        labels_T=torch.tensor([*range(DOMAINS), *[-1] * background]).repeat_interleave(CHUNKS * LENGTH),
+        generator=torch.Generator().manual_seed(seed),
+        inputs_EM=topics[:DOMAINS],
+        chunks_CM=torch.cat([c for c, _ in read]),
+    )
+    return seen, topics, texts[-1][1]
+
+
+def share(x_TH, rows_EH, index):
+    return float((F.linear(x_TH, rows_EH).argmax(-1) == index).float().mean())
+
+
+def own_share(seen, rows_EH):
+    return float((F.linear(seen.x_TH, rows_EH).argmax(-1) == seen.labels_T).float().mean())
+
+
+def projection_of(seen, form, row_norm="free"):
+    projection = Projection(WIDTH, HIDDEN, form=form, row_norm=row_norm)
+    init_projection(projection, seen.inputs_EM, "balanced", 0.5, layer_generator(0, 0))
+    return projection
+
+
+@pytest.mark.parametrize(
+    ("start", "form", "row_norm"),
+    [
+        ("chunks", "swiglu", "free"),
+        ("chunks", "linear", "free"),
+        ("chunks", "linear", "fixed"),
+        ("closed_form", "linear", "free"),
+        ("closed_form", "linear", "fixed"),
+    ],
+)
+def test_chunks_teach_p_directions_that_labels_do_not(start, form, row_norm):
+    """A domain whose text P never saw finds its row P(d_new); the label fit of the same P does not."""
+    seen, topics, new_text = world()
+    found, leaks = {}, {}
+    for name in (start, "label_fit"):
+        projection = projection_of(seen, form, row_norm)
+        start_projection(projection, seen, RouterConfig(warm_start=name, fit_steps=200, fit_lr=3e-3))
+        rows_EH = projection(topics).detach()
+        assert own_share(seen, rows_EH[:DOMAINS]) > 0.6
+        found[name], leaks[name] = share(new_text, rows_EH, DOMAINS), share(seen.x_TH, rows_EH, DOMAINS)
+    # The paper's SwiGLU learns a little of it; a linear P generalises.
+    assert found[start] > found["label_fit"] + 0.2 and leaks[start] < 0.25
+    assert found[start] > 0.7 or form == "swiglu"
+
+
+@pytest.mark.parametrize(("start", "form"), [("chunks", "swiglu"), ("chunks", "linear"), ("closed_form", "linear")])
+def test_background_teaches_p_more_directions_and_is_nobodys_domain(start, form):
+    """Text without an expert makes a row that it never belongs to, and room for the rows of its kind."""
+    everything, topics, new_text = world(unseen=1 + DOMAINS, background=DOMAINS)
+    known = everything.labels_T >= 0
+    without = replace(everything.labelled(), chunks_CM=everything.chunks_CM[: DOMAINS * CHUNKS])
+    found, rows = {}, {}
+    for name, seen in (("without", without), ("with", everything)):
+        projection = projection_of(seen, form, "fixed")
+        start_projection(projection, seen, RouterConfig(warm_start=start, fit_steps=100, fit_lr=3e-3))
+        rows[name] = projection(torch.cat([topics[:DOMAINS], topics[-1:]])).detach()
+        own = F.linear(everything.x_TH[known], rows[name][:DOMAINS]).argmax(-1) == everything.labels_T[known]
+        assert float(own.float().mean()) > 0.6
+        found[name] = share(new_text, rows[name], DOMAINS)
+        background = projection(topics[DOMAINS:-1]).detach()
+        found[f"background {name}"] = share(everything.x_TH[~known], torch.cat([rows[name], background]), DOMAINS + 1)
+    assert found["with"] > found["without"] - 0.05
+    assert found["background with"] > found["background without"] + 0.05
+
+
+def test_fixed_rows_spread_their_logits_alike_after_a_start():
+    seen, topics, _ = world()
+    spreads = {}
+    for row_norm in ("fixed", "free"):
+        projection = projection_of(seen, "linear", row_norm)
+        start_projection(projection, seen, RouterConfig(warm_start="closed_form"))
+        logits = F.linear(seen.x_TH, projection(topics).detach())
+        spreads[row_norm] = logits.square().mean(0).sqrt()
+    assert (
+        float(spreads["fixed"].max() / spreads["fixed"].min())
+        < 1.05
+        < float(spreads["free"].max() / spreads["free"].min())
+    )
+
+
+def test_starts_are_deterministic():
+    rows = []
+    for _ in range(2):
+        seen, topics, _ = world()
+        projection = projection_of(seen, "swiglu")
+        start_projection(projection, seen, RouterConfig(warm_start="chunks", fit_steps=5))
+        rows.append(projection(topics).detach())
+    assert torch.equal(*rows)
+
+
+def test_the_whitener_makes_second_moments_the_identity():
+    seen, _, _ = world()
+    white = seen.x_TH @ whitener(seen.x_TH)
+    assert torch.allclose(white.T @ white / len(white), torch.eye(HIDDEN), atol=0.05)
+
+
+def test_the_temperature_is_the_best_of_its_grid():
+    seen, _, _ = world()
+    rows_EH = means(seen.x_TH, seen.labels_T, DOMAINS)
+    best = temperature(seen.x_TH, seen.labels_T, rows_EH)
+    losses = {
+        f: float(F.cross_entropy(seen.x_TH @ (rows_EH * f).T, seen.labels_T)) for f in (best / 1.2, best, best * 1.2)
+    }
+    assert min(losses, key=losses.get) == best
+    assert temperature(seen.x_TH, seen.labels_T, rows_EH * best) == pytest.approx(1.0)
+
+
+def test_hidden_mean_is_the_mean_and_a_later_row_the_difference():
+    seen, _, _ = world()
+    old_EH = torch.randn(DOMAINS, HIDDEN, generator=torch.Generator().manual_seed(3))
+    rows_EH = hidden_mean_rows(seen.x_TH, seen.labels_T, old_EH, 0)
+    assert torch.allclose(rows_EH[1], seen.x_TH[seen.labels_T == 1].mean(0), atol=1e-4)
+    later_EH = start_rows(old_EH, seen, RouterConfig(warm_start="hidden_mean"), kept=2)
+    assert torch.equal(later_EH[:2], old_EH[:2])
+    assert torch.allclose(unit(later_EH[2]), unit(rows_EH[2] - rows_EH[:2].mean(0)), atol=1e-5)
+    assert float(later_EH[2].norm()) == pytest.approx(float(old_EH[:2].norm(dim=1).mean()), rel=1e-5)
+
+
+def test_ridge_is_the_normal_equations_solution_up_to_the_temperature():
+    seen, _, _ = world()
+    rows_EH = ridge_rows(seen.x_TH, seen.labels_T, DOMAINS)
+    x, y = seen.x_TH.double(), F.one_hot(seen.labels_T, DOMAINS).double()
+    penalty = 1e-3 * float((x * x).sum(0).mean())
+    expected = torch.linalg.lstsq(
+        torch.cat([x, math.sqrt(penalty) * torch.eye(HIDDEN).double()]), torch.cat([y, torch.zeros(HIDDEN, DOMAINS)])
+    ).solution.T
+    ratio = rows_EH.double() / expected
+    assert torch.allclose(ratio, ratio[0, 0].expand_as(ratio), rtol=1e-2)
+    assert own_share(seen, rows_EH) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("start", "kind", "form", "message"),
+    [
+        ("ridge", "nexus", "swiglu", "warm_start ridge sets free rows, but this router's rows are P"),
+        ("hidden_mean", "nexus", "linear", "warm_start hidden_mean sets free rows"),
+        ("embedding", "nexus", "swiglu", "warm_start embedding sets free rows"),
+        ("chunks", "linear", "swiglu", "warm_start chunks fits P, but this router has free rows; use label_fit"),
+        ("closed_form", "linear", "linear", "warm_start closed_form fits P"),
+        ("closed_form", "nexus", "swiglu", "closed_form needs a linear P, this one is swiglu; use chunks"),
+    ],
+)
+def test_starts_that_a_router_cannot_have_are_refused(start, kind, form, message):
+    with pytest.raises(ConfigError, match=message):
+        check_start(start, kind, form)
