@@ -35,7 +35,8 @@ VERBS = {  # name: module
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
     """Return the parser; only the chosen verb's own arguments are declared in full."""
     parser = argparse.ArgumentParser(
-        prog="nexus-ds", description="One mixture-of-experts out of several dense models, and more experts later."
+        prog="nexus-ds",
+        description="One mixture-of-experts out of several dense models, and more experts later.",
     )
     commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, module_name in VERBS.items():
@@ -49,7 +50,8 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; a user's mistake is one line on stderr and exit code 1.
 
-    SIGTERM and its like end a verb in order, with 128 + their number; `train` saves its state instead (runtime/signals).
+    SIGTERM and its like end a verb in order, with 128 + their number; `train` saves its state
+    instead (runtime/signals).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     words = sys.argv[1:] if argv is None else argv

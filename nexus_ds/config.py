@@ -1,8 +1,9 @@
-"""Typed configuration: YAML recipes, dotted overrides, unknown keys refused with the nearest known one.
+"""Typed configuration: YAML recipes, dotted overrides, unknown keys refused with the nearest known
+one.
 
-A recipe is a file with the sections below plus `stages`: for each stage of the pipeline (seed, branch, moe, extend) the
-settings that differ. `load_config(recipe, overrides)` lays the stage's settings over the common ones and the command
-line's `section.key=value` over both.
+A recipe is a file with the sections below plus `stages`: for each stage of the pipeline (seed,
+branch, moe, extend) the settings that differ. `load_config(recipe, overrides)` lays the stage's
+settings over the common ones and the command line's `section.key=value` over both.
 """
 
 from __future__ import annotations
@@ -44,10 +45,14 @@ class _StrictLoader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str | int | float | bool):
                 mark = key_node.start_mark
-                raise ConfigError(f"{mark.name}:{mark.line + 1}: expected a name before the colon, found {key!r}")
+                raise ConfigError(
+                    f"{mark.name}:{mark.line + 1}: expected a name before the colon, found {key!r}"
+                )
             if key in seen:
                 mark = key_node.start_mark
-                raise ConfigError(f"{mark.name}:{mark.line + 1}: the key {key!r} stands twice; keep one of the two")
+                raise ConfigError(
+                    f"{mark.name}:{mark.line + 1}: the key {key!r} stands twice; keep one of the two"
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -64,7 +69,8 @@ def parse_yaml(text: str, name: str) -> Any:
     return copy.deepcopy(_parsed(text, name))
 
 
-@functools.lru_cache(maxsize=1024)  # a comparison reads the same recipe and overrides hundreds of times
+# a comparison reads the same recipe and overrides hundreds of times
+@functools.lru_cache(maxsize=1024)
 def _parsed(text: str, name: str) -> Any:
     if len(text) > 1_000_000:
         raise ConfigError(f"{name}: {len(text)} characters; a recipe has at most 1,000,000")
@@ -79,7 +85,8 @@ def _parsed(text: str, name: str) -> Any:
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """Return ', did you mean X?' for the known word nearest to `word`, or the list of known words."""
+    """Return ', did you mean X?' for the known word nearest to `word`, or the list of known
+    words."""
     known = list(known)
     matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f", did you mean {matches[0]}?" if matches else f"; known: {', '.join(known)}"
@@ -93,12 +100,16 @@ def _coerce(value: Any, annotation: Any, key: str) -> Any:
             return None
         return _coerce(value, next(a for a in arguments if a is not type(None)), key)
     if origin is list:
-        items = value if isinstance(value, list) else [part for part in str(value).split(",") if part]
+        items = (
+            value if isinstance(value, list) else [part for part in str(value).split(",") if part]
+        )
         return [_coerce(item, arguments[0], key) for item in items]
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{key}: expected a mapping, found {value!r}")
-        return {str(name): _coerce(item, arguments[1], f"{key}.{name}") for name, item in value.items()}
+        return {
+            str(name): _coerce(item, arguments[1], f"{key}.{name}") for name, item in value.items()
+        }
     return _coerce_scalar(value, annotation, key)
 
 
@@ -143,13 +154,20 @@ def parse_override(text: str) -> dict[str, Any]:
     return value
 
 
-def parse_words(parser: argparse.ArgumentParser, words: typing.Sequence[str] | None) -> argparse.Namespace:
+def parse_words(
+    parser: argparse.ArgumentParser, words: typing.Sequence[str] | None
+) -> argparse.Namespace:
     """Parse a command line whose overrides may stand before, between and after its options.
 
-    argparse takes optional words at one place alone and hands the others back; those with a `=` are overrides too.
+    argparse takes optional words at one place alone and hands the others back; those with a `=` are
+    overrides too.
     """
     args, left = parser.parse_known_args(words)
-    stray = [word for word in left if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")]
+    stray = [
+        word
+        for word in left
+        if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")
+    ]
     if stray:
         parser.error(f"unknown argument {stray[0]}; settings are given as section.key=value")
     if left:
@@ -175,7 +193,9 @@ def _check_values(config: Config) -> None:
             raise ConfigError(f"{key}: expected a number above 0, found {get_key(config, key)}")
     for key, (least, most) in RANGES.items():
         if not least <= get_key(config, key) <= most:
-            raise ConfigError(f"{key}: expected a number in [{least}, {most}], found {get_key(config, key)}")
+            raise ConfigError(
+                f"{key}: expected a number in [{least}, {most}], found {get_key(config, key)}"
+            )
 
 
 def validate(config: Config) -> Config:
@@ -185,12 +205,18 @@ def validate(config: Config) -> Config:
     if training.tokens <= 0 and training.steps <= 0:
         raise ConfigError("training.tokens and training.steps are both 0; set one of them")
     if not 0 <= training.warmup < 1:
-        raise ConfigError(f"training.warmup: expected a share of the steps in [0, 1), found {training.warmup}")
+        raise ConfigError(
+            f"training.warmup: expected a share of the steps in [0, 1), found {training.warmup}"
+        )
     if config.stage == "branch" and not config.branch:
-        raise ConfigError("stage=branch trains one domain's dense expert; name it with branch=DOMAIN")
+        raise ConfigError(
+            "stage=branch trains one domain's dense expert; name it with branch=DOMAIN"
+        )
     model = config.model
     if model.kv_heads and model.heads % model.kv_heads:
-        raise ConfigError(f"model.heads {model.heads} is not a multiple of model.kv_heads {model.kv_heads}")
+        raise ConfigError(
+            f"model.heads {model.heads} is not a multiple of model.kv_heads {model.kv_heads}"
+        )
     if config.model.hidden_size % config.model.heads:
         raise ConfigError(
             f"model.hidden_size {config.model.hidden_size} is not a multiple of model.heads {config.model.heads}"
@@ -207,14 +233,20 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     chain = [str(path)]
     while (base := recipe.pop("base", None)) is not None:
         if not isinstance(base, str) or base in chain:
-            raise ConfigError(f"{chain[-1]}: base: expected the name of another recipe, found {base!r}")
+            raise ConfigError(
+                f"{chain[-1]}: base: expected the name of another recipe, found {base!r}"
+            )
         chain.append(base)
         recipe = _merged(_read_one(base), recipe)
     return recipe
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    both = {k: _merged(below[k], v) for k, v in above.items() if isinstance(v, dict) and isinstance(below.get(k), dict)}
+    both = {
+        k: _merged(below[k], v)
+        for k, v in above.items()
+        if isinstance(v, dict) and isinstance(below.get(k), dict)
+    }
     return below | above | both
 
 
@@ -234,7 +266,8 @@ def _read_one(path: str | Path) -> dict[str, Any]:
 
 
 def _stage_settings(layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Take `stages` out of recipe and overrides (stages.moe.training.lr=1e-3 holds for one stage) and return them as one."""
+    """Take `stages` out of recipe and overrides (stages.moe.training.lr=1e-3 holds for one stage)
+    and return them as one."""
     stages: dict[str, Any] = {}
     for layer in layers:
         given = layer.pop("stages", {})
@@ -257,7 +290,9 @@ def load_config(recipe: str | Path = "demo", overrides: typing.Sequence[str] = (
     values = read_recipe(recipe)
     parsed = [parse_override(text) for text in overrides]
     stages = _stage_settings([values, *parsed])
-    chosen = next((o["stage"] for o in reversed(parsed) if "stage" in o), values.get("stage", Config.stage))
+    chosen = next(
+        (o["stage"] for o in reversed(parsed) if "stage" in o), values.get("stage", Config.stage)
+    )
     if not isinstance(chosen, str):
         raise ConfigError(f"stage: expected one of {', '.join(STAGES)}, found {chosen!r}")
     config = Config()

@@ -1,7 +1,8 @@
 """Mistakes that a user can mend.
 
-Each message says what was found, what was expected and what to do. The command line prints the message alone;
-anything that is not a ``NexusError`` is a fault of this program and keeps its traceback.
+Each message says what was found, what was expected and what to do. The command line prints the
+message alone; anything that is not a ``NexusError`` is a fault of this program and keeps its
+traceback.
 """
 
 

@@ -1,4 +1,5 @@
-"""Where this process stands in a job, read from the variables of torchrun, deepspeed or srun, and how it leaves it.
+"""Where this process stands in a job, read from the variables of torchrun, deepspeed or srun, and
+how it leaves it.
 
 Not covered: other launchers, srun with a distribution of ranks other than block.
 """
@@ -30,10 +31,15 @@ class Position:
 
 
 def _ranks_a_node(env: Mapping[str, str], world: int) -> int:
-    """Return the ranks of every node of an srun step; SLURM_NTASKS_PER_NODE is set only where somebody asked for it."""
+    """Return the ranks of every node of an srun step; SLURM_NTASKS_PER_NODE is set only where
+    somebody asked for it."""
     told = env.get("SLURM_STEP_TASKS_PER_NODE", "")  # 4(x2),3: two nodes with 4 each, one with 3
     nodes = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES") or 1)
-    counts = {int(part.partition("(")[0]) for part in told.split(",")} if told else {world // nodes, -(-world // nodes)}
+    counts = (
+        {int(part.partition("(")[0]) for part in told.split(",")}
+        if told
+        else {world // nodes, -(-world // nodes)}
+    )
     if len(counts) > 1:
         near = max(1, world // nodes)
         raise LayoutError(
@@ -53,7 +59,10 @@ def position(env: Mapping[str, str] = os.environ) -> Position:
     if "RANK" in env:
         world = int(env["WORLD_SIZE"])
         return Position(
-            int(env["RANK"]), world, int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world), node
+            int(env["RANK"]),
+            world,
+            int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world),
+            node,
         )
     if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
         world = int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
@@ -62,7 +71,8 @@ def position(env: Mapping[str, str] = os.environ) -> Position:
 
 
 def meeting_point(here: Position, env: Mapping[str, str] = os.environ) -> tuple[str, int]:
-    """Return the address and port at which the ranks of a job meet; a single rank gets a free port of its own.
+    """Return the address and port at which the ranks of a job meet; a single rank gets a free port
+    of its own.
 
     Raises:
         ConfigError: there are other ranks, and the job script did not say where they meet.
@@ -78,7 +88,8 @@ def meeting_point(here: Position, env: Mapping[str, str] = os.environ) -> tuple[
 
 
 def adopt_launcher() -> Position:
-    """Set the variables that torch and DeepSpeed read where the launcher (srun, plain python) does not; return the position.
+    """Set the variables that torch and DeepSpeed read where the launcher (srun, plain python) does
+    not; return the position.
 
     Raises:
         ConfigError, LayoutError: srun's ranks can't meet, or are spread unevenly.
@@ -97,31 +108,48 @@ def adopt_launcher() -> Position:
 def end(code: int) -> NoReturn:
     """End this process, whose files are closed, with `code`, and without Python's teardown.
 
-    DeepSpeed keeps the process groups in its modules, so gloo's threads outlive `destroy_process_group`. One that drops the
-    tensors of a finished collective while Python is torn down asks for the interpreter's lock, is ended there amidst a
-    destructor, and aborts the process ("terminate called without an active exception"): the launcher would see SIGABRT
-    of a rank that has done its work.
+    DeepSpeed keeps the process groups in its modules, so gloo's threads outlive
+    `destroy_process_group`. One that drops the tensors of a finished collective while Python is
+    torn down asks for the interpreter's lock, is ended there amidst a destructor, and aborts the
+    process ("terminate called without an active exception"): the launcher would see SIGABRT of a
+    rank that has done its work.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK",
-                    "ROLE_RANK", "TORCHELASTIC_RUN_ID", "CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE")  # fmt: skip
+LAUNCH_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "TORCHELASTIC_RUN_ID",
+    "CROSS_RANK",
+    "CROSS_SIZE",
+    "LOCAL_SIZE",
+)
 
 
 def free_port() -> int:
     """Return a TCP port of the loopback interface that was free a moment ago.
 
-    It is none of those that the kernel gives out by itself (from 32768): gloo asks for several a rank, and one of another
-    run would get it before this run's first rank binds it. SLURM's templates use 20000 to 29999.
+    It is none of those that the kernel gives out by itself (from 32768): gloo asks for several a
+    rank, and one of another run would get it before this run's first rank binds it. SLURM's
+    templates use 20000 to 29999.
     """
-    for port in random.SystemRandom().sample(range(10_000, 20_000), 1_000):  # not of the generator that runs seed
+    # not of the generator that runs seed
+    for port in random.SystemRandom().sample(range(10_000, 20_000), 1_000):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-    raise LayoutError("no free TCP port from 10000 to 19999 on the loopback interface; end what holds them")
+    raise LayoutError(
+        "no free TCP port from 10000 to 19999 on the loopback interface; end what holds them"
+    )
 
 
 def devices() -> int:

@@ -16,17 +16,24 @@ from nexus_ds.progress import duration
 
 
 def _environment(slot: int, gpus: int) -> dict[str, str]:
-    """Return the environment of a stage: no launcher variables of our own, one device and one thread a single rank."""
+    """Return the environment of a stage: no launcher variables of our own, one device and one
+    thread a single rank."""
     kept = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}
     if gpus and slot >= 0:
         visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         kept["CUDA_VISIBLE_DEVICES"] = (visible or [str(i) for i in range(gpus)])[slot % gpus]
-    # More threads than one wait for each other on a busy machine; branches that run side by side use the other cores.
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "true"}
+    # More threads than one wait for each other on a busy machine; branches that run side by side
+    # use the other cores.
+    return kept | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+    }
 
 
 class _Scheduler:
-    """Runs stages as soon as what they need is there: single-rank ones side by side, the others alone."""
+    """Runs stages as soon as what they need is there: single-rank ones side by side, the others
+    alone."""
 
     def __init__(self, todo: list[Step], slots: int, gpus: int) -> None:
         self.waiting, self.slots, self.gpus = list(todo), slots, gpus
@@ -63,9 +70,15 @@ class _Scheduler:
                 continue
             del self.running[slot]
             if process.returncode != 0 or not step.output.exists():
-                raise NexusError(f"stage {step.name} failed (exit {process.returncode}); its message stands above")
+                raise NexusError(
+                    f"stage {step.name} failed (exit {process.returncode}); its message stands above"
+                )
             self.unfinished.discard(step.name)
-            print(f"== {step.name} done in {duration(time.monotonic() - started)}", file=sys.stderr, flush=True)
+            print(
+                f"== {step.name} done in {duration(time.monotonic() - started)}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def close(self) -> None:
         """End what is still running; it clears up after itself."""

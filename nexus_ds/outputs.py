@@ -1,11 +1,13 @@
-"""New output directories and files: written under a temporary name, renamed when whole, never over something else.
+"""New output directories and files: written under a temporary name, renamed when whole, never over
+something else.
 
-An output has one writer at a time (`held`). The lock is the kernel's, so that it goes with its process, however that ends,
-and what a killed writer left under a temporary name is removed by the next one. Every file of an output may be read by
-those whom the umask allows (0666 & ~umask), whoever wrote it. A failed write names the file, also where the system does not.
-Not covered: two writers on two machines whose shared file system has no locks (NFS without a lock service, Lustre mounted
-without `flock`): there each believes that it is alone. A machine that is lost may keep its lock on NFS for a while; the
-message names the file to remove.
+An output has one writer at a time (`held`). The lock is the kernel's, so that it goes with its
+process, however that ends, and what a killed writer left under a temporary name is removed by the
+next one. Every file of an output may be read by those whom the umask allows (0666 & ~umask),
+whoever wrote it. A failed write names the file, also where the system does not.
+Not covered: two writers on two machines whose shared file system has no locks (NFS without a lock
+service, Lustre mounted without `flock`): there each believes that it is alone. A machine that is
+lost may keep its lock on NFS for a while; the message names the file to remove.
 """
 
 from __future__ import annotations
@@ -43,9 +45,11 @@ class Ended(SystemExit):
 
 @contextmanager
 def exit_on_signals() -> Iterator[None]:
-    """Inside, SIGTERM, SIGHUP and SIGUSR1 raise `Ended`, so that `finally` removes what is unfinished.
+    """Inside, SIGTERM, SIGHUP and SIGUSR1 raise `Ended`, so that `finally` removes what is
+    unfinished.
 
-    What was ignored (nohup) or has a handler already is left alone. Further signals don't disturb the clearing up.
+    What was ignored (nohup) or has a handler already is left alone. Further signals don't disturb
+    the clearing up.
     """
     on_main = threading.current_thread() is threading.main_thread()
     mine = [number for number in ENDING if on_main and signal.getsignal(number) is signal.SIG_DFL]
@@ -69,7 +73,8 @@ def exit_on_signals() -> Iterator[None]:
 
 @contextmanager
 def naming(path: Path, size: int | None = None) -> Iterator[None]:
-    """Let a failed write (of `size` bytes) say of which file: the system's error on a full disk names none."""
+    """Let a failed write (of `size` bytes) say of which file: the system's error on a full disk
+    names none."""
     try:
         yield
     except OSError as error:
@@ -82,7 +87,8 @@ def naming(path: Path, size: int | None = None) -> Iterator[None]:
 
 
 def write_at(descriptor: int, position: int, data: memoryview, path: Path) -> None:
-    """Write all of `data` (bytes); one call of the system writes at most 2 GiB, and less where a limit or quota is near.
+    """Write all of `data` (bytes); one call of the system writes at most 2 GiB, and less where a
+    limit or quota is near.
 
     Raises:
         OSError: names `path`, what is still to be written, and what is free.
@@ -127,7 +133,8 @@ def refuse_existing(out: Path) -> None:
 
 
 def _lock(path: Path, out: Path) -> tuple[IO[str], bool]:
-    """Return `path`, opened, and whether this file system could lock it; OutputBusyError if another process has it."""
+    """Return `path`, opened, and whether this file system could lock it; OutputBusyError if another
+    process has it."""
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
@@ -163,15 +170,21 @@ def _left(out: Path) -> list[Path]:
     """Return all temporary files and directories of `out`, of whatever process."""
     start = f".{out.name}.tmp-"
     with suppress(PermissionError):  # a folder that may be written and not listed
-        names = [n for n in os.listdir(out.parent) if n.startswith(start) and n.removeprefix(start).isdecimal()]
+        names = [
+            n
+            for n in os.listdir(out.parent)
+            if n.startswith(start) and n.removeprefix(start).isdecimal()
+        ]
         return [out.parent / name for name in names]
     return []
 
 
 def _remove_if_dead(path: Path) -> None:
-    """Remove a temporary file or directory of an output that this process holds, if its writer was killed.
+    """Remove a temporary file or directory of an output that this process holds, if its writer was
+    killed.
 
-    Directories are made under the lock of their output. A file need not be: a living process that writes it has locked it.
+    Directories are made under the lock of their output. A file need not be: a living process that
+    writes it has locked it.
     """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -187,7 +200,8 @@ def _remove_if_dead(path: Path) -> None:
 
 @contextmanager
 def held(out: Path) -> Iterator[None]:
-    """Be the only process that writes `out` inside the context; OutputBusyError, naming the other, if there is one."""
+    """Be the only process that writes `out` inside the context; OutputBusyError, naming the other,
+    if there is one."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     path = out.parent / f".{out.name}.lock"
@@ -197,7 +211,9 @@ def held(out: Path) -> Iterator[None]:
             _remove_if_dead(left)
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        print(f"process {os.getpid()} on {socket.gethostname()} since {since}", file=file, flush=True)
+        print(
+            f"process {os.getpid()} on {socket.gethostname()} since {since}", file=file, flush=True
+        )
         try:
             yield
         finally:
@@ -206,7 +222,8 @@ def held(out: Path) -> Iterator[None]:
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """Yield a temporary directory beside `out` that becomes `out` when the block ends well, and vanishes when not.
+    """Yield a temporary directory beside `out` that becomes `out` when the block ends well, and
+    vanishes when not.
 
     Raises:
         OutputExistsError: `out` exists.
@@ -235,7 +252,8 @@ def _temporary_directory(out: Path) -> Iterator[Path]:
 
 
 def _share(directory: Path) -> None:
-    """Give every file the mode that the umask gives: some libraries write files that their owner alone can read."""
+    """Give every file the mode that the umask gives: some libraries write files that their owner
+    alone can read."""
     usual = stat.S_IMODE(directory.stat().st_mode) & 0o666
     for path in directory.rglob("*"):
         if path.is_file() and not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) != usual:
@@ -255,7 +273,8 @@ def _start_file(path: Path) -> BinaryIO:
 
 @contextmanager
 def new_file(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside `out` that becomes `out` when the block ends well, and vanishes when not.
+    """Yield a temporary path beside `out` that becomes `out` when the block ends well, and vanishes
+    when not.
 
     The path is an empty file already; it has to be written, not replaced.
     """

@@ -2,7 +2,8 @@
 
     <run>/tokenizer  seed  branches/<domain>  domains.safetensors  upcycled  nexus
           domains-new.safetensors  extension  extended  report
-A stage is done when its output exists. `train.py` asks for what its own stage needs, `demo` for everything.
+A stage is done when its output exists. `train.py` asks for what its own stage needs, `demo` for
+everything.
 Not covered: clusters; the templates in slurm/ submit the same commands as jobs.
 """
 
@@ -24,11 +25,23 @@ from nexus_ds.launch import free_port
 from nexus_ds.settings import Config, DataConfig
 
 TRAIN = Path(__file__).parent / "train.py"
-TRAINED = {"seed": "seed", "branch": "branch", "moe": "moe", "extended": "extend"}  # step: train.py's stage
-HARMLESS = ("pipeline.parallel_branches", "data.workers", "training.log_every", "training.keep_last")
-DS_JSON = Path(__file__).parent / "ds_configs" / "z3.json"  # a link in a clone, a file in an installed package
-STARTS = {"branch": "the seed", "moe": "what nexus-ds upcycle wrote", "extend": "what nexus-ds extend wrote"}
-WIDE_STAGES = ("moe", "extend")  # that train a mixture-of-experts, with DS_JSON unless another is given
+# step: train.py's stage
+TRAINED = {"seed": "seed", "branch": "branch", "moe": "moe", "extended": "extend"}
+HARMLESS = (
+    "pipeline.parallel_branches",
+    "data.workers",
+    "training.log_every",
+    "training.keep_last",
+)
+# a link in a clone, a file in an installed package
+DS_JSON = Path(__file__).parent / "ds_configs" / "z3.json"
+STARTS = {
+    "branch": "the seed",
+    "moe": "what nexus-ds upcycle wrote",
+    "extend": "what nexus-ds extend wrote",
+}
+# that train a mixture-of-experts, with DS_JSON unless another is given
+WIDE_STAGES = ("moe", "extend")
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,8 @@ def places(config: Config) -> Places:
 
 
 def checkpoint_domains(path: str) -> tuple[list[str], list[str]]:
-    """Return the domains of a Nexus checkpoint's older experts and of those of its last extension; ([], []) for others."""
+    """Return the domains of a Nexus checkpoint's older experts and of those of its last extension;
+    ([], []) for others."""
     sidecar = Path(path) / "nexus.json"
     if not path or not sidecar.is_file():
         return [], []
@@ -90,12 +104,15 @@ def checkpoint_domains(path: str) -> tuple[list[str], list[str]]:
         last = extensions[-1]["experts"] if extensions else []
         domains = [(expert["name"] in last, expert["domain"]) for expert in value["experts"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{sidecar} is damaged ({error!r}); restore it from where it came") from error
+        raise CheckpointError(
+            f"{sidecar} is damaged ({error!r}); restore it from where it came"
+        ) from error
     return [d for is_new, d in domains if not is_new], [d for is_new, d in domains if is_new]
 
 
 def stage_places(config: Config) -> tuple[Path | None, Path]:
-    """Return where the model that a stage starts from (None: a new one) and its output are, unless settings say otherwise."""
+    """Return where the model that a stage starts from (None: a new one) and its output are, unless
+    settings say otherwise."""
     where = places(config)
     table = {
         "seed": (None, where.seed),
@@ -109,7 +126,8 @@ def stage_places(config: Config) -> tuple[Path | None, Path]:
 def resolve(config: Config) -> Config:
     """Fill in the paths and domains that follow from the stage; settings that are given stay.
 
-    Domains come from the settings, else from the checkpoint that `model.path` names, else from the pipeline's.
+    Domains come from the settings, else from the checkpoint that `model.path` names, else from the
+    pipeline's.
     """
     where, pipe = places(config), config.pipeline
     old, new = checkpoint_domains(config.model.path)
@@ -137,36 +155,60 @@ def resolve(config: Config) -> Config:
         cache=config.data.cache or str(where.tokens),
     )
     if not data.domains:
-        raise ConfigError("no domains to train on; set pipeline.domains or data.domains to folders of data.path")
+        raise ConfigError(
+            "no domains to train on; set pipeline.domains or data.domains to folders of data.path"
+        )
     name = config.name or (f"branch {config.branch}" if config.stage == "branch" else config.stage)
     return replace(config, name=name, output=config.output or str(output), model=model, data=data)
 
 
 def shared_overrides(overrides: Sequence[str]) -> list[str]:
-    """Return those of a stage's overrides that hold for the whole run, so that earlier stages get them too."""
-    shared = ("pipeline.", "data.path", "data.max_bytes", "data.sequence_length", "data.on_bad_row", "data.workers",
-              "data.bos", "model.", "seed", "router.")  # fmt: skip
+    """Return those of a stage's overrides that hold for the whole run, so that earlier stages get
+    them too."""
+    shared = (
+        "pipeline.",
+        "data.path",
+        "data.max_bytes",
+        "data.sequence_length",
+        "data.on_bad_row",
+        "data.workers",
+        "data.bos",
+        "model.",
+        "seed",
+        "router.",
+    )
     own = ("stage", "branch", "output", "name", "model.path", "model.tokenizer")
     return [o for o in overrides if o.startswith(shared) and o.partition("=")[0] not in own]
 
 
 def no_bos(data: DataConfig) -> list[str]:
-    """Return the option with which `evaluate` and `remove` read text as a run with these settings does."""
+    """Return the option with which `evaluate` and `remove` read text as a run with these settings
+    does."""
     return [] if data.bos else ["--no-bos"]
 
 
 def check_domains(config: Config) -> None:
-    """Raise ConfigError for a domain that can't be the name of a folder or stand in a list of them."""
+    """Raise ConfigError for a domain that can't be the name of a folder or stand in a list of
+    them."""
     for domain in [*config.pipeline.domains, *config.pipeline.new_domains]:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", domain):  # what --expert NAME=DIR takes too
+        # what --expert NAME=DIR takes too
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", domain):
             raise ConfigError(
                 f"pipeline.domains: {domain!r} can't be the name of an expert; expected letters, digits, '_', '.', '-'"
             )
 
 
-def train_command(recipe: str, overrides: Sequence[str], ranks: int, ds_config: str = "") -> list[str]:
+def train_command(
+    recipe: str, overrides: Sequence[str], ranks: int, ds_config: str = ""
+) -> list[str]:
     """Return the command that trains one stage on `ranks` ranks of this machine."""
-    tail = [str(TRAIN), *(["--deepspeed", ds_config] if ds_config else []), "--config", recipe, *overrides]
+    tail = [
+        str(TRAIN),
+        *(["--deepspeed", ds_config] if ds_config else []),
+        "--config",
+        recipe,
+        *overrides,
+    ]
     if ranks == 1:
         return [sys.executable, *tail]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
@@ -174,18 +216,27 @@ def train_command(recipe: str, overrides: Sequence[str], ranks: int, ds_config: 
 
 
 def _typed(short: str, path: Path) -> str:
-    """Return `short` where that is `path`, seen from the working directory, as in a clone; else `path` itself."""
+    """Return `short` where that is `path`, seen from the working directory, as in a clone; else
+    `path` itself."""
     return short if os.path.exists(short) and os.path.samefile(short, path) else str(path)
 
 
-def typed_training(words: Sequence[str], *, launcher: Sequence[str] = ("deepspeed",), ds_json: str = "") -> str:
-    """Return the command, quoted for a shell, that starts train.py with `words`; without `ds_json` it takes the project's z3."""
-    files = [_typed("nexus_ds/train.py", TRAIN), "--deepspeed", ds_json or _typed("ds_configs/z3.json", DS_JSON)]
+def typed_training(
+    words: Sequence[str], *, launcher: Sequence[str] = ("deepspeed",), ds_json: str = ""
+) -> str:
+    """Return the command, quoted for a shell, that starts train.py with `words`; without `ds_json`
+    it takes the project's z3."""
+    files = [
+        _typed("nexus_ds/train.py", TRAIN),
+        "--deepspeed",
+        ds_json or _typed("ds_configs/z3.json", DS_JSON),
+    ]
     return shlex.join([*launcher, *files, *words])
 
 
 def next_training(out: Path, data: str, recipe: str, stage: str) -> str:
-    """Return the command, quoted for a shell, that trains a checkpoint which `upcycle` or `extend` has made."""
+    """Return the command, quoted for a shell, that trains a checkpoint which `upcycle` or `extend`
+    has made."""
     settings = [f"stage={stage}", f"model.path={out}", f"data.path={data}", f"output={out}-trained"]
     return typed_training(["--config", recipe, *settings])
 
@@ -202,7 +253,8 @@ def next_words(checkpoint: Path) -> str:
 
 
 def check_start(config: Config, recipe: str, overrides: Sequence[str]) -> None:
-    """Raise ConfigError, with the whole command, if a stage has no model to start from and the recipe makes none."""
+    """Raise ConfigError, with the whole command, if a stage has no model to start from and the
+    recipe makes none."""
     pipe = config.pipeline
     start, output = stage_places(config)
     made_for = {
@@ -212,10 +264,15 @@ def check_start(config: Config, recipe: str, overrides: Sequence[str]) -> None:
     }
     if config.model.path or start is None or start.exists() or made_for[config.stage]:
         return
-    if Path(config.output or output).exists():  # a finished run, or one in the way: that is to be said
+    # a finished run, or one in the way: that is to be said
+    if Path(config.output or output).exists():
         return
     given = {text.partition("=")[0] for text in overrides}
-    missing = {"model.path": "DIR", "data.path": "DIR", "output": f"models/{config.branch}" if config.branch else "DIR"}
+    missing = {
+        "model.path": "DIR",
+        "data.path": "DIR",
+        "output": f"models/{config.branch}" if config.branch else "DIR",
+    }
     words = [*overrides, *(f"{key}={value}" for key, value in missing.items() if key not in given)]
     raise ConfigError(
         f"stage={config.stage} starts from {STARTS[config.stage]}; there is none at {start}, and the recipe {recipe} makes "
@@ -235,7 +292,9 @@ def _verb(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "nexus_ds", *arguments]
 
 
-def steps(config: Config, recipe: str, overrides: Sequence[str], ranks: int, ds_config: str = "") -> list[Step]:
+def steps(
+    config: Config, recipe: str, overrides: Sequence[str], ranks: int, ds_config: str = ""
+) -> list[Step]:
     """Return the stages of the run in order.
 
     Args:
@@ -253,9 +312,25 @@ def steps(config: Config, recipe: str, overrides: Sequence[str], ranks: int, ds_
 
     def embed(domains: list[str], out: Path) -> list[str]:
         amount = str(pipe.embedding_documents)
-        return _verb("embed", "--data", data, "--domains", ",".join(domains), "--documents", amount,
-                     "--encoder", pipe.encoder, "--seed", str(config.seed), "--max-bytes", str(config.data.max_bytes),
-                     "--on-bad-row", config.data.on_bad_row, "--out", str(out))  # fmt: skip
+        return _verb(
+            "embed",
+            "--data",
+            data,
+            "--domains",
+            ",".join(domains),
+            "--documents",
+            amount,
+            "--encoder",
+            pipe.encoder,
+            "--seed",
+            str(config.seed),
+            "--max-bytes",
+            str(config.data.max_bytes),
+            "--on-bad-row",
+            config.data.on_bad_row,
+            "--out",
+            str(out),
+        )
 
     def experts(domains: list[str]) -> list[str]:
         return [part for d in domains for part in ("--expert", f"{d}={where.branch(d)}")]
@@ -268,24 +343,59 @@ def steps(config: Config, recipe: str, overrides: Sequence[str], ranks: int, ds_
     plan = [Step("seed", where.seed, train("seed"))]
     for domain in all_domains:
         plan.append(
-            Step(f"branch:{domain}", where.branch(domain), train("branch", f"branch={json.dumps(domain)}"), ("seed",))
+            Step(
+                f"branch:{domain}",
+                where.branch(domain),
+                train("branch", f"branch={json.dumps(domain)}"),
+                ("seed",),
+            )
         )
     plan += [
         Step("embed", where.domains, embed(pipe.domains, where.domains)),
-        Step("upcycle", where.upcycled,
-             _verb("upcycle", "--seed", str(where.seed), *experts(pipe.domains), "--domains", str(where.domains),
-                   "--data", data, "--out", str(where.upcycled), *settings), ("seed", "embed", *branches)),
+        Step(
+            "upcycle",
+            where.upcycled,
+            _verb(
+                "upcycle",
+                "--seed",
+                str(where.seed),
+                *experts(pipe.domains),
+                "--domains",
+                str(where.domains),
+                "--data",
+                data,
+                "--out",
+                str(where.upcycled),
+                *settings,
+            ),
+            ("seed", "embed", *branches),
+        ),
         Step("moe", where.nexus, train("moe", wide=True), ("upcycle",), wide=True),
-    ]  # fmt: skip
+    ]
     if pipe.new_domains:
         plan += [
             Step("embed:new", where.new_domains, embed(pipe.new_domains, where.new_domains)),
-            Step("extend", where.extension,
-                 _verb("extend", "--checkpoint", str(where.nexus), *experts(pipe.new_domains), "--domains",
-                       str(where.new_domains), "--data", data, *share, "--out", str(where.extension), *settings),
-                 ("moe", "embed:new", *new_branches)),
+            Step(
+                "extend",
+                where.extension,
+                _verb(
+                    "extend",
+                    "--checkpoint",
+                    str(where.nexus),
+                    *experts(pipe.new_domains),
+                    "--domains",
+                    str(where.new_domains),
+                    "--data",
+                    data,
+                    *share,
+                    "--out",
+                    str(where.extension),
+                    *settings,
+                ),
+                ("moe", "embed:new", *new_branches),
+            ),
             Step("extended", where.extended, train("extend", wide=True), ("extend",), wide=True),
-        ]  # fmt: skip
+        ]
     return plan
 
 
@@ -301,13 +411,18 @@ def _differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") ->
 
 
 def check_made(plan: list[Step], recipe: str, overrides: Sequence[str]) -> None:
-    """Raise OutputExistsError if a trained stage that is there was trained with other settings than it would be now."""
+    """Raise OutputExistsError if a trained stage that is there was trained with other settings than
+    it would be now."""
     for step in plan:
         saved = step.output / "training.yaml"
         if not saved.is_file():
             continue
         kind, _, domain = step.name.partition(":")
-        words = [*overrides, f"stage={TRAINED[kind]}", *([f"branch={json.dumps(domain)}"] if domain else [])]
+        words = [
+            *overrides,
+            f"stage={TRAINED[kind]}",
+            *([f"branch={json.dumps(domain)}"] if domain else []),
+        ]
         now = as_dict(resolve(load_config(recipe, words)))
         then = parse_yaml(saved.read_text(encoding="utf-8"), str(saved))
         different = _differences(then if isinstance(then, dict) else {}, now)
@@ -319,7 +434,8 @@ def check_made(plan: list[Step], recipe: str, overrides: Sequence[str]) -> None:
 
 
 def needed_for(plan: list[Step], name: str) -> list[Step]:
-    """Return the stages whose outputs `name` needs, directly or not, that are not there yet; in order, without `name`."""
+    """Return the stages whose outputs `name` needs, directly or not, that are not there yet; in
+    order, without `name`."""
     by_name = {step.name: step for step in plan}
     wanted: set[str] = set()
 

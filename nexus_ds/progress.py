@@ -1,4 +1,5 @@
-"""Progress of long work: a bar on a terminal, a plain line every few seconds in a log; both with rate and ETA."""
+"""Progress of long work: a bar on a terminal, a plain line every few seconds in a log; both with
+rate and ETA."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """A context manager that counts work done: `with Progress("embed", total, "doc") as p: p.advance(3)`.
+    """A context manager that counts work done: `with Progress("embed", total, "doc") as p:
+    p.advance(3)`.
 
     A total of 0 is unknown: then nothing is said of what is to come.
     """
@@ -31,7 +33,11 @@ class Progress:
         self.label, self.total, self.unit = label, total, unit
         self.done = 0
         self.started = self.last_line = time.monotonic()
-        self.bar = tqdm(total=total or None, desc=label, unit=unit, file=sys.stderr) if sys.stderr.isatty() else None
+        self.bar = (
+            tqdm(total=total or None, desc=label, unit=unit, file=sys.stderr)
+            if sys.stderr.isatty()
+            else None
+        )
 
     def __enter__(self) -> Progress:
         return self
@@ -41,7 +47,9 @@ class Progress:
         self.done += count
         if self.bar is not None:
             self.bar.update(count)
-        elif time.monotonic() - self.last_line >= LOG_SECONDS and (self.done < self.total or not self.total):
+        elif time.monotonic() - self.last_line >= LOG_SECONDS and (
+            self.done < self.total or not self.total
+        ):
             self.last_line = time.monotonic()
             self._line()
 
@@ -49,7 +57,11 @@ class Progress:
         elapsed = time.monotonic() - self.started
         rate = self.done / max(elapsed, 1e-9)
         eta = (self.total - self.done) / rate if rate else 0.0
-        done, to_go = (f"{self.done}/{self.total}", f", {duration(eta)} to go") if self.total else (f"{self.done}", "")
+        done, to_go = (
+            (f"{self.done}/{self.total}", f", {duration(eta)} to go")
+            if self.total
+            else (f"{self.done}", "")
+        )
         print(
             f"{self.label}: {done} {self.unit}, {rate:.1f} {self.unit}/s, {duration(elapsed)} elapsed{to_go}",
             file=sys.stderr,
@@ -57,7 +69,10 @@ class Progress:
         )
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self.bar is not None:
             self.bar.close()

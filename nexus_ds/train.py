@@ -1,10 +1,12 @@
 """Train a dense branch, an upcycled or an extended model: one loop over the DeepSpeed engine.
 
-    deepspeed nexus_ds/train.py --deepspeed ds_configs/z3.json [--config RECIPE.yaml] [section.key=value ...]
+    deepspeed nexus_ds/train.py --deepspeed ds_configs/z3.json [--config RECIPE.yaml]
+    [section.key=value ...]
 
-Also under torchrun, srun (one task a rank) and plain python (one rank). Without --config it runs the demo recipe and
-makes whatever its stage needs. An interrupted run goes on from its last training state when it is started again.
-A training state resumes with any number of ranks, expert-parallel size and ZeRO stage.
+Also under torchrun, srun (one task a rank) and plain python (one rank). Without --config it runs
+the demo recipe and makes whatever its stage needs. An interrupted run goes on from its last
+training state when it is started again. A training state resumes with any number of ranks,
+expert-parallel size and ZeRO stage.
 Not covered: fp16, pipeline and tensor parallelism.
 """
 
@@ -13,7 +15,8 @@ from __future__ import annotations
 import os
 import sys
 
-# As a file, this folder comes first on sys.path and would shadow packages of the same names (evaluate, ...).
+# As a file, this folder comes first on sys.path and would shadow packages of the same names
+# (evaluate, ...).
 _HERE = os.path.dirname(os.path.abspath(__file__))
 if __name__ == "__main__":
     sys.path[:] = [p for p in sys.path if os.path.abspath(p or ".") != _HERE]
@@ -47,14 +50,22 @@ WAIT_MINUTES = 240.0  # other ranks wait this long while rank 0 makes what is mi
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
-    parser.add_argument("--deepspeed", metavar="JSON", default="", help="DeepSpeed configuration (ZeRO, offload)")
-    parser.add_argument("--config", metavar="RECIPE", default="demo", help="recipe file or name (default: demo)")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings laid over the recipe")
+    parser.add_argument(
+        "--deepspeed", metavar="JSON", default="", help="DeepSpeed configuration (ZeRO, offload)"
+    )
+    parser.add_argument(
+        "--config", metavar="RECIPE", default="demo", help="recipe file or name (default: demo)"
+    )
+    # the deepspeed launcher adds it
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings laid over the recipe"
+    )
 
 
 def _prepare(config: Config, args: argparse.Namespace) -> None:
-    """On rank 0: make the inputs of this stage that are missing (the demo's own, or a recipe's earlier stages)."""
+    """On rank 0: make the inputs of this stage that are missing (the demo's own, or a recipe's
+    earlier stages)."""
     from nexus_ds.data.corpora import open_source
     from nexus_ds.data.tokenizer import train_tokenizer
 
@@ -63,21 +74,34 @@ def _prepare(config: Config, args: argparse.Namespace) -> None:
         if not config.model.path and not Path(config.model.tokenizer).exists():
             source = open_source(config.data.path)
             limit = config.data.max_bytes or 4_000_000
-            domains = config.pipeline.tokenizer_domains or config.pipeline.domains or config.data.domains
-            texts = (d.text for name in domains for d in source.documents(name, "train", config.data.on_bad_row, limit))
+            domains = (
+                config.pipeline.tokenizer_domains or config.pipeline.domains or config.data.domains
+            )
+            texts = (
+                d.text
+                for name in domains
+                for d in source.documents(name, "train", config.data.on_bad_row, limit)
+            )
             train_tokenizer(texts, config.pipeline.vocabulary, Path(config.model.tokenizer))
         return
-    if Path(config.model.path).exists() or Path(config.model.path).parent.absolute() != where.run.absolute():
+    if (
+        Path(config.model.path).exists()
+        or Path(config.model.path).parent.absolute() != where.run.absolute()
+    ):
         return
     name = STAGE_STEP.get(config.stage, f"branch:{config.branch}")
-    plan = steps(config, args.config, shared_overrides(args.overrides), ranks=1, ds_config=args.deepspeed)
+    plan = steps(
+        config, args.config, shared_overrides(args.overrides), ranks=1, ds_config=args.deepspeed
+    )
     run_steps(needed_for(plan, name), config.pipeline.parallel_branches)
 
 
 def _check_dense(path: Path) -> None:
-    """Refuse a dense model that could never become an expert, as `upcycle` would after all the training.
+    """Refuse a dense model that could never become an expert, as `upcycle` would after all the
+    training.
 
-    Families that scale or cap their logits would besides be trained with another loss than their own.
+    Families that scale or cap their logits would besides be trained with another loss than their
+    own.
     """
     from nexus_ds.checkpoint.families import open_dense
     from nexus_ds.checkpoint.sidecar import is_nexus
@@ -87,21 +111,26 @@ def _check_dense(path: Path) -> None:
 
 
 def _finished(config: Config) -> bool:
-    """Return whether this very run is done already; OutputExistsError if something else stands in its place."""
+    """Return whether this very run is done already; OutputExistsError if something else stands in
+    its place."""
     out = Path(config.output)
     if not out.exists():
         return False
     saved = out / "training.yaml"
     if saved.is_file() and saved.read_text(encoding="utf-8") == dump(config):
         return True
-    raise OutputExistsError(f"{out} exists already and is not the result of this configuration; give output=DIR")
+    raise OutputExistsError(
+        f"{out} exists already and is not the result of this configuration; give output=DIR"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Train one stage; return the exit code."""
     given = load_config(args.config, args.overrides)
     if given.model.path and not Path(given.model.path).is_dir():
-        raise CheckpointError(f"no checkpoint at {given.model.path}; expected a directory that holds a model")
+        raise CheckpointError(
+            f"no checkpoint at {given.model.path}; expected a directory that holds a model"
+        )
     check_domains(given)
     check_start(given, args.config, args.overrides)
     config = resolve(given)
@@ -111,7 +140,9 @@ def run(args: argparse.Namespace) -> int:
     rank = here.rank
     if _finished(config):
         if rank == 0:
-            print(f"{config.output} is finished already; next: {next_evaluation(config.output, config.data)}")
+            print(
+                f"{config.output} is finished already; next: {next_evaluation(config.output, config.data)}"
+            )
         return 0
     with held(Path(config.output + ".training")) if rank == 0 else nullcontext():
         if rank == 0:
@@ -122,7 +153,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run as a file under a launcher; a user's mistake is one line of rank 0, a lost rank's error that rank's."""
+    """Run as a file under a launcher; a user's mistake is one line of rank 0, a lost rank's error
+    that rank's."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n", 1)[0])
     add_arguments(parser)
     args = parse_words(parser, argv)
@@ -130,7 +162,11 @@ def main(argv: list[str] | None = None) -> int:
         return run(args)
     except (NexusError, OSError) as error:
         rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
-        print(f"train.py: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
+        print(
+            f"train.py: {'' if rank == '0' else f'rank {rank}: '}{error}",
+            file=sys.stderr,
+            flush=True,
+        )
         return 1
 
 

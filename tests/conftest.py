@@ -10,8 +10,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-LONG = ("test_end_to_end", "test_compare", "test_train", "test_readme", "test_states", "test_parity", "test_injection",
-        "test_preflight", "test_memory", "test_discover", "test_upcycle")  # fmt: skip
+LONG = (
+    "test_end_to_end",
+    "test_compare",
+    "test_train",
+    "test_readme",
+    "test_states",
+    "test_parity",
+    "test_injection",
+    "test_preflight",
+    "test_memory",
+    "test_discover",
+    "test_upcycle",
+)
 DOMAINS = ("alpha", "beta", "gamma")
 WORDS = {  # three domains that a unigram could tell apart
     "alpha": "tree leaf root branch bark moss fern soil rain seed",
@@ -22,11 +33,14 @@ WORDS = {  # three domains that a unigram could tell apart
 
 @pytest.hookimpl(trylast=True)  # after options that name files from where pytest was started
 def pytest_configure(config):
-    """Go where nothing of the caller is found, a demo's `runs` or a cache, before tests are imported; HOME too is empty."""
+    """Go where nothing of the caller is found, a demo's `runs` or a cache, before tests are
+    imported; HOME too is empty."""
     if getattr(config.option, "numprocesses", None):
         return  # its workers do; they start from where this process is
     root, start = Path(tempfile.mkdtemp(prefix="nexus-ds-tests-")), Path.cwd()
-    for name in [n for n in os.environ if n.startswith(("HF_", "XDG_", "MPL")) and n != "HF_HUB_OFFLINE"]:
+    for name in [
+        n for n in os.environ if n.startswith(("HF_", "XDG_", "MPL")) and n != "HF_HUB_OFFLINE"
+    ]:
         del os.environ[name]
     for name in ("home", "folder"):
         (root / name).mkdir()
@@ -37,19 +51,23 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path_factory, monkeypatch):
-    """Start each test in an empty folder of its own; a test that needs the repository takes it from __file__."""
+    """Start each test in an empty folder of its own; a test that needs the repository takes it from
+    __file__."""
     monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the files that take longest, so that of several workers none ends long after the others."""
+    """Begin with the files that take longest, so that of several workers none ends long after the
+    others."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture
 def alone(tmp_path):
     """A process group of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
     yield
     dist.destroy_process_group()
 
@@ -72,7 +90,10 @@ def text_folder(tmp_path_factory):
     for index, domain in enumerate(DOMAINS):
         (root / domain).mkdir()
         for offset, (split, count) in enumerate((("train", 60), ("validation", 30))):
-            lines = [json.dumps({"text": text, "meta": {}}) for text in sentences(domain, count, 10 * index + offset)]
+            lines = [
+                json.dumps({"text": text, "meta": {}})
+                for text in sentences(domain, count, 10 * index + offset)
+            ]
             (root / domain / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return root
 
@@ -82,17 +103,28 @@ def save_tokenizer(out: Path, words=WORDS):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    known = ["<|endoftext|>", "<unk>", *sorted({w for text in words.values() for w in text.split()}), "."]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
+    known = [
+        "<|endoftext|>",
+        "<unk>",
+        *sorted({w for text in words.values() for w in text.split()}),
+        ".",
+    ]
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", unk_token="<unk>", model_max_length=64
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        unk_token="<unk>",
+        model_max_length=64,
     ).save_pretrained(out)
     return len(known)
 
 
 def add_token(directory: Path):
-    """Let a text end with a token beyond a checkpoint's 31 rows, which tokenizer_config.json alone knows."""
+    """Let a text end with a token beyond a checkpoint's 31 rows, which tokenizer_config.json alone
+    knows."""
     path = directory / "tokenizer_config.json"
     flags = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
     token = {"content": "<|im_end|>", "special": True, **flags}
@@ -109,9 +141,17 @@ def dense_dir(tmp_path_factory):
     vocabulary = save_tokenizer(out)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
     LlamaForCausalLM(config).save_pretrained(out)
     return out
 
@@ -122,11 +162,25 @@ def moe_model(vocabulary, seed=0, experts=3, top_k=1):
 
     torch.manual_seed(seed)
     config = Qwen2MoeConfig(
-        vocab_size=vocabulary, hidden_size=16, intermediate_size=24, moe_intermediate_size=24,
-        shared_expert_intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        num_experts=experts, num_experts_per_tok=top_k, norm_topk_prob=False, decoder_sparse_step=1, mlp_only_layers=[],
-        max_position_embeddings=64, tie_word_embeddings=True, qkv_bias=False, bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=24,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        norm_topk_prob=False,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        qkv_bias=False,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
     return Qwen2MoeForCausalLM(config)
 
 
@@ -140,12 +194,15 @@ def read_running_means(directory: Path, seed=0):
     tensors = load_file(directory / "model.safetensors")
     generator = torch.Generator().manual_seed(seed)
     for layer in range(config["num_hidden_layers"]):
-        tensors[f"model.layers.{layer}.mlp.gate.mean"] = torch.randn(config["hidden_size"], generator=generator)
+        tensors[f"model.layers.{layer}.mlp.gate.mean"] = torch.randn(
+            config["hidden_size"], generator=generator
+        )
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def make_nexus(out: Path, seed=0, names=DOMAINS, top_k=1, router_input="token", row_norm="free"):
-    """Save a random Nexus checkpoint with one expert for each of `names`, rows P(D), and its sidecar."""
+    """Save a random Nexus checkpoint with one expert for each of `names`, rows P(D), and its
+    sidecar."""
     from nexus_ds.checkpoint.qwen2_moe import SHARED_GATE_FILL
     from nexus_ds.checkpoint.sidecar import (
         EncoderRecord,
@@ -155,7 +212,13 @@ def make_nexus(out: Path, seed=0, names=DOMAINS, top_k=1, router_input="token", 
         router_rows,
         write_sidecar,
     )
-    from nexus_ds.model.router import Projection, centre_of, condition, init_projection, layer_generator
+    from nexus_ds.model.router import (
+        Projection,
+        centre_of,
+        condition,
+        init_projection,
+        layer_generator,
+    )
 
     model = moe_model(save_tokenizer(out), seed, len(names), top_k)
     vectors = torch.randn(len(names), 8, generator=torch.Generator().manual_seed(seed))
@@ -163,16 +226,35 @@ def make_nexus(out: Path, seed=0, names=DOMAINS, top_k=1, router_input="token", 
     states = []
     for layer in range(2):
         projection = Projection(8, 16, row_norm=row_norm)
-        init_projection(projection, condition(vectors, centre), "balanced", 0.5, layer_generator(seed, layer))
-        states.append({name: tensor.detach().clone() for name, tensor in projection.state_dict().items()})
+        init_projection(
+            projection, condition(vectors, centre), "balanced", 0.5, layer_generator(seed, layer)
+        )
+        states.append(
+            {name: tensor.detach().clone() for name, tensor in projection.state_dict().items()}
+        )
     sidecar = Sidecar(
-        experts=[ExpertRecord(name=d, domain=d, source=f"branches/{d}", sha256="0" * 64) for d in names],
-        router=RouterRecord(kind="nexus", depth=2, width=0, projection="swiglu", row_norm=row_norm, input=router_input,
-                            centre=True, top_k=top_k),
-        encoder=EncoderRecord(name="tiny", revision="1" * 64, dimension=8, documents=5, normalised=True),
-        lineage=[{"verb": "upcycle", "seed": "seed"}], versions={"nexus_ds": "0"},
-        vectors=vectors, centre=centre, projections=states,
-    )  # fmt: skip
+        experts=[
+            ExpertRecord(name=d, domain=d, source=f"branches/{d}", sha256="0" * 64) for d in names
+        ],
+        router=RouterRecord(
+            kind="nexus",
+            depth=2,
+            width=0,
+            projection="swiglu",
+            row_norm=row_norm,
+            input=router_input,
+            centre=True,
+            top_k=top_k,
+        ),
+        encoder=EncoderRecord(
+            name="tiny", revision="1" * 64, dimension=8, documents=5, normalised=True
+        ),
+        lineage=[{"verb": "upcycle", "seed": "seed"}],
+        versions={"nexus_ds": "0"},
+        vectors=vectors,
+        centre=centre,
+        projections=states,
+    )
     for layer, block in enumerate(model.model.layers):
         block.mlp.gate.weight.data = router_rows(sidecar, layer, torch.float32)
         block.mlp.shared_expert_gate.weight.data.fill_(SHARED_GATE_FILL)
@@ -197,13 +279,16 @@ def shaken(tensors, seed):
     """Return a model's tensors with noise of half their size: those of a branch of it."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: (t.float() + 0.5 * t.float().abs().mean() * torch.randn(t.shape, generator=generator)).to(t.dtype)
+        name: (
+            t.float() + 0.5 * t.float().abs().mean() * torch.randn(t.shape, generator=generator)
+        ).to(t.dtype)
         for name, t in tensors.items()
     }
 
 
 def of_another_origin(directory: Path, seed=99):
-    """Give a saved model random matrices of the same size: nothing but sizes and tokenizer is left in common."""
+    """Give a saved model random matrices of the same size: nothing but sizes and tokenizer is left
+    in common."""
     from safetensors.torch import load_file, save_file
 
     generator = torch.Generator().manual_seed(seed)
@@ -215,7 +300,8 @@ def of_another_origin(directory: Path, seed=99):
 
 
 def train_shared_gates(directory: Path):
-    """Leave in the shared experts' gates of a saved mixture what training elsewhere leaves there."""
+    """Leave in the shared experts' gates of a saved mixture what training elsewhere leaves
+    there."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(directory / "model.safetensors")
@@ -225,7 +311,8 @@ def train_shared_gates(directory: Path):
 
 
 def save_branch(checkpoint: Path, out: Path, seed=0, dtype=torch.float32):
-    """Save a dense branch that could become an expert of a Nexus checkpoint: its first expert, shaken."""
+    """Save a dense branch that could become an expert of a Nexus checkpoint: its first expert,
+    shaken."""
     from safetensors.torch import save_file
 
     from nexus_ds.checkpoint.families import dense_config
@@ -234,7 +321,9 @@ def save_branch(checkpoint: Path, out: Path, seed=0, dtype=torch.float32):
 
     config, reader = open_moe(checkpoint)
     out.mkdir()
-    tensors = {name: reader.read(stored) for name, (stored, _) in expert_as_dense(config, 0).items()}
+    tensors = {
+        name: reader.read(stored) for name, (stored, _) in expert_as_dense(config, 0).items()
+    }
     tensors = {name: tensor.to(dtype) for name, tensor in shaken(tensors, seed).items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(dense_config(config)))
@@ -250,7 +339,8 @@ def nexus_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def context_dir(tmp_path_factory):
-    """A random Nexus checkpoint whose routers read running means; otherwise as `nexus_dir`, with rows of one length."""
+    """A random Nexus checkpoint whose routers read running means; otherwise as `nexus_dir`, with
+    rows of one length."""
     out = tmp_path_factory.mktemp("models") / "context"
     return make_nexus(out, router_input="context", row_norm="fixed")
 

@@ -2,8 +2,21 @@
 
 import torch
 
-from nexus_ds.checkpoint.qwen2_moe import SHARED_GATE_FILL, expert_name, gate_name, shared_gate_name, shared_name
-from nexus_ds.checkpoint.sidecar import EncoderRecord, ExpertRecord, RouterRecord, Sidecar, router_rows, write_sidecar
+from nexus_ds.checkpoint.qwen2_moe import (
+    SHARED_GATE_FILL,
+    expert_name,
+    gate_name,
+    shared_gate_name,
+    shared_name,
+)
+from nexus_ds.checkpoint.sidecar import (
+    EncoderRecord,
+    ExpertRecord,
+    RouterRecord,
+    Sidecar,
+    router_rows,
+    write_sidecar,
+)
 from nexus_ds.checkpoint.tensors import TensorWriter
 from nexus_ds.model.router import Projection, centre_of, condition, init_projection, layer_generator
 
@@ -24,30 +37,70 @@ def sizes_of(hidden, ffn, layers, experts, vocabulary):
     return found
 
 
-def make_large(out, hidden=1024, ffn=4096, layers=9, experts=8, vocabulary=32000, dtype=torch.bfloat16, top_k=1):
+def make_large(
+    out, hidden=1024, ffn=4096, layers=9, experts=8, vocabulary=32000, dtype=torch.bfloat16, top_k=1
+):
     """Write a random Nexus checkpoint tensor by tensor; return its number of parameters."""
     from transformers import Qwen2MoeConfig
 
     out.mkdir()
     generator = torch.Generator().manual_seed(0)
     config = Qwen2MoeConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=ffn, moe_intermediate_size=ffn,
-        shared_expert_intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64, num_experts=experts, num_experts_per_tok=top_k, norm_topk_prob=False,
-        decoder_sparse_step=1, mlp_only_layers=[], max_position_embeddings=64, tie_word_embeddings=True, qkv_bias=False,
-        bos_token_id=None, eos_token_id=0, architectures=["Qwen2MoeForCausalLM"], dtype=str(dtype).removeprefix("torch."),
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        moe_intermediate_size=ffn,
+        shared_expert_intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        norm_topk_prob=False,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        qkv_bias=False,
+        bos_token_id=None,
+        eos_token_id=0,
+        architectures=["Qwen2MoeForCausalLM"],
+        dtype=str(dtype).removeprefix("torch."),
+    )
     config.save_pretrained(out)
     vectors = torch.randn(experts, 384, generator=generator)
     sidecar = Sidecar(
-        experts=[ExpertRecord(name=f"d{i}", domain=f"d{i}", source=f"d{i}", sha256="0" * 64) for i in range(experts)],
-        router=RouterRecord(kind="nexus", depth=2, width=0, projection="swiglu", row_norm="free", input="token", centre=True, top_k=top_k),
-        encoder=EncoderRecord(name="tiny", revision="1" * 64, dimension=384, documents=5, normalised=True),
-        lineage=[{"verb": "upcycle"}], versions={}, vectors=vectors, centre=centre_of(vectors),
-    )  # fmt: skip
+        experts=[
+            ExpertRecord(name=f"d{i}", domain=f"d{i}", source=f"d{i}", sha256="0" * 64)
+            for i in range(experts)
+        ],
+        router=RouterRecord(
+            kind="nexus",
+            depth=2,
+            width=0,
+            projection="swiglu",
+            row_norm="free",
+            input="token",
+            centre=True,
+            top_k=top_k,
+        ),
+        encoder=EncoderRecord(
+            name="tiny", revision="1" * 64, dimension=384, documents=5, normalised=True
+        ),
+        lineage=[{"verb": "upcycle"}],
+        versions={},
+        vectors=vectors,
+        centre=centre_of(vectors),
+    )
     for layer in range(layers):
         projection = Projection(384, hidden)
-        init_projection(projection, condition(vectors, sidecar.centre), "balanced", 0.5, layer_generator(0, layer))
+        init_projection(
+            projection,
+            condition(vectors, sidecar.centre),
+            "balanced",
+            0.5,
+            layer_generator(0, layer),
+        )
         sidecar.projections.append(projection.state_dict())
     shapes = sizes_of(hidden, ffn, layers, experts, vocabulary)
     kind = {torch.bfloat16: "BF16", torch.float32: "F32"}[dtype]
@@ -59,7 +112,9 @@ def make_large(out, hidden=1024, ffn=4096, layers=9, experts=8, vocabulary=32000
                 writer.write(name, torch.full(shape, SHARED_GATE_FILL, dtype=dtype))
             else:
                 deviation = 0.02 if len(shape) > 1 else 0.0
-                values = torch.empty(shape, dtype=dtype).uniform_(-deviation, deviation, generator=generator)
+                values = torch.empty(shape, dtype=dtype).uniform_(
+                    -deviation, deviation, generator=generator
+                )
                 writer.write(name, values + (len(shape) == 1))
     write_sidecar(out, sidecar)
     return sum(torch.Size(shape).numel() for shape in shapes.values())

@@ -1,4 +1,5 @@
-"""Start real ranks for tests (loopback, gloo, one thread each), and what a process may be given: file size, umask."""
+"""Start real ranks for tests (loopback, gloo, one thread each), and what a process may be given:
+file size, umask."""
 
 import atexit
 import functools
@@ -26,22 +27,30 @@ def _launched(world):
     common = clean_environment() | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
     common["MASTER_PORT"] = str(free_port())
     ranks = map(str, range(world))
-    return [common | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": str(world)} for rank in ranks]
+    return [
+        common | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": str(world)}
+        for rank in ranks
+    ]
 
 
 def start_ranks(arguments, world, cwd=None):
     """Start `world` python processes with the same arguments and the variables of a launcher."""
     return [
         subprocess.Popen(
-            [sys.executable, *map(str, arguments)], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [sys.executable, *map(str, arguments)],
+            cwd=cwd,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             env=environment,
         )
         for environment in _launched(world)
-    ]  # fmt: skip
+    ]
 
 
 def fork_ranks(arguments, world):
-    """Start `world` ranks of a script of the tests as `start_ranks` does, out of a process that has imported all modules."""
+    """Start `world` ranks of a script of the tests as `start_ranks` does, out of a process that has
+    imported all modules."""
     return [ForkedRank(arguments, environment) for environment in _launched(world)]
 
 
@@ -50,9 +59,12 @@ def _rank_server():
     """Start the process that forks ranks; it ends with this one."""
     folder = tempfile.TemporaryDirectory(prefix="ranks-")
     server = subprocess.Popen(
-        [sys.executable, Path(__file__).with_name("rank_server.py"), f"{folder.name}/socket"], text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=clean_environment(),
-    )  # fmt: skip
+        [sys.executable, Path(__file__).with_name("rank_server.py"), f"{folder.name}/socket"],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=clean_environment(),
+    )
     assert server.stdout.readline() == "ready\n"
     atexit.register(lambda: (server.stdin.close(), server.wait()))
     return folder, server
@@ -66,8 +78,14 @@ class ForkedRank:
         handle, self.out = tempfile.mkstemp(dir=folder.name)
         os.close(handle)
         os.umask(mask := os.umask(0))
-        request = {"arguments": list(map(str, arguments)), "environment": environment, "folder": os.getcwd(), "umask": mask,
-                   "file_limit": resource.getrlimit(resource.RLIMIT_FSIZE), "out": self.out}  # fmt: skip
+        request = {
+            "arguments": list(map(str, arguments)),
+            "environment": environment,
+            "folder": os.getcwd(),
+            "umask": mask,
+            "file_limit": resource.getrlimit(resource.RLIMIT_FSIZE),
+            "out": self.out,
+        }
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.connect(f"{folder.name}/socket")
         self.socket.sendall(json.dumps(request).encode() + b"\n")
@@ -75,7 +93,8 @@ class ForkedRank:
         self.pid, self.returncode = int(self.answers.readline()), None
 
     def communicate(self, timeout):
-        """Wait for the end; return what was said, and None as Popen does where both streams are one."""
+        """Wait for the end; return what was said, and None as Popen does where both streams are
+        one."""
         self.socket.settimeout(timeout)
         if self.returncode is None:
             self.returncode = os.waitstatus_to_exitcode(int(self.answers.readline()))
@@ -92,7 +111,8 @@ def finish(ranks, code=0, timeout=240):
 
 @contextmanager
 def file_limit(size):
-    """Let no file of this process, or of one that it starts, grow beyond `size` bytes: a write stops there, short."""
+    """Let no file of this process, or of one that it starts, grow beyond `size` bytes: a write
+    stops there, short."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # Python ignores SIGXFSZ
     try:
@@ -113,6 +133,10 @@ def umask(value):
 
 def file_modes(directory):
     """Return the modes that occur among all files under a directory (or of one file)."""
-    files = [path for path in directory.rglob("*") if path.is_file()] if directory.is_dir() else [directory]
+    files = (
+        [path for path in directory.rglob("*") if path.is_file()]
+        if directory.is_dir()
+        else [directory]
+    )
     assert files
     return {path.stat().st_mode & 0o777 for path in files}

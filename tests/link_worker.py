@@ -2,7 +2,8 @@
 
 python -m link_worker OUT.json SPEED BYTES
 
-OUT.json: {round_trip: least seconds of 20, seconds: until a message of BYTES, at SPEED bytes a second, is answered}.
+OUT.json: {round_trip: least seconds of 20, seconds: until a message of BYTES, at SPEED bytes a
+second, is answered}.
 """
 
 import json
@@ -25,7 +26,9 @@ def connection(rank):
         found = None
         while found is None:
             try:
-                found = socket.create_connection((os.environ["MASTER_ADDR"], network.PORT), timeout=10)
+                found = socket.create_connection(
+                    (os.environ["MASTER_ADDR"], network.PORT), timeout=10
+                )
             except OSError:
                 time.sleep(0.05)  # rank 0 does not listen yet
     found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -51,7 +54,12 @@ def timed(link, rank, size):
 
 
 def main():
-    out, speed, size, rank = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), int(os.environ["RANK"])
+    out, speed, size, rank = (
+        Path(sys.argv[1]),
+        float(sys.argv[2]),
+        int(sys.argv[3]),
+        int(os.environ["RANK"]),
+    )
     network.join(rank)
     network.limit(speed)
     with connection(rank) as link:

@@ -1,6 +1,8 @@
-"""One rank of a run that is watched (not a test): what train.py trains, and what the engine was given at each step.
+"""One rank of a run that is watched (not a test): what train.py trains, and what the engine was
+given at each step.
 
-python loop_worker.py OUT section.key=value ...      under the launcher's variables; writes OUT-<rank>.json
+python loop_worker.py OUT section.key=value ...      under the launcher's variables; writes
+OUT-<rank>.json
 """
 
 import json
@@ -35,7 +37,9 @@ class Watched(loop.Run):
         norm = super()._step(step, tally)
         keys = ("lr", "lr_scale", "weight_decay")
         groups = self.engine.optimizer.param_groups
-        self.seen["groups"].append([{"name": g["name"]} | {key: g[key] for key in keys} for g in groups])
+        self.seen["groups"].append(
+            [{"name": g["name"]} | {key: g[key] for key in keys} for g in groups]
+        )
         return norm
 
     def finish(self, metrics):

@@ -1,4 +1,5 @@
-"""Made-up results of a comparison, in the shape and the size of real ones; no number here was ever measured."""
+"""Made-up results of a comparison, in the shape and the size of real ones; no number here was ever
+measured."""
 
 import random
 
@@ -6,7 +7,8 @@ import numpy as np
 
 OLD, NEW, PRETRAINING = ["wikipedia", "arxiv", "books", "stackexchange"], ["github"], ["c4"]
 BUDGETS = [0, 25_000, 50_000, 100_000]
-CONTENDERS = {  # name: (label, group, distance to Nexus on old domains, FLOPs, active parameters, own share)
+# name: (label, group, distance to Nexus on old domains, FLOPs, active parameters, own share)
+CONTENDERS = {
     "seed": ("Seed", "reference", 0.900, 0.0, 530_000, None),
     "branch wikipedia": ("Branch wikipedia", "dense", 1.200, 1.27e12, 530_000, None),
     "branch arxiv": ("Branch arxiv", "dense", 0.800, 1.27e12, 530_000, None),
@@ -24,7 +26,8 @@ CONTENDERS = {  # name: (label, group, distance to Nexus on old domains, FLOPs, 
     "nexus_paper": ("Nexus, as printed", "router", 0.041, 6.0e12, 752_000, 0.36),
     "nexus": ("Nexus", "router", 0.0, 6.0e12, 752_000, 0.57),
 }
-EXTENSIONS = {  # name: (label, starts from, new loss at once, new loss at last, old loss on top, share, leak)
+# name: (label, starts from, new loss at once, new loss at last, old loss on top, share, leak)
+EXTENSIONS = {
     "nexus_append": ("Nexus, append", "nexus", 6.405, 4.796, 0.018, 0.08, 0.07),
     "nexus_refit": ("Nexus, refit", "nexus", 6.148, 4.669, 0.0, 0.59, 0.09),
     "nexus_contrastive": ("Nexus, contrastive", "nexus", 6.362, 4.759, 0.020, 0.19, 0.04),
@@ -38,22 +41,45 @@ EXTENSIONS = {  # name: (label, starts from, new loss at once, new loss at last,
 
 def _compute(flops, active):
     total = 530_000 if active <= 530_000 else max(active, 1_194_000)
-    return {"training_flops": flops, "training_tokens": int(flops / 3e6), "parameters": {"total": total, "active": active},
-            "seconds": flops / 5e10}  # fmt: skip
+    return {
+        "training_flops": flops,
+        "training_tokens": int(flops / 3e6),
+        "parameters": {"total": total, "active": active},
+        "seconds": flops / 5e10,
+    }
 
 
 def _routing(domains, experts, own):
     rest = (1 - own) / (len(experts) - 1)
-    return {d: {e: own if e == d else rest if d in experts else 1 / len(experts) for e in experts} for d in domains}
+    return {
+        d: {e: own if e == d else rest if d in experts else 1 / len(experts) for e in experts}
+        for d in domains
+    }
 
 
 def _contender(name, seeds, noise, variant="", shift=0.0):
     label, group, distance, flops, active, own = CONTENDERS[name]
-    entry = {"name": name, "label": label, "variant": variant, "about": f"What {label} is, in one sentence.",
-             "group": group, "compute": _compute(flops, active), "seeds": {}}  # fmt: skip
+    entry = {
+        "name": name,
+        "label": label,
+        "variant": variant,
+        "about": f"What {label} is, in one sentence.",
+        "group": group,
+        "compute": _compute(flops, active),
+        "seeds": {},
+    }
     for seed in seeds:
-        level = {"wikipedia": 4.7, "arxiv": 4.4, "books": 4.9, "stackexchange": 4.4, "c4": 5.0, "github": 7.0}
-        loss = {d: v + distance + shift + 0.03 * seed + noise.gauss(0, 0.006) for d, v in level.items()}
+        level = {
+            "wikipedia": 4.7,
+            "arxiv": 4.4,
+            "books": 4.9,
+            "stackexchange": 4.4,
+            "c4": 5.0,
+            "github": 7.0,
+        }
+        loss = {
+            d: v + distance + shift + 0.03 * seed + noise.gauss(0, 0.006) for d, v in level.items()
+        }
         if name.startswith("branch "):
             loss[name.removeprefix("branch ")] -= 1.6
         entry["seeds"][str(seed)] = {
@@ -61,21 +87,35 @@ def _contender(name, seeds, noise, variant="", shift=0.0):
             "own_share": own,
             "gate": own and own + 0.05,
             "routing": own and _routing(level, OLD, own + noise.gauss(0, 0.01)),
-            "untrained": own and {"loss": {d: v + 0.9 for d, v in loss.items()}, "own_share": own - 0.06},
+            "untrained": own
+            and {"loss": {d: v + 0.9 for d, v in loss.items()}, "own_share": own - 0.06},
         }
     return entry
 
 
 def _extension(name, seeds, noise, added="github", variant=""):
     label, start, first, last, old, share, leak = EXTENSIONS[name]
-    entry = {"name": name, "label": label, "variant": variant, "about": f"What {label} does.", "added": added,
-             "starts_from": start, "compute": _compute(7.5e12, 752_000), "seeds": {}}  # fmt: skip
+    entry = {
+        "name": name,
+        "label": label,
+        "variant": variant,
+        "about": f"What {label} does.",
+        "added": added,
+        "starts_from": start,
+        "compute": _compute(7.5e12, 752_000),
+        "seeds": {},
+    }
     for seed in seeds:
         budgets = {}
         for step, budget in enumerate(BUDGETS):
             part = 1 - 0.4**step if step else 0.0
-            loss = dict.fromkeys(added.split("+"), first + (last - first) * part / 0.936 + noise.gauss(0, 0.012))
-            loss |= {d: 4.72 + old + (0.06 if step else 0.0) + 0.03 * seed + noise.gauss(0, 0.004) for d in OLD}
+            loss = dict.fromkeys(
+                added.split("+"), first + (last - first) * part / 0.936 + noise.gauss(0, 0.012)
+            )
+            loss |= {
+                d: 4.72 + old + (0.06 if step else 0.0) + 0.03 * seed + noise.gauss(0, 0.004)
+                for d in OLD
+            }
             budgets[str(budget)] = {
                 "loss": loss,
                 "share": min(0.8, share + 0.06 * step + noise.gauss(0, 0.01)),
@@ -90,37 +130,81 @@ def evaluation(experts, layers=3, seed=0):
     """An entry of an evaluation's summary: routing by layer and cosines before and after P."""
     values = np.random.default_rng(seed)
     domains = [*OLD, *PRETRAINING, *NEW]
-    share = np.stack([values.dirichlet(np.where(np.array(experts) == d, 6.0, 1.0), layers) for d in domains], axis=1)
+    share = np.stack(
+        [values.dirichlet(np.where(np.array(experts) == d, 6.0, 1.0), layers) for d in domains],
+        axis=1,
+    )
     unit = values.normal(size=(len(experts), 16))
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     cosine = (unit @ unit.T).tolist()
-    routing = {d: dict(zip(experts, share[:, i].mean(axis=0).tolist(), strict=True)) for i, d in enumerate(domains)}
+    routing = {
+        d: dict(zip(experts, share[:, i].mean(axis=0).tolist(), strict=True))
+        for i, d in enumerate(domains)
+    }
     return {
-        "checkpoint": {}, "tokens_per_second": 1000.0, "experts": experts, "expert_domains": experts,
-        "layers": list(range(layers)), "routing": routing, "own_share": {e: routing[e][e] for e in experts},
-        "leak": {}, "share_by_layer": share.tolist(), "gate_by_layer": np.full((layers, len(domains)), 0.6).tolist(),
-        "cosine": {"names": experts, "embeddings": cosine, "inputs": cosine, "rows": [cosine] * layers,
-                   "centred_rows": [cosine] * layers},
-    }  # fmt: skip
+        "checkpoint": {},
+        "tokens_per_second": 1000.0,
+        "experts": experts,
+        "expert_domains": experts,
+        "layers": list(range(layers)),
+        "routing": routing,
+        "own_share": {e: routing[e][e] for e in experts},
+        "leak": {},
+        "share_by_layer": share.tolist(),
+        "gate_by_layer": np.full((layers, len(domains)), 0.6).tolist(),
+        "cosine": {
+            "names": experts,
+            "embeddings": cosine,
+            "inputs": cosine,
+            "rows": [cosine] * layers,
+            "centred_rows": [cosine] * layers,
+        },
+    }
 
 
 def results(seeds=(0, 1, 2), variants=True, evaluations=True):
     """The results of a whole comparison."""
     noise = random.Random(7)
     contenders = [_contender(name, seeds, noise) for name in CONTENDERS]
-    settings = {"low_balance": ["router.load_balance=0.0005"], "equal_data": ["data.mixture=uniform"]}
+    settings = {
+        "low_balance": ["router.load_balance=0.0005"],
+        "equal_data": ["data.mixture=uniform"],
+    }
     if variants:
         for number, variant in enumerate(settings):
-            contenders += [_contender(n, seeds, noise, variant, 0.02 * number) for n in ("nexus", "linear")]
+            contenders += [
+                _contender(n, seeds, noise, variant, 0.02 * number) for n in ("nexus", "linear")
+            ]
     extensions = [_extension(name, seeds, noise) for name in EXTENSIONS]
     if variants:
         extensions.append(_extension("nexus_refit", seeds, noise, variant="low_balance"))
     return {
-        "recipe": "compare-tiny", "seeds": list(seeds), "seconds": 1500.0, "machine": "2 CPU cores, 8 GB",
+        "recipe": "compare-tiny",
+        "seeds": list(seeds),
+        "seconds": 1500.0,
+        "machine": "2 CPU cores, 8 GB",
         "data": {"path": "data", "windows": 48, "length": 128},
-        "domains": {"old": OLD, "pretraining": PRETRAINING, "new": NEW, "scored": [*OLD, *PRETRAINING, *NEW]},
-        "contenders": contenders, "extensions": extensions,
-        "evaluations": {"nexus": evaluation(OLD), "extended: nexus_refit": evaluation([*OLD, *NEW], seed=1)} if evaluations else {},
-        "variants": {name: {"overrides": words} for name, words in settings.items()} if variants else {},
-        "not_run": [{"name": "nexus_context", "why": "the recipe leaves it out: it needs a router that reads context"}],
-    }  # fmt: skip
+        "domains": {
+            "old": OLD,
+            "pretraining": PRETRAINING,
+            "new": NEW,
+            "scored": [*OLD, *PRETRAINING, *NEW],
+        },
+        "contenders": contenders,
+        "extensions": extensions,
+        "evaluations": {
+            "nexus": evaluation(OLD),
+            "extended: nexus_refit": evaluation([*OLD, *NEW], seed=1),
+        }
+        if evaluations
+        else {},
+        "variants": {name: {"overrides": words} for name, words in settings.items()}
+        if variants
+        else {},
+        "not_run": [
+            {
+                "name": "nexus_context",
+                "why": "the recipe leaves it out: it needs a router that reads context",
+            }
+        ],
+    }

@@ -2,9 +2,10 @@
 
 python memory_worker.py CHECKPOINT OUT KEY=VALUE ...      under the launcher's variables
 
-Writes OUT.RANK.json in bytes: `before` (resident, everything imported and the ranks joined), `peak` and `after` loading,
-`share` (this rank's part of the working weights), `layer` (all of the largest layer), `read` (from the file system), and
-with initialize=1 also `engine` (resident once the masters are there).
+Writes OUT.RANK.json in bytes: `before` (resident, everything imported and the ranks joined), `peak`
+and `after` loading, `share` (this rank's part of the working weights), `layer` (all of the largest
+layer), `read` (from the file system), and with initialize=1 also `engine` (resident once the
+masters are there).
 """
 
 import gc
@@ -46,18 +47,29 @@ def main():
     batch, values = Batch(1, 1), deepspeed_json(3)
     settle = internals.partitioner(deepspeed_config(values, config, batch))
     verify_rows(Path(checkpoint))
-    place = placement(config.parallel, len(read_sidecar(Path(checkpoint)).experts), rank, world, world)
+    place = placement(
+        config.parallel, len(read_sidecar(Path(checkpoint)).experts), rank, world, world
+    )
     gc.collect()
     dist.barrier()
     before, read = status("VmRSS"), bytes_read()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    model = load_nexus(Path(checkpoint), DTYPES[config.model.dtype], place, config.router, False, settle)
+    model = load_nexus(
+        Path(checkpoint), DTYPES[config.model.dtype], place, config.router, False, settle
+    )
     peak, after, read = status("VmHWM"), status("VmRSS"), bytes_read() - read
     size = DTYPES[config.model.dtype].itemsize
     whole = {name: math.prod(shape) * size for name, shape in shapes(model).items()}
     layer = sum(count for name, count in whole.items() if name.startswith("model.layers.0."))
     share = sum(p.ds_tensor.numel() * size for p in model.parameters())
-    found = {"before": before, "peak": peak, "after": after, "share": share, "layer": layer, "read": read}
+    found = {
+        "before": before,
+        "peak": peak,
+        "after": after,
+        "share": share,
+        "layer": layer,
+        "read": read,
+    }
     found["model"] = sum(whole.values())
     if options.get("initialize") == "1":
         engine = start_engine(model, values, config, batch)

@@ -1,11 +1,15 @@
 """Faults put into the code on purpose: each has to make a test fail (make mutants).
 
-python tests/mutants.py [WORD ...]      all faults, or those whose name or file contains one of the words
+python tests/mutants.py [WORD ...]      all faults, or those whose name or file contains one of the
+words
 
-Two copies of the tree, in a temporary folder, get one fault after the other; the tests that judge it run there, slow ones
-only where the fault says so. A test that fails without any fault proves nothing: those that killed are run once more at
-the end on the clean tree. Exit code: 1 below GOAL, 2 for a fault that can't be judged (its text is not there exactly once,
-its tests are not there or can't be collected, or what killed it fails on the clean tree too).
+Two copies of the tree, in a temporary folder, get one fault after the other; the tests that judge
+it run there, slow ones
+only where the fault says so. A test that fails without any fault proves nothing: those that killed
+are run once more at
+the end on the clean tree. Exit code: 1 below GOAL, 2 for a fault that can't be judged (its text is
+not there exactly once, its tests are not there or can't be collected, or what killed it fails on
+the clean tree too).
 Not covered: faults in several places, faults that only a GPU or a SLURM cluster shows.
 """
 
@@ -41,19 +45,24 @@ class Fault(NamedTuple):
     """Stands exactly once in the file."""
     new: str
     judges: str = ""
-    """Tests below tests/ besides the mirroring file, options of pytest, and `slow` for those that start processes."""
+    """Tests below tests/ besides the mirroring file, options of pytest, and `slow` for those that
+    start processes."""
 
     def path(self, tree: Path) -> Path:
         inside = tree / "nexus_ds" / self.file
         return inside if inside.is_file() else tree / self.file
 
     def tests(self, tree: Path) -> list[str]:
-        """Return pytest's arguments; the mirroring file is one if it is there and none is named with a test's name."""
+        """Return pytest's arguments; the mirroring file is one if it is there and none is named
+        with a test's name."""
         words = shlex.split(self.judges)
         folder, _, name = self.file.rpartition("/")
         mirror = f"{folder}/test_{name}" if folder else f"test_{name}"
         named = [word for word in words if word.partition("::")[0].endswith(".py")]
-        if mirror not in [word.partition("::")[0] for word in named] and (tree / "tests" / mirror).is_file():
+        if (
+            mirror not in [word.partition("::")[0] for word in named]
+            and (tree / "tests" / mirror).is_file()
+        ):
             named.insert(0, mirror)
         options = [word for word in words if word not in named and word != "slow"]
         return [f"tests/{word}" for word in named] + options
@@ -77,152 +86,478 @@ class Result(NamedTuple):
 
 FAULTS = (
     # nexus_ds/model
-    Fault("the gate stays fp32", "runtime/nexus_moe.py", "gate_TK.to(x.dtype).float()", "gate_TK.float()"),
-    Fault("each pass has the whole of the router's losses", "runtime/nexus_moe.py", "total, self.loss_scale)", "total, 1.0)"),
-    Fault("balance sees first choices alone", "model/losses.py", "selected_TK.reshape(-1)", "selected_TK[:, 0]"),
+    Fault(
+        "the gate stays fp32",
+        "runtime/nexus_moe.py",
+        "gate_TK.to(x.dtype).float()",
+        "gate_TK.float()",
+    ),
+    Fault(
+        "each pass has the whole of the router's losses",
+        "runtime/nexus_moe.py",
+        "total, self.loss_scale)",
+        "total, 1.0)",
+    ),
+    Fault(
+        "balance sees first choices alone",
+        "model/losses.py",
+        "selected_TK.reshape(-1)",
+        "selected_TK[:, 0]",
+    ),
     Fault("z-loss squares the mean", "model/losses.py", ".square().mean()", ".mean().square()"),
-    Fault("the centre is that of raw vectors", "model/router.py",
-          "unit(vectors_EM.float()).mean(0)", "vectors_EM.float().mean(0)"),
-    Fault("balanced rows get the inverse length", "model/router.py",
-          "float(init_norm / norm)", "float(norm / init_norm)"),
-    Fault("two experts are averaged", "model/experts.py",
-          "gate_TK[:, :, None]).sum(1)", "gate_TK[:, :, None]).mean(1)"),
-    Fault("the loss head forgets the engine's factor", "model/head.py",
-          "gradients[0] / len(hidden_grad_TH)", "1.0 / len(hidden_grad_TH)"),
-    Fault("the dense average is a median", "upcycling/average.py",
-          "for model in opened]).mean(0)", "for model in opened]).median(0).values", "experiments/comparison/test_work.py"),
-    Fault("added tokens are not copied", "checkpoint/tokenizer.py",
-          '"added_tokens.json", ', ""),
-    Fault("a tokenizer's links are followed", "checkpoint/tokenizer.py",
-          "copyfile(confined(source, name), ", "copyfile(source / name, "),
-    Fault("a fingerprint without weights", "checkpoint/sidecar.py",
-          "digest.update(file.read(SAMPLE_BYTES))", "file.read(SAMPLE_BYTES)"),
-    Fault("rows that are NaN agree", "checkpoint/sidecar.py",
-          "if not difference <= ROW_TOLERANCE[stored.dtype]", "if difference > ROW_TOLERANCE[stored.dtype]"),
-    Fault("removing keeps the first rows", "upcycling/remove.py",
-          "reader.read(gate_name(layer))[kept]", "reader.read(gate_name(layer))[: len(kept)]", "commands/test_remove.py"),
-    Fault("any row of a new expert will do", "upcycling/extend.py",
-          "> LARGEST_ROW * float(", "> 1e9 * float(", "commands/test_extend.py"),
-    Fault("lambda counts one expert too many", "upcycling/extend.py",
-          "return new / (old + new)", "return new / (old + new + 1)", "commands/test_extend.py"),
-    Fault("domain vectors in sorted order", "upcycling/blend.py",
-          ".copy()) for name in names])", ".copy()) for name in sorted(names)])", "commands/test_upcycle.py"),
-    Fault("code of a checkpoint is run", "checkpoint/build.py",
-          "trust_remote_code=False, use_safe", "trust_remote_code=True, use_safe", "checkpoint/test_loading.py"),
-    Fault("a new model has no grouped attention", "checkpoint/build.py",
-          "num_key_value_heads=model.kv_heads or model.heads", "num_key_value_heads=model.heads"),
-    Fault("scoring runs a checkpoint's own code", "checkpoint/loading.py",
-          "            trust_remote_code=False,", "            trust_remote_code=True,"),
-    Fault("a leak is the expert's own share", "evaluation/perplexity.py",
-          "if domain != self.expert_domains[column]", "if domain == self.expert_domains[column]"),
-    Fault("top-2 counts one idle expert more", "checkpoint/inspection.py",
-          "routed * (len(experts) - top_k)", "routed * (len(experts) - 1)"),
-    Fault("replacing changes the first vectors", "upcycling/replace.py",
-          "vectors[list(places.values())] =", "vectors[: len(places)] =", "upcycling/test_replace.py"),
-    Fault("whitening divides twice", "warm_start/methods.py", "values_H.mean()).sqrt())", "values_H.mean()))"),
-    Fault("gaps in a weight file pass", "checkpoint/tensors.py",
-          "if info.start != position:", "if info.start < position:"),
+    Fault(
+        "the centre is that of raw vectors",
+        "model/router.py",
+        "unit(vectors_EM.float()).mean(0)",
+        "vectors_EM.float().mean(0)",
+    ),
+    Fault(
+        "balanced rows get the inverse length",
+        "model/router.py",
+        "float(init_norm / norm)",
+        "float(norm / init_norm)",
+    ),
+    Fault(
+        "two experts are averaged",
+        "model/experts.py",
+        "gate_TK[:, :, None]).sum(1)",
+        "gate_TK[:, :, None]).mean(1)",
+    ),
+    Fault(
+        "the loss head forgets the engine's factor",
+        "model/head.py",
+        "gradients[0] / len(hidden_grad_TH)",
+        "1.0 / len(hidden_grad_TH)",
+    ),
+    Fault(
+        "the dense average is a median",
+        "upcycling/average.py",
+        "for model in opened]).mean(0)",
+        "for model in opened]).median(0).values",
+        "experiments/comparison/test_work.py",
+    ),
+    Fault(
+        "added tokens are not copied", "checkpoint/tokenizer.py", '    "added_tokens.json",\n', ""
+    ),
+    Fault(
+        "a tokenizer's links are followed",
+        "checkpoint/tokenizer.py",
+        "copyfile(confined(source, name), ",
+        "copyfile(source / name, ",
+    ),
+    Fault(
+        "a fingerprint without weights",
+        "checkpoint/sidecar.py",
+        "digest.update(file.read(SAMPLE_BYTES))",
+        "file.read(SAMPLE_BYTES)",
+    ),
+    Fault(
+        "rows that are NaN agree",
+        "checkpoint/sidecar.py",
+        "if not difference <= ROW_TOLERANCE[stored.dtype]",
+        "if difference > ROW_TOLERANCE[stored.dtype]",
+    ),
+    Fault(
+        "removing keeps the first rows",
+        "upcycling/remove.py",
+        "reader.read(gate_name(layer))[kept]",
+        "reader.read(gate_name(layer))[: len(kept)]",
+        "commands/test_remove.py",
+    ),
+    Fault(
+        "any row of a new expert will do",
+        "upcycling/extend.py",
+        "> LARGEST_ROW * float(",
+        "> 1e9 * float(",
+        "commands/test_extend.py",
+    ),
+    Fault(
+        "lambda counts one expert too many",
+        "upcycling/extend.py",
+        "return new / (old + new)",
+        "return new / (old + new + 1)",
+        "commands/test_extend.py",
+    ),
+    Fault(
+        "domain vectors in sorted order",
+        "upcycling/blend.py",
+        ".copy()) for name in names])",
+        ".copy()) for name in sorted(names)])",
+        "commands/test_upcycle.py",
+    ),
+    Fault(
+        "code of a checkpoint is run",
+        "checkpoint/build.py",
+        "trust_remote_code=False, use_safe",
+        "trust_remote_code=True, use_safe",
+        "checkpoint/test_loading.py",
+    ),
+    Fault(
+        "a new model has no grouped attention",
+        "checkpoint/build.py",
+        "num_key_value_heads=model.kv_heads or model.heads",
+        "num_key_value_heads=model.heads",
+    ),
+    Fault(
+        "scoring runs a checkpoint's own code",
+        "checkpoint/loading.py",
+        "            trust_remote_code=False,",
+        "            trust_remote_code=True,",
+    ),
+    Fault(
+        "a leak is the expert's own share",
+        "evaluation/perplexity.py",
+        "if domain != self.expert_domains[column]",
+        "if domain == self.expert_domains[column]",
+    ),
+    Fault(
+        "top-2 counts one idle expert more",
+        "checkpoint/inspection.py",
+        "routed * (len(experts) - top_k)",
+        "routed * (len(experts) - 1)",
+    ),
+    Fault(
+        "replacing changes the first vectors",
+        "upcycling/replace.py",
+        "vectors[list(places.values())] =",
+        "vectors[: len(places)] =",
+        "upcycling/test_replace.py",
+    ),
+    Fault(
+        "whitening divides twice",
+        "warm_start/methods.py",
+        "values_H.mean()).sqrt())",
+        "values_H.mean()))",
+    ),
+    Fault(
+        "gaps in a weight file pass",
+        "checkpoint/tensors.py",
+        "if info.start != position:",
+        "if info.start < position:",
+    ),
     # nexus_ds/runtime
-    Fault("the loop is a step late in the schedule", "runtime/loop.py",
-          "learning_rate(step, self.config.training", "learning_rate(max(step - 1, 0), self.config.training"),
-    Fault("ranks start a micro-batch apart", "runtime/loop.py",
-          "self.rank * share + part", "self.rank * self.batch.micro + part"),
-    Fault("validation repeats its first windows", "runtime/loop.py",
-          "(turn * self.world + self.rank) * batch", "self.rank * batch", "runtime/test_loop.py -k validation slow"),
-    Fault("an idle rank's pass counts", "runtime/loop.py",
-          "if not idle:", "if True:", "runtime/test_loop.py -k validation slow"),
-    Fault("validation reads what was trained on", "runtime/loop.py",
-          'validation_domains, "validation"', 'validation_domains, "train"', "runtime/test_loop.py -k validation slow"),
-    Fault("tokens count for a neighbour's domain", "runtime/tally.py",
-          "domain_B.repeat_interleave(losses_BS.shape[1])", "domain_B.repeat(losses_BS.shape[1])", "runtime/test_loop.py"),
-    Fault("weight decay may change on resume", "runtime/loop.py",
-          'FREE = ("keep_last", ', 'FREE = ("keep_last", "weight_decay", '),
-    Fault("the order of domains may change on resume", "runtime/states.py",
-          "json.dumps(saved[key]) != json.dumps(now[key])", "saved[key] != now[key]", "runtime/test_loop.py"),
-    Fault("each rank hashes the first files", "runtime/states.py",
-          "sorted(files)[share::of]", "sorted(files)[:: max(of, 1)]"),
-    Fault("a new expert's second moment is a sum", "runtime/portable_state.py", "alpha=1 / len(siblings)", "alpha=1"),
-    Fault("P is among the matrices", "runtime/engine.py",
-          '"router" if ".mlp.router." in name', '"router" if ".mlp.gate." in name'),
-    Fault("the router is decayed", "runtime/engine.py",
-          '"router": {"weight_decay": 0.0,', '"router": {"weight_decay": training.weight_decay,'),
-    Fault("free rows learn as slowly as P", "runtime/engine.py",
-          "1.0 if linear else config.router.lr_scale", "config.router.lr_scale"),
-    Fault("a group's scale is forgotten", "runtime/engine.py", 'lr * group.get("lr_scale", 1.0)', "lr"),
-    Fault("the anneal starts from the peak", "runtime/schedule.py",
-          "_cosine(end, training.anneal_lr,", "_cosine(training.lr, training.anneal_lr,"),
-    Fault("half of the tokens may differ after an export", "runtime/export.py",
-          "torch.bfloat16: 0.9}", "torch.bfloat16: 0.5}"),
-    Fault("the time left counts from step 0", "runtime/metrics.py", "done = step - self.first", "done = step"),
+    Fault(
+        "the loop is a step late in the schedule",
+        "runtime/loop.py",
+        "learning_rate(step, self.config.training",
+        "learning_rate(max(step - 1, 0), self.config.training",
+    ),
+    Fault(
+        "ranks start a micro-batch apart",
+        "runtime/loop.py",
+        "self.rank * share + part",
+        "self.rank * self.batch.micro + part",
+    ),
+    Fault(
+        "validation repeats its first windows",
+        "runtime/loop.py",
+        "(turn * self.world + self.rank) * batch",
+        "self.rank * batch",
+        "runtime/test_loop.py -k validation slow",
+    ),
+    Fault(
+        "an idle rank's pass counts",
+        "runtime/loop.py",
+        "if not idle:",
+        "if True:",
+        "runtime/test_loop.py -k validation slow",
+    ),
+    Fault(
+        "validation reads what was trained on",
+        "runtime/loop.py",
+        'validation_domains, "validation"',
+        'validation_domains, "train"',
+        "runtime/test_loop.py -k validation slow",
+    ),
+    Fault(
+        "tokens count for a neighbour's domain",
+        "runtime/tally.py",
+        "domain_B.repeat_interleave(losses_BS.shape[1])",
+        "domain_B.repeat(losses_BS.shape[1])",
+        "runtime/test_loop.py",
+    ),
+    Fault(
+        "weight decay may change on resume",
+        "runtime/loop.py",
+        'FREE = ("keep_last", ',
+        'FREE = ("keep_last", "weight_decay", ',
+    ),
+    Fault(
+        "the order of domains may change on resume",
+        "runtime/states.py",
+        "json.dumps(saved[key]) != json.dumps(now[key])",
+        "saved[key] != now[key]",
+        "runtime/test_loop.py",
+    ),
+    Fault(
+        "each rank hashes the first files",
+        "runtime/states.py",
+        "sorted(files)[share::of]",
+        "sorted(files)[:: max(of, 1)]",
+    ),
+    Fault(
+        "a new expert's second moment is a sum",
+        "runtime/portable_state.py",
+        "alpha=1 / len(siblings)",
+        "alpha=1",
+    ),
+    Fault(
+        "P is among the matrices",
+        "runtime/engine.py",
+        'if ".mlp.router." in name',
+        'if ".mlp.gate." in name',
+    ),
+    Fault(
+        "the router is decayed",
+        "runtime/engine.py",
+        '"router": {"weight_decay": 0.0,',
+        '"router": {"weight_decay": training.weight_decay,',
+    ),
+    Fault(
+        "free rows learn as slowly as P",
+        "runtime/engine.py",
+        "1.0 if linear else config.router.lr_scale",
+        "config.router.lr_scale",
+    ),
+    Fault(
+        "a group's scale is forgotten", "runtime/engine.py", 'lr * group.get("lr_scale", 1.0)', "lr"
+    ),
+    Fault(
+        "the anneal starts from the peak",
+        "runtime/schedule.py",
+        "_cosine(end, training.anneal_lr,",
+        "_cosine(training.lr, training.anneal_lr,",
+    ),
+    Fault(
+        "half of the tokens may differ after an export",
+        "runtime/export.py",
+        "torch.bfloat16: 0.9}",
+        "torch.bfloat16: 0.5}",
+    ),
+    Fault(
+        "the time left counts from step 0",
+        "runtime/metrics.py",
+        "done = step - self.first",
+        "done = step",
+    ),
     # nexus_ds/data
-    Fault("validation files hold training text", "data/corpora.py",
-          "read(self.source, list(named), self.split,", 'read(self.source, list(named), "train",'),
-    Fault("the cap cuts validation text", "data/corpora.py", 'max_bytes if split == "train" else 0', "max_bytes"),
-    Fault("every epoch has the same order", "data/mixture.py",
-          '{self.domains[domain]} {epoch}")', '{self.domains[domain]}")'),
-    Fault("text can end a document", "data/encoding.py",
-          "backend.encode_special_tokens = True", "backend.encode_special_tokens = False", "data/test_corpora.py"),
-    Fault("an encoder's own code is run", "data/domains.py",
-          "                trust_remote_code=False,", "                trust_remote_code=True,"),
-    Fault("a small domain has no validation text", "data/clusters.py",
-          "% (self.every if block else 2)", "% self.every"),
-    Fault("rows are numbered within their table", "data/hub.py", "{start + int(row)}", "{int(row)}"),
-    Fault("a cap counts characters", "data/rows.py", "self.left -= len(content)", "self.left -= len(document.text)"),
+    Fault(
+        "validation files hold training text",
+        "data/corpora.py",
+        "self.source, list(named), self.split,",
+        'self.source, list(named), "train",',
+    ),
+    Fault(
+        "the cap cuts validation text",
+        "data/corpora.py",
+        'max_bytes if split == "train" else 0',
+        "max_bytes",
+    ),
+    Fault(
+        "every epoch has the same order",
+        "data/mixture.py",
+        '{self.domains[domain]} {epoch}"',
+        '{self.domains[domain]}"',
+    ),
+    Fault(
+        "text can end a document",
+        "data/encoding.py",
+        "backend.encode_special_tokens = True",
+        "backend.encode_special_tokens = False",
+        "data/test_corpora.py",
+    ),
+    Fault(
+        "an encoder's own code is run",
+        "data/domains.py",
+        "                trust_remote_code=False,",
+        "                trust_remote_code=True,",
+    ),
+    Fault(
+        "a small domain has no validation text",
+        "data/clusters.py",
+        "% (self.every if block else 2)",
+        "% self.every",
+    ),
+    Fault(
+        "rows are numbered within their table", "data/hub.py", "{start + int(row)}", "{int(row)}"
+    ),
+    Fault(
+        "a cap counts characters",
+        "data/rows.py",
+        "self.left -= len(content)",
+        "self.left -= len(document.text)",
+    ),
     # nexus_ds/comparison
-    Fault("a mixture costs as little as a dense model", "experiments/comparison/job_graph.py",
-          "token_flops(sizes, config.data", "token_flops(replace(sizes, experts=0), config.data"),
-    Fault("the budget has one branch", "experiments/comparison/job_graph.py", "(branch, len(branch.pipeline.domains))", "(branch, 1)"),
-    Fault("untrained is trained", "experiments/comparison/results.py",
-          '"untrained": _validation(scored[0])', '"untrained": _validation(scored[-1])', "commands/test_compare.py"),
-    Fault("the posterior is one over tokens", "experiments/comparison/ensemble.py",
-          "before_NWT.log_softmax(0)", "before_NWT.log_softmax(-1)"),
+    Fault(
+        "a mixture costs as little as a dense model",
+        "experiments/comparison/job_graph.py",
+        "token_flops(sizes, config.data",
+        "token_flops(replace(sizes, experts=0), config.data",
+    ),
+    Fault(
+        "the budget has one branch",
+        "experiments/comparison/job_graph.py",
+        "(branch, len(branch.pipeline.domains))",
+        "(branch, 1)",
+    ),
+    Fault(
+        "untrained is trained",
+        "experiments/comparison/results.py",
+        '"untrained": _validation(scored[0])',
+        '"untrained": _validation(scored[-1])',
+        "commands/test_compare.py",
+    ),
+    Fault(
+        "the posterior is one over tokens",
+        "experiments/comparison/ensemble.py",
+        "before_NWT.log_softmax(0)",
+        "before_NWT.log_softmax(-1)",
+    ),
     # nexus_ds/planning
-    Fault("logits are half as large", "planning/memory.py", "assume.LOGITS_BYTES * logits", "4 * logits"),
-    Fault("offloaded gradients take no host memory", "planning/memory.py",
-          "optimizer + (4 + width) * share, 0.0", "optimizer + width * share, 0.0"),
-    Fault("what ZeRO-3 keeps gathered is free", "planning/memory.py",
-          "width * (live_elements(sizes, layout) + gathered)", "width * gathered"),
-    Fault("all experts are active", "planning/traffic.py", 'counts["active"] - (0', 'counts["total"] - (0'),
+    Fault(
+        "logits are half as large",
+        "planning/memory.py",
+        "assume.LOGITS_BYTES * logits",
+        "4 * logits",
+    ),
+    Fault(
+        "offloaded gradients take no host memory",
+        "planning/memory.py",
+        "optimizer + (4 + width) * share, 0.0",
+        "optimizer + width * share, 0.0",
+    ),
+    Fault(
+        "what ZeRO-3 keeps gathered is free",
+        "planning/memory.py",
+        "width * (live_elements(sizes, layout) + gathered)",
+        "width * gathered",
+    ),
+    Fault(
+        "all experts are active",
+        "planning/traffic.py",
+        'counts["active"] - (0',
+        'counts["total"] - (0',
+    ),
     Fault("host memory never runs out", "planning/choose.py", " and needs.host_bytes <= host", ""),
     # nexus_ds/report
-    Fault("losses under the head of perplexities", "report/evaluation.py",
-          '"loss_nats", "perplexity"', '"perplexity", "loss_nats"'),
-    Fault("every domain shows the largest gate", "report/evaluation.py", "float(gate_D[d])", "float(gate_D.max())"),
-    Fault("gate and own share change places", "experiments/comparison/report_tables.py",
-          "                own,\n                gate,\n", "                gate,\n                own,\n",
-          "experiments/comparison/test_report.py"),
-    Fault("before and after change places", "experiments/comparison/report_tables.py",
-          "for side in (before, entry)", "for side in (entry, before)", "experiments/comparison/test_report.py"),
+    Fault(
+        "losses under the head of perplexities",
+        "report/evaluation.py",
+        '"loss_nats", "perplexity"',
+        '"perplexity", "loss_nats"',
+    ),
+    Fault(
+        "every domain shows the largest gate",
+        "report/evaluation.py",
+        "float(gate_D[d])",
+        "float(gate_D.max())",
+    ),
+    Fault(
+        "gate and own share change places",
+        "experiments/comparison/report_tables.py",
+        "                own,\n                gate,\n",
+        "                gate,\n                own,\n",
+        "experiments/comparison/test_report.py",
+    ),
+    Fault(
+        "before and after change places",
+        "experiments/comparison/report_tables.py",
+        "for side in (before, entry)",
+        "for side in (entry, before)",
+        "experiments/comparison/test_report.py",
+    ),
     Fault("a limit of 3% is 300%", "report/verdict.py", "float(match[1]) / 100", "float(match[1])"),
-    Fault("cells are not escaped", "report/page.py", "html.escape(format_cell(value))", "format_cell(value)"),
+    Fault(
+        "cells are not escaped",
+        "report/page.py",
+        "html.escape(format_cell(value))",
+        "format_cell(value)",
+    ),
     # nexus_ds/benchmarks
-    Fault("a part of a block counts twice", "experiments/benchmarks/parts.py",
-          'block - sum(known.get(part, 0.0) for part in BLOCK_PARTS)', "block"),
-    Fault("slower is faster", "experiments/benchmarks/layer_speed.py", "sorted(b / r for b, r in", "sorted(r / b for b, r in"),
-    Fault("links have no delay", "experiments/benchmarks/network.py",
-          "(time.monotonic() + delay, frame)", "(time.monotonic(), frame)"),
+    Fault(
+        "a part of a block counts twice",
+        "experiments/benchmarks/parts.py",
+        "block - sum(known.get(part, 0.0) for part in BLOCK_PARTS)",
+        "block",
+    ),
+    Fault(
+        "slower is faster",
+        "experiments/benchmarks/layer_speed.py",
+        "sorted(b / r for b, r in",
+        "sorted(r / b for b, r in",
+    ),
+    Fault(
+        "links have no delay",
+        "experiments/benchmarks/network.py",
+        "(time.monotonic() + delay, frame)",
+        "(time.monotonic(), frame)",
+    ),
     # verbs, settings
-    Fault("a base wins over what is laid on it", "config.py",
-          "return below | above | both", "return above | below | both", "test_recipes.py"),
-    Fault("two tokenizers are one", "commands/evaluate.py", "if len(texts) > 1:", "if len(texts) > 2:"),
-    Fault("a prompt may outgrow the model", "commands/generate.py",
-          "min(tokens, limit - ids.shape[1]) if limit else tokens", "tokens"),
-    Fault("what is there is made again", "pipeline.py",
-          "not in wanted and not by_name[other].output.exists()", "not in wanted"),
-    Fault("an array task takes its neighbour's domain", "commands/stage.py",
-          "return domains[int(text)]", "return domains[int(text) - 1]"),
-    Fault("the time left is that of the whole run", "commands/status.py", "pace * (total - last['step'])", "pace * total"),
+    Fault(
+        "a base wins over what is laid on it",
+        "config.py",
+        "return below | above | both",
+        "return above | below | both",
+        "test_recipes.py",
+    ),
+    Fault(
+        "two tokenizers are one", "commands/evaluate.py", "if len(texts) > 1:", "if len(texts) > 2:"
+    ),
+    Fault(
+        "a prompt may outgrow the model",
+        "commands/generate.py",
+        "min(tokens, limit - ids.shape[1]) if limit else tokens",
+        "tokens",
+    ),
+    Fault(
+        "what is there is made again",
+        "pipeline.py",
+        "not in wanted and not by_name[other].output.exists()",
+        "not in wanted",
+    ),
+    Fault(
+        "an array task takes its neighbour's domain",
+        "commands/stage.py",
+        "return domains[int(text)]",
+        "return domains[int(text) - 1]",
+    ),
+    Fault(
+        "the time left is that of the whole run",
+        "commands/status.py",
+        "pace * (total - last['step'])",
+        "pace * total",
+    ),
     # slurm
-    Fault("one task too many", "slurm/pipeline.sh",
-          '--array="0-$((count - 1))"', '--array="0-$count"', "slurm/test_injection.py -k pipeline"),
-    Fault("a stop in order is a failure", "slurm/common.sh",
-          "*75 | *138 | *143 |", "*138 | *143 |", "slurm/test_injection.py -k requeue"),
-)  # fmt: skip
+    Fault(
+        "one task too many",
+        "slurm/pipeline.sh",
+        '--array="0-$((count - 1))"',
+        '--array="0-$count"',
+        "slurm/test_injection.py -k pipeline",
+    ),
+    Fault(
+        "a stop in order is a failure",
+        "slurm/common.sh",
+        "*75 | *138 | *143 |",
+        "*138 | *143 |",
+        "slurm/test_injection.py -k requeue",
+    ),
+)
 
 
 def copy_tree(out: Path) -> Path:
-    """Copy what git knows or would add, and a link to the virtual environment that the SLURM templates look for."""
-    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    """Copy what git knows or would add, and a link to the virtual environment that the SLURM
+    templates look for."""
+    command = [
+        "git",
+        "-C",
+        str(ROOT),
+        "ls-files",
+        "-z",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+    ]
     names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
     for name in filter(None, names):
         source, target = ROOT / name, out / name
@@ -235,17 +570,31 @@ def copy_tree(out: Path) -> Path:
     return out
 
 
-def run_tests(tree: Path, arguments: list[str], slow: bool, seconds: float) -> tuple[int | None, list[str], str]:
-    """Run pytest in a tree; return its exit code (None: too slow), the tests that failed, and the end of its output."""
+def run_tests(
+    tree: Path, arguments: list[str], slow: bool, seconds: float
+) -> tuple[int | None, list[str], str]:
+    """Run pytest in a tree; return its exit code (None: too slow), the tests that failed, and the
+    end of its output."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    more = {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    more = {
+        "PYTHONPATH": str(tree),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     cache, words = tree / ".failures", [] if "-m" in arguments else ["-m", SLOW if slow else FAST]
     shutil.rmtree(cache, ignore_errors=True)
     command = [sys.executable, "-m", "pytest", "-q", "-o", f"cache_dir={cache}", *words, *arguments]
     process = subprocess.Popen(
-        command, cwd=tree, env=kept | more, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+        command,
+        cwd=tree,
+        env=kept | more,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     try:
         output = process.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
@@ -266,7 +615,9 @@ def judge(fault: Fault, tree: Path) -> Result:
         arguments = fault.tests(tree)
         if not any(word.partition("::")[0].endswith(".py") for word in arguments):
             raise ValueError(f"{fault.name}: no test judges {fault.file}")
-        code, failed, output = run_tests(tree, ["-x", *arguments], "slow" in fault.judges.split(), SECONDS)
+        code, failed, output = run_tests(
+            tree, ["-x", *arguments], "slow" in fault.judges.split(), SECONDS
+        )
     except ValueError as error:
         return Result(fault, "UNFIT", str(error), 0.0)
     finally:
@@ -290,7 +641,8 @@ def run_all(faults: list[Fault], folder: Path) -> list[Result]:
         finally:
             trees.put(tree)
         print(
-            f"{result.outcome:8} {fault.file:28} {fault.name:50} {result.seconds:4.0f} s  {result.detail}", flush=True
+            f"{result.outcome:8} {fault.file:28} {fault.name:50} {result.seconds:4.0f} s  {result.detail}",
+            flush=True,
         )
         return result
 
@@ -306,7 +658,10 @@ def confirmed(results: list[Result], tree: Path) -> list[Result]:
     if code in (0, 1):
         bad = set(failed)
     else:
-        print(f"the tests that killed can't be run on the clean tree (exit {code}): {output}", flush=True)
+        print(
+            f"the tests that killed can't be run on the clean tree (exit {code}): {output}",
+            flush=True,
+        )
         bad = set(killers)
     return [
         result._replace(outcome="UNFIT", detail=f"{result.detail} fails without the fault")
@@ -318,7 +673,9 @@ def confirmed(results: list[Result], tree: Path) -> list[Result]:
 
 def main(words: list[str]) -> int:
     """Run, print, and return the exit code."""
-    faults = [f for f in FAULTS if not words or any(word in f.name or word in f.file for word in words)]
+    faults = [
+        f for f in FAULTS if not words or any(word in f.name or word in f.file for word in words)
+    ]
     if not faults:
         print(f"no fault has one of the words {', '.join(words)} in its name or file")
         return 2
@@ -328,7 +685,9 @@ def main(words: list[str]) -> int:
     counts = Counter(result.outcome for result in results)
     rate = counts["killed"] / len(results)
     minutes = (time.monotonic() - started) / 60
-    print(f"\nkilled {counts['killed']} of {len(results)} faults ({rate:.0%}, goal {GOAL:.0%}) in {minutes:.0f} min")
+    print(
+        f"\nkilled {counts['killed']} of {len(results)} faults ({rate:.0%}, goal {GOAL:.0%}) in {minutes:.0f} min"
+    )
     for result in results:
         if result.outcome != "killed":
             print(f"{result.outcome}: {result.fault.name} ({result.fault.file}): {result.detail}")

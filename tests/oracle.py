@@ -1,10 +1,13 @@
-"""The oracle: a Nexus model in plain PyTorch, written from the paper and from the files, with nothing of nexus_ds in it.
+"""The oracle: a Nexus model in plain PyTorch, written from the paper and from the files, with
+nothing of nexus_ds in it.
 
-    y = E_0(x) + sum over the top-k of p_i E_i(x),   p = softmax(x e_1, ..., x e_n),   e_i = W_2 swiglu(W_1 d_i)
+    y = E_0(x) + sum over the top-k of p_i E_i(x),   p = softmax(x e_1, ..., x e_n),   e_i = W_2
+    swiglu(W_1 d_i)
 
-Attention, norms and embeddings are those of stock transformers; every feed-forward block is replaced. Parameters have the
-names that they have under DeepSpeed. One process, all experts.
-Shapes: B batch, S sequence, T = B*S tokens, E routed experts, K chosen, H hidden, F inner width, M domain embedding.
+Attention, norms and embeddings are those of stock transformers; every feed-forward block is
+replaced. Parameters have the names that they have under DeepSpeed. One process, all experts.
+Shapes: B batch, S sequence, T = B*S tokens, E routed experts, K chosen, H hidden, F inner width, M
+domain embedding.
 """
 
 import json
@@ -35,7 +38,8 @@ def linear(weight):
 
 
 def domain_inputs(tensors, centre):
-    """What P reads [E, M]: the domains' vectors, or these normalised, less their centre, and normalised again."""
+    """What P reads [E, M]: the domains' vectors, or these normalised, less their centre, and
+    normalised again."""
     vectors = tensors["vectors"].float()
     if not centre:
         return vectors
@@ -44,7 +48,8 @@ def domain_inputs(tensors, centre):
 
 
 class Projection(nn.Module):
-    """P: the paper's two maps with SwiGLU in between; with `log_norm`, rows of one length behind one more map."""
+    """P: the paper's two maps with SwiGLU in between; with `log_norm`, rows of one length behind
+    one more map."""
 
     def __init__(self, weights):
         super().__init__()
@@ -62,7 +67,8 @@ class Projection(nn.Module):
 
 
 class Router(nn.Module):
-    """Rows P(D), or free ones; reads tokens, or with `mean` the running mean of a text's hidden states."""
+    """Rows P(D), or free ones; reads tokens, or with `mean` the running mean of a text's hidden
+    states."""
 
     def __init__(self, projection, inputs_EM, gate, mean):
         super().__init__()
@@ -71,7 +77,11 @@ class Router(nn.Module):
         self.register_buffer("domain_inputs", inputs_EM, persistent=False)
 
     def rows(self, dtype):
-        return self.gate.weight if self.projection is None else self.projection(self.domain_inputs.to(dtype))
+        return (
+            self.gate.weight
+            if self.projection is None
+            else self.projection(self.domain_inputs.to(dtype))
+        )
 
     def read(self, x_BSH):
         if self.mean is None:
@@ -94,7 +104,8 @@ class Experts(nn.Module):
 
 
 def load_balancing(p_TE, chosen_TK):
-    """E * sum_i f_i P_i (Switch Transformer): f_i the share of all assignments, a constant; P_i the mean probability."""
+    """E * sum_i f_i P_i (Switch Transformer): f_i the share of all assignments, a constant; P_i the
+    mean probability."""
     experts = p_TE.shape[1]
     share_E = torch.stack([(chosen_TK == expert).float().mean() for expert in range(experts)])
     return experts * (share_E * p_TE.mean(dim=0)).sum()
@@ -106,7 +117,8 @@ def z_loss(logits_TE):
 
 
 class Carry(torch.autograd.Function):
-    """Hands a tensor on; its backward pass gives a loss the gradient `scale`, in a recomputed pass too."""
+    """Hands a tensor on; its backward pass gives a loss the gradient `scale`, in a recomputed pass
+    too."""
 
     @staticmethod
     def forward(ctx, tensor, loss, scale):
@@ -119,15 +131,21 @@ class Carry(torch.autograd.Function):
 
 
 class Layer(nn.Module):
-    """One layer: [B, S, H] -> [B, S, H]; `auxiliary` is the weighted sum of its losses in the last pass.
+    """One layer: [B, S, H] -> [B, S, H]; `auxiliary` is the weighted sum of its losses in the last
+    pass.
 
-    Their gradient comes with that of the output, `loss_scale` times; with 0 the caller adds `auxiliary` to his own loss.
+    Their gradient comes with that of the output, `loss_scale` times; with 0 the caller adds
+    `auxiliary` to his own loss.
     """
 
     def __init__(self, router, experts, shared_experts, top_k, coefficients):
         super().__init__()
         self.router, self.experts, self.shared_experts = router, experts, shared_experts
-        self.top_k, self.load_balance, self.z_loss = top_k, coefficients.load_balance, coefficients.z_loss
+        self.top_k, self.load_balance, self.z_loss = (
+            top_k,
+            coefficients.load_balance,
+            coefficients.z_loss,
+        )
         self.selected, self.gate, self.auxiliary, self.loss_scale = None, None, None, 1.0
 
     def forward(self, x_BSH):
@@ -135,28 +153,40 @@ class Layer(nn.Module):
         logits_TE = F.linear(self.router.read(x_BSH), self.router.rows(x_TH.dtype))
         p_TE = logits_TE.float().softmax(dim=-1)
         gate_TK, self.selected = p_TE.topk(self.top_k, dim=-1)
-        self.auxiliary = self.load_balance * load_balancing(p_TE, self.selected) + self.z_loss * z_loss(logits_TE)
+        self.auxiliary = self.load_balance * load_balancing(
+            p_TE, self.selected
+        ) + self.z_loss * z_loss(logits_TE)
         if self.auxiliary.requires_grad:
             gate_TK = Carry.apply(gate_TK, self.auxiliary, self.loss_scale)
         self.gate = gate_TK.to(x_TH.dtype)  # transformers rounds the gate to the model's precision
         y_TH = self.shared_experts(x_TH)
         for expert in range(p_TE.shape[1]):
             token, slot = torch.where(self.selected == expert)
-            y_TH = y_TH.index_add(0, token, self.experts(x_TH[token], expert) * self.gate[token, slot, None])
+            y_TH = y_TH.index_add(
+                0, token, self.experts(x_TH[token], expert) * self.gate[token, slot, None]
+            )
         return y_TH.view_as(x_BSH)
 
 
 def _layer(disk, router_file, record, index, dtype, coefficients):
-    """Read one layer; a stock Qwen2-MoE halves the shared expert (sigmoid of ~0), so its down_proj is doubled on disk."""
+    """Read one layer; a stock Qwen2-MoE halves the shared expert (sigmoid of ~0), so its down_proj
+    is doubled on disk."""
     prefix = DISK.format(index)
 
     def ffn(place):
-        return [disk[f"{prefix}{place}.{part}.weight"].to(dtype) for part in ("gate_proj", "up_proj", "down_proj")]
+        return [
+            disk[f"{prefix}{place}.{part}.weight"].to(dtype)
+            for part in ("gate_proj", "up_proj", "down_proj")
+        ]
 
-    gate, up, down = zip(*(ffn(f"experts.{expert}") for expert in range(len(router_file["vectors"]))), strict=True)
+    gate, up, down = zip(
+        *(ffn(f"experts.{expert}") for expert in range(len(router_file["vectors"]))), strict=True
+    )
     shared = ffn("shared_expert")
     inside = f"layers.{index}."
-    weights = {n.removeprefix(inside): t.to(dtype) for n, t in router_file.items() if n.startswith(inside)}
+    weights = {
+        n.removeprefix(inside): t.to(dtype) for n, t in router_file.items() if n.startswith(inside)
+    }
     nexus, mean = record["kind"] == "nexus", disk.get(f"{prefix}gate.mean")
     router = Router(
         Projection(weights) if nexus else None,
@@ -165,7 +195,11 @@ def _layer(disk, router_file, record, index, dtype, coefficients):
         None if mean is None else mean.to(dtype),
     )
     return Layer(
-        router, Experts(gate, down, up), FeedForward([*shared[:2], shared[2] / 2]), record["top_k"], coefficients
+        router,
+        Experts(gate, down, up),
+        FeedForward([*shared[:2], shared[2] / 2]),
+        record["top_k"],
+        coefficients,
     )
 
 
@@ -175,12 +209,18 @@ def load(directory, dtype, coefficients):
 
     directory = Path(directory)
     record = json.loads((directory / "nexus.json").read_text())["router"]
-    assert (record["projection"] == "swiglu" and record["depth"] == 2) or record["kind"] == "linear", (
-        "not the paper's P"
-    )
+    assert (record["projection"] == "swiglu" and record["depth"] == 2) or record[
+        "kind"
+    ] == "linear", "not the paper's P"
     values = json.loads((directory / "config.json").read_text()) | {"model_type": "qwen2_moe"}
-    model = Qwen2MoeForCausalLM.from_pretrained(directory, config=Qwen2MoeConfig(**values), dtype=dtype)
-    disk = {n: t for path in sorted(directory.glob("model*.safetensors")) for n, t in load_file(path).items()}
+    model = Qwen2MoeForCausalLM.from_pretrained(
+        directory, config=Qwen2MoeConfig(**values), dtype=dtype
+    )
+    disk = {
+        n: t
+        for path in sorted(directory.glob("model*.safetensors"))
+        for n, t in load_file(path).items()
+    }
     router_file = load_file(directory / "nexus_router.safetensors")
     for index, block in enumerate(model.model.layers):
         block.mlp = _layer(disk, router_file, record, index, dtype, coefficients)
@@ -188,14 +228,16 @@ def load(directory, dtype, coefficients):
 
 
 def losses(model, tokens_BS):
-    """Return the mean cross-entropy of the next tokens of windows [B, S+1], and the sum of the layers' own losses."""
+    """Return the mean cross-entropy of the next tokens of windows [B, S+1], and the sum of the
+    layers' own losses."""
     logits = model(input_ids=tokens_BS[:, :-1], use_cache=False).logits.float()
     log_p = logits.log_softmax(-1).gather(-1, tokens_BS[:, 1:, None])
     return -log_p.mean(), sum(layer.mlp.auxiliary for layer in model.model.layers)
 
 
 def adamw(masters, training, lr_scale):
-    """Return AdamW on `masters` (by name): matrices decayed, vectors and the router not, the router at its own rate."""
+    """Return AdamW on `masters` (by name): matrices decayed, vectors and the router not, the router
+    at its own rate."""
 
     def group(names, decay, lr):
         return {"params": [masters[name] for name in names], "weight_decay": decay, "lr": lr}

@@ -1,10 +1,11 @@
-"""One rank that times a Nexus layer on a limited link, its shared expert a stand-in for an accelerator: it sleeps (not a test).
+"""One rank that times a Nexus layer on a limited link, its shared expert a stand-in for an
+accelerator: it sleeps (not a test).
 
 python -m overlap_worker OUT.json SPEED,SPEED,... SECONDS
 
-Sleeping takes no core, so that figures are those of a machine that computes elsewhere, however busy this one is. OUT.json lists
-{speed, overlapped, plain, medians, bytes}: least seconds of a forward and backward pass of all rounds, {way: median of the
-rounds}, and bytes that rank 0 sends in one.
+Sleeping takes no core, so that figures are those of a machine that computes elsewhere, however busy
+this one is. OUT.json lists {speed, overlapped, plain, medians, bytes}: least seconds of a forward
+and backward pass of all rounds, {way: median of the rounds}, and bytes that rank 0 sends in one.
 """
 
 import json
@@ -72,7 +73,9 @@ def main():
         setattr(
             shared, name, Sleeper(getattr(shared, name), seconds / 9)
         )  # one part forward, two backward, three of them
-    x = torch.randn(1, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(rank), requires_grad=True)
+    x = torch.randn(
+        1, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(rank), requires_grad=True
+    )
     ways = {"overlapped": NexusMoE.forward, "plain": internals.AutoEPMoELayer.forward}
     found = []
     for speed in map(float, speeds):
@@ -84,7 +87,14 @@ def main():
                 times[name].append(timed(forward, layer, x))
         sent = (network.sent() - before) / ROUNDS / len(ways)
         medians = {name: statistics.median(t) for name, t in times.items()}
-        found.append({"speed": speed, "bytes": sent, "medians": medians, **{name: min(t) for name, t in times.items()}})
+        found.append(
+            {
+                "speed": speed,
+                "bytes": sent,
+                "medians": medians,
+                **{name: min(t) for name, t in times.items()},
+            }
+        )
     if rank == 0:
         out.write_text(json.dumps(found))
     dist.barrier()

@@ -1,8 +1,10 @@
-"""One rank of parity runs (not a test): trains Nexus checkpoints under DeepSpeed and writes losses and gradients.
+"""One rank of parity runs (not a test): trains Nexus checkpoints under DeepSpeed and writes losses
+and gradients.
 
 python parity.py RUNS.json      under the launcher's variables RANK, WORLD_SIZE, MASTER_*
 
-RUNS.json lists {checkpoint, out, words: [KEY=VALUE, ...]}; one after the other, since starting ranks takes longer than a run.
+RUNS.json lists {checkpoint, out, words: [KEY=VALUE, ...]}; one after the other, since starting
+ranks takes longer than a run.
 """
 
 import gc
@@ -48,7 +50,9 @@ def settings(words):
 
 def batches(vocabulary, size, length=12):
     """Return the same global batches everywhere: [STEPS, size, length + 1]."""
-    return torch.randint(vocabulary, (STEPS, size, length + 1), generator=torch.Generator().manual_seed(5))
+    return torch.randint(
+        vocabulary, (STEPS, size, length + 1), generator=torch.Generator().manual_seed(5)
+    )
 
 
 def deepspeed_json(stage, offload=""):
@@ -63,7 +67,8 @@ def deepspeed_json(stage, offload=""):
 
 
 def gradients(engine):
-    """Return every gradient in full on rank 0, experts in expert order, under the reference's names."""
+    """Return every gradient in full on rank 0, experts in expert order, under the reference's
+    names."""
     from deepspeed.utils import safe_get_full_grad
 
     found = {}
@@ -85,7 +90,8 @@ def gradients(engine):
 
 
 def start(checkpoint, words):
-    """Join the ranks and start an engine; return it, its configuration, how the batch is cut, and the other words."""
+    """Join the ranks and start an engine; return it, its configuration, how the batch is cut, and
+    the other words."""
     options = dict(w.split("=", 1) for w in words if "." not in w.partition("=")[0])
     config = settings([w for w in words if "." in w.partition("=")[0]])
     stage, accumulation = int(options.get("stage", 2)), int(options.get("accumulation", 1))
@@ -100,12 +106,15 @@ def start(checkpoint, words):
     grouped, dtype = bool(config.parallel.grouped_mm), DTYPES[config.model.dtype]
     model = load_nexus(Path(checkpoint), dtype, where, config.router, grouped, settle)
     engine = start_engine(model, values, config, batch)
-    assert "torch._inductor.compile_fx" not in sys.modules, "a rank waits seconds for a compiler that nothing here uses"
+    assert "torch._inductor.compile_fx" not in sys.modules, (
+        "a rank waits seconds for a compiler that nothing here uses"
+    )
     return engine, config, batch, options
 
 
 def train_step(engine, config, batch, windows, before_step=None):
-    """Do one optimizer step on this rank's share of `windows`; return the mean loss over all ranks."""
+    """Do one optimizer step on this rank's share of `windows`; return the mean loss over all
+    ranks."""
     rank, world = dist.get_rank(), dist.get_world_size()
     engine.train()
     set_learning_rate(engine, config.training.lr)

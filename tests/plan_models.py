@@ -1,4 +1,5 @@
-"""Sizes and checkpoints for the tests of the plan: small, but large enough that a run's small change does not count."""
+"""Sizes and checkpoints for the tests of the plan: small, but large enough that a run's small
+change does not count."""
 
 import torch
 
@@ -7,19 +8,45 @@ from nexus_ds.planning.sizes import Sizes
 LENGTH = 64
 EMBEDDING = 64
 SMALL = Sizes(
-    vocabulary=1500, hidden=128, layers=3, heads=4, kv_heads=4, head_size=32, ffn=320, tied=True, experts=4,
+    vocabulary=1500,
+    hidden=128,
+    layers=3,
+    heads=4,
+    kv_heads=4,
+    head_size=32,
+    ffn=320,
+    tied=True,
+    experts=4,
     projection=(EMBEDDING * 256, 128 * 128),
-)  # fmt: skip
-# Grouped queries, an output layer of its own, two experts a token, and one slot that stays vacant on two ranks.
+)
+# Grouped queries, an output layer of its own, two experts a token, and one slot that stays vacant
+# on two ranks.
 OTHER = Sizes(
-    vocabulary=900, hidden=192, layers=2, heads=6, kv_heads=2, head_size=32, ffn=256, tied=False, experts=3, top_k=2,
+    vocabulary=900,
+    hidden=192,
+    layers=2,
+    heads=6,
+    kv_heads=2,
+    head_size=32,
+    ffn=256,
+    tied=False,
+    experts=3,
+    top_k=2,
     projection=(EMBEDDING * 384, 192 * 192),
-)  # fmt: skip
+)
 # 52 million parameters.
 LARGE = Sizes(
-    vocabulary=4000, hidden=512, layers=4, heads=8, kv_heads=8, head_size=64, ffn=1408, tied=True, experts=4,
+    vocabulary=4000,
+    hidden=512,
+    layers=4,
+    heads=8,
+    kv_heads=8,
+    head_size=64,
+    ffn=1408,
+    tied=True,
+    experts=4,
     projection=(EMBEDDING * 1024, 512 * 512),
-)  # fmt: skip
+)
 NAMES = {SMALL: "small", OTHER: "other", LARGE: "large"}
 
 
@@ -39,22 +66,49 @@ def make_model(out, sizes):
     from nexus_ds.model.router import Projection, centre_of
 
     config = Qwen2MoeConfig(
-        vocab_size=sizes.vocabulary, hidden_size=sizes.hidden, intermediate_size=sizes.ffn, moe_intermediate_size=sizes.ffn,
-        shared_expert_intermediate_size=sizes.ffn, num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.kv_heads, num_experts=sizes.experts, num_experts_per_tok=sizes.top_k, norm_topk_prob=False,
-        decoder_sparse_step=1, mlp_only_layers=[], max_position_embeddings=LENGTH, tie_word_embeddings=sizes.tied,
-        qkv_bias=sizes.qkv_bias, bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.ffn,
+        moe_intermediate_size=sizes.ffn,
+        shared_expert_intermediate_size=sizes.ffn,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        num_experts=sizes.experts,
+        num_experts_per_tok=sizes.top_k,
+        norm_topk_prob=False,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=sizes.tied,
+        qkv_bias=sizes.qkv_bias,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
     torch.manual_seed(0)
     model, vectors = Qwen2MoeForCausalLM(config), torch.randn(sizes.experts, EMBEDDING)
     names = [f"domain{i}" for i in range(sizes.experts)]
     sidecar = Sidecar(
         experts=[ExpertRecord(name=d, domain=d, source=d, sha256="0" * 64) for d in names],
-        router=RouterRecord(kind="nexus", depth=2, width=0, projection="swiglu", row_norm="free", input="token", centre=True, top_k=sizes.top_k),
-        encoder=EncoderRecord(name="tiny", revision="1" * 64, dimension=EMBEDDING, documents=5, normalised=True),
-        lineage=[{"verb": "upcycle"}], versions={}, vectors=vectors, centre=centre_of(vectors),
+        router=RouterRecord(
+            kind="nexus",
+            depth=2,
+            width=0,
+            projection="swiglu",
+            row_norm="free",
+            input="token",
+            centre=True,
+            top_k=sizes.top_k,
+        ),
+        encoder=EncoderRecord(
+            name="tiny", revision="1" * 64, dimension=EMBEDDING, documents=5, normalised=True
+        ),
+        lineage=[{"verb": "upcycle"}],
+        versions={},
+        vectors=vectors,
+        centre=centre_of(vectors),
         projections=[Projection(EMBEDDING, sizes.hidden).state_dict() for _ in range(sizes.layers)],
-    )  # fmt: skip
+    )
     for index, block in enumerate(model.model.layers):
         block.mlp.gate.weight.data = router_rows(sidecar, index, torch.float32)
         block.mlp.shared_expert_gate.weight.data.fill_(SHARED_GATE_FILL)

@@ -1,10 +1,13 @@
-"""One rank whose memory is counted (not a test): two optimizer steps of a Nexus checkpoint under DeepSpeed.
+"""One rank whose memory is counted (not a test): two optimizer steps of a Nexus checkpoint under
+DeepSpeed.
 
-python plan_worker.py CHECKPOINT OUT DEEPSPEED_JSON KEY=VALUE ...      under the launcher's variables
+python plan_worker.py CHECKPOINT OUT DEEPSPEED_JSON KEY=VALUE ...      under the launcher's
+variables
 
-Writes OUT.RANK.json in bytes, of the second step between backward pass and update, when everything is there at once:
-`states` (all live tensors but the buckets), its parts `weights`, `gradients`, `optimizer` and `other`, `buckets` (on the way
-to other ranks or the CPU), and `activations`: what the forward pass kept for the backward pass, with `head` of it.
+Writes OUT.RANK.json in bytes, of the second step between backward pass and update, when everything
+is there at once: `states` (all live tensors but the buckets), its parts `weights`, `gradients`,
+`optimizer` and `other`, `buckets` (on the way to other ranks or the CPU), and `activations`: what
+the forward pass kept for the backward pass, with `head` of it.
 """
 
 import gc
@@ -57,24 +60,42 @@ def flatten(value):
 
 
 def parts_of(engine):
-    """Return the tensors of each part, found by where DeepSpeed keeps them; what is found nowhere counts as `other`."""
+    """Return the tensors of each part, found by where DeepSpeed keeps them; what is found nowhere
+    counts as `other`."""
     optimizer, parameters = engine.optimizer, list(engine.module.parameters())
     masters = [p for group in optimizer.optimizer.param_groups for p in group["params"]]
     masters += getattr(optimizer, "fp32_partitioned_groups_flat", [])
     buckets = [optimizer.ipg_buckets[key].buffer for key in optimizer.ipg_buckets]
-    buckets += [getattr(optimizer, f"temp_grad_buffer_for_{place}_offload", None) for place in ("cpu", "gpu")]
-    flat = [getattr(optimizer, name, None) for name in ("bit16_groups_flat", "param_groups_fp16_flat_cpu_memory")]
-    kept = [getattr(optimizer, name, None) for name in ("averaged_gradients", "grad_partitions_flat_buffer")]
+    buckets += [
+        getattr(optimizer, f"temp_grad_buffer_for_{place}_offload", None)
+        for place in ("cpu", "gpu")
+    ]
+    flat = [
+        getattr(optimizer, name, None)
+        for name in ("bit16_groups_flat", "param_groups_fp16_flat_cpu_memory")
+    ]
+    kept = [
+        getattr(optimizer, name, None)
+        for name in ("averaged_gradients", "grad_partitions_flat_buffer")
+    ]
     return {
-        "weights": [*parameters, *(getattr(p, "ds_tensor", None) for p in parameters), *flatten(flat)],
-        "optimizer": [*masters, *flatten([dict(state) for state in optimizer.optimizer.state.values()])],
+        "weights": [
+            *parameters,
+            *(getattr(p, "ds_tensor", None) for p in parameters),
+            *flatten(flat),
+        ],
+        "optimizer": [
+            *masters,
+            *flatten([dict(state) for state in optimizer.optimizer.state.values()]),
+        ],
         "gradients": [*(p.grad for p in [*parameters, *masters]), *flatten(kept)],
         "buckets": list(flatten([list(b) if isinstance(b, list) else b for b in buckets])),
     }
 
 
 def count(engine):
-    """Return bytes of the parts, and of everything that stays alive: gloo's threads let go of what was sent a moment later."""
+    """Return bytes of the parts, and of everything that stays alive: gloo's threads let go of what
+    was sent a moment later."""
     counts = []
     for _ in range(5):
         counts.append(count_now(engine))
@@ -90,14 +111,18 @@ def count_now(engine):
         memory = {a: n for a, n in storages(tensors).items() if a not in seen}
         seen |= memory.keys()
         found[name] = sum(memory.values())
-    alive = storages([o for o in gc.get_objects() if isinstance(o, torch.Tensor)] + list(engine.module.parameters()))
+    alive = storages(
+        [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
+        + list(engine.module.parameters())
+    )
     found["other"] = sum(n for a, n in alive.items() if a not in seen)
     found["states"] = found["weights"] + found["optimizer"] + found["gradients"] + found["other"]
     return found
 
 
 def count_before_reducing(engine, found):
-    """Count at the end of the backward pass: ZeRO-1's gradients are whole until they are reduced there."""
+    """Count at the end of the backward pass: ZeRO-1's gradients are whole until they are reduced
+    there."""
     reduce = engine.optimizer.reduce_gradients
 
     def counted(*arguments, **options):
@@ -108,18 +133,21 @@ def count_before_reducing(engine, found):
 
 
 class Kept:
-    """Counts the memory that a forward pass keeps for the backward pass, once for each storage, without parameters."""
+    """Counts the memory that a forward pass keeps for the backward pass, once for each storage,
+    without parameters."""
 
     def __init__(self, engine):
         self.known = storages(engine.module.parameters())
         self.tensors = []
 
     def __call__(self, tensor):
-        self.tensors.append(tensor.detach())  # an alias: the storage stays alive, so that no address is used twice
+        # an alias: the storage stays alive, so that no address is used twice
+        self.tensors.append(tensor.detach())
         return tensor
 
     def bytes(self, vocabulary):
-        """Return bytes of all, and of those that have a row for each word: the gradient of the output layer's weight."""
+        """Return bytes of all, and of those that have a row for each word: the gradient of the
+        output layer's weight."""
         found = {a: n for a, n in storages(self.tensors).items() if a not in self.known}
         wide = storages([t for t in self.tensors if t.ndim == 2 and len(t) == vocabulary])
         return sum(found.values()), sum(n for a, n in wide.items() if a not in self.known)
@@ -147,10 +175,17 @@ def main():
     settle = internals.partitioner(deepspeed_config(values, config, batch)) if stage == 3 else leave
     dtype, grouped = DTYPES[config.model.dtype], bool(config.parallel.grouped_mm)
     engine = start_engine(
-        load_nexus(Path(checkpoint), dtype, where, config.router, grouped, settle), values, config, batch
+        load_nexus(Path(checkpoint), dtype, where, config.router, grouped, settle),
+        values,
+        config,
+        batch,
     )
     vocabulary = engine.module.config.vocab_size
-    data = torch.randint(vocabulary, (batch.micro, config.data.sequence_length + 1), generator=torch.manual_seed(rank))
+    data = torch.randint(
+        vocabulary,
+        (batch.micro, config.data.sequence_length + 1),
+        generator=torch.manual_seed(rank),
+    )
     engine.train()
     found = {}
     for step in range(2):

@@ -1,10 +1,12 @@
-"""A process that has imported what ranks import and forks them on request (not a test): seconds of imports are paid once.
+"""A process that has imported what ranks import and forks them on request (not a test): seconds of
+imports are paid once.
 
 python rank_server.py SOCKET      ends with the process that holds its standard input
 
-A request is one line of JSON {arguments, environment, folder, umask, file_limit, out}; the answers are lines: the process's
-id, later its wait status. A forked rank ends as one that was started does (launch.end). What ranks of one test share
-here and not in reality is the seed of their hashes, so the order of sets; train.py is started afresh for that reason.
+A request is one line of JSON {arguments, environment, folder, umask, file_limit, out}; the answers
+are lines: the process's id, later its wait status. A forked rank ends as one that was started does
+(launch.end). What ranks of one test share here and not in reality is the seed of their hashes, so
+the order of sets; train.py is started afresh for that reason.
 """
 
 import gc
@@ -17,13 +19,21 @@ import selectors
 import socket
 import sys
 
-MODULES = ("torch.distributed", "nexus_ds.runtime.loop", "nexus_ds.runtime.states", "nexus_ds.runtime.export",
-           "nexus_ds.checkpoint.build", "transformers.models.qwen2_moe.modeling_qwen2_moe",
-           "transformers.models.llama.modeling_llama", "parity")  # fmt: skip
+MODULES = (
+    "torch.distributed",
+    "nexus_ds.runtime.loop",
+    "nexus_ds.runtime.states",
+    "nexus_ds.runtime.export",
+    "nexus_ds.checkpoint.build",
+    "transformers.models.qwen2_moe.modeling_qwen2_moe",
+    "transformers.models.llama.modeling_llama",
+    "parity",
+)
 
 
 def become(request, imported):
-    """Turn this process into the rank that was asked for, up to its first line; `imported` are variables of the modules'."""
+    """Turn this process into the rank that was asked for, up to its first line; `imported` are
+    variables of the modules'."""
     output = os.open(request["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(output, 1)
@@ -74,6 +84,9 @@ if __name__ == "__main__":
     gc.freeze()  # a collection in a rank, which DeepSpeed asks for, need not look at all modules
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"{threads} threads: what is forked would lack all but one"
-    become(serve(sys.argv[1]), {name: value for name, value in os.environ.items() if name not in before})
+    become(
+        serve(sys.argv[1]),
+        {name: value for name, value in os.environ.items() if name not in before},
+    )
     sys.path.insert(0, os.path.dirname(sys.argv[0]))
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -2,8 +2,8 @@
 
 python speed_worker.py CHECKPOINT STATES OUT KEY=VALUE ...      under the launcher's variables
 
-OUT.json: parameters, bytes, and seconds of each round: save, resume (verified), copy (each rank its own file, flushed to the
-disk) and read (each rank its own file).
+OUT.json: parameters, bytes, and seconds of each round: save, resume (verified), copy (each rank its
+own file, flushed to the disk) and read (each rank its own file).
 """
 
 import json
@@ -45,18 +45,28 @@ def main():
     checkpoint, folder, out, *words = sys.argv[1:]
     engine, config, batch, _ = start(checkpoint, words)
     folder = Path(folder)
-    windows = torch.randint(100, (config.training.batch_size, 13), generator=torch.Generator().manual_seed(0))
+    windows = torch.randint(
+        100, (config.training.batch_size, 13), generator=torch.Generator().manual_seed(0)
+    )
     train_step(engine, config, batch, windows)
     description = {"layout": "timed", "config": {}}
     seconds = {"save": [], "resume": [], "copy": [], "read": []}
     for turn in range(1, ROUNDS + 1):
-        seconds["save"].append(timed(lambda turn=turn: states.save(engine, folder, turn, description, 1)))
+        seconds["save"].append(
+            timed(lambda turn=turn: states.save(engine, folder, turn, description, 1))
+        )
         seconds["resume"].append(timed(lambda: states.resume(engine, folder, description)))
         mine = folder / f"step_{turn}" / f"rank_{dist.get_rank():05}.safetensors"
-        seconds["copy"].append(timed(lambda mine=mine: copy(mine, folder / f"copy_{dist.get_rank()}")))
+        seconds["copy"].append(
+            timed(lambda mine=mine: copy(mine, folder / f"copy_{dist.get_rank()}"))
+        )
         seconds["read"].append(timed(mine.read_bytes))
     size = sum(p.stat().st_size for p in (folder / f"step_{ROUNDS}").iterdir())
-    found = {"parameters": sum(math.prod(s) for s in shapes(engine.module).values()), "bytes": size, "seconds": seconds}
+    found = {
+        "parameters": sum(math.prod(s) for s in shapes(engine.module).values()),
+        "bytes": size,
+        "seconds": seconds,
+    }
     if dist.get_rank() == 0:
         Path(f"{out}.json").write_text(json.dumps(found))
     dist.barrier()

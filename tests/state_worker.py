@@ -2,9 +2,10 @@
 
 python state_worker.py CHECKPOINT STATES OUT KEY=VALUE ...      under the launcher's variables
 
-save=3,6 saves after these steps; until=6 ends there; copy=DIR saves what was resumed once more in another folder;
-adopt=DIR takes the moments of the states there;
-export=DIR writes the checkpoint at the end, with wrong=1 after making the engine compute something else. OUT.json gets the losses by step, the step that was resumed, and the messages.
+save=3,6 saves after these steps; until=6 ends there; copy=DIR saves what was resumed once more in
+another folder; adopt=DIR takes the moments of the states there;
+export=DIR writes the checkpoint at the end, with wrong=1 after making the engine compute something
+else. OUT.json gets the losses by step, the step that was resumed, and the messages.
 """
 
 import json
@@ -41,10 +42,21 @@ def main():
     if "export" in options:
         config.model.path = checkpoint
         if "wrong" in options:
-            engine.module.lm_head.register_forward_hook(lambda module, inputs, logits: logits.flip(-1))
-        export(engine, config, DTYPES[config.model.dtype], Path(options["export"]), data[0, :2, :-1], {"verb": "train"})
+            engine.module.lm_head.register_forward_hook(
+                lambda module, inputs, logits: logits.flip(-1)
+            )
+        export(
+            engine,
+            config,
+            DTYPES[config.model.dtype],
+            Path(options["export"]),
+            data[0, :2, :-1],
+            {"verb": "train"},
+        )
     if dist.get_rank() == 0:
-        Path(f"{out}.json").write_text(json.dumps({"first": first, "messages": messages, "losses": losses}))
+        Path(f"{out}.json").write_text(
+            json.dumps({"first": first, "messages": messages, "losses": losses})
+        )
     dist.barrier()
     dist.destroy_process_group()
 

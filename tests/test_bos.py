@@ -1,4 +1,5 @@
-"""Models whose tokenizer puts BOS before a text: every verb reads documents that begin so, or without where asked."""
+"""Models whose tokenizer puts BOS before a text: every verb reads documents that begin so, or
+without where asked."""
 
 import json
 import math
@@ -33,10 +34,14 @@ def llama_like(nexus_dir, tmp_path_factory):
     out = shutil.copytree(nexus_dir, tmp_path_factory.mktemp("models") / "bos")
     value = json.loads((out / "tokenizer.json").read_text())
     value["post_processor"] = {
-        "type": "TemplateProcessing", "pair": [],
-        "single": [{"SpecialToken": {"id": "<unk>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "type": "TemplateProcessing",
+        "pair": [],
+        "single": [
+            {"SpecialToken": {"id": "<unk>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
         "special_tokens": {"<unk>": {"id": "<unk>", "ids": [BOS], "tokens": ["<unk>"]}},
-    }  # fmt: skip
+    }
     (out / "tokenizer.json").write_text(json.dumps(value))
     return out
 
@@ -48,7 +53,11 @@ def ids_of(checkpoint, text_folder, domain, split, bos):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     texts = [json.loads(line)["text"] for line in (text_folder / domain / f"{split}.jsonl").open()]
     assert all(tokenizer(text).input_ids[0] == BOS for text in texts)
-    return [i for text in texts for i in [*tokenizer(text).input_ids[0 if bos else 1 :], tokenizer.eos_token_id]]
+    return [
+        i
+        for text in texts
+        for i in [*tokenizer(text).input_ids[0 if bos else 1 :], tokenizer.eos_token_id]
+    ]
 
 
 def windows_of(checkpoint, text_folder, bos, split="validation", length=LENGTH):
@@ -65,7 +74,15 @@ def windows_of(checkpoint, text_folder, bos, split="validation", length=LENGTH):
 
 @READS
 def test_evaluate(llama_like, text_folder, tmp_path, capsys, bos):
-    words = ["--checkpoint", str(llama_like), "--data", str(text_folder), "--out", str(tmp_path / "out"), "--json"]
+    words = [
+        "--checkpoint",
+        str(llama_like),
+        "--data",
+        str(text_folder),
+        "--out",
+        str(tmp_path / "out"),
+        "--json",
+    ]
     more = ["--windows", str(COUNT), "--length", str(LENGTH), *([] if bos else ["--no-bos"])]
     assert main(["evaluate", *words, *more]) == 0
     expected = score(llama_like, windows_of(llama_like, text_folder, bos)).perplexity
@@ -74,11 +91,21 @@ def test_evaluate(llama_like, text_folder, tmp_path, capsys, bos):
 
 @READS
 def test_remove(llama_like, text_folder, tmp_path, capsys, bos):
-    words = ["--checkpoint", str(llama_like), "--expert", "beta", "--out", str(tmp_path / "out"), "--json"]
+    words = [
+        "--checkpoint",
+        str(llama_like),
+        "--expert",
+        "beta",
+        "--out",
+        str(tmp_path / "out"),
+        "--json",
+    ]
     more = ["--data", str(text_folder), "--windows", str(COUNT), *([] if bos else ["--no-bos"])]
     assert main(["remove", *words, *more]) == 0
     result = json.loads(capsys.readouterr().out)
-    before = {domain: math.log(row["before"]) for domain, row in result["verdict"]["domains"].items()}
+    before = {
+        domain: math.log(row["before"]) for domain, row in result["verdict"]["domains"].items()
+    }
     assert before == pytest.approx(score(llama_like, windows_of(llama_like, text_folder, bos)).loss)
     assert ("--no-bos" in result["next"]) != bos
 
@@ -87,7 +114,9 @@ def test_remove(llama_like, text_folder, tmp_path, capsys, bos):
 def test_extend(llama_like, text_folder, tmp_path, capsys, bos):
     branch = save_branch(llama_like, tmp_path / "delta")
     vectors = np.random.default_rng(0).normal(size=(1, 8)).astype(np.float32)
-    embeddings = DomainEmbeddings(["delta"], vectors, "tiny", "1" * 64, 16, 4, {"delta": 5}, 0, str(text_folder))
+    embeddings = DomainEmbeddings(
+        ["delta"], vectors, "tiny", "1" * 64, 16, 4, {"delta": 5}, 0, str(text_folder)
+    )
     write_domain_embeddings(tmp_path / "d.safetensors", embeddings)
     words = [
         "--checkpoint",
@@ -97,8 +126,28 @@ def test_extend(llama_like, text_folder, tmp_path, capsys, bos):
         "--domains",
         str(tmp_path / "d.safetensors"),
     ]
-    more = ["--verdict", "--scored", ",".join(DOMAINS), "--windows", str(COUNT), "--no-refit", "--json"]
-    assert main(["extend", *words, "--out", str(tmp_path / "out"), *more, f"data.bos={str(bos).lower()}"]) == 0
+    more = [
+        "--verdict",
+        "--scored",
+        ",".join(DOMAINS),
+        "--windows",
+        str(COUNT),
+        "--no-refit",
+        "--json",
+    ]
+    assert (
+        main(
+            [
+                "extend",
+                *words,
+                "--out",
+                str(tmp_path / "out"),
+                *more,
+                f"data.bos={str(bos).lower()}",
+            ]
+        )
+        == 0
+    )
     rows = json.loads(capsys.readouterr().out)["verdict"]["domains"]
     before = {domain: math.log(row["before"]) for domain, row in rows.items()}
     assert before == pytest.approx(score(llama_like, windows_of(llama_like, text_folder, bos)).loss)
@@ -106,35 +155,69 @@ def test_extend(llama_like, text_folder, tmp_path, capsys, bos):
 
 @READS
 def test_the_comparisons_scores(llama_like, text_folder, tmp_path, bos):
-    work.score(str(tmp_path / "out.json"), [str(llama_like)], str(text_folder), list(DOMAINS), COUNT, LENGTH,
-               str(tmp_path / "cache"), bos)  # fmt: skip
+    work.score(
+        str(tmp_path / "out.json"),
+        [str(llama_like)],
+        str(text_folder),
+        list(DOMAINS),
+        COUNT,
+        LENGTH,
+        str(tmp_path / "cache"),
+        bos,
+    )
     expected = score(llama_like, windows_of(llama_like, text_folder, bos)).loss
     assert json.loads((tmp_path / "out.json").read_text())["loss"] == pytest.approx(expected)
 
 
 @READS
-def test_the_routers_fit_and_the_text_that_is_embedded(llama_like, text_folder, tmp_path, monkeypatch, bos):
-    config = load_config("demo", [f"data.bos={str(bos).lower()}", "data.workers=1", "router.warm_start=chunks",
-                                  f"router.fit_chunks={COUNT}", f"pipeline.run={tmp_path / 'none'}"])  # fmt: skip
+def test_the_routers_fit_and_the_text_that_is_embedded(
+    llama_like, text_folder, tmp_path, monkeypatch, bos
+):
+    config = load_config(
+        "demo",
+        [
+            f"data.bos={str(bos).lower()}",
+            "data.workers=1",
+            "router.warm_start=chunks",
+            f"router.fit_chunks={COUNT}",
+            f"pipeline.run={tmp_path / 'none'}",
+        ],
+    )
     seen = {}
     monkeypatch.setattr(fit_text, "embed_chunks", lambda texts, *_: seen.update(texts) or {})
-    text = fit_text.read_fit_text(read_sidecar(llama_like), llama_like, LENGTH, 0, str(text_folder), config, "--cold")
+    text = fit_text.read_fit_text(
+        read_sidecar(llama_like), llama_like, LENGTH, 0, str(text_folder), config, "--cold"
+    )
     expected = windows_of(llama_like, text_folder, bos, "train")
     for domain in DOMAINS:
         assert torch.equal(text.windows[domain], torch.from_numpy(expected[domain][:, :-1]))
-        assert not any("<unk>" in chunk for chunk in seen[domain]) and "<|endoftext|>" in " ".join(seen[domain])
+        assert not any("<unk>" in chunk for chunk in seen[domain]) and "<|endoftext|>" in " ".join(
+            seen[domain]
+        )
 
 
 @READS
 def test_the_demos_and_the_comparisons_evaluations(tmp_path, monkeypatch, capsys, bos):
     asked = []
     monkeypatch.setattr(
-        demo.subprocess, "run", lambda command, **_: asked.append(command) or SimpleNamespace(returncode=0)
+        demo.subprocess,
+        "run",
+        lambda command, **_: asked.append(command) or SimpleNamespace(returncode=0),
     )
     setting = f"data.bos={str(bos).lower()}"
-    demo.evaluate(resolve(load_config("demo", ["pipeline.domains=[a]", f"pipeline.run={tmp_path}", setting])))
+    demo.evaluate(
+        resolve(load_config("demo", ["pipeline.domains=[a]", f"pipeline.run={tmp_path}", setting]))
+    )
     assert ("--no-bos" in asked[0]) != bos
-    words = ["--out", str(tmp_path / "out"), "--dry-run", "--seeds", "0", "compare.contenders=[btm]", setting]
+    words = [
+        "--out",
+        str(tmp_path / "out"),
+        "--dry-run",
+        "--seeds",
+        "0",
+        "compare.contenders=[btm]",
+        setting,
+    ]
     assert main(["compare", *words, "compare.extensions=[]", "compare.tasks=arc_easy"]) == 0
     scores = [line for line in capsys.readouterr().out.splitlines() if '"windows"' in line]
     assert scores and all((f'"bos": {str(bos).lower()}' in line) for line in scores)
@@ -146,7 +229,10 @@ def test_the_demos_and_the_comparisons_evaluations(tmp_path, monkeypatch, capsys
 def test_training_refuses_a_tokenizer_beyond_the_embedding(nexus_dir, tmp_path):
     add_token(shutil.copytree(nexus_dir, tmp_path / "large"))
     run = object.__new__(loop.Run)
-    run.config, run.tokenizer = load_config("demo", [f"model.path={nexus_dir}", "data.sequence_length=16"]), nexus_dir
+    run.config, run.tokenizer = (
+        load_config("demo", [f"model.path={nexus_dir}", "data.sequence_length=16"]),
+        nexus_dir,
+    )
     run._check_model()
     run.tokenizer = tmp_path / "large"
     with pytest.raises(IncompatibleModelsError, match=r"ids up to 31 .* the model embeds 31"):
@@ -155,8 +241,14 @@ def test_training_refuses_a_tokenizer_beyond_the_embedding(nexus_dir, tmp_path):
 
 @READS
 def test_training(llama_like, text_folder, tmp_path, alone, bos):
-    words = [f"data.path={text_folder}", f"data.cache={tmp_path}", "data.domains=[alpha]", "data.sequence_length=16",
-             "data.validation_domains=[alpha,beta,gamma]", f"training.eval_windows={COUNT}"]  # fmt: skip
+    words = [
+        f"data.path={text_folder}",
+        f"data.cache={tmp_path}",
+        "data.domains=[alpha]",
+        "data.sequence_length=16",
+        "data.validation_domains=[alpha,beta,gamma]",
+        f"training.eval_windows={COUNT}",
+    ]
     data = loop.read_data(load_config("demo", [*words, f"data.bos={str(bos).lower()}"]), llama_like)
     ids = ids_of(llama_like, text_folder, "alpha", "train", bos)
     for number in range(5):

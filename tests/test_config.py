@@ -16,7 +16,9 @@ def recipe(tmp_path, text):
     return path
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda p: str(p.relative_to(RECIPES)))
+@pytest.mark.parametrize(
+    "path", sorted(RECIPES.rglob("*.yaml")), ids=lambda p: str(p.relative_to(RECIPES))
+)
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_recipe_loads_in_every_stage(path, stage):
     config = resolve(load_config(path, [f"stage={stage}", "branch=x", "data.domains=[x]"]))
@@ -25,7 +27,9 @@ def test_every_recipe_loads_in_every_stage(path, stage):
 
 
 def test_stage_settings_lie_over_the_common_ones_and_overrides_over_both(tmp_path):
-    path = recipe(tmp_path, "training: {steps: 3, lr: 1e-3}\nstages: {moe: {training: {lr: 2e-3}}}\n")
+    path = recipe(
+        tmp_path, "training: {steps: 3, lr: 1e-3}\nstages: {moe: {training: {lr: 2e-3}}}\n"
+    )
     assert load_config(path, ["stage=moe"]).training.lr == 2e-3
     assert load_config(path, ["stage=seed"]).training.lr == 1e-3
     assert load_config(path, ["stage=moe", "training.lr=5e-4"]).training.lr == 5e-4
@@ -38,7 +42,9 @@ def test_numbers_in_yaml_notation_are_numbers(tmp_path):
 
 
 def test_a_dumped_configuration_loads_to_the_same(tmp_path):
-    config = load_config(recipe(tmp_path, "training: {steps: 3}\npipeline: {domains: [a, b], merge_weight: 0.1}"))
+    config = load_config(
+        recipe(tmp_path, "training: {steps: 3}\npipeline: {domains: [a, b], merge_weight: 0.1}")
+    )
     assert load_config(recipe(tmp_path, dump(config))) == config
 
 
@@ -48,27 +54,42 @@ def test_a_dumped_configuration_loads_to_the_same(tmp_path):
         ("training: {stepz: 3}", r"unknown key training.stepz, did you mean steps\?"),
         ("trainig: {steps: 3}", r"unknown key trainig, did you mean training\?"),
         ("stages: {moes: {}}", r"unknown key stages.moes, did you mean moe\?"),
-        ("stages: {seed: {training: {lrr: 1}}}", r"unknown key stages.seed.training.lrr, did you mean lr\?"),
+        (
+            "stages: {seed: {training: {lrr: 1}}}",
+            r"unknown key stages.seed.training.lrr, did you mean lr\?",
+        ),
         ("training: {steps: many}", r"training.steps: expected int, found 'many'"),
         ("training: {steps: true}", r"training.steps: expected int, found True"),
         ("training: {steps: 3, lr: .inf}", r"training.lr: expected a finite number"),
-        ("training: {steps: 3, micro_batch_size: -2}", r"training.micro_batch_size: expected a number in \[0, "),
+        (
+            "training: {steps: 3, micro_batch_size: -2}",
+            r"training.micro_batch_size: expected a number in \[0, ",
+        ),
         (
             "training: {steps: 3}\nparallel: {zero_stage: 9}",
             r"parallel.zero_stage: expected a number in \[0, 3\], found 9",
         ),
-        ("training: {steps: 3}\nstage: [a]", r"stage: expected one of seed, branch, moe, extend, found \['a'\]"),
+        (
+            "training: {steps: 3}\nstage: [a]",
+            r"stage: expected one of seed, branch, moe, extend, found \['a'\]",
+        ),
         ("? [a]\n: 3", r"recipe.yaml:1: expected a name before the colon"),
         ("training: {steps: 3, lr: -1}", r"training.lr: expected a number above 0, found -1"),
         ("training: {steps: 3, steps: 4}", r"recipe.yaml:1: the key 'steps' stands twice"),
         ("training: &a {steps: 3}\nrouter: *a", r"recipe.yaml:2: YAML aliases are not allowed"),
         ("training: !!python/object/apply:os.system ['true']", r"not a valid recipe"),
-        ("training: {steps: 3}\nrouter: {kind: liner}", r"router.kind: unknown value 'liner', did you mean linear\?"),
+        (
+            "training: {steps: 3}\nrouter: {kind: liner}",
+            r"router.kind: unknown value 'liner', did you mean linear\?",
+        ),
         ("training: 3", r"training: expected a mapping of settings, found 3"),
         ("- a", r"expected a mapping of settings, found list"),
         ("name: x", r"training.tokens and training.steps are both 0; set one of them"),
         ("training: {steps: 3, warmup: 1.5}", r"training.warmup: expected a share of the steps"),
-        ("training: {steps: 3}\nmodel: {hidden_size: 10}", r"model.hidden_size 10 is not a multiple of model.heads 3"),
+        (
+            "training: {steps: 3}\nmodel: {hidden_size: 10}",
+            r"model.hidden_size 10 is not a multiple of model.heads 3",
+        ),
         ("training: {steps: 3}\nstage: branch", r"name it with branch=DOMAIN"),
     ],
 )
@@ -78,7 +99,9 @@ def test_bad_recipes_are_named(tmp_path, text, message):
 
 
 def test_a_missing_recipe_lists_those_that_come_with_the_package():
-    with pytest.raises(ConfigError, match=r"no recipe at nowhere.yaml; give a file, or one of: .*demo"):
+    with pytest.raises(
+        ConfigError, match=r"no recipe at nowhere.yaml; give a file, or one of: .*demo"
+    ):
         load_config("nowhere.yaml")
 
 
@@ -94,22 +117,43 @@ def test_a_huge_recipe_is_refused():
 
 def test_defaults_of_the_router_are_those_that_the_readme_names():
     router = Config().router
-    assert (router.lr_scale, router.init, router.centre, router.warm_start) == (0.05, "balanced", True, "label_fit")
+    assert (router.lr_scale, router.init, router.centre, router.warm_start) == (
+        0.05,
+        "balanced",
+        True,
+        "label_fit",
+    )
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    for row in ("`router.lr_scale` | 0.05 ", "`router.init` | `balanced`", "`router.warm_start` | `label_fit`"):
+    for row in (
+        "`router.lr_scale` | 0.05 ",
+        "`router.init` | `balanced`",
+        "`router.warm_start` | `label_fit`",
+    ):
         assert row in readme
     paper = load_config("paper").router
-    assert (paper.lr_scale, paper.init, paper.centre, paper.warm_start) == (1.0, "normal", False, "none")
+    assert (paper.lr_scale, paper.init, paper.centre, paper.warm_start) == (
+        1.0,
+        "normal",
+        False,
+        "none",
+    )
 
 
 def test_a_recipe_can_stand_on_another(tmp_path):
     path = recipe(
-        tmp_path, "base: demo\ntraining: {lr: 7e-5}\npipeline: {domains: [x]}\nstages: {moe: {training: {tokens: 5}}}\n"
+        tmp_path,
+        "base: demo\ntraining: {lr: 7e-5}\npipeline: {domains: [x]}\nstages: {moe: {training: {tokens: 5}}}\n",
     )
     below, config = load_config("demo", ["stage=moe"]), load_config(path, ["stage=moe"])
     assert config.pipeline.domains == ["x"] and config.training.tokens == 5
-    assert config.pipeline.new_domains == below.pipeline.new_domains and config.training.lr == below.training.lr
-    assert load_config(path, ["stage=seed"]).training.tokens == load_config("demo", ["stage=seed"]).training.tokens
+    assert (
+        config.pipeline.new_domains == below.pipeline.new_domains
+        and config.training.lr == below.training.lr
+    )
+    assert (
+        load_config(path, ["stage=seed"]).training.tokens
+        == load_config("demo", ["stage=seed"]).training.tokens
+    )
 
 
 @pytest.mark.parametrize("base", ["[a]", "SELF"])
@@ -121,7 +165,9 @@ def test_a_base_must_be_another_recipe(tmp_path, base):
 
 
 def test_an_override_can_hold_for_one_stage(tmp_path):
-    path = recipe(tmp_path, "training: {steps: 3, lr: 1e-3}\nstages: {moe: {training: {lr: 2e-3}}}\n")
+    path = recipe(
+        tmp_path, "training: {steps: 3, lr: 1e-3}\nstages: {moe: {training: {lr: 2e-3}}}\n"
+    )
     words = ["stages.moe.training.lr=3e-3"]
     assert load_config(path, ["stage=moe", *words]).training.lr == 3e-3
     assert load_config(path, ["stage=seed", *words]).training.lr == 1e-3

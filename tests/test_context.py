@@ -1,4 +1,5 @@
-"""The verbs on a checkpoint whose router reads running means: evaluate, generate, inspect, remove."""
+"""The verbs on a checkpoint whose router reads running means: evaluate, generate, inspect,
+remove."""
 
 import json
 
@@ -14,7 +15,14 @@ from nexus_ds.data.tokenizer import open_tokenizer
 
 
 def test_evaluate_scores_and_meters_it(context_dir, text_folder, tmp_path, capsys):
-    words = ["--checkpoint", str(context_dir), "--data", str(text_folder), "--out", str(tmp_path / "out")]
+    words = [
+        "--checkpoint",
+        str(context_dir),
+        "--data",
+        str(text_folder),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main(["evaluate", *words, "--windows", "6", "--length", "16", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert all(sum(shares.values()) == pytest.approx(1) for shares in summary["routing"].values())
@@ -22,12 +30,17 @@ def test_evaluate_scores_and_meters_it(context_dir, text_folder, tmp_path, capsy
 
 @torch.no_grad()
 def test_generate_equals_the_whole_pass(context_dir, capsys):
-    assert main(["generate", "--checkpoint", str(context_dir), "tree leaf", "--tokens", "6", "--json"]) == 0
+    assert (
+        main(["generate", "--checkpoint", str(context_dir), "tree leaf", "--tokens", "6", "--json"])
+        == 0
+    )
     answer = json.loads(capsys.readouterr().out)
     tokenizer, model = open_tokenizer(context_dir), load_model(context_dir, "fp32")
     ids = tokenizer("tree leaf", return_tensors="pt").input_ids
     for _ in range(6):
-        ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+        ids = torch.cat(
+            [ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1
+        )
     assert answer["text"] == tokenizer.decode(ids[0, 2:], skip_special_tokens=True)
 
 
@@ -40,8 +53,13 @@ def test_inspect_tells_what_it_is(context_dir, capsys):
 
 def test_remove_keeps_its_form(context_dir, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main(["remove", "--checkpoint", str(context_dir), "--expert", "beta", "--out", str(out)]) == 0
+    assert (
+        main(["remove", "--checkpoint", str(context_dir), "--expert", "beta", "--out", str(out)])
+        == 0
+    )
     verify_rows(out)
     assert read_sidecar(out).router.input == "context"
-    assert torch.equal(TensorReader(out).read(mean_name(1)), TensorReader(context_dir).read(mean_name(1)))
+    assert torch.equal(
+        TensorReader(out).read(mean_name(1)), TensorReader(context_dir).read(mean_name(1))
+    )
     assert torch.isfinite(load_model(out, "fp32")(input_ids=torch.arange(9)[None]).logits).all()

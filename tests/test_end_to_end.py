@@ -1,7 +1,8 @@
 """The two commands of the README, in a folder that holds what a fresh clone holds.
 
-The literal `deepspeed nexus_ds/train.py --deepspeed ds_configs/z3.json` makes the seed, the branches and the upcycled
-model by itself and trains it; `nexus-ds demo` then goes on from there: extension, finetune, evaluation, page.
+The literal `deepspeed nexus_ds/train.py --deepspeed ds_configs/z3.json` makes the seed, the
+branches and the upcycled model by itself and trains it; `nexus-ds demo` then goes on from there:
+extension, finetune, evaluation, page.
 """
 
 import json
@@ -20,7 +21,8 @@ DEEPSPEED = Path(sys.executable).parent / "deepspeed"
 NEXUS_DS = Path(sys.executable).parent / "nexus-ds"
 OLD, NEW = ["python", "docs", "algebra", "tables"], "cpp"
 WAIT = 3600  # seconds of each command: minutes on two quiet cores
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * WAIT)]  # whichever test comes first waits for both
+# whichever test comes first waits for both
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * WAIT)]
 STOCK = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,7 +37,12 @@ print(model.config.model_type, model.config.num_experts, model.generate(ids, max
 def run(command, folder, seconds):
     environment = {k: v for k, v in clean_environment().items() if k != "OMP_NUM_THREADS"}
     done = subprocess.run(
-        list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds
+        list(map(str, command)),
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return done.stdout + done.stderr
@@ -53,7 +60,9 @@ def clone(tmp_path_factory):
 def literal(clone):
     """What the literal command says, and the folders that it makes."""
     said = run([DEEPSPEED, "nexus_ds/train.py", "--deepspeed", "ds_configs/z3.json"], clone, WAIT)
-    made = {str(path.relative_to(clone / "runs/demo")) for path in (clone / "runs/demo").glob("**/*")}
+    made = {
+        str(path.relative_to(clone / "runs/demo")) for path in (clone / "runs/demo").glob("**/*")
+    }
     return said, made
 
 
@@ -73,7 +82,9 @@ def test_the_literal_command_makes_and_trains_everything(literal):
     assert "ZeRO stage 3" in said
     assert "wrote runs/demo/nexus (reloaded in plain transformers: logits differ by" in said
     assert {"tokenizer", "seed", "branches", "domains.safetensors", "upcycled", "nexus"} <= made
-    models = {name for name in made if name.startswith("branches/") and name.endswith("/config.json")}
+    models = {
+        name for name in made if name.startswith("branches/") and name.endswith("/config.json")
+    }
     assert models == {f"branches/{domain}/config.json" for domain in OLD}
 
 
@@ -97,7 +108,9 @@ def test_the_summary_keeps_its_contract(summary):
     assert list(summary["perplexity"]) == models
     assert all(set(row) == {*OLD, NEW} for row in summary["perplexity"].values())
     assert set(summary["routing"]) == {*OLD, NEW}
-    assert all(sum(row.values()) == pytest.approx(1, abs=1e-6) for row in summary["routing"].values())
+    assert all(
+        sum(row.values()) == pytest.approx(1, abs=1e-6) for row in summary["routing"].values()
+    )
     assert summary["tokens_per_second"] > 0
     budgets = list(summary["extension"]["nexus"])
     assert budgets[0] == "0" and len(budgets) >= 3
@@ -108,8 +121,11 @@ def test_the_demo_shows_what_the_readme_says(summary):
     table = summary["perplexity"]
     for domain in OLD:
         assert table[f"branch {domain}"][domain] < table["seed"][domain]
-    for other, least, most in (("seed", 0.10, 0.30), ("plain average", 0.25, 0.45)):  # README: 18% and 35%
-        gain = -math.expm1(sum(math.log(table["Nexus"][d] / table[other][d]) for d in OLD) / len(OLD))
+    # README: 18% and 35%
+    for other, least, most in (("seed", 0.10, 0.30), ("plain average", 0.25, 0.45)):
+        gain = -math.expm1(
+            sum(math.log(table["Nexus"][d] / table[other][d]) for d in OLD) / len(OLD)
+        )
         assert least < gain < most, f"Nexus has {gain:.0%} lower perplexity than the {other}"
     own = [summary["models"]["Nexus"]["own_share"][domain] for domain in OLD]
     assert sum(own) / len(own) > 0.5  # chance: 0.25
@@ -121,7 +137,10 @@ def test_the_demo_shows_what_the_readme_says(summary):
 def test_the_plain_average_is_the_mean_of_the_seed_and_its_branches(clone, demo):
     """A baseline that is worse than it should be makes everything beside it look better."""
     run = clone / "runs/demo"
-    models = [load_file(run / name / "model.safetensors") for name in ("seed", *(f"branches/{d}" for d in OLD))]
+    models = [
+        load_file(run / name / "model.safetensors")
+        for name in ("seed", *(f"branches/{d}" for d in OLD))
+    ]
     found = load_file(run / "average" / "model.safetensors")
     assert found.keys() == models[0].keys()
     for name, tensor in found.items():
@@ -135,10 +154,15 @@ def test_the_page_compares_what_the_headline_compares(clone, summary):
     assert (change["before"], change["after"]) == ("Nexus", "Nexus extended")
     assert change["domains"][NEW]["verdict"] == "better" and change["windows"] == 48
     assert all(change["domains"][d]["nats_error"] > 0 for d in [*OLD, NEW])
-    assert "<h2>From Nexus to Nexus extended</h2>" in (clone / "runs/demo/report/report.html").read_text()
+    assert (
+        "<h2>From Nexus to Nexus extended</h2>"
+        in (clone / "runs/demo/report/report.html").read_text()
+    )
 
 
 def test_the_extended_model_loads_in_stock_transformers(clone, demo):
     path = clone / "runs/demo/extended"
-    done = subprocess.run([sys.executable, "-c", STOCK, str(path)], capture_output=True, text=True, cwd="/")
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, str(path)], capture_output=True, text=True, cwd="/"
+    )
     assert done.stdout.split() == ["qwen2_moe", "5", "3"], done.stderr

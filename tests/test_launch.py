@@ -1,4 +1,5 @@
-"""Where a rank stands, from every launcher's variables: plan, preflight and training hear the same."""
+"""Where a rank stands, from every launcher's variables: plan, preflight and training hear the
+same."""
 
 import pytest
 
@@ -8,9 +9,17 @@ from nexus_ds.launch import LAUNCH_VARIABLES, Position
 from nexus_ds.train import main
 
 # srun of 8 tasks on 2 nodes, nobody asked for --ntasks-per-node; the job itself has more.
-SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8",
-        "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_NTASKS": "16", "SLURM_NNODES": "4",
-        "SLURMD_NODENAME": "n2"}  # fmt: skip
+SRUN = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_NTASKS": "16",
+    "SLURM_NNODES": "4",
+    "SLURMD_NODENAME": "n2",
+}
 MEETING = {"MASTER_ADDR": "n1", "MASTER_PORT": "20000"}
 
 
@@ -23,15 +32,26 @@ def without(env, *names):
     [
         (SRUN, Position(5, 8, 4, "n2")),
         (without(SRUN, "SLURM_STEP_TASKS_PER_NODE"), Position(5, 8, 4, "n2")),
-        (SRUN | {"SLURM_NTASKS_PER_NODE": "8"}, Position(5, 8, 4, "n2")),  # with --ntasks it is an upper bound
-        (without(SRUN, *[name for name in SRUN if "STEP_" in name and name != "SLURM_STEP_ID"]), Position(5, 16, 4, "n2")),
+        # with --ntasks it is an upper bound
+        (SRUN | {"SLURM_NTASKS_PER_NODE": "8"}, Position(5, 8, 4, "n2")),
+        (
+            without(SRUN, *[name for name in SRUN if "STEP_" in name and name != "SLURM_STEP_ID"]),
+            Position(5, 16, 4, "n2"),
+        ),
         (without(SRUN, "SLURM_STEP_ID"), Position(0, 1, 1, "n2")),  # the job script itself
         ({"SLURMD_NODENAME": "n"}, Position(0, 1, 1, "n")),
         ({**SRUN, "RANK": "1", "WORLD_SIZE": "2"}, Position(1, 2, 2, "n2")),
-        ({"SLURMD_NODENAME": "n", "RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, Position(1, 4, 2, "n")),
-        ({"SLURMD_NODENAME": "n", "RANK": "1", "WORLD_SIZE": "4", "LOCAL_SIZE": "2"}, Position(1, 4, 2, "n")),  # deepspeed
+        (
+            {"SLURMD_NODENAME": "n", "RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
+            Position(1, 4, 2, "n"),
+        ),
+        # deepspeed
+        (
+            {"SLURMD_NODENAME": "n", "RANK": "1", "WORLD_SIZE": "4", "LOCAL_SIZE": "2"},
+            Position(1, 4, 2, "n"),
+        ),
     ],
-)  # fmt: skip
+)
 def test_every_launchers_variables(env, expected):
     assert launch.position(env) == expected
 
@@ -39,7 +59,10 @@ def test_every_launchers_variables(env, expected):
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_TASKS_PER_NODE": "4,3"}, "7 ranks unevenly over 2 nodes (4,3)"),
+        (
+            {"SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_TASKS_PER_NODE": "4,3"},
+            "7 ranks unevenly over 2 nodes (4,3)",
+        ),
         (
             {"SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_TASKS_PER_NODE": ""},
             "7 ranks unevenly over 2 nodes (by their number)",
@@ -49,7 +72,9 @@ def test_every_launchers_variables(env, expected):
 def test_ranks_that_are_spread_unevenly_are_refused(changes, found):
     with pytest.raises(LayoutError) as caught:
         launch.position(SRUN | changes)
-    assert str(caught.value) == (f"srun spreads {found}; expected as many on each: submit with --ntasks-per-node=3")
+    assert str(caught.value) == (
+        f"srun spreads {found}; expected as many on each: submit with --ntasks-per-node=3"
+    )
 
 
 @pytest.fixture
@@ -70,16 +95,26 @@ def test_what_srun_does_not_say_is_completed_for_torch(environment):
     environment(SRUN | MEETING)
     assert launch.adopt_launcher() == Position(5, 8, 4, "n2")
     told = {name: launch.os.environ[name] for name in (*LAUNCH_VARIABLES[:6],)}
-    assert told == {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", **MEETING}
+    assert told == {
+        "RANK": "5",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "8",
+        "LOCAL_WORLD_SIZE": "4",
+        **MEETING,
+    }
     assert launch.position() == Position(5, 8, 4, "n2")  # and so it is read again
 
 
 def test_plain_python_is_a_single_rank_with_a_port_of_its_own(environment):
-    environment({"SLURMD_NODENAME": "n", **MEETING})  # a job script's, whose port belongs to the ranks of srun
+    # a job script's, whose port belongs to the ranks of srun
+    environment({"SLURMD_NODENAME": "n", **MEETING})
     assert launch.adopt_launcher() == Position(0, 1, 1, "n")
     told = {name: launch.os.environ[name] for name in LAUNCH_VARIABLES[:4]}
     assert told == {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    assert launch.os.environ["MASTER_ADDR"] == "127.0.0.1" and launch.os.environ["MASTER_PORT"] != "20000"
+    assert (
+        launch.os.environ["MASTER_ADDR"] == "127.0.0.1"
+        and launch.os.environ["MASTER_PORT"] != "20000"
+    )
 
 
 def test_what_a_launcher_set_stays(environment):
@@ -90,7 +125,9 @@ def test_what_a_launcher_set_stays(environment):
 
 
 @pytest.mark.parametrize("missing", [MEETING, ["MASTER_PORT"]])
-def test_ranks_that_can_not_meet_are_refused_instead_of_training_alone(missing, environment, capsys):
+def test_ranks_that_can_not_meet_are_refused_instead_of_training_alone(
+    missing, environment, capsys
+):
     message = "8 ranks, but not both of MASTER_ADDR and MASTER_PORT are set; export the first node's name and a port"
     environment(without(SRUN | MEETING, *missing))
     with pytest.raises(ConfigError, match=message):

@@ -22,11 +22,14 @@ assert code == 0 and not heavy, (code, heavy)
     [
         ["status", "--help"],  # declares the verb's own options, and one line of every other verb
         ["plan", "--help"],
-        ["stage", "--show=output", "moe", "pipeline.run=RUN"],  # what SLURM's templates ask, several times a job
+        # what SLURM's templates ask, several times a job
+        ["stage", "--show=output", "moe", "pipeline.run=RUN"],
     ],
     ids=lambda words: words[0],
 )
 def test_what_needs_no_tensor_waits_for_no_torch(words, tmp_path):
     words = [word.replace("RUN", str(tmp_path)) for word in words]
-    done = subprocess.run([sys.executable, "-c", LIGHT, *words], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, *words], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
-"""The faults of `make mutants` still fit the code, and the driver tells a fault that is seen from one that is not."""
+"""The faults of `make mutants` still fit the code, and the driver tells a fault that is seen from
+one that is not."""
 
 import ast
 import subprocess
@@ -44,7 +45,9 @@ def test_faults_lie_in_every_folder_and_have_names_of_their_own():
 
 def test_text_that_is_not_there_exactly_once_is_an_error():
     for old, times in (("nowhere", 0), ("a", 2)):
-        with pytest.raises(ValueError, match=f"twice: '{old}' stands {times} times in x.py, expected 1"):
+        with pytest.raises(
+            ValueError, match=f"twice: '{old}' stands {times} times in x.py, expected 1"
+        ):
             Fault("twice", "x.py", old, "b").faulty("a = a")
 
 
@@ -53,7 +56,10 @@ def tree(tmp_path, monkeypatch):
     """A repository of one module with one test."""
     for name, text in (
         ("nexus_ds/x.py", "def double(n):\n    return 2 * n  # two\n"),
-        ("tests/test_x.py", "from nexus_ds.x import double\n\n\ndef test_double():\n    assert double(3) == 6\n"),
+        (
+            "tests/test_x.py",
+            "from nexus_ds.x import double\n\n\ndef test_double():\n    assert double(3) == 6\n",
+        ),
     ):
         path = tmp_path / name
         path.parent.mkdir()
@@ -68,7 +74,10 @@ UNSEEN = Fault("unseen", "x.py", "# two", "# three")
 CASES = {  # faults: exit code, what is said
     (SEEN,): (0, "killed 1 of 1 faults (100%, goal 95%)"),
     (SEEN, UNSEEN): (1, "killed 1 of 2 faults (50%, goal 95%)"),
-    (SEEN, Fault("gone", "x.py", "4 * n", "5 * n")): (2, "UNFIT: gone (x.py): gone: '4 * n' stands 0 times in x.py"),
+    (SEEN, Fault("gone", "x.py", "4 * n", "5 * n")): (
+        2,
+        "UNFIT: gone (x.py): gone: '4 * n' stands 0 times in x.py",
+    ),
     (Fault("broken", "x.py", "def", "del"),): (2, "UNFIT: broken (x.py)"),
     (Fault("none", "x.py", "2 * n", "3 * n", "-k nothing"),): (2, "UNFIT: none (x.py)"),
     (Fault("hangs", "x.py", "return", "while True: "),): (1, "TIMEOUT: hangs (x.py)"),
@@ -76,7 +85,9 @@ CASES = {  # faults: exit code, what is said
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("faults", CASES, ids=lambda faults: "-".join(fault.name for fault in faults))
+@pytest.mark.parametrize(
+    "faults", CASES, ids=lambda faults: "-".join(fault.name for fault in faults)
+)
 def test_the_driver_tells_what_the_tests_see(tree, monkeypatch, capsys, faults):
     monkeypatch.setattr(mutants, "FAULTS", faults)
     monkeypatch.setattr(mutants, "SECONDS", 60 if faults[0].name != "hangs" else 8)

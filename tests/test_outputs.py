@@ -12,7 +12,16 @@ from launch import file_limit, file_modes, umask
 
 from nexus_ds.__main__ import main
 from nexus_ds.errors import OutputBusyError, OutputExistsError
-from nexus_ds.outputs import Ended, create, exit_on_signals, held, new_directory, new_file, write_at, write_json
+from nexus_ds.outputs import (
+    Ended,
+    create,
+    exit_on_signals,
+    held,
+    new_directory,
+    new_file,
+    write_at,
+    write_json,
+)
 
 HOLD = """
 import sys, time
@@ -64,7 +73,9 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_second_writer_is_told_who_the_first_is_and_the_first_goes_on(other: subprocess.Popen, tmp_path: Path):
+def test_the_second_writer_is_told_who_the_first_is_and_the_first_goes_on(
+    other: subprocess.Popen, tmp_path: Path
+):
     who = rf"process {other.pid} on {re.escape(socket.gethostname())} since 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d"
     message = rf"/out is being written by {who}; wait for it or give another output \(if .* remove .*/\.out\.lock\)$"
     for _ in range(2):  # being refused changes nothing
@@ -75,7 +86,10 @@ def test_the_second_writer_is_told_who_the_first_is_and_the_first_goes_on(other:
     other.communicate("\n", timeout=20)
     assert (tmp_path / "out" / "model").read_text() == "whole"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["else", "out"]
-    with pytest.raises(OutputExistsError, match="out exists already"), new_directory(tmp_path / "out"):
+    with (
+        pytest.raises(OutputExistsError, match="out exists already"),
+        new_directory(tmp_path / "out"),
+    ):
         pass
 
 
@@ -101,7 +115,8 @@ def test_what_a_killed_writer_left_goes_with_the_next_one(other: subprocess.Pope
 
 
 def test_leftovers_of_others_stay(tmp_path: Path):
-    kept = [".out.tmp-1.tmp-23", ".out.tmp-keep", ".outer.tmp-4", "out.tmp-5"]  # of out.tmp-1, of nobody, of outer
+    # of out.tmp-1, of nobody, of outer
+    kept = [".out.tmp-1.tmp-23", ".out.tmp-keep", ".outer.tmp-4", "out.tmp-5"]
     for name in kept:
         (tmp_path / name).mkdir()
     with new_directory(tmp_path / "out"):
@@ -109,14 +124,18 @@ def test_leftovers_of_others_stay(tmp_path: Path):
     assert names(tmp_path) == [*kept[:3], "out", "out.tmp-5"]
 
 
-def test_a_writer_that_is_refused_takes_nothing_from_the_living_one(other: subprocess.Popen, tmp_path: Path):
+def test_a_writer_that_is_refused_takes_nothing_from_the_living_one(
+    other: subprocess.Popen, tmp_path: Path
+):
     with pytest.raises(OutputBusyError), held(tmp_path / "out"):
         pass
     other.communicate("\n", timeout=60)
     assert (other.returncode, names(tmp_path / "out")) == (0, ["model"])
 
 
-def test_a_killed_writer_of_a_file_leaves_nothing_to_the_next_one(other_file: subprocess.Popen, tmp_path: Path):
+def test_a_killed_writer_of_a_file_leaves_nothing_to_the_next_one(
+    other_file: subprocess.Popen, tmp_path: Path
+):
     end(other_file)
     assert names(tmp_path) == [f".out.tmp-{other_file.pid}"]
     with held(tmp_path / "out"):
@@ -160,7 +179,11 @@ def test_a_signal_leaves_nothing_behind(tmp_path: Path, number: signal.Signals, 
 
 
 def test_nohup_stays(tmp_path: Path):
-    process = start(tmp_path / "out", "directory", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process = start(
+        tmp_path / "out",
+        "directory",
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
     process.send_signal(signal.SIGHUP)
     process.communicate("\n", timeout=60)
     assert (process.returncode, names(tmp_path)) == (0, ["out"])
@@ -201,13 +224,19 @@ def test_every_file_of_an_output_has_the_mode_of_the_umask(tmp_path: Path, mask:
 
 def test_a_write_that_stops_short_goes_on_or_names_file_need_and_free(tmp_path: Path):
     said = r"\[Errno 27\] File too large: need 600 bytes more, free [\d,]+: '.*/raw'$"
-    with (tmp_path / "raw").open("wb", buffering=0) as file, file_limit(1000), pytest.raises(OSError, match=said):
+    with (
+        (tmp_path / "raw").open("wb", buffering=0) as file,
+        file_limit(1000),
+        pytest.raises(OSError, match=said),
+    ):
         write_at(file.fileno(), 600, memoryview(b"x" * 1000), tmp_path / "raw")
     assert (tmp_path / "raw").stat().st_size == 1000
 
 
 @pytest.mark.parametrize("at_close", [True, False])
-def test_a_buffered_write_names_the_file_at_once_or_when_it_is_closed(tmp_path: Path, at_close: bool):
+def test_a_buffered_write_names_the_file_at_once_or_when_it_is_closed(
+    tmp_path: Path, at_close: bool
+):
     said = r"\[Errno 27\] File too large: need [\d,]+ bytes more, free [\d,]+: '.*/text'$"
     with file_limit(1000), pytest.raises(OSError, match=said), create(tmp_path / "text") as stream:
         stream.write(b"x" * (1500 if at_close else 3 << 20))
@@ -216,7 +245,10 @@ def test_a_buffered_write_names_the_file_at_once_or_when_it_is_closed(tmp_path: 
 
 def test_json_that_does_not_fit_leaves_the_old_one(tmp_path: Path):
     write_json(tmp_path / "a.json", [1])
-    with file_limit(1000), pytest.raises(OSError, match=r"File too large: need .*/\.a\.json\.tmp-\d+'$"):
+    with (
+        file_limit(1000),
+        pytest.raises(OSError, match=r"File too large: need .*/\.a\.json\.tmp-\d+'$"),
+    ):
         write_json(tmp_path / "a.json", ["x" * 2000])
     assert (tmp_path / "a.json").read_text() == "[\n  1\n]\n" and names(tmp_path) == ["a.json"]
 
@@ -224,7 +256,9 @@ def test_json_that_does_not_fit_leaves_the_old_one(tmp_path: Path):
 # One writer ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_lock_file_that_its_holder_just_removed_is_not_taken_for_the_lock(tmp_path: Path, monkeypatch):
+def test_a_lock_file_that_its_holder_just_removed_is_not_taken_for_the_lock(
+    tmp_path: Path, monkeypatch
+):
     flock, path = fcntl.flock, tmp_path / ".out.lock"
 
     def late(file: object, how: int) -> None:
@@ -251,12 +285,17 @@ def test_a_file_system_without_locks_does_without(tmp_path: Path, monkeypatch: p
     with new_directory(tmp_path / "out"):
         pass
     write_json(tmp_path / "file", 1)
-    assert names(tmp_path) == [".out.tmp-1", ".out.tmp-2", "file", "out"]  # what may be a living writer's stays
+    # what may be a living writer's stays
+    assert names(tmp_path) == [".out.tmp-1", ".out.tmp-2", "file", "out"]
 
 
-def test_a_second_demo_of_the_same_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_second_demo_of_the_same_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     with held(tmp_path / "run"):
         assert main(["demo", "--out", str(tmp_path / "run")]) == 1
     said = capsys.readouterr().err
-    assert f"nexus-ds demo: {tmp_path / 'run'} is being written by process {os.getpid()} on " in said
+    assert (
+        f"nexus-ds demo: {tmp_path / 'run'} is being written by process {os.getpid()} on " in said
+    )
     assert list(tmp_path.iterdir()) == []

@@ -35,11 +35,16 @@ WORDS = ["pipeline.run=RUN", "pipeline.domains=[a,b]", "pipeline.new_domains=[c]
 
 
 def config_of(tmp_path, *words):
-    return resolve(load_config("demo", [w.replace("RUN", str(tmp_path)) for w in WORDS] + list(words)))
+    return resolve(
+        load_config("demo", [w.replace("RUN", str(tmp_path)) for w in WORDS] + list(words))
+    )
 
 
 def test_each_stage_knows_its_place_and_its_text(tmp_path):
-    seed, branch = config_of(tmp_path, "stage=seed"), config_of(tmp_path, "stage=branch", "branch=b")
+    seed, branch = (
+        config_of(tmp_path, "stage=seed"),
+        config_of(tmp_path, "stage=branch", "branch=b"),
+    )
     moe, extend = config_of(tmp_path), config_of(tmp_path, "stage=extend")
     assert (seed.model.path, seed.output, seed.data.domains) == ("", f"{tmp_path}/seed", ["a", "b"])
     assert (branch.model.path, branch.output) == (f"{tmp_path}/seed", f"{tmp_path}/branches/b")
@@ -56,7 +61,9 @@ def test_a_given_checkpoint_brings_its_own_domains(nexus_dir):
 
 
 def test_no_domains_at_all_is_refused(dense_dir):
-    with pytest.raises(ConfigError, match=r"no domains to train on; set pipeline.domains or data.domains"):
+    with pytest.raises(
+        ConfigError, match=r"no domains to train on; set pipeline.domains or data.domains"
+    ):
         resolve(load_config("own", [f"model.path={dense_dir}"]))
 
 
@@ -64,7 +71,13 @@ def test_what_is_there_is_not_needed_again(tmp_path):
     plan = steps(config_of(tmp_path), "demo", [], 2)
     names = [step.name for step in plan]
     assert names[0] == "seed" and names[-1] == "extended"
-    assert {s.name for s in needed_for(plan, "moe")} == {"seed", "branch:a", "branch:b", "embed", "upcycle"}
+    assert {s.name for s in needed_for(plan, "moe")} == {
+        "seed",
+        "branch:a",
+        "branch:b",
+        "embed",
+        "upcycle",
+    }
     (tmp_path / "upcycled").mkdir()
     assert needed_for(plan, "moe") == []
     (tmp_path / "seed").mkdir()
@@ -102,49 +115,104 @@ def test_two_runs_that_were_seeded_alike_meet_at_different_ports():
 def test_printed_commands_are_quoted_for_a_shell():
     out = Path("a b")
     words = shlex.split(next_training(out, "my data", "demo", "moe"))
-    assert words == ["deepspeed", str(TRAIN), "--deepspeed", str(DS_JSON), "--config", "demo", "stage=moe",
-                     "model.path=a b", "data.path=my data", "output=a b-trained"]  # fmt: skip
+    assert words == [
+        "deepspeed",
+        str(TRAIN),
+        "--deepspeed",
+        str(DS_JSON),
+        "--config",
+        "demo",
+        "stage=moe",
+        "model.path=a b",
+        "data.path=my data",
+        "output=a b-trained",
+    ]
     words = shlex.split(next_evaluation(out, DataConfig(path="my data")))
     assert words[2:] == ["--checkpoint", "a b", "--data", "my data", "--out", "a b-report"]
-    assert shlex.split(next_words(out)) == ["nexus-ds", "generate", "--checkpoint", "a b", "The first thing"]
+    assert shlex.split(next_words(out)) == [
+        "nexus-ds",
+        "generate",
+        "--checkpoint",
+        "a b",
+        "The first thing",
+    ]
 
 
 def test_printed_commands_name_files_that_are_there(tmp_path, monkeypatch):
-    """In a clone as the README does, elsewhere by their whole paths; another file of that name is not train.py."""
+    """In a clone as the README does, elsewhere by their whole paths; another file of that name is
+    not train.py."""
     clone = TRAIN.parents[1]
     monkeypatch.chdir(clone)
-    assert shlex.split(typed_training([])) == ["deepspeed", "nexus_ds/train.py", "--deepspeed", "ds_configs/z3.json"]
+    assert shlex.split(typed_training([])) == [
+        "deepspeed",
+        "nexus_ds/train.py",
+        "--deepspeed",
+        "ds_configs/z3.json",
+    ]
     (tmp_path / "nexus_ds").mkdir()
     (tmp_path / "nexus_ds" / "train.py").touch()
     monkeypatch.chdir(tmp_path)
     assert shlex.split(typed_training(["seed=1"])) == [
-        "deepspeed", str(TRAIN), "--deepspeed", str(DS_JSON), "seed=1",
-    ]  # fmt: skip
+        "deepspeed",
+        str(TRAIN),
+        "--deepspeed",
+        str(DS_JSON),
+        "seed=1",
+    ]
     assert shlex.split(typed_training([], launcher=["srun", "python"], ds_json="x.json"))[:5] == [
-        "srun", "python", str(TRAIN), "--deepspeed", "x.json",
-    ]  # fmt: skip
+        "srun",
+        "python",
+        str(TRAIN),
+        "--deepspeed",
+        "x.json",
+    ]
 
 
 @pytest.mark.parametrize(
     ("recipe", "words", "found", "missing"),
     [
-        ("own", ["stage=branch", "branch=law"],
-         "stage=branch starts from the seed; there is none at runs/own/seed, and the recipe own makes none for law "
-         "(pipeline.domains: none; pipeline.new_domains: none). Missing: model.path, data.path, output; type: ",
-         ["model.path=DIR", "data.path=DIR", "output=models/law"]),
-        ("own-context", ["stage=branch", "branch=law", "data.path=my data", "output=x"], "Missing: model.path; type: ",
-         ["model.path=DIR"]),
-        ("own", [], "stage=moe starts from what nexus-ds upcycle wrote; there is none at runs/own/upcycled",
-         ["model.path=DIR", "data.path=DIR", "output=DIR"]),
-        ("own", ["stage=extend"], "stage=extend starts from what nexus-ds extend wrote; there is none at ",
-         ["model.path=DIR", "data.path=DIR", "output=DIR"]),
-        ("paper", ["stage=branch", "branch=law"], "(pipeline.domains: python, docs, algebra, tables; pipeline.new_domains: cpp)",
-         ["model.path=DIR", "data.path=DIR", "output=models/law"]),
-        ("paper/table2", ["stage=extend"], "there is none at runs/nexus-470m/extension, and the recipe paper/table2 makes ",
-         ["model.path=DIR", "data.path=DIR", "output=DIR"]),
+        (
+            "own",
+            ["stage=branch", "branch=law"],
+            "stage=branch starts from the seed; there is none at runs/own/seed, and the recipe own makes none for law "
+            "(pipeline.domains: none; pipeline.new_domains: none). Missing: model.path, data.path, output; type: ",
+            ["model.path=DIR", "data.path=DIR", "output=models/law"],
+        ),
+        (
+            "own-context",
+            ["stage=branch", "branch=law", "data.path=my data", "output=x"],
+            "Missing: model.path; type: ",
+            ["model.path=DIR"],
+        ),
+        (
+            "own",
+            [],
+            "stage=moe starts from what nexus-ds upcycle wrote; there is none at runs/own/upcycled",
+            ["model.path=DIR", "data.path=DIR", "output=DIR"],
+        ),
+        (
+            "own",
+            ["stage=extend"],
+            "stage=extend starts from what nexus-ds extend wrote; there is none at ",
+            ["model.path=DIR", "data.path=DIR", "output=DIR"],
+        ),
+        (
+            "paper",
+            ["stage=branch", "branch=law"],
+            "(pipeline.domains: python, docs, algebra, tables; pipeline.new_domains: cpp)",
+            ["model.path=DIR", "data.path=DIR", "output=models/law"],
+        ),
+        (
+            "paper/table2",
+            ["stage=extend"],
+            "there is none at runs/nexus-470m/extension, and the recipe paper/table2 makes ",
+            ["model.path=DIR", "data.path=DIR", "output=DIR"],
+        ),
     ],
-)  # fmt: skip
-def test_a_stage_without_a_model_to_start_from_prints_the_whole_command(recipe, words, found, missing):
+)
+def test_a_stage_without_a_model_to_start_from_prints_the_whole_command(
+    recipe, words, found, missing
+):
     with pytest.raises(ConfigError) as error:
         check_start(load_config(recipe, words), recipe, words)
     said, _, command = str(error.value).partition("type: ")
@@ -157,7 +225,9 @@ def test_a_stage_without_a_model_to_start_from_prints_the_whole_command(recipe, 
         assert resolve(given).data.domains == ["law"]
 
 
-@pytest.mark.parametrize("words", [["stage=seed"], ["stage=branch", "branch=cpp"], [], ["stage=extend"]])
+@pytest.mark.parametrize(
+    "words", [["stage=seed"], ["stage=branch", "branch=cpp"], [], ["stage=extend"]]
+)
 def test_a_recipe_that_makes_the_start_is_let_through(words):
     check_start(load_config("demo", words), "demo", words)
 
@@ -179,9 +249,11 @@ def step(tmp_path, name, needs=(), seconds=0.0, code=0, wide=False):
 
 def test_stages_wait_for_what_they_need_and_wide_ones_run_alone(tmp_path, capfd):
     todo = [
-        step(tmp_path, "first", seconds=0.3), step(tmp_path, "free"),
-        step(tmp_path, "second", needs=["first"]), step(tmp_path, "wide", needs=["free"], wide=True),
-    ]  # fmt: skip
+        step(tmp_path, "first", seconds=0.3),
+        step(tmp_path, "free"),
+        step(tmp_path, "second", needs=["first"]),
+        step(tmp_path, "wide", needs=["free"], wide=True),
+    ]
     run_steps(todo, 2)
     order = (tmp_path / "log").read_text().split()
     assert order.index("first") < order.index("second")
@@ -208,7 +280,9 @@ def test_nothing_runs_beside_a_wide_stage(tmp_path):
         [meeting("wide", "", wide=True), meeting("one", "two"), meeting("two", "one")], 2
     )  # else they'd wait for ever
     log = (tmp_path / "log").read_text().split()
-    assert sorted(log) == sorted(f"{sign}{name}" for name in ("wide", "one", "two") for sign in "+-")
+    assert sorted(log) == sorted(
+        f"{sign}{name}" for name in ("wide", "one", "two") for sign in "+-"
+    )
     assert log.index("-wide") == log.index("+wide") + 1
 
 
@@ -231,7 +305,8 @@ def test_a_stage_that_was_made_with_other_settings_is_not_taken_for_this_runs(tm
     (tmp_path / "seed" / "training.yaml").write_text(dump(config))
     plan = steps(config_of(tmp_path), "demo", words, 2)
     with pytest.raises(
-        OutputExistsError, match=r"seed was made with other settings \(data.path: 'elsewhere' there, 'demo'"
+        OutputExistsError,
+        match=r"seed was made with other settings \(data.path: 'elsewhere' there, 'demo'",
     ):
         check_made(plan, "demo", words)
     (tmp_path / "seed" / "training.yaml").write_text(dump(config_of(tmp_path, "stage=seed")))
@@ -242,7 +317,9 @@ def test_a_stage_that_was_made_with_other_settings_is_not_taken_for_this_runs(tm
 def test_domains_that_can_not_name_an_expert_are_refused_before_anything_runs(tmp_path, name):
     config = config_of(tmp_path)
     config.pipeline.domains = ["a", name]
-    with pytest.raises(ConfigError, match=r"can't be the name of an expert; expected letters, digits"):
+    with pytest.raises(
+        ConfigError, match=r"can't be the name of an expert; expected letters, digits"
+    ):
         check_domains(config)
 
 

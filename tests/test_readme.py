@@ -1,4 +1,5 @@
-"""The README as a user reads it: its blocks run in order on tiny models of a user's own, its words are looked up."""
+"""The README as a user reads it: its blocks run in order on tiny models of a user's own, its words
+are looked up."""
 
 import contextlib
 import functools
@@ -27,15 +28,27 @@ from nexus_ds.settings import Config
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 BIN = Path(sys.executable).parent
-TINY = ["data.sequence_length=16", "training.tokens=0", "training.steps=4", "training.batch_size=2",
-        "training.eval_windows=2", "training.save_every=2", "training.lr=1e-3"]  # fmt: skip
+TINY = [
+    "data.sequence_length=16",
+    "training.tokens=0",
+    "training.steps=4",
+    "training.batch_size=2",
+    "training.eval_windows=2",
+    "training.save_every=2",
+    "training.lr=1e-3",
+]
 WORDS = {
     "law": "court judge claim appeal clause statute party ruling",
     "code": "loop array index stack branch merge pointer cache",
     "medicine": "heart blood nerve fever dose virus tissue organ",
 }
-CHAT = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"  # of an instruct-like branch
-KINDS = [("Llama", True, torch.float32), ("Mistral", False, torch.bfloat16), ("Qwen2", True, torch.bfloat16)]
+# of an instruct-like branch
+CHAT = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+KINDS = [
+    ("Llama", True, torch.float32),
+    ("Mistral", False, torch.bfloat16),
+    ("Qwen2", True, torch.bfloat16),
+]
 COMMANDS = [block.strip().splitlines() for block in re.findall(r"```bash\n(.*?)```", README, re.S)]
 [STOCK] = re.findall(r"```python\n(.*?)```", README, re.S)
 BRANCH, OWN = ([c for c in lines if not c.startswith("source ")] for lines in COMMANDS[1:])
@@ -48,13 +61,23 @@ def new_seed(family, tied, dtype, out):
     """Save a random model of a family with a byte-level tokenizer: 2 layers, hidden 16."""
     import transformers
 
-    train_tokenizer((text for domain in WORDS for text in sentences(domain, 20, 0, WORDS)), 320, out)
+    train_tokenizer(
+        (text for domain in WORDS for text in sentences(domain, 20, 0, WORDS)), 320, out
+    )
     vocabulary = json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(
-        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
     getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).save_pretrained(out)
 
 
@@ -63,7 +86,10 @@ def new_branch(seed, out, number):
     shutil.copytree(seed, out)
     generator = torch.Generator().manual_seed(number)
     tensors = load_file(out / "model.safetensors")
-    moved = {name: t + 0.02 * torch.randn(t.shape, generator=generator).to(t.dtype) for name, t in tensors.items()}
+    moved = {
+        name: t + 0.02 * torch.randn(t.shape, generator=generator).to(t.dtype)
+        for name, t in tensors.items()
+    }
     save_file(moved, out / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -84,7 +110,10 @@ def typed(command):
             assert main(words[1:]) == 0, command
         return said.getvalue()
     done = subprocess.run(
-        [str(BIN / words[0]), *words[1:], *TINY], env=clean_environment(), capture_output=True, text=True
+        [str(BIN / words[0]), *words[1:], *TINY],
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
     return done.stdout + done.stderr
@@ -119,7 +148,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(folder):
-    """The folder after all commands of the blocks, in order; what each printed lies in its file `said`."""
+    """The folder after all commands of the blocks, in order; what each printed lies in its file
+    `said`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         said = [typed(command) for command in (*BRANCH, *OWN)]
@@ -135,8 +165,14 @@ def test_the_branch_that_was_lacking_is_trained(done):
     config = json.loads((done / "models/law/config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     recipe = load_config(done / "models/law/training.yaml")
-    assert (recipe.model.path, recipe.data.domains, recipe.stage) == ("models/seed", ["law"], "branch")
-    seed, law = (load_file(done / "models" / name / "model.safetensors") for name in ("seed", "law"))
+    assert (recipe.model.path, recipe.data.domains, recipe.stage) == (
+        "models/seed",
+        ["law"],
+        "branch",
+    )
+    seed, law = (
+        load_file(done / "models" / name / "model.safetensors") for name in ("seed", "law")
+    )
     assert seed.keys() == law.keys()
     name = "model.layers.0.mlp.gate_proj.weight"
     assert 0 < (law[name].float() - seed[name].float()).abs().max() < 0.02  # four steps of 1e-3
@@ -146,14 +182,22 @@ def test_the_branch_that_was_lacking_is_trained(done):
 def test_models_in_fp32_and_the_recipe_s_bf16_go_together(done):
     """The seed in fp32 gets a branch in bf16, and what was trained in bf16 a branch in fp32."""
     said = (done / "said").read_text(encoding="utf-8")
-    assert re.findall(r"expert (\w+): weights cast from (\w+) to (\w+), the dtype of (\S+)", said) == [
-        ("law", "bfloat16", "float32", "models/seed"), ("medicine", "float32", "bfloat16", "moe/trained"),
-    ]  # fmt: skip
-    dtypes = [json.loads((done / name / "config.json").read_text())["dtype"] for name in ("moe/start", "moe/trained")]
+    assert re.findall(
+        r"expert (\w+): weights cast from (\w+) to (\w+), the dtype of (\S+)", said
+    ) == [
+        ("law", "bfloat16", "float32", "models/seed"),
+        ("medicine", "float32", "bfloat16", "moe/trained"),
+    ]
+    dtypes = [
+        json.loads((done / name / "config.json").read_text())["dtype"]
+        for name in ("moe/start", "moe/trained")
+    ]
     assert dtypes == ["float32", "bfloat16"]
     name = "mlp.experts.2.up_proj.weight"
     wide = load_file(done / "moe/wider/model.safetensors")[f"model.layers.0.{name}"]
-    branch = load_file(done / "models/medicine/model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    branch = load_file(done / "models/medicine/model.safetensors")[
+        "model.layers.0.mlp.up_proj.weight"
+    ]
     assert torch.equal(wide, branch.to(torch.bfloat16))
 
 
@@ -164,14 +208,21 @@ def test_the_commands_for_ones_own_models_run_as_they_stand(done):
     assert lineage[-1]["mixture"] == {"law": 0.25, "code": 0.25, "medicine": 0.5}
     assert (done / "moe/report/report.html").is_file()
     perplexity = json.loads((done / "moe/report/summary.json").read_text())["perplexity"]
-    assert {name: set(row) for name, row in perplexity.items()} == {key: set(WORDS) for key in ("trained", "extended")}
+    assert {name: set(row) for name, row in perplexity.items()} == {
+        key: set(WORDS) for key in ("trained", "extended")
+    }
 
 
 @pytest.mark.slow
 def test_torchrun_starts_training_too(done, monkeypatch):
     """Two ranks, and so the batch of two is one sample on each."""
     monkeypatch.chdir(done)
-    words = BRANCH[0].replace("branch=law", "branch=code").replace("models/law", "models/more-code").split()
+    words = (
+        BRANCH[0]
+        .replace("branch=law", "branch=code")
+        .replace("models/law", "models/more-code")
+        .split()
+    )
     said = typed(" ".join(["torchrun", "--standalone", "--nproc-per-node=2", *words[1:]]))
     assert "2 ranks" in said and "wrote models/more-code" in said
 
@@ -180,7 +231,11 @@ def test_torchrun_starts_training_too(done, monkeypatch):
 def test_serving_needs_only_the_lines_of_the_readme(done):
     more = "import sys\nassert 'nexus_ds' not in sys.modules\nprint(model.config.model_type, model.config.num_experts)"
     stock = subprocess.run(
-        [sys.executable, "-c", STOCK + more], cwd=done, env=clean_environment(), capture_output=True, text=True
+        [sys.executable, "-c", STOCK + more],
+        cwd=done,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
     )
     assert stock.stdout.split() == ["qwen2_moe", "3"], stock.stderr
 
@@ -189,15 +244,31 @@ def test_serving_needs_only_the_lines_of_the_readme(done):
 def test_the_verbs_that_the_text_names_work_on_it(done, monkeypatch, capsys):
     """inspect, generate, plan, remove, extend --replace, as the README writes them."""
     monkeypatch.chdir(done)
-    for code in [c for c in INLINE if c.startswith(("nexus-ds inspect", "nexus-ds generate", "nexus-ds plan"))]:
+    for code in [
+        c
+        for c in INLINE
+        if c.startswith(("nexus-ds inspect", "nexus-ds generate", "nexus-ds plan"))
+    ]:
         assert main(shlex.split(code.replace("DIR", "moe/extended"))[1:]) == 0, code
     said = capsys.readouterr().out
-    assert "expert 2: medicine (domain medicine)" in said and "prompt" in said and "links: at 25 Gb" in said
+    assert (
+        "expert 2: medicine (domain medicine)" in said
+        and "prompt" in said
+        and "links: at 25 Gb" in said
+    )
     judged = ["--data", "data", "--fail-if-worse", "900%", "--windows", "2"]
     parts = ["--checkpoint", "moe/extended"]
     assert main(["remove", *parts, "--expert", "medicine", "--out", "moe/fewer", *judged]) == 0
     check_next(capsys.readouterr().out)
-    better = ["--replace", "--expert", "law=models/law", "--domains", "domains.safetensors", "--lambda", "0.05"]
+    better = [
+        "--replace",
+        "--expert",
+        "law=models/law",
+        "--domains",
+        "domains.safetensors",
+        "--lambda",
+        "0.05",
+    ]
     assert main(["extend", *parts, *better, "--out", "moe/better", "--config", "own", *judged]) == 0
     check_next(capsys.readouterr().out)
     assert [e.name for e in read_sidecar(done / "moe/fewer").experts] == ["law", "code"]
@@ -216,7 +287,10 @@ def test_models_of_every_kind_go_through_the_block(family, tied, dtype, done, mo
     for number, domain in enumerate(WORDS):
         new_branch(Path("models/seed"), Path("models") / domain, number)
     upcycle, extend = (
-        shlex.split(c)[1:] for verb in ("upcycle", "extend") for c in OWN if c.startswith(f"nexus-ds {verb} ")
+        shlex.split(c)[1:]
+        for verb in ("upcycle", "extend")
+        for c in OWN
+        if c.startswith(f"nexus-ds {verb} ")
     )
     assert main(upcycle) == 0
     shutil.copytree("moe/start", "moe/trained")
@@ -227,7 +301,9 @@ def test_models_of_every_kind_go_through_the_block(family, tied, dtype, done, mo
     model = AutoModelForCausalLM.from_pretrained(wider, dtype="auto")
     assert model.dtype == dtype and model.config.tie_word_embeddings == tied
     expert = load_file(wider / "model.safetensors")["model.layers.1.mlp.experts.2.up_proj.weight"]
-    assert torch.equal(expert, load_file("models/medicine/model.safetensors")["model.layers.1.mlp.up_proj.weight"])
+    assert torch.equal(
+        expert, load_file("models/medicine/model.safetensors")["model.layers.1.mlp.up_proj.weight"]
+    )
 
 
 @functools.cache
@@ -242,7 +318,8 @@ def options_of(verb):
 
 
 def check_words(text, verb=""):
-    """Assert that options, settings, recipes and files that a text names exist; options of `verb`, if given, else of any."""
+    """Assert that options, settings, recipes and files that a text names exist; options of `verb`,
+    if given, else of any."""
     known = options_of(verb) if verb else {o for v in VERBS for o in options_of(v)}
     for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", text):
         assert option in known, f"{option} in {text!r}"
@@ -260,14 +337,27 @@ def test_every_command_and_setting_in_the_text_exists():
     found = set()
     for code in [*INLINE, *(line for lines in COMMANDS for line in lines)]:
         words = code.removeprefix("nexus-ds ").split()
-        verb = words[0] if words[0] in VERBS and (code.startswith("nexus-ds ") or len(words) > 1) else ""
+        verb = (
+            words[0]
+            if words[0] in VERBS and (code.startswith("nexus-ds ") or len(words) > 1)
+            else ""
+        )
         assert verb or not code.startswith("nexus-ds "), code
         check_words(code, verb)
         found.add(verb)
         if verb == "bench":
             for name in words[1].split("|"):
                 build_parser("bench").parse_args(["bench", name])
-    assert {"demo", "compare", "plan", "discover", "remove", "evaluate", "inspect", "generate"} <= found
+    assert {
+        "demo",
+        "compare",
+        "plan",
+        "discover",
+        "remove",
+        "evaluate",
+        "inspect",
+        "generate",
+    } <= found
 
 
 @pytest.mark.parametrize("page", sorted(REPOSITORY.glob("docs/*.md")), ids=lambda path: path.name)
@@ -326,7 +416,9 @@ def test_the_layout_is_that_of_the_repository():
         assert (REPOSITORY / name).is_dir() or (REPOSITORY / "nexus_ds" / name).is_dir(), name
     packages = {p.parent.name for p in REPOSITORY.glob("nexus_ds/*/__init__.py")}
     assert packages <= set(named)
-    assert {f"{p.stem}" for p in REPOSITORY.glob("ds_configs/*.json")} == set(re.findall(r"\bz\d\w*", tree))
+    assert {f"{p.stem}" for p in REPOSITORY.glob("ds_configs/*.json")} == set(
+        re.findall(r"\bz\d\w*", tree)
+    )
 
 
 def test_files_that_the_readme_names_exist():
@@ -338,9 +430,19 @@ def test_files_that_the_readme_names_exist():
 
 def test_a_mistake_is_one_line_and_a_non_zero_exit(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "nexus_ds", "embed", "--data", str(tmp_path / "no"), "--out", str(tmp_path / "x")],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "nexus_ds",
+            "embed",
+            "--data",
+            str(tmp_path / "no"),
+            "--out",
+            str(tmp_path / "x"),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1
     assert done.stderr.startswith("nexus-ds embed: ") and "Traceback" not in done.stderr
 
@@ -349,4 +451,6 @@ def test_a_test_sees_neither_the_folder_nor_the_home_of_its_caller():
     """`make demo` leaves runs/demo where `make test` is typed next."""
     assert list(Path.cwd().iterdir()) == [] and Path.cwd() != REPOSITORY
     assert Path.home().parent.name.startswith("nexus-ds-tests-")
-    assert not Path("runs").exists() and not [n for n in os.environ if n.startswith(("XDG_", "MPL"))]
+    assert not Path("runs").exists() and not [
+        n for n in os.environ if n.startswith(("XDG_", "MPL"))
+    ]

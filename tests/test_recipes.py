@@ -1,4 +1,5 @@
-"""Recipes of comparisons: each one makes jobs, each changed setting changes something, those for clusters can be planned."""
+"""Recipes of comparisons: each one makes jobs, each changed setting changes something, those for
+clusters can be planned."""
 
 import functools
 import json
@@ -26,9 +27,14 @@ def comparison(name):
 
 def test_each_table_figure_and_scale_has_a_recipe():
     scales = {"compare-tiny", "compare-small", "compare-470m", "compare-2.8b"}
-    paper = {f"paper/{name}" for name in ("table2", "table3", "figure4", "figure5", "figure6", "figure7", "figure8")}
+    paper = {
+        f"paper/{name}"
+        for name in ("table2", "table3", "figure4", "figure5", "figure6", "figure7", "figure8")
+    }
     cluster = [read_recipe(name)["model"] for name in CLUSTER]
-    assert scales | paper <= set(COMPARED) and all(read_recipe(name)["model"] in cluster for name in paper)
+    assert scales | paper <= set(COMPARED) and all(
+        read_recipe(name)["model"] in cluster for name in paper
+    )
     assert len([name for name in COMPARED if name.startswith("ablations/")]) >= 12
 
 
@@ -39,7 +45,9 @@ def test_a_comparison_can_be_made_of_it(name):
     assert not Path("nowhere").exists()
     for _, seeds in found.extensions.values():
         steps = [step for step in seeds[0].steps if step]
-        assert len(steps) >= 3 and math.gcd(*steps) >= 10, "scored so often that it costs more than the finetuning"
+        assert len(steps) >= 3 and math.gcd(*steps) >= 10, (
+            "scored so often that it costs more than the finetuning"
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in COMPARED if load_config(name).compare.variants])
@@ -47,13 +55,16 @@ def test_each_changed_setting_makes_other_models(name):
     found = comparison(name)
     for variant in load_config(name).compare.variants:
         changed = [
-            key for table in (found.contenders, found.extensions) for key, (_, seeds) in table.items()
+            key
+            for table in (found.contenders, found.extensions)
+            for key, (_, seeds) in table.items()
             if key[0] == variant and seeds[0].model != table[("", *key[1:])][1][0].model
-        ]  # fmt: skip
+        ]
         assert changed, f"{variant} changes nothing"
 
 
-@pytest.mark.parametrize("name", [name for name in COMPARED if name != "ablations/budget"])  # changes the branches
+# changes the branches
+@pytest.mark.parametrize("name", [name for name in COMPARED if name != "ablations/budget"])
 def test_dense_models_are_trained_once(name):
     """Contenders and variants differ after the branches, so these are shared."""
     jobs = [job.name for job in comparison(name).builder.jobs.values()]
@@ -70,9 +81,15 @@ def test_recipes_for_clusters_can_be_planned(name, capsys):
 
 
 def test_the_recipe_of_one_gpu_is_planned_on_one(capsys):
-    assert main(["plan", "--config", "compare-small", "--gpus", "1", "--gpu-memory", "24GB", "--json"]) == 0
+    assert (
+        main(["plan", "--config", "compare-small", "--gpus", "1", "--gpu-memory", "24GB", "--json"])
+        == 0
+    )
     plan = json.loads(capsys.readouterr().out)
-    assert plan["layouts"][0]["fits"] and 50e6 < plan["parameters"]["active"] < plan["parameters"]["total"] < 110e6
+    assert (
+        plan["layouts"][0]["fits"]
+        and 50e6 < plan["parameters"]["active"] < plan["parameters"]["total"] < 110e6
+    )
 
 
 def test_recipes_say_what_they_are_for():

@@ -24,19 +24,31 @@ print(next_training(Path("out"), "data", "demo", "moe"))
 def test_a_wheel_is_enough_without_the_clone(tmp_path):
     for name in ("nexus_ds", "ds_configs"):
         shutil.copytree(
-            REPOSITORY / name, tmp_path / "clone" / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+            REPOSITORY / name,
+            tmp_path / "clone" / name,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("__pycache__"),
         )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, tmp_path / "clone")
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input"]
-    offline = ["--no-deps", "--no-build-isolation", "--no-index", "--no-compile", "--target", "site"]
-    installed = subprocess.run([*pip, "install", *offline, "./clone"], cwd=tmp_path, capture_output=True, text=True)
+    offline = [
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--no-compile",
+        "--target",
+        "site",
+    ]
+    installed = subprocess.run(
+        [*pip, "install", *offline, "./clone"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert installed.returncode == 0, installed.stderr
     shutil.rmtree(tmp_path / "clone")
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run(
         [sys.executable, "-c", ASK], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     found, command = done.stdout.splitlines()
     assert found == "moe 1"

@@ -1,4 +1,5 @@
-"""One rank of a training run (not a test): trains as train.py does, exports, and keeps the engine's own logits.
+"""One rank of a training run (not a test): trains as train.py does, exports, and keeps the engine's
+own logits.
 
 python train_worker.py LOGITS_FILE DS_JSON section.key=value ...
 """
@@ -29,7 +30,9 @@ def main():
     run = Run(config, ds_json, rank, here.world, here.local_world)
     metrics = Metrics(run.work, "worker", 0, run.total, rank == 0)
     run.loop(0, metrics, StopRequest())
-    probe = torch.arange(24).remainder(run.engine.module.config.vocab_size).view(2, 12).to(run.device)
+    probe = (
+        torch.arange(24).remainder(run.engine.module.config.vocab_size).view(2, 12).to(run.device)
+    )
     run.engine.eval()
     with torch.no_grad():
         logits = run.engine(input_ids=probe, use_cache=False).logits.float()

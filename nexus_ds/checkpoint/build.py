@@ -1,9 +1,11 @@
-"""Models in memory: a checkpoint directory becomes a transformers model, its MoE blocks those of the caller's choice.
+"""Models in memory: a checkpoint directory becomes a transformers model, its MoE blocks those of
+the caller's choice.
 
-A rank reads its own routed experts and the dense part, nothing else; tensors are read one at a time, and each layer can
-be partitioned before the next one is read.
+A rank reads its own routed experts and the dense part, nothing else; tensors are read one at a
+time, and each layer can be partitioned before the next one is read.
 Shapes: E routed experts, H hidden size, F inner width, M domain embedding.
-Not covered: dense models layer by layer (they are small enough for one device, or they could not become an expert).
+Not covered: dense models layer by layer (they are small enough for one device, or they could not
+become an expert).
 """
 
 from __future__ import annotations
@@ -16,7 +18,14 @@ from torch import Tensor, nn
 
 from nexus_ds.checkpoint.families import FFN_PARTS, settings
 from nexus_ds.checkpoint.loading import know_model_type, quiet_transformers
-from nexus_ds.checkpoint.qwen2_moe import check_shared_gates, expert_name, gate_name, mean_name, open_moe, shared_name
+from nexus_ds.checkpoint.qwen2_moe import (
+    check_shared_gates,
+    expert_name,
+    gate_name,
+    mean_name,
+    open_moe,
+    shared_name,
+)
 from nexus_ds.checkpoint.sidecar import load_projection, read_sidecar
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.errors import CheckpointError
@@ -28,7 +37,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def transformers_config(directory: Path) -> Any:
-    """Return the checkpoint's configuration; nothing but local JSON is read and no code of the checkpoint is run."""
+    """Return the checkpoint's configuration; nothing but local JSON is read and no code of the
+    checkpoint is run."""
     from transformers import AutoConfig
 
     know_model_type(directory)
@@ -36,7 +46,8 @@ def transformers_config(directory: Path) -> Any:
 
 
 def load_stock(directory: Path, dtype: torch.dtype) -> Any:
-    """Load any checkpoint as plain transformers does (the oracle of the export, and the way dense models are trained)."""
+    """Load any checkpoint as plain transformers does (the oracle of the export, and the way dense
+    models are trained)."""
     from transformers import AutoModelForCausalLM
 
     know_model_type(directory)
@@ -70,7 +81,8 @@ def new_dense(model: ModelConfig, vocabulary: int, eos: int, seed: int) -> Any:
 
 
 def _empty_skeleton(directory: Path, stored: dict[str, Any], dtype: torch.dtype) -> Any:
-    """Return a Qwen2-MoE without feed-forward blocks, on the meta device but for its rotary buffers."""
+    """Return a Qwen2-MoE without feed-forward blocks, on the meta device but for its rotary
+    buffers."""
     from transformers import Qwen2MoeForCausalLM
 
     config = transformers_config(directory)
@@ -88,22 +100,34 @@ def _empty_skeleton(directory: Path, stored: dict[str, Any], dtype: torch.dtype)
 
 def _fill(model: Any, prefix: str, reader: TensorReader, dtype: torch.dtype) -> None:
     """Read every tensor under `prefix` that stands outside the MoE blocks."""
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False) if name.startswith(prefix)]
+    names = [
+        name
+        for name, _ in model.named_parameters(remove_duplicate=False)
+        if name.startswith(prefix)
+    ]
     for name in names:
         if name not in reader:
-            raise CheckpointError(f"tensor {name} is missing; expected every weight of {model.config.model_type}")
+            raise CheckpointError(
+                f"tensor {name} is missing; expected every weight of {model.config.model_type}"
+            )
         owner, _, last = name.rpartition(".")
-        model.get_submodule(owner).register_parameter(last, nn.Parameter(reader.read(name).to(dtype)))
+        model.get_submodule(owner).register_parameter(
+            last, nn.Parameter(reader.read(name).to(dtype))
+        )
 
 
-def _read_ffn(reader: TensorReader, names: dict[str, str], dtype: torch.dtype, down_scale: float = 1.0) -> FeedForward:
+def _read_ffn(
+    reader: TensorReader, names: dict[str, str], dtype: torch.dtype, down_scale: float = 1.0
+) -> FeedForward:
     """Read one feed-forward network."""
     ffn_size, hidden_size = reader.info(names["gate_proj"]).shape
     with torch.device("meta"):
         ffn = FeedForward(hidden_size, ffn_size)
     for part, name in names.items():
         weight = reader.read(name).to(dtype)
-        getattr(ffn, part).weight = nn.Parameter(weight * down_scale if part == "down_proj" else weight)
+        getattr(ffn, part).weight = nn.Parameter(
+            weight * down_scale if part == "down_proj" else weight
+        )
     return ffn
 
 
@@ -111,7 +135,8 @@ class NexusParts:
     """Reads the parts of one MoE block from a Nexus checkpoint.
 
     Raises:
-        CheckpointError: damaged, or the shared expert's gate has been trained since, which no layer here computes.
+        CheckpointError: damaged, or the shared expert's gate has been trained since, which no layer
+            here computes.
     """
 
     def __init__(self, directory: Path, dtype: torch.dtype) -> None:
@@ -121,20 +146,25 @@ class NexusParts:
         check_shared_gates(self.reader, self.config["num_hidden_layers"])
 
     def shared(self, layer: int) -> FeedForward:
-        """Return the shared expert; on disk its down_proj is doubled, since a stock Qwen2-MoE halves it."""
+        """Return the shared expert; on disk its down_proj is doubled, since a stock Qwen2-MoE
+        halves it."""
         names = {part: shared_name(layer, part) for part in FFN_PARTS}
         return _read_ffn(self.reader, names, self.dtype, down_scale=0.5)
 
     def routed(self, layer: int, expert: int) -> FeedForward:
         """Return one routed expert."""
-        return _read_ffn(self.reader, {part: expert_name(layer, expert, part) for part in FFN_PARTS}, self.dtype)
+        return _read_ffn(
+            self.reader, {part: expert_name(layer, expert, part) for part in FFN_PARTS}, self.dtype
+        )
 
     def projection(self, layer: int) -> tuple[Projection | None, Tensor | None]:
-        """Return P in the working dtype and its input [E, M] in fp32; (None, None) for a linear router."""
+        """Return P in the working dtype and its input [E, M] in fp32; (None, None) for a linear
+        router."""
         if self.sidecar.router.kind == "linear":
             return None, None
         projection = load_projection(self.sidecar, layer).to(self.dtype)
-        self.sidecar.projections[layer] = {}  # asked for once; all layers' fp32 weights would stay otherwise
+        # asked for once; all layers' fp32 weights would stay otherwise
+        self.sidecar.projections[layer] = {}
         return projection, self.sidecar.domain_inputs()
 
     def rows(self, layer: int) -> Tensor:
@@ -142,6 +172,7 @@ class NexusParts:
         return self.reader.read(gate_name(layer)).to(self.dtype)
 
     def mean(self, layer: int) -> Tensor | None:
-        """Return what a router with the input `context` subtracts [H]; None for the input `token`."""
+        """Return what a router with the input `context` subtracts [H]; None for the input
+        `token`."""
         context = self.sidecar.router.input == "context"
         return self.reader.read(mean_name(layer)).to(self.dtype) if context else None

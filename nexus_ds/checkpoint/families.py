@@ -1,11 +1,14 @@
-"""Dense families (Llama, Mistral, Qwen2 and 2.5) and their names and settings as Qwen2-MoE, there and back.
+"""Dense families (Llama, Mistral, Qwen2 and 2.5) and their names and settings as Qwen2-MoE, there
+and back.
 
-A Nexus model is stored as a stock Qwen2-MoE: norm_topk_prob false, the shared expert's constant gate (sigmoid of about
-zero, exactly 1/2) undone by a doubled down_proj. `open_dense` refuses by name what that form can't express.
-A config.json is read by transformers' own class: what a key means, and what holds where two contradict, is said there.
-Layout: attention and norms keep their names; model.layers.L.mlp becomes mlp.shared_expert, mlp.experts.E and the
-router row mlp.gate.
-Not covered: quantised models, fp16 weights, tied weights other than the embeddings, RoPE that covers part of a head.
+A Nexus model is stored as a stock Qwen2-MoE: norm_topk_prob false, the shared expert's constant
+gate (sigmoid of about zero, exactly 1/2) undone by a doubled down_proj. `open_dense` refuses by
+name what that form can't express. A config.json is read by transformers' own class: what a key
+means, and what holds where two contradict, is said there.
+Layout: attention and norms keep their names; model.layers.L.mlp becomes mlp.shared_expert,
+mlp.experts.E and the router row mlp.gate.
+Not covered: quantised models, fp16 weights, tied weights other than the embeddings, RoPE that
+covers part of a head.
 """
 
 from __future__ import annotations
@@ -18,16 +21,29 @@ from typing import Any
 
 import torch
 
-from nexus_ds.checkpoint.tensors import DTYPES, TensorReader, read_json_object, require_directory, row_slices
+from nexus_ds.checkpoint.tensors import (
+    DTYPES,
+    TensorReader,
+    read_json_object,
+    require_directory,
+    row_slices,
+)
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 from nexus_ds.model.context import CONTEXT_MODEL
 
 FFN_PARTS = ("gate_proj", "up_proj", "down_proj")
-"""Weight of the shared expert's gate: its sigmoid is exactly 1/2, and llama.cpp's silu(x)/x stays finite."""
+"""Weight of the shared expert's gate: its sigmoid is exactly 1/2, and llama.cpp's silu(x)/x stays
+finite."""
 
 MODEL_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 FAMILIES = ("llama", "mistral", "qwen2")
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+)
 MOST_LAYERS = 10_000
 ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 STRETCHED = ("dynamic", "yarn", "longrope")
@@ -66,12 +82,42 @@ HOOKS = (  # keys of a configuration that make transformers run code that is not
     "_experts_implementation",
     "kernel_config",
 )
-HARMLESS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "grouped_mm", "batched_mm")
-"""Implementations that transformers itself carries; anything else may be the name of a kernel on a hub."""
+HARMLESS = (
+    "eager",
+    "sdpa",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flex_attention",
+    "grouped_mm",
+    "batched_mm",
+)
+"""Implementations that transformers itself carries; anything else may be the name of a kernel on a
+hub."""
 KEPT = (  # keys that a Qwen2-MoE and the dense families share
-    *("dtype", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("hidden_act", "rms_norm_eps", "max_position_embeddings", "rope_parameters", "attention_dropout", "head_dim"),
-    *("initializer_range", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
+    *(
+        "dtype",
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ),
+    *(
+        "hidden_act",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "rope_parameters",
+        "attention_dropout",
+        "head_dim",
+    ),
+    *(
+        "initializer_range",
+        "tie_word_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "use_cache",
+    ),
 )
 
 
@@ -92,7 +138,8 @@ def _walk(value: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
 
 
 def refuse_hooks(config: dict[str, Any], where: str) -> None:
-    """Raise UnsupportedModelError for keys, at any depth, through which a configuration runs code of its own."""
+    """Raise UnsupportedModelError for keys, at any depth, through which a configuration runs code
+    of its own."""
     for path, key, value in _walk(config):
         harmless = value in (None, False) or (key.endswith("_implementation") and value in HARMLESS)
         if key in HOOKS and not harmless:
@@ -112,7 +159,8 @@ def _positive(config: dict[str, Any], key: str, where: str) -> int:
 def own_config(config: dict[str, Any], where: str = "config.json") -> Any:
     """Return the configuration object that transformers makes of a config.json of a known family.
 
-    It fills in what the file leaves out, reads older keys, and decides between keys that contradict each other.
+    It fills in what the file leaves out, reads older keys, and decides between keys that contradict
+    each other.
 
     Raises:
         CheckpointError: transformers can't read it.
@@ -129,7 +177,14 @@ def own_config(config: dict[str, Any], where: str = "config.json") -> Any:
     try:
         found = CONFIG_MAPPING[family](**values)
         found.standardize_rope_params()  # as it is done once more when a model is built
-    except (StrictDataclassError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        StrictDataclassError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         said = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{where}: transformers can't read it as {family}: {said}; mend that key, or fetch or save the model again"
@@ -141,14 +196,22 @@ def _rope(own: Any, where: str) -> dict[str, Any]:
     """Return rope_parameters in today's form, whatever form config.json has."""
     rope = dict(own.rope_parameters)
     if any(isinstance(value, dict) for value in rope.values()):
-        raise UnsupportedModelError(f"{where}: RoPE that differs between layers can't be expressed as Qwen2-MoE")
+        raise UnsupportedModelError(
+            f"{where}: RoPE that differs between layers can't be expressed as Qwen2-MoE"
+        )
     rope.pop("type", None)
     if rope["rope_type"] not in ROPES:
         raise UnsupportedModelError(
             f"{where}: RoPE of type {rope['rope_type']!r} can't be expressed as Qwen2-MoE; known: {', '.join(ROPES)}"
         )
-    if (rope.pop("partial_rotary_factor", None) or getattr(own, "partial_rotary_factor", None) or 1.0) != 1.0:
-        raise UnsupportedModelError(f"{where}: partial_rotary_factor can't be expressed as Qwen2-MoE")
+    if (
+        rope.pop("partial_rotary_factor", None)
+        or getattr(own, "partial_rotary_factor", None)
+        or 1.0
+    ) != 1.0:
+        raise UnsupportedModelError(
+            f"{where}: partial_rotary_factor can't be expressed as Qwen2-MoE"
+        )
     theta = rope["rope_theta"]
     if type(theta) not in (int, float) or not theta > 0:
         raise CheckpointError(f"{where}: rope_theta is {theta!r}, expected a number above 0")
@@ -156,14 +219,17 @@ def _rope(own: Any, where: str) -> dict[str, Any]:
 
 
 def _windows(own: Any, where: str) -> tuple[int | None, list[str]]:
-    """Return the width of sliding-window attention in tokens (None: all is full), and each layer's kind of attention."""
+    """Return the width of sliding-window attention in tokens (None: all is full), and each layer's
+    kind of attention."""
     layers, window = own.num_hidden_layers, getattr(own, "sliding_window", None)
     full = ["full_attention"] * layers
     if own.model_type == "llama" or (own.model_type == "mistral" and window is None):
         return None, full
     types = ["sliding_attention"] * layers if own.model_type == "mistral" else list(own.layer_types)
     if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
-        raise UnsupportedModelError(f"{where}: layer_types {types!r} can't be expressed as Qwen2-MoE")
+        raise UnsupportedModelError(
+            f"{where}: layer_types {types!r} can't be expressed as Qwen2-MoE"
+        )
     if "sliding_attention" not in types:
         return None, full
     if type(window) is not int or window <= 0:
@@ -174,12 +240,15 @@ def _windows(own: Any, where: str) -> tuple[int | None, list[str]]:
 
 
 def settings(config: dict[str, Any], where: str = "config.json") -> dict[str, Any]:
-    """Return what a model of a known family (or a Nexus model's Qwen2-MoE) computes, in one normal form.
+    """Return what a model of a known family (or a Nexus model's Qwen2-MoE) computes, in one normal
+    form.
 
-    Two models whose settings are equal can be averaged and can share experts. `where` starts the messages.
+    Two models whose settings are equal can be averaged and can share experts. `where` starts the
+    messages.
 
     Raises:
-        CheckpointError: sizes that are missing or no numbers, anything else that transformers can't read.
+        CheckpointError: sizes that are missing or no numbers, anything else that transformers can't
+            read.
         UnsupportedModelError: RoPE or attention that can't be expressed.
     """
     for key in SIZES:
@@ -211,10 +280,12 @@ def settings(config: dict[str, Any], where: str = "config.json") -> dict[str, An
 
 
 def both_ropes(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config.json that says its RoPE in today's spelling and in that of transformers before 5.
+    """Return a config.json that says its RoPE in today's spelling and in that of transformers
+    before 5.
 
-    The older one is rope_theta and, where frequencies are scaled, rope_scaling; without them such a version reads the base
-    as 10000. Today's transformers, which takes rope_scaling before rope_parameters, reads the same from either.
+    The older one is rope_theta and, where frequencies are scaled, rope_scaling; without them such a
+    version reads the base as 10000. Today's transformers, which takes rope_scaling before
+    rope_parameters, reads the same from either.
     """
     rope = settings(config)["rope"]
     older: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
@@ -232,23 +303,38 @@ def dense_config(config: dict[str, Any], family: str | None = None) -> dict[str,
         family: llama | mistral | qwen2; None chooses the family that has the needed features.
 
     Raises:
-        UnsupportedModelError: the family can't express the model (biases of q, k, v; sliding window).
+        UnsupportedModelError: the family can't express the model (biases of q, k, v; sliding
+            window).
     """
     s = settings(config)
     sliding = s["sliding_window"] is not None
     family = family or ("qwen2" if s["qkv_bias"] else "mistral" if sliding else "llama")
     uniform = len(set(s["layer_types"])) == 1
     if (family == "qwen2") != s["qkv_bias"] or (sliding and family == "llama"):
-        raise UnsupportedModelError(f"a {family} can't express qkv_bias={s['qkv_bias']} with sliding window {sliding}")
+        raise UnsupportedModelError(
+            f"a {family} can't express qkv_bias={s['qkv_bias']} with sliding window {sliding}"
+        )
     if sliding and family == "mistral" and not uniform:
-        raise UnsupportedModelError("a mistral has one kind of attention in all layers; this model mixes two")
-    architecture = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[family] + "ForCausalLM"
+        raise UnsupportedModelError(
+            "a mistral has one kind of attention in all layers; this model mixes two"
+        )
+    architecture = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[
+        family
+    ] + "ForCausalLM"
     dense = {key: config[key] for key in KEPT if key in config}
-    dense |= {"architectures": [architecture], "model_type": family, "intermediate_size": s["ffn_size"]}
+    dense |= {
+        "architectures": [architecture],
+        "model_type": family,
+        "intermediate_size": s["ffn_size"],
+    }
     if family == "mistral":
         dense["sliding_window"] = s["sliding_window"]
     if family == "qwen2":
-        dense |= {"use_sliding_window": sliding, "sliding_window": s["sliding_window"], "layer_types": s["layer_types"]}
+        dense |= {
+            "use_sliding_window": sliding,
+            "sliding_window": s["sliding_window"],
+            "layer_types": s["layer_types"],
+        }
     return both_ropes(dense)
 
 
@@ -261,7 +347,8 @@ def ffn_place(name: str) -> tuple[int, str | None]:
 
 
 def dense_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of all weights of the dense model (or of one expert of a Nexus model), in file order."""
+    """Return names and shapes of all weights of the dense model (or of one expert of a Nexus
+    model), in file order."""
     s = settings(config)
     h, f = s["hidden_size"], s["ffn_size"]
     q, kv = s["heads"] * s["head_dim"], s["kv_heads"] * s["head_dim"]
@@ -285,11 +372,13 @@ def dense_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class DenseModel:
-    """A dense model on disk whose configuration and tensor headers were checked; no weight is in memory."""
+    """A dense model on disk whose configuration and tensor headers were checked; no weight is in
+    memory."""
 
     directory: Path
     config: dict[str, Any]
-    """config.json as it stands on disk, but for `tie_word_embeddings`, which is as the file of weights has it."""
+    """config.json as it stands on disk, but for `tie_word_embeddings`, which is as the file of
+    weights has it."""
     family: str
     """llama | mistral | qwen2."""
     reader: TensorReader
@@ -300,7 +389,11 @@ class DenseModel:
 
     def ffn_names(self) -> list[str]:
         """Return the names of all FFN weights."""
-        return [dense_ffn_name(layer, part) for layer in range(self.settings["layers"]) for part in FFN_PARTS]
+        return [
+            dense_ffn_name(layer, part)
+            for layer in range(self.settings["layers"])
+            for part in FFN_PARTS
+        ]
 
     def averaged_names(self) -> list[str]:
         """Return the names of all other weights: those that are averaged over experts."""
@@ -314,17 +407,26 @@ def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
         unknown = "its computation is not known to be the same"
         if isinstance(config.get("text_config"), dict):
             inner = config["text_config"].get("model_type")
-            unknown = f"it wraps a language model ({inner!r}), which has to be saved on its own first"
+            unknown = (
+                f"it wraps a language model ({inner!r}), which has to be saved on its own first"
+            )
         reason = REASONS.get(str(family), unknown)
         raise UnsupportedModelError(
             f"{where}: model_type {family!r} can't become a Qwen2-MoE: {reason}; supported: {', '.join(FAMILIES)}"
         )
-    for key, what in (("attention_bias", "a bias in o_proj (o_proj.bias)"), ("mlp_bias", "biases in the FFN")):
+    for key, what in (
+        ("attention_bias", "a bias in o_proj (o_proj.bias)"),
+        ("mlp_bias", "biases in the FFN"),
+    ):
         if config.get(key):
-            raise UnsupportedModelError(f"{where}: {key} is set, but a Qwen2-MoE has no place for {what}")
+            raise UnsupportedModelError(
+                f"{where}: {key} is set, but a Qwen2-MoE has no place for {what}"
+            )
     for key in ("quantization_config", "per_layer_config"):
         if config.get(key):
-            raise UnsupportedModelError(f"{where}: {key} is set; save the model unquantised and uniform first")
+            raise UnsupportedModelError(
+                f"{where}: {key} is set; save the model unquantised and uniform first"
+            )
     _refuse_in_any_form(config, where)
 
 
@@ -336,7 +438,9 @@ def _refuse_in_any_form(config: dict[str, Any], where: str) -> None:
                 f"{where}: {key} is set, so transformers reads other files than this program; save the model again"
             )
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UnsupportedModelError(f"{where}: hidden_act {config['hidden_act']!r}; only silu (SwiGLU) is supported")
+        raise UnsupportedModelError(
+            f"{where}: hidden_act {config['hidden_act']!r}; only silu (SwiGLU) is supported"
+        )
     if config.get("is_causal", True) is not True:
         raise UnsupportedModelError(
             f"{where}: is_causal is {config['is_causal']!r}: attention to later tokens can't be expressed as Qwen2-MoE"
@@ -349,7 +453,8 @@ def _refuse_in_any_form(config: dict[str, Any], where: str) -> None:
 
 
 def refuse_other_weights(directory: Path) -> None:
-    """Raise UnsupportedModelError where other weights than model.safetensors decide: an adapter's, or shards of ranks."""
+    """Raise UnsupportedModelError where other weights than model.safetensors decide: an adapter's,
+    or shards of ranks."""
     shards = sorted(path.name for path in directory.glob("shard-*-model-*-of-*.safetensors"))
     if shards:
         raise UnsupportedModelError(
@@ -359,7 +464,9 @@ def refuse_other_weights(directory: Path) -> None:
     if not (directory / ADAPTER).is_file():
         return
     adapter = read_json_object(directory, ADAPTER)
-    kind, base = (str(adapter.get(key) or "?")[:200] for key in ("peft_type", "base_model_name_or_path"))
+    kind, base = (
+        str(adapter.get(key) or "?")[:200] for key in ("peft_type", "base_model_name_or_path")
+    )
     raise UnsupportedModelError(
         f"{directory} holds an adapter ({ADAPTER}: {kind} of {base}), not a whole model: merge it first, with peft's "
         "AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(OUT), save the tokenizer there "
@@ -368,7 +475,8 @@ def refuse_other_weights(directory: Path) -> None:
 
 
 def as_stored(config: dict[str, Any], reader: TensorReader) -> dict[str, Any]:
-    """Return config.json with embeddings that are tied only if no other head is in the file: transformers keeps that."""
+    """Return config.json with embeddings that are tied only if no other head is in the file:
+    transformers keeps that."""
     if not config.get("tie_word_embeddings") or not {EMBEDDING, HEAD} <= set(reader.names()):
         return config
     embedding, head = reader.info(EMBEDDING), reader.info(HEAD)
@@ -381,21 +489,38 @@ def as_stored(config: dict[str, Any], reader: TensorReader) -> dict[str, Any]:
 
 
 def _check_tensors(reader: TensorReader, shapes: dict[str, tuple[int, ...]], tied: bool) -> str:
-    """Check names, shapes and dtypes of a model's tensors against its configuration; return the one dtype."""
+    """Check names, shapes and dtypes of a model's tensors against its configuration; return the one
+    dtype."""
     where = reader.directory
     ignored = {HEAD} if tied else set()  # a tied model may repeat it; transformers ignores it too
     extra = [
-        n for n in reader.names() if n not in shapes and n not in ignored and not n.endswith("rotary_emb.inv_freq")
+        n
+        for n in reader.names()
+        if n not in shapes and n not in ignored and not n.endswith("rotary_emb.inv_freq")
     ]
-    biases = [name for name in extra if name.endswith(("o_proj.bias", "mlp.down_proj.bias", "q_norm.weight"))]
+    biases = [
+        name
+        for name in extra
+        if name.endswith(("o_proj.bias", "mlp.down_proj.bias", "q_norm.weight"))
+    ]
     if biases:
-        raise UnsupportedModelError(f"{where}: a Qwen2-MoE has no place for {biases[0]} and {len(biases) - 1} like it")
+        raise UnsupportedModelError(
+            f"{where}: a Qwen2-MoE has no place for {biases[0]} and {len(biases) - 1} like it"
+        )
     missing = [name for name in shapes if name not in reader]
     if missing or extra:
-        parts = [f"{len(n)} {kind}: {', '.join(n[:5])}" for kind, n in (("missing", missing), ("unknown", extra)) if n]
-        raise CheckpointError(f"{where}: the tensors are not those of its config.json; {'; '.join(parts)}")
+        parts = [
+            f"{len(n)} {kind}: {', '.join(n[:5])}"
+            for kind, n in (("missing", missing), ("unknown", extra))
+            if n
+        ]
+        raise CheckpointError(
+            f"{where}: the tensors are not those of its config.json; {'; '.join(parts)}"
+        )
     wrong = [
-        f"{n} {reader.info(n).shape}, expected {shape}" for n, shape in shapes.items() if reader.info(n).shape != shape
+        f"{n} {reader.info(n).shape}, expected {shape}"
+        for n, shape in shapes.items()
+        if reader.info(n).shape != shape
     ]
     if wrong:
         raise CheckpointError(
@@ -416,11 +541,14 @@ def _check_tensors(reader: TensorReader, shapes: dict[str, tuple[int, ...]], tie
 
 
 def open_dense(directory: Path) -> DenseModel:
-    """Open a dense model and check that it can become an expert, from its config.json and tensor headers alone.
+    """Open a dense model and check that it can become an expert, from its config.json and tensor
+    headers alone.
 
     Raises:
-        CheckpointError: not a model directory, damaged, or its tensors are not those that config.json describes.
-        UnsupportedModelError: a family, bias, activation, dtype or code hook that a Qwen2-MoE can't express.
+        CheckpointError: not a model directory, damaged, or its tensors are not those that
+            config.json describes.
+        UnsupportedModelError: a family, bias, activation, dtype or code hook that a Qwen2-MoE can't
+            express.
     """
     directory = require_directory(Path(directory))
     refuse_other_weights(directory)

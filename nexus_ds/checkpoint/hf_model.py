@@ -1,9 +1,12 @@
-"""Checkpoints of the router input `context` as a transformers model: a Qwen2-MoE whose routers read a running mean.
+"""Checkpoints of the router input `context` as a transformers model: a Qwen2-MoE whose routers read
+a running mean.
 
-`register` makes AutoConfig and AutoModelForCausalLM know the model type; `import nexus_ds.hf` does it for users. In
-generation each layer's cache keeps one vector more, the sum of the router inputs so far.
+`register` makes AutoConfig and AutoModelForCausalLM know the model type; `import nexus_ds.hf` does
+it for users. In generation each layer's cache keeps one vector more, the sum of the router inputs
+so far.
 Shapes: B sequences, S tokens, T = B*S, H hidden size.
-Not covered: static, quantised and offloaded caches (refused), assisted generation, other serving programs.
+Not covered: static, quantised and offloaded caches (refused), assisted generation, other serving
+programs.
 """
 
 from __future__ import annotations
@@ -16,15 +19,23 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeDecoderLayer, Qwen2MoeModel, Qwen2MoeTopKRouter
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.models.qwen2_moe.modeling_qwen2_moe import (
+    Qwen2MoeDecoderLayer,
+    Qwen2MoeModel,
+    Qwen2MoeTopKRouter,
+)
 
 from nexus_ds.errors import UnsupportedModelError
 from nexus_ds.model.context import CONTEXT_MODEL, context_of, running_mean
 
 
 class _Sum:
-    """What a cache layer adds to its keys and values: sum [B, H] and count [B, 1] of the router inputs."""
+    """What a cache layer adds to its keys and values: sum [B, H] and count [B, 1] of the router
+    inputs."""
 
     so_far: tuple[Tensor, Tensor] | None = None
 
@@ -47,7 +58,11 @@ class _Sum:
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
         if self.so_far is not None:
-            self._take(torch.arange(len(self.so_far[0]), device=self.so_far[0].device).repeat_interleave(repeats))
+            self._take(
+                torch.arange(len(self.so_far[0]), device=self.so_far[0].device).repeat_interleave(
+                    repeats
+                )
+            )
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove and self.so_far is not None:
@@ -66,12 +81,17 @@ class _SlidingSumLayer(_Sum, DynamicSlidingWindowLayer):
 
 
 def summing(cache: Any, config: Any) -> Any:
-    """Return a cache whose layers keep running sums: a new one, or the given one if it has them or is still empty."""
+    """Return a cache whose layers keep running sums: a new one, or the given one if it has them or
+    is still empty."""
     if cache is None:
         cache = DynamicCache(config=config)
     if cache.layers and isinstance(cache.layers[0], _Sum):
         return cache
-    if type(cache) is not DynamicCache or cache.get_seq_length() or getattr(cache, "offloading", False):
+    if (
+        type(cache) is not DynamicCache
+        or cache.get_seq_length()
+        or getattr(cache, "offloading", False)
+    ):
         raise UnsupportedModelError(
             f"this model needs an empty DynamicCache to start from, found {type(cache).__name__} with "
             f"{cache.get_seq_length()} tokens; leave the cache's implementation to the default"
@@ -90,8 +110,11 @@ class ContextRouter(Qwen2MoeTopKRouter):
         self.reads: tuple[int, Tensor | None, Any] | None = None
 
     @contextmanager
-    def reading(self, length: int, valid_BS: Tensor | None = None, memory: Any = None) -> Iterator[None]:
-        """Say what is read inside the context: texts of `length` new tokens, which are padding, and the layer's cache."""
+    def reading(
+        self, length: int, valid_BS: Tensor | None = None, memory: Any = None
+    ) -> Iterator[None]:
+        """Say what is read inside the context: texts of `length` new tokens, which are padding, and
+        the layer's cache."""
         self.reads = length, valid_BS, memory
         try:
             yield
@@ -112,8 +135,9 @@ class ContextRouter(Qwen2MoeTopKRouter):
 class NexusMoeDecoderLayer(Qwen2MoeDecoderLayer):
     """A decoder layer that tells its router what this very pass reads.
 
-    It does so inside of what activation checkpointing repeats: a pass that is made again, while others have been made in
-    between, reads its own text's length and padding. Caches are left out there (transformers takes them away).
+    It does so inside of what activation checkpointing repeats: a pass that is made again, while
+    others have been made in between, reads its own text's length and padding. Caches are left out
+    there (transformers takes them away).
     """
 
     def __init__(self, config: Any, layer_idx: int) -> None:
@@ -121,11 +145,15 @@ class NexusMoeDecoderLayer(Qwen2MoeDecoderLayer):
         self.mlp.gate = ContextRouter(config)
         self.index = layer_idx
 
-    def forward(self, hidden_states: Tensor, *args: Any, valid_BS: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, hidden_states: Tensor, *args: Any, valid_BS: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """As a Qwen2-MoE's, with `valid_BS` (0 for padding; None: no padding) for the router."""
         cache: Any = kwargs.get("past_key_values")
         gate: Any = self.mlp.gate
-        with gate.reading(hidden_states.shape[1], valid_BS, None if cache is None else cache.layers[self.index]):
+        with gate.reading(
+            hidden_states.shape[1], valid_BS, None if cache is None else cache.layers[self.index]
+        ):
             return super().forward(hidden_states, *args, **kwargs)
 
 
@@ -143,7 +171,9 @@ class NexusMoeModel(Qwen2MoeModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.layers = nn.ModuleList(NexusMoeDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            NexusMoeDecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
 
     def forward(
         self,
@@ -155,21 +185,30 @@ class NexusMoeModel(Qwen2MoeModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run as a Qwen2-MoE does; its layers are told which tokens are padding, their caches keep sums."""
+        """Run as a Qwen2-MoE does; its layers are told which tokens are padding, their caches keep
+        sums."""
         given = input_ids if input_ids is not None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache or past_key_values is not None:
             past_key_values = summing(past_key_values, self.config)
         length = given.shape[1] if given is not None else 0
-        if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2):
+        if attention_mask is not None and not (
+            isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+        ):
             raise UnsupportedModelError(
                 "this model needs to know which tokens are padding: give attention_mask as [sequences, tokens]"
             )
         valid_BS = None if attention_mask is None else attention_mask[:, -length:]
         return super().forward(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, valid_BS=valid_BS, **kwargs,
-        )  # fmt: skip
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            valid_BS=valid_BS,
+            **kwargs,
+        )
 
 
 class NexusMoeForCausalLM(Qwen2MoeForCausalLM):

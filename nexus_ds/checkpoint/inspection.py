@@ -31,10 +31,14 @@ SIZES = {  # our name: config.json's
 }
 
 
-def count_parameters(reader: TensorReader, config: dict[str, Any], shared: bool = True) -> dict[str, int]:
-    """Return {"total", "active"}: active counts, of the routed experts, the top-k that a token visits.
+def count_parameters(
+    reader: TensorReader, config: dict[str, Any], shared: bool = True
+) -> dict[str, int]:
+    """Return {"total", "active"}: active counts, of the routed experts, the top-k that a token
+    visits.
 
-    Tied embeddings count once, also where both are on disk; a shared expert of zeros (`shared` false) is not active.
+    Tied embeddings count once, also where both are on disk; a shared expert of zeros (`shared`
+    false) is not active.
     """
     tied = bool(config.get("tie_word_embeddings", False)) and "model.embed_tokens.weight" in reader
     total = routed = zeros = 0
@@ -98,7 +102,8 @@ def _tokenizer(directory: Path) -> str:
 
 
 def _sequence_length(directory: Path) -> int | None:
-    """Return the sequence length that a checkpoint was trained with, None where training.yaml doesn't tell."""
+    """Return the sequence length that a checkpoint was trained with, None where training.yaml
+    doesn't tell."""
     path = directory / "training.yaml"
     if not path.is_file():
         return None
@@ -109,7 +114,8 @@ def _sequence_length(directory: Path) -> int | None:
 
 
 def describe(directory: Path) -> dict[str, Any]:
-    """Return the facts of one checkpoint, all of them JSON: kind, family, dtype, sizes, parameters, experts, origin.
+    """Return the facts of one checkpoint, all of them JSON: kind, family, dtype, sizes, parameters,
+    experts, origin.
 
     Raises:
         CheckpointError: no model directory, or damaged files.
@@ -122,7 +128,11 @@ def describe(directory: Path) -> dict[str, Any]:
     infos = [reader.info(name) for name in reader.names()]
     facts: dict[str, Any] = {
         "directory": str(directory),
-        "kind": "Nexus" if nexus else "mixture of experts" if config.get("num_experts") else "dense",
+        "kind": "Nexus"
+        if nexus
+        else "mixture of experts"
+        if config.get("num_experts")
+        else "dense",
         "family": config.get("model_type", "unknown"),
         "dtype": "+".join(sorted({info.dtype for info in infos})),
         "parameters": count_parameters(reader, config),

@@ -1,7 +1,7 @@
 """Any checkpoint, dense or Nexus, as stock transformers runs it: for scoring and for generating.
 
-Nothing leaves the machine, no code of the checkpoint is run, no tensor is initialised at random: a checkpoint whose
-tensors don't fit its configuration is refused.
+Nothing leaves the machine, no code of the checkpoint is run, no tensor is initialised at random: a
+checkpoint whose tensors don't fit its configuration is refused.
 
 Not covered: models larger than one device, quantised weights, training (see build.py).
 """
@@ -42,7 +42,8 @@ def read_config(directory: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: no such directory, no valid config.json.
-        UnsupportedModelError: an adapter, or a configuration that asks for code of the checkpoint or of a hub.
+        UnsupportedModelError: an adapter, or a configuration that asks for code of the checkpoint
+            or of a hub.
     """
     refuse_other_weights(Path(directory))
     config = read_json_object(require_directory(Path(directory)), "config.json")
@@ -51,7 +52,8 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def know_model_type(directory: Path) -> None:
-    """Make transformers know the model of a checkpoint with the router input `context`; others it knows."""
+    """Make transformers know the model of a checkpoint with the router input `context`; others it
+    knows."""
     if read_config(directory).get("model_type") == CONTEXT_MODEL:
         from nexus_ds.checkpoint.hf_model import register
 
@@ -78,7 +80,9 @@ def _check_loaded(directory: Path, info: dict[str, Any]) -> None:
         ("unexpected_keys", "are not known to the model's family"),
         ("mismatched_keys", "have another shape than config.json says"),
     ):
-        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info.get(key, ()))
+        names = sorted(
+            str(name[0] if isinstance(name, tuple) else name) for name in info.get(key, ())
+        )
         if names:
             raise CheckpointError(
                 f"{directory}: {len(names)} tensors {said}, the first: {names[0]!r}; expected exactly the tensors "
@@ -87,14 +91,16 @@ def _check_loaded(directory: Path, info: dict[str, Any]) -> None:
 
 
 def load_model(directory: Path, precision: str = "auto") -> Any:
-    """Return a causal language model of stock transformers, in eval mode, on the GPU if there is one.
+    """Return a causal language model of stock transformers, in eval mode, on the GPU if there is
+    one.
 
     Args:
         directory: a dense or a Nexus checkpoint.
         precision: fp32, stored (the dtype on disk), or auto: fp32 on a CPU, stored on a GPU.
 
     Raises:
-        CheckpointError: damaged, incomplete or pickled files; router rows that differ from P(D) of the sidecar.
+        CheckpointError: damaged, incomplete or pickled files; router rows that differ from P(D) of
+            the sidecar.
         UnsupportedModelError: a configuration that asks for code of the checkpoint or of a hub.
         ConfigError: unknown precision.
     """
@@ -118,7 +124,9 @@ def load_model(directory: Path, precision: str = "auto") -> Any:
             output_loading_info=True,
         )
     except (*LOAD_ERRORS, StrictDataclassError) as error:
-        raise CheckpointError(f"{directory}: transformers can't load this checkpoint: {_said(error)}") from error
+        raise CheckpointError(
+            f"{directory}: transformers can't load this checkpoint: {_said(error)}"
+        ) from error
     model, info = loaded
     _check_loaded(directory, info)
     return model.to(place).eval()

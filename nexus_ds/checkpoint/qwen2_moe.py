@@ -43,7 +43,8 @@ def gate_name(layer: int) -> str:
 
 
 def mean_name(layer: int) -> str:
-    """Return the name of the vector [hidden] that a router with the input `context` subtracts from what it reads."""
+    """Return the name of the vector [hidden] that a router with the input `context` subtracts from
+    what it reads."""
     return f"model.layers.{layer}.mlp.gate.mean"
 
 
@@ -53,9 +54,11 @@ def shared_gate_name(layer: int) -> str:
 
 
 def check_shared_gates(reader: TensorReader, layers: int) -> None:
-    """Raise CheckpointError unless the shared expert's gate is the constant that the doubled down_proj makes up for.
+    """Raise CheckpointError unless the shared expert's gate is the constant that the doubled
+    down_proj makes up for.
 
-    What has been trained elsewhere with that gate runs in transformers, but nothing here computes or extends it.
+    What has been trained elsewhere with that gate runs in transformers, but nothing here computes
+    or extends it.
     """
     for layer in range(layers):
         gate = float(reader.read(shared_gate_name(layer)).abs().max())
@@ -67,14 +70,17 @@ def check_shared_gates(reader: TensorReader, layers: int) -> None:
             )
 
 
-def moe_config(dense_config: dict[str, Any], experts: int, top_k: int, router_input: str = "token") -> dict[str, Any]:
+def moe_config(
+    dense_config: dict[str, Any], experts: int, top_k: int, router_input: str = "token"
+) -> dict[str, Any]:
     """Return the complete config.json of the Qwen2-MoE that a dense model's branches become.
 
     Args:
         dense_config: config.json of a Llama, Mistral or Qwen2.
         experts: number of routed experts.
         top_k: routed experts per token.
-        router_input: token | context; the latter is no stock Qwen2-MoE and says so by its model_type.
+        router_input: token | context; the latter is no stock Qwen2-MoE and says so by its
+            model_type.
     """
     s, own, context = settings(dense_config), own_config(dense_config), router_input == "context"
     config: dict[str, Any] = {
@@ -91,7 +97,8 @@ def moe_config(dense_config: dict[str, Any], experts: int, top_k: int, router_in
         "num_key_value_heads": s["kv_heads"],
         "num_experts": experts,
         "num_experts_per_tok": top_k,
-        "norm_topk_prob": False,  # the gate is the raw probability: renormalised top-1 would be 1 and teach nothing
+        # the gate is the raw probability: renormalised top-1 would be 1 and teach nothing
+        "norm_topk_prob": False,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "output_router_logits": False,
@@ -116,11 +123,13 @@ def moe_config(dense_config: dict[str, Any], experts: int, top_k: int, router_in
 
 
 def expert_as_dense(config: dict[str, Any], expert: int | None) -> dict[str, tuple[str, float]]:
-    """Return for each weight of a dense model the stored weight of a Nexus model that it is, and a factor.
+    """Return for each weight of a dense model the stored weight of a Nexus model that it is, and a
+    factor.
 
     Args:
         config: config.json of the Nexus model.
-        expert: index of a routed expert, or None for the shared expert (whose stored down_proj has the factor 1/2).
+        expert: index of a routed expert, or None for the shared expert (whose stored down_proj has
+            the factor 1/2).
     """
     names: dict[str, tuple[str, float]] = {}
     for name in dense_shapes(config):
@@ -174,7 +183,9 @@ def open_moe(directory: Path) -> tuple[dict[str, Any], TensorReader]:
     expected = {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []}
     for key, value in expected.items():
         if config.get(key, value) != value:
-            raise CheckpointError(f"{where}: {key} is {config.get(key)!r}, a Nexus checkpoint has {value!r}")
+            raise CheckpointError(
+                f"{where}: {key} is {config.get(key)!r}, a Nexus checkpoint has {value!r}"
+            )
     for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
         _positive(config, key, where)
     _refuse_in_any_form(config, where)
@@ -185,11 +196,14 @@ def open_moe(directory: Path) -> tuple[dict[str, Any], TensorReader]:
 
 
 def parameter_counts(config: dict[str, Any], shared: bool = True) -> tuple[int, int]:
-    """Return (all, active per token) parameters of a Nexus model; they differ by n - k FFN stacks (paper section 3).
+    """Return (all, active per token) parameters of a Nexus model; they differ by n - k FFN stacks
+    (paper section 3).
 
     A shared expert of zeros (`shared` false) is stored but computes nothing: it is not active.
     """
     s = settings(config)
     total = sum(math.prod(shape) for shape in moe_shapes(config).values())
     stack = s["layers"] * len(FFN_PARTS) * s["hidden_size"] * s["ffn_size"]
-    return total, total - (config["num_experts"] - config["num_experts_per_tok"] + (not shared)) * stack
+    return total, total - (
+        config["num_experts"] - config["num_experts_per_tok"] + (not shared)
+    ) * stack

@@ -1,11 +1,15 @@
-"""The Nexus checkpoint: a stock Qwen2-MoE directory, plus a sidecar that lets it be trained on and extended.
+"""The Nexus checkpoint: a stock Qwen2-MoE directory, plus a sidecar that lets it be trained on and
+extended.
 
     config.json, model*.safetensors, tokenizer files     what transformers, vLLM and llama.cpp read
     nexus.json                                           experts, router, encoder, lineage, versions
-    nexus_router.safetensors                             domain embeddings, their centre, P of each layer (fp32)
+    nexus_router.safetensors                             domain embeddings, their centre, P of each
+    layer (fp32)
 
-The router rows in the model file are P(D) in the model's dtype: redundant, and checked by `verify_rows`.
-Not covered: the model file itself (`qwen2_moe`, `tensors`), tokenizers (`tokenizer`), training states (`runtime.states`).
+The router rows in the model file are P(D) in the model's dtype: redundant, and checked by
+`verify_rows`.
+Not covered: the model file itself (`qwen2_moe`, `tensors`), tokenizers (`tokenizer`), training
+states (`runtime.states`).
 """
 
 from __future__ import annotations
@@ -23,7 +27,12 @@ from torch import Tensor
 
 from nexus_ds import __version__
 from nexus_ds.checkpoint.qwen2_moe import gate_name, open_moe
-from nexus_ds.checkpoint.tensors import TensorReader, read_json_object, require_directory, write_tensors
+from nexus_ds.checkpoint.tensors import (
+    TensorReader,
+    read_json_object,
+    require_directory,
+    write_tensors,
+)
 from nexus_ds.errors import CheckpointError, ConfigError
 from nexus_ds.model.context import CONTEXT_MODEL
 from nexus_ds.model.router import Projection, condition, rows_in
@@ -33,7 +42,8 @@ SIDECAR, ROUTER = "nexus.json", "nexus_router.safetensors"
 FORMAT = 2
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of a weight file that `content_fingerprint` reads
 ROW_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
-"""Largest difference of stored and recomputed rows relative to the largest entry: machines differ in summing order."""
+"""Largest difference of stored and recomputed rows relative to the largest entry: machines differ
+in summing order."""
 
 Record = TypeVar("Record")
 
@@ -52,7 +62,8 @@ class ExpertRecord:
 
 @dataclass
 class EncoderRecord:
-    """The sentence encoder of the domain embeddings; only embeddings of the same one can be appended."""
+    """The sentence encoder of the domain embeddings; only embeddings of the same one can be
+    appended."""
 
     name: str
     revision: str
@@ -83,12 +94,15 @@ class RouterRecord:
 
     def new_projection(self, embedding_size: int, hidden_size: int) -> Projection:
         """Return an untrained P of this form."""
-        return Projection(embedding_size, hidden_size, self.depth, self.width, self.projection, self.row_norm)
+        return Projection(
+            embedding_size, hidden_size, self.depth, self.width, self.projection, self.row_norm
+        )
 
 
 @dataclass
 class Sidecar:
-    """What a Nexus checkpoint holds besides the Qwen2-MoE; n experts, m the embedding's dimension."""
+    """What a Nexus checkpoint holds besides the Qwen2-MoE; n experts, m the embedding's
+    dimension."""
 
     experts: list[ExpertRecord]
     router: RouterRecord
@@ -106,11 +120,13 @@ class Sidecar:
     """seed | none: its weights are zeros."""
 
     def domain_inputs(self) -> Tensor:
-        """Return what P reads, [n, m] fp32: the conditioned embeddings, or the raw ones where centring is off."""
+        """Return what P reads, [n, m] fp32: the conditioned embeddings, or the raw ones where
+        centring is off."""
         return self.inputs_of(self.vectors)
 
     def inputs_of(self, vectors: Tensor) -> Tensor:
-        """Return what P reads of raw embeddings [.., m], as `domain_inputs` does of the experts'."""
+        """Return what P reads of raw embeddings [.., m], as `domain_inputs` does of the
+        experts'."""
         return condition(vectors, self.centre) if self.router.centre else vectors
 
 
@@ -139,33 +155,48 @@ def _sidecar_tensors(sidecar: Sidecar) -> dict[str, Tensor]:
 
 
 def _fail(where: Path, what: str) -> None:
-    raise CheckpointError(f"{where}: {what}; the sidecar is damaged or of another model, restore it from where it came")
+    raise CheckpointError(
+        f"{where}: {what}; the sidecar is damaged or of another model, restore it from where it came"
+    )
 
 
 def check_sidecar(sidecar: Sidecar, where: Path) -> None:
     """Raise CheckpointError where the parts of a sidecar contradict each other."""
     experts, names = len(sidecar.experts), [expert.name for expert in sidecar.experts]
     if sidecar.vectors.ndim != 2 or len(sidecar.vectors) != experts or not experts:
-        _fail(where, f"{experts} experts but domain embeddings of shape {tuple(sidecar.vectors.shape)}")
+        _fail(
+            where,
+            f"{experts} experts but domain embeddings of shape {tuple(sidecar.vectors.shape)}",
+        )
     if len(set(names)) != experts:
         _fail(where, f"the experts' names {names} are not all different")
     if sidecar.centre.shape != sidecar.vectors.shape[1:]:
-        _fail(where, f"centre of shape {tuple(sidecar.centre.shape)}, embeddings {tuple(sidecar.vectors.shape)}")
+        _fail(
+            where,
+            f"centre of shape {tuple(sidecar.centre.shape)}, embeddings {tuple(sidecar.vectors.shape)}",
+        )
     if sidecar.encoder and sidecar.encoder.dimension != sidecar.vectors.shape[1]:
-        _fail(where, f"encoder of dimension {sidecar.encoder.dimension}, embeddings {tuple(sidecar.vectors.shape)}")
+        _fail(
+            where,
+            f"encoder of dimension {sidecar.encoder.dimension}, embeddings {tuple(sidecar.vectors.shape)}",
+        )
     if sidecar.shared_expert not in ("seed", "none"):
         _fail(where, f"shared_expert is {sidecar.shared_expert!r}, expected seed or none")
     if bool(sidecar.projections) != (sidecar.router.kind == "nexus"):
         _fail(where, f"a {sidecar.router.kind} router with {len(sidecar.projections)} projections")
     for name, tensor in _sidecar_tensors(sidecar).items():
         if not bool(torch.isfinite(tensor).all()):
-            _fail(where, f"{name} holds {int((~torch.isfinite(tensor)).sum())} values that are not finite")
+            _fail(
+                where,
+                f"{name} holds {int((~torch.isfinite(tensor)).sum())} values that are not finite",
+            )
     for layer in range(len(sidecar.projections)):
         load_projection(sidecar, layer, where)
 
 
 def write_sidecar(directory: Path, sidecar: Sidecar) -> None:
-    """Write or replace nexus.json and nexus_router.safetensors; CheckpointError if the parts contradict each other."""
+    """Write or replace nexus.json and nexus_router.safetensors; CheckpointError if the parts
+    contradict each other."""
     check_sidecar(sidecar, Path(directory))
     with new_file(Path(directory) / ROUTER, overwrite=True) as temporary:
         write_tensors(temporary, _sidecar_tensors(sidecar))
@@ -186,10 +217,14 @@ def _record(cls: type[Record], value: Any, where: str) -> Record:
     hints = get_type_hints(cls)
     if not isinstance(value, dict) or set(value) != set(hints):
         found = sorted(value) if isinstance(value, dict) else type(value).__name__
-        raise CheckpointError(f"{where}: found {found}, expected {sorted(hints)}; the sidecar is damaged")
+        raise CheckpointError(
+            f"{where}: found {found}, expected {sorted(hints)}; the sidecar is damaged"
+        )
     for name, kind in hints.items():
         if type(value[name]) is not kind:
-            raise CheckpointError(f"{where}.{name}: found {value[name]!r}, expected {kind.__name__}")
+            raise CheckpointError(
+                f"{where}.{name}: found {value[name]!r}, expected {kind.__name__}"
+            )
     return cls(**value)
 
 
@@ -208,7 +243,8 @@ def _projections(reader: TensorReader) -> list[dict[str, Tensor]]:
 
 
 def _from_format_1(value: dict[str, Any]) -> dict[str, Any]:
-    """Return the description of a checkpoint of format 1 as of format 2, which names more forms of the router."""
+    """Return the description of a checkpoint of format 1 as of format 2, which names more forms of
+    the router."""
     router = dict(value["router"]) if isinstance(value.get("router"), dict) else {}
     if "activation" in router:
         router |= {"projection": router.pop("activation"), "row_norm": "free", "input": "token"}
@@ -234,13 +270,20 @@ def read_sidecar(directory: Path) -> Sidecar:
             f"{where}: format {value.get('format')!r}, this version reads {FORMAT}; use a matching one"
         )
     if not isinstance(value.get("experts"), list) or not isinstance(value.get("lineage"), list):
-        raise CheckpointError(f"{where}: expected lists of experts and lineage; the sidecar is damaged")
+        raise CheckpointError(
+            f"{where}: expected lists of experts and lineage; the sidecar is damaged"
+        )
     encoder = value.get("encoder")
     reader = TensorReader.of_file(directory, ROUTER)
     sidecar = Sidecar(
-        experts=[_record(ExpertRecord, e, f"{where}: experts[{i}]") for i, e in enumerate(value["experts"])],
+        experts=[
+            _record(ExpertRecord, e, f"{where}: experts[{i}]")
+            for i, e in enumerate(value["experts"])
+        ],
         router=_record(RouterRecord, value.get("router"), f"{where}: router"),
-        encoder=_record(EncoderRecord, encoder, f"{where}: encoder") if encoder is not None else None,
+        encoder=_record(EncoderRecord, encoder, f"{where}: encoder")
+        if encoder is not None
+        else None,
         lineage=value["lineage"],
         versions=value.get("versions") or {},
         vectors=reader.read("vectors"),
@@ -271,9 +314,11 @@ def _check_against_config(directory: Path, sidecar: Sidecar) -> None:
 
 
 def content_fingerprint(directory: Path) -> str:
-    """Return a sha256 that differs between models: configuration and sidecar in full, weights by size and samples.
+    """Return a sha256 that differs between models: configuration and sidecar in full, weights by
+    size and samples.
 
-    Cheap at any size. It tells a retrained or another model apart; it is no proof against somebody who means to deceive.
+    Cheap at any size. It tells a retrained or another model apart; it is no proof against somebody
+    who means to deceive.
     """
     digest = hashlib.sha256()
     for path in sorted(Path(directory).iterdir()):
@@ -290,10 +335,12 @@ def content_fingerprint(directory: Path) -> str:
 
 
 def load_projection(sidecar: Sidecar, layer: int, where: Path = Path(SIDECAR)) -> Projection:
-    """Return P of one layer in fp32; CheckpointError if the stored weights are not those of the recorded form."""
+    """Return P of one layer in fp32; CheckpointError if the stored weights are not those of the
+    recorded form."""
     record, state = sidecar.router, sidecar.projections[layer]
     last = state.get(f"maps.{0 if record.projection == 'linear' else record.depth - 1}.weight")
-    hidden = last.shape[0] if last is not None and last.ndim == 2 else 1  # any size: what is there won't fit it
+    # any size: what is there won't fit it
+    hidden = last.shape[0] if last is not None and last.ndim == 2 else 1
     try:
         projection = record.new_projection(sidecar.vectors.shape[1], hidden)
         projection.load_state_dict({name: tensor.float() for name, tensor in state.items()})
@@ -307,18 +354,22 @@ def load_projection(sidecar: Sidecar, layer: int, where: Path = Path(SIDECAR)) -
 
 
 def router_rows(sidecar: Sidecar, layer: int, dtype: torch.dtype) -> Tensor:
-    """Return the router weight [n, h] that P(D) gives one layer of a model of `dtype` (paper section 3).
+    """Return the router weight [n, h] that P(D) gives one layer of a model of `dtype` (paper
+    section 3).
 
     Raises:
         CheckpointError: the router is linear: its rows are in the model file alone.
     """
     if sidecar.router.kind != "nexus":
-        raise CheckpointError("a linear router has free rows; they are in the model file, not in the sidecar")
+        raise CheckpointError(
+            "a linear router has free rows; they are in the model file, not in the sidecar"
+        )
     return rows_in(load_projection(sidecar, layer), sidecar.domain_inputs(), dtype)
 
 
 def verify_rows(directory: Path) -> None:
-    """Check that the stored router rows are P(D), recomputed in the model's dtype; nothing to check for linear ones.
+    """Check that the stored router rows are P(D), recomputed in the model's dtype; nothing to check
+    for linear ones.
 
     Raises:
         CheckpointError: the rows of a layer differ, or the checkpoint is damaged.

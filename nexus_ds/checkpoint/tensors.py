@@ -1,9 +1,11 @@
-"""Safetensors in and out, one tensor or one slice of rows at a time: `TensorReader` and `TensorWriter`.
+"""Safetensors in and out, one tensor or one slice of rows at a time: `TensorReader` and
+`TensorWriter`.
 
-A file is 8 bytes of header length (little endian), a JSON header, then the tensors' bytes. Reading goes through
-`os.preadv` into fresh tensors, not through mmap, so that memory is what the caller holds and nothing more.
-Nothing here unpickles: files of another kind are refused by name and by content, and paths in an index stay inside
-the model's directory.
+A file is 8 bytes of header length (little endian), a JSON header, then the tensors' bytes. Reading
+goes through `os.preadv` into fresh tensors, not through mmap, so that memory is what the caller
+holds and nothing more.
+Nothing here unpickles: files of another kind are refused by name and by content, and paths in an
+index stay inside the model's directory.
 Not covered: big-endian machines, packed 4- and 6-bit types, two writers of one directory.
 """
 
@@ -48,7 +50,8 @@ CHUNK = 1 << 23  # bytes that are hashed at once
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor lies: dtype as safetensors names it, shape, file, and byte range [start, end) in that file."""
+    """Where a tensor lies: dtype as safetensors names it, shape, file, and byte range [start, end)
+    in that file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -65,8 +68,8 @@ def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
 def confined(directory: Path, name: str) -> Path:
     """Return `directory / name`, a file that really lies in `directory`.
 
-    A directory of the Hugging Face cache (`snapshots/REVISION`) consists of links to its sibling `blobs`: these are
-    the one kind of link that may leave the directory.
+    A directory of the Hugging Face cache (`snapshots/REVISION`) consists of links to its sibling
+    `blobs`: these are the one kind of link that may leave the directory.
 
     Raises:
         CheckpointError: absolute, upward or linked paths that lead out of the directory, NUL bytes.
@@ -96,9 +99,13 @@ def parse_json_object(text: bytes, what: str) -> dict[str, Any]:
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_no_doubles)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what} is not valid JSON ({error}); fetch or save it again") from error
+        raise CheckpointError(
+            f"{what} is not valid JSON ({error}); fetch or save it again"
+        ) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{what} holds {type(value).__name__}, expected a JSON object; fetch or save it again")
+        raise CheckpointError(
+            f"{what} holds {type(value).__name__}, expected a JSON object; fetch or save it again"
+        )
     return value
 
 
@@ -110,14 +117,19 @@ def read_json_object(directory: Path, name: str) -> dict[str, Any]:
     """
     path = confined(directory, name)
     if not path.is_file():
-        raise CheckpointError(f"{directory} has no {name}; expected a model directory as transformers saves it")
+        raise CheckpointError(
+            f"{directory} has no {name}; expected a model directory as transformers saves it"
+        )
     if path.stat().st_size > MAX_JSON:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected at most {MAX_JSON}")
+        raise CheckpointError(
+            f"{path} has {path.stat().st_size} bytes, expected at most {MAX_JSON}"
+        )
     return parse_json_object(path.read_bytes(), str(path))
 
 
 def require_directory(directory: Path) -> Path:
-    """Return `directory` if it is one; CheckpointError else, for instance for the name of a model on a hub."""
+    """Return `directory` if it is one; CheckpointError else, for instance for the name of a model
+    on a hub."""
     if not directory.is_dir():
         raise CheckpointError(
             f"{directory} is not a directory; expected a local model directory "
@@ -141,7 +153,9 @@ def _entry(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     if dtype not in DTYPES:
         raise CheckpointError(f"{where}: unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     if not _int_list(shape) or not _int_list(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{where}: shape {str(shape)[:100]} or data_offsets {str(offsets)[:100]} are no sizes")
+        raise CheckpointError(
+            f"{where}: shape {str(shape)[:100]} or data_offsets {str(offsets)[:100]} are no sizes"
+        )
     start, end = offsets
     if end - start != tensor_bytes(dtype, shape):
         raise CheckpointError(
@@ -156,8 +170,8 @@ def _read_header_bytes(file: Path, size: int) -> bytes:
     with file.open("rb") as stream:
         lead = stream.read(8)
         length = int.from_bytes(lead, "little")
-        # Read as a header's length, the first eight bytes of a pickle are more than any file has; without that, a header
-        # of 640 bytes would start like a pickle too.
+        # Read as a header's length, the first eight bytes of a pickle are more than any file has;
+        # without that, a header of 640 bytes would start like a pickle too.
         if length > size and (lead[:2] == b"PK" or lead[:1] == b"\x80"):
             raise CheckpointError(
                 f"{file} is a pickle under the name of a safetensors file; it is not opened, since a pickle can run "
@@ -175,13 +189,16 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     """Return where each tensor of one safetensors file lies, every claim of the header checked.
 
     Raises:
-        CheckpointError: not safetensors (a renamed pickle for instance), oversized header, doubled names, unknown
-            dtypes, byte ranges that overlap, leave gaps, or do not end at the end of the file.
+        CheckpointError: not safetensors (a renamed pickle for instance), oversized header, doubled
+            names, unknown dtypes, byte ranges that overlap, leave gaps, or do not end at the end of
+            the file.
     """
     size = file.stat().st_size
     text = _read_header_bytes(file, size)
     if text[:1] != b"{":
-        raise CheckpointError(f"{file} is not a safetensors file: its header does not start with '{{'")
+        raise CheckpointError(
+            f"{file} is not a safetensors file: its header does not start with '{{'"
+        )
     header = parse_json_object(text, f"{file}: the header")
     header.pop("__metadata__", None)
     data_start = 8 + len(text)
@@ -190,7 +207,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     for name, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start != position:
             kind = "overlaps another one" if info.start < position else "leaves a gap before it"
-            raise CheckpointError(f"{file}: tensor {name!r} {kind}; the file is damaged, fetch or save it again")
+            raise CheckpointError(
+                f"{file}: tensor {name!r} {kind}; the file is damaged, fetch or save it again"
+            )
         position = info.end
     if position != size:
         raise CheckpointError(
@@ -203,8 +222,12 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 def _indexed(directory: Path) -> dict[str, TensorInfo]:
     """Return the tensors of a sharded model, index and shards checked against each other."""
     weight_map = read_json_object(directory, INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{directory / INDEX}: expected a weight_map from tensor names to file names")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard, str) for shard in weight_map.values()
+    ):
+        raise CheckpointError(
+            f"{directory / INDEX}: expected a weight_map from tensor names to file names"
+        )
     infos: dict[str, TensorInfo] = {}
     for shard in sorted(set(weight_map.values())):
         file = confined(directory, shard)
@@ -251,14 +274,16 @@ def _locate(directory: Path) -> dict[str, TensorInfo]:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a tensor; for a contiguous one on the CPU they are the tensor's own memory."""
+    """Return the bytes of a tensor; for a contiguous one on the CPU they are the tensor's own
+    memory."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def header_of(
     plan: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str] | None = None
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """Return what a safetensors file begins with, and for each tensor (dtype name, shape) its bytes [start, end) in it."""
+    """Return what a safetensors file begins with, and for each tensor (dtype name, shape) its bytes
+    [start, end) in it."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     position = 0
     for name, (dtype, shape) in plan.items():
@@ -269,12 +294,16 @@ def header_of(
     text += b" " * (-len(text) % 8)
     lead = len(text).to_bytes(8, "little") + text
     places = {name: header[name]["data_offsets"] for name in plan}
-    return lead, {name: (len(lead) + start, len(lead) + end) for name, (start, end) in places.items()}
+    return lead, {
+        name: (len(lead) + start, len(lead) + end) for name, (start, end) in places.items()
+    }
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write one safetensors file over `path`, a tensor at a time."""
-    lead, _ = header_of({n: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items()}, {"format": "pt"})
+    lead, _ = header_of(
+        {n: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items()}, {"format": "pt"}
+    )
     with create(path) as stream:
         stream.write(lead)
         for tensor in tensors.values():
@@ -287,8 +316,9 @@ class TensorReader:
     Opening reads the headers only. Each read opens its file anew, so no descriptor is held.
 
     Raises:
-        CheckpointError: see `read_header`; also missing shards, tensors that stand in two shards, index entries that
-            lead out of the directory or nowhere, and directories with pickled weights only.
+        CheckpointError: see `read_header`; also missing shards, tensors that stand in two shards,
+            index entries that lead out of the directory or nowhere, and directories with pickled
+            weights only.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -327,7 +357,8 @@ class TensorReader:
         return self._read(info, info.start, info.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return rows [start, stop) of the leading dimension of a tensor with at least one dimension."""
+        """Return rows [start, stop) of the leading dimension of a tensor with at least one
+        dimension."""
         info = self.info(name)
         if not info.shape or not 0 <= start <= stop <= info.shape[0]:
             raise CheckpointError(
@@ -344,13 +375,16 @@ class TensorReader:
             while done < len(view):  # one call reads at most 2 GiB
                 count = os.preadv(stream.fileno(), [view[done:]], start + done)
                 if not count:
-                    raise CheckpointError(f"{info.file} ends at byte {start + done}; it was cut off while it was read")
+                    raise CheckpointError(
+                        f"{info.file} ends at byte {start + done}; it was cut off while it was read"
+                    )
                 done += count
         return tensor
 
 
 def row_slices(shape: tuple[int, ...], limit: int = SLICE) -> Iterator[tuple[int, int]]:
-    """Yield [start, stop) ranges of the leading dimension, of at most `limit` elements each (at least one row)."""
+    """Yield [start, stop) ranges of the leading dimension, of at most `limit` elements each (at
+    least one row)."""
     rows = shape[0] if shape else 1
     step = max(1, limit // max(1, math.prod(shape[1:])))
     for start in range(0, rows, step):
@@ -358,7 +392,8 @@ def row_slices(shape: tuple[int, ...], limit: int = SLICE) -> Iterator[tuple[int
 
 
 def _shards(plan: dict[str, tuple[str, tuple[int, ...]]], limit: int) -> list[list[str]]:
-    """Group the planned tensors, in order, into shards of at most `limit` bytes (a larger tensor has its own)."""
+    """Group the planned tensors, in order, into shards of at most `limit` bytes (a larger tensor
+    has its own)."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, (dtype, shape) in plan.items():
@@ -372,22 +407,29 @@ def _shards(plan: dict[str, tuple[str, tuple[int, ...]]], limit: int) -> list[li
 
 
 class TensorWriter:
-    """Streaming writer of a model's safetensors: plan first, then the tensors in any order, whole or by rows.
+    """Streaming writer of a model's safetensors: plan first, then the tensors in any order, whole
+    or by rows.
 
     Args:
         directory: existing directory without weights.
-        plan: for each tensor its safetensors dtype and its shape; the order is the order in the files.
-        max_shard_bytes: more than this are spread over shards with an index, as transformers does it.
+        plan: for each tensor its safetensors dtype and its shape; the order is the order in the
+            files.
+        max_shard_bytes: more than this are spread over shards with an index, as transformers does
+            it.
 
-    Used as a context manager it closes itself, and checks that the plan was fulfilled if the block ended well.
+    Used as a context manager it closes itself, and checks that the plan was fulfilled if the block
+    ended well.
 
     Raises:
-        CheckpointError: not enough space on the disk, another dtype or shape than planned, a planned tensor that was
-            not written (from `close`).
+        CheckpointError: not enough space on the disk, another dtype or shape than planned, a
+            planned tensor that was not written (from `close`).
     """
 
     def __init__(
-        self, directory: Path, plan: dict[str, tuple[str, tuple[int, ...]]], max_shard_bytes: int = 4 << 30
+        self,
+        directory: Path,
+        plan: dict[str, tuple[str, tuple[int, ...]]],
+        max_shard_bytes: int = 4 << 30,
     ) -> None:
         self.directory, self.plan = Path(directory), plan
         total = sum(tensor_bytes(*entry) for entry in plan.values())
@@ -402,7 +444,8 @@ class TensorWriter:
             if len(shards) == 1
             else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
         )
-        self._missing = {name: tensor_bytes(*entry) for name, entry in plan.items()}  # bytes that are still to come
+        # bytes that are still to come
+        self._missing = {name: tensor_bytes(*entry) for name, entry in plan.items()}
         self._places: dict[str, tuple[int, int, Path]] = {}  # name: descriptor, first byte, file
         self._descriptors: list[int] = []
         try:
@@ -412,8 +455,12 @@ class TensorWriter:
             self._close_files()
             raise
         if len(shards) > 1:
-            where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-            write_json(self.directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+            where = {
+                name: file for file, names in zip(files, shards, strict=True) for name in names
+            }
+            write_json(
+                self.directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where}
+            )
 
     def _start_file(self, path: Path, names: list[str]) -> None:
         """Write the header of one file and remember where its tensors go."""
@@ -436,15 +483,22 @@ class TensorWriter:
         self._write(name, 0, tensor)
 
     def write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
-        """Write rows [start, start + len(rows)) of the leading dimension of a planned tensor, each row once."""
+        """Write rows [start, start + len(rows)) of the leading dimension of a planned tensor, each
+        row once."""
         shape = self.plan[name][1] if name in self.plan else ()
-        if name in self.plan and (rows.shape[1:] != tuple(shape[1:]) or start + len(rows) > shape[0]):
-            raise CheckpointError(f"rows {start}+{tuple(rows.shape)} do not fit into {name!r} of shape {tuple(shape)}")
+        if name in self.plan and (
+            rows.shape[1:] != tuple(shape[1:]) or start + len(rows) > shape[0]
+        ):
+            raise CheckpointError(
+                f"rows {start}+{tuple(rows.shape)} do not fit into {name!r} of shape {tuple(shape)}"
+            )
         self._write(name, start, rows)
 
     def _write(self, name: str, start: int, tensor: torch.Tensor) -> None:
         if name not in self.plan:
-            raise CheckpointError(f"tensor {name!r} was not planned; expected one of the {len(self.plan)} planned ones")
+            raise CheckpointError(
+                f"tensor {name!r} was not planned; expected one of the {len(self.plan)} planned ones"
+            )
         dtype, shape = self.plan[name]
         if tensor.dtype != DTYPES[dtype]:
             raise CheckpointError(f"tensor {name!r} has dtype {tensor.dtype}, planned was {dtype}")
@@ -464,13 +518,18 @@ class TensorWriter:
         self._close_files()
         missing = [name for name, count in self._missing.items() if count]
         if missing:
-            raise CheckpointError(f"{len(missing)} planned tensors were not written, the first: {missing[0]!r}")
+            raise CheckpointError(
+                f"{len(missing)} planned tensors were not written, the first: {missing[0]!r}"
+            )
 
     def __enter__(self) -> TensorWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if kind is None:
             self.close()
@@ -479,18 +538,22 @@ class TensorWriter:
 
 
 def overwrite(info: TensorInfo, tensor: torch.Tensor) -> None:
-    """Overwrite a tensor in its file, cast to the dtype that it has there; CheckpointError for another shape.
+    """Overwrite a tensor in its file, cast to the dtype that it has there; CheckpointError for
+    another shape.
 
     Only for directories that nobody else reads yet: it is not atomic.
     """
     if tuple(tensor.shape) != info.shape:
-        raise CheckpointError(f"{info.file}: found a tensor of shape {tuple(tensor.shape)}, the file has {info.shape}")
+        raise CheckpointError(
+            f"{info.file}: found a tensor of shape {tuple(tensor.shape)}, the file has {info.shape}"
+        )
     with info.file.open("r+b", buffering=0) as stream:
         write_at(stream.fileno(), info.start, _bytes_of(tensor.to(DTYPES[info.dtype])), info.file)
 
 
 def sha256_of_tensors(reader: TensorReader, names: Iterable[str]) -> str:
-    """Return a hash over names, dtypes, shapes and bytes of some tensors; the order of `names` does not matter."""
+    """Return a hash over names, dtypes, shapes and bytes of some tensors; the order of `names` does
+    not matter."""
     digest = hashlib.sha256()
     for name in sorted(set(names)):
         info = reader.info(name)

@@ -1,8 +1,11 @@
-"""Tokenizers of checkpoints: what their ids mean, whether two mean the same, and taking one from model to model.
+"""Tokenizers of checkpoints: what their ids mean, whether two mean the same, and taking one from
+model to model.
 
-A tokenizer is known by what transformers makes of its files, not by the files: one vocabulary may be stored as
-tokenizer.json, as vocab.json with merges.txt, or as tokenizer.model, and which class reads it depends on config.json too.
-Not covered: text to ids in bulk (`data.encoding`), training a tokenizer (`data.tokenizer`), merging vocabularies.
+A tokenizer is known by what transformers makes of its files, not by the files: one vocabulary may
+be stored as tokenizer.json, as vocab.json with merges.txt, or as tokenizer.model, and which class
+reads it depends on config.json too.
+Not covered: text to ids in bulk (`data.encoding`), training a tokenizer (`data.tokenizer`), merging
+vocabularies.
 """
 
 from __future__ import annotations
@@ -24,13 +27,25 @@ from nexus_ds.errors import CheckpointError, IncompatibleModelsError
 from nexus_ds.outputs import write_json
 
 CONFIG = "tokenizer_config.json"
-VOCABULARY_FILES = ("tokenizer.json", CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-                    "tokenizer.model")  # fmt: skip
-TEMPLATE_FILES, TEMPLATES = ("chat_template.jinja", "chat_template.json"), "additional_chat_templates"
+VOCABULARY_FILES = (
+    "tokenizer.json",
+    CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+TEMPLATE_FILES, TEMPLATES = (
+    ("chat_template.jinja", "chat_template.json"),
+    "additional_chat_templates",
+)
 FILE_KEYS = ("vocab_file", "merges_file", "tokenizer_file", "spm_file")
-READER_KEYS = ("model_type", "tokenizer_class", "auto_map")  # of config.json, by which transformers picks a class
+# of config.json, by which transformers picks a class
+READER_KEYS = ("model_type", "tokenizer_class", "auto_map")
 ROLES = ("bos_token", "eos_token", "unk_token")  # padding is a matter of training
-MATCHING = ("content", "single_word", "lstrip", "rstrip", "normalized")  # where in a text an added token is found
+# where in a text an added token is found
+MATCHING = ("content", "single_word", "lstrip", "rstrip", "normalized")
 SHOWN, PROBE_TOKENS = 5, 20
 ODD_TEXT = (  # what normalizers and pre-tokenizers differ in
     "e\u0301 \ufb01 \uff21 \u00bd \u0130",
@@ -67,9 +82,14 @@ class TokenizerMeaning:
         return max(self.tokens, default=-1) + 1
 
     def difference(self, other: TokenizerMeaning) -> str | None:
-        """Return None where the same text becomes the same ids, else a sentence with the first differences."""
+        """Return None where the same text becomes the same ids, else a sentence with the first
+        differences."""
         ids = sorted(self.tokens.keys() | other.tokens.keys())
-        pairs = [(i, self.tokens.get(i), other.tokens.get(i)) for i in ids if self.tokens.get(i) != other.tokens.get(i)]
+        pairs = [
+            (i, self.tokens.get(i), other.tokens.get(i))
+            for i in ids
+            if self.tokens.get(i) != other.tokens.get(i)
+        ]
         if pairs:
             shown = "; ".join(f"{i} {_shown(a)} / {_shown(b)}" for i, a, b in pairs[:SHOWN])
             return f"{len(pairs)} of {len(ids)} tokens differ, the first: {shown}"
@@ -77,11 +97,15 @@ class TokenizerMeaning:
         return self._other_split(other, names) if names else None
 
     def _other_split(self, other: TokenizerMeaning, names: list[str]) -> str | None:
-        """Return a sentence with the first text that two tokenizers of one vocabulary split in different ways."""
+        """Return a sentence with the first text that two tokenizers of one vocabulary split in
+        different ways."""
         for text in self._probe():
             a, b = self._split(text), other._split(text)
             if a != b:
-                first = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+                first = next(
+                    (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y),
+                    min(len(a), len(b)),
+                )
                 shown = [" ".join(x[max(first - 1, 0) : first + 3]) for x in (a, b)]
                 return f"the same text becomes other tokens ({', '.join(names)}), as {shown[0]!r} / {shown[1]!r}"
         return None
@@ -102,7 +126,8 @@ class TokenizerMeaning:
                 yield between + between.join(pieces[start : start + PROBE_TOKENS]) + between
 
     def other_roles(self, other: TokenizerMeaning) -> list[str]:
-        """Return in which roles another tokenizer differs, and what stands in them there and here."""
+        """Return in which roles another tokenizer differs, and what stands in them there and
+        here."""
         return [
             f"{role} is {_shown(there)}, not {_shown(self.roles[role])}"
             for role, there in other.roles.items()
@@ -136,7 +161,9 @@ def read_tokenizer(directory: Path) -> TokenizerMeaning:
         "model": model,
         "normalizer": definition["normalizer"],
         "pre_tokenizer": definition["pre_tokenizer"],
-        "added tokens": sorted([token[key] for key in MATCHING] for token in definition["added_tokens"]),
+        "added tokens": sorted(
+            [token[key] for key in MATCHING] for token in definition["added_tokens"]
+        ),
     }
     tokens = {index: backend.id_to_token(index) for index in tokenizer.get_vocab().values()}
     roles = {role: getattr(tokenizer, role) and str(getattr(tokenizer, role)) for role in ROLES}
@@ -145,7 +172,8 @@ def read_tokenizer(directory: Path) -> TokenizerMeaning:
 
 
 def _check_files(source: Path) -> None:
-    """Refuse files that lie elsewhere, and a configuration that asks for code or names files outside its directory."""
+    """Refuse files that lie elsewhere, and a configuration that asks for code or names files
+    outside its directory."""
     for name in (*VOCABULARY_FILES, *_template_files(source)):
         confined(source, name)
     for name in ("config.json", CONFIG):
@@ -158,13 +186,21 @@ def _check_files(source: Path) -> None:
 
 
 def same_tokenizer_files(first: Path, second: Path) -> bool:
-    """Return whether two directories hold the same tokenizer byte by byte, read by the same class of transformers."""
+    """Return whether two directories hold the same tokenizer byte by byte, read by the same class
+    of transformers."""
 
     def facts(directory: Path) -> list[Any]:
-        config = read_json_object(directory, "config.json") if (directory / "config.json").is_file() else {}
+        config = (
+            read_json_object(directory, "config.json")
+            if (directory / "config.json").is_file()
+            else {}
+        )
         names = (*VOCABULARY_FILES, *_template_files(directory))
         files = {name: confined(directory, name) for name in names if (directory / name).is_file()}
-        return [[config.get(key) for key in READER_KEYS], {name: path.read_bytes() for name, path in files.items()}]
+        return [
+            [config.get(key) for key in READER_KEYS],
+            {name: path.read_bytes() for name, path in files.items()},
+        ]
 
     return facts(Path(first)) == facts(Path(second))
 
@@ -200,7 +236,8 @@ def _template_files(directory: Path) -> list[str]:
 
 
 def chat_templates(directory: Path) -> dict[str, Any]:
-    """Return a model's chat templates by the file that holds them; files of their own come before tokenizer_config.json."""
+    """Return a model's chat templates by the file that holds them; files of their own come before
+    tokenizer_config.json."""
     directory = Path(directory)
     found: dict[str, Any] = {}
     for name in _template_files(directory):
@@ -221,8 +258,9 @@ def chat_templates(directory: Path) -> dict[str, Any]:
 def copy_tokenizer(source: Path, out: Path) -> None:
     """Copy the tokenizer's files from one model directory into another, where it means the same.
 
-    transformers picks the class that reads them by config.json of that directory, too: where the copied files would be
-    read in another way than in `source`, they are written so that any class reads them right.
+    transformers picks the class that reads them by config.json of that directory, too: where the
+    copied files would be read in another way than in `source`, they are written so that any class
+    reads them right.
 
     Raises:
         CheckpointError: no tokenizer there, or one whose files lie outside its directory.
@@ -230,7 +268,11 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     """
     source, out = Path(source), Path(out)
     meaning = read_tokenizer(source)
-    names = {*VOCABULARY_FILES, *meaning.tokenizer.vocab_files_names.values(), *_template_files(source)}
+    names = {
+        *VOCABULARY_FILES,
+        *meaning.tokenizer.vocab_files_names.values(),
+        *_template_files(source),
+    }
     for name in sorted(names):
         if (source / name).is_file():
             (out / name).parent.mkdir(exist_ok=True)
@@ -254,8 +296,14 @@ def _means(directory: Path, meaning: TokenizerMeaning) -> bool:
 
 def _write_for_any_class(tokenizer: Any, out: Path) -> None:
     """Write tokenizer.json, and the class that reads it as it is into tokenizer_config.json."""
-    (out / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
+    (out / "tokenizer.json").write_text(
+        tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8"
+    )
     config = read_json_object(out, CONFIG) if (out / CONFIG).is_file() else {}
     roles = {role: getattr(tokenizer, role) for role in (*ROLES, "pad_token")}
-    config |= {role: str(token) for role, token in roles.items() if token is not None and not config.get(role)}
+    config |= {
+        role: str(token)
+        for role, token in roles.items()
+        if token is not None and not config.get(role)
+    }
     write_json(out / CONFIG, config | {"tokenizer_class": "PreTrainedTokenizerFast"})

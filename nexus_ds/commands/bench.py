@@ -29,22 +29,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from nexus_ds.experiments.benchmarks import data_speed, slow_links
 
     commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
-    train = commands.add_parser("train", help="tokens/s of a Nexus layer, DeepSpeed's, transformers' and a dense model")
-    scaling = commands.add_parser("growth", help="step time and memory against experts, top-k, layers and sequence")
+    train = commands.add_parser(
+        "train", help="tokens/s of a Nexus layer, DeepSpeed's, transformers' and a dense model"
+    )
+    scaling = commands.add_parser(
+        "growth", help="step time and memory against experts, top-k, layers and sequence"
+    )
     for command, shape, rounds in ((train, "cpu", 5), (scaling, "tiny", 3)):
-        command.add_argument("--preset", default=shape, metavar="NAME", help=f"sizes: tiny, cpu or 470m ({shape})")
-        command.add_argument("--device", default="cpu", metavar="cpu|cuda", help="where to compute (cpu)")
-        command.add_argument("--dtype", default="", metavar="fp32|bf16", help="fp32 on a CPU, bf16 on a GPU")
-        command.add_argument("--rounds", type=int, default=rounds, metavar="N", help=f"repetitions ({rounds})")
+        command.add_argument(
+            "--preset", default=shape, metavar="NAME", help=f"sizes: tiny, cpu or 470m ({shape})"
+        )
+        command.add_argument(
+            "--device", default="cpu", metavar="cpu|cuda", help="where to compute (cpu)"
+        )
+        command.add_argument(
+            "--dtype", default="", metavar="fp32|bf16", help="fp32 on a CPU, bf16 on a GPU"
+        )
+        command.add_argument(
+            "--rounds", type=int, default=rounds, metavar="N", help=f"repetitions ({rounds})"
+        )
         for size in SIZES:
-            command.add_argument(f"--{size.replace('_', '-')}", type=int, metavar="N", help=argparse.SUPPRESS)
-        command.add_argument("--out", type=Path, metavar="DIR", help="write JSONL, CSV and a figure there")
+            command.add_argument(
+                f"--{size.replace('_', '-')}", type=int, metavar="N", help=argparse.SUPPRESS
+            )
+        command.add_argument(
+            "--out", type=Path, metavar="DIR", help="write JSONL, CSV and a figure there"
+        )
         command.add_argument("--json", action="store_true", help="print everything as JSON")
     data_speed.add_arguments(commands.add_parser("data", help=data_speed.HELP))
-    train.add_argument("--baseline", default="dense", metavar="MODEL", help="what ratios are taken against (dense)")
+    train.add_argument(
+        "--baseline", default="dense", metavar="MODEL", help="what ratios are taken against (dense)"
+    )
     train.add_argument("--models", default="", metavar="A,B,...", help="only these (all)")
     slow_links.add_arguments(commands.add_parser("links", help=slow_links.HELP))
-    scaling.add_argument("--model", default="nexus-loop", metavar="MODEL", help="what is grown (nexus-loop)")
+    scaling.add_argument(
+        "--model", default="nexus-loop", metavar="MODEL", help="what is grown (nexus-loop)"
+    )
 
 
 def _shape(args: argparse.Namespace) -> Shape:
@@ -53,12 +73,18 @@ def _shape(args: argparse.Namespace) -> Shape:
     given = {size: getattr(args, size) for size in SIZES if getattr(args, size) is not None}
     for size, value in given.items():
         if value < 1:
-            raise ConfigError(f"--{size.replace('_', '-')}: expected a number above 0, found {value}")
+            raise ConfigError(
+                f"--{size.replace('_', '-')}: expected a number above 0, found {value}"
+            )
     shape = replace(preset(args.preset), **given)
     if shape.top_k > shape.experts:
-        raise ConfigError(f"--top-k {shape.top_k} is more than the {shape.experts} experts; lower it")
+        raise ConfigError(
+            f"--top-k {shape.top_k} is more than the {shape.experts} experts; lower it"
+        )
     if shape.hidden % shape.heads:
-        raise ConfigError(f"--hidden {shape.hidden} is not a multiple of --heads {shape.heads}; change one of them")
+        raise ConfigError(
+            f"--hidden {shape.hidden} is not a multiple of --heads {shape.heads}; change one of them"
+        )
     return shape
 
 
@@ -70,7 +96,9 @@ def _place(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     if args.device not in ("cpu", "cuda"):
         raise ConfigError(f"--device: unknown device {args.device!r}; expected cpu or cuda")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no CUDA device on this machine; use --device cpu")
+        raise ConfigError(
+            "--device cuda: torch finds no CUDA device on this machine; use --device cpu"
+        )
     dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype: unknown value {dtype!r}; expected {' or '.join(DTYPES)}")
@@ -105,7 +133,12 @@ def _train(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     results, data_speed = layer_speed.measure(names, shape, device, dtype, args.rounds, _say)
     rows = layer_speed.summary(results, data_speed, shape, baseline, device)
     parts = [part for part in STEP_PARTS if any(part in row["shares"] for row in rows)]
-    about = {"machine": layer_speed.machine(device), "dtype": str(dtype), "baseline": baseline, "parts": parts}
+    about = {
+        "machine": layer_speed.machine(device),
+        "dtype": str(dtype),
+        "baseline": baseline,
+        "parts": parts,
+    }
     return {**about, "rows": rows}
 
 
@@ -117,7 +150,12 @@ def _growth(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     rows = scaling.sweep(shape, model, device, dtype, args.rounds, _say)
     rows += scaling.router_sweep(shape, device, dtype, args.rounds, _say)
     about = {"machine": layer_speed.machine(device), "dtype": str(dtype), "model": model}
-    return {**about, "rows": rows, "exponents": scaling.exponents(rows), "router": scaling.router_law(rows)}
+    return {
+        **about,
+        "rows": rows,
+        "exponents": scaling.exponents(rows),
+        "router": scaling.router_law(rows),
+    }
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +173,9 @@ def _write(out: Path, what: str, found: dict[str, Any]) -> None:
         write_text(folder / f"{what}.jsonl", "\n".join(lines) + "\n")
         flat = [_flat(row) for row in found["rows"]]
         keys = list(dict.fromkeys(key for row in flat for key in row))
-        write_csv(folder / f"{what}.csv", keys, [[row.get(key, "") for key in keys] for row in flat])
+        write_csv(
+            folder / f"{what}.csv", keys, [[row.get(key, "") for key in keys] for row in flat]
+        )
         if what == "train":
             speed_bars(found["rows"], found["parts"], found["baseline"], folder / "train.png")
         else:
@@ -145,7 +185,8 @@ def _write(out: Path, what: str, found: dict[str, Any]) -> None:
 def _aligned(grid: list[list[str]]) -> str:
     widths = [max(len(line[c]) for line in grid) for c in range(len(grid[0]))]
     lines = (
-        [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))] for line in grid
+        [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
+        for line in grid
     )
     return "\n".join("  ".join(cells).rstrip() for cells in lines)
 
@@ -153,7 +194,18 @@ def _aligned(grid: list[list[str]]) -> str:
 def describe_train(found: dict[str, Any]) -> str:
     """Return the comparison as text."""
     rows = found["rows"]
-    grid = [["model", "tokens/s", "ratio", "range", "params", "AdamW", "TFLOPS", *(["MFU"] if rows[0]["mfu"] else [])]]
+    grid = [
+        [
+            "model",
+            "tokens/s",
+            "ratio",
+            "range",
+            "params",
+            "AdamW",
+            "TFLOPS",
+            *(["MFU"] if rows[0]["mfu"] else []),
+        ]
+    ]
     for row in rows:
         spread = f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}"
         line = [row["model"], f"{row['tokens_per_second']:,.0f}", f"{row['ratio']:.3f}", spread]
@@ -166,7 +218,12 @@ def describe_train(found: dict[str, Any]) -> str:
     parts = found["parts"]
     table = [["share of the step", *parts]]
     for row in rows:
-        table.append([row["model"], *(f"{row['shares'][p]:.2%}" if p in row["shares"] else "" for p in parts)])
+        table.append(
+            [
+                row["model"],
+                *(f"{row['shares'][p]:.2%}" if p in row["shares"] else "" for p in parts),
+            ]
+        )
     return f"{_aligned(grid)}\n\n{_aligned(table)}"
 
 
@@ -203,14 +260,20 @@ def run(args: argparse.Namespace) -> int:
         refuse_existing(args.out)
     shape = _shape(args)
     train = args.what == "train"
-    found = {"preset": args.preset, "shape": asdict(shape), **(_train if train else _growth)(args, shape)}
+    found = {
+        "preset": args.preset,
+        "shape": asdict(shape),
+        **(_train if train else _growth)(args, shape),
+    }
     if args.out:
         _write(args.out, args.what, found)
     if args.json:
         print(json.dumps(found))
         return 0
     machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
-    print(f"{args.what}, preset {args.preset}, {shape.tokens} tokens a step, {found['dtype']}; {machine}")
+    print(
+        f"{args.what}, preset {args.preset}, {shape.tokens} tokens a step, {found['dtype']}; {machine}"
+    )
     print(describe_train(found) if train else describe_growth(found))
     if args.out:
         print(f"wrote {args.out}; next: open {args.out / (args.what + '.png')}")

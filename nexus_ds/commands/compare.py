@@ -1,8 +1,11 @@
-"""The verb `compare`: Nexus and its alternatives on the same data, tokens and seeds, with what each costs; one page.
+"""The verb `compare`: Nexus and its alternatives on the same data, tokens and seeds, with what each
+costs; one page.
 
-What is shared by several contenders (a seed's branches, a start) is made once; an interrupted comparison goes on where it
-stopped, and one that gets further contenders, seeds or variants makes only those.
-Not covered: trainings over several devices; `--dry-run` prints the commands, which can be submitted one by one.
+What is shared by several contenders (a seed's branches, a start) is made once; an interrupted
+comparison goes on where it stopped, and one that gets further contenders, seeds or variants makes
+only those.
+Not covered: trainings over several devices; `--dry-run` prints the commands, which can be submitted
+one by one.
 """
 
 from __future__ import annotations
@@ -31,16 +34,34 @@ RESULTS = "results.json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("--config", metavar="RECIPE", default="compare-tiny", help="recipe file or name (compare-tiny)")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="directory of the comparison")
+    parser.add_argument(
+        "--config",
+        metavar="RECIPE",
+        default="compare-tiny",
+        help="recipe file or name (compare-tiny)",
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="directory of the comparison"
+    )
     parser.add_argument("--data", metavar="DIR", help="folder of domains (default: the recipe's)")
     parser.add_argument("--domains", metavar="A,B", help="domains of the upcycled experts")
-    parser.add_argument("--new-domain", metavar="E[,F]", help="domains of the experts that are added later")
+    parser.add_argument(
+        "--new-domain", metavar="E[,F]", help="domains of the experts that are added later"
+    )
     parser.add_argument("--seeds", metavar="0,1,2", help="seeds (default: the recipe's)")
-    parser.add_argument("--jobs", type=int, default=0, help="jobs at once (default: one a device, or one a CPU core)")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands and what they cost, run nothing")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=0,
+        help="jobs at once (default: one a device, or one a CPU core)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the commands and what they cost, run nothing"
+    )
     parser.add_argument("--json", action="store_true", help="print results.json instead of tables")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings laid over the recipe")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings laid over the recipe"
+    )
 
 
 def overrides_of(args: argparse.Namespace) -> list[str]:
@@ -55,7 +76,8 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
 
 
 def _evaluations(comparison: Comparison, out: Path) -> dict[str, Path]:
-    """Add the evaluations that figures layer by layer need, under the first seed; return their outputs by name."""
+    """Add the evaluations that figures layer by layer need, under the first seed; return their
+    outputs by name."""
     from nexus_ds.experiments.comparison.report import SHOWN
 
     rows: dict[str, Made] = {}
@@ -64,21 +86,46 @@ def _evaluations(comparison: Comparison, out: Path) -> dict[str, Path]:
     for (variant, name, _), (_, seeds) in comparison.extensions.items():
         rows |= {} if variant else {f"extended: {name}": next(iter(seeds.values()))}
     shown = {name: made.model for name, made in rows.items() if name in SHOWN}
-    return {name: _evaluate(comparison, out, name, model, "report") for name, model in shown.items() if model}
+    return {
+        name: _evaluate(comparison, out, name, model, "report")
+        for name, model in shown.items()
+        if model
+    }
 
 
-def _evaluate(comparison: Comparison, out: Path, name: str, model: Path, what: str, *more: str) -> Path:
+def _evaluate(
+    comparison: Comparison, out: Path, name: str, model: Path, what: str, *more: str
+) -> Path:
     """Add an evaluation of a model; return its directory."""
     from nexus_ds.experiments.comparison.jobs import Job
 
     builder = comparison.builder
     config = builder.config("moe", 0)
     report = model.with_name(f"{model.name}-{what}")
-    words = ("evaluate", "--checkpoint", str(model), "--data", config.data.path, "--name", name,
-             "--domains", ",".join(builder.scored(config)), "--windows", str(config.training.eval_windows),
-             "--length", str(config.data.sequence_length), "--cache", str(out / "tokens"),
-             *no_bos(config.data), *more, "--out", str(report))  # fmt: skip
-    return builder.add(Job(f"{what} of {name}", report, words, (model,) if model in builder.jobs else ()))
+    words = (
+        "evaluate",
+        "--checkpoint",
+        str(model),
+        "--data",
+        config.data.path,
+        "--name",
+        name,
+        "--domains",
+        ",".join(builder.scored(config)),
+        "--windows",
+        str(config.training.eval_windows),
+        "--length",
+        str(config.data.sequence_length),
+        "--cache",
+        str(out / "tokens"),
+        *no_bos(config.data),
+        *more,
+        "--out",
+        str(report),
+    )
+    return builder.add(
+        Job(f"{what} of {name}", report, words, (model,) if model in builder.jobs else ())
+    )
 
 
 def _tasks(comparison: Comparison, config: Config, out: Path) -> None:
@@ -90,7 +137,14 @@ def _tasks(comparison: Comparison, config: Config, out: Path) -> None:
         for made in seeds.values():
             if made.model is not None:
                 made.tasks = _evaluate(
-                    comparison, out, row, made.model, "tasks", "--tasks", config.compare.tasks, *path
+                    comparison,
+                    out,
+                    row,
+                    made.model,
+                    "tasks",
+                    "--tasks",
+                    config.compare.tasks,
+                    *path,
                 )
 
 
@@ -102,7 +156,12 @@ def _show_plan(comparison: Comparison) -> None:
 
 
 def _report(
-    comparison: Comparison, config: Config, pool: Pool, wanted: dict[str, Path], out: Path, seconds: float
+    comparison: Comparison,
+    config: Config,
+    pool: Pool,
+    wanted: dict[str, Path],
+    out: Path,
+    seconds: float,
 ) -> dict[str, Any]:
     from nexus_ds.experiments.comparison.report import write_comparison
     from nexus_ds.experiments.comparison.results import collect
@@ -112,7 +171,11 @@ def _report(
         if report.exists():
             summary = json.loads((report / "summary.json").read_text(encoding="utf-8"))
             entries[name] = summary["models"][name]
-    earlier = json.loads((out / RESULTS).read_text(encoding="utf-8"))["seconds"] if (out / RESULTS).exists() else 0.0
+    earlier = (
+        json.loads((out / RESULTS).read_text(encoding="utf-8"))["seconds"]
+        if (out / RESULTS).exists()
+        else 0.0
+    )
     results = collect(comparison, config, pool.failed, entries, max(seconds, earlier))
     write_json(out / RESULTS, results)
     write_comparison(results, out)
@@ -145,7 +208,12 @@ def run(args: argparse.Namespace) -> int:
     gpus = devices()
     with held(args.out):
         comparison.builder.write_configs()
-        pool = Pool(comparison.builder.jobs, args.out / "logs", args.jobs or gpus or len(os.sched_getaffinity(0)), gpus)
+        pool = Pool(
+            comparison.builder.jobs,
+            args.out / "logs",
+            args.jobs or gpus or len(os.sched_getaffinity(0)),
+            gpus,
+        )
         pool.run()
         results = _report(comparison, config, pool, wanted, args.out, time.monotonic() - started)
     if args.json:
@@ -154,9 +222,13 @@ def run(args: argparse.Namespace) -> int:
         from nexus_ds.experiments.comparison.report import terminal_tables, verdict
 
         print(terminal_tables(results) + "\n\n" + "\n".join(verdict(results)))
-        print(f"\nreport: {args.out / 'report.html'}, {args.out / RESULTS}; {duration(results['seconds'])}")
+        print(
+            f"\nreport: {args.out / 'report.html'}, {args.out / RESULTS}; {duration(results['seconds'])}"
+        )
     if pool.failed:
         first, why = next(iter(pool.failed.items()))
-        raise NexusError(f"{len(pool.failed)} jobs failed, first {comparison.builder.jobs[first].name}: {why}; the rest is in "
-                         f"{args.out}, logs in {args.out / 'logs'}; the same command again makes what is missing")  # fmt: skip
+        raise NexusError(
+            f"{len(pool.failed)} jobs failed, first {comparison.builder.jobs[first].name}: {why}; the rest is in "
+            f"{args.out}, logs in {args.out / 'logs'}; the same command again makes what is missing"
+        )
     return 0

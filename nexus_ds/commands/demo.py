@@ -1,7 +1,7 @@
 """The verb `demo`: the whole pipeline through the other verbs, then one table and one page.
 
-Every stage is a command of its own, run as a user would type it; a stage whose output exists is not run again, so an
-interrupted demo goes on where it stopped. All numbers stand in the recipe.
+Every stage is a command of its own, run as a user would type it; a stage whose output exists is not
+run again, so an interrupted demo goes on where it stopped. All numbers stand in the recipe.
 Not covered: clusters (slurm/), fair comparison with other ways to use the same compute.
 """
 
@@ -21,7 +21,17 @@ from nexus_ds.errors import ConfigError, NexusError
 from nexus_ds.launch import devices
 from nexus_ds.local_runner import run_steps
 from nexus_ds.outputs import held, write_json
-from nexus_ds.pipeline import DS_JSON, Places, check_domains, check_made, next_words, no_bos, places, resolve, steps
+from nexus_ds.pipeline import (
+    DS_JSON,
+    Places,
+    check_domains,
+    check_made,
+    next_words,
+    no_bos,
+    places,
+    resolve,
+    steps,
+)
 from nexus_ds.progress import duration
 from nexus_ds.settings import Config
 
@@ -32,14 +42,29 @@ EXTENDED = "Nexus extended"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("--data", metavar="DIR", help="folder of domains (default: text that lies on this machine)")
+    parser.add_argument(
+        "--data", metavar="DIR", help="folder of domains (default: text that lies on this machine)"
+    )
     parser.add_argument("--domains", metavar="A,B", help="domains of the upcycled experts")
-    parser.add_argument("--new-domain", metavar="E", help="domain of the expert that is added later")
+    parser.add_argument(
+        "--new-domain", metavar="E", help="domain of the expert that is added later"
+    )
     parser.add_argument("--out", metavar="DIR", help="directory of the run (default: the recipe's)")
-    parser.add_argument("--config", metavar="RECIPE", default="demo", help="recipe file or name (default: demo)")
-    parser.add_argument("--ranks", type=int, default=0, help="ranks of the mixture's stages (default: devices, or 2)")
-    parser.add_argument("--json", action="store_true", help="print summary.json instead of the table")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings laid over the recipe")
+    parser.add_argument(
+        "--config", metavar="RECIPE", default="demo", help="recipe file or name (default: demo)"
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        default=0,
+        help="ranks of the mixture's stages (default: devices, or 2)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print summary.json instead of the table"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings laid over the recipe"
+    )
 
 
 def overrides_of(args: argparse.Namespace) -> list[str]:
@@ -58,15 +83,28 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
 def evaluated(config: Config) -> dict[str, Path]:
     """Return the models of the table, by name, in order."""
     where, pipe = places(config), config.pipeline
-    branches = {f"branch {domain}": where.branch(domain) for domain in [*pipe.domains, *pipe.new_domains]}
+    branches = {
+        f"branch {domain}": where.branch(domain) for domain in [*pipe.domains, *pipe.new_domains]
+    }
     models = {"seed": where.seed, **branches, "plain average": where.average, "Nexus": where.nexus}
-    return models | ({APPENDED: where.extension, EXTENDED: where.extended} if pipe.new_domains else {})
+    return models | (
+        {APPENDED: where.extension, EXTENDED: where.extended} if pipe.new_domains else {}
+    )
 
 
 def evaluate(config: Config) -> None:
     """Score all models of the run with the verb `evaluate`."""
     where, training, data = places(config), config.training, config.data
-    command = [sys.executable, "-m", "nexus_ds", "evaluate", "--data", data.path, "--out", str(where.report)]
+    command = [
+        sys.executable,
+        "-m",
+        "nexus_ds",
+        "evaluate",
+        "--data",
+        data.path,
+        "--out",
+        str(where.report),
+    ]
     command += ["--domains", ",".join([*config.pipeline.domains, *config.pipeline.new_domains])]
     command += ["--windows", str(training.eval_windows), "--length", str(data.sequence_length)]
     command += ["--cache", str(where.tokens), "--on-bad-row", data.on_bad_row, *no_bos(data)]
@@ -80,7 +118,8 @@ def evaluate(config: Config) -> None:
 
 
 def extension_curve(where: Places, config: Config) -> dict[str, dict[str, float]]:
-    """Return perplexity by finetune budget (tokens) and domain, from the validations of the finetune itself."""
+    """Return perplexity by finetune budget (tokens) and domain, from the validations of the
+    finetune itself."""
     log = Path(f"{where.extended}.training") / "metrics.jsonl"
     records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     tokens = config.training.batch_size * config.data.sequence_length
@@ -92,7 +131,8 @@ def _mean_log(perplexity: dict[str, float], domains: list[str]) -> float:
 
 
 def findings(summary: dict[str, Any], config: Config) -> list[str]:
-    """Return what the numbers of this run say, one sentence each; nothing is claimed beyond them."""
+    """Return what the numbers of this run say, one sentence each; nothing is claimed beyond
+    them."""
     table, old, new = summary["perplexity"], config.pipeline.domains, config.pipeline.new_domains
     found = []
     for other in ("seed", "plain average"):
@@ -104,7 +144,9 @@ def findings(summary: dict[str, Any], config: Config) -> list[str]:
         )
     own = summary["models"]["Nexus"]["own_share"]
     share = sum(own[d] for d in old) / len(old)
-    found.append(f"{share:.0%} of a domain's tokens go to its own expert (chance: {1 / len(old):.0%}).")
+    found.append(
+        f"{share:.0%} of a domain's tokens go to its own expert (chance: {1 / len(old):.0%})."
+    )
     if new:
         gain = math.exp(_mean_log(table[EXTENDED], new) - _mean_log(table["Nexus"], new))
         cost = math.expm1(_mean_log(table[EXTENDED], old) - _mean_log(table["Nexus"], old))
@@ -116,8 +158,16 @@ def findings(summary: dict[str, Any], config: Config) -> list[str]:
 
 
 def report(config: Config, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """Complete the evaluation's summary and page with what only the demo knows; return the summary."""
-    from nexus_ds.report.evaluation import FIGURES, PAGE, SUMMARY, evaluation_sections, intro, write_csv
+    """Complete the evaluation's summary and page with what only the demo knows; return the
+    summary."""
+    from nexus_ds.report.evaluation import (
+        FIGURES,
+        PAGE,
+        SUMMARY,
+        evaluation_sections,
+        intro,
+        write_csv,
+    )
     from nexus_ds.report.figures import line_plot
     from nexus_ds.report.page import Cell, Section, Table, write_page
 
@@ -125,15 +175,25 @@ def report(config: Config, args: argparse.Namespace, seconds: float) -> dict[str
     summary = json.loads((where.report / SUMMARY).read_text(encoding="utf-8"))
     sections = evaluation_sections(summary, where.report / FIGURES)
     summary["findings"] = findings(summary, config)
-    summary["seconds"] = max(round(seconds, 1), summary.get("seconds", 0.0))  # a repetition only reports
+    # a repetition only reports
+    summary["seconds"] = max(round(seconds, 1), summary.get("seconds", 0.0))
     if config.pipeline.new_domains:
         finetune = resolve(load_config(args.config, [*overrides_of(args), "stage=extend"]))
         curve = extension_curve(where, finetune)
         summary["extension"] = {"nexus": curve}
-        lines = {d: ([int(t) for t in curve], [row[d] for row in curve.values()]) for d in next(iter(curve.values()))}
+        lines = {
+            d: ([int(t) for t in curve], [row[d] for row in curve.values()])
+            for d in next(iter(curve.values()))
+        }
         figure = where.report / FIGURES / "extension.png"
-        line_plot(lines, figure, title="While the extended model is finetuned", xlabel="finetune tokens",
-                  ylabel="validation perplexity", log_y=True)  # fmt: skip
+        line_plot(
+            lines,
+            figure,
+            title="While the extended model is finetuned",
+            xlabel="finetune tokens",
+            ylabel="validation perplexity",
+            log_y=True,
+        )
         cells = [[int(tokens), *row.values()] for tokens, row in curve.items()]
         write_csv(figure.with_suffix(".csv"), ["finetune_tokens", *lines], cells)
         text = (
@@ -148,7 +208,9 @@ def report(config: Config, args: argparse.Namespace, seconds: float) -> dict[str
         sections.insert(1, Section(title="Adding an expert", text=text, figure=figure, table=table))
     write_json(where.report / SUMMARY, summary)
     opening = "\n\n".join([*summary["findings"], intro(summary)])
-    write_page(where.report / PAGE, "Dense models in, one mixture-of-experts out", opening, sections)
+    write_page(
+        where.report / PAGE, "Dense models in, one mixture-of-experts out", opening, sections
+    )
     return summary
 
 
@@ -179,7 +241,9 @@ def run(args: argparse.Namespace) -> int:
     if not config.pipeline.domains:
         raise ConfigError("pipeline.domains is empty; name the domains of the upcycled experts")
     check_domains(config)
-    require_domains(open_source(config.data.path), [*config.pipeline.domains, *config.pipeline.new_domains])
+    require_domains(
+        open_source(config.data.path), [*config.pipeline.domains, *config.pipeline.new_domains]
+    )
     where, batch = places(config), config.training.batch_size
     ranks = args.ranks or max(r for r in range(1, (devices() or 2) + 1) if batch % r == 0)
     if ranks < 1 or batch % ranks:
@@ -189,9 +253,14 @@ def run(args: argparse.Namespace) -> int:
     plan = steps(config, args.config, overrides, ranks, str(DS_JSON))
     check_made(plan, args.config, overrides)
     with held(where.run):
-        run_steps([step for step in plan if not step.output.exists()], config.pipeline.parallel_branches)
+        run_steps(
+            [step for step in plan if not step.output.exists()], config.pipeline.parallel_branches
+        )
         if not where.average.exists():
-            average_dense([where.seed, *(where.branch(domain) for domain in config.pipeline.domains)], where.average)
+            average_dense(
+                [where.seed, *(where.branch(domain) for domain in config.pipeline.domains)],
+                where.average,
+            )
         if not where.report.exists():
             print("== evaluate", file=sys.stderr, flush=True)
             evaluate(config)

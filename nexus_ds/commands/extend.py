@@ -1,8 +1,11 @@
-"""The verb `extend`: further dense branches become experts of a trained mixture (paper section 2.3).
+"""The verb `extend`: further dense branches become experts of a trained mixture (paper section
+2.3).
 
-Their FFNs are appended, everything else is merged in with the share lambda, and the router's rows of the new experts are
-P(d_new): no router parameter is added. With --replace they take the places of experts of the same names.
-Not covered: removing experts; branches of another seed (refused: sizes, tokenizer or weights tell); training (`train`).
+Their FFNs are appended, everything else is merged in with the share lambda, and the router's rows
+of the new experts are P(d_new): no router parameter is added. With --replace they take the places
+of experts of the same names.
+Not covered: removing experts; branches of another seed (refused: sizes, tokenizer or weights tell);
+training (`train`).
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ HELP = "add one or several dense branches as experts to a mixture"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
-    parser.add_argument("--checkpoint", metavar="DIR", required=True, help="Nexus checkpoint to extend")
+    parser.add_argument(
+        "--checkpoint", metavar="DIR", required=True, help="Nexus checkpoint to extend"
+    )
     parser.add_argument(
         "--expert",
         metavar="NAME=DIR",
@@ -44,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="embeddings of the new domains, from the checkpoint's encoder; may be left out with --replace where the "
         "expert's text is the old one",
     )
-    parser.add_argument("--out", metavar="DIR", required=True, help="new directory of the extended checkpoint")
+    parser.add_argument(
+        "--out", metavar="DIR", required=True, help="new directory of the extended checkpoint"
+    )
     parser.add_argument(
         "--lambda",
         metavar="X",
@@ -59,9 +66,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="keep",
         help="linear routers only: keep the old rows and add random ones, or reset all rows (the paper's baseline)",
     )
-    parser.add_argument("--config", metavar="RECIPE", default=None, help="recipe with the router's settings")
-    parser.add_argument("--data", metavar="DIR", help="text of old and new domains for the refit; default: as embedded")
-    parser.add_argument("--no-refit", action="store_true", help="leave P (or the linear rows): router.warm_start=none")
+    parser.add_argument(
+        "--config", metavar="RECIPE", default=None, help="recipe with the router's settings"
+    )
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help="text of old and new domains for the refit; default: as embedded",
+    )
+    parser.add_argument(
+        "--no-refit",
+        action="store_true",
+        help="leave P (or the linear rows): router.warm_start=none",
+    )
     parser.add_argument(
         "--verdict",
         action="store_true",
@@ -70,13 +87,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     before_after.add_options(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings over those of the recipe")
+    parser.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        help="settings over those of the recipe",
+    )
 
 
 def _describe(
-    args: argparse.Namespace, experts: dict[str, Path], embeddings: DomainEmbeddings | None, config: Config
+    args: argparse.Namespace,
+    experts: dict[str, Path],
+    embeddings: DomainEmbeddings | None,
+    config: Config,
 ) -> NewModel:
-    """Return the new mixture; lambda is --lambda, else that of a recipe given with --config, else the default."""
+    """Return the new mixture; lambda is --lambda, else that of a recipe given with --config, else
+    the default."""
     from nexus_ds.upcycling.extend import extended
     from nexus_ds.upcycling.replace import replaced
 
@@ -90,12 +116,15 @@ def _describe(
     if args.replace:
         return replaced(Path(args.checkpoint), experts, embeddings, config, share)
     if embeddings is None:
-        raise ConfigError("--domains FILE is missing: the embeddings of the new domains (make it with nexus-ds embed)")
+        raise ConfigError(
+            "--domains FILE is missing: the embeddings of the new domains (make it with nexus-ds embed)"
+        )
     return extended(Path(args.checkpoint), experts, embeddings, config, share, args.linear_init)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Extend: check everything, write the checkpoint under a temporary name, refit its router, rename, and score it.
+    """Extend: check everything, write the checkpoint under a temporary name, refit its router,
+    rename, and score it.
 
     lambda is --lambda, else `pipeline.merge_weight` of a recipe given with --config, else k/(n+k).
 
@@ -113,7 +142,11 @@ def run(args: argparse.Namespace) -> int:
     from nexus_ds.pipeline import next_training
     from nexus_ds.upcycling.blend import parse_experts
 
-    out, experts, limit = Path(args.out), parse_experts(args.expert), before_after.parse_limit(args.limit)
+    out, experts, limit = (
+        Path(args.out),
+        parse_experts(args.expert),
+        before_after.parse_limit(args.limit),
+    )
     refuse_existing(out)
     cold = ["router.warm_start=none"] if args.no_refit else []
     config = load_config(args.config or "demo", ["stage=extend", *args.overrides, *cold])
@@ -133,8 +166,15 @@ def run(args: argparse.Namespace) -> int:
         report = model.write(directory, text, config.router, config.seed)
     verdict = before_after.judge(trial.before, trial.after(out), limit) if trial else None
     command = next_training(out, data or "DIR", args.config or "demo", "extend")
-    result = model.summary(out, report) | {"lambda": model.sidecar.lineage[-1]["lambda"], "next": command}
+    result = model.summary(out, report) | {
+        "lambda": model.sidecar.lineage[-1]["lambda"],
+        "next": command,
+    }
     result["verdict"] = verdict.as_dict() if verdict else None
-    lines = [model.describe(out, report), *([verdict.text()] if verdict else []), f"next: {command}"]
+    lines = [
+        model.describe(out, report),
+        *([verdict.text()] if verdict else []),
+        f"next: {command}",
+    ]
     print(json.dumps(result, indent=2) if args.json else "\n".join(lines))
     return verdict.exit_code("extend", out) if verdict else 0

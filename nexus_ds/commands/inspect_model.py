@@ -1,6 +1,8 @@
-"""The verb `inspect`: what a checkpoint is, or how several differ. (A module named inspect would shadow Python's own.)
+"""The verb `inspect`: what a checkpoint is, or how several differ. (A module named inspect would
+shadow Python's own.)
 
-Not covered: differences between weights; only sizes, experts, router, origin and tokenizer are compared.
+Not covered: differences between weights; only sizes, experts, router, origin and tokenizer are
+compared.
 """
 
 from __future__ import annotations
@@ -17,12 +19,19 @@ LISTS = ("experts", "lineage")  # shown below the facts
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="dense or Nexus checkpoint")
-    parser.add_argument("--json", action="store_true", help="print the facts as JSON (a list for several directories)")
+    parser.add_argument(
+        "directories", nargs="+", type=Path, metavar="DIR", help="dense or Nexus checkpoint"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print the facts as JSON (a list for several directories)",
+    )
 
 
 def flat(facts: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return nested facts as one level of texts: {'parameters': {'total': 5}} becomes {'parameters.total': '5'}."""
+    """Return nested facts as one level of texts: {'parameters': {'total': 5}} becomes
+    {'parameters.total': '5'}."""
     result: dict[str, str] = {}
     for key, value in facts.items():
         if isinstance(value, dict):
@@ -30,7 +39,9 @@ def flat(facts: dict[str, Any], prefix: str = "") -> dict[str, str]:
         elif key == "lineage":
             result[prefix + key] = " > ".join(str(step.get("verb", "?")) for step in value)
         elif key == "experts":
-            result[prefix + key] = ", ".join(f"{expert['name']} {expert['sha256'][:8]}" for expert in value)
+            result[prefix + key] = ", ".join(
+                f"{expert['name']} {expert['sha256'][:8]}" for expert in value
+            )
         elif value is not None:
             result[prefix + key] = f"{value:,}" if type(value) is int else str(value)
     return result
@@ -42,16 +53,21 @@ def describe_text(facts: dict[str, Any]) -> str:
     width = max(map(len, lines))
     text = [f"{name.ljust(width)}  {value}" for name, value in lines.items()]
     for index, expert in enumerate(facts.get("experts", [])):
-        text.append(f"expert {index}: {expert['name']} (domain {expert['domain']}) from {expert['source']}, "
-                    f"sha256 {expert['sha256'][:12]}")  # fmt: skip
+        text.append(
+            f"expert {index}: {expert['name']} (domain {expert['domain']}) from {expert['source']}, "
+            f"sha256 {expert['sha256'][:12]}"
+        )
     for index, step in enumerate(facts.get("lineage", [])):
         settings = {key: value for key, value in step.items() if key != "verb"}
-        text.append(f"step {index + 1}: {step.get('verb', '?')} {json.dumps(settings, ensure_ascii=False)}")
+        text.append(
+            f"step {index + 1}: {step.get('verb', '?')} {json.dumps(settings, ensure_ascii=False)}"
+        )
     return "\n".join(text)
 
 
 def differences(all_facts: Sequence[dict[str, Any]]) -> tuple[list[list[str]], list[str]]:
-    """Return rows [fact, value of the first, of the second, ...] of what differs, and the names of what is equal."""
+    """Return rows [fact, value of the first, of the second, ...] of what differs, and the names of
+    what is equal."""
     flats = [flat(facts) for facts in all_facts]
     keys = [key for key in dict.fromkeys(k for f in flats for k in f) if key != "directory"]
     rows, equal = [], []

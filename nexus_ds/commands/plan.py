@@ -1,6 +1,7 @@
 """The verb `plan`: memory, traffic and time of every layout, before anything is queued.
 
-Not covered: tensor and pipeline parallelism, other jobs on the same nodes, the time that reading text takes.
+Not covered: tensor and pipeline parallelism, other jobs on the same nodes, the time that reading
+text takes.
 """
 
 from __future__ import annotations
@@ -27,21 +28,40 @@ SHOWN = 12  # layouts in the table; --json has all
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("--config", metavar="RECIPE", default="demo", help="recipe file or name (default: demo)")
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of all nodes together")
-    parser.add_argument("--gpu-memory", required=True, metavar="SIZE", help="of one GPU, for example 24GB or 80GiB")
+    parser.add_argument(
+        "--config", metavar="RECIPE", default="demo", help="recipe file or name (default: demo)"
+    )
+    parser.add_argument(
+        "--gpus", type=int, required=True, metavar="N", help="GPUs of all nodes together"
+    )
+    parser.add_argument(
+        "--gpu-memory", required=True, metavar="SIZE", help="of one GPU, for example 24GB or 80GiB"
+    )
     parser.add_argument("--nodes", type=int, default=1, metavar="M", help="nodes (default: 1)")
     parser.add_argument(
-        "--link", metavar="SPEED", help="of a node to the others, for example 25Gb or 3GB (default: 100Gb)"
+        "--link",
+        metavar="SPEED",
+        help="of a node to the others, for example 25Gb or 3GB (default: 100Gb)",
     )
-    parser.add_argument("--gpu-link", metavar="SPEED", help="of a GPU inside its node (default: 25GB, PCIe 4 x16)")
-    parser.add_argument("--host-memory", metavar="SIZE", help="main memory of a node (default: not checked)")
-    parser.add_argument("--gpu-tflops", type=float, metavar="X", help="a GPU's peak in dense bf16 (default: 100)")
     parser.add_argument(
-        "--write", type=Path, metavar="FILE", help="write the DeepSpeed JSON of the fastest layout that fits"
+        "--gpu-link", metavar="SPEED", help="of a GPU inside its node (default: 25GB, PCIe 4 x16)"
+    )
+    parser.add_argument(
+        "--host-memory", metavar="SIZE", help="main memory of a node (default: not checked)"
+    )
+    parser.add_argument(
+        "--gpu-tflops", type=float, metavar="X", help="a GPU's peak in dense bf16 (default: 100)"
+    )
+    parser.add_argument(
+        "--write",
+        type=Path,
+        metavar="FILE",
+        help="write the DeepSpeed JSON of the fastest layout that fits",
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings laid over the recipe")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings laid over the recipe"
+    )
 
 
 def machine_of(args: argparse.Namespace) -> Machine:
@@ -76,12 +96,19 @@ def command(args: argparse.Namespace, candidate: Candidate, machine: Machine, ds
     """
     launcher = ["deepspeed", "--num_gpus", str(machine.local)]
     if machine.nodes > 1:
-        launcher = ["srun", f"--nodes={machine.nodes}", f"--ntasks-per-node={machine.local}", "python"]
+        launcher = [
+            "srun",
+            f"--nodes={machine.nodes}",
+            f"--ntasks-per-node={machine.local}",
+            "python",
+        ]
     words = ["--config", args.config, *args.overrides, *candidate.layout.overrides]
     return typed_training(words, launcher=launcher, ds_json=ds_json)
 
 
-def collect(args: argparse.Namespace, config: Config, sizes: Sizes, machine: Machine) -> dict[str, Any]:
+def collect(
+    args: argparse.Namespace, config: Config, sizes: Sizes, machine: Machine
+) -> dict[str, Any]:
     """Return the whole plan as JSON.
 
     Raises:
@@ -95,7 +122,9 @@ def collect(args: argparse.Namespace, config: Config, sizes: Sizes, machine: Mac
 
     found = choose.candidates(sizes, machine, config)
     best, width = found[0], choose.WIDTH[config.model.dtype]
-    tokens = total_steps(config.training, config.data) * tokens_per_step(config.training, config.data)
+    tokens = total_steps(config.training, config.data) * tokens_per_step(
+        config.training, config.data
+    )
     plan: dict[str, Any] = {
         "parameters": sizes.counts(),
         "machine": vars(machine).copy(),
@@ -105,7 +134,10 @@ def collect(args: argparse.Namespace, config: Config, sizes: Sizes, machine: Mac
             "tokens_per_step": best.step.tokens,
             "dtype": config.model.dtype,
         },
-        "disk_bytes": {name: round(value) for name, value in disk(sizes, width, config.training.keep_last).items()},
+        "disk_bytes": {
+            name: round(value)
+            for name, value in disk(sizes, width, config.training.keep_last).items()
+        },
         "layouts": [candidate.to_json(tokens) for candidate in found],
         "best": None,
         "one_more_expert": None,
@@ -122,7 +154,10 @@ def collect(args: argparse.Namespace, config: Config, sizes: Sizes, machine: Mac
         }
     if sizes.experts:
         more = choose.one_more_expert(sizes, machine, config, best)
-        plan["one_more_expert"] = {**more.to_json(tokens), "parameters": sizes.counts()["one_expert"]}
+        plan["one_more_expert"] = {
+            **more.to_json(tokens),
+            "parameters": sizes.counts()["one_expert"],
+        }
     return plan
 
 
@@ -145,15 +180,24 @@ def _table(layouts: list[dict[str, Any]]) -> str:
     ]
     rows = [
         [
-            c["name"], str(c["micro_batch_size"]), "no" if c["activation_checkpointing"] == "none" else "yes",
-            f"{c['gpu_bytes'] / 1e9:.1f}", f"{c['host_bytes'] / 1e9:.0f}", short(c["gpu_link_bytes_per_step"]),
-            short(c["node_link_bytes_per_step"]), f"{c['step_seconds']:.3g}", f"{c['tokens_per_second']:,.0f}",
-            f"{c['days']:.3g}", "yes" if c["fits"] else "no",
+            c["name"],
+            str(c["micro_batch_size"]),
+            "no" if c["activation_checkpointing"] == "none" else "yes",
+            f"{c['gpu_bytes'] / 1e9:.1f}",
+            f"{c['host_bytes'] / 1e9:.0f}",
+            short(c["gpu_link_bytes_per_step"]),
+            short(c["node_link_bytes_per_step"]),
+            f"{c['step_seconds']:.3g}",
+            f"{c['tokens_per_second']:,.0f}",
+            f"{c['days']:.3g}",
+            "yes" if c["fits"] else "no",
         ]
         for c in layouts[:SHOWN]
-    ]  # fmt: skip
+    ]
     more = len(layouts) - SHOWN
-    return text_table(Table(header=header, rows=rows)) + (f"\n({more} more with --json)" if more > 0 else "")
+    return text_table(Table(header=header, rows=rows)) + (
+        f"\n({more} more with --json)" if more > 0 else ""
+    )
 
 
 def _parts(values: dict[str, float], unit: float = 1e9, form: str = ".2f") -> str:
@@ -188,7 +232,9 @@ def _links(advice: dict[str, Any]) -> str:
     )
     if not advice["flips"]:
         return line + "; so it is from 10 Mb to 10 Tb"
-    return line + "".join(f"; above {bits(f['link'])} {words[f['on_faster_links']]}" for f in advice["flips"])
+    return line + "".join(
+        f"; above {bits(f['link'])} {words[f['on_faster_links']]}" for f in advice["flips"]
+    )
 
 
 def describe(plan: dict[str, Any]) -> str:
@@ -249,7 +295,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(describe(plan))
     if not best:
-        print("next: try more GPUs, a smaller data.sequence_length, or --host-memory of a larger node")
+        print(
+            "next: try more GPUs, a smaller data.sequence_length, or --host-memory of a larger node"
+        )
     elif args.write:
         print(f"wrote {args.write}; next: {best['command']}")
     else:

@@ -1,4 +1,5 @@
-"""The verb `preflight`: check nodes, versions, devices, disk and network in seconds, before a job's expensive part.
+"""The verb `preflight`: check nodes, versions, devices, disk and network in seconds, before a job's
+expensive part.
 
 Every rank runs it, as srun starts it; outside of SLURM it checks this machine with one rank.
 Not covered: memory on machines without GPUs, which `plan` does not predict.
@@ -14,19 +15,35 @@ from nexus_ds.launch import meeting_point, position
 from nexus_ds.pipeline import DS_JSON, WIDE_STAGES, resolve
 
 HELP = "check nodes, versions, devices, disk and network before a stage (every rank runs it)"
-STAGES = {"seed": "seed", "branch": "branch", "moe": "moe", "extended": "extend"}  # name: train.py's stage
+# name: train.py's stage
+STAGES = {"seed": "seed", "branch": "branch", "moe": "moe", "extended": "extend"}
 OTHERS = ("embed", "upcycle", "extend", "evaluate")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("--config", metavar="RECIPE", default="demo", help="recipe file or name (default: demo)")
     parser.add_argument(
-        "--deepspeed", metavar="JSON", default="", help="for moe and extended (default: the project's z3)"
+        "--config", metavar="RECIPE", default="demo", help="recipe file or name (default: demo)"
     )
-    parser.add_argument("--wait", type=float, default=60.0, metavar="S", help="seconds to wait for ranks (default: 60)")
-    parser.add_argument("name", metavar="STAGE", choices=(*STAGES, *OTHERS), help="stage that is about to run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings laid over the recipe")
+    parser.add_argument(
+        "--deepspeed",
+        metavar="JSON",
+        default="",
+        help="for moe and extended (default: the project's z3)",
+    )
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds to wait for ranks (default: 60)",
+    )
+    parser.add_argument(
+        "name", metavar="STAGE", choices=(*STAGES, *OTHERS), help="stage that is about to run"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings laid over the recipe"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

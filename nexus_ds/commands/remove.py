@@ -1,6 +1,8 @@
-"""The verb `remove`: an expert leaves the mixture, everything else stays as it is; what that costs, on request.
+"""The verb `remove`: an expert leaves the mixture, everything else stays as it is; what that costs,
+on request.
 
-Not covered: what the expert gave to the averaged weights; train on text of the others to wash that out.
+Not covered: what the expert gave to the averaged weights; train on text of the others to wash that
+out.
 """
 
 from __future__ import annotations
@@ -18,14 +20,28 @@ HELP = "take routed experts out of a mixture"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", type=Path, help="Nexus checkpoint")
-    parser.add_argument("--expert", required=True, action="append", metavar="NAME", help="expert that leaves (repeat)")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", type=Path, help="Nexus checkpoint"
+    )
+    parser.add_argument(
+        "--expert",
+        required=True,
+        action="append",
+        metavar="NAME",
+        help="expert that leaves (repeat)",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="new checkpoint")
-    parser.add_argument("--data", metavar="DIR",
-                        help="text of the domains: score both models on it and print a table before and after (seconds "
-                        "for small models, two passes over N windows a domain for all)")  # fmt: skip
-    parser.add_argument("--no-bos", action="store_true",
-                        help="of that text: documents don't begin with the BOS of the model's tokenizer")  # fmt: skip
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help="text of the domains: score both models on it and print a table before and after (seconds "
+        "for small models, two passes over N windows a domain for all)",
+    )
+    parser.add_argument(
+        "--no-bos",
+        action="store_true",
+        help="of that text: documents don't begin with the BOS of the model's tokenizer",
+    )
     before_after.add_options(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -43,14 +59,30 @@ def run(args: argparse.Namespace) -> int:
     refuse_existing(args.out)
     model = reduced(args.checkpoint, args.expert)
     domains = chosen(args.scored, args.checkpoint, [])
-    trial = Trial(args.checkpoint, args.data, domains, args.windows, not args.no_bos) if args.data else None
+    trial = (
+        Trial(args.checkpoint, args.data, domains, args.windows, not args.no_bos)
+        if args.data
+        else None
+    )
     with new_directory(args.out) as directory:
         model.write(directory, None, RouterConfig(), 0)
-    words = ["--checkpoint", str(args.checkpoint), "--checkpoint", str(args.out), "--data", args.data or "DIR"]
+    words = [
+        "--checkpoint",
+        str(args.checkpoint),
+        "--checkpoint",
+        str(args.out),
+        "--data",
+        args.data or "DIR",
+    ]
     words += ["--no-bos"] if args.no_bos else []
     command = shlex.join(["nexus-ds", "evaluate", *words, "--out", f"{args.out}-report"])
     verdict = before_after.judge(trial.before, trial.after(args.out), limit) if trial else None
-    result = model.summary(args.out, None) | {"verdict": verdict.as_dict() if verdict else None, "next": command}
-    text = "\n".join([model.describe(args.out, None), *([verdict.text()] if verdict else []), f"next: {command}"])
+    result = model.summary(args.out, None) | {
+        "verdict": verdict.as_dict() if verdict else None,
+        "next": command,
+    }
+    text = "\n".join(
+        [model.describe(args.out, None), *([verdict.text()] if verdict else []), f"next: {command}"]
+    )
     print(json.dumps(result, indent=2) if args.json else text)
     return verdict.exit_code("remove", args.out) if verdict else 0

@@ -1,7 +1,8 @@
-"""The verb `stage`: make one stage of a recipe's run by name; what the templates in slurm/ call in every job.
+"""The verb `stage`: make one stage of a recipe's run by name; what the templates in slurm/ call in
+every job.
 
-Names and domains of a recipe stay inside python: a template passes the recipe's path, the stage's name and the user's
-settings on as they came, and a task of an array finds its domain here.
+Names and domains of a recipe stay inside python: a template passes the recipe's path, the stage's
+name and the user's settings on as they came, and a task of an array finds its domain here.
 Not covered: launching several ranks (srun does), submitting and requeueing (slurm/).
 """
 
@@ -43,17 +44,29 @@ EXIT_STOPPED = 75  # a signal asked for a stop
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("--config", metavar="RECIPE", default="demo", help="recipe file or name (default: demo)")
     parser.add_argument(
-        "--deepspeed", metavar="JSON", default="", help="for moe and extended (default: the project's z3)"
+        "--config", metavar="RECIPE", default="demo", help="recipe file or name (default: demo)"
     )
-    parser.add_argument("--show", choices=SHOWN, help="print one fact for a job script and do nothing else")
-    parser.add_argument("name", metavar="STAGE", choices=(*TRAINED, *ALONE), help=" | ".join((*TRAINED, *ALONE)))
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings laid over the recipe")
+    parser.add_argument(
+        "--deepspeed",
+        metavar="JSON",
+        default="",
+        help="for moe and extended (default: the project's z3)",
+    )
+    parser.add_argument(
+        "--show", choices=SHOWN, help="print one fact for a job script and do nothing else"
+    )
+    parser.add_argument(
+        "name", metavar="STAGE", choices=(*TRAINED, *ALONE), help=" | ".join((*TRAINED, *ALONE))
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings laid over the recipe"
+    )
 
 
 def _domains(config: Config) -> list[str]:
-    """Return the domains whose branches a run trains, in the order of an array's tasks; ConfigError if there are none."""
+    """Return the domains whose branches a run trains, in the order of an array's tasks; ConfigError
+    if there are none."""
     if not config.pipeline.domains:
         raise ConfigError(
             "pipeline.domains is empty: a run trains a branch for each; give pipeline.domains=[A,B,..], folders of data.path"
@@ -62,7 +75,8 @@ def _domains(config: Config) -> list[str]:
 
 
 def branch_domain(config: Config) -> str:
-    """Return the domain of this array task: SLURM_ARRAY_TASK_ID counts domains, then new domains, from 0.
+    """Return the domain of this array task: SLURM_ARRAY_TASK_ID counts domains, then new domains,
+    from 0.
 
     Raises:
         ConfigError: no index, or one beyond the recipe's branches.
@@ -72,7 +86,9 @@ def branch_domain(config: Config) -> str:
     domains = _domains(config)
     text = os.environ.get("SLURM_ARRAY_TASK_ID", "")
     if not text.isdecimal():
-        raise ConfigError(f"which branch? submit with --array=0-{len(domains) - 1}, or give branch=DOMAIN")
+        raise ConfigError(
+            f"which branch? submit with --array=0-{len(domains) - 1}, or give branch=DOMAIN"
+        )
     if int(text) >= len(domains):
         raise ConfigError(
             f"array task {text}: the recipe has {len(domains)} branches ({', '.join(domains)}); "
@@ -117,12 +133,16 @@ def chosen(found: list[Step], names: list[str]) -> list[Step]:
     for name in names:
         kind, _, domain = name.partition(":")
         if name not in by_name and kind == "branch":
-            known = ", ".join(other.partition(":")[2] for other in by_name if other.startswith("branch:"))
+            known = ", ".join(
+                other.partition(":")[2] for other in by_name if other.startswith("branch:")
+            )
             raise ConfigError(
                 f"branch={domain} is none of the recipe's domains ({known or 'none'}); give pipeline.domains=[A,B,..]"
             )
         if name not in by_name:
-            raise ConfigError(f"the recipe adds no expert, so it has no stage {name}; give pipeline.new_domains=[E]")
+            raise ConfigError(
+                f"the recipe adds no expert, so it has no stage {name}; give pipeline.new_domains=[E]"
+            )
     return [by_name[name] for name in names]
 
 
@@ -148,7 +168,8 @@ def show(what: str, config: Config, args: argparse.Namespace) -> str:
 
 @contextlib.contextmanager
 def _only_one(path: Path) -> Iterator[None]:
-    """Hold a lock that the jobs of a run share: tasks of an array that all miss the seed make it once."""
+    """Hold a lock that the jobs of a run share: tasks of an array that all miss the seed make it
+    once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
@@ -169,7 +190,11 @@ def make(todo: list[str], found: list[Step], config: Config) -> int:
                 if not step.output.exists():
                     run_steps([*needed_for(found, name), step], config.pipeline.parallel_branches)
     except Ended:  # the stages that ran have saved their state or removed what was unfinished
-        print("nexus-ds stage: stopped by a signal; start the same command again to go on", file=sys.stderr, flush=True)
+        print(
+            "nexus-ds stage: stopped by a signal; start the same command again to go on",
+            file=sys.stderr,
+            flush=True,
+        )
         return EXIT_STOPPED
     return 0
 

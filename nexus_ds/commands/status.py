@@ -1,7 +1,8 @@
-"""The verb `status`: what each stage of a run is doing, from the run's folder and, where there is one, SLURM's queue.
+"""The verb `status`: what each stage of a run is doing, from the run's folder and, where there is
+one, SLURM's queue.
 
-A stage is finished when its output exists. Jobs are known from <run>/logs/jobs.txt, which the templates in slurm/ write;
-without SLURM a stage counts as running while its log grows.
+A stage is finished when its output exists. Jobs are known from <run>/logs/jobs.txt, which the
+templates in slurm/ write; without SLURM a stage counts as running while its log grows.
 Not covered: jobs of other users' runs, output directories that a recipe puts outside of the run.
 """
 
@@ -35,7 +36,8 @@ TEMPLATES = {  # template: the stages that its job makes, in order
 }
 QUEUED = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED")
 ACTIVE = ("RUNNING", "COMPLETING")
-QUIET_SECONDS = 120.0  # without SLURM: a log that did not grow for so long belongs to nothing that runs
+# without SLURM: a log that did not grow for so long belongs to nothing that runs
+QUIET_SECONDS = 120.0
 TAIL_BYTES = 1 << 16
 ERROR = re.compile(r"error|refused|failed|killed|not requeued|no space left", re.IGNORECASE)
 NOISE = re.compile(r"^(srun|slurmstepd): |^\s*(File|raise|at) |exitcode|errno: ?0")
@@ -43,7 +45,8 @@ NOISE = re.compile(r"^(srun|slurmstepd): |^\s*(File|raise|at) |exitcode|errno: ?
 
 @dataclass
 class Job:
-    """A job of SLURM: its id (`12`, or `12_3` for a task of an array), its state ('' if SLURM forgot it), its reason."""
+    """A job of SLURM: its id (`12`, or `12_3` for a task of an array), its state ('' if SLURM
+    forgot it), its reason."""
 
     id: str
     state: str = ""
@@ -68,12 +71,15 @@ class StageStatus:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="directory of the run (pipeline.run of its recipe)")
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="directory of the run (pipeline.run of its recipe)"
+    )
     parser.add_argument("--json", action="store_true", help="print a list of stages as JSON")
 
 
 def run_config(run: Path) -> Config:
-    """Return the configuration of the run that lives in `run`, from what its jobs or trainings left there.
+    """Return the configuration of the run that lives in `run`, from what its jobs or trainings left
+    there.
 
     Raises:
         ConfigError: nothing there tells what the run is made of.
@@ -111,12 +117,20 @@ def recorded_jobs(run: Path) -> dict[str, list[str]]:
 
 
 def queue(identities: list[str]) -> dict[str, Job] | None:
-    """Ask SLURM for these jobs; None where there is no SLURM. Jobs that it has forgotten are left out."""
+    """Ask SLURM for these jobs; None where there is no SLURM. Jobs that it has forgotten are left
+    out."""
     program = shutil.which("squeue")
     if program is None or not identities:
         return None
     wanted = ",".join(dict.fromkeys(identity.partition("_")[0] for identity in identities))
-    command = [program, "--noheader", "--array", "--states=all", "--format=%i|%T|%r", f"--jobs={wanted}"]
+    command = [
+        program,
+        "--noheader",
+        "--array",
+        "--states=all",
+        "--format=%i|%T|%r",
+        f"--jobs={wanted}",
+    ]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     rows = [line.strip().split("|") for line in done.stdout.splitlines() if line.count("|") == 2]
     return {row[0]: Job(*row) for row in rows}
@@ -128,13 +142,21 @@ def template_of(stage: str) -> str:
     return next(template for template, stages in TEMPLATES.items() if name in stages)
 
 
-def job_of(step: Step, config: Config, recorded: dict[str, list[str]], known: dict[str, Job] | None) -> Job | None:
+def job_of(
+    step: Step, config: Config, recorded: dict[str, list[str]], known: dict[str, Job] | None
+) -> Job | None:
     """Return the newest job of a stage, None if none was submitted."""
     template = template_of(step.name)
     identities = recorded.get(template, [])
     if step.name.startswith("branch:"):
-        index = [*config.pipeline.domains, *config.pipeline.new_domains].index(step.name.partition(":")[2])
-        identities = [i if "_" in i else f"{i}_{index}" for i in identities if i.partition("_")[2] in ("", str(index))]
+        index = [*config.pipeline.domains, *config.pipeline.new_domains].index(
+            step.name.partition(":")[2]
+        )
+        identities = [
+            i if "_" in i else f"{i}_{index}"
+            for i in identities
+            if i.partition("_")[2] in ("", str(index))
+        ]
     if not identities:
         return None
     return (known or {}).get(identities[-1], Job(identities[-1]))
@@ -150,14 +172,18 @@ def tail(path: Path) -> list[str]:
 
 
 def last_error(log: Path) -> str:
-    """Return the last line of a log that tells of an error, of the programs rather than of srun if there is one."""
+    """Return the last line of a log that tells of an error, of the programs rather than of srun if
+    there is one."""
     lines = [line.strip() for line in tail(log) if ERROR.search(line)]
-    own = [line for line in lines if not NOISE.search(line) and "its message stands above" not in line]
+    own = [
+        line for line in lines if not NOISE.search(line) and "its message stands above" not in line
+    ]
     return (own or lines or [""])[-1]
 
 
 def training(step: Step) -> StageStatus | None:
-    """Return step, steps, loss and time left of a stage that has trained, from its metrics; None if it has not."""
+    """Return step, steps, loss and time left of a stage that has trained, from its metrics; None if
+    it has not."""
     folder = Path(f"{step.output}.training")
     records: list[dict[str, Any]] = []
     for line in tail(folder / "metrics.jsonl"):
@@ -179,7 +205,9 @@ def training(step: Step) -> StageStatus | None:
 
 
 def _grows(paths: list[Path]) -> bool:
-    return any(path.is_file() and time.time() - path.stat().st_mtime < QUIET_SECONDS for path in paths)
+    return any(
+        path.is_file() and time.time() - path.stat().st_mtime < QUIET_SECONDS for path in paths
+    )
 
 
 def _queued(job: Job) -> str:
@@ -189,15 +217,21 @@ def _queued(job: Job) -> str:
 
 
 def judge(step: Step, job: Job | None, run: Path, slurm: bool) -> StageStatus:
-    """Return the state of one stage by its own traces; stages that wait for others are judged by `survey`."""
+    """Return the state of one stage by its own traces; stages that wait for others are judged by
+    `survey`."""
     if step.output.exists():
         return StageStatus(step.name, "finished", str(step.output))
     seen = training(step) or StageStatus(step.name, "")
     seen.job = job.id if job else ""
     log = run / "logs" / f"{template_of(step.name)}-{seen.job}.log"
     if job and job.state in QUEUED:
-        seen.state, seen.detail = "pending", "; ".join(text for text in (_queued(job), seen.detail) if text)
-    elif (job and job.state in ACTIVE) or (not slurm and _grows([log, Path(f"{step.output}.training/metrics.jsonl")])):
+        seen.state, seen.detail = (
+            "pending",
+            "; ".join(text for text in (_queued(job), seen.detail) if text),
+        )
+    elif (job and job.state in ACTIVE) or (
+        not slurm and _grows([log, Path(f"{step.output}.training/metrics.jsonl")])
+    ):
         seen.state, seen.detail = "running", seen.detail or "starting"
     elif job and job.state == "CANCELLED" and not log.is_file():
         seen.state, seen.detail = "cancelled", "never started"
@@ -223,7 +257,9 @@ def survey(run: Path) -> list[StageStatus]:
     result: dict[str, StageStatus] = {}
     for step in found:
         seen = judge(step, job_of(step, config, recorded, known), run, known is not None)
-        before = [result[needed.name] for needed in needed_for(found, step.name) if needed.name in result]
+        before = [
+            result[needed.name] for needed in needed_for(found, step.name) if needed.name in result
+        ]
         lost = [other.stage for other in before if other.state == "failed"]
         if seen.state in ("cancelled", "failed", "pending", "waiting") and lost:
             seen.state, seen.detail = "cancelled", f"needs {', '.join(lost)}, which failed"

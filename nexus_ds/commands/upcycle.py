@@ -1,6 +1,8 @@
-"""The verb `upcycle`: a seed and its dense branches become one mixture-of-experts (paper section 2.1).
+"""The verb `upcycle`: a seed and its dense branches become one mixture-of-experts (paper section
+2.1).
 
-The seed's FFN becomes the shared expert, each branch's FFN a routed expert, everything else the mean over the branches.
+The seed's FFN becomes the shared expert, each branch's FFN a routed expert, everything else the
+mean over the branches.
 Not covered: branches of different seeds, sizes or vocabularies (refused); training (`train`).
 """
 
@@ -15,7 +17,12 @@ HELP = "make one mixture-of-experts out of a seed and its dense branches"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
-    parser.add_argument("--seed", metavar="DIR", required=True, help="dense model that all experts were trained from")
+    parser.add_argument(
+        "--seed",
+        metavar="DIR",
+        required=True,
+        help="dense model that all experts were trained from",
+    )
     parser.add_argument(
         "--expert",
         metavar="NAME=DIR",
@@ -23,20 +30,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="a dense branch; NAME is also its domain, a row of --domains (repeat for each expert)",
     )
-    parser.add_argument("--domains", metavar="FILE", required=True, help="domain embeddings, from nexus-ds embed")
-    parser.add_argument("--out", metavar="DIR", required=True, help="new directory of the Nexus checkpoint")
-    parser.add_argument("--config", metavar="RECIPE", default="demo", help="recipe with the router's settings")
-    parser.add_argument("--data", metavar="DIR", help="text for the router's warm start; default: what was embedded")
+    parser.add_argument(
+        "--domains", metavar="FILE", required=True, help="domain embeddings, from nexus-ds embed"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", required=True, help="new directory of the Nexus checkpoint"
+    )
+    parser.add_argument(
+        "--config", metavar="RECIPE", default="demo", help="recipe with the router's settings"
+    )
+    parser.add_argument(
+        "--data", metavar="DIR", help="text for the router's warm start; default: what was embedded"
+    )
     parser.add_argument("--no-warm-start", action="store_true", help="router.warm_start=none")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings over those of the recipe")
+    parser.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        help="settings over those of the recipe",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Upcycle: check everything, write the checkpoint under a temporary name, fit its router, rename.
+    """Upcycle: check everything, write the checkpoint under a temporary name, fit its router,
+    rename.
 
     Raises:
-        IncompatibleModelsError: models that differ (one table of all differences), or their tokenizers.
+        IncompatibleModelsError: models that differ (one table of all differences), or their
+            tokenizers.
         UnsupportedModelError: a model that a Qwen2-MoE can't express.
         CheckpointError: missing, damaged, NaN or all-zero tensors.
         ConfigError, DataError: options, recipe, domain embeddings or text.
@@ -60,5 +82,9 @@ def run(args: argparse.Namespace) -> int:
         report = model.write(directory, text, config.router, config.seed)
     command = next_training(out, args.data or embeddings.data, args.config, "moe")
     result = model.summary(out, report) | {"next": command}
-    print(json.dumps(result, indent=2) if args.json else model.describe(out, report) + f"\nnext: {command}")
+    print(
+        json.dumps(result, indent=2)
+        if args.json
+        else model.describe(out, report) + f"\nnext: {command}"
+    )
     return 0

@@ -1,7 +1,8 @@
-"""Chunks of text with embeddings of their own: what `router.warm_start: chunks | closed_form` learns P from.
+"""Chunks of text with embeddings of their own: what `router.warm_start: chunks | closed_form`
+learns P from.
 
-The embeddings are kept in a folder, one file a domain, found again by text and encoder: several warm starts of one run
-embed their text once.
+The embeddings are kept in a folder, one file a domain, found again by text and encoder: several
+warm starts of one run embed their text once.
 Not covered: an encoder that only another machine has.
 """
 
@@ -14,7 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nexus_ds.data.domains import ENCODE_BATCH, SentenceEncoder, document_vectors, encoder_directory, weights_hash
+from nexus_ds.data.domains import (
+    ENCODE_BATCH,
+    SentenceEncoder,
+    document_vectors,
+    encoder_directory,
+    weights_hash,
+)
 from nexus_ds.errors import IncompatibleModelsError
 from nexus_ds.outputs import create, new_file
 from nexus_ds.progress import Progress
@@ -29,7 +36,9 @@ def _place(cache: Path, texts: Sequence[str], revision: str) -> Path:
     return cache / f"chunks-{digest.hexdigest()[:24]}.safetensors"
 
 
-def embed_chunks(texts: Mapping[str, Sequence[str]], encoder: str, revision: str, cache: Path) -> dict[str, Tensor]:
+def embed_chunks(
+    texts: Mapping[str, Sequence[str]], encoder: str, revision: str, cache: Path
+) -> dict[str, Tensor]:
     """Return for each domain the unit-norm embeddings [N, M] fp32 of its chunks.
 
     Args:
@@ -54,13 +63,18 @@ def embed_chunks(texts: Mapping[str, Sequence[str]], encoder: str, revision: str
     missing = [domain for domain, path in places.items() if not path.is_file()]
     if missing:
         model = SentenceEncoder(encoder)
-        with Progress("embed chunks", sum(len(texts[domain]) for domain in missing), "chunk") as progress:
+        with Progress(
+            "embed chunks", sum(len(texts[domain]) for domain in missing), "chunk"
+        ) as progress:
             for domain in missing:
                 parts: list[Tensor] = []
                 for start in range(0, len(texts[domain]), ENCODE_BATCH):
                     batch = texts[domain][start : start + ENCODE_BATCH]
                     parts.append(torch.from_numpy(document_vectors(batch, model, WINDOWS)).float())
                     progress.advance(len(batch))
-                with new_file(places[domain], overwrite=True) as temporary, create(temporary) as stream:
+                with (
+                    new_file(places[domain], overwrite=True) as temporary,
+                    create(temporary) as stream,
+                ):
                     stream.write(save({"vectors": torch.cat(parts)}))
     return {domain: load_file(path)["vectors"] for domain, path in places.items()}

@@ -1,18 +1,20 @@
-"""Domains discovered in text that has no labels: documents clustered by their embeddings, named by their own words.
+"""Domains discovered in text that has no labels: documents clustered by their embeddings, named by
+their own words.
 
-A document is described twice: by the embedding of its opening, which knows what it is about, and by its words (tf-idf
-in few dimensions), which also know what kind of text it is. On five mixtures of 4 to 11 known domains, k-means over both
-had a purity of 0.95 to 0.99, over embeddings alone 0.76 to 0.95. Openings of OPENING characters do as well as
-whole windows of the encoder in a third of the time; the spherical kind of k-means, mixtures of Gaussians and subtracting
-the mean did no better.
+A document is described twice: by the embedding of its opening, which knows what it is about, and by
+its words (tf-idf in few dimensions), which also know what kind of text it is. On five mixtures of 4
+to 11 known domains, k-means over both had a purity of 0.95 to 0.99, over embeddings alone 0.76 to
+0.95. Openings of OPENING characters do as well as whole windows of the encoder in a third of the
+time; the spherical kind of k-means, mixtures of Gaussians and subtracting the mean did no better.
 
-A seeded sample of documents is clustered. Then all documents are read again, a batch at a time, and each goes to the
-domain whose centre is nearest.
+A seeded sample of documents is clustered. Then all documents are read again, a batch at a time, and
+each goes to the domain whose centre is nearest.
 
-Shape letters: D documents, M dimension of the encoder, F features (M and those of the words), N domains, V words.
+Shape letters: D documents, M dimension of the encoder, F features (M and those of the words), N
+domains, V words.
 
-Not covered: how many domains there are (compare the silhouettes of several numbers), domains of equal size, near
-duplicates that come to lie in both splits.
+Not covered: how many domains there are (compare the silhouettes of several numbers), domains of
+equal size, near duplicates that come to lie in both splits.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ from nexus_ds.progress import Progress
 
 OPENING = 400  # characters of a document that are embedded
 READ = 4000  # characters of a document in which words are counted
-RARE, COMMON = 3, 0.9  # words in fewer documents, or in a larger share of them, say nothing of domains
+# words in fewer documents, or in a larger share of them, say nothing of domains
+RARE, COMMON = 3, 0.9
 VOCABULARY, WORD_FEATURES = 50_000, 100
 LARGE = 50_000  # documents in the sample from which k-means works on batches
 STARTS = 10  # of k-means, of which the best is kept
@@ -56,7 +59,13 @@ def corpus_files(path: Path) -> list[Path]:
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*.jsonl*") if p.is_file())
     files = [file for file in files if file.name.endswith(SUFFIXES)]
     if not files:
-        found = "a file of another kind" if path.is_file() else "none in it" if path.is_dir() else "nothing there"
+        found = (
+            "a file of another kind"
+            if path.is_file()
+            else "none in it"
+            if path.is_dir()
+            else "nothing there"
+        )
         raise DataError(
             f"no text at {path}: {found}; expected files of one {{'text': ...}} a line, {' or '.join(SUFFIXES)}"
         )
@@ -64,13 +73,16 @@ def corpus_files(path: Path) -> list[Path]:
 
 
 class Words:
-    """What words say of documents: tf-idf of a sample's words, reduced to its WORD_FEATURES main directions."""
+    """What words say of documents: tf-idf of a sample's words, reduced to its WORD_FEATURES main
+    directions."""
 
     def __init__(self, texts: Sequence[str], seed: int) -> None:
         from sklearn.decomposition import TruncatedSVD
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        self.counter = TfidfVectorizer(sublinear_tf=True, min_df=RARE, max_df=COMMON, max_features=VOCABULARY)
+        self.counter = TfidfVectorizer(
+            sublinear_tf=True, min_df=RARE, max_df=COMMON, max_features=VOCABULARY
+        )
         self.reduction = None
         try:
             found_DV = self.counter.fit_transform(texts)
@@ -89,14 +101,15 @@ class Words:
 
 @dataclass
 class Clusters:
-    """N domains: names, centres [N, F], the words that set each apart, and how well they part the sample."""
+    """N domains: names, centres [N, F], the words that set each apart, and how well they part the
+    sample."""
 
     names: list[str]
     centres: np.ndarray
     words: list[list[str]]
     silhouette: float
-    """Mean over the sample of (b - a) / max(a, b), a and b the mean cosine distances to the own and the nearest other
-    domain's documents: 1 for islands, 0 for a cloud that was cut."""
+    """Mean over the sample of (b - a) / max(a, b), a and b the mean cosine distances to the own and
+    the nearest other domain's documents: 1 for islands, 0 for a cloud that was cut."""
 
     def nearest(self, vectors_DF: np.ndarray) -> np.ndarray:
         """Return for each document the number [D] of its domain."""
@@ -131,14 +144,18 @@ def fit_clusters(texts: Sequence[str], vectors_DF: np.ndarray, count: int, seed:
     order = np.argsort(-sizes, kind="stable")
     labels = np.argsort(order)[labels]
     words = distinctive_words(texts, labels, count)
-    return Clusters(domain_names(words), centres[order], words, _silhouette(vectors_DF, labels, seed))
+    return Clusters(
+        domain_names(words), centres[order], words, _silhouette(vectors_DF, labels, seed)
+    )
 
 
 def _k_means(vectors_DF: np.ndarray, count: int, seed: int) -> np.ndarray:
     from sklearn.cluster import KMeans, MiniBatchKMeans
 
     kind = KMeans if len(vectors_DF) < LARGE else MiniBatchKMeans
-    model = kind(n_clusters=count, init="k-means++", n_init=STARTS, random_state=seed).fit(vectors_DF)
+    model = kind(n_clusters=count, init="k-means++", n_init=STARTS, random_state=seed).fit(
+        vectors_DF
+    )
     return np.asarray(model.cluster_centers_)
 
 
@@ -154,13 +171,18 @@ def _silhouette(vectors_DF: np.ndarray, labels: np.ndarray, seed: int) -> float:
 def distinctive_words(texts: Sequence[str], labels: np.ndarray, count: int) -> list[list[str]]:
     """Return for each of `count` domains the words that set it apart, best first.
 
-    A word's score is p log(p / q), p and q its shares of the domain's and of all documents: frequent here, and more so
-    than elsewhere. Counting documents keeps one long text from naming the domain.
+    A word's score is p log(p / q), p and q its shares of the domain's and of all documents:
+    frequent here, and more so than elsewhere. Counting documents keeps one long text from naming
+    the domain.
     """
     from sklearn.feature_extraction.text import CountVectorizer
 
     counter = CountVectorizer(
-        binary=True, strip_accents="unicode", stop_words="english", token_pattern=r"[^\W\d_]{3,}", dtype=np.float64
+        binary=True,
+        strip_accents="unicode",
+        stop_words="english",
+        token_pattern=r"[^\W\d_]{3,}",
+        dtype=np.float64,
     )
     try:
         present_DV = counter.fit_transform(texts)
@@ -178,11 +200,14 @@ def distinctive_words(texts: Sequence[str], labels: np.ndarray, count: int) -> l
 
 
 def domain_names(words: Sequence[Sequence[str]]) -> list[str]:
-    """Return a name for each domain, safe for folders and experts: its first words that no earlier domain's name has."""
+    """Return a name for each domain, safe for folders and experts: its first words that no earlier
+    domain's name has."""
     taken: set[str] = set()
     names = []
     for number, best in enumerate(words, start=1):
-        chosen = [word for word in best if word not in taken and re.fullmatch("[a-z]{1,24}", word)][:NAME_WORDS]
+        chosen = [word for word in best if word not in taken and re.fullmatch("[a-z]{1,24}", word)][
+            :NAME_WORDS
+        ]
         taken.update(chosen)
         names.append("-".join(chosen) or f"domain-{number}")
     return names
@@ -201,9 +226,12 @@ class _Domain:
     size: int = 0
 
     def _split(self) -> str:
-        """Return where the next document goes: one of each block is drawn, the first block's among its first two."""
+        """Return where the next document goes: one of each block is drawn, the first block's among
+        its first two."""
         block, place = divmod(sum(self.counts.values()), self.every)
-        digest = hashlib.blake2b(f"{self.seed}\0{self.name}\0{block}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(
+            f"{self.seed}\0{self.name}\0{block}".encode(), digest_size=8
+        ).digest()
         drawn = int.from_bytes(digest) % (self.every if block else 2)
         return "validation" if place == drawn else "train"
 
@@ -223,7 +251,13 @@ class Discovery:
     """
 
     def __init__(
-        self, files: Sequence[Path], encoder: Encoder, *, seed: int = 0, every: int = 20, on_bad_row: str = "error"
+        self,
+        files: Sequence[Path],
+        encoder: Encoder,
+        *,
+        seed: int = 0,
+        every: int = 20,
+        on_bad_row: str = "error",
     ) -> None:
         """Take note of the corpus.
 
@@ -244,7 +278,9 @@ class Discovery:
         """Embeddings [M] of the sampled documents, by the place where they stand."""
 
     def _read(self, bad_rows: BadRows | None = None) -> Iterator[Document]:
-        return chain.from_iterable(read_rows(file, self.on_bad_row, bad_rows) for file in self.files)
+        return chain.from_iterable(
+            read_rows(file, self.on_bad_row, bad_rows) for file in self.files
+        )
 
     def _cut(self) -> Iterator[Document]:
         self.documents = 0
@@ -253,21 +289,27 @@ class Discovery:
             yield Document(document.text[:READ], {}, document.where)
 
     def _embedded(self, documents: Sequence[Document]) -> dict[str, np.ndarray]:
-        """Return the embedding [M] of each document, by its place; those of the sample are known."""
+        """Return the embedding [M] of each document, by its place; those of the sample are
+        known."""
         new = [document for document in documents if document.where not in self.known]
         if not new:
             return self.known
         vectors = document_vectors([document.text[:OPENING] for document in new], self.encoder, 1)
-        return self.known | {document.where: vector for document, vector in zip(new, vectors, strict=True)}
+        return self.known | {
+            document.where: vector for document, vector in zip(new, vectors, strict=True)
+        }
 
     def _features(self, documents: Sequence[Document]) -> np.ndarray:
         """Return the features [D, F] of documents: embedding and words, with the same weight."""
         known = self._embedded(documents)
         embedded_DM = np.array([known[document.where] for document in documents])
-        return np.concatenate([embedded_DM, self.words.vectors([d.text[:READ] for d in documents])], axis=1)
+        return np.concatenate(
+            [embedded_DM, self.words.vectors([d.text[:READ] for d in documents])], axis=1
+        )
 
     def fit(self, count: int, documents: int) -> Clusters:
-        """Read the corpus once, embed a sample of `documents` of it, and cluster that into `count` domains.
+        """Read the corpus once, embed a sample of `documents` of it, and cluster that into `count`
+        domains.
 
         Raises:
             DataError: damaged rows; too few documents for so many domains.
@@ -286,7 +328,8 @@ class Discovery:
         return fit_clusters(texts, self._features(sample), count, self.seed)
 
     def write(self, clusters: Clusters, out: Path) -> dict[str, dict[str, Any]]:
-        """Read the corpus again and write each document into `out`/<domain>/{train,validation}.jsonl.gz.
+        """Read the corpus again and write each document into
+        `out`/<domain>/{train,validation}.jsonl.gz.
 
         Args:
             clusters: of the sample.
@@ -315,7 +358,9 @@ class Discovery:
         for split in SPLITS:
             stream = stack.enter_context(create(folder / f"{split}.jsonl.gz"))
             # Without a name and a time the bytes depend on the text alone.
-            files[split] = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=stream, mtime=0))
+            files[split] = stack.enter_context(
+                gzip.GzipFile(filename="", mode="wb", fileobj=stream, mtime=0)
+            )
         return _Domain(folder.name, self.seed, self.every, files)
 
 

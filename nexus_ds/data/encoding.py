@@ -1,9 +1,13 @@
-"""Text to token ids on all cores: one process reads, others tokenise, and the ids come back in the order of the text.
+"""Text to token ids on all cores: one process reads, others tokenise, and the ids come back in the
+order of the text.
 
-The tokenizer's own thread pool leaves the other cores idle while one reads, parses and packs, so each worker process does
-a whole batch instead: tokenise it and pack its ids. The bytes are the same for any number of workers.
+The tokenizer's own thread pool leaves the other cores idle while one reads, parses and packs, so
+each worker process does
+a whole batch instead: tokenise it and pack its ids. The bytes are the same for any number of
+workers.
 
-Not covered: reading on several cores. One reader (gunzip, JSON, checks) feeds about twenty cores of tokenising.
+Not covered: reading on several cores. One reader (gunzip, JSON, checks) feeds about twenty cores of
+tokenising.
 """
 
 from __future__ import annotations
@@ -53,7 +57,8 @@ class Tokenizer:
         from tokenizers import Tokenizer as Backend
 
         backend = Backend.from_str(self.definition)
-        backend.encode_special_tokens = True  # "<|endoftext|>" inside a document is text, not the end of it
+        # "<|endoftext|>" inside a document is text, not the end of it
+        backend.encode_special_tokens = True
         return backend
 
 
@@ -66,7 +71,8 @@ class Packed(NamedTuple):
 
 
 def beginning(backend: Any) -> tuple[int, ...]:
-    """Return the ids that a `tokenizers` object puts before a text: BOS for a Llama's or a Gemma's, none for a Qwen's.
+    """Return the ids that a `tokenizers` object puts before a text: BOS for a Llama's or a Gemma's,
+    none for a Qwen's.
 
     Raises:
         CheckpointError: an id of which there is no token.
@@ -86,7 +92,9 @@ def _before_text(backend: Any) -> tuple[int, ...]:
         with suppress(Exception):  # a vocabulary of words raises where it has none for the unknown
             encoding = backend.encode(text)
             if 0 in encoding.sequence_ids:
-                before = list(zip(encoding.ids, encoding.attention_mask, strict=True))[: encoding.sequence_ids.index(0)]
+                before = list(zip(encoding.ids, encoding.attention_mask, strict=True))[
+                    : encoding.sequence_ids.index(0)
+                ]
                 return tuple(token for token, seen in before if seen)  # padding is not
     return ()
 
@@ -127,7 +135,8 @@ def _pack(backend: Any, tokenizer: Tokenizer, texts: list[str]) -> Packed:
 
 
 def serve(descriptor: int) -> None:
-    """Be a worker: pack what comes over a pipe until its other end closes, by choice or because that process ended."""
+    """Be a worker: pack what comes over a pipe until its other end closes, by choice or because
+    that process ended."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for number in (signal.SIGINT, *ENDING):  # they reach the starting process too, which decides
         signal.signal(number, signal.SIG_IGN)
@@ -150,7 +159,8 @@ def cores() -> int:
 
 @contextmanager
 def _without_threads() -> Iterator[None]:
-    """Keep the tokenizer's thread pool off: a process that has one can hang when it is forked later."""
+    """Keep the tokenizer's thread pool off: a process that has one can hang when it is forked
+    later."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
@@ -165,7 +175,9 @@ Batches = Iterator[tuple[str, list[str]]]
 
 
 @contextmanager
-def packer(tokenizer: Tokenizer, workers: int) -> Iterator[Callable[[Batches], Iterator[tuple[str, Packed]]]]:
+def packer(
+    tokenizer: Tokenizer, workers: int
+) -> Iterator[Callable[[Batches], Iterator[tuple[str, Packed]]]]:
     """Yield a function that turns (key, texts) into (key, packed ids), in order.
 
     Args:
@@ -178,7 +190,9 @@ def packer(tokenizer: Tokenizer, workers: int) -> Iterator[Callable[[Batches], I
     if workers == 1:
         backend = tokenizer.backend()
         with _without_threads():
-            yield lambda batches: ((key, _pack(backend, tokenizer, texts)) for key, texts in batches)
+            yield lambda batches: (
+                (key, _pack(backend, tokenizer, texts)) for key, texts in batches
+            )
         return
     team = _Team(tokenizer, workers)
     threads = ThreadPoolExecutor(workers)  # one for each process, which it feeds and waits for
@@ -190,9 +204,11 @@ def packer(tokenizer: Tokenizer, workers: int) -> Iterator[Callable[[Batches], I
 
 
 class _Team:
-    """Worker processes, each with a pipe of its own: what is shared (a queue, a lock) hangs when its holder is killed.
+    """Worker processes, each with a pipe of its own: what is shared (a queue, a lock) hangs when
+    its holder is killed.
 
-    They are fresh processes: a fork of one with threads could hang, and multiprocessing's would run the caller's script.
+    They are fresh processes: a fork of one with threads could hang, and multiprocessing's would run
+    the caller's script.
     """
 
     def __init__(self, tokenizer: Tokenizer, workers: int) -> None:
@@ -221,7 +237,9 @@ class _Team:
         code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({theirs.fileno()})"
         command = [sys.executable, "-c", code]
         with theirs:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+            )
         self.started.append((process, ours))
         ours.send(self.tokenizer)
         return ours

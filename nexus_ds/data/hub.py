@@ -1,11 +1,11 @@
 """Text of the `datasets` library: a data set of the hub, or of this disk, read as a stream.
 
-Rows come one after the other, as they are downloaded; nothing is kept of them but what the reader keeps, so neither the
-memory nor the disk has to hold the data set. The rows of all domains come in one stream, and several domains are best
-read together, in one pass (`stream`).
+Rows come one after the other, as they are downloaded; nothing is kept of them but what the reader
+keeps, so neither the memory nor the disk has to hold the data set. The rows of all domains come in
+one stream, and several domains are best read together, in one pass (`stream`).
 
-Not covered: data sets that need code to be loaded or the name of a configuration; going on in the middle of a stream
-that broke.
+Not covered: data sets that need code to be loaded or the name of a configuration; going on in the
+middle of a stream that broke.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ HEAD_TABLES = 10  # from which the domains are told
 class HubSource:
     """Rows of a data set, split into domains by a column.
 
-    SlimPajama's set names become short names (RedPajamaArXiv: arxiv); other values stay as they are. Nothing is
-    downloaded unless the user has set HF_HUB_OFFLINE=0; a data set that `datasets` has in its cache is read from there.
+    SlimPajama's set names become short names (RedPajamaArXiv: arxiv); other values stay as they
+    are. Nothing is downloaded unless the user has set HF_HUB_OFFLINE=0; a data set that `datasets`
+    has in its cache is read from there.
     """
 
     def __init__(self, path: str, name: str, column: str) -> None:
@@ -74,12 +75,15 @@ class HubSource:
                 values = [self._in_json(text, inner[depth:]) for text in array.to_pylist()]
                 return pa.array(values, pa.string())
             if not pa.types.is_struct(array.type) or array.type.get_field_index(field) < 0:
-                raise DataError(f"{self.name}: the column {self.column} has no field {field}; found {array.type}")
+                raise DataError(
+                    f"{self.name}: the column {self.column} has no field {field}; found {array.type}"
+                )
             array = pc.struct_field(array, field)
         return pc.cast(array, pa.string())
 
     def _in_json(self, text: str | None, fields: Sequence[str]) -> str | None:
-        """Return the value at `fields` of an object that a column holds as JSON text; None where there is none."""
+        """Return the value at `fields` of an object that a column holds as JSON text; None where
+        there is none."""
         if text is None:
             return None
         try:
@@ -128,13 +132,20 @@ class HubSource:
         return sorted(SET_DOMAINS.get(value, value) for value in found)
 
     def domains(self) -> list[str]:
-        """Return the domains of the first thousand rows of each split, sorted; there may be more further on."""
+        """Return the domains of the first thousand rows of each split, sorted; there may be more
+        further on."""
         return self._head
 
     def stream(
-        self, domains: Sequence[str], split: str, on_bad_row: str, max_bytes: int, bad_rows: Mapping[str, BadRows]
+        self,
+        domains: Sequence[str],
+        split: str,
+        on_bad_row: str,
+        max_bytes: int,
+        bad_rows: Mapping[str, BadRows],
     ) -> Iterator[tuple[str, Document]]:
-        """Yield (domain, document) in the order of the rows, until each domain has `max_bytes` of text (0: all).
+        """Yield (domain, document) in the order of the rows, until each domain has `max_bytes` of
+        text (0: all).
 
         Raises:
             DataError: a stream that breaks, a damaged row by its number, a domain without rows.
@@ -145,7 +156,11 @@ class HubSource:
         for value, text, where in self._rows(split, wanted):
             domain = wanted[value]
             try:
-                document = None if caps[domain].full else Document(check_text(text, where), {self.column: value}, where)
+                document = (
+                    None
+                    if caps[domain].full
+                    else Document(check_text(text, where), {self.column: value}, where)
+                )
             except DataError as error:
                 if on_bad_row != "skip":
                     raise
@@ -180,17 +195,28 @@ class HubSource:
             start += table.num_rows
 
     def documents(
-        self, domain: str, split: str, on_bad_row: str = "error", max_bytes: int = 0, bad_rows: BadRows | None = None
+        self,
+        domain: str,
+        split: str,
+        on_bad_row: str = "error",
+        max_bytes: int = 0,
+        bad_rows: BadRows | None = None,
     ) -> Iterator[Document]:
-        """Yield the domain's rows in order; DataError names the data set, split and row of what is wrong."""
+        """Yield the domain's rows in order; DataError names the data set, split and row of what is
+        wrong."""
         self._split(split)  # here, not when the first document is asked for
         counted = {domain: BadRows() if bad_rows is None else bad_rows}
-        return (document for _, document in self.stream([domain], split, on_bad_row, max_bytes, counted))
+        return (
+            document for _, document in self.stream([domain], split, on_bad_row, max_bytes, counted)
+        )
 
     def fingerprint(self, domain: str, split: str) -> str:
-        """Return a hash over the data set's own fingerprint (its revision, or its files' times), column and domain."""
+        """Return a hash over the data set's own fingerprint (its revision, or its files' times),
+        column and domain."""
         self._split(split)
-        return hashlib.sha256(f"{self._identity} {split} {self.column} {domain}".encode()).hexdigest()
+        return hashlib.sha256(
+            f"{self._identity} {split} {self.column} {domain}".encode()
+        ).hexdigest()
 
     def size(self, domain: str, split: str) -> int:
         """Return the bytes of the split divided by the number of domains; 0: unknown."""
@@ -198,7 +224,8 @@ class HubSource:
 
 
 def _open(path: str, name: str) -> tuple[dict[str, Any], str, dict[str, int]]:
-    """Return {split: IterableDataset}, an identity, and {split: bytes} of a saved directory, of files, or of the hub."""
+    """Return {split: IterableDataset}, an identity, and {split: bytes} of a saved directory, of
+    files, or of the hub."""
     stay_offline()
     import datasets
 
@@ -209,9 +236,17 @@ def _open(path: str, name: str) -> tuple[dict[str, Any], str, dict[str, int]]:
             splits = {"train": saved} if isinstance(saved, datasets.Dataset) else dict(saved)
             identity = " ".join(data._fingerprint for data in splits.values())
             sizes = {split: int(data.data.nbytes) for split, data in splits.items()}
-            return {split: data.to_iterable_dataset() for split, data in splits.items()}, identity, sizes
+            return (
+                {split: data.to_iterable_dataset() for split, data in splits.items()},
+                identity,
+                sizes,
+            )
         builder = datasets.load_dataset_builder(name)
-        return dict(builder.as_streaming_dataset()), f"{builder.hash} {builder.config_id}", _sizes(builder)
+        return (
+            dict(builder.as_streaming_dataset()),
+            f"{builder.hash} {builder.config_id}",
+            _sizes(builder),
+        )
     except Exception as error:  # the library raises a dozen kinds for a name that isn't there
         raise DataError(
             f"{path}: the data set can't be opened ({type(error).__name__}: {str(error).splitlines()[0]}); give a "
@@ -220,9 +255,13 @@ def _open(path: str, name: str) -> tuple[dict[str, Any], str, dict[str, int]]:
 
 
 def _sizes(builder: Any) -> dict[str, int]:
-    """Return bytes by split as far as they are known: from the data set's card, or of files on this disk."""
-    told = {str(split): int(info.num_bytes or 0) for split, info in (builder.info.splits or {}).items()}
+    """Return bytes by split as far as they are known: from the data set's card, or of files on this
+    disk."""
+    told = {
+        str(split): int(info.num_bytes or 0) for split, info in (builder.info.splits or {}).items()
+    }
     files = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
     return told or {
-        split: sum(os.path.getsize(name) for name in names if os.path.isfile(name)) for split, names in files.items()
+        split: sum(os.path.getsize(name) for name in names if os.path.isfile(name))
+        for split, names in files.items()
     }

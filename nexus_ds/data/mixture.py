@@ -1,12 +1,13 @@
 """Mixtures: how often each domain is drawn, and which block of text is sample number i.
 
-Sample i is a pure function of the seed, the mixture and i: no state, no pass over the data, no memory. So a run that is
-resumed, on any number of ranks, repeats nothing and loses nothing. Domains follow a fixed cycle in which each has its
-whole number of slots; the k-th slot of a domain, counted over all cycles, is block k of that domain's epochs, and each
-epoch visits all of its blocks once, in an order of its own.
+Sample i is a pure function of the seed, the mixture and i: no state, no pass over the data, no
+memory. So a run that is resumed, on any number of ranks, repeats nothing and loses nothing. Domains
+follow a fixed cycle in which each has its whole number of slots; the k-th slot of a domain, counted
+over all cycles, is block k of that domain's epochs, and each epoch visits all of its blocks once,
+in an order of its own.
 
-Both orders are keyed permutations: a Feistel network over pairs (row, column) of a grid just large enough for the
-numbers to be permuted, walked again while it lands outside of them.
+Both orders are keyed permutations: a Feistel network over pairs (row, column) of a grid just large
+enough for the numbers to be permuted, walked again while it lands outside of them.
 
 Not covered: mixtures that change while training, curricula, weights per document.
 """
@@ -35,7 +36,10 @@ SUM_ERROR = 1e-3  # of explicit weights
 @lru_cache(maxsize=256)  # one for each domain's epoch, and the cycle
 def _hashers(key: str) -> list[Any]:
     """Return the keyed hashes of the half-rounds of a permutation."""
-    keys = (hashlib.blake2b(f"{half} {key}".encode(), digest_size=16).digest() for half in range(2 * ROUNDS))
+    keys = (
+        hashlib.blake2b(f"{half} {key}".encode(), digest_size=16).digest()
+        for half in range(2 * ROUNDS)
+    )
     return [hashlib.blake2b(key=key, digest_size=8) for key in keys]
 
 
@@ -46,7 +50,8 @@ def _keyed(hasher: Any, value: int) -> int:
 
 
 def permuted(index: int, size: int, key: str) -> int:
-    """Return where `index` goes under the permutation of range(size) that belongs to `key`; O(1) in `size`."""
+    """Return where `index` goes under the permutation of range(size) that belongs to `key`; O(1) in
+    `size`."""
     if not 0 <= index < size:
         raise IndexError(f"{index} is outside of range({size})")
     hashers = _hashers(key)
@@ -69,12 +74,14 @@ def domain_weights(mixture: DataConfig, tokens: Mapping[str, int]) -> dict[str, 
     """Return the share of samples of each domain; shares are above 0 and sum to 1.
 
     Args:
-        mixture: `mixture` says how: proportional (to tokens) | uniform | explicit (`weights`, which sum to 1) | replay
-            (`new_share` shared evenly by `new_domains`, the rest evenly by the others; paper section 2.3 and 4.1).
+        mixture: `mixture` says how: proportional (to tokens) | uniform | explicit (`weights`, which
+            sum to 1) | replay (`new_share` shared evenly by `new_domains`, the rest evenly by the
+            others; paper section 2.3 and 4.1).
         tokens: training tokens of each domain of the mixture.
 
     Raises:
-        ConfigError: domains that are unknown or missing, weights that are 0, negative, not numbers or don't sum to 1.
+        ConfigError: domains that are unknown or missing, weights that are 0, negative, not numbers
+            or don't sum to 1.
         DataError: a domain without tokens.
     """
     domains = list(tokens)
@@ -83,7 +90,9 @@ def domain_weights(mixture: DataConfig, tokens: Mapping[str, int]) -> dict[str, 
     _known("data.domains", mixture.domains, domains)
     empty = [domain for domain, count in tokens.items() if count <= 0]
     if empty:
-        raise DataError(f"no training text in the domain {', '.join(empty)}; add text or leave it out of data.domains")
+        raise DataError(
+            f"no training text in the domain {', '.join(empty)}; add text or leave it out of data.domains"
+        )
     if mixture.mixture == "proportional":
         shares = {domain: float(count) for domain, count in tokens.items()}
     elif mixture.mixture == "uniform":
@@ -103,7 +112,9 @@ def domain_weights(mixture: DataConfig, tokens: Mapping[str, int]) -> dict[str, 
 def _known(key: str, named: list[str] | Mapping[str, float], domains: list[str]) -> None:
     unknown = [domain for domain in named if domain not in domains]
     if unknown:
-        raise ConfigError(f"{key}: unknown domain {', '.join(unknown)}; the mixture has: {', '.join(domains)}")
+        raise ConfigError(
+            f"{key}: unknown domain {', '.join(unknown)}; the mixture has: {', '.join(domains)}"
+        )
 
 
 def _explicit(weights: Mapping[str, float], domains: list[str]) -> dict[str, float]:
@@ -119,7 +130,9 @@ def _explicit(weights: Mapping[str, float], domains: list[str]) -> dict[str, flo
     total = sum(weights.values())
     if abs(total - 1) > SUM_ERROR:
         mended = ", ".join(f"{domain}: {weights[domain] / total:.4g}" for domain in domains)
-        raise ConfigError(f"data.weights: shares sum to {total:.6g}, expected 1; in the same proportions: {mended}")
+        raise ConfigError(
+            f"data.weights: shares sum to {total:.6g}, expected 1; in the same proportions: {mended}"
+        )
     return {domain: weights[domain] for domain in domains}
 
 
@@ -133,7 +146,10 @@ def _replay(new: list[str], share: float, domains: list[str]) -> dict[str, float
         )
     if not 0 < share < 1:  # NaN fails too
         raise ConfigError(f"data.new_share: expected a share between 0 and 1, found {share}")
-    return {d: share / (len(domains) - len(old)) if d in new else (1 - share) / len(old) for d in domains}
+    return {
+        d: share / (len(domains) - len(old)) if d in new else (1 - share) / len(old)
+        for d in domains
+    }
 
 
 def slots(weights: Mapping[str, float], length: int) -> dict[str, int]:
@@ -148,7 +164,8 @@ def slots(weights: Mapping[str, float], length: int) -> dict[str, int]:
 
 
 def cycle_slots(weights: Mapping[str, float]) -> dict[str, int]:
-    """Return the slots of each domain in the shortest cycle that meets the weights within SLOT_ERROR.
+    """Return the slots of each domain in the shortest cycle that meets the weights within
+    SLOT_ERROR.
 
     Raises:
         ConfigError: a weight too small for the longest cycle.
@@ -161,7 +178,9 @@ def cycle_slots(weights: Mapping[str, float]) -> dict[str, int]:
     for length in range(SHORTEST_CYCLE, LONGEST_CYCLE):
         counts = slots(weights, length)
         total = sum(counts.values())
-        if all(abs(counts[d] / total - weight) <= SLOT_ERROR * weight for d, weight in weights.items()):
+        if all(
+            abs(counts[d] / total - weight) <= SLOT_ERROR * weight for d, weight in weights.items()
+        ):
             return counts
     return slots(weights, LONGEST_CYCLE)
 
@@ -186,7 +205,8 @@ class Sampler:
 
     Args:
         files: token file of each domain.
-        weights: share of each domain, summing to 1 (`domain_weights`); its order is that of `domain_index`.
+        weights: share of each domain, summing to 1 (`domain_weights`); its order is that of
+            `domain_index`.
         length: inputs of a sample, in tokens.
         seed: another seed, another order.
 
@@ -195,7 +215,9 @@ class Sampler:
         DataError: a domain with less than one block.
     """
 
-    def __init__(self, files: Mapping[str, TokenFile], weights: Mapping[str, float], length: int, seed: int) -> None:
+    def __init__(
+        self, files: Mapping[str, TokenFile], weights: Mapping[str, float], length: int, seed: int
+    ) -> None:
         if set(files) != set(weights):
             raise ConfigError(
                 f"weights are for {', '.join(weights)}, text is there for {', '.join(files)}; give the same"
@@ -203,7 +225,9 @@ class Sampler:
         self.domains, self.length, self.seed = list(weights), length, seed
         self.files = [files[domain] for domain in self.domains]
         self.blocks = [file.blocks(length) for file in self.files]
-        short = [domain for domain, blocks in zip(self.domains, self.blocks, strict=True) if not blocks]
+        short = [
+            domain for domain, blocks in zip(self.domains, self.blocks, strict=True) if not blocks
+        ]
         if short:
             raise DataError(
                 f"{', '.join(short)}: less text than one block of {length} tokens; add text or shorten blocks"
@@ -220,7 +244,9 @@ class Sampler:
         domain = next(d for d in reversed(range(len(self.starts))) if slot >= self.starts[d])
         occurrence = cycle * self.counts[domain] + slot - self.starts[domain]
         epoch, place = divmod(occurrence, self.blocks[domain])
-        return domain, permuted(place, self.blocks[domain], f"{self.seed} {self.domains[domain]} {epoch}")
+        return domain, permuted(
+            place, self.blocks[domain], f"{self.seed} {self.domains[domain]} {epoch}"
+        )
 
     def sample(self, i: int) -> Sample:
         """Return sample `i`."""
@@ -235,6 +261,10 @@ class Sampler:
         return {domain: samples * count / self.cycle / blocks for domain, count, blocks in passed}
 
     def fingerprint(self) -> str:
-        """Return the sha256 over all that decides what sample i is: text, mixture, length and seed."""
-        facts = [f"{d} {f.fingerprint} {c}" for d, f, c in zip(self.domains, self.files, self.counts, strict=True)]
+        """Return the sha256 over all that decides what sample i is: text, mixture, length and
+        seed."""
+        facts = [
+            f"{d} {f.fingerprint} {c}"
+            for d, f, c in zip(self.domains, self.files, self.counts, strict=True)
+        ]
         return hashlib.sha256(f"{self.seed} {self.length} {' '.join(facts)}".encode()).hexdigest()

@@ -10,10 +10,11 @@ import sys
 
 
 def stay_offline() -> bool:
-    """Keep the Hugging Face libraries off the network, unless HF_HUB_OFFLINE=0; return whether they are off it.
+    """Keep the Hugging Face libraries off the network, unless HF_HUB_OFFLINE=0; return whether they
+    are off it.
 
-    The libraries read the variable when they are first imported, which may have happened already: their copies are set
-    too.
+    The libraries read the variable when they are first imported, which may have happened already:
+    their copies are set too.
     """
     if os.environ.get("HF_HUB_OFFLINE") == "0":
         return False

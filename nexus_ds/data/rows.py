@@ -1,8 +1,9 @@
 """Rows of JSON-lines files, checked: each is a document or an error that names its file and line.
 
-A row is one JSON object a line with `text` (a string that holds something) and, optionally, `meta` (anything; an object
-in SlimPajama); other keys are ignored, and so are blank lines and byte order marks. Files may be compressed with gzip or
-zstandard. Memory is bounded by the longest line that is allowed, whatever the file holds.
+A row is one JSON object a line with `text` (a string that holds something) and, optionally, `meta`
+(anything; an object in SlimPajama); other keys are ignored, and so are blank lines and byte order
+marks. Files may be compressed with gzip or zstandard. Memory is bounded by the longest line that is
+allowed, whatever the file holds.
 
 Not covered: other formats, other encodings than UTF-8, normalisation of the text.
 """
@@ -24,7 +25,9 @@ from nexus_ds.errors import DataError
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 MAX_LINE_BYTES = 16 << 20
 KEPT_MESSAGES = 10
-REMEDY = "mend it, or skip such rows with data.on_bad_row=skip (--on-bad-row skip of embed and evaluate)"
+REMEDY = (
+    "mend it, or skip such rows with data.on_bad_row=skip (--on-bad-row skip of embed and evaluate)"
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class BadRows:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompressed bytes of a zstandard file of one or more frames, that complains when the last one is cut short."""
+    """Decompressed bytes of a zstandard file of one or more frames, that complains when the last
+    one is cut short."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         import zstandard
@@ -97,9 +101,11 @@ def open_bytes(path: Path) -> io.BufferedIOBase:
 
 
 def _lines(stream: io.BufferedIOBase, limit: int) -> Iterator[bytes | None]:
-    """Yield the lines of `stream`; None for a line of more than `limit` bytes, which is passed over piece by piece.
+    """Yield the lines of `stream`; None for a line of more than `limit` bytes, which is passed over
+    piece by piece.
 
-    A byte order mark at a line's start is passed over: editors put one before a file, and files are put together.
+    A byte order mark at a line's start is passed over: editors put one before a file, and files are
+    put together.
     """
     while line := stream.readline(limit + 1):
         if len(line) <= limit or line.endswith(b"\n"):
@@ -120,7 +126,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_text(text: Any, where: str) -> str:
-    """Return `text` if it is a non-empty string that can be tokenised; DataError starting with `where` if not."""
+    """Return `text` if it is a non-empty string that can be tokenised; DataError starting with
+    `where` if not."""
     if not isinstance(text, str):
         raise DataError(f"{where}: text is {type(text).__name__}, expected a string; {REMEDY}")
     if not text.strip():
@@ -130,7 +137,9 @@ def check_text(text: Any, where: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: text holds a lone surrogate at character {error.start}; {REMEDY}") from error
+        raise DataError(
+            f"{where}: text holds a lone surrogate at character {error.start}; {REMEDY}"
+        ) from error
     return text
 
 
@@ -140,14 +149,22 @@ def parse_row(line: bytes, where: str) -> Document:
         row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
         if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise DataError(f"{where}: the file is UTF-16, expected UTF-8; save it as UTF-8") from error
-        raise DataError(f"{where}: invalid UTF-8 at byte {error.start} of the line; {REMEDY}") from error
+            raise DataError(
+                f"{where}: the file is UTF-16, expected UTF-8; save it as UTF-8"
+            ) from error
+        raise DataError(
+            f"{where}: invalid UTF-8 at byte {error.start} of the line; {REMEDY}"
+        ) from error
     except RecursionError as error:
         raise DataError(f"{where}: JSON nested too deeply; {REMEDY}") from error
     except ValueError as error:
-        raise DataError(f"{where}: broken JSON ({error}); expected one object a line; {REMEDY}") from error
+        raise DataError(
+            f"{where}: broken JSON ({error}); expected one object a line; {REMEDY}"
+        ) from error
     if not isinstance(row, dict):
-        raise DataError(f"{where}: a JSON {type(row).__name__}, expected an object with the key text; {REMEDY}")
+        raise DataError(
+            f"{where}: a JSON {type(row).__name__}, expected an object with the key text; {REMEDY}"
+        )
     if "text" not in row:
         raise DataError(f"{where}: no key text; found: {', '.join(row) or 'no keys'}; {REMEDY}")
     meta = row.get("meta")
@@ -155,7 +172,10 @@ def parse_row(line: bytes, where: str) -> Document:
 
 
 def read_rows(
-    path: Path, on_bad_row: str = "error", bad_rows: BadRows | None = None, max_line_bytes: int = MAX_LINE_BYTES
+    path: Path,
+    on_bad_row: str = "error",
+    bad_rows: BadRows | None = None,
+    max_line_bytes: int = MAX_LINE_BYTES,
 ) -> Iterator[Document]:
     """Yield the documents of a .jsonl, .jsonl.gz or .jsonl.zst file in order.
 
@@ -166,7 +186,8 @@ def read_rows(
         max_line_bytes: longest line, uncompressed; a longer one is a damaged row.
 
     Raises:
-        DataError: `file:line: what is wrong`; a file that can't be decompressed raises in either case.
+        DataError: `file:line: what is wrong`; a file that can't be decompressed raises in either
+            case.
     """
     number = 0
     try:
@@ -176,7 +197,9 @@ def read_rows(
                 try:
                     if line is None:
                         limit = f"more than {max_line_bytes:,} bytes"
-                        raise DataError(f"{path}:{number}: a line of {limit}; split the document; {REMEDY}")
+                        raise DataError(
+                            f"{path}:{number}: a line of {limit}; split the document; {REMEDY}"
+                        )
                     if line.strip():
                         yield parse_row(line, f"{path}:{number}")
                 except DataError as error:
@@ -185,7 +208,9 @@ def read_rows(
                     if bad_rows is not None:
                         bad_rows.add(str(error))
     except (EOFError, OSError, zlib.error, _zstd_error()) as error:
-        raise DataError(f"{path}:{number + 1}: can't be read ({error}); copy the file again") from error
+        raise DataError(
+            f"{path}:{number + 1}: can't be read ({error}); copy the file again"
+        ) from error
 
 
 def _zstd_error() -> type[Exception]:
@@ -206,17 +231,23 @@ class Cap:
         return self.capped and self.left <= 0
 
     def cut(self, document: Document) -> Document | None:
-        """Return the document, its beginning if the rest is too much, or None if nothing is left of it."""
+        """Return the document, its beginning if the rest is too much, or None if nothing is left of
+        it."""
         if not self.capped:
             return document
         content = document.text.encode("utf-8")
-        text = content[: self.left].decode("utf-8", errors="ignore") if len(content) > self.left else document.text
+        text = (
+            content[: self.left].decode("utf-8", errors="ignore")
+            if len(content) > self.left
+            else document.text
+        )
         self.left -= len(content)
         return Document(text, document.meta, document.where) if text.strip() else None
 
 
 def capped(documents: Iterator[Document], max_bytes: int) -> Iterator[Document]:
-    """Yield documents until their text makes `max_bytes` of UTF-8, the last one cut to fit; 0: all."""
+    """Yield documents until their text makes `max_bytes` of UTF-8, the last one cut to fit; 0:
+    all."""
     cap = Cap(max_bytes)
     for document in documents:
         kept = cap.cut(document)

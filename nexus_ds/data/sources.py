@@ -1,7 +1,7 @@
 """Sources of text: documents by domain and split.
 
-Three kinds look alike: a folder with one sub-folder a domain, a data set of the `datasets` library whose rows name their
-domain, and text that every installation has on its disk.
+Three kinds look alike: a folder with one sub-folder a domain, a data set of the `datasets` library
+whose rows name their domain, and text that every installation has on its disk.
 
 Not covered: shuffling of documents, a domain's text in several files.
 """
@@ -21,7 +21,8 @@ from nexus_ds.data.rows import SUFFIXES, BadRows, Document, capped, read_rows
 from nexus_ds.errors import DataError
 
 SPLITS = ("train", "validation")
-HASHED_WHOLE = 64 << 20  # bytes; larger files are known by size and time of change: every start asks
+# bytes; larger files are known by size and time of change: every start asks
+HASHED_WHOLE = 64 << 20
 
 
 class Source(Protocol):
@@ -35,7 +36,12 @@ class Source(Protocol):
         ...
 
     def documents(
-        self, domain: str, split: str, on_bad_row: str = "error", max_bytes: int = 0, bad_rows: BadRows | None = None
+        self,
+        domain: str,
+        split: str,
+        on_bad_row: str = "error",
+        max_bytes: int = 0,
+        bad_rows: BadRows | None = None,
     ) -> Iterator[Document]:
         """Yield documents in a fixed order; at least one, or DataError."""
         ...
@@ -45,15 +51,17 @@ class Source(Protocol):
         ...
 
     def size(self, domain: str, split: str) -> int:
-        """Return about how many bytes of text there are, for progress and planning only; 0: unknown."""
+        """Return about how many bytes of text there are, for progress and planning only; 0:
+        unknown."""
         ...
 
 
 def open_source(path: str) -> Source:
     """Open text: a folder of domains, `hub:NAME[#COLUMN]`, or `demo`.
 
-    `hub:` takes a data set's name, a directory of `save_to_disk`, or a directory of parquet or JSON files; rows are
-    streamed and split by `meta.redpajama_set_name` or by COLUMN (dots go into structures).
+    `hub:` takes a data set's name, a directory of `save_to_disk`, or a directory of parquet or JSON
+    files; rows are streamed and split by `meta.redpajama_set_name` or by COLUMN (dots go into
+    structures).
 
     Raises:
         DataError: there is no such text.
@@ -73,11 +81,14 @@ def _checked(documents: Iterator[Document], what: str) -> Iterator[Document]:
         empty = False
         yield document
     if empty:
-        raise DataError(f"{what}: no documents; a domain needs text in both splits, or must be left out")
+        raise DataError(
+            f"{what}: no documents; a domain needs text in both splits, or must be left out"
+        )
 
 
 def require_domains(source: Source, domains: Sequence[str]) -> None:
-    """Raise DataError if `source` lacks one of `domains`, naming those that it has; say it if only a stream can tell."""
+    """Raise DataError if `source` lacks one of `domains`, naming those that it has; say it if only
+    a stream can tell."""
     known = source.domains()
     missing = [domain for domain in domains if domain not in known]
     if not missing:
@@ -85,11 +96,16 @@ def require_domains(source: Source, domains: Sequence[str]) -> None:
     message = f"{source.name}: no domain {', '.join(missing)}; found: {', '.join(known) or 'none'}"
     if not isinstance(source, HubSource):
         raise DataError(message)
-    print(f"{message} in the first rows; the stream is read on, to its end if need be", file=sys.stderr, flush=True)
+    print(
+        f"{message} in the first rows; the stream is read on, to its end if need be",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def passes(source: Source, domains: Sequence[str]) -> list[list[str]]:
-    """Return which domains are read together, for `read`: those of a stream all at once, others one by one."""
+    """Return which domains are read together, for `read`: those of a stream all at once, others one
+    by one."""
     return [list(domains)] if isinstance(source, HubSource) else [[domain] for domain in domains]
 
 
@@ -101,7 +117,8 @@ def read(
     max_bytes: int,
     bad_rows: Mapping[str, BadRows],
 ) -> Iterator[tuple[str, Document]]:
-    """Yield (domain, document) of several domains in one pass over the text; each domain's in a fixed order."""
+    """Yield (domain, document) of several domains in one pass over the text; each domain's in a
+    fixed order."""
     if isinstance(source, HubSource):
         yield from source.stream(domains, split, on_bad_row, max_bytes, bad_rows)
         return
@@ -124,14 +141,22 @@ class FolderSource:
     def domains(self) -> list[str]:
         """Return the sub-folders that hold a file of text, sorted."""
         found = [
-            d.name for d in sorted(self.root.iterdir()) if d.is_dir() and any(self._files(d.name, s) for s in SPLITS)
+            d.name
+            for d in sorted(self.root.iterdir())
+            if d.is_dir() and any(self._files(d.name, s) for s in SPLITS)
         ]
         if not found:
-            raise DataError(f"{self.name}: no domains; expected sub-folders with train.jsonl[.gz|.zst]")
+            raise DataError(
+                f"{self.name}: no domains; expected sub-folders with train.jsonl[.gz|.zst]"
+            )
         return found
 
     def _files(self, domain: str, split: str) -> list[Path]:
-        return [path for suffix in SUFFIXES if (path := self.root / domain / f"{split}{suffix}").is_file()]
+        return [
+            path
+            for suffix in SUFFIXES
+            if (path := self.root / domain / f"{split}{suffix}").is_file()
+        ]
 
     def file(self, domain: str, split: str) -> Path:
         """Return the one file of a domain's split; DataError says what is there instead."""
@@ -141,23 +166,36 @@ class FolderSource:
             return files[0]
         if files:
             names = ", ".join(path.name for path in files)
-            raise DataError(f"{self.root / domain}: {split} text in several files: {names}; keep one")
+            raise DataError(
+                f"{self.root / domain}: {split} text in several files: {names}; keep one"
+            )
         present = ", ".join(sorted(path.name for path in (self.root / domain).iterdir()))
-        raise DataError(f"{self.root / domain}: no {split} text; expected {split}.jsonl[.gz|.zst], found: {present}")
+        raise DataError(
+            f"{self.root / domain}: no {split} text; expected {split}.jsonl[.gz|.zst], found: {present}"
+        )
 
     def documents(
-        self, domain: str, split: str, on_bad_row: str = "error", max_bytes: int = 0, bad_rows: BadRows | None = None
+        self,
+        domain: str,
+        split: str,
+        on_bad_row: str = "error",
+        max_bytes: int = 0,
+        bad_rows: BadRows | None = None,
     ) -> Iterator[Document]:
-        """Yield the file's documents in order; DataError `file:line: ...` on a damaged row or an empty file."""
+        """Yield the file's documents in order; DataError `file:line: ...` on a damaged row or an
+        empty file."""
         path = self.file(domain, split)
         return _checked(capped(read_rows(path, on_bad_row, bad_rows), max_bytes), str(path))
 
     def fingerprint(self, domain: str, split: str) -> str:
-        """Return the sha256 of the file's bytes (of a file above 64 MiB: of its size and time of change)."""
+        """Return the sha256 of the file's bytes (of a file above 64 MiB: of its size and time of
+        change)."""
         path = self.file(domain, split)
         facts = path.stat()
         if facts.st_size > HASHED_WHOLE:
-            return hashlib.sha256(f"{path.name} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()
+            return hashlib.sha256(
+                f"{path.name} {facts.st_size} {facts.st_mtime_ns}".encode()
+            ).hexdigest()
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 

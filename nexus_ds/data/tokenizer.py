@@ -1,6 +1,8 @@
-"""Tokenizers: those of other models, as transformers loads them, and a byte-level BPE for a new model.
+"""Tokenizers: those of other models, as transformers loads them, and a byte-level BPE for a new
+model.
 
-Not covered: training other kinds of tokenizers, chat templates, adding tokens to an existing tokenizer.
+Not covered: training other kinds of tokenizers, chat templates, adding tokens to an existing
+tokenizer.
 """
 
 from __future__ import annotations
@@ -19,32 +21,43 @@ SMALLEST_VOCABULARY = 257  # 256 bytes and END_OF_TEXT
 
 
 def open_tokenizer(directory: Path) -> Any:
-    """Return the tokenizer in a directory as transformers loads it: offline, and without code of the directory.
+    """Return the tokenizer in a directory as transformers loads it: offline, and without code of
+    the directory.
 
     Raises:
-        CheckpointError: none there, none of the `tokenizers` library, or one that doesn't load; says what is missing.
+        CheckpointError: none there, none of the `tokenizers` library, or one that doesn't load;
+            says what is missing.
     """
     if not Path(directory).is_dir():
-        raise CheckpointError(f"no tokenizer at {directory}; expected a directory with tokenizer.json")
+        raise CheckpointError(
+            f"no tokenizer at {directory}; expected a directory with tokenizer.json"
+        )
     stay_offline()
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # it warns of a model that it does not know, where only a tokenizer is asked for
+    # it warns of a model that it does not know, where only a tokenizer is asked for
+    logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
         names = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
-        if not any((Path(directory) / name).is_file() for name in names):  # it makes one of three tokens up
+        # it makes one of three tokens up
+        if not any((Path(directory) / name).is_file() for name in names):
             raise FileNotFoundError(f"none of {', '.join(sorted(names))} is there")
         if not tokenizer.is_fast:
             raise TypeError(f"{type(tokenizer).__name__} is not one of the tokenizers library")
     except Exception as error:  # transformers raises whatever the first of its loaders met
-        raise CheckpointError(f"{directory}: no tokenizer that can be loaded {_reason(directory, error)}") from error
+        raise CheckpointError(
+            f"{directory}: no tokenizer that can be loaded {_reason(directory, error)}"
+        ) from error
     return tokenizer
 
 
 def _reason(directory: Path, error: Exception) -> str:
-    """Return why a tokenizer doesn't load and what to do; of sentencepiece's files transformers names a wrong package."""
+    """Return why a tokenizer doesn't load and what to do; of sentencepiece's files transformers
+    names a wrong package."""
     from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
     packages = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
@@ -53,25 +66,26 @@ def _reason(directory: Path, error: Exception) -> str:
     if missing and models and not (Path(directory) / "tokenizer.json").is_file():
         return f"without the packages that read {models[0]}: pip install {' '.join(missing)}"
     said = " ".join(str(error).split())[:300]
-    return (
-        f"({said}); expected tokenizer.json and tokenizer_config.json, as save_pretrained writes them; copy them there"
-    )
+    return f"({said}); expected tokenizer.json and tokenizer_config.json, as save_pretrained writes them; copy them there"
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """Return how many token ids a model must embed for a tokenizer: ids may have gaps, added tokens count."""
+    """Return how many token ids a model must embed for a tokenizer: ids may have gaps, added tokens
+    count."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def train_tokenizer(texts: Iterator[str], vocabulary: int, out: Path) -> None:
-    """Train a byte-level BPE on `texts` and write it so that `AutoTokenizer.from_pretrained(out)` loads it offline.
+    """Train a byte-level BPE on `texts` and write it so that `AutoTokenizer.from_pretrained(out)`
+    loads it offline.
 
-    Any text round-trips: all 256 bytes are tokens. The same texts give the same files. Token 0 is `<|endoftext|>`,
-    used as the end of a document and as padding.
+    Any text round-trips: all 256 bytes are tokens. The same texts give the same files. Token 0 is
+    `<|endoftext|>`, used as the end of a document and as padding.
 
     Args:
         texts: training text; it is read once.
-        vocabulary: size including the end-of-text token and the 256 bytes. Little text can give fewer.
+        vocabulary: size including the end-of-text token and the 256 bytes. Little text can give
+            fewer.
         out: new directory.
 
     Raises:
@@ -93,7 +107,8 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int, out: Path) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # a set: sorted, or the ids would vary
+        # a set: sorted, or the ids would vary
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     seen = 0

@@ -1,4 +1,5 @@
-"""A mixture on trial: its loss by domain before a change, and that of what the change has made, window by window.
+"""A mixture on trial: its loss by domain before a change, and that of what the change has made,
+window by window.
 
 Not covered: what to think of the difference (`report.verdict`).
 """
@@ -19,9 +20,12 @@ from nexus_ds.evaluation.perplexity import score, window_length
 
 
 class Trial:
-    """Validation windows in a checkpoint's own tokens, and its loss on them; see `before` and `after`."""
+    """Validation windows in a checkpoint's own tokens, and its loss on them; see `before` and
+    `after`."""
 
-    def __init__(self, checkpoint: Path, data: str, domains: Sequence[str], count: int, bos: bool = True) -> None:
+    def __init__(
+        self, checkpoint: Path, data: str, domains: Sequence[str], count: int, bos: bool = True
+    ) -> None:
         """Read the text and score the checkpoint as it is.
 
         Args:
@@ -52,12 +56,14 @@ class Trial:
         self.before = score(checkpoint, self.windows, label="before").window_loss
 
     def after(self, checkpoint: Path) -> dict[str, np.ndarray]:
-        """Return the loss of the changed checkpoint (of the same tokenizer) by domain: [W] nats per token of each window."""
+        """Return the loss of the changed checkpoint (of the same tokenizer) by domain: [W] nats per
+        token of each window."""
         return score(checkpoint, self.windows, label="after").window_loss
 
 
 def chosen(text: str, checkpoint: Path, new: Sequence[str]) -> list[str]:
-    """Return the domains named by `text` (A,B), else those of the checkpoint's experts and the new ones, each once.
+    """Return the domains named by `text` (A,B), else those of the checkpoint's experts and the new
+    ones, each once.
 
     Raises:
         ConfigError: a domain that `text` names twice.
@@ -65,4 +71,6 @@ def chosen(text: str, checkpoint: Path, new: Sequence[str]) -> list[str]:
     domains = [name.strip() for name in text.split(",") if name.strip()]
     if len(set(domains)) != len(domains):
         raise ConfigError(f"--scored names a domain twice: {', '.join(domains)}; name each once")
-    return domains or list(dict.fromkeys([*(expert.domain for expert in read_sidecar(checkpoint).experts), *new]))
+    return domains or list(
+        dict.fromkeys([*(expert.domain for expert in read_sidecar(checkpoint).experts), *new])
+    )

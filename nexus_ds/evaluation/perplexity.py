@@ -1,11 +1,12 @@
 """How good a checkpoint is at each domain's text, and where its routers send that text.
 
-`score` runs any dense or Nexus checkpoint with stock transformers over fixed windows; `cosines` compares domains before
-and after the projection P (paper sections 5.4 and 5.6).
+`score` runs any dense or Nexus checkpoint with stock transformers over fixed windows; `cosines`
+compares domains before and after the projection P (paper sections 5.4 and 5.6).
 
-Shapes: W windows, T tokens a window, D domains of text, L layers with a router, E routed experts, H hidden size,
-V vocabulary.
-Not covered: text of models with different tokenizers on one scale (perplexity is per token), downstream tasks.
+Shapes: W windows, T tokens a window, D domains of text, L layers with a router, E routed experts, H
+hidden size, V vocabulary.
+Not covered: text of models with different tokenizers on one scale (perplexity is per token),
+downstream tasks.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Routing:
         experts: E names.
         expert_domains: E domains that the experts were trained on; "" where no sidecar says so.
         layers: numbers of the L layers that have a router.
-        share: [L, D, E] share of the routed slots (tokens times top-k) of a domain at each expert; sums to 1 over E.
+        share: [L, D, E] share of the routed slots (tokens times top-k) of a domain at each expert;
+            sums to 1 over E.
         gate: [L, D] mean probability of the first choice.
     """
 
@@ -66,25 +68,37 @@ class Routing:
         }
 
     def own_share(self) -> dict[str, float]:
-        """Return, for each domain that has an expert, the share of its tokens there (mean over layers)."""
+        """Return, for each domain that has an expert, the share of its tokens there (mean over
+        layers)."""
         mean_DE = self.share.mean(axis=0)
-        own = {d: [e for e, domain in enumerate(self.expert_domains) if domain == d] for d in self.domains}
-        return {domain: float(mean_DE[d, own[domain]].sum()) for d, domain in enumerate(self.domains) if own[domain]}
+        own = {
+            d: [e for e, domain in enumerate(self.expert_domains) if domain == d]
+            for d in self.domains
+        }
+        return {
+            domain: float(mean_DE[d, own[domain]].sum())
+            for d, domain in enumerate(self.domains)
+            if own[domain]
+        }
 
     def leak(self, expert: str, domains: Sequence[str] | None = None) -> float:
         """Return the share of tokens of `domains` at `expert`, mean over domains and layers.
 
-        `domains` defaults to all domains but the expert's own: for an added expert, what it takes from the old ones.
-        NaN if there are none. ConfigError for names that were not scored.
+        `domains` defaults to all domains but the expert's own: for an added expert, what it takes
+        from the old ones. NaN if there are none. ConfigError for names that were not scored.
         """
         if expert not in self.experts:
-            raise ConfigError(f"no expert {expert!r} in this model; it has: {', '.join(self.experts)}")
+            raise ConfigError(
+                f"no expert {expert!r} in this model; it has: {', '.join(self.experts)}"
+            )
         column = self.experts.index(expert)
         if domains is None:
             domains = [domain for domain in self.domains if domain != self.expert_domains[column]]
         unknown = [domain for domain in domains if domain not in self.domains]
         if unknown:
-            raise ConfigError(f"no text of {', '.join(unknown)} was scored; scored: {', '.join(self.domains)}")
+            raise ConfigError(
+                f"no text of {', '.join(unknown)} was scored; scored: {', '.join(self.domains)}"
+            )
         if not domains:
             return math.nan
         rows = [self.domains.index(domain) for domain in domains]
@@ -126,8 +140,8 @@ class Scores:
 def window_length(asked: int, facts: Sequence[Mapping[str, Any]]) -> int:
     """Return the tokens of a window.
 
-    For `asked` 0: the shortest sequence length that one of the models (`facts.describe`) was trained with, else
-    DEFAULT_LENGTH; in any case no more than every model reads.
+    For `asked` 0: the shortest sequence length that one of the models (`facts.describe`) was
+    trained with, else DEFAULT_LENGTH; in any case no more than every model reads.
     """
     trained = [int(model["sequence_length"]) for model in facts if model["sequence_length"]]
     limits = [int(model["max_positions"]) for model in facts if model["max_positions"]]
@@ -135,7 +149,8 @@ def window_length(asked: int, facts: Sequence[Mapping[str, Any]]) -> int:
 
 
 def expert_names(directory: Path, count: int) -> tuple[list[str], list[str]]:
-    """Return the names and the domains of `count` routed experts: the sidecar's, else expert_0 ... without domains."""
+    """Return the names and the domains of `count` routed experts: the sidecar's, else expert_0 ...
+    without domains."""
     if not is_nexus(directory):
         return [f"expert_{index}" for index in range(count)], [""] * count
     experts = read_sidecar(directory).experts
@@ -148,7 +163,8 @@ def expert_names(directory: Path, count: int) -> tuple[list[str], list[str]]:
 
 
 class RoutingMeter:
-    """Counts routed tokens at a model's routers while it is a context: `with RoutingMeter(model) as meter: ...`."""
+    """Counts routed tokens at a model's routers while it is a context: `with RoutingMeter(model) as
+    meter: ...`."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         found = [(GATE_MODULE.search(name), module) for name, module in model.named_modules()]
@@ -169,7 +185,10 @@ class RoutingMeter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         while self.handles:
             self.handles.pop().remove()
@@ -187,22 +206,30 @@ class RoutingMeter:
 
     def share_LE(self) -> np.ndarray:
         """Return the share [L, E] of routed slots since the last reset."""
-        counts = np.stack([self.counts[layer].cpu().numpy() for layer in self.layers]).astype(np.float64)
+        counts = np.stack([self.counts[layer].cpu().numpy() for layer in self.layers]).astype(
+            np.float64
+        )
         return counts / counts.sum(axis=1, keepdims=True)
 
     def gate_L(self) -> np.ndarray:
         """Return the mean top-1 probability [L] since the last reset."""
-        return np.array([float(self.gate_sums[layer]) / self.tokens[layer] for layer in self.layers])
+        return np.array(
+            [float(self.gate_sums[layer]) / self.tokens[layer] for layer in self.layers]
+        )
 
 
 @torch.inference_mode()
 def batch_loss(model: Any, tokens_WT: Tensor) -> Tensor:
-    """Return the next-token cross-entropy (nats, float64 [W]) of each of the windows [W, T+1], summed over its tokens.
+    """Return the next-token cross-entropy (nats, float64 [W]) of each of the windows [W, T+1],
+    summed over its tokens.
 
-    The logits are made in slices of LOGITS_AT_ONCE numbers and scored in fp32: a large vocabulary costs no memory.
+    The logits are made in slices of LOGITS_AT_ONCE numbers and scored in fp32: a large vocabulary
+    costs no memory.
     """
     inputs_WT, targets = tokens_WT[:, :-1], tokens_WT[:, 1:].reshape(-1)
-    hidden_TH = model.base_model(input_ids=inputs_WT, use_cache=False).last_hidden_state.flatten(0, 1)
+    hidden_TH = model.base_model(input_ids=inputs_WT, use_cache=False).last_hidden_state.flatten(
+        0, 1
+    )
     head = model.get_output_embeddings()
     step = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
     parts = []
@@ -212,7 +239,9 @@ def batch_loss(model: Any, tokens_WT: Tensor) -> Tensor:
     return torch.cat(parts).view(inputs_WT.shape).sum(dim=1, dtype=torch.float64)
 
 
-def _check_windows(windows: Mapping[str, np.ndarray], vocabulary: int, positions: int, model_dir: Path) -> None:
+def _check_windows(
+    windows: Mapping[str, np.ndarray], vocabulary: int, positions: int, model_dir: Path
+) -> None:
     """Refuse text that this model can't read, before a second of work."""
     if not windows:
         raise DataError("no domain to score; name at least one")
@@ -238,7 +267,9 @@ def _score_domain(model: Any, tokens_WT: np.ndarray, batch: int, progress: Progr
     """Return the loss (nats per token, float64 [W]) of each of the windows [W, T+1]."""
     found = []
     for start in range(0, len(tokens_WT), batch):
-        part = torch.from_numpy(np.ascontiguousarray(tokens_WT[start : start + batch], dtype=np.int64))
+        part = torch.from_numpy(
+            np.ascontiguousarray(tokens_WT[start : start + batch], dtype=np.int64)
+        )
         found.append(batch_loss(model, part.to(model.device)).cpu().numpy())
         progress.advance(len(part))
     return np.concatenate(found) / (tokens_WT.shape[1] - 1)
@@ -254,7 +285,11 @@ def _check_losses(loss: Mapping[str, float], model_dir: Path) -> None:
 
 
 def score(
-    model_dir: Path, windows: Mapping[str, np.ndarray], batch: int = 8, precision: str = "auto", label: str = ""
+    model_dir: Path,
+    windows: Mapping[str, np.ndarray],
+    batch: int = 8,
+    precision: str = "auto",
+    label: str = "",
 ) -> Scores:
     """Score a checkpoint on fixed windows of each domain.
 
@@ -279,11 +314,15 @@ def score(
     loss: dict[str, np.ndarray] = {}
     shares, gates = [], []
     # One pass uncounted: the first one pays for allocation and kernel selection.
-    batch_loss(model, torch.from_numpy(next(iter(windows.values()))[:1].astype(np.int64)).to(model.device))
+    batch_loss(
+        model, torch.from_numpy(next(iter(windows.values()))[:1].astype(np.int64)).to(model.device)
+    )
     started = time.perf_counter()
     with (
         RoutingMeter(model) as meter,
-        Progress(f"score {label or model_dir.name}", sum(map(len, windows.values())), "window") as progress,
+        Progress(
+            f"score {label or model_dir.name}", sum(map(len, windows.values())), "window"
+        ) as progress,
     ):
         for domain, tokens_WT in windows.items():
             meter.reset()
@@ -315,10 +354,12 @@ class Cosines:
 
     Attributes:
         names: E experts.
-        embeddings: between raw domain embeddings (paper figure 8, "before"); None without a sidecar that has them.
+        embeddings: between raw domain embeddings (paper figure 8, "before"); None without a sidecar
+            that has them.
         inputs: between what P reads (normalised, centred); None without a sidecar.
         rows: [L, E, E] between router rows (paper figure 8, "after": the last layer).
-        centred_rows: [L, E, E] between router rows less their mean: softmax does not see the mean, so these decide.
+        centred_rows: [L, E, E] between router rows less their mean: softmax does not see the mean,
+            so these decide.
     """
 
     names: list[str]
@@ -333,7 +374,8 @@ def _sidecar(directory: Path) -> Sidecar | None:
 
 
 def cosines(directory: Path) -> Cosines:
-    """Return the cosines of a Nexus or other Qwen2-MoE checkpoint; CheckpointError if it has no router."""
+    """Return the cosines of a Nexus or other Qwen2-MoE checkpoint; CheckpointError if it has no
+    router."""
     directory = Path(directory)
     config, reader, sidecar = read_config(directory), TensorReader(directory), _sidecar(directory)
     names = [gate_name(layer) for layer in range(int(config.get("num_hidden_layers", 0)))]
@@ -346,7 +388,9 @@ def cosines(directory: Path) -> Cosines:
     return Cosines(
         names=expert_names(directory, len(rows[0]))[0],
         embeddings=None if vectors is None else cosine_matrix(vectors),
-        inputs=None if vectors is None or sidecar is None else cosine_matrix(sidecar.domain_inputs()),
+        inputs=None
+        if vectors is None or sidecar is None
+        else cosine_matrix(sidecar.domain_inputs()),
         rows=np.stack([cosine_matrix(r) for r in rows]),
         centred_rows=np.stack([cosine_matrix(r - r.mean(dim=0)) for r in rows]),
     )

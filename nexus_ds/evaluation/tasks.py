@@ -1,10 +1,13 @@
-"""Downstream tasks: lm-eval on a checkpoint as stock transformers runs it, by groups of tasks (paper section 6).
+"""Downstream tasks: lm-eval on a checkpoint as stock transformers runs it, by groups of tasks
+(paper section 6).
 
-lm-eval is no requirement of this program: `pip install 'lm-eval[hf]'` adds it. Nothing is downloaded unless the user sets
-HF_HUB_OFFLINE=0; tasks of a folder of one's own (lm-eval's YAML) read local files and win over lm-eval's of that name.
+lm-eval is no requirement of this program: `pip install 'lm-eval[hf]'` adds it. Nothing is
+downloaded unless the user sets HF_HUB_OFFLINE=0; tasks of a folder of one's own (lm-eval's YAML)
+read local files and win over lm-eval's of that name.
 
-Not covered: the paper's own harness, prompts and metrics, which it does not print; QuAC, LBPP and HumanEval-Pack, which
-lm-eval does not have, and SQuAD with shots. Tasks' YAML may name Python functions, which are run: use folders you trust.
+Not covered: the paper's own harness, prompts and metrics, which it does not print; QuAC, LBPP and
+HumanEval-Pack, which lm-eval does not have, and SQuAD with shots. Tasks' YAML may name Python
+functions, which are run: use folders you trust.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ UNSAFE = f"it runs code that the model wrote; allow that in a sandbox with {CONS
 
 @dataclass
 class TaskScores:
-    """Scores of one checkpoint in per cent: of groups, of each task, and why others were not run."""
+    """Scores of one checkpoint in per cent: of groups, of each task, and why others were not
+    run."""
 
     groups: dict[str, float] = field(default_factory=dict)
     """Mean over the group's tasks that were run."""
@@ -58,7 +62,8 @@ class TaskScores:
 
 
 def task_groups(text: str) -> dict[str, tuple[str, ...]]:
-    """Return groups of tasks: those of the paper for `paper`, else each of the names A,B as a group of its own.
+    """Return groups of tasks: those of the paper for `paper`, else each of the names A,B as a group
+    of its own.
 
     Raises:
         ConfigError: no name, or one that is given twice.
@@ -82,13 +87,18 @@ def require_harness() -> None:
 
 
 def score_of(result: Mapping[str, Any]) -> tuple[str, float, float | None] | None:
-    """Return (metric, score, standard error) in per cent of one task's lm-eval result; None without a known metric."""
+    """Return (metric, score, standard error) in per cent of one task's lm-eval result; None without
+    a known metric."""
     for metric in METRICS:
         for key, value in result.items():  # "acc,none": the metric and the filter of the answers
             name, _, answers = key.partition(",")
             if name == metric and isinstance(value, int | float):
                 error = result.get(f"{name}_stderr,{answers}")
-                return metric, 100.0 * value, 100.0 * error if isinstance(error, int | float) else None
+                return (
+                    metric,
+                    100.0 * value,
+                    100.0 * error if isinstance(error, int | float) else None,
+                )
     return None
 
 
@@ -112,7 +122,8 @@ def run_tasks(
         limit: examples of each task; 0: all.
         batch: sequences a forward pass.
         precision: of the weights, as in `scoring.score`.
-        strict: whether a task that can't be run is an error; if not, it is left out and named in `not_run`.
+        strict: whether a task that can't be run is an error; if not, it is left out and named in
+            `not_run`.
         label: what the progress line calls the model; default its directory's name.
 
     Raises:
@@ -121,15 +132,24 @@ def run_tasks(
     """
     require_harness()
     if task_path is not None and not task_path.is_dir():
-        raise ConfigError(f"--task-path {task_path}: no such folder; expected one with tasks of lm-eval as YAML")
+        raise ConfigError(
+            f"--task-path {task_path}: no such folder; expected one with tasks of lm-eval as YAML"
+        )
     stay_offline()
     with _quiet():
         from lm_eval.models.huggingface import HFLM
 
-        manager = _manager(task_path, frozenset(task for tasks in groups.values() for task in tasks))
+        manager = _manager(
+            task_path, frozenset(task for tasks in groups.values() for task in tasks)
+        )
         model, tokenizer = load_model(checkpoint, precision), open_tokenizer(checkpoint)
-        harness = _Harness(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch), manager, limit)
-        scores, names = TaskScores(), [(group, task) for group, tasks in groups.items() for task in tasks]
+        harness = _Harness(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch), manager, limit
+        )
+        scores, names = (
+            TaskScores(),
+            [(group, task) for group, tasks in groups.items() for task in tasks],
+        )
         with Progress(f"tasks {label or checkpoint.name}", len(names), "task") as progress:
             for group, task in names:
                 try:
@@ -141,7 +161,8 @@ def run_tasks(
                 progress.advance()
     if not scores.tasks:
         raise ConfigError(
-            "none of the tasks could be run:\n" + "\n".join(f"{t}: {why}" for t, why in scores.not_run.items())
+            "none of the tasks could be run:\n"
+            + "\n".join(f"{t}: {why}" for t, why in scores.not_run.items())
         )
     for group in groups:
         found = [task["score"] for task in scores.tasks.values() if task["group"] == group]
@@ -152,7 +173,8 @@ def run_tasks(
 
 @functools.cache
 def _manager(task_path: Path | None, names: frozenset[str]) -> Any:
-    """Return lm-eval's index of tasks; reading all of its own takes many seconds and is left out where it can be."""
+    """Return lm-eval's index of tasks; reading all of its own takes many seconds and is left out
+    where it can be."""
     from lm_eval.tasks import TaskManager
 
     if task_path is not None:
@@ -171,15 +193,19 @@ class _Harness:
     limit: int
 
     def run(self, task: str) -> dict[str, Any]:
-        """Return metric, score, stderr, shots and examples of one task; ConfigError if it can't be run."""
+        """Return metric, score, stderr, shots and examples of one task; ConfigError if it can't be
+        run."""
         from lm_eval import simple_evaluate
 
         if task in PAPER["code"] and os.environ.get(CONSENT) != "1":  # before any of it is loaded
             raise ConfigError(f"task {task}: {UNSAFE}")
         if task not in self.manager.all_tasks:
-            raise ConfigError(f"task {task}: lm-eval has none of this name; give its YAML's folder with --task-path")
+            raise ConfigError(
+                f"task {task}: lm-eval has none of this name; give its YAML's folder with --task-path"
+            )
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # four bars a task; what goes wrong is raised
+            # four bars a task; what goes wrong is raised
+            with contextlib.redirect_stderr(io.StringIO()):
                 found = simple_evaluate(
                     model=self.model,
                     tasks=[task],
@@ -190,12 +216,16 @@ class _Harness:
                     log_samples=False,
                     confirm_run_unsafe_code=os.environ.get(CONSENT) == "1",
                 )
-        except Exception as error:  # of lm-eval, of `datasets`, of a task's own code: they have no type in common
+        # of lm-eval, of `datasets`, of a task's own code: they have no type in common
+        except Exception as error:
             raise ConfigError(f"task {task}: {_reason(error)}") from error
         result = found["results"].get(task, {})
         score = score_of(result)
         if score is None:
-            said = ", ".join(map(str, result)) or f"nothing itself; it stands for {', '.join(found['results'])}"
+            said = (
+                ", ".join(map(str, result))
+                or f"nothing itself; it stands for {', '.join(found['results'])}"
+            )
             raise ConfigError(f"task {task}: reports {said}; expected one of {', '.join(METRICS)}")
         shots = set(found["n-shot"].values())
         return {

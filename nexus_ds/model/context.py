@@ -1,10 +1,11 @@
-"""The router input `context`: the causal running mean of the hidden states so far, instead of a token's own.
+"""The router input `context`: the causal running mean of the hidden states so far, instead of a
+token's own.
 
     r_t = rms_norm(mean of x_1 .. x_t) - mean        x: what a token router would read
 
-What domain a text is of shows in many tokens and hardly in one: rows that were never trained on a domain find its text by
-this input, but not by single tokens. All tokens of a text tend to one expert then; a window that holds several documents
-is read as one text.
+What domain a text is of shows in many tokens and hardly in one: rows that were never trained on a
+domain find its text by this input, but not by single tokens. All tokens of a text tend to one
+expert then; a window that holds several documents is read as one text.
 Shapes: B sequences, S tokens, H hidden size.
 Not covered: a reset at the borders of documents.
 """
@@ -22,7 +23,8 @@ EPS = 1e-6
 def running_mean(
     x_BSH: Tensor, valid_BS: Tensor | None = None, before: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Return the mean [B, S, H] fp32 of each token and those before it, and (sum [B, H], count [B, 1]) after the last.
+    """Return the mean [B, S, H] fp32 of each token and those before it, and (sum [B, H], count [B,
+    1]) after the last.
 
     Args:
         x_BSH: hidden states.
@@ -30,7 +32,9 @@ def running_mean(
         before: sum and count of earlier tokens of the same texts.
     """
     x_BSH = x_BSH.float()
-    count_BS = torch.ones(x_BSH.shape[:2], device=x_BSH.device) if valid_BS is None else valid_BS.float()
+    count_BS = (
+        torch.ones(x_BSH.shape[:2], device=x_BSH.device) if valid_BS is None else valid_BS.float()
+    )
     sums_BSH = (x_BSH * count_BS[..., None]).cumsum(1)
     count_BS = count_BS.cumsum(1)
     if before is not None:

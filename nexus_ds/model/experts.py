@@ -1,9 +1,12 @@
 """Feed-forward networks: one, and the routed ones of a rank in the order of rows that they need.
 
-Rows are put in the order of their experts once, every expert computes one stretch of them, and they are put back. The gradients
-of the stacked weights are written in place: a loop over `w1[e]` would add one gradient as large as all experts for each of them.
-Only gate and up projections are kept for the backward pass; the product of the two is made again.
-Shapes: N rows, T tokens, E experts of this rank, K chosen experts a token, H hidden size, F inner width.
+Rows are put in the order of their experts once, every expert computes one stretch of them, and they
+are put back. The gradients
+of the stacked weights are written in place: a loop over `w1[e]` would add one gradient as large as
+all experts for each of them. Only gate and up projections are kept for the backward pass; the
+product of the two is made again.
+Shapes: N rows, T tokens, E experts of this rank, K chosen experts a token, H hidden size, F inner
+width.
 Not covered: choosing experts (NexusRouter), rows that travel between ranks, second derivatives.
 """
 
@@ -31,7 +34,8 @@ class FeedForward(nn.Module):
 
 
 class _Reorder(torch.autograd.Function):
-    """Rows in another order; the gradient takes the way back by a copy, where indexing would add row by row."""
+    """Rows in another order; the gradient takes the way back by a copy, where indexing would add
+    row by row."""
 
     @staticmethod
     def forward(ctx: Any, rows_NH: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
@@ -63,7 +67,8 @@ class ExpertOrder:
         return _Reorder.apply(rows_NH, self.order_N, self.inverse_N)
 
     def combine(self, rows_NH: Tensor, gate_TK: Tensor) -> Tensor:
-        """Return [T, H]: the sum over the chosen experts of gate value (fp32) times output row, in the rows' dtype."""
+        """Return [T, H]: the sum over the chosen experts of gate value (fp32) times output row, in
+        the rows' dtype."""
         rows_NH = _Reorder.apply(rows_NH, self.inverse_N, self.order_N)
         if self.top_k == 1:
             return (rows_NH * gate_TK).to(rows_NH.dtype)
@@ -72,7 +77,9 @@ class ExpertOrder:
 
 class _SwiGLUExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_NH: Tensor, w1_EFH: Tensor, w2_EHF: Tensor, w3_EFH: Tensor, counts: list[int]) -> Tensor:
+    def forward(
+        ctx: Any, x_NH: Tensor, w1_EFH: Tensor, w2_EHF: Tensor, w3_EFH: Tensor, counts: list[int]
+    ) -> Tensor:
         gate_NF, up_NF = (x_NH.new_empty(len(x_NH), w1_EFH.shape[1]) for _ in range(2))
         out_NH = torch.empty_like(x_NH)
         for e, rows in _stretches(counts):
@@ -90,9 +97,17 @@ class _SwiGLUExperts(torch.autograd.Function):
         x_NH, gate_NF, up_NF, w1_EFH, w2_EHF, w3_EFH = ctx.saved_tensors
         x_grad_NH = torch.empty_like(x_NH)
         x_grad_NH[sum(ctx.counts) :] = 0
-        grads = [torch.empty_like(w) if all(ctx.counts) else torch.zeros_like(w) for w in (w1_EFH, w2_EHF, w3_EFH)]
+        grads = [
+            torch.empty_like(w) if all(ctx.counts) else torch.zeros_like(w)
+            for w in (w1_EFH, w2_EHF, w3_EFH)
+        ]
         for e, rows in _stretches(ctx.counts):
-            x_nH, gate_nF, up_nF, out_grad_nH = x_NH[rows], gate_NF[rows], up_NF[rows], out_grad_NH[rows]
+            x_nH, gate_nF, up_nF, out_grad_nH = (
+                x_NH[rows],
+                gate_NF[rows],
+                up_NF[rows],
+                out_grad_NH[rows],
+            )
             silu_nF = F.silu(gate_nF)
             torch.mm(out_grad_nH.T, silu_nF * up_nF, out=grads[1][e])
             inner_grad_nF = out_grad_nH @ w2_EHF[e]
@@ -118,7 +133,8 @@ class RoutedExperts(nn.Module):
     """A rank's experts, one after the other, each on its stretch of rows.
 
     Args:
-        stacked: a module whose parameters w1, w3 [E, F, H] and w2 [E, H, F] are taken over as they are.
+        stacked: a module whose parameters w1, w3 [E, F, H] and w2 [E, H, F] are taken over as they
+            are.
     """
 
     def __init__(self, stacked: nn.Module) -> None:
@@ -127,5 +143,6 @@ class RoutedExperts(nn.Module):
             setattr(self, name, getattr(stacked, name))
 
     def forward(self, x_NH: Tensor, counts_E: Tensor) -> Tensor:
-        """Return expert outputs [N, H] of rows ordered by expert; rows beyond the sum of the counts give zeros."""
+        """Return expert outputs [N, H] of rows ordered by expert; rows beyond the sum of the counts
+        give zeros."""
         return _SwiGLUExperts.apply(x_NH, self.w1, self.w2, self.w3, counts_E.tolist())

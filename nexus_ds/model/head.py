@@ -1,10 +1,13 @@
-"""Output layer and cross-entropy in one module: the logits of all tokens never stand in memory at once.
+"""Output layer and cross-entropy in one module: the logits of all tokens never stand in memory at
+once.
 
-Tokens are taken in chunks; each chunk's logits become its losses and, in training, at once its share of the gradients, so
-nothing as wide as the vocabulary is kept for the backward pass and no matrix product is done twice. One module, so that
-ZeRO-3 gathers the (possibly tied) weight once a pass and not once a chunk.
+Tokens are taken in chunks; each chunk's logits become its losses and, in training, at once its
+share of the gradients, so nothing as wide as the vocabulary is kept for the backward pass and no
+matrix product is done twice. One module, so that ZeRO-3 gathers the (possibly tied) weight once a
+pass and not once a chunk.
 Shapes: B sequences, S tokens, T = B*S, H hidden size, V vocabulary.
-Not covered: any loss but the mean over all tokens, output layers with a bias, a second backward pass through one forward pass.
+Not covered: any loss but the mean over all tokens, output layers with a bias, a second backward
+pass through one forward pass.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHUNK_ELEMENTS = 2**27
-"""Logits that stand in memory at once: 512 tokens of 256k, enough for a GPU's matrix products to be bound by arithmetic."""
+"""Logits that stand in memory at once: 512 tokens of 256k, enough for a GPU's matrix products to be
+bound by arithmetic."""
 
 
 def chunk_tokens(vocabulary: int) -> int:
@@ -26,13 +30,18 @@ def chunk_tokens(vocabulary: int) -> int:
     return max(1, CHUNK_ELEMENTS // vocabulary)
 
 
-def _score(hidden_cH: Tensor, weight_VH: Tensor, targets_c: Tensor, learn: bool) -> tuple[Tensor, Tensor]:
-    """Return a chunk's losses [c] and, to learn from, their gradient by the logits [c, V]: probabilities minus targets."""
+def _score(
+    hidden_cH: Tensor, weight_VH: Tensor, targets_c: Tensor, learn: bool
+) -> tuple[Tensor, Tensor]:
+    """Return a chunk's losses [c] and, to learn from, their gradient by the logits [c, V]:
+    probabilities minus targets."""
     target_c1 = targets_c[:, None]
     log_p_cV = F.log_softmax((hidden_cH @ weight_VH.T).float(), dim=-1)
     losses_c = -log_p_cV.gather(1, target_c1)[:, 0]
     if learn:
-        log_p_cV.exp_().scatter_add_(1, target_c1, log_p_cV.new_full((1, 1), -1.0).expand_as(target_c1))
+        log_p_cV.exp_().scatter_add_(
+            1, target_c1, log_p_cV.new_full((1, 1), -1.0).expand_as(target_c1)
+        )
     return losses_c, log_p_cV.to(hidden_cH.dtype)
 
 
@@ -67,7 +76,8 @@ class _MeanLoss(torch.autograd.Function):
 
 
 class LossHead(nn.Module):
-    """An output layer [.., H] -> logits [.., V] that inside `scoring` returns the mean loss instead.
+    """An output layer [.., H] -> logits [.., V] that inside `scoring` returns the mean loss
+    instead.
 
     Args:
         weight_VH: the parameter, shared with the embedding where the two are tied.
@@ -82,7 +92,8 @@ class LossHead(nn.Module):
 
     @contextmanager
     def scoring(self, targets_BS: Tensor) -> Iterator[None]:
-        """Score hidden states [B, S, H] against `targets_BS`: `forward` returns their mean cross-entropy, a fp32 scalar."""
+        """Score hidden states [B, S, H] against `targets_BS`: `forward` returns their mean
+        cross-entropy, a fp32 scalar."""
         self.targets_BS = targets_BS
         try:
             yield
@@ -101,19 +112,26 @@ class LossHead(nn.Module):
 
 
 def use_loss_head(model: Any) -> None:
-    """Put a LossHead in place of a transformers model's output layer (one with a bias stays as it is)."""
+    """Put a LossHead in place of a transformers model's output layer (one with a bias stays as it
+    is)."""
     if isinstance(model.lm_head, nn.Linear) and model.lm_head.bias is None:
         model.lm_head = LossHead(model.lm_head.weight)
 
 
 def next_token_loss(model: Any, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean cross-entropy of the next tokens (fp32, to train on) and each token's [B, S] (without gradient).
+    """Return the mean cross-entropy of the next tokens (fp32, to train on) and each token's [B, S]
+    (without gradient).
 
     Args:
-        model: a transformers model or a DeepSpeed engine around one; without a LossHead all logits are materialised.
+        model: a transformers model or a DeepSpeed engine around one; without a LossHead all logits
+            are materialised.
         tokens_BS: windows [B, S+1].
     """
-    head, inputs_BS, targets_BS = getattr(model, "module", model).lm_head, tokens_BS[:, :-1], tokens_BS[:, 1:]
+    head, inputs_BS, targets_BS = (
+        getattr(model, "module", model).lm_head,
+        tokens_BS[:, :-1],
+        tokens_BS[:, 1:],
+    )
     if isinstance(head, LossHead):
         with head.scoring(targets_BS):
             mean = model(input_ids=inputs_BS, use_cache=False).logits

@@ -1,10 +1,11 @@
-"""The Nexus router: row i of the router weight is P(d_i), a learned projection of domain embedding i (paper section 3).
+"""The Nexus router: row i of the router weight is P(d_i), domain embedding i projected (section 3).
 
     e_i = P(d_i) = W_2 SwiGLU(W_1 d_i)        W_1: m -> 2h, W_2: h -> h, no biases
-    s   = softmax(x e_1, ..., x e_n)          over all n routed experts; then top-k, not renormalised
+    s   = softmax(x e_1, ..., x e_n)          over all n experts; then top-k, not renormalised
 
 Shapes: E routed experts, M width of a domain embedding, H hidden size.
-Not covered: who calls it. NexusMoE and the plain reference layer each do their own routing on these rows.
+Not covered: who calls it. NexusMoE and the plain reference layer each do their own routing on these
+rows.
 """
 
 from __future__ import annotations
@@ -42,9 +43,11 @@ class Projection(nn.Module):
         hidden_size: H.
         depth: linear maps; 2 is the paper's, 1 is a plain linear map.
         width: inner width; 0 means H.
-        form: between the maps: swiglu | gelu | relu; linear: one matrix, whatever `depth` and `width`.
-        row_norm: free | fixed: rows of one length, exp(log_norm), in a space that the map `out` leaves. A warm start puts
-            the whitening of the router's input there, so that it is each row's spread of logits that is the same.
+        form: between the maps: swiglu | gelu | relu; linear: one matrix, whatever `depth` and
+            `width`.
+        row_norm: free | fixed: rows of one length, exp(log_norm), in a space that the map `out`
+            leaves. A warm start puts the whitening of the router's input there, so that it is each
+            row's spread of logits that is the same.
 
     Raises:
         ConfigError: unknown form.
@@ -61,7 +64,9 @@ class Projection(nn.Module):
     ) -> None:
         super().__init__()
         if form not in FORMS:
-            raise ConfigError(f"router.projection: unknown value {form!r}; known: {', '.join(FORMS)}")
+            raise ConfigError(
+                f"router.projection: unknown value {form!r}; known: {', '.join(FORMS)}"
+            )
         self.form = form
         width, factor = width or hidden_size, FORMS[form][1]
         inner = [] if form == "linear" else [width] * (depth - 1)
@@ -84,7 +89,8 @@ class Projection(nn.Module):
 
     @torch.no_grad()
     def fold(self, white_HH: Tensor | None) -> None:
-        """Let rows that were fitted to inputs x W be applied to x: put W [H, H] behind them; None: W is the identity."""
+        """Let rows that were fitted to inputs x W be applied to x: put W [H, H] behind them; None:
+        W is the identity."""
         if self.out is not None:
             nn.init.eye_(self.out.weight) if white_HH is None else self.out.weight.copy_(white_HH)
         elif white_HH is not None:
@@ -105,7 +111,8 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def centre_of(vectors_EM: Tensor) -> Tensor:
-    """Return the mean [M] of the unit vectors: stored at upcycling, subtracted from every later domain too.
+    """Return the mean [M] of the unit vectors: stored at upcycling, subtracted from every later
+    domain too.
 
     Zeros for a single vector: it would be its own mean, and nothing would be left of it.
     """
@@ -126,13 +133,18 @@ def centred_norm(rows_EH: Tensor) -> Tensor:
 
 @torch.no_grad()
 def init_projection(
-    projection: Projection, embeddings_EM: Tensor, init: str, init_norm: float, generator: torch.Generator
+    projection: Projection,
+    embeddings_EM: Tensor,
+    init: str,
+    init_norm: float,
+    generator: torch.Generator,
 ) -> None:
     """Fill P in place.
 
-    balanced: every map keeps unit variance, then the rows are scaled so that centred ones have mean norm `init_norm`.
-    Hidden states are RMS-normed, so the spread of the logits over experts starts at about `init_norm`: neither
-    saturated nor dead whatever the embedding's width. normal: N(0, 0.02) everywhere (the paper names no scale).
+    balanced: every map keeps unit variance, then the rows are scaled so that centred ones have mean
+    norm `init_norm`. Hidden states are RMS-normed, so the spread of the logits over experts starts
+    at about `init_norm`: neither saturated nor dead whatever the embedding's width. normal: N(0,
+    0.02) everywhere (the paper names no scale).
     """
     length = float(embeddings_EM.float().norm(dim=-1).mean())
     for index, linear in enumerate(projection.maps):
@@ -150,17 +162,22 @@ def init_projection(
 
 
 @torch.no_grad()
-def init_rows(experts: int, hidden_size: int, init: str, init_norm: float, generator: torch.Generator) -> Tensor:
-    """Return free router rows [E, H] of a linear router: N(0, 0.02), or scaled as the balanced projection's rows."""
+def init_rows(
+    experts: int, hidden_size: int, init: str, init_norm: float, generator: torch.Generator
+) -> Tensor:
+    """Return free router rows [E, H] of a linear router: N(0, 0.02), or scaled as the balanced
+    projection's rows."""
     rows = torch.empty(experts, hidden_size).normal_(0.0, 0.02, generator=generator)
     return rows if init == "normal" else rows * (init_norm / centred_norm(rows))
 
 
 @torch.no_grad()
 def domain_rows(inputs_EM: Tensor, hidden_size: int, layer: int, norm: float) -> Tensor:
-    """Return free rows [E, H] that are the domain embeddings themselves, of mean norm `norm` (FlexOlmo's way).
+    """Return free rows [E, H] that are the domain embeddings themselves, of mean norm `norm`
+    (FlexOlmo's way).
 
-    Where M is not H, a random matrix puts them to that width: the same one at every extension of a layer.
+    Where M is not H, a random matrix puts them to that width: the same one at every extension of a
+    layer.
     """
     rows_EH = inputs_EM.float()
     if inputs_EM.shape[1] != hidden_size:

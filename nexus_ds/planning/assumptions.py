@@ -1,7 +1,8 @@
-"""Every number of the plan that no file and no option gives, with its reason. Change one here, and all of the plan follows.
+"""Every number of the plan that no file and no option gives, with its reason. Change one here, and
+all of the plan follows.
 
-FACTS were read off the code that allocates (DeepSpeed 0.19.8, torch 2.13) and are tested against real ranks;
-ESTIMATES are rules of thumb that no test here confirms on a GPU.
+FACTS were read off the code that allocates (DeepSpeed 0.19.8, torch 2.13) and are tested against
+real ranks; ESTIMATES are rules of thumb that no test here confirms on a GPU.
 Not covered: differences between kinds of GPUs other than memory, arithmetic and links.
 """
 
@@ -10,7 +11,8 @@ from __future__ import annotations
 # Facts ---------------------------------------------------------------------------------------------------------------
 
 ADAM_BYTES = 12
-"""Bytes of a parameter's fp32 master weight and two fp32 moments; a training state saves these too."""
+"""Bytes of a parameter's fp32 master weight and two fp32 moments; a training state saves these
+too."""
 EXPERT_GROUP_ELEMENTS = 178_956_971
 """DeepSpeed cuts the optimizer's groups of experts at this many elements."""
 SUB_GROUP_ELEMENTS = 1_000_000_000
@@ -25,38 +27,47 @@ LOGITS_BYTES = 8
 # Choices in the DeepSpeed JSON that the plan writes -------------------------------------------------------------------
 
 BUCKET_ELEMENTS = 50_000_000
-"""Gradients are reduced in buckets of this size: DeepSpeed's 500M would take 1-2 GB, and links are saturated long before."""
+"""Gradients are reduced in buckets of this size: DeepSpeed's 500M would take 1-2 GB, and links are
+saturated long before."""
 
 # Estimates -----------------------------------------------------------------------------------------------------------
 
 CONTEXT_BYTES = 1.2e9
 """CUDA context, cuBLAS workspaces and NCCL's buffers of a process: 0.8-1.6 GB are usual."""
 FRAGMENTATION = 0.06
-"""Share that the caching allocator loses between blocks, with expandable segments; 5-10% are usual."""
+"""Share that the caching allocator loses between blocks, with expandable segments; 5-10% are
+usual."""
 ROUTING_IMBALANCE = 1.25
 """Load of the busiest rank's experts over the mean, with a trained load-balancing loss."""
 BACKWARD_COPIES = 0.5
-"""Gradients of activations that are alive at once, over what the same layer keeps for its backward pass."""
+"""Gradients of activations that are alive at once, over what the same layer keeps for its backward
+pass."""
 PROCESS_BYTES = 4e9
-"""Main memory of a rank before any tensor: Python, torch and CUDA's libraries, tokenised text in the page cache not counted."""
+"""Main memory of a rank before any tensor: Python, torch and CUDA's libraries, tokenised text in
+the page cache not counted."""
 PINNED_WASTE = 0.15
 """Share that pinned main memory loses to rounding of its blocks."""
 MFU = 0.35
 """Share of a GPU's peak in bf16 that eager training reaches on matrix products of this size."""
 RECOMPUTED = 1 / 3
-"""Extra arithmetic of activation checkpointing: one more forward pass to a forward and a backward pass."""
+"""Extra arithmetic of activation checkpointing: one more forward pass to a forward and a backward
+pass."""
 LAYER_SECONDS = 2e-3
-"""Forward and backward pass of an MoE layer that computes nothing: kernel launches and one wait for the token counts."""
+"""Forward and backward pass of an MoE layer that computes nothing: kernel launches and one wait for
+the token counts."""
 LINK_EFFICIENCY = 0.7
 """Share of a link's nominal speed that large collectives reach."""
 OVERLAP = 0.5
-"""Share of the computing time behind which ZeRO's communication can hide; all-to-alls hide behind the shared expert."""
+"""Share of the computing time behind which ZeRO's communication can hide; all-to-alls hide behind
+the shared expert."""
 GPU_ADAM_PER_SECOND = 1.5e10
 """Parameters a GPU's fused AdamW updates in a second: 30 bytes each at about 450 GB/s."""
 CPU_ADAM_PER_SECOND = 5e8
-"""Parameters a node's CPUs update in a second with torch's AdamW: about 100 bytes each at 50 GB/s."""
+"""Parameters a node's CPUs update in a second with torch's AdamW: about 100 bytes each at 50
+GB/s."""
 DEFAULT_TFLOPS = 100.0
-"""Peak of a GPU in dense bf16 where --gpu-tflops is not given: between an RTX 3090 (71) and a 4090 (165)."""
+"""Peak of a GPU in dense bf16 where --gpu-tflops is not given: between an RTX 3090 (71) and a 4090
+(165)."""
 DEFAULT_GPU_LINK = 200e9 / 8
 """Bytes a second between the GPUs of a node where --gpu-link is not given: PCIe 4 x16."""
 DEFAULT_LINK = 100e9 / 8
@@ -66,5 +77,7 @@ DEFAULT_LINK = 100e9 / 8
 def table() -> dict[str, float]:
     """Return all numbers by name."""
     return {
-        name: float(value) for name, value in globals().items() if name.isupper() and isinstance(value, int | float)
+        name: float(value)
+        for name, value in globals().items()
+        if name.isupper() and isinstance(value, int | float)
     }

@@ -74,7 +74,8 @@ def judged(sizes: Sizes, machine: Machine, config: Config) -> list[list[Candidat
 
 
 def candidates(sizes: Sizes, machine: Machine, config: Config) -> list[Candidate]:
-    """Return the best cut of the batch for each layout: the fastest that fits, else the one that needs least memory.
+    """Return the best cut of the batch for each layout: the fastest that fits, else the one that
+    needs least memory.
 
     Those that fit come first, the fastest of them first.
 
@@ -88,7 +89,9 @@ def candidates(sizes: Sizes, machine: Machine, config: Config) -> list[Candidate
             found.append(min(fitting, key=lambda c: c.step.step_seconds))
         else:
             found.append(min(ways, key=lambda c: c.memory.gpu_bytes))
-    return sorted(found, key=lambda c: (not c.fits, c.step.step_seconds if c.fits else c.memory.gpu_bytes))
+    return sorted(
+        found, key=lambda c: (not c.fits, c.step.step_seconds if c.fits else c.memory.gpu_bytes)
+    )
 
 
 def one_more_expert(sizes: Sizes, machine: Machine, config: Config, now: Candidate) -> Candidate:

@@ -110,27 +110,40 @@ def share_of(training: TrainingConfig, world: int) -> int:
 def layouts(sizes: Sizes, training: TrainingConfig, world: int) -> Iterator[list[Layout]]:
     """Yield, for each ZeRO stage, offload and expert-parallel size, its ways to cut the batch.
 
-    A micro-batch or a kind of checkpointing that the configuration sets is kept. Parameters go to the CPU under ZeRO-3 only.
+    A micro-batch or a kind of checkpointing that the configuration sets is kept. Parameters go to
+    the CPU under ZeRO-3 only.
     """
     share = share_of(training, world)
-    micros = [training.micro_batch_size] if training.micro_batch_size else [n for n in divisors(share) if n <= 64]
+    micros = (
+        [training.micro_batch_size]
+        if training.micro_batch_size
+        else [n for n in divisors(share) if n <= 64]
+    )
     kept = training.activation_checkpointing
     kinds = ("none", "non_reentrant") if kept == "none" else (kept,)
     for stage in (1, 2, 3):
         for offload in OFFLOADS[: 3 if stage == 3 else 2]:
             for expert in [n for n in divisors(world) if n <= max(sizes.experts, 1)]:
                 yield [
-                    Layout(stage=stage, offload=offload, expert=expert, world=world, micro=micro,
-                           accumulation=share // micro, checkpointing=kind)
-                    for micro in micros for kind in kinds
-                ]  # fmt: skip
+                    Layout(
+                        stage=stage,
+                        offload=offload,
+                        expert=expert,
+                        world=world,
+                        micro=micro,
+                        accumulation=share // micro,
+                        checkpointing=kind,
+                    )
+                    for micro in micros
+                    for kind in kinds
+                ]
 
 
 def largest_gathered(sizes: Sizes, layout: Layout) -> int:
     """Return elements of the largest module that ZeRO-3 makes whole at once.
 
-    A module is gathered with all of its own parameters: a layer's experts together, anything else matrix by matrix.
-    Experts that one rank holds alone are whole already.
+    A module is gathered with all of its own parameters: a layer's experts together, anything else
+    matrix by matrix. Experts that one rank holds alone are whole already.
     """
     own = list(sizes.parameters(layout.slots(sizes)))
     modules = [p.elements for p in own if p.kind != "experts"]
@@ -145,8 +158,12 @@ def live_elements(sizes: Sizes, layout: Layout) -> int:
 
 
 def deepspeed_json(sizes: Sizes, layout: Layout) -> dict[str, Any]:
-    """Return the DeepSpeed JSON of a layout; the memory plan counts on its bucket and prefetch sizes."""
-    zero: dict[str, Any] = {"stage": layout.stage, "reduce_bucket_size": assumptions.BUCKET_ELEMENTS}
+    """Return the DeepSpeed JSON of a layout; the memory plan counts on its bucket and prefetch
+    sizes."""
+    zero: dict[str, Any] = {
+        "stage": layout.stage,
+        "reduce_bucket_size": assumptions.BUCKET_ELEMENTS,
+    }
     if layout.stage > 1:
         zero |= {"overlap_comm": True, "contiguous_gradients": True}
     if layout.stage == 3:

@@ -1,4 +1,5 @@
-"""Expert parallelism or ZeRO alone: which is faster on a link, and at which speed of the link the choice changes.
+"""Expert parallelism or ZeRO alone: which is faster on a link, and at which speed of the link the
+choice changes.
 
 Not covered: links of different speeds, latency.
 """
@@ -23,12 +24,14 @@ WAYS = {"expert_parallel": True, "zero_only": False}
 
 
 def at_speed(machine: Machine, speed: float) -> Machine:
-    """Return the machine with another link: between its nodes, or between its GPUs where there is one node."""
+    """Return the machine with another link: between its nodes, or between its GPUs where there is
+    one node."""
     return replace(machine, link=speed) if machine.nodes > 1 else replace(machine, gpu_link=speed)
 
 
 class LinkAdvice:
-    """Compares the fastest layout that fits with expert parallelism and the fastest without, however the batch is cut.
+    """Compares the fastest layout that fits with expert parallelism and the fastest without,
+    however the batch is cut.
 
     Args:
         sizes: of the model.
@@ -41,15 +44,22 @@ class LinkAdvice:
 
     def __init__(self, sizes: Sizes, machine: Machine, config: Config) -> None:
         fitting = [c.layout for ways in judged(sizes, machine, config) for c in ways if c.fits]
-        self.layouts = {way: [x for x in fitting if (x.expert > 1) == parallel] for way, parallel in WAYS.items()}
+        self.layouts = {
+            way: [x for x in fitting if (x.expert > 1) == parallel]
+            for way, parallel in WAYS.items()
+        }
         self.sizes, self.machine = sizes, machine
         self.width, self.length = WIDTH[config.model.dtype], config.data.sequence_length
 
     def fastest(self, way: str, speed: float) -> tuple[float, Layout]:
-        """Return seconds of a step and the fastest layout of a way on a link of `speed` bytes a second."""
+        """Return seconds of a step and the fastest layout of a way on a link of `speed` bytes a
+        second."""
         machine = at_speed(self.machine, speed)
         timed = [
-            (traffic.step(self.sizes, layout, machine, self.width, self.length).step_seconds, layout)
+            (
+                traffic.step(self.sizes, layout, machine, self.width, self.length).step_seconds,
+                layout,
+            )
             for layout in self.layouts[way]
         ]
         return min(timed, key=lambda pair: pair[0])
@@ -66,7 +76,11 @@ class LinkAdvice:
                 below, above = SPEEDS[index : index + 2]
                 while above / below > SHARP:
                     middle = math.sqrt(below * above)
-                    below, above = (middle, above) if self.better(middle) == choices[index] else (below, middle)
+                    below, above = (
+                        (middle, above)
+                        if self.better(middle) == choices[index]
+                        else (below, middle)
+                    )
                 found.append({"link": below, "on_faster_links": choices[index + 1]})
         return found
 
@@ -80,7 +94,10 @@ class LinkAdvice:
         return {
             "link": link,
             "between": "nodes" if several else "GPUs",
-            **{way: {"name": layout.name, "step_seconds": seconds} for way, (seconds, layout) in timed.items()},
+            **{
+                way: {"name": layout.name, "step_seconds": seconds}
+                for way, (seconds, layout) in timed.items()
+            },
             "use": self.better(link),
             "flips": self.flips(),
         }

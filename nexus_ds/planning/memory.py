@@ -1,8 +1,10 @@
 """Bytes that a rank, a node and the disk need for a layout.
 
-Model states are counted as DeepSpeed allocates them (tests compare them with real ranks); activations as the forward pass
-keeps them (likewise); buffers are read off DeepSpeed's code; what the CUDA process and its allocator take is estimated.
-Not covered: memory of other processes on the node, peaks while a checkpoint is loaded (a layer at a time).
+Model states are counted as DeepSpeed allocates them (tests compare them with real ranks);
+activations as the forward pass keeps them (likewise); buffers are read off DeepSpeed's code; what
+the CUDA process and its allocator take is estimated.
+Not covered: memory of other processes on the node, peaks while a checkpoint is loaded (a layer at a
+time).
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ class Memory:
 
 
 def groups(own: list[Parameter], limit: int) -> list[list[Parameter]]:
-    """Return the optimizer's groups: matrices, vectors, router, and the experts cut at `limit` elements."""
+    """Return the optimizer's groups: matrices, vectors, router, and the experts cut at `limit`
+    elements."""
     found = [[p for p in own if p.kind == kind] for kind in KINDS[:3]]
     current: list[Parameter] = []
     for parameter in (p for p in own if p.kind == "experts"):
@@ -64,7 +67,8 @@ def groups(own: list[Parameter], limit: int) -> list[list[Parameter]]:
 
 
 def _touched(group: list[Parameter], parts: int, part: int) -> int:
-    """Return elements of the parameters of which a part of the flat group holds at least one element."""
+    """Return elements of the parameters of which a part of the flat group holds at least one
+    element."""
     size = -(-sum(p.elements for p in group) // parts)
     first, last, offset, total = part * size, (part + 1) * size, 0, 0
     for parameter in group:
@@ -90,14 +94,16 @@ def _kept(own: tuple[Parameter, ...], world: int, expert: int, limit: int) -> in
 def kept_gradients(own: list[Parameter], layout: Layout) -> int:
     """Return elements of the gradients that the fullest rank keeps under ZeRO-2.
 
-    A gradient stays whole where a partition's edge cuts its parameter. For a large embedding that makes a difference; experts
-    so large that each matrix is a group of its own keep all of their gradients on every rank.
+    A gradient stays whole where a partition's edge cuts its parameter. For a large embedding that
+    makes a difference; experts so large that each matrix is a group of its own keep all of their
+    gradients on every rank.
     """
     return _kept(tuple(own), layout.world, layout.expert, assume.EXPERT_GROUP_ELEMENTS)
 
 
 def partition(own: list[Parameter], layout: Layout) -> float:
-    """Return elements of the optimizer's share of a rank: experts over their replicas, the rest over all ranks."""
+    """Return elements of the optimizer's share of a rank: experts over their replicas, the rest
+    over all ranks."""
     return sum(p.elements / (layout.replicas if p.kind == "experts" else layout.world) for p in own)
 
 
@@ -118,7 +124,8 @@ def model_states(sizes: Sizes, layout: Layout, width: int) -> States:
         whole = sum(p.elements for p in own if p.elements <= assume.PERSISTENT_ELEMENTS)
         weights, gradients = width * (share + whole), width * share
     if layout.offload != "none":
-        # fp32 gradients for the step; ZeRO-1/2 add a copy of the updated weights, ZeRO-3 has its gradients there.
+        # fp32 gradients for the step; ZeRO-1/2 add a copy of the updated weights, ZeRO-3 has its
+        # gradients there.
         host, optimizer = optimizer + (4 + width) * share, 0.0
         if layout.stage > 1:
             gradients = 0.0
@@ -133,19 +140,22 @@ def model_states(sizes: Sizes, layout: Layout, width: int) -> States:
 
 
 def layer_activations(sizes: Sizes, width: int, imbalance: float = 1.0) -> float:
-    """Return bytes that one layer keeps for each token: norms in fp32, attention without its matrix, feed-forward networks.
+    """Return bytes that one layer keeps for each token: norms in fp32, attention without its
+    matrix, feed-forward networks.
 
     Args:
         sizes: of the model.
         width: bytes of an element in the working precision.
         imbalance: tokens at this rank's experts over the mean.
     """
-    norms = 2 * (4 + 2 * width) * sizes.hidden  # the fp32 copy, the normalised one, the product with the weight
+    # the fp32 copy, the normalised one, the product with the weight
+    norms = 2 * (4 + 2 * width) * sizes.hidden
     attention = 2 * width * (sizes.heads * sizes.head_size + sizes.kv_width) + 4 * sizes.heads
     ffn = 4 * width * sizes.ffn  # gate, its SiLU, up, their product
     if not sizes.experts:
         return norms + attention + ffn
-    # In fp32 experts run one after the other and keep half: SiLU and product are made again (nexus_ds/model/experts.py).
+    # In fp32 experts run one after the other and keep half: SiLU and product are made again
+    # (nexus_ds/model/experts.py).
     inner = ffn if width == 2 else ffn / 2
     routed = sizes.top_k * (inner + 2 * width * sizes.hidden) * imbalance
     return norms + attention + ffn + routed + 16 * sizes.experts + 100
@@ -154,49 +164,63 @@ def layer_activations(sizes: Sizes, width: int, imbalance: float = 1.0) -> float
 def activations(sizes: Sizes, layout: Layout, width: int, tokens: int) -> float:
     """Return bytes that the forward pass of `tokens` tokens keeps, the output layer not counted."""
     imbalance = assume.ROUTING_IMBALANCE if layout.expert > 1 else 1.0
-    layer = layer_activations(sizes, width, imbalance) if layout.checkpointing == "none" else width * sizes.hidden
+    layer = (
+        layer_activations(sizes, width, imbalance)
+        if layout.checkpointing == "none"
+        else width * sizes.hidden
+    )
     return tokens * (sizes.layers * layer + (4 + 2 * width) * sizes.hidden)
 
 
 def head(sizes: Sizes, width: int, tokens: int) -> float:
-    """Return bytes that the output layer needs at once: the logits of a chunk of tokens, and its weight's gradient."""
+    """Return bytes that the output layer needs at once: the logits of a chunk of tokens, and its
+    weight's gradient."""
     logits = min(tokens, chunk_tokens(sizes.vocabulary)) * sizes.vocabulary
     return assume.LOGITS_BYTES * logits + width * sizes.vocabulary * sizes.hidden
 
 
 def _working(sizes: Sizes, layout: Layout, width: int, tokens: int) -> float:
-    """Return what a layer's backward pass needs at once: gradients of activations, and recomputed ones."""
+    """Return what a layer's backward pass needs at once: gradients of activations, and recomputed
+    ones."""
     recomputed = 0.0 if layout.checkpointing == "none" else 1.0
     layer = layer_activations(sizes, width, assume.ROUTING_IMBALANCE if layout.expert > 1 else 1.0)
     return tokens * layer * (recomputed + assume.BACKWARD_COPIES)
 
 
 def buffers(sizes: Sizes, layout: Layout, width: int) -> dict[str, float]:
-    """Return DeepSpeed's buffers on the GPU: buckets, gathered parameters, gradients on their way."""
+    """Return DeepSpeed's buffers on the GPU: buckets, gathered parameters, gradients on their
+    way."""
     own = list(sizes.parameters(layout.slots(sizes)))
     largest = max(p.elements for p in own)
-    found: dict[str, float] = {"gradient buckets": width * assume.BUCKET_ELEMENTS * (2 if layout.stage == 2 else 1)}
+    found: dict[str, float] = {
+        "gradient buckets": width * assume.BUCKET_ELEMENTS * (2 if layout.stage == 2 else 1)
+    }
     if layout.stage == 3:
         gathered = largest_gathered(sizes, layout)
         found["gathered parameters"] = width * (live_elements(sizes, layout) + gathered)
         experts = sum(p.elements for p in own if p.kind == "experts" and p.layer == 0)
-        found["gradients in transit"] = 2 * width * max(gathered, experts)  # whole, and the copy that is reduced
+        # whole, and the copy that is reduced
+        found["gradients in transit"] = 2 * width * max(gathered, experts)
     elif layout.stage == 2:
         found["gradients in transit"] = width * largest
         if layout.accumulation > 1 and layout.offload == "none":
-            found["gradients in transit"] += width * kept_gradients(own, layout)  # of this pass, beside the sum
+            # of this pass, beside the sum
+            found["gradients in transit"] += width * kept_gradients(own, layout)
     if layout.offload != "none" and layout.stage < 3:
         found["offload buffer"] = width * largest
     return found
 
 
 def _update(sizes: Sizes, layout: Layout, width: int) -> float:
-    """Return what an optimizer step on the GPU allocates: fp32 gradients of its largest group, and their flat copy."""
+    """Return what an optimizer step on the GPU allocates: fp32 gradients of its largest group, and
+    their flat copy."""
     if layout.offload != "none":
         return 0.0
     own = list(sizes.parameters(layout.slots(sizes)))
     shares = [partition(group, layout) for group in groups(own, assume.EXPERT_GROUP_ELEMENTS)]
-    return (4 + width) * min(max(shares), assume.SUB_GROUP_ELEMENTS if layout.stage == 3 else float("inf"))
+    return (4 + width) * min(
+        max(shares), assume.SUB_GROUP_ELEMENTS if layout.stage == 3 else float("inf")
+    )
 
 
 def memory(sizes: Sizes, layout: Layout, width: int, length: int, local: int) -> Memory:
@@ -210,7 +234,11 @@ def memory(sizes: Sizes, layout: Layout, width: int, length: int, local: int) ->
         local: ranks of a node.
     """
     states, tokens = model_states(sizes, layout, width), layout.micro * length
-    gpu = {"weights": states.weights, "gradients": states.gradients, "optimizer states": states.optimizer}
+    gpu = {
+        "weights": states.weights,
+        "gradients": states.gradients,
+        "optimizer states": states.optimizer,
+    }
     gpu |= buffers(sizes, layout, width)
     passes = {
         "activations": activations(sizes, layout, width, tokens),
@@ -230,7 +258,8 @@ def memory(sizes: Sizes, layout: Layout, width: int, length: int, local: int) ->
 
 
 def disk(sizes: Sizes, width: int, keep_last: int) -> dict[str, float]:
-    """Return bytes on disk: a training state, all that are there while one is replaced, and the finished checkpoint."""
+    """Return bytes on disk: a training state, all that are there while one is replaced, and the
+    finished checkpoint."""
     counts = sizes.counts()
     state = float(assume.ADAM_BYTES * counts["trained"])
     export = float(width * counts["total"] + 4 * counts["projection"])

@@ -1,7 +1,9 @@
-"""The sizes of a model that is to be trained: its parameters one by one, in the optimizer's groups, without a tensor.
+"""The sizes of a model that is to be trained: its parameters one by one, in the optimizer's groups,
+without a tensor.
 
 Shapes: E routed experts, H hidden size, F inner width, V vocabulary, M width of a domain embedding.
-Not covered: families whose parameters are not those of Llama, Mistral, Qwen2 or Qwen2-MoE (they can't be upcycled here).
+Not covered: families whose parameters are not those of Llama, Mistral, Qwen2 or Qwen2-MoE (they
+can't be upcycled here).
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ ACTIVATION_INPUTS = {"swiglu": 2, "gelu": 1, "relu": 1, "linear": 1}
 
 
 class Parameter(NamedTuple):
-    """One parameter of a rank: the optimizer's group it belongs to, its elements, and its layer (-1: outside of them)."""
+    """One parameter of a rank: the optimizer's group it belongs to, its elements, and its layer
+    (-1: outside of them)."""
 
     kind: str
     elements: int
@@ -33,7 +36,8 @@ class Parameter(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What decides how many parameters there are and what they cost. A dense model has no experts."""
+    """What decides how many parameters there are and what they cost. A dense model has no
+    experts."""
 
     vocabulary: int
     hidden: int
@@ -60,7 +64,8 @@ class Sizes:
 
     @property
     def router(self) -> tuple[int, ...]:
-        """Elements of each parameter of one layer's router: P's or free rows, and the vector of the input `context`."""
+        """Elements of each parameter of one layer's router: P's or free rows, and the vector of the
+        input `context`."""
         rows = self.projection or (self.experts * self.hidden,)
         return (*rows, self.hidden) if self.context else rows
 
@@ -70,7 +75,8 @@ class Sizes:
         return self.kv_heads * self.head_size
 
     def parameters(self, experts: int) -> Iterator[Parameter]:
-        """Yield the parameters in the model's order, as a rank holds them that has `experts` slots for routed experts."""
+        """Yield the parameters in the model's order, as a rank holds them that has `experts` slots
+        for routed experts."""
         wide = self.heads * self.head_size
         yield Parameter("matrices", self.vocabulary * self.hidden, -1)
         for layer in range(self.layers):
@@ -93,10 +99,11 @@ class Sizes:
             yield Parameter("matrices", self.vocabulary * self.hidden, -1)
 
     def counts(self) -> dict[str, int]:
-        """Return elements: total and active of the finished checkpoint, trained (with P), and its parts.
+        """Return elements: total and active of the finished checkpoint, trained (with P), and its
+        parts.
 
-        `total` and `active` are those that `inspect` reports: in place of P a row for each expert, and the shared expert's
-        constant gate. Active counts the top-k experts that a token visits.
+        `total` and `active` are those that `inspect` reports: in place of P a row for each expert,
+        and the shared expert's constant gate. Active counts the top-k experts that a token visits.
         """
         by_kind = dict.fromkeys(KINDS, 0)
         for parameter in self.parameters(self.experts):
@@ -126,10 +133,13 @@ def _projection(config: Config, hidden: int, embedding_size: int) -> tuple[int, 
 
 
 def _check_form(found: dict[str, Any], where: str) -> None:
-    """Refuse a Qwen2-MoE whose layers are not all alike, or whose shared expert has another width than the routed ones."""
+    """Refuse a Qwen2-MoE whose layers are not all alike, or whose shared expert has another width
+    than the routed ones."""
     uniform = {"decoder_sparse_step": 1, "mlp_only_layers": []}  # what transformers fills in, too
     form = uniform | found
-    for key, value in (uniform | {"shared_expert_intermediate_size": found["moe_intermediate_size"]}).items():
+    for key, value in (
+        uniform | {"shared_expert_intermediate_size": found["moe_intermediate_size"]}
+    ).items():
         if form.get(key) != value:
             raise CheckpointError(
                 f"{where}: {key} is {form.get(key)!r}; plan needs a Qwen2-MoE that has {value!r} there"
@@ -155,7 +165,8 @@ def _read(found: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _of_checkpoint(config: Config, directory: Path) -> Sizes:
-    """Return the sizes of a dense, Nexus or stock Qwen2-MoE checkpoint; P's are read from the sidecar where there is one."""
+    """Return the sizes of a dense, Nexus or stock Qwen2-MoE checkpoint; P's are read from the
+    sidecar where there is one."""
     from nexus_ds.checkpoint.sidecar import is_nexus, read_sidecar
 
     found = read_config(directory)
@@ -164,40 +175,67 @@ def _of_checkpoint(config: Config, directory: Path) -> Sizes:
     shared = True
     if is_nexus(directory):
         sidecar = read_sidecar(directory)
-        maps = tuple(weight.numel() for weight in sidecar.projections[0].values()) if sidecar.projections else ()
+        maps = (
+            tuple(weight.numel() for weight in sidecar.projections[0].values())
+            if sidecar.projections
+            else ()
+        )
         shared = sidecar.shared_expert == "seed"
     return Sizes(
-        vocabulary=read["vocabulary"], hidden=read["hidden_size"], layers=read["layers"], heads=read["heads"],
-        kv_heads=read["kv_heads"], head_size=read["head_dim"], ffn=read["ffn_size"], tied=read["tied_embeddings"],
-        qkv_bias=read["qkv_bias"], context=found["model_type"] == CONTEXT_MODEL, shared=shared,
-        experts=found["num_experts"] if moe else 0, top_k=found["num_experts_per_tok"] if moe else 1, projection=maps,
-    )  # fmt: skip
+        vocabulary=read["vocabulary"],
+        hidden=read["hidden_size"],
+        layers=read["layers"],
+        heads=read["heads"],
+        kv_heads=read["kv_heads"],
+        head_size=read["head_dim"],
+        ffn=read["ffn_size"],
+        tied=read["tied_embeddings"],
+        qkv_bias=read["qkv_bias"],
+        context=found["model_type"] == CONTEXT_MODEL,
+        shared=shared,
+        experts=found["num_experts"] if moe else 0,
+        top_k=found["num_experts_per_tok"] if moe else 1,
+        projection=maps,
+    )
 
 
 def sizes_of(config: Config) -> Sizes:
-    """Return the sizes of what `config` trains: of the checkpoint `model.path`, else of `model.*` and `pipeline.*`.
+    """Return the sizes of what `config` trains: of the checkpoint `model.path`, else of `model.*`
+    and `pipeline.*`.
 
     Raises:
         ConfigError: a mixture-of-experts without a list of domains.
-        CheckpointError: `model.path` is no checkpoint, or a Qwen2-MoE of another form than a Nexus model's.
+        CheckpointError: `model.path` is no checkpoint, or a Qwen2-MoE of another form than a Nexus
+            model's.
         UnsupportedModelError: `model.path` is of a family that can't be trained here.
     """
     if config.model.path:
         return _of_checkpoint(config, Path(config.model.path))
     model, pipe = config.model, config.pipeline
-    experts = {"moe": len(pipe.domains), "extend": len(pipe.domains) + len(pipe.new_domains)}.get(config.stage, 0)
+    experts = {"moe": len(pipe.domains), "extend": len(pipe.domains) + len(pipe.new_domains)}.get(
+        config.stage, 0
+    )
     if config.stage in ("moe", "extend") and not experts:
         raise ConfigError(
             "no experts to plan for: give pipeline.domains=a,b,... or a checkpoint with model.path=DIR; stage=seed plans a "
             "dense model"
         )
     if experts and config.router.top_k > experts:
-        raise ConfigError(f"router.top_k {config.router.top_k} is more than the {experts} experts; lower it")
+        raise ConfigError(
+            f"router.top_k {config.router.top_k} is more than the {experts} experts; lower it"
+        )
     return Sizes(
-        vocabulary=pipe.vocabulary, hidden=model.hidden_size, layers=model.layers, heads=model.heads,
-        kv_heads=model.kv_heads or model.heads, head_size=model.hidden_size // model.heads, ffn=model.ffn_size,
-        tied=model.tied_embeddings, experts=experts, top_k=config.router.top_k,
+        vocabulary=pipe.vocabulary,
+        hidden=model.hidden_size,
+        layers=model.layers,
+        heads=model.heads,
+        kv_heads=model.kv_heads or model.heads,
+        head_size=model.hidden_size // model.heads,
+        ffn=model.ffn_size,
+        tied=model.tied_embeddings,
+        experts=experts,
+        top_k=config.router.top_k,
         projection=_projection(config, model.hidden_size, pipe.embedding_size) if experts else (),
         context=bool(experts) and config.router.input == "context",
         shared=not experts or model.shared_expert == "seed",
-    )  # fmt: skip
+    )

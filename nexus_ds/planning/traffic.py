@@ -1,8 +1,9 @@
 """Arithmetic, bytes over the links and seconds of an optimizer step.
 
-Collectives are taken as rings: a ring over several nodes crosses each node's link once, so what a node sends is what one rank
-sends, times the rings that run side by side.
-Not covered: latency of small collectives, congestion by other jobs, rails (several links a node count as one).
+Collectives are taken as rings: a ring over several nodes crosses each node's link once, so what a
+node sends is what one rank sends, times the rings that run side by side.
+Not covered: latency of small collectives, congestion by other jobs, rails (several links a node
+count as one).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ class Step:
     """One optimizer step: seconds by cause, bytes by link, and its tokens over all ranks."""
 
     seconds: dict[str, float]
-    """What adds up to the step: computing; all_to_all and exposed (of tokens, and of ZeRO: what nothing hides); optimizer;
-    offload."""
+    """What adds up to the step: computing; all_to_all and exposed (of tokens, and of ZeRO: what
+    nothing hides); optimizer; offload."""
     gpu_link_bytes: float
     """Sent by one GPU inside its node."""
     node_link_bytes: float
@@ -41,7 +42,8 @@ class Step:
 
 @lru_cache(maxsize=256)
 def _elements(sizes: Sizes, slots: int) -> tuple[int, int]:
-    """Return elements of a rank's parameters that are no experts, and of its `slots` experts of all layers."""
+    """Return elements of a rank's parameters that are no experts, and of its `slots` experts of all
+    layers."""
     by_kind = [(p.kind == "experts", p.elements) for p in sizes.parameters(slots)]
     experts = sum(elements for expert, elements in by_kind if expert)
     return sum(elements for _, elements in by_kind) - experts, experts
@@ -49,9 +51,11 @@ def _elements(sizes: Sizes, slots: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=256)
 def token_flops(sizes: Sizes, length: int) -> tuple[float, float]:
-    """Return floating-point operations of one token, forward and backward: of everything, and of its routed experts.
+    """Return floating-point operations of one token, forward and backward: of everything, and of
+    its routed experts.
 
-    Six for each active weight that multiplies (an embedding that is no output layer does not), and causal attention.
+    Six for each active weight that multiplies (an embedding that is no output layer does not), and
+    causal attention.
     """
     counts = sizes.counts()
     weights = counts["active"] - (0 if sizes.tied else sizes.vocabulary * sizes.hidden)
@@ -61,18 +65,27 @@ def token_flops(sizes: Sizes, length: int) -> tuple[float, float]:
 
 
 def shared_seconds(sizes: Sizes, layout: Layout, machine: Machine, length: int) -> float:
-    """Return seconds of a step in the shared experts' matrix products, behind which the all-to-alls travel."""
+    """Return seconds of a step in the shared experts' matrix products, behind which the all-to-alls
+    travel."""
     if not sizes.experts:
         return 0.0
-    flops = 6 * sizes.layers * sizes.expert * (1 if layout.checkpointing == "none" else 1 + assume.RECOMPUTED)
-    return layout.micro * layout.accumulation * length * flops / (machine.tflops * 1e12 * assume.MFU)
+    flops = (
+        6
+        * sizes.layers
+        * sizes.expert
+        * (1 if layout.checkpointing == "none" else 1 + assume.RECOMPUTED)
+    )
+    return (
+        layout.micro * layout.accumulation * length * flops / (machine.tflops * 1e12 * assume.MFU)
+    )
 
 
 def exposed_all_to_all(seconds: float, shared: float) -> float:
-    """Return what is seen of all-to-alls that take `seconds`, half of them dispatch and half of them combine.
+    """Return what is seen of all-to-alls that take `seconds`, half of them dispatch and half of
+    them combine.
 
-    The shared expert's gate and up projections (two of its three matrices) hide the dispatch, the third the combine
-    (`NexusMoE.forward`).
+    The shared expert's gate and up projections (two of its three matrices) hide the dispatch, the
+    third the combine (`NexusMoE.forward`).
     """
     return max(0.0, seconds / 2 - 2 * shared / 3) + max(0.0, seconds / 2 - shared / 3)
 
@@ -89,15 +102,16 @@ def _computing(sizes: Sizes, layout: Layout, machine: Machine, length: int) -> f
 
 
 def ring_bytes(elements: float, ranks: int, sends: float) -> float:
-    """Return elements that a rank sends when `elements` are reduced or gathered `sends` times over a ring."""
+    """Return elements that a rank sends when `elements` are reduced or gathered `sends` times over
+    a ring."""
     return sends * elements * (ranks - 1) / ranks
 
 
 def _sends(layout: Layout) -> float:
     """Return how often a step moves a parameter over its ring.
 
-    An all-reduce counts twice. ZeRO-1 reduces once a step, ZeRO-2 after every pass, both gather the new weights; ZeRO-3
-    gathers for the forward and for the backward pass and reduces, every time.
+    An all-reduce counts twice. ZeRO-1 reduces once a step, ZeRO-2 after every pass, both gather the
+    new weights; ZeRO-3 gathers for the forward and for the backward pass and reduces, every time.
     """
     if layout.stage == 1:
         return 3
@@ -105,29 +119,39 @@ def _sends(layout: Layout) -> float:
 
 
 def zero_traffic(sizes: Sizes, layout: Layout, machine: Machine, width: int) -> tuple[float, float]:
-    """Return bytes of ZeRO's collectives in a step: a GPU's inside its node, and a node's to the others."""
+    """Return bytes of ZeRO's collectives in a step: a GPU's inside its node, and a node's to the
+    others."""
     (others, experts), sends = _elements(sizes, layout.slots(sizes)), width * _sends(layout)
     dense_ring = ring_bytes(others, layout.world, sends)
     expert_ring = ring_bytes(experts, layout.replicas, sends)
     if machine.nodes == 1:
         return dense_ring + expert_ring, 0.0
     side_by_side = min(layout.expert, machine.local)  # rings of other experts share the node's link
-    inside = (dense_ring if machine.local > 1 else 0.0) + (expert_ring if layout.expert < machine.local else 0.0)
+    inside = (dense_ring if machine.local > 1 else 0.0) + (
+        expert_ring if layout.expert < machine.local else 0.0
+    )
     return inside, dense_ring + side_by_side * expert_ring
 
 
-def token_traffic(sizes: Sizes, layout: Layout, machine: Machine, width: int, length: int) -> tuple[float, float]:
-    """Return bytes of the all-to-alls in a step: a GPU's inside its node, and a node's to the others.
+def token_traffic(
+    sizes: Sizes, layout: Layout, machine: Machine, width: int, length: int
+) -> tuple[float, float]:
+    """Return bytes of the all-to-alls in a step: a GPU's inside its node, and a node's to the
+    others.
 
-    Dispatch and combine, forward and backward, and the forward ones again where activations are recomputed.
+    Dispatch and combine, forward and backward, and the forward ones again where activations are
+    recomputed.
     """
     if not sizes.experts or layout.expert == 1:
         return 0.0, 0.0
     passes = 4 if layout.checkpointing == "none" else 6
     tokens = layout.micro * layout.accumulation * length * sizes.top_k
     every = passes * sizes.layers * tokens * sizes.hidden * width
-    group = min(layout.expert, machine.local)  # ranks of the group on this node; groups are consecutive ranks
-    return every * (group - 1) / layout.expert, machine.local * every * (layout.expert - group) / layout.expert
+    # ranks of the group on this node; groups are consecutive ranks
+    group = min(layout.expert, machine.local)
+    return every * (group - 1) / layout.expert, machine.local * every * (
+        layout.expert - group
+    ) / layout.expert
 
 
 def _seconds(traffic: tuple[float, float], machine: Machine) -> float:
@@ -140,7 +164,8 @@ def _optimizer(sizes: Sizes, layout: Layout, machine: Machine, width: int) -> di
     share = others / layout.world + experts / layout.replicas
     if layout.offload == "none":
         return {"optimizer": share / assume.GPU_ADAM_PER_SECOND}
-    moved = width * share * (layout.accumulation + 1)  # gradients down after every pass, weights up once
+    # gradients down after every pass, weights up once
+    moved = width * share * (layout.accumulation + 1)
     if layout.offload == "optimizer+parameters":
         moved += 2 * width * share * layout.accumulation  # weights up for both passes
     return {

@@ -1,12 +1,15 @@
 """What an evaluation found, as summary.json, figures with CSV, and sections of a page.
 
-`summarise` puts measurements into one JSON dictionary; everything drawn or written afterwards reads nothing else, so
-that another page (the demo's) can be made from a summary.json and its folder of figures.
+`summarise` puts measurements into one JSON dictionary; everything drawn or written afterwards reads
+nothing else, so that another page (the demo's) can be made from a summary.json and its folder of
+figures.
 
-summary.json: `perplexity[model][domain]`, `loss[model][domain]` in nats per token, `routing[domain][expert]` (share of
-tokens, mean over layers) and `tokens_per_second` of `routed_model`, the last mixture given (of the last model if all
-are dense); `window_loss[model][domain]`, a loss a window; `change` between the last two mixtures, or from a model that
-was named to the last, with standard errors; `models[model]` with all of it layer by layer.
+summary.json: `perplexity[model][domain]`, `loss[model][domain]` in nats per token,
+`routing[domain][expert]` (share of tokens, mean over layers) and `tokens_per_second` of
+`routed_model`, the last mixture given (of the last model if all are dense);
+`window_loss[model][domain]`, a loss a window; `change` between the last two mixtures, or from a
+model that was named to the last, with standard errors; `models[model]` with all of it layer by
+layer.
 Not covered: figures of more models or experts than fit on a page (they are drawn, but small).
 """
 
@@ -65,7 +68,8 @@ READING = {
 
 @dataclass
 class Measured:
-    """One model's part of an evaluation: facts as `nexus_ds.checkpoint.inspection.describe` gives them, scores, cosines."""
+    """One model's part of an evaluation: facts as `nexus_ds.checkpoint.inspection.describe` gives
+    them, scores, cosines."""
 
     facts: dict[str, Any]
     scores: Scores
@@ -86,8 +90,13 @@ def _routing_entry(routing: Routing) -> dict[str, Any]:
 
 
 def _cosine_entry(cosines: Cosines) -> dict[str, Any]:
-    arrays = {name: getattr(cosines, name) for name in ("embeddings", "inputs", "rows", "centred_rows")}
-    return {"names": cosines.names, **{k: None if v is None else v.tolist() for k, v in arrays.items()}}
+    arrays = {
+        name: getattr(cosines, name) for name in ("embeddings", "inputs", "rows", "centred_rows")
+    }
+    return {
+        "names": cosines.names,
+        **{k: None if v is None else v.tolist() for k, v in arrays.items()},
+    }
 
 
 def _warnings(name: str, routing: Routing) -> list[str]:
@@ -102,10 +111,11 @@ def _warnings(name: str, routing: Routing) -> list[str]:
 
 
 def compared(facts: Mapping[str, Mapping[str, Any]], before: str = "") -> tuple[str, str] | None:
-    """Return which two models a summary compares: `before` and the last, else the last two mixtures.
+    """Return which two models a summary compares: `before` and the last, else the last two
+    mixtures.
 
-    None if there are none, or where the tokenizers differ: such models read different windows. `facts` are by the model's
-    name, as `nexus_ds.checkpoint.inspection.describe` gives them.
+    None if there are none, or where the tokenizers differ: such models read different windows.
+    `facts` are by the model's name, as `nexus_ds.checkpoint.inspection.describe` gives them.
 
     Raises:
         ConfigError: a `before` that is no model, or the last one.
@@ -116,15 +126,20 @@ def compared(facts: Mapping[str, Mapping[str, Any]], before: str = "") -> tuple[
             f"{', '.join(facts)}"
         )
     pair = (
-        [before, list(facts)[-1]] if before else [name for name, fact in facts.items() if fact["routed_experts"]][-2:]
+        [before, list(facts)[-1]]
+        if before
+        else [name for name, fact in facts.items() if fact["routed_experts"]][-2:]
     )
     if len(pair) < 2 or facts[pair[0]].get("tokenizer") != facts[pair[1]].get("tokenizer"):
         return None
     return pair[0], pair[1]
 
 
-def _change(measured: Mapping[str, Measured], before: str, limit: float | None) -> dict[str, Any] | None:
-    """Return the ratio of perplexities of two models and what may be said about it; None without two to compare."""
+def _change(
+    measured: Mapping[str, Measured], before: str, limit: float | None
+) -> dict[str, Any] | None:
+    """Return the ratio of perplexities of two models and what may be said about it; None without
+    two to compare."""
     pair = compared({name: part.facts for name, part in measured.items()}, before)
     if pair is None:
         return None
@@ -135,7 +150,10 @@ def _change(measured: Mapping[str, Measured], before: str, limit: float | None) 
 
 
 def summarise(
-    measured: Mapping[str, Measured], setup: Mapping[str, Any], before: str = "", limit: float | None = None
+    measured: Mapping[str, Measured],
+    setup: Mapping[str, Any],
+    before: str = "",
+    limit: float | None = None,
 ) -> dict[str, Any]:
     """Return the summary (see the module's docstring).
 
@@ -148,7 +166,10 @@ def summarise(
     models: dict[str, Any] = {}
     warnings: list[str] = []
     for name, part in measured.items():
-        models[name] = {"checkpoint": part.facts, "tokens_per_second": part.scores.tokens_per_second}
+        models[name] = {
+            "checkpoint": part.facts,
+            "tokens_per_second": part.scores.tokens_per_second,
+        }
         if part.scores.routing is not None:
             models[name] |= _routing_entry(part.scores.routing)
             warnings += _warnings(name, part.scores.routing)
@@ -205,9 +226,14 @@ def _draw_routing(entry: dict[str, Any], domains: Sequence[str], name: str, out:
         title=f"{name}: where tokens go",
     )
     rows = [
-        (entry["layers"][i], domains[d], entry["experts"][e], value) for (i, d, e), value in np.ndenumerate(share_LDE)
+        (entry["layers"][i], domains[d], entry["experts"][e], value)
+        for (i, d, e), value in np.ndenumerate(share_LDE)
     ]
-    mean = [("mean", domain, expert, v) for domain, shares in entry["routing"].items() for expert, v in shares.items()]
+    mean = [
+        ("mean", domain, expert, v)
+        for domain, shares in entry["routing"].items()
+        for expert, v in shares.items()
+    ]
     write_csv(out.with_suffix(".csv"), ("layer", "domain", "expert", "share"), rows + mean)
 
 
@@ -215,17 +241,30 @@ def _draw_cosine(cosine: dict[str, Any], name: str, out: Path) -> None:
     before, after = np.array(cosine["inputs"]), np.array(cosine["centred_rows"]).mean(axis=0)
     raw, last = np.array(cosine["embeddings"]), np.array(cosine["rows"])[-1]
     titles = ("domain embeddings (before P)", "router rows of the last layer (after P)")
-    figures.cosine_pair(raw, last, cosine["names"], out, titles=titles, title=f"{name}: cosine between experts")
+    figures.cosine_pair(
+        raw, last, cosine["names"], out, titles=titles, title=f"{name}: cosine between experts"
+    )
     titles = ("centred embeddings (what P reads)", "centred router rows (mean over layers)")
     centred = out.with_name(f"{out.stem}-centred.png")
-    figures.cosine_pair(before, after, cosine["names"], centred, titles=titles, title=f"{name}: cosine, mean removed")
+    figures.cosine_pair(
+        before,
+        after,
+        cosine["names"],
+        centred,
+        titles=titles,
+        title=f"{name}: cosine, mean removed",
+    )
     for path, left, right in ((out, raw, last), (centred, before, after)):
-        rows = [(cosine["names"][i], cosine["names"][j], value, right[i, j]) for (i, j), value in np.ndenumerate(left)]
+        rows = [
+            (cosine["names"][i], cosine["names"][j], value, right[i, j])
+            for (i, j), value in np.ndenumerate(left)
+        ]
         write_csv(path.with_suffix(".csv"), ("expert", "other", "before", "after"), rows)
 
 
 def _write_change(change: Mapping[str, Any] | None, out: Path) -> None:
-    """Write what happened between the two models that are compared, with standard errors; nothing without two."""
+    """Write what happened between the two models that are compared, with standard errors; nothing
+    without two."""
     if change is None:
         return
     columns = {
@@ -245,7 +284,8 @@ def _write_change(change: Mapping[str, Any] | None, out: Path) -> None:
 
 
 def draw(summary: dict[str, Any], folder: Path) -> None:
-    """Draw all figures of a summary into `folder`, each as PNG with the numbers as CSV beside it."""
+    """Draw all figures of a summary into `folder`, each as PNG with the numbers as CSV beside
+    it."""
     folder.mkdir(parents=True, exist_ok=True)
     perplexity = summary["perplexity"]
     figures.perplexity_bars(perplexity, folder / "perplexity.png")
@@ -267,7 +307,8 @@ def draw(summary: dict[str, Any], folder: Path) -> None:
 
 
 def draw_models(models: Mapping[str, dict[str, Any]], folder: Path) -> None:
-    """Draw the routing and the cosines of every mixture among `models` (a summary's entries) into `folder`."""
+    """Draw the routing and the cosines of every mixture among `models` (a summary's entries) into
+    `folder`."""
     for name, file in file_names(list(models)).items():
         entry = models[name]
         if "share_by_layer" in entry:
@@ -281,17 +322,29 @@ def _has_cosines(entry: dict[str, Any]) -> bool:
 
 
 def perplexity_table(summary: dict[str, Any]) -> Table:
-    """Return perplexity by model (rows) and domain (columns) with the mean of the domains (of their losses)."""
-    domains = list(dict.fromkeys(domain for values in summary["perplexity"].values() for domain in values))
+    """Return perplexity by model (rows) and domain (columns) with the mean of the domains (of their
+    losses)."""
+    domains = list(
+        dict.fromkeys(domain for values in summary["perplexity"].values() for domain in values)
+    )
     rows: list[list[Cell]] = []
     for model, values in summary["perplexity"].items():
         losses = list(summary["loss"][model].values())
-        rows.append([model, *[values.get(domain) for domain in domains], math.exp(min(700.0, float(np.mean(losses))))])
-    return Table(header=["model", *domains, "all"], rows=rows, best="min" if len(rows) > 1 else None)
+        rows.append(
+            [
+                model,
+                *[values.get(domain) for domain in domains],
+                math.exp(min(700.0, float(np.mean(losses)))),
+            ]
+        )
+    return Table(
+        header=["model", *domains, "all"], rows=rows, best="min" if len(rows) > 1 else None
+    )
 
 
 def routing_table(entry: dict[str, Any]) -> Table:
-    """Return the share of each domain's tokens at each expert, the own expert's share, and the mean gate."""
+    """Return the share of each domain's tokens at each expert, the own expert's share, and the mean
+    gate."""
     gate_D = np.array(entry["gate_by_layer"]).mean(axis=0)
     rows: list[list[Cell]] = [
         [domain, *shares.values(), entry["own_share"].get(domain), float(gate_D[d])]
@@ -311,8 +364,13 @@ def _perplexity_section(summary: dict[str, Any], folder: Path) -> Section:
 
 def change_verdict(summary: dict[str, Any]) -> Verdict | None:
     """Return what happened between the two models that are compared, None if there are not two."""
-    change, loss = summary["change"], summary.get("window_loss")  # none in a summary that an older version wrote
-    return judge(loss[change["before"]], loss[change["after"]], change["limit"]) if change and loss else None
+    # none in a summary that an older version wrote
+    change, loss = summary["change"], summary.get("window_loss")
+    return (
+        judge(loss[change["before"]], loss[change["after"]], change["limit"])
+        if change and loss
+        else None
+    )
 
 
 def _change_section(summary: dict[str, Any]) -> list[Section]:
@@ -321,11 +379,14 @@ def _change_section(summary: dict[str, Any]) -> list[Section]:
         return []
     before, after = summary["change"]["before"], summary["change"]["after"]
     text = "\n\n".join([READING["change"], *(f"Not decided: {note}." for note in verdict.notes())])
-    return [Section(title=f"From {before} to {after}", text=text, table=verdict.table(before, after))]
+    return [
+        Section(title=f"From {before} to {after}", text=text, table=verdict.table(before, after))
+    ]
 
 
 def model_sections(name: str, file: str, entry: dict[str, Any], folder: Path) -> list[Section]:
-    """Return the sections about one model whose figures `draw_models` has put into `folder` under `file`."""
+    """Return the sections about one model whose figures `draw_models` has put into `folder` under
+    `file`."""
     sections: list[Section] = []
     if "share_by_layer" in entry:
         sections.append(
@@ -353,7 +414,17 @@ def model_sections(name: str, file: str, entry: dict[str, Any], folder: Path) ->
 
 
 def _checkpoint_section(summary: dict[str, Any]) -> Section:
-    header = ["model", "kind", "family", "dtype", "experts", "top-k", "parameters", "active per token", "tokens/s"]
+    header = [
+        "model",
+        "kind",
+        "family",
+        "dtype",
+        "experts",
+        "top-k",
+        "parameters",
+        "active per token",
+        "tokens/s",
+    ]
     rows: list[list[Cell]] = []
     for name, entry in summary["models"].items():
         facts = entry["checkpoint"]
@@ -405,12 +476,20 @@ def _plain(value: Any) -> str:
 
 
 def _details(step: Mapping[str, Any]) -> str:
-    return "; ".join(f"{key}: {_plain(value)}" for key, value in step.items() if key != "verb" and value is not None)
+    return "; ".join(
+        f"{key}: {_plain(value)}"
+        for key, value in step.items()
+        if key != "verb" and value is not None
+    )
 
 
 def evaluation_sections(summary: dict[str, Any], folder: Path) -> list[Section]:
     """Return the sections of a page about a summary whose figures `draw` has put into `folder`."""
-    sections = [_perplexity_section(summary, folder), *_change_section(summary), *task_sections(summary)]
+    sections = [
+        _perplexity_section(summary, folder),
+        *_change_section(summary),
+        *task_sections(summary),
+    ]
     for name, file in file_names(list(summary["models"])).items():
         sections += model_sections(name, file, summary["models"][name], folder)
     return [*sections, _checkpoint_section(summary), *_lineage_sections(summary)]

@@ -1,8 +1,11 @@
-"""Figures as PNG: routing heatmaps, cosine tables, perplexity bars, curves; legible without colour vision.
+"""Figures as PNG: routing heatmaps, cosine tables, perplexity bars, curves; legible without colour
+vision.
 
-Every figure has a title, named axes and, where there are cells or bars, their values. Nothing opens a window.
+Every figure has a title, named axes and, where there are cells or bars, their values. Nothing opens
+a window.
 
-Not covered: interactive figures, vector formats, more than about 16 experts or domains in one legible picture.
+Not covered: interactive figures, vector formats, more than about 16 experts or domains in one
+legible picture.
 
 Shapes: L layers, D domains of text, E routed experts.
 """
@@ -20,7 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart with any of the usual colour-vision deficiencies; black and pale yellow left out.
+# Okabe and Ito's colours, told apart with any of the usual colour-vision deficiencies; black and
+# pale yellow left out.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#6F6F6F")
 HATCHES = ("", "//", "..")  # a second mark once the colours are used up
 LINES = ("-", "--", "-.", ":")
@@ -30,7 +34,8 @@ DPI = 130
 
 
 def _new(width: float, height: float) -> Figure:
-    """Return an empty figure of `width` x `height` inches that no global state knows (so nothing has to be closed)."""
+    """Return an empty figure of `width` x `height` inches that no global state knows (so nothing
+    has to be closed)."""
     # Imported here: matplotlib takes half a second, and --help of every verb would pay for it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as NewFigure
@@ -59,18 +64,23 @@ def _heat(
 ) -> Any:
     """Draw `values` [rows, columns] with a number in every cell."""
     image = axes.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
-    axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor", fontsize=size)
+    axes.set_xticks(
+        range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor", fontsize=size
+    )
     axes.set_yticks(range(len(rows)), rows, fontsize=size)
     for (r, c), value in np.ndenumerate(values):
         red, green, blue, _ = image.cmap(image.norm(value))
         dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
         shown = f"{value:.2f}".replace("-0.00", "0.00")
-        axes.text(c, r, shown, ha="center", va="center", fontsize=size, color="white" if dark else "black")
+        axes.text(
+            c, r, shown, ha="center", va="center", fontsize=size, color="white" if dark else "black"
+        )
     return image
 
 
 def shown_layers(layers: Sequence[int]) -> list[int]:
-    """Return positions in `layers` of those that a heatmap shows: all, or MAX_PANELS evenly spaced with both ends."""
+    """Return positions in `layers` of those that a heatmap shows: all, or MAX_PANELS evenly spaced
+    with both ends."""
     if len(layers) <= MAX_PANELS:
         return list(range(len(layers)))
     return sorted({round(i) for i in np.linspace(0, len(layers) - 1, MAX_PANELS)})
@@ -93,7 +103,8 @@ def routing_heatmap(
         domains: D names of the text; experts: E names.
         out: PNG file to write.
         layers: numbers of the L layers (default 0..L-1).
-        own: E domains that the experts were trained on (default: their names); those cells get a frame.
+        own: E domains that the experts were trained on (default: their names); those cells get a
+            frame.
         title: heading of the figure.
     """
     from matplotlib.patches import Rectangle
@@ -121,7 +132,14 @@ def routing_heatmap(
         for r, domain in enumerate(domains):
             for c in [c for c, trained_on in enumerate(own) if trained_on == domain]:
                 axes.add_patch(
-                    Rectangle((c - 0.47, r - 0.46), 0.94, 0.92, fill=False, edgecolor="#D55E00", linewidth=1.8)
+                    Rectangle(
+                        (c - 0.47, r - 0.46),
+                        0.94,
+                        0.92,
+                        fill=False,
+                        edgecolor="#D55E00",
+                        linewidth=1.8,
+                    )
                 )
     figure.suptitle(f"{title} (share of tokens; frame: the domain's own expert)", fontsize=11)
     figure.supxlabel("routed expert", fontsize=10)
@@ -139,7 +157,8 @@ def cosine_pair(
     titles: tuple[str, str] = ("domain embeddings (before P)", "router rows (after P)"),
     title: str = "Cosine between experts",
 ) -> Path:
-    """Draw two [E, E] tables of cosines side by side on one scale from -1 to 1 (paper section 5.6)."""
+    """Draw two [E, E] tables of cosines side by side on one scale from -1 to 1 (paper section
+    5.6)."""
     side = 1.6 + 0.62 * len(names)
     figure = _new(max(7.0, 2 * side + 1.2), max(3.4, 0.5 * len(names) + 2.0))
     grid = figure.subplots(1, 2, squeeze=False)
@@ -159,15 +178,21 @@ def _short(value: float) -> str:
 
 
 def perplexity_bars(
-    perplexity: Mapping[str, Mapping[str, float]], out: Path, *, title: str = "Perplexity by domain (lower is better)"
+    perplexity: Mapping[str, Mapping[str, float]],
+    out: Path,
+    *,
+    title: str = "Perplexity by domain (lower is better)",
 ) -> Path:
     """Draw `perplexity[model][domain]` with the numbers at the bars.
 
-    Up to MAX_GROUPED bars stand in one picture, a group a domain; more are spread over one panel a domain.
+    Up to MAX_GROUPED bars stand in one picture, a group a domain; more are spread over one panel a
+    domain.
     """
     models = list(perplexity)
     domains = list(dict.fromkeys(domain for values in perplexity.values() for domain in values))
-    table = np.array([[perplexity[model].get(domain, math.nan) for domain in domains] for model in models])
+    table = np.array(
+        [[perplexity[model].get(domain, math.nan) for domain in domains] for model in models]
+    )
     if table.size <= MAX_GROUPED:
         figure = _grouped_bars(table, models, domains)
     else:
@@ -179,11 +204,19 @@ def perplexity_bars(
 def _style(model: int) -> dict[str, Any]:
     """Return the look of model number `model`: colours first, hatches when they are used up."""
     hatch = HATCHES[model // len(COLOURS) % len(HATCHES)]
-    return {"color": COLOURS[model % len(COLOURS)], "hatch": hatch, "edgecolor": "white", "linewidth": 0.4}
+    return {
+        "color": COLOURS[model % len(COLOURS)],
+        "hatch": hatch,
+        "edgecolor": "white",
+        "linewidth": 0.4,
+    }
 
 
 def _labels(values: np.ndarray) -> list[str]:
-    return ["" if math.isnan(value) else f"{value:.0f}" if value >= 100 else f"{value:.1f}" for value in values]
+    return [
+        "" if math.isnan(value) else f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+        for value in values
+    ]
 
 
 def _grouped_bars(table: np.ndarray, models: Sequence[str], domains: Sequence[str]) -> Figure:
@@ -248,16 +281,24 @@ def line_plot(
     log_x: bool = False,
     log_y: bool = False,
 ) -> Path:
-    """Draw curves, one a name: `series[name] = (x, y)`; few points are marked, points that are not finite left out."""
+    """Draw curves, one a name: `series[name] = (x, y)`; few points are marked, points that are not
+    finite left out."""
     figure = _new(7.5, 4.4)
     axes = figure.subplots()
     for number, (name, (xs, ys)) in enumerate(series.items()):
-        points = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(x) and math.isfinite(y)]
+        points = [
+            (x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(x) and math.isfinite(y)
+        ]
         axes.plot(
-            [x for x, _ in points], [y for _, y in points], label=name, linewidth=1.8,
-            color=COLOURS[number % len(COLOURS)], linestyle=LINES[number % len(LINES)],
-            marker="o" if len(points) <= 12 else None, markersize=5,
-        )  # fmt: skip
+            [x for x, _ in points],
+            [y for _, y in points],
+            label=name,
+            linewidth=1.8,
+            color=COLOURS[number % len(COLOURS)],
+            linestyle=LINES[number % len(LINES)],
+            marker="o" if len(points) <= 12 else None,
+            markersize=5,
+        )
     if log_x:
         axes.set_xscale("log")
     if log_y:

@@ -1,4 +1,5 @@
-"""One self-contained HTML page: sections of text, figures (inline PNG) and tables, readable in light and dark.
+"""One self-contained HTML page: sections of text, figures (inline PNG) and tables, readable in
+light and dark.
 
 Everything that is put in is escaped; the page loads nothing from anywhere and runs no script.
 
@@ -20,7 +21,8 @@ from nexus_ds.outputs import new_file, write_text
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
-# The page itself proves that it needs no network: a browser refuses anything but inline style and images.
+# The page itself proves that it needs no network: a browser refuses anything but inline style and
+# images.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 STYLE = """
@@ -50,7 +52,8 @@ footer { margin-top: 3rem; font-size: .85rem; opacity: .75; }
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean and how far it may be off, shown as 4.613 ± 0.027: the deviation over seeds, or a standard error.
+    """A mean and how far it may be off, shown as 4.613 ± 0.027: the deviation over seeds, or a
+    standard error.
 
     `deviation` is None where nothing is known of it, as of one seed.
     """
@@ -75,9 +78,9 @@ Cell = str | int | float | Spread | None
 class Table:
     """A table; its first column names the rows.
 
-    `best` sets the smallest ("min") or largest ("max") number of every column (or row, see `along`) in bold, ties
-    together; None sets nothing in bold; `only` names the columns that are compared (empty: all). Numbers keep three
-    significant digits or two decimals; None shows as a dash.
+    `best` sets the smallest ("min") or largest ("max") number of every column (or row, see `along`)
+    in bold, ties together; None sets nothing in bold; `only` names the columns that are compared
+    (empty: all). Numbers keep three significant digits or two decimals; None shows as a dash.
     """
 
     header: Sequence[str]
@@ -98,7 +101,8 @@ class Section:
 
 
 def format_cell(value: Cell) -> str:
-    """Return a cell as people read it: 12,345 for counts, 17.3 or 0.574 for numbers, a dash for nothing."""
+    """Return a cell as people read it: 12,345 for counts, 17.3 or 0.574 for numbers, a dash for
+    nothing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if isinstance(value, bool | str | Spread):
@@ -106,19 +110,32 @@ def format_cell(value: Cell) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     magnitude = abs(value)
-    return f"{value:,.0f}" if magnitude >= 1000 else f"{value:.1f}" if magnitude >= 100 else f"{value:.2f}"
+    return (
+        f"{value:,.0f}"
+        if magnitude >= 1000
+        else f"{value:.1f}"
+        if magnitude >= 100
+        else f"{value:.2f}"
+    )
 
 
 def _is_number(value: Cell) -> bool:
-    return isinstance(value, int | float | Spread) and not isinstance(value, bool) and not math.isnan(float(value))
+    return (
+        isinstance(value, int | float | Spread)
+        and not isinstance(value, bool)
+        and not math.isnan(float(value))
+    )
 
 
 def best_cells(table: Table) -> set[tuple[int, int]]:
-    """Return the (row, column) places of `table.rows` that are to be bold; the first column never is."""
+    """Return the (row, column) places of `table.rows` that are to be bold; the first column never
+    is."""
     if table.best is None:
         return set()
     choose = min if table.best == "min" else max
-    columns = [c for c, name in enumerate(table.header) if c > 0 and (not table.only or name in table.only)]
+    columns = [
+        c for c, name in enumerate(table.header) if c > 0 and (not table.only or name in table.only)
+    ]
     lines: Iterable[list[tuple[int, int]]]
     if table.along == "column":
         lines = [[(r, c) for r in range(len(table.rows))] for c in columns]
@@ -127,12 +144,19 @@ def best_cells(table: Table) -> set[tuple[int, int]]:
     found: set[tuple[int, int]] = set()
     for line in lines:
         numbers = {
-            place: table.rows[place[0]][place[1]] for place in line if _is_number(table.rows[place[0]][place[1]])
+            place: table.rows[place[0]][place[1]]
+            for place in line
+            if _is_number(table.rows[place[0]][place[1]])
         }
         if len(numbers) > 1:  # one number alone has nothing to be better than
             top = choose(float(value) for value in numbers.values() if value is not None)
-            # What is shown decides about ties: two equal numbers of which one is bold would puzzle the reader.
-            found |= {place for place, value in numbers.items() if format_cell(value) == format_cell(_as(value, top))}
+            # What is shown decides about ties: two equal numbers of which one is bold would puzzle
+            # the reader.
+            found |= {
+                place
+                for place, value in numbers.items()
+                if format_cell(value) == format_cell(_as(value, top))
+            }
     return found
 
 
@@ -170,14 +194,20 @@ def _kind(*cells: Cell) -> str:
 def _table(table: Table) -> str:
     _check(table)
     bold = best_cells(table)
-    columns = zip(table.header, zip(*table.rows, strict=True) if table.rows else [()] * len(table.header), strict=True)
+    columns = zip(
+        table.header,
+        zip(*table.rows, strict=True) if table.rows else [()] * len(table.header),
+        strict=True,
+    )
     head = "".join(f"<th{_kind(*cells)}>{html.escape(name)}</th>" for name, cells in columns)
     body = []
     for r, row in enumerate(table.rows):
         cells = []
         for c, value in enumerate(row):
             shown = html.escape(format_cell(value))
-            cells.append(f"<td{_kind(value)}>{f'<strong>{shown}</strong>' if (r, c) in bold else shown}</td>")
+            cells.append(
+                f"<td{_kind(value)}>{f'<strong>{shown}</strong>' if (r, c) in bold else shown}</td>"
+            )
         body.append(f"<tr>{''.join(cells)}</tr>")
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
@@ -190,17 +220,26 @@ def _figure(path: Path, title: str) -> str:
             f"{path}: the figure of section {title!r} can't be read ({error}); draw it before the page"
         ) from error
     if not data.startswith(PNG_MAGIC):
-        raise DataError(f"{path}: the figure of section {title!r} is not a PNG file; save it as PNG")
+        raise DataError(
+            f"{path}: the figure of section {title!r} is not a PNG file; save it as PNG"
+        )
     source = base64.b64encode(data).decode("ascii")
     return f'<figure><img alt="{html.escape(title)}" src="data:image/png;base64,{source}"></figure>'
 
 
 def _paragraphs(text: str) -> str:
-    return "".join(f"<p>{html.escape(' '.join(part.split()))}</p>" for part in text.split("\n\n") if part.strip())
+    return "".join(
+        f"<p>{html.escape(' '.join(part.split()))}</p>"
+        for part in text.split("\n\n")
+        if part.strip()
+    )
 
 
 def _section(number: int, section: Section) -> str:
-    parts = [f'<section id="s{number}"><h2>{html.escape(section.title)}</h2>', _paragraphs(section.text)]
+    parts = [
+        f'<section id="s{number}"><h2>{html.escape(section.title)}</h2>',
+        _paragraphs(section.text),
+    ]
     if section.figure is not None:
         parts.append(_figure(section.figure, section.title))
     if section.table is not None:
@@ -212,7 +251,8 @@ def write_page(out: Path, title: str, intro: str, sections: Sequence[Section]) -
     """Write one HTML file that needs nothing else; an existing `out` is replaced in one step.
 
     Raises:
-        DataError: a figure that is missing or no PNG, or a table row whose length differs from the header's.
+        DataError: a figure that is missing or no PNG, or a table row whose length differs from the
+            header's.
     """
     links = "".join(f'<a href="#s{n}">{html.escape(s.title)}</a> ' for n, s in enumerate(sections))
     body = "\n".join(_section(number, section) for number, section in enumerate(sections))

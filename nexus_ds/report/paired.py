@@ -1,15 +1,18 @@
-"""Numbers of a comparison: means over seeds or windows, paired differences, and what may be said about them.
+"""Numbers of a comparison: means over seeds or windows, paired differences, and what may be said
+about them.
 
-Two contenders of one seed saw the same text in the same order and are scored on the same windows, so it is their
-difference seed by seed that counts, not the difference of two means with their spreads. Two models that are scored on the
-same windows differ window by window in the same way, and many windows, unlike three seeds, carry a standard error.
+Two contenders of one seed saw the same text in the same order and are scored on the same windows,
+so it is their difference seed by seed that counts, not the difference of two means with their
+spreads. Two models that are scored on the same windows differ window by window in the same way, and
+many windows, unlike three seeds, carry a standard error.
 
-Windows lie evenly over a domain's text, in its order, and those of one document resemble one another: neighbours are taken
-together as GROUPS stretches of text, and these as independent. (On the demo's text the differences of adjacent windows
-correlate by 0.4 to 0.6. Were windows independent, the standard error over all of them would have been a fifth of the spread
-that was found from one part of the text to another; with groups it is two thirds, and with few windows near to it.)
-So the standard error is that of other text of the domain; it is too small where the text has fewer documents than groups,
-and another seed's training is no part of it.
+Windows lie evenly over a domain's text, in its order, and those of one document resemble one
+another: neighbours are taken together as GROUPS stretches of text, and these as independent. (On
+the demo's text the differences of adjacent windows correlate by 0.4 to 0.6. Were windows
+independent, the standard error over all of them would have been a fifth of the spread that was
+found from one part of the text to another; with groups it is two thirds, and with few windows near
+to it.) So the standard error is that of other text of the domain; it is too small where the text
+has fewer documents than groups, and another seed's training is no part of it.
 
 Not covered: significance over seeds (three carry none), other domains, another tokenizer.
 """
@@ -33,9 +36,11 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.95
 """Of the intervals around a difference over windows; 2.3 standard errors with GROUPS groups."""
 GROUPS = 10
-"""Stretches of text whose means are taken as independent; the fewer, the longer the documents may be."""
+"""Stretches of text whose means are taken as independent; the fewer, the longer the documents may
+be."""
 LEAST = 0.01
-"""Nats below which a difference is not called: paired differences of equal contenders vary by 0.003-0.03."""
+"""Nats below which a difference is not called: paired differences of equal contenders vary by
+0.003-0.03."""
 ENOUGH = 3
 """Seeds from which on a difference is called better or worse."""
 
@@ -51,7 +56,8 @@ def spread(values: Mapping[str, float], digits: int = 3, signed: bool = False) -
 
 @dataclass(frozen=True)
 class Paired:
-    """Differences (one contender minus another; losses, so below 0 is better) by seed, at least one."""
+    """Differences (one contender minus another; losses, so below 0 is better) by seed, at least
+    one."""
 
     by_seed: Mapping[str, float]
 
@@ -74,7 +80,10 @@ class Paired:
         All seeds must have one sign and the mean must be at least LEAST.
         """
         values = list(self.by_seed.values())
-        if not (all(v < 0 for v in values) or all(v > 0 for v in values)) or abs(statistics.fmean(values)) < LEAST:
+        if (
+            not (all(v < 0 for v in values) or all(v > 0 for v in values))
+            or abs(statistics.fmean(values)) < LEAST
+        ):
             return "open"
         below = values[0] < 0
         if len(values) < ENOUGH:
@@ -89,7 +98,8 @@ def paired(values: Mapping[str, float], reference: Mapping[str, float]) -> Paire
 
 
 def quantile(freedom: float) -> float:
-    """Return how many standard errors an interval of CONFIDENCE reaches to each side (Student's t; inf for freedom 0)."""
+    """Return how many standard errors an interval of CONFIDENCE reaches to each side (Student's t;
+    inf for freedom 0)."""
     from scipy.special import stdtrit
 
     return float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) if freedom > 0 else math.inf
@@ -97,7 +107,8 @@ def quantile(freedom: float) -> float:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference of two models' losses in nats per token over windows that both read; below 0 is better."""
+    """A mean difference of two models' losses in nats per token over windows that both read; below
+    0 is better."""
 
     mean: float
     error: float
@@ -107,28 +118,41 @@ class Difference:
 
     @property
     def noise(self) -> float:
-        """How far the interval of CONFIDENCE reaches to each side of the mean; infinite for one window."""
+        """How far the interval of CONFIDENCE reaches to each side of the mean; infinite for one
+        window."""
         return quantile(self.freedom) * self.error if self.freedom > 0 else math.inf
 
 
 def standard_error(values: Values) -> float:
-    """Return the standard error of the mean of a number a window, in the order of the text; NaN for one window."""
-    count, groups, mean = len(values), min(len(values), GROUPS), statistics.fmean(map(float, values))
+    """Return the standard error of the mean of a number a window, in the order of the text; NaN for
+    one window."""
+    count, groups, mean = (
+        len(values),
+        min(len(values), GROUPS),
+        statistics.fmean(map(float, values)),
+    )
     if count < 2:
         return math.nan
     bounds = [count * group // groups for group in range(groups + 1)]
-    sums = [math.fsum(float(v) - mean for v in values[start:end]) for start, end in itertools.pairwise(bounds)]
+    sums = [
+        math.fsum(float(v) - mean for v in values[start:end])
+        for start, end in itertools.pairwise(bounds)
+    ]
     return math.sqrt(groups / (groups - 1) * math.fsum(s * s for s in sums)) / count
 
 
 def over_windows(before: Values, after: Values) -> Difference:
-    """Return `after` minus `before`, losses of two models on the same windows (at least one), in the order of the text."""
+    """Return `after` minus `before`, losses of two models on the same windows (at least one), in
+    the order of the text."""
     values = [float(b) - float(a) for a, b in zip(before, after, strict=True)]
-    return Difference(statistics.fmean(values), standard_error(values), min(len(values), GROUPS) - 1)
+    return Difference(
+        statistics.fmean(values), standard_error(values), min(len(values), GROUPS) - 1
+    )
 
 
 def mean_difference(parts: Sequence[Difference]) -> Difference:
-    """Return the mean of differences over different texts, each counting the same (freedom: Welch and Satterthwaite)."""
+    """Return the mean of differences over different texts, each counting the same (freedom: Welch
+    and Satterthwaite)."""
     mean = statistics.fmean(part.mean for part in parts)
     if any(part.freedom == 0 for part in parts):
         return Difference(mean, math.nan, 0)
@@ -145,23 +169,32 @@ def number(value: Any) -> float | None:
 
 
 def mean_loss(losses: Any, domains: Sequence[str]) -> float | None:
-    """Return the mean of the domains' losses, each domain counting the same; None if one is missing."""
+    """Return the mean of the domains' losses, each domain counting the same; None if one is
+    missing."""
     found = [number((losses or {}).get(domain)) for domain in domains]
     kept = [value for value in found if value is not None]
     return statistics.fmean(kept) if kept and len(kept) == len(found) else None
 
 
 def seeds_of(entry: Mapping[str, Any], budget: str | None = None) -> dict[str, dict[str, Any]]:
-    """Return what was measured for each seed of a contender, or of an extension after `budget` tokens."""
+    """Return what was measured for each seed of a contender, or of an extension after `budget`
+    tokens."""
     found = {seed: value or {} for seed, value in (entry.get("seeds") or {}).items()}
     if budget is not None:
-        found = {seed: (value.get("budgets") or {}).get(budget) or {} for seed, value in found.items()}
+        found = {
+            seed: (value.get("budgets") or {}).get(budget) or {} for seed, value in found.items()
+        }
     return found
 
 
-def losses(entry: Mapping[str, Any], domains: Sequence[str], budget: str | None = None) -> dict[str, float]:
+def losses(
+    entry: Mapping[str, Any], domains: Sequence[str], budget: str | None = None
+) -> dict[str, float]:
     """Return the mean loss over `domains` by seed, of the seeds that have one."""
-    found = {seed: mean_loss(value.get("loss"), domains) for seed, value in seeds_of(entry, budget).items()}
+    found = {
+        seed: mean_loss(value.get("loss"), domains)
+        for seed, value in seeds_of(entry, budget).items()
+    }
     return {seed: value for seed, value in found.items() if value is not None}
 
 
@@ -173,5 +206,10 @@ def measured(entry: Mapping[str, Any], key: str, budget: str | None = None) -> d
 
 def budgets_of(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the finetune budgets of extensions in order, '0' (before any) first."""
-    found = {b for entry in entries for seed in seeds_of(entry).values() for b in (seed.get("budgets") or {})}
+    found = {
+        b
+        for entry in entries
+        for seed in seeds_of(entry).values()
+        for b in (seed.get("budgets") or {})
+    }
     return sorted(found, key=float)

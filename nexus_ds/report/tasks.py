@@ -1,4 +1,5 @@
-"""Scores of downstream tasks as a table and a section of a page; the numbers come from `nexus_ds.evaluation.tasks`.
+"""Scores of downstream tasks as a table and a section of a page; the numbers come from
+`nexus_ds.evaluation.tasks`.
 
 Not covered: figures.
 """
@@ -24,22 +25,28 @@ READING_LEFT_OUT = "The paper's tasks that are not in the means above, with the 
 
 
 def task_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Return scores[model][group] and their mean, ± one standard error; `tasks` is that of a summary.json."""
+    """Return scores[model][group] and their mean, ± one standard error; `tasks` is that of a
+    summary.json."""
     groups = list(dict.fromkeys(group for entry in tasks.values() for group in entry["groups"]))
     rows: list[list[Cell]] = []
     for model, entry in tasks.items():
         errors = {group: _group_error(entry, group) for group in entry["groups"]}
         scores = [Spread(entry["groups"][g], errors[g], 1) if g in errors else None for g in groups]
-        rows.append([model, *scores, Spread(entry["mean"], _error_of_mean(list(errors.values())), 1)])
+        rows.append(
+            [model, *scores, Spread(entry["mean"], _error_of_mean(list(errors.values())), 1)]
+        )
     return Table(header=["model", *groups, "mean"], rows=rows, best="max")
 
 
 def _group_error(entry: Mapping[str, Any], group: str) -> float | None:
-    return _error_of_mean([task["stderr"] for task in entry["tasks"].values() if task["group"] == group])
+    return _error_of_mean(
+        [task["stderr"] for task in entry["tasks"].values() if task["group"] == group]
+    )
 
 
 def _error_of_mean(errors: Sequence[float | None]) -> float | None:
-    """Return the standard error of the mean of independent scores; None if that of one is not known."""
+    """Return the standard error of the mean of independent scores; None if that of one is not
+    known."""
     known = [error for error in errors if error is not None]
     return math.hypot(*known) / len(known) if known and len(known) == len(errors) else None
 
@@ -51,16 +58,25 @@ def task_sections(summary: Mapping[str, Any]) -> list[Section]:
         return []
     names = list(dict.fromkeys(task for entry in tasks.values() for task in entry["tasks"]))
     rows: list[list[Cell]] = [
-        [task, *(_score(entry["tasks"].get(task)) for entry in tasks.values()), _how(task, tasks)] for task in names
+        [task, *(_score(entry["tasks"].get(task)) for entry in tasks.values()), _how(task, tasks)]
+        for task in names
     ]
     sections = [
         Section(title="Tasks", text=READING, table=task_table(tasks)),
-        Section(title="Each task", text=READING_EACH, table=Table(header=["task", *tasks, "how"], rows=rows)),
+        Section(
+            title="Each task",
+            text=READING_EACH,
+            table=Table(header=["task", *tasks, "how"], rows=rows),
+        ),
     ]
-    left_out: dict[str, str] = {task: why for entry in tasks.values() for task, why in entry["not_run"].items()}
+    left_out: dict[str, str] = {
+        task: why for entry in tasks.values() for task, why in entry["not_run"].items()
+    }
     if left_out:
         table = Table(header=["task", "why"], rows=[[task, why] for task, why in left_out.items()])
-        sections.append(Section(title="Tasks that were not run", text=READING_LEFT_OUT, table=table))
+        sections.append(
+            Section(title="Tasks that were not run", text=READING_LEFT_OUT, table=table)
+        )
     return sections
 
 

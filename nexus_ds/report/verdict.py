@@ -1,12 +1,17 @@
-"""Before and after: what a change of a mixture did to each domain's text, as a table with a verdict for each.
+"""Before and after: what a change of a mixture did to each domain's text, as a table with a verdict
+for each.
 
-The numbers are perplexities of two models on the same windows (`nexus_ds.evaluation.before_after`). Both models read the same words, so
-what counts is the difference window by window; its standard error stands beside it (`report.paired` has the assumptions).
+The numbers are perplexities of two models on the same windows (`nexus_ds.evaluation.before_after`).
+Both models read the same words, so what counts is the difference window by window; its standard
+error stands beside it (`report.paired` has the assumptions).
 
-A domain is the same within SAME or within the interval of the difference, whichever is wider. A limit fails where all of the
-interval lies above it, so that a model which keeps to the limit is not failed by an unlucky choice of windows; where the
-limit lies inside the interval, the windows do not decide: that passes, and is said with the number of windows that would.
-The interval is that of one domain: of many that have not changed, one in forty is called worse by chance.
+A domain is the same within SAME or within the interval of the difference, whichever is wider. A
+limit fails where all of the interval lies above it, so that a model which keeps to the limit is not
+failed by an unlucky choice of windows; where the
+limit lies inside the interval, the windows do not decide: that passes, and is said with the number
+of windows that would.
+The interval is that of one domain: of many that have not changed, one in forty is called worse by
+chance.
 Not covered: tasks other than predicting text, another seed's training.
 """
 
@@ -24,7 +29,14 @@ from typing import TYPE_CHECKING, Any
 
 from nexus_ds.errors import ConfigError
 from nexus_ds.report.page import Cell, Spread, Table, text_table
-from nexus_ds.report.paired import CONFIDENCE, Difference, mean_difference, number, over_windows, quantile
+from nexus_ds.report.paired import (
+    CONFIDENCE,
+    Difference,
+    mean_difference,
+    number,
+    over_windows,
+    quantile,
+)
 
 if TYPE_CHECKING:
     from nexus_ds.report.paired import Values
@@ -33,7 +45,8 @@ SAME = 0.01  # change of perplexity, in either direction, that is called the sam
 EXIT_WORSE = 3  # 1 is a mistake, 2 argparse's
 WINDOWS = 48
 FURTHEST = 100  # times as many windows: what needs more is too near to the limit to be told
-POWER = 0.8  # chance with which the advised number of windows decides, if the change is as it was estimated
+# chance with which the advised number of windows decides, if the change is as it was estimated
+POWER = 0.8
 ALL = "all"
 
 
@@ -52,16 +65,24 @@ def add_limit(parser: argparse.ArgumentParser, written: str) -> None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options that `remove` and `extend` share."""
     parser.add_argument(
-        "--scored", metavar="A,B", default="", help="domains of the table (default: those of all experts, old and new)"
+        "--scored",
+        metavar="A,B",
+        default="",
+        help="domains of the table (default: those of all experts, old and new)",
     )
     parser.add_argument(
-        "--windows", type=int, default=WINDOWS, metavar="N", help="windows of validation text per domain (%(default)s)"
+        "--windows",
+        type=int,
+        default=WINDOWS,
+        metavar="N",
+        help="windows of validation text per domain (%(default)s)",
     )
     add_limit(parser, "the checkpoint")
 
 
 def parse_limit(text: str | None) -> float | None:
-    """Return the share that --fail-if-worse allows: 0.03 for 3%; ConfigError for anything else than a percentage."""
+    """Return the share that --fail-if-worse allows: 0.03 for 3%; ConfigError for anything else than
+    a percentage."""
     if text is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
@@ -71,14 +92,16 @@ def parse_limit(text: str | None) -> float | None:
 
 
 def percent(change: float, error: float = math.nan) -> str:
-    """Return a change as people read it, with its standard error if there is one: 0.08 is +8.0 %, or +8.0 ± 0.5 %."""
+    """Return a change as people read it, with its standard error if there is one: 0.08 is +8.0 %,
+    or +8.0 ± 0.5 %."""
     shown = f"{100 * change:+.1f}".replace("-0.0", "+0.0")
     return f"{shown} %" if math.isnan(error) else f"{shown} ± {100 * error:.1f} %"
 
 
 @dataclass(frozen=True)
 class Change:
-    """One domain's text before and after: perplexities, and the difference of the losses window by window."""
+    """One domain's text before and after: perplexities, and the difference of the losses window by
+    window."""
 
     before: float
     after: float
@@ -140,7 +163,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a change did to every domain that was scored; `all` is the mean of the losses, each domain counting the same."""
+    """What a change did to every domain that was scored; `all` is the mean of the losses, each
+    domain counting the same."""
 
     domains: dict[str, Change]
     all: Change
@@ -150,24 +174,36 @@ class Verdict:
     @property
     def failed(self) -> list[str]:
         """Domains that are worse by more than the limit, beyond the noise."""
-        return [d for d, change in self.domains.items() if self.limit is not None and change.exceeds(self.limit)]
+        return [
+            d
+            for d, change in self.domains.items()
+            if self.limit is not None and change.exceeds(self.limit)
+        ]
 
     @property
     def undecided(self) -> list[str]:
         """Domains of which these windows do not tell on which side of the limit they are."""
-        return [d for d, change in self.domains.items() if self.limit is not None and change.undecided(self.limit)]
+        return [
+            d
+            for d, change in self.domains.items()
+            if self.limit is not None and change.undecided(self.limit)
+        ]
 
     @property
     def coarse(self) -> list[str]:
-        """Domains that are called the same though a larger change than `same` would drown in the noise; without a limit."""
-        found = {d: c for d, c in self.domains.items() if self.limit is None and c.verdict == "same"}
+        """Domains that are called the same though a larger change than `same` would drown in the
+        noise; without a limit."""
+        found = {
+            d: c for d, c in self.domains.items() if self.limit is None and c.verdict == "same"
+        }
         return [domain for domain, c in found.items() if c.difference.noise > math.log1p(c.same)]
 
     def _listed(self, domains: Sequence[str]) -> str:
         return ", ".join(f"{domain} ({self.domains[domain].shown()})" for domain in domains)
 
     def _enough(self, gaps: Mapping[str, float], power: float = 0.5) -> str:
-        """Return in words how many windows bring each domain's noise below its gap (nats), with a chance of `power`."""
+        """Return in words how many windows bring each domain's noise below its gap (nats), with a
+        chance of `power`."""
         more = NormalDist().inv_cdf(power)
         differences = {d: self.domains[d].difference for d in gaps}
         times = [
@@ -179,9 +215,12 @@ class Verdict:
         return f"about {_rounded(self.windows * max(times)):,} windows a domain (--windows) of that much more text"
 
     def notes(self) -> list[str]:
-        """Return a line on what the windows leave open and how many would decide it; none where all is decided."""
+        """Return a line on what the windows leave open and how many would decide it; none where all
+        is decided."""
         if self.windows < 2:
-            return [f"one window has no standard error, so nothing is called better or worse; give --windows {WINDOWS}"]
+            return [
+                f"one window has no standard error, so nothing is called better or worse; give --windows {WINDOWS}"
+            ]
         if self.coarse:
             gaps = {d: math.log1p(self.domains[d].same) for d in self.coarse}
             return [
@@ -189,7 +228,10 @@ class Verdict:
                 f"{self._enough(gaps)} would show a change of {100 * SAME:g} %"
             ]
         if self.limit is not None and self.undecided:
-            gaps = {d: abs(self.domains[d].difference.mean - math.log1p(self.limit)) for d in self.undecided}
+            gaps = {
+                d: abs(self.domains[d].difference.mean - math.log1p(self.limit))
+                for d in self.undecided
+            }
             return [
                 f"{self.windows} windows do not decide --fail-if-worse {100 * self.limit:g}% for "
                 f"{self._listed(self.undecided)}, so that passes; {self._enough(gaps, POWER)} would"
@@ -202,10 +244,13 @@ class Verdict:
             [name, c.before, c.after, c.shown(), _nats(c.difference), c.verdict]
             for name, c in {**self.domains, ALL: self.all}.items()
         ]
-        return Table(header=["perplexity of", before, after, "change", "in nats", "verdict"], rows=rows)
+        return Table(
+            header=["perplexity of", before, after, "change", "in nats", "verdict"], rows=rows
+        )
 
     def text(self) -> str:
-        """Return the table as lines for people; what the windows can't tell of a limit says `exit_code`."""
+        """Return the table as lines for people; what the windows can't tell of a limit says
+        `exit_code`."""
         return "\n".join([text_table(self.table()), *(self.notes() if self.limit is None else [])])
 
     def as_dict(self) -> dict[str, Any]:
@@ -222,7 +267,8 @@ class Verdict:
         }
 
     def exit_code(self, verb: str, out: Path) -> int:
-        """Return 0, or EXIT_WORSE with a line on stderr that names the domains which got too much worse.
+        """Return 0, or EXIT_WORSE with a line on stderr that names the domains which got too much
+        worse.
 
         With a limit, a line on stderr also says what the windows leave open.
         """
@@ -255,16 +301,22 @@ def _perplexity(losses: Sequence[Values]) -> float:
     return math.exp(min(700.0, fmean(fmean(map(float, loss_W)) for loss_W in losses)))
 
 
-def judge(before: Mapping[str, Values], after: Mapping[str, Values], limit: float | None = None) -> Verdict:
+def judge(
+    before: Mapping[str, Values], after: Mapping[str, Values], limit: float | None = None
+) -> Verdict:
     """Compare losses (nats per token) by domain of two models on the same windows of text.
 
     Args:
-        before, after: for each domain the loss of every window, in the same order, at least one; as many in each domain.
+        before, after: for each domain the loss of every window, in the same order, at least one; as
+            many in each domain.
         limit: relative rise of a domain's perplexity that is still accepted; None: any.
     """
     same = SAME if limit is None else min(SAME, limit)
     differences = {d: over_windows(before[d], after[d]) for d in before}
-    changes = {d: Change(_perplexity([before[d]]), _perplexity([after[d]]), x, same) for d, x in differences.items()}
+    changes = {
+        d: Change(_perplexity([before[d]]), _perplexity([after[d]]), x, same)
+        for d, x in differences.items()
+    }
     means = [_perplexity([losses[d] for d in before]) for losses in (before, after)]
     whole = Change(means[0], means[1], mean_difference(list(differences.values())), same)
     return Verdict(changes, whole, limit, min(len(losses) for losses in before.values()))

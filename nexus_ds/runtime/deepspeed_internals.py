@@ -1,4 +1,5 @@
-"""Every contact with DeepSpeed's internals, read from version 0.19.8. Nothing else in the project touches a private name.
+"""Every contact with DeepSpeed's internals, read from version 0.19.8. Nothing else in the project
+touches a private name.
 
 Not covered: other versions. `check_version` refuses what this file was not read from.
 """
@@ -17,8 +18,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# DeepSpeed builds C++ extensions just in time. Theirs go into this interpreter's own environment: a shared folder
-# keeps the lock of every interrupted build, and the next start waits for it for ever.
+# DeepSpeed builds C++ extensions just in time. Theirs go into this interpreter's own environment: a
+# shared folder keeps the lock of every interrupted build, and the next start waits for it for ever.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 import torch
@@ -70,7 +71,8 @@ __all__ = [
 
 
 def _import_muon() -> None:
-    """Import DeepSpeed's Muon, which every engine does, without compiling it: torch's compiler costs a rank seconds of imports."""
+    """Import DeepSpeed's Muon, which every engine does, without compiling it: torch's compiler
+    costs a rank seconds of imports."""
     kept, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
     try:
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
@@ -92,7 +94,8 @@ def check_version() -> None:
 
 
 def check_zero_section(values: dict[str, Any]) -> None:
-    """Raise ConfigError for a `zero_optimization` section that DeepSpeed would refuse, or worse, would ignore in part."""
+    """Raise ConfigError for a `zero_optimization` section that DeepSpeed would refuse, or worse,
+    would ignore in part."""
     fields = DeepSpeedZeroConfig.model_fields
     known = {*fields, *(field.alias for field in fields.values() if field.alias)}
     for key in values:
@@ -123,10 +126,12 @@ def device_with_room(size: int) -> torch.device:
 
 
 def start(timeout_minutes: float) -> None:
-    """Join the process group: LOCAL_RANK, RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT from the launcher, else one rank.
+    """Join the process group: LOCAL_RANK, RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT from the
+    launcher, else one rank.
 
-    On CPU no extension is compiled: the shared-memory collective costs minutes and a compiler at the first start and
-    leaves a file in /dev/shm behind; gloo does the same work. `__compatible_ops__` is the documented place to say so.
+    On CPU no extension is compiled: the shared-memory collective costs minutes and a compiler at
+    the first start and leaves a file in /dev/shm behind; gloo does the same work.
+    `__compatible_ops__` is the documented place to say so.
     """
     check_version()
     # torch renamed collectives that DeepSpeed 0.19.8 calls by their old names
@@ -143,7 +148,8 @@ def start(timeout_minutes: float) -> None:
 
 
 def autoep_spec(experts: int, top_k: int, hidden_size: int, ffn_size: int) -> MoELayerSpec:
-    """Describe a Nexus layer to AutoEP: softmax scores, not renormalised, applied after the experts, shared weight 1."""
+    """Describe a Nexus layer to AutoEP: softmax scores, not renormalised, applied after the
+    experts, shared weight 1."""
     return MoELayerSpec(
         moe_module_name="mlp",
         model_family="nexus",
@@ -172,12 +178,16 @@ def autoep_spec(experts: int, top_k: int, hidden_size: int, ffn_size: int) -> Mo
 
 
 def autoep_config(ep_size: int, grouped_mm: bool) -> AutoEPConfig:
-    """Return AutoEP's settings for a layer that is built by hand (no `expert_parallel` section in the JSON)."""
-    return AutoEPConfig(enabled=True, autoep_size=ep_size, use_grouped_mm=grouped_mm, load_balance_coeff=None)
+    """Return AutoEP's settings for a layer that is built by hand (no `expert_parallel` section in
+    the JSON)."""
+    return AutoEPConfig(
+        enabled=True, autoep_size=ep_size, use_grouped_mm=grouped_mm, load_balance_coeff=None
+    )
 
 
 def mark_replicated(module: nn.Module) -> None:
-    """Tell ZeRO that the module's gradients are averaged over all ranks (AutoEP marks only what it built itself)."""
+    """Tell ZeRO that the module's gradients are averaged over all ranks (AutoEP marks only what it
+    built itself)."""
     for parameter in module.parameters():
         parameter.allreduce = True  # type: ignore[attr-defined]
         parameter.ds_zero_placement_family = "replicated"  # type: ignore[attr-defined]
@@ -190,7 +200,8 @@ def is_partitioned(parameter: Any) -> bool:
 
 @contextmanager
 def gathered(parameter: Any) -> Iterator[Tensor]:
-    """Yield the full data of one parameter; under ZeRO-3 all ranks of its partition group must enter together."""
+    """Yield the full data of one parameter; under ZeRO-3 all ranks of its partition group must
+    enter together."""
     context = (
         deepspeed.zero.GatheredParameters([parameter], modifier_rank=None)
         if is_partitioned(parameter)
@@ -201,9 +212,11 @@ def gathered(parameter: Any) -> Iterator[Tensor]:
 
 
 def partitioner(config: dict[str, Any]) -> Callable[[nn.Module], None]:
-    """Return what keeps only this rank's ZeRO-3 shard of a module's parameters. All ranks must call it alike.
+    """Return what keeps only this rank's ZeRO-3 shard of a module's parameters. All ranks must call
+    it alike.
 
-    Experts are partitioned over the ranks that hold the same ones; DeepSpeed refuses to train them otherwise. Building
+    Experts are partitioned over the ranks that hold the same ones; DeepSpeed refuses to train them
+    otherwise. Building
     the layers inside `zero.Init` would hang: their constructor gathers on some ranks alone.
 
     Args:
@@ -232,8 +245,9 @@ def partitioner(config: dict[str, Any]) -> Callable[[nn.Module], None]:
 def buffers_to_device(model: nn.Module) -> None:
     """Move every buffer of a model to this rank's device, persistent or not.
 
-    DeepSpeed moves a whole model there, but of one that is partitioned already (ZeRO-3) the parameters alone: its buffers
-    would stay where the model was read, on the CPU, and the first product with one of them fails.
+    DeepSpeed moves a whole model there, but of one that is partitioned already (ZeRO-3) the
+    parameters alone: its buffers would stay where the model was read, on the CPU, and the first
+    product with one of them fails.
     """
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -241,14 +255,16 @@ def buffers_to_device(model: nn.Module) -> None:
 
 
 def release_memory() -> None:
-    """Hand freed host memory back: glibc keeps blocks below 32 MiB, most of a layer's matrices, between live ones."""
+    """Hand freed host memory back: glibc keeps blocks below 32 MiB, most of a layer's matrices,
+    between live ones."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def full_fp32(parameter: nn.Parameter) -> Tensor:
-    """Return the fp32 master of a replicated parameter on every rank (all ranks must call); its own data if it has none."""
+    """Return the fp32 master of a replicated parameter on every rank (all ranks must call); its own
+    data if it has none."""
     if parameter.dtype == torch.float32:
         with gathered(parameter) as data:
             return data.detach().clone().cpu()
@@ -282,7 +298,8 @@ def all_reduce_max(value: float) -> float:
 
 
 class Fragment(NamedTuple):
-    """What this rank's optimizer owns of one parameter: elements [start, start + n) of it, flattened."""
+    """What this rank's optimizer owns of one parameter: elements [start, start + n) of it,
+    flattened."""
 
     parameter: nn.Parameter
     start: int
@@ -296,11 +313,14 @@ def _flats(optimizer: Any) -> list[Tensor]:
         return optimizer.fp32_partitioned_groups_flat
     if hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO-1 and 2
         return optimizer.single_partition_of_fp32_groups
-    raise LayoutError(f"{type(optimizer).__name__} keeps no ZeRO partition; use ds_configs/z1.json, z2.json or z3.json")
+    raise LayoutError(
+        f"{type(optimizer).__name__} keeps no ZeRO partition; use ds_configs/z1.json, z2.json or z3.json"
+    )
 
 
 def _place(optimizer: Any, parameter: Any) -> tuple[int, int, int, int] | None:
-    """Return group, offset in the group's flat master, first element and count of a parameter's fragment here."""
+    """Return group, offset in the group's flat master, first element and count of a parameter's
+    fragment here."""
     if is_partitioned(parameter):
         group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = size * dist.get_rank(parameter.ds_process_group)
@@ -310,15 +330,21 @@ def _place(optimizer: Any, parameter: Any) -> tuple[int, int, int, int] | None:
     if mapping is None:
         return None
     address = mapping.get_hp_fragment_address()
-    return mapping.param_group_index, address.start, mapping.lp_fragment_address.start, address.numel
+    return (
+        mapping.param_group_index,
+        address.start,
+        mapping.lp_fragment_address.start,
+        address.numel,
+    )
 
 
 def fragments(engine: Any) -> Iterator[Fragment]:
-    """Yield what this rank's optimizer owns, in the order of the model's parameters; no communication.
+    """Yield what this rank's optimizer owns, in the order of the model's parameters; no
+    communication.
 
-    Every element of every parameter is owned by exactly one rank. Moments are there after the first step or after
-    `set_optimizer_step`. (DeepSpeed's own links to the moments are made after the first group's step and miss the
-    experts; nothing here uses them.)
+    Every element of every parameter is owned by exactly one rank. Moments are there after the first
+    step or after `set_optimizer_step`. (DeepSpeed's own links to the moments are made after the
+    first group's step and miss the experts; nothing here uses them.)
     """
     optimizer = engine.optimizer
     get_accelerator().synchronize()
@@ -328,7 +354,9 @@ def fragments(engine: Any) -> Iterator[Fragment]:
             group, offset, start, count = place
             state = optimizer.optimizer.state[flats[group]]
             kept = {MASTER: flats[group], **{name: state[name] for name in MOMENTS}}
-            views = {name: tensor.detach().narrow(0, offset, count) for name, tensor in kept.items()}
+            views = {
+                name: tensor.detach().narrow(0, offset, count) for name, tensor in kept.items()
+            }
             yield Fragment(parameter, start, views)
 
 
@@ -339,7 +367,8 @@ def optimizer_step(engine: Any) -> int:
 
 
 def set_optimizer_step(engine: Any, step: int) -> None:
-    """Set Adam's count in every flat group, each with a tensor of its own; make the moments (zero) where they miss."""
+    """Set Adam's count in every flat group, each with a tensor of its own; make the moments (zero)
+    where they miss."""
     inner = engine.optimizer.optimizer
     for flat in _flats(engine.optimizer):
         state = inner.state[flat]
@@ -352,7 +381,8 @@ def set_optimizer_step(engine: Any, step: int) -> None:
 
 @torch.no_grad()
 def weights_from_masters(engine: Any) -> None:
-    """Derive the working weights from the fp32 masters, as the end of an optimizer step does. All ranks must call."""
+    """Derive the working weights from the fp32 masters, as the end of an optimizer step does. All
+    ranks must call."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()

@@ -55,13 +55,23 @@ OWNED_KEYS = {
 }
 
 
-# Keys of `zero_optimization` whose other values can't train or can't be saved exactly: the one value that can, and why.
+# Keys of `zero_optimization` whose other values can't train or can't be saved exactly: the one
+# value that can, and why.
 REFUSED: dict[str, tuple[Any, str]] = {
-    "round_robin_gradients": (False, "DeepSpeed then files masters under other parameters than they belong to"),
+    "round_robin_gradients": (
+        False,
+        "DeepSpeed then files masters under other parameters than they belong to",
+    ),
     "contiguous_gradients": (True, "DeepSpeed's expert layers need it"),
     "reduce_scatter": (True, "DeepSpeed's expert layers need it"),
-    "zero_hpz_partition_size": (1, "DeepSpeed's expert layers do not run with secondary partitions"),
-    "zero_quantized_gradients": (False, "DeepSpeed's expert layers do not run with quantized gradients"),
+    "zero_hpz_partition_size": (
+        1,
+        "DeepSpeed's expert layers do not run with secondary partitions",
+    ),
+    "zero_quantized_gradients": (
+        False,
+        "DeepSpeed's expert layers do not run with quantized gradients",
+    ),
     "zero_quantized_weights": (False, "training would no longer be exact"),
     "zenflow": (None, "its optimizer keeps no state that could be saved exactly"),
 }
@@ -69,7 +79,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 @dataclass(frozen=True)
 class Batch:
-    """How a global batch is cut: `micro` sequences a rank and forward pass, `accumulation` passes a step."""
+    """How a global batch is cut: `micro` sequences a rank and forward pass, `accumulation` passes a
+    step."""
 
     micro: int
     accumulation: int
@@ -90,8 +101,11 @@ def split_batch(training: TrainingConfig, world: int) -> Batch:
     return Batch(micro, share // micro)
 
 
-def expert_parallel_size(parallel: ParallelConfig, experts: int, world: int, local_world: int) -> int:
-    """Return parallel.expert, or for 0 the largest useful size inside one node; LayoutError if ranks don't divide."""
+def expert_parallel_size(
+    parallel: ParallelConfig, experts: int, world: int, local_world: int
+) -> int:
+    """Return parallel.expert, or for 0 the largest useful size inside one node; LayoutError if
+    ranks don't divide."""
     if parallel.expert:
         if world % parallel.expert:
             raise LayoutError(
@@ -101,14 +115,17 @@ def expert_parallel_size(parallel: ParallelConfig, experts: int, world: int, loc
     return max(size for size in range(1, local_world + 1) if world % size == 0 and size <= experts)
 
 
-def placement(parallel: ParallelConfig, experts: int, rank: int, world: int, local_world: int) -> Placement:
+def placement(
+    parallel: ParallelConfig, experts: int, rank: int, world: int, local_world: int
+) -> Placement:
     """Return where the routed experts of this rank are."""
     size = expert_parallel_size(parallel, experts, world, local_world)
     return Placement(experts, size, rank % size)
 
 
 def read_deepspeed_json(path: Path | None, parallel: ParallelConfig) -> dict[str, Any]:
-    """Read a DeepSpeed JSON; without one, the recipe's ZeRO stage. ConfigError names keys that don't belong there."""
+    """Read a DeepSpeed JSON; without one, the recipe's ZeRO stage. ConfigError names keys that
+    don't belong there."""
     if path is None:
         return {"zero_optimization": {"stage": parallel.zero_stage}}
     if not path.is_file():
@@ -119,7 +136,9 @@ def read_deepspeed_json(path: Path | None, parallel: ParallelConfig) -> dict[str
         raise ConfigError(f"{path}: not valid JSON: {error}") from error
     for key in values:
         if key in OWNED_KEYS:
-            raise ConfigError(f"{path}: {key} is set by the recipe ({OWNED_KEYS[key]}); remove it from the JSON")
+            raise ConfigError(
+                f"{path}: {key} is set by the recipe ({OWNED_KEYS[key]}); remove it from the JSON"
+            )
         if key not in KNOWN_KEYS:
             raise ConfigError(f"{path}: unknown key {key}{nearest(key, KNOWN_KEYS)}")
     return values
@@ -195,11 +214,15 @@ def full_shape(parameter: Any) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def parameter_groups(model: nn.Module, training: TrainingConfig, router_lr_scale: float) -> list[dict[str, Any]]:
-    """Return AdamW's groups: matrices (decayed), vectors, and the router with its own learning rate.
+def parameter_groups(
+    model: nn.Module, training: TrainingConfig, router_lr_scale: float
+) -> list[dict[str, Any]]:
+    """Return AdamW's groups: matrices (decayed), vectors, and the router with its own learning
+    rate.
 
-    For a projection Adam moves `W1 d` by up to lr * |d|_1 a step, many times what it moves a free row: at the model's
-    learning rate the rows blow up and the gate saturates. Each group has a name, which DeepSpeed needs with MoE layers.
+    For a projection Adam moves `W1 d` by up to lr * |d|_1 a step, many times what it moves a free
+    row: at the model's learning rate the rows blow up and the gate saturates. Each group has a
+    name, which DeepSpeed needs with MoE layers.
     """
     groups: dict[str, dict[str, Any]] = {
         "matrices": {"weight_decay": training.weight_decay, "lr_scale": 1.0},
@@ -209,7 +232,13 @@ def parameter_groups(model: nn.Module, training: TrainingConfig, router_lr_scale
     for group in groups.values():
         group["params"] = []
     for name, parameter in model.named_parameters():
-        kind = "router" if ".mlp.router." in name else "matrices" if len(full_shape(parameter)) > 1 else "vectors"
+        kind = (
+            "router"
+            if ".mlp.router." in name
+            else "matrices"
+            if len(full_shape(parameter)) > 1
+            else "vectors"
+        )
         groups[kind]["params"].append(parameter)
     return [{"name": name, **group} for name, group in groups.items() if group["params"]]
 
@@ -234,9 +263,12 @@ def start_engine(model: Any, values: dict[str, Any], config: Config, batch: Batc
     layers = moe_layers(model)
     if config.training.activation_checkpointing != "none":
         reentrant = config.training.activation_checkpointing == "reentrant"
-        with warnings.catch_warnings():  # renamed in transformers 5.2x; the old name works in all supported versions
+        # renamed in transformers 5.2x; the old name works in all supported versions
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+            )
     for layer in layers:
         layer.router.loss_scale = 1.0 / batch.accumulation
     linear = bool(layers) and layers[0].router.projection is None

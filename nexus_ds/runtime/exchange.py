@@ -1,7 +1,10 @@
-"""An all-to-all of token rows that travels while its caller computes something else, forward and backward.
+"""An all-to-all of token rows that travels while its caller computes something else, forward and
+backward.
 
-`start` sends, `wait` returns the received rows. In the backward pass `wait` sends the gradients back and `start` waits for
-them: autograd runs the newest nodes first, so whatever was computed between the two has its backward pass between them too.
+`start` sends, `wait` returns the received rows. In the backward pass `wait` sends the gradients
+back and `start` waits for
+them: autograd runs the newest nodes first, so whatever was computed between the two has its
+backward pass between them too.
 Not covered: several exchanges at once in one object (one object carries one all-to-all).
 """
 

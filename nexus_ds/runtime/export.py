@@ -1,4 +1,5 @@
-"""The finished checkpoint out of a running engine: gathered layer by layer, written by rank 0, verified by reloading.
+"""The finished checkpoint out of a running engine: gathered layer by layer, written by rank 0,
+verified by reloading.
 
 Shapes: E routed experts, H hidden size, F inner width.
 Not covered: consolidating a training state without an engine.
@@ -43,13 +44,18 @@ from nexus_ds.settings import Config
 Write = Callable[[str, Tensor], None]
 TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-JUDGED = {torch.float32: 1.0, torch.bfloat16: 0.9}  # quantile of the tokens that has to be within the tolerance
+# quantile of the tokens that has to be within the tolerance
+JUDGED = {torch.float32: 1.0, torch.bfloat16: 0.9}
 
 
 def _dense_part(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters outside Nexus layers, under their names on disk (tied weights once)."""
-    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, NexusMoE))
-    return {name: p for name, p in model.named_parameters() if not (inside and name.startswith(inside))}
+    inside = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, NexusMoE)
+    )
+    return {
+        name: p for name, p in model.named_parameters() if not (inside and name.startswith(inside))
+    }
 
 
 def _plan(model: nn.Module, dtype: torch.dtype) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -72,7 +78,8 @@ def _plan(model: nn.Module, dtype: torch.dtype) -> dict[str, tuple[str, tuple[in
 
 
 def _write_experts(index: int, layer: NexusMoE, write: Write) -> None:
-    """Send one expert matrix at a time from its owner to rank 0, within rank 0's expert-parallel group."""
+    """Send one expert matrix at a time from its owner to rank 0, within rank 0's expert-parallel
+    group."""
     place, rank = layer.placement, dist.get_rank()
     for stacked, part in STACKED:
         with internals.gathered(getattr(layer.experts, stacked)) as local:
@@ -80,14 +87,21 @@ def _write_experts(index: int, layer: NexusMoE, write: Write) -> None:
                 continue  # a replica of rank 0's group: it only took part in gathering
             for expert in range(place.experts):
                 owner, slot = divmod(place.slot(expert), place.local_slots)
-                matrix = local[slot].contiguous() if place.ep_rank == owner else torch.empty_like(local[0])
+                matrix = (
+                    local[slot].contiguous()
+                    if place.ep_rank == owner
+                    else torch.empty_like(local[0])
+                )
                 if place.ep_size > 1:
                     dist.broadcast(matrix, src=owner, group=internals.expert_parallel_group(layer))
                 write(expert_name(index, expert, part), matrix)
 
 
-def _write_layer(index: int, layer: NexusMoE, sidecar: Sidecar, dtype: torch.dtype, write: Write) -> None:
-    """Write one Nexus layer under Qwen2-MoE's names; a projection's fp32 weights also go into `sidecar`."""
+def _write_layer(
+    index: int, layer: NexusMoE, sidecar: Sidecar, dtype: torch.dtype, write: Write
+) -> None:
+    """Write one Nexus layer under Qwen2-MoE's names; a projection's fp32 weights also go into
+    `sidecar`."""
     for part in ("gate_proj", "up_proj", "down_proj"):
         weight: nn.Parameter = getattr(layer.shared_experts, part).weight
         with internals.gathered(weight) as data:
@@ -100,7 +114,9 @@ def _write_layer(index: int, layer: NexusMoE, sidecar: Sidecar, dtype: torch.dty
             write(gate_name(index), data)
     else:
         named = list(layer.router.projection.named_parameters())
-        sidecar.projections[index] = {name: internals.full_fp32(parameter) for name, parameter in named}
+        sidecar.projections[index] = {
+            name: internals.full_fp32(parameter) for name, parameter in named
+        }
         write(gate_name(index), router_rows(sidecar, index, dtype))
     hidden_size = full_shape(layer.experts.w1)[2]
     write(shared_gate_name(index), torch.full((1, hidden_size), SHARED_GATE_FILL))
@@ -110,11 +126,15 @@ def _write_layer(index: int, layer: NexusMoE, sidecar: Sidecar, dtype: torch.dty
 class _Sink:
     """Writes tensors on the rank that has a directory.
 
-    A failure is kept until the walk is over: the other ranks gather along, and would wait for this one for ever.
+    A failure is kept until the walk is over: the other ranks gather along, and would wait for this
+    one for ever.
     """
 
     def __init__(
-        self, directory: Path | None, plan: dict[str, tuple[str, tuple[int, ...]]], dtype: torch.dtype
+        self,
+        directory: Path | None,
+        plan: dict[str, tuple[str, tuple[int, ...]]],
+        dtype: torch.dtype,
     ) -> None:
         self.dtype = dtype
         self.failure: Exception | None = None
@@ -130,7 +150,9 @@ class _Sink:
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor in the working dtype."""
         if (writer := self.writer) and not self.failure:
-            self._try(lambda: writer.write(name, tensor.detach().to("cpu", self.dtype).contiguous()))
+            self._try(
+                lambda: writer.write(name, tensor.detach().to("cpu", self.dtype).contiguous())
+            )
 
     def close(self) -> None:
         """Close the files; raise what went wrong on the way."""
@@ -140,8 +162,11 @@ class _Sink:
             raise self.failure
 
 
-def _write_tensors(model: nn.Module, sidecar: Sidecar | None, dtype: torch.dtype, directory: Path | None) -> None:
-    """Walk the model on all ranks, one parameter whole at a time; the one with a `directory` writes."""
+def _write_tensors(
+    model: nn.Module, sidecar: Sidecar | None, dtype: torch.dtype, directory: Path | None
+) -> None:
+    """Walk the model on all ranks, one parameter whole at a time; the one with a `directory`
+    writes."""
     sink = _Sink(directory, _plan(model, dtype), dtype)
     for name, parameter in _dense_part(model).items():
         with internals.gathered(parameter) as data:
@@ -158,7 +183,9 @@ def _write_config(model: Any, source: Path | None, dtype: torch.dtype, directory
     if source and (source / "config.json").is_file():
         values = json.loads((source / "config.json").read_text(encoding="utf-8"))
     else:
-        values = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
+        values = json.loads(model.config.to_json_string(use_diff=False)) | {
+            "architectures": [type(model).__name__]
+        }
     values |= {"dtype": name, "tie_word_embeddings": HEAD not in _dense_part(model)}
     values.pop("torch_dtype", None)
     values = both_ropes(values)
@@ -168,15 +195,23 @@ def _write_config(model: Any, source: Path | None, dtype: torch.dtype, directory
 
 
 def _verify(directory: Path, dtype: torch.dtype, tokens_BS: Tensor, logits_BSV: Tensor) -> float:
-    """Reload in plain transformers and return the largest difference of the logits from the engine's.
+    """Reload in plain transformers and return the largest difference of the logits from the
+    engine's.
 
-    In bf16 a token whose two best experts are nearly equal may take the other one in another kernel: one token in ten may
-    differ by more than rounding. Weights in the wrong place change nearly all of them.
+    In bf16 a token whose two best experts are nearly equal may take the other one in another
+    kernel: one token in ten may differ by more than rounding. Weights in the wrong place change
+    nearly all of them.
     """
-    device = internals.device_with_room(sum(p.stat().st_size for p in directory.glob("*.safetensors")))
+    device = internals.device_with_room(
+        sum(p.stat().st_size for p in directory.glob("*.safetensors"))
+    )
     model = load_stock(directory, dtype).to(device).eval()
     with torch.no_grad():
-        reloaded = model(input_ids=tokens_BS.to(device), use_cache=False).logits.float().to(logits_BSV.device)
+        reloaded = (
+            model(input_ids=tokens_BS.to(device), use_cache=False)
+            .logits.float()
+            .to(logits_BSV.device)
+        )
     scale = logits_BSV.abs().max().clamp_min(1e-9)
     token_T = ((reloaded - logits_BSV).abs().amax(-1) / scale).flatten()
     difference, judged = float(token_T.max()), float(token_T.quantile(JUDGED[dtype]))
@@ -189,9 +224,15 @@ def _verify(directory: Path, dtype: torch.dtype, tokens_BS: Tensor, logits_BSV: 
 
 
 def export(
-    engine: Any, config: Config, dtype: torch.dtype, out: Path, probe_BS: Tensor, lineage: dict[str, Any]
+    engine: Any,
+    config: Config,
+    dtype: torch.dtype,
+    out: Path,
+    probe_BS: Tensor,
+    lineage: dict[str, Any],
 ) -> float:
-    """Write the trained model to `out` (rank 0) as a dense or Nexus checkpoint and verify it. All ranks must call.
+    """Write the trained model to `out` (rank 0) as a dense or Nexus checkpoint and verify it. All
+    ranks must call.
 
     Args:
         engine: the DeepSpeed engine.
@@ -205,8 +246,8 @@ def export(
         Largest relative difference of the logits, the same on all ranks.
 
     Raises:
-        CheckpointError: the reloaded model computes something else, or it could not be written. `out` is not made; all
-            ranks raise.
+        CheckpointError: the reloaded model computes something else, or it could not be written.
+            `out` is not made; all ranks raise.
     """
     on_rank_0(lambda: refuse_existing(out))
     engine.module.eval()
@@ -224,7 +265,9 @@ def export(
     return together(write_and_verify)[0]
 
 
-def _write(model: Any, config: Config, dtype: torch.dtype, directory: Path | None, lineage: dict[str, Any]) -> None:
+def _write(
+    model: Any, config: Config, dtype: torch.dtype, directory: Path | None, lineage: dict[str, Any]
+) -> None:
     """Gather on all ranks and write the whole checkpoint on the one with a `directory`."""
     source = Path(config.model.path) if config.model.path else None
     sidecar = read_sidecar(source) if moe_layers(model) and source else None
@@ -233,6 +276,8 @@ def _write(model: Any, config: Config, dtype: torch.dtype, directory: Path | Non
         return
     _write_config(model, source, dtype, directory)
     if sidecar:
-        write_sidecar(directory, replace(sidecar, lineage=[*sidecar.lineage, lineage], versions=versions()))
+        write_sidecar(
+            directory, replace(sidecar, lineage=[*sidecar.lineage, lineage], versions=versions())
+        )
     copy_tokenizer(Path(config.model.tokenizer or config.model.path), directory)
     write_text(directory / "training.yaml", dump(config))

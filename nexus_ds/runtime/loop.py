@@ -1,4 +1,5 @@
-"""The training loop: batches in, optimizer steps, validation, training states, and the verified checkpoint at the end.
+"""The training loop: batches in, optimizer steps, validation, training states, and the verified
+checkpoint at the end.
 
 Shapes: B sequences, S tokens, D domains, E routed experts.
 Not covered: choosing what to train (train.py) and saving (states, export).
@@ -56,10 +57,20 @@ from nexus_ds.runtime.tally import SATURATED, Tally
 from nexus_ds.settings import Config
 
 EXIT_STOPPED = 75  # a signal asked for a stop; the training state is saved
-# Settings of `training` that may change between a training state and its resumption: the course stays the same.
+# Settings of `training` that may change between a training state and its resumption: the course
+# stays the same.
 FREE = ("keep_last", "micro_batch_size", "activation_checkpointing")
 # Settings of `model` that a new model's shapes do not say, or not all.
-NEW_MODEL = ("hidden_size", "layers", "heads", "kv_heads", "ffn_size", "max_positions", "rope_theta", "tied_embeddings")
+NEW_MODEL = (
+    "hidden_size",
+    "layers",
+    "heads",
+    "kv_heads",
+    "ffn_size",
+    "max_positions",
+    "rope_theta",
+    "tied_embeddings",
+)
 
 
 @dataclass
@@ -76,17 +87,29 @@ class Data:
 
 
 def read_data(config: Config, tokenizer: Path) -> Data:
-    """Tokenise what is missing and return the training sampler and validation windows. All ranks call.
+    """Tokenise what is missing and return the training sampler and validation windows. All ranks
+    call.
 
-    Validation text comes first: it is little, and what is wrong with it is told before hours go into the other.
+    Validation text comes first: it is little, and what is wrong with it is told before hours go
+    into the other.
     """
-    settings, source, length = config.data, open_source(config.data.path), config.data.sequence_length
-    common: dict[str, Any] = {"workers": settings.workers, "on_bad_row": settings.on_bad_row, "bos": settings.bos}
+    settings, source, length = (
+        config.data,
+        open_source(config.data.path),
+        config.data.sequence_length,
+    )
+    common: dict[str, Any] = {
+        "workers": settings.workers,
+        "on_bad_row": settings.on_bad_row,
+        "bos": settings.bos,
+    }
 
     def made(domains: list[str], split: str, max_bytes: int) -> dict[str, TokenFile]:
         def make() -> dict[str, TokenFile]:
             cache = Path(settings.cache)
-            return token_files(source, domains, split, tokenizer, cache, max_bytes=max_bytes, **common)
+            return token_files(
+                source, domains, split, tokenizer, cache, max_bytes=max_bytes, **common
+            )
 
         on_rank_0(lambda: len(make()))  # the others wait, and read
         return make()
@@ -98,16 +121,21 @@ def read_data(config: Config, tokenizer: Path) -> Data:
     sampler = Sampler(files, weights, length, config.seed)
     wanted = config.training.eval_windows
     messages = [
-        f"{n}: {c} validation windows, training.eval_windows is {wanted}" for n, c in counts.items() if c < wanted
+        f"{n}: {c} validation windows, training.eval_windows is {wanted}"
+        for n, c in counts.items()
+        if c < wanted
     ]
     validation = {name: windows(scored[name], count, length) for name, count in counts.items()}
     return Data(files, sampler, weights, validation, messages)
 
 
 def _windows_of(domain: str, there: int, config: Config) -> int:
-    """Return how many validation windows of a domain are scored; DataError if its text has fewer than that."""
+    """Return how many validation windows of a domain are scored; DataError if its text has fewer
+    than that."""
     training, length = config.training, config.data.sequence_length
-    wanted = training.eval_windows if training.eval_every else max(1, min(there, training.eval_windows))
+    wanted = (
+        training.eval_windows if training.eval_every else max(1, min(there, training.eval_windows))
+    )
     if there < wanted:
         few = "" if training.eval_every else " (with training.eval_every 0 one is enough)"
         raise DataError(
@@ -120,7 +148,9 @@ def _windows_of(domain: str, there: int, config: Config) -> int:
 class Run:
     """One training run on this rank: engine, data, bookkeeping."""
 
-    def __init__(self, config: Config, ds_json: str, rank: int, world: int, local_world: int) -> None:
+    def __init__(
+        self, config: Config, ds_json: str, rank: int, world: int, local_world: int
+    ) -> None:
         self.config, self.rank, self.world = config, rank, world
         self.tokenizer = Path(config.model.tokenizer)
         values = read_deepspeed_json(Path(ds_json) if ds_json else None, config.parallel)
@@ -131,11 +161,20 @@ class Run:
         self._check_model()  # before the text is tokenised, which may take hours
         self.data = read_data(config, self.tokenizer)
         torch.manual_seed(config.seed)
-        # In fp32 the kernels of older GPUs compute in TF32, and the export would not equal the engine.
+        # In fp32 the kernels of older GPUs compute in TF32, and the export would not equal the
+        # engine.
         grouped = config.parallel.grouped_mm
-        grouped = config.model.dtype == "bf16" and not internals.on_cpu() if grouped is None else grouped
-        place = placement(config.parallel, len(records), rank, world, local_world) if records else None
-        settle = internals.partitioner(deepspeed_config(values, config, self.batch)) if stage == 3 else leave
+        grouped = (
+            config.model.dtype == "bf16" and not internals.on_cpu() if grouped is None else grouped
+        )
+        place = (
+            placement(config.parallel, len(records), rank, world, local_world) if records else None
+        )
+        settle = (
+            internals.partitioner(deepspeed_config(values, config, self.batch))
+            if stage == 3
+            else leave
+        )
         model = self._model(place, grouped, settle)
         self.engine = start_engine(model, values, config, self.batch)
         self.layers = moe_layers(self.engine.module)
@@ -150,16 +189,21 @@ class Run:
             "config": self._identity(),
         }
 
-    def _model(self, place: Placement | None, grouped: bool, settle: Callable[[nn.Module], None]) -> Any:
+    def _model(
+        self, place: Placement | None, grouped: bool, settle: Callable[[nn.Module], None]
+    ) -> Any:
         config = self.config
         if config.model.path:
             return load_for_training(config, place, grouped, settle)
         tokenizer = open_tokenizer(self.tokenizer)
-        model = new_dense(config.model, vocabulary_size(tokenizer), tokenizer.eos_token_id, config.seed)
+        model = new_dense(
+            config.model, vocabulary_size(tokenizer), tokenizer.eos_token_id, config.seed
+        )
         return model.to(DTYPES[config.model.dtype])
 
     def _check_model(self) -> None:
-        """Refuse text that the model can't read: sequences longer than its positions, tokens that it does not embed."""
+        """Refuse text that the model can't read: sequences longer than its positions, tokens that
+        it does not embed."""
         given, length = self.config.model, self.config.data.sequence_length
         longest = given.max_positions
         if given.path:
@@ -167,18 +211,29 @@ class Run:
             longest = int(facts.get("max_position_embeddings") or length)
             check_tokenizer(self.tokenizer, int(facts["vocab_size"]))
         if length > longest:
-            raise ConfigError(f"data.sequence_length {length}: the model reads at most {longest} tokens; lower it")
+            raise ConfigError(
+                f"data.sequence_length {length}: the model reads at most {longest} tokens; lower it"
+            )
 
     def _identity(self) -> dict[str, Any]:
-        """Return the settings and data on which the course of the run depends; the layout is not among them."""
+        """Return the settings and data on which the course of the run depends; the layout is not
+        among them."""
         flat = as_dict(self.config)
         kept = {
-            **{f"training.{k}": v for k, v in flat["training"].items() if k not in FREE and not k.endswith("every")},
+            **{
+                f"training.{k}": v
+                for k, v in flat["training"].items()
+                if k not in FREE and not k.endswith("every")
+            },
             **{f"router.{k}": flat["router"][k] for k in ("lr_scale", "load_balance", "z_loss")},
             "seed": self.config.seed,
-            "model at the start": content_fingerprint(Path(flat["model"]["path"])) if flat["model"]["path"] else "new",
+            "model at the start": content_fingerprint(Path(flat["model"]["path"]))
+            if flat["model"]["path"]
+            else "new",
             "model.dtype": self.config.model.dtype,
-            **({} if flat["model"]["path"] else {f"model.{k}": flat["model"][k] for k in NEW_MODEL}),
+            **(
+                {} if flat["model"]["path"] else {f"model.{k}": flat["model"][k] for k in NEW_MODEL}
+            ),
             "data.sequence_length": self.config.data.sequence_length,
             "data.weights": self.data.weights,
             "data fingerprint": {name: file.fingerprint for name, file in self.data.files.items()},
@@ -186,12 +241,15 @@ class Run:
         return json.loads(json.dumps(kept))
 
     def _batch(self, step: int, part: int) -> tuple[Tensor, Tensor]:
-        """Return token windows [B, S+1] and domain indices [B] of one micro-batch; sample ids depend on the step alone."""
+        """Return token windows [B, S+1] and domain indices [B] of one micro-batch; sample ids
+        depend on the step alone."""
         share = self.batch.micro * self.batch.accumulation
         first = step * self.config.training.batch_size + self.rank * share + part * self.batch.micro
         samples = [self.data.sampler.sample(first + i) for i in range(self.batch.micro)]
         tokens = torch.from_numpy(np.stack([s.tokens for s in samples]))
-        return tokens.to(self.device), torch.tensor([s.domain_index for s in samples], device=self.device)
+        return tokens.to(self.device), torch.tensor(
+            [s.domain_index for s in samples], device=self.device
+        )
 
     def _step(self, step: int, tally: Tally) -> float:
         """Do one optimizer step; return the gradient norm before clipping."""
@@ -215,7 +273,8 @@ class Run:
 
     @torch.no_grad()
     def validate(self, step: int, metrics: Metrics) -> None:
-        """Score the validation windows, spread over the ranks (each does as many forward passes), and log the result."""
+        """Score the validation windows, spread over the ranks (each does as many forward passes),
+        and log the result."""
         self.engine.eval()
         names = list(self.data.validation)
         tally = Tally(len(names), len(self.experts), self.device)
@@ -227,9 +286,13 @@ class Run:
                 start = (turn * self.world + self.rank) * batch
                 mine = windows_NS[start : start + batch].to(self.device)
                 idle = len(mine) == 0  # expert parallelism needs every rank in every pass
-                _, losses = next_token_loss(self.engine, windows_NS[:1].to(self.device) if idle else mine)
+                _, losses = next_token_loss(
+                    self.engine, windows_NS[:1].to(self.device) if idle else mine
+                )
                 if not idle:
-                    tally.add(losses, torch.full((len(mine),), index, device=self.device), self.layers)
+                    tally.add(
+                        losses, torch.full((len(mine),), index, device=self.device), self.layers
+                    )
         tally.reduced()
         losses_D = tally.losses(names)
         values: dict[str, Any] = {
@@ -250,13 +313,19 @@ class Run:
         shares = [routing[domain][expert] for expert, domain in pairs if domain in routing]
         return sum(shares) / len(shares) if shares else None
 
-    def log(self, step: int, tally: Tally, norm: float, seconds: float, steps: int, metrics: Metrics) -> None:
+    def log(
+        self, step: int, tally: Tally, norm: float, seconds: float, steps: int, metrics: Metrics
+    ) -> None:
         """Log a stretch of `steps` optimizer steps that took `seconds`."""
         tally.reduced()
         lr = learning_rate(step - 1, self.config.training, self.config.data)
         speed = steps * tokens_per_step(self.config.training, self.config.data) / max(seconds, 1e-9)
         router = tally.router()
-        values: dict[str, Any] = {"loss": tally.mean_loss(), "domain_loss": tally.losses(self.domains), "lr": lr}
+        values: dict[str, Any] = {
+            "loss": tally.mean_loss(),
+            "domain_loss": tally.losses(self.domains),
+            "lr": lr,
+        }
         values |= {"grad_norm": norm, "tokens_per_second": speed, "router": router}
         domains = " ".join(f"{name} {loss:.2f}" for name, loss in values["domain_loss"].items())
         line = f"{step}/{self.total} loss {values['loss']:.3f} ({domains})"
@@ -276,10 +345,17 @@ class Run:
 
     def save(self, step: int) -> None:
         """Save a training state."""
-        states.save(self.engine, self.work / "states", step, self.description, self.config.training.keep_last)
+        states.save(
+            self.engine,
+            self.work / "states",
+            step,
+            self.description,
+            self.config.training.keep_last,
+        )
 
     def loop(self, first: int, metrics: Metrics, stop: StopRequest) -> bool:
-        """Train from step `first` to the end; return False if a signal ended it early (the state is saved)."""
+        """Train from step `first` to the end; return False if a signal ended it early (the state is
+        saved)."""
         training = self.config.training
         tally, since, started = self._tally(), first, time.monotonic()
         for step in range(first, self.total):
@@ -295,7 +371,9 @@ class Run:
             if number or (training.save_every and done % training.save_every == 0):
                 self.save(done)
             if number:
-                metrics.say(f"stopped by signal {number} after step {done}; start the same command again to go on")
+                metrics.say(
+                    f"stopped by signal {number} after step {done}; start the same command again to go on"
+                )
                 return False
             if training.eval_every and done % training.eval_every == 0:
                 paused = time.monotonic()
@@ -309,7 +387,8 @@ class Run:
     def finish(self, metrics: Metrics) -> None:
         """Save the last state, write the verified checkpoint, and say where it is.
 
-        The state comes first: if the export fails, no training is lost. Without `save_every` it is removed afterwards.
+        The state comes first: if the export fails, no training is lost. Without `save_every` it is
+        removed afterwards.
         """
         self.save(self.total)
         name = next(iter(self.data.validation))
@@ -322,15 +401,22 @@ class Run:
             "mixture": self.data.weights,
         }
         out = Path(self.config.output)
-        difference = export(self.engine, self.config, DTYPES[self.config.model.dtype], out, probe, lineage)
+        difference = export(
+            self.engine, self.config, DTYPES[self.config.model.dtype], out, probe, lineage
+        )
         if not self.config.training.save_every:
             states.remove(self.work / "states")
-        metrics.say(f"wrote {out} (reloaded in plain transformers: logits differ by {difference:.1e})")
+        metrics.say(
+            f"wrote {out} (reloaded in plain transformers: logits differ by {difference:.1e})"
+        )
         metrics.say(f"next: {next_evaluation(out, self.config.data)}")
 
 
-def train(config: Config, ds_json: str, rank: int, world: int, local_world: int, wait_minutes: float) -> int:
-    """Train `config` on this rank; return the exit code (0 finished, 75 stopped by a signal with its state saved)."""
+def train(
+    config: Config, ds_json: str, rank: int, world: int, local_world: int, wait_minutes: float
+) -> int:
+    """Train `config` on this rank; return the exit code (0 finished, 75 stopped by a signal with
+    its state saved)."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     internals.start(wait_minutes)
     stop = StopRequest()

@@ -30,7 +30,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
 class Metrics:
     """Writes what `log` is given; silent on other ranks than 0."""
 
-    def __init__(self, directory: Path, name: str, first_step: int, total_steps: int, active: bool) -> None:
+    def __init__(
+        self, directory: Path, name: str, first_step: int, total_steps: int, active: bool
+    ) -> None:
         self.active, self.name, self.total = active, name, total_steps
         self.started, self.first = time.monotonic(), first_step
         if not active:
@@ -41,12 +43,18 @@ class Metrics:
         self.jsonl = create(directory / "metrics.jsonl", append=True)
         self.events = directory / "tensorboard"
         self.board = SummaryWriter(str(self.events), purge_step=first_step)
-        self.bar = tqdm(total=total_steps, initial=first_step, desc=name, unit="step") if sys.stderr.isatty() else None
+        self.bar = (
+            tqdm(total=total_steps, initial=first_step, desc=name, unit="step")
+            if sys.stderr.isatty()
+            else None
+        )
 
     def say(self, text: str) -> None:
         """Print one line."""
         if self.active:
-            tqdm.write(text, file=sys.stderr) if self.bar is not None else print(text, file=sys.stderr, flush=True)
+            tqdm.write(text, file=sys.stderr) if self.bar is not None else print(
+                text, file=sys.stderr, flush=True
+            )
 
     def advance(self) -> None:
         """Count one optimizer step on the bar."""

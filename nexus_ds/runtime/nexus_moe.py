@@ -1,7 +1,9 @@
-"""NexusMoE: DeepSpeed's expert-parallel MoE layer with the embedding-projection router and the always-on shared expert.
+"""NexusMoE: DeepSpeed's expert-parallel MoE layer with the embedding-projection router and the
+always-on shared expert.
 
-Shapes: T tokens, E routed experts, K chosen experts a token, H hidden size. Slots are the places where experts live:
-`slots` is E rounded up to a multiple of the expert-parallel size, vacant slots are never chosen and hold zeros.
+Shapes: T tokens, E routed experts, K chosen experts a token, H hidden size. Slots are the places
+where experts live: `slots` is E rounded up to a multiple of the expert-parallel size, vacant slots
+are never chosen and hold zeros.
 Not covered: capacity and token dropping (the layer is dropless), renormalised gates.
 """
 
@@ -67,7 +69,8 @@ class Placement:
 
 @dataclass
 class RouterStatistics:
-    """What the router did in its last forward pass; detached, overwritten by the next one (a recomputed one too)."""
+    """What the router did in its last forward pass; detached, overwritten by the next one (a
+    recomputed one too)."""
 
     selected_TK: Tensor
     """Chosen routed experts, int64."""
@@ -82,8 +85,9 @@ class RouterStatistics:
 class NexusRouter(TokenChoiceTopKRouter):
     """Scores tokens against rows P(D) (or free rows for `linear`) and carries the auxiliary losses.
 
-    `loss_scale` is 1 / gradient accumulation steps: the engine scales the main loss by it, so must the losses here.
-    With `mean_H` [H] the scored input is the running mean of a text's hidden states (see `context`).
+    `loss_scale` is 1 / gradient accumulation steps: the engine scales the main loss by it, so must
+    the losses here. With `mean_H` [H] the scored input is the running mean of a text's hidden
+    states (see `context`).
     """
 
     def __init__(
@@ -98,7 +102,9 @@ class NexusRouter(TokenChoiceTopKRouter):
         mean_H: Tensor | None = None,
     ) -> None:
         with torch.device("meta"):  # the parent's own gate is dropped
-            super().__init__(hidden_size, placement.slots, None, None, top_k, "softmax", False, 1.0, False)
+            super().__init__(
+                hidden_size, placement.slots, None, None, top_k, "softmax", False, 1.0, False
+            )
         del self.gate
         self.projection = projection
         if projection is None:
@@ -120,17 +126,22 @@ class NexusRouter(TokenChoiceTopKRouter):
         assert isinstance(self.domain_inputs, Tensor)
         return F.linear(x_TH, self.projection(self.domain_inputs.to(x_TH.dtype)))
 
-    def forward(self, x: Tensor, expert_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, expert_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return gate values [T, K] fp32, chosen slots [T, K], tokens per slot [slots]."""
         logits_TE = self.logits(x)
         p_TE = F.softmax(logits_TE.float(), dim=-1)
         gate_TK, chosen_TK = torch.topk(p_TE, self.top_k, dim=-1)
         load_balance, z = load_balancing_loss(p_TE, chosen_TK), router_z_loss(logits_TE)
-        self.latest = RouterStatistics(chosen_TK.detach(), gate_TK[:, 0].detach(), load_balance.detach(), z.detach())
+        self.latest = RouterStatistics(
+            chosen_TK.detach(), gate_TK[:, 0].detach(), load_balance.detach(), z.detach()
+        )
         if torch.is_grad_enabled() and self.training:
             total = self.load_balance * load_balance + (self.z_loss * z if self.z_loss else 0.0)
             gate_TK = attach_loss(gate_TK, total, self.loss_scale)
-        # Serving rounds the gate to the compute dtype before it multiplies; training does the same or routes differ.
+        # Serving rounds the gate to the compute dtype before it multiplies; training does the same
+        # or routes differ.
         gate_TK = gate_TK.to(x.dtype).float()
         assert isinstance(self.slot_of_expert, Tensor)
         slots_TK = self.slot_of_expert[chosen_TK]
@@ -138,9 +149,12 @@ class NexusRouter(TokenChoiceTopKRouter):
 
 
 class _Source(nn.Module):
-    """The block that AutoEP copies its weights from: local experts real, the others on the meta device."""
+    """The block that AutoEP copies its weights from: local experts real, the others on the meta
+    device."""
 
-    def __init__(self, hidden_size: int, ffn_size: int, placement: Placement, local: list[FeedForward]) -> None:
+    def __init__(
+        self, hidden_size: int, ffn_size: int, placement: Placement, local: list[FeedForward]
+    ) -> None:
         super().__init__()
         self.gate = nn.Linear(hidden_size, placement.slots, bias=False)
         with torch.device("meta"):
@@ -153,7 +167,8 @@ class _Source(nn.Module):
 
 
 class NexusMoE(AutoEPMoELayer):
-    """One Nexus layer under DeepSpeed: y = E_0(x) + sum over the top-k of p_i E_i(x); [B, S, H] -> [B, S, H].
+    """One Nexus layer under DeepSpeed: y = E_0(x) + sum over the top-k of p_i E_i(x); [B, S, H] ->
+    [B, S, H].
 
     Args:
         placement: which experts live on this rank.
@@ -164,14 +179,23 @@ class NexusMoE(AutoEPMoELayer):
     """
 
     def __init__(
-        self, placement: Placement, local: list[FeedForward], shared: FeedForward, router: NexusRouter, grouped_mm: bool
+        self,
+        placement: Placement,
+        local: list[FeedForward],
+        shared: FeedForward,
+        router: NexusRouter,
+        grouped_mm: bool,
     ) -> None:
         ffn_size, hidden_size = shared.gate_proj.weight.shape
         source = _Source(hidden_size, ffn_size, placement, local)
         source.shared_expert = shared
         spec = autoep_spec(placement.slots, router.top_k, hidden_size, ffn_size)
         super().__init__(
-            spec, source, placement.ep_size, placement.ep_rank, autoep_config(placement.ep_size, grouped_mm)
+            spec,
+            source,
+            placement.ep_size,
+            placement.ep_rank,
+            autoep_config(placement.ep_size, grouped_mm),
         )
         self.placement = placement
         self.router = router
@@ -183,7 +207,8 @@ class NexusMoE(AutoEPMoELayer):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the shared expert's output plus the gated routed ones, [B, S, H]."""
         self.router.length = hidden_states.shape[-2]
-        if self.ep_size == 1 and self.grouped_mm and hidden_states.is_cuda:  # there groups are padded for the kernel
+        # there groups are padded for the kernel
+        if self.ep_size == 1 and self.grouped_mm and hidden_states.is_cuda:
             return super().forward(hidden_states)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         gate_TK, slots_TK, counts_E = self.router(x_TH)
@@ -196,10 +221,12 @@ class NexusMoE(AutoEPMoELayer):
         return (order.combine(routed_NH, gate_TK) + shared_TH).view_as(hidden_states)
 
     def _travel(self, x_TH: Tensor, rows_NH: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the experts' outputs [N, H] of rows that go to their ranks and back, and the shared expert's [T, H].
+        """Return the experts' outputs [N, H] of rows that go to their ranks and back, and the
+        shared expert's [T, H].
 
-        The shared expert is computed while rows travel: gate and up projections on the way there, the down projection on
-        the way back. Under autograd their backward passes hide the gradients' ways alike (docs/slow-links.md).
+        The shared expert is computed while rows travel: gate and up projections on the way there,
+        the down projection on the way back. Under autograd their backward passes hide the
+        gradients' ways alike (docs/slow-links.md).
         """
         plan = compute_split_plan(
             rows_NH, self.num_experts, self.ep_size, self.num_local_experts, self.ep_group, counts_E
@@ -208,7 +235,9 @@ class NexusMoE(AutoEPMoELayer):
         back, shared = there.back(), self.shared_experts
         sent_NH = there.start(rows_NH)
         inner_TF = F.silu(shared.gate_proj(x_TH)) * shared.up_proj(x_TH)
-        rows, places, counts, number = permute_by_local_expert(there.wait(sent_NH), plan.local_counts_by_source)
+        rows, places, counts, number = permute_by_local_expert(
+            there.wait(sent_NH), plan.local_counts_by_source
+        )
         sent_NH = back.start(unpermute_by_local_expert(self.experts(rows, counts), places, number))
         shared_TH = shared.down_proj(inner_TF)
         return back.wait(sent_NH), shared_TH

@@ -1,8 +1,10 @@
-"""Checks before a job's expensive part, on all ranks at once; a failure names the node and the cause.
+"""Checks before a job's expensive part, on all ranks at once; a failure names the node and the
+cause.
 
-Each rank looks at its own node and reports through a key-value store at MASTER_ADDR:MASTER_PORT; rank 0 compares, names
-ranks that never came, and only then do all ranks try one all-reduce.
-Not covered: speed of the network beyond one all-reduce, health of devices, storage that fills up later.
+Each rank looks at its own node and reports through a key-value store at MASTER_ADDR:MASTER_PORT;
+rank 0 compares, names ranks that never came, and only then do all ranks try one all-reduce.
+Not covered: speed of the network beyond one all-reduce, health of devices, storage that fills up
+later.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ FOLDER_SECONDS = 5.0  # a network file system may show a new file late
 
 
 class PreflightError(NexusError):
-    """Something that would make the job fail later; the message has one line a cause, each with its node."""
+    """Something that would make the job fail later; the message has one line a cause, each with its
+    node."""
 
 
 def versions() -> dict[str, str]:
@@ -55,15 +58,20 @@ def version_problems() -> list[str]:
         try:
             found = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            problems.append(f"{requirement.name} is not installed, expected {requirement}; type: make setup")
+            problems.append(
+                f"{requirement.name} is not installed, expected {requirement}; type: make setup"
+            )
             continue
         if not requirement.specifier.contains(found, prereleases=True):
-            problems.append(f"{requirement.name} {found} found, {requirement.specifier} expected; type: make setup")
+            problems.append(
+                f"{requirement.name} {found} found, {requirement.specifier} expected; type: make setup"
+            )
     return problems
 
 
 def device_problems(here: Position, visible: int, env: Mapping[str, str]) -> list[str]:
-    """Compare the devices that torch sees on this node with what the job asked for and the ranks that share them."""
+    """Compare the devices that torch sees on this node with what the job asked for and the ranks
+    that share them."""
     if env.get("DS_ACCELERATOR") == "cpu":
         return []
     text = env.get("SLURM_GPUS_ON_NODE", "")
@@ -74,14 +82,19 @@ def device_problems(here: Position, visible: int, env: Mapping[str, str]) -> lis
             "build of torch? To compute on CPUs: export DS_ACCELERATOR=cpu"
         ]
     if visible and here.local_world > visible:
-        return [f"{here.local_world} ranks share {visible} GPUs; submit with --ntasks-per-node={visible}"]
+        return [
+            f"{here.local_world} ranks share {visible} GPUs; submit with --ntasks-per-node={visible}"
+        ]
     if requested > here.local_world and here.world > 1:
-        return [f"{requested} GPUs for {here.local_world} ranks; submit with --ntasks-per-node={requested}"]
+        return [
+            f"{requested} GPUs for {here.local_world} ranks; submit with --ntasks-per-node={requested}"
+        ]
     return []
 
 
 def read_zero(config: Config, ds_json: str) -> dict[str, Any]:
-    """Return what a DeepSpeed JSON says of ZeRO, without one the recipe's stage; training itself checks the file."""
+    """Return what a DeepSpeed JSON says of ZeRO, without one the recipe's stage; training itself
+    checks the file."""
     if not ds_json:
         return {"stage": config.parallel.zero_stage}
     try:
@@ -95,7 +108,9 @@ def read_zero(config: Config, ds_json: str) -> dict[str, Any]:
 
 def layout_of(config: Config, here: Position, sizes: Sizes, zero: dict[str, Any]) -> Layout:
     """Return how the stage will be spread over the ranks."""
-    fitting = [n for n in range(1, here.local_world + 1) if here.world % n == 0 and n <= sizes.experts]
+    fitting = [
+        n for n in range(1, here.local_world + 1) if here.world % n == 0 and n <= sizes.experts
+    ]
     offload = "optimizer" if "offload_optimizer" in zero else "none"
     share = share_of(config.training, here.world)
     micro = config.training.micro_batch_size or share
@@ -120,7 +135,8 @@ class Needs:
 
 
 def needs_of(config: Config, here: Position, ds_json: str) -> Needs:
-    """Plan a training stage; a checkpoint that the job has yet to make is planned from the recipe's sizes.
+    """Plan a training stage; a checkpoint that the job has yet to make is planned from the recipe's
+    sizes.
 
     Raises:
         NexusError: a layout, checkpoint or DeepSpeed JSON that can't be used.
@@ -135,18 +151,24 @@ def needs_of(config: Config, here: Position, ds_json: str) -> Needs:
 
 
 def memory_problems(needs: Needs, gpu: float, host: float) -> list[str]:
-    """Compare what is planned with the memory of a GPU and of the node; 0 for one that is not known."""
+    """Compare what is planned with the memory of a GPU and of the node; 0 for one that is not
+    known."""
     advice = "see nexus-ds plan for a layout that fits (more ranks, offload, a smaller training.micro_batch_size)"
     found = []
     if gpu and needs.gpu > gpu:
-        found.append(f"a rank is planned to need {size(needs.gpu)} of GPU memory, a GPU has {size(gpu)}; {advice}")
+        found.append(
+            f"a rank is planned to need {size(needs.gpu)} of GPU memory, a GPU has {size(gpu)}; {advice}"
+        )
     if host and needs.host > host:
-        found.append(f"{size(needs.host)} of main memory are planned, the job has {size(host)} here; {advice}")
+        found.append(
+            f"{size(needs.host)} of main memory are planned, the job has {size(host)} here; {advice}"
+        )
     return found
 
 
 def host_memory(env: Mapping[str, str]) -> float:
-    """Return the main memory in bytes that the job has on this node: its request, else the machine's."""
+    """Return the main memory in bytes that the job has on this node: its request, else the
+    machine's."""
     text = env.get("SLURM_MEM_PER_NODE", "")
     machine = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(machine, float(text) * (1 << 20)) if text.isdecimal() and int(text) else machine
@@ -185,7 +207,12 @@ class Meeting:
         self.here, self.place, self.seconds = here, f"{address}:{port}", seconds
         try:
             self.store = dist.TCPStore(
-                address, port, here.world, here.rank == 0, timedelta(seconds=seconds), wait_for_workers=False
+                address,
+                port,
+                here.world,
+                here.rank == 0,
+                timedelta(seconds=seconds),
+                wait_for_workers=False,
             )
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
@@ -204,7 +231,9 @@ class Meeting:
         import torch.distributed as dist
 
         try:
-            self.store.wait([key], timedelta(seconds=self.seconds if seconds is None else max(seconds, 0.01)))
+            self.store.wait(
+                [key], timedelta(seconds=self.seconds if seconds is None else max(seconds, 0.01))
+            )
         except (dist.DistError, RuntimeError):
             return None
         return json.loads(self.store.get(key))
@@ -231,10 +260,14 @@ def folder_problems(meeting: Meeting, run: Path) -> list[str]:
         if path.is_file() and path.read_text(encoding="utf-8") == secret:
             return []
         time.sleep(0.1)
-    return [f"{run} is not the folder that rank 0 sees (its new file {path.name} is not here); mount it on all nodes"]
+    return [
+        f"{run} is not the folder that rank 0 sees (its new file {path.name} is not here); mount it on all nodes"
+    ]
 
 
-def absent(reports: list[dict[str, Any] | None], here: Position, place: str, seconds: float) -> list[str]:
+def absent(
+    reports: list[dict[str, Any] | None], here: Position, place: str, seconds: float
+) -> list[str]:
     """Name the ranks that did not report, with their nodes where the job's nodes are known."""
     nodes = os.environ.get("NEXUS_NODES", "").split()
     found = []
@@ -254,12 +287,15 @@ def differences(reports: list[dict[str, Any]]) -> list[str]:
     for report in reports[1:]:
         for name, version in report["versions"].items():
             if version != first["versions"][name]:
-                found.append(f"{report['node']}: {name} {version}, but {first['versions'][name]} on {first['node']}")
+                found.append(
+                    f"{report['node']}: {name} {version}, but {first['versions'][name]} on {first['node']}"
+                )
     return found
 
 
 def all_reduce_seconds(meeting: Meeting, cuda: bool) -> float:
-    """Join a process group over the store and return the time of one all-reduce of 4 MiB, the second one.
+    """Join a process group over the store and return the time of one all-reduce of 4 MiB, the
+    second one.
 
     Raises:
         PreflightError: it failed, or its sum is wrong.
@@ -273,9 +309,12 @@ def all_reduce_seconds(meeting: Meeting, cuda: bool) -> float:
         torch.cuda.set_device(device)
     try:
         dist.init_process_group(
-            "nccl" if cuda else "gloo", store=dist.PrefixStore("group", meeting.store), rank=here.rank,
-            world_size=here.world, timeout=timedelta(seconds=meeting.seconds),
-        )  # fmt: skip
+            "nccl" if cuda else "gloo",
+            store=dist.PrefixStore("group", meeting.store),
+            rank=here.rank,
+            world_size=here.world,
+            timeout=timedelta(seconds=meeting.seconds),
+        )
         for _ in range(2):  # the first one connects
             tensor = torch.ones(REDUCED_FLOATS, device=device)
             started = time.monotonic()
@@ -288,7 +327,9 @@ def all_reduce_seconds(meeting: Meeting, cuda: bool) -> float:
             f"{here.node}: rank {here.rank}: the all-reduce failed: {str(error).splitlines()[0]}"
         ) from error
     if total != here.world:
-        raise PreflightError(f"{here.node}: the all-reduce of ones over {here.world} ranks gave {total}")
+        raise PreflightError(
+            f"{here.node}: the all-reduce of ones over {here.world} ranks gave {total}"
+        )
     return seconds
 
 
@@ -296,7 +337,9 @@ def _unique(lines: list[str]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def local_report(run: Path, here: Position, visible: int, plan: Callable[[], Needs]) -> dict[str, Any]:
+def local_report(
+    run: Path, here: Position, visible: int, plan: Callable[[], Needs]
+) -> dict[str, Any]:
     """Return what this rank says of its node: versions, needs, problems."""
     problems = version_problems() + device_problems(here, visible, os.environ)
     needs = Needs()
@@ -329,15 +372,21 @@ def agree(meeting: Meeting, report: dict[str, Any]) -> list[str]:
         problems = meeting.hear("problems", 3 * meeting.seconds)
         return [""] if problems is None or problems else []
     deadline = time.monotonic() + meeting.seconds
-    heard = [meeting.hear(f"report {rank}", deadline - time.monotonic()) for rank in range(here.world)]
+    heard = [
+        meeting.hear(f"report {rank}", deadline - time.monotonic()) for rank in range(here.world)
+    ]
     present = [found for found in heard if found is not None]
-    problems = absent(heard, here, meeting.place, meeting.seconds) + [p for r in present for p in r["problems"]]
+    problems = absent(heard, here, meeting.place, meeting.seconds) + [
+        p for r in present for p in r["problems"]
+    ]
     problems = _unique(problems + differences(present))
     meeting.tell("problems", problems)
     return problems
 
 
-def check(run: Path, here: Position, address: str, port: int, seconds: float, plan: Callable[[], Needs]) -> str:
+def check(
+    run: Path, here: Position, address: str, port: int, seconds: float, plan: Callable[[], Needs]
+) -> str:
     """Run all checks on this rank; return what was found, in one line.
 
     Args:
@@ -375,7 +424,8 @@ def check(run: Path, here: Position, address: str, port: int, seconds: float, pl
 
 
 def _leave(meeting: Meeting, run: Path) -> None:
-    """Let the rank that serves the store go last, so that the others don't complain of a lost connection."""
+    """Let the rank that serves the store go last, so that the others don't complain of a lost
+    connection."""
     if meeting.here.rank:
         meeting.store.add("gone", 1)
         return

@@ -1,4 +1,5 @@
-"""A Nexus checkpoint as the model that trains: each rank reads its own routed experts and the dense part, nothing else."""
+"""A Nexus checkpoint as the model that trains: each rank reads its own routed experts and the dense
+part, nothing else."""
 
 from __future__ import annotations
 
@@ -29,14 +30,22 @@ def _nexus_block(
     shared = parts.shared(layer)
     ffn_size, hidden_size = shared.gate_proj.weight.shape
     local = [
-        _zero_ffn(hidden_size, ffn_size, parts.dtype) if expert is None else parts.routed(layer, expert)
+        _zero_ffn(hidden_size, ffn_size, parts.dtype)
+        if expert is None
+        else parts.routed(layer, expert)
         for expert in placement.local_experts()
     ]
     projection, inputs_EM = parts.projection(layer)
     gate = NexusRouter(
-        hidden_size, placement, parts.sidecar.router.top_k, projection, inputs_EM, router.load_balance, router.z_loss,
+        hidden_size,
+        placement,
+        parts.sidecar.router.top_k,
+        projection,
+        inputs_EM,
+        router.load_balance,
+        router.z_loss,
         parts.mean(layer),
-    )  # fmt: skip
+    )
     if projection is None:
         gate.gate.weight = nn.Parameter(parts.rows(layer))
     return NexusMoE(placement, local, shared, gate, grouped_mm)
@@ -52,7 +61,8 @@ def _assemble(
     block: Callable[[NexusParts, int], nn.Module],
     settle: Callable[[nn.Module], None] = leave,
 ) -> Any:
-    """Build a model part by part: embeddings, then each layer, then the rest; `settle` gets each part once it is read."""
+    """Build a model part by part: embeddings, then each layer, then the rest; `settle` gets each
+    part once it is read."""
     parts = NexusParts(directory, dtype)
     model = _empty_skeleton(directory, parts.config, dtype)
     tied = model.config.tie_word_embeddings
@@ -64,7 +74,9 @@ def _assemble(
         _fill(model, f"model.layers.{index}.", parts.reader, dtype)
         layer.mlp = block(parts, index)
         settle(layer)
-    for name, module in [("model.norm.", model.model.norm)] + [("lm_head.", model.lm_head)] * (not tied):
+    for name, module in [("model.norm.", model.model.norm)] + [("lm_head.", model.lm_head)] * (
+        not tied
+    ):
         _fill(model, name, parts.reader, dtype)
         settle(module)
     return model
@@ -86,11 +98,14 @@ def load_nexus(
         placement: which routed experts to read.
         router: coefficients of the router's losses.
         grouped_mm: grouped matrix products for the experts.
-        settle: called with each part of the model as soon as it is read; under ZeRO-3 it keeps this rank's shard only,
-            so that no more than one layer is ever whole.
+        settle: called with each part of the model as soon as it is read; under ZeRO-3 it keeps this
+            rank's shard only, so that no more than one layer is ever whole.
     """
     return _assemble(
-        directory, dtype, lambda parts, layer: _nexus_block(parts, layer, placement, router, grouped_mm), settle
+        directory,
+        dtype,
+        lambda parts, layer: _nexus_block(parts, layer, placement, router, grouped_mm),
+        settle,
     )
 
 

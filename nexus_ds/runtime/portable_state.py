@@ -1,10 +1,12 @@
-"""Training state in a form that knows no ranks: fp32 weights and Adam's moments per parameter, experts in expert order.
+"""Training state in a form that knows no ranks: fp32 weights and Adam's moments per parameter,
+experts in expert order.
 
-A parameter is flattened; whoever owns elements [a, b) of it writes them into a safetensors file of its own, under the
-name `KIND:a:PARAMETER` (KIND: fp32, exp_avg, exp_avg_sq). Reading takes from all files what this rank owns now, so
-that any number of ranks, expert-parallel size and ZeRO stage reads what any other wrote, and no rank ever holds more
-than its own. A routed expert's matrix is a parameter of its own, under its name in a checkpoint: placement does not
-show, and vacant slots are in no file.
+A parameter is flattened; whoever owns elements [a, b) of it writes them into a safetensors file of
+its own, under the name `KIND:a:PARAMETER` (KIND: fp32, exp_avg, exp_avg_sq). Reading takes from all
+files what this rank owns now, so that any number of ranks, expert-parallel size and ZeRO stage
+reads what any other wrote, and no rank ever holds more than its own. A routed expert's matrix is a
+parameter of its own, under its name in a checkpoint: placement does not show, and vacant slots are
+in no file.
 Not covered: other optimizers than Adam; when files count and whether they are whole (`states`).
 """
 
@@ -43,7 +45,8 @@ class Piece(NamedTuple):
 
 
 class _Stack(NamedTuple):
-    """A stack of this rank's experts: per slot the name in canonical form (None: vacant) and the elements of one."""
+    """A stack of this rank's experts: per slot the name in canonical form (None: vacant) and the
+    elements of one."""
 
     names: list[str | None]
     size: int
@@ -56,7 +59,9 @@ def _stacks(model: nn.Module) -> dict[int, _Stack]:
         local = layer.placement.local_experts()
         for stacked, part in STACKED:
             parameter = getattr(layer.experts, stacked)
-            names = [None if expert is None else expert_name(index, expert, part) for expert in local]
+            names = [
+                None if expert is None else expert_name(index, expert, part) for expert in local
+            ]
             found[id(parameter)] = _Stack(names, math.prod(full_shape(parameter)[1:]))
     return found
 
@@ -64,11 +69,15 @@ def _stacks(model: nn.Module) -> dict[int, _Stack]:
 def shapes(model: nn.Module) -> dict[str, list[int]]:
     """Return every parameter's shape in canonical form, the same on all ranks of all layouts."""
     stacks = _stacks(model)
-    found = {name: list(full_shape(p)) for name, p in model.named_parameters() if id(p) not in stacks}
+    found = {
+        name: list(full_shape(p)) for name, p in model.named_parameters() if id(p) not in stacks
+    }
     for index, layer in enumerate(moe_layers(model)):
         for stacked, part in STACKED:
             shape = list(full_shape(getattr(layer.experts, stacked))[1:])
-            found |= {expert_name(index, expert, part): shape for expert in range(layer.placement.experts)}
+            found |= {
+                expert_name(index, expert, part): shape for expert in range(layer.placement.experts)
+            }
     return found
 
 
@@ -80,13 +89,15 @@ def _cut(fragment: internals.Fragment, stack: _Stack) -> Iterator[Piece]:
         name = stack.names[slot]
         if name is not None:
             views = {
-                kind: view[first - fragment.start : last - fragment.start] for kind, view in fragment.values.items()
+                kind: view[first - fragment.start : last - fragment.start]
+                for kind, view in fragment.values.items()
             }
             yield Piece(name, first - slot * stack.size, views)
 
 
 def pieces(engine: Any) -> Iterator[Piece]:
-    """Yield what this rank owns, in canonical form; the values are views, writing to them writes the optimizer."""
+    """Yield what this rank owns, in canonical form; the values are views, writing to them writes
+    the optimizer."""
     names = {id(p): name for name, p in engine.module.named_parameters()}
     stacks = _stacks(engine.module)
     for fragment in internals.fragments(engine):
@@ -109,17 +120,25 @@ def _random_states() -> dict[str, Tensor]:
 
 
 def write_rank(engine: Any, path: Path, halfway: Callable[[], None]) -> dict[str, Any]:
-    """Write what this rank owns to `path` and flush it to the disk; return its size in bytes and sha256.
+    """Write what this rank owns to `path` and flush it to the disk; return its size in bytes and
+    sha256.
 
-    Both are of what is in memory, not of what came to the disk; the hash is taken by a thread beside the writing. At most
-    two chunks have left the device.
+    Both are of what is in memory, not of what came to the disk; the hash is taken by a thread
+    beside the writing. At most two chunks have left the device.
 
     Raises:
-        OSError: not all could be written; it names the file, what is still to be written, and what is free.
+        OSError: not all could be written; it names the file, what is still to be written, and what
+            is free.
     """
-    tensors = {f"{kind}:{p.start}:{p.name}": view for p in pieces(engine) for kind, view in p.values.items()}
+    tensors = {
+        f"{kind}:{p.start}:{p.name}": view
+        for p in pieces(engine)
+        for kind, view in p.values.items()
+    }
     tensors |= _random_states()
-    lead, places = header_of({name: (DTYPE_NAMES[tensor.dtype], (tensor.numel(),)) for name, tensor in tensors.items()})
+    lead, places = header_of(
+        {name: (DTYPE_NAMES[tensor.dtype], (tensor.numel(),)) for name, tensor in tensors.items()}
+    )
     size, position = max(end for _, end in places.values()), 0
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
@@ -141,7 +160,9 @@ def write_rank(engine: Any, path: Path, halfway: Callable[[], None]) -> dict[str
 def _check_size(path: Path, size: int) -> None:
     """Raise CheckpointError unless the file is as long as its header says."""
     if (found := path.stat().st_size) != size:
-        raise CheckpointError(f"{path}: {found:,} bytes were written, {size:,} planned; the state does not count")
+        raise CheckpointError(
+            f"{path}: {found:,} bytes were written, {size:,} planned; the state does not count"
+        )
 
 
 def _chunks(lead: bytes, tensors: dict[str, Tensor]) -> Iterator[memoryview]:
@@ -170,14 +191,17 @@ class StateFiles:
                 if kind == RNG:
                     continue
                 if not start.isdigit() or not parameter:
-                    raise CheckpointError(f"{directory / file}: tensor {name!r} belongs to no training state")
+                    raise CheckpointError(
+                        f"{directory / file}: tensor {name!r} belongs to no training state"
+                    )
                 entry = (int(start), int(start) + reader.info(name).shape[0], reader, name)
                 self._index.setdefault((kind, parameter), []).append(entry)
         for entries in self._index.values():
             entries.sort(key=lambda entry: entry[:2])
 
     def fill(self, kind: str, name: str, start: int, target: Tensor) -> None:
-        """Read elements [start, start + n) of a parameter into `target` [n]; CheckpointError if some are nowhere."""
+        """Read elements [start, start + n) of a parameter into `target` [n]; CheckpointError if
+        some are nowhere."""
         entries = self._index.get((kind, name), [])
         position, stop = start, start + len(target)
         first = max(0, bisect.bisect_right(entries, start, key=lambda entry: entry[0]) - 1)
@@ -187,7 +211,9 @@ class StateFiles:
             if end <= position:
                 continue
             last = min(end, stop)
-            target[position - start : last - start].copy_(reader.read_rows(tensor, position - begin, last - begin))
+            target[position - start : last - start].copy_(
+                reader.read_rows(tensor, position - begin, last - begin)
+            )
             position = last
         if position < stop:
             raise CheckpointError(
@@ -199,11 +225,16 @@ class StateFiles:
         if file not in self._readers:
             return {}
         reader = self._readers[file]
-        return {name.partition(":")[2]: reader.read(name) for name in reader.names() if name.startswith(f"{RNG}:")}
+        return {
+            name.partition(":")[2]: reader.read(name)
+            for name in reader.names()
+            if name.startswith(f"{RNG}:")
+        }
 
 
 def read_rank(engine: Any, files: StateFiles, optimizer_step: int, own_file: str) -> None:
-    """Fill a fresh engine: masters, moments, Adam's count, working weights, and the generators of `own_file` if there.
+    """Fill a fresh engine: masters, moments, Adam's count, working weights, and the generators of
+    `own_file` if there.
 
     All ranks must call.
 
@@ -222,12 +253,15 @@ def read_rank(engine: Any, files: StateFiles, optimizer_step: int, own_file: str
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def adopt_moments(engine: Any, files: StateFiles, known: dict[str, list[int]], optimizer_step: int) -> None:
-    """Give a fresh engine the moments that another model's training left, by parameter; weights stay as they are.
+def adopt_moments(
+    engine: Any, files: StateFiles, known: dict[str, list[int]], optimizer_step: int
+) -> None:
+    """Give a fresh engine the moments that another model's training left, by parameter; weights
+    stay as they are.
 
-    A parameter of another shape or name (a new expert's, the rows of a linear router) starts with a first moment of zero
-    and the mean second moment of its siblings, the old experts' same matrix: zeros under a carried count would make the
-    first updates several times the learning rate.
+    A parameter of another shape or name (a new expert's, the rows of a linear router) starts with a
+    first moment of zero and the mean second moment of its siblings, the old experts' same matrix:
+    zeros under a carried count would make the first updates several times the learning rate.
 
     Args:
         engine: fresh, of the extended model.
@@ -242,7 +276,9 @@ def adopt_moments(engine: Any, files: StateFiles, known: dict[str, list[int]], o
             for kind in internals.MOMENTS:
                 files.fill(kind, piece.name, piece.start, piece.values[kind])
             continue
-        siblings = [name for name in known if _sibling(name, piece.name) and known[name] == now[piece.name]]
+        siblings = [
+            name for name in known if _sibling(name, piece.name) and known[name] == now[piece.name]
+        ]
         target = piece.values["exp_avg_sq"]
         for name in siblings:
             part = torch.empty_like(target)

@@ -1,4 +1,5 @@
-"""Work that may fail on one rank: all ranks learn of it and raise the same error, instead of waiting for each other.
+"""Work that may fail on one rank: all ranks learn of it and raise the same error, instead of
+waiting for each other.
 
 Not covered: ranks that die; the collective that the others wait in ends with them.
 """
@@ -17,7 +18,8 @@ def together(action: Callable[[], Any]) -> list[Any]:
     """Run `action` on this rank and return the results of all ranks. All must call.
 
     Raises:
-        CheckpointError: it failed with an OSError or NexusError on some rank; the same message on all.
+        CheckpointError: it failed with an OSError or NexusError on some rank; the same message on
+            all.
     """
     problem, result = "", None
     try:
@@ -33,5 +35,6 @@ def together(action: Callable[[], Any]) -> list[Any]:
 
 
 def on_rank_0(action: Callable[[], Any]) -> Any:
-    """Run `action` on rank 0 and return its result on all ranks; if it fails, all raise the same CheckpointError."""
+    """Run `action` on rank 0 and return its result on all ranks; if it fails, all raise the same
+    CheckpointError."""
     return together(lambda: action() if dist.get_rank() == 0 else None)[0]

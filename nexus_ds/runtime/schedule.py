@@ -19,7 +19,9 @@ def main_steps(training: TrainingConfig, data: DataConfig) -> int:
 
 def total_steps(training: TrainingConfig, data: DataConfig) -> int:
     """Return optimizer steps with the anneal."""
-    return main_steps(training, data) + round(training.anneal_tokens / tokens_per_step(training, data))
+    return main_steps(training, data) + round(
+        training.anneal_tokens / tokens_per_step(training, data)
+    )
 
 
 def _cosine(start: float, end: float, progress: float) -> float:
@@ -29,8 +31,8 @@ def _cosine(start: float, end: float, progress: float) -> float:
 def learning_rate(step: int, training: TrainingConfig, data: DataConfig) -> float:
     """Return the model's learning rate at optimizer step `step` (0 is the first).
 
-    Linear warm-up over `warmup` of the steps to `lr`, cosine to `final_lr` (or constant), then the anneal: a cosine from
-    there to `anneal_lr`.
+    Linear warm-up over `warmup` of the steps to `lr`, cosine to `final_lr` (or constant), then the
+    anneal: a cosine from there to `anneal_lr`.
     """
     main, total = main_steps(training, data), total_steps(training, data)
     warmup = math.ceil(training.warmup * main)

@@ -12,7 +12,8 @@ from nexus_ds.runtime.deepspeed_internals import all_reduce_max
 
 
 class StopRequest:
-    """Remembers SIGTERM, SIGINT and SIGUSR1 sent to this rank; the last step still ends in order."""
+    """Remembers SIGTERM, SIGINT and SIGUSR1 sent to this rank; the last step still ends in
+    order."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -23,5 +24,6 @@ class StopRequest:
         self.received = number
 
     def agreed(self) -> int:
-        """Return the signal that any rank has received, 0 for none; the same on all ranks (all must call)."""
+        """Return the signal that any rank has received, 0 for none; the same on all ranks (all must
+        call)."""
         return int(all_reduce_max(float(self.received)))

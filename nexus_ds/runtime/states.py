@@ -1,13 +1,15 @@
-"""Training states: canonical files under a manifest, committed by rename, verified before they are read.
+"""Training states: canonical files under a manifest, committed by rename, verified before they are
+read.
 
-    states/step_12/            a file of each rank that saved, and manifest.json (step, layout, configuration,
-                               parameters, size and sha256 of each file)
-    states/latest              the name of the newest state, replaced in one step; for people, nothing follows it
-    states/partial/            a state that is being saved, or whose saving was interrupted
+    states/step_12/            a file of each rank that saved, and manifest.json (step, layout,
+                               configuration, parameters, size and sha256 of each file)
+    states/latest              the name of the newest state, replaced in one step; for people,
+    nothing follows it states/partial/            a state that is being saved, or whose saving was
+    interrupted
 
-Everything is safetensors and JSON: reading a state runs no code. A state says nothing of ranks, so any layout reads it.
-`NEXUS_FAULT=kill:rank0:before_rename:12` kills rank 0 with SIGKILL at that point of saving step 12: for tests only. The
-points are those of `_fault` below.
+Everything is safetensors and JSON: reading a state runs no code. A state says nothing of ranks, so
+any layout reads it. `NEXUS_FAULT=kill:rank0:before_rename:12` kills rank 0 with SIGKILL at that
+point of saving step 12: for tests only. The points are those of `_fault` below.
 Not covered: an attacker who can write to the folder (the hashes detect damage).
 """
 
@@ -54,14 +56,19 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         known = manifest["format"] == FORMAT and all(
             isinstance(manifest[key], dict) for key in ("files", "parameters", "config")
         )
-        names = all(Path(name).name == name and name.endswith(".safetensors") for name in manifest["files"])
+        names = all(
+            Path(name).name == name and name.endswith(".safetensors") for name in manifest["files"]
+        )
         sizes = all(
-            isinstance(e["size"], int) and isinstance(e["sha256"], str) for e in manifest["files"].values()
+            isinstance(e["size"], int) and isinstance(e["sha256"], str)
+            for e in manifest["files"].values()
         ) and isinstance(manifest["step"], int)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{MANIFEST}: {error!r}") from error
     if not (known and names and sizes):
-        raise CheckpointError(f"{MANIFEST}: found another format, expected format {FORMAT} of a training state")
+        raise CheckpointError(
+            f"{MANIFEST}: found another format, expected format {FORMAT} of a training state"
+        )
     return manifest
 
 
@@ -77,7 +84,11 @@ def _size_problem(directory: Path, name: str, entry: dict[str, Any]) -> str:
 def _hash_problem(directory: Path, name: str, entry: dict[str, Any]) -> str:
     with (directory / name).open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    return "" if found == entry["sha256"] else f"{name}: found sha256 {found[:12]}, expected {entry['sha256'][:12]}"
+    return (
+        ""
+        if found == entry["sha256"]
+        else f"{name}: found sha256 {found[:12]}, expected {entry['sha256'][:12]}"
+    )
 
 
 def damage(directory: Path, share: int = 0, of: int = 1) -> str:
@@ -85,14 +96,17 @@ def damage(directory: Path, share: int = 0, of: int = 1) -> str:
 
     Args:
         directory: of the state.
-        share: which files are hashed here: `of` ranks share the work, each takes every `of`-th. 0 of 0: sizes only.
+        share: which files are hashed here: `of` ranks share the work, each takes every `of`-th. 0
+            of 0: sizes only.
         of: number of ranks that share the work.
     """
     try:
         files = read_manifest(directory)["files"]
         problems = [_size_problem(directory, name, entry) for name, entry in files.items()]
         if not any(problems) and of:
-            problems = [_hash_problem(directory, name, files[name]) for name in sorted(files)[share::of]]
+            problems = [
+                _hash_problem(directory, name, files[name]) for name in sorted(files)[share::of]
+            ]
     except (OSError, CheckpointError) as error:
         return str(error)
     return next((problem for problem in problems if problem), "")
@@ -105,7 +119,8 @@ def steps_saved(states: Path) -> list[int]:
 
 
 def newest_good(states: Path) -> tuple[int, list[str]]:
-    """Return the newest undamaged step (0 when no state was ever saved) and what is wrong with newer ones.
+    """Return the newest undamaged step (0 when no state was ever saved) and what is wrong with
+    newer ones.
 
     All ranks must call: they share the hashing, and get the same answer.
 
@@ -131,10 +146,14 @@ def newest_good(states: Path) -> tuple[int, list[str]]:
     return 0, []
 
 
-def _compare(manifest: dict[str, Any], description: dict[str, Any], shapes: dict[str, list[int]]) -> None:
-    """Refuse a state of another configuration or model, with one sentence that is the same on all ranks.
+def _compare(
+    manifest: dict[str, Any], description: dict[str, Any], shapes: dict[str, list[int]]
+) -> None:
+    """Refuse a state of another configuration or model, with one sentence that is the same on all
+    ranks.
 
-    The order of a mapping counts, as that of the domains does for the samples; what an older state does not say does not.
+    The order of a mapping counts, as that of the domains does for the samples; what an older state
+    does not say does not.
     """
     saved, now = manifest["config"], description["config"]
     different = [
@@ -158,12 +177,14 @@ def _compare(manifest: dict[str, Any], description: dict[str, Any], shapes: dict
 
 
 def resume(engine: Any, states: Path, description: dict[str, Any]) -> tuple[int, list[str]]:
-    """Load the newest good state into a fresh engine; return its step (0: nothing saved) and messages.
+    """Load the newest good state into a fresh engine; return its step (0: nothing saved) and
+    messages.
 
     All ranks must call; the ranks, expert-parallel size and ZeRO stage of the state don't matter.
 
     Raises:
-        CheckpointError: all states are damaged, or the state belongs to another configuration or model.
+        CheckpointError: all states are damaged, or the state belongs to another configuration or
+            model.
     """
     step, problems = newest_good(states)
     messages = [f"{problem} - using step {step}" for problem in problems]
@@ -179,12 +200,15 @@ def resume(engine: Any, states: Path, description: dict[str, Any]) -> tuple[int,
     portable_state.read_rank(engine, files, manifest["optimizer_step"], own)
     internals.set_counters(engine, step)
     if manifest["layout"] != description["layout"]:
-        messages.append(f"the state of step {step} was saved by {manifest['layout']}; now {description['layout']}")
+        messages.append(
+            f"the state of step {step} was saved by {manifest['layout']}; now {description['layout']}"
+        )
     return step, messages
 
 
 def adopt(engine: Any, states: Path) -> list[str]:
-    """Carry the moments of the newest good state of a run before an extension into a fresh engine; return messages.
+    """Carry the moments of the newest good state of a run before an extension into a fresh engine;
+    return messages.
 
     All ranks must call.
 
@@ -193,12 +217,16 @@ def adopt(engine: Any, states: Path) -> list[str]:
     """
     step, problems = newest_good(states)
     if not step:
-        raise CheckpointError(f"{states} holds no training state; train with training.save_every, or leave this out")
+        raise CheckpointError(
+            f"{states} holds no training state; train with training.save_every, or leave this out"
+        )
     directory = states / f"step_{step}"
     manifest = read_manifest(directory)
     files = portable_state.StateFiles(directory, sorted(manifest["files"]))
     portable_state.adopt_moments(engine, files, manifest["parameters"], manifest["optimizer_step"])
-    return [f"{problem} - using step {step}" for problem in problems] + [f"optimizer moments from {directory}"]
+    return [f"{problem} - using step {step}" for problem in problems] + [
+        f"optimizer moments from {directory}"
+    ]
 
 
 # Saving --------------------------------------------------------------------------------------------------------------
@@ -214,7 +242,8 @@ def _sync(directory: Path) -> None:
 
 
 def _start(states: Path, partial: Path, needed: int) -> None:
-    """Make an empty folder for a state of `needed` bytes; OSError or CheckpointError if there is no room."""
+    """Make an empty folder for a state of `needed` bytes; OSError or CheckpointError if there is no
+    room."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     free = shutil.disk_usage(states).free
@@ -247,12 +276,14 @@ def _commit(states: Path, partial: Path, manifest: dict[str, Any]) -> None:
 
 
 def _retain(states: Path, step: int, keep_last: int) -> None:
-    """Delete all but the newest states; nothing if one of those is not whole, so that the last good one stays."""
+    """Delete all but the newest states; nothing if one of those is not whole, so that the last good
+    one stays."""
     kept, old = steps_saved(states)[-keep_last:], steps_saved(states)[:-keep_last]
     if any(damage(states / f"step_{s}", 0, 0) for s in kept):
         return
     for number in old:
-        (states / f"step_{number}" / MANIFEST).unlink(missing_ok=True)  # half a deleted state is no state
+        # half a deleted state is no state
+        (states / f"step_{number}" / MANIFEST).unlink(missing_ok=True)
         _fault("during_retention", step)
         shutil.rmtree(states / f"step_{number}")
 
@@ -271,7 +302,9 @@ def save(engine: Any, states: Path, step: int, description: dict[str, Any], keep
         CheckpointError: no room, or a rank could not write; what was saved before is kept.
     """
     partial, name = states / "partial", _rank_file(dist.get_rank())
-    if step in on_rank_0(lambda: steps_saved(states)) and not on_rank_0(lambda: damage(states / f"step_{step}")):
+    if step in on_rank_0(lambda: steps_saved(states)) and not on_rank_0(
+        lambda: damage(states / f"step_{step}")
+    ):
         return  # this run came here before and fell back further; the same state again
     shapes = portable_state.shapes(engine.module)
     needed = BYTES * sum(math.prod(shape) for shape in shapes.values())
@@ -279,7 +312,9 @@ def save(engine: Any, states: Path, step: int, description: dict[str, Any], keep
     on_rank_0(lambda: _start(states, partial, needed))
     try:
         entries = together(
-            lambda: portable_state.write_rank(engine, partial / name, lambda: _fault("during_file", step))
+            lambda: portable_state.write_rank(
+                engine, partial / name, lambda: _fault("during_file", step)
+            )
         )
     except CheckpointError:
         on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))

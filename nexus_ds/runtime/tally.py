@@ -15,19 +15,24 @@ SATURATED = 0.95  # mean gate above which a router hardly learns any more
 
 
 class Tally:
-    """Sums over a stretch of batches: loss and tokens per domain, assignments per domain and routed expert."""
+    """Sums over a stretch of batches: loss and tokens per domain, assignments per domain and routed
+    expert."""
 
     def __init__(self, domains: int, experts: int, device: torch.device) -> None:
         self.loss_D = torch.zeros(domains, dtype=torch.float64, device=device)
         self.tokens_D = torch.zeros_like(self.loss_D)
         self.routed_DE = torch.zeros(domains, max(experts, 1), dtype=torch.float64, device=device)
-        self.router_3 = torch.zeros(4, dtype=torch.float64, device=device)  # load balance, z, gate, layer passes
+        # load balance, z, gate, layer passes
+        self.router_3 = torch.zeros(4, dtype=torch.float64, device=device)
         self.experts = experts
 
     def add(self, losses_BS: Tensor, domain_B: Tensor, layers: list[Any]) -> None:
-        """Add one forward pass: losses [B, S], the domain of each sequence, and the layers' last routing."""
+        """Add one forward pass: losses [B, S], the domain of each sequence, and the layers' last
+        routing."""
         self.loss_D.index_add_(0, domain_B, losses_BS.detach().double().sum(1))
-        self.tokens_D.index_add_(0, domain_B, torch.full_like(domain_B, losses_BS.shape[1], dtype=torch.float64))
+        self.tokens_D.index_add_(
+            0, domain_B, torch.full_like(domain_B, losses_BS.shape[1], dtype=torch.float64)
+        )
         for layer in layers:
             seen = layer.router.latest
             domain_T = domain_B.repeat_interleave(losses_BS.shape[1])
@@ -53,7 +58,8 @@ class Tally:
         return float(self.loss_D.sum() / self.tokens_D.sum().clamp_min(1))
 
     def router(self) -> dict[str, float]:
-        """Return unit losses, mean gate and the smallest and largest share of assignments of a routed expert."""
+        """Return unit losses, mean gate and the smallest and largest share of assignments of a
+        routed expert."""
         if not self.experts:
             return {}
         balance, z, gate, passes = self.router_3.tolist()
@@ -67,7 +73,8 @@ class Tally:
         }
 
     def routing(self, names: list[str], experts: list[str]) -> dict[str, dict[str, float]]:
-        """Return the share of each seen domain's assignments per routed expert, mean over layers."""
+        """Return the share of each seen domain's assignments per routed expert, mean over
+        layers."""
         if not self.experts:
             return {}
         total_D = self.routed_DE.sum(1).tolist()

@@ -1,6 +1,8 @@
-"""The plain average of dense models ("dense merging", paper section 4.2): the simplest alternative to a mixture.
+"""The plain average of dense models ("dense merging", paper section 4.2): the simplest alternative
+to a mixture.
 
-Not covered: checks of compatibility beyond names and shapes; upcycling the same models makes them all.
+Not covered: checks of compatibility beyond names and shapes; upcycling the same models makes them
+all.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from nexus_ds.outputs import new_directory, write_json
 
 
 def average_dense(models: Sequence[Path], out: Path) -> None:
-    """Write the equal-weight fp32 mean of dense models of one architecture to `out`, in the first one's dtype.
+    """Write the equal-weight fp32 mean of dense models of one architecture to `out`, in the first
+    one's dtype.
 
     Raises:
         IncompatibleModelsError: a tensor that is missing or of another shape in one of them.
@@ -27,7 +30,9 @@ def average_dense(models: Sequence[Path], out: Path) -> None:
     first = opened[0].reader
     for other in opened[1:]:
         different = [
-            n for n in first.names() if n not in other.reader or other.reader.info(n).shape != first.info(n).shape
+            n
+            for n in first.names()
+            if n not in other.reader or other.reader.info(n).shape != first.info(n).shape
         ]
         if different:
             raise IncompatibleModelsError(

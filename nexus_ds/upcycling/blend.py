@@ -1,8 +1,11 @@
-"""Putting dense models together: what upcycling and extending share. Checks first, then one streaming pass of writing.
+"""Putting dense models together: what upcycling and extending share. Checks first, then one
+streaming pass of writing.
 
-Every tensor of the output is a `Blend` (a weighted sum of stored tensors, in fp32; a single one is copied exactly) or is
-given (router rows). `write_model` reads and writes slices of rows, so memory does not grow with the model.
-Not covered: aligning models of different bases (permutations, other vocabularies); averages other than linear ones.
+Every tensor of the output is a `Blend` (a weighted sum of stored tensors, in fp32; a single one is
+copied exactly) or is given (router rows). `write_model` reads and writes slices of rows, so memory
+does not grow with the model.
+Not covered: aligning models of different bases (permutations, other vocabularies); averages other
+than linear ones.
 """
 
 from __future__ import annotations
@@ -28,7 +31,12 @@ from nexus_ds.checkpoint.tensors import (
     row_slices,
     sha256_of_tensors,
 )
-from nexus_ds.checkpoint.tokenizer import TokenizerMeaning, chat_templates, read_tokenizer, same_tokenizer_files
+from nexus_ds.checkpoint.tokenizer import (
+    TokenizerMeaning,
+    chat_templates,
+    read_tokenizer,
+    same_tokenizer_files,
+)
 from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import CheckpointError, ConfigError, IncompatibleModelsError
 from nexus_ds.outputs import write_json
@@ -36,18 +44,21 @@ from nexus_ds.progress import Progress
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 ATTENTION = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
-SAMPLED_LAYERS, SAMPLED_VALUES = 3, 1 << 18  # of each attention matrix of so many layers, by `check_related`
+# of each attention matrix of so many layers, by `check_related`
+SAMPLED_LAYERS, SAMPLED_VALUES = 3, 1 << 18
 UNRELATED = 0.1
 """Median cosine of attention matrices below which models have nothing to do with each other.
 
-Measured in the demo, whose learning rates are high: branches and their seed 0.94; the trained seed and its own random start,
-a thousand steps before, 0.22; the same and another random start 0 give or take 0.01 (0.03 in the smallest models of tests).
+Measured in the demo, whose learning rates are high: branches and their seed 0.94; the trained seed
+and its own random start, a thousand steps before, 0.22; the same and another random start 0 give or
+take 0.01 (0.03 in the smallest models of tests).
 """
 
 
 @dataclass(frozen=True)
 class Part:
-    """One summand of a tensor: `weight` times the tensor `name` of a model; `who` names the model in messages."""
+    """One summand of a tensor: `weight` times the tensor `name` of a model; `who` names the model
+    in messages."""
 
     who: str
     reader: TensorReader
@@ -59,9 +70,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Blend:
-    """sum(weight * tensor) / divisor * scale over the parts, in fp32; a lone part of weight 1 is copied as it is, or cast.
+    """sum(weight * tensor) / divisor * scale over the parts, in fp32; a lone part of weight 1 is
+    copied as it is, or cast.
 
-    `scale` is a power of two (2 for the shared expert's down_proj), so that scaling a copy is exact.
+    `scale` is a power of two (2 for the shared expert's down_proj), so that scaling a copy is
+    exact.
     """
 
     parts: Sequence[Part]
@@ -84,15 +97,20 @@ def parse_experts(values: Iterable[str]) -> dict[str, Path]:
     for value in values:
         name, equals, directory = value.partition("=")
         if not equals or not directory or not NAME.fullmatch(name):
-            raise ConfigError(f"--expert {value!r}: expected NAME=DIR, with a name of letters, digits, '_', '.', '-'")
+            raise ConfigError(
+                f"--expert {value!r}: expected NAME=DIR, with a name of letters, digits, '_', '.', '-'"
+            )
         if name in experts:
-            raise ConfigError(f"--expert {name} is given twice; each expert needs a name of its own")
+            raise ConfigError(
+                f"--expert {name} is given twice; each expert needs a name of its own"
+            )
         experts[name] = Path(directory)
     return experts
 
 
 def portable(path: str | Path) -> str:
-    """Return a path as it may be recorded: relative ones as given, of an absolute one the last part."""
+    """Return a path as it may be recorded: relative ones as given, of an absolute one the last
+    part."""
     return Path(path).name if Path(path).is_absolute() else Path(path).as_posix()
 
 
@@ -128,14 +146,19 @@ def check_alike(models: Mapping[str, Mapping[str, Any]]) -> None:
         return
     table = [["", *flat], *rows]
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
     raise IncompatibleModelsError(
-        "the models differ where they must agree; use branches of one seed, saved alike:\n" + "\n".join(lines)
+        "the models differ where they must agree; use branches of one seed, saved alike:\n"
+        + "\n".join(lines)
     )
 
 
 def _relation(a: TensorReader, b: TensorReader, names: Sequence[str]) -> float:
-    """Return the median, over some tensors of two models, of the cosine of their middle rows; NaN where none has one.
+    """Return the median, over some tensors of two models, of the cosine of their middle rows; NaN
+    where none has one.
 
     Zeros and non-numbers have none: whoever writes the tensors names them.
     """
@@ -144,7 +167,9 @@ def _relation(a: TensorReader, b: TensorReader, names: Sequence[str]) -> float:
         rows, width = a.info(name).shape
         count = min(rows, max(1, SAMPLED_VALUES // width))
         start = (rows - count) // 2
-        x, y = (reader.read_rows(name, start, start + count).double().flatten() for reader in (a, b))
+        x, y = (
+            reader.read_rows(name, start, start + count).double().flatten() for reader in (a, b)
+        )
         cosines.append(x @ y / (x.norm() * y.norm()))
     return float(torch.stack(cosines).nanmedian())
 
@@ -152,8 +177,8 @@ def _relation(a: TensorReader, b: TensorReader, names: Sequence[str]) -> float:
 def check_related(origin: str, reader: TensorReader, models: Mapping[str, DenseModel]) -> None:
     """Refuse models of another origin: of the same sizes and tokenizer, but their average is noise.
 
-    Attention matrices tell: they are averaged, and nothing but a common start makes them similar. (Norms are alike in all
-    models.) A few MB of each model are read.
+    Attention matrices tell: they are averaged, and nothing but a common start makes them similar.
+    (Norms are alike in all models.) A few MB of each model are read.
 
     Args:
         origin: what the models should descend from, for messages.
@@ -166,7 +191,9 @@ def check_related(origin: str, reader: TensorReader, models: Mapping[str, DenseM
     first = next(iter(models.values()))
     layers = first.settings["layers"]
     picked = {layers * part // SAMPLED_LAYERS for part in range(SAMPLED_LAYERS)}
-    names = [f"model.layers.{layer}.self_attn.{part}" for layer in sorted(picked) for part in ATTENTION]
+    names = [
+        f"model.layers.{layer}.self_attn.{part}" for layer in sorted(picked) for part in ATTENTION
+    ]
     cosines = {name: _relation(reader, model.reader, names) for name, model in models.items()}
     unrelated = [
         f"expert {name} ({models[name].directory}): cosine {cosine:.2f}"
@@ -182,12 +209,15 @@ def check_related(origin: str, reader: TensorReader, models: Mapping[str, DenseM
 
 
 def check_tokenizers(reference: Path, others: Mapping[str, Path]) -> None:
-    """Check that ids mean the same to models; say on stderr what the new checkpoint does not take from `others`.
+    """Check that ids mean the same to models; say on stderr what the new checkpoint does not take
+    from `others`.
 
-    A token in another role (another end of a document) is a note: `reference`'s is kept. So is a chat template.
+    A token in another role (another end of a document) is a note: `reference`'s is kept. So is a
+    chat template.
 
     Raises:
-        IncompatibleModelsError: another vocabulary or another way to split a text; names the first five differences.
+        IncompatibleModelsError: another vocabulary or another way to split a text; names the first
+            five differences.
         CheckpointError, UnsupportedModelError: a tokenizer that can't be read.
     """
     own = None
@@ -217,24 +247,31 @@ def _template_notes(reference: Path, directory: Path) -> list[str]:
     if not other or list(own.values()) == list(other.values()):
         return []
     kept = f"that of {reference}" if own else "none"
-    return [f"its chat template ({', '.join(other)} in {directory}) is not taken along, the new checkpoint has {kept}: "
-            "copy it there, as chat_template.jinja, to chat as this expert does"]  # fmt: skip
+    return [
+        f"its chat template ({', '.join(other)} in {directory}) is not taken along, the new checkpoint has {kept}: "
+        "copy it there, as chat_template.jinja, to chat as this expert does"
+    ]
 
 
 def domain_vectors(embeddings: DomainEmbeddings, names: Iterable[str]) -> Tensor:
-    """Return the raw domain embeddings [n, m] fp32 of experts; DataError names the domains that exist."""
+    """Return the raw domain embeddings [n, m] fp32 of experts; DataError names the domains that
+    exist."""
     return torch.stack([torch.from_numpy(embeddings.vector(name).copy()) for name in names])
 
 
 def encoder_record(embeddings: DomainEmbeddings, names: Iterable[str]) -> EncoderRecord:
     """Return what the sidecar keeps of the encoder."""
     fewest = min(embeddings.documents.get(name, 0) for name in names)
-    return EncoderRecord(embeddings.encoder, embeddings.revision, embeddings.dimension, fewest, True)
+    return EncoderRecord(
+        embeddings.encoder, embeddings.revision, embeddings.dimension, fewest, True
+    )
 
 
 def expert_record(name: str, model: DenseModel) -> ExpertRecord:
     """Return what the sidecar keeps of an expert, with the hash of its FFN tensors."""
-    return ExpertRecord(name, name, portable(model.directory), sha256_of_tensors(model.reader, model.ffn_names()))
+    return ExpertRecord(
+        name, name, portable(model.directory), sha256_of_tensors(model.reader, model.ffn_names())
+    )
 
 
 def _check_values(part: Part, bad: int, nonzero: bool) -> None:
@@ -245,7 +282,9 @@ def _check_values(part: Part, bad: int, nonzero: bool) -> None:
         )
     # A bias of zeros is how Qwen2 starts; a weight of zeros was never trained or never written.
     if not nonzero and part.name.endswith(".weight") and not part.zeros:
-        raise CheckpointError(f"{where} has only zeros; expected trained weights, use a sound state of that model")
+        raise CheckpointError(
+            f"{where} has only zeros; expected trained weights, use a sound state of that model"
+        )
 
 
 class _Health:
@@ -260,8 +299,11 @@ class _Health:
         self.nonzero = self.nonzero or bool(rows.any())
 
 
-def _blend_rows(blend: Blend, health: Sequence[_Health], start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Return rows [start, stop) of a blend in `dtype`; one part's slice is in memory at a time, beside the sum."""
+def _blend_rows(
+    blend: Blend, health: Sequence[_Health], start: int, stop: int, dtype: torch.dtype
+) -> Tensor:
+    """Return rows [start, stop) of a blend in `dtype`; one part's slice is in memory at a time,
+    beside the sum."""
     first = blend.parts[0]
     total = first.reader.read_rows(first.name, start, stop)
     health[0].see(total)
@@ -291,9 +333,14 @@ def _write_blend(writer: TensorWriter, name: str, blend: Blend, dtype: torch.dty
 
 
 def write_model(
-    directory: Path, config: dict[str, Any], dtype: str, tensors: Mapping[str, Blend | Tensor], label: str
+    directory: Path,
+    config: dict[str, Any],
+    dtype: str,
+    tensors: Mapping[str, Blend | Tensor],
+    label: str,
 ) -> None:
-    """Write config.json and the model file(s) of a Nexus checkpoint, one slice of one tensor in memory at a time.
+    """Write config.json and the model file(s) of a Nexus checkpoint, one slice of one tensor in
+    memory at a time.
 
     Args:
         directory: empty, not yet renamed.
@@ -303,8 +350,8 @@ def write_model(
         label: name in the progress line.
 
     Raises:
-        CheckpointError: NaN, infinite or all-zero weights (names model, tensor and count), no space, a tensor that
-            `tensors` lacks.
+        CheckpointError: NaN, infinite or all-zero weights (names model, tensor and count), no
+            space, a tensor that `tensors` lacks.
     """
     write_json(directory / "config.json", config)
     plan = {name: (dtype, shape) for name, shape in moe_shapes(config).items()}
@@ -319,7 +366,8 @@ def write_model(
 
 
 def read_generation_config(source: Path) -> dict[str, Any] | None:
-    """Return generation_config.json where there is one; UnsupportedModelError if it asks for code of its own."""
+    """Return generation_config.json where there is one; UnsupportedModelError if it asks for code
+    of its own."""
     name = "generation_config.json"
     if not (source / name).is_file():
         return None

@@ -52,10 +52,12 @@ LARGEST_ROW = 100.0  # a new router row's norm relative to the largest old one
 
 
 def merge_share(old: int, new: int, share: float | None) -> float:
-    """Return lambda, the total share of `new` experts in every averaged weight of a mixture that had `old`.
+    """Return lambda, the total share of `new` experts in every averaged weight of a mixture that
+    had `old`.
 
-    The default is new / (old + new): for one expert the paper's 1 / (n + 1), for several what adding them one after
-    the other gives, since (1 - 1/(n+1)) (1 - 1/(n+2)) ... = n / (n + k) and each new one keeps 1 / (n + k).
+    The default is new / (old + new): for one expert the paper's 1 / (n + 1), for several what
+    adding them one after the other gives, since (1 - 1/(n+1)) (1 - 1/(n+2)) ... = n / (n + k) and
+    each new one keeps 1 / (n + k).
 
     Raises:
         ConfigError: a share outside [0, 1].
@@ -63,7 +65,9 @@ def merge_share(old: int, new: int, share: float | None) -> float:
     if share is None:
         return new / (old + new)
     if not 0.0 <= share <= 1.0:
-        raise ConfigError(f"--lambda {share}: expected a share in [0, 1]; leave it out for {new}/{old + new}")
+        raise ConfigError(
+            f"--lambda {share}: expected a share in [0, 1]; leave it out for {new}/{old + new}"
+        )
     return share
 
 
@@ -77,11 +81,12 @@ def extended(
 ) -> NewModel:
     """Describe a mixture with further experts appended (paper section 2.3); nothing is written.
 
-    Old FFNs and the shared expert: exact copies. New FFNs: exact copies, after the old ones. All else, in fp32:
-    (1 - lambda) phi_moe + lambda / k * sum of the k new models. Router: the learned P applied to the new domains,
-    conditioned with the stored centre: no new parameter, and the old rows stay as they are. A linear router gets, by
-    `linear_init`, one random row of the old rows' mean norm for each new expert (keep), or fresh rows for all (reset,
-    the paper's baseline).
+    Old FFNs and the shared expert: exact copies. New FFNs: exact copies, after the old ones. All
+    else, in fp32: (1 - lambda) phi_moe + lambda / k * sum of the k new models. Router: the learned
+    P applied to the new domains,
+    conditioned with the stored centre: no new parameter, and the old rows stay as they are. A
+    linear router gets, by `linear_init`, one random row of the old rows' mean norm for each new
+    expert (keep), or fresh rows for all (reset, the paper's baseline).
 
     Args:
         checkpoint: Nexus checkpoint, upcycled or trained.
@@ -94,8 +99,8 @@ def extended(
     Raises:
         ConfigError: an expert's name that is taken, lambda outside [0, 1].
         DataError: a domain that was not embedded.
-        CheckpointError, UnsupportedModelError, IncompatibleModelsError: models that can't be put together, or
-            embeddings of another encoder.
+        CheckpointError, UnsupportedModelError, IncompatibleModelsError: models that can't be put
+            together, or embeddings of another encoder.
     """
     old_config, reader = open_moe(checkpoint)
     verify_rows(checkpoint)
@@ -136,15 +141,20 @@ def open_fitting(checkpoint: Path, experts: Mapping[str, Path]) -> dict[str, Den
     """Open dense models that are to become experts of a checkpoint.
 
     Raises:
-        IncompatibleModelsError: sizes or tokenizers that differ from the checkpoint's, weights that have nothing to do
-            with its own.
-        CheckpointError, UnsupportedModelError: models that can't be read or expressed; a checkpoint that was trained
-            elsewhere, with its shared expert's gate.
+        IncompatibleModelsError: sizes or tokenizers that differ from the checkpoint's, weights that
+            have nothing to do with its own.
+        CheckpointError, UnsupportedModelError: models that can't be read or expressed; a checkpoint
+            that was trained elsewhere, with its shared expert's gate.
     """
     config, reader = open_moe(checkpoint)
     check_shared_gates(reader, config["num_hidden_layers"])
     models, own = _open_all(experts), settings(config)
-    check_alike({"checkpoint": own, **{name: traits(model, with_family=False) for name, model in models.items()}})
+    check_alike(
+        {
+            "checkpoint": own,
+            **{name: traits(model, with_family=False) for name, model in models.items()},
+        }
+    )
     check_related(f"the checkpoint {checkpoint}", reader, models)
     check_tokenizers(checkpoint, experts)
     check_tokenizer(checkpoint, own["vocabulary"])
@@ -153,12 +163,16 @@ def open_fitting(checkpoint: Path, experts: Mapping[str, Path]) -> dict[str, Den
 
 
 def check_rows(rows: Tensor, old: int, layer: int) -> None:
-    """Raise CheckpointError for rows [n, h] after the first `old` that are not finite or dwarf the old ones.
+    """Raise CheckpointError for rows [n, h] after the first `old` that are not finite or dwarf the
+    old ones.
 
     P has then never learned such input.
     """
     norms = rows.float().norm(dim=1)
-    if not bool(torch.isfinite(norms).all()) or float(norms[old:].max()) > LARGEST_ROW * float(norms[:old].max()) + 1.0:
+    if (
+        not bool(torch.isfinite(norms).all())
+        or float(norms[old:].max()) > LARGEST_ROW * float(norms[:old].max()) + 1.0
+    ):
         raise CheckpointError(
             f"layer {layer}: the rows of the new experts have norms up to {float(norms[old:].max()):.1e}, those of the old "
             f"{float(norms[:old].max()):.1e}; P is no use for these domains: embed them as the first ones were embedded"
@@ -189,14 +203,21 @@ def check_encoder(sidecar: Sidecar, embeddings: DomainEmbeddings) -> None:
 
 
 def branched_tensors(
-    reader: TensorReader, layers: int, models: Mapping[str, DenseModel], places: Mapping[str, int], share: float
+    reader: TensorReader,
+    layers: int,
+    models: Mapping[str, DenseModel],
+    places: Mapping[str, int],
+    share: float,
 ) -> dict[str, Blend | Tensor]:
-    """Return a checkpoint's tensors with dense models in it: FFNs at their `places`, all else merged in by `share`."""
+    """Return a checkpoint's tensors with dense models in it: FFNs at their `places`, all else
+    merged in by `share`."""
     tensors: dict[str, Blend | Tensor] = {name: copy_of(reader, name) for name in reader.names()}
     named = {name: (f"expert {name}", model) for name, model in models.items()}
     for tensor in next(iter(models.values())).averaged_names():
         parts = [Part("checkpoint", reader, tensor, 1.0 - share)]
-        parts += [Part(who, model.reader, tensor, share / len(named)) for who, model in named.values()]
+        parts += [
+            Part(who, model.reader, tensor, share / len(named)) for who, model in named.values()
+        ]
         tensors[tensor] = Blend(parts)
     for layer in range(layers):
         for part in FFN_PARTS:
@@ -206,16 +227,21 @@ def branched_tensors(
     return tensors
 
 
-def _extended_rows(reader: TensorReader, sidecar: Sidecar, layer: int, config: Config, linear_init: str) -> Tensor:
+def _extended_rows(
+    reader: TensorReader, sidecar: Sidecar, layer: int, config: Config, linear_init: str
+) -> Tensor:
     """Return the router weight [n + k, h] of one layer; `sidecar` is the new one."""
     stored = reader.read(gate_name(layer))
     old, total = len(stored), len(sidecar.experts)
     if sidecar.router.kind == "nexus":
-        # The old rows as they are stored: recomputing them in a larger matrix product could change the last bit.
+        # The old rows as they are stored: recomputing them in a larger matrix product could change
+        # the last bit.
         return torch.cat([stored, router_rows(sidecar, layer, stored.dtype)[old:]])
     generator = layer_generator(config.seed, layer)
     if linear_init == "reset":
-        return init_rows(total, stored.shape[1], config.router.init, config.router.init_norm, generator)
+        return init_rows(
+            total, stored.shape[1], config.router.init, config.router.init_norm, generator
+        )
     norm = stored.float().norm(dim=-1).mean()
     if config.router.warm_start == "embedding":
         rows = domain_rows(sidecar.domain_inputs(), stored.shape[1], layer, 1.0)[old:]

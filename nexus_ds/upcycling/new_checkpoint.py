@@ -1,4 +1,5 @@
-"""A mixture that could be written now: checked and described, then streamed to disk and its router fitted."""
+"""A mixture that could be written now: checked and described, then streamed to disk and its router
+fitted."""
 
 from __future__ import annotations
 
@@ -38,12 +39,15 @@ from nexus_ds.upcycling.blend import (
 from nexus_ds.warm_start.fit import FitReport, fit_router
 from nexus_ds.warm_start.fit_text import FitText, read_fit_text
 
-FAMILIAR = 0.4  # cosine; of eleven domains P(d) failed two, the least familiar (0.32) and one taken for a near relative
+# cosine; of eleven domains P(d) failed two, the least familiar (0.32) and one taken for a near
+# relative
+FAMILIAR = 0.4
 
 
 @dataclass
 class NewModel:
-    """A checkpoint that could be written now: everything that headers and configurations can tell was checked."""
+    """A checkpoint that could be written now: everything that headers and configurations can tell
+    was checked."""
 
     verb: str
     config: dict[str, Any]
@@ -57,23 +61,29 @@ class NewModel:
     kept: int = 0
     """Experts that were there before an extension."""
     cast: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Experts whose dense model had another dtype than the checkpoint gets: for each name that dtype."""
+    """Experts whose dense model had another dtype than the checkpoint gets: for each name that
+    dtype."""
 
     def domains(self) -> list[str]:
         """Return the experts' domains, in expert order."""
         return [expert.domain for expert in self.sidecar.experts]
 
     def fit_text(self, data: str, config: Config, switch: str) -> FitText | None:
-        """Return the training text that the router's warm start reads, None for a start that reads none.
+        """Return the training text that the router's warm start reads, None for a start that reads
+        none.
 
-        `chunks` and `closed_form` read text of the experts that were there before; the others of every expert's domain.
+        `chunks` and `closed_form` read text of the experts that were there before; the others of
+        every expert's domain.
         Arguments and errors: `read_fit_text`.
         """
         positions = self.config["max_position_embeddings"]
         return read_fit_text(self.sidecar, self.source, positions, self.kept, data, config, switch)
 
-    def write(self, directory: Path, text: FitText | None, router: RouterConfig, seed: int) -> FitReport | None:
-        """Write the checkpoint into an empty directory that is not yet renamed, and start its router.
+    def write(
+        self, directory: Path, text: FitText | None, router: RouterConfig, seed: int
+    ) -> FitReport | None:
+        """Write the checkpoint into an empty directory that is not yet renamed, and start its
+        router.
 
         Args:
             directory: where to.
@@ -122,7 +132,9 @@ class NewModel:
             f"{facts['router']} router, {facts['dtype']}, {total:,} parameters, {active:,} of them active per token"
         ]
         for name, dtype in self.cast.items():
-            lines.append(f"expert {name}: weights cast from {dtype} to {facts['dtype']}, the dtype of {self.source}")
+            lines.append(
+                f"expert {name}: weights cast from {dtype} to {facts['dtype']}, the dtype of {self.source}"
+            )
         if report:
             lines.append(
                 f"{report.start.replace('_', ' ')}{f', {report.steps} steps' if report.steps else ''}: "
@@ -130,7 +142,11 @@ class NewModel:
                 f"{report.before:.2f} -> {report.after:.2f}"
             )
         for domain, cosine in report.nearest.items() if report else ():
-            doubt = "" if cosine >= FAMILIAR else ": P has seen nothing like it, its row may not find its text"
+            doubt = (
+                ""
+                if cosine >= FAMILIAR
+                else ": P has seen nothing like it, its row may not find its text"
+            )
             lines.append(
                 f"cosine of {domain} to the nearest chunk of the text that P was fitted to: {cosine:.2f}{doubt}"
             )
@@ -142,15 +158,20 @@ def _open_all(directories: Mapping[str, Path]) -> dict[str, DenseModel]:
 
 
 def copy_of(reader: TensorReader, name: str) -> Blend:
-    """Return a checkpoint's tensor as it is; a mixture without a shared expert has zeros in its place."""
+    """Return a checkpoint's tensor as it is; a mixture without a shared expert has zeros in its
+    place."""
     return Blend([Part("checkpoint", reader, name, zeros=".mlp.shared_expert." in name)])
 
 
 def casts(models: Mapping[str, DenseModel], dtype: str) -> dict[str, str]:
-    """Return the dtypes of the models that have another one than `dtype`; both as transformers and safetensors name them."""
-    return {name: MODEL_DTYPES[model.dtype] for name, model in models.items() if model.dtype != dtype}
+    """Return the dtypes of the models that have another one than `dtype`; both as transformers and
+    safetensors name them."""
+    return {
+        name: MODEL_DTYPES[model.dtype] for name, model in models.items() if model.dtype != dtype
+    }
 
 
 def as_written(target: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Return a config.json that says which dtype the weights have (`dtype` as safetensors names it), RoPE in both spellings."""
+    """Return a config.json that says which dtype the weights have (`dtype` as safetensors names
+    it), RoPE in both spellings."""
     return both_ropes(target) | {"dtype": MODEL_DTYPES[dtype]}

@@ -34,13 +34,13 @@ from nexus_ds.upcycling.new_checkpoint import NewModel, as_written, copy_of
 def reduced(checkpoint: Path, names: Sequence[str]) -> NewModel:
     """Describe a mixture without some of its routed experts; nothing is written.
 
-    Their FFNs and rows go, everything else is an exact copy: the softmax of the others renormalises by itself. What the
-    experts gave to the averaged weights stays there.
+    Their FFNs and rows go, everything else is an exact copy: the softmax of the others renormalises
+    by itself. What the experts gave to the averaged weights stays there.
 
     Raises:
         ConfigError: an unknown expert, or fewer experts left than a token chooses.
-        CheckpointError: no Nexus checkpoint, a damaged one, or one that was trained elsewhere, with its shared expert's
-            gate.
+        CheckpointError: no Nexus checkpoint, a damaged one, or one that was trained elsewhere, with
+            its shared expert's gate.
     """
     config, reader = open_moe(checkpoint)
     verify_rows(checkpoint)
@@ -49,7 +49,9 @@ def reduced(checkpoint: Path, names: Sequence[str]) -> NewModel:
     known = [expert.name for expert in old.experts]
     for name in names:
         if name not in known:
-            raise ConfigError(f"--expert {name}: the checkpoint has {', '.join(known)}; name one of these")
+            raise ConfigError(
+                f"--expert {name}: the checkpoint has {', '.join(known)}; name one of these"
+            )
     kept = [index for index, name in enumerate(known) if name not in names]
     if len(kept) < old.router.top_k or not kept:
         raise ConfigError(
@@ -58,7 +60,10 @@ def reduced(checkpoint: Path, names: Sequence[str]) -> NewModel:
     sidecar = dataclasses.replace(
         old,
         experts=[old.experts[index] for index in kept],
-        lineage=[*old.lineage, {"verb": "remove", "checkpoint": portable(checkpoint), "experts": list(names)}],
+        lineage=[
+            *old.lineage,
+            {"verb": "remove", "checkpoint": portable(checkpoint), "experts": list(names)},
+        ],
         versions=versions(),
         vectors=old.vectors[kept],
     )

@@ -1,9 +1,9 @@
 """A mixture in which experts are `replaced` by other dense branches of the same names.
 
-What an extension (paper section 2.3) does for a new expert, done at the place of an old one. Shapes: n routed experts,
-h hidden size.
-Not covered: taking the old branch's part out of the averaged weights (they were trained since; lambda of the new one is
-laid over them).
+What an extension (paper section 2.3) does for a new expert, done at the place of an old one.
+Shapes: n routed experts, h hidden size.
+Not covered: taking the old branch's part out of the averaged weights (they were trained since;
+lambda of the new one is laid over them).
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import ConfigError
 from nexus_ds.settings import Config
 from nexus_ds.upcycling.blend import domain_vectors, expert_record, portable
-from nexus_ds.upcycling.extend import branched_tensors, check_encoder, check_rows, merge_share, open_fitting
+from nexus_ds.upcycling.extend import (
+    branched_tensors,
+    check_encoder,
+    check_rows,
+    merge_share,
+    open_fitting,
+)
 from nexus_ds.upcycling.new_checkpoint import NewModel, as_written, casts
 
 
@@ -35,22 +41,25 @@ def replaced(
 ) -> NewModel:
     """Describe a mixture with some of its experts replaced; nothing is written.
 
-    The FFNs of the named experts: exact copies of the new branches', at the old places. Averaged weights, in fp32:
-    (1 - lambda) phi_moe + lambda / k * sum of the k new models. Rows: P of the new domain embedding; as stored where
-    the embedding is the old one's or none is given, and always for a linear router. All else: exact copies.
+    The FFNs of the named experts: exact copies of the new branches', at the old places. Averaged
+    weights, in fp32: (1 - lambda) phi_moe + lambda / k * sum of the k new models. Rows: P of the
+    new domain embedding; as stored where the embedding is the old one's or none is given, and
+    always for a linear router. All else: exact copies.
 
     Args:
         checkpoint: Nexus checkpoint, upcycled or trained.
         experts: for each replaced expert's name its new dense model.
-        embeddings: rows of the experts' names, from the checkpoint's encoder; None: the text is the old one.
+        embeddings: rows of the experts' names, from the checkpoint's encoder; None: the text is the
+            old one.
         config: recorded with the lineage.
-        share: lambda, the total share of the new branches; default k/n, what k of n experts have by right.
+        share: lambda, the total share of the new branches; default k/n, what k of n experts have by
+            right.
 
     Raises:
         ConfigError: a name that no expert has, lambda outside [0, 1].
         DataError: a domain that was not embedded.
-        CheckpointError, UnsupportedModelError, IncompatibleModelsError: models that can't be put together, or
-            embeddings of another encoder.
+        CheckpointError, UnsupportedModelError, IncompatibleModelsError: models that can't be put
+            together, or embeddings of another encoder.
     """
     old_config, reader = open_moe(checkpoint)
     verify_rows(checkpoint)
@@ -71,7 +80,9 @@ def replaced(
     }
     records = list(old.experts)
     for name, place in places.items():
-        records[place] = dataclasses.replace(expert_record(name, models[name]), domain=records[place].domain)
+        records[place] = dataclasses.replace(
+            expert_record(name, models[name]), domain=records[place].domain
+        )
     sidecar = dataclasses.replace(
         old, experts=records, lineage=[*old.lineage, lineage], versions=versions(), vectors=vectors
     )
@@ -95,7 +106,9 @@ def _places(sidecar: Sidecar, experts: Mapping[str, Path]) -> dict[str, int]:
     return {name: known.index(name) for name in experts}
 
 
-def _vectors(sidecar: Sidecar, places: Mapping[str, int], embeddings: DomainEmbeddings | None) -> Tensor:
+def _vectors(
+    sidecar: Sidecar, places: Mapping[str, int], embeddings: DomainEmbeddings | None
+) -> Tensor:
     """Return the domain embeddings [n, m] of the new mixture."""
     vectors = sidecar.vectors.clone()
     if embeddings is not None:
@@ -105,7 +118,8 @@ def _vectors(sidecar: Sidecar, places: Mapping[str, int], embeddings: DomainEmbe
 
 
 def _rows(reader: TensorReader, old: Sidecar, new: Sidecar, layer: int) -> Tensor:
-    """Return the router weight [n, h] of one layer: stored rows, but for experts whose embedding has changed."""
+    """Return the router weight [n, h] of one layer: stored rows, but for experts whose embedding
+    has changed."""
     stored = reader.read(gate_name(layer))
     changed = (old.vectors != new.vectors).any(dim=1)
     if new.router.kind != "nexus" or not bool(changed.any()):

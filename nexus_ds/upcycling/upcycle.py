@@ -1,6 +1,8 @@
-"""What a new mixture consists of: `upcycled` from a seed and its branches, `extended` by experts, `reduced` by some.
+"""What a new mixture consists of: `upcycled` from a seed and its branches, `extended` by experts,
+`reduced` by some.
 
-Each returns a `NewModel`, checked and described but not yet written; `NewModel.write` streams it, and refits the router.
+Each returns a `NewModel`, checked and described but not yet written; `NewModel.write` streams it,
+and refits the router.
 Paper sections 2.1 and 2.3. Shapes: n routed experts, m width of a domain embedding, h hidden size.
 Not covered: where text and options come from (the verbs), how tensors are blended (`blend`).
 """
@@ -40,7 +42,13 @@ from nexus_ds.checkpoint.tensors import DTYPES
 from nexus_ds.checkpoint.tokenizer import check_tokenizer
 from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import ConfigError
-from nexus_ds.model.router import centre_of, domain_rows, init_projection, init_rows, layer_generator
+from nexus_ds.model.router import (
+    centre_of,
+    domain_rows,
+    init_projection,
+    init_rows,
+    layer_generator,
+)
 from nexus_ds.settings import Config
 from nexus_ds.upcycling.blend import (
     Blend,
@@ -60,28 +68,37 @@ from nexus_ds.upcycling.new_checkpoint import NewModel, _open_all, as_written, c
 from nexus_ds.warm_start.methods import check_start
 
 
-def upcycled(seed: Path, experts: Mapping[str, Path], embeddings: DomainEmbeddings, config: Config) -> NewModel:
-    """Describe the mixture of a seed and its dense branches (paper section 2.1); nothing is written.
+def upcycled(
+    seed: Path, experts: Mapping[str, Path], embeddings: DomainEmbeddings, config: Config
+) -> NewModel:
+    """Describe the mixture of a seed and its dense branches (paper section 2.1); nothing is
+    written.
 
-    Seed FFN: shared expert, or zeros. Branches' FFNs: routed experts, exact copies, in the order of `experts`. All else:
-    fp32 mean over the branches, the seed not counted unless it is among them. Router: P(D) of a freshly initialised P, or
-    free rows.
+    Seed FFN: shared expert, or zeros. Branches' FFNs: routed experts, exact copies, in the order of
+    `experts`. All else:
+    fp32 mean over the branches, the seed not counted unless it is among them. Router: P(D) of a
+    freshly initialised P, or free rows.
 
     Args:
         seed: dense model that all branches started from.
-        experts: for each expert's name, which is also its domain, its dense model; the seed may be one of them.
+        experts: for each expert's name, which is also its domain, its dense model; the seed may be
+            one of them.
         embeddings: rows of (at least) these domains; free rows do without that of the seed.
         config: `router`, `model.shared_expert` and `seed`.
 
     Raises:
-        ConfigError: top-k larger than the number of experts, a warm start that the router can't have.
+        ConfigError: top-k larger than the number of experts, a warm start that the router can't
+            have.
         DataError: a domain that was not embedded.
-        CheckpointError, UnsupportedModelError, IncompatibleModelsError: models that can't be put together.
+        CheckpointError, UnsupportedModelError, IncompatibleModelsError: models that can't be put
+            together.
     """
     check_start(config.router.warm_start, config.router.kind, config.router.projection)
     vectors = _upcycled_vectors(seed, experts, embeddings, config)
     if config.router.top_k > len(experts):
-        raise ConfigError(f"router.top_k is {config.router.top_k}, but there are {len(experts)} experts; lower it")
+        raise ConfigError(
+            f"router.top_k is {config.router.top_k}, but there are {len(experts)} experts; lower it"
+        )
     base, models = open_dense(seed), _open_all(experts)
     check_alike({"seed": traits(base), **{name: traits(model) for name, model in models.items()}})
     check_related(f"the seed {seed}", base.reader, models)
@@ -97,14 +114,25 @@ def upcycled(seed: Path, experts: Mapping[str, Path], embeddings: DomainEmbeddin
     }
     sidecar = _upcycled_sidecar(models, embeddings, vectors, config, lineage)
     router = config.router
-    target = as_written(moe_config(base.config, len(models), router.top_k, router.input), base.dtype)
+    target = as_written(
+        moe_config(base.config, len(models), router.top_k, router.input), base.dtype
+    )
     tensors = _upcycled_tensors(base, models, sidecar, config)
-    return NewModel("upcycle", target, base.dtype, tensors, sidecar, seed, cast=casts(models, base.dtype))
+    return NewModel(
+        "upcycle", target, base.dtype, tensors, sidecar, seed, cast=casts(models, base.dtype)
+    )
 
 
-def _upcycled_vectors(seed: Path, experts: Mapping[str, Path], embeddings: DomainEmbeddings, config: Config) -> Tensor:
-    """Return the domain embeddings [n, m]; free rows don't need that of the seed as an expert, which gets the mean."""
-    others = [name for name, path in experts.items() if name in embeddings.names or Path(path) != Path(seed)]
+def _upcycled_vectors(
+    seed: Path, experts: Mapping[str, Path], embeddings: DomainEmbeddings, config: Config
+) -> Tensor:
+    """Return the domain embeddings [n, m]; free rows don't need that of the seed as an expert,
+    which gets the mean."""
+    others = [
+        name
+        for name, path in experts.items()
+        if name in embeddings.names or Path(path) != Path(seed)
+    ]
     if config.router.kind == "nexus" or not others:
         return domain_vectors(embeddings, experts)
     vectors = domain_vectors(embeddings, others)
@@ -123,7 +151,12 @@ def _upcycled_sidecar(
     router = config.router
     sidecar = Sidecar(
         experts=[expert_record(name, model) for name, model in models.items()],
-        router=RouterRecord(**{field.name: getattr(router, field.name) for field in dataclasses.fields(RouterRecord)}),
+        router=RouterRecord(
+            **{
+                field.name: getattr(router, field.name)
+                for field in dataclasses.fields(RouterRecord)
+            }
+        ),
         encoder=encoder_record(embeddings, [name for name in models if name in embeddings.names]),
         lineage=[lineage],
         versions=versions(),
@@ -135,7 +168,11 @@ def _upcycled_sidecar(
     for layer in range(sizes["layers"] if router.kind == "nexus" else 0):
         projection = sidecar.router.new_projection(vectors.shape[1], sizes["hidden_size"])
         init_projection(
-            projection, sidecar.domain_inputs(), router.init, router.init_norm, layer_generator(config.seed, layer)
+            projection,
+            sidecar.domain_inputs(),
+            router.init,
+            router.init_norm,
+            layer_generator(config.seed, layer),
         )
         sidecar.projections.append(projection.state_dict())
     return sidecar
@@ -147,27 +184,35 @@ def _upcycled_tensors(
     """Return where each tensor of the mixture comes from."""
     named = [(f"expert {name}", model) for name, model in models.items()]
     tensors: dict[str, Blend | Tensor] = {
-        name: mean_of([Part(who, model.reader, name) for who, model in named]) for name in seed.averaged_names()
+        name: mean_of([Part(who, model.reader, name) for who, model in named])
+        for name in seed.averaged_names()
     }
     hidden_size, router = seed.settings["hidden_size"], config.router
     for layer in range(seed.settings["layers"]):
         if router.kind == "nexus":
             tensors[gate_name(layer)] = router_rows(sidecar, layer, DTYPES[seed.dtype])
         elif router.warm_start == "embedding":
-            tensors[gate_name(layer)] = domain_rows(sidecar.domain_inputs(), hidden_size, layer, router.init_norm)
+            tensors[gate_name(layer)] = domain_rows(
+                sidecar.domain_inputs(), hidden_size, layer, router.init_norm
+            )
         else:
             generator = layer_generator(config.seed, layer)
-            tensors[gate_name(layer)] = init_rows(len(named), hidden_size, router.init, router.init_norm, generator)
+            tensors[gate_name(layer)] = init_rows(
+                len(named), hidden_size, router.init, router.init_norm, generator
+            )
         tensors[shared_gate_name(layer)] = torch.full((1, hidden_size), SHARED_GATE_FILL)
         if router.input == "context":
             tensors[mean_name(layer)] = torch.zeros(hidden_size)
         for part in FFN_PARTS:
             source = dense_ffn_name(layer, part)
-            # A stock Qwen2-MoE multiplies the shared expert by the sigmoid of its gate, here always 1/2.
+            # A stock Qwen2-MoE multiplies the shared expert by the sigmoid of its gate, here always
+            # 1/2.
             scale = 2.0 if part == "down_proj" else 1.0
             shared = Blend([Part("seed", seed.reader, source)], scale=scale)
             none = sidecar.shared_expert == "none"
-            tensors[shared_name(layer, part)] = torch.zeros(seed.reader.info(source).shape) if none else shared
+            tensors[shared_name(layer, part)] = (
+                torch.zeros(seed.reader.info(source).shape) if none else shared
+            )
             for index, (who, model) in enumerate(named):
                 tensors[expert_name(layer, index, part)] = Blend([Part(who, model.reader, source)])
     return tensors

@@ -1,12 +1,15 @@
-"""Warm starts of the routers before training (a start, not a change of method); `methods` has what is done to a layer.
+"""Warm starts of the routers before training (a start, not a change of method); `methods` has what
+is done to a layer.
 
-A checkpoint is streamed layer by layer: the hidden states of all windows are kept, one layer's weights at a time. Each
-router is fitted on the states that its layer really sees, earlier layers already routing with their fitted rows.
-In a tiny replication the label fit lifted the own-domain share from 0.37 to 0.57 for nexus and linear routers alike;
-without the new domain's text an appended row P(d_new) hardly finds its expert.
+A checkpoint is streamed layer by layer: the hidden states of all windows are kept, one layer's
+weights at a time. Each router is fitted on the states that its layer really sees, earlier layers
+already routing with their fitted rows. In a tiny replication the label fit lifted the own-domain
+share from 0.37 to 0.57 for nexus and linear routers alike; without the new domain's text an
+appended row P(d_new) hardly finds its expert.
 
-Shapes: N windows, S tokens a window, T = N*S tokens, E routed experts, H hidden size, M width of an embedding.
-The states of all windows stay in host memory; a layer and the states of its router's input are on the device.
+Shapes: N windows, S tokens a window, T = N*S tokens, E routed experts, H hidden size, M width of an
+embedding. The states of all windows stay in host memory; a layer and the states of its router's
+input are on the device.
 Not covered: windows longer than a sliding attention window (they are cut to it).
 """
 
@@ -24,7 +27,13 @@ from torch import Tensor, nn
 from nexus_ds.checkpoint.build import transformers_config
 from nexus_ds.checkpoint.loading import device
 from nexus_ds.checkpoint.qwen2_moe import gate_name, mean_name
-from nexus_ds.checkpoint.sidecar import Sidecar, load_projection, read_sidecar, router_rows, write_sidecar
+from nexus_ds.checkpoint.sidecar import (
+    Sidecar,
+    load_projection,
+    read_sidecar,
+    router_rows,
+    write_sidecar,
+)
 from nexus_ds.checkpoint.tensors import DTYPES, TensorReader, overwrite
 from nexus_ds.errors import DataError
 from nexus_ds.model.context import CONTEXT_MODEL, context
@@ -52,7 +61,8 @@ class FitReport:
     start: str = "label_fit"
     """`router.warm_start`."""
     nearest: dict[str, float] = field(default_factory=dict)
-    """For each domain whose text a start from chunks did without: cosine of its embedding to the nearest chunk's."""
+    """For each domain whose text a start from chunks did without: cosine of its embedding to the
+    nearest chunk's."""
 
 
 def _load_layer(config: Any, reader: TensorReader, layer: int, dtype: torch.dtype) -> Any:
@@ -65,23 +75,38 @@ def _load_layer(config: Any, reader: TensorReader, layer: int, dtype: torch.dtyp
     with torch.device("meta"):
         block = kind(config, layer)
     prefix = f"model.layers.{layer}."
-    state = {name[len(prefix) :]: reader.read(name) for name in reader.names() if name.startswith(prefix)}
+    state = {
+        name[len(prefix) :]: reader.read(name) for name in reader.names() if name.startswith(prefix)
+    }
     experts = range(config.num_experts)
     state["mlp.experts.gate_up_proj"] = torch.stack(
         [
-            torch.cat([state.pop(f"mlp.experts.{e}.gate_proj.weight"), state.pop(f"mlp.experts.{e}.up_proj.weight")])
+            torch.cat(
+                [
+                    state.pop(f"mlp.experts.{e}.gate_proj.weight"),
+                    state.pop(f"mlp.experts.{e}.up_proj.weight"),
+                ]
+            )
             for e in experts
         ]
     )
-    state["mlp.experts.down_proj"] = torch.stack([state.pop(f"mlp.experts.{e}.down_proj.weight") for e in experts])
-    block.load_state_dict({name: tensor.to(device(), dtype) for name, tensor in state.items()}, assign=True)
+    state["mlp.experts.down_proj"] = torch.stack(
+        [state.pop(f"mlp.experts.{e}.down_proj.weight") for e in experts]
+    )
+    block.load_state_dict(
+        {name: tensor.to(device(), dtype) for name, tensor in state.items()}, assign=True
+    )
     return block.eval()
 
 
-def _attend(block: Any, hidden_NSH: Tensor, positions: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _attend(
+    block: Any, hidden_NSH: Tensor, positions: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
     """Return the residual stream after attention and the router's input, both [N, S, H]."""
     attended, _ = block.self_attn(
-        hidden_states=block.input_layernorm(hidden_NSH), position_embeddings=positions, attention_mask=None
+        hidden_states=block.input_layernorm(hidden_NSH),
+        position_embeddings=positions,
+        attention_mask=None,
     )
     residual = hidden_NSH + attended
     return residual, block.post_attention_layernorm(residual)
@@ -89,11 +114,14 @@ def _attend(block: Any, hidden_NSH: Tensor, positions: tuple[Tensor, Tensor]) ->
 
 def _share(x_TH: Tensor, labels_T: Tensor, rows_EH: Tensor) -> float:
     own_T = labels_T >= 0
-    return float((F.linear(x_TH[own_T], rows_EH.to(x_TH)).argmax(-1) == labels_T[own_T]).float().mean())
+    return float(
+        (F.linear(x_TH[own_T], rows_EH.to(x_TH)).argmax(-1) == labels_T[own_T]).float().mean()
+    )
 
 
 def _with_text(sidecar: Sidecar, text: FitText, start: str) -> list[int]:
-    """Return the experts whose domain has text; DataError where a start needs text of the others too."""
+    """Return the experts whose domain has text; DataError where a start needs text of the others
+    too."""
     domains = [expert.domain for expert in sidecar.experts]
     missing = [domain for domain in domains if domain not in text.windows]
     if missing and start not in CHUNK_STARTS:
@@ -130,7 +158,9 @@ def _read(sidecar: Sidecar, text: FitText, start: str, length: int) -> _Reading:
         own_T=torch.tensor([*experts, *background]).repeat_interleave(sizes).to(place),
         labels_T=labels_T,
         inputs_EM=sidecar.domain_inputs()[experts].to(place) if nexus else None,
-        chunks_NM=sidecar.inputs_of(torch.cat([text.chunks[d] for d in domains])).to(place) if text.chunks else None,
+        chunks_NM=sidecar.inputs_of(torch.cat([text.chunks[d] for d in domains])).to(place)
+        if text.chunks
+        else None,
     )
 
 
@@ -139,12 +169,15 @@ class _Stream:
 
     def __init__(self, directory: Path, tokens_NS: Tensor) -> None:
         self.reader, self.config = TensorReader(directory), transformers_config(directory)
-        # A layer on its own has no attention chosen for it, and the eager one is not causal without a mask.
+        # A layer on its own has no attention chosen for it, and the eager one is not causal without
+        # a mask.
         self.config._attn_implementation, self.config._experts_implementation = "sdpa", "eager"
         self.dtype = torch.float32
         from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeRotaryEmbedding
 
-        self.hidden_NSH = F.embedding(tokens_NS, self.reader.read("model.embed_tokens.weight").to(self.dtype))
+        self.hidden_NSH = F.embedding(
+            tokens_NS, self.reader.read("model.embed_tokens.weight").to(self.dtype)
+        )
         where = torch.arange(tokens_NS.shape[1])[None]
         cos, sin = Qwen2MoeRotaryEmbedding(self.config)(self.hidden_NSH, where)
         self.positions = cos.to(device()), sin.to(device())
@@ -161,17 +194,21 @@ class _Stream:
         return torch.cat(inputs).flatten(0, 1)
 
     def store(self, name: str, tensor: Tensor) -> Tensor:
-        """Overwrite a tensor of the checkpoint; return it as it is there, in this stream's dtype."""
+        """Overwrite a tensor of the checkpoint; return it as it is there, in this stream's
+        dtype."""
         info = self.reader.info(name)
         overwrite(info, tensor.cpu())
         return tensor.to(DTYPES[info.dtype]).to(device(), self.dtype)
 
     def read(self, x_TH: Tensor, mean_H: Tensor | None) -> Tensor:
-        """Return what a router reads of its input [T, H]: the input itself, or its running mean less `mean_H`."""
+        """Return what a router reads of its input [T, H]: the input itself, or its running mean
+        less `mean_H`."""
         return x_TH if mean_H is None else context(x_TH, self.hidden_NSH.shape[1], mean_H)
 
     @torch.no_grad()
-    def feed_forward(self, block: Any, x_TH: Tensor, rows_EH: Tensor, mean_H: Tensor | None) -> None:
+    def feed_forward(
+        self, block: Any, x_TH: Tensor, rows_EH: Tensor, mean_H: Tensor | None
+    ) -> None:
         """Advance the states past the layer's MoE block, routed by `rows_EH`."""
         gate, x_NSH = block.mlp.gate, x_TH.view(self.hidden_NSH.shape)
         gate.weight = nn.Parameter(rows_EH, requires_grad=False)
@@ -183,8 +220,11 @@ class _Stream:
                 self.hidden_NSH[part] += block.mlp(x_NSH[part]).cpu()
 
 
-def fit_router(directory: Path, text: FitText, config: RouterConfig, seed: int, kept: int = 0) -> FitReport:
-    """Start the routers of the Nexus checkpoint `directory` in place: P (or free rows), the sidecar and the stored rows.
+def fit_router(
+    directory: Path, text: FitText, config: RouterConfig, seed: int, kept: int = 0
+) -> FitReport:
+    """Start the routers of the Nexus checkpoint `directory` in place: P (or free rows), the sidecar
+    and the stored rows.
 
     Args:
         directory: a Nexus checkpoint that nobody else reads yet.
@@ -217,7 +257,8 @@ def fit_router(directory: Path, text: FitText, config: RouterConfig, seed: int, 
 
 
 def _nearest(sidecar: Sidecar, text: FitText, chunks_NM: Tensor | None) -> dict[str, float]:
-    """Return for each domain without text the cosine of what P reads of it to that of the nearest chunk."""
+    """Return for each domain without text the cosine of what P reads of it to that of the nearest
+    chunk."""
     if chunks_NM is None:
         return {}
     cosines_EN = unit(sidecar.domain_inputs()) @ unit(chunks_NM.cpu()).T
@@ -234,7 +275,8 @@ def _pass_layer(
     generator: torch.Generator,
     kept: int,
 ) -> tuple[float, float]:
-    """Start one layer's router in place and take the states past it; return the own-domain share before and after."""
+    """Start one layer's router in place and take the states past it; return the own-domain share
+    before and after."""
     block = _load_layer(stream.config, stream.reader, layer, stream.dtype)
     x_TH, old_EH = stream.attend(block), block.mlp.gate.weight.detach().clone()
     mean_H = block.mlp.gate.mean.detach().clone() if sidecar.router.input == "context" else None
@@ -245,18 +287,29 @@ def _pass_layer(
         seen_TH = stream.read(x_TH, mean_H)
     seen = Seen(seen_TH, reading.labels_T, generator, reading.inputs_EM, reading.chunks_NM)
     dtype = DTYPES[stream.reader.info(gate_name(layer)).dtype]
-    rows_EH = stream.store(gate_name(layer), _start_layer(sidecar, layer, seen, old_EH, config, kept, dtype))
+    rows_EH = stream.store(
+        gate_name(layer), _start_layer(sidecar, layer, seen, old_EH, config, kept, dtype)
+    )
     stream.feed_forward(block, x_TH, rows_EH, mean_H)
     return before, _share(seen_TH, reading.own_T, rows_EH)
 
 
 def _start_layer(
-    sidecar: Sidecar, layer: int, seen: Seen, old_EH: Tensor, config: RouterConfig, kept: int, dtype: torch.dtype
+    sidecar: Sidecar,
+    layer: int,
+    seen: Seen,
+    old_EH: Tensor,
+    config: RouterConfig,
+    kept: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Start one layer and return its rows [E, H]: free ones in fp32, P(D) as a model of `dtype` computes it."""
+    """Start one layer and return its rows [E, H]: free ones in fp32, P(D) as a model of `dtype`
+    computes it."""
     if sidecar.router.kind == "linear":
         return start_rows(old_EH.float(), seen, config, kept)
     projection = load_projection(sidecar, layer).to(seen.x_TH.device)
     start_projection(projection, seen, config)
-    sidecar.projections[layer] = {name: tensor.detach().cpu() for name, tensor in projection.state_dict().items()}
+    sidecar.projections[layer] = {
+        name: tensor.detach().cpu() for name, tensor in projection.state_dict().items()
+    }
     return router_rows(sidecar, layer, dtype)

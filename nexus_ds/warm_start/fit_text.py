@@ -1,4 +1,5 @@
-"""The text that a router's warm start reads: windows of each domain's training text, with embeddings where it needs them.
+"""The text that a router's warm start reads: windows of each domain's training text, with
+embeddings where it needs them.
 
 Not covered: what is done with it (`fit`).
 """
@@ -37,11 +38,18 @@ class FitText:
     windows: dict[str, Tensor]
     """For each domain token ids [n, S] int64; background is what is not an expert's domain."""
     chunks: dict[str, Tensor]
-    """For each domain the embeddings [n, M] fp32 of its windows; empty for starts that need none."""
+    """For each domain the embeddings [n, M] fp32 of its windows; empty for starts that need
+    none."""
 
 
 def read_fit_text(
-    sidecar: Sidecar, source: Path, positions: int, kept: int, data: str, config: Config, switch: str
+    sidecar: Sidecar,
+    source: Path,
+    positions: int,
+    kept: int,
+    data: str,
+    config: Config,
+    switch: str,
 ) -> FitText | None:
     """Return the text that `config.router.warm_start` reads, None for one that reads none.
 
@@ -49,11 +57,11 @@ def read_fit_text(
         sidecar: whose experts' domains, and which encoder.
         source: directory with the tokenizer.
         positions: tokens that the model reads at most.
-        kept: experts that were there before an extension, 0 at upcycling: `chunks` and `closed_form` read only their text,
-            and that of `router.fit_background`.
+        kept: experts that were there before an extension, 0 at upcycling: `chunks` and
+            `closed_form` read only their text, and that of `router.fit_background`.
         data: folder of domains or other source.
-        config: `router`, `pipeline.encoder`, `data.cache`, `data.sequence_length`, `data.workers`, `data.on_bad_row`,
-            `data.bos`.
+        config: `router`, `pipeline.encoder`, `data.cache`, `data.sequence_length`, `data.workers`,
+            `data.on_bad_row`, `data.bos`.
         switch: the option that does without the start, for the message.
 
     Raises:
@@ -68,7 +76,9 @@ def read_fit_text(
         return None
     embedded = start in CHUNK_STARTS
     kept = kept if embedded else 0
-    background = [name for name in config.router.fit_background if name not in domains] if embedded else []
+    background = (
+        [name for name in config.router.fit_background if name not in domains] if embedded else []
+    )
     try:
         found = _windows(source, positions, data, config, domains[: kept or None] + background)
     except DataError as error:
@@ -80,33 +90,55 @@ def read_fit_text(
     return FitText(found, _embedded(sidecar, source, found, config) if embedded else {})
 
 
-def _windows(source: Path, positions: int, data: str, config: Config, domains: list[str]) -> dict[str, Tensor]:
-    """Return windows [count, length] of each domain's training text, from all over the text that is tokenised."""
+def _windows(
+    source: Path, positions: int, data: str, config: Config, domains: list[str]
+) -> dict[str, Tensor]:
+    """Return windows [count, length] of each domain's training text, from all over the text that is
+    tokenised."""
     router, chunks = config.router, config.router.warm_start in CHUNK_STARTS
     count, least = (router.fit_chunks, CHUNK_BYTES) if chunks else (router.fit_windows, LEAST_BYTES)
     length = min(config.data.sequence_length, positions, LENGTH)
     with tempfile.TemporaryDirectory() as cache:
         files = token_files(
-            open_source(data), domains, "train", source, Path(cache), workers=config.data.workers,
-            max_bytes=max(least, count * (length + 1) * BYTES_PER_TOKEN), on_bad_row=config.data.on_bad_row,
+            open_source(data),
+            domains,
+            "train",
+            source,
+            Path(cache),
+            workers=config.data.workers,
+            max_bytes=max(least, count * (length + 1) * BYTES_PER_TOKEN),
+            on_bad_row=config.data.on_bad_row,
             bos=config.data.bos,
-        )  # fmt: skip
-        return {name: torch.from_numpy(windows(files[name], count, length))[:, :length] for name in domains}
+        )
+        return {
+            name: torch.from_numpy(windows(files[name], count, length))[:, :length]
+            for name in domains
+        }
 
 
-def _embedded(sidecar: Sidecar, source: Path, found: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Return the embeddings [n, m] of windows of text, kept in the run's token cache where there is one."""
+def _embedded(
+    sidecar: Sidecar, source: Path, found: dict[str, Tensor], config: Config
+) -> dict[str, Tensor]:
+    """Return the embeddings [n, m] of windows of text, kept in the run's token cache where there is
+    one."""
     if sidecar.encoder is None:
         raise CheckpointError(
             f"{source}: the checkpoint names no encoder of its domain embeddings, but router.warm_start "
             f"{config.router.warm_start} embeds text; use label_fit or none"
         )
     tokenizer, run = open_tokenizer(source), Path(config.pipeline.run)
-    begin = set(beginning(tokenizer.backend_tokenizer))  # no text, and nothing that an encoder knows
+    # no text, and nothing that an encoder knows
+    begin = set(beginning(tokenizer.backend_tokenizer))
     texts = {
-        domain: tokenizer.batch_decode([[i for i in row if i not in begin] for row in tokens_NS.tolist()])
+        domain: tokenizer.batch_decode(
+            [[i for i in row if i not in begin] for row in tokens_NS.tolist()]
+        )
         for domain, tokens_NS in found.items()
     }
-    cache = Path(config.data.cache) if config.data.cache else run / "tokens" if run.is_dir() else None
+    cache = (
+        Path(config.data.cache) if config.data.cache else run / "tokens" if run.is_dir() else None
+    )
     with tempfile.TemporaryDirectory() as scratch:
-        return embed_chunks(texts, config.pipeline.encoder, sidecar.encoder.revision, cache or Path(scratch))
+        return embed_chunks(
+            texts, config.pipeline.encoder, sidecar.encoder.revision, cache or Path(scratch)
+        )

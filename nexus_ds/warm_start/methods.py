@@ -1,14 +1,19 @@
-"""Ways to start a layer's router from text: free rows or P, by labels, in closed form, or from chunks of text.
+"""Ways to start a layer's router from text: free rows or P, by labels, in closed form, or from
+chunks of text.
 
     label_fit     rows or P by the cross-entropy of domain labels (SGD)
     hidden_mean   a row is the mean router input of its domain's text
     ridge         rows by ridge regression of one-hot domain labels, then one temperature for all
-    chunks        P so that P(embedding of a chunk) knows that chunk's tokens among those of other chunks (InfoNCE)
-    closed_form   a linear P by ridge regression from embeddings of chunks to their mean whitened inputs
+    chunks        P so that P(embedding of a chunk) knows that chunk's tokens among those of other
+    chunks (InfoNCE) closed_form   a linear P by ridge regression from embeddings of chunks to their
+    mean whitened inputs
 
-`chunks` and `closed_form` show P a direction for every chunk instead of one a domain: what P(d) of a domain that it has
-never seen is worth depends on that, and on how much of all text the chunks come from: background text has no expert.
-Shapes: T tokens in windows of S, E routed experts, H hidden size, C chunks (= windows), M width of an embedding.
+`chunks` and `closed_form` show P a direction for every chunk instead of one a domain: what P(d) of
+a domain that it has
+never seen is worth depends on that, and on how much of all text the chunks come from: background
+text has no expert.
+Shapes: T tokens in windows of S, E routed experts, H hidden size, C chunks (= windows), M width of
+an embedding.
 Not covered: where the inputs come from (`fit`).
 """
 
@@ -32,7 +37,8 @@ TOKENS_PER_CHUNK = 8  # and step
 JUDGED_TOKENS = 1 << 14  # that a temperature is chosen on
 RIDGE = 1e-3  # relative to the mean of the diagonal
 WHITEN = 1e-3
-CHUNK_RIDGE = 3.0  # chosen by leaving out one old domain after the other, as are the sizes around it
+# chosen by leaving out one old domain after the other, as are the sizes around it
+CHUNK_RIDGE = 3.0
 DOMAIN_WEIGHT = 0.3  # of all domain rows beside all chunks
 
 FREE_STARTS = ("hidden_mean", "ridge", "embedding")
@@ -44,7 +50,8 @@ class Seen:
 
     x_TH: Tensor
     labels_T: Tensor
-    """Domain of each token, 0 .. E-1 of those that have an expert and text; -1: background, which has no expert."""
+    """Domain of each token, 0 .. E-1 of those that have an expert and text; -1: background, which
+    has no expert."""
     generator: torch.Generator
     inputs_EM: Tensor | None = None
     """What P reads of each of these domains; None for free rows."""
@@ -52,13 +59,17 @@ class Seen:
     """What P reads of each window's own embedding, for `chunks` and `closed_form`."""
 
     def labelled(self) -> Seen:
-        """Return what it sees of domains with an expert; the chunks don't fit these tokens any more."""
+        """Return what it sees of domains with an expert; the chunks don't fit these tokens any
+        more."""
         known_T = self.labels_T >= 0
-        return replace(self, x_TH=self.x_TH[known_T], labels_T=self.labels_T[known_T], chunks_CM=None)
+        return replace(
+            self, x_TH=self.x_TH[known_T], labels_T=self.labels_T[known_T], chunks_CM=None
+        )
 
 
 def check_start(start: str, kind: str, projection: str) -> None:
-    """Raise ConfigError for a `router.warm_start` that a router of this kind and form of P can't have."""
+    """Raise ConfigError for a `router.warm_start` that a router of this kind and form of P can't
+    have."""
     if kind == "nexus" and start in FREE_STARTS:
         raise ConfigError(
             f"router.warm_start {start} sets free rows, but this router's rows are P(d); use label_fit, chunks, "
@@ -77,7 +88,8 @@ def check_start(start: str, kind: str, projection: str) -> None:
 
 
 def temperature(x_TH: Tensor, labels_T: Tensor, rows_EH: Tensor) -> float:
-    """Return the factor of the rows with the least cross-entropy of domain labels, among powers of 2^(1/4)."""
+    """Return the factor of the rows with the least cross-entropy of domain labels, among powers of
+    2^(1/4)."""
     step = max(1, len(x_TH) // JUDGED_TOKENS)
     logits_TE, labels_T = F.linear(x_TH[::step], rows_EH), labels_T[::step]
     factors = (2.0 ** torch.arange(-8, 12, 0.25)).tolist()
@@ -99,7 +111,8 @@ def whitener(x_TH: Tensor) -> Tensor:
 
 
 def ridge_rows(x_TH: Tensor, labels_T: Tensor, experts: int) -> Tensor:
-    """Return rows [E, H] that regress one-hot labels on the inputs (DUME's way), at the best temperature."""
+    """Return rows [E, H] that regress one-hot labels on the inputs (DUME's way), at the best
+    temperature."""
     moments_HH = x_TH.T @ x_TH
     penalty = RIDGE * moments_HH.diagonal().mean() * torch.eye(len(moments_HH), device=x_TH.device)
     targets_HE = x_TH.T @ F.one_hot(labels_T, experts).to(x_TH)
@@ -108,14 +121,19 @@ def ridge_rows(x_TH: Tensor, labels_T: Tensor, experts: int) -> Tensor:
 
 
 def hidden_mean_rows(x_TH: Tensor, labels_T: Tensor, old_EH: Tensor, kept: int) -> Tensor:
-    """Return rows [E, H] of mean inputs; the first `kept` stay, the others are put to their mean norm.
+    """Return rows [E, H] of mean inputs; the first `kept` stay, the others are put to their mean
+    norm.
 
-    A row that joins others is the difference to the mean of their domains: what is common to all text decides nothing.
+    A row that joins others is the difference to the mean of their domains: what is common to all
+    text decides nothing.
     """
     rows_EH = means(x_TH, labels_T, len(old_EH))
     if not kept:
         return rows_EH
-    new_EH = F.normalize(rows_EH[kept:] - rows_EH[:kept].mean(0), dim=-1) * old_EH[:kept].norm(dim=-1).mean()
+    new_EH = (
+        F.normalize(rows_EH[kept:] - rows_EH[:kept].mean(0), dim=-1)
+        * old_EH[:kept].norm(dim=-1).mean()
+    )
     return torch.cat([old_EH[:kept], new_EH])
 
 
@@ -133,7 +151,9 @@ def start_rows(old_EH: Tensor, seen: Seen, config: RouterConfig, kept: int) -> T
     if config.warm_start == "hidden_mean":
         return hidden_mean_rows(seen.x_TH, seen.labels_T, old_EH, kept)
     rows_EH = nn.Parameter(old_EH.clone())
-    optimizer = torch.optim.AdamW([rows_EH], lr=config.fit_lr or DEFAULT_LR["linear"], weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [rows_EH], lr=config.fit_lr or DEFAULT_LR["linear"], weight_decay=0.0
+    )
     for _ in range(config.fit_steps):
         _step(optimizer, _label_loss(seen, rows_EH))
     return rows_EH.detach()
@@ -144,7 +164,8 @@ def start_projection(projection: Projection, seen: Seen, config: RouterConfig) -
 
     Args:
         projection: of one layer, on the device of `seen`.
-        seen: for `label_fit` text of every expert's domain; for the others of some, with `chunks_CM`, and background.
+        seen: for `label_fit` text of every expert's domain; for the others of some, with
+            `chunks_CM`, and background.
         config: `warm_start`, `fit_steps`, `fit_lr`.
     """
     if config.warm_start == "closed_form":
@@ -161,7 +182,10 @@ def start_projection(projection: Projection, seen: Seen, config: RouterConfig) -
     whitened = replace(seen, x_TH=seen.x_TH @ white_HH)
     labelled = whitened.labelled()
     for _ in range(config.fit_steps):
-        _step(optimizer, _chunk_loss(whitened, projection) + _label_loss(labelled, projection(seen.inputs_EM)))
+        _step(
+            optimizer,
+            _chunk_loss(whitened, projection) + _label_loss(labelled, projection(seen.inputs_EM)),
+        )
     _finish(projection, white_HH, seen)
 
 
@@ -186,7 +210,8 @@ def _label_loss(seen: Seen, rows_EH: Tensor) -> Tensor:
 
 
 def _chunk_loss(seen: Seen, projection: Projection) -> Tensor:
-    """Return the cross-entropy with which rows of chunks tell their own tokens from those of the other chunks."""
+    """Return the cross-entropy with which rows of chunks tell their own tokens from those of the
+    other chunks."""
     assert seen.chunks_CM is not None
     chunks = len(seen.chunks_CM)
     length = len(seen.x_TH) // chunks
@@ -194,14 +219,18 @@ def _chunk_loss(seen: Seen, projection: Projection) -> Tensor:
     where = torch.randint(length, (len(pick), TOKENS_PER_CHUNK), generator=seen.generator)
     tokens = (pick[:, None] * length + where).flatten().to(seen.x_TH.device)
     own = torch.arange(len(pick), device=seen.x_TH.device).repeat_interleave(TOKENS_PER_CHUNK)
-    return F.cross_entropy(F.linear(seen.x_TH[tokens], projection(seen.chunks_CM[pick.to(own.device)])), own)
+    return F.cross_entropy(
+        F.linear(seen.x_TH[tokens], projection(seen.chunks_CM[pick.to(own.device)])), own
+    )
 
 
 @torch.no_grad()
 def _closed_form(projection: Projection, seen: Seen) -> None:
-    """Set a linear P by ridge regression of mean whitened inputs on embeddings, of chunks and (weighted) of domains.
+    """Set a linear P by ridge regression of mean whitened inputs on embeddings, of chunks and
+    (weighted) of domains.
 
-    With whitened inputs this is also the bilinear form of ESZSL: one matrix between embeddings and inputs.
+    With whitened inputs this is also the bilinear form of ESZSL: one matrix between embeddings and
+    inputs.
     """
     assert seen.chunks_CM is not None and seen.inputs_EM is not None
     white_HH = whitener(seen.x_TH)
@@ -215,14 +244,17 @@ def _closed_form(projection: Projection, seen: Seen) -> None:
     weight_G1[chunks:] = DOMAIN_WEIGHT * chunks / domains
     moments_MM = inputs_GM.T @ (weight_G1 * inputs_GM)
     penalty = CHUNK_RIDGE * moments_MM.diagonal().mean() * torch.eye(len(moments_MM), device=device)
-    map_MH = torch.linalg.solve(moments_MM + penalty, inputs_GM.T @ (weight_G1 * (targets_GH @ white_HH)))
+    map_MH = torch.linalg.solve(
+        moments_MM + penalty, inputs_GM.T @ (weight_G1 * (targets_GH @ white_HH))
+    )
     projection.maps[0].weight.copy_(map_MH.T)
     _finish(projection, white_HH, seen)
 
 
 @torch.no_grad()
 def _finish(projection: Projection, white_HH: Tensor, seen: Seen) -> None:
-    """Fold the whitening of the inputs into P, and put its rows to the temperature that suits the labels."""
+    """Fold the whitening of the inputs into P, and put its rows to the temperature that suits the
+    labels."""
     assert seen.inputs_EM is not None
     labelled = seen.labelled()
     projection.fold(white_HH)

@@ -21,13 +21,22 @@ from nexus_ds.upcycling.remove import reduced
 from nexus_ds.upcycling.upcycle import upcycled
 
 SIZES = dict(
-    hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=64, initializer_range=0.1,
-)  # fmt: skip
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    initializer_range=0.1,
+)
 LLAMA3 = dict(
-    rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    rope_type="llama3",
+    rope_theta=500.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
     original_max_position_embeddings=16,
-)  # fmt: skip
+)
 KINDS = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", dict(tie_word_embeddings=True)),
@@ -37,12 +46,16 @@ KINDS = {
     "mistral-sliding": ("mistral", dict(sliding_window=6)),
     "qwen2": ("qwen2", {}),
     "qwen2-tied": ("qwen2", dict(tie_word_embeddings=True)),
-    "qwen2-sliding": ("qwen2", dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),
+    "qwen2-sliding": (
+        "qwen2",
+        dict(use_sliding_window=True, sliding_window=6, max_window_layers=1),
+    ),
 }
 
 
 def dense(kind, out, seed, vocabulary, tokenizer):
-    """Save a random dense model whose every weight matters, or with another seed than 0 a branch of it, and return it."""
+    """Save a random dense model whose every weight matters, or with another seed than 0 a branch of
+    it, and return it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     family, extra = KINDS[kind]
@@ -69,7 +82,12 @@ class Formula(nn.Module):
 
     def __init__(self, shared, experts, rows, top_k):
         super().__init__()
-        self.shared, self.experts, self.rows, self.top_k = shared, nn.ModuleList(experts), rows, top_k
+        self.shared, self.experts, self.rows, self.top_k = (
+            shared,
+            nn.ModuleList(experts),
+            rows,
+            top_k,
+        )
         self.chosen = set()
 
     def forward(self, x):
@@ -82,7 +100,8 @@ class Formula(nn.Module):
 
 
 def formula_model(seed, experts, rows, top_k):
-    """Return the seed's own transformers model with averaged weights and the formula in each layer."""
+    """Return the seed's own transformers model with averaged weights and the formula in each
+    layer."""
     import copy
 
     model = copy.deepcopy(experts[0])
@@ -98,7 +117,9 @@ def formula_model(seed, experts, rows, top_k):
 def load(directory):
     from transformers import AutoModelForCausalLM
 
-    model, report = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, output_loading_info=True)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        directory, local_files_only=True, output_loading_info=True
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"], report
     return model.eval()
 
@@ -108,7 +129,10 @@ def load(directory):
 def test_stock_transformers_computes_the_formula(kind, tmp_path, dense_dir):
     vocabulary = json.loads((dense_dir / "config.json").read_text())["vocab_size"]
     names, top_k = ("a", "b", "c"), 2 if kind in ("llama", "qwen2-tied") else 1
-    models = {n: dense(kind, tmp_path / n, i, vocabulary, dense_dir) for i, n in enumerate(("seed", *names))}
+    models = {
+        n: dense(kind, tmp_path / n, i, vocabulary, dense_dir)
+        for i, n in enumerate(("seed", *names))
+    }
     config = Config()
     config.router.top_k, config.router.init_norm = top_k, 2.0
     new = upcycled(tmp_path / "seed", {n: tmp_path / n for n in names}, embeddings(names), config)
@@ -132,7 +156,12 @@ def test_an_expert_goes_back_to_its_dense_family(kind, tmp_path, dense_dir):
     vocabulary = json.loads((dense_dir / "config.json").read_text())["vocab_size"]
     dense(kind, tmp_path / "seed", 0, vocabulary, dense_dir)
     model = dense(kind, tmp_path / "a", 1, vocabulary, dense_dir)
-    new = upcycled(tmp_path / "seed", dict.fromkeys(("x", "y"), tmp_path / "a"), embeddings(("x", "y")), Config())
+    new = upcycled(
+        tmp_path / "seed",
+        dict.fromkeys(("x", "y"), tmp_path / "a"),
+        embeddings(("x", "y")),
+        Config(),
+    )
     (tmp_path / "out").mkdir()
     new.write(tmp_path / "out", None, Config().router, 0)
     config, reader = qwen2_moe.open_moe(tmp_path / "out")
@@ -143,9 +172,13 @@ def test_an_expert_goes_back_to_its_dense_family(kind, tmp_path, dense_dir):
 
     (tmp_path / "back").mkdir()
     save_file(back(1), tmp_path / "back" / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "back" / "config.json").write_text(json.dumps(families.dense_config(config, KINDS[kind][0])))
+    (tmp_path / "back" / "config.json").write_text(
+        json.dumps(families.dense_config(config, KINDS[kind][0]))
+    )
     tokens = torch.arange(24)[None] % vocabulary
-    torch.testing.assert_close(load(tmp_path / "back")(tokens).logits, model(tokens).logits, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        load(tmp_path / "back")(tokens).logits, model(tokens).logits, atol=1e-6, rtol=1e-6
+    )
     seed = load_file(tmp_path / "seed" / "model.safetensors")
     shared = back(None)
     assert all(torch.equal(shared[n], seed[n]) for n in seed if ".mlp." in n)
@@ -159,26 +192,43 @@ def test_older_keys_mean_the_same(dense_dir):
     rope = dict(rope_type="llama3", rope_theta=7.0, original_max_position_embeddings=64, **scaling)
     new = config | {"rope_parameters": rope}
     old = {k: v for k, v in config.items() if k != "rope_parameters"}
-    old |= {"rope_theta": 7.0, "rope_scaling": {"type": "llama3", **scaling}, "torch_dtype": "bfloat16"}
+    old |= {
+        "rope_theta": 7.0,
+        "rope_scaling": {"type": "llama3", **scaling},
+        "torch_dtype": "bfloat16",
+    }
     old.pop("dtype", None)
     assert families.settings(old) == families.settings(new)
     assert qwen2_moe.moe_config(old, 2, 1)["dtype"] == "bfloat16"
-    mistral = {k: v for k, v in config.items() if k not in ("sliding_window", "num_key_value_heads")}
+    mistral = {
+        k: v for k, v in config.items() if k not in ("sliding_window", "num_key_value_heads")
+    }
     mistral |= {"model_type": "mistral", "num_attention_heads": 8, "hidden_size": 64}
-    assert families.settings(mistral)["kv_heads"] == 8 and families.settings(mistral)["sliding_window"] == 4096
+    assert (
+        families.settings(mistral)["kv_heads"] == 8
+        and families.settings(mistral)["sliding_window"] == 4096
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama3-rope", "qwen2-sliding"])
 def test_written_configurations_say_their_rope_in_both_spellings(kind, tmp_path, dense_dir):
-    """transformers before 5 knows rope_theta and rope_scaling alone, and takes 10000 where they are missing."""
+    """transformers before 5 knows rope_theta and rope_scaling alone, and takes 10000 where they are
+    missing."""
     family, extra = KINDS[kind]
     extra = {"rope_parameters": dict(rope_type="default", rope_theta=500.0)} | extra
     plain = dict(model_type=family, vocab_size=31, **SIZES, **extra)
     scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
     mixture = qwen2_moe.moe_config(plain, 2, 1)
     context = qwen2_moe.moe_config(plain, 2, 1, "context")
-    for config in (mixture, context, families.dense_config(mixture, family), families.both_ropes(plain)):
-        assert config["rope_parameters"] == extra["rope_parameters"] and config["rope_theta"] == 500.0
+    for config in (
+        mixture,
+        context,
+        families.dense_config(mixture, family),
+        families.both_ropes(plain),
+    ):
+        assert (
+            config["rope_parameters"] == extra["rope_parameters"] and config["rope_theta"] == 500.0
+        )
         assert config.get("rope_scaling") == (scaling if kind == "llama3-rope" else None)
         assert families.settings(config)["rope"] == families.settings(plain)["rope"]
 
@@ -209,7 +259,10 @@ def changed(source, out, **keys):
         (dict(model_type="gemma2"), ["'gemma2'", "add 1"]),
         (dict(model_type="cohere2"), ["'cohere2'", "side by side"]),
         (dict(model_type="granite"), ["'granite'", "logits are scaled"]),
-        (dict(model_type="mistral3", text_config=dict(model_type="mistral")), ["'mistral3'", "wraps", "'mistral'"]),
+        (
+            dict(model_type="mistral3", text_config=dict(model_type="mistral")),
+            ["'mistral3'", "wraps", "'mistral'"],
+        ),
         (dict(model_type="blender"), ["'blender'", "supported: llama"]),
         (dict(model_type=...), ["None", "supported: llama"]),
         (dict(hidden_act="gelu"), ["hidden_act 'gelu'", "silu"]),
@@ -220,8 +273,14 @@ def changed(source, out, **keys):
         (dict(_experts_implementation_internal="a/b"), ["_experts_implementation_internal"]),
         (dict(attn_implementation="a/b"), ["attn_implementation = 'a/b'"]),
         (dict(text_config={"auto_map": {"AutoModel": "evil.Model"}}), ["text_config.auto_map"]),
-        (dict(parts=[1, [{"auto_map": {"AutoModel": "evil.Model"}}]]), ["parts.1.0.auto_map", "never run"]),
-        (dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}), ["RoPE that differs between layers"]),
+        (
+            dict(parts=[1, [{"auto_map": {"AutoModel": "evil.Model"}}]]),
+            ["parts.1.0.auto_map", "never run"],
+        ),
+        (
+            dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}),
+            ["RoPE that differs between layers"],
+        ),
         (dict(partial_rotary_factor=0.5), ["partial_rotary_factor"]),
     ],
 )
@@ -231,7 +290,9 @@ def test_refuses_by_name(keys, words, tmp_path, dense_dir):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-@pytest.mark.parametrize("keys", [dict(attn_implementation="sdpa"), dict(trust_remote_code=False), dict(auto_map=None)])
+@pytest.mark.parametrize(
+    "keys", [dict(attn_implementation="sdpa"), dict(trust_remote_code=False), dict(auto_map=None)]
+)
 def test_harmless_keys_pass(keys, tmp_path, dense_dir):
     assert families.open_dense(changed(dense_dir, tmp_path / "m", **keys)).family == "llama"
 
@@ -241,7 +302,10 @@ def test_harmless_keys_pass(keys, tmp_path, dense_dir):
     [
         (dict(hidden_size=0), "hidden_size is 0"),
         (dict(vocab_size="x"), "vocab_size is 'x', expected a number"),
-        (dict(num_hidden_layers=10**12), "num_hidden_layers is 1000000000000, expected at most 10000"),
+        (
+            dict(num_hidden_layers=10**12),
+            "num_hidden_layers is 1000000000000, expected at most 10000",
+        ),
     ],
 )
 def test_sizes_must_be_numbers(keys, message, tmp_path, dense_dir):
@@ -265,12 +329,24 @@ def test_tensors_are_held_against_the_configuration(tmp_path, dense_dir):
         extra = {"model.surprise": torch.zeros(1)}
         families.open_dense(with_tensors(dense_dir, tmp_path / "extra", lambda t: t.update(extra)))
     with pytest.raises(CheckpointError, match=r"up_proj.weight \(2, 3\), expected \(24, 16\)"):
-        families.open_dense(with_tensors(dense_dir, tmp_path / "shape", lambda t: t.update({name: torch.ones(2, 3)})))
-    with pytest.raises(UnsupportedModelError, match=r"no place for model.layers.0.self_attn.o_proj.bias"):
+        families.open_dense(
+            with_tensors(
+                dense_dir, tmp_path / "shape", lambda t: t.update({name: torch.ones(2, 3)})
+            )
+        )
+    with pytest.raises(
+        UnsupportedModelError, match=r"no place for model.layers.0.self_attn.o_proj.bias"
+    ):
         bias = {"model.layers.0.self_attn.o_proj.bias": torch.zeros(16)}
         families.open_dense(with_tensors(dense_dir, tmp_path / "bias", lambda t: t.update(bias)))
-    with pytest.raises(UnsupportedModelError, match=r"several dtypes: BF16 .* F32 .*save the model in one"):
-        families.open_dense(with_tensors(dense_dir, tmp_path / "mixed", lambda t: t.update({name: t[name].bfloat16()})))
+    with pytest.raises(
+        UnsupportedModelError, match=r"several dtypes: BF16 .* F32 .*save the model in one"
+    ):
+        families.open_dense(
+            with_tensors(
+                dense_dir, tmp_path / "mixed", lambda t: t.update({name: t[name].bfloat16()})
+            )
+        )
     with pytest.raises(UnsupportedModelError, match=r"weights are F16 .*fp32 or bf16"):
         half = lambda t: t.update({k: v.half() for k, v in t.items()})  # noqa: E731
         families.open_dense(with_tensors(dense_dir, tmp_path / "half", half))
@@ -281,7 +357,9 @@ def test_a_tied_models_repeated_head_and_old_buffers_are_ignored(tmp_path, dense
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
 
-    assert families.open_dense(with_tensors(dense_dir, tmp_path / "m", repeat)).settings["tied_embeddings"]
+    assert families.open_dense(with_tensors(dense_dir, tmp_path / "m", repeat)).settings[
+        "tied_embeddings"
+    ]
 
 
 def test_a_hub_name_is_no_directory(tmp_path):
@@ -293,35 +371,88 @@ def test_a_hub_name_is_no_directory(tmp_path):
 # Each is read by stock transformers and by this program: both compute the same, or this program refuses it by name.
 
 YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0)
-LONG = dict(rope_type="longrope", rope_theta=500.0, factor=4.0, short_factor=[1.5] * 4, long_factor=[3.0] * 4)
+LONG = dict(
+    rope_type="longrope",
+    rope_theta=500.0,
+    factor=4.0,
+    short_factor=[1.5] * 4,
+    long_factor=[3.0] * 4,
+)
 SLIDING = dict(use_sliding_window=True, sliding_window=6)
 ALL = ("llama", "mistral", "qwen2")
 FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
-ODD_KEYS = {  # what is changed in config.json (... removes a key) -> a word of the refusal, "" where both compute the same
+# what is changed in config.json (... removes a key) -> a word of the refusal, "" where both compute
+# the same
+ODD_KEYS = {
     "older base of RoPE": (ALL, dict(rope_parameters=..., rope_theta=500.0), ""),
     "no base of RoPE": (ALL, dict(rope_parameters=...), ""),
-    "two bases of RoPE": (ALL, dict(rope_parameters=dict(rope_type="default", rope_theta=500.0), rope_theta=7.0), ""),
-    "a base beside RoPE without one": (ALL, dict(rope_parameters=dict(rope_type="default"), rope_theta=500.0), ""),
-    "rope_scaling before rope_parameters": (
-        ALL, dict(rope_parameters=dict(rope_type="default", rope_theta=500.0), rope_scaling=dict(type="linear", factor=2.0)), "",
+    "two bases of RoPE": (
+        ALL,
+        dict(rope_parameters=dict(rope_type="default", rope_theta=500.0), rope_theta=7.0),
+        "",
     ),
-    "linear RoPE": (ALL, dict(rope_parameters=..., rope_theta=9.0, rope_scaling=dict(type="linear", factor=2.0)), ""),
+    "a base beside RoPE without one": (
+        ALL,
+        dict(rope_parameters=dict(rope_type="default"), rope_theta=500.0),
+        "",
+    ),
+    "rope_scaling before rope_parameters": (
+        ALL,
+        dict(
+            rope_parameters=dict(rope_type="default", rope_theta=500.0),
+            rope_scaling=dict(type="linear", factor=2.0),
+        ),
+        "",
+    ),
+    "linear RoPE": (
+        ALL,
+        dict(rope_parameters=..., rope_theta=9.0, rope_scaling=dict(type="linear", factor=2.0)),
+        "",
+    ),
     "dynamic RoPE beyond its positions": (
-        ALL, dict(rope_parameters=dict(rope_type="dynamic", rope_theta=9.0, factor=4.0), max_position_embeddings=8), "",
+        ALL,
+        dict(
+            rope_parameters=dict(rope_type="dynamic", rope_theta=9.0, factor=4.0),
+            max_position_embeddings=8,
+        ),
+        "",
     ),
     "yarn": (ALL, dict(rope_parameters=YARN), ""),
-    "yarn of few positions": (ALL, dict(rope_parameters=YARN | dict(original_max_position_embeddings=8)), ""),
+    "yarn of few positions": (
+        ALL,
+        dict(rope_parameters=YARN | dict(original_max_position_embeddings=8)),
+        "",
+    ),
     "yarn of two minds": (
         ALL,
-        dict(rope_parameters=YARN | dict(original_max_position_embeddings=32), original_max_position_embeddings=8),
+        dict(
+            rope_parameters=YARN | dict(original_max_position_embeddings=32),
+            original_max_position_embeddings=8,
+        ),
         "",
     ),
     "longrope": (ALL, dict(rope_parameters=LONG | dict(original_max_position_embeddings=8)), ""),
-    "llama3 without its factors": (ALL, dict(rope_scaling=dict(rope_type="llama3", factor=2.0)), "low_freq_factor"),
-    "RoPE of a vision model": (ALL, dict(rope_scaling=dict(type="mrope", mrope_section=[1])), "'mrope'"),
-    "proportional RoPE": (ALL, dict(rope_parameters=dict(rope_type="proportional", rope_theta=9.0)), "'proportional'"),
+    "llama3 without its factors": (
+        ALL,
+        dict(rope_scaling=dict(rope_type="llama3", factor=2.0)),
+        "low_freq_factor",
+    ),
+    "RoPE of a vision model": (
+        ALL,
+        dict(rope_scaling=dict(type="mrope", mrope_section=[1])),
+        "'mrope'",
+    ),
+    "proportional RoPE": (
+        ALL,
+        dict(rope_parameters=dict(rope_type="proportional", rope_theta=9.0)),
+        "'proportional'",
+    ),
     "RoPE of part of a head": (ALL, dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
-    "RoPE by kind of layer": (ALL, dict(rope_parameters=dict(full_attention=dict(rope_theta=9.0))), "RoPE that differs"),
+    "RoPE by kind of layer": (
+        ALL,
+        dict(rope_parameters=dict(full_attention=dict(rope_theta=9.0))),
+        "RoPE that differs",
+    ),
     "a null as base": (ALL, dict(rope_parameters=..., rope_theta=None), "rope_theta is None"),
     "a text as base": (ALL, dict(rope_parameters=..., rope_theta="9"), "rope_theta is '9'"),
     "no eps": (ALL, dict(rms_norm_eps=...), ""),
@@ -338,40 +469,98 @@ ODD_KEYS = {  # what is changed in config.json (... removes a key) -> a word of 
     "older name of the dtype": (ALL, dict(dtype=..., torch_dtype="float32"), ""),
     "not causal": (ALL, dict(is_causal=False), "is_causal"),
     "a model within a model": (ALL, dict(text_config=dict(model_type="llama")), "text_config"),
-    "weights elsewhere": (ALL, dict(transformers_weights="other.safetensors"), "transformers_weights"),
-    "configuration elsewhere": (ALL, dict(configuration_files=["config.4.0.0.json"]), "configuration_files"),
+    "weights elsewhere": (
+        ALL,
+        dict(transformers_weights="other.safetensors"),
+        "transformers_weights",
+    ),
+    "configuration elsewhere": (
+        ALL,
+        dict(configuration_files=["config.4.0.0.json"]),
+        "configuration_files",
+    ),
     "no key about tying": (ALL, dict(tie_word_embeddings=...), ""),
     "tied, with a head of its own": (ALL, dict(tie_word_embeddings=True), ""),
-    "a window that Llama has not": (("llama",), dict(sliding_window=6, layer_types=["sliding_attention"] * 3), ""),
+    "a window that Llama has not": (
+        ("llama",),
+        dict(sliding_window=6, layer_types=["sliding_attention"] * 3),
+        "",
+    ),
     "no window": (("mistral",), dict(sliding_window=...), ""),
     "a null as window": (("mistral",), dict(sliding_window=None), ""),
     "a window": (("mistral",), dict(sliding_window=6), ""),
     "a window of nothing": (("mistral",), dict(sliding_window=0), "sliding_window is 0"),
     "kinds of layers in a mistral": (
-        ("mistral",), dict(sliding_window=6, layer_types=["full_attention", "sliding_attention", "full_attention"]), "",
+        ("mistral",),
+        dict(
+            sliding_window=6, layer_types=["full_attention", "sliding_attention", "full_attention"]
+        ),
+        "",
     ),
-    "a mistral of full layers": (("mistral",), dict(sliding_window=6, layer_types=["full_attention"] * 3), ""),
-    "window in the last layers": (("qwen2",), SLIDING | dict(max_window_layers=1, layer_types=...), ""),
-    "window by layer": (("qwen2",), SLIDING | dict(layer_types=["sliding_attention", "full_attention", "full_attention"]), ""),
+    "a mistral of full layers": (
+        ("mistral",),
+        dict(sliding_window=6, layer_types=["full_attention"] * 3),
+        "",
+    ),
+    "window in the last layers": (
+        ("qwen2",),
+        SLIDING | dict(max_window_layers=1, layer_types=...),
+        "",
+    ),
+    "window by layer": (
+        ("qwen2",),
+        SLIDING | dict(layer_types=["sliding_attention", "full_attention", "full_attention"]),
+        "",
+    ),
     "a window that is not used": (("qwen2",), dict(sliding_window=6, layer_types=...), ""),
-    "layers of an unused window": (("qwen2",), dict(sliding_window=6, layer_types=["sliding_attention"] * 3), "sliding_window is None"),
+    "layers of an unused window": (
+        ("qwen2",),
+        dict(sliding_window=6, layer_types=["sliding_attention"] * 3),
+        "sliding_window is None",
+    ),
     "no kinds of layers": (("qwen2",), dict(layer_types=[]), "layer_types"),
     "chunked attention": (("qwen2",), dict(layer_types=["chunked_attention"] * 3), "layer_types"),
     "bias key of Qwen2-MoE": (("qwen2",), dict(qkv_bias=False), ""),
     "attention_bias": (ALL, dict(attention_bias=True), "attention_bias"),
-}  # fmt: skip
+}
 ODD_TENSORS = {  # what is changed in the file of weights
-    "old buffers": (ALL, lambda t: t.update({FREQUENCIES: torch.ones(4), "model.rotary_emb.inv_freq": torch.ones(4)}), ""),
+    "old buffers": (
+        ALL,
+        lambda t: t.update(
+            {FREQUENCIES: torch.ones(4), "model.rotary_emb.inv_freq": torch.ones(4)}
+        ),
+        "",
+    ),
     "no head": (ALL, lambda t: t.pop("lm_head.weight"), "1 missing: lm_head.weight"),
-    "biases that Llama has not": (ALL, lambda t: t.update({"model.layers.0.self_attn.o_proj.bias": torch.ones(32)}), "o_proj.bias"),
-    "biases that Qwen2 lacks": (("qwen2",), lambda t: t.pop("model.layers.0.self_attn.q_proj.bias"), "q_proj.bias"),
-    "names without prefix": (ALL, lambda t: [t.update({n.removeprefix("model."): t.pop(n)}) for n in list(t)], "missing"),
-}  # fmt: skip
+    "biases that Llama has not": (
+        ALL,
+        lambda t: t.update({"model.layers.0.self_attn.o_proj.bias": torch.ones(32)}),
+        "o_proj.bias",
+    ),
+    "biases that Qwen2 lacks": (
+        ("qwen2",),
+        lambda t: t.pop("model.layers.0.self_attn.q_proj.bias"),
+        "q_proj.bias",
+    ),
+    "names without prefix": (
+        ALL,
+        lambda t: [t.update({n.removeprefix("model."): t.pop(n)}) for n in list(t)],
+        "missing",
+    ),
+}
 ODD_FILES = {  # what is changed in the directory
     "shards": (ALL, lambda directory: in_shards(directory), ""),
     "a single file before its shards": (ALL, lambda directory: beside_shards(directory), ""),
-    "an adapter": (ALL, lambda directory: (directory / "adapter_config.json").write_text("{}"), "merge_and_unload"),
-    "shards of ranks": (ALL, lambda directory: of_ranks(directory), "shard-00001-model-00001-of-00001.safetensors"),
+    "an adapter": (
+        ALL,
+        lambda directory: (directory / "adapter_config.json").write_text("{}"),
+        "merge_and_unload",
+    ),
+    "shards of ranks": (
+        ALL,
+        lambda directory: of_ranks(directory),
+        "shard-00001-model-00001-of-00001.safetensors",
+    ),
 }
 ODD = {
     f"{family}: {name}": (family, kind, change, refusal)
@@ -384,11 +573,19 @@ ODD = {
 def in_shards(directory, change=lambda tensor: tensor):
     """Save a model's tensors, changed, in two shards too."""
     tensors, names = load_file(directory / "model.safetensors"), {}
-    for part, file in enumerate(("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")):
-        shard = {name: change(tensor) for index, (name, tensor) in enumerate(tensors.items()) if index % 2 == part}
+    for part, file in enumerate(
+        ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    ):
+        shard = {
+            name: change(tensor)
+            for index, (name, tensor) in enumerate(tensors.items())
+            if index % 2 == part
+        }
         save_file(shard, directory / file, metadata={"format": "pt"})
         names |= dict.fromkeys(shard, file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": names})
+    )
     (directory / "model.safetensors").unlink()
 
 
@@ -399,8 +596,14 @@ def beside_shards(directory):
 
 
 def of_ranks(directory):
-    tensors = {name: 2 * tensor for name, tensor in load_file(directory / "model.safetensors").items()}
-    save_file(tensors, directory / "shard-00001-model-00001-of-00001.safetensors", metadata={"format": "pt"})
+    tensors = {
+        name: 2 * tensor for name, tensor in load_file(directory / "model.safetensors").items()
+    }
+    save_file(
+        tensors,
+        directory / "shard-00001-model-00001-of-00001.safetensors",
+        metadata={"format": "pt"},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -429,12 +632,16 @@ def made_odd(source, out, kind, change):
 def logits_in_fp32(directory):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, local_files_only=True, dtype=torch.float32
+    ).eval()
     return model(torch.arange(24)[None] % model.config.vocab_size, use_cache=False).logits
 
 
 @pytest.mark.parametrize("odd", ODD)
-def test_an_odd_file_is_read_as_transformers_reads_it_or_refused_by_name(odd, tmp_path, plain_models):
+def test_an_odd_file_is_read_as_transformers_reads_it_or_refused_by_name(
+    odd, tmp_path, plain_models
+):
     """A mixture of one expert without a shared one computes what its dense model computes."""
     family, kind, change, refusal = ODD[odd]
     source = made_odd(plain_models / family, tmp_path / "odd", kind, change)
@@ -442,7 +649,9 @@ def test_an_odd_file_is_read_as_transformers_reads_it_or_refused_by_name(odd, tm
     config.model.shared_expert = "none"
     (tmp_path / "out").mkdir()
     try:
-        upcycled(source, {"a": source}, embeddings(("a",)), config).write(tmp_path / "out", None, config.router, 0)
+        upcycled(source, {"a": source}, embeddings(("a",)), config).write(
+            tmp_path / "out", None, config.router, 0
+        )
     except NexusError as error:
         assert refusal and refusal in str(error) and str(source) in str(error), error
         return
@@ -452,7 +661,8 @@ def test_an_odd_file_is_read_as_transformers_reads_it_or_refused_by_name(odd, tm
 
 
 def test_odd_files_are_odd(tmp_path, plain_models):
-    """The keys of the table above change what transformers computes, where they should: the comparison can fail."""
+    """The keys of the table above change what transformers computes, where they should: the
+    comparison can fail."""
     for name in (
         "mistral: a window",
         "llama: rope_scaling before rope_parameters",
@@ -460,8 +670,12 @@ def test_odd_files_are_odd(tmp_path, plain_models):
         "llama: yarn of two minds",
     ):
         family, kind, change, _ = ODD[name]
-        odd = logits_in_fp32(made_odd(plain_models / family, tmp_path / name.replace(" ", "-"), kind, change))
-        assert (odd - logits_in_fp32(plain_models / family)).abs().max() > 1e-2 * odd.abs().max(), name
+        odd = logits_in_fp32(
+            made_odd(plain_models / family, tmp_path / name.replace(" ", "-"), kind, change)
+        )
+        assert (odd - logits_in_fp32(plain_models / family)).abs().max() > 1e-2 * odd.abs().max(), (
+            name
+        )
 
 
 @pytest.mark.parametrize(
@@ -494,4 +708,7 @@ def test_a_tied_mixture_keeps_the_head_that_its_file_has(tmp_path, nexus_dir):
     new.write(tmp_path / "out", None, RouterConfig(), 0)
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"], head)
     assert describe(odd)["tied_embeddings"] is False
-    assert describe(odd)["parameters"]["total"] == describe(nexus_dir)["parameters"]["total"] + head.numel()
+    assert (
+        describe(odd)["parameters"]["total"]
+        == describe(nexus_dir)["parameters"]["total"] + head.numel()
+    )

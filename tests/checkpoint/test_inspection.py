@@ -1,4 +1,5 @@
-"""Facts of checkpoints: parameter counts against transformers, kind, sidecar, damage that is shown and not hidden."""
+"""Facts of checkpoints: parameter counts against transformers, kind, sidecar, damage that is shown
+and not hidden."""
 
 import json
 import shutil
@@ -13,11 +14,19 @@ from nexus_ds.errors import CheckpointError
 def test_dense(dense_dir):
     from transformers import AutoModelForCausalLM
 
-    facts, model = describe(dense_dir), AutoModelForCausalLM.from_pretrained(dense_dir, local_files_only=True)
+    facts, model = (
+        describe(dense_dir),
+        AutoModelForCausalLM.from_pretrained(dense_dir, local_files_only=True),
+    )
     count = sum(p.numel() for p in model.parameters())
     assert facts["parameters"] == {"total": count, "active": count}
     assert facts["bytes"] == 4 * count
-    assert (facts["kind"], facts["family"], facts["dtype"], facts["layers"]) == ("dense", "llama", "F32", 2)
+    assert (facts["kind"], facts["family"], facts["dtype"], facts["layers"]) == (
+        "dense",
+        "llama",
+        "F32",
+        2,
+    )
     assert facts["routed_experts"] == 0 and "experts" not in facts
 
 
@@ -54,7 +63,8 @@ def test_a_gate_that_was_trained_elsewhere_is_shown(nexus_dir, tmp_path):
     save_file(tensors, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
     said = describe(tmp_path / "copy")["shared_expert_gate"]
     assert (
-        said.startswith("TRAINED ELSEWHERE: ") and "layer 1: the shared expert's gate has weights up to 1.0e-02" in said
+        said.startswith("TRAINED ELSEWHERE: ")
+        and "layer 1: the shared expert's gate has weights up to 1.0e-02" in said
     )
 
 

@@ -1,4 +1,5 @@
-"""Loading refuses what transformers would mend or run: missing tensors, code hooks, pickles, rows that aren't P(D)."""
+"""Loading refuses what transformers would mend or run: missing tensors, code hooks, pickles, rows
+that aren't P(D)."""
 
 import json
 import shutil
@@ -37,39 +38,55 @@ def test_loads_in_fp32_for_inference(dense_dir):
 
 def test_missing_tensor_is_not_made_up(copy):
     change_tensors(copy, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(CheckpointError, match=r"1 tensors are missing, the first: 'model.layers.1.mlp.up_proj.weight'"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"1 tensors are missing, the first: 'model.layers.1.mlp.up_proj.weight'",
+    ):
         load_model(copy)
 
 
 def test_unknown_tensor_is_not_dropped(copy):
-    change_tensors(copy, lambda t: t.update({"model.layers.0.self_attn.o_proj.bias": torch.zeros(16)}))
+    change_tensors(
+        copy, lambda t: t.update({"model.layers.0.self_attn.o_proj.bias": torch.zeros(16)})
+    )
     with pytest.raises(
-        CheckpointError, match=r"1 tensors are not known to the model's family, the first: .*o_proj.bias"
+        CheckpointError,
+        match=r"1 tensors are not known to the model's family, the first: .*o_proj.bias",
     ):
         load_model(copy)
 
 
 def test_repeated_tied_head_is_harmless(copy):
-    change_tensors(copy, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    change_tensors(
+        copy, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    )
     load_model(copy)
 
 
 def test_tensor_of_another_shape(copy):
     change_tensors(copy, lambda t: t.update({"model.norm.weight": torch.ones(5)}))
-    with pytest.raises(CheckpointError, match=r"transformers can't load this checkpoint|another shape"):
+    with pytest.raises(
+        CheckpointError, match=r"transformers can't load this checkpoint|another shape"
+    ):
         load_model(copy)
 
 
 def test_a_value_of_another_kind_in_the_configuration(copy):
     change_config(copy, rms_norm_eps=None)
-    with pytest.raises(CheckpointError, match=r"transformers can't load this checkpoint: .*rms_norm_eps"):
+    with pytest.raises(
+        CheckpointError, match=r"transformers can't load this checkpoint: .*rms_norm_eps"
+    ):
         load_model(copy)
 
 
 def test_an_adapter_is_no_checkpoint(copy):
-    (copy / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "base"}')
+    (copy / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "base_model_name_or_path": "base"}'
+    )
     for load in (load_model, read_config):
-        with pytest.raises(UnsupportedModelError, match=r"holds an adapter .*LORA of base.*merge it first"):
+        with pytest.raises(
+            UnsupportedModelError, match=r"holds an adapter .*LORA of base.*merge it first"
+        ):
             load(copy)
 
 
@@ -79,7 +96,9 @@ def test_code_hooks_are_refused(copy):
         load_model(copy)
 
 
-def test_code_beside_a_model_is_not_run_even_where_its_hooks_are_not_seen(copy, tmp_path, monkeypatch):
+def test_code_beside_a_model_is_not_run_even_where_its_hooks_are_not_seen(
+    copy, tmp_path, monkeypatch
+):
     """Both defences: without the look at config.json, transformers is still told to run nothing."""
     canary = tmp_path / "canary"
     (copy / "evil.py").write_text(
@@ -87,7 +106,11 @@ def test_code_beside_a_model_is_not_run_even_where_its_hooks_are_not_seen(copy, 
         "class Config(LlamaConfig):\n    model_type = 'evil'\n"
         "class Model(LlamaForCausalLM):\n    config_class = Config\n"
     )
-    change_config(copy, model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
+    change_config(
+        copy,
+        model_type="evil",
+        auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
+    )
     monkeypatch.setattr(loading, "know_model_type", lambda directory: None)
     monkeypatch.setattr(loading, "_dtype", lambda *arguments: torch.float32)
     with pytest.raises(CheckpointError, match="custom code which must be executed"):
@@ -116,5 +139,7 @@ def test_rows_that_are_not_the_projection(nexus_dir, tmp_path):
 
 
 def test_unknown_precision(dense_dir):
-    with pytest.raises(ConfigError, match="precision: unknown value 'fp8'; known: auto, fp32, stored"):
+    with pytest.raises(
+        ConfigError, match="precision: unknown value 'fp8'; known: auto, fp32, stored"
+    ):
         load_model(dense_dir, "fp8")

@@ -10,7 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from nexus_ds.checkpoint import sidecar as sidecar_module
 from nexus_ds.checkpoint.qwen2_moe import gate_name
-from nexus_ds.checkpoint.sidecar import ROUTER, SIDECAR, read_sidecar, router_rows, verify_rows, write_sidecar
+from nexus_ds.checkpoint.sidecar import (
+    ROUTER,
+    SIDECAR,
+    read_sidecar,
+    router_rows,
+    verify_rows,
+    write_sidecar,
+)
 from nexus_ds.errors import CheckpointError
 from nexus_ds.model.router import Projection, condition, rows_in
 
@@ -35,9 +42,13 @@ def edit_tensors(path, change):
 def test_round_trip(nexus_dir, copied):
     sidecar = read_sidecar(nexus_dir)
     assert sidecar_module.is_nexus(nexus_dir) and not sidecar_module.is_nexus(nexus_dir.parent)
-    write_sidecar(copied, dataclasses.replace(sidecar, lineage=[*sidecar.lineage, {"verb": "train"}]))
+    write_sidecar(
+        copied, dataclasses.replace(sidecar, lineage=[*sidecar.lineage, {"verb": "train"}])
+    )
     again = read_sidecar(copied)
-    assert [e.name for e in again.experts] == ["alpha", "beta", "gamma"] and again.lineage[-1] == {"verb": "train"}
+    assert [e.name for e in again.experts] == ["alpha", "beta", "gamma"] and again.lineage[-1] == {
+        "verb": "train"
+    }
     assert again.router == sidecar.router and again.encoder == sidecar.encoder
     assert torch.equal(again.vectors, sidecar.vectors) and torch.equal(again.centre, sidecar.centre)
     pairs = zip(again.projections, sidecar.projections, strict=True)
@@ -45,7 +56,8 @@ def test_round_trip(nexus_dir, copied):
 
 
 def test_rows_are_a_function_of_the_embeddings(nexus_dir):
-    """Fact 1 and 2: rows are P(D); P's shapes don't depend on the number of experts, d has no gradient."""
+    """Fact 1 and 2: rows are P(D); P's shapes don't depend on the number of experts, d has no
+    gradient."""
     sidecar = read_sidecar(nexus_dir)
     state = sidecar.projections[0]
     assert state["maps.0.weight"].shape == (32, 8) and state["maps.1.weight"].shape == (16, 16)
@@ -55,7 +67,9 @@ def test_rows_are_a_function_of_the_embeddings(nexus_dir):
     assert not sidecar.domain_inputs().requires_grad
     order = [2, 0, 1]  # fact 6: permuting experts permutes rows
     permuted = dataclasses.replace(sidecar, vectors=sidecar.vectors[order])
-    torch.testing.assert_close(router_rows(permuted, 1, torch.float32), router_rows(sidecar, 1, torch.float32)[order])
+    torch.testing.assert_close(
+        router_rows(permuted, 1, torch.float32), router_rows(sidecar, 1, torch.float32)[order]
+    )
     raw = dataclasses.replace(sidecar, router=dataclasses.replace(sidecar.router, centre=False))
     assert torch.equal(raw.domain_inputs(), sidecar.vectors)
     assert router_rows(sidecar, 0, torch.bfloat16).dtype == torch.bfloat16
@@ -81,13 +95,17 @@ def test_rows_round_weights_and_embeddings_first(nexus_dir):
 def test_verify_rows(nexus_dir, copied):
     verify_rows(nexus_dir)
     edit_tensors(copied / "model.safetensors", lambda t: t[gate_name(1)].mul_(1.01))
-    with pytest.raises(CheckpointError, match=r"layers.1.mlp.gate.weight differs from P\(D\).*restore both"):
+    with pytest.raises(
+        CheckpointError, match=r"layers.1.mlp.gate.weight differs from P\(D\).*restore both"
+    ):
         verify_rows(copied)
 
 
 def test_rows_that_are_no_numbers(copied):
     edit_tensors(copied / "model.safetensors", lambda t: t[gate_name(1)][2, 3].fill_(torch.nan))
-    with pytest.raises(CheckpointError, match=r"layers.1.mlp.gate.weight differs from P\(D\).* by nan"):
+    with pytest.raises(
+        CheckpointError, match=r"layers.1.mlp.gate.weight differs from P\(D\).* by nan"
+    ):
         verify_rows(copied)
 
 
@@ -109,7 +127,10 @@ def test_verify_rows_in_bf16(copied):
     ("change", "message"),
     [
         (lambda v: v.update(format=3), "format 3, this version reads 2"),
-        (lambda v: v.update(shared_expert="some"), "shared_expert is 'some', expected seed or none"),
+        (
+            lambda v: v.update(shared_expert="some"),
+            "shared_expert is 'some', expected seed or none",
+        ),
         (lambda v: v["experts"].pop(), "2 experts but domain embeddings of shape \\(3, 8\\)"),
         (lambda v: v["experts"][0].pop("sha256"), "experts\\[0\\]: found .* expected"),
         (lambda v: v["experts"][0].update(name="beta"), "not all different"),
@@ -138,18 +159,31 @@ def test_a_checkpoint_of_format_1_is_read(copied):
 
     edit_json(copied / SIDECAR, older)
     router = read_sidecar(copied).router
-    assert (router.projection, router.row_norm, read_sidecar(copied).shared_expert) == ("swiglu", "free", "seed")
+    assert (router.projection, router.row_norm, read_sidecar(copied).shared_expert) == (
+        "swiglu",
+        "free",
+        "seed",
+    )
     verify_rows(copied)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.update(vectors=t["vectors"] * torch.nan), "vectors holds 24 values that are not finite"),
+        (
+            lambda t: t.update(vectors=t["vectors"] * torch.nan),
+            "vectors holds 24 values that are not finite",
+        ),
         (lambda t: t.update(centre=t["centre"][:3].clone()), "centre of shape \\(3,\\)"),
         (lambda t: t.pop("layers.0.maps.1.weight"), "P of layer 0"),
-        (lambda t: [t.pop(n) for n in list(t) if n.startswith("layers.0")], "projections of layers \\[1\\]"),
-        (lambda t: [t.pop(n) for n in list(t) if n.startswith("layers.1")], "num_hidden_layers 2, nexus.json says 1"),
+        (
+            lambda t: [t.pop(n) for n in list(t) if n.startswith("layers.0")],
+            "projections of layers \\[1\\]",
+        ),
+        (
+            lambda t: [t.pop(n) for n in list(t) if n.startswith("layers.1")],
+            "num_hidden_layers 2, nexus.json says 1",
+        ),
         (lambda t: t.pop("vectors"), "no tensor 'vectors'"),
     ],
 )
@@ -160,7 +194,9 @@ def test_damaged_router_files(copied, change, message):
 
 
 def test_missing_parts(copied, dense_dir, nexus_dir):
-    with pytest.raises(CheckpointError, match=r"has no nexus.json: it is no Nexus checkpoint; make one"):
+    with pytest.raises(
+        CheckpointError, match=r"has no nexus.json: it is no Nexus checkpoint; make one"
+    ):
         read_sidecar(dense_dir)
     (copied / ROUTER).unlink()
     with pytest.raises(CheckpointError, match=r"has no nexus_router.safetensors"):
@@ -186,7 +222,9 @@ def test_the_content_fingerprint_follows_every_part(nexus_dir, copied):
     seen = {first}
     flip = "model.layers.1.self_attn.q_proj.weight"
     for name, change in {
-        "model.safetensors": lambda path: edit_tensors(path, lambda t: t[flip].view(-1)[7:8].mul_(-1)),
+        "model.safetensors": lambda path: edit_tensors(
+            path, lambda t: t[flip].view(-1)[7:8].mul_(-1)
+        ),
         ROUTER: lambda path: edit_tensors(path, lambda t: t["vectors"].view(-1)[:1].add_(1)),
         SIDECAR: lambda path: edit_json(path, lambda v: v["lineage"].append({"verb": "train"})),
         "config.json": lambda path: edit_json(path, lambda v: v.update(rms_norm_eps=1e-4)),

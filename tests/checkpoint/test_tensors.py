@@ -44,7 +44,11 @@ def raw(path, header, data=b"", length=None):
 
 
 def entry(start, end, shape=None, dtype="F32"):
-    return {"dtype": dtype, "shape": [(end - start) // 4] if shape is None else shape, "data_offsets": [start, end]}
+    return {
+        "dtype": dtype,
+        "shape": [(end - start) // 4] if shape is None else shape,
+        "data_offsets": [start, end],
+    }
 
 
 @pytest.mark.parametrize("limit", [1 << 30, 40])
@@ -59,13 +63,20 @@ def test_writer_and_reader_agree_with_safetensors(tmp_path, limit):
     assert reader.names() == sorted(TENSORS) and "a" in reader and "z" not in reader
     for name, tensor in TENSORS.items():
         assert torch.equal(stock[name], tensor) and torch.equal(reader.read(name), tensor)
-        assert reader.read(name).dtype == tensor.dtype and reader.info(name).shape == tuple(tensor.shape)
+        assert reader.read(name).dtype == tensor.dtype and reader.info(name).shape == tuple(
+            tensor.shape
+        )
     assert torch.equal(reader.read_rows("a", 1, 3), TENSORS["a"][1:3])
     if limit == 40:
         index = json.loads((tmp_path / INDEX).read_text())
         assert set(index["weight_map"]) == set(TENSORS)
-        assert index["metadata"]["total_size"] == sum(tensor_bytes(*entry) for entry in PLAN.values())
-        assert files[0].startswith("model-00001-of-0000") and max(os.stat(tmp_path / f).st_size for f in files) < 400
+        assert index["metadata"]["total_size"] == sum(
+            tensor_bytes(*entry) for entry in PLAN.values()
+        )
+        assert (
+            files[0].startswith("model-00001-of-0000")
+            and max(os.stat(tmp_path / f).st_size for f in files) < 400
+        )
 
 
 def test_reads_what_safetensors_writes(tmp_path):
@@ -90,17 +101,25 @@ def test_overwrite_casts_to_the_stored_dtype(tmp_path):
     overwrite(reader.info("x"), torch.full((2, 2), 1.5))
     assert torch.equal(reader.read("x"), torch.full((2, 2), 1.5, dtype=torch.bfloat16))
     assert torch.equal(reader.read("y"), torch.ones(3))
-    with pytest.raises(CheckpointError, match=r"found a tensor of shape \(3,\), the file has \(2, 2\)"):
+    with pytest.raises(
+        CheckpointError, match=r"found a tensor of shape \(3,\), the file has \(2, 2\)"
+    ):
         overwrite(reader.info("x"), torch.zeros(3))
 
 
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda w: w.write("a", torch.zeros(4, 3)), r"planned tensors were not written, the first: 'b'"),
+        (
+            lambda w: w.write("a", torch.zeros(4, 3)),
+            r"planned tensors were not written, the first: 'b'",
+        ),
         (lambda w: w.write("z", torch.zeros(1)), "'z' was not planned"),
         (lambda w: w.write("a", torch.zeros(3, 4)), r"shape \(3, 4\), planned was \(4, 3\)"),
-        (lambda w: w.write("a", torch.zeros(4, 3).double()), "dtype torch.float64, planned was F32"),
+        (
+            lambda w: w.write("a", torch.zeros(4, 3).double()),
+            "dtype torch.float64, planned was F32",
+        ),
         (lambda w: w.write_rows("a", 2, torch.zeros(3, 3)), "do not fit"),
         (lambda w: [w.write("a", torch.zeros(4, 3)) for _ in range(2)], "written twice"),
     ],
@@ -150,7 +169,11 @@ def test_an_overwrite_that_stops_short_names_the_file(tmp_path):
 
 
 def test_a_file_that_is_written_at_once(tmp_path):
-    tensors = {"a": torch.arange(5), "b": torch.randn(3, 4).T, "c": torch.zeros(0, 2, dtype=torch.bfloat16)}
+    tensors = {
+        "a": torch.arange(5),
+        "b": torch.randn(3, 4).T,
+        "c": torch.zeros(0, 2, dtype=torch.bfloat16),
+    }
     write_tensors(tmp_path / "some.safetensors", tensors)
     found = load_file(tmp_path / "some.safetensors")
     assert found.keys() == tensors.keys()
@@ -177,7 +200,9 @@ def test_pickles_are_refused_by_name_and_by_content(tmp_path, zipped):
         torch.save({"a": Canary(canary)}, file)
     else:
         file.write_bytes(pickle.dumps({"a": Canary(canary)}))
-    with pytest.raises(CheckpointError, match=r"holds only pytorch_model.bin: pickled weights are not read"):
+    with pytest.raises(
+        CheckpointError, match=r"holds only pytorch_model.bin: pickled weights are not read"
+    ):
         TensorReader(weights)
     file.rename(weights / SINGLE)
     with pytest.raises(CheckpointError, match="is a pickle under the name of a safetensors file"):
@@ -199,7 +224,11 @@ def test_pickles_are_refused_by_name_and_by_content(tmp_path, zipped):
         ({"a": entry(0, 8, [1 << 62, 1 << 62])}, b"\0" * 8, "expected 8507"),
         ({"a": entry(0, 8, dtype="X9")}, b"\0" * 8, "unknown dtype 'X9'"),
         ({"a": {"dtype": "F32"}}, b"", "expected dtype, shape and data_offsets"),
-        (b'{"a": %s, "a": %s}' % ((json.dumps(entry(0, 4)).encode(),) * 2), b"\0" * 4, "the name 'a' stands twice"),
+        (
+            b'{"a": %s, "a": %s}' % ((json.dumps(entry(0, 4)).encode(),) * 2),
+            b"\0" * 4,
+            "the name 'a' stands twice",
+        ),
         (b"[1]", b"", "does not start with"),
         (b'{"a": ', b"", "not valid JSON"),
         (b'{"a": "\xff"}', b"", "not valid JSON"),
@@ -241,8 +270,16 @@ ONE = {"x": torch.ones(1)}
     [
         ({"x": "s.safetensors", "y": "s.safetensors"}, {"s": ONE}, "in no shard, the first: 'y'"),
         ({"x": "s.safetensors"}, {}, "shard 's.safetensors' .* is missing"),
-        ({"x": "s.safetensors", "y": "t.safetensors"}, {"s": ONE, "t": ONE}, "'x' is in s.safetensors and in t"),
-        ({"y": "s.safetensors"}, {"s": {**ONE, "y": torch.ones(1)}}, "'x' is in s.safetensors, .* says None"),
+        (
+            {"x": "s.safetensors", "y": "t.safetensors"},
+            {"s": ONE, "t": ONE},
+            "'x' is in s.safetensors and in t",
+        ),
+        (
+            {"y": "s.safetensors"},
+            {"s": {**ONE, "y": torch.ones(1)}},
+            "'x' is in s.safetensors, .* says None",
+        ),
         ({"x": "../s.safetensors"}, {}, "lies outside the model's directory"),
         ({"x": "/etc/passwd"}, {}, "lies outside the model's directory"),
         ({"x": "s\0.safetensors"}, {}, "lies outside the model's directory"),
@@ -273,7 +310,9 @@ def test_links_may_not_lead_out_but_in_a_hub_cache(tmp_path):
 
 
 def test_missing_things_are_named(tmp_path):
-    with pytest.raises(CheckpointError, match="is not a directory; expected a local model directory"):
+    with pytest.raises(
+        CheckpointError, match="is not a directory; expected a local model directory"
+    ):
         TensorReader(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"has no weights; expected model.safetensors"):
         TensorReader(tmp_path)

@@ -1,4 +1,5 @@
-"""Tokenizers of models: what is the same in other files, what is another, what is refused, what is taken along."""
+"""Tokenizers of models: what is the same in other files, what is another, what is refused, what is
+taken along."""
 
 import json
 import re
@@ -18,9 +19,21 @@ from nexus_ds.upcycling.blend import check_tokenizers
 from tests.data.conftest import save_sentencepiece, sentences
 
 SIZE = 300  # of the byte-level tokenizer
-TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja")
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-         "merges.txt", "tokenizer.model", *TEMPLATE_FILES)  # fmt: skip
+TEMPLATE_FILES = (
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
+)
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    *TEMPLATE_FILES,
+)
 
 
 def edit_json(path, change):
@@ -43,7 +56,8 @@ def fast_dir(tmp_path_factory):
 
 
 def slow_of(fast, out, **config):
-    """Save the vocabulary and merges of a tokenizer.json as vocab.json and merges.txt, and no tokenizer.json."""
+    """Save the vocabulary and merges of a tokenizer.json as vocab.json and merges.txt, and no
+    tokenizer.json."""
     from tokenizers import Tokenizer
 
     out.mkdir(parents=True)
@@ -54,7 +68,13 @@ def slow_of(fast, out, **config):
 
 
 def added(index, content, **flags):
-    plain = {"special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False} | flags
+    plain = {
+        "special": True,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "single_word": False,
+    } | flags
     return {"added_tokens_decoder": {str(index): {"content": content, **plain}}}
 
 
@@ -62,7 +82,9 @@ def added(index, content, **flags):
 def chat_dir(fast_dir, tmp_path_factory):
     """The same with one more token, of which a chat's turns end; a document doesn't."""
     out = tmp_path_factory.mktemp("tokenizer")
-    open_tokenizer(slow_of(fast_dir, out / "slow", **added(SIZE, "<|im_end|>"))).save_pretrained(out / "chat")
+    open_tokenizer(slow_of(fast_dir, out / "slow", **added(SIZE, "<|im_end|>"))).save_pretrained(
+        out / "chat"
+    )
     return out / "chat"
 
 
@@ -70,19 +92,28 @@ def chat_dir(fast_dir, tmp_path_factory):
 
 
 def test_one_tokenizer_in_two_forms_is_one(fast_dir, tmp_path):
-    for form, slow in (("bpe", slow_of(fast_dir, tmp_path / "bpe")), ("spm", save_sentencepiece(tmp_path / "spm"))):
+    for form, slow in (
+        ("bpe", slow_of(fast_dir, tmp_path / "bpe")),
+        ("spm", save_sentencepiece(tmp_path / "spm")),
+    ):
         saved = tmp_path / f"{form}-saved"
         open_tokenizer(slow).save_pretrained(saved)
         assert (saved / "tokenizer.json").is_file() and not (slow / "tokenizer.json").is_file()
         a, b = read_tokenizer(slow), read_tokenizer(saved)
-        assert (a.difference(b), a.other_roles(b), a.fingerprint == b.fingerprint) == (None, [], True)
+        assert (a.difference(b), a.other_roles(b), a.fingerprint == b.fingerprint) == (
+            None,
+            [],
+            True,
+        )
         assert not same_tokenizer_files(slow, saved) and same_tokenizer_files(slow, slow)
 
 
 def test_tokens_of_other_ids_are_named(fast_dir, tmp_path):
     other = shutil.copytree(fast_dir, tmp_path / "other")
     words = [
-        w for w, i in json.loads((fast_dir / "tokenizer.json").read_text())["model"]["vocab"].items() if 5 <= i < 11
+        w
+        for w, i in json.loads((fast_dir / "tokenizer.json").read_text())["model"]["vocab"].items()
+        if 5 <= i < 11
     ]
 
     def rotate(value):  # the same vocabulary with six tokens in another order
@@ -92,7 +123,9 @@ def test_tokens_of_other_ids_are_named(fast_dir, tmp_path):
 
     edit_json(other / "tokenizer.json", rotate)
     said = difference(fast_dir, other)
-    assert said.startswith(f"6 of {SIZE} tokens differ, the first: 5 {words[0]!r} / {words[5]!r}; 6 ")
+    assert said.startswith(
+        f"6 of {SIZE} tokens differ, the first: 5 {words[0]!r} / {words[5]!r}; 6 "
+    )
     assert said.count(";") == 4  # the first five
     assert read_tokenizer(fast_dir).fingerprint != read_tokenizer(other).fingerprint
 
@@ -111,12 +144,19 @@ def test_added_tokens_count_in_every_form(fast_dir, tmp_path, form):
             (tmp_path / f"{name}2").rename(out)
     a, b, plain = tmp_path / "a", tmp_path / "b", slow_of(fast_dir, tmp_path / "plain")
     assert difference(a, b) == f"1 of {SIZE + 1} tokens differ, the first: {SIZE} '<law>' / '<med>'"
-    assert difference(plain, b) == f"1 of {SIZE + 1} tokens differ, the first: {SIZE} nothing / '<med>'"
-    assert difference(b, plain) == f"1 of {SIZE + 1} tokens differ, the first: {SIZE} '<med>' / nothing"
+    assert (
+        difference(plain, b)
+        == f"1 of {SIZE + 1} tokens differ, the first: {SIZE} nothing / '<med>'"
+    )
+    assert (
+        difference(b, plain)
+        == f"1 of {SIZE + 1} tokens differ, the first: {SIZE} '<med>' / nothing"
+    )
     check_tokenizer(plain, SIZE)
     check_tokenizer(a, SIZE + 1)
     with pytest.raises(
-        IncompatibleModelsError, match=rf"ids up to {SIZE} \('<law>'\), the model embeds {SIZE}; give the"
+        IncompatibleModelsError,
+        match=rf"ids up to {SIZE} \('<law>'\), the model embeds {SIZE}; give the",
     ):
         check_tokenizer(a, SIZE)
 
@@ -126,7 +166,8 @@ def test_ids_with_gaps_are_counted_to_the_last(fast_dir, tmp_path):
     edit_json(out / "tokenizer.json", lambda v: v["model"]["vocab"].update(far=SIZE + 99))
     check_tokenizer(out, SIZE + 100)
     with pytest.raises(
-        IncompatibleModelsError, match=rf"ids up to {SIZE + 99} \('far'\), the model embeds {SIZE + 99}"
+        IncompatibleModelsError,
+        match=rf"ids up to {SIZE + 99} \('far'\), the model embeds {SIZE + 99}",
     ):
         check_tokenizer(out, SIZE + 99)
 
@@ -144,7 +185,10 @@ def test_files_that_differ_are_not_the_same(fast_dir, tmp_path, name):
 
 
 def test_another_sentencepiece_file_is_another_tokenizer(tmp_path):
-    one, other = save_sentencepiece(tmp_path / "one"), save_sentencepiece(tmp_path / "other", seed=7)
+    one, other = (
+        save_sentencepiece(tmp_path / "one"),
+        save_sentencepiece(tmp_path / "other", seed=7),
+    )
     assert re.match(r"\d+ of \d+ tokens differ, the first: \d+ '", difference(one, other))
     check_tokenizer(one, read_tokenizer(one).size)
     with pytest.raises(IncompatibleModelsError, match="the model embeds 300"):
@@ -167,8 +211,13 @@ def change_merges(value):
 def test_another_way_to_split_a_text_is_another_tokenizer(fast_dir, tmp_path, change, part):
     other = shutil.copytree(fast_dir, tmp_path / "other")
     for directory in (other, shutil.copytree(fast_dir, tmp_path / "plain")):
-        edit_json(directory / "tokenizer_config.json", lambda v: v.update(tokenizer_class="PreTrainedTokenizerFast"))
-        edit_json(directory / "tokenizer_config.json", lambda v: v.pop("added_tokens_decoder", None))
+        edit_json(
+            directory / "tokenizer_config.json",
+            lambda v: v.update(tokenizer_class="PreTrainedTokenizerFast"),
+        )
+        edit_json(
+            directory / "tokenizer_config.json", lambda v: v.pop("added_tokens_decoder", None)
+        )
     edit_json(other / "tokenizer.json", change)
     said = difference(tmp_path / "plain", other)
     assert re.match(rf"the same text becomes other tokens \({part}\), as '.+' / '.+'", said)
@@ -178,14 +227,27 @@ def test_what_changes_no_token_is_no_difference(fast_dir, tmp_path):
     """Normalisers of one name less, flags that nothing reads: the ids of every text decide."""
     for name in ("a", "b"):
         out = shutil.copytree(fast_dir, tmp_path / name)
-        edit_json(out / "tokenizer_config.json", lambda v: v.update(tokenizer_class="PreTrainedTokenizerFast"))
+        edit_json(
+            out / "tokenizer_config.json",
+            lambda v: v.update(tokenizer_class="PreTrainedTokenizerFast"),
+        )
     cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-    fill = {"strategy": {"Fixed": 64}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
-            "pad_token": "<|endoftext|>"}  # fmt: skip
+    fill = {
+        "strategy": {"Fixed": 64},
+        "direction": "Left",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }
     edit_json(tmp_path / "b" / "tokenizer.json", lambda v: v.update(truncation=cut, padding=fill))
     nothing = {"type": "Replace", "pattern": {"String": "\x07"}, "content": "\x07"}
-    edit_json(tmp_path / "b" / "tokenizer.json", lambda v: v.update(
-        normalizer={"type": "Sequence", "normalizers": [v["normalizer"], nothing]}))  # fmt: skip
+    edit_json(
+        tmp_path / "b" / "tokenizer.json",
+        lambda v: v.update(
+            normalizer={"type": "Sequence", "normalizers": [v["normalizer"], nothing]}
+        ),
+    )
     a, b = read_tokenizer(tmp_path / "a"), read_tokenizer(tmp_path / "b")
     assert a.splitting != b.splitting and a.difference(b) is None
 
@@ -204,8 +266,15 @@ def test_roles_of_tokens_are_no_difference(chat_dir, tmp_path):
     other = shutil.copytree(chat_dir, tmp_path / "other")
     edit_json(other / "tokenizer_config.json", lambda v: v.update(eos_token="<|im_end|>"))
     begin = {"id": "<|im_end|>", "ids": [SIZE], "tokens": ["<|im_end|>"]}
-    processor = {"type": "TemplateProcessing", "pair": [], "special_tokens": {"<|im_end|>": begin},
-                 "single": [{"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}  # fmt: skip
+    processor = {
+        "type": "TemplateProcessing",
+        "pair": [],
+        "special_tokens": {"<|im_end|>": begin},
+        "single": [
+            {"SpecialToken": {"id": "<|im_end|>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+    }
     edit_json(other / "tokenizer.json", lambda v: v.update(post_processor=processor))
     a, b = read_tokenizer(chat_dir), read_tokenizer(other)
     assert a.difference(b) is None and a.fingerprint != b.fingerprint
@@ -233,7 +302,10 @@ def test_an_expert_of_another_vocabulary_is_refused_with_a_remedy(fast_dir, tmp_
 
 
 def test_an_expert_with_another_end_of_text_is_taken_with_a_note(chat_dir, tmp_path, capsys):
-    other, same = shutil.copytree(chat_dir, tmp_path / "law"), shutil.copytree(chat_dir, tmp_path / "same")
+    other, same = (
+        shutil.copytree(chat_dir, tmp_path / "law"),
+        shutil.copytree(chat_dir, tmp_path / "same"),
+    )
     edit_json(other / "tokenizer_config.json", lambda v: v.update(eos_token="<|im_end|>"))
     check_tokenizers(chat_dir, {"same": same, "law": other})
     assert capsys.readouterr().err == (
@@ -270,7 +342,9 @@ def test_a_chat_template_that_is_left_behind_is_said(fast_dir, tmp_path, capsys,
 
 
 def test_a_directory_without_a_tokenizer(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no tokenizer that can be loaded .*; expected tokenizer.json"):
+    with pytest.raises(
+        CheckpointError, match=r"no tokenizer that can be loaded .*; expected tokenizer.json"
+    ):
         copy_tokenizer(tmp_path, tmp_path)
     with pytest.raises(CheckpointError, match="some/model is not a directory"):
         check_tokenizer("some/model", 5)
@@ -280,7 +354,9 @@ def test_a_directory_without_a_tokenizer(tmp_path):
 def test_code_of_a_model_is_refused_and_not_run(fast_dir, tmp_path, file):
     source = shutil.copytree(fast_dir, tmp_path / "evil")
     (source / "code.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\nclass Evil: pass\n")
-    edit_json(source / file, lambda v: v.update(auto_map={"AutoTokenizer": ["code.Evil", "code.Evil"]}))
+    edit_json(
+        source / file, lambda v: v.update(auto_map={"AutoTokenizer": ["code.Evil", "code.Evil"]})
+    )
     (tmp_path / "out").mkdir()
     for use in (
         lambda: read_tokenizer(source),
@@ -319,7 +395,11 @@ def test_links_that_lead_out_are_not_followed(fast_dir, tmp_path, name):
 
 
 def files_of(directory):
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_every_file_of_a_tokenizer_is_taken_along(fast_dir, tmp_path):
@@ -330,7 +410,9 @@ def test_every_file_of_a_tokenizer_is_taken_along(fast_dir, tmp_path):
             open_tokenizer(source).save_pretrained(tmp_path / "saved")
             shutil.copy(tmp_path / "saved" / name, source)
         elif not (source / name).is_file():
-            (source / name).write_text(json.dumps({"<law>": SIZE} if name == "added_tokens.json" else {}))
+            (source / name).write_text(
+                json.dumps({"<law>": SIZE} if name == "added_tokens.json" else {})
+            )
     (source / "config.json").write_text('{"model_type": "qwen2"}')
     out = tmp_path / "out"
     out.mkdir()
@@ -342,8 +424,12 @@ def test_every_file_of_a_tokenizer_is_taken_along(fast_dir, tmp_path):
 def test_files_of_other_names_are_taken_along(tmp_path):
     """A vocabulary that only its class knows by name."""
     (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "vocab.txt").write_text("[UNK]\n[SEP]\n[PAD]\n[CLS]\n[MASK]\ntree\nleaf\n")
-    (tmp_path / "source" / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    (tmp_path / "source" / "vocab.txt").write_text(
+        "[UNK]\n[SEP]\n[PAD]\n[CLS]\n[MASK]\ntree\nleaf\n"
+    )
+    (tmp_path / "source" / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "BertTokenizer"}'
+    )
     (tmp_path / "out").mkdir()
     copy_tokenizer(tmp_path / "source", tmp_path / "out")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "source")
@@ -355,7 +441,8 @@ def test_files_of_other_names_are_taken_along(tmp_path):
 
 @pytest.mark.parametrize("config", [{}, {"tokenizer_class": None}, None])
 def test_a_tokenizer_means_the_same_beside_the_config_of_a_mixture(tmp_path, config):
-    """Without a class of its own transformers takes that of config.json's model type: a Qwen's for a Qwen2-MoE."""
+    """Without a class of its own transformers takes that of config.json's model type: a Qwen's for
+    a Qwen2-MoE."""
     source, out = tmp_path / "source", tmp_path / "out"
     train_tokenizer(iter(sentences(1, 50)), SIZE, source)
     edit_json(source / "tokenizer.json", lambda v: v.update(normalizer={"type": "Lowercase"}))
@@ -365,11 +452,16 @@ def test_a_tokenizer_means_the_same_beside_the_config_of_a_mixture(tmp_path, con
         (source / "special_tokens_map.json").write_text('{"eos_token": "<|endoftext|>"}')
         (source / "tokenizer_config.json").unlink()
     else:
-        (source / "tokenizer_config.json").write_text(json.dumps({"eos_token": saved["eos_token"]} | config))
+        (source / "tokenizer_config.json").write_text(
+            json.dumps({"eos_token": saved["eos_token"]} | config)
+        )
     out.mkdir()
     (out / "config.json").write_text('{"model_type": "qwen2_moe"}')
     copy_tokenizer(source, out)
     before, after = open_tokenizer(source), open_tokenizer(out)
     for text in ("The CAT sat 1234 on a mat", "don't  <|endoftext|> a"):
         assert after(text).input_ids == before(text).input_ids
-    assert (after.eos_token_id, read_tokenizer(out).fingerprint) == (0, read_tokenizer(source).fingerprint)
+    assert (after.eos_token_id, read_tokenizer(out).fingerprint) == (
+        0,
+        read_tokenizer(source).fingerprint,
+    )

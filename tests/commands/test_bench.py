@@ -9,8 +9,17 @@ import torch
 from nexus_ds.__main__ import main
 from nexus_ds.experiments.benchmarks import layer_speed, scaling
 
-SMALL = ["--preset=tiny", "--rounds=1", "--hidden=32", "--heads=2", "--ffn=24", "--vocabulary=60", "--layers=1", "--batch=2",
-         "--length=16"]  # fmt: skip
+SMALL = [
+    "--preset=tiny",
+    "--rounds=1",
+    "--hidden=32",
+    "--heads=2",
+    "--ffn=24",
+    "--vocabulary=60",
+    "--layers=1",
+    "--batch=2",
+    "--length=16",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -23,10 +32,14 @@ def test_train_prints_a_table_and_writes_lines_a_csv_and_a_figure(tmp_path, caps
     out = tmp_path / "bench"
     assert main(["bench", "train", *SMALL, "--models=nexus-loop", f"--out={out}"]) == 0
     printed = capsys.readouterr().out
-    assert "train, preset tiny, 32 tokens a step, torch.float32; device " in printed and "share of the step" in printed
+    assert (
+        "train, preset tiny, 32 tokens a step, torch.float32; device " in printed
+        and "share of the step" in printed
+    )
     assert f"wrote {out}; next: open {out / 'train.png'}" in printed
     lines = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
-    assert [line["model"] for line in lines] == ["dense", "nexus-loop"]  # the baseline is measured unasked
+    # the baseline is measured unasked
+    assert [line["model"] for line in lines] == ["dense", "nexus-loop"]
     assert lines[0]["shape"]["hidden"] == 32 and lines[0]["machine"]["torch"] == torch.__version__
     with (out / "train.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -41,12 +54,21 @@ def test_growth_prints_exponents_and_answers_in_json(tmp_path, capsys, monkeypat
     monkeypatch.setattr(scaling, "ROUTER_SWEEPS", {"experts": (2, 4), "tokens": (8, 16)})
     assert main(["bench", "growth", *SMALL, "--json", f"--out={tmp_path / 'g'}"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found["exponents"]) == {"layers", "router experts", "router tokens"} and len(found["rows"]) == 6
-    assert sorted(p.name for p in (tmp_path / "g").iterdir()) == ["growth.csv", "growth.jsonl", "growth.png"]
+    assert (
+        set(found["exponents"]) == {"layers", "router experts", "router tokens"}
+        and len(found["rows"]) == 6
+    )
+    assert sorted(p.name for p in (tmp_path / "g").iterdir()) == [
+        "growth.csv",
+        "growth.jsonl",
+        "growth.png",
+    ]
     assert main(["bench", "growth", *SMALL]) == 0
     printed = capsys.readouterr().out
     assert (
-        "exponent" in printed and "router of a layer with P: " in printed and "next: the same with --out DIR" in printed
+        "exponent" in printed
+        and "router of a layer with P: " in printed
+        and "next: the same with --out DIR" in printed
     )
 
 
@@ -76,4 +98,7 @@ def test_mistakes_are_one_sentence(words, message, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_missing_gpu_is_said_at_once(capsys):
     assert main(["bench", "growth", "--device=cuda"]) == 1
-    assert "--device cuda: torch finds no CUDA device on this machine; use --device cpu" in capsys.readouterr().err
+    assert (
+        "--device cuda: torch finds no CUDA device on this machine; use --device cpu"
+        in capsys.readouterr().err
+    )

@@ -41,13 +41,20 @@ def run(capsys, *words):
 
 
 def plain_loss(out, name, domain):
-    """Return what plain transformers makes of a contender's checkpoint on the windows that its training validates on."""
-    (model_dir,) = [path for path in (out / "seed0").iterdir() if re.fullmatch(rf"{name}-[0-9a-f]{{8}}", path.name)]
+    """Return what plain transformers makes of a contender's checkpoint on the windows that its
+    training validates on."""
+    (model_dir,) = [
+        path
+        for path in (out / "seed0").iterdir()
+        if re.fullmatch(rf"{name}-[0-9a-f]{{8}}", path.name)
+    ]
     (tokens,) = (out / "tokens").glob(f"{domain}-validation-*.bin")
     ids = np.fromfile(tokens, dtype=np.uint16).astype(np.int64)
     blocks = (len(ids) - 1) // 128
     windows = torch.from_numpy(np.stack([ids[128 * (i * blocks // 4) :][:129] for i in range(4)]))
-    model = AutoModelForCausalLM.from_pretrained(model_dir, local_files_only=True, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir, local_files_only=True, dtype=torch.float32
+    ).eval()
     with torch.no_grad():
         return float(model(input_ids=windows, labels=windows).loss)
 
@@ -75,14 +82,19 @@ def test_a_whole_comparison_and_its_repetition(tmp_path, capsys):
     assert json.loads((out / "results.json").read_text()) == found
     rows = {row["name"]: row for row in found["contenders"]}
     assert list(rows) == ["seed", "union", "average", "btm", "linear", "nexus"]
-    assert all(set(row["seeds"]["0"]["loss"]) == {"python", "algebra", "cpp"} for row in rows.values())
+    assert all(
+        set(row["seeds"]["0"]["loss"]) == {"python", "algebra", "cpp"} for row in rows.values()
+    )
     for name in ("seed", "union", "average", "linear", "nexus"):
         for domain, loss in rows[name]["seeds"]["0"]["loss"].items():
             assert loss == pytest.approx(plain_loss(out, name, domain), abs=2e-4), (name, domain)
     for name in ("linear", "nexus"):
         before = rows[name]["seeds"]["0"]["untrained"]["loss"]
         assert sum(rows[name]["seeds"]["0"]["loss"].values()) < sum(before.values())
-    assert rows["btm"]["compute"]["parameters"]["active"] == 2 * rows["seed"]["compute"]["parameters"]["active"]
+    assert (
+        rows["btm"]["compute"]["parameters"]["active"]
+        == 2 * rows["seed"]["compute"]["parameters"]["active"]
+    )
     assert rows["seed"]["compute"]["training_flops"] == 0
     flops = {name: rows[name]["compute"]["training_flops"] for name in rows}
     assert flops["average"] == flops["btm"] < flops["linear"] == flops["nexus"]
@@ -90,42 +102,89 @@ def test_a_whole_comparison_and_its_repetition(tmp_path, capsys):
     assert abs(flops["union"] - flops["nexus"]) <= 0.501 * step  # whole steps: to the nearest
     for row in found["extensions"]:
         assert list(row["seeds"]["0"]["budgets"]) == ["0", "1024", "2048"]
-        assert all(0 <= b["leak"] <= 1 and 0 <= b["share"] <= 1 for b in row["seeds"]["0"]["budgets"].values())
-    # Untrained and before any finetune: only the router differs, so what is not routed to is the same model.
-    assert rows["nexus"]["seeds"]["0"]["untrained"]["loss"] != rows["linear"]["seeds"]["0"]["untrained"]["loss"]
+        assert all(
+            0 <= b["leak"] <= 1 and 0 <= b["share"] <= 1
+            for b in row["seeds"]["0"]["budgets"].values()
+        )
+    # Untrained and before any finetune: only the router differs, so what is not routed to is the
+    # same model.
+    assert (
+        rows["nexus"]["seeds"]["0"]["untrained"]["loss"]
+        != rows["linear"]["seeds"]["0"]["untrained"]["loss"]
+    )
     page = (out / "report.html").read_text()
     assert page.startswith("<!DOCTYPE html>") and "BTM" in page
     tables = list(out.rglob("*.csv"))
     assert tables and all(len(list(csv.reader(path.open()))) > 1 for path in tables)
 
     made = {path: path.stat().st_mtime_ns for path in out.rglob("model*.safetensors")}
-    code, text, err = run(capsys, *words[:-2], "--data", "demo", "compare.contenders=[seed,nexus,linear,average]")
+    code, text, err = run(
+        capsys, *words[:-2], "--data", "demo", "compare.contenders=[seed,nexus,linear,average]"
+    )
     again = json.loads(text)
-    assert code == 0 and [row["name"] for row in again["contenders"]] == ["seed", "average", "linear", "nexus"]
+    assert code == 0 and [row["name"] for row in again["contenders"]] == [
+        "seed",
+        "average",
+        "linear",
+        "nexus",
+    ]
     assert again["contenders"][-1]["seeds"] == rows["nexus"]["seeds"]
     assert made == {path: path.stat().st_mtime_ns for path in out.rglob("model*.safetensors")}
 
 
 def test_a_dry_run_prints_commands_and_trains_nothing(tmp_path, capsys):
-    code, text, err = run(capsys, "--out", tmp_path / "out", "--dry-run", "--seeds", "0", "compare.contenders=[nexus]",
-                          "compare.extensions=[nexus_append]")  # fmt: skip
+    code, text, err = run(
+        capsys,
+        "--out",
+        tmp_path / "out",
+        "--dry-run",
+        "--seeds",
+        "0",
+        "compare.contenders=[nexus]",
+        "compare.extensions=[nexus_append]",
+    )
     assert code == 0, err
     lines = text.splitlines()
     assert sum(line.startswith(f"deepspeed {TRAIN} --deepspeed {DS_JSON}") for line in lines) == 8
-    assert any(line.startswith("nexus-ds upcycle --seed") for line in lines) and lines[-1].startswith("# 1")
+    assert any(line.startswith("nexus-ds upcycle --seed") for line in lines) and lines[
+        -1
+    ].startswith("# 1")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"configs"}
-    options = [dict(zip(words := shlex.split(line), words[1:], strict=False)) for line in lines[:-1]]
-    trained = {config.name: config for o in options if "--deepspeed" in o for config in [load_config(o["--config"])]}
+    options = [
+        dict(zip(words := shlex.split(line), words[1:], strict=False)) for line in lines[:-1]
+    ]
+    trained = {
+        config.name: config
+        for o in options
+        if "--deepspeed" in o
+        for config in [load_config(o["--config"])]
+    }
     seed, branch, nexus = (trained[f"seed 0 {name}"] for name in ("seed", "branch-python", "nexus"))
     assert (seed.stage, seed.model.path, seed.training.tokens) == ("seed", "", 1_000_000)
-    assert (branch.stage, branch.model.path, branch.data.domains) == ("branch", seed.output, ["python"])
-    (upcycle,) = [o for line, o in zip(lines[:-1], options, strict=True) if line.startswith("nexus-ds upcycle")]
-    assert upcycle["--seed"] == seed.output and load_config(upcycle["--config"]).router.warm_start == "label_fit"
+    assert (branch.stage, branch.model.path, branch.data.domains) == (
+        "branch",
+        seed.output,
+        ["python"],
+    )
+    (upcycle,) = [
+        o
+        for line, o in zip(lines[:-1], options, strict=True)
+        if line.startswith("nexus-ds upcycle")
+    ]
+    assert (
+        upcycle["--seed"] == seed.output
+        and load_config(upcycle["--config"]).router.warm_start == "label_fit"
+    )
     assert (nexus.stage, nexus.model.path) == ("moe", upcycle["--out"])
     assert nexus.data.domains == ["python", "docs", "algebra", "tables"]
     added = trained["seed 0 nexus_append-cpp"]
-    (extend,) = [o for line, o in zip(lines[:-1], options, strict=True) if line.startswith("nexus-ds extend")]
-    assert extend["--checkpoint"] == nexus.output and (added.model.path, added.stage) == (extend["--out"], "extend")
+    (extend,) = [
+        o for line, o in zip(lines[:-1], options, strict=True) if line.startswith("nexus-ds extend")
+    ]
+    assert extend["--checkpoint"] == nexus.output and (added.model.path, added.stage) == (
+        extend["--out"],
+        "extend",
+    )
     assert added.training.steps == 100  # 102,400 tokens, the last budget
 
 
@@ -153,8 +212,18 @@ def test_tasks_without_the_harness_are_refused_before_anything_is_trained(tmp_pa
 
 
 def test_tasks_are_asked_of_every_checkpoint(tmp_path, capsys):
-    code, text, _ = run(capsys, "--out", tmp_path / "out", "--dry-run", "--seeds", "0", "compare.tasks=arc_easy",
-                        "compare.task_path=mine", "compare.contenders=[seed,btm,nexus]", "compare.extensions=[nexus_append]")  # fmt: skip
+    code, text, _ = run(
+        capsys,
+        "--out",
+        tmp_path / "out",
+        "--dry-run",
+        "--seeds",
+        "0",
+        "compare.tasks=arc_easy",
+        "compare.task_path=mine",
+        "compare.contenders=[seed,btm,nexus]",
+        "compare.extensions=[nexus_append]",
+    )
     asked = [line for line in text.splitlines() if "--tasks arc_easy --task-path mine" in line]
     assert code == 0 and len(asked) == 2  # an ensemble is no checkpoint
     assert all(" --checkpoint " in line for line in asked)

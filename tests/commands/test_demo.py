@@ -1,4 +1,5 @@
-"""The verb `demo`: what it says, and the numbers of its page about an added expert, from runs that are written by hand."""
+"""The verb `demo`: what it says, and the numbers of its page about an added expert, from runs that
+are written by hand."""
 
 import argparse
 import csv
@@ -17,10 +18,15 @@ from nexus_ds.report.evaluation import Measured, summarise, write_evaluation
 
 DOMAINS = ["a", "b", "new"]
 LOSSES = {  # of a, b, new
-    "seed": (3.0, 4.0, 6.0), "branch a": (2.0, 5.0, 6.5), "branch b": (4.0, 3.0, 6.5), "branch new": (5.0, 5.0, 3.0),
-    "plain average": (3.5, 4.5, 6.2), "Nexus": (2.5, 3.4, 6.0), demo.APPENDED: (2.6, 3.45, 5.5),
+    "seed": (3.0, 4.0, 6.0),
+    "branch a": (2.0, 5.0, 6.5),
+    "branch b": (4.0, 3.0, 6.5),
+    "branch new": (5.0, 5.0, 3.0),
+    "plain average": (3.5, 4.5, 6.2),
+    "Nexus": (2.5, 3.4, 6.0),
+    demo.APPENDED: (2.6, 3.45, 5.5),
     demo.EXTENDED: (2.6, 3.5, 5.0),
-}  # fmt: skip
+}
 CURVE = {0: (2.6, 3.45, 5.5), 2: (2.58, 3.47, 5.2), 4: (2.6, 3.5, 5.0)}  # by step
 
 
@@ -29,21 +35,34 @@ def measured(name, losses):
     if name.startswith("Nexus"):
         share = np.array([[[0.8, 0.2], [0.1, 0.9], [0.5, 0.5]]])
         routing = Routing(DOMAINS, ["a", "b"], ["a", "b"], [0], share, np.full((1, 3), 0.6))
-    facts = {"kind": "Nexus" if routing else "dense", "family": "x", "dtype": "F32", "routed_experts": 2 if routing else 0,
-             "parameters": {"total": 10, "active": 5}, "tokenizer": "t"}  # fmt: skip
-    windows = {d: np.array([loss - 0.01, loss + 0.01]) for d, loss in zip(DOMAINS, losses, strict=True)}
+    facts = {
+        "kind": "Nexus" if routing else "dense",
+        "family": "x",
+        "dtype": "F32",
+        "routed_experts": 2 if routing else 0,
+        "parameters": {"total": 10, "active": 5},
+        "tokenizer": "t",
+    }
+    windows = {
+        d: np.array([loss - 0.01, loss + 0.01]) for d, loss in zip(DOMAINS, losses, strict=True)
+    }
     return Measured(facts, Scores(windows, dict.fromkeys(DOMAINS, 8), 1.0, routing), None)
 
 
 @pytest.fixture
 def config(tmp_path):
-    words = [f"pipeline.run={tmp_path / 'run'}", "pipeline.domains=[a, b]", "pipeline.new_domains=[new]"]
+    words = [
+        f"pipeline.run={tmp_path / 'run'}",
+        "pipeline.domains=[a, b]",
+        "pipeline.new_domains=[new]",
+    ]
     return resolve(load_config("demo", words))
 
 
 @pytest.fixture
 def summary(config):
-    """The summary of a whole demo, whose evaluation and finetune log lie where the demo finds them."""
+    """The summary of a whole demo, whose evaluation and finetune log lie where the demo finds
+    them."""
     where = places(config)
     where.report.mkdir(parents=True)
     setup = {"data": "demo", "domains": DOMAINS, "windows": 2, "length": 4}
@@ -53,13 +72,19 @@ def summary(config):
     log.parent.mkdir()
     records = [{"kind": "train", "step": 1, "perplexity": {}}]
     records += [
-        {"kind": "validation", "step": step, "perplexity": dict(zip(DOMAINS, map(math.exp, losses), strict=True))}
+        {
+            "kind": "validation",
+            "step": step,
+            "perplexity": dict(zip(DOMAINS, map(math.exp, losses), strict=True)),
+        }
         for step, losses in CURVE.items()
     ]
     log.write_text("\n".join(map(json.dumps, records)) + "\n")
     parser = argparse.ArgumentParser()
     demo.add_arguments(parser)
-    args = parser.parse_args([f"pipeline.run={where.run}", "pipeline.domains=[a, b]", "pipeline.new_domains=[new]"])
+    args = parser.parse_args(
+        [f"pipeline.run={where.run}", "pipeline.domains=[a, b]", "pipeline.new_domains=[new]"]
+    )
     return demo.report(config, args, 61.23)
 
 
@@ -79,7 +104,10 @@ def test_what_the_demo_says_follows_from_the_numbers(summary):
 
 def test_every_column_of_the_extension(summary, config):
     """A step has 8 windows of 128 tokens."""
-    curve = {str(step * 1024): dict(zip(DOMAINS, map(math.exp, losses), strict=True)) for step, losses in CURVE.items()}
+    curve = {
+        str(step * 1024): dict(zip(DOMAINS, map(math.exp, losses), strict=True))
+        for step, losses in CURVE.items()
+    }
     assert summary["extension"] == {"nexus": curve}
     with (places(config).report / "figures" / "extension.csv").open(newline="") as stream:
         header, *rows = list(csv.reader(stream))
@@ -89,10 +117,18 @@ def test_every_column_of_the_extension(summary, config):
         assert list(map(float, row[1:])) == pytest.approx(list(map(math.exp, losses)))
     page = (places(config).report / "report.html").read_text()
     table = page.split("<h2>Adding an expert")[1].split("</table>")[0]
-    cells = [cell.split("</td>")[0] for cell in table.replace(' class="text"', "").split("<td>")[1:]]
+    cells = [
+        cell.split("</td>")[0] for cell in table.replace(' class="text"', "").split("<td>")[1:]
+    ]
     shown = [cells[i : i + 4] for i in range(0, len(cells), 4)]
     assert shown == [
-        [name, *(f"{math.exp(x):.1f}" if x > math.log(100) else f"{math.exp(x):.2f}" for x in LOSSES[name])]
+        [
+            name,
+            *(
+                f"{math.exp(x):.1f}" if x > math.log(100) else f"{math.exp(x):.2f}"
+                for x in LOSSES[name]
+            ),
+        ]
         for name in ("Nexus", demo.APPENDED, demo.EXTENDED)
     ]
     assert "<h2>From Nexus to Nexus extended</h2>" in page
@@ -102,7 +138,9 @@ def test_the_evaluation_compares_what_the_headline_compares(config, monkeypatch)
     """The command as `evaluate` itself reads it."""
     given = []
     monkeypatch.setattr(
-        subprocess, "run", lambda command, **_: given.append(command) or argparse.Namespace(returncode=0)
+        subprocess,
+        "run",
+        lambda command, **_: given.append(command) or argparse.Namespace(returncode=0),
     )
     demo.evaluate(config)
     parser = argparse.ArgumentParser()

@@ -1,4 +1,5 @@
-"""The verb discover: real text of known domains, mixed, is found again, and the pipeline takes it from there."""
+"""The verb discover: real text of known domains, mixed, is found again, and the pipeline takes it
+from there."""
 
 import contextlib
 import io
@@ -32,17 +33,38 @@ def corpus(tmp_path_factory):
     """Text of four domains of this installation in one file, by turns; `meta` says which."""
     source, rows = demo_source(), []
     for domain in TRUE:
-        texts = (d.text[:CHARACTERS] for d in source.documents(domain, "train") if len(d.text) > CHARACTERS)
-        rows.append([json.dumps({"text": text, "meta": {"truth": domain}}) for text in islice(texts, DOCUMENTS)])
+        texts = (
+            d.text[:CHARACTERS]
+            for d in source.documents(domain, "train")
+            if len(d.text) > CHARACTERS
+        )
+        rows.append(
+            [
+                json.dumps({"text": text, "meta": {"truth": domain}})
+                for text in islice(texts, DOCUMENTS)
+            ]
+        )
     path = tmp_path_factory.mktemp("corpus") / "mixed.jsonl"
-    path.write_text("".join(f"{row}\n" for turn in zip(*rows, strict=True) for row in turn), encoding="utf-8")
+    path.write_text(
+        "".join(f"{row}\n" for turn in zip(*rows, strict=True) for row in turn), encoding="utf-8"
+    )
     return path
 
 
 @pytest.fixture(scope="module")
 def found(corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("found") / "the domains"
-    words = ["discover", "--data", str(corpus), "--domains", "4", "--out", str(out), "--documents", "4"]
+    words = [
+        "discover",
+        "--data",
+        str(corpus),
+        "--domains",
+        "4",
+        "--out",
+        str(out),
+        "--documents",
+        "4",
+    ]
     with contextlib.redirect_stdout(io.StringIO()) as said:
         assert main(words) == 0
     (out.parent / "said").write_text(said.getvalue(), encoding="utf-8")
@@ -52,7 +74,11 @@ def found(corpus, tmp_path_factory):
 def truth(out):
     """Return {found domain: {true domain: documents}}."""
     return {
-        name: Counter(d.meta["truth"] for s in ("train", "validation") for d in read_rows(out / name / f"{s}.jsonl.gz"))
+        name: Counter(
+            d.meta["truth"]
+            for s in ("train", "validation")
+            for d in read_rows(out / name / f"{s}.jsonl.gz")
+        )
         for name in open_source(str(out)).domains()
     }
 
@@ -67,7 +93,9 @@ def test_known_domains_are_found_again(found):
 
 def test_the_file_is_what_embed_would_write(found):
     embeddings = read_domain_embeddings(found / "domains.safetensors")
-    assert set(embeddings.names) == set(open_source(str(found)).domains()) and embeddings.data == str(found)
+    assert set(embeddings.names) == set(
+        open_source(str(found)).domains()
+    ) and embeddings.data == str(found)
     again = embed_domains(open_source(str(found)), embeddings.names, SentenceEncoder(), 4, 0)
     np.testing.assert_allclose(embeddings.vectors, again.vectors, atol=1e-5)
 
@@ -90,13 +118,25 @@ def test_the_printed_commands_can_be_typed(found):
 
 def test_upcycle_takes_folders_and_file(found, dense_dir, tmp_path):
     names = read_domain_embeddings(found / "domains.safetensors").names
-    words = ["upcycle", "--seed", str(dense_dir), "--out", str(tmp_path / "moe"), "data.sequence_length=32",
-             "router.fit_windows=2", "router.fit_steps=3", "--domains", str(found / "domains.safetensors")]  # fmt: skip
+    words = [
+        "upcycle",
+        "--seed",
+        str(dense_dir),
+        "--out",
+        str(tmp_path / "moe"),
+        "data.sequence_length=32",
+        "router.fit_windows=2",
+        "router.fit_steps=3",
+        "--domains",
+        str(found / "domains.safetensors"),
+    ]
     for index, name in enumerate(names):
         shutil.copytree(dense_dir, tmp_path / name)
         generator = torch.Generator().manual_seed(index)
         tensors = load_file(tmp_path / name / "model.safetensors")
-        changed = {n: t + 0.02 * torch.randn(t.shape, generator=generator) for n, t in tensors.items()}
+        changed = {
+            n: t + 0.02 * torch.randn(t.shape, generator=generator) for n, t in tensors.items()
+        }
         save_file(changed, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
         words += ["--expert", f"{name}={tmp_path / name}"]
     assert main(words) == 0  # with the warm start, which reads the folders
@@ -105,8 +145,20 @@ def test_upcycle_takes_folders_and_file(found, dense_dir, tmp_path):
 
 
 def test_what_it_prints_and_records(corpus, tmp_path, capsys):
-    words = ["discover", "--data", str(corpus), "--domains", "2", "--documents", "1", "--sample", "8"]
-    (tmp_path / "small.jsonl").write_text("".join(f"{line}\n" for line in corpus.read_text().splitlines()[:10]))
+    words = [
+        "discover",
+        "--data",
+        str(corpus),
+        "--domains",
+        "2",
+        "--documents",
+        "1",
+        "--sample",
+        "8",
+    ]
+    (tmp_path / "small.jsonl").write_text(
+        "".join(f"{line}\n" for line in corpus.read_text().splitlines()[:10])
+    )
     words[2] = str(tmp_path / "small.jsonl")
     assert main([*words, "--out", str(tmp_path / "one")]) == 0
     said = capsys.readouterr().out
@@ -121,20 +173,34 @@ def test_what_it_prints_and_records(corpus, tmp_path, capsys):
         "it",
         "apart",
     ]
-    assert "silhouette 0." in said and "stage=branch" in said and "then: nexus-ds upcycle --seed SEED --expert" in said
+    assert (
+        "silhouette 0." in said
+        and "stage=branch" in said
+        and "then: nexus-ds upcycle --seed SEED --expert" in said
+    )
     assert main([*words, "--out", str(tmp_path / "two"), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     recorded = json.loads((tmp_path / "two" / "discovery.json").read_text())
-    assert recorded.items() <= answer.items() and recorded["documents"] == 10 and recorded["sampled"] == 8
+    assert (
+        recorded.items() <= answer.items()
+        and recorded["documents"] == 10
+        and recorded["sampled"] == 8
+    )
     assert recorded["domains"].keys() == set(open_source(str(tmp_path / "two")).domains())
     for file in (tmp_path / "one").rglob("*.gz"):  # the same seed: the same bytes
-        assert file.read_bytes() == (tmp_path / "two" / file.relative_to(tmp_path / "one")).read_bytes()
+        assert (
+            file.read_bytes()
+            == (tmp_path / "two" / file.relative_to(tmp_path / "one")).read_bytes()
+        )
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--domains", "1"], "--domains 1, --sample 5000, --documents 200: expected at least 2, 1 and 1"),
+        (
+            ["--domains", "1"],
+            "--domains 1, --sample 5000, --documents 200: expected at least 2, 1 and 1",
+        ),
         (["--domains", "3", "--data", "nowhere"], "no text at nowhere: nothing there"),
         (["--domains", "3", "--encoder", "nobody/nothing"], "no sentence encoder 'nobody/nothing'"),
         (["--domains", "3", "--every", "1"], "one document of 1 for validation"),

@@ -9,9 +9,21 @@ from nexus_ds.data.domains import read_domain_embeddings
 from nexus_ds.errors import ConfigError, DataError, OutputExistsError
 
 TEXTS = {
-    "cooking": ["Stir the onions in butter until golden.", "Bake the bread for forty minutes.", "Salt the soup."],
-    "law": ["The tenant shall pay the rent.", "This licence terminates upon breach.", "The court has jurisdiction."],
-    "rules": ["The tenant shall pay the rent.", "This licence terminates upon breach.", "The court has jurisdiction."],
+    "cooking": [
+        "Stir the onions in butter until golden.",
+        "Bake the bread for forty minutes.",
+        "Salt the soup.",
+    ],
+    "law": [
+        "The tenant shall pay the rent.",
+        "This licence terminates upon breach.",
+        "The court has jurisdiction.",
+    ],
+    "rules": [
+        "The tenant shall pay the rent.",
+        "This licence terminates upon breach.",
+        "The court has jurisdiction.",
+    ],
 }
 
 
@@ -46,12 +58,28 @@ def test_it_writes_the_file_and_prints_table_warning_and_next_command(
     assert "warning: law and rules are nearly the same text (cosine 1.000)" in printed.err
     assert "embed: 600/600 doc" in printed.err
     made = read_domain_embeddings(out)
-    assert (made.names, made.dimension, made.data) == (["cooking", "law", "rules"], 384, str(corpus))
+    assert (made.names, made.dimension, made.data) == (
+        ["cooking", "law", "rules"],
+        384,
+        str(corpus),
+    )
 
 
-def test_json_is_all_that_stdout_holds(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_json_is_all_that_stdout_holds(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     out = tmp_path / "domains.safetensors"
-    arguments = ["--data", str(corpus), "--out", str(out), "--domains", "law,cooking", "--documents", "2", "--json"]
+    arguments = [
+        "--data",
+        str(corpus),
+        "--out",
+        str(out),
+        "--domains",
+        "law,cooking",
+        "--documents",
+        "2",
+        "--json",
+    ]
     assert call(*arguments) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["documents"] == {"law": 2, "cooking": 2}
@@ -67,7 +95,9 @@ def test_mistakes_leave_nothing_behind(corpus: Path, tmp_path: Path):
     out = str(tmp_path / "out" / "domains.safetensors")
     with pytest.raises(DataError, match="no domain gamma; found: cooking, law, rules"):
         call("--data", str(corpus), "--out", out, "--domains", "law,gamma")
-    with pytest.raises(ConfigError, match="--documents 0 and --windows 2: expected numbers above 0"):
+    with pytest.raises(
+        ConfigError, match="--documents 0 and --windows 2: expected numbers above 0"
+    ):
         call("--data", str(corpus), "--out", out, "--documents", "0")
     with pytest.raises(ConfigError, match="no sentence encoder 'nobody/nothing'"):
         call("--data", str(corpus), "--out", out, "--encoder", "nobody/nothing")

@@ -1,4 +1,5 @@
-"""The verb evaluate: summary, figures, CSV and page of one run; names, tokenizers, and what it refuses."""
+"""The verb evaluate: summary, figures, CSV and page of one run; names, tokenizers, and what it
+refuses."""
 
 import argparse
 import contextlib
@@ -37,7 +38,9 @@ def evaluated(dense_dir, nexus_dir, text_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluated")
     grown = root / "grown"
     shutil.copytree(nexus_dir, grown)
-    args = arguments([dense_dir, nexus_dir, grown], text_folder, root / "out", "--cache", str(root / "cache"))
+    args = arguments(
+        [dense_dir, nexus_dir, grown], text_folder, root / "out", "--cache", str(root / "cache")
+    )
     assert evaluate.run(args) == 0
     return root / "out"
 
@@ -61,32 +64,48 @@ def test_summary_has_the_contract(evaluated):
 def test_models_of_one_tokenizer_read_the_same_text(evaluated):
     summary = summary_of(evaluated)
     assert summary["perplexity"]["nexus"] == summary["perplexity"]["grown"]
-    assert summary["change"]["ratio"] == pytest.approx(dict.fromkeys(["alpha", "beta", "gamma"], 1.0))
+    assert summary["change"]["ratio"] == pytest.approx(
+        dict.fromkeys(["alpha", "beta", "gamma"], 1.0)
+    )
     assert summary["perplexity"]["nexus"] != summary["perplexity"]["dense"]
 
 
 def beta_windows(text_folder, directory):
-    """Return what the evaluation should read of beta, from the text itself: 6 of the blocks of 16 tokens and a label."""
+    """Return what the evaluation should read of beta, from the text itself: 6 of the blocks of 16
+    tokens and a label."""
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     lines = (text_folder / "beta" / "validation.jsonl").read_text(encoding="utf-8").splitlines()
-    ids = [i for line in lines for i in [*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]]
+    ids = [
+        i
+        for line in lines
+        for i in [*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]
+    ]
     blocks = (len(ids) - 1) // 16
     starts = [16 * (n * blocks // 6) for n in range(6)]
     return torch.tensor([ids[start : start + 17] for start in starts])
 
 
-def test_summary_is_what_plain_transformers_finds_in_the_validation_text(evaluated, nexus_dir, text_folder):
-    model = AutoModelForCausalLM.from_pretrained(nexus_dir, local_files_only=True, dtype=torch.float32).eval()
+def test_summary_is_what_plain_transformers_finds_in_the_validation_text(
+    evaluated, nexus_dir, text_folder
+):
+    model = AutoModelForCausalLM.from_pretrained(
+        nexus_dir, local_files_only=True, dtype=torch.float32
+    ).eval()
     summary, tokens_WT = summary_of(evaluated), beta_windows(text_folder, nexus_dir)
     with torch.no_grad():
-        losses = [float(model(input_ids=window[None], labels=window[None]).loss) for window in tokens_WT]
+        losses = [
+            float(model(input_ids=window[None], labels=window[None]).loss) for window in tokens_WT
+        ]
         logits = model(input_ids=tokens_WT[:, :-1], output_router_logits=True).router_logits
     assert summary["window_loss"]["nexus"]["beta"] == pytest.approx(losses, abs=1e-5)
     assert summary["loss"]["nexus"]["beta"] == pytest.approx(sum(losses) / 6, abs=1e-5)
-    assert summary["perplexity"]["nexus"]["beta"] == pytest.approx(math.exp(sum(losses) / 6), rel=1e-5)
+    assert summary["perplexity"]["nexus"]["beta"] == pytest.approx(
+        math.exp(sum(losses) / 6), rel=1e-5
+    )
     shares = [torch.bincount(layer.argmax(-1), minlength=3) / len(layer) for layer in logits]
     expected = dict(zip(["alpha", "beta", "gamma"], (sum(shares) / 2).tolist(), strict=True))
-    assert summary["routing"]["beta"] == pytest.approx(expected)  # of the copy, which computes the same
+    # of the copy, which computes the same
+    assert summary["routing"]["beta"] == pytest.approx(expected)
     assert summary["models"]["nexus"]["routing"]["beta"] == pytest.approx(expected)
 
 
@@ -95,13 +114,17 @@ def test_figures_and_their_numbers(evaluated):
     names = {path.name for path in figures.iterdir()}
     kinds = ("routing-nexus", "cosine-nexus", "cosine-nexus-centred")
     kinds += tuple(kind.replace("nexus", "grown") for kind in kinds)
-    assert names == {f"{kind}.{end}" for kind in ("perplexity", *kinds) for end in ("png", "csv")} | {"change.csv"}
+    assert names == {
+        f"{kind}.{end}" for kind in ("perplexity", *kinds) for end in ("png", "csv")
+    } | {"change.csv"}
     assert all(path.read_bytes().startswith(PNG_MAGIC) for path in figures.glob("*.png"))
     with (figures / "routing-nexus.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == (2 + 1) * 3 * 3  # layers and mean, domains, experts
     mean = {(r["domain"], r["expert"]): float(r["share"]) for r in rows if r["layer"] == "mean"}
-    assert mean["beta", "gamma"] == pytest.approx(summary_of(evaluated)["models"]["nexus"]["routing"]["beta"]["gamma"])
+    assert mean["beta", "gamma"] == pytest.approx(
+        summary_of(evaluated)["models"]["nexus"]["routing"]["beta"]["gamma"]
+    )
 
 
 def test_page_shows_everything(evaluated):
@@ -119,12 +142,19 @@ def test_page_shows_everything(evaluated):
 
 
 def test_output_names_next_command(dense_dir, text_folder, tmp_path, capsys):
-    assert evaluate.run(arguments([dense_dir], text_folder, tmp_path / "out", "--domains", "beta,alpha")) == 0
+    assert (
+        evaluate.run(
+            arguments([dense_dir], text_folder, tmp_path / "out", "--domains", "beta,alpha")
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "report.html" in said and "next: nexus-ds generate --checkpoint" in said
     assert said.splitlines()[1].split() == ["model", "beta", "alpha", "all"]
     summary = summary_of(tmp_path / "out")
-    assert summary["routing"] == {} and summary["routed_model"] is None and summary["change"] is None
+    assert (
+        summary["routing"] == {} and summary["routed_model"] is None and summary["change"] is None
+    )
 
 
 def test_json_is_the_summary_alone(dense_dir, text_folder, tmp_path, capsys):
@@ -135,13 +165,16 @@ def test_json_is_the_summary_alone(dense_dir, text_folder, tmp_path, capsys):
 def test_mixture_without_sidecar_has_no_cosines_of_embeddings(plain_moe_dir, text_folder, tmp_path):
     evaluate.run(arguments([plain_moe_dir], text_folder, tmp_path / "out"))
     assert not list((tmp_path / "out" / "figures").glob("cosine*"))
-    assert list(summary_of(tmp_path / "out")["routing"]["alpha"]) == [f"expert_{i}" for i in range(4)]
+    assert list(summary_of(tmp_path / "out")["routing"]["alpha"]) == [
+        f"expert_{i}" for i in range(4)
+    ]
 
 
 def test_a_tokenizer_too_large_is_refused(nexus_dir, text_folder, tmp_path):
     add_token(shutil.copytree(nexus_dir, tmp_path / "large"))
     with pytest.raises(
-        DataError, match=r"found token ids from \d+ to 31, .*large knows 0 to 30; tokenise the text with"
+        DataError,
+        match=r"found token ids from \d+ to 31, .*large knows 0 to 30; tokenise the text with",
     ):
         evaluate.run(arguments([tmp_path / "large"], text_folder, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -164,7 +197,9 @@ def test_output_that_exists_is_refused_before_work(dense_dir, tmp_path):
 
 def test_nothing_is_left_after_a_failure(dense_dir, text_folder, tmp_path):
     with pytest.raises(DataError, match="delta"):
-        evaluate.run(arguments([dense_dir], text_folder, tmp_path / "out", "--domains", "alpha,delta"))
+        evaluate.run(
+            arguments([dense_dir], text_folder, tmp_path / "out", "--domains", "alpha,delta")
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -184,9 +219,15 @@ def test_nothing_is_left_after_a_failure(dense_dir, text_folder, tmp_path):
             "--fail-if-worse compares two mixtures; give --checkpoint of one before and of one after, or name any model",
         ),
         (["--batch", "0"], "--batch: expected a number of at least 1, found 0"),
-        (["--name", "a", "--name", "b"], "found 2 --name for 1 --checkpoint; give one --name for each, or none"),
+        (
+            ["--name", "a", "--name", "b"],
+            "found 2 --name for 1 --checkpoint; give one --name for each, or none",
+        ),
         (["--name", " "], "found an empty --name"),
-        (["--domains", "alpha,alpha"], "--domains names a domain twice: alpha, alpha; name each once"),
+        (
+            ["--domains", "alpha,alpha"],
+            "--domains names a domain twice: alpha, alpha; name each once",
+        ),
     ],
 )
 def test_options_that_make_no_sense(dense_dir, text_folder, tmp_path, more, message):
@@ -196,7 +237,8 @@ def test_options_that_make_no_sense(dense_dir, text_folder, tmp_path, more, mess
 
 @pytest.fixture(scope="module")
 def worse_dir(nexus_dir, tmp_path_factory):
-    """The mixture with a final norm that makes it far too sure: worse on every window of every domain."""
+    """The mixture with a final norm that makes it far too sure: worse on every window of every
+    domain."""
     out = tmp_path_factory.mktemp("worse") / "worse"
     shutil.copytree(nexus_dir, out)
     tensors = load_file(out / "model.safetensors")
@@ -206,7 +248,8 @@ def worse_dir(nexus_dir, tmp_path_factory):
 
 
 def interval(summary, before, after, domain):
-    """Return the 95% interval of the relative change over 6 windows: Student's t of 5 degrees of freedom is 2.5706."""
+    """Return the 95% interval of the relative change over 6 windows: Student's t of 5 degrees of
+    freedom is 2.5706."""
     loss = summary["window_loss"]
     difference_W = np.array(loss[after][domain]) - np.array(loss[before][domain])
     noise = 2.5706 * difference_W.std(ddof=1) / math.sqrt(6)
@@ -225,19 +268,43 @@ def judged(nexus_dir, worse_dir, text_folder, tmp_path_factory):
 
 def test_two_mixtures_are_judged(judged):
     code, told, errors, out = judged
-    assert code == 3 and "nexus-ds evaluate: worse than --fail-if-worse 3% allows: alpha (+" in errors
+    assert (
+        code == 3 and "nexus-ds evaluate: worse than --fail-if-worse 3% allows: alpha (+" in errors
+    )
     summary = summary_of(out)
     change = summary["change"]
-    assert change["failed"] == ["alpha", "beta", "gamma"] and change["limit"] == 0.03 and change["windows"] == 6
+    assert (
+        change["failed"] == ["alpha", "beta", "gamma"]
+        and change["limit"] == 0.03
+        and change["windows"] == 6
+    )
     for domain, entry in change["domains"].items():
-        assert entry["interval"] == pytest.approx(interval(summary, "nexus", "worse", domain), rel=1e-4)
+        assert entry["interval"] == pytest.approx(
+            interval(summary, "nexus", "worse", domain), rel=1e-4
+        )
         assert entry["interval"][0] > 0.03 and entry["verdict"] == "worse"
         perplexity = {name: summary["perplexity"][name][domain] for name in ("nexus", "worse")}
-        assert (entry["before"], entry["after"]) == pytest.approx((perplexity["nexus"], perplexity["worse"]))
+        assert (entry["before"], entry["after"]) == pytest.approx(
+            (perplexity["nexus"], perplexity["worse"])
+        )
     lines = told.splitlines()
     start = lines.index("from nexus to worse, ± one standard error")
-    assert lines[start + 1].split() == ["perplexity", "of", "before", "after", "change", "in", "nats", "verdict"]
-    assert [line.split()[0] for line in lines[start + 2 : start + 6]] == ["alpha", "beta", "gamma", "all"]
+    assert lines[start + 1].split() == [
+        "perplexity",
+        "of",
+        "before",
+        "after",
+        "change",
+        "in",
+        "nats",
+        "verdict",
+    ]
+    assert [line.split()[0] for line in lines[start + 2 : start + 6]] == [
+        "alpha",
+        "beta",
+        "gamma",
+        "all",
+    ]
     assert all(" ± " in line and line.endswith("worse") for line in lines[start + 2 : start + 6])
 
 
@@ -245,12 +312,17 @@ def test_a_limit_that_the_windows_do_not_decide_passes_and_is_said(
     judged, nexus_dir, worse_dir, text_folder, tmp_path, capsys
 ):
     low, high = interval(summary_of(judged[-1]), "nexus", "worse", "beta")
-    limit = f"{100 * (0.2 * low + 0.8 * high):.2f}%"  # above the change itself: some windows would fail it, others not
+    # above the change itself: some windows would fail it, others not
+    limit = f"{100 * (0.2 * low + 0.8 * high):.2f}%"
     words = ("--domains", "beta", "--fail-if-worse", limit)
-    assert evaluate.run(arguments([nexus_dir, worse_dir], text_folder, tmp_path / "out", *words)) == 0
+    assert (
+        evaluate.run(arguments([nexus_dir, worse_dir], text_folder, tmp_path / "out", *words)) == 0
+    )
     said = capsys.readouterr().err
     assert f"nexus-ds evaluate: 6 windows do not decide --fail-if-worse {limit} for beta (+" in said
-    assert "so that passes; about" in said and summary_of(tmp_path / "out")["change"]["undecided"] == ["beta"]
+    assert "so that passes; about" in said and summary_of(tmp_path / "out")["change"][
+        "undecided"
+    ] == ["beta"]
     assert "Not decided: 6 windows do not decide" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -260,7 +332,11 @@ def test_any_model_can_be_the_one_before(dense_dir, nexus_dir, worse_dir, text_f
     code = evaluate.run(arguments(models, text_folder, tmp_path / "out", *words))
     summary = summary_of(tmp_path / "out")
     assert (summary["change"]["before"], summary["change"]["after"]) == ("nexus", "dense")
-    assert code == (3 if any(interval(summary, "nexus", "dense", d)[0] > 0.03 for d in summary["domains"]) else 0)
+    assert code == (
+        3
+        if any(interval(summary, "nexus", "dense", d)[0] > 0.03 for d in summary["domains"])
+        else 0
+    )
     assert "<h2>From nexus to dense" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -276,7 +352,9 @@ def other_tokenizer(source, out):
 
 def test_a_limit_needs_models_that_read_the_same_windows(nexus_dir, text_folder, tmp_path):
     models = [nexus_dir, other_tokenizer(nexus_dir, tmp_path / "other")]
-    with pytest.raises(ConfigError, match="but these have different tokenizers and so different windows"):
+    with pytest.raises(
+        ConfigError, match="but these have different tokenizers and so different windows"
+    ):
         evaluate.run(arguments(models, text_folder, tmp_path / "out", "--fail-if-worse", "3%"))
 
 
@@ -290,14 +368,18 @@ def test_tasks_without_lm_eval(dense_dir, text_folder, tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 def test_tasks_stand_in_summary_and_page(dense_dir, nexus_dir, text_folder, tmp_path, capsys):
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "rows.jsonl").write_text('{"query": "ship", "choices": ["sail", "moss"], "gold": 0}\n' * 4)
+    (tmp_path / "tasks" / "rows.jsonl").write_text(
+        '{"query": "ship", "choices": ["sail", "moss"], "gold": 0}\n' * 4
+    )
     (tmp_path / "tasks" / "wet.yaml").write_text(
         f"task: wet\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/tasks/rows.jsonl}}}}\n"
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{query}}'\ndoc_to_choice: choices\n"
         "doc_to_target: gold\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
     more = ["--tasks", "wet", "--task-path", str(tmp_path / "tasks")]
-    assert evaluate.run(arguments([dense_dir, nexus_dir], text_folder, tmp_path / "out", *more)) == 0
+    assert (
+        evaluate.run(arguments([dense_dir, nexus_dir], text_folder, tmp_path / "out", *more)) == 0
+    )
     tasks = summary_of(tmp_path / "out")["tasks"]
     assert list(tasks) == ["dense", "nexus"] and tasks["dense"]["groups"]["wet"] in (0.0, 100.0)
     assert tasks["dense"]["mean"] == tasks["dense"]["groups"]["wet"]
@@ -306,12 +388,17 @@ def test_tasks_stand_in_summary_and_page(dense_dir, nexus_dir, text_folder, tmp_
 
 
 def test_two_models_of_one_name(dense_dir, text_folder, tmp_path):
-    with pytest.raises(ConfigError, match="several checkpoints are called dense; give each its own --name"):
+    with pytest.raises(
+        ConfigError, match="several checkpoints are called dense; give each its own --name"
+    ):
         evaluate.run(arguments([dense_dir, dense_dir], text_folder, tmp_path / "out"))
 
 
 def test_window_length():
-    facts = [{"sequence_length": None, "max_positions": 2048}, {"sequence_length": None, "max_positions": 64}]
+    facts = [
+        {"sequence_length": None, "max_positions": 2048},
+        {"sequence_length": None, "max_positions": 64},
+    ]
     assert window_length(0, facts) == 64
     assert window_length(0, facts[:1]) == DEFAULT_LENGTH
     assert window_length(0, [{"sequence_length": 512, "max_positions": 2048}]) == 512
@@ -319,4 +406,9 @@ def test_window_length():
 
 
 def test_file_names_are_harmless_and_distinct():
-    assert file_names(["a/b", "a b", "..", "A-B"]) == {"a/b": "a-b", "a b": "a-b-2", "..": "model", "A-B": "A-B-3"}
+    assert file_names(["a/b", "a b", "..", "A-B"]) == {
+        "a/b": "a-b",
+        "a b": "a-b-2",
+        "..": "model",
+        "A-B": "A-B-3",
+    }

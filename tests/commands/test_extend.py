@@ -1,4 +1,5 @@
-"""The verb extend: facts 8 and 9 of the paper, several experts at once, linear routers, refit, and bad input."""
+"""The verb extend: facts 8 and 9 of the paper, several experts at once, linear routers, refit, and
+bad input."""
 
 import argparse
 import json
@@ -12,11 +13,23 @@ from safetensors.torch import load_file, save_file
 
 from nexus_ds.checkpoint.families import FFN_PARTS, dense_ffn_name
 from nexus_ds.checkpoint.qwen2_moe import expert_name, gate_name
-from nexus_ds.checkpoint.sidecar import RouterRecord, read_sidecar, router_rows, verify_rows, write_sidecar
+from nexus_ds.checkpoint.sidecar import (
+    RouterRecord,
+    read_sidecar,
+    router_rows,
+    verify_rows,
+    write_sidecar,
+)
 from nexus_ds.checkpoint.tensors import TensorReader, sha256_of_tensors
 from nexus_ds.commands import extend
 from nexus_ds.data.domains import DomainEmbeddings, write_domain_embeddings
-from nexus_ds.errors import CheckpointError, ConfigError, DataError, IncompatibleModelsError, OutputExistsError
+from nexus_ds.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    IncompatibleModelsError,
+    OutputExistsError,
+)
 from nexus_ds.model.router import condition
 from nexus_ds.upcycling.extend import check_rows, merge_share
 
@@ -28,7 +41,9 @@ REVISION = "1" * 64  # of the checkpoint's encoder
 def embed(path, names, data="nowhere", revision=REVISION, width=8):
     vectors = np.random.default_rng(5).normal(size=(len(names), width)).astype(np.float32)
     documents = dict.fromkeys(names, 5)
-    embeddings = DomainEmbeddings(list(names), vectors, "tiny", revision, 16, 4, documents, 0, str(data))
+    embeddings = DomainEmbeddings(
+        list(names), vectors, "tiny", revision, 16, 4, documents, 0, str(data)
+    )
     write_domain_embeddings(path, embeddings, overwrite=True)
     return torch.from_numpy(vectors)
 
@@ -46,7 +61,8 @@ def edit_tensors(directory, change):
 
 @pytest.fixture
 def parts(tmp_path, nexus_dir, text_folder):
-    """A checkpoint with experts alpha, beta, gamma; new branches delta and epsilon; their embeddings; text; a recipe."""
+    """A checkpoint with experts alpha, beta, gamma; new branches delta and epsilon; their
+    embeddings; text; a recipe."""
     shutil.copytree(nexus_dir, tmp_path / "nexus")
     for index, name in enumerate(("delta", "epsilon")):
         save_branch(nexus_dir, tmp_path / name, index)
@@ -67,7 +83,12 @@ def run(parts, *extra, names=("delta",), refit=False, recipe="recipe.yaml"):
     """Run the verb as the command line would."""
     parser = argparse.ArgumentParser()
     extend.add_arguments(parser)
-    arguments = ["--checkpoint", str(parts / "nexus"), "--domains", str(parts / "domains.safetensors")]
+    arguments = [
+        "--checkpoint",
+        str(parts / "nexus"),
+        "--domains",
+        str(parts / "domains.safetensors"),
+    ]
     arguments += ["--out", str(parts / "out"), "--config", str(parts / recipe)]
     for name in names:
         arguments += ["--expert", f"{name}={parts / name}"]
@@ -77,7 +98,10 @@ def run(parts, *extra, names=("delta",), refit=False, recipe="recipe.yaml"):
 def make_linear(parts):
     """Turn the checkpoint's router into a linear one with the same rows."""
     sidecar = read_sidecar(parts / "nexus")
-    sidecar.router, sidecar.projections = RouterRecord("linear", 2, 0, "swiglu", "free", "token", True, 1), []
+    sidecar.router, sidecar.projections = (
+        RouterRecord("linear", 2, 0, "swiglu", "free", "token", True, 1),
+        [],
+    )
     write_sidecar(parts / "nexus", sidecar)
 
 
@@ -88,7 +112,9 @@ def tensors_of(directory):
 def stock(directory):
     from transformers import AutoModelForCausalLM
 
-    model, report = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, output_loading_info=True)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        directory, local_files_only=True, output_loading_info=True
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"], report
     return model.eval()
 
@@ -102,7 +128,8 @@ def averaged(names):
 
 
 def test_appends_one_expert(parts, capsys):
-    """Facts 8 and 9: FFN list + 1, old FFNs bit-equal, lambda = 1/(n+1), rows P(d_new), no new router parameter."""
+    """Facts 8 and 9: FFN list + 1, old FFNs bit-equal, lambda = 1/(n+1), rows P(d_new), no new
+    router parameter."""
     assert run(parts) == 0
     old, new, dense = (tensors_of(parts / name) for name in ("nexus", "out", "delta"))
     grown = {expert_name(layer, 3, part) for layer in range(LAYERS) for part in FFN_PARTS}
@@ -112,17 +139,29 @@ def test_appends_one_expert(parts, capsys):
         for part in FFN_PARTS:
             assert torch.equal(new[expert_name(layer, 3, part)], dense[dense_ffn_name(layer, part)])
     for name in averaged(old):
-        torch.testing.assert_close(new[name], 0.75 * old[name] + 0.25 * dense[name], atol=1e-7, rtol=1e-6)
-    assert all(torch.equal(new[n], old[n]) for n in old if ".mlp." in n and not n.endswith("mlp.gate.weight"))
+        torch.testing.assert_close(
+            new[name], 0.75 * old[name] + 0.25 * dense[name], atol=1e-7, rtol=1e-6
+        )
+    assert all(
+        torch.equal(new[n], old[n])
+        for n in old
+        if ".mlp." in n and not n.endswith("mlp.gate.weight")
+    )
     before, after = read_sidecar(parts / "nexus"), read_sidecar(parts / "out")
     for layer in range(LAYERS):
         assert all(
-            torch.equal(before.projections[layer][n], after.projections[layer][n]) for n in before.projections[0]
+            torch.equal(before.projections[layer][n], after.projections[layer][n])
+            for n in before.projections[0]
         )
-    assert torch.equal(after.centre, before.centre) and torch.equal(after.vectors[:3], before.vectors)
+    assert torch.equal(after.centre, before.centre) and torch.equal(
+        after.vectors[:3], before.vectors
+    )
     assert [e.name for e in after.experts] == [*OLD, "delta"]
     assert [entry["verb"] for entry in after.lineage] == ["upcycle", "extend"]
-    assert after.lineage[-1]["lambda"] == 0.25 and str(parts) not in (parts / "out" / "nexus.json").read_text()
+    assert (
+        after.lineage[-1]["lambda"] == 0.25
+        and str(parts) not in (parts / "out" / "nexus.json").read_text()
+    )
     verify_rows(parts / "out")
     printed = capsys.readouterr().out
     assert "4 experts (alpha, beta, gamma, delta)" in printed
@@ -133,14 +172,17 @@ def test_new_row_is_p_of_the_conditioned_embedding(parts):
     vectors = embed(parts / "domains.safetensors", ("delta",))
     run(parts)
     sidecar, rows = read_sidecar(parts / "out"), tensors_of(parts / "out")[gate_name(1)]
-    a, b = (condition(vectors, sidecar.centre) @ sidecar.projections[1]["maps.0.weight"].T).chunk(2, dim=-1)
+    a, b = (condition(vectors, sidecar.centre) @ sidecar.projections[1]["maps.0.weight"].T).chunk(
+        2, dim=-1
+    )
     expected = (torch.nn.functional.silu(a) * b) @ sidecar.projections[1]["maps.1.weight"].T
     torch.testing.assert_close(rows[3:], expected)
 
 
 @torch.no_grad()
 def test_with_lambda_zero_old_logits_stay_and_probabilities_lose_one_term(parts):
-    """Weights are bit-equal; logits agree to rounding (a product with four rows may sum in another order than with three)."""
+    """Weights are bit-equal; logits agree to rounding (a product with four rows may sum in another
+    order than with three)."""
     run(parts, "--lambda", "0")
     old, new = stock(parts / "nexus"), stock(parts / "out")
     tokens = torch.arange(24)[None] % old.config.vocab_size
@@ -166,7 +208,9 @@ def test_several_at_once_share_as_one_after_the_other(parts):
     delta, epsilon = tensors_of(parts / "delta"), tensors_of(parts / "epsilon")
     for name in averaged(old):
         first = 0.75 * old[name] + 0.25 * delta[name]  # 1 / (3 + 1), then 1 / (4 + 1)
-        torch.testing.assert_close(new[name], 0.8 * first + 0.2 * epsilon[name], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            new[name], 0.8 * first + 0.2 * epsilon[name], atol=1e-6, rtol=1e-5
+        )
     assert torch.equal(new[expert_name(0, 4, "up_proj")], epsilon[dense_ffn_name(0, "up_proj")])
     shutil.rmtree(parts / "out")
     run(parts, "--lambda", "0.5", names=("delta", "epsilon"))
@@ -179,12 +223,16 @@ def test_several_at_once_share_as_one_after_the_other(parts):
 def test_shares():
     assert merge_share(4, 1, None) == 0.2 and merge_share(4, 2, None) == pytest.approx(1 / 3)
     assert merge_share(4, 1, 0.0) == 0.0
-    with pytest.raises(ConfigError, match=r"--lambda 1.5: expected a share in \[0, 1\]; leave it out for 1/5"):
+    with pytest.raises(
+        ConfigError, match=r"--lambda 1.5: expected a share in \[0, 1\]; leave it out for 1/5"
+    ):
         merge_share(4, 1, 1.5)
 
 
 def test_a_recipe_may_set_lambda(parts):
-    (parts / "other.yaml").write_text((parts / "recipe.yaml").read_text() + "pipeline: {merge_weight: 0.125}\n")
+    (parts / "other.yaml").write_text(
+        (parts / "recipe.yaml").read_text() + "pipeline: {merge_weight: 0.125}\n"
+    )
     run(parts, recipe="other.yaml")
     assert read_sidecar(parts / "out").lineage[-1]["lambda"] == 0.125
 
@@ -195,7 +243,9 @@ def test_extended_models_extend(parts):
     (parts / "out").rename(parts / "nexus")
     run(parts, names=("epsilon",))
     sidecar = read_sidecar(parts / "out")
-    assert [e.name for e in sidecar.experts] == [*OLD, "delta", "epsilon"] and len(sidecar.lineage) == 3
+    assert [e.name for e in sidecar.experts] == [*OLD, "delta", "epsilon"] and len(
+        sidecar.lineage
+    ) == 3
     assert sidecar.lineage[-1]["lambda"] == 0.2
 
 
@@ -228,7 +278,9 @@ def test_refit_reads_old_and_new_text(parts, capsys, kind):
         before = read_sidecar(parts / "nexus").projections[0]
         assert sidecar.projections[0].keys() == before.keys()
         assert not torch.equal(sidecar.projections[0]["maps.0.weight"], before["maps.0.weight"])
-        assert torch.equal(tensors_of(parts / "out")[gate_name(0)], router_rows(sidecar, 0, torch.float32))
+        assert torch.equal(
+            tensors_of(parts / "out")[gate_name(0)], router_rows(sidecar, 0, torch.float32)
+        )
 
 
 @pytest.mark.parametrize("start", ["hidden_mean", "ridge", "embedding"])
@@ -249,9 +301,13 @@ def test_starts_of_a_linear_router(parts, capsys, start):
 
 def test_a_branch_of_another_dtype_is_cast_and_named(parts, capsys):
     """The README's models: a checkpoint in bf16, a branch that was trained in fp32."""
-    edit_tensors(parts / "nexus", lambda t: t.update({name: tensor.bfloat16() for name, tensor in t.items()}))
+    edit_tensors(
+        parts / "nexus", lambda t: t.update({name: tensor.bfloat16() for name, tensor in t.items()})
+    )
     sidecar = read_sidecar(parts / "nexus")
-    rows = {gate_name(layer): router_rows(sidecar, layer, torch.bfloat16) for layer in range(LAYERS)}
+    rows = {
+        gate_name(layer): router_rows(sidecar, layer, torch.bfloat16) for layer in range(LAYERS)
+    }
     edit_tensors(parts / "nexus", lambda t: t.update(rows))
     run(parts)
     said = f"expert delta: weights cast from float32 to bfloat16, the dtype of {parts / 'nexus'}"
@@ -264,7 +320,9 @@ def test_a_branch_of_another_dtype_is_cast_and_named(parts, capsys):
         mean = 0.75 * old[name].double() + 0.25 * dense[name].double()
         assert ((new[name].double() - mean).abs() <= mean.abs() * (2**-8 + 1e-5)).all(), name
     ffn = [dense_ffn_name(layer, part) for layer in range(LAYERS) for part in FFN_PARTS]
-    assert read_sidecar(parts / "out").experts[3].sha256 == sha256_of_tensors(TensorReader(parts / "delta"), ffn)
+    assert read_sidecar(parts / "out").experts[3].sha256 == sha256_of_tensors(
+        TensorReader(parts / "delta"), ffn
+    )
     verify_rows(parts / "out")
     assert torch.isfinite(stock(parts / "out")(torch.arange(5)[None]).logits).all()
 
@@ -275,14 +333,19 @@ def test_bf16_branches_of_an_fp32_checkpoint(parts, nexus_dir, capsys):
     run(parts, "--json")
     assert json.loads(capsys.readouterr().out)["cast"] == {"delta": "bfloat16"}
     dense, new = tensors_of(parts / "delta"), tensors_of(parts / "out")
-    assert torch.equal(new[expert_name(0, 3, "up_proj")], dense[dense_ffn_name(0, "up_proj")].float())
+    assert torch.equal(
+        new[expert_name(0, 3, "up_proj")], dense[dense_ffn_name(0, "up_proj")].float()
+    )
 
 
 def test_older_checkpoints_get_the_older_spelling_of_rope(parts):
     assert "rope_theta" not in json.loads((parts / "nexus" / "config.json").read_text())
     run(parts)
     config = json.loads((parts / "out" / "config.json").read_text())
-    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0 and "rope_scaling" not in config
+    assert (
+        config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
+        and "rope_scaling" not in config
+    )
 
 
 # Bad input ---------------------------------------------------------------------------------------------------------
@@ -292,14 +355,19 @@ def test_older_checkpoints_get_the_older_spelling_of_rope(parts):
 def test_another_encoder(parts, change):
     embed(parts / "domains.safetensors", ("delta",), **change)
     with pytest.raises(
-        IncompatibleModelsError, match=r"the encoder tiny .* the checkpoint's from tiny .* embed the new"
+        IncompatibleModelsError,
+        match=r"the encoder tiny .* the checkpoint's from tiny .* embed the new",
     ):
         run(parts)
     assert not left_over(parts)
 
 
 def test_another_model(parts):
-    edit_config(parts / "delta", rope_parameters={"rope_type": "default", "rope_theta": 5.0}, rms_norm_eps=1e-3)
+    edit_config(
+        parts / "delta",
+        rope_parameters={"rope_type": "default", "rope_theta": 5.0},
+        rms_norm_eps=1e-3,
+    )
     with pytest.raises(IncompatibleModelsError) as caught:
         run(parts)
     lines = {line.split()[0]: line.split()[1:] for line in str(caught.value).splitlines()[1:]}
@@ -310,24 +378,34 @@ def test_another_model(parts):
 
 def test_a_branch_of_another_origin(parts):
     of_another_origin(parts / "delta")
-    message = rf"the checkpoint {parts / 'nexus'}: expert delta \({parts / 'delta'}\): cosine -?0\.0"
+    message = (
+        rf"the checkpoint {parts / 'nexus'}: expert delta \({parts / 'delta'}\): cosine -?0\.0"
+    )
     with pytest.raises(IncompatibleModelsError, match=message):
         run(parts)
     assert not left_over(parts)
 
 
 def test_a_mixture_that_was_finetuned_elsewhere_extends(parts):
-    """As the README says: with both gates frozen, and the sidecar beside what stock transformers saves."""
+    """As the README says: with both gates frozen, and the sidecar beside what stock transformers
+    saves."""
     model = stock(parts / "nexus").train()
     trained = [
-        p for n, p in model.named_parameters() if not n.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))
+        p
+        for n, p in model.named_parameters()
+        if not n.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))
     ]
     tokens = torch.arange(24)[None]
     model(tokens, labels=tokens).loss.backward()
     torch.optim.SGD(trained, lr=0.1).step()
     model.save_pretrained(parts / "tuned")
     before = tensors_of(parts / "nexus")
-    for name in ("nexus.json", "nexus_router.safetensors", "tokenizer.json", "tokenizer_config.json"):
+    for name in (
+        "nexus.json",
+        "nexus_router.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ):
         shutil.copy(parts / "nexus" / name, parts / "tuned" / name)
     shutil.rmtree(parts / "nexus")
     (parts / "tuned").rename(parts / "nexus")
@@ -342,7 +420,9 @@ def test_a_mixture_that_was_finetuned_elsewhere_extends(parts):
 def test_a_shared_gate_that_was_trained_elsewhere(parts):
     """No later training would take such a model: it is refused before anything is written."""
     train_shared_gates(parts / "nexus")
-    with pytest.raises(CheckpointError, match=r"layer 0: the shared expert's gate .*keep shared_expert_gate frozen"):
+    with pytest.raises(
+        CheckpointError, match=r"layer 0: the shared expert's gate .*keep shared_expert_gate frozen"
+    ):
         run(parts)
     assert not left_over(parts)
 
@@ -351,7 +431,9 @@ def test_a_shared_gate_that_was_trained_elsewhere(parts):
 def test_rows_that_dwarf_the_old_ones(value):
     """P has never learned such input. Rows up to 100 times the largest old one pass."""
     old = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
-    with pytest.raises(CheckpointError, match=r"layer 1: the rows of the new experts have norms up to .*embed them"):
+    with pytest.raises(
+        CheckpointError, match=r"layer 1: the rows of the new experts have norms up to .*embed them"
+    ):
         check_rows(torch.cat([old, torch.tensor([[0.0, 1.0], [value * 5.0, 0.0]])]), 2, 1)
     check_rows(torch.cat([old, torch.tensor([[0.0, 90.0 * 5.0]])]), 2, 1)
 
@@ -359,7 +441,10 @@ def test_rows_that_dwarf_the_old_ones(value):
 def test_another_tokenizer(parts):
     path = parts / "delta" / "tokenizer.json"
     path.write_text(path.read_text().replace('"sail"', '"mast2"'))
-    with pytest.raises(IncompatibleModelsError, match=r"expert delta .* 1 of 31 tokens differ.* 21 'sail' / 'mast2'"):
+    with pytest.raises(
+        IncompatibleModelsError,
+        match=r"expert delta .* 1 of 31 tokens differ.* 21 'sail' / 'mast2'",
+    ):
         run(parts)
 
 
@@ -367,16 +452,20 @@ def test_a_tokenizer_too_large_leaves_nothing(parts):
     for name in ("nexus", "delta"):
         add_token(parts / name)
     with pytest.raises(
-        IncompatibleModelsError, match=r"nexus: .* ids up to 31 \('<\|im_end\|>'\), the model embeds 31"
+        IncompatibleModelsError,
+        match=r"nexus: .* ids up to 31 \('<\|im_end\|>'\), the model embeds 31",
     ):
         run(parts)
     assert not left_over(parts)
 
 
 def test_nan_in_a_new_expert(parts):
-    edit_tensors(parts / "delta", lambda t: t[dense_ffn_name(0, "up_proj")].view(-1)[:2].fill_(torch.nan))
+    edit_tensors(
+        parts / "delta", lambda t: t[dense_ffn_name(0, "up_proj")].view(-1)[:2].fill_(torch.nan)
+    )
     with pytest.raises(
-        CheckpointError, match=r"expert delta \(.*\): tensor .*up_proj.weight has 2 values that are NaN"
+        CheckpointError,
+        match=r"expert delta \(.*\): tensor .*up_proj.weight has 2 values that are NaN",
     ):
         run(parts)
     assert not left_over(parts)
@@ -389,12 +478,17 @@ def test_rows_that_are_not_p_of_d(parts):
 
 
 def test_names_domains_and_output(parts):
-    with pytest.raises(ConfigError, match=r"--expert alpha: the checkpoint has an expert of this name"):
+    with pytest.raises(
+        ConfigError, match=r"--expert alpha: the checkpoint has an expert of this name"
+    ):
         run(parts, "--expert", "alpha=x")
-    with pytest.raises(DataError, match="no embedding of the domain 'zeta'; the file has: delta, epsilon"):
+    with pytest.raises(
+        DataError, match="no embedding of the domain 'zeta'; the file has: delta, epsilon"
+    ):
         run(parts, "--expert", "zeta=x")
     with pytest.raises(
-        CheckpointError, match=r"model_type is 'llama', a Nexus checkpoint has 'qwen2_moe' .*nexus-ds upcycle"
+        CheckpointError,
+        match=r"model_type is 'llama', a Nexus checkpoint has 'qwen2_moe' .*nexus-ds upcycle",
     ):
         run(parts, "--checkpoint", str(parts / "delta"))
     with pytest.raises(ConfigError, match=r"--lambda -0.1: expected a share"):

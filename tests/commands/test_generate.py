@@ -1,4 +1,5 @@
-"""The verb generate: the likeliest tokens by default, reproducible draws, room in the context, bad options."""
+"""The verb generate: the likeliest tokens by default, reproducible draws, room in the context, bad
+options."""
 
 import argparse
 import json
@@ -51,7 +52,8 @@ def test_tokens_beyond_the_embedding_are_refused(nexus_dir, tmp_path, capsys):
     add_token(copy)
     assert run(capsys, copy, "tree leaf").startswith("tree leaf")
     with pytest.raises(
-        ConfigError, match=r"the prompt has the token id 31, the model embeds 31; .* the tokenizer that"
+        ConfigError,
+        match=r"the prompt has the token id 31, the model embeds 31; .* the tokenizer that",
     ):
         run(capsys, copy, "tree <|im_end|> leaf")
 
@@ -60,8 +62,14 @@ def test_tokens_beyond_the_embedding_are_refused(nexus_dir, tmp_path, capsys):
     ("words", "message"),
     [
         (["tree", "--tokens", "0"], "--tokens: expected a number above 0, found 0"),
-        (["tree", "--temperature", "-1"], "--temperature: expected 0 or a positive number, found -1.0"),
-        (["tree", "--temperature", "nan"], "--temperature: expected 0 or a positive number, found nan"),
+        (
+            ["tree", "--temperature", "-1"],
+            "--temperature: expected 0 or a positive number, found -1.0",
+        ),
+        (
+            ["tree", "--temperature", "nan"],
+            "--temperature: expected 0 or a positive number, found nan",
+        ),
         ([""], "the prompt has no token; write at least one word"),
         ([" ".join(["tree"] * 64)], "the prompt has 64 tokens, the model reads 64; shorten it"),
     ],

@@ -19,7 +19,11 @@ def run(capsys, *words):
 def test_one_checkpoint(nexus_dir, capsys):
     lines = run(capsys, nexus_dir).splitlines()
     facts = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in lines if "  " in line}
-    assert facts["kind"] == "Nexus" and facts["routed_experts"] == "3" and facts["encoder.name"] == "tiny"
+    assert (
+        facts["kind"] == "Nexus"
+        and facts["routed_experts"] == "3"
+        and facts["encoder.name"] == "tiny"
+    )
     assert "expert 1: beta (domain beta) from branches/beta, sha256 000000000000" in lines
     assert 'step 1: upcycle {"seed": "seed"}' in lines
 

@@ -9,7 +9,19 @@ from nexus_ds.__main__ import main
 from nexus_ds.config import load_config
 from nexus_ds.pipeline import TRAIN
 
-LARGE = ["plan", "--config", "nexus-2.8b", "--gpus", "16", "--nodes", "4", "--gpu-memory", "24GB", "--link", "25Gb"]
+LARGE = [
+    "plan",
+    "--config",
+    "nexus-2.8b",
+    "--gpus",
+    "16",
+    "--nodes",
+    "4",
+    "--gpu-memory",
+    "24GB",
+    "--link",
+    "25Gb",
+]
 TINY = ["plan", "--gpus", "2", "--gpu-memory", "8GB"]
 
 
@@ -24,7 +36,14 @@ def test_the_json_has_the_promised_keys(capsys):
     assert plan["parameters"]["active"] == 4_345_397_760
     assert len(plan["layouts"]) == 7 * 3  # stages and offloads, expert parallel 1, 2, 4
     for layout in plan["layouts"]:
-        assert layout.keys() >= {"fits", "gpu_bytes", "host_bytes", "step_seconds", "tokens_per_second", "days"}
+        assert layout.keys() >= {
+            "fits",
+            "gpu_bytes",
+            "host_bytes",
+            "step_seconds",
+            "tokens_per_second",
+            "days",
+        }
         assert layout["gpu_bytes"] == pytest.approx(sum(layout["gpu"].values()), abs=20)
         assert layout["step_seconds"] == pytest.approx(sum(layout["seconds"].values()))
         assert layout["node_link_bytes_per_step"] > 0
@@ -36,15 +55,36 @@ def test_the_json_has_the_promised_keys(capsys):
 def test_the_text_says_what_fits_what_is_estimated_and_what_to_type(capsys):
     assert main(LARGE) == 0
     text = capsys.readouterr().out
-    for part in ("parameters: 9,093M, 4,345M active", "fastest that fits: ZeRO-3", "GB a training state", "activations",
-                 "one more expert: +1,583M parameters", "estimated, not measured: all seconds", "days",
-                 "next: the same command with --write"):  # fmt: skip
+    for part in (
+        "parameters: 9,093M, 4,345M active",
+        "fastest that fits: ZeRO-3",
+        "GB a training state",
+        "activations",
+        "one more expert: +1,583M parameters",
+        "estimated, not measured: all seconds",
+        "days",
+        "next: the same command with --write",
+    ):
         assert part in text
 
 
 def test_it_says_what_the_link_is_good_for(capsys):
-    cluster = ["plan", "--config", "nexus-470m", "--gpus", "8", "--nodes", "2", "--gpu-memory", "80GB", "--link"]
-    slow, fast = planned(capsys, *cluster, "1Gb")["links"], planned(capsys, *cluster, "100Gb")["links"]
+    cluster = [
+        "plan",
+        "--config",
+        "nexus-470m",
+        "--gpus",
+        "8",
+        "--nodes",
+        "2",
+        "--gpu-memory",
+        "80GB",
+        "--link",
+    ]
+    slow, fast = (
+        planned(capsys, *cluster, "1Gb")["links"],
+        planned(capsys, *cluster, "100Gb")["links"],
+    )
     assert (slow["use"], fast["use"]) == ("expert_parallel", "zero_only")
     assert slow["flips"] == fast["flips"] and slow["flips"]
     assert main([*cluster, "1Gb"]) == 0
@@ -75,7 +115,9 @@ def test_the_written_json_and_the_command_are_those_of_the_best(tmp_path, capsys
 
 def test_several_nodes_start_under_srun(capsys):
     command = planned(capsys, *LARGE)["best"]["command"]
-    assert command.startswith(f"srun --nodes=4 --ntasks-per-node=4 python {TRAIN} --deepspeed ds.json")
+    assert command.startswith(
+        f"srun --nodes=4 --ntasks-per-node=4 python {TRAIN} --deepspeed ds.json"
+    )
 
 
 def test_a_dense_stage_has_no_experts(capsys):
@@ -100,12 +142,27 @@ def test_nothing_fits_is_said_and_nothing_written(tmp_path, capsys):
     ("words", "message"),
     [
         (["--gpus", "2", "--gpu-memory", "24"], "--gpu-memory: expected a size such as 24GB"),
-        (["--gpus", "3", "--gpu-memory", "24GB"], "training.batch_size 8 does not divide over 3 GPUs"),
-        (["--gpus", "4", "--nodes", "3", "--gpu-memory", "24GB"], "4 GPUs don't spread evenly over 3 nodes"),
+        (
+            ["--gpus", "3", "--gpu-memory", "24GB"],
+            "training.batch_size 8 does not divide over 3 GPUs",
+        ),
+        (
+            ["--gpus", "4", "--nodes", "3", "--gpu-memory", "24GB"],
+            "4 GPUs don't spread evenly over 3 nodes",
+        ),
         (["--gpus", "0", "--gpu-memory", "24GB"], "0 GPUs don't spread evenly over 1 nodes"),
-        (["--gpus", "2", "--gpu-memory", "24GB", "--gpu-tflops", "0"], "--gpu-tflops: expected a number above 0"),
-        (["--gpus", "2", "--gpu-memory", "24GB", "--gpu-tflops", "nan"], "--gpu-tflops: expected a number above 0"),
-        (["--gpus", "2", "--gpu-memory", "24GB", "--link", "fast"], "--link: expected a size such as"),
+        (
+            ["--gpus", "2", "--gpu-memory", "24GB", "--gpu-tflops", "0"],
+            "--gpu-tflops: expected a number above 0",
+        ),
+        (
+            ["--gpus", "2", "--gpu-memory", "24GB", "--gpu-tflops", "nan"],
+            "--gpu-tflops: expected a number above 0",
+        ),
+        (
+            ["--gpus", "2", "--gpu-memory", "24GB", "--link", "fast"],
+            "--link: expected a size such as",
+        ),
         (["--gpus", "2", "--gpu-memory", "24GB", "model.path=nowhere"], "nowhere"),
     ],
 )

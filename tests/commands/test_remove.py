@@ -1,4 +1,5 @@
-"""The verb `remove`: what is left computes what the mixture computes without that expert's column."""
+"""The verb `remove`: what is left computes what the mixture computes without that expert's
+column."""
 
 import itertools
 import json
@@ -30,7 +31,20 @@ def logits(model):
 
 
 def test_the_others_renormalise_and_nothing_else_changes(tmp_path, nexus_dir, capsys):
-    assert main(["remove", "--checkpoint", str(nexus_dir), "--expert", "beta", "--out", str(tmp_path / "out")]) == 0
+    assert (
+        main(
+            [
+                "remove",
+                "--checkpoint",
+                str(nexus_dir),
+                "--expert",
+                "beta",
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
     assert "2 experts (alpha, gamma)" in capsys.readouterr().out
     expected = oracle.load(nexus_dir, torch.float32, RouterConfig())
     for layer in expected.model.layers:
@@ -39,7 +53,10 @@ def test_the_others_renormalise_and_nothing_else_changes(tmp_path, nexus_dir, ca
         for stacked in ("w1", "w2", "w3"):
             parameter = getattr(layer.mlp.experts, stacked)
             parameter.data = parameter.data[[0, 2]]
-    assert float((logits(load_stock(tmp_path / "out", torch.float32)) - logits(expected)).abs().max()) <= 1e-6
+    assert (
+        float((logits(load_stock(tmp_path / "out", torch.float32)) - logits(expected)).abs().max())
+        <= 1e-6
+    )
     sidecar = read_sidecar(tmp_path / "out")
     assert [expert.name for expert in sidecar.experts] == ["alpha", "gamma"]
     assert sidecar.lineage[-1] == {"verb": "remove", "checkpoint": "nexus", "experts": ["beta"]}
@@ -68,7 +85,9 @@ def test_a_linear_router_keeps_the_rows_of_those_that_stay(tmp_path, capsys):
         assert torch.equal(new[gate_name(layer)], old[gate_name(layer)][[1, 3]])
         for place, number in enumerate((1, 3)):
             for part in FFN_PARTS:
-                assert torch.equal(new[expert_name(layer, place, part)], old[expert_name(layer, number, part)])
+                assert torch.equal(
+                    new[expert_name(layer, place, part)], old[expert_name(layer, number, part)]
+                )
     assert [expert.name for expert in read_sidecar(tmp_path / "out").experts] == ["b", "d"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
@@ -77,9 +96,17 @@ def test_a_linear_router_keeps_the_rows_of_those_that_stay(tmp_path, capsys):
 def test_a_shared_gate_that_was_trained_elsewhere(tmp_path, nexus_dir, capsys):
     odd = shutil.copytree(nexus_dir, tmp_path / "odd")
     train_shared_gates(odd)
-    assert main(["remove", "--checkpoint", str(odd), "--expert", "beta", "--out", str(tmp_path / "out")]) == 1
+    assert (
+        main(
+            ["remove", "--checkpoint", str(odd), "--expert", "beta", "--out", str(tmp_path / "out")]
+        )
+        == 1
+    )
     said = capsys.readouterr().err
-    assert "layer 0: the shared expert's gate has weights up to 1.0e-02" in said and "Traceback" not in said
+    assert (
+        "layer 0: the shared expert's gate has weights up to 1.0e-02" in said
+        and "Traceback" not in said
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["odd"]
 
 
@@ -93,19 +120,38 @@ def test_json_and_several_at_once(tmp_path, nexus_dir, capsys):
     ("names", "message"),
     [
         (["delta"], "--expert delta: the checkpoint has alpha, beta, gamma; name one of these"),
-        (["alpha", "beta", "gamma"], "0 experts would be left, but each token goes to 1; keep at least as many"),
+        (
+            ["alpha", "beta", "gamma"],
+            "0 experts would be left, but each token goes to 1; keep at least as many",
+        ),
     ],
 )
 def test_mistakes(tmp_path, nexus_dir, capsys, names, message):
     words = [part for name in names for part in ("--expert", name)]
-    assert main(["remove", "--checkpoint", str(nexus_dir), *words, "--out", str(tmp_path / "out")]) == 1
+    assert (
+        main(["remove", "--checkpoint", str(nexus_dir), *words, "--out", str(tmp_path / "out")])
+        == 1
+    )
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 def test_top_two_needs_two(tmp_path, capsys):
     checkpoint = make_nexus(tmp_path / "nexus", names=["a", "b"], top_k=2)
-    assert main(["remove", "--checkpoint", str(checkpoint), "--expert", "a", "--out", str(tmp_path / "out")]) == 1
+    assert (
+        main(
+            [
+                "remove",
+                "--checkpoint",
+                str(checkpoint),
+                "--expert",
+                "a",
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 1
+    )
     assert "1 experts would be left, but each token goes to 2" in capsys.readouterr().err
 
 
@@ -121,15 +167,30 @@ def removed(nexus_dir, text_folder, out, *more):
 def losses(nexus_dir, text_folder, tmp_path_factory):
     """Loss of each of 24 windows, of the mixture with and without beta, by the scoring itself."""
     root = tmp_path_factory.mktemp("removed")
-    assert main(["remove", "--checkpoint", str(nexus_dir), "--expert", "beta", "--out", str(root / "out")]) == 0
+    assert (
+        main(
+            [
+                "remove",
+                "--checkpoint",
+                str(nexus_dir),
+                "--expert",
+                "beta",
+                "--out",
+                str(root / "out"),
+            ]
+        )
+        == 0
+    )
     source = open_source(str(text_folder))
     files = token_files(source, ["alpha", "beta", "gamma"], "validation", nexus_dir, root / "cache")
-    text = {domain: windows(file, 24, 64) for domain, file in files.items()}  # 64: all that this model reads
+    # 64: all that this model reads
+    text = {domain: windows(file, 24, 64) for domain, file in files.items()}
     return [score(path, text).window_loss for path in (nexus_dir, root / "out")]
 
 
 def interval(losses, domain):
-    """Return the 95% interval of the paired difference in nats over ten groups: t of 9 degrees of freedom is 2.2622."""
+    """Return the 95% interval of the paired difference in nats over ten groups: t of 9 degrees of
+    freedom is 2.2622."""
     difference_W = losses[1][domain] - losses[0][domain]
     mean, bounds = difference_W.mean(), [24 * group // 10 for group in range(11)]
     sums = np.array([(difference_W[a:b] - mean).sum() for a, b in itertools.pairwise(bounds)])
@@ -153,15 +214,26 @@ def test_table_before_and_after(tmp_path, nexus_dir, text_folder, losses, capsys
     assert all(" ± " in line for line in lines[table + 1 : -1])
 
 
-def test_worse_than_allowed_is_an_exit_code_of_its_own(tmp_path, nexus_dir, text_folder, losses, capsys):
+def test_worse_than_allowed_is_an_exit_code_of_its_own(
+    tmp_path, nexus_dir, text_folder, losses, capsys
+):
     low, high = interval(losses, "beta")  # nats, and as good as a share: they are tiny
     assert low > 1e-5, "this model gains by losing its expert: the test needs another one"
-    assert removed(nexus_dir, text_folder, tmp_path / "good", "--fail-if-worse", f"{110 * high:.6f}%") == 0
+    assert (
+        removed(nexus_dir, text_folder, tmp_path / "good", "--fail-if-worse", f"{110 * high:.6f}%")
+        == 0
+    )
     assert "--fail-if-worse" not in capsys.readouterr().err
-    assert removed(nexus_dir, text_folder, tmp_path / "open", "--fail-if-worse", f"{110 * low:.6f}%") == 0
+    assert (
+        removed(nexus_dir, text_folder, tmp_path / "open", "--fail-if-worse", f"{110 * low:.6f}%")
+        == 0
+    )
     said = capsys.readouterr().err
     assert "nexus-ds remove: 24 windows do not decide --fail-if-worse" in said and "beta (+" in said
-    assert removed(nexus_dir, text_folder, tmp_path / "bad", "--fail-if-worse", f"{90 * low:.6f}%") == 3
+    assert (
+        removed(nexus_dir, text_folder, tmp_path / "bad", "--fail-if-worse", f"{90 * low:.6f}%")
+        == 3
+    )
     said = capsys.readouterr().err
     assert "beta (+" in said and f"{tmp_path / 'bad'} is written all the same" in said
     assert [expert.name for expert in read_sidecar(tmp_path / "bad").experts] == ["alpha", "gamma"]
@@ -172,18 +244,33 @@ def test_worse_than_allowed_is_an_exit_code_of_its_own(tmp_path, nexus_dir, text
     [
         (["--fail-if-worse", "3"], "--fail-if-worse '3': expected a percentage such as 3%"),
         (["--windows", "0"], "--windows: expected a number of at least 1, found 0"),
-        (["--scored", "alpha,alpha"], "--scored names a domain twice: alpha, alpha; name each once"),
+        (
+            ["--scored", "alpha,alpha"],
+            "--scored names a domain twice: alpha, alpha; name each once",
+        ),
         (["--scored", "alpha,delta"], "no domain delta; found: alpha, beta, gamma"),
     ],
 )
-def test_mistakes_of_the_table_come_before_the_checkpoint(tmp_path, nexus_dir, text_folder, capsys, more, message):
+def test_mistakes_of_the_table_come_before_the_checkpoint(
+    tmp_path, nexus_dir, text_folder, capsys, more, message
+):
     assert removed(nexus_dir, text_folder, tmp_path / "out", *more) == 1
     said = capsys.readouterr().err
-    assert message in said and ("delta" not in message or "name those that are there with --scored A,B" in said)
+    assert message in said and (
+        "delta" not in message or "name those that are there with --scored A,B" in said
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_a_limit_needs_text(tmp_path, nexus_dir, capsys):
-    words = ["remove", "--checkpoint", str(nexus_dir), "--expert", "beta", "--out", str(tmp_path / "out")]
+    words = [
+        "remove",
+        "--checkpoint",
+        str(nexus_dir),
+        "--expert",
+        "beta",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main([*words, "--fail-if-worse", "3%"]) == 1
     assert "--fail-if-worse needs --data DIR, the text to judge by" in capsys.readouterr().err

@@ -11,7 +11,9 @@ from nexus_ds.pipeline import check_domains, shared_overrides
 
 
 def args(name, *overrides, **more):
-    return argparse.Namespace(**{"name": name, "overrides": list(overrides), "config": "demo", "deepspeed": "", **more})
+    return argparse.Namespace(
+        **{"name": name, "overrides": list(overrides), "config": "demo", "deepspeed": "", **more}
+    )
 
 
 def test_an_array_task_finds_its_domain(monkeypatch):
@@ -36,7 +38,8 @@ def test_branch_given_by_name_needs_no_array(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "domain", ["a/b", "..", ".hidden", "-x", "a,b", "a=b", "a b", "x$(touch y)", "a'b", "a\nb", "a\x00b", ""]
+    "domain",
+    ["a/b", "..", ".hidden", "-x", "a,b", "a=b", "a b", "x$(touch y)", "a'b", "a\nb", "a\x00b", ""],
 )
 def test_domains_that_can_t_be_names_are_refused(domain):
     config = load_config("demo")
@@ -55,8 +58,16 @@ def test_domains_that_can_be_names_are_accepted(domain):
 def test_outputs_are_where_the_pipeline_puts_them(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
     run = f"pipeline.run={tmp_path}"
-    names = {"seed": "seed", "branch": "branches/docs", "embed": "domains-new.safetensors", "upcycle": "upcycled",
-             "moe": "nexus", "extend": "extension", "extended": "extended", "evaluate": "report"}  # fmt: skip
+    names = {
+        "seed": "seed",
+        "branch": "branches/docs",
+        "embed": "domains-new.safetensors",
+        "upcycle": "upcycled",
+        "moe": "nexus",
+        "extend": "extension",
+        "extended": "extended",
+        "evaluate": "report",
+    }
     for name, path in names.items():
         options = args(name, run)
         assert stage.show("output", stage._config(options), options) == str(tmp_path / path)
@@ -83,7 +94,8 @@ def test_a_stage_that_the_recipe_lacks(tmp_path):
     options = args("extend", "pipeline.new_domains=[]", f"pipeline.run={tmp_path}")
     config = stage._config(options)
     with pytest.raises(
-        ConfigError, match=r"adds no expert, so it has no stage extend; give pipeline.new_domains=\[E\]"
+        ConfigError,
+        match=r"adds no expert, so it has no stage extend; give pipeline.new_domains=\[E\]",
     ):
         stage.chosen(stage.plan(config, options), stage.names_of("extend", config))
 
@@ -91,16 +103,19 @@ def test_a_stage_that_the_recipe_lacks(tmp_path):
 @pytest.mark.parametrize("name", ["branch", "embed", "upcycle", "moe", "evaluate"])
 def test_a_recipe_without_domains_says_what_to_set(name, capsys):
     assert main(["stage", "--config=own", name]) == 1
-    assert "pipeline.domains is empty: a run trains a branch for each; give pipeline.domains=[A,B,..]" in (
-        capsys.readouterr().err
+    assert (
+        "pipeline.domains is empty: a run trains a branch for each; give pipeline.domains=[A,B,..]"
+        in (capsys.readouterr().err)
     )
-    assert main(["stage", "--config=own", "--show=branches", "seed"]) == 1  # pipeline.sh: no array of 0 to -1
+    # pipeline.sh: no array of 0 to -1
+    assert main(["stage", "--config=own", "--show=branches", "seed"]) == 1
 
 
 def test_a_branch_that_the_recipe_lacks_is_named_with_those_it_has(capsys):
     assert main(["stage", "branch", "branch=law"]) == 1
-    assert "branch=law is none of the recipe's domains (python, docs, algebra, tables, cpp); give pipeline" in (
-        capsys.readouterr().err
+    assert (
+        "branch=law is none of the recipe's domains (python, docs, algebra, tables, cpp); give pipeline"
+        in (capsys.readouterr().err)
     )
 
 
@@ -115,7 +130,15 @@ def test_a_branch_of_a_given_seed_needs_no_other(monkeypatch):
 
 
 def test_settings_of_one_stage_do_not_reach_earlier_ones():
-    given = ["training.lr=1", "pipeline.run=x", "stage=moe", "router.top_k=2", "name=n", "data.path=d", "seed=3"]
+    given = [
+        "training.lr=1",
+        "pipeline.run=x",
+        "stage=moe",
+        "router.top_k=2",
+        "name=n",
+        "data.path=d",
+        "seed=3",
+    ]
     assert shared_overrides(given) == ["pipeline.run=x", "router.top_k=2", "data.path=d", "seed=3"]
 
 
@@ -123,9 +146,17 @@ def test_a_trained_stage_becomes_train_py(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(stage.os, "execv", lambda program, words: seen.extend(words))
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
-    stage.train(load_config("demo"), args("branch", "pipeline.domains=['2024']", "training.steps=3"))
-    assert seen[2:] == [str(stage.TRAIN), "--config=demo", "pipeline.domains=['2024']", "training.steps=3",
-                        "stage=branch", 'branch="python"']  # fmt: skip
+    stage.train(
+        load_config("demo"), args("branch", "pipeline.domains=['2024']", "training.steps=3")
+    )
+    assert seen[2:] == [
+        str(stage.TRAIN),
+        "--config=demo",
+        "pipeline.domains=['2024']",
+        "training.steps=3",
+        "stage=branch",
+        'branch="python"',
+    ]
     seen.clear()
     stage.train(load_config("demo"), args("moe", deepspeed="x.json"))
     assert "--deepspeed=x.json" in seen and seen[-1] == "stage=moe"

@@ -26,7 +26,9 @@ def run(tmp_path, monkeypatch):
 
 def queue(run, jobs, rows):
     """Let pipeline.sh have submitted `jobs`, and squeue answer `rows`."""
-    (run / "logs" / "jobs.txt").write_text("".join(f"{identity} {name}\n" for identity, name in jobs))
+    (run / "logs" / "jobs.txt").write_text(
+        "".join(f"{identity} {name}\n" for identity, name in jobs)
+    )
     answer = run.parent / "queue"
     answer.write_text("".join(f"{row}\n" for row in rows))
     program = run.parent / "bin" / "squeue"
@@ -38,14 +40,18 @@ def trained(run, stage, steps, seconds=2.0):
     """Write the metrics of a training that has done `steps` steps."""
     folder = run / f"{stage}.training"
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(dump(load_config("demo", ["training.steps=100", "training.tokens=0"])))
+    (folder / "config.yaml").write_text(
+        dump(load_config("demo", ["training.steps=100", "training.tokens=0"]))
+    )
     now = time.time()
     rows = [
         {"kind": "train", "step": s, "time": now - (steps - s) * seconds, "loss": 9.0 - s / 100}
         for s in range(1, steps + 1)
     ]
     rows.append({"kind": "validation", "step": steps, "time": now, "loss": {"a": 1.0}})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "tr')
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "tr'
+    )
 
 
 def by_name(run):
@@ -84,7 +90,10 @@ def test_finished_running_pending_of_a_pipeline(run):
     assert seen["branch:python"].detail == "step 40/100, loss 8.600, ETA 2m00s"
     assert (seen["branch:docs"].state, seen["branch:docs"].detail) == ("pending", "Resources")
     assert (seen["embed"].state, seen["embed"].detail) == ("pending", "requeued")
-    assert (seen["upcycle"].state, seen["upcycle"].detail) == ("pending", "waits for an earlier job")
+    assert (seen["upcycle"].state, seen["upcycle"].detail) == (
+        "pending",
+        "waits for an earlier job",
+    )
     assert seen["evaluate"].state == "waiting"
 
 
@@ -97,8 +106,16 @@ def test_two_stages_of_one_job(run):
 
 
 def test_a_failure_shows_its_last_error_line_and_what_it_cancels(run):
-    queue(run, [("2", "dense_branch"), ("4", "upcycle"), ("5", "finetune"), ("6", "evaluate")],
-          ["2_1|FAILED|NonZeroExitCode", "4|CANCELLED|Dependency", "5|CANCELLED|Dependency", "6|CANCELLED|Dependency"])  # fmt: skip
+    queue(
+        run,
+        [("2", "dense_branch"), ("4", "upcycle"), ("5", "finetune"), ("6", "evaluate")],
+        [
+            "2_1|FAILED|NonZeroExitCode",
+            "4|CANCELLED|Dependency",
+            "5|CANCELLED|Dependency",
+            "6|CANCELLED|Dependency",
+        ],
+    )
     (run / "logs" / "dense_branch-2_1.log").write_text(
         "branch docs 1/9 loss 5.0\ntrain.py: docs/train.jsonl:7: not valid JSON: refused\n"
         "srun: error: node1: task 0: Exited with exit code 1\n"
@@ -107,12 +124,18 @@ def test_a_failure_shows_its_last_error_line_and_what_it_cancels(run):
     assert seen["branch:docs"].state == "failed"
     assert seen["branch:docs"].detail == "train.py: docs/train.jsonl:7: not valid JSON: refused"
     for stage in ("upcycle", "moe", "extend", "extended", "evaluate"):
-        assert (seen[stage].state, seen[stage].detail) == ("cancelled", "needs branch:docs, which failed")
+        assert (seen[stage].state, seen[stage].detail) == (
+            "cancelled",
+            "needs branch:docs, which failed",
+        )
 
 
 def test_a_cancelled_job_that_never_started(run):
     queue(run, [("4", "upcycle")], ["4|CANCELLED|None"])
-    assert (by_name(run)["upcycle"].state, by_name(run)["upcycle"].detail) == ("cancelled", "never started")
+    assert (by_name(run)["upcycle"].state, by_name(run)["upcycle"].detail) == (
+        "cancelled",
+        "never started",
+    )
 
 
 def test_a_job_that_slurm_forgot_and_that_left_no_output_has_failed(run):
@@ -148,12 +171,22 @@ def test_table_and_json(run, capsys):
     trained(run, "seed", 10)
     assert main(["status", str(run)]) == 0
     table = capsys.readouterr().out
-    assert "seed " in table and "step 10/100, loss 8.900, ETA 3m00s" in table and f"logs: {run / 'logs'}" in table
+    assert (
+        "seed " in table
+        and "step 10/100, loss 8.900, ETA 3m00s" in table
+        and f"logs: {run / 'logs'}" in table
+    )
     assert main(["status", str(run), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert rows[0] | {"detail": ""} == {
-        "stage": "seed", "state": "running", "detail": "", "job": "", "step": 10, "steps": 100, "loss": 8.9,
-    }  # fmt: skip
+        "stage": "seed",
+        "state": "running",
+        "detail": "",
+        "job": "",
+        "step": 10,
+        "steps": 100,
+        "loss": 8.9,
+    }
 
 
 def test_lines_of_other_programs_in_jobs_txt_are_ignored(run):

@@ -15,13 +15,16 @@ WORDS = TEXT.split(" ")
 
 def sentences(seed: int, count: int) -> list[str]:
     return [
-        " ".join(WORDS[(seed + i * (k + 3)) % len(WORDS)] for k in range(12)) + f" {seed} {i}." for i in range(count)
+        " ".join(WORDS[(seed + i * (k + 3)) % len(WORDS)] for k in range(12)) + f" {seed} {i}."
+        for i in range(count)
     ]
 
 
 def write_jsonl(path: Path, texts: list[str], meta: dict | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = "".join(json.dumps({"text": text, "meta": meta or {}}) + "\n" for text in texts).encode()
+    content = "".join(
+        json.dumps({"text": text, "meta": meta or {}}) + "\n" for text in texts
+    ).encode()
     if path.suffix == ".gz":
         content = gzip.compress(content)
     if path.suffix == ".zst":
@@ -42,16 +45,27 @@ def bytes_read() -> int:
 
 
 def save_sentencepiece(out: Path, seed: int = 1) -> Path:
-    """Save a tokenizer as older Llamas have it: tokenizer.model, and no tokenizer.json; BOS is put before a text."""
+    """Save a tokenizer as older Llamas have it: tokenizer.model, and no tokenizer.json; BOS is put
+    before a text."""
     import sentencepiece
 
     out.mkdir(parents=True, exist_ok=True)
     with (out / "tokenizer.model").open("wb") as stream:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences(seed, 50)), model_writer=stream, vocab_size=320, model_type="bpe",
-            byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
-        )  # fmt: skip
-    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+            sentence_iterator=iter(sentences(seed, 50)),
+            model_writer=stream,
+            vocab_size=320,
+            model_type="bpe",
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
     (out / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True}))
     return out
 

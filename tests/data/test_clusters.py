@@ -1,4 +1,5 @@
-"""Clusters: known domains are found again, names are safe, the pass over the corpus is exact and repeatable."""
+"""Clusters: known domains are found again, names are safe, the pass over the corpus is exact and
+repeatable."""
 
 import gzip
 import json
@@ -23,7 +24,11 @@ from nexus_ds.data.rows import read_rows
 from nexus_ds.errors import ConfigError, DataError
 from tests.data.conftest import write_jsonl
 
-WORDS = {"sea": "ship sail wind port mast", "wood": "tree leaf root moss fern", "maths": "sum proof lemma axiom ring"}
+WORDS = {
+    "sea": "ship sail wind port mast",
+    "wood": "tree leaf root moss fern",
+    "maths": "sum proof lemma axiom ring",
+}
 
 
 class WordEncoder:
@@ -40,29 +45,45 @@ class WordEncoder:
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         self.calls += len(texts)
         known = [word for words in WORDS.values() for word in words.split()]
-        return unit(np.array([[text.split().count(word) for word in known] for text in texts], dtype=np.float32))
+        return unit(
+            np.array(
+                [[text.split().count(word) for word in known] for text in texts], dtype=np.float32
+            )
+        )
 
 
 def document(domain: str, number: int) -> str:
     words = WORDS[domain].split()
-    return " ".join(words[(number * step + step) % 5] for step in range(1, 30)) + f" and the rest {number}"
+    return (
+        " ".join(words[(number * step + step) % 5] for step in range(1, 30))
+        + f" and the rest {number}"
+    )
 
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Two files of mixed documents: 60 sea, 40 wood, 20 maths; `meta` says which is which, the program must not look."""
+    """Two files of mixed documents: 60 sea, 40 wood, 20 maths; `meta` says which is which, the
+    program must not look."""
     names = ["sea", "wood", "sea", "wood", "sea", "maths"] * 20
-    rows = [json.dumps({"text": document(n, i), "meta": {"truth": n, "odd": "\ud800"}}) for i, n in enumerate(names)]
+    rows = [
+        json.dumps({"text": document(n, i), "meta": {"truth": n, "odd": "\ud800"}})
+        for i, n in enumerate(names)
+    ]
     (tmp_path / "corpus" / "deep").mkdir(parents=True)
     (tmp_path / "corpus" / "a.jsonl").write_text("\n".join(rows[:70]) + "\n")
-    (tmp_path / "corpus" / "deep" / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(rows[70:]).encode()))
+    (tmp_path / "corpus" / "deep" / "b.jsonl.gz").write_bytes(
+        gzip.compress("\n".join(rows[70:]).encode())
+    )
     (tmp_path / "corpus" / "notes.txt").write_text("not text of the corpus")
     return tmp_path / "corpus"
 
 
 def written(out: Path) -> dict[str, dict[str, list]]:
     return {
-        folder.name: {split: list(read_rows(folder / f"{split}.jsonl.gz")) for split in ("train", "validation")}
+        folder.name: {
+            split: list(read_rows(folder / f"{split}.jsonl.gz"))
+            for split in ("train", "validation")
+        }
         for folder in sorted(out.iterdir())
     }
 
@@ -77,14 +98,23 @@ def discover(mixed: Path, out: Path, sample: int = 60, **settings) -> tuple:
 def test_known_domains_are_found_again(mixed: Path, tmp_path: Path):
     work, clusters, facts = discover(mixed, tmp_path / "out")
     found = written(tmp_path / "out")
-    truth = {name: {d.meta["truth"] for split in splits.values() for d in split} for name, splits in found.items()}
+    truth = {
+        name: {d.meta["truth"] for split in splits.values() for d in split}
+        for name, splits in found.items()
+    }
     assert sorted(map(sorted, truth.values())) == [["maths"], ["sea"], ["wood"]]
-    assert [next(iter(truth[name])) for name in clusters.names] == ["sea", "wood", "maths"]  # largest first
+    # largest first
+    assert [next(iter(truth[name])) for name in clusters.names] == ["sea", "wood", "maths"]
     for name in found:
         (domain,) = truth[name]
         assert set(name.split("-")) <= set(WORDS[domain].split())
-        assert facts[name]["train"] + facts[name]["validation"] == {"sea": 60, "wood": 40, "maths": 20}[domain]
-        assert (facts[name]["train"], facts[name]["validation"]) == tuple(map(len, found[name].values()))
+        assert (
+            facts[name]["train"] + facts[name]["validation"]
+            == {"sea": 60, "wood": 40, "maths": 20}[domain]
+        )
+        assert (facts[name]["train"], facts[name]["validation"]) == tuple(
+            map(len, found[name].values())
+        )
     assert clusters.silhouette > 0.7
     assert (work.documents, len(work.known), work.skipped) == (120, 60, 0)
 
@@ -92,8 +122,15 @@ def test_known_domains_are_found_again(mixed: Path, tmp_path: Path):
 def test_every_document_is_written_once_in_order_and_unchanged(mixed: Path, tmp_path: Path):
     discover(mixed, tmp_path / "out")
     original = [(d.text, d.meta) for file in corpus_files(mixed) for d in read_rows(file)]
-    copies = [(d.text, d.meta) for splits in written(tmp_path / "out").values() for s in splits.values() for d in s]
-    assert sorted(map(str, copies)) == sorted(map(str, original)) and original[0][1]["odd"] == "\ud800"
+    copies = [
+        (d.text, d.meta)
+        for splits in written(tmp_path / "out").values()
+        for s in splits.values()
+        for d in s
+    ]
+    assert (
+        sorted(map(str, copies)) == sorted(map(str, original)) and original[0][1]["odd"] == "\ud800"
+    )
     for splits in written(tmp_path / "out").values():
         for documents in splits.values():
             numbers = [int(d.text.rsplit(" ", 1)[1]) for d in documents]
@@ -105,7 +142,10 @@ def test_the_same_seed_gives_the_same_bytes_and_another_another_split(mixed: Pat
         discover(mixed, tmp_path / name, seed=seed)
     files = {name: sorted((tmp_path / name).rglob("*.gz")) for name in ("one", "two", "three")}
     assert [f.read_bytes() for f in files["one"]] == [f.read_bytes() for f in files["two"]]
-    held = [{d.text for s in written(tmp_path / n).values() for d in s["validation"]} for n in ("one", "three")]
+    held = [
+        {d.text for s in written(tmp_path / n).values() for d in s["validation"]}
+        for n in ("one", "three")
+    ]
     assert held[0] != held[1]
 
 
@@ -118,7 +158,11 @@ def test_words_alone_part_what_the_encoder_takes_for_the_same(mixed: Path, tmp_p
     clusters = work.fit(3, 60)
     (tmp_path / "out").mkdir()
     facts = work.write(clusters, tmp_path / "out")
-    assert [facts[name]["train"] + facts[name]["validation"] for name in clusters.names] == [60, 40, 20]
+    assert [facts[name]["train"] + facts[name]["validation"] for name in clusters.names] == [
+        60,
+        40,
+        20,
+    ]
 
 
 def test_words_of_a_document():
@@ -131,10 +175,16 @@ def test_words_of_a_document():
         assert not Words(nothing, 0).vectors(["ship"]).any()
 
 
-def test_a_large_sample_is_clustered_in_batches(mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_large_sample_is_clustered_in_batches(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("nexus_ds.data.clusters.LARGE", 50)
     _, clusters, facts = discover(mixed, tmp_path / "out")
-    assert [facts[name]["train"] + facts[name]["validation"] for name in clusters.names] == [60, 40, 20]
+    assert [facts[name]["train"] + facts[name]["validation"] for name in clusters.names] == [
+        60,
+        40,
+        20,
+    ]
 
 
 @pytest.mark.parametrize("every", [2, 7, 20])
@@ -145,9 +195,15 @@ def test_validation_is_a_part_of_every_domain(mixed: Path, tmp_path: Path, every
         assert counts["train"] >= 1 and 0 <= counts["validation"] - total // every <= 1
 
 
-def test_a_domain_of_less_than_one_stretch_has_one_document_for_validation(mixed: Path, tmp_path: Path):
+def test_a_domain_of_less_than_one_stretch_has_one_document_for_validation(
+    mixed: Path, tmp_path: Path
+):
     _, _, facts = discover(mixed, tmp_path / "out", every=1000)
-    assert sorted((f["train"], f["validation"]) for f in facts.values()) == [(19, 1), (39, 1), (59, 1)]
+    assert sorted((f["train"], f["validation"]) for f in facts.values()) == [
+        (19, 1),
+        (39, 1),
+        (59, 1),
+    ]
 
 
 def test_documents_of_the_sample_are_embedded_once(mixed: Path, tmp_path: Path):
@@ -165,7 +221,9 @@ def test_damaged_rows(mixed: Path, tmp_path: Path):
 
 
 def test_what_can_not_be_clustered(tmp_path: Path):
-    with pytest.raises(DataError, match=r"no text at .*nowhere: nothing there; expected files of one"):
+    with pytest.raises(
+        DataError, match=r"no text at .*nowhere: nothing there; expected files of one"
+    ):
         corpus_files(tmp_path / "nowhere")
     with pytest.raises(DataError, match="none in it"):
         corpus_files(tmp_path)
@@ -173,14 +231,19 @@ def test_what_can_not_be_clustered(tmp_path: Path):
     with pytest.raises(DataError, match="a file of another kind"):
         corpus_files(tmp_path / "book.txt")
     write_jsonl(tmp_path / "few.jsonl", ["a ship", "a tree", "a sum"])
-    with pytest.raises(DataError, match="found 3 documents for 2 domains; expected two for each: ask for fewer"):
+    with pytest.raises(
+        DataError, match="found 3 documents for 2 domains; expected two for each: ask for fewer"
+    ):
         Discovery(corpus_files(tmp_path / "few.jsonl"), WordEncoder()).fit(2, 10)
     vectors = unit(np.array([[1.0, 0.0]] * 9 + [[0.0, 1.0]]))
     with pytest.raises(
-        DataError, match=r"one of the 2 domains has 1 of the 10 sampled documents, expected two or more"
+        DataError,
+        match=r"one of the 2 domains has 1 of the 10 sampled documents, expected two or more",
     ):
         fit_clusters(["text"] * 10, vectors, 2, 0)
-    with pytest.raises(ConfigError, match="one document of 1 for validation: expected one of 2 or more"):
+    with pytest.raises(
+        ConfigError, match="one document of 1 for validation: expected one of 2 or more"
+    ):
         Discovery([], WordEncoder(), every=1)
 
 
@@ -199,7 +262,13 @@ def test_nearest_is_the_euclidean_one():
 
 def test_names_are_safe_and_differ():
     words = [["theorem", "proof"], ["proof", "lemma", "axiom"], ["москва", "река"], ["x" * 80], []]
-    assert domain_names(words) == ["theorem-proof", "lemma-axiom", "domain-3", "domain-4", "domain-5"]
+    assert domain_names(words) == [
+        "theorem-proof",
+        "lemma-axiom",
+        "domain-3",
+        "domain-4",
+        "domain-5",
+    ]
     labels = np.array([0, 0, 1, 1])
     texts = ["the Café opens, café 12", "café table", "../usr passwd", "the usr-file"]
     found = distinctive_words(texts, labels, 2)

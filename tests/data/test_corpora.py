@@ -24,18 +24,30 @@ def ids(file: TokenFile) -> np.ndarray:
 # Token files -------------------------------------------------------------------------------------------------------
 
 
-def test_documents_are_joined_with_the_end_of_text_token(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
+def test_documents_are_joined_with_the_end_of_text_token(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path
+):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    files = token_files(open_source(str(corpus)), ["beta", "alpha"], "train", tokenizer_dir, tmp_path / "cache")
+    files = token_files(
+        open_source(str(corpus)), ["beta", "alpha"], "train", tokenizer_dir, tmp_path / "cache"
+    )
     assert list(files) == ["beta", "alpha"]
     expected: list[int] = []
     for text in sentences(1, 40):
-        expected += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        expected += [
+            *tokenizer(text, add_special_tokens=False)["input_ids"],
+            tokenizer.eos_token_id,
+        ]
     file = files["alpha"]
     assert ids(file).tolist() == expected
-    assert (file.tokens, file.documents, file.dtype, file.skipped) == (len(expected), 40, "uint16", 0)
+    assert (file.tokens, file.documents, file.dtype, file.skipped) == (
+        len(expected),
+        40,
+        "uint16",
+        0,
+    )
     assert file.blocks(16) == (len(expected) - 1) // 16
     assert file.block(2, 16).tolist() == expected[32:49]
     assert file.block(2, 16).dtype == np.int64
@@ -44,7 +56,9 @@ def test_documents_are_joined_with_the_end_of_text_token(corpus: Path, tokenizer
 
 def test_special_tokens_in_a_document_stay_text(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
     write_jsonl(corpus / "alpha" / "train.jsonl", ["a <|endoftext|> b"])
-    file = token_files(open_source(str(corpus)), ["alpha"], "train", tokenizer_dir, tmp_path)["alpha"]
+    file = token_files(open_source(str(corpus)), ["alpha"], "train", tokenizer_dir, tmp_path)[
+        "alpha"
+    ]
     assert ids(file).tolist().count(0) == 1
     assert ids(file)[-1] == 0
 
@@ -58,15 +72,21 @@ def test_a_large_vocabulary_gets_four_bytes(
     definition["model"]["vocab"]["~"] = largest
     (tmp_path / "large" / "tokenizer.json").write_text(json.dumps(definition))
     write_jsonl(corpus / "alpha" / "train.jsonl", ["cat ~"])
-    file = token_files(open_source(str(corpus)), ["alpha"], "train", tmp_path / "large", tmp_path / "cache")["alpha"]
+    file = token_files(
+        open_source(str(corpus)), ["alpha"], "train", tmp_path / "large", tmp_path / "cache"
+    )["alpha"]
     assert (file.dtype, ids(file).max()) == (dtype, largest)
 
 
-def test_a_second_call_reads_the_cache_and_any_change_misses_it(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
+def test_a_second_call_reads_the_cache_and_any_change_misses_it(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path
+):
     source = open_source(str(corpus))
 
     def ask(**options: object) -> TokenFile:
-        return token_files(source, ["alpha"], "train", tokenizer_dir, tmp_path / "cache", **options)["alpha"]
+        return token_files(
+            source, ["alpha"], "train", tokenizer_dir, tmp_path / "cache", **options
+        )["alpha"]
 
     first = ask()
     written = first.path.stat().st_mtime_ns
@@ -78,21 +98,32 @@ def test_a_second_call_reads_the_cache_and_any_change_misses_it(corpus: Path, to
     assert ask().fingerprint != first.fingerprint
 
 
-def test_validation_files_hold_the_whole_validation_text(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
+def test_validation_files_hold_the_whole_validation_text(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path
+):
     from transformers import AutoTokenizer
 
     tokenizer, source = AutoTokenizer.from_pretrained(tokenizer_dir), open_source(str(corpus))
     texts = {"alpha": sentences(2, 10), "beta": sentences(4, 10)}
     for options in ({}, {"max_bytes": 10}):
-        files = token_files(source, ["beta", "alpha"], "validation", tokenizer_dir, tmp_path, **options)
+        files = token_files(
+            source, ["beta", "alpha"], "validation", tokenizer_dir, tmp_path, **options
+        )
         for domain, file in files.items():
-            expected = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts[domain]]
-            assert (file.documents, ids(file).tolist()) == (10, [i for document in expected for i in document])
+            expected = [
+                [*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts[domain]
+            ]
+            assert (file.documents, ids(file).tolist()) == (
+                10,
+                [i for document in expected for i in document],
+            )
 
 
 def test_a_damaged_cache_is_made_again(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
     def ask() -> TokenFile:
-        return token_files(open_source(str(corpus)), ["alpha"], "train", tokenizer_dir, tmp_path / "cache")["alpha"]
+        return token_files(
+            open_source(str(corpus)), ["alpha"], "train", tokenizer_dir, tmp_path / "cache"
+        )["alpha"]
 
     first = ask()
     content = first.path.read_bytes()
@@ -113,7 +144,9 @@ def test_damaged_rows_stop_or_are_counted(
     assert [path.name for path in cache.iterdir()] == [".lock"]
     file = token_files(source, ["alpha"], "train", tokenizer_dir, cache, on_bad_row="skip")["alpha"]
     assert (file.skipped, file.documents) == (1, 40)
-    assert json.loads(file.path.with_suffix(".json").read_text())["skipped"]["first"][0].startswith(str(corpus))
+    assert json.loads(file.path.with_suffix(".json").read_text())["skipped"]["first"][0].startswith(
+        str(corpus)
+    )
     assert "alpha/train: 1 damaged rows skipped" in capsys.readouterr().err
 
 
@@ -131,27 +164,38 @@ def test_token_files_refuses_what_it_can_not_do(corpus: Path, tokenizer_dir: Pat
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_tokenizer_without_an_end_of_text_token_is_refused(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
+def test_a_tokenizer_without_an_end_of_text_token_is_refused(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path
+):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "endless")
     with pytest.raises(CheckpointError, match="no end-of-text token"):
-        token_files(open_source(str(corpus)), ["alpha"], "train", tmp_path / "endless", tmp_path / "cache")
+        token_files(
+            open_source(str(corpus)), ["alpha"], "train", tmp_path / "endless", tmp_path / "cache"
+        )
 
 
-def test_a_token_file_that_was_cut_short_is_named(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
-    file = token_files(open_source(str(corpus)), ["alpha"], "train", tokenizer_dir, tmp_path / "cache")["alpha"]
+def test_a_token_file_that_was_cut_short_is_named(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path
+):
+    file = token_files(
+        open_source(str(corpus)), ["alpha"], "train", tokenizer_dir, tmp_path / "cache"
+    )["alpha"]
     os.truncate(file.path, 40)
     assert file.block(0, 16).shape == (17,)
     with pytest.raises(
-        DataError, match=r"alpha-train-\w+\.bin: found 8 bytes at 32, expected 34; .* remove it, and it is"
+        DataError,
+        match=r"alpha-train-\w+\.bin: found 8 bytes at 32, expected 34; .* remove it, and it is",
     ):
         file.block(1, 16)
 
 
-def test_a_full_disk_names_the_file_and_leaves_nothing(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
+def test_a_full_disk_names_the_file_and_leaves_nothing(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path
+):
     source, cache = open_source(str(corpus)), tmp_path / "cache"
     said = r"\[Errno 27\] File too large: need [\d,]+ bytes more, free [\d,]+: '.*/\.beta-train-\w+\.bin\.tmp-\d+'$"
     with file_limit(1000), pytest.raises(OSError, match=said):
@@ -160,8 +204,12 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(corpus: Path, tokenizer_d
     assert token_files(source, ["beta"], "train", tokenizer_dir, cache)["beta"].documents == 30
 
 
-def test_a_token_file_pickles_without_its_content(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
-    file = token_files(open_source(str(corpus)), ["alpha"], "train", tokenizer_dir, tmp_path / "cache")["alpha"]
+def test_a_token_file_pickles_without_its_content(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path
+):
+    file = token_files(
+        open_source(str(corpus)), ["alpha"], "train", tokenizer_dir, tmp_path / "cache"
+    )["alpha"]
     content = ids(file).tolist()
     pickled = pickle.dumps(file)
     assert len(pickled) < 1000
@@ -181,7 +229,8 @@ def test_several_processes_may_ask_at_once(corpus: Path, tokenizer_dir: Path, tm
     results = [process.communicate(timeout=100) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], results
     assert len({out for out, _ in results}) == 1
-    assert sum(err.count("tokenise alpha/train: ") for _, err in results) == 1  # one made it, the others read it
+    # one made it, the others read it
+    assert sum(err.count("tokenise alpha/train: ") for _, err in results) == 1
     names = sorted(path.suffix for path in (tmp_path / "cache").iterdir())
     assert names == ["", ".bin", ".bin", ".json", ".json"]
 
@@ -190,13 +239,17 @@ def test_the_files_are_the_same_for_any_number_of_processes(
     corpus: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(corpora, "BATCH_CHARACTERS", 300)  # many batches, some of one document
-    write_jsonl(corpus / "alpha" / "train.jsonl", [*sentences(1, 40), "long " * 500, *sentences(5, 40)])
+    write_jsonl(
+        corpus / "alpha" / "train.jsonl", [*sentences(1, 40), "long " * 500, *sentences(5, 40)]
+    )
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     made = {}
     for workers in (1, 3):
         cache = tmp_path / str(workers)
         options = {"workers": workers, "max_bytes": 6000}
-        token_files(open_source(str(corpus)), ["alpha", "beta"], "train", tokenizer_dir, cache, **options)
+        token_files(
+            open_source(str(corpus)), ["alpha", "beta"], "train", tokenizer_dir, cache, **options
+        )
         made[workers] = {path.name: path.read_bytes() for path in cache.iterdir()}
     assert made[1] == made[3]
     assert len(made[1]) == 5  # two files, their manifests and the lock
@@ -238,6 +291,7 @@ def test_seeded_windows_are_distinct_and_repeatable(counting: TokenFile):
 
 def test_too_little_text_for_windows(counting: TokenFile):
     with pytest.raises(
-        DataError, match=r"count\.bin: 1,001 tokens make 10 windows of 100, expected 11; give more text"
+        DataError,
+        match=r"count\.bin: 1,001 tokens make 10 windows of 100, expected 11; give more text",
     ):
         windows(counting, 11, 100)

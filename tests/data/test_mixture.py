@@ -47,7 +47,11 @@ def test_permuted_looks_random():
     size, trials = 6, 6000
     first = Counter(permuted(0, size, str(key)) for key in range(trials))
     assert all(abs(count - trials / size) < 5 * (trials / size) ** 0.5 for count in first.values())
-    assert len({tuple(permuted(i, size, str(key)) for i in range(size)) for key in range(trials)}) > 650  # of 720
+    # of 720
+    assert (
+        len({tuple(permuted(i, size, str(key)) for i in range(size)) for key in range(trials)})
+        > 650
+    )
 
 
 def test_permuted_knows_its_range():
@@ -60,7 +64,9 @@ def test_permuted_knows_its_range():
 
 def test_proportional_uniform_and_explicit():
     assert domain_weights(DataConfig(), TOKENS) == {"a": 0.6, "b": 0.3, "c": 0.1}
-    assert domain_weights(DataConfig(mixture="uniform"), TOKENS) == pytest.approx(dict.fromkeys("abc", 1 / 3))
+    assert domain_weights(DataConfig(mixture="uniform"), TOKENS) == pytest.approx(
+        dict.fromkeys("abc", 1 / 3)
+    )
     explicit = DataConfig(mixture="explicit", weights={"b": 0.25, "a": 0.5, "c": 0.25})
     assert domain_weights(explicit, TOKENS) == {"a": 0.5, "b": 0.25, "c": 0.25}
     assert list(domain_weights(explicit, TOKENS)) == ["a", "b", "c"]
@@ -77,22 +83,40 @@ def test_replay_gives_the_new_domains_their_share():
     ("mixture", "message"),
     [
         ({"mixture": "explicit", "weights": {"a": 0.5, "b": 0.5}}, "data.weights: no weight for c"),
-        ({"mixture": "explicit", "weights": {"a": 0.5, "b": 0.4, "c": 0.1, "d": 1}}, "data.weights: unknown domain d"),
+        (
+            {"mixture": "explicit", "weights": {"a": 0.5, "b": 0.4, "c": 0.1, "d": 1}},
+            "data.weights: unknown domain d",
+        ),
         (
             {"mixture": "explicit", "weights": {"a": 1, "b": 0, "c": 0}},
             "data.weights.b: expected a number above 0, found 0",
         ),
-        ({"mixture": "explicit", "weights": {"a": 1, "b": 0.5, "c": -0.5}}, "data.weights.c: .* found -0.5"),
-        ({"mixture": "explicit", "weights": {"a": 1, "b": float("nan"), "c": 1}}, "data.weights.b: .* found nan"),
+        (
+            {"mixture": "explicit", "weights": {"a": 1, "b": 0.5, "c": -0.5}},
+            "data.weights.c: .* found -0.5",
+        ),
+        (
+            {"mixture": "explicit", "weights": {"a": 1, "b": float("nan"), "c": 1}},
+            "data.weights.b: .* found nan",
+        ),
         (
             {"mixture": "explicit", "weights": {"a": 2, "b": 1, "c": 1}},
             "sum to 4, expected 1; .* a: 0.5, b: 0.25, c: 0.25",
         ),
         ({"mixture": "replay"}, "replay needs new and old domains, found new: none, old: a, b, c"),
         ({"mixture": "replay", "new_domains": ["a", "b", "c"]}, "found new: a, b, c, old: none"),
-        ({"mixture": "replay", "new_domains": ["d"]}, "data.new_domains: unknown domain d; the mixture has: a, b, c"),
-        ({"mixture": "replay", "new_domains": ["a"], "new_share": 1.0}, "data.new_share: .* found 1.0"),
-        ({"mixture": "replay", "new_domains": ["a"], "new_share": float("nan")}, "data.new_share: .* found nan"),
+        (
+            {"mixture": "replay", "new_domains": ["d"]},
+            "data.new_domains: unknown domain d; the mixture has: a, b, c",
+        ),
+        (
+            {"mixture": "replay", "new_domains": ["a"], "new_share": 1.0},
+            "data.new_share: .* found 1.0",
+        ),
+        (
+            {"mixture": "replay", "new_domains": ["a"], "new_share": float("nan")},
+            "data.new_share: .* found nan",
+        ),
         ({"domains": ["a", "x"]}, "data.domains: unknown domain x"),
         ({"mixture": "other"}, "data.mixture: unknown value 'other'"),
     ],
@@ -142,7 +166,8 @@ def test_no_block_comes_twice_within_an_epoch_and_none_is_left_out():
     for index, domain in enumerate(WEIGHTS):
         counts = Counter(drawn[index])
         whole, part = divmod(len(drawn[index]), blocks[domain])
-        assert set(counts.values()) <= {whole, whole + 1}  # an epoch ends before the next one begins
+        # an epoch ends before the next one begins
+        assert set(counts.values()) <= {whole, whole + 1}
         assert sum(count == whole + 1 for count in counts.values()) == part
         assert len(counts) == blocks[domain]
 
@@ -169,14 +194,17 @@ def test_seeds_and_epochs_have_orders_of_their_own():
     assert sorted(first) == list(range(64))
     assert first != [two.locate(i)[1] for i in range(64)]
     assert first != [one.locate(i)[1] for i in range(64, 128)]
-    long = sampler({"a": 1.0}, {"a": 4 * 64})  # an epoch of four cycles: what each of them draws differs too
+    # an epoch of four cycles: what each of them draws differs too
+    long = sampler({"a": 1.0}, {"a": 4 * 64})
     cycles = [{long.locate(i)[1] for i in range(64 * cycle, 64 * cycle + 64)} for cycle in range(8)]
     assert all(cycles[cycle] != cycles[cycle + 4] for cycle in range(4))
 
 
 def test_a_sample_of_a_billion_blocks_takes_two_permuted_numbers(monkeypatch: pytest.MonkeyPatch):
     sizes: list[int] = []
-    monkeypatch.setattr(mixture, "permuted", lambda i, size, key: sizes.append(size) or permuted(i, size, key))
+    monkeypatch.setattr(
+        mixture, "permuted", lambda i, size, key: sizes.append(size) or permuted(i, size, key)
+    )
     s = sampler({"a": 0.9, "b": 0.1}, {"a": 10**9, "b": 10**9})
     positions = [s.locate(i) for i in range(10**12, 10**12 + 1000)]
     assert len(set(positions)) == 1000
@@ -193,7 +221,11 @@ def test_domains_are_in_the_order_of_the_weights_whatever_that_of_the_files(tmp_
     samples = [s[i] for i in range(s.cycle)]
     assert s.domains == ["beta", "gamma", "alpha"]
     assert {(x.domain_index, int(x.tokens[0])) for x in samples} == {(0, 2), (1, 0), (2, 1)}
-    assert [sum(x.domain_index == d for x in samples) for d in range(3)] == [s.cycle // 2, s.cycle // 4, s.cycle // 4]
+    assert [sum(x.domain_index == d for x in samples) for d in range(3)] == [
+        s.cycle // 2,
+        s.cycle // 4,
+        s.cycle // 4,
+    ]
 
 
 def test_a_sample_is_the_block_of_its_file(tmp_path: Path):

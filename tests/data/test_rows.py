@@ -31,7 +31,9 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: line[:24].decode("latin1"))
-def test_a_damaged_row_is_named_by_file_and_line_or_skipped_and_counted(tmp_path: Path, line: bytes):
+def test_a_damaged_row_is_named_by_file_and_line_or_skipped_and_counted(
+    tmp_path: Path, line: bytes
+):
     path = tmp_path / "train.jsonl"
     path.write_bytes(GOOD + line + b"\n" + GOOD)
     with pytest.raises(DataError) as caught:
@@ -42,14 +44,18 @@ def test_a_damaged_row_is_named_by_file_and_line_or_skipped_and_counted(tmp_path
 
     bad_rows = BadRows()
     kept = list(read_rows(path, "skip", bad_rows))
-    assert [(d.text, d.meta, d.where) for d in kept] == [("good", {"a": 1}, f"{path}:{n}") for n in (1, 3)]
+    assert [(d.text, d.meta, d.where) for d in kept] == [
+        ("good", {"a": 1}, f"{path}:{n}") for n in (1, 3)
+    ]
     assert bad_rows.count == 1
     assert bad_rows.messages[0].startswith(f"{path}:2: ")
 
 
 def test_blank_lines_and_other_keys_are_ignored(tmp_path: Path):
     path = tmp_path / "train.jsonl"
-    path.write_bytes(b'\n{"text": "a", "id": 7, "meta": null}\n  \n' + b'{"text": "no newline at the end"}')
+    path.write_bytes(
+        b'\n{"text": "a", "id": 7, "meta": null}\n  \n' + b'{"text": "no newline at the end"}'
+    )
     assert [(d.text, d.where) for d in read_rows(path)] == [
         ("a", f"{path}:2"),
         ("no newline at the end", f"{path}:4"),
@@ -68,14 +74,18 @@ def test_byte_order_marks_before_a_file_or_its_parts_are_passed_over(tmp_path: P
     path, mark = tmp_path / f"train.jsonl{suffix}", b"\xef\xbb\xbf"
     content = mark + GOOD * 2 + mark + GOOD + mark
     path.write_bytes({"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix](content))
-    assert [(d.text, d.where) for d in read_rows(path)] == [("good", f"{path}:{n}") for n in (1, 2, 3)]
+    assert [(d.text, d.where) for d in read_rows(path)] == [
+        ("good", f"{path}:{n}") for n in (1, 2, 3)
+    ]
 
 
 def test_a_file_of_another_encoding_is_called_so(tmp_path: Path):
     path = tmp_path / "train.jsonl"
     for encoding in ("utf-16-le", "utf-16-be"):
         path.write_bytes(("\ufeff" + GOOD.decode()).encode(encoding))
-        with pytest.raises(DataError, match=r"train\.jsonl:1: the file is UTF-16, expected UTF-8; save it as UTF-8"):
+        with pytest.raises(
+            DataError, match=r"train\.jsonl:1: the file is UTF-16, expected UTF-8; save it as UTF-8"
+        ):
             list(read_rows(path))
 
 
@@ -89,20 +99,28 @@ def test_compressed_files_of_several_parts_read_as_one(tmp_path: Path):
 def test_a_long_zst_file_reads_whole(tmp_path: Path):
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(
-        zstandard.compress(b"".join(json.dumps({"text": f"row {i}"}).encode() + b"\n" for i in range(50_000)))
+        zstandard.compress(
+            b"".join(json.dumps({"text": f"row {i}"}).encode() + b"\n" for i in range(50_000))
+        )
     )
     assert [d.text for d in read_rows(path)] == [f"row {i}" for i in range(50_000)]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("on_bad_row", ["error", "skip"])
-def test_a_cut_or_garbled_compressed_file_is_an_error_in_any_case(tmp_path: Path, suffix: str, on_bad_row: str):
-    rows = b"".join(json.dumps({"text": f"row {i * 7919 % 1000}"}).encode() + b"\n" for i in range(5000))
+def test_a_cut_or_garbled_compressed_file_is_an_error_in_any_case(
+    tmp_path: Path, suffix: str, on_bad_row: str
+):
+    rows = b"".join(
+        json.dumps({"text": f"row {i * 7919 % 1000}"}).encode() + b"\n" for i in range(5000)
+    )
     whole = gzip.compress(rows) if suffix == ".gz" else zstandard.compress(rows)
     for content in (whole[:-20], b"this is not compressed"):
         path = tmp_path / f"train.jsonl{suffix}"
         path.write_bytes(content)
-        with pytest.raises(DataError, match=r"train\.jsonl.*:\d+: can't be read .*copy the file again"):
+        with pytest.raises(
+            DataError, match=r"train\.jsonl.*:\d+: can't be read .*copy the file again"
+        ):
             list(read_rows(path, on_bad_row))
 
 
@@ -114,7 +132,9 @@ def test_a_line_of_50_mb_is_refused_in_bounded_memory(tmp_path: Path):
             stream.write(b"x" * (1 << 20))
         stream.write(b'"}\n' + GOOD)
     tracemalloc.start()
-    with pytest.raises(DataError, match=r":2: a line of more than 1,048,576 bytes; split the document"):
+    with pytest.raises(
+        DataError, match=r":2: a line of more than 1,048,576 bytes; split the document"
+    ):
         list(read_rows(path, max_line_bytes=1 << 20))
     assert len(list(read_rows(path, "skip", BadRows(), max_line_bytes=1 << 20))) == 2
     peak = tracemalloc.get_traced_memory()[1]

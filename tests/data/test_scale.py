@@ -1,4 +1,5 @@
-"""Nothing in the way from token files to samples grows with the text: sparse files of 50 GB stand for real ones."""
+"""Nothing in the way from token files to samples grows with the text: sparse files of 50 GB stand
+for real ones."""
 
 import json
 import os
@@ -30,7 +31,13 @@ def enlarge(file: TokenFile) -> None:
 def test_a_hundred_gigabytes_of_token_files_add_no_start_and_no_memory(
     corpus: Path, tokenizer_dir: Path, tmp_path: Path
 ):
-    arguments = (open_source(str(corpus)), ["alpha", "beta"], "train", tokenizer_dir, tmp_path / "cache")
+    arguments = (
+        open_source(str(corpus)),
+        ["alpha", "beta"],
+        "train",
+        tokenizer_dir,
+        tmp_path / "cache",
+    )
     for file in token_files(*arguments).values():
         enlarge(file)
     before, read = anonymous_and_mapped(), bytes_read()
@@ -43,7 +50,8 @@ def test_a_hundred_gigabytes_of_token_files_add_no_start_and_no_memory(
     assert sum(file.tokens for file in files.values()) == 2 * TOKENS
     read = bytes_read()
     blocks = {sampler.sample(i).block for i in range(0, 10**9, 10**6)}
-    assert bytes_read() - read < 1000 * 2 * (LENGTH + 1) + 4096  # a thousand samples, and what counts them
+    # a thousand samples, and what counts them
+    assert bytes_read() - read < 1000 * 2 * (LENGTH + 1) + 4096
     assert len(blocks) > 990
     assert max(blocks) - min(blocks) > 0.9 * TOKENS // LENGTH
     assert anonymous_and_mapped() - before < 16 << 20

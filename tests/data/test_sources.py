@@ -30,7 +30,9 @@ def test_max_bytes_caps_the_text(corpus: Path):
 def test_the_fingerprint_follows_the_bytes_of_the_file(corpus: Path):
     source = open_source(str(corpus))
     before = source.fingerprint("alpha", "train")
-    assert before == source.fingerprint("alpha", "train") != source.fingerprint("alpha", "validation")
+    assert (
+        before == source.fingerprint("alpha", "train") != source.fingerprint("alpha", "validation")
+    )
     write_jsonl(corpus / "alpha" / "train.jsonl", [*sentences(1, 39), "other"])
     assert source.fingerprint("alpha", "train") != before
 
@@ -46,7 +48,9 @@ def test_the_fingerprint_of_a_large_file_does_not_read_it(corpus: Path):
 
 
 def test_missing_text_is_named_with_what_is_there(corpus: Path, tmp_path: Path):
-    with pytest.raises(DataError, match=r"no text at .*nowhere; expected a folder with <domain>/train\.jsonl"):
+    with pytest.raises(
+        DataError, match=r"no text at .*nowhere; expected a folder with <domain>/train\.jsonl"
+    ):
         open_source(str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match="no domains; expected sub-folders"):
         open_source(str(corpus / "notes")).domains()
@@ -54,7 +58,9 @@ def test_missing_text_is_named_with_what_is_there(corpus: Path, tmp_path: Path):
     with pytest.raises(DataError, match="no domain gamma; found: alpha, beta"):
         source.documents("gamma", "train")
     (corpus / "alpha" / "validation.jsonl").unlink()
-    with pytest.raises(DataError, match=r"no validation text; expected validation\.jsonl.*found: train\.jsonl"):
+    with pytest.raises(
+        DataError, match=r"no validation text; expected validation\.jsonl.*found: train\.jsonl"
+    ):
         source.documents("alpha", "validation")
     write_jsonl(corpus / "alpha" / "train.jsonl.gz", ["twice"])
     with pytest.raises(DataError, match=r"several files: train\.jsonl, train\.jsonl\.gz; keep one"):

@@ -48,19 +48,24 @@ def test_bad_input(tmp_path: Path):
 def test_a_directory_without_a_tokenizer_is_not_given_one_that_is_made_up(tmp_path: Path):
     """Of a class alone transformers makes a tokenizer of three tokens."""
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    message = (
-        r"no tokenizer that can be loaded \(none of tokenizer.json, tokenizer.model is there\); expected tokenizer"
-    )
+    message = r"no tokenizer that can be loaded \(none of tokenizer.json, tokenizer.model is there\); expected tokenizer"
     with pytest.raises(CheckpointError, match=message):
         open_tokenizer(tmp_path)
-    with pytest.raises(CheckpointError, match=r"no tokenizer at .*nowhere; expected a directory with tokenizer.json"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"no tokenizer at .*nowhere; expected a directory with tokenizer.json",
+    ):
         open_tokenizer(tmp_path / "nowhere")
 
 
 def test_a_tokenizer_of_another_library_is_refused(tokenizer_dir: Path, tmp_path: Path):
     shutil.copytree(tokenizer_dir, tmp_path / "canine")
-    (tmp_path / "canine" / "tokenizer_config.json").write_text('{"tokenizer_class": "CanineTokenizer"}')
-    with pytest.raises(CheckpointError, match="CanineTokenizer is not one of the tokenizers library"):
+    (tmp_path / "canine" / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "CanineTokenizer"}'
+    )
+    with pytest.raises(
+        CheckpointError, match="CanineTokenizer is not one of the tokenizers library"
+    ):
         open_tokenizer(tmp_path / "canine")
 
 
@@ -68,10 +73,16 @@ def test_code_of_a_tokenizer_is_not_run(tokenizer_dir: Path, tmp_path: Path):
     source = shutil.copytree(tokenizer_dir, tmp_path / "evil")
     (source / "code.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\nclass Evil: pass\n")
     config = json.loads((source / "tokenizer_config.json").read_text())
-    for name, hooks in (("tokenizer_config.json", {"AutoTokenizer": ["code.Evil", "code.Evil"]}),
-                        ("config.json", {"AutoConfig": "code.Evil", "AutoTokenizer": "code.Evil"})):  # fmt: skip
+    for name, hooks in (
+        ("tokenizer_config.json", {"AutoTokenizer": ["code.Evil", "code.Evil"]}),
+        ("config.json", {"AutoConfig": "code.Evil", "AutoTokenizer": "code.Evil"}),
+    ):
         (source / "tokenizer_config.json").write_text(json.dumps(config))
-        given = config | {"tokenizer_class": "Evil"} if name.startswith("tok") else {"model_type": "evil"}
+        given = (
+            config | {"tokenizer_class": "Evil"}
+            if name.startswith("tok")
+            else {"model_type": "evil"}
+        )
         (source / name).write_text(json.dumps(given | {"auto_map": hooks}))
         try:
             open_tokenizer(source)
@@ -102,7 +113,9 @@ def test_the_package_that_reads_sentencepiece_files_is_named(tmp_path: Path):
         "import sys; sys.modules['sentencepiece'] = None; from pathlib import Path\n"
         "from nexus_ds.data.tokenizer import open_tokenizer\nopen_tokenizer(Path('tok'))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     said = done.stderr.strip().splitlines()[-1]
     assert said.endswith(
         "tok: no tokenizer that can be loaded without the packages that read tokenizer.model: pip install sentencepiece"

@@ -1,4 +1,5 @@
-"""Scoring against plain transformers: losses, routing counts, gates, cosines; bad text and bad weights by message."""
+"""Scoring against plain transformers: losses, routing counts, gates, cosines; bad text and bad
+weights by message."""
 
 import math
 
@@ -19,7 +20,9 @@ def some_windows(count=5, length=12, vocabulary=31, seed=0):
 def stock(directory):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        directory, local_files_only=True, dtype=torch.float32
+    ).eval()
 
 
 @pytest.mark.parametrize("kind", ["dense_dir", "nexus_dir", "plain_moe_dir"])
@@ -38,7 +41,8 @@ def test_loss_is_that_of_transformers(kind, request):
 
 def test_loss_does_not_depend_on_batch_and_slices(dense_dir, monkeypatch):
     whole = score(dense_dir, some_windows(), batch=5).loss
-    monkeypatch.setattr(perplexity, "LOGITS_AT_ONCE", 7 * 31)  # 7 tokens a slice: the last slice is a partial one
+    # 7 tokens a slice: the last slice is a partial one
+    monkeypatch.setattr(perplexity, "LOGITS_AT_ONCE", 7 * 31)
     assert score(dense_dir, some_windows(), batch=3).loss == pytest.approx(whole, abs=1e-6)
 
 
@@ -48,11 +52,15 @@ def test_routing_counts_every_token_once(nexus_dir):
     model = stock(nexus_dir)
     for d, (_, array) in enumerate(windows.items()):
         with torch.no_grad():
-            logits = model(input_ids=torch.from_numpy(array[:, :-1]), output_router_logits=True).router_logits
+            logits = model(
+                input_ids=torch.from_numpy(array[:, :-1]), output_router_logits=True
+            ).router_logits
         for layer, logits_TE in enumerate(logits):
             chosen = logits_TE.argmax(-1).bincount(minlength=3).double() / len(logits_TE)
             assert routing.share[layer, d] == pytest.approx(chosen.numpy(), abs=1e-12)
-            assert routing.gate[layer, d] == pytest.approx(float(logits_TE.softmax(-1).amax(-1).mean()), abs=1e-6)
+            assert routing.gate[layer, d] == pytest.approx(
+                float(logits_TE.softmax(-1).amax(-1).mean()), abs=1e-6
+            )
     assert routing.experts == routing.expert_domains == ["alpha", "beta", "gamma"]
     assert routing.layers == [0, 1] and routing.share.shape == (2, 2, 3)
 
@@ -71,7 +79,9 @@ def test_dense_models_have_no_routing(dense_dir):
 
 def a_routing():
     share = np.array([[[0.6, 0.4, 0.0], [0.1, 0.7, 0.2]], [[0.8, 0.0, 0.2], [0.3, 0.3, 0.4]]])
-    return Routing(["a", "b"], ["first", "second", "new"], ["a", "b", "c"], [0, 1], share, np.full((2, 2), 0.5))
+    return Routing(
+        ["a", "b"], ["first", "second", "new"], ["a", "b", "c"], [0, 1], share, np.full((2, 2), 0.5)
+    )
 
 
 def test_own_share_mean_share_and_leak():
@@ -79,13 +89,16 @@ def test_own_share_mean_share_and_leak():
     assert routing.mean_share()["a"] == pytest.approx({"first": 0.7, "second": 0.2, "new": 0.1})
     assert routing.own_share() == pytest.approx({"a": 0.7, "b": 0.5})
     assert routing.leak("new") == pytest.approx((0.0 + 0.2 + 0.2 + 0.4) / 4)
-    assert routing.leak("first") == pytest.approx((0.1 + 0.3) / 2)  # its own domain does not count as a leak
+    # its own domain does not count as a leak
+    assert routing.leak("first") == pytest.approx((0.1 + 0.3) / 2)
     assert routing.leak("new", ["b"]) == pytest.approx(0.3)
     assert math.isnan(routing.leak("new", []))
 
 
 def test_leak_names_what_it_does_not_know():
-    with pytest.raises(ConfigError, match="no expert 'x' in this model; it has: first, second, new"):
+    with pytest.raises(
+        ConfigError, match="no expert 'x' in this model; it has: first, second, new"
+    ):
         a_routing().leak("x")
     with pytest.raises(ConfigError, match="no text of z was scored; scored: a, b"):
         a_routing().leak("new", ["z"])
@@ -102,11 +115,17 @@ def test_saturated_places():
     ("windows", "message"),
     [
         ({}, "no domain to score"),
-        ({"a": np.zeros((0, 5), np.int64)}, r"domain 'a': found windows of shape \(0, 5\), expected"),
+        (
+            {"a": np.zeros((0, 5), np.int64)},
+            r"domain 'a': found windows of shape \(0, 5\), expected",
+        ),
         ({"a": np.zeros(5, np.int64)}, r"found windows of shape \(5,\)"),
         ({"a": np.full((1, 5), 31)}, r"found token ids from 31 to 31, .* knows 0 to 30; tokenise"),
         ({"a": np.full((1, 5), -1)}, "found token ids from -1 to -1"),
-        ({"a": np.zeros((1, 66), np.int64)}, "windows of 65 tokens, .* reads at most 64; choose a smaller length"),
+        (
+            {"a": np.zeros((1, 66), np.int64)},
+            "windows of 65 tokens, .* reads at most 64; choose a smaller length",
+        ),
     ],
 )
 def test_text_that_the_model_can_not_read(dense_dir, windows, message):
@@ -123,7 +142,9 @@ def test_weights_that_are_not_numbers(dense_dir, tmp_path):
     model = stock(dense_dir)
     model.model.norm.weight.data[0] = float("nan")
     model.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="the loss on alpha, beta is nan, expected a finite number"):
+    with pytest.raises(
+        CheckpointError, match="the loss on alpha, beta is nan, expected a finite number"
+    ):
         score(tmp_path, some_windows())
 
 
@@ -136,7 +157,9 @@ def test_cosines_before_and_after_the_projection(nexus_dir):
     assert found.embeddings[0, 2] == pytest.approx(float(pair), abs=1e-6)
     rows = model.model.layers[1].mlp.gate.weight.detach()
     centred = rows - rows.mean(0)
-    assert found.rows[1, 0, 1] == pytest.approx(float(torch.cosine_similarity(rows[0], rows[1], dim=0)), abs=1e-6)
+    assert found.rows[1, 0, 1] == pytest.approx(
+        float(torch.cosine_similarity(rows[0], rows[1], dim=0)), abs=1e-6
+    )
     assert found.centred_rows[1] == pytest.approx(cosine_matrix(centred))
     assert np.diag(found.inputs) == pytest.approx(np.ones(3))
 
@@ -144,11 +167,15 @@ def test_cosines_before_and_after_the_projection(nexus_dir):
 def test_cosines_without_sidecar_and_without_router(plain_moe_dir, dense_dir):
     found = cosines(plain_moe_dir)
     assert found.embeddings is None and found.inputs is None and found.rows.shape == (2, 4, 4)
-    with pytest.raises(CheckpointError, match=r"no router weights .* expected a mixture-of-experts checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=r"no router weights .* expected a mixture-of-experts checkpoint"
+    ):
         cosines(dense_dir)
 
 
 def test_stored_precision_runs_in_the_stored_dtype(dense_dir, tmp_path):
     stock(dense_dir).to(torch.bfloat16).save_pretrained(tmp_path)
-    full, stored = (score(tmp_path, some_windows(), precision=p).loss["alpha"] for p in ("fp32", "stored"))
+    full, stored = (
+        score(tmp_path, some_windows(), precision=p).loss["alpha"] for p in ("fp32", "stored")
+    )
     assert full != stored and full == pytest.approx(stored, rel=0.02)

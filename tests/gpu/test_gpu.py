@@ -1,4 +1,5 @@
-"""What only a CUDA device can show: grouped GEMM in bf16, the literal command under NCCL, the export of a GPU engine."""
+"""What only a CUDA device can show: grouped GEMM in bf16, the literal command under NCCL, the
+export of a GPU engine."""
 
 import json
 import subprocess
@@ -32,7 +33,11 @@ def relative(a, b):
 def test_grouped_gemm_in_bf16_equals_the_reference_forward_and_backward(tmp_path):
     checkpoint = make_nexus(tmp_path / "nexus", names=NAMES)
     router = RouterConfig(load_balance=0.1, z_loss=0.01)
-    layer = load_nexus(checkpoint, torch.bfloat16, Placement(4), router, True).model.layers[0].mlp.cuda()
+    layer = (
+        load_nexus(checkpoint, torch.bfloat16, Placement(4), router, True)
+        .model.layers[0]
+        .mlp.cuda()
+    )
     plain = oracle.load(checkpoint, torch.bfloat16, router).model.layers[0].mlp.cuda()
     x = torch.randn(2, 512, 16, device="cuda", dtype=torch.bfloat16)
     inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
@@ -50,11 +55,20 @@ def test_grouped_gemm_in_bf16_equals_the_reference_forward_and_backward(tmp_path
 def test_twenty_steps_of_the_literal_command(tmp_path):
     for name in ("nexus_ds", "ds_configs"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
-    command = [Path(sys.executable).parent / "deepspeed", "nexus_ds/train.py", "--deepspeed", "ds_configs/z3.json"]
+    command = [
+        Path(sys.executable).parent / "deepspeed",
+        "nexus_ds/train.py",
+        "--deepspeed",
+        "ds_configs/z3.json",
+    ]
     done = subprocess.run(
         [*map(str, command), "training.tokens=0", "training.steps=20", "model.dtype=bf16"],
-        cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=1500,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
     assert done.returncode == 0, done.stderr[-5000:]
     assert "wrote runs/demo/nexus (reloaded in plain transformers" in done.stderr
 
@@ -64,8 +78,12 @@ def test_the_export_equals_the_engine(tmp_path, text_folder):
 
     checkpoint = make_nexus(tmp_path / "nexus", names=["alpha", "beta", "gamma"])
     config = tmp_path / "z3.json"
-    config.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
-    words = settings(checkpoint, text_folder, tmp_path / "out", "model.dtype=bf16", "training.steps=20")
+    config.write_text(
+        json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}})
+    )
+    words = settings(
+        checkpoint, text_folder, tmp_path / "out", "model.dtype=bf16", "training.steps=20"
+    )
     worker = REPOSITORY / "tests" / "train_worker.py"
     log = finish(start_ranks([worker, tmp_path / "logits.pt", config, *words], 1))
     difference = float(log.split("logits differ by ")[1].split(")")[0])
@@ -73,14 +91,22 @@ def test_the_export_equals_the_engine(tmp_path, text_folder):
 
 
 def test_the_comparison_at_the_size_of_the_470m_recipe(capsys):
-    """Prints the table; MFU counts active parameters. Two mixtures and the dense model, so that 80 GB suffice."""
-    words = ["--preset=470m", "--device=cuda", "--models=nexus-grouped,transformers-grouped", "--rounds=3"]
+    """Prints the table; MFU counts active parameters. Two mixtures and the dense model, so that 80
+    GB suffice."""
+    words = [
+        "--preset=470m",
+        "--device=cuda",
+        "--models=nexus-grouped,transformers-grouped",
+        "--rounds=3",
+    ]
     assert main(["bench", "train", *words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     rows = {row["model"]: row for row in found["rows"]}
     with capsys.disabled():
         print("\n" + describe_train(found))
-    assert rows["nexus-grouped"]["loss"] == pytest.approx(rows["transformers-grouped"]["loss"], abs=0.05)
+    assert rows["nexus-grouped"]["loss"] == pytest.approx(
+        rows["transformers-grouped"]["loss"], abs=0.05
+    )
     if any(row["mfu"] is None for row in rows.values()):
         pytest.skip(f"the peak of {found['machine']['device']} is not known, so no MFU")
     assert 0 < rows["nexus-grouped"]["mfu"] < 1

@@ -1,4 +1,5 @@
-"""The router input `context`: its definition, the reference, the transformers model, generation, and who refuses it."""
+"""The router input `context`: its definition, the reference, the transformers model, generation,
+and who refuses it."""
 
 import json
 import subprocess
@@ -50,7 +51,9 @@ def test_running_means_go_on_where_they_stopped_and_skip_padding():
 @torch.no_grad()
 def test_transformers_computes_what_the_reference_does(context_dir, served):
     assert type(served) is NexusMoeForCausalLM
-    expected = oracle.load(context_dir, torch.float32, RouterConfig())(input_ids=TOKENS, use_cache=False).logits
+    expected = oracle.load(context_dir, torch.float32, RouterConfig())(
+        input_ids=TOKENS, use_cache=False
+    ).logits
     torch.testing.assert_close(served(input_ids=TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
     served.model.layers[0].mlp.gate.mean.data += 1.0
     changed = served(input_ids=TOKENS).logits
@@ -71,12 +74,15 @@ def test_token_by_token_equals_the_whole_pass(served, steps):
     expected = served(input_ids=TOKENS, use_cache=False).logits
     cache, found, start = None, [], 0
     for count in steps:
-        out = served(input_ids=TOKENS[:, start : start + count], past_key_values=cache, use_cache=True)
+        out = served(
+            input_ids=TOKENS[:, start : start + count], past_key_values=cache, use_cache=True
+        )
         cache, start = out.past_key_values, start + count
         found.append(out.logits)
     torch.testing.assert_close(torch.cat(found, 1), expected, atol=1e-5, rtol=1e-5)
     total, count = cache.layers[0].so_far
-    assert total.shape == (2, 16) and count.tolist() == [[20.0], [20.0]]  # one vector a layer, however long the text
+    # one vector a layer, however long the text
+    assert total.shape == (2, 16) and count.tolist() == [[20.0], [20.0]]
 
 
 @torch.no_grad()
@@ -85,9 +91,15 @@ def test_generation_equals_the_whole_pass_greedily_with_beams_and_padding(served
     prompt = TOKENS[:, :8]
     text = served.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
     for end in range(8, 20):
-        assert torch.equal(served(input_ids=text[:, :end], use_cache=False).logits[:, -1].argmax(-1), text[:, end])
-    with_cache = served.generate(prompt, attention_mask=torch.ones_like(prompt), num_beams=3, **options)
-    without = served.generate(prompt, attention_mask=torch.ones_like(prompt), num_beams=3, use_cache=False, **options)
+        assert torch.equal(
+            served(input_ids=text[:, :end], use_cache=False).logits[:, -1].argmax(-1), text[:, end]
+        )
+    with_cache = served.generate(
+        prompt, attention_mask=torch.ones_like(prompt), num_beams=3, **options
+    )
+    without = served.generate(
+        prompt, attention_mask=torch.ones_like(prompt), num_beams=3, use_cache=False, **options
+    )
     assert torch.equal(with_cache, without)
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), prompt], 1)
     mask = torch.cat([torch.zeros(2, 3, dtype=torch.long), torch.ones_like(prompt)], 1)
@@ -98,8 +110,14 @@ def test_generation_equals_the_whole_pass_greedily_with_beams_and_padding(served
 def test_caches_that_keep_no_sum_are_refused(served):
     from transformers import DynamicCache, StaticCache
 
-    with pytest.raises(UnsupportedModelError, match="needs an empty DynamicCache to start from, found StaticCache"):
-        served(input_ids=TOKENS, past_key_values=StaticCache(config=served.config, max_cache_len=32), use_cache=True)
+    with pytest.raises(
+        UnsupportedModelError, match="needs an empty DynamicCache to start from, found StaticCache"
+    ):
+        served(
+            input_ids=TOKENS,
+            past_key_values=StaticCache(config=served.config, max_cache_len=32),
+            use_cache=True,
+        )
     cache = DynamicCache(config=served.config)
     cache.update(torch.zeros(2, 2, 3, 8), torch.zeros(2, 2, 3, 8), 0)
     with pytest.raises(UnsupportedModelError, match="found DynamicCache with 3 tokens"):
@@ -159,15 +177,22 @@ def test_a_sidecar_that_contradicts_the_model_type(context_dir, tmp_path):
 
 
 def two_texts_gradients(model, masks=(None, None)):
-    """Return every gradient of the summed losses of two passes over texts of different lengths, one backward pass."""
+    """Return every gradient of the summed losses of two passes over texts of different lengths, one
+    backward pass."""
     model.train()
     total = 0.0
     for tokens, mask in zip((TOKENS, TOKENS[:, 3:14].flip(0)), masks, strict=True):
         kept = {} if mask is None else {"attention_mask": mask}
         logits = model(input_ids=tokens, use_cache=False, **kept).logits
-        total = total + torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        total = total + torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+        )
     total.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 def checkpointed(model, reentrant):
@@ -179,9 +204,13 @@ def checkpointed(model, reentrant):
 
 def plain_names(gradients):
     """Return gradients under names that the served model, the reference and NexusMoE share."""
-    found = {name.replace(".mlp.gate.", ".mlp.router."): gradient for name, gradient in gradients.items()}
+    found = {
+        name.replace(".mlp.gate.", ".mlp.router."): gradient for name, gradient in gradients.items()
+    }
     for name in [name for name in found if name.endswith("experts.gate_up_proj")]:
-        found[name.replace("gate_up_proj", "w1")], found[name.replace("gate_up_proj", "w3")] = found[name].chunk(2, 1)
+        found[name.replace("gate_up_proj", "w1")], found[name.replace("gate_up_proj", "w3")] = (
+            found[name].chunk(2, 1)
+        )
         found[name.replace("gate_up_proj", "w2")] = found[name.replace("gate_up_proj", "down_proj")]
     return found
 
@@ -197,13 +226,20 @@ def assert_same_gradients(found, expected, names=None):
 
 @pytest.fixture(scope="module")
 def expected(context_dir):
-    """The gradients of the plain reference, which computes each mean of its own and keeps all activations."""
-    return two_texts_gradients(oracle.load(context_dir, torch.float32, RouterConfig(load_balance=0)))
+    """The gradients of the plain reference, which computes each mean of its own and keeps all
+    activations."""
+    return two_texts_gradients(
+        oracle.load(context_dir, torch.float32, RouterConfig(load_balance=0))
+    )
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_two_passes_before_one_backward_pass_of_the_transformers_model(context_dir, expected, reentrant):
-    found = plain_names(two_texts_gradients(checkpointed(load_stock(context_dir, torch.float32), reentrant)))
+def test_two_passes_before_one_backward_pass_of_the_transformers_model(
+    context_dir, expected, reentrant
+):
+    found = plain_names(
+        two_texts_gradients(checkpointed(load_stock(context_dir, torch.float32), reentrant))
+    )
     shared = [name for name in expected if name in found and "shared_experts" not in name]
     assert {f"model.layers.{layer}.mlp.router.mean" for layer in range(2)} < set(shared)
     assert_same_gradients(found, expected, shared)
@@ -214,7 +250,9 @@ def test_two_padded_passes_before_one_backward_pass(context_dir, reentrant):
     masks = [torch.ones(2, 20, dtype=torch.long), torch.ones(2, 11, dtype=torch.long)]
     masks[0][0, :7], masks[1][1, :4] = 0, 0
     kept = two_texts_gradients(load_stock(context_dir, torch.float32), masks)
-    again = two_texts_gradients(checkpointed(load_stock(context_dir, torch.float32), reentrant), masks)
+    again = two_texts_gradients(
+        checkpointed(load_stock(context_dir, torch.float32), reentrant), masks
+    )
     trained = [name for name, gradient in kept.items() if gradient.abs().max() > 0]
     assert_same_gradients(again, kept, trained)
 
@@ -226,7 +264,9 @@ def test_two_passes_before_one_backward_pass_in_training(context_dir, reentrant)
     kept = two_texts_gradients(oracle.load(context_dir, torch.float32, losses))
     again = checkpointed(oracle.load(context_dir, torch.float32, losses), reentrant)
     assert_same_gradients(two_texts_gradients(again), kept)
-    model = checkpointed(load_nexus(context_dir, torch.float32, Placement(3), losses, False), reentrant)
+    model = checkpointed(
+        load_nexus(context_dir, torch.float32, Placement(3), losses, False), reentrant
+    )
     assert_same_gradients(two_texts_gradients(model), kept)
 
 

@@ -19,7 +19,8 @@ class Stacked(nn.Module):
 
 
 def plain(stacked, x, counts):
-    """Return what autograd differentiates by itself: each expert on its rows, zeros for rows beyond the counts."""
+    """Return what autograd differentiates by itself: each expert on its rows, zeros for rows beyond
+    the counts."""
     outputs, first = [], 0
     for e, count in enumerate(counts):
         rows = x[first : first + count]
@@ -41,9 +42,13 @@ def test_outputs_and_gradients_equal_autograds(dtype, counts):
         assert own.w2 is stacked.w2
         out = own(rows, torch.tensor(counts)) if kind == "own" else plain(stacked, rows, counts)
         (out * weight).sum().backward()
-        found.append([out.detach(), rows.grad, *(w.grad for w in (stacked.w1, stacked.w2, stacked.w3))])
+        found.append(
+            [out.detach(), rows.grad, *(w.grad for w in (stacked.w1, stacked.w2, stacked.w3))]
+        )
     for a, b in zip(*found, strict=True):
-        assert torch.allclose(a.float(), b.float(), rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 3e-2)
+        assert torch.allclose(
+            a.float(), b.float(), rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 3e-2
+        )
         assert bool((a == 0).all()) == bool((b == 0).all())
 
 
@@ -52,8 +57,15 @@ def test_only_gate_and_up_projections_are_kept():
     own, x = RoutedExperts(stacked), torch.randn(12, H, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         own(x, torch.tensor([4, 4, 4]))
-    assert [tuple(t.shape) for t in kept] == [(12, H), (12, F_SIZE), (12, F_SIZE), *(w.shape for w in own.parameters())]
-    assert all(any(t is w for t in kept) for w in own.parameters()), "a view would keep weights that ZeRO-3 gathered"
+    assert [tuple(t.shape) for t in kept] == [
+        (12, H),
+        (12, F_SIZE),
+        (12, F_SIZE),
+        *(w.shape for w in own.parameters()),
+    ]
+    assert all(any(t is w for t in kept) for w in own.parameters()), (
+        "a view would keep weights that ZeRO-3 gathered"
+    )
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -64,7 +76,9 @@ def test_rows_go_to_their_experts_and_back(top_k):
     order = ExpertOrder(slots)
     rows = order.dispatch(x)
     places = slots.reshape(-1).sort(stable=True).values
-    expected = torch.stack([x[t] for s in range(3) for t in range(5) for k in range(top_k) if slots[t, k] == s])
+    expected = torch.stack(
+        [x[t] for s in range(3) for t in range(5) for k in range(top_k) if slots[t, k] == s]
+    )
     assert torch.equal(rows, expected)
     out = order.combine(rows * (places[:, None] + 1), gate)  # expert s multiplies by s + 1
     by_hand = (x[:, None] * (slots + 1)[:, :, None] * gate[:, :, None]).sum(1)

@@ -1,4 +1,5 @@
-"""The chunked cross-entropy against the plain one: losses, every gradient, and what is kept for the backward pass."""
+"""The chunked cross-entropy against the plain one: losses, every gradient, and what is kept for the
+backward pass."""
 
 import statistics
 import time
@@ -16,7 +17,9 @@ VOCABULARY = 50
 
 
 def windows(sequences=3, length=21):
-    return torch.randint(VOCABULARY, (sequences, length + 1), generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        VOCABULARY, (sequences, length + 1), generator=torch.Generator().manual_seed(0)
+    )
 
 
 def pair(dtype, tied=True):
@@ -34,7 +37,11 @@ def gradients(model, scale):
     mean, losses = next_token_loss(model, windows())
     (mean * scale).backward()
     assert not losses.requires_grad and losses.dtype == mean.dtype == torch.float32
-    return mean.detach(), losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return (
+        mean.detach(),
+        losses,
+        {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -53,15 +60,24 @@ def test_bf16_gradients_are_as_near_to_fp32_as_the_plain_ones(monkeypatch):
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", 8 * VOCABULARY)
     exact = gradients(pair(torch.bfloat16)[0].float(), 1.0)[2]
     plain, chunked = (gradients(model, 1.0)[2] for model in pair(torch.bfloat16))
-    for name in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.shared_expert.down_proj.weight"):
-        distance = [float((g[name].float() - exact[name]).norm() / exact[name].norm()) for g in (plain, chunked)]
+    for name in (
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "model.layers.1.mlp.shared_expert.down_proj.weight",
+    ):
+        distance = [
+            float((g[name].float() - exact[name]).norm() / exact[name].norm())
+            for g in (plain, chunked)
+        ]
         assert distance[1] <= 1.3 * distance[0] < 0.05, (name, distance)
 
 
 def test_nothing_as_wide_as_the_vocabulary_is_kept_for_the_tokens():
     shapes = []
     _, model = pair(torch.float32)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t
+    ):
         next_token_loss(model, windows())
     wide = [shape for shape in shapes if shape and shape[-1] == VOCABULARY]
     assert not wide and (VOCABULARY, 16) in shapes  # the weight's gradient is there already
@@ -73,7 +89,9 @@ def test_outside_of_scoring_there_are_logits_and_without_gradients_none_are_made
     assert torch.equal(model(input_ids=inputs).logits, plain(input_ids=inputs).logits)
     with torch.no_grad():
         mean, losses = next_token_loss(model, windows())
-    assert not mean.requires_grad and torch.allclose(losses, next_token_loss(plain, windows())[1], rtol=1e-6)
+    assert not mean.requires_grad and torch.allclose(
+        losses, next_token_loss(plain, windows())[1], rtol=1e-6
+    )
     assert model(input_ids=inputs).logits.shape == (3, 21, VOCABULARY)
 
 
@@ -118,7 +136,13 @@ def test_peak_memory_and_time_at_large_vocabularies(vocabulary, capsys):
                 mean, _ = next_token_loss(model, windows)
                 mean.backward()
                 seconds.append(time.process_time() - started)
-        found[name] = (memory.bytes, statistics.median(seconds), mean.detach(), weight.grad, hidden.grad)
+        found[name] = (
+            memory.bytes,
+            statistics.median(seconds),
+            mean.detach(),
+            weight.grad,
+            hidden.grad,
+        )
         weight.grad = hidden.grad = None
     plain, chunked = found["plain"], found["chunked"]
     with capsys.disabled():

@@ -27,8 +27,11 @@ def test_top_two_counts_every_assignment():
 
 
 def test_the_share_of_tokens_is_a_constant_and_the_probabilities_learn():
-    """The gradient by p of expert i, of any token, is E f_i / T: nothing flows through who was chosen."""
-    p = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.7, 0.1], [0.6, 0.3, 0.1], [0.4, 0.3, 0.3]], requires_grad=True)
+    """The gradient by p of expert i, of any token, is E f_i / T: nothing flows through who was
+    chosen."""
+    p = torch.tensor(
+        [[0.5, 0.3, 0.2], [0.2, 0.7, 0.1], [0.6, 0.3, 0.1], [0.4, 0.3, 0.3]], requires_grad=True
+    )
     load_balancing_loss(p, p.argmax(-1, keepdim=True)).backward()
     assert torch.allclose(p.grad, (3 * torch.tensor([0.75, 0.25, 0.0]) / 4).expand(4, 3))
 
@@ -45,7 +48,9 @@ def test_the_z_loss_pushes_the_log_partition_down():
 
 def test_z_loss_is_the_mean_squared_log_partition():
     logits = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
-    expected = (torch.tensor(2.0).log() ** 2 + torch.logsumexp(torch.tensor([1.0, 2.0]), 0) ** 2) / 2
+    expected = (
+        torch.tensor(2.0).log() ** 2 + torch.logsumexp(torch.tensor([1.0, 2.0]), 0) ** 2
+    ) / 2
     assert float(router_z_loss(logits)) == pytest.approx(float(expected))
 
 

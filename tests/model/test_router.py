@@ -1,4 +1,5 @@
-"""The router: shapes, initialisation, domain embeddings, and the facts of paper section 10 about rows."""
+"""The router: shapes, initialisation, domain embeddings, and the facts of paper section 10 about
+rows."""
 
 import pytest
 import torch
@@ -52,7 +53,8 @@ def test_depth_width_and_form_are_configurable(options, shapes):
 
 def test_an_unknown_form_is_named():
     with pytest.raises(
-        ConfigError, match=r"router.projection: unknown value 'swish'; known: swiglu, gelu, relu, linear"
+        ConfigError,
+        match=r"router.projection: unknown value 'swish'; known: swiglu, gelu, relu, linear",
     ):
         Projection(12, 16, form="swish")
 
@@ -86,7 +88,9 @@ def test_initialisation_is_a_function_of_seed_and_layer():
 def test_free_rows_are_normal_or_balanced():
     rows = init_rows(4000, 16, "normal", 0.5, layer_generator(0, 0))
     assert float(rows.std()) == pytest.approx(0.02, rel=0.02)
-    assert float(centred_norm(init_rows(4, 16, "balanced", 0.5, layer_generator(0, 0)))) == pytest.approx(0.5, rel=1e-5)
+    assert float(
+        centred_norm(init_rows(4, 16, "balanced", 0.5, layer_generator(0, 0)))
+    ) == pytest.approx(0.5, rel=1e-5)
 
 
 def test_conditioned_embeddings_are_unit_and_centred_first():
@@ -118,7 +122,9 @@ def test_a_single_domain_is_not_centred_away():
     assert torch.equal(centre_of(one), torch.zeros(12))
     assert torch.allclose(condition(one, centre_of(one)), one / one.norm(), atol=1e-6)
     projection = Projection(12, 16)
-    init_projection(projection, condition(one, centre_of(one)), "balanced", 0.5, layer_generator(0, 0))
+    init_projection(
+        projection, condition(one, centre_of(one)), "balanced", 0.5, layer_generator(0, 0)
+    )
     assert float(projection(condition(EMBEDDINGS, centre_of(one))).detach().norm(dim=1).max()) < 5
 
 
@@ -129,7 +135,10 @@ def test_fixed_rows_have_one_learned_length():
     projection.scale_rows(3.0)
     assert torch.allclose(projection(EMBEDDINGS), 3 * rows, atol=1e-5)
     white = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
-    x, plain = torch.randn(7, 16, generator=torch.Generator().manual_seed(2)), projection(EMBEDDINGS)
+    x, plain = (
+        torch.randn(7, 16, generator=torch.Generator().manual_seed(2)),
+        projection(EMBEDDINGS),
+    )
     projection.fold(white)
     assert torch.allclose(x @ projection(EMBEDDINGS).T, (x @ white) @ plain.T, atol=1e-4)
     projection(EMBEDDINGS).square().sum().backward()
@@ -149,6 +158,7 @@ def test_domain_rows_are_the_embeddings_or_one_random_map_of_them():
     assert torch.allclose(rows / rows[0, 0], EMBEDDINGS / EMBEDDINGS[0, 0], atol=1e-5)
     wide = domain_rows(EMBEDDINGS, 16, 1, 1.0)
     assert wide.shape == (5, 16) and not torch.allclose(wide, domain_rows(EMBEDDINGS, 16, 2, 1.0))
-    # A later domain goes through the same map: its row is a combination of the others as its embedding is.
+    # A later domain goes through the same map: its row is a combination of the others as its
+    # embedding is.
     later = domain_rows(torch.cat([EMBEDDINGS, EMBEDDINGS[:1] + EMBEDDINGS[1:2]]), 16, 1, 1.0)
     assert torch.allclose(later[5], later[0] + later[1], atol=1e-5)

@@ -22,7 +22,13 @@ SEQUENCES = 6
 
 def layout(checkpointing):
     return Layout(
-        stage=2, offload="none", expert=1, world=1, micro=SEQUENCES, accumulation=1, checkpointing=checkpointing
+        stage=2,
+        offload="none",
+        expert=1,
+        world=1,
+        micro=SEQUENCES,
+        accumulation=1,
+        checkpointing=checkpointing,
     )
 
 
@@ -32,7 +38,9 @@ def measured(model, checkpointing):
     use_loss_head(model)
     if checkpointing != "none":
         reentrant = checkpointing == "reentrant"
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+        )
     kept = Kept(SimpleNamespace(module=model))
     forward(model, torch.randint(model.config.vocab_size, (SEQUENCES, LENGTH + 1)), kept)
     return kept.bytes(model.config.vocab_size)
@@ -43,18 +51,26 @@ def measured(model, checkpointing):
 @pytest.mark.parametrize("sizes", [SMALL, OTHER], ids=["small", "other"])
 def test_a_mixture_keeps_what_was_planned(sizes, dtype, checkpointing, tmp_path):
     checkpoint = make_model(tmp_path / "model", sizes)
-    model = load_nexus(checkpoint, DTYPES[dtype], Placement(sizes.experts), RouterConfig(), dtype == "bf16")
+    model = load_nexus(
+        checkpoint, DTYPES[dtype], Placement(sizes.experts), RouterConfig(), dtype == "bf16"
+    )
     total, head = measured(model, checkpointing)
     tokens, width = SEQUENCES * LENGTH, DTYPES[dtype].itemsize
-    assert total - head == pytest.approx(activations(sizes, layout(checkpointing), width, tokens), rel=0.05)
+    assert total - head == pytest.approx(
+        activations(sizes, layout(checkpointing), width, tokens), rel=0.05
+    )
     assert head == width * sizes.vocabulary * sizes.hidden
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("kv_heads", [3, 1])
 def test_a_dense_model_keeps_what_was_planned(dtype, kv_heads):
-    config = load_config("demo", ["stage=seed", f"model.kv_heads={kv_heads}", "pipeline.vocabulary=900"])
+    config = load_config(
+        "demo", ["stage=seed", f"model.kv_heads={kv_heads}", "pipeline.vocabulary=900"]
+    )
     model = new_dense(config.model, 900, 0, 0).to(DTYPES[dtype])
     total, head = measured(model, "none")
-    planned = activations(sizes_of(config), layout("none"), DTYPES[dtype].itemsize, SEQUENCES * LENGTH)
+    planned = activations(
+        sizes_of(config), layout("none"), DTYPES[dtype].itemsize, SEQUENCES * LENGTH
+    )
     assert total - head == pytest.approx(planned, rel=0.05)

@@ -11,10 +11,22 @@ from nexus_ds.planning.sizes import sizes_of
 
 RUNS = (  # between them every part of the plan is there
     ["--config=nexus-2.8b", "--gpus=8", "--nodes=2", "--gpu-memory=80GB", "training.batch_size=8"],
-    ["--config=nexus-2.8b", "--gpus=1", "--gpu-memory=80GB", "training.batch_size=1", "data.sequence_length=64"],
-    ["--gpus=2", "--gpu-memory=8GB", "model.hidden_size=256", "model.heads=4", "training.batch_size=64",
-     "training.activation_checkpointing=reentrant"],
-)  # fmt: skip
+    [
+        "--config=nexus-2.8b",
+        "--gpus=1",
+        "--gpu-memory=80GB",
+        "training.batch_size=1",
+        "data.sequence_length=64",
+    ],
+    [
+        "--gpus=2",
+        "--gpu-memory=8GB",
+        "model.hidden_size=256",
+        "model.heads=4",
+        "training.batch_size=64",
+        "training.activation_checkpointing=reentrant",
+    ],
+)
 
 
 def planned():
@@ -39,6 +51,7 @@ def test_the_plan_follows_every_assumption(name, now, monkeypatch):
     changed = []
     for factor in (0.5, 2):
         monkeypatch.setattr(assumptions, name, type(value)(value * factor))
-        assert assumptions.table()[name] == pytest.approx(value * factor)  # what `plan --json` prints
+        # what `plan --json` prints
+        assert assumptions.table()[name] == pytest.approx(value * factor)
         changed.append(planned() != now)
     assert any(changed)

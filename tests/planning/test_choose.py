@@ -1,4 +1,5 @@
-"""The order of the candidates, what fits, and the plan's own arithmetic at the sizes of the recipes."""
+"""The order of the candidates, what fits, and the plan's own arithmetic at the sizes of the
+recipes."""
 
 from dataclasses import replace
 
@@ -37,7 +38,10 @@ def test_those_that_fit_come_first_and_the_fastest_of_them_leads(on_cards):
     seconds = [c.step.step_seconds for c in on_cards if c.fits]
     assert seconds == sorted(seconds)
     for candidate in on_cards:
-        within = candidate.memory.gpu_bytes <= CARDS.gpu_memory and candidate.memory.host_bytes <= CARDS.host_memory
+        within = (
+            candidate.memory.gpu_bytes <= CARDS.gpu_memory
+            and candidate.memory.host_bytes <= CARDS.host_memory
+        )
         assert candidate.fits == within
 
 
@@ -54,7 +58,9 @@ def test_a_small_main_memory_rules_offload_out(large):
 
 def test_states_shrink_with_the_stage_and_move_to_the_host_with_offload(on_cards, large):
     sizes = sizes_of(large)
-    layouts = {(c.layout.stage, c.layout.offload): c.layout for c in on_cards if c.layout.expert == 1}
+    layouts = {
+        (c.layout.stage, c.layout.offload): c.layout for c in on_cards if c.layout.expert == 1
+    }
     states = {key: model_states(sizes, layout, 2) for key, layout in layouts.items()}
     assert states[1, "none"].gpu > states[2, "none"].gpu > states[3, "none"].gpu
     for stage in (1, 2, 3):
@@ -71,7 +77,7 @@ def test_a_gradient_stays_whole_where_a_partitions_edge_cuts_it():
     ]  # three shares of 4: two edges cut the first and the second
     layout = Layout(
         stage=2, offload="none", expert=1, world=3, micro=1, accumulation=1, checkpointing="none"
-    )  # fmt: skip
+    )
     assert kept_gradients(sizes, layout) == 6 + 4
     assert kept_gradients(sizes, replace(layout, world=1)) == 12
 
@@ -81,14 +87,19 @@ def test_zero_2_keeps_the_gradients_of_large_experts_whole(on_cards, large):
     layout = next(c.layout for c in on_cards if c.layout.stage == 2 and c.layout.expert == 1)
     own = list(sizes.parameters(layout.slots(sizes)))
     experts = [p for p in own if p.kind == "experts"]
-    # Two of these would be more than DeepSpeed puts into a group, so that every share cuts every one of them.
+    # Two of these would be more than DeepSpeed puts into a group, so that every share cuts every
+    # one of them.
     assert all(
-        len(group) == 1 for group in groups(own, assumptions.EXPERT_GROUP_ELEMENTS) if group[0].kind == "experts"
+        len(group) == 1
+        for group in groups(own, assumptions.EXPERT_GROUP_ELEMENTS)
+        if group[0].kind == "experts"
     )
     assert kept_gradients(own, layout) > sum(p.elements for p in experts)
 
 
-def test_longer_sequences_and_larger_micro_batches_need_more_and_checkpointing_less(on_cards, large):
+def test_longer_sequences_and_larger_micro_batches_need_more_and_checkpointing_less(
+    on_cards, large
+):
     sizes, layout = sizes_of(large), on_cards[0].layout
 
     def peak(length=2048, **changes):

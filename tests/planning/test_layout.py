@@ -10,11 +10,17 @@ from nexus_ds.planning.sizes import Sizes
 from nexus_ds.runtime.engine import check_layout
 from nexus_ds.settings import TrainingConfig
 
-DENSE = Sizes(vocabulary=100, hidden=32, layers=2, heads=4, kv_heads=4, head_size=8, ffn=64, tied=True)
+DENSE = Sizes(
+    vocabulary=100, hidden=32, layers=2, heads=4, kv_heads=4, head_size=8, ffn=64, tied=True
+)
 
 
 def all_layouts(sizes, world=4, **training):
-    return [way for ways in layouts(sizes, TrainingConfig(batch_size=16, **training), world) for way in ways]
+    return [
+        way
+        for ways in layouts(sizes, TrainingConfig(batch_size=16, **training), world)
+        for way in ways
+    ]
 
 
 def test_every_stage_offload_and_expert_parallel_size_is_there():
@@ -36,16 +42,32 @@ def test_batches_are_cut_evenly_and_settings_of_the_recipe_stay():
     assert {(w.micro, w.checkpointing) for w in kept} == {(2, "reentrant")}
 
 
-@pytest.mark.parametrize("layout", all_layouts(SMALL), ids=lambda w: f"{w.name} micro {w.micro} {w.checkpointing}")
+@pytest.mark.parametrize(
+    "layout", all_layouts(SMALL), ids=lambda w: f"{w.name} micro {w.micro} {w.checkpointing}"
+)
 def test_train_takes_every_layouts_json_and_overrides(layout):
     config = load_config("demo", ["training.batch_size=16", *layout.overrides])
-    stage, batch = check_layout(deepspeed_json(SMALL, layout), config, layout.world, layout.world, SMALL.experts)
-    assert (stage, batch.micro, batch.accumulation) == (layout.stage, layout.micro, layout.accumulation)
+    stage, batch = check_layout(
+        deepspeed_json(SMALL, layout), config, layout.world, layout.world, SMALL.experts
+    )
+    assert (stage, batch.micro, batch.accumulation) == (
+        layout.stage,
+        layout.micro,
+        layout.accumulation,
+    )
 
 
 def test_a_layers_experts_are_gathered_together_unless_a_rank_holds_them_alone():
     def layout(expert):
-        return Layout(stage=3, offload="none", expert=expert, world=4, micro=1, accumulation=1, checkpointing="none")
+        return Layout(
+            stage=3,
+            offload="none",
+            expert=expert,
+            world=4,
+            micro=1,
+            accumulation=1,
+            checkpointing="none",
+        )
 
     assert largest_gathered(SMALL, layout(1)) == 4 * SMALL.expert
     assert largest_gathered(SMALL, layout(2)) == 2 * SMALL.expert
@@ -53,15 +75,22 @@ def test_a_layers_experts_are_gathered_together_unless_a_rank_holds_them_alone()
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_one_that_does():
-    with pytest.raises(LayoutError, match=r"batch_size 16 does not divide over 6 GPUs; use a multiple of 6, .*=18"):
+    with pytest.raises(
+        LayoutError, match=r"batch_size 16 does not divide over 6 GPUs; use a multiple of 6, .*=18"
+    ):
         all_layouts(SMALL, world=6)
-    with pytest.raises(LayoutError, match=r"a rank's 4 sequences a step are not a multiple of .*micro_batch_size 3"):
+    with pytest.raises(
+        LayoutError, match=r"a rank's 4 sequences a step are not a multiple of .*micro_batch_size 3"
+    ):
         all_layouts(SMALL, micro_batch_size=3)
     with pytest.raises(LayoutError, match=r"batch_size 16 does not divide over 32 GPUs; .*=32"):
         all_layouts(SMALL, world=32)
 
 
 def test_gpus_that_do_not_spread_over_the_nodes_are_refused():
-    with pytest.raises(LayoutError, match=r"6 GPUs don't spread evenly over 4 nodes; --gpus counts those of all nodes"):
+    with pytest.raises(
+        LayoutError,
+        match=r"6 GPUs don't spread evenly over 4 nodes; --gpus counts those of all nodes",
+    ):
         Machine(gpus=6, gpu_memory=1, nodes=4)
     assert Machine(gpus=8, gpu_memory=1, nodes=4).local == 2

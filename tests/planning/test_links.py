@@ -1,4 +1,5 @@
-"""Which way is faster on which link: the choice, where it changes, and what the change means for the layouts' own times."""
+"""Which way is faster on which link: the choice, where it changes, and what the change means for
+the layouts' own times."""
 
 from dataclasses import replace
 
@@ -29,7 +30,9 @@ def test_slow_links_want_expert_parallelism_and_fast_ones_zero_alone(advice):
     assert advice.better(SPEEDS[-1]) == "zero_only"
     flips = advice.flips()
     assert flips[0]["on_faster_links"] == flips[-1]["on_faster_links"] == "zero_only"
-    for flip, other in zip(flips, ["expert_parallel", *(f["on_faster_links"] for f in flips)], strict=False):
+    for flip, other in zip(
+        flips, ["expert_parallel", *(f["on_faster_links"] for f in flips)], strict=False
+    ):
         assert SPEEDS[0] < flip["link"] < SPEEDS[-1]
         assert advice.better(flip["link"]) == other != flip["on_faster_links"]
         assert advice.better(flip["link"] * SHARP) == flip["on_faster_links"]
@@ -44,7 +47,9 @@ def test_at_the_flip_both_ways_take_the_same_time(advice):
 def test_the_advice_agrees_with_the_layouts_own_times(advice, recipe):
     told, found = advice.to_json(), choose.candidates(recipe[0], NODES, recipe[1])
     for way, parallel in WAYS.items():
-        fastest = min(c.step.step_seconds for c in found if c.fits and (c.layout.expert > 1) == parallel)
+        fastest = min(
+            c.step.step_seconds for c in found if c.fits and (c.layout.expert > 1) == parallel
+        )
         assert told[way]["step_seconds"] == pytest.approx(fastest)
     assert told["use"] == min(WAYS, key=lambda way: told[way]["step_seconds"])
     assert (told["link"], told["between"]) == (NODES.link, "nodes")
@@ -53,7 +58,9 @@ def test_the_advice_agrees_with_the_layouts_own_times(advice, recipe):
 def test_the_flip_is_the_same_whatever_the_machines_own_link(advice, recipe):
     told = advice.to_json()
     assert told["use"] == "zero_only"
-    slow = LinkAdvice(recipe[0], replace(NODES, link=told["flips"][0]["link"] / 2), recipe[1]).to_json()
+    slow = LinkAdvice(
+        recipe[0], replace(NODES, link=told["flips"][0]["link"] / 2), recipe[1]
+    ).to_json()
     assert slow["use"] == "expert_parallel" and slow["flips"] == told["flips"]
 
 
@@ -69,7 +76,8 @@ def test_one_gpu_leaves_no_choice(recipe):
     sizes, config = recipe
     single = Machine(gpus=1, gpu_memory=80e9)
     assert LinkAdvice(sizes, single, config).to_json() is None
-    assert LinkAdvice(sizes, replace(NODES, gpu_memory=1e9), config).to_json() is None  # nothing fits
+    # nothing fits
+    assert LinkAdvice(sizes, replace(NODES, gpu_memory=1e9), config).to_json() is None
 
 
 def test_overlap_moves_the_flip_to_faster_links(advice, monkeypatch):

@@ -1,4 +1,5 @@
-"""Arithmetic and bytes over links, computed by hand for a model of round numbers; and how they move with the layout."""
+"""Arithmetic and bytes over links, computed by hand for a model of round numbers; and how they move
+with the layout."""
 
 from dataclasses import replace
 
@@ -7,9 +8,17 @@ import pytest
 from nexus_ds.planning import assumptions
 from nexus_ds.planning.layout import Layout, Machine
 from nexus_ds.planning.sizes import Sizes
-from nexus_ds.planning.traffic import exposed_all_to_all, shared_seconds, step, token_flops, token_traffic, zero_traffic
+from nexus_ds.planning.traffic import (
+    exposed_all_to_all,
+    shared_seconds,
+    step,
+    token_flops,
+    token_traffic,
+    zero_traffic,
+)
 
-# 100 x 10 embedding; a layer: attention 4 x 100, FFN 3 x 200 shared and for each expert, P 10, two norms of 10; norm of 10
+# 100 x 10 embedding; a layer: attention 4 x 100, FFN 3 x 200 shared and for each expert, P 10, two
+# norms of 10; norm of 10
 SIZES = Sizes(
     vocabulary=100,
     hidden=10,
@@ -29,14 +38,20 @@ TWO_NODES = Machine(gpus=4, gpu_memory=1e9, nodes=2)
 
 def layout(stage=2, expert=1, micro=2, accumulation=1, checkpointing="none", offload="none"):
     return Layout(
-        stage=stage, offload=offload, expert=expert, world=4, micro=micro, accumulation=accumulation,
+        stage=stage,
+        offload=offload,
+        expert=expert,
+        world=4,
+        micro=micro,
+        accumulation=accumulation,
         checkpointing=checkpointing,
-    )  # fmt: skip
+    )
 
 
 def test_a_tokens_arithmetic_counts_active_weights_and_causal_attention():
     everything, routed = token_flops(SIZES, length=8)
-    active = 1000 + 400 + 600 + 20 + 10 + 600 + 5 * 10  # of the finished checkpoint: rows and gate in place of P
+    # of the finished checkpoint: rows and gate in place of P
+    active = 1000 + 400 + 600 + 20 + 10 + 600 + 5 * 10
     assert everything == 6 * active + 6 * 10 * 8
     assert routed == 6 * 600
     untied, _ = token_flops(replace(SIZES, tied=False), length=8)
@@ -44,7 +59,8 @@ def test_a_tokens_arithmetic_counts_active_weights_and_causal_attention():
 
 
 @pytest.mark.parametrize(
-    ("stage", "accumulation", "sends"), [(1, 1, 3), (1, 4, 3), (2, 1, 3), (2, 4, 9), (3, 1, 3), (3, 4, 12)]
+    ("stage", "accumulation", "sends"),
+    [(1, 1, 3), (1, 4, 3), (2, 1, 3), (2, 4, 9), (3, 1, 3), (3, 4, 12)],
 )
 def test_how_often_parameters_travel(stage, accumulation, sends):
     sent, between = zero_traffic(SIZES, layout(stage, accumulation=accumulation), ONE_NODE, width=2)
@@ -62,7 +78,8 @@ def test_experts_travel_among_their_replicas_only():
 def test_a_nodes_link_carries_the_rings_of_all_its_experts():
     inside, between = zero_traffic(SIZES, layout(expert=2), TWO_NODES, width=2)
     assert between == pytest.approx(2 * 3 * (DENSE_PART * 3 / 4 + 2 * EXPERTS / 2 * 1 / 2))
-    assert inside == pytest.approx(2 * 3 * DENSE_PART * 3 / 4)  # replicas of an expert sit on different nodes
+    # replicas of an expert sit on different nodes
+    assert inside == pytest.approx(2 * 3 * DENSE_PART * 3 / 4)
 
 
 def test_tokens_travel_to_experts_and_back_twice():
@@ -106,7 +123,9 @@ def test_the_shared_expert_computes_six_operations_a_weight_and_token():
         (0, 3, 0),
     ],
 )
-def test_two_thirds_of_the_shared_expert_hide_the_dispatch_and_a_third_the_combine(sent, shared, seen):
+def test_two_thirds_of_the_shared_expert_hide_the_dispatch_and_a_third_the_combine(
+    sent, shared, seen
+):
     assert exposed_all_to_all(sent, shared) == pytest.approx(seen)
 
 
@@ -126,10 +145,15 @@ def test_what_the_link_carries_for_tokens_hides_nothing_of_zero():
 def test_slow_links_and_recomputation_cost_time_and_faster_gpus_save_it():
     big = replace(SIZES, hidden=1000, head_size=1000, ffn=4000, layers=10)
     usual = step(big, layout(stage=3), TWO_NODES, 2, 512).step_seconds
-    slow = step(big, layout(stage=3), replace(TWO_NODES, link=TWO_NODES.link / 10), 2, 512).step_seconds
+    slow = step(
+        big, layout(stage=3), replace(TWO_NODES, link=TWO_NODES.link / 10), 2, 512
+    ).step_seconds
     assert slow > 2 * usual
     recomputed = step(big, layout(stage=3, checkpointing="reentrant"), TWO_NODES, 2, 512)
-    assert recomputed.seconds["computing"] > step(big, layout(stage=3), TWO_NODES, 2, 512).seconds["computing"]
+    assert (
+        recomputed.seconds["computing"]
+        > step(big, layout(stage=3), TWO_NODES, 2, 512).seconds["computing"]
+    )
     fast = step(big, layout(stage=3), replace(TWO_NODES, tflops=1000), 2, 512)
     assert fast.seconds["computing"] < usual
 

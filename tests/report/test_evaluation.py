@@ -1,4 +1,5 @@
-"""Summaries: which model the top level speaks of, warnings, changes between models, and a page from JSON alone."""
+"""Summaries: which model the top level speaks of, warnings, changes between models, and a page from
+JSON alone."""
 
 import csv
 import json
@@ -22,7 +23,8 @@ from nexus_ds.report.evaluation import (
 from nexus_ds.report.page import Spread, text_table
 
 SETUP = {"data": "demo", "domains": ["a", "b"], "windows": 4, "length": 8}
-SHARE = np.array([[[0.6, 0.4], [0.1, 0.9]], [[0.8, 0.2], [0.3, 0.7]], [[0.7, 0.3], [0.5, 0.5]]])  # layer, text, expert
+# layer, text, expert
+SHARE = np.array([[[0.6, 0.4], [0.1, 0.9]], [[0.8, 0.2], [0.3, 0.7]], [[0.7, 0.3], [0.5, 0.5]]])
 GATE = np.array([[0.5, 0.6], [0.55, 0.65], [0.6, 0.7]])  # layer, text
 
 
@@ -32,7 +34,9 @@ def measured(loss, routed, gate=GATE, tokenizer="t"):
     routing = None
     if routed:
         d = len(domains)
-        routing = Routing(domains, ["first", "second"], ["a", "b"], [0, 2, 5], SHARE[:, :d], np.array(gate)[:, :d])
+        routing = Routing(
+            domains, ["first", "second"], ["a", "b"], [0, 2, 5], SHARE[:, :d], np.array(gate)[:, :d]
+        )
     eye = np.eye(2)
     step = {
         "verb": "upcycle",
@@ -42,16 +46,28 @@ def measured(loss, routed, gate=GATE, tokenizer="t"):
         "x": None,
     }
     facts = {
-        "kind": "Nexus" if routed else "dense", "family": "x", "dtype": "F32", "routed_experts": 2 if routed else 0,
-        "top_k": 1 if routed else None, "parameters": {"total": 10, "active": 5}, "lineage": [step], "tokenizer": tokenizer,
-    }  # fmt: skip
+        "kind": "Nexus" if routed else "dense",
+        "family": "x",
+        "dtype": "F32",
+        "routed_experts": 2 if routed else 0,
+        "top_k": 1 if routed else None,
+        "parameters": {"total": 10, "active": 5},
+        "lineage": [step],
+        "tokenizer": tokenizer,
+    }
     cosine = None
     if routed:
         tables = [(eye + k / 10).tolist() for k in range(6)]
         rows, centred = np.array(tables[2:4]), np.array(tables[4:6])
-        cosine = Cosines(["first", "second"], np.array(tables[0]), np.array(tables[1]), rows, centred)
+        cosine = Cosines(
+            ["first", "second"], np.array(tables[0]), np.array(tables[1]), rows, centred
+        )
     windows = {domain: np.array(values) for domain, values in loss.items()}
-    return Measured(facts, Scores(windows, dict.fromkeys(loss, 16), 100.25 if routed else 300.0, routing), cosine)
+    return Measured(
+        facts,
+        Scores(windows, dict.fromkeys(loss, 16), 100.25 if routed else 300.0, routing),
+        cosine,
+    )
 
 
 LOSSES = {
@@ -60,7 +76,8 @@ LOSSES = {
     "after": {"a": [1.1, 1.2, 0.9, 0.8], "b": [3.1, 3.6, 2.8, 2.9]},
     "branch": {"a": [1.5, 1.5, 1.5, 1.5], "b": [4.0, 4.0, 4.0, 4.0]},
 }
-# after - before: a: -0.9 -1.0 -0.9 -1.2, mean -1.0, deviations 0.1 0 0.1 -0.2; b: 0.1 0.2 0.2 -0.1, mean 0.1
+# after - before: a: -0.9 -1.0 -0.9 -1.2, mean -1.0, deviations 0.1 0 0.1 -0.2; b: 0.1 0.2 0.2 -0.1,
+# mean 0.1
 ERROR_A = math.sqrt((0.01 + 0 + 0.01 + 0.04) / 3 / 4)
 ERROR_B = math.sqrt((0 + 0.01 + 0.01 + 0.04) / 3 / 4)
 
@@ -100,20 +117,29 @@ def test_top_level_speaks_of_the_last_mixture(summary):
 
 def test_losses_of_windows_are_kept_and_their_mean_is_the_loss(summary):
     assert summary["window_loss"] == LOSSES
-    assert summary["loss"] == {name: pytest.approx({d: fmean(w) for d, w in v.items()}) for name, v in LOSSES.items()}
+    assert summary["loss"] == {
+        name: pytest.approx({d: fmean(w) for d, w in v.items()}) for name, v in LOSSES.items()
+    }
     assert summary["perplexity"]["after"] == pytest.approx({"a": math.exp(1.0), "b": math.exp(3.1)})
 
 
 def test_saturated_routers_are_warned_about():
     summary = summarise(models(saturated=True), SETUP)
     (warning,) = summary["warnings"]
-    assert warning.startswith("after: the router is saturated in 6 of 6 places") and "0.99 in layer 0" in warning
+    assert (
+        warning.startswith("after: the router is saturated in 6 of 6 places")
+        and "0.99 in layer 0" in warning
+    )
     assert "Warning: after: the router" in intro(summary)
 
 
 def test_dense_models_alone():
     summary = summarise({"seed": measured({"a": [2.0, 2.0]}, routed=False)}, SETUP)
-    assert summary["routing"] == {} and summary["tokens_per_second"] == 300.0 and summary["change"] is None
+    assert (
+        summary["routing"] == {}
+        and summary["tokens_per_second"] == 300.0
+        and summary["change"] is None
+    )
 
 
 def test_leak_without_other_domains_is_null():
@@ -143,9 +169,16 @@ def test_a_model_that_can_not_be_compared(name):
 
 def test_models_of_different_tokenizers_are_not_compared():
     facts = {name: part.facts for name, part in models().items()}
-    assert compared(facts) == ("before", "after") and compared(facts, "before") == ("before", "branch")
+    assert compared(facts) == ("before", "after") and compared(facts, "before") == (
+        "before",
+        "branch",
+    )
     facts["before"]["tokenizer"] = "another"
-    assert compared(facts) is None and compared(facts, "before") is None and compared(facts, "seed") is not None
+    assert (
+        compared(facts) is None
+        and compared(facts, "before") is None
+        and compared(facts, "seed") is not None
+    )
 
 
 def test_the_limit_is_part_of_the_summary():
@@ -160,8 +193,18 @@ def test_every_column_of_the_perplexity_table(summary):
     table = perplexity_table(summary)
     assert table.header == ["model", "a", "b", "all"] and table.best == "min"
     assert table.rows[1:3] == [
-        ["before", pytest.approx(math.exp(2)), pytest.approx(math.exp(3)), pytest.approx(math.exp(2.5))],
-        ["after", pytest.approx(math.exp(1)), pytest.approx(math.exp(3.1)), pytest.approx(math.exp(2.05))],
+        [
+            "before",
+            pytest.approx(math.exp(2)),
+            pytest.approx(math.exp(3)),
+            pytest.approx(math.exp(2.5)),
+        ],
+        [
+            "after",
+            pytest.approx(math.exp(1)),
+            pytest.approx(math.exp(3.1)),
+            pytest.approx(math.exp(2.05)),
+        ],
     ]
 
 
@@ -176,7 +219,14 @@ def test_every_column_of_the_routing_table(summary, tmp_path):
 
 def test_every_column_of_the_change_table(summary, tmp_path):
     found = section(summary, "From before to after", tmp_path)
-    assert found.table.header == ["perplexity of", "before", "after", "change", "in nats", "verdict"]
+    assert found.table.header == [
+        "perplexity of",
+        "before",
+        "after",
+        "change",
+        "in nats",
+        "verdict",
+    ]
     assert [row[0] for row in found.table.rows] == ["a", "b", "all"]
     assert [row[1:3] for row in found.table.rows] == [
         pytest.approx([math.exp(x), math.exp(y)]) for x, y in ((2.0, 1.0), (3.0, 3.1), (2.5, 2.05))
@@ -198,9 +248,16 @@ def test_every_column_of_the_change_table(summary, tmp_path):
 def test_every_column_of_the_checkpoints(summary, tmp_path):
     table = section(summary, "Checkpoints", tmp_path).table
     assert dict(zip(table.header, table.rows[2], strict=True)) == {
-        "model": "after", "kind": "Nexus", "family": "x", "dtype": "F32", "experts": 2, "top-k": 1, "parameters": 10,
-        "active per token": 5, "tokens/s": 100,
-    }  # fmt: skip
+        "model": "after",
+        "kind": "Nexus",
+        "family": "x",
+        "dtype": "F32",
+        "experts": 2,
+        "top-k": 1,
+        "parameters": 10,
+        "active per token": 5,
+        "tokens/s": 100,
+    }
     assert table.rows[0][4:6] == [None, None] and table.rows[0][-1] == 300
 
 
@@ -215,21 +272,30 @@ def figures(summary, tmp_path):
 
 def test_every_column_of_perplexity_csv(figures):
     rows = rows_of(figures / "perplexity.csv")
-    assert [(row["model"], row["domain"]) for row in rows] == [(name, d) for name in LOSSES for d in "ab"]
+    assert [(row["model"], row["domain"]) for row in rows] == [
+        (name, d) for name in LOSSES for d in "ab"
+    ]
     row = rows[2]
     assert list(row) == ["model", "domain", "loss_nats", "perplexity", "standard_error_nats"]
     assert (row["model"], row["domain"]) == ("before", "a")
-    assert float(row["loss_nats"]) == pytest.approx(2.0) and float(row["perplexity"]) == pytest.approx(math.exp(2))
+    assert float(row["loss_nats"]) == pytest.approx(2.0) and float(
+        row["perplexity"]
+    ) == pytest.approx(math.exp(2))
     assert float(row["standard_error_nats"]) == pytest.approx(math.sqrt((0.04 + 0.04) / 3 / 4))
 
 
 def test_every_column_of_change_csv(figures):
     a, b, whole = rows_of(figures / "change.csv")
     assert a == {
-        "domain": "a", "perplexity_before": a["perplexity_before"], "perplexity_after": a["perplexity_after"],
-        "change": a["change"], "change_standard_error": a["change_standard_error"],
-        "difference_nats": a["difference_nats"], "standard_error_nats": a["standard_error_nats"], "verdict": "better",
-    }  # fmt: skip
+        "domain": "a",
+        "perplexity_before": a["perplexity_before"],
+        "perplexity_after": a["perplexity_after"],
+        "change": a["change"],
+        "change_standard_error": a["change_standard_error"],
+        "difference_nats": a["difference_nats"],
+        "standard_error_nats": a["standard_error_nats"],
+        "verdict": "better",
+    }
     assert [float(value) for value in list(a.values())[1:-1]] == pytest.approx(
         [math.exp(2), math.exp(1), math.exp(-1) - 1, math.exp(-1) * ERROR_A, -1.0, ERROR_A]
     )
@@ -242,12 +308,17 @@ def test_every_column_of_routing_csv(figures):
     assert list(rows[0]) == ["layer", "domain", "expert", "share"]
     found = {(row["layer"], row["domain"], row["expert"]): float(row["share"]) for row in rows}
     assert len(rows) == len(found) == (3 + 1) * 2 * 2
-    assert found["2", "a", "second"] == 0.2 and found["5", "b", "first"] == 0.5 and found["0", "b", "second"] == 0.9
+    assert (
+        found["2", "a", "second"] == 0.2
+        and found["5", "b", "first"] == 0.5
+        and found["0", "b", "second"] == 0.9
+    )
     assert found["mean", "b", "first"] == pytest.approx(0.3)
 
 
 def test_every_column_of_cosine_csv(figures):
-    """Tables 0 to 5 add k/10 to the unit matrix: embeddings, inputs, two layers' rows, two layers' centred rows."""
+    """Tables 0 to 5 add k/10 to the unit matrix: embeddings, inputs, two layers' rows, two layers'
+    centred rows."""
     for name, before, after in (("cosine-after", 0.0, 0.3), ("cosine-after-centred", 0.1, 0.45)):
         rows = rows_of(figures / f"{name}.csv")
         assert list(rows[0]) == ["expert", "other", "before", "after"]
@@ -267,7 +338,8 @@ def test_a_page_can_be_made_from_the_file_alone(summary, tmp_path):
     assert titles[:2] == ["Perplexity by domain", "From before to after"]
     assert all(section.figure is None or section.figure.is_file() for section in sections)
     explained = [section.text.split("\n\n")[0] for section in sections]
-    assert all(len([s for s in text.split(". ") if s.strip()]) == 2 for text in explained)  # two sentences each
+    # two sentences each
+    assert all(len([s for s in text.split(". ") if s.strip()]) == 2 for text in explained)
     assert "&lt;&amp;&gt;" in (tmp_path / "report.html").read_text()
     assert "-63.2 ± 2.6 %" in (tmp_path / "report.html").read_text()
 
@@ -281,5 +353,7 @@ def test_a_summary_of_an_older_version_still_makes_a_page(summary, tmp_path):
 def test_lineage_is_readable(summary, tmp_path):
     table = section(summary, "How after came about", tmp_path).table
     assert table.header == ["step", "verb", "settings"]
-    assert table.rows == [["1", "upcycle", "note: <&>; fit: before 0.4529, after 0.5; experts: a, b"]]
+    assert table.rows == [
+        ["1", "upcycle", "note: <&>; fit: before 0.4529, after 0.5; experts: a, b"]
+    ]
     assert "upcycle" in text_table(table)

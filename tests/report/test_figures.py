@@ -1,4 +1,5 @@
-"""Figures: PNGs of a sensible size that hold what they should; the same numbers give the same bytes."""
+"""Figures: PNGs of a sensible size that hold what they should; the same numbers give the same
+bytes."""
 
 import numpy as np
 import pytest
@@ -41,8 +42,12 @@ def test_routing_heatmap(tmp_path, drawn):
     values = share(2)
     check_png(figures.routing_heatmap(values, DOMAINS, EXPERTS, tmp_path / "r.png", layers=[3, 7]))
     figure, texts = drawn[0]
-    assert {"mean over layers", "layer 3", "layer 7", "routed expert", "domain of the text"} <= set(texts)
-    assert {f"{v:.2f}" for v in values.flat} | {f"{v:.2f}" for v in values.mean(axis=0).flat} <= set(texts)
+    assert {"mean over layers", "layer 3", "layer 7", "routed expert", "domain of the text"} <= set(
+        texts
+    )
+    assert {f"{v:.2f}" for v in values.flat} | {
+        f"{v:.2f}" for v in values.mean(axis=0).flat
+    } <= set(texts)
     frames = [patch for axes in figure.axes[:3] for patch in axes.patches]
     assert len(frames) == 3 * 2  # in each panel the own expert of domains a and b
 
@@ -64,7 +69,13 @@ def test_many_layers_are_thinned_with_both_ends(tmp_path, drawn):
 def test_cosine_pair(tmp_path, drawn):
     before = np.array([[1.0, -0.25], [-0.25, 1.0]])
     check_png(figures.cosine_pair(before, before**3, EXPERTS, tmp_path / "c.png"))
-    assert {"-0.25", "-0.02", "1.00", "domain embeddings (before P)", "router rows (after P)"} <= set(drawn[0][1])
+    assert {
+        "-0.25",
+        "-0.02",
+        "1.00",
+        "domain embeddings (before P)",
+        "router rows (after P)",
+    } <= set(drawn[0][1])
 
 
 def test_no_negative_zero(tmp_path, drawn):
@@ -88,12 +99,18 @@ def test_bars_of_very_different_sizes_and_gaps(tmp_path, drawn):
 
 def test_line_plot_leaves_out_what_is_not_finite(tmp_path, drawn):
     series = {"one": ([1, 2, 3], [3.0, float("nan"), 1.0]), "two": ([1, 2], [2.0, 2.5])}
-    check_png(figures.line_plot(series, tmp_path / "l.png", title="loss", xlabel="step", ylabel="nats", log_x=True))
+    check_png(
+        figures.line_plot(
+            series, tmp_path / "l.png", title="loss", xlabel="step", ylabel="nats", log_x=True
+        )
+    )
     figure, texts = drawn[0]
     assert {"loss", "step", "nats", "one", "two"} <= set(texts)
     assert figure.axes[0].lines[0].get_xdata().tolist() == [1, 3]
 
 
 def test_equal_numbers_give_equal_bytes(tmp_path):
-    paths = [figures.routing_heatmap(share(2), DOMAINS, EXPERTS, tmp_path / f"{i}.png") for i in range(2)]
+    paths = [
+        figures.routing_heatmap(share(2), DOMAINS, EXPERTS, tmp_path / f"{i}.png") for i in range(2)
+    ]
     assert paths[0].read_bytes() == paths[1].read_bytes()

@@ -1,4 +1,5 @@
-"""The page: self-contained, everything escaped, best values bold, wrong input refused with the old page left alone."""
+"""The page: self-contained, everything escaped, best values bold, wrong input refused with the old
+page left alone."""
 
 import html.parser
 import re
@@ -7,7 +8,15 @@ import pytest
 
 from nexus_ds.errors import DataError
 from nexus_ds.report import figures
-from nexus_ds.report.page import Section, Spread, Table, best_cells, format_cell, text_table, write_page
+from nexus_ds.report.page import (
+    Section,
+    Spread,
+    Table,
+    best_cells,
+    format_cell,
+    text_table,
+    write_page,
+)
 
 
 class Reader(html.parser.HTMLParser):
@@ -37,9 +46,13 @@ def read(path):
 
 def test_page_is_self_contained_and_escaped(tmp_path):
     evil = '<script>alert(1)</script> & "q"'
-    plot = figures.line_plot({"a": ([1, 2], [3, 4])}, tmp_path / "a.png", title="t", xlabel="x", ylabel="y")
+    plot = figures.line_plot(
+        {"a": ([1, 2], [3, 4])}, tmp_path / "a.png", title="t", xlabel="x", ylabel="y"
+    )
     table = Table(header=["model", evil], rows=[[evil, 1.5]])
-    write_page(tmp_path / "p.html", evil, evil, [Section(title=evil, text=evil, figure=plot, table=table)])
+    write_page(
+        tmp_path / "p.html", evil, evil, [Section(title=evil, text=evil, figure=plot, table=table)]
+    )
     page = read(tmp_path / "p.html")
     assert "script" not in page.tags and page.text.count(evil) >= 6
     assert all(link.startswith(("data:image/png;base64,", "#s")) for link in page.links)
@@ -63,12 +76,18 @@ def test_paragraphs_and_figureless_sections(tmp_path):
     ],
 )
 def test_best_cells(best, along, bold):
-    table = Table(header=["m", "a", "b"], rows=[["x", 1.0, 5.0], ["y", 2.0, 1.5]], best=best, along=along)
+    table = Table(
+        header=["m", "a", "b"], rows=[["x", 1.0, 5.0], ["y", 2.0, 1.5]], best=best, along=along
+    )
     assert best_cells(table) == bold
 
 
 def test_only_named_columns_are_compared_and_spreads_by_their_means():
-    rows = [["x", Spread(1.0, 0.1), 5.0], ["y", Spread(2.0, 0.0), 1.5], ["z", Spread(1.0004, 0.9), None]]
+    rows = [
+        ["x", Spread(1.0, 0.1), 5.0],
+        ["y", Spread(2.0, 0.0), 1.5],
+        ["z", Spread(1.0004, 0.9), None],
+    ]
     table = Table(header=["m", "loss", "cost"], rows=rows, best="min", only=["loss"])
     assert best_cells(table) == {(0, 1), (2, 1)}
 
@@ -116,7 +135,12 @@ def test_format_cell(value, shown):
 def test_text_stands_left_and_numbers_right(tmp_path):
     table = Table(header=["m", "kind", "n"], rows=[["x", "dense", 1], ["y", None, 2]])
     empty = Table(header=["m"], rows=[])
-    write_page(tmp_path / "p.html", "t", "", [Section(title="s", table=table), Section(title="e", table=empty)])
+    write_page(
+        tmp_path / "p.html",
+        "t",
+        "",
+        [Section(title="s", table=table), Section(title="e", table=empty)],
+    )
     heads = re.findall("<th( class=[^>]*)?>(.*?)</th>", (tmp_path / "p.html").read_text())
     assert heads == [(' class="text"', "m"), (' class="text"', "kind"), ("", "n"), ("", "m")]
 
@@ -129,13 +153,17 @@ def test_text_table():
 def test_row_of_another_length(tmp_path):
     (tmp_path / "p.html").write_text("old")
     table = Table(header=["m", "a"], rows=[["x", 1.0], ["y"]])
-    with pytest.raises(DataError, match=r"row 2 of the table has 1 cells, expected 2 as in its header \(m, a\)"):
+    with pytest.raises(
+        DataError, match=r"row 2 of the table has 1 cells, expected 2 as in its header \(m, a\)"
+    ):
         write_page(tmp_path / "p.html", "t", "", [Section(title="s", table=table)])
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("p.html", "old")]
 
 
 def test_figures_that_are_missing_or_no_png(tmp_path):
-    with pytest.raises(DataError, match=r"the figure of section 's' can't be read .* draw it before the page"):
+    with pytest.raises(
+        DataError, match=r"the figure of section 's' can't be read .* draw it before the page"
+    ):
         write_page(tmp_path / "p.html", "t", "", [Section(title="s", figure=tmp_path / "none.png")])
     (tmp_path / "a.png").write_text("<svg/>")
     with pytest.raises(DataError, match="the figure of section 's' is not a PNG file"):

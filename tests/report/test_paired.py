@@ -1,4 +1,5 @@
-"""Statistics over seeds and windows: what a paired difference is called, its error, and that missing numbers stay missing."""
+"""Statistics over seeds and windows: what a paired difference is called, its error, and that
+missing numbers stay missing."""
 
 import math
 
@@ -44,14 +45,18 @@ def test_paired_uses_the_seeds_that_both_have():
     found = paired({"0": 1.0, "1": 2.0, "2": 9.0}, {"1": 1.5, "0": 1.25})
     assert found.by_seed == {"0": -0.25, "1": 0.5}
     assert found.agreement == "1 of 2"
-    assert found.spread.mean == pytest.approx(0.125) and found.spread.deviation == pytest.approx(0.75 / math.sqrt(2))
+    assert found.spread.mean == pytest.approx(0.125) and found.spread.deviation == pytest.approx(
+        0.75 / math.sqrt(2)
+    )
     assert paired({"0": 1.0}, {"1": 1.0}) is None
 
 
 def test_the_pairing_takes_out_what_seeds_have_in_common():
     base = seeds(4.0, 5.0, 6.0)
     assert spread(base).deviation == pytest.approx(1.0)
-    assert paired({seed: value - 0.1 for seed, value in base.items()}, base).spread.deviation == pytest.approx(0.0)
+    assert paired(
+        {seed: value - 0.1 for seed, value in base.items()}, base
+    ).spread.deviation == pytest.approx(0.0)
 
 
 def test_one_seed_has_no_deviation():
@@ -62,19 +67,40 @@ def test_one_seed_has_no_deviation():
 
 def test_a_missing_domain_makes_no_mean():
     assert mean_loss({"a": 2.0, "b": 4.0}, ["a", "b"]) == 3.0
-    for found in ({"a": 2.0}, {"a": 2.0, "b": None}, {"a": 2.0, "b": math.nan}, {"a": 2.0, "b": "x"}, None, {}):
+    for found in (
+        {"a": 2.0},
+        {"a": 2.0, "b": None},
+        {"a": 2.0, "b": math.nan},
+        {"a": 2.0, "b": "x"},
+        None,
+        {},
+    ):
         assert mean_loss(found, ["a", "b"]) is None
     assert mean_loss({"a": 2.0}, []) is None
 
 
 def test_failed_seeds_are_left_out():
-    entry = {"seeds": {"0": {"loss": {"a": 1.0}, "gate": 0.5}, "1": None, "2": {"loss": None, "gate": None}}}
+    entry = {
+        "seeds": {
+            "0": {"loss": {"a": 1.0}, "gate": 0.5},
+            "1": None,
+            "2": {"loss": None, "gate": None},
+        }
+    }
     assert losses(entry, ["a"]) == {"0": 1.0} and measured(entry, "gate") == {"0": 0.5}
     assert losses({"seeds": None}, ["a"]) == {}
 
 
 def test_budgets_are_ordered_as_numbers():
-    entries = [{"seeds": {"0": {"budgets": {"100000": {}, "25000": {}}}, "1": {"budgets": {"0": {}}}, "2": {}}}]
+    entries = [
+        {
+            "seeds": {
+                "0": {"budgets": {"100000": {}, "25000": {}}},
+                "1": {"budgets": {"0": {}}},
+                "2": {},
+            }
+        }
+    ]
     assert budgets_of(entries) == ["0", "25000", "100000"]
 
 
@@ -90,14 +116,19 @@ def test_quantiles_are_those_of_printed_tables():
 def test_the_error_is_that_of_the_differences():
     found = over_windows([1.0, 2.0, 3.0, 4.0], [1.5, 2.0, 3.7, 4.4])
     assert found.mean == pytest.approx(0.4)
-    assert found.error == pytest.approx(math.sqrt((0.01 + 0.16 + 0.09 + 0.0) / 3 / 4))  # deviations 0.1 -0.4 0.3 0
+    # deviations 0.1 -0.4 0.3 0
+    assert found.error == pytest.approx(math.sqrt((0.01 + 0.16 + 0.09 + 0.0) / 3 / 4))
     assert found.freedom == 3 and found.noise == pytest.approx(3.182 * 0.147196, abs=1e-4)
-    assert over_windows([1.0, 5.0], [1.25, 5.25]) == Difference(0.25, 0.0, 1), "what windows have in common cancels"
+    assert over_windows([1.0, 5.0], [1.25, 5.25]) == Difference(0.25, 0.0, 1), (
+        "what windows have in common cancels"
+    )
 
 
 def test_neighbouring_windows_count_together():
-    """20 windows in pairs that agree tell no more than ten windows; pairs that cancel leave nothing."""
-    ten = [0.1, 0.3, 0.2, 0.5, 0.4, 0.1, 0.0, 0.2, 0.6, 0.1]  # mean 0.25, squared deviations add up to 0.345
+    """20 windows in pairs that agree tell no more than ten windows; pairs that cancel leave
+    nothing."""
+    # mean 0.25, squared deviations add up to 0.345
+    ten = [0.1, 0.3, 0.2, 0.5, 0.4, 0.1, 0.0, 0.2, 0.6, 0.1]
     error = math.sqrt(0.345 / 9 / 10)
     assert standard_error(ten) == pytest.approx(error)
     assert standard_error([value for value in ten for _ in range(2)]) == pytest.approx(error)
@@ -106,9 +137,12 @@ def test_neighbouring_windows_count_together():
 
 
 def test_groups_of_unequal_size_count_by_their_windows():
-    """Twelve windows in ten groups: the fifth and the last have two. Mean 1; one group of two is 3 above it, twice."""
+    """Twelve windows in ten groups: the fifth and the last have two. Mean 1; one group of two is 3
+    above it, twice."""
     values = [0.4] * 4 + [4.0, 4.0] + [0.4] * 6
-    assert standard_error(values) == pytest.approx(math.sqrt(10 / 9 * (6.0**2 + 8 * 0.6**2 + 1.2**2)) / 12)
+    assert standard_error(values) == pytest.approx(
+        math.sqrt(10 / 9 * (6.0**2 + 8 * 0.6**2 + 1.2**2)) / 12
+    )
 
 
 def test_one_window_has_no_error():
@@ -123,7 +157,10 @@ def test_windows_that_are_not_pairs_are_refused():
 
 def test_the_mean_over_domains_has_the_error_of_independent_parts():
     found = mean_difference([Difference(0.1, 0.3, 4), Difference(-0.3, 0.4, 9)])
-    assert found.mean == pytest.approx(-0.1) and found.error == pytest.approx(0.25)  # hypot(0.3, 0.4) / 2
+    # hypot(0.3, 0.4) / 2
+    assert found.mean == pytest.approx(-0.1) and found.error == pytest.approx(0.25)
     assert found.freedom == pytest.approx(0.25**2 / (0.09**2 / 4 + 0.16**2 / 9))
     assert mean_difference([Difference(0.1, 0.0, 4), Difference(0.1, 0.0, 9)]).error == 0
-    assert mean_difference([Difference(0.1, 0.2, 4), Difference(0.1, math.nan, 0)]).noise == math.inf
+    assert (
+        mean_difference([Difference(0.1, 0.2, 4), Difference(0.1, math.nan, 0)]).noise == math.inf
+    )

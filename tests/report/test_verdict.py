@@ -1,4 +1,5 @@
-"""Verdicts: signs, bands, noise, the mean, the limit and its exit code; what the windows do not decide is said."""
+"""Verdicts: signs, bands, noise, the mean, the limit and its exit code; what the windows do not
+decide is said."""
 
 import argparse
 import json
@@ -15,7 +16,8 @@ AFTER = {"law": 1.9, "code": 1.005, "cats": 3.2}
 
 
 def pair(change, error, count=10, before=2.0):
-    """Return losses of `count` windows whose paired difference has the mean `change` (nats) and the standard error."""
+    """Return losses of `count` windows whose paired difference has the mean `change` (nats) and the
+    standard error."""
     apart = error * math.sqrt(count - 1)
     level = [before + 0.3 * (i % 5 - 2) for i in range(count)]
     return level, [loss + change + (apart if i % 2 else -apart) for i, loss in enumerate(level)]
@@ -23,7 +25,9 @@ def pair(change, error, count=10, before=2.0):
 
 def judged(changes, limit=None, count=10):
     """Judge domains {name: (relative change, standard error in nats)}."""
-    pairs = {name: pair(math.log1p(change), error, count) for name, (change, error) in changes.items()}
+    pairs = {
+        name: pair(math.log1p(change), error, count) for name, (change, error) in changes.items()
+    }
     return judge({d: p[0] for d, p in pairs.items()}, {d: p[1] for d, p in pairs.items()}, limit)
 
 
@@ -78,7 +82,8 @@ def test_same_is_within_the_band_or_the_noise(change, error, called):
 
 def test_few_windows_need_a_larger_difference():
     """Student's t: 12.7 standard errors with two windows, 2.26 with ten."""
-    assert judged({"law": (0.5, 0.04)}, count=2).domains["law"].verdict == "same"  # ln 1.5 = 0.405 < 12.7 * 0.04
+    # ln 1.5 = 0.405 < 12.7 * 0.04
+    assert judged({"law": (0.5, 0.04)}, count=2).domains["law"].verdict == "same"
     assert judged({"law": (0.7, 0.04)}, count=2).domains["law"].verdict == "worse"  # ln 1.7 = 0.531
     assert judged({"law": (0.1, 0.04)}).domains["law"].verdict == "worse"  # 0.0953 > 2.26 * 0.04
 
@@ -92,9 +97,17 @@ def test_the_interval_and_the_error_of_a_change():
 
 @pytest.mark.parametrize(
     ("change", "failed", "undecided"),
-    [(0.02, False, False), (0.04, False, True), (0.057, False, True), (0.08, True, False), (-0.5, False, False)],
+    [
+        (0.02, False, False),
+        (0.04, False, True),
+        (0.057, False, True),
+        (0.08, True, False),
+        (-0.5, False, False),
+    ],
 )
-def test_a_limit_fails_where_all_of_the_interval_is_above_it(tmp_path, capsys, change, failed, undecided):
+def test_a_limit_fails_where_all_of_the_interval_is_above_it(
+    tmp_path, capsys, change, failed, undecided
+):
     verdict = judged({"law": (change, 0.01), "code": (0.0, 0.001)}, 0.05)
     assert (verdict.failed, verdict.undecided) == (["law"] * failed, ["law"] * undecided)
     assert verdict.exit_code("evaluate", tmp_path / "out") == (EXIT_WORSE if failed else 0)
@@ -102,7 +115,8 @@ def test_a_limit_fails_where_all_of_the_interval_is_above_it(tmp_path, capsys, c
 
 
 def test_what_the_windows_do_not_decide_is_said_with_how_many_would(tmp_path, capsys):
-    """(2.2622 + 0.8416) * 0.01 / (ln 1.057 - ln 1.05) = 4.6712; its square times 10 windows is 218."""
+    """(2.2622 + 0.8416) * 0.01 / (ln 1.057 - ln 1.05) = 4.6712; its square times 10 windows is
+    218."""
     verdict = judged({"law": (0.057, 0.01), "code": (0.2, 0.01)}, 0.05)
     assert verdict.exit_code("evaluate", tmp_path / "out") == EXIT_WORSE
     assert capsys.readouterr().err == (
@@ -133,7 +147,15 @@ def test_one_window_is_open(tmp_path, capsys):
     assert capsys.readouterr().err == (
         "nexus-ds remove: one window has no standard error, so nothing is called better or worse; give --windows 48\n"
     )
-    assert verdict.text().splitlines()[1].split() == ["law", "7.39", "20.09", "+171.8", "%", "+1.000", "open"]
+    assert verdict.text().splitlines()[1].split() == [
+        "law",
+        "7.39",
+        "20.09",
+        "+171.8",
+        "%",
+        "+1.000",
+        "open",
+    ]
     value = json.loads(json.dumps(verdict.as_dict(), allow_nan=False))["domains"]["law"]
     assert value["change_error"] is None and value["interval"] is None and value["nats"] == 1.0
 
@@ -142,7 +164,10 @@ def test_a_model_compared_with_itself_passes_every_limit(tmp_path):
     losses = {"law": [2.0, 3.0, 4.0]}
     for limit in (None, 0.0, 0.03):
         verdict = judge(losses, losses, limit)
-        assert verdict.exit_code("remove", tmp_path) == 0 and verdict.undecided == verdict.notes() == []
+        assert (
+            verdict.exit_code("remove", tmp_path) == 0
+            and verdict.undecided == verdict.notes() == []
+        )
         assert verdict.domains["law"].verdict == "same"
 
 
@@ -171,22 +196,33 @@ def test_json_has_everything():
     assert value["undecided"] == value["notes"] == []
     ends = [math.exp(-0.1 + side * T9 * 0.001) - 1 for side in (-1, 1)]
     assert value["domains"]["law"] == {
-        "before": pytest.approx(math.exp(2)), "after": pytest.approx(math.exp(1.9)),
-        "change": pytest.approx(math.exp(-0.1) - 1), "change_error": pytest.approx(math.exp(-0.1) * 0.001),
-        "interval": pytest.approx(ends, abs=1e-7), "nats": pytest.approx(-0.1), "nats_error": pytest.approx(0.001),
+        "before": pytest.approx(math.exp(2)),
+        "after": pytest.approx(math.exp(1.9)),
+        "change": pytest.approx(math.exp(-0.1) - 1),
+        "change_error": pytest.approx(math.exp(-0.1) * 0.001),
+        "interval": pytest.approx(ends, abs=1e-7),
+        "nats": pytest.approx(-0.1),
+        "nats_error": pytest.approx(0.001),
         "verdict": "better",
-    }  # fmt: skip
+    }
     assert value["all"]["nats"] == pytest.approx(0.035)
 
 
 def test_percentages():
-    assert (parse_limit(None), parse_limit("3%"), parse_limit(" 0.5 % "), parse_limit("0%")) == (None, 0.03, 0.005, 0)
+    assert (parse_limit(None), parse_limit("3%"), parse_limit(" 0.5 % "), parse_limit("0%")) == (
+        None,
+        0.03,
+        0.005,
+        0,
+    )
     for text in ("3", "0.03", "-1%", "three", "%", "1e3%"):
         with pytest.raises(ConfigError, match="expected a percentage such as 3%"):
             parse_limit(text)
 
 
-@pytest.mark.parametrize(("change", "shown"), [(-0.5, "-50.0 %"), (0.08, "+8.0 %"), (-0.0001, "+0.0 %")])
+@pytest.mark.parametrize(
+    ("change", "shown"), [(-0.5, "-50.0 %"), (0.08, "+8.0 %"), (-0.0001, "+0.0 %")]
+)
 def test_percent(change, shown):
     assert percent(change) == shown
     assert percent(change, 0.0123) == shown.replace(" %", " ± 1.2 %")

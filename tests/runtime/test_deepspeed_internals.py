@@ -1,6 +1,7 @@
 """What ranks on GPUs need, shown without one: tensors on the meta device stand for those on a GPU.
 
-Meta tensors have no values; that all tensors of an operation are on one device is what is looked at, as CUDA would.
+Meta tensors have no values; that all tensors of an operation are on one device is what is looked
+at, as CUDA would.
 """
 
 from types import SimpleNamespace
@@ -34,14 +35,19 @@ class OneDevice(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             return True  # transformers asks whether positions follow each other
         out = func(*args, **(kwargs or {}))
-        met = {t.device.type for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)}
-        assert len(met) <= 1 or "copy" in str(func), f"{func}: expected all tensors on one device, found {sorted(met)}"
+        met = {
+            t.device.type for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)
+        }
+        assert len(met) <= 1 or "copy" in str(func), (
+            f"{func}: expected all tensors on one device, found {sorted(met)}"
+        )
         return out
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """This rank's device is the one that stands for a GPU; each expert gets as many rows, since counts have no values."""
+    """This rank's device is the one that stands for a GPU; each expert gets as many rows, since
+    counts have no values."""
 
     def even(self, x_NH, counts_E):
         counts = [len(x_NH) // len(counts_E)] * len(counts_E)
@@ -60,7 +66,9 @@ def model(request, tmp_path):
         sidecar = read_sidecar(checkpoint)
         sidecar.router.kind, sidecar.projections = "linear", []
         write_sidecar(checkpoint, sidecar)
-    return load_nexus(checkpoint, torch.float32, Placement(3), RouterConfig(load_balance=0.1, z_loss=0.01), False)
+    return load_nexus(
+        checkpoint, torch.float32, Placement(3), RouterConfig(load_balance=0.1, z_loss=0.01), False
+    )
 
 
 def parameters_to_device(model):
@@ -90,16 +98,21 @@ def test_a_pass_forward_and_backward_needs_nothing_from_another_device(gpu, mode
 
 
 def test_a_buffer_left_behind_is_seen(gpu, model):
-    """What the test above is worth: without its buffers there the model can't make one forward pass."""
+    """What the test above is worth: without its buffers there the model can't make one forward
+    pass."""
     parameters_to_device(model)
-    with pytest.raises(AssertionError, match=r"expected all tensors on one device, found \['cpu', 'meta'\]"):
+    with pytest.raises(
+        AssertionError, match=r"expected all tensors on one device, found \['cpu', 'meta'\]"
+    ):
         pass_and_back(model)
 
 
 def test_an_engine_gets_a_model_with_all_its_buffers_on_the_device(gpu, model, monkeypatch):
     """DeepSpeed is left out: of a partitioned model it moves no buffer."""
     monkeypatch.setattr(
-        engine.deepspeed, "initialize", lambda model, **rest: (SimpleNamespace(module=model), None, None, None)
+        engine.deepspeed,
+        "initialize",
+        lambda model, **rest: (SimpleNamespace(module=model), None, None, None),
     )
     model.model.register_buffer("later", torch.zeros(2), persistent=False)
     config = Config()

@@ -36,26 +36,84 @@ def config(expert=1, batch=8, micro=0, stage=2):
 
 def test_a_layout_that_runs_is_cut_evenly():
     assert check_layout({}, config(), 4, 4, 4) == (2, Batch(2, 1))
-    assert check_layout({"zero_optimization": {"stage": 3}}, config(micro=1, expert=2), 2, 2, 3) == (3, Batch(1, 4))
-    assert check_layout({}, config(expert=3), 2, 2, 0)[0] == 2  # a dense model has no experts to spread
+    assert check_layout(
+        {"zero_optimization": {"stage": 3}}, config(micro=1, expert=2), 2, 2, 3
+    ) == (3, Batch(1, 4))
+    # a dense model has no experts to spread
+    assert check_layout({}, config(expert=3), 2, 2, 0)[0] == 2
 
 
 @pytest.mark.parametrize(
     ("zero", "changes", "world", "message"),
     [
-        ({"stage": 0}, {}, 2, "ZeRO stage 0 clips wrongly with expert layers and keeps no masters; use ds_configs/z1"),
-        ({"stage": 2}, {"expert": 3}, 4, "parallel.expert 3 does not divide 4 ranks; use a divisor of 4, or 0 for auto"),
-        ({"stage": 2}, {"batch": 6}, 4, "training.batch_size 6 does not divide over 4 ranks; use a multiple of 4"),
-        ({"stage": 2}, {"micro": 3}, 1, "a rank's 8 sequences a step are not a multiple of training.micro_batch_size 3"),
-        ({"stage": 2, "offload_param": {"device": "cpu"}}, {}, 2, "offload_param needs ZeRO stage 3, this is stage 2; use"),
-        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, {}, 2, "offload_optimizer.device: nvme is not supported"),
-        ({"stage": 3, "zero_hpz_partition_size": 2}, {}, 2, "zero_hpz_partition_size: 2 is not supported: DeepSpeed's exp"),
-        ({"stage": 3, "zero_quantized_gradients": True}, {}, 2, "zero_quantized_gradients: True is not supported: Deep"),
-        ({"stage": 2, "round_robin_gradients": True}, {}, 2, "round_robin_gradients: True is not supported: DeepSpeed th"),
-        ({"stage": 1, "contiguous_gradients": False}, {}, 2, "contiguous_gradients: False is not supported: DeepSpeed's"),
-        ({"stage": 1, "reduce_scatter": False}, {}, 2, "reduce_scatter: False is not supported: DeepSpeed's expert laye"),
+        (
+            {"stage": 0},
+            {},
+            2,
+            "ZeRO stage 0 clips wrongly with expert layers and keeps no masters; use ds_configs/z1",
+        ),
+        (
+            {"stage": 2},
+            {"expert": 3},
+            4,
+            "parallel.expert 3 does not divide 4 ranks; use a divisor of 4, or 0 for auto",
+        ),
+        (
+            {"stage": 2},
+            {"batch": 6},
+            4,
+            "training.batch_size 6 does not divide over 4 ranks; use a multiple of 4",
+        ),
+        (
+            {"stage": 2},
+            {"micro": 3},
+            1,
+            "a rank's 8 sequences a step are not a multiple of training.micro_batch_size 3",
+        ),
+        (
+            {"stage": 2, "offload_param": {"device": "cpu"}},
+            {},
+            2,
+            "offload_param needs ZeRO stage 3, this is stage 2; use",
+        ),
+        (
+            {"stage": 3, "offload_optimizer": {"device": "nvme"}},
+            {},
+            2,
+            "offload_optimizer.device: nvme is not supported",
+        ),
+        (
+            {"stage": 3, "zero_hpz_partition_size": 2},
+            {},
+            2,
+            "zero_hpz_partition_size: 2 is not supported: DeepSpeed's exp",
+        ),
+        (
+            {"stage": 3, "zero_quantized_gradients": True},
+            {},
+            2,
+            "zero_quantized_gradients: True is not supported: Deep",
+        ),
+        (
+            {"stage": 2, "round_robin_gradients": True},
+            {},
+            2,
+            "round_robin_gradients: True is not supported: DeepSpeed th",
+        ),
+        (
+            {"stage": 1, "contiguous_gradients": False},
+            {},
+            2,
+            "contiguous_gradients: False is not supported: DeepSpeed's",
+        ),
+        (
+            {"stage": 1, "reduce_scatter": False},
+            {},
+            2,
+            "reduce_scatter: False is not supported: DeepSpeed's expert laye",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_layout_that_cannot_run_is_refused_in_one_sentence(zero, changes, world, message):
     with pytest.raises(LayoutError) as found:
         check_layout({"zero_optimization": zero}, config(**changes), world, world, 4)
@@ -64,13 +122,17 @@ def test_a_layout_that_cannot_run_is_refused_in_one_sentence(zero, changes, worl
 
 
 def test_misspelt_keys_are_found_at_both_levels(tmp_path):
-    with pytest.raises(ConfigError, match=r"unknown key zero_optimization.overlap_com, did you mean overlap_comm\?"):
+    with pytest.raises(
+        ConfigError, match=r"unknown key zero_optimization.overlap_com, did you mean overlap_comm\?"
+    ):
         check_layout({"zero_optimization": {"stage": 2, "overlap_com": True}}, config(), 2, 2, 4)
     with pytest.raises(ConfigError, match="zero_optimization: "):
         check_layout({"zero_optimization": {"stage": "two"}}, config(), 2, 2, 4)
     path = tmp_path / "z.json"
     path.write_text(json.dumps({"zero_optimisation": {"stage": 2}}))
-    with pytest.raises(ConfigError, match=r"unknown key zero_optimisation, did you mean zero_optimization\?"):
+    with pytest.raises(
+        ConfigError, match=r"unknown key zero_optimisation, did you mean zero_optimization\?"
+    ):
         read_deepspeed_json(path, Config().parallel)
 
 
@@ -97,22 +159,41 @@ def test_automatic_expert_parallelism_stays_within_a_node():
 def names_of(model, groups):
     """Return name, decay and scale of each group, and the names of its parameters."""
     known = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {g["name"]: (g["weight_decay"], g["lr_scale"], sorted(known[id(p)] for p in g["params"])) for g in groups}
+    return {
+        g["name"]: (g["weight_decay"], g["lr_scale"], sorted(known[id(p)] for p in g["params"]))
+        for g in groups
+    }
 
 
-BLOCK = ["experts.w1", "experts.w2", "experts.w3",
-         *(f"shared_experts.{part}_proj.weight" for part in ("down", "gate", "up"))]  # fmt: skip
+BLOCK = [
+    "experts.w1",
+    "experts.w2",
+    "experts.w3",
+    *(f"shared_experts.{part}_proj.weight" for part in ("down", "gate", "up")),
+]
 MATRICES = sorted(
     [f"model.layers.{layer}.mlp.{name}" for layer in range(2) for name in BLOCK]
-    + [f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in range(2) for part in "qkvo"]
+    + [
+        f"model.layers.{layer}.self_attn.{part}_proj.weight"
+        for layer in range(2)
+        for part in "qkvo"
+    ]
     + ["model.embed_tokens.weight"]
 )
-VECTORS = ["model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight",
-           "model.layers.1.input_layernorm.weight", "model.layers.1.post_attention_layernorm.weight",
-           "model.norm.weight"]  # fmt: skip
+VECTORS = [
+    "model.layers.0.input_layernorm.weight",
+    "model.layers.0.post_attention_layernorm.weight",
+    "model.layers.1.input_layernorm.weight",
+    "model.layers.1.post_attention_layernorm.weight",
+    "model.norm.weight",
+]
 ROUTERS = {
     "nexus": ["projection.maps.0.weight", "projection.maps.1.weight"],
-    "context": ["mean", "projection.log_norm", *(f"projection.{name}.weight" for name in ("maps.0", "maps.1", "out"))],
+    "context": [
+        "mean",
+        "projection.log_norm",
+        *(f"projection.{name}.weight" for name in ("maps.0", "maps.1", "out")),
+    ],
     "linear": ["gate.weight"],
 }
 
@@ -121,30 +202,44 @@ def started(monkeypatch, directory, experts, accumulation=1, lr_scale=0.3):
     """Return a model, and what start_engine hands to DeepSpeed for it."""
     given, used = {}, config()
     used.training.weight_decay, used.router.lr_scale, used.model.dtype = 0.2, lr_scale, "fp32"
-    monkeypatch.setattr(deepspeed, "initialize", lambda **values: given.update(values) or (object(),))
+    monkeypatch.setattr(
+        deepspeed, "initialize", lambda **values: given.update(values) or (object(),)
+    )
     model = load_nexus(directory, torch.float32, Placement(experts), used.router, False)
     start_engine(model, {"zero_optimization": {"stage": 2}}, used, Batch(1, accumulation))
     return model, given
 
 
 @pytest.mark.parametrize("kind", ROUTERS)
-def test_each_parameter_is_in_its_group_by_name(monkeypatch, tmp_path, nexus_dir, context_dir, kind):
-    """P has no decay and a rate of its own; free rows are a layer like others and have the model's rate."""
-    directory = {"nexus": nexus_dir, "context": context_dir}.get(kind) or make_linear(tmp_path / "linear")
+def test_each_parameter_is_in_its_group_by_name(
+    monkeypatch, tmp_path, nexus_dir, context_dir, kind
+):
+    """P has no decay and a rate of its own; free rows are a layer like others and have the model's
+    rate."""
+    directory = {"nexus": nexus_dir, "context": context_dir}.get(kind) or make_linear(
+        tmp_path / "linear"
+    )
     model, given = started(monkeypatch, directory, 3)
-    router = sorted(f"model.layers.{layer}.mlp.router.{name}" for layer in range(2) for name in ROUTERS[kind])
+    router = sorted(
+        f"model.layers.{layer}.mlp.router.{name}" for layer in range(2) for name in ROUTERS[kind]
+    )
     assert names_of(model, given["model_parameters"]) == {
-        "matrices": (0.2, 1.0, MATRICES), "vectors": (0.0, 1.0, VECTORS),
+        "matrices": (0.2, 1.0, MATRICES),
+        "vectors": (0.0, 1.0, VECTORS),
         "router": (0.0, 1.0 if kind == "linear" else 0.3, router),
-    }  # fmt: skip
+    }
 
 
 def test_a_dense_model_has_no_router_group_and_each_parameter_once(dense_dir):
     model = load_stock(dense_dir, torch.float32)
     found = names_of(model, parameter_groups(model, Config().training, 0.05))
     assert list(found) == ["matrices", "vectors"]
-    assert sorted(found["matrices"][2] + found["vectors"][2]) == sorted(name for name, _ in model.named_parameters())
-    assert all(("norm" in name) == (name in found["vectors"][2]) for name, _ in model.named_parameters())
+    assert sorted(found["matrices"][2] + found["vectors"][2]) == sorted(
+        name for name, _ in model.named_parameters()
+    )
+    assert all(
+        ("norm" in name) == (name in found["vectors"][2]) for name, _ in model.named_parameters()
+    )
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -159,7 +254,9 @@ def test_activation_checkpointing_is_of_the_kind_that_is_asked_for(monkeypatch, 
     used.training.activation_checkpointing = kind
     monkeypatch.setattr(deepspeed, "initialize", lambda **values: (object(),))
     model = load_nexus(nexus_dir, torch.float32, Placement(3), used.router, False)
-    monkeypatch.setattr(model, "gradient_checkpointing_enable", lambda **values: given.update(values))
+    monkeypatch.setattr(
+        model, "gradient_checkpointing_enable", lambda **values: given.update(values)
+    )
     start_engine(model, {"zero_optimization": {"stage": 2}}, used, Batch(1, 1))
     wanted = {"gradient_checkpointing_kwargs": {"use_reentrant": kind == "reentrant"}}
     assert given == ({} if kind == "none" else wanted)
@@ -167,19 +264,32 @@ def test_activation_checkpointing_is_of_the_kind_that_is_asked_for(monkeypatch, 
 
 def test_the_recipes_training_reaches_deepspeed():
     used = config()
-    used.training.beta1, used.training.beta2, used.training.weight_decay, used.training.lr = 0.8, 0.97, 0.3, 4e-3
+    used.training.beta1, used.training.beta2, used.training.weight_decay, used.training.lr = (
+        0.8,
+        0.97,
+        0.3,
+        4e-3,
+    )
     used.training.clip = 0.25
     values = deepspeed_config({"zero_optimization": {"stage": 2}}, used, Batch(3, 4))
     adam = values["optimizer"]["params"]
     assert values["optimizer"]["type"] == "AdamW"
-    assert (adam["lr"], adam["betas"], adam["eps"], adam["weight_decay"]) == (4e-3, [0.8, 0.97], 1e-8, 0.3)
+    assert (adam["lr"], adam["betas"], adam["eps"], adam["weight_decay"]) == (
+        4e-3,
+        [0.8, 0.97],
+        1e-8,
+        0.3,
+    )
     assert values["gradient_clipping"] == 0.25
-    assert (values["train_micro_batch_size_per_gpu"], values["gradient_accumulation_steps"]) == (3, 4)
+    assert (values["train_micro_batch_size_per_gpu"], values["gradient_accumulation_steps"]) == (
+        3,
+        4,
+    )
     for dtype in ("fp32", "bf16"):
         used.model.dtype = dtype
-        assert deepspeed_config({"zero_optimization": {"stage": 2}}, used, Batch(1, 1))["bf16"]["enabled"] == (
-            dtype == "bf16"
-        )
+        assert deepspeed_config({"zero_optimization": {"stage": 2}}, used, Batch(1, 1))["bf16"][
+            "enabled"
+        ] == (dtype == "bf16")
 
 
 def test_a_rate_reaches_every_group_times_its_scale():
@@ -202,7 +312,9 @@ def test_a_partitioned_matrix_is_still_decayed():
 def test_adamw_is_fused_wherever_the_gpu_does_the_update(monkeypatch, cpu, offload):
     monkeypatch.setattr(internals, "on_cpu", lambda: cpu)
     zero = {"stage": 2, **({"offload_optimizer": {"device": "cpu"}} if offload else {})}
-    adam = deepspeed_config({"zero_optimization": zero}, config(), Batch(1, 1))["optimizer"]["params"]
+    adam = deepspeed_config({"zero_optimization": zero}, config(), Batch(1, 1))["optimizer"][
+        "params"
+    ]
     assert adam.get("fused", False) == (not cpu and not offload) and adam["torch_adam"]
 
 

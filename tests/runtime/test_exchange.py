@@ -1,4 +1,5 @@
-"""An all-to-all that travels while something else is computed: values, gradients, and the order in which things happen."""
+"""An all-to-all that travels while something else is computed: values, gradients, and the order in
+which things happen."""
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from nexus_ds.runtime.exchange import Exchange
 @pytest.fixture
 def group(tmp_path):
     """One rank that sends to itself."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
     yield dist.group.WORLD
     dist.destroy_process_group()
 

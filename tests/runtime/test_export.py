@@ -1,4 +1,5 @@
-"""What an export writes beside the tensors, and what is judged before it counts: the reloaded model's logits."""
+"""What an export writes beside the tensors, and what is judged before it counts: the reloaded
+model's logits."""
 
 import json
 import shutil
@@ -41,7 +42,9 @@ def moved(found, tokens, by):
 def test_in_fp32_no_token_may_differ(nexus_dir):
     expected = logits(nexus_dir, torch.float32)
     assert _verify(nexus_dir, torch.float32, TOKENS, expected) <= 1e-6
-    assert _verify(nexus_dir, torch.float32, TOKENS, moved(expected, 1, 5e-6)) == pytest.approx(5e-6, rel=0.2)
+    assert _verify(nexus_dir, torch.float32, TOKENS, moved(expected, 1, 5e-6)) == pytest.approx(
+        5e-6, rel=0.2
+    )
     message = "does not compute what was trained: logits differ by .* of the largest, expected at most 1e-05; nothing"
     with pytest.raises(CheckpointError, match=message):
         _verify(nexus_dir, torch.float32, TOKENS, moved(expected, 1, 3e-5))
@@ -49,7 +52,9 @@ def test_in_fp32_no_token_may_differ(nexus_dir):
 
 def test_in_bf16_one_token_in_ten_may_take_another_way_and_no_more(nexus_dir):
     expected = logits(nexus_dir, torch.bfloat16)
-    assert _verify(nexus_dir, torch.bfloat16, TOKENS, moved(expected, 3, 0.5)) == pytest.approx(0.5, rel=0.2)
+    assert _verify(nexus_dir, torch.bfloat16, TOKENS, moved(expected, 3, 0.5)) == pytest.approx(
+        0.5, rel=0.2
+    )
     with pytest.raises(CheckpointError, match="expected at most 2e-02"):
         _verify(nexus_dir, torch.bfloat16, TOKENS, moved(expected, 6, 0.5))
     with pytest.raises(CheckpointError, match="expected at most 2e-02"):
@@ -58,7 +63,12 @@ def test_in_bf16_one_token_in_ten_may_take_another_way_and_no_more(nexus_dir):
 
 def test_logits_that_are_no_numbers_are_no_agreement(nexus_dir):
     with pytest.raises(CheckpointError, match="logits differ by nan"):
-        _verify(nexus_dir, torch.float32, TOKENS, torch.full_like(logits(nexus_dir, torch.float32), float("nan")))
+        _verify(
+            nexus_dir,
+            torch.float32,
+            TOKENS,
+            torch.full_like(logits(nexus_dir, torch.float32), float("nan")),
+        )
 
 
 @pytest.mark.parametrize("kind", ["nexus_dir", "context_dir", "dense_dir"])
@@ -69,7 +79,9 @@ def test_the_plan_has_the_tensors_of_the_checkpoint_and_their_shapes(request, ki
     else:
         model = load_nexus(directory, torch.float32, Placement(3), RouterConfig(), False)
     stored = TensorReader(directory)
-    assert _plan(model, torch.bfloat16) == {name: ("BF16", stored.info(name).shape) for name in stored.names()}
+    assert _plan(model, torch.bfloat16) == {
+        name: ("BF16", stored.info(name).shape) for name in stored.names()
+    }
 
 
 def test_the_generation_configuration_is_the_sources(tmp_path, nexus_dir):
@@ -88,10 +100,15 @@ def test_a_failed_write_is_told_at_the_end_and_not_on_the_way(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["dense", "nexus"])
-def test_rope_stands_in_both_spellings_and_the_dtype_is_that_of_the_weights(tmp_path, dense_dir, nexus_dir, kind):
+def test_rope_stands_in_both_spellings_and_the_dtype_is_that_of_the_weights(
+    tmp_path, dense_dir, nexus_dir, kind
+):
     source = shutil.copytree(dense_dir if kind == "dense" else nexus_dir, tmp_path / "source")
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
-    before = json.loads((source / "config.json").read_text()) | {"rope_parameters": rope, "torch_dtype": "float32"}
+    before = json.loads((source / "config.json").read_text()) | {
+        "rope_parameters": rope,
+        "torch_dtype": "float32",
+    }
     (source / "config.json").write_text(json.dumps(before))
     config = written(load_stock(source, torch.float32), source, tmp_path / "out")
     assert config["rope_parameters"] == rope and config["rope_theta"] == 500.0
@@ -104,18 +121,32 @@ def test_rope_stands_in_both_spellings_and_the_dtype_is_that_of_the_weights(tmp_
 
 
 def test_a_new_model_says_both_too(tmp_path):
-    sizes = ModelConfig(hidden_size=16, layers=1, heads=2, ffn_size=24, max_positions=64, rope_theta=700.0)
+    sizes = ModelConfig(
+        hidden_size=16, layers=1, heads=2, ffn_size=24, max_positions=64, rope_theta=700.0
+    )
     config = written(new_dense(sizes, vocabulary=31, eos=0, seed=0), None, tmp_path / "out")
-    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 700.0} and config["rope_theta"] == 700.0
+    assert (
+        config["rope_parameters"] == {"rope_type": "default", "rope_theta": 700.0}
+        and config["rope_theta"] == 700.0
+    )
     assert config["tie_word_embeddings"] is True and config["architectures"] == ["LlamaForCausalLM"]
 
 
 def test_embeddings_are_tied_where_the_model_ties_them(tmp_path, dense_dir):
-    """transformers keeps a head of its own in spite of a configuration that ties; so does the trained model."""
+    """transformers keeps a head of its own in spite of a configuration that ties; so does the
+    trained model."""
     source = shutil.copytree(dense_dir, tmp_path / "source")
-    assert written(load_stock(source, torch.float32), source, tmp_path / "tied")["tie_word_embeddings"] is True
+    assert (
+        written(load_stock(source, torch.float32), source, tmp_path / "tied")["tie_word_embeddings"]
+        is True
+    )
     tensors = load_file(source / "model.safetensors")
     tensors["lm_head.weight"] = -tensors["model.embed_tokens.weight"]
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     assert json.loads((source / "config.json").read_text())["tie_word_embeddings"] is True
-    assert written(load_stock(source, torch.float32), source, tmp_path / "untied")["tie_word_embeddings"] is False
+    assert (
+        written(load_stock(source, torch.float32), source, tmp_path / "untied")[
+            "tie_word_embeddings"
+        ]
+        is False
+    )

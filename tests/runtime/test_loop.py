@@ -1,4 +1,5 @@
-"""The loop's own numbers: learning rates in the engine, samples of a step, what it logs and scores, what a resume refuses."""
+"""The loop's own numbers: learning rates in the engine, samples of a step, what it logs and scores,
+what a resume refuses."""
 
 import dataclasses
 import json
@@ -24,26 +25,66 @@ from nexus_ds.runtime.engine import split_batch
 from nexus_ds.runtime.loop import Run, read_data
 from nexus_ds.runtime.parallel_model import leave
 from nexus_ds.runtime.tally import Tally
-from nexus_ds.settings import Config, DataConfig, ModelConfig, ParallelConfig, RouterConfig, TrainingConfig
+from nexus_ds.settings import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    RouterConfig,
+    TrainingConfig,
+)
 
 WORKER = Path(__file__).parents[1] / "loop_worker.py"
 LENGTH, WINDOWS, BATCH, WORLD = 16, 5, 8, 2
 LR_SCALE, BALANCE, Z = 0.25, 0.1, 0.01
-# By hand: 3 steps of warm-up to 1e-2, a half cosine over 6 to 2e-3, a half cosine over the anneal's 4 steps to 5e-4.
+# By hand: 3 steps of warm-up to 1e-2, a half cosine over 6 to 2e-3, a half cosine over the anneal's
+# 4 steps to 5e-4.
 RATES = [
-    1e-2 / 3, 2e-2 / 3, 1e-2,
-    1e-2, 9.4641e-3, 8e-3, 6e-3, 4e-3, 2.5359e-3, 2e-3,
-    1.78033e-3, 1.25e-3, 7.19670e-4, 5e-4,
-]  # fmt: skip
-GROUPS = {"matrices": (0.1, 1.0), "ep_size_2": (0.1, 1.0), "vectors": (0.0, 1.0), "router": (0.0, LR_SCALE)}
+    1e-2 / 3,
+    2e-2 / 3,
+    1e-2,
+    1e-2,
+    9.4641e-3,
+    8e-3,
+    6e-3,
+    4e-3,
+    2.5359e-3,
+    2e-3,
+    1.78033e-3,
+    1.25e-3,
+    7.19670e-4,
+    5e-4,
+]
+GROUPS = {
+    "matrices": (0.1, 1.0),
+    "ep_size_2": (0.1, 1.0),
+    "vectors": (0.0, 1.0),
+    "router": (0.0, LR_SCALE),
+}
 SETTINGS = [
-    f"data.domains=[{','.join(DOMAINS)}]", "data.validation_domains=[gamma,alpha]", f"data.sequence_length={LENGTH}",
-    "data.mixture=uniform", "model.dtype=fp32", "parallel.expert=2", "parallel.zero_stage=2", f"router.lr_scale={LR_SCALE}",
-    f"router.load_balance={BALANCE}", f"router.z_loss={Z}", "training.tokens=0", "training.steps=10", "training.warmup=0.3",
-    f"training.anneal_tokens={4 * BATCH * LENGTH}", "training.lr=1e-2", "training.final_lr=2e-3",
-    "training.anneal_lr=5e-4", f"training.batch_size={BATCH}", "training.micro_batch_size=2", "training.log_every=1",
-    f"training.eval_windows={WINDOWS}", "pipeline.run=unused",
-]  # fmt: skip
+    f"data.domains=[{','.join(DOMAINS)}]",
+    "data.validation_domains=[gamma,alpha]",
+    f"data.sequence_length={LENGTH}",
+    "data.mixture=uniform",
+    "model.dtype=fp32",
+    "parallel.expert=2",
+    "parallel.zero_stage=2",
+    f"router.lr_scale={LR_SCALE}",
+    f"router.load_balance={BALANCE}",
+    f"router.z_loss={Z}",
+    "training.tokens=0",
+    "training.steps=10",
+    "training.warmup=0.3",
+    f"training.anneal_tokens={4 * BATCH * LENGTH}",
+    "training.lr=1e-2",
+    "training.final_lr=2e-3",
+    "training.anneal_lr=5e-4",
+    f"training.batch_size={BATCH}",
+    "training.micro_batch_size=2",
+    "training.log_every=1",
+    f"training.eval_windows={WINDOWS}",
+    "pipeline.run=unused",
+]
 
 
 # One run of two ranks -----------------------------------------------------------------------------------------------
@@ -51,32 +92,57 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory, nexus_dir, text_folder):
-    """What two ranks of a whole run saw; five windows a domain, so that a rank is idle in the last pass of each."""
+    """What two ranks of a whole run saw; five windows a domain, so that a rank is idle in the last
+    pass of each."""
     folder = tmp_path_factory.mktemp("watched")
-    words = [f"model.path={nexus_dir}", f"model.tokenizer={nexus_dir}", f"data.path={text_folder}",
-             f"output={folder / 'out'}", f"data.cache={folder / 'tokens'}", *SETTINGS]  # fmt: skip
+    words = [
+        f"model.path={nexus_dir}",
+        f"model.tokenizer={nexus_dir}",
+        f"data.path={text_folder}",
+        f"output={folder / 'out'}",
+        f"data.cache={folder / 'tokens'}",
+        *SETTINGS,
+    ]
     finish(start_ranks([WORKER, folder / "seen", *words], WORLD))
-    lines = [json.loads(line) for line in (folder / "out.training" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (folder / "out.training" / "metrics.jsonl").read_text().splitlines()
+    ]
     return SimpleNamespace(
         ranks=[json.loads(Path(f"{folder}/seen-{rank}.json").read_text()) for rank in range(WORLD)],
         train=[line for line in lines if line["kind"] == "train"],
         validation={line["step"]: line for line in lines if line["kind"] == "validation"},
-        start=nexus_dir, out=folder / "out", cache=folder / "tokens",
-    )  # fmt: skip
+        start=nexus_dir,
+        out=folder / "out",
+        cache=folder / "tokens",
+    )
 
 
 def blocks(text_folder, directory, domain, split):
-    """Return all blocks of a domain's text [n, LENGTH + 1]: documents tokenised here, each closed by the end of text."""
+    """Return all blocks of a domain's text [n, LENGTH + 1]: documents tokenised here, each closed
+    by the end of text."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     lines = (text_folder / domain / f"{split}.jsonl").read_text().splitlines()
-    ids = [i for line in lines for i in [*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]]
-    return np.array([ids[n * LENGTH : (n + 1) * LENGTH + 1] for n in range((len(ids) - 1) // LENGTH)])
+    ids = [
+        i
+        for line in lines
+        for i in [*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]
+    ]
+    return np.array(
+        [ids[n * LENGTH : (n + 1) * LENGTH + 1] for n in range((len(ids) - 1) // LENGTH)]
+    )
 
 
 def validation_windows(text_folder, directory):
     """Return five windows of each validation domain, evenly over its text."""
-    found = {domain: blocks(text_folder, directory, domain, "validation") for domain in ("gamma", "alpha")}
-    return {domain: all_of[[n * len(all_of) // WINDOWS for n in range(WINDOWS)]] for domain, all_of in found.items()}
+    found = {
+        domain: blocks(text_folder, directory, domain, "validation")
+        for domain in ("gamma", "alpha")
+    }
+    return {
+        domain: all_of[[n * len(all_of) // WINDOWS for n in range(WINDOWS)]]
+        for domain, all_of in found.items()
+    }
 
 
 @pytest.mark.slow
@@ -86,7 +152,10 @@ def test_every_group_of_the_engine_gets_the_schedules_rate_times_its_scale_at_ev
         for step, (groups, rate) in enumerate(zip(seen["groups"], RATES, strict=True)):
             assert {g["name"]: (g["weight_decay"], g["lr_scale"]) for g in groups} == GROUPS
             for group in groups:
-                assert group["lr"] == pytest.approx(rate * group["lr_scale"], rel=1e-5), (step, group)
+                assert group["lr"] == pytest.approx(rate * group["lr_scale"], rel=1e-5), (
+                    step,
+                    group,
+                )
     assert [line["lr"] for line in watched.train] == pytest.approx(RATES, rel=1e-5)
 
 
@@ -101,11 +170,14 @@ def test_each_step_trains_on_each_of_its_samples_once(watched):
 
 
 def judge(line, model_dir, windows):
-    """Compare a logged validation with the scoring of a checkpoint, and that with plain transformers."""
+    """Compare a logged validation with the scoring of a checkpoint, and that with plain
+    transformers."""
     expected = score(model_dir, windows, batch=3, precision="fp32")
     assert line["loss"].keys() == windows.keys()
     assert line["loss"] == pytest.approx(expected.loss, abs=1e-5)
-    assert line["perplexity"] == pytest.approx({name: np.exp(loss) for name, loss in expected.loss.items()}, rel=1e-4)
+    assert line["perplexity"] == pytest.approx(
+        {name: np.exp(loss) for name, loss in expected.loss.items()}, rel=1e-4
+    )
     shares = expected.routing.mean_share()
     for name in windows:
         assert line["routing"][name] == pytest.approx(shares[name], abs=1e-9)
@@ -129,7 +201,9 @@ def test_validation_before_and_after_is_the_scoring_of_the_validation_text(watch
 
 
 @pytest.mark.slow
-def test_the_first_line_of_the_log_is_what_the_oracle_computes_of_the_first_steps_samples(watched, text_folder, alone):
+def test_the_first_line_of_the_log_is_what_the_oracle_computes_of_the_first_steps_samples(
+    watched, text_folder, alone
+):
     sampler = reading(made(watched.start, text_folder, watched.cache)).data.sampler
     parts = [seen["samples"][0][first : first + 2] for seen in watched.ranks for first in (0, 2)]
     model = oracle.load(watched.start, torch.float32, RouterConfig())
@@ -140,12 +214,19 @@ def test_the_first_line_of_the_log_is_what_the_oracle_computes_of_the_first_step
         tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
         for sample, windows in zip(samples, tokens, strict=True):
             with torch.no_grad():
-                losses[sampler.domains[sample.domain_index]].append(float(oracle.losses(model, windows[None])[0]))
+                losses[sampler.domains[sample.domain_index]].append(
+                    float(oracle.losses(model, windows[None])[0])
+                )
             for block in model.model.layers:
-                counts[sample.domain_index] += torch.bincount(block.mlp.selected.flatten(), minlength=experts)
+                counts[sample.domain_index] += torch.bincount(
+                    block.mlp.selected.flatten(), minlength=experts
+                )
         for name in ("load_balance", "z_loss"):
             for block in model.model.layers:
-                block.mlp.load_balance, block.mlp.z_loss = float(name == "load_balance"), float(name == "z_loss")
+                block.mlp.load_balance, block.mlp.z_loss = (
+                    float(name == "load_balance"),
+                    float(name == "z_loss"),
+                )
             units.append(float(oracle.losses(model, tokens)[1].detach()) / 2)
     line, router = watched.train[0], watched.train[0]["router"]
     seen = {name: found for name, found in losses.items() if found}
@@ -156,7 +237,9 @@ def test_the_first_line_of_the_log_is_what_the_oracle_computes_of_the_first_step
     assert router["load_balance"] == pytest.approx(sum(units[0::2]) / len(parts), abs=1e-5)
     assert router["z"] == pytest.approx(sum(units[1::2]) / len(parts), abs=1e-5)
     share = counts.sum(0) / counts.sum()
-    assert (router["load_min"], router["load_max"]) == pytest.approx((float(share.min()), float(share.max())), abs=1e-9)
+    assert (router["load_min"], router["load_max"]) == pytest.approx(
+        (float(share.min()), float(share.max())), abs=1e-9
+    )
     own = [float(counts[d, d] / counts[d].sum()) for d in range(experts) if counts[d].sum()]
     assert router["own_share"] == pytest.approx(sum(own) / len(own), abs=1e-6)
 
@@ -192,12 +275,17 @@ def test_the_samples_of_a_step_come_each_once_over_ranks_and_passes(world, micro
         found = [run._batch(step, part) for run in runs for part in range(run.batch.accumulation)]
         numbers = torch.cat([tokens[:, 0] for tokens, _ in found])
         assert numbers.tolist() == list(range(step * 8, step * 8 + 8))
-        assert torch.cat([domains for _, domains in found]).tolist() == [int(n) % 3 for n in numbers]
-        assert all(tokens.shape == (run.batch.micro, LENGTH + 1) for run in runs for tokens, _ in found)
+        assert torch.cat([domains for _, domains in found]).tolist() == [
+            int(n) % 3 for n in numbers
+        ]
+        assert all(
+            tokens.shape == (run.batch.micro, LENGTH + 1) for run in runs for tokens, _ in found
+        )
 
 
 class Engine(torch.nn.Module):
-    """Stands for an engine of one group and one weight; notes the rate with which each step is made."""
+    """Stands for an engine of one group and one weight; notes the rate with which each step is
+    made."""
 
     def __init__(self, norm=1.0):
         super().__init__()
@@ -224,7 +312,9 @@ class Engine(torch.nn.Module):
 
 
 def test_a_step_has_its_own_rate_and_goes_through_all_passes():
-    training = TrainingConfig(steps=4, batch_size=4, micro_batch_size=2, warmup=0.5, schedule="constant", lr=1e-2)
+    training = TrainingConfig(
+        steps=4, batch_size=4, micro_batch_size=2, warmup=0.5, schedule="constant", lr=1e-2
+    )
     run = bare(training, engine=Engine(), experts=[], domains=["a", "b", "c"])
     tally = run._tally()
     assert [run._step(step, tally) for step in range(3)] == [1.0] * 3
@@ -236,7 +326,11 @@ def test_a_step_has_its_own_rate_and_goes_through_all_passes():
 @pytest.mark.parametrize("norm", [None, float("nan"), float("inf")])
 def test_a_norm_that_is_no_number_stops_the_run_and_names_step_samples_and_state(norm, tmp_path):
     run = bare(
-        TrainingConfig(steps=4, batch_size=4), engine=Engine(norm), experts=[], domains=list("abc"), work=tmp_path
+        TrainingConfig(steps=4, batch_size=4),
+        engine=Engine(norm),
+        experts=[],
+        domains=list("abc"),
+        work=tmp_path,
     )
     (tmp_path / "states" / "step_2").mkdir(parents=True)
     message = rf"the gradient norm is {norm} at step 4 \(samples from 12\); stopped, last training state: step 2; lower"
@@ -270,10 +364,17 @@ def test_a_tally_keeps_domains_and_experts_apart():
     assert tally.mean_loss() == 3.5
     routing = tally.routing(names, experts)
     assert routing == {
-        "a": pytest.approx({"x": 2 / 6, "y": 0, "z": 4 / 6}), "c": pytest.approx({"x": 1 / 6, "y": 5 / 6, "z": 0}),
-    }  # fmt: skip
+        "a": pytest.approx({"x": 2 / 6, "y": 0, "z": 4 / 6}),
+        "c": pytest.approx({"x": 1 / 6, "y": 5 / 6, "z": 0}),
+    }
     assert tally.router() == pytest.approx(
-        {"load_balance": 2.0, "z": 0.5, "gate": (0.5 + 5 / 6) / 2, "load_min": 3 / 12, "load_max": 5 / 12}
+        {
+            "load_balance": 2.0,
+            "z": 0.5,
+            "gate": (0.5 + 5 / 6) / 2,
+            "load_min": 3 / 12,
+            "load_max": 5 / 12,
+        }
     )
     tally.add(torch.full((1, 3), 11.0), torch.tensor([0]), [passed([[1]] * 3, [0.5] * 3, 3.5, 1.0)])
     assert tally.losses(names) == {"a": 8.0, "c": 2.0}
@@ -312,39 +413,76 @@ BEFORE = "free: read before training; the model at the start is what it made"
 HALF = ("data.mixture=explicit", 'data.weights={"alpha":0.5,"beta":0.25,"gamma":0.25}')
 REPLAY = ("data.mixture=replay", "data.new_domains=[gamma]")
 DENSE = ("model.path=", "model.hidden_size=24", "model.heads=2", "model.ffn_size=32")
-VERDICTS = (  # section, verdict, what both runs have, settings with another value: every setting has a place here
-    ("training", REFUSED, (), "tokens=4096 steps=11 batch_size=16 lr=2e-2 final_lr=1e-3 warmup=0.2 schedule=constant "
-     "anneal_tokens=0 anneal_lr=1e-4 weight_decay=0.2 beta1=0.8 beta2=0.99 moments=elsewhere clip=0.5 eval_windows=4"),
-    ("training", SPEED, (), "micro_batch_size=4 activation_checkpointing=reentrant log_every=5 eval_every=5 save_every=5 "
-     "keep_last=3"),
+# section, verdict, what both runs have, settings with another value: every setting has a place here
+VERDICTS = (
+    (
+        "training",
+        REFUSED,
+        (),
+        "tokens=4096 steps=11 batch_size=16 lr=2e-2 final_lr=1e-3 warmup=0.2 schedule=constant "
+        "anneal_tokens=0 anneal_lr=1e-4 weight_decay=0.2 beta1=0.8 beta2=0.99 moments=elsewhere clip=0.5 eval_windows=4",
+    ),
+    (
+        "training",
+        SPEED,
+        (),
+        "micro_batch_size=4 activation_checkpointing=reentrant log_every=5 eval_every=5 save_every=5 "
+        "keep_last=3",
+    ),
     ("router", REFUSED, (), "lr_scale=0.5 load_balance=0.2 z_loss=0.02"),
-    ("router", BEFORE, (), "kind=linear input=context depth=1 width=8 projection=gelu row_norm=fixed init=normal "
-     "init_norm=0.25 centre=false top_k=2 warm_start=none fit_steps=7 fit_lr=0.1 fit_windows=7 fit_chunks=7 "
-     "fit_background=[alpha]"),
-    ("data", REFUSED, (), "path=OTHER_TEXT domains=[alpha,beta] domains=[beta,alpha,gamma] "
-     "sequence_length=8 max_bytes=2000 on_bad_row=skip"),
+    (
+        "router",
+        BEFORE,
+        (),
+        "kind=linear input=context depth=1 width=8 projection=gelu row_norm=fixed init=normal "
+        "init_norm=0.25 centre=false top_k=2 warm_start=none fit_steps=7 fit_lr=0.1 fit_windows=7 fit_chunks=7 "
+        "fit_background=[alpha]",
+    ),
+    (
+        "data",
+        REFUSED,
+        (),
+        "path=OTHER_TEXT domains=[alpha,beta] domains=[beta,alpha,gamma] "
+        "sequence_length=8 max_bytes=2000 on_bad_row=skip",
+    ),
     ("data", REFUSED, HALF, 'weights={"alpha":0.25,"beta":0.5,"gamma":0.25} mixture=uniform'),
     ("data", REFUSED, REPLAY, "new_domains=[alpha] new_share=0.25"),
     ("data", REFUSED, ("model.tokenizer=BOS_TOKENIZER",), "bos=false"),
     ("data", SPEED, (), "validation_domains=[alpha] cache=OTHER_CACHE workers=1"),
     ("model", REFUSED, (), "path=OTHER_MODEL dtype=bf16 tokenizer=OTHER_TOKENIZER"),
-    ("model", REFUSED, DENSE, "hidden_size=48 layers=2 heads=4 kv_heads=1 ffn_size=48 max_positions=128 "
-     "rope_theta=5000.0 tied_embeddings=false"),
+    (
+        "model",
+        REFUSED,
+        DENSE,
+        "hidden_size=48 layers=2 heads=4 kv_heads=1 ffn_size=48 max_positions=128 "
+        "rope_theta=5000.0 tied_embeddings=false",
+    ),
     ("model", BEFORE, (), "shared_expert=none"),
     ("parallel", SPEED, (), "expert=1 zero_stage=3 grouped_mm=true"),
-)  # fmt: skip
+)
 CHANGES = [
-    (f"{section}.{word}", verdict, both) for section, verdict, both, words in VERDICTS for word in words.split()
+    (f"{section}.{word}", verdict, both)
+    for section, verdict, both, words in VERDICTS
+    for word in words.split()
 ] + [("seed=1", REFUSED, ())]
 SECTIONS = {
-    "training": TrainingConfig, "router": RouterConfig, "data": DataConfig, "model": ModelConfig, "parallel": ParallelConfig,
-}  # fmt: skip
+    "training": TrainingConfig,
+    "router": RouterConfig,
+    "data": DataConfig,
+    "model": ModelConfig,
+    "parallel": ParallelConfig,
+}
 
 
 def made(model, text, cache, *words):
     """Return the configuration of the watched run, and `words` laid over it."""
     config = Config()
-    common = (f"model.path={model}", f"model.tokenizer={model}", f"data.path={text}", f"data.cache={cache}")
+    common = (
+        f"model.path={model}",
+        f"model.tokenizer={model}",
+        f"data.path={text}",
+        f"data.cache={cache}",
+    )
     for word in (*common, *SETTINGS, *words):
         _apply(config, parse_override(word), "")
     return config
@@ -353,7 +491,9 @@ def made(model, text, cache, *words):
 def reading(config):
     """Return a Run without an engine that has read its data. Needs a process group."""
     tokenizer = Path(config.model.tokenizer)
-    return bare(config.training, config=config, tokenizer=tokenizer, data=read_data(config, tokenizer))
+    return bare(
+        config.training, config=config, tokenizer=tokenizer, data=read_data(config, tokenizer)
+    )
 
 
 def put_bos(directory):
@@ -376,23 +516,40 @@ def others(tmp_path_factory, text_folder, nexus_dir):
     save_tokenizer(folder / "tokenizer", {"alpha": "tree leaf", "beta": "sum", "gamma": "ship"})
     put_bos(shutil.copytree(nexus_dir, folder / "bos"))
     return {
-        "OTHER_TEXT": folder / "text", "OTHER_CACHE": folder / "other-tokens", "OTHER_TOKENIZER": folder / "tokenizer",
-        "BOS_TOKENIZER": folder / "bos", "OTHER_MODEL": make_nexus(folder / "model", seed=5), "cache": folder / "tokens",
-    }  # fmt: skip
+        "OTHER_TEXT": folder / "text",
+        "OTHER_CACHE": folder / "other-tokens",
+        "OTHER_TOKENIZER": folder / "tokenizer",
+        "BOS_TOKENIZER": folder / "bos",
+        "OTHER_MODEL": make_nexus(folder / "model", seed=5),
+        "cache": folder / "tokens",
+    }
 
 
 def test_every_setting_has_its_place_in_the_verdicts():
-    settings = {f"{section}.{field.name}" for section, form in SECTIONS.items() for field in dataclasses.fields(form)}
+    settings = {
+        f"{section}.{field.name}"
+        for section, form in SECTIONS.items()
+        for field in dataclasses.fields(form)
+    }
     assert {word.partition("=")[0] for word, _, _ in CHANGES} - {"seed"} == settings
 
 
 @pytest.mark.parametrize(("word", "verdict", "both"), CHANGES, ids=lambda value: str(value)[:40])
-def test_a_state_goes_on_under_the_same_course_alone(word, verdict, both, alone, others, nexus_dir, text_folder):
+def test_a_state_goes_on_under_the_same_course_alone(
+    word, verdict, both, alone, others, nexus_dir, text_folder
+):
     def state(*words):
-        words = [f"{key}={others.get(value, value)}" for key, _, value in (w.partition("=") for w in (*both, *words))]
+        words = [
+            f"{key}={others.get(value, value)}"
+            for key, _, value in (w.partition("=") for w in (*both, *words))
+        ]
         run = reading(made(nexus_dir, text_folder, others["cache"], *words))
         model = None if run.config.model.path else run._model(None, False, leave)
-        return {"step": 3, "config": run._identity(), "parameters": portable_state.shapes(model) if model else {}}
+        return {
+            "step": 3,
+            "config": run._identity(),
+            "parameters": portable_state.shapes(model) if model else {},
+        }
 
     saved = json.loads(json.dumps(state()))
     states._compare(saved, *_now(state()))

@@ -1,4 +1,5 @@
-"""Loading a checkpoint of more than a billion parameters: no rank holds more than its shard, a layer and a constant."""
+"""Loading a checkpoint of more than a billion parameters: no rank holds more than its shard, a
+layer and a constant."""
 
 import json
 from pathlib import Path
@@ -34,7 +35,9 @@ def test_a_training_state_costs_little_more_than_a_copy_of_its_bytes(tmp_path, c
     make_large(tmp_path / "model", hidden=512, ffn=2048, layers=6, experts=4, vocabulary=8000)
     words = ["stage=3", "model.dtype=bf16", "parallel.expert=2", "training.batch_size=2"]
     worker = WORKER.with_name("speed_worker.py")
-    finish(start_ranks([worker, tmp_path / "model", tmp_path / "states", tmp_path / "out", *words], 2))
+    finish(
+        start_ranks([worker, tmp_path / "model", tmp_path / "states", tmp_path / "out", *words], 2)
+    )
     found = json.loads((tmp_path / "out.json").read_text())
     median = {name: sorted(values)[1] for name, values in found["seconds"].items()}
     with capsys.disabled():

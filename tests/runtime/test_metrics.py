@@ -1,4 +1,5 @@
-"""What a run tells: one JSON line and one line of text a call, nested numbers flat on the board, nothing on other ranks."""
+"""What a run tells: one JSON line and one line of text a call, nested numbers flat on the board,
+nothing on other ranks."""
 
 import json
 import threading
@@ -10,7 +11,12 @@ from launch import file_limit
 
 from nexus_ds.runtime.metrics import Metrics, _flat
 
-VALUES = {"loss": {"alpha": 2.5, "beta": 1}, "lr": 1e-3, "note": "text", "router": {"own": {"a": 0.5}}}
+VALUES = {
+    "loss": {"alpha": 2.5, "beta": 1},
+    "lr": 1e-3,
+    "note": "text",
+    "router": {"own": {"a": 0.5}},
+}
 
 
 def test_nested_numbers_are_flat_and_words_are_left_out():
@@ -24,7 +30,9 @@ def test_a_call_is_a_line_in_the_file_and_one_on_the_screen(tmp_path, capsys):
     again = Metrics(tmp_path / "run", "moe", 5, 10, True)  # a resumed run goes on in the same file
     again.log("validation", 10, {"loss": 1.0}, "done")
     again.close()
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [(line["kind"], line["step"]) for line in lines] == [("train", 5), ("validation", 10)]
     assert {key: lines[0][key] for key in VALUES} == VALUES
     assert abs(lines[0]["time"] - time.time()) < 600
@@ -40,7 +48,10 @@ def test_the_board_has_every_number_at_its_step(tmp_path):
     metrics.close()
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert board.Tags()["scalars"] == ["train/loss", "train/router/gate"]
-    assert [(event.step, event.value) for event in board.Scalars("train/router/gate")] == [(1, 0.75), (2, 0.5)]
+    assert [(event.step, event.value) for event in board.Scalars("train/router/gate")] == [
+        (1, 0.75),
+        (2, 0.5),
+    ]
 
 
 def test_another_rank_writes_nothing_and_says_nothing(tmp_path, capsys):
@@ -58,7 +69,8 @@ def test_the_time_left_is_that_of_the_steps_left_at_the_speed_of_this_start(monk
     assert metrics.eta(14) == "1m20s"  # 4 steps in 20 s, 16 to go
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard writes in a thread
+# TensorBoard writes in a thread
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize(("count", "name"), [(500, r"metrics\.jsonl"), (60, "tensorboard")])
 def test_a_full_disk_names_the_file(tmp_path, count, name):
     """Many short numbers are larger in TensorBoard's file than in ours."""

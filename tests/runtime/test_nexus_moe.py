@@ -1,4 +1,5 @@
-"""NexusMoE beside the plain layer: the same gates bit by bit in the working precision, the same losses with their weights."""
+"""NexusMoE beside the plain layer: the same gates bit by bit in the working precision, the same
+losses with their weights."""
 
 import oracle
 import pytest
@@ -25,7 +26,8 @@ def hidden(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["token", "context"])
 def test_gates_in_training_are_those_of_serving(nexus_dir, context_dir, kind, dtype):
-    """Serving multiplies with a gate of the model's precision: one that stays fp32 in training trains another model."""
+    """Serving multiplies with a gate of the model's precision: one that stays fp32 in training
+    trains another model."""
     layer, plain = layers(nexus_dir if kind == "token" else context_dir, dtype)
     x_BSH = hidden(dtype)
     layer.router.length = x_BSH.shape[1]
@@ -38,12 +40,15 @@ def test_gates_in_training_are_those_of_serving(nexus_dir, context_dir, kind, dt
     assert largest <= (1e-6 if dtype == torch.float32 else 2.0**-8)  # one step of bf16 below 1
     assert counts_E.tolist() == torch.bincount(slots_TK.flatten(), minlength=3).tolist()
     difference_T = (out_BSH - expected_BSH).float().abs().amax(-1).flatten()[agreed_T]
-    assert float(difference_T.max() / expected_BSH.float().abs().max()) <= (1e-6 if dtype == torch.float32 else 1e-2)
+    assert float(difference_T.max() / expected_BSH.float().abs().max()) <= (
+        1e-6 if dtype == torch.float32 else 1e-2
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_the_layers_losses_ride_on_its_output_with_their_weights(nexus_dir, scale):
-    """Nothing but the losses of the layer has a gradient here: that of scale * (0.3 balance + 0.02 z)."""
+    """Nothing but the losses of the layer has a gradient here: that of scale * (0.3 balance + 0.02
+    z)."""
     layer, plain = layers(nexus_dir, torch.float32)
     layer.router.loss_scale = scale
     x_BSH = hidden(torch.float32)
@@ -54,8 +59,12 @@ def test_the_layers_losses_ride_on_its_output_with_their_weights(nexus_dir, scal
         assert float(expected.grad.abs().max()) > 0
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-7)
     seen = layer.router.latest
-    p_TE = torch.nn.functional.linear(x_BSH.flatten(0, 1), plain.router.rows(torch.float32).detach()).softmax(-1)
-    assert float(seen.load_balance) == pytest.approx(float(oracle.load_balancing(p_TE, plain.selected)), abs=1e-5)
+    p_TE = torch.nn.functional.linear(
+        x_BSH.flatten(0, 1), plain.router.rows(torch.float32).detach()
+    ).softmax(-1)
+    assert float(seen.load_balance) == pytest.approx(
+        float(oracle.load_balancing(p_TE, plain.selected)), abs=1e-5
+    )
     assert torch.equal(seen.selected_TK, plain.selected)
     torch.testing.assert_close(seen.gate_T1, p_TE.max(dim=1).values)
 

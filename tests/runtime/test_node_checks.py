@@ -35,37 +35,49 @@ def test_devices_against_the_request(visible, env, expected):
 
 def test_installed_versions_are_compared_with_the_package_s(monkeypatch):
     assert node_checks.version_problems() == []
-    monkeypatch.setattr(node_checks.importlib.metadata, "requires", lambda name: ["torch<1", "no-such-thing>=2"])
+    monkeypatch.setattr(
+        node_checks.importlib.metadata, "requires", lambda name: ["torch<1", "no-such-thing>=2"]
+    )
     found = node_checks.version_problems()
     assert found[0].startswith("torch 2.") and "<1 expected; type: make setup" in found[0]
     assert found[1] == "no-such-thing is not installed, expected no-such-thing>=2; type: make setup"
 
 
 def test_nodes_with_other_versions_are_named():
-    reports = [{"node": node, "versions": {"torch": version}} for node, version in (("n1", "2.13"), ("n2", "2.12"))]
+    reports = [
+        {"node": node, "versions": {"torch": version}}
+        for node, version in (("n1", "2.13"), ("n2", "2.12"))
+    ]
     assert node_checks.differences(reports) == ["n2: torch 2.12, but 2.13 on n1"]
 
 
 def test_absent_ranks_are_named_with_their_nodes(monkeypatch):
     monkeypatch.setenv("NEXUS_NODES", "n1\nn2")
     found = node_checks.absent([{}, {}, {}, None], HERE, "n1:20000", 60)
-    assert found == ["n2: rank 3 did not come to n1:20000 within 60 s; did it start, is there a firewall?"]
+    assert found == [
+        "n2: rank 3 did not come to n1:20000 within 60 s; did it start, is there a firewall?"
+    ]
 
 
 def needs(*overrides, ds_json="", ranks=2):
-    return node_checks.needs_of(resolve(load_config("demo", overrides)), Position(0, ranks, ranks, "n1"), ds_json)
+    return node_checks.needs_of(
+        resolve(load_config("demo", overrides)), Position(0, ranks, ranks, "n1"), ds_json
+    )
 
 
 def test_what_a_new_model_takes():
     found = needs("stage=seed", "model.path=")
     count = 2048 * 96 + 3 * (4 * 96**2 + 3 * 96 * 256 + 2 * 96) + 96
-    assert found.disk == pytest.approx(count * 4 + 3 * count * 12, rel=0.01)  # keep_last 2, and one being written
+    # keep_last 2, and one being written
+    assert found.disk == pytest.approx(count * 4 + 3 * count * 12, rel=0.01)
     assert found.gpu > count * 16 and found.host > count * 4
 
 
 def test_a_mixture_is_planned_before_it_exists_and_from_its_files_after(nexus_dir, tmp_path):
     planned = needs(f"model.path={tmp_path / 'upcycled'}", "pipeline.domains=[a,b]")
-    assert needs(f"model.path={tmp_path / 'upcycled'}", "pipeline.domains=[a,b,c]").disk > planned.disk
+    assert (
+        needs(f"model.path={tmp_path / 'upcycled'}", "pipeline.domains=[a,b,c]").disk > planned.disk
+    )
     size = sum(path.stat().st_size for path in nexus_dir.glob("model*.safetensors"))
     assert size < needs(f"model.path={nexus_dir}").disk < 20 * size
 
@@ -92,8 +104,12 @@ def test_memory_against_the_plan():
     assert node_checks.memory_problems(planned, 80e9, 200e9) == []
     assert node_checks.memory_problems(planned, 0, 0) == []
     gpu, host = node_checks.memory_problems(planned, 24e9, 64e9)
-    assert gpu.startswith("a rank is planned to need 50 GB of GPU memory, a GPU has 24 GB; see nexus-ds plan")
-    assert host.startswith("100 GB of main memory are planned, the job has 64 GB here; see nexus-ds plan")
+    assert gpu.startswith(
+        "a rank is planned to need 50 GB of GPU memory, a GPU has 24 GB; see nexus-ds plan"
+    )
+    assert host.startswith(
+        "100 GB of main memory are planned, the job has 64 GB here; see nexus-ds plan"
+    )
 
 
 def test_the_job_s_memory_is_its_request():
@@ -111,12 +127,34 @@ def test_too_little_disk_is_named_with_both_amounts(tmp_path):
 def start(rank, world, port, run, wrapper=(), wait=20, **env):
     """Start one rank of `nexus-ds preflight`; two ranks are two nodes."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "NEXUS_"))}
-    position = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port), "SLURMD_NODENAME": f"n{rank + 1}", "NEXUS_NODES": "n1 n2",
-                "SLURM_JOB_ID": "1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}  # fmt: skip
-    command = [*wrapper, sys.executable, "-m", "nexus_ds", "preflight", f"--wait={wait}", "moe", f"pipeline.run={run}"]
+    position = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "SLURMD_NODENAME": f"n{rank + 1}",
+        "NEXUS_NODES": "n1 n2",
+        "SLURM_JOB_ID": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        *wrapper,
+        sys.executable,
+        "-m",
+        "nexus_ds",
+        "preflight",
+        f"--wait={wait}",
+        "moe",
+        f"pipeline.run={run}",
+    ]
     return subprocess.Popen(
-        command, env={**clean, **position, **env}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command,
+        env={**clean, **position, **env},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -155,10 +193,20 @@ def test_a_rank_that_never_comes_is_named(tmp_path):
 @pytest.mark.slow
 def test_a_folder_that_is_not_shared_is_named(tmp_path):
     """The second node has something else mounted where the run should be."""
-    wrapper = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(tmp_path))
+    wrapper = (
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        'mount -t tmpfs none "$0" && exec "$@"',
+        str(tmp_path),
+    )
     if os.geteuid() != 0 or subprocess.run([*wrapper, "true"], capture_output=True).returncode:
         pytest.skip("mounting in a namespace of its own is not allowed here")
     port = free_port()
     codes, _, err = outcome([start(0, 2, port, tmp_path), start(1, 2, port, tmp_path, wrapper)])
     assert codes == [1, 1]
-    assert f"n2: {tmp_path} is not the folder that rank 0 sees" in err[0] and "mount it on all nodes" in err[0]
+    assert (
+        f"n2: {tmp_path} is not the folder that rank 0 sees" in err[0]
+        and "mount it on all nodes" in err[0]
+    )

@@ -1,7 +1,9 @@
-"""DeepSpeed against plain PyTorch (oracle.py): losses over ten AdamW steps, and every gradient of the first step.
+"""DeepSpeed against plain PyTorch (oracle.py): losses over ten AdamW steps, and every gradient of
+the first step.
 
-The oracle is one process with all experts; DeepSpeed runs in real ranks (gloo). Gradients are compared because
-AdamW hides their scale. Persistence is off under ZeRO-3, else weights this small are never partitioned.
+The oracle is one process with all experts; DeepSpeed runs in real ranks (gloo). Gradients are
+compared because AdamW hides their scale. Persistence is off under ZeRO-3, else weights this small
+are never partitioned.
 """
 
 import ast
@@ -44,10 +46,19 @@ class Case:
 
     @property
     def id(self):
-        parts = [f"z{self.stage}", f"world{self.world}", f"ep{self.expert}", f"{self.experts}experts"]
-        parts += [f"top{self.top_k}"] * (self.top_k > 1) + [f"accumulate{self.accumulation}"] * (self.accumulation > 1)
+        parts = [
+            f"z{self.stage}",
+            f"world{self.world}",
+            f"ep{self.expert}",
+            f"{self.experts}experts",
+        ]
+        parts += [f"top{self.top_k}"] * (self.top_k > 1) + [f"accumulate{self.accumulation}"] * (
+            self.accumulation > 1
+        )
         parts += [self.checkpointing] * (self.checkpointing != "none") + ["grouped"] * self.grouped
-        parts += [f"offload_{self.offload}"] * bool(self.offload) + [self.dtype] * (self.dtype != "fp32")
+        parts += [f"offload_{self.offload}"] * bool(self.offload) + [self.dtype] * (
+            self.dtype != "fp32"
+        )
         return "-".join(parts + [self.router_input] * (self.router_input != "token"))
 
 
@@ -68,38 +79,76 @@ FULL = (
     ]
     + [Case(stage, 4, expert, experts=7, top_k=2) for stage in (1, 2, 3) for expert in (2, 4)]
     + [
-        Case(stage, 2, 2, experts=experts, checkpointing=checkpointing, accumulation=accumulation, grouped=grouped)
+        Case(
+            stage,
+            2,
+            2,
+            experts=experts,
+            checkpointing=checkpointing,
+            accumulation=accumulation,
+            grouped=grouped,
+        )
         for stage in (1, 2, 3)
         for experts, checkpointing, accumulation, grouped in (
-            (3, "reentrant", 2, True), (4, "non_reentrant", 4, False), (4, "reentrant", 1, False),
+            (3, "reentrant", 2, True),
+            (4, "non_reentrant", 4, False),
+            (4, "reentrant", 1, False),
         )
     ]
     + [Case(stage, 2, 2, experts=3, offload="optimizer", accumulation=stage) for stage in (1, 2)]
-    + [Case(3, 2, 2, offload=offload, experts=experts) for offload in ("optimizer", "parameters") for experts in (3, 4)]
+    + [
+        Case(3, 2, 2, offload=offload, experts=experts)
+        for offload in ("optimizer", "parameters")
+        for experts in (3, 4)
+    ]
     + [Case(stage, 2, expert, experts=3, dtype="bf16") for stage in (1, 2, 3) for expert in (1, 2)]
-    + [Case(3, 4, 4, experts=5, top_k=2, dtype="bf16", checkpointing="reentrant", offload="parameters")]
-    + [Case(stage, 2, ep, dtype=dtype, router_input="context")
-       for stage, ep, dtype in ((1, 1, "fp32"), (2, 2, "fp32"), (3, 1, "bf16"))]
-)  # fmt: skip
+    + [
+        Case(
+            3,
+            4,
+            4,
+            experts=5,
+            top_k=2,
+            dtype="bf16",
+            checkpointing="reentrant",
+            offload="parameters",
+        )
+    ]
+    + [
+        Case(stage, 2, ep, dtype=dtype, router_input="context")
+        for stage, ep, dtype in ((1, 1, "fp32"), (2, 2, "fp32"), (3, 1, "bf16"))
+    ]
+)
 
 
 def launch(cases, folder, checkpoint_of):
-    """Run cases of one number of ranks in one launch; return losses, norms and first gradients of each."""
+    """Run cases of one number of ranks in one launch; return losses, norms and first gradients of
+    each."""
     runs = [
         {
-            "checkpoint": str(checkpoint_of(case)), "out": str(folder / case.id),
+            "checkpoint": str(checkpoint_of(case)),
+            "out": str(folder / case.id),
             "words": [
-                f"stage={case.stage}", f"accumulation={case.accumulation}", f"offload={case.offload}", f"steps={case.steps}",
-                f"model.dtype={case.dtype}", f"parallel.expert={case.expert}", f"training.batch_size={BATCH}",
-                f"parallel.grouped_mm={str(case.grouped).lower()}", f"training.activation_checkpointing={case.checkpointing}",
+                f"stage={case.stage}",
+                f"accumulation={case.accumulation}",
+                f"offload={case.offload}",
+                f"steps={case.steps}",
+                f"model.dtype={case.dtype}",
+                f"parallel.expert={case.expert}",
+                f"training.batch_size={BATCH}",
+                f"parallel.grouped_mm={str(case.grouped).lower()}",
+                f"training.activation_checkpointing={case.checkpointing}",
             ],
         }
         for case in cases
-    ]  # fmt: skip
+    ]
     (folder / "runs.json").write_text(json.dumps(runs))
     finish(fork_ranks([WORKER, folder / "runs.json"], cases[0].world))
     return {
-        case: (json.loads(Path(f"{run['out']}.json").read_text()), torch.load(f"{run['out']}.pt", weights_only=True))
+        case: (
+            json.loads(Path(f"{run['out']}.json").read_text()),
+            torch.load(f"{run['out']}.pt", weights_only=True),
+        )
         for case, run in zip(cases, runs, strict=True)
     }
 
@@ -107,7 +156,8 @@ def launch(cases, folder, checkpoint_of):
 def reference(checkpoint, case):
     """Train the oracle on the very same batches, rank by rank and part by part in one process.
 
-    In bf16 AdamW works on fp32 masters, and the working weights are those rounded, as under DeepSpeed.
+    In bf16 AdamW works on fp32 masters, and the working weights are those rounded, as under
+    DeepSpeed.
     """
     config = settings([f"training.batch_size={BATCH}"])
     model = oracle.load(checkpoint, oracle.DTYPES[case.dtype], config.router).train()
@@ -137,7 +187,8 @@ def reference(checkpoint, case):
     return {"losses": losses, "norms": norms}, first
 
 
-# dtype: largest difference of a loss, of the first norm (relative), of a gradient (relative to its tensor's largest)
+# dtype: largest difference of a loss, of the first norm (relative), of a gradient (relative to its
+# tensor's largest)
 TOLERANCE = {"fp32": (1e-5, 1e-4, 1e-5), "bf16": (2e-2, 2e-2, 5e-2)}
 
 
@@ -157,14 +208,18 @@ def check(case, checkpoint, found, gradients):
 
 
 class Launches:
-    """Runs all cases of a list that share ZeRO stage and number of ranks when the first of them is asked for."""
+    """Runs all cases of a list that share ZeRO stage and number of ranks when the first of them is
+    asked for."""
 
     def __init__(self, folder):
         self.folder, self.found = folder, {}
 
     def checkpoint(self, case):
         out = self.folder / f"nexus-{case.experts}-{case.top_k}-{case.router_input}"
-        form = {"router_input": case.router_input, "row_norm": "fixed" if case.router_input == "context" else "free"}
+        form = {
+            "router_input": case.router_input,
+            "row_norm": "fixed" if case.router_input == "context" else "free",
+        }
         names = [f"domain{i}" for i in range(case.experts)]
         return out if out.exists() else make_nexus(out, names=names, top_k=case.top_k, **form)
 
@@ -185,7 +240,9 @@ def launches(tmp_path_factory):
 def test_the_oracle_shares_nothing_with_what_it_judges():
     tree = ast.parse(Path(oracle.__file__).read_text())
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-    modules = [getattr(node, "module", None) or alias.name for node in imports for alias in node.names]
+    modules = [
+        getattr(node, "module", None) or alias.name for node in imports for alias in node.names
+    ]
     assert sorted({name.split(".")[0] for name in modules}) == [
         "json",
         "pathlib",
@@ -209,7 +266,8 @@ def test_losses_and_gradients_equal_the_reference_in_every_layout(case, launches
 
 
 def starve(checkpoint):
-    """Give all experts one and the same domain embedding: every token ties, and all go to the same experts for ever."""
+    """Give all experts one and the same domain embedding: every token ties, and all go to the same
+    experts for ever."""
     sidecar = read_sidecar(checkpoint)
     sidecar.router.centre = False
     sidecar.vectors[:] = sidecar.vectors[0]
@@ -223,9 +281,13 @@ def starve(checkpoint):
 
 @pytest.mark.slow
 @pytest.mark.full
-@pytest.mark.parametrize("case", [Case(2, 2, 2), Case(3, 2, 2, experts=3), Case(3, 4, 4)], ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case", [Case(2, 2, 2), Case(3, 2, 2, experts=3), Case(3, 4, 4)], ids=lambda case: case.id
+)
 def test_experts_that_get_no_token_for_many_steps(case, tmp_path):
-    checkpoint = starve(make_nexus(tmp_path / "nexus", names=[f"domain{i}" for i in range(case.experts)]))
+    checkpoint = starve(
+        make_nexus(tmp_path / "nexus", names=[f"domain{i}" for i in range(case.experts)])
+    )
     gradients = check(case, checkpoint, *launch([case], tmp_path, lambda case: checkpoint)[case])
     idle = gradients["model.layers.0.mlp.experts.w1"].abs().amax(dim=(1, 2)) == 0
     assert int(idle.sum()) == case.experts - 1
@@ -237,6 +299,8 @@ def test_experts_that_get_no_token_for_many_steps(case, tmp_path):
 def test_more_than_a_hundred_thousand_router_elements(checkpointing, tmp_path):
     case = Case(3, 2, 2, experts=208, checkpointing=checkpointing, steps=3)
     large = tmp_path / "large"
-    make_large(large, hidden=512, ffn=8, layers=1, experts=case.experts, vocabulary=64, dtype=torch.float32)
+    make_large(
+        large, hidden=512, ffn=8, layers=1, experts=case.experts, vocabulary=64, dtype=torch.float32
+    )
     gradients = check(case, large, *launch([case], tmp_path, lambda case: large)[case])
     assert gradients["model.layers.0.mlp.experts.w1"].shape[0] * 512 > 100_000

@@ -1,4 +1,5 @@
-"""Training states without ranks: stacks cut at the borders of experts, elements gathered over files, siblings of a new expert."""
+"""Training states without ranks: stacks cut at the borders of experts, elements gathered over
+files, siblings of a new expert."""
 
 from types import SimpleNamespace
 
@@ -15,7 +16,8 @@ from nexus_ds.runtime.portable_state import Piece, StateFiles, _cut, _sibling, _
 @pytest.mark.parametrize(
     ("start", "count", "expected"),
     [
-        (0, 12, [("a", 0, range(0, 4)), ("c", 0, range(8, 12))]),  # all three slots, the middle one vacant
+        # all three slots, the middle one vacant
+        (0, 12, [("a", 0, range(0, 4)), ("c", 0, range(8, 12))]),
         (2, 8, [("a", 2, range(2, 4)), ("c", 0, range(8, 10))]),
         (5, 2, []),
         (9, 1, [("c", 1, range(9, 10))]),
@@ -23,10 +25,13 @@ from nexus_ds.runtime.portable_state import Piece, StateFiles, _cut, _sibling, _
 )
 def test_a_fragment_of_a_stack_is_cut_at_the_borders_of_its_slots(start, count, expected):
     values = {
-        kind: torch.arange(12.0)[start : start + count] + offset for kind, offset in (("fp32", 0), ("exp_avg", 100))
+        kind: torch.arange(12.0)[start : start + count] + offset
+        for kind, offset in (("fp32", 0), ("exp_avg", 100))
     }
     found = list(_cut(Fragment(torch.nn.Linear(1, 1), start, values), _Stack(["a", None, "c"], 4)))
-    assert [(piece.name, piece.start) for piece in found] == [(name, first) for name, first, _ in expected]
+    assert [(piece.name, piece.start) for piece in found] == [
+        (name, first) for name, first, _ in expected
+    ]
     for piece, (_, _, elements) in zip(found, expected, strict=True):
         assert piece.values["fp32"].tolist() == list(elements)
         assert piece.values["exp_avg"].tolist() == [100 + element for element in elements]
@@ -36,14 +41,23 @@ def test_a_fragment_of_a_stack_is_cut_at_the_borders_of_its_slots(start, count, 
 
 @pytest.fixture
 def files(tmp_path):
-    """A state of two files: elements 0-3 and 8-9 of w in one, 4-7 in the other; two experts' moments."""
+    """A state of two files: elements 0-3 and 8-9 of w in one, 4-7 in the other; two experts'
+    moments."""
     w = torch.arange(10.0)
-    first = {"fp32:0:w": w[:4].clone(), "fp32:8:w": w[8:].clone(), "rng:cpu": torch.arange(3, dtype=torch.uint8)}
+    first = {
+        "fp32:0:w": w[:4].clone(),
+        "fp32:8:w": w[8:].clone(),
+        "rng:cpu": torch.arange(3, dtype=torch.uint8),
+    }
     second = {"fp32:4:w": w[4:8].clone()}
     for number, expert in enumerate((first, second)):
         for kind in ("exp_avg", "exp_avg_sq"):
-            expert[f"{kind}:0:model.layers.0.mlp.experts.{number}.up_proj.weight"] = torch.full((4,), 1.0 + 2 * number)
-            expert[f"{kind}:0:model.layers.0.mlp.experts.{number}.down_proj.weight"] = torch.full((4,), 50.0)
+            expert[f"{kind}:0:model.layers.0.mlp.experts.{number}.up_proj.weight"] = torch.full(
+                (4,), 1.0 + 2 * number
+            )
+            expert[f"{kind}:0:model.layers.0.mlp.experts.{number}.down_proj.weight"] = torch.full(
+                (4,), 50.0
+            )
     save_file(first, tmp_path / "rank_00000.safetensors")
     save_file(second, tmp_path / "rank_00001.safetensors")
     return StateFiles(tmp_path, ["rank_00000.safetensors", "rank_00001.safetensors"])
@@ -67,7 +81,9 @@ def test_elements_beyond_the_end_and_of_unknown_parameters_are_named(files):
 
 def test_a_tensor_of_another_kind_of_file_is_refused(tmp_path):
     save_file({"model.norm.weight": torch.ones(2)}, tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match=r"tensor 'model\.norm\.weight' belongs to no training state"):
+    with pytest.raises(
+        CheckpointError, match=r"tensor 'model\.norm\.weight' belongs to no training state"
+    ):
         StateFiles(tmp_path, ["a.safetensors"])
 
 
@@ -85,13 +101,26 @@ def test_siblings_are_the_same_matrix_of_another_expert_of_the_layer():
 def test_a_new_experts_first_moment_is_zero_and_its_second_that_of_its_siblings(files, monkeypatch):
     """Experts 0 and 1 were there; expert 2 is new, and so is a parameter without siblings."""
     names = [EXPERT.format(0, expert, "up_proj") for expert in range(3)] + ["new"]
-    values = {name: {kind: torch.zeros(4) for kind in ("fp32", "exp_avg", "exp_avg_sq")} for name in names}
-    monkeypatch.setattr(portable_state, "pieces", lambda engine: [Piece(name, 0, values[name]) for name in names])
+    values = {
+        name: {kind: torch.zeros(4) for kind in ("fp32", "exp_avg", "exp_avg_sq")} for name in names
+    }
+    monkeypatch.setattr(
+        portable_state, "pieces", lambda engine: [Piece(name, 0, values[name]) for name in names]
+    )
     monkeypatch.setattr(portable_state, "shapes", lambda model: {name: [4] for name in names})
     steps = []
-    monkeypatch.setattr(portable_state.internals, "set_optimizer_step", lambda engine, step: steps.append(step))
-    known = {EXPERT.format(0, expert, part): [4] for expert in range(2) for part in ("up_proj", "down_proj")}
+    monkeypatch.setattr(
+        portable_state.internals, "set_optimizer_step", lambda engine, step: steps.append(step)
+    )
+    known = {
+        EXPERT.format(0, expert, part): [4]
+        for expert in range(2)
+        for part in ("up_proj", "down_proj")
+    }
     adopt_moments(SimpleNamespace(module=None), files, known, 7)
     assert steps == [7]
-    found = {name: [float(values[name][kind][0]) for kind in ("fp32", "exp_avg", "exp_avg_sq")] for name in names}
+    found = {
+        name: [float(values[name][kind][0]) for kind in ("fp32", "exp_avg", "exp_avg_sq")]
+        for name in names
+    }
     assert found == dict(zip(names, ([0, 1, 1], [0, 3, 3], [0, 0, 2], [0, 0, 0]), strict=True))

@@ -40,4 +40,6 @@ def test_a_failure_of_one_rank_reaches_all():
     ranks = start_ranks(["-c", RANK], 2)
     said = [rank.communicate(timeout=60)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
-    assert all("[Errno 28] No space left on device: 'rank_00001.safetensors'\n" in text for text in said)
+    assert all(
+        "[Errno 28] No space left on device: 'rank_00001.safetensors'\n" in text for text in said
+    )

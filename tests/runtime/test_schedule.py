@@ -7,7 +7,13 @@ from nexus_ds.settings import DataConfig, TrainingConfig
 
 DATA = DataConfig(sequence_length=100)
 PAPER = TrainingConfig(
-    tokens=25_000, batch_size=1, lr=1e-3, final_lr=3e-4, warmup=0.1, anneal_tokens=1_000, anneal_lr=3e-5
+    tokens=25_000,
+    batch_size=1,
+    lr=1e-3,
+    final_lr=3e-4,
+    warmup=0.1,
+    anneal_tokens=1_000,
+    anneal_lr=3e-5,
 )
 
 

@@ -29,7 +29,9 @@ def test_a_signal_is_remembered_and_ends_nothing(request_, number):
 
 def test_what_another_rank_got_counts_here(request_, monkeypatch):
     told = []
-    monkeypatch.setattr(signals, "all_reduce_max", lambda value: told.append(value) or max(value, 15.0))
+    monkeypatch.setattr(
+        signals, "all_reduce_max", lambda value: told.append(value) or max(value, 15.0)
+    )
     assert request_.agreed() == 15
     os.kill(os.getpid(), signal.SIGUSR1)
     request_.agreed()

@@ -1,11 +1,13 @@
-"""A real SLURM on this machine for tests: munged, slurmctld and two emulated nodes with fake GPUs, on loopback only.
+"""A real SLURM on this machine for tests: munged, slurmctld and two emulated nodes with fake GPUs,
+on loopback only.
 
     python tests/slurm/cluster.py install           Debian packages, as root
     python tests/slurm/cluster.py check             why the tests can't run here, or nothing
 
-All daemons are children of the process that starts them and end with it. Each node has its own host name (UTS namespace)
-but shares the file system; CPUs, memory and GPUs are only claimed.
-Not covered: accounting, cgroups, pinning, memory limits; Debian's SLURM 22.05 is what this was tried with.
+All daemons are children of the process that starts them and end with it. Each node has its own host
+name (UTS namespace) but shares the file system; CPUs, memory and GPUs are only claimed.
+Not covered: accounting, cgroups, pinning, memory limits; Debian's SLURM 22.05 is what this was
+tried with.
 """
 
 import contextlib
@@ -132,14 +134,24 @@ def _end_with_parent():
 
 
 class Cluster:
-    """Starts in `with Cluster(root) as cluster:`; `root` is an empty folder with a short path (sockets live in it)."""
+    """Starts in `with Cluster(root) as cluster:`; `root` is an empty folder with a short path
+    (sockets live in it)."""
 
     def __init__(self, root):
         self.root, self.daemons = Path(root), []
         outer = ("SLURM", "SBATCH_", "SRUN_", "SALLOC_", "MASTER_", "NEXUS_")
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(outer) and k not in ("RANK", "WORLD_SIZE")}
+        clean = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(outer) and k not in ("RANK", "WORLD_SIZE")
+        }
         # Node names lead to loopback; gloo must not look for another interface.
-        self.env = {**clean, "PATH": PATH, "SLURM_CONF": str(self.root / "slurm.conf"), "GLOO_SOCKET_IFNAME": "lo"}
+        self.env = {
+            **clean,
+            "PATH": PATH,
+            "SLURM_CONF": str(self.root / "slurm.conf"),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
         self.hosts_line = f"127.0.0.1 {' '.join(NODES)} # nexus-slurm-test {self.root}\n"
 
     def _configure(self):
@@ -155,10 +167,17 @@ class Cluster:
             f"CoresPerSocket=16 ThreadsPerCore=1 RealMemory=100000 Gres=gpu:{GPUS} State=UNKNOWN"
             for node, port in zip(NODES, ports[1:], strict=True)
         ]
-        text = CONF.format(root=self.root, host=socket.gethostname(), controller_port=ports[0], nodes="\n".join(rows))
+        text = CONF.format(
+            root=self.root,
+            host=socket.gethostname(),
+            controller_port=ports[0],
+            nodes="\n".join(rows),
+        )
         (self.root / "slurm.conf").write_text(text, encoding="utf-8")
         gres = [f"NodeName={node} Name=gpu File={path}" for node in NODES for path in devices]
-        (self.root / "gres.conf").write_text("\n".join(["AutoDetect=off", *gres]) + "\n", encoding="utf-8")
+        (self.root / "gres.conf").write_text(
+            "\n".join(["AutoDetect=off", *gres]) + "\n", encoding="utf-8"
+        )
         (self.root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n", encoding="utf-8")
         key = self.root / "munge.key"
         key.write_bytes(os.urandom(128))
@@ -170,17 +189,29 @@ class Cluster:
     def _daemon(self, name, *command):
         log = (self.root / f"{name}.out").open("ab")
         process = subprocess.Popen(
-            command, env=self.env, cwd=self.root, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            preexec_fn=_end_with_parent, start_new_session=True,
-        )  # fmt: skip
+            command,
+            env=self.env,
+            cwd=self.root,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            preexec_fn=_end_with_parent,
+            start_new_session=True,
+        )
         self.daemons.append((name, process))
 
     def __enter__(self):
         try:
             self._configure()
             munge = ("munged", "--foreground", "--force", f"--key-file={self.root}/munge.key")
-            self._daemon("munged", *munge, f"--socket={self.root}/munge.socket", f"--pid-file={self.root}/munged.pid",
-                         f"--seed-file={self.root}/munged.seed", "--num-threads=2")  # fmt: skip
+            self._daemon(
+                "munged",
+                *munge,
+                f"--socket={self.root}/munge.socket",
+                f"--pid-file={self.root}/munged.pid",
+                f"--seed-file={self.root}/munged.seed",
+                "--num-threads=2",
+            )
             self._until(lambda: (self.root / "munge.socket").exists(), 10, "munged did not start")
             self._daemon("slurmctld", "slurmctld", "-D", "-i", "-f", self.env["SLURM_CONF"])
             for node in NODES:
@@ -200,17 +231,29 @@ class Cluster:
         while not condition():
             dead = [name for name, process in self.daemons if process.poll() is not None]
             if dead or time.monotonic() > deadline:
-                logs = [path.read_text(errors="replace")[-2000:] for path in sorted(self.root.glob("*.out"))]
-                logs += [path.read_text(errors="replace")[-2000:] for path in sorted(self.root.glob("*.log"))]
-                raise RuntimeError(f"{what} (ended: {', '.join(dead) or 'none'})\n" + "\n".join(logs))
+                logs = [
+                    path.read_text(errors="replace")[-2000:]
+                    for path in sorted(self.root.glob("*.out"))
+                ]
+                logs += [
+                    path.read_text(errors="replace")[-2000:]
+                    for path in sorted(self.root.glob("*.log"))
+                ]
+                raise RuntimeError(
+                    f"{what} (ended: {', '.join(dead) or 'none'})\n" + "\n".join(logs)
+                )
             time.sleep(0.1)
 
     def run(self, *command, check=True, **more):
         """Run a SLURM command; return its standard output."""
         more = {"cwd": self.root, "env": self.env, "timeout": 60, **more}
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, **more)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, **more
+        )
         if check and done.returncode:
-            raise RuntimeError(f"{' '.join(map(str, command))}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+            raise RuntimeError(
+                f"{' '.join(map(str, command))}: exit {done.returncode}\n{done.stdout}{done.stderr}"
+            )
         return done.stdout + ("" if check else done.stderr)
 
     def node_states(self):
@@ -223,7 +266,10 @@ class Cluster:
             with contextlib.suppress(Exception):
                 self.run("scancel", "--user=root", check=False, timeout=20)
                 deadline = time.monotonic() + 25
-                while self.run("squeue", "--noheader", timeout=10).strip() and time.monotonic() < deadline:
+                while (
+                    self.run("squeue", "--noheader", timeout=10).strip()
+                    and time.monotonic() < deadline
+                ):
                     time.sleep(0.3)
         for _, process in reversed(self.daemons):
             if process.poll() is None:
@@ -235,7 +281,8 @@ class Cluster:
                 process.kill()
                 process.wait()
         text = HOSTS.read_text(encoding="utf-8")
-        HOSTS.write_text(text.replace(self.hosts_line, ""), encoding="utf-8")  # in place: it may be a bind mount
+        # in place: it may be a bind mount
+        HOSTS.write_text(text.replace(self.hosts_line, ""), encoding="utf-8")
 
 
 if __name__ == "__main__":

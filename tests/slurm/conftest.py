@@ -1,4 +1,5 @@
-"""A cluster for the whole session, and one run of the whole pipeline on it that later tests start from."""
+"""A cluster for the whole session, and one run of the whole pipeline on it that later tests start
+from."""
 
 import shutil
 import subprocess
@@ -33,22 +34,27 @@ def slurm(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole_run(slurm, tmp_path_factory):
-    """The whole tiny pipeline, submitted by pipeline.sh to two nodes with two ranks each; 2-3 minutes on two cores."""
+    """The whole tiny pipeline, submitted by pipeline.sh to two nodes with two ranks each; 2-3
+    minutes on two cores."""
     run = tmp_path_factory.mktemp("runs") / "a run"
     command = ["slurm/pipeline.sh", TINY, f"pipeline.run={run}"]
-    done = subprocess.run(command, cwd=REPO, env=slurm.env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, cwd=REPO, env=slurm.env, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     last = done.stdout.strip()
     state = slurm.finished(last, 420)
     assert state == "COMPLETED", slurm.status(run) + "".join(
-        f"\n--- {log.name}\n{log.read_text()[-1500:]}" for log in sorted((run / "logs").glob("*.log"))
+        f"\n--- {log.name}\n{log.read_text()[-1500:]}"
+        for log in sorted((run / "logs").glob("*.log"))
     )
     return run
 
 
 @pytest.fixture
 def copy_of(whole_run, tmp_path):
-    """Copy parts of the whole run, as if the copy had made them: copy_of("upcycled", ...) -> directory of the new run."""
+    """Copy parts of the whole run, as if the copy had made them: copy_of("upcycled", ...) ->
+    directory of the new run."""
 
     def copy(*names):
         run = tmp_path / "run"

@@ -21,7 +21,13 @@ class Slurm:
 
     def submit(self, template, *arguments, options=()):
         """Submit a template from the repository's folder; return the job's id."""
-        command = ["sbatch", "--parsable", f"--output={self.stubs}/%x-%A_%a.out", *options, f"slurm/{template}.sh"]
+        command = [
+            "sbatch",
+            "--parsable",
+            f"--output={self.stubs}/%x-%A_%a.out",
+            *options,
+            f"slurm/{template}.sh",
+        ]
         return self.run(*command, *arguments, cwd=REPO).strip()
 
     def field(self, job, name):
@@ -38,7 +44,9 @@ class Slurm:
         while not (value := condition()):
             if time.monotonic() > deadline:
                 text = log.read_text(errors="replace")[-3000:] if log and log.is_file() else ""
-                raise AssertionError(f"no {what} within {seconds} s\n{self.run('squeue', '--states=all')}\n{text}")
+                raise AssertionError(
+                    f"no {what} within {seconds} s\n{self.run('squeue', '--states=all')}\n{text}"
+                )
             time.sleep(0.2)
         return value
 
@@ -54,21 +62,29 @@ class Slurm:
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 words = (folder / "environ").read_text(errors="replace").split("\0")
-                if wanted <= set(words) and "train.py" in (folder / "cmdline").read_text(errors="replace"):
+                if wanted <= set(words) and "train.py" in (folder / "cmdline").read_text(
+                    errors="replace"
+                ):
                     found.append(int(folder.name))
         return found
 
     def status(self, run):
         """Return what `nexus-ds status RUN` prints."""
         command = [sys.executable, "-m", "nexus_ds", "status", str(run)]
-        return subprocess.run(command, cwd=REPO, env=self.env, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            command, cwd=REPO, env=self.env, capture_output=True, text=True, check=True
+        ).stdout
 
 
 def metrics_step(run, stage="nexus"):
     """Return the last optimizer step that a stage has logged, 0 without any."""
     path = run / f"{stage}.training" / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
-    steps = [line.partition('"step": ')[2].partition(",")[0] for line in lines if '"kind": "train"' in line]
+    steps = [
+        line.partition('"step": ')[2].partition(",")[0]
+        for line in lines
+        if '"kind": "train"' in line
+    ]
     return int(steps[-1]) if steps else 0
 
 

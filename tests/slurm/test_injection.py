@@ -1,4 +1,5 @@
-"""No value of a recipe or name is run by a shell: the templates with fake srun, scontrol and sbatch that note their words."""
+"""No value of a recipe or name is run by a shell: the templates with fake srun, scontrol and sbatch
+that note their words."""
 
 import json
 import os
@@ -11,8 +12,19 @@ import pytest
 from slurm.rig import REPO, clean_environment
 
 TEMPLATES = ("seed", "dense_branch", "embed", "upcycle", "finetune", "evaluate")
-EVIL = ("x$(touch canary)", "x`touch canary`", "x; touch canary", 'x" ; touch canary; "', "x' ; touch canary; '",
-        "x & touch canary", "x | touch canary", "x\n#SBATCH --wrap=touch canary", "x > canary", "-x --wrap=touch", "%j %x")  # fmt: skip
+EVIL = (
+    "x$(touch canary)",
+    "x`touch canary`",
+    "x; touch canary",
+    'x" ; touch canary; "',
+    "x' ; touch canary; '",
+    "x & touch canary",
+    "x | touch canary",
+    "x\n#SBATCH --wrap=touch canary",
+    "x > canary",
+    "-x --wrap=touch",
+    "%j %x",
+)
 FAKE = """#!{python}
 import json, os, sys
 with open(os.environ["NOTES"], "a") as file:
@@ -23,7 +35,8 @@ print({{"scontrol": "node1", "sbatch": "7"}}.get(os.path.basename(sys.argv[0]), 
 
 @pytest.fixture
 def shell(tmp_path):
-    """shell(script, *arguments) -> (exit code, output, what the fakes were called with), run in `tmp_path`."""
+    """shell(script, *arguments) -> (exit code, output, what the fakes were called with), run in
+    `tmp_path`."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for name in ("srun", "scontrol", "sbatch"):
@@ -33,13 +46,26 @@ def shell(tmp_path):
 
     def run(script, *arguments, repository=REPO, **more):
         notes.write_text("")
-        job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_ARRAY_TASK_ID": "0", "NOTES": str(notes),
-               "SLURM_ARRAY_JOB_ID": "7", "PATH": f"{programs}:{os.environ['PATH']}", "NEXUS_REPO": str(repository),
-               "NEXUS_SITE": str(tmp_path / "no site"), "MAX_STALLED": "0"}  # fmt: skip
+        job = {
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "node1",
+            "SLURM_ARRAY_TASK_ID": "0",
+            "NOTES": str(notes),
+            "SLURM_ARRAY_JOB_ID": "7",
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "NEXUS_REPO": str(repository),
+            "NEXUS_SITE": str(tmp_path / "no site"),
+            "MAX_STALLED": "0",
+        }
         done = subprocess.run(
-            ["bash", str(repository / "slurm" / f"{script}.sh"), *arguments], cwd=tmp_path, capture_output=True, text=True,
-            env={**clean_environment(), **job, **more}, stdin=subprocess.DEVNULL, timeout=600,
-        )  # fmt: skip
+            ["bash", str(repository / "slurm" / f"{script}.sh"), *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={**clean_environment(), **job, **more},
+            stdin=subprocess.DEVNULL,
+            timeout=600,
+        )
         logs = "".join(path.read_text() for path in tmp_path.rglob("*-7*.log"))
         return (
             done.returncode,
@@ -51,7 +77,11 @@ def shell(tmp_path):
 
 
 def recipe(path, **pipeline):
-    settings = {"run": str(path.parent / "run"), "domains": ["python", "docs"], "new_domains": ["cpp"]} | pipeline
+    settings = {
+        "run": str(path.parent / "run"),
+        "domains": ["python", "docs"],
+        "new_domains": ["cpp"],
+    } | pipeline
     path.write_text(json.dumps({"pipeline": settings, "training": {"steps": 1}}), encoding="utf-8")
     return str(path)
 
@@ -68,7 +98,9 @@ def test_names_and_settings_reach_programs_as_one_word(shell, tmp_path, word):
         code, output, calls = shell(template, path, f"name={json.dumps(word)}")
         srun = [call for call in calls if call[0] == "srun"]
         assert srun and code == 1 and "error" in output, output  # the fake made no output
-        assert all(f"--config={path}" in call and f"name={json.dumps(word)}" in call for call in srun), srun
+        assert all(
+            f"--config={path}" in call and f"name={json.dumps(word)}" in call for call in srun
+        ), srun
     assert canaries(tmp_path) == []
 
 
@@ -103,14 +135,17 @@ def test_pipeline_submits_words_and_never_sbatch_lines(shell, tmp_path, word):
     assert code == 0, output
     submitted = [call for call in calls if call[0] == "sbatch"]
     assert [call[-3] for call in submitted] == [
-        f"slurm/{name}.sh" for name in ("seed", "dense_branch", "embed", "upcycle", "finetune", "evaluate")
+        f"slurm/{name}.sh"
+        for name in ("seed", "dense_branch", "embed", "upcycle", "finetune", "evaluate")
     ]
     for call in submitted:
         options = call[1:-3]
         assert call[-2:] == [path, f"name={json.dumps(word)}"]
         assert all(option.startswith("--") and "\n" not in option for option in options), options
         name = next(option for option in options if option.startswith("--job-name="))
-        assert set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-="), name
+        assert set(name) <= set(
+            "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-="
+        ), name
         log = next(option for option in options if option.startswith("--output="))
         assert log.startswith(f"--output={str(run).replace('%', '%%')}/logs/")
     assert "--array=0-2" in submitted[1] and "--dependency=afterok:7" in submitted[1]
@@ -130,10 +165,16 @@ def test_a_repository_with_a_strange_path_works(shell, tmp_path):
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_templates_ask_for_no_account_partition_or_time(template):
     lines = [
-        line for line in (REPO / "slurm" / f"{template}.sh").read_text().splitlines() if line.startswith("#SBATCH")
+        line
+        for line in (REPO / "slurm" / f"{template}.sh").read_text().splitlines()
+        if line.startswith("#SBATCH")
     ]
     assert "#SBATCH --requeue" in lines and "#SBATCH --signal=B:USR1@300" in lines
-    assert not [line for line in lines if any(word in line for word in ("account", "partition", "time", "gpus", "qos"))]
+    assert not [
+        line
+        for line in lines
+        if any(word in line for word in ("account", "partition", "time", "gpus", "qos"))
+    ]
     assert (REPO / "slurm" / f"{template}.sh").stat().st_mode & stat.S_IXUSR
 
 
@@ -161,7 +202,10 @@ def test_a_failing_requeue_keeps_the_state_and_says_so(shell, tmp_path):
     )
     code, output, _ = shell("seed", path, MAX_STALLED="3")
     assert code == 1
-    assert "'scontrol requeue 7_0' failed; the state of step 0 is kept: submit the same job again to go on" in output
+    assert (
+        "'scontrol requeue 7_0' failed; the state of step 0 is kept: submit the same job again to go on"
+        in output
+    )
 
 
 def test_a_template_outside_of_a_job_says_how_to_submit_it(shell, tmp_path):
@@ -170,7 +214,9 @@ def test_a_template_outside_of_a_job_says_how_to_submit_it(shell, tmp_path):
 
 
 @pytest.mark.parametrize(("code", "expected"), [(0, 0), (138, 0), (1, 1)])
-def test_ranks_that_are_signalled_after_the_output_is_there_have_finished(shell, tmp_path, code, expected):
+def test_ranks_that_are_signalled_after_the_output_is_there_have_finished(
+    shell, tmp_path, code, expected
+):
     path = recipe(tmp_path / "recipe.yaml")
     output = tmp_path / "run" / "seed"
     srun = f'#!/bin/sh\ncase "$*" in *preflight*) exit 0;; esac\nmkdir -p "{output}"\nexit {code}\n'

@@ -1,4 +1,5 @@
-"""The templates on a real SLURM: they are accepted, the whole pipeline runs, a failure stops what depends on it."""
+"""The templates on a real SLURM: they are accepted, the whole pipeline runs, a failure stops what
+depends on it."""
 
 import json
 import os
@@ -35,7 +36,9 @@ def test_the_whole_pipeline_runs_as_jobs(slurm, whole_run):
 
 
 def test_a_finished_stage_is_not_made_again_nor_requeued(slurm, whole_run):
-    job = slurm.submit("seed", TINY, f"pipeline.run={whole_run}", options=("--nodes=2", "--ntasks-per-node=2"))
+    job = slurm.submit(
+        "seed", TINY, f"pipeline.run={whole_run}", options=("--nodes=2", "--ntasks-per-node=2")
+    )
     log = whole_run / "logs" / f"seed-{job}.log"
     assert slurm.finished(job, 60, log) == "COMPLETED"
     assert slurm.field(job, "Restarts") == "0"
@@ -54,10 +57,17 @@ def test_one_branch_fails_and_the_rest_is_cancelled_with_the_reason(slurm, copy_
     )
     done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    jobs = dict(reversed(line.split()) for line in (run / "logs" / "jobs.txt").read_text().splitlines())
-    array, later = jobs["dense_branch"].partition("_")[0], [jobs["upcycle"], jobs["finetune"], jobs["evaluate"]]
+    jobs = dict(
+        reversed(line.split()) for line in (run / "logs" / "jobs.txt").read_text().splitlines()
+    )
+    array, later = (
+        jobs["dense_branch"].partition("_")[0],
+        [jobs["upcycle"], jobs["finetune"], jobs["evaluate"]],
+    )
     victim = slurm.until(
-        lambda: slurm.processes(slurm.field(f"{array}_1", "JobId"), SLURM_ARRAY_TASK_ID="1"), 60, "second branch"
+        lambda: slurm.processes(slurm.field(f"{array}_1", "JobId"), SLURM_ARRAY_TASK_ID="1"),
+        60,
+        "second branch",
     )
     os.kill(victim[0], signal.SIGKILL)
     for job in later:
@@ -65,7 +75,9 @@ def test_one_branch_fails_and_the_rest_is_cancelled_with_the_reason(slurm, copy_
     rows = {line.split()[0]: line for line in slurm.status(run).splitlines()}
     assert "failed" in rows["branch:docs"] and "without progress" in rows["branch:docs"]
     for stage in ("upcycle", "moe", "extend", "extended", "evaluate"):
-        assert "cancelled" in rows[stage] and "needs branch:docs, which failed" in rows[stage], rows[stage]
+        assert "cancelled" in rows[stage] and "needs branch:docs, which failed" in rows[stage], (
+            rows[stage]
+        )
 
 
 def test_gpus_that_torch_does_not_see_fail_in_preflight(slurm, copy_of):
@@ -73,7 +85,12 @@ def test_gpus_that_torch_does_not_see_fail_in_preflight(slurm, copy_of):
     site = run.parent / "site.sh"
     site.write_text("unset DS_ACCELERATOR\n")
     env = {**slurm.env, "NEXUS_SITE": str(site)}
-    options = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", f"--output={slurm.stubs}/%j.out")
+    options = (
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--gpus-per-node=1",
+        f"--output={slurm.stubs}/%j.out",
+    )
     command = ["sbatch", "--parsable", *options, "slurm/upcycle.sh", TINY, f"pipeline.run={run}"]
     job = slurm.run(*command, cwd=REPO, env=env).strip()
     log = run / "logs" / f"upcycle-{job}.log"
@@ -93,11 +110,14 @@ def test_tasks_of_an_array_that_all_miss_the_seed_make_it_once(slurm, tmp_path):
     for index, log in enumerate(logs):
         assert slurm.finished(f"{job}_{index}", 180, log) == "COMPLETED", log.read_text()
     assert sum("== seed done" in log.read_text() for log in logs) == 1
-    assert (run / "branches" / "python" / "config.json").is_file() and (run / "branches" / "docs").is_dir()
+    assert (run / "branches" / "python" / "config.json").is_file() and (
+        run / "branches" / "docs"
+    ).is_dir()
 
 
 def test_the_literal_command_on_a_fresh_clone(slurm, tmp_path):
-    """sbatch slurm/upcycle.sh with no argument: the demo recipe, everything missing; minutes on two cores."""
+    """sbatch slurm/upcycle.sh with no argument: the demo recipe, everything missing; minutes on two
+    cores."""
     clone = tmp_path / "a clone"
     left_out = shutil.ignore_patterns(
         ".git", ".venv", "runs", "shared", "site.sh", ".*_cache", "__pycache__", "*.egg-info"

@@ -1,4 +1,5 @@
-"""Everything that can hit a job: it saves, requeues itself and ends with the weights of an undisturbed run."""
+"""Everything that can hit a job: it saves, requeues itself and ends with the weights of an
+undisturbed run."""
 
 import os
 import signal
@@ -46,14 +47,19 @@ def preempt(slurm, job):
 EVENTS = (usr1, term_one_rank, requeue, node_down, preempt)
 
 
-def test_a_run_hit_by_everything_ends_with_the_weights_of_an_undisturbed_one(slurm, whole_run, copy_of):
+def test_a_run_hit_by_everything_ends_with_the_weights_of_an_undisturbed_one(
+    slurm, whole_run, copy_of
+):
     run = copy_of("upcycled")
     job = slurm.submit("upcycle", TINY, f"pipeline.run={run}", options=(*WIDE, "--partition=low"))
     log = run / "logs" / f"upcycle-{job}.log"
     for number, event in enumerate(EVENTS):
         goal = 5 + 9 * number
         slurm.until(
-            lambda goal=goal: slurm.state(job) == "RUNNING" and metrics_step(run) >= goal, 90, f"step {goal}", log
+            lambda goal=goal: slurm.state(job) == "RUNNING" and metrics_step(run) >= goal,
+            90,
+            f"step {goal}",
+            log,
         )
         event(slurm, job)
         restarts = lambda number=number: int(slurm.field(job, "Restarts")) > number  # noqa: E731
@@ -62,7 +68,10 @@ def test_a_run_hit_by_everything_ends_with_the_weights_of_an_undisturbed_one(slu
     text = log.read_text()
     assert int(slurm.field(job, "Restarts")) == len(EVENTS)
     assert text.count("resumed after step") == len(EVENTS), text
-    assert same_weights(run / "nexus" / "model.safetensors", whole_run / "nexus" / "model.safetensors") == []
+    assert (
+        same_weights(run / "nexus" / "model.safetensors", whole_run / "nexus" / "model.safetensors")
+        == []
+    )
 
 
 def test_no_progress_stops_the_requeues(slurm, copy_of):
@@ -72,7 +81,12 @@ def test_no_progress_stops_the_requeues(slurm, copy_of):
     log = run / "logs" / f"upcycle-{job}.log"
     begun = lambda start: log.is_file() and f"start {start}] on node" in log.read_text()  # noqa: E731
     for start in range(1, 5):
-        slurm.until(lambda start=start: begun(start) or slurm.state(job) == "FAILED", 60, f"start {start}", log)
+        slurm.until(
+            lambda start=start: begun(start) or slurm.state(job) == "FAILED",
+            60,
+            f"start {start}",
+            log,
+        )
         if slurm.state(job) == "FAILED":
             break
         usr1(slurm, job)
@@ -97,7 +111,9 @@ def test_one_task_of_an_array_requeues_itself_alone(slurm, copy_of):
     """The last task of an array carries the id of the whole array."""
     run = copy_of("seed")
     longer = ("training.steps=3000", "training.log_every=50")
-    job = slurm.submit("dense_branch", TINY, f"pipeline.run={run}", *longer, options=("--array=3-4",))
+    job = slurm.submit(
+        "dense_branch", TINY, f"pipeline.run={run}", *longer, options=("--array=3-4",)
+    )
     last = slurm.field(f"{job}_4", "JobId")
     log = run / "logs" / f"dense_branch-{job}_4.log"
     slurm.until(lambda: metrics_step(run, "branches/cpp") >= 5, 90, "step 5", log)
@@ -117,4 +133,7 @@ def test_the_time_limit(slurm, whole_run, copy_of):
     log = run / "logs" / f"upcycle-{job}.log"
     assert slurm.finished(job, 480, log) == "COMPLETED", log.read_text()[-3000:]
     assert int(slurm.field(job, "Restarts")) >= 1
-    assert same_weights(run / "nexus" / "model.safetensors", whole_run / "nexus" / "model.safetensors") == []
+    assert (
+        same_weights(run / "nexus" / "model.safetensors", whole_run / "nexus" / "model.safetensors")
+        == []
+    )

@@ -17,7 +17,10 @@ def models(tmp_path, dense_dir):
     """Three branches in bf16."""
     paths = [shutil.copytree(dense_dir, tmp_path / str(number)) for number in range(3)]
     for number, path in enumerate(paths):
-        tensors = {n: t.bfloat16() for n, t in shaken(load_file(path / "model.safetensors"), number).items()}
+        tensors = {
+            n: t.bfloat16()
+            for n, t in shaken(load_file(path / "model.safetensors"), number).items()
+        }
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return paths
 
@@ -32,7 +35,8 @@ def test_the_mean_is_taken_in_fp32_and_rounded_once(tmp_path, models):
         # Half a unit of the last of 8 bits, and what fp32 itself may be off by.
         assert tensor.dtype == torch.bfloat16
         assert ((tensor.double() - expected).abs() <= expected.abs() * (2**-8 + 1e-6)).all(), name
-    in_bf16 = sum(t["model.layers.0.mlp.up_proj.weight"] for t in each) / 3  # the comparison can fail
+    # the comparison can fail
+    in_bf16 = sum(t["model.layers.0.mlp.up_proj.weight"] for t in each) / 3
     expected = sum(t["model.layers.0.mlp.up_proj.weight"].double() for t in each) / 3
     assert ((in_bf16.double() - expected).abs() > expected.abs() * (2**-8 + 1e-6)).any()
 
@@ -42,7 +46,9 @@ def test_it_is_a_model_as_the_first_one_is(tmp_path, models):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     first = json.loads((models[0] / "config.json").read_text())
     assert {key: config[key] for key in first} == first and config["rope_theta"] == 10000.0
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (models[0] / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        models[0] / "tokenizer.json"
+    ).read_bytes()
 
 
 def test_models_of_other_shapes_are_refused(tmp_path, models):
@@ -51,6 +57,8 @@ def test_models_of_other_shapes_are_refused(tmp_path, models):
     config = LlamaConfig.from_pretrained(models[0])
     config.intermediate_size = 20
     LlamaForCausalLM(config).save_pretrained(models[2])
-    with pytest.raises(IncompatibleModelsError, match=r"2 can't be averaged with .*0: model.layers.0.mlp.*differs"):
+    with pytest.raises(
+        IncompatibleModelsError, match=r"2 can't be averaged with .*0: model.layers.0.mlp.*differs"
+    ):
         average_dense(models, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,5 @@
-"""extend --replace: the branch stands where the old expert stood, rows follow the embeddings, and mistakes are named."""
+"""extend --replace: the branch stands where the old expert stood, rows follow the embeddings, and
+mistakes are named."""
 
 import argparse
 import dataclasses
@@ -58,7 +59,8 @@ def test_the_branch_stands_where_the_old_expert_stood(parts, capsys):
     for layer in range(2):
         for part in FFN_PARTS:
             assert torch.equal(new[expert_name(layer, 1, part)], dense[dense_ffn_name(layer, part)])
-    for name in (n for n in old if ".mlp." in n and ".experts.1." not in n):  # rows too: the embedding is the old one
+    # rows too: the embedding is the old one
+    for name in (n for n in old if ".mlp." in n and ".experts.1." not in n):
         assert torch.equal(new[name], old[name]), name
     for name in (n for n in old if ".mlp." not in n):
         expected = 2 / 3 * old[name] + 1 / 3 * dense[name]  # one of three experts
@@ -81,7 +83,11 @@ def test_rows_follow_the_embeddings(parts):
     stored = read_sidecar(parts / "nexus").vectors
     fresh = embed(parts / "domains.safetensors", ("gamma", "beta"))
     run(parts, "--domains", str(parts / "domains.safetensors"), "--lambda", "0")
-    old, new, sidecar = tensors_of(parts / "nexus"), tensors_of(parts / "out"), read_sidecar(parts / "out")
+    old, new, sidecar = (
+        tensors_of(parts / "nexus"),
+        tensors_of(parts / "out"),
+        read_sidecar(parts / "out"),
+    )
     assert torch.equal(sidecar.vectors, torch.stack([stored[0], fresh[1], stored[2]]))
     for layer in range(2):
         rows = new[gate_name(layer)]
@@ -96,7 +102,9 @@ def test_the_same_embedding_keeps_the_row(parts):
     vectors = read_sidecar(parts / "nexus").vectors[1:2].numpy()
     embed(parts / "domains.safetensors", ("beta",), vectors)
     run(parts, "--domains", str(parts / "domains.safetensors"))
-    assert torch.equal(tensors_of(parts / "out")[gate_name(0)], tensors_of(parts / "nexus")[gate_name(0)])
+    assert torch.equal(
+        tensors_of(parts / "out")[gate_name(0)], tensors_of(parts / "nexus")[gate_name(0)]
+    )
 
 
 def test_a_linear_router_keeps_its_rows(parts):
@@ -105,7 +113,9 @@ def test_a_linear_router_keeps_its_rows(parts):
     write_sidecar(parts / "nexus", sidecar)
     embed(parts / "domains.safetensors", ("beta",))
     run(parts, "--domains", str(parts / "domains.safetensors"))
-    assert torch.equal(tensors_of(parts / "out")[gate_name(0)], tensors_of(parts / "nexus")[gate_name(0)])
+    assert torch.equal(
+        tensors_of(parts / "out")[gate_name(0)], tensors_of(parts / "nexus")[gate_name(0)]
+    )
 
 
 def test_several_at_once_share_lambda(parts):
@@ -118,18 +128,26 @@ def test_several_at_once_share_lambda(parts):
 
 
 def test_verdict_and_exit_code(parts, text_folder, capsys):
-    """The new branch's FFNs are noise: its domain gets worse, the checkpoint is there all the same."""
-    tensors = {name: 50 * t if ".mlp." in name else t for name, t in tensors_of(parts / "beta").items()}
+    """The new branch's FFNs are noise: its domain gets worse, the checkpoint is there all the
+    same."""
+    tensors = {
+        name: 50 * t if ".mlp." in name else t for name, t in tensors_of(parts / "beta").items()
+    }
     save_file(tensors, parts / "beta" / "model.safetensors", metadata={"format": "pt"})
     words = ["--data", str(text_folder), "--windows", "6"]
     assert run(parts, *words, "--verdict", "--json") == 0
     verdict = json.loads(capsys.readouterr().out)["verdict"]
     worst = max(verdict["domains"], key=lambda domain: verdict["domains"][domain]["change"])
-    assert list(verdict["domains"]) == ["alpha", "beta", "gamma"] and verdict["domains"][worst]["verdict"] == "worse"
+    assert (
+        list(verdict["domains"]) == ["alpha", "beta", "gamma"]
+        and verdict["domains"][worst]["verdict"] == "worse"
+    )
     shutil.rmtree(parts / "out")
     assert run(parts, *words, "--fail-if-worse", "0%") == 3
     said = capsys.readouterr()
-    assert "nexus-ds extend: worse than --fail-if-worse 0% allows: " in said.err and worst in said.err
+    assert (
+        "nexus-ds extend: worse than --fail-if-worse 0% allows: " in said.err and worst in said.err
+    )
     assert "verdict" in said.out and (parts / "out" / "nexus.json").is_file()
 
 
@@ -137,24 +155,34 @@ def test_a_branch_of_another_dtype_is_cast_and_named(parts, nexus_dir, capsys):
     shutil.rmtree(parts / "beta")
     save_branch(nexus_dir, parts / "beta", 0, torch.bfloat16)
     run(parts)
-    assert "expert beta: weights cast from bfloat16 to float32, the dtype of " in capsys.readouterr().out
+    assert (
+        "expert beta: weights cast from bfloat16 to float32, the dtype of "
+        in capsys.readouterr().out
+    )
     dense, new = tensors_of(parts / "beta"), tensors_of(parts / "out")
-    assert torch.equal(new[expert_name(0, 1, "down_proj")], dense[dense_ffn_name(0, "down_proj")].float())
+    assert torch.equal(
+        new[expert_name(0, 1, "down_proj")], dense[dense_ffn_name(0, "down_proj")].float()
+    )
 
 
 def test_models_that_do_not_belong_together(parts):
     of_another_origin(parts / "beta")
-    with pytest.raises(IncompatibleModelsError, match=r"unrelated to those of the checkpoint .*: expert beta "):
+    with pytest.raises(
+        IncompatibleModelsError, match=r"unrelated to those of the checkpoint .*: expert beta "
+    ):
         run(parts)
     train_shared_gates(parts / "nexus")
-    with pytest.raises(CheckpointError, match=r"the shared expert's gate has weights up to 1\.0e-02"):
+    with pytest.raises(
+        CheckpointError, match=r"the shared expert's gate has weights up to 1\.0e-02"
+    ):
         run(parts)
     assert not (parts / "out").exists()
 
 
 def test_mistakes(parts, dense_dir):
     with pytest.raises(
-        ConfigError, match=r"--expert delta: --replace needs the name of an expert .*alpha, beta, gamma"
+        ConfigError,
+        match=r"--expert delta: --replace needs the name of an expert .*alpha, beta, gamma",
     ):
         run(parts, "--expert", f"delta={dense_dir}")
     embed(parts / "domains.safetensors", ("alpha",))
@@ -166,7 +194,9 @@ def test_mistakes(parts, dense_dir):
     with pytest.raises(ConfigError, match="--linear-init reset is for experts that are added"):
         run(parts, "--linear-init", "reset")
     for refit, more in (((), ()), (("--no-refit",), ("--verdict",))):
-        with pytest.raises(ConfigError, match="without --domains nothing says where the text is: give --data DIR"):
+        with pytest.raises(
+            ConfigError, match="without --domains nothing says where the text is: give --data DIR"
+        ):
             run(parts, *more, refit=refit)
     path = parts / "beta" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 1e-3}))
@@ -178,6 +208,15 @@ def test_mistakes(parts, dense_dir):
 def test_adding_still_needs_embeddings(parts):
     parser = argparse.ArgumentParser()
     extend.add_arguments(parser)
-    words = ["--checkpoint", str(parts / "nexus"), "--out", str(parts / "out"), "--expert", f"delta={parts / 'beta'}"]
-    with pytest.raises(ConfigError, match="--domains FILE is missing: the embeddings of the new domains"):
+    words = [
+        "--checkpoint",
+        str(parts / "nexus"),
+        "--out",
+        str(parts / "out"),
+        "--expert",
+        f"delta={parts / 'beta'}",
+    ]
+    with pytest.raises(
+        ConfigError, match="--domains FILE is missing: the embeddings of the new domains"
+    ):
         extend.run(parser.parse_args(words))

@@ -1,4 +1,5 @@
-"""The label fit: it streams what the whole model computes, and it makes routers tell domains apart."""
+"""The label fit: it streams what the whole model computes, and it makes routers tell domains
+apart."""
 
 import shutil
 
@@ -22,9 +23,12 @@ def checkpoint(tmp_path, nexus_dir):
 
 @pytest.fixture
 def windows():
-    """Windows of random words: domain d uses tokens 2 + d, 5 + d, ... so that an embedding tells it."""
+    """Windows of random words: domain d uses tokens 2 + d, 5 + d, ... so that an embedding tells
+    it."""
     generator = torch.Generator().manual_seed(0)
-    picks = {d: torch.randint(9, (6, 20), generator=generator) * 3 + 2 + i for i, d in enumerate(DOMAINS)}
+    picks = {
+        d: torch.randint(9, (6, 20), generator=generator) * 3 + 2 + i for i, d in enumerate(DOMAINS)
+    }
     assert len(WORDS) == len(picks)
     return FitText(picks, {})
 
@@ -34,7 +38,9 @@ def own_share(checkpoint, windows):
     model = load_stock(checkpoint, torch.float32).eval()
     chosen = []
     for block in model.model.layers:
-        block.mlp.gate.register_forward_hook(lambda module, inputs, output: chosen.append(output[2][:, 0]))
+        block.mlp.gate.register_forward_hook(
+            lambda module, inputs, output: chosen.append(output[2][:, 0])
+        )
     hits = []
     for index, domain in enumerate(DOMAINS):
         chosen.clear()
@@ -55,7 +61,10 @@ def test_the_streamed_share_is_the_whole_models_and_grows(checkpoint, windows):
 
 def test_nothing_but_the_router_changes(checkpoint, nexus_dir, windows):
     fit_router(checkpoint, windows, RouterConfig(fit_steps=3), seed=0)
-    a, b = load_stock(nexus_dir, torch.float32).state_dict(), load_stock(checkpoint, torch.float32).state_dict()
+    a, b = (
+        load_stock(nexus_dir, torch.float32).state_dict(),
+        load_stock(checkpoint, torch.float32).state_dict(),
+    )
     assert {name for name in a if not torch.equal(a[name], b[name])} == {
         f"model.layers.{layer}.mlp.gate.weight" for layer in range(2)
     }
@@ -75,6 +84,7 @@ def test_the_fit_is_deterministic(tmp_path, nexus_dir, windows):
 def test_a_domain_without_text_is_named(checkpoint, windows):
     del windows.windows["beta"]
     with pytest.raises(
-        DataError, match="the router's warm start label_fit has no text of beta; expected text of every expert's domain"
+        DataError,
+        match="the router's warm start label_fit has no text of beta; expected text of every expert's domain",
     ):
         fit_router(checkpoint, windows, RouterConfig(), seed=0)

@@ -1,4 +1,5 @@
-"""The router's warm starts on one layer's inputs: each does what its name says, and P learns directions, not labels only."""
+"""The router's warm starts on one layer's inputs: each does what its name says, and P learns
+directions, not labels only."""
 
 import math
 from dataclasses import replace
@@ -26,10 +27,11 @@ HIDDEN, WIDTH, DOMAINS, CHUNKS, LENGTH = 16, 12, 3, 60, 20
 
 
 def world(seed=0, unseen=1, background=0):
-    """Return text in which a chunk's inputs lie where a fixed linear map puts its topic, and its embedding near the topic.
+    """Return text in which a chunk's inputs lie where a fixed linear map puts its topic, and its
+    embedding near the topic.
 
-    The last `unseen` domains have no tokens among those that a start sees, but for the first `background` of them, whose
-    tokens have no label.
+    The last `unseen` domains have no tokens among those that a start sees, but for the first
+    `background` of them, whose tokens have no label.
     """
     generator = torch.Generator().manual_seed(seed)
     topics = unit(torch.randn(DOMAINS + unseen, WIDTH, generator=generator))
@@ -45,7 +47,9 @@ def world(seed=0, unseen=1, background=0):
     read = texts[: DOMAINS + background]
     seen = Seen(
         x_TH=torch.cat([x for _, x in read]),
-        labels_T=torch.tensor([*range(DOMAINS), *[-1] * background]).repeat_interleave(CHUNKS * LENGTH),
+        labels_T=torch.tensor([*range(DOMAINS), *[-1] * background]).repeat_interleave(
+            CHUNKS * LENGTH
+        ),
         generator=torch.Generator().manual_seed(seed),
         inputs_EM=topics[:DOMAINS],
         chunks_CM=torch.cat([c for c, _ in read]),
@@ -78,36 +82,52 @@ def projection_of(seen, form, row_norm="free"):
     ],
 )
 def test_chunks_teach_p_directions_that_labels_do_not(start, form, row_norm):
-    """A domain whose text P never saw finds its row P(d_new); the label fit of the same P does not."""
+    """A domain whose text P never saw finds its row P(d_new); the label fit of the same P does
+    not."""
     seen, topics, new_text = world()
     found, leaks = {}, {}
     for name in (start, "label_fit"):
         projection = projection_of(seen, form, row_norm)
-        start_projection(projection, seen, RouterConfig(warm_start=name, fit_steps=200, fit_lr=3e-3))
+        start_projection(
+            projection, seen, RouterConfig(warm_start=name, fit_steps=200, fit_lr=3e-3)
+        )
         rows_EH = projection(topics).detach()
         assert own_share(seen, rows_EH[:DOMAINS]) > 0.6
-        found[name], leaks[name] = share(new_text, rows_EH, DOMAINS), share(seen.x_TH, rows_EH, DOMAINS)
+        found[name], leaks[name] = (
+            share(new_text, rows_EH, DOMAINS),
+            share(seen.x_TH, rows_EH, DOMAINS),
+        )
     # The paper's SwiGLU learns a little of it; a linear P generalises.
     assert found[start] > found["label_fit"] + 0.2 and leaks[start] < 0.25
     assert found[start] > 0.7 or form == "swiglu"
 
 
-@pytest.mark.parametrize(("start", "form"), [("chunks", "swiglu"), ("chunks", "linear"), ("closed_form", "linear")])
+@pytest.mark.parametrize(
+    ("start", "form"), [("chunks", "swiglu"), ("chunks", "linear"), ("closed_form", "linear")]
+)
 def test_background_teaches_p_more_directions_and_is_nobodys_domain(start, form):
-    """Text without an expert makes a row that it never belongs to, and room for the rows of its kind."""
+    """Text without an expert makes a row that it never belongs to, and room for the rows of its
+    kind."""
     everything, topics, new_text = world(unseen=1 + DOMAINS, background=DOMAINS)
     known = everything.labels_T >= 0
     without = replace(everything.labelled(), chunks_CM=everything.chunks_CM[: DOMAINS * CHUNKS])
     found, rows = {}, {}
     for name, seen in (("without", without), ("with", everything)):
         projection = projection_of(seen, form, "fixed")
-        start_projection(projection, seen, RouterConfig(warm_start=start, fit_steps=100, fit_lr=3e-3))
+        start_projection(
+            projection, seen, RouterConfig(warm_start=start, fit_steps=100, fit_lr=3e-3)
+        )
         rows[name] = projection(torch.cat([topics[:DOMAINS], topics[-1:]])).detach()
-        own = F.linear(everything.x_TH[known], rows[name][:DOMAINS]).argmax(-1) == everything.labels_T[known]
+        own = (
+            F.linear(everything.x_TH[known], rows[name][:DOMAINS]).argmax(-1)
+            == everything.labels_T[known]
+        )
         assert float(own.float().mean()) > 0.6
         found[name] = share(new_text, rows[name], DOMAINS)
         background = projection(topics[DOMAINS:-1]).detach()
-        found[f"background {name}"] = share(everything.x_TH[~known], torch.cat([rows[name], background]), DOMAINS + 1)
+        found[f"background {name}"] = share(
+            everything.x_TH[~known], torch.cat([rows[name], background]), DOMAINS + 1
+        )
     assert found["with"] > found["without"] - 0.05
     assert found["background with"] > found["background without"] + 0.05
 
@@ -148,7 +168,8 @@ def test_the_temperature_is_the_best_of_its_grid():
     rows_EH = means(seen.x_TH, seen.labels_T, DOMAINS)
     best = temperature(seen.x_TH, seen.labels_T, rows_EH)
     losses = {
-        f: float(F.cross_entropy(seen.x_TH @ (rows_EH * f).T, seen.labels_T)) for f in (best / 1.2, best, best * 1.2)
+        f: float(F.cross_entropy(seen.x_TH @ (rows_EH * f).T, seen.labels_T))
+        for f in (best / 1.2, best, best * 1.2)
     }
     assert min(losses, key=losses.get) == best
     assert temperature(seen.x_TH, seen.labels_T, rows_EH * best) == pytest.approx(1.0)
@@ -162,7 +183,9 @@ def test_hidden_mean_is_the_mean_and_a_later_row_the_difference():
     later_EH = start_rows(old_EH, seen, RouterConfig(warm_start="hidden_mean"), kept=2)
     assert torch.equal(later_EH[:2], old_EH[:2])
     assert torch.allclose(unit(later_EH[2]), unit(rows_EH[2] - rows_EH[:2].mean(0)), atol=1e-5)
-    assert float(later_EH[2].norm()) == pytest.approx(float(old_EH[:2].norm(dim=1).mean()), rel=1e-5)
+    assert float(later_EH[2].norm()) == pytest.approx(
+        float(old_EH[:2].norm(dim=1).mean()), rel=1e-5
+    )
 
 
 def test_ridge_is_the_normal_equations_solution_up_to_the_temperature():
@@ -171,7 +194,8 @@ def test_ridge_is_the_normal_equations_solution_up_to_the_temperature():
     x, y = seen.x_TH.double(), F.one_hot(seen.labels_T, DOMAINS).double()
     penalty = 1e-3 * float((x * x).sum(0).mean())
     expected = torch.linalg.lstsq(
-        torch.cat([x, math.sqrt(penalty) * torch.eye(HIDDEN).double()]), torch.cat([y, torch.zeros(HIDDEN, DOMAINS)])
+        torch.cat([x, math.sqrt(penalty) * torch.eye(HIDDEN).double()]),
+        torch.cat([y, torch.zeros(HIDDEN, DOMAINS)]),
     ).solution.T
     ratio = rows_EH.double() / expected
     assert torch.allclose(ratio, ratio[0, 0].expand_as(ratio), rtol=1e-2)
@@ -181,12 +205,27 @@ def test_ridge_is_the_normal_equations_solution_up_to_the_temperature():
 @pytest.mark.parametrize(
     ("start", "kind", "form", "message"),
     [
-        ("ridge", "nexus", "swiglu", "warm_start ridge sets free rows, but this router's rows are P"),
+        (
+            "ridge",
+            "nexus",
+            "swiglu",
+            "warm_start ridge sets free rows, but this router's rows are P",
+        ),
         ("hidden_mean", "nexus", "linear", "warm_start hidden_mean sets free rows"),
         ("embedding", "nexus", "swiglu", "warm_start embedding sets free rows"),
-        ("chunks", "linear", "swiglu", "warm_start chunks fits P, but this router has free rows; use label_fit"),
+        (
+            "chunks",
+            "linear",
+            "swiglu",
+            "warm_start chunks fits P, but this router has free rows; use label_fit",
+        ),
         ("closed_form", "linear", "linear", "warm_start closed_form fits P"),
-        ("closed_form", "nexus", "swiglu", "closed_form needs a linear P, this one is swiglu; use chunks"),
+        (
+            "closed_form",
+            "nexus",
+            "swiglu",
+            "closed_form needs a linear P, this one is swiglu; use chunks",
+        ),
     ],
 )
 def test_starts_that_a_router_cannot_have_are_refused(start, kind, form, message):

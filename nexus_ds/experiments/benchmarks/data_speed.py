@@ -1,8 +1,9 @@
 """Speed of the way from text to samples, against the tokenizer alone on the same documents.
 
-A round times the tokenizer alone (`encode_batch_fast` of the `tokenizers` library on all cores, documents in memory) and
-`token_files` from a .jsonl.gz file to finished token files, processes started anew, one after the other and in turn first;
-a ratio compares two times of one round, so that a machine that slows down for a while slows both.
+A round times the tokenizer alone (`encode_batch_fast` of the `tokenizers` library on all cores,
+documents in memory) and `token_files` from a .jsonl.gz file to finished token files, processes
+started anew, one after the other and in turn first; a ratio compares two times of one round, so
+that a machine that slows down for a while slows both.
 Not covered: storage slower than a page cache, downloads, several machines.
 """
 
@@ -55,23 +56,29 @@ class Figures:
     """Of drawing one sample of LENGTH tokens."""
 
     def summary(self) -> dict[str, Any]:
-        """Return speeds in MB/s (medians) and the ratios of pipeline to tokenizer: median, lowest, highest.
+        """Return speeds in MB/s (medians) and the ratios of pipeline to tokenizer: median, lowest,
+        highest.
 
         The ratio of CPU times is what the ratio of times would be if no core ever waited.
         """
         pairs = list(zip(self.alone, self.pipeline, strict=True))
-        ratios, cpu = sorted(a.wall / b.wall for a, b in pairs), sorted(a.cpu / b.cpu for a, b in pairs)
+        ratios, cpu = (
+            sorted(a.wall / b.wall for a, b in pairs),
+            sorted(a.cpu / b.cpu for a, b in pairs),
+        )
         parts = {"tokenizer": self.alone, "pipeline": self.pipeline, "reading": self.reading}
         return {
             "megabytes": self.megabytes,
             "cores": self.cores,
-            **{f"{name}_mb_per_second": self.megabytes / statistics.median(s.wall for s in times)
-               for name, times in parts.items()},
+            **{
+                f"{name}_mb_per_second": self.megabytes / statistics.median(s.wall for s in times)
+                for name, times in parts.items()
+            },
             "ratio": [statistics.median(ratios), ratios[0], ratios[-1]],
             "cpu_ratio": [statistics.median(cpu), cpu[0], cpu[-1]],
             "sample_microseconds": self.sample_seconds * 1e6,
             "rounds": {name: [list(s) for s in times] for name, times in parts.items()},
-        }  # fmt: skip
+        }
 
 
 def gather(documents: Iterator[str], megabytes: float) -> list[str]:
@@ -114,7 +121,11 @@ def _timed(action: Callable[[], Any]) -> Seconds:
 
 
 def measure(
-    texts: Sequence[str], tokenizer: Path, rounds: int, workers: int, say: Callable[[str], None] = print
+    texts: Sequence[str],
+    tokenizer: Path,
+    rounds: int,
+    workers: int,
+    say: Callable[[str], None] = print,
 ) -> Figures:
     """Time tokenizer, pipeline and reading on the same documents.
 
@@ -141,7 +152,11 @@ def measure(
 
         def pipeline() -> None:
             cache = Path(tempfile.mkdtemp(dir=folder))
-            files.update(token_files(source, ["all"], "train", tokenizer, cache, workers=workers or figures.cores))
+            files.update(
+                token_files(
+                    source, ["all"], "train", tokenizer, cache, workers=workers or figures.cores
+                )
+            )
 
         contest: list[tuple[list[Seconds], Callable[[], Any]]] = [
             (figures.alone, lambda: _tokenizer_alone(backend, texts)),
@@ -166,7 +181,10 @@ def _sample_seconds(file: Any) -> float:
 
 def describe(found: dict[str, Any]) -> str:
     """Return a summary as text."""
-    ratio, cpu = (f"{middle:.3f} ({low:.3f}-{high:.3f})" for middle, low, high in (found["ratio"], found["cpu_ratio"]))
+    ratio, cpu = (
+        f"{middle:.3f} ({low:.3f}-{high:.3f})"
+        for middle, low, high in (found["ratio"], found["cpu_ratio"])
+    )
     lines = {
         "tokenizer alone, documents in memory": f"{found['tokenizer_mb_per_second']:.2f} MB/s",
         "from .jsonl.gz to token files": f"{found['pipeline_mb_per_second']:.2f} MB/s",
@@ -181,12 +199,22 @@ def describe(found: dict[str, Any]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `bench data`."""
-    parser.add_argument("--data", default="demo", help="folder of domains, hub:NAME[#COLUMN], or demo (default)")
-    parser.add_argument("--domains", default="", metavar="A,B", help="domains whose text is taken (all)")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer (default: one trained on the text)")
-    parser.add_argument("--megabytes", type=float, default=64.0, metavar="N", help="text, repeated if short (64)")
+    parser.add_argument(
+        "--data", default="demo", help="folder of domains, hub:NAME[#COLUMN], or demo (default)"
+    )
+    parser.add_argument(
+        "--domains", default="", metavar="A,B", help="domains whose text is taken (all)"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="tokenizer (default: one trained on the text)"
+    )
+    parser.add_argument(
+        "--megabytes", type=float, default=64.0, metavar="N", help="text, repeated if short (64)"
+    )
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="repetitions (5)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (0: one a CPU core)")
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes (0: one a CPU core)"
+    )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
@@ -205,13 +233,16 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     require_domains(source, domains)
     share = int(args.megabytes * 1e6 / len(domains)) + 1
     texts = gather(
-        (d.text for name in domains for d in source.documents(name, "train", max_bytes=share)), args.megabytes
+        (d.text for name in domains for d in source.documents(name, "train", max_bytes=share)),
+        args.megabytes,
     )
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = args.tokenizer or Path(folder) / "tokenizer"
         if not args.tokenizer:
             say("training a tokenizer")
-            train_tokenizer(iter(gather(iter(texts), min(args.megabytes, 8.0))), VOCABULARY, tokenizer)
+            train_tokenizer(
+                iter(gather(iter(texts), min(args.megabytes, 8.0))), VOCABULARY, tokenizer
+            )
         found = measure(texts, tokenizer, args.rounds, args.workers, say).summary()
     if args.json:
         print(json.dumps(found))

@@ -14,8 +14,11 @@ from nexus_ds.report.figures import COLOURS, HATCHES, LINES, _new, _save
 MARKERS = "osD^vPX*"
 
 
-def speed_bars(rows: Sequence[Mapping[str, Any]], parts: Sequence[str], baseline: str, out: Path) -> Path:
-    """Draw each model's speed over the baseline's with its spread, and beside it the shares of its step.
+def speed_bars(
+    rows: Sequence[Mapping[str, Any]], parts: Sequence[str], baseline: str, out: Path
+) -> Path:
+    """Draw each model's speed over the baseline's with its spread, and beside it the shares of its
+    step.
 
     Args:
         rows: `benchmarks.compare.summary`: model, ratio, ratio_low, ratio_high, shares.
@@ -27,7 +30,10 @@ def speed_bars(rows: Sequence[Mapping[str, Any]], parts: Sequence[str], baseline
     left, right = figure.subplots(1, 2, sharey=True)
     places, names = range(len(rows)), [row["model"] for row in rows]
     ratios = [row["ratio"] for row in rows]
-    spread = [[row["ratio"] - row["ratio_low"] for row in rows], [row["ratio_high"] - row["ratio"] for row in rows]]
+    spread = [
+        [row["ratio"] - row["ratio_low"] for row in rows],
+        [row["ratio_high"] - row["ratio"] for row in rows],
+    ]
     left.barh(places, ratios, xerr=spread, color=COLOURS[0], error_kw={"capsize": 3})
     for place, value in enumerate(ratios):
         left.text(0.02, place, f"{value:.2f}", va="center", color="white", fontsize=9)
@@ -38,7 +44,10 @@ def speed_bars(rows: Sequence[Mapping[str, Any]], parts: Sequence[str], baseline
     start = [0.0] * len(rows)
     for number, part in enumerate(parts):
         values = [max(0.0, row["shares"].get(part, 0.0)) for row in rows]
-        look = {"color": COLOURS[number % len(COLOURS)], "hatch": HATCHES[number // len(COLOURS) % len(HATCHES)]}
+        look = {
+            "color": COLOURS[number % len(COLOURS)],
+            "hatch": HATCHES[number // len(COLOURS) % len(HATCHES)],
+        }
         right.barh(places, values, left=start, label=part, edgecolor="white", linewidth=0.4, **look)
         start = [a + b for a, b in zip(start, values, strict=True)]
     right.set_xlabel("share of a step with optimizer and data")
@@ -47,7 +56,9 @@ def speed_bars(rows: Sequence[Mapping[str, Any]], parts: Sequence[str], baseline
     return _save(figure, out)
 
 
-def growth_curves(rows: Sequence[Mapping[str, Any]], exponents: Mapping[str, Mapping[str, float]], out: Path) -> Path:
+def growth_curves(
+    rows: Sequence[Mapping[str, Any]], exponents: Mapping[str, Mapping[str, float]], out: Path
+) -> Path:
     """Draw time, and peak memory where there is one, against each quantity on logarithmic axes.
 
     Args:
@@ -65,15 +76,20 @@ def growth_curves(rows: Sequence[Mapping[str, Any]], exponents: Mapping[str, Map
                 continue
             mine = [row for row in rows if row["quantity"] == quantity]
             axes.plot(
-                [row["x"] for row in mine], [row[key] * scale for row in mine], color=COLOURS[number % len(COLOURS)],
-                linestyle=LINES[number % len(LINES)], marker=MARKERS[number % len(MARKERS)],
+                [row["x"] for row in mine],
+                [row[key] * scale for row in mine],
+                color=COLOURS[number % len(COLOURS)],
+                linestyle=LINES[number % len(LINES)],
+                marker=MARKERS[number % len(MARKERS)],
                 label=f"{quantity} ^ {fitted[key]:.2f}",
-            )  # fmt: skip
+            )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xlabel("quantity that is changed")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.suptitle("Cost of a training step as work grows (quantity ^ fitted exponent)", fontsize=11)
+    figure.suptitle(
+        "Cost of a training step as work grows (quantity ^ fitted exponent)", fontsize=11
+    )
     return _save(figure, out)

@@ -1,8 +1,10 @@
-"""Training speed of the compared models: interleaved rounds, ratios within a round, and where the time goes.
+"""Training speed of the compared models: interleaved rounds, ratios within a round, and where the
+time goes.
 
-A round times every model once, one after the other, each round beginning with another; a ratio compares two times of one round,
-so that a machine that slows down for a while slows both (on a CPU with one thread it is CPU time that counts). Forward and
-backward pass are timed together; optimizer and data apart.
+A round times every model once, one after the other, each round beginning with another; a ratio
+compares two times of one round, so that a machine that slows down for a while slows both (on a CPU
+with one thread it is CPU time that counts). Forward and backward pass are timed together; optimizer
+and data apart.
 Not covered: several processes, communication.
 """
 
@@ -16,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +69,15 @@ class Ratio:
 def machine(device: torch.device) -> dict[str, Any]:
     """Return in words what the figures were measured on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")}
-    return {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version(), **packages}
+    packages = {
+        name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")
+    }
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **packages,
+    }
 
 
 def _processor() -> str:
@@ -75,7 +85,10 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def synchronize(device: torch.device) -> None:
@@ -95,17 +108,25 @@ def timed(action: Callable[[], Any], device: torch.device) -> float:
 
 
 class Batches:
-    """Random token ids, read from a file as a training run reads them. Use as a context; the file goes with it."""
+    """Random token ids, read from a file as a training run reads them. Use as a context; the file
+    goes with it."""
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         self.shape, self.device, self.next = shape, device, 0
 
     def __enter__(self) -> Batches:
         self.folder = tempfile.TemporaryDirectory()
-        tokens, dtype = 64 * self.shape.tokens, "uint16" if self.shape.vocabulary <= 2**16 else "uint32"
+        tokens, dtype = (
+            64 * self.shape.tokens,
+            "uint16" if self.shape.vocabulary <= 2**16 else "uint32",
+        )
         path = Path(self.folder.name) / "tokens.bin"
-        np.random.default_rng(0).integers(self.shape.vocabulary, size=tokens).astype(dtype).tofile(path)
-        file = TokenFile(path=path, dtype=dtype, tokens=tokens, documents=1, skipped=0, fingerprint="")
+        np.random.default_rng(0).integers(self.shape.vocabulary, size=tokens).astype(dtype).tofile(
+            path
+        )
+        file = TokenFile(
+            path=path, dtype=dtype, tokens=tokens, documents=1, skipped=0, fingerprint=""
+        )
         self.sampler = Sampler({"random": file}, {"random": 1.0}, self.shape.length, 0)
         return self
 
@@ -127,6 +148,11 @@ def train_step(model: Any, tokens_BS: Tensor) -> Tensor:
     return loss.detach()
 
 
+def _train_steps(model: Any, tokens_BS: Tensor, count: int) -> None:
+    for _ in range(count):
+        train_step(model, tokens_BS)
+
+
 def optimizer_seconds(model: Any, device: torch.device) -> float:
     """Return the median time of a fused AdamW update that changes nothing (learning rate 0)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
@@ -134,13 +160,17 @@ def optimizer_seconds(model: Any, device: torch.device) -> float:
     return statistics.median(timed(optimizer.step, device) for _ in range(3))
 
 
-def part_shares(model: Any, tokens_BS: Tensor, device: torch.device) -> tuple[dict[str, float], float]:
+def part_shares(
+    model: Any, tokens_BS: Tensor, device: torch.device
+) -> tuple[dict[str, float], float]:
     """Return each part's share of forward and backward pass, and the seconds of one."""
     clock = PartClock(device)
     watch_model(model, clock)
     train_step(model, tokens_BS)
     clock.seconds()
-    steps = max(PART_STEPS, round(BUSY_SECONDS / timed(lambda: train_step(model, tokens_BS), device)))
+    steps = max(
+        PART_STEPS, round(BUSY_SECONDS / timed(lambda: train_step(model, tokens_BS), device))
+    )
     clock.seconds()
     total = timed(lambda: [train_step(model, tokens_BS) for _ in range(steps)], device)
     found = shares(clock.seconds(), total)
@@ -176,7 +206,8 @@ def measure(
             say(f"building {name}")
             models[name] = model = build(name, shape, device, dtype)
             loss = float(train_step(model, tokens))
-            steps[name] = max(1, round(BUSY_SECONDS / timed(lambda m=model: train_step(m, tokens), device)))  # type: ignore[misc]
+            one_step = timed(partial(train_step, model, tokens), device)
+            steps[name] = max(1, round(BUSY_SECONDS / one_step))
             model.zero_grad(set_to_none=True)
             found[name] = Measured(name, sum(p.numel() for p in model.parameters()), loss)
         reading = []
@@ -189,9 +220,10 @@ def measure(
             for place in range(len(names)):
                 name = names[(turn + place) % len(names)]
                 model, count = models[name], steps[name]
-                seconds = timed(lambda m=model, n=count: [train_step(m, tokens) for _ in range(n)], device)  # type: ignore[misc]
+                seconds = timed(partial(_train_steps, model, tokens, count), device)
                 found[name].seconds.append(seconds / count)
-                model.zero_grad(set_to_none=True)  # so that one model's gradients are there at a time
+                # so that one model's gradients are there at a time
+                model.zero_grad(set_to_none=True)
         data = statistics.median(reading)
         say("shares of the step")
         for name in names:
@@ -199,7 +231,9 @@ def measure(
     return list(found.values()), data
 
 
-def _detail(result: Measured, model: Any, tokens_BS: Tensor, device: torch.device, data: float) -> None:
+def _detail(
+    result: Measured, model: Any, tokens_BS: Tensor, device: torch.device, data: float
+) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     found, seconds = part_shares(model, tokens_BS, device)
@@ -237,11 +271,21 @@ def summary(
         tflops = flops / seconds / 1e12
         rows.append(
             {
-                "model": result.name, "parameters": result.parameters, "loss": result.loss, "step_seconds": seconds,
-                "tokens_per_second": shape.tokens / seconds, "ratio": compared.median, "ratio_low": compared.low,
-                "ratio_high": compared.high, "active_tflops": tflops, "mfu": tflops / peak if peak else None,
-                "optimizer_seconds": result.optimizer, "data_seconds": data, "peak_bytes": result.peak_bytes or None,
-                "shares": result.shares, "rounds": result.seconds,
+                "model": result.name,
+                "parameters": result.parameters,
+                "loss": result.loss,
+                "step_seconds": seconds,
+                "tokens_per_second": shape.tokens / seconds,
+                "ratio": compared.median,
+                "ratio_low": compared.low,
+                "ratio_high": compared.high,
+                "active_tflops": tflops,
+                "mfu": tflops / peak if peak else None,
+                "optimizer_seconds": result.optimizer,
+                "data_seconds": data,
+                "peak_bytes": result.peak_bytes or None,
+                "shares": result.shares,
+                "rounds": result.seconds,
             }
-        )  # fmt: skip
+        )
     return rows

@@ -1,9 +1,13 @@
-"""The models that are compared: one skeleton, one set of weights, and a feed-forward block of each kind.
+"""The models that are compared: one skeleton, one set of weights, and a feed-forward block of each
+kind.
 
-Every mixture computes the same function (a test compares their losses), so that their times compare the same work. The dense
-model has as many active parameters: one feed-forward network as wide as the shared and the chosen routed experts together.
+Every mixture computes the same function (a test compares their losses), so that their times compare
+the same work. The dense
+model has as many active parameters: one feed-forward network as wide as the shared and the chosen
+routed experts together.
 Shapes: E routed experts, K chosen, H hidden size, F inner width, M width of a domain embedding.
-Not covered: expert parallelism and ZeRO; one process, plain PyTorch, so that layers are compared and nothing else.
+Not covered: expert parallelism and ZeRO; one process, plain PyTorch, so that layers are compared
+and nothing else.
 """
 
 from __future__ import annotations
@@ -53,24 +57,48 @@ class Shape:
         """Return the sizes by which `plan` counts parameters and arithmetic."""
         width = self.hidden
         return Sizes(
-            vocabulary=self.vocabulary, hidden=width, layers=self.layers, heads=self.heads, kv_heads=self.heads,
-            head_size=width // self.heads, ffn=self.ffn, tied=True, experts=self.experts, top_k=self.top_k,
+            vocabulary=self.vocabulary,
+            hidden=width,
+            layers=self.layers,
+            heads=self.heads,
+            kv_heads=self.heads,
+            head_size=width // self.heads,
+            ffn=self.ffn,
+            tied=True,
+            experts=self.experts,
+            top_k=self.top_k,
             projection=(self.embedding * 2 * width, width * width),
-        )  # fmt: skip
+        )
 
 
 PRESETS = {
-    "tiny": Shape(hidden=96, layers=3, heads=3, ffn=256, vocabulary=2048, experts=4, batch=8, length=128),
-    "cpu": Shape(hidden=512, layers=4, heads=8, ffn=1408, vocabulary=8192, experts=4, batch=8, length=256),
-    "470m": Shape(hidden=1024, layers=18, heads=16, ffn=2432, vocabulary=256000, experts=6, batch=4, length=2048),
+    "tiny": Shape(
+        hidden=96, layers=3, heads=3, ffn=256, vocabulary=2048, experts=4, batch=8, length=128
+    ),
+    "cpu": Shape(
+        hidden=512, layers=4, heads=8, ffn=1408, vocabulary=8192, experts=4, batch=8, length=256
+    ),
+    "470m": Shape(
+        hidden=1024,
+        layers=18,
+        heads=16,
+        ffn=2432,
+        vocabulary=256000,
+        experts=6,
+        batch=4,
+        length=2048,
+    ),
 }
-"""tiny: the demo's; cpu: large enough for matrix products to dominate; 470m: the recipe nexus-470m."""
+"""tiny: the demo's; cpu: large enough for matrix products to dominate; 470m: the recipe
+nexus-470m."""
 
 
 def preset(name: str) -> Shape:
     """Return a preset; ConfigError if there is none of that name."""
     if name not in PRESETS:
-        raise ConfigError(f"--preset: unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
+        raise ConfigError(
+            f"--preset: unknown preset {name!r}; expected one of {', '.join(PRESETS)}"
+        )
     return PRESETS[name]
 
 
@@ -90,12 +118,15 @@ class Parts:
 
 def _nexus(parts: Parts, shape: Shape, grouped_mm: bool) -> nn.Module:
     place = Placement(shape.experts)
-    router = NexusRouter(shape.hidden, place, shape.top_k, parts.projection, parts.inputs_EM, LOAD_BALANCE)
+    router = NexusRouter(
+        shape.hidden, place, shape.top_k, parts.projection, parts.inputs_EM, LOAD_BALANCE
+    )
     return NexusMoE(place, parts.experts, parts.shared, router, grouped_mm)
 
 
 class _AutoEP(nn.Module):
-    """DeepSpeed's expert-parallel layer as it is, with a Nexus router: its own dispatch and its own loop over experts."""
+    """DeepSpeed's expert-parallel layer as it is, with a Nexus router: its own dispatch and its own
+    loop over experts."""
 
     def __init__(self, parts: Parts, shape: Shape) -> None:
         super().__init__()
@@ -108,20 +139,27 @@ class _AutoEP(nn.Module):
 
 
 def _transformers(parts: Parts, shape: Shape, implementation: str) -> nn.Module:
-    """Return a stock block: the shared expert is halved by its gate, so its down projection is doubled."""
+    """Return a stock block: the shared expert is halved by its gate, so its down projection is
+    doubled."""
     from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
     config = skeleton_config(shape)
     config._experts_implementation = implementation
     with torch.device("meta"):
         block = Qwen2MoeSparseMoeBlock(config)
-    stacked = torch.stack([torch.cat([e.gate_proj.weight, e.up_proj.weight]) for e in parts.experts])
+    stacked = torch.stack(
+        [torch.cat([e.gate_proj.weight, e.up_proj.weight]) for e in parts.experts]
+    )
     block.experts.gate_up_proj = nn.Parameter(stacked.detach())
-    block.experts.down_proj = nn.Parameter(torch.stack([e.down_proj.weight for e in parts.experts]).detach())
+    block.experts.down_proj = nn.Parameter(
+        torch.stack([e.down_proj.weight for e in parts.experts]).detach()
+    )
     block.gate.weight = nn.Parameter(parts.rows())
     for name in ("gate_proj", "up_proj", "down_proj"):
         weight = getattr(parts.shared, name).weight.detach()
-        getattr(block.shared_expert, name).weight = nn.Parameter(2 * weight if name == "down_proj" else weight)
+        getattr(block.shared_expert, name).weight = nn.Parameter(
+            2 * weight if name == "down_proj" else weight
+        )
     block.shared_expert_gate.weight = nn.Parameter(torch.zeros_like(parts.rows()[:1]))
     return block
 
@@ -133,7 +171,9 @@ class _Native(nn.Module):
         from deepspeed.moe.layer import MoE
 
         super().__init__()
-        self.moe = MoE(shape.hidden, parts.experts[0], shape.experts, k=shape.top_k, drop_tokens=drop_tokens)
+        self.moe = MoE(
+            shape.hidden, parts.experts[0], shape.experts, k=shape.top_k, drop_tokens=drop_tokens
+        )
         self.moe.deepspeed_moe.experts.deepspeed_experts = nn.ModuleList(parts.experts)
         self.moe.deepspeed_moe.gate.wg.weight = nn.Parameter(parts.rows())
         self.shared_expert = parts.shared
@@ -158,8 +198,9 @@ VARIANTS: dict[str, Callable[[Parts, Shape], nn.Module]] = {
     "deepspeed": lambda parts, shape: _Native(parts, shape, False),
     "deepspeed-drop": lambda parts, shape: _Native(parts, shape, True),
 }
-"""dense: equal active parameters; autoep-loop: what NexusMoE is built on; deepspeed: deepspeed.moe without dropped tokens;
-deepspeed-drop: with its defaults, where tokens beyond an expert's capacity are dropped (less work)."""
+"""dense: equal active parameters; autoep-loop: what NexusMoE is built on; deepspeed: deepspeed.moe
+without dropped tokens; deepspeed-drop: with its defaults, where tokens beyond an expert's capacity
+are dropped (less work)."""
 
 
 def skeleton_config(shape: Shape) -> Any:
@@ -167,12 +208,25 @@ def skeleton_config(shape: Shape) -> Any:
     from transformers import Qwen2MoeConfig
 
     return Qwen2MoeConfig(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.ffn,
-        moe_intermediate_size=shape.ffn, shared_expert_intermediate_size=shape.ffn, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.heads, num_experts=shape.experts,
-        num_experts_per_tok=shape.top_k, norm_topk_prob=False, decoder_sparse_step=1, mlp_only_layers=[],
-        max_position_embeddings=shape.length, tie_word_embeddings=True, qkv_bias=False, bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        moe_intermediate_size=shape.ffn,
+        shared_expert_intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.top_k,
+        norm_topk_prob=False,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        max_position_embeddings=shape.length,
+        tie_word_embeddings=True,
+        qkv_bias=False,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
 
 
 def _parts(shape: Shape, layer: int, dtype: torch.dtype, inputs_EM: Tensor) -> Parts:
@@ -198,7 +252,9 @@ def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
 
     config = skeleton_config(shape)
     config.num_experts = 0  # cheap dense blocks, replaced below
-    vectors = torch.randn(shape.experts, shape.embedding, generator=torch.Generator().manual_seed(0))
+    vectors = torch.randn(
+        shape.experts, shape.embedding, generator=torch.Generator().manual_seed(0)
+    )
     inputs_EM = nn.functional.normalize(vectors, dim=-1).to(device)
     with torch.device(device):
         torch.manual_seed(0)

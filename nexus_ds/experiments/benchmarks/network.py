@@ -1,9 +1,11 @@
-"""Ranks on one machine, each in a network namespace of its own, joined by a switch: links as slow as one likes.
+"""Ranks on one machine, each in a network namespace of its own, joined by a switch: links as slow
+as one likes.
 
-The parent calls `run_ranks`; the switch and the ranks are children in namespaces that end with them, so that nothing is left
-behind and the machine's own network is never touched. A rank limits what it sends with `limit`. Without delay the switch is
-the kernel's bridge; with delay it is `forward` (the kernel's netem is often missing), which takes part of a core.
-Needs Linux, `unshare`, `ip` and `tc`, and root or unprivileged user namespaces; for delay /dev/net/tun.
+The parent calls `run_ranks`; the switch and the ranks are children in namespaces that end with
+them, so that nothing is left behind and the machine's own network is never touched. A rank limits
+what it sends with `limit`. Without delay the switch is the kernel's bridge; with delay it is
+`forward` (the kernel's netem is often missing), which takes part of a core. Needs Linux, `unshare`,
+`ip` and `tc`, and root or unprivileged user namespaces; for delay /dev/net/tun.
 Not covered: loss, jitter, limits on what a rank receives.
 """
 
@@ -32,7 +34,8 @@ TOOLS = ("unshare", "ip", "tc")
 TUN = Path("/dev/net/tun")
 TUNSETIFF, TUNSETOFFLOAD = 0x400454CA, 0x400454D0  # linux/if_tun.h, as the next two lines
 TAP, NO_PACKET_INFO, OFFLOAD_HEADER = 0x0002, 0x1000, 0x4000
-CHECKSUM, SEGMENTATION_4, SEGMENTATION_6 = 1, 2, 4  # left to the device: 64 KiB travel in one piece, as over veth
+# left to the device: 64 KiB travel in one piece, as over veth
+CHECKSUM, SEGMENTATION_4, SEGMENTATION_6 = 1, 2, 4
 HEADER = 10  # bytes of struct virtio_net_hdr before a frame
 FRAME = 66_000  # bytes of the longest frame and its header
 
@@ -43,7 +46,8 @@ def _own_namespace() -> list[str]:
 
 
 def check(delay: float = 0.0) -> None:
-    """Raise LayoutError where limited links, with a delay of `delay` seconds or none, can't be made, with the reason."""
+    """Raise LayoutError where limited links, with a delay of `delay` seconds or none, can't be
+    made, with the reason."""
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
         raise LayoutError(
@@ -71,7 +75,8 @@ def _check_taps() -> None:
 
 
 def limit(speed: float) -> None:
-    """Limit what this rank sends from now on to `speed` bytes a second. The queue holds those of a second: none is lost."""
+    """Limit what this rank sends from now on to `speed` bytes a second. The queue holds those of a
+    second: none is lost."""
     burst = max(
         131072, int(0.002 * speed)
     )  # smaller than a packet of 64 KiB, and the kernel cuts it up and loses parts
@@ -81,12 +86,17 @@ def limit(speed: float) -> None:
 
 def sent() -> int:
     """Return the bytes that this rank has sent, headers and acknowledgements included."""
-    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if f"{DEVICE}:" in line)
+    line = next(
+        line for line in Path("/proc/net/dev").read_text().splitlines() if f"{DEVICE}:" in line
+    )
     return int(line.split(":")[1].split()[8])
 
 
-def run_ranks(module: str, arguments: list[str], world: int, timeout: float, delay: float = 0.0) -> None:
-    """Run `python -m module arguments` as `world` ranks on limited links, with a launcher's variables.
+def run_ranks(
+    module: str, arguments: list[str], world: int, timeout: float, delay: float = 0.0
+) -> None:
+    """Run `python -m module arguments` as `world` ranks on limited links, with a launcher's
+    variables.
 
     Args:
         module: each rank's program.
@@ -96,14 +106,28 @@ def run_ranks(module: str, arguments: list[str], world: int, timeout: float, del
         delay: seconds from rank to rank, one way.
 
     Raises:
-        LayoutError: namespaces or taps are not allowed, a rank failed or it took longer than `timeout`.
+        LayoutError: namespaces or taps are not allowed, a rank failed or it took longer than
+            `timeout`.
     """
     check(delay)
-    words = [*_own_namespace(), sys.executable, "-m", __name__, str(world), str(delay), module, *arguments]
+    words = [
+        *_own_namespace(),
+        sys.executable,
+        "-m",
+        __name__,
+        str(world),
+        str(delay),
+        module,
+        *arguments,
+    ]
     try:
-        done = subprocess.run(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout)
+        done = subprocess.run(
+            words, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout
+        )
     except subprocess.TimeoutExpired as error:
-        raise LayoutError(f"the ranks were not done after {timeout:.0f} s; use fewer steps or faster links") from error
+        raise LayoutError(
+            f"the ranks were not done after {timeout:.0f} s; use fewer steps or faster links"
+        ) from error
     if done.returncode:
         raise LayoutError(f"a rank failed; its last words:\n{done.stdout[-2000:]}")
 
@@ -117,16 +141,21 @@ def _plug(rank: int, pid: int) -> None:
     """Give a rank's namespace a cable to the kernel's switch."""
     port = f"port{rank}"
     for words in (
-        f"link add {port} type veth peer name {DEVICE} netns {pid}", f"link set {port} master switch", f"link set {port} up",
-    ):  # fmt: skip
+        f"link add {port} type veth peer name {DEVICE} netns {pid}",
+        f"link set {port} master switch",
+        f"link set {port} up",
+    ):
         subprocess.run(["ip", *words.split()], check=True)
 
 
 def _tap(rank: int, pid: int) -> int:
-    """Give a rank's namespace a device whose frames are read from and written to the returned file descriptor."""
+    """Give a rank's namespace a device whose frames are read from and written to the returned file
+    descriptor."""
     port = f"port{rank}"
     tap = os.open(TUN, os.O_RDWR)
-    fcntl.ioctl(tap, TUNSETIFF, struct.pack("16sH22x", port.encode(), TAP | NO_PACKET_INFO | OFFLOAD_HEADER))
+    fcntl.ioctl(
+        tap, TUNSETIFF, struct.pack("16sH22x", port.encode(), TAP | NO_PACKET_INFO | OFFLOAD_HEADER)
+    )
     fcntl.ioctl(tap, TUNSETOFFLOAD, CHECKSUM | SEGMENTATION_4 | SEGMENTATION_6)
     subprocess.run(["ip", "link", "set", port, "netns", str(pid), "name", DEVICE], check=True)
     return tap
@@ -171,7 +200,8 @@ def _deliver(queues: dict[int, deque[tuple[float, bytes]]]) -> None:
     """Write all frames whose time has come."""
     for tap, queue in queues.items():
         while queue and queue[0][0] <= time.monotonic():
-            with contextlib.suppress(OSError):  # a rank whose device is not up receives nothing, as on a real switch
+            # a rank whose device is not up receives nothing, as on a real switch
+            with contextlib.suppress(OSError):
                 os.write(tap, queue.popleft()[1])
 
 
@@ -184,16 +214,20 @@ def _carry(taps: list[int], delay: float) -> None:
 
 
 def _connect(pids: list[int], delay: float) -> None:
-    """Join the namespaces of the ranks by the kernel's bridge or, with delay, by `forward` in a thread."""
+    """Join the namespaces of the ranks by the kernel's bridge or, with delay, by `forward` in a
+    thread."""
     for pid in pids:
         _wait_for_namespace(pid)
     if not delay:
-        subprocess.run("ip link add switch type bridge && ip link set switch up", shell=True, check=True)
+        subprocess.run(
+            "ip link add switch type bridge && ip link set switch up", shell=True, check=True
+        )
         for rank, pid in enumerate(pids):
             _plug(rank, pid)
         return
     taps = [_tap(rank, pid) for rank, pid in enumerate(pids)]
-    Path("/proc/self/timerslack_ns").write_text("1", encoding="utf-8")  # a thread inherits it; the default is 50 us
+    # a thread inherits it; the default is 50 us
+    Path("/proc/self/timerslack_ns").write_text("1", encoding="utf-8")
     with contextlib.suppress(PermissionError):
         os.nice(-10)  # so does it this: ranks that compute must not make the network slow
     threading.Thread(target=_carry, args=(taps, delay), daemon=True).start()
@@ -203,13 +237,21 @@ def join(rank: int) -> None:
     """Wait for this rank's cable and switch it on."""
     while subprocess.run(["ip", "link", "show", DEVICE], capture_output=True).returncode:
         time.sleep(0.01)
-    for words in ("link set lo up", f"addr add {NETWORK}{rank + 1}/24 dev {DEVICE}", f"link set {DEVICE} up"):
+    for words in (
+        "link set lo up",
+        f"addr add {NETWORK}{rank + 1}/24 dev {DEVICE}",
+        f"link set {DEVICE} up",
+    ):
         subprocess.run(["ip", *words.split()], check=True)
 
 
 def _switch(world: int, delay: float, module: str, arguments: list[str]) -> int:
     """Start the ranks, connect them and wait for them; the first that fails ends all."""
-    common = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    common = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+    }
     common |= {"MASTER_ADDR": f"{NETWORK}1", "MASTER_PORT": str(PORT), "GLOO_SOCKET_IFNAME": DEVICE}
     ranks = [
         subprocess.Popen(

@@ -1,8 +1,11 @@
-"""Where a step's time goes: stamps at the borders of modules, in the forward and in the backward pass.
+"""Where a step's time goes: stamps at the borders of modules, in the forward and in the backward
+pass.
 
-A stamp is an autograd node that changes nothing. Autograd runs the newest nodes first, so a module's backward pass lies between
-the stamp on its output and the stamp on its input, and nothing of its siblings in between.
-Not covered: modules whose inputs need no gradient, re-entrant checkpointing, more than one stream on a GPU.
+A stamp is an autograd node that changes nothing. Autograd runs the newest nodes first, so a
+module's backward pass lies between the stamp on its output and the stamp on its input, and nothing
+of its siblings in between.
+Not covered: modules whose inputs need no gradient, re-entrant checkpointing, more than one stream
+on a GPU.
 """
 
 from __future__ import annotations
@@ -14,18 +17,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Attributes of a feed-forward block by part, for each kind of block; what is left of the block is `dispatch`.
+# Attributes of a feed-forward block by part, for each kind of block; what is left of the block is
+# `dispatch`.
 BLOCK_PARTS = {
     "router": ("router", "layer.router", "gate", "moe.deepspeed_moe.gate"),
     "experts": ("experts", "layer.experts", "moe.deepspeed_moe.experts"),
     "shared expert": ("shared_experts", "layer.shared_experts", "shared_expert"),
 }
-PARTS = ("router", "dispatch", "experts", "shared expert", "ffn", "attention", "head + loss", "rest")
+PARTS = (
+    "router",
+    "dispatch",
+    "experts",
+    "shared expert",
+    "ffn",
+    "attention",
+    "head + loss",
+    "rest",
+)
 STEP_PARTS = (*PARTS, "optimizer", "data")
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
-    """Return what reads the time on the host: with one thread on a CPU the process's own, which other jobs disturb less."""
+    """Return what reads the time on the host: with one thread on a CPU the process's own, which
+    other jobs disturb less."""
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     return time.process_time if alone else time.perf_counter
 
@@ -70,14 +84,17 @@ class PartClock:
             _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             values = list(args) + list(options.values())
-            first = next(i for i, v in enumerate(values) if isinstance(v, Tensor) and v.requires_grad)
+            first = next(
+                i for i, v in enumerate(values) if isinstance(v, Tensor) and v.requires_grad
+            )
             values[first] = _Stamp.apply(values[first], self, part, True)
             return tuple(values[: len(args)]), dict(zip(options, values[len(args) :], strict=True))
 
         def after(_: nn.Module, __: Any, output: Any) -> Any:
             if isinstance(output, Tensor):
                 return _Stamp.apply(output, self, part, False)
-            last = max(i for i, v in enumerate(output) if isinstance(v, Tensor) and v.requires_grad)  # a router's gate
+            # a router's gate
+            last = max(i for i, v in enumerate(output) if isinstance(v, Tensor) and v.requires_grad)
             marked = _Stamp.apply(output[last], self, part, False)
             return (*output[:last], marked, *output[last + 1 :])
 
@@ -102,7 +119,11 @@ class PartClock:
                 begun[part] = moment
             else:
                 start = begun.pop(part)
-                passed = moment - start if isinstance(moment, float) else start.elapsed_time(moment) / 1e3
+                passed = (
+                    moment - start
+                    if isinstance(moment, float)
+                    else start.elapsed_time(moment) / 1e3
+                )
                 found[part] = found.get(part, 0.0) + passed
         self.stamps.clear()
         return found
@@ -118,7 +139,8 @@ def _find(block: nn.Module, paths: tuple[str, ...]) -> nn.Module | None:
 
 
 def watch_model(model: Any, clock: PartClock) -> None:
-    """Watch attention, feed-forward block with its parts, and output layer of a model of `benchmarks.models`."""
+    """Watch attention, feed-forward block with its parts, and output layer of a model of
+    `benchmarks.models`."""
     for layer in model.model.layers:
         clock.watch("attention", layer.self_attn)
         parts = {part: _find(layer.mlp, paths) for part, paths in BLOCK_PARTS.items()}
@@ -130,7 +152,8 @@ def watch_model(model: Any, clock: PartClock) -> None:
 
 
 def shares(seconds: dict[str, float], total: float) -> dict[str, float]:
-    """Return each part's share of `total` seconds; dispatch is what a block does besides its parts, rest the remainder."""
+    """Return each part's share of `total` seconds; dispatch is what a block does besides its parts,
+    rest the remainder."""
     known = dict(seconds)
     block = known.pop("block", None)
     if block is not None:

@@ -1,4 +1,5 @@
-"""How step time and memory grow with experts, top-k, layers and sequence, and how the router's own cost does.
+"""How step time and memory grow with experts, top-k, layers and sequence, and how the router's own
+cost does.
 
 One quantity is changed at a time; time ~ x^a is fitted by least squares on logarithms.
 Not covered: several processes; memory on systems without /proc (0 there).
@@ -17,7 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from nexus_ds.experiments.benchmarks.layer_speed import BUSY_SECONDS, Batches, synchronize, timed, train_step
+from nexus_ds.experiments.benchmarks.layer_speed import (
+    BUSY_SECONDS,
+    Batches,
+    synchronize,
+    timed,
+    train_step,
+)
 from nexus_ds.experiments.benchmarks.models import LOAD_BALANCE, Shape, build
 from nexus_ds.model.router import Projection
 from nexus_ds.runtime.deepspeed_internals import release_memory
@@ -45,10 +52,11 @@ def exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
 
 
 def router_law(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return what a router of one layer costs: for each token at the fewest and the most tokens, and for each expert.
+    """Return what a router of one layer costs: for each token at the fewest and the most tokens,
+    and for each expert.
 
-    `expert_seconds` and `fixed_seconds` are the best t = fixed + expert * E at ROUTER_TOKENS tokens, `correlation` how well
-    a straight line fits.
+    `expert_seconds` and `fixed_seconds` are the best t = fixed + expert * E at ROUTER_TOKENS
+    tokens, `correlation` how well a straight line fits.
     """
     by_tokens = [(row["x"], row["seconds"]) for row in rows if row["quantity"] == "router tokens"]
     xs = [float(row["x"]) for row in rows if row["quantity"] == "router experts"]
@@ -56,13 +64,19 @@ def router_law(rows: list[dict[str, Any]]) -> dict[str, float]:
     fitted = statistics.linear_regression(xs, ys)
     (few, first), (many, last) = min(by_tokens), max(by_tokens)
     return {
-        "few_tokens": few, "token_seconds_few": first / few, "many_tokens": many, "token_seconds_many": last / many,
-        "fixed_seconds": fitted.intercept, "expert_seconds": fitted.slope, "correlation": statistics.correlation(xs, ys),
-    }  # fmt: skip
+        "few_tokens": few,
+        "token_seconds_few": first / few,
+        "many_tokens": many,
+        "token_seconds_many": last / many,
+        "fixed_seconds": fitted.intercept,
+        "expert_seconds": fitted.slope,
+        "correlation": statistics.correlation(xs, ys),
+    }
 
 
 class Memory:
-    """Most memory that this process (or the GPU) held inside the context, above what it held at its beginning."""
+    """Most memory that this process (or the GPU) held inside the context, above what it held at its
+    beginning."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.bytes = device, 0
@@ -98,7 +112,9 @@ def repeated(action: Callable[[], Any], device: torch.device, rounds: int) -> fl
     return statistics.median(turns)
 
 
-def _point(shape: Shape, variant: str, device: torch.device, dtype: torch.dtype, rounds: int) -> dict[str, float]:
+def _point(
+    shape: Shape, variant: str, device: torch.device, dtype: torch.dtype, rounds: int
+) -> dict[str, float]:
     with Memory(device) as memory, Batches(shape, device) as batches:
         model, tokens = build(variant, shape, device, dtype), batches.read()
         seconds = repeated(lambda: train_step(model, tokens), device, rounds)
@@ -106,9 +122,15 @@ def _point(shape: Shape, variant: str, device: torch.device, dtype: torch.dtype,
 
 
 def sweep(
-    base: Shape, variant: str, device: torch.device, dtype: torch.dtype, rounds: int, say: Callable[[str], None]
+    base: Shape,
+    variant: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
+    say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Return step seconds and peak memory over all SWEEPS, one row a point: quantity, x, seconds, peak_bytes.
+    """Return step seconds and peak memory over all SWEEPS, one row a point: quantity, x, seconds,
+    peak_bytes.
 
     `top_k` is changed among 8 experts or more, so that there is a choice.
     """
@@ -119,16 +141,25 @@ def sweep(
             shape = replace(base, **{quantity: x})
             shape = replace(shape, experts=max(base.experts, 8)) if quantity == "top_k" else shape
             say(f"{quantity} {x}")
-            rows.append({"quantity": quantity, "x": x, **_point(shape, variant, device, dtype, rounds)})
+            rows.append(
+                {"quantity": quantity, "x": x, **_point(shape, variant, device, dtype, rounds)}
+            )
     return rows
 
 
-def router_seconds(shape: Shape, tokens: int, device: torch.device, dtype: torch.dtype, rounds: int) -> float:
-    """Return seconds of one layer's router (P, scores, losses) for `tokens` tokens, forward and backward."""
+def router_seconds(
+    shape: Shape, tokens: int, device: torch.device, dtype: torch.dtype, rounds: int
+) -> float:
+    """Return seconds of one layer's router (P, scores, losses) for `tokens` tokens, forward and
+    backward."""
     torch.manual_seed(0)
-    inputs_EM = nn.functional.normalize(torch.randn(shape.experts, shape.embedding), dim=-1).to(device)
+    inputs_EM = nn.functional.normalize(torch.randn(shape.experts, shape.embedding), dim=-1).to(
+        device
+    )
     projection = Projection(shape.embedding, shape.hidden).to(device, dtype)
-    router = NexusRouter(shape.hidden, Placement(shape.experts), shape.top_k, projection, inputs_EM, LOAD_BALANCE)
+    router = NexusRouter(
+        shape.hidden, Placement(shape.experts), shape.top_k, projection, inputs_EM, LOAD_BALANCE
+    )
     router = router.to(device).train()
     x_TH = torch.randn(tokens, shape.hidden, device=device, dtype=dtype, requires_grad=True)
 
@@ -144,7 +175,8 @@ def router_seconds(shape: Shape, tokens: int, device: torch.device, dtype: torch
 def router_sweep(
     base: Shape, device: torch.device, dtype: torch.dtype, rounds: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Return the router's seconds in one layer over ROUTER_SWEEPS: more experts, then more tokens for as many experts."""
+    """Return the router's seconds in one layer over ROUTER_SWEEPS: more experts, then more tokens
+    for as many experts."""
     rows = []
     for quantity, values in ROUTER_SWEEPS.items():
         for x in values:
@@ -152,7 +184,9 @@ def router_sweep(
             shape = replace(base, experts=x) if quantity == "experts" else base
             tokens = x if quantity == "tokens" else ROUTER_TOKENS
             seconds = router_seconds(shape, tokens, device, dtype, rounds)
-            rows.append({"quantity": f"router {quantity}", "x": x, "seconds": seconds, "peak_bytes": 0.0})
+            rows.append(
+                {"quantity": f"router {quantity}", "x": x, "seconds": seconds, "peak_bytes": 0.0}
+            )
     return rows
 
 

@@ -1,7 +1,10 @@
-"""Step times on slow links: expert parallelism with and without overlap, and ZeRO alone, beside what `plan` expects.
+"""Step times on slow links: expert parallelism with and without overlap, and ZeRO alone, beside
+what `plan` expects.
 
-Ranks are processes on this machine, each on its own limited link (see network.py); the model is small and random.
-Not covered: several ranks a node, GPUs; what `plan` expects knows no delay. More ranks than cores wait for each other.
+Ranks are processes on this machine, each on its own limited link (see network.py); the model is
+small and random.
+Not covered: several ranks a node, GPUs; what `plan` expects knows no delay. More ranks than cores
+wait for each other.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ FIGURES = ("seconds", "waits", "bytes", "collectives")
 
 @dataclass(frozen=True, kw_only=True)
 class Links:
-    """What is measured: speeds of a rank's link in bytes a second, the fastest first, and the model's and batch's sizes."""
+    """What is measured: speeds of a rank's link in bytes a second, the fastest first, and the
+    model's and batch's sizes."""
 
     speeds: tuple[float, ...]
     ranks: int = 2
@@ -52,19 +56,35 @@ class Links:
         """Return the sizes by which `plan` counts."""
         heads = self.hidden // 64
         return Sizes(
-            vocabulary=self.vocabulary, hidden=self.hidden, layers=self.layers, heads=heads, kv_heads=heads, head_size=64,
-            ffn=self.ffn, tied=True, experts=self.experts, projection=(EMBEDDING * 2 * self.hidden, self.hidden**2),
-        )  # fmt: skip
+            vocabulary=self.vocabulary,
+            hidden=self.hidden,
+            layers=self.layers,
+            heads=heads,
+            kv_heads=heads,
+            head_size=64,
+            ffn=self.ffn,
+            tied=True,
+            experts=self.experts,
+            projection=(EMBEDDING * 2 * self.hidden, self.hidden**2),
+        )
 
     def layout(self, expert: int) -> Layout:
         """Return the layout with an expert-parallel size."""
-        return Layout(stage=self.stage, offload="none", expert=expert, world=self.ranks, micro=self.batch,
-                      accumulation=1, checkpointing="none")  # fmt: skip
+        return Layout(
+            stage=self.stage,
+            offload="none",
+            expert=expert,
+            world=self.ranks,
+            micro=self.batch,
+            accumulation=1,
+            checkpointing="none",
+        )
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way of training: expert-parallel size, and whether all-to-alls travel while the shared expert computes."""
+    """A way of training: expert-parallel size, and whether all-to-alls travel while the shared
+    expert computes."""
 
     name: str
     expert: int
@@ -77,7 +97,8 @@ def ways(ranks: int) -> list[Way]:
 
 
 def measure(links: Links, which: list[Way] | None = None) -> list[dict[str, Any]]:
-    """Return `way`, `speed`, `seconds`, `waits` (seconds of waiting for tokens), `bytes` (sent) of every step of rank 0.
+    """Return `way`, `speed`, `seconds`, `waits` (seconds of waiting for tokens), `bytes` (sent) of
+    every step of rank 0.
 
     `collectives` is how many of them a step has; it is counted once for each way.
 
@@ -89,21 +110,30 @@ def measure(links: Links, which: list[Way] | None = None) -> list[dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         settings, out = Path(folder) / "settings.json", Path(folder) / "found.json"
         every = [asdict(way) for way in which or ways(links.ranks)]
-        settings.write_text(json.dumps({"links": asdict(links), "ways": every, "out": str(out)}), encoding="utf-8")
+        settings.write_text(
+            json.dumps({"links": asdict(links), "ways": every, "out": str(out)}), encoding="utf-8"
+        )
         run_ranks(
-            "nexus_ds.experiments.benchmarks.slow_links_worker", [str(settings)], links.ranks, TIMEOUT, links.delay
+            "nexus_ds.experiments.benchmarks.slow_links_worker",
+            [str(settings)],
+            links.ranks,
+            TIMEOUT,
+            links.delay,
         )
         return json.loads(out.read_text(encoding="utf-8"))
 
 
 def expected(links: Links, speed: float, expert: int, tflops: float) -> traffic.Step:
     """Return what `plan` expects of a step, every rank a node of its own."""
-    machine = Machine(gpus=links.ranks, nodes=links.ranks, gpu_memory=1.0, link=speed, tflops=tflops)
+    machine = Machine(
+        gpus=links.ranks, nodes=links.ranks, gpu_memory=1.0, link=speed, tflops=tflops
+    )
     return traffic.step(links.sizes(), links.layout(expert), machine, 4, links.length)
 
 
 def peak(links: Links, seconds: float) -> float:
-    """Return the TFLOPS of a rank with which a step of ZeRO alone computes for `seconds`, as `plan` counts."""
+    """Return the TFLOPS of a rank with which a step of ZeRO alone computes for `seconds`, as `plan`
+    counts."""
     flops, _ = traffic.token_flops(links.sizes(), links.length)
     return links.batch * links.length * flops / (seconds * assumptions.MFU) / 1e12
 
@@ -113,15 +143,20 @@ def _medians(found: list[dict[str, Any]], speed: float) -> dict[str, dict[str, f
     names = {f["way"] for f in found}
     return {
         name: {
-            key: statistics.median(f[key] for f in found if (f["way"], f["speed"]) == (name, speed)) for key in FIGURES
+            key: statistics.median(f[key] for f in found if (f["way"], f["speed"]) == (name, speed))
+            for key in FIGURES
         }
         for name in names
     }
 
 
 def _paired(found: list[dict[str, Any]], speed: float, way: str, other: str) -> list[float]:
-    """Return smallest, median and largest ratio of a way's seconds to another's in the same round."""
-    times = {name: [f["seconds"] for f in found if (f["way"], f["speed"]) == (name, speed)] for name in (way, other)}
+    """Return smallest, median and largest ratio of a way's seconds to another's in the same
+    round."""
+    times = {
+        name: [f["seconds"] for f in found if (f["way"], f["speed"]) == (name, speed)]
+        for name in (way, other)
+    }
     ratios = sorted(a / b for a, b in zip(times[way], times[other], strict=True))
     return [ratios[0], statistics.median(ratios), ratios[-1]]
 
@@ -129,23 +164,28 @@ def _paired(found: list[dict[str, Any]], speed: float, way: str, other: str) -> 
 def compare(links: Links, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return, for each speed, what every way took (medians), and the measured and expected ratios.
 
-    `overlap` is overlapped over plain expert parallelism, `ratio` ZeRO alone over overlapped: smallest, median and largest of
-    the rounds. The plan's arithmetic is calibrated with one number, the step of ZeRO alone on the fastest link.
+    `overlap` is overlapped over plain expert parallelism, `ratio` ZeRO alone over overlapped:
+    smallest, median and largest of the rounds. The plan's arithmetic is calibrated with one number,
+    the step of ZeRO alone on the fastest link.
     """
     tflops = peak(links, _medians(found, links.speeds[0])["zero_only"]["seconds"])
     rows = []
     for speed in links.speeds:
         plan = {
-            way.name: expected(links, speed, way.expert, tflops) for way in ways(links.ranks) if way.name != "plain"
+            way.name: expected(links, speed, way.expert, tflops)
+            for way in ways(links.ranks)
+            if way.name != "plain"
         }
-        rows.append({
-            "speed": speed,
-            "ways": _medians(found, speed),
-            "overlap": _paired(found, speed, "overlapped", "plain"),
-            "ratio": _paired(found, speed, "zero_only", "overlapped"),
-            "expected_bytes": {name: step.node_link_bytes for name, step in plan.items()},
-            "expected_ratio": plan["zero_only"].step_seconds / plan["overlapped"].step_seconds,
-        })  # fmt: skip
+        rows.append(
+            {
+                "speed": speed,
+                "ways": _medians(found, speed),
+                "overlap": _paired(found, speed, "overlapped", "plain"),
+                "ratio": _paired(found, speed, "zero_only", "overlapped"),
+                "expected_bytes": {name: step.node_link_bytes for name, step in plan.items()},
+                "expected_ratio": plan["zero_only"].step_seconds / plan["overlapped"].step_seconds,
+            }
+        )
     return rows
 
 
@@ -153,34 +193,64 @@ def describe(links: Links, rows: list[dict[str, Any]]) -> str:
     """Return the comparison as a table."""
     from nexus_ds.report.page import Table, text_table
 
-    header = ["link", "way", "s/step", "waits for tokens s", "MB sent", "collectives", "overlapped / plain",
-              "ZeRO alone / overlapped", "plan expects"]  # fmt: skip
+    header = [
+        "link",
+        "way",
+        "s/step",
+        "waits for tokens s",
+        "MB sent",
+        "collectives",
+        "overlapped / plain",
+        "ZeRO alone / overlapped",
+        "plan expects",
+    ]
     cells, delay = [], f", {1000 * links.delay:g} ms" if links.delay else ""
     for row in rows:
         low, middle, high = row["overlap"]
         for way in ways(links.ranks):
             found = row["ways"][way.name]
-            cells.append([
-                bits(row["speed"]) + delay, way.name, f"{found['seconds']:.3f}", f"{found['waits']:.3f}",
-                f"{found['bytes'] / 1e6:.1f}", f"{found['collectives']:.0f}",
-                f"{middle:.2f} [{low:.2f} {high:.2f}]" if way.name == "overlapped" else "",
-                "{1:.2f} [{0:.2f} {2:.2f}]".format(*row["ratio"]) if way.name == "zero_only" else "",
-                f"{row['expected_ratio']:.2f}" if way.name == "zero_only" else "",
-            ])  # fmt: skip
+            cells.append(
+                [
+                    bits(row["speed"]) + delay,
+                    way.name,
+                    f"{found['seconds']:.3f}",
+                    f"{found['waits']:.3f}",
+                    f"{found['bytes'] / 1e6:.1f}",
+                    f"{found['collectives']:.0f}",
+                    f"{middle:.2f} [{low:.2f} {high:.2f}]" if way.name == "overlapped" else "",
+                    "{1:.2f} [{0:.2f} {2:.2f}]".format(*row["ratio"])
+                    if way.name == "zero_only"
+                    else "",
+                    f"{row['expected_ratio']:.2f}" if way.name == "zero_only" else "",
+                ]
+            )
     return text_table(Table(header=header, rows=cells))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
-        "--rates", default="10Gb,1Gb,300Mb,100Mb", metavar="LIST", help="speeds of a rank's link (default: %(default)s)"
+        "--rates",
+        default="10Gb,1Gb,300Mb,100Mb",
+        metavar="LIST",
+        help="speeds of a rank's link (default: %(default)s)",
     )
-    parser.add_argument("--delay", default="0", metavar="TIME", help="from rank to rank, such as 1ms (default: none)")
+    parser.add_argument(
+        "--delay",
+        default="0",
+        metavar="TIME",
+        help="from rank to rank, such as 1ms (default: none)",
+    )
     for name, default, text in (
-        ("ranks", 2, "ranks, no more than cores"), ("stage", 3, "ZeRO stage"), ("batch", 8, "sequences of 256 tokens a rank"),
-        ("ffn", 512, "inner width of an expert"), ("steps", 5, "timed steps at each speed"),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+        ("ranks", 2, "ranks, no more than cores"),
+        ("stage", 3, "ZeRO stage"),
+        ("batch", 8, "sequences of 256 tokens a rank"),
+        ("ffn", 512, "inner width of an expert"),
+        ("steps", 5, "timed steps at each speed"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})"
+        )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
@@ -192,7 +262,9 @@ def parse_delay(text: str) -> float:
     """
     match = TIME.fullmatch(text.strip())
     if not match and text.strip() != "0":
-        raise ConfigError(f"--delay: expected 0 or a time with its unit such as 100us, 1ms or 0.5s, found {text!r}")
+        raise ConfigError(
+            f"--delay: expected 0 or a time with its unit such as 100us, 1ms or 0.5s, found {text!r}"
+        )
     return float(match[1]) * TIME_UNITS[match[2]] if match else 0.0
 
 
@@ -202,7 +274,9 @@ def links_of(args: argparse.Namespace) -> Links:
     Raises:
         ConfigError: a speed or delay that can't be read, or numbers that make no comparison.
     """
-    speeds = tuple(sorted((parse_bytes(rate, "--rates") for rate in args.rates.split(",")), reverse=True))
+    speeds = tuple(
+        sorted((parse_bytes(rate, "--rates") for rate in args.rates.split(",")), reverse=True)
+    )
     if args.ranks not in (2, 4):
         raise ConfigError(f"--ranks: expected 2 or 4 (the model has 4 experts), found {args.ranks}")
     if args.stage not in (1, 2, 3):
@@ -211,14 +285,23 @@ def links_of(args: argparse.Namespace) -> Links:
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name}: expected a number above 0, found {getattr(args, name)}")
     return Links(
-        speeds=speeds, ranks=args.ranks, stage=args.stage, batch=args.batch, ffn=args.ffn, steps=args.steps,
+        speeds=speeds,
+        ranks=args.ranks,
+        stage=args.stage,
+        batch=args.batch,
+        ffn=args.ffn,
+        steps=args.steps,
         delay=parse_delay(args.delay),
-    )  # fmt: skip
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
     links = links_of(args)
     rows = compare(links, measure(links))
-    print(json.dumps({"settings": asdict(links), "links": rows}, indent=2) if args.json else describe(links, rows))
+    print(
+        json.dumps({"settings": asdict(links), "links": rows}, indent=2)
+        if args.json
+        else describe(links, rows)
+    )
     return 0

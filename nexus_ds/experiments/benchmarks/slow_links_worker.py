@@ -1,4 +1,5 @@
-"""One rank of the benchmark of slow links: python -m nexus_ds.experiments.benchmarks.slow_links_worker SETTINGS.json
+"""One rank of the benchmark of slow links: python -m
+nexus_ds.experiments.benchmarks.slow_links_worker SETTINGS.json
 
 Not covered: GPUs (the ranks compute on the CPU).
 """
@@ -24,7 +25,14 @@ from nexus_ds.model.experts import FeedForward
 from nexus_ds.model.head import next_token_loss
 from nexus_ds.model.router import Projection, centre_of, condition, init_projection, layer_generator
 from nexus_ds.runtime import deepspeed_internals as internals
-from nexus_ds.runtime.engine import Batch, check_layout, deepspeed_config, moe_layers, set_learning_rate, start_engine
+from nexus_ds.runtime.engine import (
+    Batch,
+    check_layout,
+    deepspeed_config,
+    moe_layers,
+    set_learning_rate,
+    start_engine,
+)
 from nexus_ds.runtime.nexus_moe import NexusMoE, NexusRouter, Placement
 from nexus_ds.settings import Config
 
@@ -38,10 +46,15 @@ def build(links: Links, where: Placement) -> Any:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=links.vocabulary, hidden_size=links.hidden, intermediate_size=links.ffn, tie_word_embeddings=True,
-            num_hidden_layers=links.layers, num_attention_heads=links.hidden // 64, num_key_value_heads=links.hidden // 64,
+            vocab_size=links.vocabulary,
+            hidden_size=links.hidden,
+            intermediate_size=links.ffn,
+            tie_word_embeddings=True,
+            num_hidden_layers=links.layers,
+            num_attention_heads=links.hidden // 64,
+            num_key_value_heads=links.hidden // 64,
         )
-    )  # fmt: skip
+    )
     vectors = torch.randn(links.experts, EMBEDDING)
     inputs = condition(vectors, centre_of(vectors))
     for index, layer in enumerate(model.model.layers):
@@ -50,7 +63,9 @@ def build(links: Links, where: Placement) -> Any:
         shared = FeedForward(links.hidden, links.ffn)
         with torch.random.fork_rng():  # as many experts as this rank has
             local = [FeedForward(links.hidden, links.ffn) for _ in range(where.local_slots)]
-        layer.mlp = NexusMoE(where, local, shared, NexusRouter(links.hidden, where, 1, projection, inputs), False)
+        layer.mlp = NexusMoE(
+            where, local, shared, NexusRouter(links.hidden, where, 1, projection, inputs), False
+        )
     return model
 
 
@@ -60,7 +75,9 @@ def start(links: Links, way: Way) -> Any:
     config = Config()
     config.model.dtype, config.parallel.expert = "fp32", way.expert
     config.training.batch_size = links.batch * world
-    values: dict[str, Any] = {"zero_optimization": {"stage": links.stage, "stage3_param_persistence_threshold": 1000}}
+    values: dict[str, Any] = {
+        "zero_optimization": {"stage": links.stage, "stage3_param_persistence_threshold": 1000}
+    }
     check_layout(values, config, world, world, links.experts)
     batch = Batch(links.batch, 1)
     model = build(links, Placement(links.experts, way.expert, rank % way.expert))
@@ -102,17 +119,23 @@ class _Work:
 
 
 def step(engine: Any, tokens: Tensor, waits: Waits) -> dict[str, float]:
-    """Do one step; return its seconds until all ranks are through, those spent waiting for tokens, and bytes sent."""
+    """Do one step; return its seconds until all ranks are through, those spent waiting for tokens,
+    and bytes sent."""
     dist.barrier()
     before, started, waits.seconds = network.sent(), time.perf_counter(), 0.0
     engine.backward(next_token_loss(engine, tokens)[0])
     engine.step()
     dist.barrier()
-    return {"seconds": time.perf_counter() - started, "waits": waits.seconds, "bytes": network.sent() - before}
+    return {
+        "seconds": time.perf_counter() - started,
+        "waits": waits.seconds,
+        "bytes": network.sent() - before,
+    }
 
 
 def collectives(engine: Any, tokens: Tensor, waits: Waits) -> int:
-    """Do one step; return how many collectives this rank takes part in, without the barriers around it."""
+    """Do one step; return how many collectives this rank takes part in, without the barriers around
+    it."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step(engine, tokens, waits)
     names = [event.name for event in profile.events() if event.name.startswith("gloo:")]
@@ -120,7 +143,8 @@ def collectives(engine: Any, tokens: Tensor, waits: Waits) -> int:
 
 
 def measure(links: Links, ways: list[Way]) -> list[dict[str, Any]]:
-    """Return what every step of every way took, at every speed; the ways take turns, so that noise meets all alike."""
+    """Return what every step of every way took, at every speed; the ways take turns, so that noise
+    meets all alike."""
     network.limit(links.speeds[0])
     engines = [start(links, way) for way in ways]
     generator, waits = torch.Generator().manual_seed(1 + dist.get_rank()), Waits()

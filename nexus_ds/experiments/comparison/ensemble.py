@@ -1,8 +1,11 @@
-"""BTM's ensemble (Li et al., arXiv 2208.03306): all branches at once, weighted by the posterior of their domain.
+"""BTM's ensemble (Li et al., arXiv 2208.03306): all branches at once, weighted by the posterior of
+their domain.
 
-    p(x_t | x_<t) = sum_i w_i(t) p_i(x_t | x_<t),      w_i(t) = softmax_i of sum over s < t of log p_i(x_s | x_<s)
+    p(x_t | x_<t) = sum_i w_i(t) p_i(x_t | x_<t),      w_i(t) = softmax_i of sum over s < t of log
+    p_i(x_s | x_<s)
 
-The prior is uniform and the posterior is that of the window so far, so nothing is fitted on text of the future.
+The prior is uniform and the posterior is that of the window so far, so nothing is fitted on text of
+the future.
 Shapes: N models, W windows, T tokens.
 Not covered: a prior estimated on validation text, leaving out models of small weight.
 """
@@ -34,11 +37,13 @@ def window_losses(directory: Path, windows_WT: np.ndarray, batch: int = 8) -> Te
     model = load_model(directory, "auto")
     parts = []
     for start in range(0, len(windows_WT), batch):
-        tokens = torch.from_numpy(np.ascontiguousarray(windows_WT[start : start + batch], dtype=np.int64)).to(
-            model.device
-        )
+        tokens = torch.from_numpy(
+            np.ascontiguousarray(windows_WT[start : start + batch], dtype=np.int64)
+        ).to(model.device)
         logits_WTV = model(input_ids=tokens[:, :-1], use_cache=False).logits.float()
-        parts.append(F.cross_entropy(logits_WTV.transpose(1, 2), tokens[:, 1:], reduction="none").cpu())
+        parts.append(
+            F.cross_entropy(logits_WTV.transpose(1, 2), tokens[:, 1:], reduction="none").cpu()
+        )
     return torch.cat(parts)
 
 

@@ -1,4 +1,5 @@
-"""The jobs of a comparison: from a recipe to commands, each contender's chain of stages under every seed and variant.
+"""The jobs of a comparison: from a recipe to commands, each contender's chain of stages under every
+seed and variant.
 
     tokenizer - seed - branches - embed - upcycle - train - extend - train
 Every training writes its validation before and after, so little has to be scored again.
@@ -81,7 +82,8 @@ class Builder:
     def config(self, stage: str, seed: int, more: Iterable[str] = ()) -> Config:
         """Return the recipe's settings for a stage of training."""
         words = (*self.overrides, *more, f"seed={seed}", f"stage={stage}")
-        if words not in self._configs:  # reading a recipe takes 30 ms, and it is asked for a thousand times
+        # reading a recipe takes 30 ms, and it is asked for a thousand times
+        if words not in self._configs:
             self._configs[words] = load_config(self.recipe, words)
         return self._configs[words]
 
@@ -103,7 +105,9 @@ class Builder:
     # Jobs ----------------------------------------------------------------------------------------------------------
 
     def _place(self, seed: int, name: str, *parts: Any, suffix: str = "") -> Path:
-        return self.out / f"seed{seed}" / f"{name}-{identity(*parts, without=f'{self.out}/')}{suffix}"
+        return (
+            self.out / f"seed{seed}" / f"{name}-{identity(*parts, without=f'{self.out}/')}{suffix}"
+        )
 
     def add(self, job: Job) -> Path:
         """Add a job, unless its output is another's already; return its output."""
@@ -111,7 +115,13 @@ class Builder:
         return job.output
 
     def _piece(
-        self, seed: int, name: str, function: str, given: dict[str, Any], needs: tuple[Path, ...], suffix: str = ""
+        self,
+        seed: int,
+        name: str,
+        function: str,
+        given: dict[str, Any],
+        needs: tuple[Path, ...],
+        suffix: str = "",
     ) -> Path:
         plain = {key: _plain(value) for key, value in given.items()}
         out = self._place(seed, name, function, plain, suffix=suffix)
@@ -119,17 +129,30 @@ class Builder:
         return self.add(Job(f"seed {seed} {name}", out, words, needs))
 
     def tokenizer(self, config: Config) -> Path:
-        """Return the tokenizer: the given seed model's own, or one trained on the recipe's text (one for all seeds)."""
+        """Return the tokenizer: the given seed model's own, or one trained on the recipe's text
+        (one for all seeds)."""
         if config.model.path:
             return Path(config.model.path)
         pipe, data = config.pipeline, config.data
-        given = {"data": data.path, "domains": pipe.tokenizer_domains or pipe.domains, "vocabulary": pipe.vocabulary,
-                 "max_bytes": data.max_bytes, "on_bad_row": data.on_bad_row}  # fmt: skip
+        given = {
+            "data": data.path,
+            "domains": pipe.tokenizer_domains or pipe.domains,
+            "vocabulary": pipe.vocabulary,
+            "max_bytes": data.max_bytes,
+            "on_bad_row": data.on_bad_row,
+        }
         out = self.out / f"tokenizer-{identity(given)}"
-        return self.add(Job("tokenizer", out, (WORK, "tokenizer", json.dumps({"out": str(out), **given}))))
+        return self.add(
+            Job("tokenizer", out, (WORK, "tokenizer", json.dumps({"out": str(out), **given})))
+        )
 
     def _train(
-        self, name: str, config: Config, start: Path | None, domains: list[str], needs: tuple[Path, ...]
+        self,
+        name: str,
+        config: Config,
+        start: Path | None,
+        domains: list[str],
+        needs: tuple[Path, ...],
     ) -> Path:
         """Add a training; `config` still has the recipe's own paths."""
         seed_config = self.config("seed", config.seed)
@@ -137,25 +160,41 @@ class Builder:
         settled = replace(
             config,
             model=replace(config.model, path=str(start or ""), tokenizer=str(tokenizer)),
-            data=replace(config.data, domains=domains, validation_domains=self.scored(config),
-                         cache=str(self.out / "tokens")),
+            data=replace(
+                config.data,
+                domains=domains,
+                validation_domains=self.scored(config),
+                cache=str(self.out / "tokens"),
+            ),
             pipeline=PipelineConfig(run=str(self.out / "none")),
             compare=CompareConfig(),
-        )  # fmt: skip
+        )
         if config.stage in ("seed", "branch"):
-            # A dense model is the same whatever mixture it ends in, so contenders and variants share it.
+            # A dense model is the same whatever mixture it ends in, so contenders and variants
+            # share it.
             dense = replace(settled.model, shared_expert=ModelConfig.shared_expert)
-            settled = replace(settled, model=dense, router=RouterConfig(), parallel=ParallelConfig())
+            settled = replace(
+                settled, model=dense, router=RouterConfig(), parallel=ParallelConfig()
+            )
         out = self._place(config.seed, name, _without_harmless(settled))
         settled = replace(settled, output=str(out), name=f"seed {config.seed} {name}")
         file = self._write_config(f"seed{config.seed}-{out.name}", settled)
-        tokens = total_steps(config.training, config.data) * tokens_per_step(config.training, config.data)
-        job = Job(f"seed {config.seed} {name}", out, ("train", "--config", str(file)), (tokenizer, *needs),
-                  tokens * self._flops(config), tokens)  # fmt: skip
+        tokens = total_steps(config.training, config.data) * tokens_per_step(
+            config.training, config.data
+        )
+        job = Job(
+            f"seed {config.seed} {name}",
+            out,
+            ("train", "--config", str(file)),
+            (tokenizer, *needs),
+            tokens * self._flops(config),
+            tokens,
+        )
         return self.add(job)
 
     def _flops(self, config: Config) -> float:
-        """Return floating-point operations of training on one token; a seed that is given has the sizes that count."""
+        """Return floating-point operations of training on one token; a seed that is given has the
+        sizes that count."""
         sizes = sizes_of(replace(config, model=replace(config.model, path="")))
         given = self.config("seed", config.seed).model.path
         if given:
@@ -183,27 +222,55 @@ class Builder:
         tokens = round(self.budget(seed, more) / self._flops(config))
         domains = moe_domains(self.config("moe", seed, more))
         mixture = self.config("moe", seed, more).data
-        config = replace(config, training=replace(config.training, tokens=tokens, steps=0),
-                         data=replace(mixture, domains=domains))  # fmt: skip
+        config = replace(
+            config,
+            training=replace(config.training, tokens=tokens, steps=0),
+            data=replace(mixture, domains=domains),
+        )
         return self._train("union", config, start, domains, (start,))
 
     def budget(self, seed: int, more: Iterable[str] = ()) -> float:
         """Return the operations that Nexus and its branches take together, from the seed on."""
-        branch, moe = self.config("branch", seed, [*more, "branch=any"]), self.config("moe", seed, more)
+        branch, moe = (
+            self.config("branch", seed, [*more, "branch=any"]),
+            self.config("moe", seed, more),
+        )
         work = [(branch, len(branch.pipeline.domains)), (moe, 1)]
-        steps = [times * total_steps(c.training, c.data) * tokens_per_step(c.training, c.data) * self._flops(c)
-                 for c, times in work]  # fmt: skip
+        steps = [
+            times
+            * total_steps(c.training, c.data)
+            * tokens_per_step(c.training, c.data)
+            * self._flops(c)
+            for c, times in work
+        ]
         return sum(steps)
 
     def embeddings(self, seed: int, domains: list[str], more: Iterable[str] = ()) -> Path:
         """Return the file of domain embeddings."""
         config = self.config("moe", seed, more)
         pipe, data = config.pipeline, config.data
-        words = ("embed", "--data", data.path, "--domains", ",".join(domains), "--documents", str(pipe.embedding_documents),
-                 "--encoder", pipe.encoder, "--seed", str(seed), "--max-bytes", str(data.max_bytes),
-                 "--on-bad-row", data.on_bad_row)  # fmt: skip
+        words = (
+            "embed",
+            "--data",
+            data.path,
+            "--domains",
+            ",".join(domains),
+            "--documents",
+            str(pipe.embedding_documents),
+            "--encoder",
+            pipe.encoder,
+            "--seed",
+            str(seed),
+            "--max-bytes",
+            str(data.max_bytes),
+            "--on-bad-row",
+            data.on_bad_row,
+        )
         out = self._place(
-            seed, f"embed-{domains[0] if len(domains) == 1 else len(domains)}", words, suffix=".safetensors"
+            seed,
+            f"embed-{domains[0] if len(domains) == 1 else len(domains)}",
+            words,
+            suffix=".safetensors",
         )
         self.add(Job(f"seed {seed} embed {' '.join(domains)}", out, (*words, "--out", str(out))))
         change = config.compare.embedding
@@ -214,7 +281,9 @@ class Builder:
 
     # Contenders ----------------------------------------------------------------------------------------------------
 
-    def _experts(self, contender: Contender, seed: int, more: tuple[str, ...]) -> tuple[Path, dict[str, Path]]:
+    def _experts(
+        self, contender: Contender, seed: int, more: tuple[str, ...]
+    ) -> tuple[Path, dict[str, Path]]:
         """Return what becomes the shared expert, and what becomes the routed ones."""
         config, start = self.config("moe", seed, more), self.seed(seed, more)
         domains = config.pipeline.domains
@@ -226,7 +295,9 @@ class Builder:
             tokenizer = self.tokenizer(sizes)
             given: dict[str, Any] = {"config": file, "tokenizer": tokenizer}
             models = [
-                self._piece(seed, f"random-{n}", "random_dense", {**given, "number": n}, (tokenizer,))
+                self._piece(
+                    seed, f"random-{n}", "random_dense", {**given, "number": n}, (tokenizer,)
+                )
                 for n in range(len(domains) + 1)
             ]
             return models[0], dict(zip(domains, models[1:], strict=True))
@@ -236,33 +307,69 @@ class Builder:
     def _router_config(self, stage: str, seed: int, more: tuple[str, ...]) -> Config:
         """Return the settings that `upcycle` and `extend` read, nothing else in them."""
         config = self.config(stage, seed, more)
-        pipe = PipelineConfig(merge_weight=config.pipeline.merge_weight if stage == "extend" else None)
-        data = replace(config.data, domains=[], validation_domains=[], new_domains=[], cache=str(self.out / "tokens"))
+        pipe = PipelineConfig(
+            merge_weight=config.pipeline.merge_weight if stage == "extend" else None
+        )
+        data = replace(
+            config.data,
+            domains=[],
+            validation_domains=[],
+            new_domains=[],
+            cache=str(self.out / "tokens"),
+        )
         router = replace(config.router, fit_background=self._background(config))
         training = TrainingConfig(steps=1)
-        return replace(config, training=training, compare=CompareConfig(), pipeline=pipe, data=data, router=router)
+        return replace(
+            config,
+            training=training,
+            compare=CompareConfig(),
+            pipeline=pipe,
+            data=data,
+            router=router,
+        )
 
     @staticmethod
     def _background(config: Config) -> list[str]:
-        """Return the seed's domains that never get an expert, where the router's start reads such text."""
+        """Return the seed's domains that never get an expert, where the router's start reads such
+        text."""
         if config.router.warm_start not in CHUNK_STARTS:
             return []
         experts = (*config.pipeline.domains, *config.pipeline.new_domains)
-        return config.router.fit_background or [d for d in config.pipeline.seed_domains if d not in experts]
+        return config.router.fit_background or [
+            d for d in config.pipeline.seed_domains if d not in experts
+        ]
 
     def mixture(self, contender: Contender, seed: int, more: tuple[str, ...]) -> Made:
         """Return a trained mixture, and the checkpoint that its training starts from."""
         more = (*more, *contender.settings)
-        config, (shared, experts) = self.config("moe", seed, more), self._experts(contender, seed, more)
+        config, (shared, experts) = (
+            self.config("moe", seed, more),
+            self._experts(contender, seed, more),
+        )
         domains = self.embeddings(seed, config.pipeline.domains, more)
         settings = self._router_config("moe", seed, more)
         parts = [part for name, path in experts.items() for part in ("--expert", f"{name}={path}")]
-        words = ("upcycle", "--seed", str(shared), *parts, "--domains", str(domains), "--data", config.data.path)
+        words = (
+            "upcycle",
+            "--seed",
+            str(shared),
+            *parts,
+            "--domains",
+            str(domains),
+            "--data",
+            config.data.path,
+        )
         out = self._place(seed, f"{contender.name}-start", words, _without_harmless(settings))
         file = self._write_config(f"seed{seed}-{out.name}", settings)
         needs = tuple(dict.fromkeys([shared, *experts.values(), domains]))
-        self.add(Job(f"seed {seed} upcycle {contender.name}", out, (*words, "--config", str(file), "--out", str(out)),
-                      self._ours(needs)))  # fmt: skip
+        self.add(
+            Job(
+                f"seed {seed} upcycle {contender.name}",
+                out,
+                (*words, "--config", str(file), "--out", str(out)),
+                self._ours(needs),
+            )
+        )
         if contender.matched:
             tokens = round(self.budget(seed, more) / self._flops(config))
             config = replace(config, training=replace(config.training, tokens=tokens, steps=0))
@@ -274,13 +381,20 @@ class Builder:
 
     def _score(self, name: str, seed: int, models: list[Path], more: tuple[str, ...]) -> Path:
         config = self.config("moe", seed, more)
-        given = {"models": models, "data": config.data.path, "domains": self.scored(config),
-                 "windows": config.training.eval_windows, "length": config.data.sequence_length,
-                 "cache": self.out / "tokens", "bos": config.data.bos}  # fmt: skip
+        given = {
+            "models": models,
+            "data": config.data.path,
+            "domains": self.scored(config),
+            "windows": config.training.eval_windows,
+            "length": config.data.sequence_length,
+            "cache": self.out / "tokens",
+            "bos": config.data.bos,
+        }
         return self._piece(seed, f"score-{name}", "score", given, self._ours(models), ".json")
 
     def contender(self, contender: Contender, seed: int, more: tuple[str, ...]) -> dict[str, Made]:
-        """Return the models of a contender by the name of their row; `branches` has one for each domain."""
+        """Return the models of a contender by the name of their row; `branches` has one for each
+        domain."""
         name, start = contender.name, self.seed(seed, more)
         domains = self.config("moe", seed, more).pipeline.domains
         if contender.routed:
@@ -293,18 +407,31 @@ class Builder:
             return {name: Made(start, model, members=(model,))}
         branches = {domain: self.branch(seed, domain, more) for domain in domains}
         if name == "branches":
-            return {f"branch {d}": Made(None, model, members=(model,)) for d, model in branches.items()}
+            return {
+                f"branch {d}": Made(None, model, members=(model,)) for d, model in branches.items()
+            }
         members = tuple(branches.values())
         if name == "btm":
-            return {name: Made(None, None, self._score("btm", seed, list(members), more), members=members)}
+            return {
+                name: Made(
+                    None, None, self._score("btm", seed, list(members), more), members=members
+                )
+            }
         models = [start, *members]
         mean = self._piece(seed, "average", "average", {"models": models}, self._ours(models))
-        return {name: Made(None, mean, self._score("average", seed, [mean], more), members=(mean, *members))}
+        return {
+            name: Made(
+                None, mean, self._score("average", seed, [mean], more), members=(mean, *members)
+            )
+        }
 
     # Extensions ----------------------------------------------------------------------------------------------------
 
-    def extension(self, extension: Extension, seed: int, more: tuple[str, ...], added: list[list[str]]) -> Made:
-        """Return a mixture that was extended by each group of domains in turn, and finetuned after each."""
+    def extension(
+        self, extension: Extension, seed: int, more: tuple[str, ...], added: list[list[str]]
+    ) -> Made:
+        """Return a mixture that was extended by each group of domains in turn, and finetuned after
+        each."""
         base = next(c for c in CONTENDERS if c.name == extension.starts_from)
         made = self.mixture(base, seed, more)
         members, known = list(made.members), list(self.config("moe", seed, more).pipeline.domains)
@@ -313,26 +440,65 @@ class Builder:
         for group in added:
             start = self._extend(extension, seed, (*more, *extension.settings), model, group)
             known += group
-            model, steps = self._finetune(extension, seed, (*more, *extension.settings), start, known, group)
+            model, steps = self._finetune(
+                extension, seed, (*more, *extension.settings), start, known, group
+            )
             members += [start, model, *(self.branch(seed, domain, more) for domain in group)]
-        return Made(start, model, members=tuple(members), experts=tuple(d for g in added for d in g), steps=steps)
+        return Made(
+            start,
+            model,
+            members=tuple(members),
+            experts=tuple(d for g in added for d in g),
+            steps=steps,
+        )
 
     def _extend(
-        self, extension: Extension, seed: int, more: tuple[str, ...], model: Path | None, group: list[str]
+        self,
+        extension: Extension,
+        seed: int,
+        more: tuple[str, ...],
+        model: Path | None,
+        group: list[str],
     ) -> Path:
-        settings, embedded = self._router_config("extend", seed, more), self.embeddings(seed, group, more)
+        settings, embedded = (
+            self._router_config("extend", seed, more),
+            self.embeddings(seed, group, more),
+        )
         branches = {domain: self.branch(seed, domain, more) for domain in group}
         parts = [part for name, path in branches.items() for part in ("--expert", f"{name}={path}")]
-        words = ("extend", "--checkpoint", str(model), *parts, "--domains", str(embedded), "--data", settings.data.path,
-                 *extension.options)  # fmt: skip
-        out = self._place(seed, f"{extension.name}-{'-'.join(group)}-start", words, _without_harmless(settings))
+        words = (
+            "extend",
+            "--checkpoint",
+            str(model),
+            *parts,
+            "--domains",
+            str(embedded),
+            "--data",
+            settings.data.path,
+            *extension.options,
+        )
+        out = self._place(
+            seed, f"{extension.name}-{'-'.join(group)}-start", words, _without_harmless(settings)
+        )
         file = self._write_config(f"seed{seed}-{out.name}", settings)
         needs = self._ours([p for p in (model, embedded, *branches.values()) if p])
-        return self.add(Job(f"seed {seed} extend {extension.name} {' '.join(group)}", out,
-                             (*words, "--config", str(file), "--out", str(out)), needs))  # fmt: skip
+        return self.add(
+            Job(
+                f"seed {seed} extend {extension.name} {' '.join(group)}",
+                out,
+                (*words, "--config", str(file), "--out", str(out)),
+                needs,
+            )
+        )
 
     def _finetune(
-        self, extension: Extension, seed: int, more: tuple[str, ...], start: Path, known: list[str], group: list[str]
+        self,
+        extension: Extension,
+        seed: int,
+        more: tuple[str, ...],
+        start: Path,
+        known: list[str],
+        group: list[str],
     ) -> tuple[Path, dict[int, int]]:
         """Return the finetuned model, and after which step each budget is reached."""
         config = self.config("extend", seed, more)
@@ -344,7 +510,9 @@ class Builder:
         data = replace(config.data, new_domains=group)
         config = replace(config, training=training, data=data)
         name = f"{extension.name}-{'-'.join(group)}"
-        return self._train(name, config, start, replayed, (start,)), dict(zip([0, *steps], [0, *budgets], strict=True))
+        return self._train(name, config, start, replayed, (start,)), dict(
+            zip([0, *steps], [0, *budgets], strict=True)
+        )
 
 
 def _plain(value: Any) -> Any:
@@ -372,7 +540,8 @@ class Comparison:
 
 
 def additions(config: Config) -> dict[str, list[list[str]]]:
-    """Return, for each row of the extension tables, the groups of domains that are added one after another."""
+    """Return, for each row of the extension tables, the groups of domains that are added one after
+    another."""
     new = config.pipeline.new_domains
     if config.compare.adding == "each" or len(new) < 2:
         return {domain: [[domain]] for domain in new}
@@ -392,7 +561,10 @@ def build(recipe: str, overrides: Sequence[str], out: Path) -> Comparison:
     if not config.pipeline.domains:
         raise ConfigError("pipeline.domains is empty; name the domains of the upcycled experts")
     found = Comparison(builder, {}, {})
-    contenders, extensions = chosen_contenders(config.compare.contenders), chosen_extensions(config.compare.extensions)
+    contenders, extensions = (
+        chosen_contenders(config.compare.contenders),
+        chosen_extensions(config.compare.extensions),
+    )
     for seed in config.compare.seeds:
         for variant, words in {"": [], **config.compare.variants}.items():
             for contender in contenders:
@@ -401,5 +573,7 @@ def build(recipe: str, overrides: Sequence[str], out: Path) -> Comparison:
             for extension in extensions:
                 for row, groups in additions(builder.config("extend", seed, words)).items():
                     made = builder.extension(extension, seed, tuple(words), groups)
-                    found.extensions.setdefault((variant, extension.name, row), (extension, {}))[1][seed] = made
+                    found.extensions.setdefault((variant, extension.name, row), (extension, {}))[1][
+                        seed
+                    ] = made
     return found

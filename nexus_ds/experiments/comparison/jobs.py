@@ -1,10 +1,11 @@
 """Jobs: commands that make one thing each, run side by side in the order of what they need.
 
-A job's output has a name that follows from its command and its inputs, so contenders share what they have in common
-(a seed's branches, the label fit of two variants) and a repetition makes only what is missing.
-On a CPU the processes are forked from one that has the libraries loaded, which saves seconds a job; on GPUs each starts
-anew and sees one device.
-Not covered: jobs over several processes or machines (`compare --dry-run` prints the commands for those).
+A job's output has a name that follows from its command and its inputs, so contenders share what
+they have in common (a seed's branches, the label fit of two variants) and a repetition makes only
+what is missing. On a CPU the processes are forked from one that has the libraries loaded, which
+saves seconds a job; on GPUs each starts anew and sees one device.
+Not covered: jobs over several processes or machines (`compare --dry-run` prints the commands for
+those).
 """
 
 from __future__ import annotations
@@ -31,8 +32,12 @@ from nexus_ds.outputs import exit_on_signals
 from nexus_ds.pipeline import typed_training
 from nexus_ds.progress import duration
 
-PRELOAD = ["nexus_ds.runtime.loop", "torch.utils.tensorboard", "transformers.models.llama.modeling_llama",
-           "transformers.models.qwen2_moe.modeling_qwen2_moe"]  # fmt: skip
+PRELOAD = [
+    "nexus_ds.runtime.loop",
+    "torch.utils.tensorboard",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2_moe.modeling_qwen2_moe",
+]
 WORK = "nexus_ds.experiments.comparison.work"  # functions that are no verbs
 
 
@@ -43,7 +48,8 @@ class Job:
     name: str
     output: Path
     words: tuple[str, ...]
-    """Of the command line after `nexus-ds`; or WORK, the function's name and its arguments as JSON."""
+    """Of the command line after `nexus-ds`; or WORK, the function's name and its arguments as
+    JSON."""
     needs: tuple[Path, ...] = ()
     """Outputs of other jobs."""
     flops: float = 0.0
@@ -54,12 +60,19 @@ class Job:
         """Return the job as one would type it."""
         if self.words[0] == "train":
             return typed_training(self.words[1:])
-        return shlex.join([*(["python", "-m"] if self.words[0] == WORK else ["nexus-ds"]), *self.words])
+        return shlex.join(
+            [*(["python", "-m"] if self.words[0] == WORK else ["nexus-ds"]), *self.words]
+        )
 
 
 def identity(*parts: Any, without: str = "") -> str:
-    """Return eight digits that follow from `parts`; the directory `without` in them does not count."""
-    text = json.dumps(parts, sort_keys=True, default=str).replace(without, "") if without else json.dumps(parts)
+    """Return eight digits that follow from `parts`; the directory `without` in them does not
+    count."""
+    text = (
+        json.dumps(parts, sort_keys=True, default=str).replace(without, "")
+        if without
+        else json.dumps(parts)
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -71,25 +84,33 @@ def _run_words(words: tuple[str, ...], log: str, environment: dict[str, str]) ->
     for name in LAUNCH_VARIABLES:
         os.environ.pop(name, None)
     os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us with SIGTERM
+    # Ctrl-C is the parent's, which ends us with SIGTERM
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
 
     torch.set_num_threads(1)
-    module, given = ("nexus_ds.__main__", list(words)) if words[0] != WORK else (WORK, list(words[1:]))
+    module, given = (
+        ("nexus_ds.__main__", list(words)) if words[0] != WORK else (WORK, list(words[1:]))
+    )
     sys.exit(importlib.import_module(module).main(given))
 
 
 def last_line(log: Path) -> str:
     """Return the last line of a log, without what stands before a verb's message."""
     with contextlib.suppress(OSError):
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        lines = [
+            line
+            for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+            if line.strip()
+        ]
         return re.sub(r"^nexus-ds \w+: ", "", lines[-1]) if lines else "no message"
     return "no log"
 
 
 @dataclass
 class Pool:
-    """Runs jobs on `slots` processes at once; a failed job's dependants are skipped, all others still run."""
+    """Runs jobs on `slots` processes at once; a failed job's dependants are skipped, all others
+    still run."""
 
     jobs: dict[Path, Job]
     logs: Path
@@ -125,11 +146,17 @@ class Pool:
             if self._blocked(job):
                 continue
             slot = next(s for s in range(self.slots) if s not in self.running)
-            environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+            environment = {
+                "OMP_NUM_THREADS": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+                "HF_HUB_OFFLINE": "1",
+            }
             if self.gpus:
                 environment["CUDA_VISIBLE_DEVICES"] = str(slot % self.gpus)
             log = self.log(job)
-            process = self.context.Process(target=_run_words, args=(job.words, str(log), environment))
+            process = self.context.Process(
+                target=_run_words, args=(job.words, str(log), environment)
+            )
             process.start()
             self.waiting.remove(job)
             self.running[slot] = (job, process, time.monotonic())
@@ -149,11 +176,16 @@ class Pool:
                 print(f"{self._count()} {job.name}: {took}", file=sys.stderr, flush=True)
                 continue
             self.failed[job.output] = last_line(self.log(job))
-            print(f"{self._count()} {job.name} FAILED after {took} (exit {process.exitcode}): "
-                  f"{self.failed[job.output]} [{self.log(job)}]", file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                f"{self._count()} {job.name} FAILED after {took} (exit {process.exitcode}): "
+                f"{self.failed[job.output]} [{self.log(job)}]",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _count(self) -> str:
-        """Return how far the pool is; jobs count by their training's operations, all others as one in twenty of the mean."""
+        """Return how far the pool is; jobs count by their training's operations, all others as one
+        in twenty of the mean."""
         left = [*self.waiting, *(job for job, _, _ in self.running.values())]
         undone = sum(map(self._weight, left))
         done = f"{self.total - len(left)}/{self.total}"
@@ -166,10 +198,14 @@ class Pool:
         return job.flops + self.least
 
     def run(self) -> None:
-        """Run everything that is missing; `failed` says afterwards what could not be made, and why."""
+        """Run everything that is missing; `failed` says afterwards what could not be made, and
+        why."""
         there = len(self.jobs) - self.total
-        print(f"{self.total} jobs, {there} more are there already; {self.slots} at once, messages of each in {self.logs}",
-              file=sys.stderr, flush=True)  # fmt: skip
+        print(
+            f"{self.total} jobs, {there} more are there already; {self.slots} at once, messages of each in {self.logs}",
+            file=sys.stderr,
+            flush=True,
+        )
         with exit_on_signals(), closing(self):
             while self.waiting or self.running:
                 self._start_all()

@@ -1,7 +1,10 @@
-"""The contenders: every way to one model out of the same data that we know of, and every way to add an expert to it.
+"""The contenders: every way to one model out of the same data that we know of, and every way to add
+an expert to it.
 
-Each is a line of a table: where it starts from, and the settings in which it differs from the recipe.
-Not covered: ways that need another architecture at inference (BAM's attention experts, stitch layers).
+Each is a line of a table: where it starts from, and the settings in which it differs from the
+recipe.
+Not covered: ways that need another architecture at inference (BAM's attention experts, stitch
+layers).
 """
 
 from __future__ import annotations
@@ -24,10 +27,12 @@ class Contender:
     group: str
     """reference | dense | upcycled | router: which part of the table it stands in."""
     routed: str = ""
-    """What becomes routed experts: branches | copies (of the seed) | random | branches+seed; empty: not a mixture."""
+    """What becomes routed experts: branches | copies (of the seed) | random | branches+seed; empty:
+    not a mixture."""
     settings: tuple[str, ...] = ()
     matched: bool = False
-    """Whether it trains for as many floating-point operations as Nexus and its branches together."""
+    """Whether it trains for as many floating-point operations as Nexus and its branches
+    together."""
 
 
 @dataclass(frozen=True)
@@ -50,66 +55,231 @@ def _start(name: str) -> tuple[str, ...]:
 
 CONTENDERS = [
     Contender("seed", "seed", "The dense model that everything starts from.", "reference"),
-    Contender("branches", "dense branches", "One dense model a domain, the seed trained on that domain alone.", "reference"),
-    Contender("union", "dense, all data", "One dense model trained on the mixture with the whole budget: as many operations "
-              "as Nexus and its branches together.", "dense", matched=True),
-    Contender("average", "dense merging", "The plain mean of the seed and its branches; no training.", "dense"),
-    Contender("btm", "BTM ensemble", "All branches at once, their probabilities weighted by the posterior of their domain "
-              "given the text so far; no training, all branches active.", "dense"),
-    Contender("scratch", "MoE from scratch", "The same mixture, all weights random, trained for the mixture's budget.",
-              "upcycled", "random", _start("none")),
-    Contender("sparse_upcycling", "sparse upcycling", "Every routed expert starts as a copy of the seed's; trained for the "
-              "mixture's budget.", "upcycled", "copies", _start("none")),
-    Contender("sparse_upcycling_matched", "sparse upcycling, matched", "Sparse upcycling with the whole budget: as many "
-              "operations as Nexus and its branches together.", "upcycled", "copies", _start("none"), matched=True),
-    Contender("btx", "BTX", "Branch-Train-MiX as published: the seed is a routed expert like the others, no shared expert, "
-              "top-2, free router rows.", "upcycled", "branches+seed",
-              (*_start("none"), "model.shared_expert=none", "router.top_k=2")),
-    Contender("linear", "linear router", "The Nexus paper's baseline: shared seed FFN, free router rows that start at "
-              "random.", "router", "branches", _start("none")),
-    Contender("linear_fit", "linear, label fit", "Free rows, fitted to tell domains apart before training.", "router",
-              "branches", _start("label_fit")),
-    Contender("hidden_mean", "mean hidden state", "Free rows that start as the mean hidden state of each domain's text "
-              "(mergekit's way).", "router", "branches", _start("hidden_mean")),
-    Contender("ridge", "ridge", "Free rows that start as the closed-form ridge regression of domain labels on hidden states "
-              "(DUME's way).", "router", "branches", _start("ridge")),
-    Contender("embedding_rows", "embeddings as rows", "Free rows that start as the domain embeddings themselves (FlexOlmo's "
-              "way), put to the model's width by a fixed random map.", "router", "branches", _start("embedding")),
-    Contender("nexus_paper", "Nexus, as printed", "Rows P(d) as the paper prints them: no warm start, P at the model's own "
-              "learning rate, N(0, 0.02).", "router", "branches",
-              ("router.kind=nexus", "router.warm_start=none", "router.init=normal", "router.lr_scale=1")),
-    Contender("nexus", "Nexus", "Rows P(d) with the package's defaults.", "router", "branches", ("router.kind=nexus",)),
-    Contender("nexus_context", "Nexus, context router", "Rows P(d) with a linear P and fixed length, read by the running mean "
-              "of the hidden states; P also sees text of the seed's domains that get no expert.", "router", "branches",
-              ("router.kind=nexus", "router.input=context", "router.projection=linear", "router.row_norm=fixed",
-               "router.warm_start=closed_form")),
-]  # fmt: skip
+    Contender(
+        "branches",
+        "dense branches",
+        "One dense model a domain, the seed trained on that domain alone.",
+        "reference",
+    ),
+    Contender(
+        "union",
+        "dense, all data",
+        "One dense model trained on the mixture with the whole budget: as many operations "
+        "as Nexus and its branches together.",
+        "dense",
+        matched=True,
+    ),
+    Contender(
+        "average",
+        "dense merging",
+        "The plain mean of the seed and its branches; no training.",
+        "dense",
+    ),
+    Contender(
+        "btm",
+        "BTM ensemble",
+        "All branches at once, their probabilities weighted by the posterior of their domain "
+        "given the text so far; no training, all branches active.",
+        "dense",
+    ),
+    Contender(
+        "scratch",
+        "MoE from scratch",
+        "The same mixture, all weights random, trained for the mixture's budget.",
+        "upcycled",
+        "random",
+        _start("none"),
+    ),
+    Contender(
+        "sparse_upcycling",
+        "sparse upcycling",
+        "Every routed expert starts as a copy of the seed's; trained for the mixture's budget.",
+        "upcycled",
+        "copies",
+        _start("none"),
+    ),
+    Contender(
+        "sparse_upcycling_matched",
+        "sparse upcycling, matched",
+        "Sparse upcycling with the whole budget: as many "
+        "operations as Nexus and its branches together.",
+        "upcycled",
+        "copies",
+        _start("none"),
+        matched=True,
+    ),
+    Contender(
+        "btx",
+        "BTX",
+        "Branch-Train-MiX as published: the seed is a routed expert like the others, no shared expert, "
+        "top-2, free router rows.",
+        "upcycled",
+        "branches+seed",
+        (*_start("none"), "model.shared_expert=none", "router.top_k=2"),
+    ),
+    Contender(
+        "linear",
+        "linear router",
+        "The Nexus paper's baseline: shared seed FFN, free router rows that start at random.",
+        "router",
+        "branches",
+        _start("none"),
+    ),
+    Contender(
+        "linear_fit",
+        "linear, label fit",
+        "Free rows, fitted to tell domains apart before training.",
+        "router",
+        "branches",
+        _start("label_fit"),
+    ),
+    Contender(
+        "hidden_mean",
+        "mean hidden state",
+        "Free rows that start as the mean hidden state of each domain's text (mergekit's way).",
+        "router",
+        "branches",
+        _start("hidden_mean"),
+    ),
+    Contender(
+        "ridge",
+        "ridge",
+        "Free rows that start as the closed-form ridge regression of domain labels on hidden states "
+        "(DUME's way).",
+        "router",
+        "branches",
+        _start("ridge"),
+    ),
+    Contender(
+        "embedding_rows",
+        "embeddings as rows",
+        "Free rows that start as the domain embeddings themselves (FlexOlmo's "
+        "way), put to the model's width by a fixed random map.",
+        "router",
+        "branches",
+        _start("embedding"),
+    ),
+    Contender(
+        "nexus_paper",
+        "Nexus, as printed",
+        "Rows P(d) as the paper prints them: no warm start, P at the model's own "
+        "learning rate, N(0, 0.02).",
+        "router",
+        "branches",
+        ("router.kind=nexus", "router.warm_start=none", "router.init=normal", "router.lr_scale=1"),
+    ),
+    Contender(
+        "nexus",
+        "Nexus",
+        "Rows P(d) with the package's defaults.",
+        "router",
+        "branches",
+        ("router.kind=nexus",),
+    ),
+    Contender(
+        "nexus_context",
+        "Nexus, context router",
+        "Rows P(d) with a linear P and fixed length, read by the running mean "
+        "of the hidden states; P also sees text of the seed's domains that get no expert.",
+        "router",
+        "branches",
+        (
+            "router.kind=nexus",
+            "router.input=context",
+            "router.projection=linear",
+            "router.row_norm=fixed",
+            "router.warm_start=closed_form",
+        ),
+    ),
+]
 
 EXTENSIONS = [
-    Extension("linear_reset", "linear, reset", "The Nexus paper's baseline: all rows of the linear router start anew.",
-              "linear", FREE_ROWS, ("--linear-init", "reset", "--no-refit")),
-    Extension("linear_random", "linear, random row", "Old rows stay, the new one is random.", "linear_fit", FREE_ROWS,
-              ("--no-refit",)),
-    Extension("linear_hidden", "linear, mean hidden state", "Old rows stay, the new one is the mean hidden state of the new "
-              "text.", "linear_fit", _start("hidden_mean")),
-    Extension("linear_ridge", "linear, ridge", "All rows by ridge regression of domain labels (DUME's way).", "linear_fit",
-              _start("ridge")),
-    Extension("linear_fit", "linear, label fit", "All rows fitted to tell the domains apart, the new one too.", "linear_fit",
-              _start("label_fit")),
-    Extension("nexus_append", "Nexus, append", "The paper's way: the new row is P(d_new), nothing else.", "nexus", (),
-              ("--no-refit",)),
-    Extension("nexus_contrastive", "Nexus, contrastive", "P warmed up on chunks of the old text (the seed's too), then P(d_new): "
-              "the new text is embedded, never read.", "nexus", ("router.warm_start=chunks",)),
-    Extension("nexus_refit", "Nexus, refit", "The package's default: P fitted again, with the new text.", "nexus",
-              ("router.warm_start=label_fit",)),
-    Extension("nexus_zero_shot", "Nexus, context, zero-shot", "The context router with P refreshed on old text (the seed's "
-              "too), then P(d_new): the new text is embedded, never read.", "nexus_context",
-              ("router.input=context", "router.projection=linear", "router.row_norm=fixed",
-               "router.warm_start=closed_form")),
-    Extension("nexus_context_refit", "Nexus, context, refit", "The context router, P fitted again with the new text.",
-              "nexus_context", ("router.input=context", "router.projection=linear", "router.row_norm=fixed",
-                                "router.warm_start=label_fit")),
-]  # fmt: skip
+    Extension(
+        "linear_reset",
+        "linear, reset",
+        "The Nexus paper's baseline: all rows of the linear router start anew.",
+        "linear",
+        FREE_ROWS,
+        ("--linear-init", "reset", "--no-refit"),
+    ),
+    Extension(
+        "linear_random",
+        "linear, random row",
+        "Old rows stay, the new one is random.",
+        "linear_fit",
+        FREE_ROWS,
+        ("--no-refit",),
+    ),
+    Extension(
+        "linear_hidden",
+        "linear, mean hidden state",
+        "Old rows stay, the new one is the mean hidden state of the new text.",
+        "linear_fit",
+        _start("hidden_mean"),
+    ),
+    Extension(
+        "linear_ridge",
+        "linear, ridge",
+        "All rows by ridge regression of domain labels (DUME's way).",
+        "linear_fit",
+        _start("ridge"),
+    ),
+    Extension(
+        "linear_fit",
+        "linear, label fit",
+        "All rows fitted to tell the domains apart, the new one too.",
+        "linear_fit",
+        _start("label_fit"),
+    ),
+    Extension(
+        "nexus_append",
+        "Nexus, append",
+        "The paper's way: the new row is P(d_new), nothing else.",
+        "nexus",
+        (),
+        ("--no-refit",),
+    ),
+    Extension(
+        "nexus_contrastive",
+        "Nexus, contrastive",
+        "P warmed up on chunks of the old text (the seed's too), then P(d_new): "
+        "the new text is embedded, never read.",
+        "nexus",
+        ("router.warm_start=chunks",),
+    ),
+    Extension(
+        "nexus_refit",
+        "Nexus, refit",
+        "The package's default: P fitted again, with the new text.",
+        "nexus",
+        ("router.warm_start=label_fit",),
+    ),
+    Extension(
+        "nexus_zero_shot",
+        "Nexus, context, zero-shot",
+        "The context router with P refreshed on old text (the seed's "
+        "too), then P(d_new): the new text is embedded, never read.",
+        "nexus_context",
+        (
+            "router.input=context",
+            "router.projection=linear",
+            "router.row_norm=fixed",
+            "router.warm_start=closed_form",
+        ),
+    ),
+    Extension(
+        "nexus_context_refit",
+        "Nexus, context, refit",
+        "The context router, P fitted again with the new text.",
+        "nexus_context",
+        (
+            "router.input=context",
+            "router.projection=linear",
+            "router.row_norm=fixed",
+            "router.warm_start=label_fit",
+        ),
+    ),
+]
 
 
 def chosen_contenders(names: list[str]) -> list[Contender]:

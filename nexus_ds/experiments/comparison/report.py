@@ -1,7 +1,9 @@
-"""What `nexus-ds compare` measured, as a page, figures with CSV, tables as CSV, and text for the terminal.
+"""What `nexus-ds compare` measured, as a page, figures with CSV, tables as CSV, and text for the
+terminal.
 
-Everything is made from results.json alone (comparison_tables.py says what stands in it), so that a page can be made
-again, or from results that were joined. What was not measured is left out or shown as a dash, never guessed.
+Everything is made from results.json alone (comparison_tables.py says what stands in it), so that a
+page can be made again, or from results that were joined. What was not measured is left out or shown
+as a dash, never guessed.
 
 Not covered: figures of more than about 14 contenders or 30 settings (they are drawn, but crowded).
 """
@@ -97,7 +99,9 @@ def _file(name: str) -> str:
 
 def _not_run(results: Entry) -> Table | None:
     """Return what is missing: what was not run, failed, or lacks some seeds."""
-    rows: list[list[Any]] = [[str(item["name"]), str(item["why"])] for item in results.get("not_run") or []]
+    rows: list[list[Any]] = [
+        [str(item["name"]), str(item["why"])] for item in results.get("not_run") or []
+    ]
     named = {row[0] for row in rows}
     wanted = [str(seed) for seed in results["seeds"]]
     for kind, values in (("contenders", "loss"), ("extensions", "budgets")):
@@ -121,8 +125,17 @@ def _about(results: Entry) -> Table:
 
 
 def _command(results: Entry) -> str:
-    return shlex.join(["nexus-ds", "compare", "--config", str(results["recipe"]), "--out", "DIR",
-                       *map(str, results.get("overrides") or [])])  # fmt: skip
+    return shlex.join(
+        [
+            "nexus-ds",
+            "compare",
+            "--config",
+            str(results["recipe"]),
+            "--out",
+            "DIR",
+            *map(str, results.get("overrides") or []),
+        ]
+    )
 
 
 def _settings(results: Entry) -> Table:
@@ -134,8 +147,15 @@ def _settings(results: Entry) -> Table:
         ["machine", str(results.get("machine") or "unknown")],
         ["time", "unknown" if seconds is None else f"{seconds / 60:.1f} minutes"],
         ["text", str(data.get("path") or "unknown")],
-        ["validation", f"{data.get('windows', '?')} windows of {data.get('length', '?')} tokens a domain"],
-        *[[f"domains, {role}", ", ".join(names)] for role, names in results["domains"].items() if names],
+        [
+            "validation",
+            f"{data.get('windows', '?')} windows of {data.get('length', '?')} tokens a domain",
+        ],
+        *[
+            [f"domains, {role}", ", ".join(names)]
+            for role, names in results["domains"].items()
+            if names
+        ],
     ]
     for name, variant in (results.get("variants") or {}).items():
         rows.append([f"setting {name}", " ".join((variant or {}).get("overrides") or [])])
@@ -144,42 +164,65 @@ def _settings(results: Entry) -> Table:
 
 def _upcycling_sections(results: Entry, folder: Path) -> list[Section]:
     sections = [
-        Section(title="Contenders", text=READING["quality"], table=quality_table(results),
-                figure=draw_differences(results, folder / "differences.png")),
+        Section(
+            title="Contenders",
+            text=READING["quality"],
+            table=quality_table(results),
+            figure=draw_differences(results, folder / "differences.png"),
+        ),
         Section(title="Perplexity by domain", text=READING["domains"], table=domain_table(results)),
-    ]  # fmt: skip
+    ]
     starts = start_table(results)
     if starts is not None:
-        sections.append(Section(title="Before training, and after", text=READING["starts"], table=starts))
+        sections.append(
+            Section(title="Before training, and after", text=READING["starts"], table=starts)
+        )
     tasks = task_table(results)
     if tasks is not None:
         sections.append(Section(title="Tasks", text=READING["tasks"], table=tasks))
     figure = draw_compute(results, folder / "compute.png")
     if figure is not None:
-        sections.append(Section(title="Quality against compute", text=READING["compute"], figure=figure))
+        sections.append(
+            Section(title="Quality against compute", text=READING["compute"], figure=figure)
+        )
     return sections
 
 
 def _extension_sections(results: Entry, added: str, folder: Path) -> list[Section]:
     file = _file(added)
     return [
-        Section(title=f"Adding {added}: the new domain", text=READING["new"],
-                figure=draw_extension(results, added, folder / f"extension-{file}.png"),
-                table=extension_table(results, added, new=True)),
-        Section(title=f"Adding {added}: the old domains", text=READING["old"],
-                table=extension_table(results, added, new=False)),
-        Section(title=f"Adding {added}: where tokens go", text=READING["share"],
-                figure=draw_share(results, added, folder / f"share-{file}.png"), table=share_table(results, added)),
-    ]  # fmt: skip
+        Section(
+            title=f"Adding {added}: the new domain",
+            text=READING["new"],
+            figure=draw_extension(results, added, folder / f"extension-{file}.png"),
+            table=extension_table(results, added, new=True),
+        ),
+        Section(
+            title=f"Adding {added}: the old domains",
+            text=READING["old"],
+            table=extension_table(results, added, new=False),
+        ),
+        Section(
+            title=f"Adding {added}: where tokens go",
+            text=READING["share"],
+            figure=draw_share(results, added, folder / f"share-{file}.png"),
+            table=share_table(results, added),
+        ),
+    ]
 
 
 def _routing_sections(results: Entry, folder: Path) -> list[Section]:
-    """Return own shares, and routing by layer and cosines of the first seed's mixtures (paper Figures 5, 6 and 8)."""
+    """Return own shares, and routing by layer and cosines of the first seed's mixtures (paper
+    Figures 5, 6 and 8)."""
     sections = []
     own = own_table(results)
     if own is not None:
         sections.append(Section(title="Own-domain share", text=READING["own"], table=own))
-    labels = {f"extended: {e['name']}": label(e) for e in results.get("extensions") or [] if not e.get("variant")}
+    labels = {
+        f"extended: {e['name']}": label(e)
+        for e in results.get("extensions") or []
+        if not e.get("variant")
+    }
     labels |= {e["name"]: label(e) for e in results.get("contenders") or [] if not e.get("variant")}
     found = results.get("evaluations") or {}
     # Free rows have no projection, so cosines before and after it are drawn of Nexus alone.
@@ -199,9 +242,15 @@ def _variant_sections(results: Entry, folder: Path) -> list[Section]:
     table, more = variant_table(results), extension_variant_table(results)
     if table is not None:
         figure = draw_variants(results, folder / "settings.png")
-        sections.append(Section(title="Changed settings", text=READING["variants"], table=table, figure=figure))
+        sections.append(
+            Section(title="Changed settings", text=READING["variants"], table=table, figure=figure)
+        )
     if more is not None:
-        sections.append(Section(title="Changed settings, extension", text=READING["extension_variants"], table=more))
+        sections.append(
+            Section(
+                title="Changed settings, extension", text=READING["extension_variants"], table=more
+            )
+        )
     return sections
 
 
@@ -211,7 +260,11 @@ def _end_sections(results: Entry) -> list[Section]:
     return [
         *sections,
         Section(title="What the contenders are", text=READING["about"], table=_about(results)),
-        Section(title="Settings, and how to repeat this", text=READING["settings"], table=_settings(results)),
+        Section(
+            title="Settings, and how to repeat this",
+            text=READING["settings"],
+            table=_settings(results),
+        ),
     ]
 
 
@@ -222,8 +275,11 @@ def comparison_sections(results: Entry, folder: Path) -> list[Section]:
     for added in additions(results):
         sections += _extension_sections(results, added, folder)
     return [
-        *sections, *_routing_sections(results, folder), *_variant_sections(results, folder), *_end_sections(results)
-    ]  # fmt: skip
+        *sections,
+        *_routing_sections(results, folder),
+        *_variant_sections(results, folder),
+        *_end_sections(results),
+    ]
 
 
 def _write_tables(sections: Sequence[Section], folder: Path) -> None:
@@ -233,7 +289,9 @@ def _write_tables(sections: Sequence[Section], folder: Path) -> None:
         if section.table is None:
             continue
         table = section.table
-        wide = [any(isinstance(row[c], Spread) for row in table.rows) for c in range(len(table.header))]
+        wide = [
+            any(isinstance(row[c], Spread) for row in table.rows) for c in range(len(table.header))
+        ]
         header: list[str] = []
         for name, double in zip(table.header, wide, strict=True):
             header += [name, f"{name} (deviation)"] if double else [name]
@@ -254,13 +312,25 @@ def _write_measured(results: Entry, folder: Path) -> None:
     rows: list[tuple[Any, ...]] = []
     for entry in results.get("contenders") or []:
         for seed, value in seeds_of(entry).items():
-            rows += [(entry["name"], entry.get("variant") or "", "", "", seed, domain, loss)
-                     for domain, loss in (value.get("loss") or {}).items()]  # fmt: skip
+            rows += [
+                (entry["name"], entry.get("variant") or "", "", "", seed, domain, loss)
+                for domain, loss in (value.get("loss") or {}).items()
+            ]
     for entry in results.get("extensions") or []:
         for budget in budgets_of([entry]):
             for seed, value in seeds_of(entry, budget).items():
-                rows += [(entry["name"], entry.get("variant") or "", entry.get("added"), budget, seed, domain, loss)
-                         for domain, loss in (value.get("loss") or {}).items()]  # fmt: skip
+                rows += [
+                    (
+                        entry["name"],
+                        entry.get("variant") or "",
+                        entry.get("added"),
+                        budget,
+                        seed,
+                        domain,
+                        loss,
+                    )
+                    for domain, loss in (value.get("loss") or {}).items()
+                ]
     header = ("contender", "variant", "added", "finetune_tokens", "seed", "domain", "loss_nats")
     write_csv(folder / "losses.csv", header, rows)
 
@@ -272,7 +342,8 @@ def _title(recipe: str) -> str:
 
 
 def write_comparison(results: dict[str, Any], folder: Path) -> None:
-    """Write report.html (self-contained), figures/ (PNG, CSV beside each) and tables/ (CSV) into `folder`."""
+    """Write report.html (self-contained), figures/ (PNG, CSV beside each) and tables/ (CSV) into
+    `folder`."""
     folder = Path(folder)
     sections = comparison_sections(results, folder / FIGURES)
     _write_tables(sections, folder / TABLES)
@@ -283,11 +354,14 @@ def write_comparison(results: dict[str, Any], folder: Path) -> None:
 def _narrow(table: Table, without: Sequence[str]) -> Table:
     """Return the table without the columns whose heads begin with one of `without`."""
     kept = [c for c, name in enumerate(table.header) if not name.startswith(tuple(without))]
-    return Table(header=[table.header[c] for c in kept], rows=[[row[c] for c in kept] for row in table.rows])
+    return Table(
+        header=[table.header[c] for c in kept], rows=[[row[c] for c in kept] for row in table.rows]
+    )
 
 
 def terminal_tables(results: Entry) -> str:
-    """Return the main tables as plain text: contenders with their cost, and each extension's losses and shares."""
+    """Return the main tables as plain text: contenders with their cost, and each extension's losses
+    and shares."""
     parts = []
     if contenders_of(results):
         table = _narrow(quality_table(results), ("gate", "× ", "seconds"))

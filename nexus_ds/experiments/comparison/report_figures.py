@@ -1,6 +1,7 @@
 """Figures of a comparison, each with its numbers as CSV beside it.
 
-Differences by seed, quality against compute, losses and shares over an extension's finetuning, changed settings.
+Differences by seed, quality against compute, losses and shares over an extension's finetuning,
+changed settings.
 
 Not covered: routing by layer and cosines, which an evaluation draws (evaluation.py).
 """
@@ -45,13 +46,20 @@ def draw_differences(results: Entry, out: Path) -> Path | None:
     base = reference(entries)
     if base is None:
         return None
-    found = {label(e): paired(losses(e, domains), losses(base, domains)) for e in entries if e is not base}
+    found = {
+        label(e): paired(losses(e, domains), losses(base, domains))
+        for e in entries
+        if e is not base
+    }
     rows = {name: value.by_seed for name, value in found.items() if value is not None}
     if not rows:
         return None
     order = sorted(rows, key=lambda name: statistics.fmean(rows[name].values()))
-    write_csv(out.with_suffix(".csv"), ("contender", "seed", "difference_nats"),
-              [(name, seed, value) for name in order for seed, value in rows[name].items()])  # fmt: skip
+    write_csv(
+        out.with_suffix(".csv"),
+        ("contender", "seed", "difference_nats"),
+        [(name, seed, value) for name in order for seed, value in rows[name].items()],
+    )
     return seed_figures.paired_dots(
         {"": {name: list(rows[name].values()) for name in order}},
         out,
@@ -62,7 +70,8 @@ def draw_differences(results: Entry, out: Path) -> Path | None:
 
 
 def draw_compute(results: Entry, out: Path) -> Path | None:
-    """Draw every contender's loss on the old domains against its training compute; None for fewer than two."""
+    """Draw every contender's loss on the old domains against its training compute; None for fewer
+    than two."""
     points: dict[str, Level] = {}
     for entry in contenders_of(results):
         flops = compute_of(entry, "training_flops")
@@ -71,14 +80,21 @@ def draw_compute(results: Entry, out: Path) -> Path | None:
             points[label(entry)] = level
     if len(points) < 2:
         return None
-    _levels_csv(out, "contender", "training_flops", {"": {name: [level] for name, level in points.items()}})
+    _levels_csv(
+        out, "contender", "training_flops", {"": {name: [level] for name, level in points.items()}}
+    )
     return seed_figures.quality_compute(
-        points, out, title="Quality against compute", xlabel="training FLOPs after the seed model (log scale)",
+        points,
+        out,
+        title="Quality against compute",
+        xlabel="training FLOPs after the seed model (log scale)",
         ylabel="loss on the old domains (nats per token)",
-    )  # fmt: skip
+    )
 
 
-def _levels_csv(out: Path, row: str, x: str, panels: Mapping[str, Mapping[str, Sequence[Level]]]) -> None:
+def _levels_csv(
+    out: Path, row: str, x: str, panels: Mapping[str, Mapping[str, Sequence[Level]]]
+) -> None:
     rows = [
         (panel, name, level.x, level.mean, level.deviation)
         for panel, series in panels.items()
@@ -95,10 +111,17 @@ def _ordered(results: Entry, added: str) -> list[Entry]:
     return sorted(entries, key=lambda entry: entry is not base)
 
 
-def _curves(results: Entry, added: str, values_of: Callable[[Entry, str], Mapping[str, float]]) -> Curves:
-    """Return each extension's levels over its budgets; `values_of(entry, budget)` gives a number a seed."""
+def _curves(
+    results: Entry, added: str, values_of: Callable[[Entry, str], Mapping[str, float]]
+) -> Curves:
+    """Return each extension's levels over its budgets; `values_of(entry, budget)` gives a number a
+    seed."""
     return {
-        label(e): [level for b in budgets_of([e]) if (level := _level(float(b), values_of(e, b))) is not None]
+        label(e): [
+            level
+            for b in budgets_of([e])
+            if (level := _level(float(b), values_of(e, b))) is not None
+        ]
         for e in _ordered(results, added)
     }
 
@@ -115,22 +138,34 @@ def draw_extension(results: Entry, added: str, out: Path) -> Path:
     lines = {title: statistics.fmean(start) for title in list(panels)[1:] if start}
     _levels_csv(out, "extension", "finetune_tokens", panels)
     return seed_figures.levels(
-        panels, out, title=f"Adding {added}: loss over the finetuning (error bars: deviation over seeds)",
-        xlabel="finetuning tokens", ylabel="loss (nats per token)", lines=lines,
-    )  # fmt: skip
+        panels,
+        out,
+        title=f"Adding {added}: loss over the finetuning (error bars: deviation over seeds)",
+        xlabel="finetuning tokens",
+        ylabel="loss (nats per token)",
+        lines=lines,
+    )
 
 
 def draw_share(results: Entry, added: str, out: Path) -> Path:
-    """Draw the new domain's share at its expert and the old domains' leak over the finetuning (paper Figure 6)."""
+    """Draw the new domain's share at its expert and the old domains' leak over the finetuning
+    (paper Figure 6)."""
     panels = {
-        f"share: {added}'s tokens at the new expert": _curves(results, added, lambda e, b: measured(e, "share", b)),
-        "leak: old domains' tokens there": _curves(results, added, lambda e, b: measured(e, "leak", b)),
+        f"share: {added}'s tokens at the new expert": _curves(
+            results, added, lambda e, b: measured(e, "share", b)
+        ),
+        "leak: old domains' tokens there": _curves(
+            results, added, lambda e, b: measured(e, "leak", b)
+        ),
     }
     _levels_csv(out, "extension", "finetune_tokens", panels)
     return seed_figures.levels(
-        panels, out, title=f"Adding {added}: who finds the new expert", xlabel="finetuning tokens",
+        panels,
+        out,
+        title=f"Adding {added}: who finds the new expert",
+        xlabel="finetuning tokens",
         ylabel="share of tokens",
-    )  # fmt: skip
+    )
 
 
 def draw_variants(results: Entry, out: Path) -> Path | None:
@@ -145,9 +180,17 @@ def draw_variants(results: Entry, out: Path) -> Path | None:
     if not series:
         return None
     shown = ["as it stands", *names[1:]]
-    rows = [(shown[round(level.x)], name, level.mean, level.deviation) for name, ls in series.items() for level in ls]
+    rows = [
+        (shown[round(level.x)], name, level.mean, level.deviation)
+        for name, ls in series.items()
+        for level in ls
+    ]
     write_csv(out.with_suffix(".csv"), ("setting", "contender", "mean", "deviation"), rows)
     return seed_figures.levels(
-        {"old domains": series}, out, title="One setting changed (error bars: deviation over seeds)",
-        xlabel="setting", ylabel="loss (nats per token)", names=shown,
-    )  # fmt: skip
+        {"old domains": series},
+        out,
+        title="One setting changed (error bars: deviation over seeds)",
+        xlabel="setting",
+        ylabel="loss (nats per token)",
+        names=shown,
+    )

@@ -1,7 +1,8 @@
 """What a comparison found, in sentences that say no more than its numbers.
 
-A difference is called (better, worse) if at least three seeds have it with one sign and its mean is at least 0.01 nats;
-with fewer seeds it is reported as seen (lower, higher), and everything else as not told apart.
+A difference is called (better, worse) if at least three seeds have it with one sign and its mean is
+at least 0.01 nats; with fewer seeds it is reported as seen (lower, higher), and everything else as
+not told apart.
 
 Not covered: advice; the reader sees the cost of each contender beside the finding.
 """
@@ -26,7 +27,16 @@ from nexus_ds.experiments.comparison.report_tables import (
 )
 from nexus_ds.experiments.comparison.seed_figures import short_count
 from nexus_ds.report.page import Spread
-from nexus_ds.report.paired import ENOUGH, LEAST, Paired, budgets_of, losses, measured, paired, spread
+from nexus_ds.report.paired import (
+    ENOUGH,
+    LEAST,
+    Paired,
+    budgets_of,
+    losses,
+    measured,
+    paired,
+    spread,
+)
 
 Entry = Mapping[str, Any]
 WORDS = {
@@ -37,7 +47,8 @@ WORDS = {
     "open": "not told apart from",
 }
 HEADLINE = ("linear", "linear_fit", "union", "btx")
-"""Rivals whose differences are spelt out: the paper's baseline, the same with our warm start, the dense alternative, BTX."""
+"""Rivals whose differences are spelt out: the paper's baseline, the same with our warm start, the
+dense alternative, BTX."""
 SMALL_ZERO_SHOT = "nexus_append", "nexus_zero_shot"
 
 
@@ -57,7 +68,11 @@ def _amount(found: Paired) -> str:
 
 
 def _signed(found: Paired) -> str:
-    return f"{found.spread}, lower in {found.agreement} seeds" if len(found.by_seed) > 1 else str(found.spread)
+    return (
+        f"{found.spread}, lower in {found.agreement} seeds"
+        if len(found.by_seed) > 1
+        else str(found.spread)
+    )
 
 
 def grouped(differences: Mapping[str, Paired], extra: Mapping[str, str] | None = None) -> str:
@@ -91,7 +106,8 @@ def _against(
 
 
 def _cost(entry: Entry, base: Entry) -> str:
-    """Return what a rival's training cost relative to `base`, where it differs by more than a tenth."""
+    """Return what a rival's training cost relative to `base`, where it differs by more than a
+    tenth."""
     ratio = flops_ratio(entry, base)
     if ratio is None or 0.9 <= ratio <= 1.1:
         return ""
@@ -99,7 +115,8 @@ def _cost(entry: Entry, base: Entry) -> str:
 
 
 def _upcycling(results: Entry) -> list[str]:
-    # A branch serves its own domain; its loss over all of them is in the tables and makes no finding.
+    # A branch serves its own domain; its loss over all of them is in the tables and makes no
+    # finding.
     entries = [entry for entry in contenders_of(results) if not entry["name"].startswith("branch")]
     domains, base = old_domains(results), reference(entries)
     if base is None:
@@ -123,9 +140,16 @@ def _extension(results: Entry, added: str) -> list[str]:
     if base is None:
         return [f"Adding {added}: no Nexus extension was measured."]
     budget = budgets_of(entries)[-1]
-    when = f"after {short_count(float(budget))} tokens of finetuning" if float(budget) else "without finetuning"
+    when = (
+        f"after {short_count(float(budget))} tokens of finetuning"
+        if float(budget)
+        else "without finetuning"
+    )
     sentences = []
-    for what, domains in (("the new domain", new_domains(results, added)), ("the old domains", old_domains(results))):
+    for what, domains in (
+        ("the new domain", new_domains(results, added)),
+        ("the old domains", old_domains(results)),
+    ):
         mine = losses(base, domains, budget)
         if not mine:
             continue
@@ -136,10 +160,14 @@ def _extension(results: Entry, added: str) -> list[str]:
 
 
 def _found_at_once(entries: Sequence[Entry], added: str) -> list[str]:
-    """Say where the new domain's tokens go when its row is P of the domain embedding and nothing else."""
+    """Say where the new domain's tokens go when its row is P of the domain embedding and nothing
+    else."""
     sentences = []
     for entry in entries:
-        share, leak = spread(measured(entry, "share", "0"), 2), spread(measured(entry, "leak", "0"), 2)
+        share, leak = (
+            spread(measured(entry, "share", "0"), 2),
+            spread(measured(entry, "leak", "0"), 2),
+        )
         if entry["name"] in SMALL_ZERO_SHOT and share is not None:
             tail = f" and {leak} of the old domains' tokens" if leak is not None else ""
             sentences.append(
@@ -164,7 +192,9 @@ def _variants(results: Entry) -> list[str]:
     told = {name: value for name, value in found.items() if value.outcome != "open"}
     listed = ", ".join(f"{name} ({value.spread}, {value.outcome})" for name, value in told.items())
     rest = len(found) - len(told)
-    quiet = f"{rest} of {len(found)} changed settings can't be told apart from the recipe as it stands"
+    quiet = (
+        f"{rest} of {len(found)} changed settings can't be told apart from the recipe as it stands"
+    )
     return [
         f"Settings, Nexus on its old domains: {'; '.join(part for part in (listed, quiet if rest else '') if part)}."
     ]
@@ -184,7 +214,8 @@ def _caveat(results: Entry) -> str:
 
 
 def verdict(results: Entry) -> list[str]:
-    """Return the verdict, a paragraph an entry: paired differences with spread and sign agreement over the seeds."""
+    """Return the verdict, a paragraph an entry: paired differences with spread and sign agreement
+    over the seeds."""
     sentences = _upcycling(results)
     for added in additions(results):
         sentences += _extension(results, added)

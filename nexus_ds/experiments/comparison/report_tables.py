@@ -1,7 +1,8 @@
 """Tables of a comparison: contenders, domains, extensions, changed settings; one row a contender.
 
-Results are the dictionary that `nexus-ds compare` writes as results.json: `contenders` and `extensions` with what was
-measured for each seed, `domains` by role (old, pretraining, new, scored). What is missing shows as a dash.
+Results are the dictionary that `nexus-ds compare` writes as results.json: `contenders` and
+`extensions` with what was measured for each seed, `domains` by role (old, pretraining, new,
+scored). What is missing shows as a dash.
 
 Not covered: judging the numbers (findings.py), drawing them (comparison.py).
 """
@@ -28,19 +29,32 @@ def label(entry: Entry) -> str:
 
 
 def contenders_of(results: Entry, variant: str | None = "") -> list[Entry]:
-    """Return the contenders of one variant that at least one seed measured (None: of all variants)."""
-    found = [e for e in results.get("contenders") or [] if variant is None or (e.get("variant") or "") == variant]
+    """Return the contenders of one variant that at least one seed measured (None: of all
+    variants)."""
+    found = [
+        e
+        for e in results.get("contenders") or []
+        if variant is None or (e.get("variant") or "") == variant
+    ]
     return [entry for entry in found if losses(entry, old_domains(results))]
 
 
-def extensions_of(results: Entry, added: str | None = None, variant: str | None = "") -> list[Entry]:
-    """Return the extensions of one variant (None: all) and one addition (None: all) that were measured."""
-    found = [e for e in results.get("extensions") or [] if variant is None or (e.get("variant") or "") == variant]
+def extensions_of(
+    results: Entry, added: str | None = None, variant: str | None = ""
+) -> list[Entry]:
+    """Return the extensions of one variant (None: all) and one addition (None: all) that were
+    measured."""
+    found = [
+        e
+        for e in results.get("extensions") or []
+        if variant is None or (e.get("variant") or "") == variant
+    ]
     return [e for e in found if budgets_of([e]) and added in (None, str(e.get("added", "")))]
 
 
 def additions(results: Entry) -> list[str]:
-    """Return what was added, each once: 'github', 'github+legal' (together), 'github, then legal'."""
+    """Return what was added, each once: 'github', 'github+legal' (together), 'github, then
+    legal'."""
     return list(dict.fromkeys(str(e.get("added", "")) for e in extensions_of(results)))
 
 
@@ -50,9 +64,14 @@ def old_domains(results: Entry) -> list[str]:
 
 
 def new_domains(results: Entry, added: str) -> list[str]:
-    """Return the domains of an addition: one, several together ('a+b') or one after another ('a, then b')."""
+    """Return the domains of an addition: one, several together ('a+b') or one after another ('a,
+    then b')."""
     known = set(results["domains"]["scored"])
-    return [added] if added in known else [name for part in added.split(", then ") for name in part.split("+")]
+    return (
+        [added]
+        if added in known
+        else [name for part in added.split(", then ") for name in part.split("+")]
+    )
 
 
 def reference(entries: Sequence[Entry], names: Sequence[str] = REFERENCES) -> Entry | None:
@@ -62,7 +81,8 @@ def reference(entries: Sequence[Entry], names: Sequence[str] = REFERENCES) -> En
 
 
 def unit_of(values: Iterable[float | None], largest: str) -> tuple[float, str]:
-    """Return a power of 1000 and its letter that bring the largest value below 1000 (`largest`: the last letter)."""
+    """Return a power of 1000 and its letter that bring the largest value below 1000 (`largest`: the
+    last letter)."""
     top = max((value for value in values if value), default=0.0)
     letters = "kMGTPEZ"[: "kMGTPEZ".index(largest) + 1]
     power = 0
@@ -85,13 +105,21 @@ def flops_ratio(entry: Entry, other: Entry) -> float | None:
     return mine / base if mine is not None and base else None
 
 
-def _compute_columns(entries: Sequence[Entry], base: Entry | None) -> tuple[list[str], dict[int, list[Cell]]]:
+def _compute_columns(
+    entries: Sequence[Entry], base: Entry | None
+) -> tuple[list[str], dict[int, list[Cell]]]:
     """Return the heads and, by the entry's position, the cells of what each one costs."""
     flops, flops_unit = unit_of([compute_of(e, "training_flops") for e in entries], "Z")
     tokens, tokens_unit = unit_of([compute_of(e, "training_tokens") for e in entries], "G")
     sizes, sizes_unit = unit_of([compute_of(e, "parameters", "total") for e in entries], "G")
-    head = [f"training {flops_unit}FLOP", f"× {base.get('label')}'s" if base else "×", f"{tokens_unit or ''} tokens",
-            f"{sizes_unit or ''} active", f"{sizes_unit or ''} total", "seconds"]  # fmt: skip
+    head = [
+        f"training {flops_unit}FLOP",
+        f"× {base.get('label')}'s" if base else "×",
+        f"{tokens_unit or ''} tokens",
+        f"{sizes_unit or ''} active",
+        f"{sizes_unit or ''} total",
+        "seconds",
+    ]
 
     def scaled(value: float | None, by: float) -> float | None:
         return None if value is None else value / by
@@ -115,7 +143,15 @@ def quality_table(results: Entry) -> Table:
     base = reference(entries)
     compute_head, compute = _compute_columns(entries, base)
     name = base.get("label") if base else "the reference"
-    header = ["contender", "loss, old domains", f"minus {name}", "seeds lower", "own share", "gate", *compute_head]
+    header = [
+        "contender",
+        "loss, old domains",
+        f"minus {name}",
+        "seeds lower",
+        "own share",
+        "gate",
+        *compute_head,
+    ]
     rows: list[list[Cell]] = []
     for position, entry in enumerate(entries):
         own, gate = spread(measured(entry, "own_share"), 2), spread(measured(entry, "gate"), 2)
@@ -123,7 +159,10 @@ def quality_table(results: Entry) -> Table:
             [
                 label(entry),
                 spread(losses(entry, domains)),
-                *difference(losses(entry, domains), losses(base, domains) if base and base is not entry else {}),
+                *difference(
+                    losses(entry, domains),
+                    losses(base, domains) if base and base is not entry else {},
+                ),
                 own,
                 gate,
                 *compute[position],
@@ -139,11 +178,14 @@ def difference(values: Mapping[str, float], base: Mapping[str, float]) -> list[C
 
 
 def start_table(results: Entry) -> Table | None:
-    """Return what each mixture is worth before it is trained, and after; None if nothing was scored before."""
+    """Return what each mixture is worth before it is trained, and after; None if nothing was scored
+    before."""
     domains = old_domains(results)
     rows: list[list[Cell]] = []
     for entry in contenders_of(results):
-        before = {"seeds": {seed: value.get("untrained") for seed, value in seeds_of(entry).items()}}
+        before = {
+            "seeds": {seed: value.get("untrained") for seed, value in seeds_of(entry).items()}
+        }
         if losses(before, domains):
             parts = [
                 cell
@@ -152,7 +194,11 @@ def start_table(results: Entry) -> Table | None:
             ]
             rows.append([label(entry), *parts])
     header = ["contender", "loss before", "own share before", "loss after", "own share after"]
-    return Table(header=header, rows=rows, best="min", only=["loss before", "loss after"]) if rows else None
+    return (
+        Table(header=header, rows=rows, best="min", only=["loss before", "loss after"])
+        if rows
+        else None
+    )
 
 
 def _perplexity(values: Mapping[str, float]) -> Spread | None:
@@ -172,16 +218,23 @@ def domain_table(results: Entry) -> Table:
     """Return perplexity by domain (paper Tables 2 and 3, perplexity in place of tasks)."""
     heads = _domain_heads(results)
     rows: list[list[Cell]] = [
-        [label(entry), *[_perplexity(losses(entry, [domain])) for domain in heads]] for entry in contenders_of(results)
+        [label(entry), *[_perplexity(losses(entry, [domain])) for domain in heads]]
+        for entry in contenders_of(results)
     ]
     return Table(header=["contender", *heads.values()], rows=rows, best="min")
 
 
 def task_table(results: Entry) -> Table | None:
-    """Return scores by group of tasks (paper Tables 2 and 3) and their mean; None if no tasks were run."""
+    """Return scores by group of tasks (paper Tables 2 and 3) and their mean; None if no tasks were
+    run."""
     entries = contenders_of(results)
     groups = list(
-        dict.fromkeys(g for entry in entries for seed in seeds_of(entry).values() for g in (seed.get("tasks") or {}))
+        dict.fromkeys(
+            g
+            for entry in entries
+            for seed in seeds_of(entry).values()
+            for g in (seed.get("tasks") or {})
+        )
     )
     if not groups:
         return None
@@ -189,7 +242,8 @@ def task_table(results: Entry) -> Table | None:
     for entry in entries:
         scores = {seed: value.get("tasks") or {} for seed, value in seeds_of(entry).items()}
         columns = [
-            {s: v for s, found in scores.items() if (v := number(found.get(group))) is not None} for group in groups
+            {s: v for s, found in scores.items() if (v := number(found.get(group))) is not None}
+            for group in groups
         ]
         whole = [seed for seed in scores if all(seed in column for column in columns)]
         mean = {seed: sum(column[seed] for column in columns) / len(columns) for seed in whole}
@@ -198,7 +252,8 @@ def task_table(results: Entry) -> Table | None:
 
 
 def own_table(results: Entry) -> Table | None:
-    """Return the share of each old domain's tokens at its own expert (paper Figure 9); None without routers."""
+    """Return the share of each old domain's tokens at its own expert (paper Figure 9); None without
+    routers."""
     domains = old_domains(results)
     rows: list[list[Cell]] = []
     for entry in contenders_of(results, variant=None):
@@ -206,23 +261,32 @@ def own_table(results: Entry) -> Table | None:
             {
                 seed: share
                 for seed, value in seeds_of(entry).items()
-                if (share := number(((value.get("routing") or {}).get(domain) or {}).get(domain))) is not None
+                if (share := number(((value.get("routing") or {}).get(domain) or {}).get(domain)))
+                is not None
             }
             for domain in domains
         ]
         if any(shares):
             rows.append(
-                [label(entry), *[spread(found, 2) for found in shares], spread(measured(entry, "own_share"), 2)]
+                [
+                    label(entry),
+                    *[spread(found, 2) for found in shares],
+                    spread(measured(entry, "own_share"), 2),
+                ]
             )
     return Table(header=["contender", *domains, "mean"], rows=rows, best="max") if rows else None
 
 
 def _budget_heads(budgets: Sequence[str]) -> list[str]:
-    return [f"after {short_count(float(budget))}" if float(budget) else "before finetune" for budget in budgets]
+    return [
+        f"after {short_count(float(budget))}" if float(budget) else "before finetune"
+        for budget in budgets
+    ]
 
 
 def starting_losses(results: Entry, entry: Entry, domains: Sequence[str]) -> dict[str, float]:
-    """Return the losses by seed of the mixture that an extension started from; empty if it was not measured."""
+    """Return the losses by seed of the mixture that an extension started from; empty if it was not
+    measured."""
     name, variant = entry.get("starts_from"), entry.get("variant") or ""
     for wanted in dict.fromkeys((variant, "")):
         for candidate in results.get("contenders") or []:
@@ -232,9 +296,13 @@ def starting_losses(results: Entry, entry: Entry, domains: Sequence[str]) -> dic
 
 
 def extension_table(results: Entry, added: str, new: bool) -> Table:
-    """Return the loss on the added (`new`) or the old domains before and after each budget (paper Figure 4)."""
+    """Return the loss on the added (`new`) or the old domains before and after each budget (paper
+    Figure 4)."""
     entries = extensions_of(results, added)
-    domains, budgets = new_domains(results, added) if new else old_domains(results), budgets_of(entries)
+    domains, budgets = (
+        new_domains(results, added) if new else old_domains(results),
+        budgets_of(entries),
+    )
     base, heads = reference(entries, EXTENSION_REFERENCES), _budget_heads(budgets)
     compute_head, compute = _compute_columns(entries, base)
     name = base.get("label") if base else "the reference"
@@ -244,21 +312,28 @@ def extension_table(results: Entry, added: str, new: bool) -> Table:
         last = losses(entry, domains, budgets[-1])
         row: list[Cell] = [label(entry), spread(starting_losses(results, entry, domains))]
         row += [spread(losses(entry, domains, budget)) for budget in budgets]
-        row += difference(last, losses(base, domains, budgets[-1]) if base and base is not entry else {})
+        row += difference(
+            last, losses(base, domains, budgets[-1]) if base and base is not entry else {}
+        )
         rows.append(row + (compute[position][0:3:2] if new else []))
     header = ["extension", "mixture before", *heads, *middle, *(compute_head[0:3:2] if new else [])]
     return Table(header=header, rows=rows, best="min", only=heads)
 
 
 def share_table(results: Entry, added: str) -> Table:
-    """Return share (new domain's tokens at its expert), leak (old tokens there) and own share, by budget."""
+    """Return share (new domain's tokens at its expert), leak (old tokens there) and own share, by
+    budget."""
     entries = extensions_of(results, added)
     budgets = budgets_of(entries)
     columns = [(key, budget) for key in ("share", "leak") for budget in budgets]
     columns += [("own_share", budget) for budget in dict.fromkeys((budgets[0], budgets[-1]))]
-    header = ["extension", *[f"{key.replace('_', ' ')} at {short_count(float(budget))}" for key, budget in columns]]
+    header = [
+        "extension",
+        *[f"{key.replace('_', ' ')} at {short_count(float(budget))}" for key, budget in columns],
+    ]
     rows: list[list[Cell]] = [
-        [label(entry), *[spread(measured(entry, key, budget), 2) for key, budget in columns]] for entry in entries
+        [label(entry), *[spread(measured(entry, key, budget), 2) for key, budget in columns]]
+        for entry in entries
     ]
     return Table(header=header, rows=rows)
 
@@ -266,19 +341,25 @@ def share_table(results: Entry, added: str) -> Table:
 def counterpart(results: Entry, entry: Entry) -> Entry | None:
     """Return the same contender or extension with the recipe as it stands."""
     kind = "extensions" if "added" in entry else "contenders"
-    same = [e for e in results.get(kind) or [] if e["name"] == entry["name"] and not e.get("variant")]
+    same = [
+        e for e in results.get(kind) or [] if e["name"] == entry["name"] and not e.get("variant")
+    ]
     return next((e for e in same if e.get("added") == entry.get("added")), None)
 
 
 def variants_of(results: Entry) -> list[str]:
     """Return the names of the changed settings that were measured, in the recipe's order."""
-    found = [e.get("variant") for e in [*contenders_of(results, None), *extensions_of(results, None, None)]]
+    found = [
+        e.get("variant")
+        for e in [*contenders_of(results, None), *extensions_of(results, None, None)]
+    ]
     order = dict.fromkeys([*(results.get("variants") or {}), *found])
     return [name for name in order if name and name in found]
 
 
 def variant_table(results: Entry) -> Table | None:
-    """Return what each changed setting does to each contender (paper Figure 7); None without variants."""
+    """Return what each changed setting does to each contender (paper Figure 7); None without
+    variants."""
     domains = old_domains(results)
     entries = sorted(
         (e for e in contenders_of(results, None) if e["name"] in varied(results)),
@@ -297,13 +378,25 @@ def variant_table(results: Entry) -> Table | None:
                 spread(measured(entry, "gate"), 2),
             ]
         )
-    header = ["setting", "contender", "loss, old domains", "minus the recipe", "seeds lower", "own share", "gate"]
+    header = [
+        "setting",
+        "contender",
+        "loss, old domains",
+        "minus the recipe",
+        "seeds lower",
+        "own share",
+        "gate",
+    ]
     return Table(header=header, rows=rows) if rows else None
 
 
 def varied(results: Entry) -> dict[str, str]:
     """Return the contenders (name: label) that some variant changes."""
-    return {e["name"]: str(e.get("label") or e["name"]) for e in contenders_of(results, None) if e.get("variant")}
+    return {
+        e["name"]: str(e.get("label") or e["name"])
+        for e in contenders_of(results, None)
+        if e.get("variant")
+    }
 
 
 def extension_variant_table(results: Entry) -> Table | None:
@@ -311,12 +404,30 @@ def extension_variant_table(results: Entry) -> Table | None:
     rows: list[list[Cell]] = []
     for entry in (e for e in extensions_of(results, None, None) if e.get("variant")):
         same, budgets = counterpart(results, entry), budgets_of([entry])
-        row: list[Cell] = [str(entry["variant"]), str(entry.get("label") or entry["name"]), str(entry.get("added"))]
+        row: list[Cell] = [
+            str(entry["variant"]),
+            str(entry.get("label") or entry["name"]),
+            str(entry.get("added")),
+        ]
         for domains in (new_domains(results, str(entry["added"])), old_domains(results)):
             last = losses(entry, domains, budgets[-1])
-            row += [spread(last), *difference(last, losses(same, domains, budgets[-1]) if same else {})]
+            row += [
+                spread(last),
+                *difference(last, losses(same, domains, budgets[-1]) if same else {}),
+            ]
         row += [spread(measured(entry, key, budgets[0]), 2) for key in ("share", "leak")]
         rows.append(row)
-    header = ["setting", "extension", "added", "loss, new", "minus the recipe", "lower", "loss, old", "minus the recipe",
-              "lower", "share before finetune", "leak before finetune"]  # fmt: skip
+    header = [
+        "setting",
+        "extension",
+        "added",
+        "loss, new",
+        "minus the recipe",
+        "lower",
+        "loss, old",
+        "minus the recipe",
+        "lower",
+        "share before finetune",
+        "leak before finetune",
+    ]
     return Table(header=header, rows=rows) if rows else None

@@ -1,4 +1,5 @@
-"""Figures of what several seeds found: paired differences as dots, levels with error bars, quality against compute.
+"""Figures of what several seeds found: paired differences as dots, levels with error bars, quality
+against compute.
 
 Every seed is a dot or every mean has its deviation; series differ in colour, marker and line.
 
@@ -33,7 +34,8 @@ def short_count(value: float) -> str:
 
 @dataclass(frozen=True)
 class Level:
-    """One point: where it stands on the x axis (a number, or the position of a name), its mean and its deviation."""
+    """One point: where it stands on the x axis (a number, or the position of a name), its mean and
+    its deviation."""
 
     x: float
     mean: float
@@ -48,7 +50,8 @@ def paired_dots(
     xlabel: str,
     ignore: float = 0.0,
 ) -> Path:
-    """Draw differences: `panels[title][row]` holds one number a seed; the mean is a bar, `ignore` a grey band.
+    """Draw differences: `panels[title][row]` holds one number a seed; the mean is a bar, `ignore` a
+    grey band.
 
     The axis is linear near zero and logarithmic further out, so that 0.01 and 1 can both be read.
     """
@@ -60,7 +63,9 @@ def paired_dots(
         axes.axvline(0, color="#444444", linewidth=1)
         for row, values in panel.items():
             _dots(axes, rows.index(row), values)
-        _difference_axis(axes, [value for values in panel.values() for value in values], max(ignore, 1e-3))
+        _difference_axis(
+            axes, [value for values in panel.values() for value in values], max(ignore, 1e-3)
+        )
         axes.set_title(name, fontsize=10)
     grid[0, 0].set_yticks(range(len(rows)), rows, fontsize=9)
     grid[0, 0].set_ylim(len(rows) - 0.4, -0.6)
@@ -75,7 +80,9 @@ def _dots(axes: Axes, row: int, values: Sequence[float]) -> None:
     mean = statistics.fmean(values)
     colour = COLOURS[0] if mean < 0 else COLOURS[5]
     axes.plot([mean, mean], [row - 0.32, row + 0.32], color=colour, linewidth=2.4)
-    axes.plot(values, [row] * len(values), "o", color=colour, markersize=5, alpha=0.65, markeredgewidth=0)
+    axes.plot(
+        values, [row] * len(values), "o", color=colour, markersize=5, alpha=0.65, markeredgewidth=0
+    )
 
 
 def _difference_axis(axes: Axes, values: Sequence[float], near: float) -> None:
@@ -84,9 +91,20 @@ def _difference_axis(axes: Axes, values: Sequence[float], near: float) -> None:
     low, high = min([*values, -near]), max([*values, near])
     if furthest > 8 * near:
         axes.set_xscale("symlog", linthresh=near, linscale=0.5)
-        steps = [step for power in range(-3, 5) for step in (10.0**power, 3 * 10.0**power) if near <= step <= furthest]
-        ticks = [-step for step in steps if -step >= low * 1.5] + [0.0] + [step for step in steps if step <= high * 1.5]
-        shown = ticks if len(ticks) <= 9 else [t for t in ticks if t == 0 or f"{abs(t):.0e}"[0] == "1"]
+        steps = [
+            step
+            for power in range(-3, 5)
+            for step in (10.0**power, 3 * 10.0**power)
+            if near <= step <= furthest
+        ]
+        ticks = (
+            [-step for step in steps if -step >= low * 1.5]
+            + [0.0]
+            + [step for step in steps if step <= high * 1.5]
+        )
+        shown = (
+            ticks if len(ticks) <= 9 else [t for t in ticks if t == 0 or f"{abs(t):.0e}"[0] == "1"]
+        )
         axes.set_xticks(shown, [f"{tick:+g}" if tick else "0" for tick in shown], fontsize=8.5)
         axes.minorticks_off()
     margin = 1.5 if furthest > 8 * near else 1.15
@@ -106,9 +124,11 @@ def levels(
     names: Sequence[str] = (),
     lines: Mapping[str, float] | None = None,
 ) -> Path:
-    """Draw curves (or, with `names` of the x positions, points) with error bars: `panels[title][series]`.
+    """Draw curves (or, with `names` of the x positions, points) with error bars:
+    `panels[title][series]`.
 
-    `lines[panel]` draws a dashed level, for instance that before an extension. The first series is drawn thicker.
+    `lines[panel]` draws a dashed level, for instance that before an extension. The first series is
+    drawn thicker.
     """
     series = list(dict.fromkeys(name for panel in panels.values() for name in panel))
     figure = _new(1.4 + 4.6 * len(panels), 4.4 + 0.2 * ((len(series) + 2) // 3))
@@ -118,11 +138,27 @@ def levels(
         step = (max(xs) - min(xs)) / 150 if xs and not names else 0.7 / max(1, len(series))
         for name, points in curves.items():
             number = series.index(name)
-            _curve(axes, points, name, number, (number - (len(series) - 1) / 2) * step, joined=not names)
+            _curve(
+                axes,
+                points,
+                name,
+                number,
+                (number - (len(series) - 1) / 2) * step,
+                joined=not names,
+            )
         if lines and panel in lines:
-            axes.axhline(lines[panel], color="#444444", linestyle=":", linewidth=1.4, label="before")
+            axes.axhline(
+                lines[panel], color="#444444", linestyle=":", linewidth=1.4, label="before"
+            )
         if names:
-            axes.set_xticks(range(len(names)), names, rotation=25, ha="right", rotation_mode="anchor", fontsize=9)
+            axes.set_xticks(
+                range(len(names)),
+                names,
+                rotation=25,
+                ha="right",
+                rotation_mode="anchor",
+                fontsize=9,
+            )
         elif xs:
             ticks = sorted(set(xs))
             axes.set_xticks(ticks, [short_count(tick) for tick in ticks], fontsize=9)
@@ -130,28 +166,48 @@ def levels(
         axes.set_title(panel, fontsize=10)
         axes.grid(axis="y", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    handles = {label: h for axes in grid.flat for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    handles = {
+        label: h
+        for axes in grid.flat
+        for h, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=min(3, len(handles)), fontsize=9,
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=min(3, len(handles)),
+        fontsize=9,
         frameon=False,
-    )  # fmt: skip
+    )
     grid[0, 0].set_ylabel(ylabel)
     figure.suptitle(title, fontsize=11)
     return _save(figure, out)
 
 
-def _curve(axes: Axes, points: Sequence[Level], name: str, number: int, shift: float, joined: bool) -> None:
+def _curve(
+    axes: Axes, points: Sequence[Level], name: str, number: int, shift: float, joined: bool
+) -> None:
     """Draw one series, moved by `shift` so that error bars don't cover one another."""
     axes.errorbar(
-        [point.x + shift for point in points], [point.mean for point in points],
-        yerr=[point.deviation or 0.0 for point in points], label=name, color=COLOURS[number % len(COLOURS)],
-        marker=MARKERS[number % len(MARKERS)], markersize=5.5, linewidth=2.2 if number == 0 else 1.3, elinewidth=1.0,
-        linestyle=LINES[number % len(LINES)] if joined else "none", capsize=2,
-    )  # fmt: skip
+        [point.x + shift for point in points],
+        [point.mean for point in points],
+        yerr=[point.deviation or 0.0 for point in points],
+        label=name,
+        color=COLOURS[number % len(COLOURS)],
+        marker=MARKERS[number % len(MARKERS)],
+        markersize=5.5,
+        linewidth=2.2 if number == 0 else 1.3,
+        elinewidth=1.0,
+        linestyle=LINES[number % len(LINES)] if joined else "none",
+        capsize=2,
+    )
 
 
-def quality_compute(points: Mapping[str, Level], out: Path, *, title: str, xlabel: str, ylabel: str) -> Path:
-    """Draw quality (y, lower is better) against compute (x, logarithmic; 0 stands at the left edge) with names."""
+def quality_compute(
+    points: Mapping[str, Level], out: Path, *, title: str, xlabel: str, ylabel: str
+) -> Path:
+    """Draw quality (y, lower is better) against compute (x, logarithmic; 0 stands at the left edge)
+    with names."""
     from matplotlib.ticker import LogLocator
 
     figure = _new(8.6, max(4.2, 1.4 + 0.27 * len(points)))
@@ -164,9 +220,15 @@ def quality_compute(points: Mapping[str, Level], out: Path, *, title: str, xlabe
     for number, name in enumerate(points):
         level = points[name]
         axes.errorbar(
-            max(level.x, edge), level.mean, yerr=level.deviation or 0.0, color=COLOURS[number % len(COLOURS)],
-            marker=MARKERS[number % len(MARKERS)], markersize=7, capsize=2, linestyle="none",
-        )  # fmt: skip
+            max(level.x, edge),
+            level.mean,
+            yerr=level.deviation or 0.0,
+            color=COLOURS[number % len(COLOURS)],
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=7,
+            capsize=2,
+            linestyle="none",
+        )
     low, high = axes.get_ylim()
     heights = _apart([points[name].mean for name in order], (high - low) / max(14, len(order)))
     middle = (min(heights) + max(heights)) / 2
@@ -175,10 +237,22 @@ def quality_compute(points: Mapping[str, Level], out: Path, *, title: str, xlabe
         level = points[name]
         zero = " (no training)" if level.x <= 0 else ""
         axes.annotate(
-            name + zero, (max(level.x, edge), level.mean), xytext=(1.03, height), textcoords=axes.get_yaxis_transform(),
-            va="center", fontsize=9, color="#222222", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": "#b0b0b0", "linewidth": 0.7, "shrinkB": 4, "relpos": (0, 0.5)},
-        )  # fmt: skip
+            name + zero,
+            (max(level.x, edge), level.mean),
+            xytext=(1.03, height),
+            textcoords=axes.get_yaxis_transform(),
+            va="center",
+            fontsize=9,
+            color="#222222",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": "#b0b0b0",
+                "linewidth": 0.7,
+                "shrinkB": 4,
+                "relpos": (0, 0.5),
+            },
+        )
     if max(positive) / edge < 1000:  # few powers of ten: name some steps between them
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e+", "e"))
@@ -192,7 +266,8 @@ def quality_compute(points: Mapping[str, Level], out: Path, *, title: str, xlabe
 
 
 def _apart(values: Sequence[float], gap: float) -> list[float]:
-    """Return places for labels of the rising `values`, at least `gap` apart and near their values."""
+    """Return places for labels of the rising `values`, at least `gap` apart and near their
+    values."""
     places = np.asarray(values, dtype=float).copy()
     for _ in range(200):
         moved = False

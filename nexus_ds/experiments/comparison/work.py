@@ -1,4 +1,5 @@
-"""Small pieces of a comparison that are no verbs of their own: `python -m nexus_ds.experiments.comparison.work NAME '{"out": ...}'`.
+"""Small pieces of a comparison that are no verbs of their own: `python -m
+nexus_ds.experiments.comparison.work NAME '{"out": ...}'`.
 
 Each writes one output that was not there, and reads nothing but its arguments.
 Not covered: training; that is the verb `train`.
@@ -16,13 +17,19 @@ from nexus_ds.errors import NexusError
 from nexus_ds.outputs import exit_on_signals
 
 
-def tokenizer(out: str, data: str, domains: list[str], vocabulary: int, max_bytes: int, on_bad_row: str) -> None:
+def tokenizer(
+    out: str, data: str, domains: list[str], vocabulary: int, max_bytes: int, on_bad_row: str
+) -> None:
     """Train the tokenizer that all contenders share."""
     from nexus_ds.data.corpora import open_source
     from nexus_ds.data.tokenizer import train_tokenizer
 
     source = open_source(data)
-    texts = (d.text for name in domains for d in source.documents(name, "train", on_bad_row, max_bytes or 4_000_000))
+    texts = (
+        d.text
+        for name in domains
+        for d in source.documents(name, "train", on_bad_row, max_bytes or 4_000_000)
+    )
     train_tokenizer(texts, vocabulary, Path(out))
 
 
@@ -34,9 +41,11 @@ def average(out: str, models: list[str]) -> None:
 
 
 def random_dense(out: str, config: str, tokenizer: str, number: int) -> None:
-    """Write a dense model of the recipe's sizes with random weights; only its FFNs depend on `number`.
+    """Write a dense model of the recipe's sizes with random weights; only its FFNs depend on
+    `number`.
 
-    So models of several numbers put together are one mixture with random weights everywhere: their mean is no smaller.
+    So models of several numbers put together are one mixture with random weights everywhere: their
+    mean is no smaller.
     """
     import torch
 
@@ -76,15 +85,25 @@ def embedding(out: str, source: str, change: str, seed: int) -> None:
 
 
 def score(
-    out: str, models: list[str], data: str, domains: list[str], windows: int, length: int, cache: str, bos: bool = True
+    out: str,
+    models: list[str],
+    data: str,
+    domains: list[str],
+    windows: int,
+    length: int,
+    cache: str,
+    bos: bool = True,
 ) -> None:
-    """Write the losses of one model, or of several as a BTM ensemble, on the windows that training validates on."""
+    """Write the losses of one model, or of several as a BTM ensemble, on the windows that training
+    validates on."""
     from nexus_ds.data.corpora import open_source, token_files
     from nexus_ds.data.corpora import windows as windows_of
     from nexus_ds.experiments.comparison.ensemble import ensemble_losses
     from nexus_ds.outputs import write_json
 
-    files = token_files(open_source(data), domains, "validation", Path(models[0]), Path(cache), bos=bos)
+    files = token_files(
+        open_source(data), domains, "validation", Path(models[0]), Path(cache), bos=bos
+    )
     texts = {domain: windows_of(files[domain], windows, length) for domain in domains}
     write_json(Path(out), {"loss": ensemble_losses([Path(model) for model in models], texts)})
 
@@ -98,7 +117,10 @@ def main(argv: list[str] | None = None) -> int:
     """Do one piece of work; a mistake is one line and exit code 1."""
     words: list[Any] = sys.argv[1:] if argv is None else argv
     if len(words) != 2 or words[0] not in PIECES:
-        print(f"expected a name ({', '.join(PIECES)}) and its arguments as JSON, found {words}", file=sys.stderr)
+        print(
+            f"expected a name ({', '.join(PIECES)}) and its arguments as JSON, found {words}",
+            file=sys.stderr,
+        )
         return 2
     try:
         with exit_on_signals():

@@ -36,10 +36,14 @@ def test_it_times_the_very_same_documents(tmp_path: Path, monkeypatch: pytest.Mo
     assert said == ["round 1 of 2", "round 2 of 2"]
 
 
-def test_the_verb_prints_a_table_or_json(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch):
+def test_the_verb_prints_a_table_or_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     (tmp_path / "text" / "all").mkdir(parents=True)
-    (tmp_path / "text" / "all" / "train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    (tmp_path / "text" / "all" / "train.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in TEXTS)
+    )
     words = [
         "bench",
         "data",
@@ -54,8 +58,15 @@ def test_the_verb_prints_a_table_or_json(tmp_path: Path, capsys: pytest.CaptureF
     ]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert "from .jsonl.gz to token files" in said and "ratio of CPU times" in said and "next: " in said
+    assert (
+        "from .jsonl.gz to token files" in said
+        and "ratio of CPU times" in said
+        and "next: " in said
+    )
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["megabytes"] == pytest.approx(0.05, rel=0.01)
     assert main(["bench", "data", "--rounds", "0"]) == 1
-    assert "--rounds 0, --megabytes 64.0, --workers 0: expected numbers above 0" in capsys.readouterr().err
+    assert (
+        "--rounds 0, --megabytes 64.0, --workers 0: expected numbers above 0"
+        in capsys.readouterr().err
+    )

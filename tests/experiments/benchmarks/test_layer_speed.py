@@ -8,13 +8,16 @@ from nexus_ds.experiments.benchmarks.layer_speed import Batches, Measured, measu
 from nexus_ds.experiments.benchmarks.models import Shape
 
 CPU = torch.device("cpu")
-SHAPE = Shape(hidden=32, layers=1, heads=2, ffn=24, vocabulary=60, experts=3, batch=2, length=16, embedding=8)
+SHAPE = Shape(
+    hidden=32, layers=1, heads=2, ffn=24, vocabulary=60, experts=3, batch=2, length=16, embedding=8
+)
 
 
 def test_a_ratio_compares_times_of_one_round():
     base, other = Measured("a", 1, 0.0, [1.0, 10.0, 2.0]), Measured("b", 1, 0.0, [4.0, 10.0, 1.0])
     found = ratio(other, base)
-    assert (found.median, found.low, found.high) == (1.0, 0.25, 2.0)  # of the baseline's time over the model's
+    # of the baseline's time over the model's
+    assert (found.median, found.low, found.high) == (1.0, 0.25, 2.0)
 
 
 def test_batches_differ_lie_within_the_vocabulary_and_leave_no_file():
@@ -33,8 +36,14 @@ def test_a_small_comparison(monkeypatch):
     rows = summary(results, data, SHAPE, "dense", CPU)
     assert [row["model"] for row in rows] == ["dense", "nexus-loop"] and rows[0]["ratio"] == 1.0
     for row, result in zip(rows, results, strict=True):
-        assert len(row["rounds"]) == 2 and row["tokens_per_second"] == pytest.approx(32 / row["step_seconds"])
-        assert row["mfu"] is None and row["active_tflops"] > 0 and row["optimizer_seconds"] > 0 < row["data_seconds"]
+        assert len(row["rounds"]) == 2 and row["tokens_per_second"] == pytest.approx(
+            32 / row["step_seconds"]
+        )
+        assert (
+            row["mfu"] is None
+            and row["active_tflops"] > 0
+            and row["optimizer_seconds"] > 0 < row["data_seconds"]
+        )
         assert sum(row["shares"].values()) == pytest.approx(1.0)
         assert result.loss == pytest.approx(4.1, abs=0.5)  # log 60: nothing was trained
     assert {"router", "optimizer", "data"} <= rows[1]["shares"].keys()

@@ -1,4 +1,5 @@
-"""The compared models do the same work: one loss, one set of gradients, and as many active parameters in the dense one."""
+"""The compared models do the same work: one loss, one set of gradients, and as many active
+parameters in the dense one."""
 
 import pytest
 import torch
@@ -8,13 +9,17 @@ from nexus_ds.experiments.benchmarks.layer_speed import train_step
 from nexus_ds.experiments.benchmarks.models import PRESETS, VARIANTS, Shape, build, preset
 
 CPU = torch.device("cpu")
-SMALL = Shape(hidden=32, layers=2, heads=2, ffn=24, vocabulary=60, experts=3, batch=2, length=16, embedding=8)
+SMALL = Shape(
+    hidden=32, layers=2, heads=2, ffn=24, vocabulary=60, experts=3, batch=2, length=16, embedding=8
+)
 
 
 def trained(name, shape=SMALL):
     model = build(name, shape, CPU, torch.float32)
     tokens = torch.randint(
-        shape.vocabulary, (shape.batch, shape.length + 1), generator=torch.Generator().manual_seed(0)
+        shape.vocabulary,
+        (shape.batch, shape.length + 1),
+        generator=torch.Generator().manual_seed(0),
     )
     return model, float(train_step(model, tokens))
 
@@ -24,14 +29,19 @@ def oracle():
     return trained("nexus-loop")
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ("dense", "deepspeed-drop")])
+@pytest.mark.parametrize(
+    "name", [name for name in VARIANTS if name not in ("dense", "deepspeed-drop")]
+)
 def test_every_mixture_has_the_same_loss_and_gradients(name, oracle):
     model, loss = trained(name)
     assert loss == pytest.approx(oracle[1], abs=1e-5)
     for which in ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"):
         expected = oracle[0].get_parameter(which).grad
-        if name.startswith("transformers"):  # no balancing loss there, which moves what is below it a little
-            assert float((model.get_parameter(which).grad - expected).norm() / expected.norm()) < 0.1
+        # no balancing loss there, which moves what is below it a little
+        if name.startswith("transformers"):
+            assert (
+                float((model.get_parameter(which).grad - expected).norm() / expected.norm()) < 0.1
+            )
         else:
             assert torch.allclose(model.get_parameter(which).grad, expected, rtol=1e-3, atol=1e-5)
 
@@ -45,7 +55,8 @@ def test_the_dense_model_has_as_many_active_parameters(top_k):
     shape = Shape(**{**vars(SMALL), "top_k": top_k})
     dense = build("dense", shape, CPU, torch.float32)
     counts = shape.sizes().counts()
-    rows = shape.layers * shape.hidden * (shape.experts + 1)  # the router's, and the shared expert's gate
+    # the router's, and the shared expert's gate
+    rows = shape.layers * shape.hidden * (shape.experts + 1)
     assert sum(p.numel() for p in dense.parameters()) == counts["active"] - rows
     mixture = build("nexus-loop", shape, CPU, torch.float32)
     assert sum(p.numel() for p in mixture.parameters()) == counts["trained"]
@@ -61,5 +72,7 @@ def test_the_large_preset_is_that_of_the_recipe():
 
 
 def test_an_unknown_preset_is_named():
-    with pytest.raises(ConfigError, match="--preset: unknown preset 'huge'; expected one of tiny, cpu, 470m"):
+    with pytest.raises(
+        ConfigError, match="--preset: unknown preset 'huge'; expected one of tiny, cpu, 470m"
+    ):
         preset("huge")

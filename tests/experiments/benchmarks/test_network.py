@@ -1,4 +1,5 @@
-"""The network between ranks: its switch, its mistakes, and (slow) delay and bandwidth between real namespaces."""
+"""The network between ranks: its switch, its mistakes, and (slow) delay and bandwidth between real
+namespaces."""
 
 import json
 import os
@@ -21,11 +22,14 @@ def frame(receiver, sender, words):
 
 @pytest.fixture
 def ports():
-    """Three sockets, each the far end of what the switch, which delays by 50 ms, takes for a tap."""
+    """Three sockets, each the far end of what the switch, which delays by 50 ms, takes for a
+    tap."""
     pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(3)]
     for _, far in pairs:
         far.settimeout(5)
-    thread = threading.Thread(target=network.forward, args=([near.fileno() for near, _ in pairs], 0.05))
+    thread = threading.Thread(
+        target=network.forward, args=([near.fileno() for near, _ in pairs], 0.05)
+    )
     thread.start()
     yield [far for _, far in pairs]
     for _, far in pairs:
@@ -84,7 +88,8 @@ def test_a_machine_without_taps_is_told_so(monkeypatch, tmp_path):
     monkeypatch.setattr(network, "TUN", tmp_path / "tun")
     network.check()  # nothing is missing without delay
     with pytest.raises(
-        LayoutError, match=r"delay need .*/tun, readable and writable \(modprobe tun.*found: no such file; without"
+        LayoutError,
+        match=r"delay need .*/tun, readable and writable \(modprobe tun.*found: no such file; without",
     ):
         network.check(delay=0.001)
 
@@ -92,7 +97,10 @@ def test_a_machine_without_taps_is_told_so(monkeypatch, tmp_path):
 def test_a_machine_that_allows_no_taps_is_told_so(monkeypatch, tmp_path):
     fake_tools(monkeypatch, tmp_path, "echo Operation not permitted >&2; exit 1")
     monkeypatch.setattr(network, "TUN", Path(os.devnull))
-    with pytest.raises(LayoutError, match=r"links with delay need .*; found: Operation not permitted; without delay"):
+    with pytest.raises(
+        LayoutError,
+        match=r"links with delay need .*; found: Operation not permitted; without delay",
+    ):
         network.check(delay=0.001)
 
 
@@ -120,5 +128,7 @@ def test_a_link_with_delay_is_as_fast_as_it_was_made(delayed, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_a_rank_that_fails_behind_a_delay_is_reported(delayed):
-    with pytest.raises(LayoutError, match=r"a rank failed; its last words:\n(.|\n)*No module named"):
+    with pytest.raises(
+        LayoutError, match=r"a rank failed; its last words:\n(.|\n)*No module named"
+    ):
         network.run_ranks("nexus_ds.nowhere", [], 2, 60, 0.001)

@@ -11,7 +11,9 @@ from nexus_ds.experiments.benchmarks.parts import PartClock, clock_of, shares, w
 from nexus_ds.model.head import next_token_loss
 
 CPU = torch.device("cpu")
-SHAPE = Shape(hidden=32, layers=2, heads=2, ffn=24, vocabulary=60, experts=3, batch=2, length=16, embedding=8)
+SHAPE = Shape(
+    hidden=32, layers=2, heads=2, ffn=24, vocabulary=60, experts=3, batch=2, length=16, embedding=8
+)
 
 
 def busy(seconds):
@@ -61,7 +63,10 @@ def test_two_branches_get_their_own_forward_and_backward_time():
     found = clock.seconds()
     assert found["one"] == pytest.approx(0.10, abs=0.03)
     assert found["two"] == pytest.approx(0.07, abs=0.03)
-    assert found["both"] == pytest.approx(0.17, abs=0.05) and found["both"] >= found["one"] + found["two"]
+    assert (
+        found["both"] == pytest.approx(0.17, abs=0.05)
+        and found["both"] >= found["one"] + found["two"]
+    )
     assert torch.equal(x.grad, torch.full((4,), 2.0)) and clock.seconds() == {}
     clock.remove()
     block(x)

@@ -1,4 +1,5 @@
-"""Fits on known numbers, memory of known size, and the router's arithmetic: flat a token, linear in experts."""
+"""Fits on known numbers, memory of known size, and the router's arithmetic: flat a token, linear in
+experts."""
 
 import pytest
 import torch
@@ -6,12 +7,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nexus_ds.experiments.benchmarks import scaling
 from nexus_ds.experiments.benchmarks.models import Shape
-from nexus_ds.experiments.benchmarks.scaling import Memory, exponent, exponents, router_law, router_sweep, sweep
+from nexus_ds.experiments.benchmarks.scaling import (
+    Memory,
+    exponent,
+    exponents,
+    router_law,
+    router_sweep,
+    sweep,
+)
 from nexus_ds.model.router import Projection
 from nexus_ds.runtime.nexus_moe import NexusRouter, Placement
 
 CPU = torch.device("cpu")
-SHAPE = Shape(hidden=32, layers=1, heads=2, ffn=24, vocabulary=60, experts=3, batch=2, length=16, embedding=8)
+SHAPE = Shape(
+    hidden=32, layers=1, heads=2, ffn=24, vocabulary=60, experts=3, batch=2, length=16, embedding=8
+)
 
 
 def test_the_exponent_of_a_power_law_is_found():
@@ -26,7 +36,9 @@ def test_the_routers_law_is_read_off_the_points():
     rows = [{"quantity": "router experts", "x": x, "seconds": 0.5 + 0.25 * x} for x in (2, 4, 64)]
     rows += [{"quantity": "router tokens", "x": x, "seconds": 3.0 + x} for x in (100, 300)]
     law = router_law(rows)
-    assert (law["fixed_seconds"], law["expert_seconds"], law["correlation"]) == pytest.approx((0.5, 0.25, 1.0))
+    assert (law["fixed_seconds"], law["expert_seconds"], law["correlation"]) == pytest.approx(
+        (0.5, 0.25, 1.0)
+    )
     assert (law["few_tokens"], law["token_seconds_few"]) == (100, pytest.approx(1.03))
     assert (law["many_tokens"], law["token_seconds_many"]) == (300, pytest.approx(1.01))
 
@@ -42,16 +54,26 @@ def test_every_point_of_the_sweeps_is_there(monkeypatch):
     monkeypatch.setattr(scaling, "BUSY_SECONDS", 0.0)
     monkeypatch.setattr(scaling, "SWEEPS", {"experts": (2, 4), "top_k": (1, 2), "length": (8,)})
     monkeypatch.setattr(scaling, "ROUTER_SWEEPS", {"experts": (2, 4), "tokens": (8, 16)})
-    rows = sweep(SHAPE, "nexus-loop", CPU, torch.float32, 1, print) + router_sweep(SHAPE, CPU, torch.float32, 1, print)
+    rows = sweep(SHAPE, "nexus-loop", CPU, torch.float32, 1, print) + router_sweep(
+        SHAPE, CPU, torch.float32, 1, print
+    )
     assert [(row["quantity"], row["x"]) for row in rows] == [
-        ("experts", 2), ("experts", 4), ("top_k", 1), ("top_k", 2), ("length", 8),
-        ("router experts", 2), ("router experts", 4), ("router tokens", 8), ("router tokens", 16),
-    ]  # fmt: skip
+        ("experts", 2),
+        ("experts", 4),
+        ("top_k", 1),
+        ("top_k", 2),
+        ("length", 8),
+        ("router experts", 2),
+        ("router experts", 4),
+        ("router tokens", 8),
+        ("router tokens", 16),
+    ]
     assert all(row["seconds"] > 0 for row in rows)
 
 
 def operations(experts, tokens):
-    """Return floating-point operations of a router's forward and backward pass, those of P apart."""
+    """Return floating-point operations of a router's forward and backward pass, those of P
+    apart."""
     projection = Projection(8, 32)
     inputs = torch.randn(experts, 8)
     router = NexusRouter(32, Placement(experts), 1, projection, inputs, 0.01)

@@ -34,15 +34,26 @@ def arguments(*words):
 
 
 def made_up(seconds):
-    """Return a measurement of three rounds: {(way, speed): seconds}, a second and a third round that are slower for all."""
+    """Return a measurement of three rounds: {(way, speed): seconds}, a second and a third round
+    that are slower for all."""
     return [
-        {"way": way, "speed": speed, "seconds": factor * s, "waits": s / 10, "bytes": 1000, "collectives": 7}
-        for factor in (1, 2, 3) for (way, speed), s in seconds.items()
-    ]  # fmt: skip
+        {
+            "way": way,
+            "speed": speed,
+            "seconds": factor * s,
+            "waits": s / 10,
+            "bytes": 1000,
+            "collectives": 7,
+        }
+        for factor in (1, 2, 3)
+        for (way, speed), s in seconds.items()
+    ]
 
 
 def test_what_is_asked_for():
-    links = links_of(arguments("--rates", "100Mb,10Gb", "--steps", "2", "--stage", "2", "--delay", "0.5ms"))
+    links = links_of(
+        arguments("--rates", "100Mb,10Gb", "--steps", "2", "--stage", "2", "--delay", "0.5ms")
+    )
     assert links == Links(speeds=(FAST, SLOW), steps=2, stage=2, delay=0.0005)
     assert [way.expert for way in ways(2)] == [2, 2, 1]
     assert [way.overlap for way in ways(2)] == [True, False, False]
@@ -63,8 +74,14 @@ def test_delays_have_units(text, seconds):
         (["--stage", "0"], "--stage: expected 1, 2 or 3, found 0"),
         (["--steps", "0"], "--steps: expected a number above 0, found 0"),
         (["--batch", "-1"], "--batch: expected a number above 0, found -1"),
-        (["--delay", "5"], "--delay: expected 0 or a time with its unit such as 100us, 1ms or 0.5s, found '5'"),
-        (["--delay=-1ms"], "--delay: expected 0 or a time with its unit such as 100us, 1ms or 0.5s, found '-1ms'"),
+        (
+            ["--delay", "5"],
+            "--delay: expected 0 or a time with its unit such as 100us, 1ms or 0.5s, found '5'",
+        ),
+        (
+            ["--delay=-1ms"],
+            "--delay: expected 0 or a time with its unit such as 100us, 1ms or 0.5s, found '-1ms'",
+        ),
     ],
 )
 def test_mistakes_are_named(words, message):
@@ -79,31 +96,49 @@ def test_it_is_a_command(capsys):
 
 def test_missing_tools_are_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(LayoutError, match="limited links need unshare, ip, tc; not found: unshare, ip, tc"):
+    with pytest.raises(
+        LayoutError, match="limited links need unshare, ip, tc; not found: unshare, ip, tc"
+    ):
         network.check()
 
 
 def test_a_machine_that_allows_no_namespaces_is_told_so(monkeypatch, tmp_path):
     for tool in network.TOOLS:
-        (tmp_path / tool).write_text("#!/bin/sh\necho unshare failed: Operation not permitted >&2\nexit 1\n")
+        (tmp_path / tool).write_text(
+            "#!/bin/sh\necho unshare failed: Operation not permitted >&2\nexit 1\n"
+        )
         (tmp_path / tool).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    with pytest.raises(LayoutError, match=r"as root or with unprivileged user namespaces.*Operation not permitted"):
+    with pytest.raises(
+        LayoutError, match=r"as root or with unprivileged user namespaces.*Operation not permitted"
+    ):
         network.check()
 
 
 def test_the_comparisons_arithmetic():
     links = Links(speeds=(FAST, SLOW))
-    found = made_up({
-        ("overlapped", FAST): 1.0, ("plain", FAST): 1.25, ("zero_only", FAST): 2.0,
-        ("overlapped", SLOW): 3.0, ("plain", SLOW): 4.0, ("zero_only", SLOW): 9.0,
-    })  # fmt: skip
+    found = made_up(
+        {
+            ("overlapped", FAST): 1.0,
+            ("plain", FAST): 1.25,
+            ("zero_only", FAST): 2.0,
+            ("overlapped", SLOW): 3.0,
+            ("plain", SLOW): 4.0,
+            ("zero_only", SLOW): 9.0,
+        }
+    )
     found[-2]["seconds"] *= 2  # the last plain step on the slow link
     fast, slow = compare(links, found)
-    assert fast["overlap"] == pytest.approx([0.8, 0.8, 0.8])  # noise that meets all ways of a round does not matter
+    # noise that meets all ways of a round does not matter
+    assert fast["overlap"] == pytest.approx([0.8, 0.8, 0.8])
     assert slow["overlap"] == pytest.approx([0.375, 0.75, 0.75])
     assert (fast["ratio"][1], slow["ratio"][1]) == (pytest.approx(2.0), pytest.approx(3.0))
-    assert slow["ways"]["overlapped"] == {"seconds": 6.0, "waits": pytest.approx(0.3), "bytes": 1000, "collectives": 7}
+    assert slow["ways"]["overlapped"] == {
+        "seconds": 6.0,
+        "waits": pytest.approx(0.3),
+        "bytes": 1000,
+        "collectives": 7,
+    }
     assert slow["expected_ratio"] > fast["expected_ratio"]
     table = describe(links, [fast, slow])
     assert "100 Mb " in table and "0.75 [0.38 0.75]" in table and "3.00 [3.00 3.00]" in table
@@ -132,7 +167,8 @@ SHARED = 0.3  # seconds that the stand-in for the shared expert takes, forward a
 @pytest.mark.slow
 @pytest.mark.full
 def test_overlap_saves_what_the_plan_says(limited, tmp_path, monkeypatch):
-    """The shared expert sleeps, as a host does whose accelerator computes: no core is needed, so a busy machine passes too."""
+    """The shared expert sleeps, as a host does whose accelerator computes: no core is needed, so a
+    busy machine passes too."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     out, speeds = tmp_path / "found.json", (300e6 / 8, SLOW)
     network.run_ranks("overlap_worker", [str(out), ",".join(map(str, speeds)), str(SHARED)], 2, 200)
@@ -159,8 +195,13 @@ def test_real_ranks_send_the_bytes_that_the_plan_expects(rows):
     for row in rows:
         for way, sent in row["expected_bytes"].items():
             assert row["ways"][way]["bytes"] == pytest.approx(sent, rel=0.05), way
-        all_to_alls = 2 * (4 + 1)  # two layers: rows there and back, forward and backward, and once how many
-        assert row["ways"]["overlapped"]["collectives"] == row["ways"]["plain"]["collectives"] > all_to_alls
+        # two layers: rows there and back, forward and backward, and once how many
+        all_to_alls = 2 * (4 + 1)
+        assert (
+            row["ways"]["overlapped"]["collectives"]
+            == row["ways"]["plain"]["collectives"]
+            > all_to_alls
+        )
         assert row["ways"]["zero_only"]["collectives"] < row["ways"]["overlapped"]["collectives"]
 
 
@@ -176,10 +217,14 @@ def test_real_ranks_on_a_slow_link_gain_from_expert_parallelism_as_the_plan_says
 
 @pytest.mark.slow
 def test_a_rank_that_fails_is_reported_with_its_last_words(limited):
-    with pytest.raises(LayoutError, match=r"a rank failed; its last words:\n(.|\n)*No module named"):
+    with pytest.raises(
+        LayoutError, match=r"a rank failed; its last words:\n(.|\n)*No module named"
+    ):
         network.run_ranks("nexus_ds.nowhere", [], 2, 60)
 
 
 def test_ranks_that_take_too_long_are_ended(limited):
-    with pytest.raises(LayoutError, match="the ranks were not done after 0 s; use fewer steps or faster links"):
+    with pytest.raises(
+        LayoutError, match="the ranks were not done after 0 s; use fewer steps or faster links"
+    ):
         network.run_ranks("nexus_ds.nowhere", [], 2, 0.01)

@@ -1,4 +1,5 @@
-"""BTM's ensemble against the sums written out token by token, and what must hold of any posterior."""
+"""BTM's ensemble against the sums written out token by token, and what must hold of any
+posterior."""
 
 import numpy as np
 import torch
@@ -32,7 +33,8 @@ def test_it_is_causal_and_follows_the_best_member():
     assert torch.equal(posterior_loss(losses)[0, :5], posterior_loss(changed)[0, :5])
     good = torch.stack([torch.full((1, 50), 1.0), torch.full((1, 50), 3.0)])
     assert float(posterior_loss(good)[0, -1]) < 1.001
-    # never worse than the best member by more than the price of finding it, log N over the whole window
+    # never worse than the best member by more than the price of finding it, log N over the whole
+    # window
     assert float(posterior_loss(losses).sum()) <= float(losses.sum(-1).min()) + np.log(3) + 1e-9
 
 

@@ -1,4 +1,5 @@
-"""The pool: what is made, what a failure takes with it, and that a repetition makes only what is missing."""
+"""The pool: what is made, what a failure takes with it, and that a repetition makes only what is
+missing."""
 
 import json
 
@@ -14,7 +15,11 @@ def piece(out, name, needs=(), **given):
 
 def test_identity_follows_from_everything_but_the_place():
     assert identity("a", {"x": 1}) != identity("a", {"x": 2})
-    assert identity("/here/b", without="/here/") == identity("/there/b", without="/there/") != identity("/there/c")
+    assert (
+        identity("/here/b", without="/here/")
+        == identity("/there/b", without="/there/")
+        != identity("/there/c")
+    )
 
 
 def test_commands_are_what_one_would_type(tmp_path):
@@ -56,10 +61,18 @@ def test_a_failure_takes_only_its_dependants_with_it(tmp_path, dense_dir, capsys
     told = capsys.readouterr().err
     assert told.startswith("5 jobs, 0 more are there already; 2 at once, messages of each in ")
     assert "[0/5] bad ..." in told and "other ..." in told and "[5/5, 0s to go] other: " in told
-    assert "good: " in told and "bad FAILED after" in told and str(tmp_path / "logs" / "bad.log") in told
+    assert (
+        "good: " in told
+        and "bad FAILED after" in told
+        and str(tmp_path / "logs" / "bad.log") in told
+    )
 
     made = (good / "model.safetensors").stat().st_mtime_ns
-    again = Pool({job.output: job for job in jobs if job.output.name in ("good", "other")}, tmp_path / "logs", slots=2)
+    again = Pool(
+        {job.output: job for job in jobs if job.output.name in ("good", "other")},
+        tmp_path / "logs",
+        slots=2,
+    )
     assert again.total == 0
     again.run()
     assert (good / "model.safetensors").stat().st_mtime_ns == made

@@ -31,15 +31,24 @@ def set_loss(results, name, shift, kind="contenders"):
     [
         ((0.03, 0.02, 0.04), "better than Linear router (by 0.030 ± 0.010)"),
         ((-0.03, -0.02, -0.04), "worse than Linear router (by 0.030 ± 0.010)"),
-        ((0.03, -0.02, 0.02), "not told apart from Linear router (-0.010 ± 0.026, lower in 2 of 3 seeds)"),
-        ((0.003, 0.002, 0.004), "not told apart from Linear router (-0.003 ± 0.001, lower in 3 of 3 seeds)"),
+        (
+            (0.03, -0.02, 0.02),
+            "not told apart from Linear router (-0.010 ± 0.026, lower in 2 of 3 seeds)",
+        ),
+        (
+            (0.003, 0.002, 0.004),
+            "not told apart from Linear router (-0.003 ± 0.001, lower in 3 of 3 seeds)",
+        ),
     ],
 )
 def test_first_sentence_sets_nexus_beside_the_papers_baseline(found, shift, said):
     found["contenders"] = [e for e in found["contenders"] if e["name"] in ("nexus", "linear")]
     set_loss(found, "linear", shift)
     (first, *_) = verdict(found)
-    assert first.startswith("Upcycling: Nexus reaches ") and "over 3 seeds) on the 4 domains of its experts" in first
+    assert (
+        first.startswith("Upcycling: Nexus reaches ")
+        and "over 3 seeds) on the 4 domains of its experts" in first
+    )
     assert first.endswith(f"It is {said}.")
 
 
@@ -55,12 +64,20 @@ def test_a_branch_makes_no_finding_of_its_own(found):
 
 
 def test_extension_speaks_of_new_and_old_domains_apart(found):
-    new, old, at_once = [text for text in verdict(found) if text.startswith(("Adding", "Nexus, append"))]
-    assert new.startswith("Adding github, the new domain after 100k tokens of finetuning: Nexus, refit reaches 4.6")
-    assert old.startswith("Adding github, the old domains after 100k tokens of finetuning: Nexus, refit reaches 4.8")
+    new, old, at_once = [
+        text for text in verdict(found) if text.startswith(("Adding", "Nexus, append"))
+    ]
+    assert new.startswith(
+        "Adding github, the new domain after 100k tokens of finetuning: Nexus, refit reaches 4.6"
+    )
+    assert old.startswith(
+        "Adding github, the old domains after 100k tokens of finetuning: Nexus, refit reaches 4.8"
+    )
     assert "better than" in new and "Linear, reset (by 0.0" in new
     assert "Linear, label fit" in new.split("not told apart from")[1]
-    assert at_once.startswith("Nexus, append, before any finetuning: 0.08 ± 0.01 of github's tokens and 0.07")
+    assert at_once.startswith(
+        "Nexus, append, before any finetuning: 0.08 ± 0.01 of github's tokens and 0.07"
+    )
 
 
 def test_settings_that_matter_are_named_and_others_counted(found):

@@ -1,4 +1,5 @@
-"""What came out: every number of results.json, read from the right record and counted from the right jobs."""
+"""What came out: every number of results.json, read from the right record and counted from the
+right jobs."""
 
 import json
 from pathlib import Path
@@ -17,8 +18,14 @@ LAST = {"a": {"a": 0.8, "b": 0.2}, "b": {"a": 0.1, "b": 0.9}}
 
 
 def record(step, loss, own_share, routing, time):
-    return {"kind": "validation", "step": step, "loss": {"a": loss, "b": loss + 1}, "own_share": own_share,
-            "routing": routing, "time": time}  # fmt: skip
+    return {
+        "kind": "validation",
+        "step": step,
+        "loss": {"a": loss, "b": loss + 1},
+        "own_share": own_share,
+        "routing": routing,
+        "time": time,
+    }
 
 
 def logged(step, gate, time):
@@ -33,10 +40,17 @@ def write_metrics(model, rows):
 
 @pytest.fixture
 def model(tmp_path, dense_dir):
-    """A training's log, not in the order of its steps: a step was repeated after a stop. Validated at 0, 4 and 8."""
-    rows = [logged(2, 0.4, 110.0), record(0, 5.12345678, 0.35, FIRST, 100.0), record(4, 4.0, 0.5, FIRST, 130.0),
-            logged(8, 0.7, 170.0), record(8, 9.0, 0.1, FIRST, 171.0), record(8, 3.25, 0.85, LAST, 175.0),
-            logged(6, 0.5, 150.0)]  # fmt: skip
+    """A training's log, not in the order of its steps: a step was repeated after a stop. Validated
+    at 0, 4 and 8."""
+    rows = [
+        logged(2, 0.4, 110.0),
+        record(0, 5.12345678, 0.35, FIRST, 100.0),
+        record(4, 4.0, 0.5, FIRST, 130.0),
+        logged(8, 0.7, 170.0),
+        record(8, 9.0, 0.1, FIRST, 171.0),
+        record(8, 3.25, 0.85, LAST, 175.0),
+        logged(6, 0.5, 150.0),
+    ]
     path = tmp_path / "model"
     path.symlink_to(dense_dir)
     write_metrics(path, rows)
@@ -45,14 +59,27 @@ def model(tmp_path, dense_dir):
 
 def test_before_and_after_a_training(model):
     assert results.trained(model) == {
-        "loss": {"a": 3.25, "b": 4.25}, "own_share": 0.85, "routing": LAST, "gate": 0.7,
-        "untrained": {"loss": {"a": 5.123457, "b": 6.123457}, "own_share": 0.35, "routing": FIRST, "gate": None},
-    }  # fmt: skip
+        "loss": {"a": 3.25, "b": 4.25},
+        "own_share": 0.85,
+        "routing": LAST,
+        "gate": 0.7,
+        "untrained": {
+            "loss": {"a": 5.123457, "b": 6.123457},
+            "own_share": 0.35,
+            "routing": FIRST,
+            "gate": None,
+        },
+    }
 
 
 def test_a_dense_training_has_no_router(tmp_path):
-    rows = [{"kind": "validation", "step": step, "loss": {"a": 2.0 - step}, "time": step} for step in (0, 1)]
-    write_metrics(tmp_path / "dense", [*rows, {"kind": "train", "step": 1, "router": {}, "time": 1}])
+    rows = [
+        {"kind": "validation", "step": step, "loss": {"a": 2.0 - step}, "time": step}
+        for step in (0, 1)
+    ]
+    write_metrics(
+        tmp_path / "dense", [*rows, {"kind": "train", "step": 1, "router": {}, "time": 1}]
+    )
     found = results.trained(tmp_path / "dense")
     assert found["loss"] == {"a": 1.0} and found["untrained"]["loss"] == {"a": 2.0}
     assert found["own_share"] is found["routing"] is found["gate"] is None
@@ -68,31 +95,54 @@ def test_what_a_model_cost(model):
     branches = [Job(f"branch-{d}", out / f"branch-{d}-0a", (), flops=2e3, tokens=20) for d in "ab"]
     start, trained = Job("start", out / "start", ()), Job("nexus", model, (), flops=5e4, tokens=400)
     comparison = comparison_of(seed, *branches, start, trained)
-    members = (model, start.output, seed.output, *(b.output for b in branches), branches[0].output, out / "given")
+    members = (
+        model,
+        start.output,
+        seed.output,
+        *(b.output for b in branches),
+        branches[0].output,
+        out / "given",
+    )
     assert results.compute(comparison, Made(start.output, model, members=members)) == {
-        "training_flops": 5e4 + 2 * 2e3, "training_tokens": 400 + 2 * 20,  # each job once, the seed's not at all
-        "seconds": 75.0, "parameters": describe(model)["parameters"],
-    }  # fmt: skip
+        # each job once, the seed's not at all
+        "training_flops": 5e4 + 2 * 2e3,
+        "training_tokens": 400 + 2 * 20,
+        "seconds": 75.0,
+        "parameters": describe(model)["parameters"],
+    }
 
 
 def test_an_ensemble_has_the_parameters_of_all_its_members(model, dense_dir):
     one = describe(dense_dir)["parameters"]
     found = results.compute(comparison_of(), Made(members=(model, dense_dir)))
     assert found == {
-        "training_flops": 0, "training_tokens": 0, "seconds": None,
+        "training_flops": 0,
+        "training_tokens": 0,
+        "seconds": None,
         "parameters": {"total": 2 * one["total"], "active": 2 * one["active"]},
-    }  # fmt: skip
+    }
 
 
 def test_every_column_of_a_contenders_row(model, tmp_path):
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "summary.json").write_text('{"tasks": {"m": {"groups": {"science": 31.5}}}}')
+    (tmp_path / "tasks" / "summary.json").write_text(
+        '{"tasks": {"m": {"groups": {"science": 31.5}}}}'
+    )
     nexus = next(c for c in CONTENDERS if c.name == "nexus")
-    made = {3: Made(None, model, tasks=tmp_path / "tasks", members=(model,)), 4: Made(None, tmp_path / "not made")}
-    row = results._contender_row(comparison_of(Job("n", model, (), flops=7.0, tokens=3)), ("low", "nexus"), nexus, made)
+    made = {
+        3: Made(None, model, tasks=tmp_path / "tasks", members=(model,)),
+        4: Made(None, tmp_path / "not made"),
+    }
+    row = results._contender_row(
+        comparison_of(Job("n", model, (), flops=7.0, tokens=3)), ("low", "nexus"), nexus, made
+    )
     assert {key: row[key] for key in row if key not in ("seeds", "compute")} == {
-        "name": "nexus", "label": nexus.label, "variant": "low", "about": nexus.about, "group": nexus.group,
-    }  # fmt: skip
+        "name": "nexus",
+        "label": nexus.label,
+        "variant": "low",
+        "about": nexus.about,
+        "group": nexus.group,
+    }
     assert row["compute"]["training_flops"] == 7.0 and list(row["seeds"]) == ["3"]
     assert row["seeds"]["3"] == results.trained(model) | {"tasks": {"science": 31.5}}
 
@@ -102,20 +152,33 @@ def test_every_column_of_an_extensions_row(model):
     made = {0: Made(None, model, members=(model,), experts=("b",), steps={0: 0, 8: 4096})}
     row = results._extension_row(comparison_of(), ("", "nexus_refit", "b"), refit, made, ["a"])
     assert {key: row[key] for key in row if key not in ("seeds", "compute")} == {
-        "name": "nexus_refit", "label": refit.label, "variant": "", "about": refit.about, "added": "b",
+        "name": "nexus_refit",
+        "label": refit.label,
+        "variant": "",
+        "about": refit.about,
+        "added": "b",
         "starts_from": refit.starts_from,
-    }  # fmt: skip
+    }
     assert row["seeds"] == {
         "0": {
             "budgets": {
                 "0": {
-                    "loss": {"a": 5.123457, "b": 6.123457}, "routing": FIRST,
-                    "share": 0.4, "leak": 0.7, "own_share": 0.3,  # b at b, a at b, a at a
+                    "loss": {"a": 5.123457, "b": 6.123457},
+                    "routing": FIRST,
+                    "share": 0.4,
+                    "leak": 0.7,
+                    "own_share": 0.3,  # b at b, a at b, a at a
                 },
-                "4096": {"loss": {"a": 3.25, "b": 4.25}, "routing": LAST, "share": 0.9, "leak": 0.2, "own_share": 0.8},
+                "4096": {
+                    "loss": {"a": 3.25, "b": 4.25},
+                    "routing": LAST,
+                    "share": 0.9,
+                    "leak": 0.2,
+                    "own_share": 0.8,
+                },
             }
         }
-    }  # fmt: skip
+    }
 
 
 def test_shares_and_leak_are_read_from_the_right_cells(tmp_path):
@@ -124,18 +187,29 @@ def test_shares_and_leak_are_read_from_the_right_cells(tmp_path):
         "b": {"a": 0.3, "b": 0.6, "x": 0.1},
         "x": {"a": 0.2, "b": 0.3, "x": 0.5},
     }
-    rows = [{"kind": "validation", "step": s, "loss": {"a": 1.0 + s}, "routing": routing, "time": s} for s in (0, 2, 3)]
+    rows = [
+        {"kind": "validation", "step": s, "loss": {"a": 1.0 + s}, "routing": routing, "time": s}
+        for s in (0, 2, 3)
+    ]
     write_metrics(tmp_path / "m", [*rows, rows[1] | {"loss": {"a": 9.0}}])
     made = Made(model=tmp_path / "m", experts=("x",), steps={0: 0, 2: 2048})
     found = results.budgets(made, ["a", "b"])
     assert list(found) == ["0", "2048"]
-    assert [found["0"][key] for key in ("share", "leak", "own_share")] == pytest.approx([0.5, 0.15, 0.65])
+    assert [found["0"][key] for key in ("share", "leak", "own_share")] == pytest.approx(
+        [0.5, 0.15, 0.65]
+    )
     assert found["2048"]["loss"] == {"a": 9.0}, "a repeated step counts as it was last"
     assert len(results.records(tmp_path / "m")) == 3
 
 
 def test_what_was_not_run_has_its_reason():
-    found = build("compare-tiny", ["compare.seeds=[0]", "compare.contenders=[nexus]"], Path("comparison"))
+    found = build(
+        "compare-tiny", ["compare.seeds=[0]", "compare.contenders=[nexus]"], Path("comparison")
+    )
     (job,) = [job for job in found.builder.jobs.values() if job.name == "seed 0 upcycle nexus"]
     rows = {row["name"]: row["why"] for row in results._not_run(found, {job.output: "killed"})}
-    assert rows["seed 0 upcycle nexus"] == "killed" and rows["BTX"] == "not asked for" and "Nexus" not in rows
+    assert (
+        rows["seed 0 upcycle nexus"] == "killed"
+        and rows["BTX"] == "not asked for"
+        and "Nexus" not in rows
+    )
