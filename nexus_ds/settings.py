@@ -275,7 +275,7 @@ class Config:
     compare: CompareConfig = field(default_factory=CompareConfig)
 
 
-CHUNK_STARTS = ("chunks", "closed_form")  # warm starts of P that read embedded windows of text
+CHUNK_WARM_STARTS = ("chunks", "closed_form")  # warm starts of P that read embedded windows of text
 CHOICES: dict[str, tuple[str, ...]] = {
     "stage": STAGES,
     "model.dtype": ("fp32", "bf16"),

@@ -209,7 +209,7 @@ def make_nexus(out: Path, seed=0, names=DOMAINS, top_k=1, router_input="token", 
         ExpertRecord,
         RouterRecord,
         Sidecar,
-        router_rows,
+        expert_embeddings,
         write_sidecar,
     )
     from nexus_ds.model.router import (
@@ -256,7 +256,7 @@ def make_nexus(out: Path, seed=0, names=DOMAINS, top_k=1, router_input="token", 
         projections=states,
     )
     for layer, block in enumerate(model.model.layers):
-        block.mlp.gate.weight.data = router_rows(sidecar, layer, torch.float32)
+        block.mlp.gate.weight.data = expert_embeddings(sidecar, layer, torch.float32)
         block.mlp.shared_expert_gate.weight.data.fill_(SHARED_GATE_FILL)
     model.save_pretrained(out)
     if router_input == "context":

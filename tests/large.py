@@ -14,7 +14,7 @@ from nexus_ds.checkpoint.sidecar import (
     ExpertRecord,
     RouterRecord,
     Sidecar,
-    router_rows,
+    expert_embeddings,
     write_sidecar,
 )
 from nexus_ds.checkpoint.tensors import TensorWriter
@@ -107,7 +107,7 @@ def make_large(
     with TensorWriter(out, {name: (kind, shape) for name, shape in shapes.items()}) as writer:
         for name, shape in shapes.items():
             if name.endswith(".mlp.gate.weight"):
-                writer.write(name, router_rows(sidecar, int(name.split(".")[2]), dtype))
+                writer.write(name, expert_embeddings(sidecar, int(name.split(".")[2]), dtype))
             elif name.endswith(".shared_expert_gate.weight"):
                 writer.write(name, torch.full(shape, SHARED_GATE_FILL, dtype=dtype))
             else:

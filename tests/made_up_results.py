@@ -8,7 +8,7 @@ import numpy as np
 OLD, NEW, PRETRAINING = ["wikipedia", "arxiv", "books", "stackexchange"], ["github"], ["c4"]
 BUDGETS = [0, 25_000, 50_000, 100_000]
 # name: (label, group, distance to Nexus on old domains, FLOPs, active parameters, own share)
-CONTENDERS = {
+METHODS = {
     "seed": ("Seed", "reference", 0.900, 0.0, 530_000, None),
     "branch wikipedia": ("Branch wikipedia", "dense", 1.200, 1.27e12, 530_000, None),
     "branch arxiv": ("Branch arxiv", "dense", 0.800, 1.27e12, 530_000, None),
@@ -58,7 +58,7 @@ def _routing(domains, experts, own):
 
 
 def _contender(name, seeds, noise, variant="", shift=0.0):
-    label, group, distance, flops, active, own = CONTENDERS[name]
+    label, group, distance, flops, active, own = METHODS[name]
     entry = {
         "name": name,
         "label": label,
@@ -165,7 +165,7 @@ def evaluation(experts, layers=3, seed=0):
 def results(seeds=(0, 1, 2), variants=True, evaluations=True):
     """The results of a whole comparison."""
     noise = random.Random(7)
-    contenders = [_contender(name, seeds, noise) for name in CONTENDERS]
+    contenders = [_contender(name, seeds, noise) for name in METHODS]
     settings = {
         "low_balance": ["router.load_balance=0.0005"],
         "equal_data": ["data.mixture=uniform"],

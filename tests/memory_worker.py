@@ -18,7 +18,7 @@ import torch.distributed as dist
 from parity import deepspeed_json, settings
 
 from nexus_ds.checkpoint.build import DTYPES
-from nexus_ds.checkpoint.sidecar import read_sidecar, verify_rows
+from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings
 from nexus_ds.launch import end
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.engine import Batch, deepspeed_config, placement, start_engine
@@ -45,8 +45,8 @@ def main():
     internals.start(5)
     rank, world = dist.get_rank(), dist.get_world_size()
     batch, values = Batch(1, 1), deepspeed_json(3)
-    settle = internals.partitioner(deepspeed_config(values, config, batch))
-    verify_rows(Path(checkpoint))
+    partition = internals.partitioner(deepspeed_config(values, config, batch))
+    verify_expert_embeddings(Path(checkpoint))
     place = placement(
         config.parallel, len(read_sidecar(Path(checkpoint)).experts), rank, world, world
     )
@@ -55,7 +55,7 @@ def main():
     before, read = status("VmRSS"), bytes_read()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     model = load_nexus(
-        Path(checkpoint), DTYPES[config.model.dtype], place, config.router, False, settle
+        Path(checkpoint), DTYPES[config.model.dtype], place, config.router, False, partition
     )
     peak, after, read = status("VmHWM"), status("VmRSS"), bytes_read() - read
     size = DTYPES[config.model.dtype].itemsize

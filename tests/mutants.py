@@ -154,8 +154,8 @@ FAULTS = (
     Fault(
         "rows that are NaN agree",
         "checkpoint/sidecar.py",
-        "if not difference <= ROW_TOLERANCE[stored.dtype]",
-        "if difference > ROW_TOLERANCE[stored.dtype]",
+        "if not difference <= EMBEDDING_TOLERANCE[stored.dtype]",
+        "if difference > EMBEDDING_TOLERANCE[stored.dtype]",
     ),
     Fault(
         "removing keeps the first rows",
@@ -167,7 +167,7 @@ FAULTS = (
     Fault(
         "any row of a new expert will do",
         "upcycling/extend.py",
-        "> LARGEST_ROW * float(",
+        "> LARGEST_EMBEDDING * float(",
         "> 1e9 * float(",
         "commands/test_extend.py",
     ),

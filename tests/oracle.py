@@ -59,11 +59,11 @@ class Projection(nn.Module):
 
     def forward(self, d_EM):
         a, b = self.maps[0](d_EM).chunk(2, dim=-1)
-        rows_EH = self.maps[1](F.silu(a) * b)
+        embeddings_EH = self.maps[1](F.silu(a) * b)
         if self.log_norm is None:
-            return rows_EH
-        unit_EH = rows_EH.float() / rows_EH.float().norm(dim=-1, keepdim=True)
-        return self.out((unit_EH * self.log_norm.float().exp()).to(rows_EH.dtype))
+            return embeddings_EH
+        unit_EH = embeddings_EH.float() / embeddings_EH.float().norm(dim=-1, keepdim=True)
+        return self.out((unit_EH * self.log_norm.float().exp()).to(embeddings_EH.dtype))
 
 
 class Router(nn.Module):

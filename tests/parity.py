@@ -102,9 +102,11 @@ def start(checkpoint, words):
     values = deepspeed_json(stage, options.get("offload", ""))
     check_layout(values, config, world, world, experts)
     where = placement(config.parallel, experts, rank, world, world)
-    settle = internals.partitioner(deepspeed_config(values, config, batch)) if stage == 3 else leave
+    partition = (
+        internals.partitioner(deepspeed_config(values, config, batch)) if stage == 3 else leave
+    )
     grouped, dtype = bool(config.parallel.grouped_mm), DTYPES[config.model.dtype]
-    model = load_nexus(Path(checkpoint), dtype, where, config.router, grouped, settle)
+    model = load_nexus(Path(checkpoint), dtype, where, config.router, grouped, partition)
     engine = start_engine(model, values, config, batch)
     assert "torch._inductor.compile_fx" not in sys.modules, (
         "a rank waits seconds for a compiler that nothing here uses"

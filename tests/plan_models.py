@@ -60,7 +60,7 @@ def make_model(out, sizes):
         ExpertRecord,
         RouterRecord,
         Sidecar,
-        router_rows,
+        expert_embeddings,
         write_sidecar,
     )
     from nexus_ds.model.router import Projection, centre_of
@@ -110,7 +110,7 @@ def make_model(out, sizes):
         projections=[Projection(EMBEDDING, sizes.hidden).state_dict() for _ in range(sizes.layers)],
     )
     for index, block in enumerate(model.model.layers):
-        block.mlp.gate.weight.data = router_rows(sidecar, index, torch.float32)
+        block.mlp.gate.weight.data = expert_embeddings(sidecar, index, torch.float32)
         block.mlp.shared_expert_gate.weight.data.fill_(SHARED_GATE_FILL)
     model.save_pretrained(out)
     write_sidecar(out, sidecar)

@@ -172,10 +172,12 @@ def main():
     experts = len(read_sidecar(Path(checkpoint)).experts)
     stage, batch = check_layout(values, config, world, world, experts)
     where = placement(config.parallel, experts, rank, world, world)
-    settle = internals.partitioner(deepspeed_config(values, config, batch)) if stage == 3 else leave
+    partition = (
+        internals.partitioner(deepspeed_config(values, config, batch)) if stage == 3 else leave
+    )
     dtype, grouped = DTYPES[config.model.dtype], bool(config.parallel.grouped_mm)
     engine = start_engine(
-        load_nexus(Path(checkpoint), dtype, where, config.router, grouped, settle),
+        load_nexus(Path(checkpoint), dtype, where, config.router, grouped, partition),
         values,
         config,
         batch,

@@ -9,7 +9,7 @@ import torch
 from nexus_ds.__main__ import main
 from nexus_ds.checkpoint.loading import load_model
 from nexus_ds.checkpoint.qwen2_moe import mean_name
-from nexus_ds.checkpoint.sidecar import read_sidecar, verify_rows
+from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.data.tokenizer import open_tokenizer
 
@@ -57,7 +57,7 @@ def test_remove_keeps_its_form(context_dir, tmp_path, capsys):
         main(["remove", "--checkpoint", str(context_dir), "--expert", "beta", "--out", str(out)])
         == 0
     )
-    verify_rows(out)
+    verify_expert_embeddings(out)
     assert read_sidecar(out).router.input == "context"
     assert torch.equal(
         TensorReader(out).read(mean_name(1)), TensorReader(context_dir).read(mean_name(1))

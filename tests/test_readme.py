@@ -20,7 +20,7 @@ from launch import clean_environment
 from safetensors.torch import load_file, save_file
 
 from nexus_ds.__main__ import VERBS, build_parser, main
-from nexus_ds.checkpoint.sidecar import read_sidecar, verify_rows
+from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings
 from nexus_ds.config import get_key, load_config, read_recipe
 from nexus_ds.data.tokenizer import train_tokenizer
 from nexus_ds.settings import Config
@@ -296,7 +296,7 @@ def test_models_of_every_kind_go_through_the_block(family, tied, dtype, done, mo
     shutil.copytree("moe/start", "moe/trained")
     assert main(extend) == 0
     wider = Path("moe/wider")
-    verify_rows(wider)
+    verify_expert_embeddings(wider)
     assert [e.name for e in read_sidecar(wider).experts] == list(WORDS)
     model = AutoModelForCausalLM.from_pretrained(wider, dtype="auto")
     assert model.dtype == dtype and model.config.tie_word_embeddings == tied

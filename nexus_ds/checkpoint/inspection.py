@@ -13,7 +13,7 @@ from typing import Any
 from nexus_ds.checkpoint.families import as_stored
 from nexus_ds.checkpoint.loading import read_config
 from nexus_ds.checkpoint.qwen2_moe import check_shared_gates
-from nexus_ds.checkpoint.sidecar import is_nexus, read_sidecar, verify_rows
+from nexus_ds.checkpoint.sidecar import is_nexus, read_sidecar, verify_expert_embeddings
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.checkpoint.tokenizer import read_tokenizer
 from nexus_ds.config import parse_yaml
@@ -58,10 +58,10 @@ def count_parameters(
     return {"total": total, "active": total - idle - zeros}
 
 
-def _nexus_facts(directory: Path, reader: TensorReader, config: dict[str, Any]) -> dict[str, Any]:
+def _nexus_info(directory: Path, reader: TensorReader, config: dict[str, Any]) -> dict[str, Any]:
     sidecar = read_sidecar(directory)
     try:
-        verify_rows(directory)
+        verify_expert_embeddings(directory)
         rows = "equal to P(D)" if sidecar.router.kind == "nexus" else "free"
     except CheckpointError as error:
         rows = f"DAMAGED: {error}"
@@ -82,7 +82,7 @@ def _nexus_facts(directory: Path, reader: TensorReader, config: dict[str, Any]) 
     }
 
 
-def _moe_facts(config: dict[str, Any]) -> dict[str, Any]:
+def _moe_info(config: dict[str, Any]) -> dict[str, Any]:
     experts = int(config.get("num_experts", 0))
     if not experts:
         return {"routed_experts": 0}
@@ -139,8 +139,8 @@ def describe(directory: Path) -> dict[str, Any]:
         "bytes": sum(info.end - info.start for info in infos),
         **{ours: config.get(theirs) for ours, theirs in SIZES.items()},
         "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
-        **_moe_facts(config),
+        **_moe_info(config),
         "sequence_length": _sequence_length(directory),
         "tokenizer": _tokenizer(directory),
     }
-    return facts | (_nexus_facts(directory, reader, config) if nexus else {})
+    return facts | (_nexus_info(directory, reader, config) if nexus else {})

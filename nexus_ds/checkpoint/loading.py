@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from nexus_ds.checkpoint.families import refuse_hooks, refuse_other_weights
-from nexus_ds.checkpoint.sidecar import is_nexus, verify_rows
+from nexus_ds.checkpoint.sidecar import is_nexus, verify_expert_embeddings
 from nexus_ds.checkpoint.tensors import TensorReader, read_json_object, require_directory
 from nexus_ds.errors import CheckpointError, ConfigError
 from nexus_ds.model.context import CONTEXT_MODEL
@@ -109,7 +109,7 @@ def load_model(directory: Path, precision: str = "auto") -> Any:
     know_model_type(directory)
     TensorReader(directory)  # checks headers, ranges and paths, which transformers trusts
     if is_nexus(directory):
-        verify_rows(directory)
+        verify_expert_embeddings(directory)
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 

@@ -7,7 +7,7 @@ extended.
     layer (fp32)
 
 The router rows in the model file are P(D) in the model's dtype: redundant, and checked by
-`verify_rows`.
+`verify_expert_embeddings`.
 Not covered: the model file itself (`qwen2_moe`, `tensors`), tokenizers (`tokenizer`), training
 states (`runtime.states`).
 """
@@ -35,13 +35,13 @@ from nexus_ds.checkpoint.tensors import (
 )
 from nexus_ds.errors import CheckpointError, ConfigError
 from nexus_ds.model.context import CONTEXT_MODEL
-from nexus_ds.model.router import Projection, condition, rows_in
+from nexus_ds.model.router import Projection, condition, expert_embeddings_in
 from nexus_ds.outputs import new_file, write_json
 
 SIDECAR, ROUTER = "nexus.json", "nexus_router.safetensors"
 FORMAT = 2
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of a weight file that `content_fingerprint` reads
-ROW_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
+EMBEDDING_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
 """Largest difference of stored and recomputed rows relative to the largest entry: machines differ
 in summing order."""
 
@@ -353,7 +353,7 @@ def load_projection(sidecar: Sidecar, layer: int, where: Path = Path(SIDECAR)) -
     return projection
 
 
-def router_rows(sidecar: Sidecar, layer: int, dtype: torch.dtype) -> Tensor:
+def expert_embeddings(sidecar: Sidecar, layer: int, dtype: torch.dtype) -> Tensor:
     """Return the router weight [n, h] that P(D) gives one layer of a model of `dtype` (paper
     section 3).
 
@@ -364,10 +364,10 @@ def router_rows(sidecar: Sidecar, layer: int, dtype: torch.dtype) -> Tensor:
         raise CheckpointError(
             "a linear router has free rows; they are in the model file, not in the sidecar"
         )
-    return rows_in(load_projection(sidecar, layer), sidecar.domain_inputs(), dtype)
+    return expert_embeddings_in(load_projection(sidecar, layer), sidecar.domain_inputs(), dtype)
 
 
-def verify_rows(directory: Path) -> None:
+def verify_expert_embeddings(directory: Path) -> None:
     """Check that the stored router rows are P(D), recomputed in the model's dtype; nothing to check
     for linear ones.
 
@@ -378,12 +378,12 @@ def verify_rows(directory: Path) -> None:
     _, reader = open_moe(directory)
     for layer in range(len(sidecar.projections)):
         stored = reader.read(gate_name(layer))
-        expected = router_rows(sidecar, layer, stored.dtype)
+        expected = expert_embeddings(sidecar, layer, stored.dtype)
         scale = expected.float().abs().max().clamp_min(1e-30)
         difference = float((stored.float() - expected.float()).abs().max() / scale)
-        if not difference <= ROW_TOLERANCE[stored.dtype]:
+        if not difference <= EMBEDDING_TOLERANCE[stored.dtype]:
             raise CheckpointError(
                 f"{directory}: {gate_name(layer)} differs from P(D) of {ROUTER} by {difference:.1e} of its largest "
-                f"entry, expected at most {ROW_TOLERANCE[stored.dtype]:.1e}; model and sidecar are not "
+                f"entry, expected at most {EMBEDDING_TOLERANCE[stored.dtype]:.1e}; model and sidecar are not "
                 "of one training, restore both from the same checkpoint"
             )

@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from nexus_ds.config import load_config
     from nexus_ds.data.domains import read_domain_embeddings
-    from nexus_ds.evaluation.before_after import Trial, chosen
+    from nexus_ds.evaluation.before_after import BeforeAfter, chosen
     from nexus_ds.outputs import new_directory, refuse_existing
     from nexus_ds.pipeline import next_training
     from nexus_ds.upcycling.blend import parse_experts
@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
     trial = None
     if args.verdict or limit is not None:
         domains = chosen(args.scored, Path(args.checkpoint), list(experts))
-        trial = Trial(Path(args.checkpoint), data, domains, args.windows, config.data.bos)
+        trial = BeforeAfter(Path(args.checkpoint), data, domains, args.windows, config.data.bos)
     with new_directory(out) as directory:
         report = model.write(directory, text, config.router, config.seed)
     verdict = before_after.judge(trial.before, trial.after(out), limit) if trial else None

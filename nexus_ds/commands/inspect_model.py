@@ -65,10 +65,10 @@ def describe_text(facts: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
-def differences(all_facts: Sequence[dict[str, Any]]) -> tuple[list[list[str]], list[str]]:
+def differences(all_info: Sequence[dict[str, Any]]) -> tuple[list[list[str]], list[str]]:
     """Return rows [fact, value of the first, of the second, ...] of what differs, and the names of
     what is equal."""
-    flats = [flat(facts) for facts in all_facts]
+    flats = [flat(facts) for facts in all_info]
     keys = [key for key in dict.fromkeys(k for f in flats for k in f) if key != "directory"]
     rows, equal = [], []
     for key in keys:

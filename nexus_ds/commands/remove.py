@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the smaller mixture; score it beside the larger one, or say how."""
-    from nexus_ds.evaluation.before_after import Trial, chosen
+    from nexus_ds.evaluation.before_after import BeforeAfter, chosen
     from nexus_ds.outputs import new_directory, refuse_existing
     from nexus_ds.settings import RouterConfig
     from nexus_ds.upcycling.remove import reduced
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     model = reduced(args.checkpoint, args.expert)
     domains = chosen(args.scored, args.checkpoint, [])
     trial = (
-        Trial(args.checkpoint, args.data, domains, args.windows, not args.no_bos)
+        BeforeAfter(args.checkpoint, args.data, domains, args.windows, not args.no_bos)
         if args.data
         else None
     )

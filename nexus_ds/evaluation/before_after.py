@@ -19,7 +19,7 @@ from nexus_ds.errors import ConfigError, DataError
 from nexus_ds.evaluation.perplexity import score, window_length
 
 
-class Trial:
+class BeforeAfter:
     """Validation windows in a checkpoint's own tokens, and its loss on them; see `before` and
     `after`."""
 

@@ -97,7 +97,7 @@ class Projection(nn.Module):
             self.maps[-1].weight.copy_(white_HH @ self.maps[-1].weight)
 
     @torch.no_grad()
-    def scale_rows(self, factor: float) -> None:
+    def scale_output(self, factor: float) -> None:
         """Make every row `factor` times as long."""
         if self.log_norm is None:
             self.maps[-1].weight.mul_(factor)
@@ -125,9 +125,9 @@ def condition(vectors_EM: Tensor, centre_M: Tensor) -> Tensor:
     return unit(unit(vectors_EM.float()) - centre_M.float())
 
 
-def centred_norm(rows_EH: Tensor) -> Tensor:
+def centred_norm(embeddings_EH: Tensor) -> Tensor:
     """Return the mean distance of the rows from their mean (from zero for a single row)."""
-    centred = rows_EH - rows_EH.mean(0) if len(rows_EH) > 1 else rows_EH
+    centred = embeddings_EH - embeddings_EH.mean(0) if len(embeddings_EH) > 1 else embeddings_EH
     return centred.norm(dim=-1).mean()
 
 
@@ -158,11 +158,11 @@ def init_projection(
     if init == "balanced":
         norm = centred_norm(projection(embeddings_EM.float()))
         if norm > 0:
-            projection.scale_rows(float(init_norm / norm))
+            projection.scale_output(float(init_norm / norm))
 
 
 @torch.no_grad()
-def init_rows(
+def init_expert_embeddings(
     experts: int, hidden_size: int, init: str, init_norm: float, generator: torch.Generator
 ) -> Tensor:
     """Return free router rows [E, H] of a linear router: N(0, 0.02), or scaled as the balanced
@@ -172,18 +172,22 @@ def init_rows(
 
 
 @torch.no_grad()
-def domain_rows(inputs_EM: Tensor, hidden_size: int, layer: int, norm: float) -> Tensor:
+def domain_expert_embeddings(
+    inputs_EM: Tensor, hidden_size: int, layer: int, norm: float
+) -> Tensor:
     """Return free rows [E, H] that are the domain embeddings themselves, of mean norm `norm`
     (FlexOlmo's way).
 
     Where M is not H, a random matrix puts them to that width: the same one at every extension of a
     layer.
     """
-    rows_EH = inputs_EM.float()
+    embeddings_EH = inputs_EM.float()
     if inputs_EM.shape[1] != hidden_size:
         generator = layer_generator(inputs_EM.shape[1], layer)
-        rows_EH = rows_EH @ torch.randn(inputs_EM.shape[1], hidden_size, generator=generator)
-    return rows_EH * (norm / rows_EH.norm(dim=-1).mean())
+        embeddings_EH = embeddings_EH @ torch.randn(
+            inputs_EM.shape[1], hidden_size, generator=generator
+        )
+    return embeddings_EH * (norm / embeddings_EH.norm(dim=-1).mean())
 
 
 def layer_generator(seed: int, layer: int) -> torch.Generator:
@@ -192,7 +196,9 @@ def layer_generator(seed: int, layer: int) -> torch.Generator:
 
 
 @torch.no_grad()
-def rows_in(projection: Projection, embeddings_EM: Tensor, dtype: torch.dtype) -> Tensor:
+def expert_embeddings_in(
+    projection: Projection, embeddings_EM: Tensor, dtype: torch.dtype
+) -> Tensor:
     """Return the rows [E, H] as a model of `dtype` computes them: P and D rounded to `dtype` first.
 
     Rounding fp32 rows instead flips a few tokens per layer between training and serving.

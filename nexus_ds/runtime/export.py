@@ -28,7 +28,13 @@ from nexus_ds.checkpoint.qwen2_moe import (
     shared_gate_name,
     shared_name,
 )
-from nexus_ds.checkpoint.sidecar import Sidecar, read_sidecar, router_rows, versions, write_sidecar
+from nexus_ds.checkpoint.sidecar import (
+    Sidecar,
+    expert_embeddings,
+    read_sidecar,
+    versions,
+    write_sidecar,
+)
 from nexus_ds.checkpoint.tensors import TensorWriter
 from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.config import dump
@@ -117,7 +123,7 @@ def _write_layer(
         sidecar.projections[index] = {
             name: internals.full_fp32(parameter) for name, parameter in named
         }
-        write(gate_name(index), router_rows(sidecar, index, dtype))
+        write(gate_name(index), expert_embeddings(sidecar, index, dtype))
     hidden_size = full_shape(layer.experts.w1)[2]
     write(shared_gate_name(index), torch.full((1, hidden_size), SHARED_GATE_FILL))
     _write_experts(index, layer, write)

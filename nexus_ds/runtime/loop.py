@@ -170,12 +170,12 @@ class Run:
         place = (
             placement(config.parallel, len(records), rank, world, local_world) if records else None
         )
-        settle = (
+        partition = (
             internals.partitioner(deepspeed_config(values, config, self.batch))
             if stage == 3
             else leave
         )
-        model = self._model(place, grouped, settle)
+        model = self._model(place, grouped, partition)
         self.engine = start_engine(model, values, config, self.batch)
         self.layers = moe_layers(self.engine.module)
         self.device = self.engine.device
@@ -190,11 +190,11 @@ class Run:
         }
 
     def _model(
-        self, place: Placement | None, grouped: bool, settle: Callable[[nn.Module], None]
+        self, place: Placement | None, grouped: bool, partition: Callable[[nn.Module], None]
     ) -> Any:
         config = self.config
         if config.model.path:
-            return load_for_training(config, place, grouped, settle)
+            return load_for_training(config, place, grouped, partition)
         tokenizer = open_tokenizer(self.tokenizer)
         model = new_dense(
             config.model, vocabulary_size(tokenizer), tokenizer.eos_token_id, config.seed

@@ -217,10 +217,10 @@ class NexusMoE(AutoEPMoELayer):
         if self.ep_size == 1:
             routed_NH, shared_TH = self.experts(rows_NH, counts_E), self.shared_experts(x_TH)
         else:
-            routed_NH, shared_TH = self._travel(x_TH, rows_NH, counts_E)
+            routed_NH, shared_TH = self._all_to_all(x_TH, rows_NH, counts_E)
         return (order.combine(routed_NH, gate_TK) + shared_TH).view_as(hidden_states)
 
-    def _travel(self, x_TH: Tensor, rows_NH: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
+    def _all_to_all(self, x_TH: Tensor, rows_NH: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
         """Return the experts' outputs [N, H] of rows that go to their ranks and back, and the
         shared expert's [T, H].
 

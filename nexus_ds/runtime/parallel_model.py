@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nexus_ds.checkpoint.build import DTYPES, NexusParts, _empty_skeleton, _fill, load_stock
-from nexus_ds.checkpoint.sidecar import verify_rows
+from nexus_ds.checkpoint.sidecar import verify_expert_embeddings
 from nexus_ds.model.experts import FeedForward
 from nexus_ds.runtime.nexus_moe import NexusMoE, NexusRouter, Placement
 from nexus_ds.settings import Config, RouterConfig
@@ -59,9 +59,9 @@ def _assemble(
     directory: Path,
     dtype: torch.dtype,
     block: Callable[[NexusParts, int], nn.Module],
-    settle: Callable[[nn.Module], None] = leave,
+    partition: Callable[[nn.Module], None] = leave,
 ) -> Any:
-    """Build a model part by part: embeddings, then each layer, then the rest; `settle` gets each
+    """Build a model part by part: embeddings, then each layer, then the rest; `partition` gets each
     part once it is read."""
     parts = NexusParts(directory, dtype)
     model = _empty_skeleton(directory, parts.config, dtype)
@@ -69,16 +69,16 @@ def _assemble(
     _fill(model, "model.embed_tokens.", parts.reader, dtype)
     if tied:
         model.tie_weights()
-    settle(model.model.embed_tokens)
+    partition(model.model.embed_tokens)
     for index, layer in enumerate(model.model.layers):
         _fill(model, f"model.layers.{index}.", parts.reader, dtype)
         layer.mlp = block(parts, index)
-        settle(layer)
+        partition(layer)
     for name, module in [("model.norm.", model.model.norm)] + [("lm_head.", model.lm_head)] * (
         not tied
     ):
         _fill(model, name, parts.reader, dtype)
-        settle(module)
+        partition(module)
     return model
 
 
@@ -88,7 +88,7 @@ def load_nexus(
     placement: Placement,
     router: RouterConfig,
     grouped_mm: bool,
-    settle: Callable[[nn.Module], None] = leave,
+    partition: Callable[[nn.Module], None] = leave,
 ) -> Any:
     """Load a Nexus checkpoint for training: NexusMoE blocks that hold the experts of `placement`.
 
@@ -98,14 +98,14 @@ def load_nexus(
         placement: which routed experts to read.
         router: coefficients of the router's losses.
         grouped_mm: grouped matrix products for the experts.
-        settle: called with each part of the model as soon as it is read; under ZeRO-3 it keeps this
+        partition: called with each part of the model as soon as it is read; under ZeRO-3 it keeps this
             rank's shard only, so that no more than one layer is ever whole.
     """
     return _assemble(
         directory,
         dtype,
         lambda parts, layer: _nexus_block(parts, layer, placement, router, grouped_mm),
-        settle,
+        partition,
     )
 
 
@@ -113,7 +113,7 @@ def load_for_training(
     config: Config,
     placement: Placement | None,
     grouped_mm: bool,
-    settle: Callable[[nn.Module], None] = leave,
+    partition: Callable[[nn.Module], None] = leave,
 ) -> Any:
     """Load `config.model.path`, dense or Nexus, in the working dtype.
 
@@ -121,12 +121,12 @@ def load_for_training(
         config: the run's configuration.
         placement: which routed experts this rank holds; None for a dense model.
         grouped_mm: grouped matrix products for the experts.
-        settle: see `load_nexus`; a dense model is read whole and then settled.
+        partition: see `load_nexus`; a dense model is read whole and then settled.
     """
     directory, dtype = Path(config.model.path), DTYPES[config.model.dtype]
     if placement is not None:
-        verify_rows(directory)
-        return load_nexus(directory, dtype, placement, config.router, grouped_mm, settle)
+        verify_expert_embeddings(directory)
+        return load_nexus(directory, dtype, placement, config.router, grouped_mm, partition)
     model = load_stock(directory, dtype)
-    settle(model)
+    partition(model)
     return model

@@ -23,16 +23,16 @@ from nexus_ds.checkpoint.qwen2_moe import (
 )
 from nexus_ds.checkpoint.sidecar import (
     Sidecar,
+    expert_embeddings,
     read_sidecar,
-    router_rows,
-    verify_rows,
+    verify_expert_embeddings,
     versions,
 )
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.checkpoint.tokenizer import check_tokenizer
 from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import CheckpointError, ConfigError, IncompatibleModelsError
-from nexus_ds.model.router import domain_rows, init_rows, layer_generator
+from nexus_ds.model.router import domain_expert_embeddings, init_expert_embeddings, layer_generator
 from nexus_ds.settings import Config
 from nexus_ds.upcycling.blend import (
     Blend,
@@ -48,7 +48,7 @@ from nexus_ds.upcycling.blend import (
 )
 from nexus_ds.upcycling.new_checkpoint import NewModel, _open_all, as_written, casts, copy_of
 
-LARGEST_ROW = 100.0  # a new router row's norm relative to the largest old one
+LARGEST_EMBEDDING = 100.0  # a new router row's norm relative to the largest old one
 
 
 def merge_share(old: int, new: int, share: float | None) -> float:
@@ -103,7 +103,7 @@ def extended(
             together, or embeddings of another encoder.
     """
     old_config, reader = open_moe(checkpoint)
-    verify_rows(checkpoint)
+    verify_expert_embeddings(checkpoint)
     old = read_sidecar(checkpoint)
     _check_names(old, experts)
     check_encoder(old, embeddings)
@@ -130,8 +130,8 @@ def extended(
     places = {name: number for number, name in enumerate(models, start=len(old.experts))}
     tensors = branched_tensors(reader, old_config["num_hidden_layers"], models, places, total)
     for layer in range(old_config["num_hidden_layers"]):
-        rows = _extended_rows(reader, sidecar, layer, config, linear_init)
-        check_rows(rows, len(old.experts), layer)
+        rows = _extended_embeddings(reader, sidecar, layer, config, linear_init)
+        check_expert_embeddings(rows, len(old.experts), layer)
         tensors[gate_name(layer)] = rows
     target, cast = as_written(target, dtype), casts(models, dtype)
     return NewModel("extend", target, dtype, tensors, sidecar, checkpoint, len(old.experts), cast)
@@ -162,7 +162,7 @@ def open_fitting(checkpoint: Path, experts: Mapping[str, Path]) -> dict[str, Den
     return models
 
 
-def check_rows(rows: Tensor, old: int, layer: int) -> None:
+def check_expert_embeddings(rows: Tensor, old: int, layer: int) -> None:
     """Raise CheckpointError for rows [n, h] after the first `old` that are not finite or dwarf the
     old ones.
 
@@ -171,7 +171,7 @@ def check_rows(rows: Tensor, old: int, layer: int) -> None:
     norms = rows.float().norm(dim=1)
     if (
         not bool(torch.isfinite(norms).all())
-        or float(norms[old:].max()) > LARGEST_ROW * float(norms[:old].max()) + 1.0
+        or float(norms[old:].max()) > LARGEST_EMBEDDING * float(norms[:old].max()) + 1.0
     ):
         raise CheckpointError(
             f"layer {layer}: the rows of the new experts have norms up to {float(norms[old:].max()):.1e}, those of the old "
@@ -227,7 +227,7 @@ def branched_tensors(
     return tensors
 
 
-def _extended_rows(
+def _extended_embeddings(
     reader: TensorReader, sidecar: Sidecar, layer: int, config: Config, linear_init: str
 ) -> Tensor:
     """Return the router weight [n + k, h] of one layer; `sidecar` is the new one."""
@@ -236,15 +236,15 @@ def _extended_rows(
     if sidecar.router.kind == "nexus":
         # The old rows as they are stored: recomputing them in a larger matrix product could change
         # the last bit.
-        return torch.cat([stored, router_rows(sidecar, layer, stored.dtype)[old:]])
+        return torch.cat([stored, expert_embeddings(sidecar, layer, stored.dtype)[old:]])
     generator = layer_generator(config.seed, layer)
     if linear_init == "reset":
-        return init_rows(
+        return init_expert_embeddings(
             total, stored.shape[1], config.router.init, config.router.init_norm, generator
         )
     norm = stored.float().norm(dim=-1).mean()
     if config.router.warm_start == "embedding":
-        rows = domain_rows(sidecar.domain_inputs(), stored.shape[1], layer, 1.0)[old:]
+        rows = domain_expert_embeddings(sidecar.domain_inputs(), stored.shape[1], layer, 1.0)[old:]
         return torch.cat([stored, (rows / rows.norm(dim=-1, keepdim=True) * norm).to(stored.dtype)])
     fresh = torch.empty(total - old, stored.shape[1]).normal_(generator=generator)
     return torch.cat([stored, (fresh / fresh.norm(dim=-1, keepdim=True) * norm).to(stored.dtype)])

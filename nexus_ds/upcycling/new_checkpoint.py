@@ -23,7 +23,7 @@ from nexus_ds.checkpoint.qwen2_moe import (
 from nexus_ds.checkpoint.sidecar import (
     Sidecar,
     read_sidecar,
-    verify_rows,
+    verify_expert_embeddings,
     write_sidecar,
 )
 from nexus_ds.checkpoint.tensors import TensorReader
@@ -106,7 +106,7 @@ class NewModel:
             fitted = read_sidecar(directory)
             fitted.lineage[-1]["fit"] = dataclasses.asdict(report)
             write_sidecar(directory, fitted)
-        verify_rows(directory)
+        verify_expert_embeddings(directory)
         return report
 
     def summary(self, out: Path, report: FitReport | None) -> dict[str, Any]:

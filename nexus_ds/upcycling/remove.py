@@ -19,7 +19,7 @@ from nexus_ds.checkpoint.qwen2_moe import (
 )
 from nexus_ds.checkpoint.sidecar import (
     read_sidecar,
-    verify_rows,
+    verify_expert_embeddings,
     versions,
 )
 from nexus_ds.errors import ConfigError
@@ -43,7 +43,7 @@ def reduced(checkpoint: Path, names: Sequence[str]) -> NewModel:
             its shared expert's gate.
     """
     config, reader = open_moe(checkpoint)
-    verify_rows(checkpoint)
+    verify_expert_embeddings(checkpoint)
     check_shared_gates(reader, config["num_hidden_layers"])
     old = read_sidecar(checkpoint)
     known = [expert.name for expert in old.experts]

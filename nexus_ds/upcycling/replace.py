@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from nexus_ds.checkpoint.qwen2_moe import gate_name, open_moe
-from nexus_ds.checkpoint.sidecar import Sidecar, read_sidecar, router_rows, verify_rows, versions
+from nexus_ds.checkpoint.sidecar import (
+    Sidecar,
+    expert_embeddings,
+    read_sidecar,
+    verify_expert_embeddings,
+    versions,
+)
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import ConfigError
@@ -25,7 +31,7 @@ from nexus_ds.upcycling.blend import domain_vectors, expert_record, portable
 from nexus_ds.upcycling.extend import (
     branched_tensors,
     check_encoder,
-    check_rows,
+    check_expert_embeddings,
     merge_share,
     open_fitting,
 )
@@ -62,7 +68,7 @@ def replaced(
             together, or embeddings of another encoder.
     """
     old_config, reader = open_moe(checkpoint)
-    verify_rows(checkpoint)
+    verify_expert_embeddings(checkpoint)
     old = read_sidecar(checkpoint)
     places = _places(old, experts)
     vectors = _vectors(old, places, embeddings)
@@ -124,6 +130,6 @@ def _rows(reader: TensorReader, old: Sidecar, new: Sidecar, layer: int) -> Tenso
     changed = (old.vectors != new.vectors).any(dim=1)
     if new.router.kind != "nexus" or not bool(changed.any()):
         return stored
-    fresh = router_rows(new, layer, stored.dtype)
-    check_rows(torch.cat([stored, fresh[changed]]), len(stored), layer)
+    fresh = expert_embeddings(new, layer, stored.dtype)
+    check_expert_embeddings(torch.cat([stored, fresh[changed]]), len(stored), layer)
     return torch.where(changed[:, None], fresh, stored)

@@ -35,7 +35,7 @@ from nexus_ds.checkpoint.qwen2_moe import (
 from nexus_ds.checkpoint.sidecar import (
     RouterRecord,
     Sidecar,
-    router_rows,
+    expert_embeddings,
     versions,
 )
 from nexus_ds.checkpoint.tensors import DTYPES
@@ -44,9 +44,9 @@ from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import ConfigError
 from nexus_ds.model.router import (
     centre_of,
-    domain_rows,
+    domain_expert_embeddings,
+    init_expert_embeddings,
     init_projection,
-    init_rows,
     layer_generator,
 )
 from nexus_ds.settings import Config
@@ -190,14 +190,14 @@ def _upcycled_tensors(
     hidden_size, router = seed.settings["hidden_size"], config.router
     for layer in range(seed.settings["layers"]):
         if router.kind == "nexus":
-            tensors[gate_name(layer)] = router_rows(sidecar, layer, DTYPES[seed.dtype])
+            tensors[gate_name(layer)] = expert_embeddings(sidecar, layer, DTYPES[seed.dtype])
         elif router.warm_start == "embedding":
-            tensors[gate_name(layer)] = domain_rows(
+            tensors[gate_name(layer)] = domain_expert_embeddings(
                 sidecar.domain_inputs(), hidden_size, layer, router.init_norm
             )
         else:
             generator = layer_generator(config.seed, layer)
-            tensors[gate_name(layer)] = init_rows(
+            tensors[gate_name(layer)] = init_expert_embeddings(
                 len(named), hidden_size, router.init, router.init_norm, generator
             )
         tensors[shared_gate_name(layer)] = torch.full((1, hidden_size), SHARED_GATE_FILL)

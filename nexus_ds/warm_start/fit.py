@@ -29,9 +29,9 @@ from nexus_ds.checkpoint.loading import device
 from nexus_ds.checkpoint.qwen2_moe import gate_name, mean_name
 from nexus_ds.checkpoint.sidecar import (
     Sidecar,
+    expert_embeddings,
     load_projection,
     read_sidecar,
-    router_rows,
     write_sidecar,
 )
 from nexus_ds.checkpoint.tensors import DTYPES, TensorReader, overwrite
@@ -39,9 +39,14 @@ from nexus_ds.errors import DataError
 from nexus_ds.model.context import CONTEXT_MODEL, context
 from nexus_ds.model.router import unit
 from nexus_ds.progress import Progress
-from nexus_ds.settings import CHUNK_STARTS, RouterConfig
+from nexus_ds.settings import CHUNK_WARM_STARTS, RouterConfig
 from nexus_ds.warm_start.fit_text import FitText
-from nexus_ds.warm_start.methods import Seen, check_start, start_projection, start_rows
+from nexus_ds.warm_start.methods import (
+    Features,
+    check_start,
+    warm_start_embeddings,
+    warm_start_projection,
+)
 
 KEEPING = (
     "label_fit",
@@ -112,10 +117,10 @@ def _attend(
     return residual, block.post_attention_layernorm(residual)
 
 
-def _share(x_TH: Tensor, labels_T: Tensor, rows_EH: Tensor) -> float:
+def _share(x_TH: Tensor, labels_T: Tensor, embeddings_EH: Tensor) -> float:
     own_T = labels_T >= 0
     return float(
-        (F.linear(x_TH[own_T], rows_EH.to(x_TH)).argmax(-1) == labels_T[own_T]).float().mean()
+        (F.linear(x_TH[own_T], embeddings_EH.to(x_TH)).argmax(-1) == labels_T[own_T]).float().mean()
     )
 
 
@@ -124,7 +129,7 @@ def _with_text(sidecar: Sidecar, text: FitText, start: str) -> list[int]:
     too."""
     domains = [expert.domain for expert in sidecar.experts]
     missing = [domain for domain in domains if domain not in text.windows]
-    if missing and start not in CHUNK_STARTS:
+    if missing and start not in CHUNK_WARM_STARTS:
         raise DataError(
             f"the router's warm start {start} has no text of {', '.join(missing)}; expected text of every expert's domain"
         )
@@ -207,11 +212,11 @@ class _Stream:
 
     @torch.no_grad()
     def feed_forward(
-        self, block: Any, x_TH: Tensor, rows_EH: Tensor, mean_H: Tensor | None
+        self, block: Any, x_TH: Tensor, embeddings_EH: Tensor, mean_H: Tensor | None
     ) -> None:
-        """Advance the states past the layer's MoE block, routed by `rows_EH`."""
+        """Advance the states past the layer's MoE block, routed by `embeddings_EH`."""
         gate, x_NSH = block.mlp.gate, x_TH.view(self.hidden_NSH.shape)
-        gate.weight = nn.Parameter(rows_EH, requires_grad=False)
+        gate.weight = nn.Parameter(embeddings_EH, requires_grad=False)
         if mean_H is not None:
             gate.mean = nn.Parameter(mean_H, requires_grad=False)
         with nullcontext() if mean_H is None else gate.reading(x_NSH.shape[1]):
@@ -280,24 +285,24 @@ def _pass_layer(
     block = _load_layer(stream.config, stream.reader, layer, stream.dtype)
     x_TH, old_EH = stream.attend(block), block.mlp.gate.weight.detach().clone()
     mean_H = block.mlp.gate.mean.detach().clone() if sidecar.router.input == "context" else None
-    seen_TH = stream.read(x_TH, mean_H)
-    before = _share(seen_TH, reading.own_T, old_EH)
+    features_TH = stream.read(x_TH, mean_H)
+    before = _share(features_TH, reading.own_T, old_EH)
     if mean_H is not None and not (kept and config.warm_start in KEEPING):
-        mean_H = stream.store(mean_name(layer), (seen_TH + mean_H).mean(0))
-        seen_TH = stream.read(x_TH, mean_H)
-    seen = Seen(seen_TH, reading.labels_T, generator, reading.inputs_EM, reading.chunks_NM)
+        mean_H = stream.store(mean_name(layer), (features_TH + mean_H).mean(0))
+        features_TH = stream.read(x_TH, mean_H)
+    seen = Features(features_TH, reading.labels_T, generator, reading.inputs_EM, reading.chunks_NM)
     dtype = DTYPES[stream.reader.info(gate_name(layer)).dtype]
-    rows_EH = stream.store(
+    embeddings_EH = stream.store(
         gate_name(layer), _start_layer(sidecar, layer, seen, old_EH, config, kept, dtype)
     )
-    stream.feed_forward(block, x_TH, rows_EH, mean_H)
-    return before, _share(seen_TH, reading.own_T, rows_EH)
+    stream.feed_forward(block, x_TH, embeddings_EH, mean_H)
+    return before, _share(features_TH, reading.own_T, embeddings_EH)
 
 
 def _start_layer(
     sidecar: Sidecar,
     layer: int,
-    seen: Seen,
+    seen: Features,
     old_EH: Tensor,
     config: RouterConfig,
     kept: int,
@@ -306,10 +311,10 @@ def _start_layer(
     """Start one layer and return its rows [E, H]: free ones in fp32, P(D) as a model of `dtype`
     computes it."""
     if sidecar.router.kind == "linear":
-        return start_rows(old_EH.float(), seen, config, kept)
+        return warm_start_embeddings(old_EH.float(), seen, config, kept)
     projection = load_projection(sidecar, layer).to(seen.x_TH.device)
-    start_projection(projection, seen, config)
+    warm_start_projection(projection, seen, config)
     sidecar.projections[layer] = {
         name: tensor.detach().cpu() for name, tensor in projection.state_dict().items()
     }
-    return router_rows(sidecar, layer, dtype)
+    return expert_embeddings(sidecar, layer, dtype)

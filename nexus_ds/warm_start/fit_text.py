@@ -19,7 +19,7 @@ from nexus_ds.data.corpora import open_source, token_files, windows
 from nexus_ds.data.encoding import beginning
 from nexus_ds.data.tokenizer import open_tokenizer
 from nexus_ds.errors import CheckpointError, DataError
-from nexus_ds.settings import CHUNK_STARTS, Config
+from nexus_ds.settings import CHUNK_WARM_STARTS, Config
 from nexus_ds.warm_start.methods import check_start
 
 LENGTH = 512  # tokens of a window at most
@@ -74,7 +74,7 @@ def read_fit_text(
     check_start(start, sidecar.router.kind, sidecar.router.projection)
     if start in NO_TEXT:
         return None
-    embedded = start in CHUNK_STARTS
+    embedded = start in CHUNK_WARM_STARTS
     kept = kept if embedded else 0
     background = (
         [name for name in config.router.fit_background if name not in domains] if embedded else []
@@ -95,7 +95,7 @@ def _windows(
 ) -> dict[str, Tensor]:
     """Return windows [count, length] of each domain's training text, from all over the text that is
     tokenised."""
-    router, chunks = config.router, config.router.warm_start in CHUNK_STARTS
+    router, chunks = config.router, config.router.warm_start in CHUNK_WARM_STARTS
     count, least = (router.fit_chunks, CHUNK_BYTES) if chunks else (router.fit_windows, LEAST_BYTES)
     length = min(config.data.sequence_length, positions, LENGTH)
     with tempfile.TemporaryDirectory() as cache:

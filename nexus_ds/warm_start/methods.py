@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from nexus_ds.errors import ConfigError
 from nexus_ds.model.router import Projection
-from nexus_ds.settings import CHUNK_STARTS, RouterConfig
+from nexus_ds.settings import CHUNK_WARM_STARTS, RouterConfig
 
 DEFAULT_LR = {"nexus": 1e-3, "linear": 5e-3}
 NORM_LR = 20.0  # of a fixed row length, relative to P's: its logarithm has far to go
@@ -41,11 +41,11 @@ WHITEN = 1e-3
 CHUNK_RIDGE = 3.0
 DOMAIN_WEIGHT = 0.3  # of all domain rows beside all chunks
 
-FREE_STARTS = ("hidden_mean", "ridge", "embedding")
+FREE_WARM_STARTS = ("hidden_mean", "ridge", "embedding")
 
 
 @dataclass
-class Seen:
+class Features:
     """What the router of one layer sees of text; all on one device, fp32."""
 
     x_TH: Tensor
@@ -58,7 +58,7 @@ class Seen:
     chunks_CM: Tensor | None = None
     """What P reads of each window's own embedding, for `chunks` and `closed_form`."""
 
-    def labelled(self) -> Seen:
+    def labelled(self) -> Features:
         """Return what it sees of domains with an expert; the chunks don't fit these tokens any
         more."""
         known_T = self.labels_T >= 0
@@ -70,12 +70,12 @@ class Seen:
 def check_start(start: str, kind: str, projection: str) -> None:
     """Raise ConfigError for a `router.warm_start` that a router of this kind and form of P can't
     have."""
-    if kind == "nexus" and start in FREE_STARTS:
+    if kind == "nexus" and start in FREE_WARM_STARTS:
         raise ConfigError(
             f"router.warm_start {start} sets free rows, but this router's rows are P(d); use label_fit, chunks, "
             "closed_form or none, or router.kind linear"
         )
-    if kind == "linear" and start in CHUNK_STARTS:
+    if kind == "linear" and start in CHUNK_WARM_STARTS:
         raise ConfigError(
             f"router.warm_start {start} fits P, but this router has free rows; use label_fit, hidden_mean, ridge, "
             "embedding or none, or router.kind nexus"
@@ -87,11 +87,11 @@ def check_start(start: str, kind: str, projection: str) -> None:
         )
 
 
-def temperature(x_TH: Tensor, labels_T: Tensor, rows_EH: Tensor) -> float:
+def temperature(x_TH: Tensor, labels_T: Tensor, embeddings_EH: Tensor) -> float:
     """Return the factor of the rows with the least cross-entropy of domain labels, among powers of
     2^(1/4)."""
     step = max(1, len(x_TH) // JUDGED_TOKENS)
-    logits_TE, labels_T = F.linear(x_TH[::step], rows_EH), labels_T[::step]
+    logits_TE, labels_T = F.linear(x_TH[::step], embeddings_EH), labels_T[::step]
     factors = (2.0 ** torch.arange(-8, 12, 0.25)).tolist()
     losses = [float(F.cross_entropy(logits_TE * factor, labels_T)) for factor in factors]
     return factors[losses.index(min(losses))]
@@ -110,34 +110,36 @@ def whitener(x_TH: Tensor) -> Tensor:
     return (vectors_HH / (values_H + WHITEN * values_H.mean()).sqrt()) @ vectors_HH.T
 
 
-def ridge_rows(x_TH: Tensor, labels_T: Tensor, experts: int) -> Tensor:
+def ridge_embeddings(x_TH: Tensor, labels_T: Tensor, experts: int) -> Tensor:
     """Return rows [E, H] that regress one-hot labels on the inputs (DUME's way), at the best
     temperature."""
     moments_HH = x_TH.T @ x_TH
     penalty = RIDGE * moments_HH.diagonal().mean() * torch.eye(len(moments_HH), device=x_TH.device)
     targets_HE = x_TH.T @ F.one_hot(labels_T, experts).to(x_TH)
-    rows_EH = torch.linalg.solve(moments_HH + penalty, targets_HE).T.contiguous()
-    return rows_EH * temperature(x_TH, labels_T, rows_EH)
+    embeddings_EH = torch.linalg.solve(moments_HH + penalty, targets_HE).T.contiguous()
+    return embeddings_EH * temperature(x_TH, labels_T, embeddings_EH)
 
 
-def hidden_mean_rows(x_TH: Tensor, labels_T: Tensor, old_EH: Tensor, kept: int) -> Tensor:
+def hidden_mean_embeddings(x_TH: Tensor, labels_T: Tensor, old_EH: Tensor, kept: int) -> Tensor:
     """Return rows [E, H] of mean inputs; the first `kept` stay, the others are put to their mean
     norm.
 
     A row that joins others is the difference to the mean of their domains: what is common to all
     text decides nothing.
     """
-    rows_EH = means(x_TH, labels_T, len(old_EH))
+    embeddings_EH = means(x_TH, labels_T, len(old_EH))
     if not kept:
-        return rows_EH
+        return embeddings_EH
     new_EH = (
-        F.normalize(rows_EH[kept:] - rows_EH[:kept].mean(0), dim=-1)
+        F.normalize(embeddings_EH[kept:] - embeddings_EH[:kept].mean(0), dim=-1)
         * old_EH[:kept].norm(dim=-1).mean()
     )
     return torch.cat([old_EH[:kept], new_EH])
 
 
-def start_rows(old_EH: Tensor, seen: Seen, config: RouterConfig, kept: int) -> Tensor:
+def warm_start_embeddings(
+    old_EH: Tensor, seen: Features, config: RouterConfig, kept: int
+) -> Tensor:
     """Return the free rows [E, H] that a linear router starts with.
 
     Args:
@@ -147,19 +149,19 @@ def start_rows(old_EH: Tensor, seen: Seen, config: RouterConfig, kept: int) -> T
         kept: rows of older experts, which `hidden_mean` leaves as they are.
     """
     if config.warm_start == "ridge":
-        return ridge_rows(seen.x_TH, seen.labels_T, len(old_EH))
+        return ridge_embeddings(seen.x_TH, seen.labels_T, len(old_EH))
     if config.warm_start == "hidden_mean":
-        return hidden_mean_rows(seen.x_TH, seen.labels_T, old_EH, kept)
-    rows_EH = nn.Parameter(old_EH.clone())
+        return hidden_mean_embeddings(seen.x_TH, seen.labels_T, old_EH, kept)
+    embeddings_EH = nn.Parameter(old_EH.clone())
     optimizer = torch.optim.AdamW(
-        [rows_EH], lr=config.fit_lr or DEFAULT_LR["linear"], weight_decay=0.0
+        [embeddings_EH], lr=config.fit_lr or DEFAULT_LR["linear"], weight_decay=0.0
     )
     for _ in range(config.fit_steps):
-        _step(optimizer, _label_loss(seen, rows_EH))
-    return rows_EH.detach()
+        _step(optimizer, _label_loss(seen, embeddings_EH))
+    return embeddings_EH.detach()
 
 
-def start_projection(projection: Projection, seen: Seen, config: RouterConfig) -> None:
+def warm_start_projection(projection: Projection, seen: Features, config: RouterConfig) -> None:
     """Fit P in place.
 
     Args:
@@ -202,14 +204,14 @@ def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
-def _label_loss(seen: Seen, rows_EH: Tensor) -> Tensor:
+def _label_loss(seen: Features, embeddings_EH: Tensor) -> Tensor:
     """Return the cross-entropy of softmax(x E^T) against the labels of some tokens."""
     count = min(TOKENS_PER_STEP, len(seen.x_TH))
     pick = torch.randint(len(seen.x_TH), (count,), generator=seen.generator).to(seen.x_TH.device)
-    return F.cross_entropy(F.linear(seen.x_TH[pick], rows_EH), seen.labels_T[pick])
+    return F.cross_entropy(F.linear(seen.x_TH[pick], embeddings_EH), seen.labels_T[pick])
 
 
-def _chunk_loss(seen: Seen, projection: Projection) -> Tensor:
+def _chunk_loss(seen: Features, projection: Projection) -> Tensor:
     """Return the cross-entropy with which rows of chunks tell their own tokens from those of the
     other chunks."""
     assert seen.chunks_CM is not None
@@ -225,7 +227,7 @@ def _chunk_loss(seen: Seen, projection: Projection) -> Tensor:
 
 
 @torch.no_grad()
-def _closed_form(projection: Projection, seen: Seen) -> None:
+def _closed_form(projection: Projection, seen: Features) -> None:
     """Set a linear P by ridge regression of mean whitened inputs on embeddings, of chunks and
     (weighted) of domains.
 
@@ -252,10 +254,12 @@ def _closed_form(projection: Projection, seen: Seen) -> None:
 
 
 @torch.no_grad()
-def _finish(projection: Projection, white_HH: Tensor, seen: Seen) -> None:
+def _finish(projection: Projection, white_HH: Tensor, seen: Features) -> None:
     """Fold the whitening of the inputs into P, and put its rows to the temperature that suits the
     labels."""
     assert seen.inputs_EM is not None
     labelled = seen.labelled()
     projection.fold(white_HH)
-    projection.scale_rows(temperature(labelled.x_TH, labelled.labels_T, projection(seen.inputs_EM)))
+    projection.scale_output(
+        temperature(labelled.x_TH, labelled.labels_T, projection(seen.inputs_EM))
+    )

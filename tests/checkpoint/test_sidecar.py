@@ -13,13 +13,13 @@ from nexus_ds.checkpoint.qwen2_moe import gate_name
 from nexus_ds.checkpoint.sidecar import (
     ROUTER,
     SIDECAR,
+    expert_embeddings,
     read_sidecar,
-    router_rows,
-    verify_rows,
+    verify_expert_embeddings,
     write_sidecar,
 )
 from nexus_ds.errors import CheckpointError
-from nexus_ds.model.router import Projection, condition, rows_in
+from nexus_ds.model.router import Projection, condition, expert_embeddings_in
 
 
 @pytest.fixture
@@ -63,16 +63,17 @@ def test_rows_are_a_function_of_the_embeddings(nexus_dir):
     assert state["maps.0.weight"].shape == (32, 8) and state["maps.1.weight"].shape == (16, 16)
     a, b = (condition(sidecar.vectors, sidecar.centre) @ state["maps.0.weight"].T).chunk(2, dim=-1)
     expected = (torch.nn.functional.silu(a) * b) @ state["maps.1.weight"].T
-    torch.testing.assert_close(router_rows(sidecar, 0, torch.float32), expected)
+    torch.testing.assert_close(expert_embeddings(sidecar, 0, torch.float32), expected)
     assert not sidecar.domain_inputs().requires_grad
     order = [2, 0, 1]  # fact 6: permuting experts permutes rows
     permuted = dataclasses.replace(sidecar, vectors=sidecar.vectors[order])
     torch.testing.assert_close(
-        router_rows(permuted, 1, torch.float32), router_rows(sidecar, 1, torch.float32)[order]
+        expert_embeddings(permuted, 1, torch.float32),
+        expert_embeddings(sidecar, 1, torch.float32)[order],
     )
     raw = dataclasses.replace(sidecar, router=dataclasses.replace(sidecar.router, centre=False))
     assert torch.equal(raw.domain_inputs(), sidecar.vectors)
-    assert router_rows(sidecar, 0, torch.bfloat16).dtype == torch.bfloat16
+    assert expert_embeddings(sidecar, 0, torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_identical_embeddings_give_equal_gates(nexus_dir):
@@ -80,7 +81,7 @@ def test_identical_embeddings_give_equal_gates(nexus_dir):
     sidecar = read_sidecar(nexus_dir)
     same = dataclasses.replace(sidecar, vectors=sidecar.vectors[:1].expand(3, -1))
     x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
-    gates = (x @ router_rows(same, 0, torch.float32).T).softmax(-1)
+    gates = (x @ expert_embeddings(same, 0, torch.float32).T).softmax(-1)
     torch.testing.assert_close(gates, torch.full((5, 3), 1 / 3))
 
 
@@ -88,17 +89,17 @@ def test_rows_round_weights_and_embeddings_first(nexus_dir):
     sidecar = read_sidecar(nexus_dir)
     projection = sidecar_module.load_projection(sidecar, 1)
     assert isinstance(projection, Projection)
-    expected = rows_in(projection, sidecar.domain_inputs(), torch.bfloat16)
-    assert torch.equal(router_rows(sidecar, 1, torch.bfloat16), expected)
+    expected = expert_embeddings_in(projection, sidecar.domain_inputs(), torch.bfloat16)
+    assert torch.equal(expert_embeddings(sidecar, 1, torch.bfloat16), expected)
 
 
 def test_verify_rows(nexus_dir, copied):
-    verify_rows(nexus_dir)
+    verify_expert_embeddings(nexus_dir)
     edit_tensors(copied / "model.safetensors", lambda t: t[gate_name(1)].mul_(1.01))
     with pytest.raises(
         CheckpointError, match=r"layers.1.mlp.gate.weight differs from P\(D\).*restore both"
     ):
-        verify_rows(copied)
+        verify_expert_embeddings(copied)
 
 
 def test_rows_that_are_no_numbers(copied):
@@ -106,7 +107,7 @@ def test_rows_that_are_no_numbers(copied):
     with pytest.raises(
         CheckpointError, match=r"layers.1.mlp.gate.weight differs from P\(D\).* by nan"
     ):
-        verify_rows(copied)
+        verify_expert_embeddings(copied)
 
 
 def test_verify_rows_in_bf16(copied):
@@ -114,13 +115,15 @@ def test_verify_rows_in_bf16(copied):
 
     def cast(tensors):
         tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
-        tensors.update({gate_name(i): router_rows(sidecar, i, torch.bfloat16) for i in range(2)})
+        tensors.update(
+            {gate_name(i): expert_embeddings(sidecar, i, torch.bfloat16) for i in range(2)}
+        )
 
     edit_tensors(copied / "model.safetensors", cast)
-    verify_rows(copied)
+    verify_expert_embeddings(copied)
     edit_tensors(copied / "model.safetensors", lambda t: t[gate_name(0)].mul_(1.1))
     with pytest.raises(CheckpointError, match=r"layers.0.mlp.gate.weight differs"):
-        verify_rows(copied)
+        verify_expert_embeddings(copied)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +167,7 @@ def test_a_checkpoint_of_format_1_is_read(copied):
         "free",
         "seed",
     )
-    verify_rows(copied)
+    verify_expert_embeddings(copied)
 
 
 @pytest.mark.parametrize(
@@ -211,9 +214,9 @@ def test_a_linear_router_keeps_its_rows_in_the_model(nexus_dir, copied):
     sidecar = read_sidecar(nexus_dir)
     linear = dataclasses.replace(sidecar.router, kind="linear")
     write_sidecar(copied, dataclasses.replace(sidecar, router=linear, projections=[]))
-    verify_rows(copied)
+    verify_expert_embeddings(copied)
     with pytest.raises(CheckpointError, match="a linear router has free rows"):
-        router_rows(read_sidecar(copied), 0, torch.float32)
+        expert_embeddings(read_sidecar(copied), 0, torch.float32)
 
 
 def test_the_content_fingerprint_follows_every_part(nexus_dir, copied):

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nexus_ds.__main__ import build_parser, main
-from nexus_ds.checkpoint.sidecar import read_sidecar, verify_rows
+from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings
 from nexus_ds.config import load_config
 from nexus_ds.data.demo_text import demo_source
 from nexus_ds.data.domains import SentenceEncoder, embed_domains, read_domain_embeddings
@@ -141,7 +141,7 @@ def test_upcycle_takes_folders_and_file(found, dense_dir, tmp_path):
         words += ["--expert", f"{name}={tmp_path / name}"]
     assert main(words) == 0  # with the warm start, which reads the folders
     assert [expert.domain for expert in read_sidecar(tmp_path / "moe").experts] == names
-    verify_rows(tmp_path / "moe")
+    verify_expert_embeddings(tmp_path / "moe")
 
 
 def test_what_it_prints_and_records(corpus, tmp_path, capsys):

@@ -15,9 +15,9 @@ from nexus_ds.checkpoint.families import FFN_PARTS, dense_ffn_name
 from nexus_ds.checkpoint.qwen2_moe import expert_name, gate_name
 from nexus_ds.checkpoint.sidecar import (
     RouterRecord,
+    expert_embeddings,
     read_sidecar,
-    router_rows,
-    verify_rows,
+    verify_expert_embeddings,
     write_sidecar,
 )
 from nexus_ds.checkpoint.tensors import TensorReader, sha256_of_tensors
@@ -31,7 +31,7 @@ from nexus_ds.errors import (
     OutputExistsError,
 )
 from nexus_ds.model.router import condition
-from nexus_ds.upcycling.extend import check_rows, merge_share
+from nexus_ds.upcycling.extend import check_expert_embeddings, merge_share
 
 OLD = ("alpha", "beta", "gamma")
 LAYERS = 2
@@ -162,7 +162,7 @@ def test_appends_one_expert(parts, capsys):
         after.lineage[-1]["lambda"] == 0.25
         and str(parts) not in (parts / "out" / "nexus.json").read_text()
     )
-    verify_rows(parts / "out")
+    verify_expert_embeddings(parts / "out")
     printed = capsys.readouterr().out
     assert "4 experts (alpha, beta, gamma, delta)" in printed
     assert "stage=extend" in printed and f"output={parts / 'out'}-trained" in printed
@@ -271,7 +271,7 @@ def test_refit_reads_old_and_new_text(parts, capsys, kind):
     run(parts, "--json", refit=True)
     result = json.loads(capsys.readouterr().out)
     assert result["fit"]["after"] > result["fit"]["before"] and result["lambda"] == 0.25
-    verify_rows(parts / "out")
+    verify_expert_embeddings(parts / "out")
     sidecar = read_sidecar(parts / "out")
     assert sidecar.router.kind == kind and sidecar.lineage[-1]["fit"]["steps"] == 30
     if kind == "nexus":
@@ -279,7 +279,7 @@ def test_refit_reads_old_and_new_text(parts, capsys, kind):
         assert sidecar.projections[0].keys() == before.keys()
         assert not torch.equal(sidecar.projections[0]["maps.0.weight"], before["maps.0.weight"])
         assert torch.equal(
-            tensors_of(parts / "out")[gate_name(0)], router_rows(sidecar, 0, torch.float32)
+            tensors_of(parts / "out")[gate_name(0)], expert_embeddings(sidecar, 0, torch.float32)
         )
 
 
@@ -306,7 +306,8 @@ def test_a_branch_of_another_dtype_is_cast_and_named(parts, capsys):
     )
     sidecar = read_sidecar(parts / "nexus")
     rows = {
-        gate_name(layer): router_rows(sidecar, layer, torch.bfloat16) for layer in range(LAYERS)
+        gate_name(layer): expert_embeddings(sidecar, layer, torch.bfloat16)
+        for layer in range(LAYERS)
     }
     edit_tensors(parts / "nexus", lambda t: t.update(rows))
     run(parts)
@@ -323,7 +324,7 @@ def test_a_branch_of_another_dtype_is_cast_and_named(parts, capsys):
     assert read_sidecar(parts / "out").experts[3].sha256 == sha256_of_tensors(
         TensorReader(parts / "delta"), ffn
     )
-    verify_rows(parts / "out")
+    verify_expert_embeddings(parts / "out")
     assert torch.isfinite(stock(parts / "out")(torch.arange(5)[None]).logits).all()
 
 
@@ -410,7 +411,7 @@ def test_a_mixture_that_was_finetuned_elsewhere_extends(parts):
     shutil.rmtree(parts / "nexus")
     (parts / "tuned").rename(parts / "nexus")
     run(parts, "--lambda", "0")
-    verify_rows(parts / "out")
+    verify_expert_embeddings(parts / "out")
     tuned, new = tensors_of(parts / "nexus"), tensors_of(parts / "out")
     for name in ("model.layers.0.self_attn.q_proj.weight", expert_name(1, 0, "up_proj")):
         assert torch.equal(new[name], tuned[name]) and not torch.equal(new[name], before[name])
@@ -434,8 +435,10 @@ def test_rows_that_dwarf_the_old_ones(value):
     with pytest.raises(
         CheckpointError, match=r"layer 1: the rows of the new experts have norms up to .*embed them"
     ):
-        check_rows(torch.cat([old, torch.tensor([[0.0, 1.0], [value * 5.0, 0.0]])]), 2, 1)
-    check_rows(torch.cat([old, torch.tensor([[0.0, 90.0 * 5.0]])]), 2, 1)
+        check_expert_embeddings(
+            torch.cat([old, torch.tensor([[0.0, 1.0], [value * 5.0, 0.0]])]), 2, 1
+        )
+    check_expert_embeddings(torch.cat([old, torch.tensor([[0.0, 90.0 * 5.0]])]), 2, 1)
 
 
 def test_another_tokenizer(parts):

@@ -29,7 +29,7 @@ from nexus_ds.checkpoint.qwen2_moe import (
     shared_gate_name,
     shared_name,
 )
-from nexus_ds.checkpoint.sidecar import read_sidecar, router_rows, verify_rows
+from nexus_ds.checkpoint.sidecar import expert_embeddings, read_sidecar, verify_expert_embeddings
 from nexus_ds.checkpoint.tensors import TensorReader, sha256_of_tensors
 from nexus_ds.commands import extend, remove, upcycle
 from nexus_ds.data.domains import (
@@ -46,7 +46,7 @@ from nexus_ds.errors import (
     OutputExistsError,
     UnsupportedModelError,
 )
-from nexus_ds.model.router import domain_rows
+from nexus_ds.model.router import domain_expert_embeddings
 from nexus_ds.pipeline import DS_JSON, TRAIN
 from nexus_ds.settings import RouterConfig
 
@@ -154,7 +154,7 @@ def test_weights_are_copies_means_and_projections(parts, dtype):
                 seed[name] * 2 if part == "down_proj" else seed[name]
             )
             expected |= {expert_name(layer, i, part): experts[i][name] for i in range(3)}
-        expected[gate_name(layer)] = router_rows(sidecar, layer, dtype)
+        expected[gate_name(layer)] = expert_embeddings(sidecar, layer, dtype)
         expected[shared_gate_name(layer)] = torch.full((1, 16), 2.0**-60, dtype=dtype)
     assert set(out) == set(expected)
     for name, tensor in expected.items():
@@ -165,7 +165,7 @@ def test_weights_are_copies_means_and_projections(parts, dtype):
             torch.testing.assert_close(
                 out[name], tensor, atol=1e-7, rtol=1e-6 if dtype == torch.float32 else 1e-2
             )
-    verify_rows(parts / "out")
+    verify_expert_embeddings(parts / "out")
     assert json.loads((parts / "out" / "config.json").read_text())["dtype"] == str(
         dtype
     ).removeprefix("torch.")
@@ -283,7 +283,7 @@ def test_warm_start_raises_the_own_domain_share(parts, capsys, kind):
     run(parts, "--json", f"router.kind={kind}", warm=True)
     fit = json.loads(capsys.readouterr().out)["fit"]
     assert fit["after"] > max(fit["before"], 0.5) and fit["steps"] == 30
-    verify_rows(parts / "out")
+    verify_expert_embeddings(parts / "out")
     assert read_sidecar(parts / "out").lineage[-1]["fit"] == fit
     assert torch.isfinite(stock(parts / "out")(torch.arange(5)[None]).logits).all()
 
@@ -314,7 +314,7 @@ def test_experts_and_embeddings_are_matched_by_name(parts, text_folder):
     for layer in range(LAYERS):  # the row of an expert is P of its own domain's embedding
         one = dataclasses.replace(sidecar, experts=sidecar.experts[1:2], vectors=given[1:2])
         torch.testing.assert_close(
-            out[gate_name(layer)][1:2], router_rows(one, layer, torch.float32)
+            out[gate_name(layer)][1:2], expert_embeddings(one, layer, torch.float32)
         )
 
 
@@ -343,7 +343,7 @@ def test_experts_of_another_dtype_are_cast_to_the_seeds_and_named(parts, dense_d
     name = "model.layers.0.self_attn.q_proj.weight"
     mean = sum(expert[name].double() for expert in experts.values()) / 3
     assert ((out[name].double() - mean).abs() <= mean.abs() * (2**-8 + 1e-6)).all()
-    verify_rows(parts / "out")
+    verify_expert_embeddings(parts / "out")
     assert torch.isfinite(stock(parts / "out")(torch.arange(5)[None]).logits).all()
     shutil.rmtree(parts / "out")
     run(parts, "--json")
@@ -626,7 +626,7 @@ def test_starts_of_free_rows(parts, capsys, start):
     rows = tensors_of(parts / "out")[gate_name(0)]
     if start == "embedding":
         assert fit is None
-        expected = domain_rows(read_sidecar(parts / "out").domain_inputs(), 16, 0, 0.5)
+        expected = domain_expert_embeddings(read_sidecar(parts / "out").domain_inputs(), 16, 0, 0.5)
         torch.testing.assert_close(rows, expected)
     else:
         assert (fit["start"], fit["steps"]) == (start, 0) and fit["after"] > fit["before"]
@@ -703,7 +703,7 @@ def test_starts_from_chunks_of_text(parts, capsys, text_folder, start, form, rou
     run(parts, "--json", *settings, warm=True)
     fit = json.loads(capsys.readouterr().out)["fit"]
     assert fit["start"] == start and fit["after"] > fit["before"]
-    verify_rows(parts / "out")
+    verify_expert_embeddings(parts / "out")
     made = {path: path.stat().st_mtime_ns for path in (parts / "cache").iterdir()}
     assert len(made) == 3
     embed(parts / "new.safetensors", ("delta",), "gone", width=384, revision=revision, seed=7)
@@ -734,7 +734,7 @@ def test_starts_from_chunks_of_text(parts, capsys, text_folder, start, form, rou
     assert new.lineage[-1]["fit"]["start"] == start and len(new.experts) == 4
     assert not torch.equal(new.projections[1]["maps.0.weight"], old.projections[1]["maps.0.weight"])
     assert torch.equal(
-        tensors_of(parts / "extended")[gate_name(1)], router_rows(new, 1, torch.float32)
+        tensors_of(parts / "extended")[gate_name(1)], expert_embeddings(new, 1, torch.float32)
     )
     if router_input == "context":
         means = [tensors_of(parts / name)[mean_name(1)] for name in ("out", "extended")]

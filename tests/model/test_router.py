@@ -10,11 +10,11 @@ from nexus_ds.model.router import (
     centre_of,
     centred_norm,
     condition,
-    domain_rows,
+    domain_expert_embeddings,
+    expert_embeddings_in,
+    init_expert_embeddings,
     init_projection,
-    init_rows,
     layer_generator,
-    rows_in,
     swiglu,
 )
 
@@ -86,10 +86,10 @@ def test_initialisation_is_a_function_of_seed_and_layer():
 
 
 def test_free_rows_are_normal_or_balanced():
-    rows = init_rows(4000, 16, "normal", 0.5, layer_generator(0, 0))
+    rows = init_expert_embeddings(4000, 16, "normal", 0.5, layer_generator(0, 0))
     assert float(rows.std()) == pytest.approx(0.02, rel=0.02)
     assert float(
-        centred_norm(init_rows(4, 16, "balanced", 0.5, layer_generator(0, 0)))
+        centred_norm(init_expert_embeddings(4, 16, "balanced", 0.5, layer_generator(0, 0)))
     ) == pytest.approx(0.5, rel=1e-5)
 
 
@@ -106,7 +106,7 @@ def test_conditioned_embeddings_are_unit_and_centred_first():
 def test_rows_in_bf16_are_those_of_a_bf16_model_not_rounded_fp32_rows():
     projection = balanced()
     expected = balanced().to(torch.bfloat16)(EMBEDDINGS.to(torch.bfloat16))
-    found = rows_in(projection, EMBEDDINGS, torch.bfloat16)
+    found = expert_embeddings_in(projection, EMBEDDINGS, torch.bfloat16)
     assert torch.equal(found, expected)
     assert not torch.equal(found, projection(EMBEDDINGS).to(torch.bfloat16))
     assert projection.maps[0].weight.dtype == torch.float32
@@ -132,7 +132,7 @@ def test_fixed_rows_have_one_learned_length():
     projection = balanced(row_norm="fixed")
     rows = projection(EMBEDDINGS)
     assert torch.allclose(rows.norm(dim=1), projection.log_norm.exp().expand(5), atol=1e-5)
-    projection.scale_rows(3.0)
+    projection.scale_output(3.0)
     assert torch.allclose(projection(EMBEDDINGS), 3 * rows, atol=1e-5)
     white = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
     x, plain = (
@@ -148,17 +148,21 @@ def test_fixed_rows_have_one_learned_length():
     free.fold(white)
     assert torch.allclose(x @ free(EMBEDDINGS).T, (x @ white) @ plain.T, atol=1e-4)
     before = free(EMBEDDINGS)
-    free.scale_rows(3.0)
+    free.scale_output(3.0)
     assert torch.allclose(free(EMBEDDINGS), 3 * before, atol=1e-5)
 
 
 def test_domain_rows_are_the_embeddings_or_one_random_map_of_them():
-    rows = domain_rows(EMBEDDINGS, 12, 0, 0.5)
+    rows = domain_expert_embeddings(EMBEDDINGS, 12, 0, 0.5)
     assert float(rows.norm(dim=1).mean()) == pytest.approx(0.5, rel=1e-5)
     assert torch.allclose(rows / rows[0, 0], EMBEDDINGS / EMBEDDINGS[0, 0], atol=1e-5)
-    wide = domain_rows(EMBEDDINGS, 16, 1, 1.0)
-    assert wide.shape == (5, 16) and not torch.allclose(wide, domain_rows(EMBEDDINGS, 16, 2, 1.0))
+    wide = domain_expert_embeddings(EMBEDDINGS, 16, 1, 1.0)
+    assert wide.shape == (5, 16) and not torch.allclose(
+        wide, domain_expert_embeddings(EMBEDDINGS, 16, 2, 1.0)
+    )
     # A later domain goes through the same map: its row is a combination of the others as its
     # embedding is.
-    later = domain_rows(torch.cat([EMBEDDINGS, EMBEDDINGS[:1] + EMBEDDINGS[1:2]]), 16, 1, 1.0)
+    later = domain_expert_embeddings(
+        torch.cat([EMBEDDINGS, EMBEDDINGS[:1] + EMBEDDINGS[1:2]]), 16, 1, 1.0
+    )
     assert torch.allclose(later[5], later[0] + later[1], atol=1e-5)

@@ -20,7 +20,7 @@ from launch import finish, fork_ranks
 from parity import STEPS, batches, settings
 
 from nexus_ds.checkpoint.qwen2_moe import gate_name
-from nexus_ds.checkpoint.sidecar import read_sidecar, router_rows, write_sidecar
+from nexus_ds.checkpoint.sidecar import expert_embeddings, read_sidecar, write_sidecar
 from nexus_ds.checkpoint.tensors import TensorReader, overwrite
 
 WORKER = Path(__file__).parents[1] / "parity.py"
@@ -275,7 +275,7 @@ def starve(checkpoint):
     write_sidecar(checkpoint, sidecar)
     reader = TensorReader(checkpoint)
     for layer in range(len(sidecar.projections)):
-        overwrite(reader.info(gate_name(layer)), router_rows(sidecar, layer, torch.float32))
+        overwrite(reader.info(gate_name(layer)), expert_embeddings(sidecar, layer, torch.float32))
     return checkpoint
 
 

@@ -18,7 +18,7 @@ from conftest import make_nexus
 from launch import file_limit, file_modes, finish, fork_ranks, start_ranks, umask
 
 from nexus_ds.checkpoint.qwen2_moe import mean_name
-from nexus_ds.checkpoint.sidecar import read_sidecar, verify_rows
+from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings
 from nexus_ds.checkpoint.tensors import TensorReader, header_of
 from nexus_ds.config import load_config
 from nexus_ds.errors import CheckpointError
@@ -345,7 +345,7 @@ def check_export(tmp_path, checkpoint, stage, world, expert, offload):
     assert len(experts) == 2 * 3 * 3  # layers, experts, matrices: no vacant slot
     for name in [*experts, "model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight"]:
         assert torch.equal(exported.read(name).flatten(), state["fp32", name])
-    verify_rows(out)
+    verify_expert_embeddings(out)
 
 
 @pytest.mark.slow

@@ -14,7 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from nexus_ds.checkpoint.families import FFN_PARTS, dense_ffn_name
 from nexus_ds.checkpoint.qwen2_moe import expert_name, gate_name
-from nexus_ds.checkpoint.sidecar import read_sidecar, router_rows, verify_rows, write_sidecar
+from nexus_ds.checkpoint.sidecar import (
+    expert_embeddings,
+    read_sidecar,
+    verify_expert_embeddings,
+    write_sidecar,
+)
 from nexus_ds.commands import extend
 from nexus_ds.data.domains import DomainEmbeddings, write_domain_embeddings
 from nexus_ds.errors import CheckpointError, ConfigError, DataError, IncompatibleModelsError
@@ -92,10 +97,10 @@ def test_rows_follow_the_embeddings(parts):
     for layer in range(2):
         rows = new[gate_name(layer)]
         assert torch.equal(rows[[0, 2]], old[gate_name(layer)][[0, 2]])
-        torch.testing.assert_close(rows[1], router_rows(sidecar, layer, torch.float32)[1])
+        torch.testing.assert_close(rows[1], expert_embeddings(sidecar, layer, torch.float32)[1])
         assert not torch.equal(rows[1], old[gate_name(layer)][1])
     assert all(torch.equal(new[n], old[n]) for n in old if ".mlp." not in n)  # lambda 0
-    verify_rows(parts / "out")
+    verify_expert_embeddings(parts / "out")
 
 
 def test_the_same_embedding_keeps_the_row(parts):

@@ -8,7 +8,7 @@ import torch
 from conftest import DOMAINS, WORDS
 
 from nexus_ds.checkpoint.build import load_stock
-from nexus_ds.checkpoint.sidecar import read_sidecar, verify_rows
+from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings
 from nexus_ds.errors import DataError
 from nexus_ds.settings import RouterConfig
 from nexus_ds.warm_start.fit import fit_router
@@ -56,7 +56,7 @@ def test_the_streamed_share_is_the_whole_models_and_grows(checkpoint, windows):
     after = own_share(checkpoint, windows)
     assert report.after == pytest.approx(after, abs=1e-4)
     assert after > before + 0.1
-    verify_rows(checkpoint)
+    verify_expert_embeddings(checkpoint)
 
 
 def test_nothing_but_the_router_changes(checkpoint, nexus_dir, windows):

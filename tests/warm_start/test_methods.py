@@ -12,14 +12,14 @@ from nexus_ds.errors import ConfigError
 from nexus_ds.model.router import Projection, init_projection, layer_generator, unit
 from nexus_ds.settings import RouterConfig
 from nexus_ds.warm_start.methods import (
-    Seen,
+    Features,
     check_start,
-    hidden_mean_rows,
+    hidden_mean_embeddings,
     means,
-    ridge_rows,
-    start_projection,
-    start_rows,
+    ridge_embeddings,
     temperature,
+    warm_start_embeddings,
+    warm_start_projection,
     whitener,
 )
 
@@ -45,7 +45,7 @@ def world(seed=0, unseen=1, background=0):
 
     texts = [text(domain) for domain in range(DOMAINS + unseen)]
     read = texts[: DOMAINS + background]
-    seen = Seen(
+    seen = Features(
         x_TH=torch.cat([x for _, x in read]),
         labels_T=torch.tensor([*range(DOMAINS), *[-1] * background]).repeat_interleave(
             CHUNKS * LENGTH
@@ -57,12 +57,12 @@ def world(seed=0, unseen=1, background=0):
     return seen, topics, texts[-1][1]
 
 
-def share(x_TH, rows_EH, index):
-    return float((F.linear(x_TH, rows_EH).argmax(-1) == index).float().mean())
+def share(x_TH, embeddings_EH, index):
+    return float((F.linear(x_TH, embeddings_EH).argmax(-1) == index).float().mean())
 
 
-def own_share(seen, rows_EH):
-    return float((F.linear(seen.x_TH, rows_EH).argmax(-1) == seen.labels_T).float().mean())
+def own_share(seen, embeddings_EH):
+    return float((F.linear(seen.x_TH, embeddings_EH).argmax(-1) == seen.labels_T).float().mean())
 
 
 def projection_of(seen, form, row_norm="free"):
@@ -88,14 +88,14 @@ def test_chunks_teach_p_directions_that_labels_do_not(start, form, row_norm):
     found, leaks = {}, {}
     for name in (start, "label_fit"):
         projection = projection_of(seen, form, row_norm)
-        start_projection(
+        warm_start_projection(
             projection, seen, RouterConfig(warm_start=name, fit_steps=200, fit_lr=3e-3)
         )
-        rows_EH = projection(topics).detach()
-        assert own_share(seen, rows_EH[:DOMAINS]) > 0.6
+        embeddings_EH = projection(topics).detach()
+        assert own_share(seen, embeddings_EH[:DOMAINS]) > 0.6
         found[name], leaks[name] = (
-            share(new_text, rows_EH, DOMAINS),
-            share(seen.x_TH, rows_EH, DOMAINS),
+            share(new_text, embeddings_EH, DOMAINS),
+            share(seen.x_TH, embeddings_EH, DOMAINS),
         )
     # The paper's SwiGLU learns a little of it; a linear P generalises.
     assert found[start] > found["label_fit"] + 0.2 and leaks[start] < 0.25
@@ -114,7 +114,7 @@ def test_background_teaches_p_more_directions_and_is_nobodys_domain(start, form)
     found, rows = {}, {}
     for name, seen in (("without", without), ("with", everything)):
         projection = projection_of(seen, form, "fixed")
-        start_projection(
+        warm_start_projection(
             projection, seen, RouterConfig(warm_start=start, fit_steps=100, fit_lr=3e-3)
         )
         rows[name] = projection(torch.cat([topics[:DOMAINS], topics[-1:]])).detach()
@@ -137,7 +137,7 @@ def test_fixed_rows_spread_their_logits_alike_after_a_start():
     spreads = {}
     for row_norm in ("fixed", "free"):
         projection = projection_of(seen, "linear", row_norm)
-        start_projection(projection, seen, RouterConfig(warm_start="closed_form"))
+        warm_start_projection(projection, seen, RouterConfig(warm_start="closed_form"))
         logits = F.linear(seen.x_TH, projection(topics).detach())
         spreads[row_norm] = logits.square().mean(0).sqrt()
     assert (
@@ -152,7 +152,7 @@ def test_starts_are_deterministic():
     for _ in range(2):
         seen, topics, _ = world()
         projection = projection_of(seen, "swiglu")
-        start_projection(projection, seen, RouterConfig(warm_start="chunks", fit_steps=5))
+        warm_start_projection(projection, seen, RouterConfig(warm_start="chunks", fit_steps=5))
         rows.append(projection(topics).detach())
     assert torch.equal(*rows)
 
@@ -165,24 +165,26 @@ def test_the_whitener_makes_second_moments_the_identity():
 
 def test_the_temperature_is_the_best_of_its_grid():
     seen, _, _ = world()
-    rows_EH = means(seen.x_TH, seen.labels_T, DOMAINS)
-    best = temperature(seen.x_TH, seen.labels_T, rows_EH)
+    embeddings_EH = means(seen.x_TH, seen.labels_T, DOMAINS)
+    best = temperature(seen.x_TH, seen.labels_T, embeddings_EH)
     losses = {
-        f: float(F.cross_entropy(seen.x_TH @ (rows_EH * f).T, seen.labels_T))
+        f: float(F.cross_entropy(seen.x_TH @ (embeddings_EH * f).T, seen.labels_T))
         for f in (best / 1.2, best, best * 1.2)
     }
     assert min(losses, key=losses.get) == best
-    assert temperature(seen.x_TH, seen.labels_T, rows_EH * best) == pytest.approx(1.0)
+    assert temperature(seen.x_TH, seen.labels_T, embeddings_EH * best) == pytest.approx(1.0)
 
 
 def test_hidden_mean_is_the_mean_and_a_later_row_the_difference():
     seen, _, _ = world()
     old_EH = torch.randn(DOMAINS, HIDDEN, generator=torch.Generator().manual_seed(3))
-    rows_EH = hidden_mean_rows(seen.x_TH, seen.labels_T, old_EH, 0)
-    assert torch.allclose(rows_EH[1], seen.x_TH[seen.labels_T == 1].mean(0), atol=1e-4)
-    later_EH = start_rows(old_EH, seen, RouterConfig(warm_start="hidden_mean"), kept=2)
+    embeddings_EH = hidden_mean_embeddings(seen.x_TH, seen.labels_T, old_EH, 0)
+    assert torch.allclose(embeddings_EH[1], seen.x_TH[seen.labels_T == 1].mean(0), atol=1e-4)
+    later_EH = warm_start_embeddings(old_EH, seen, RouterConfig(warm_start="hidden_mean"), kept=2)
     assert torch.equal(later_EH[:2], old_EH[:2])
-    assert torch.allclose(unit(later_EH[2]), unit(rows_EH[2] - rows_EH[:2].mean(0)), atol=1e-5)
+    assert torch.allclose(
+        unit(later_EH[2]), unit(embeddings_EH[2] - embeddings_EH[:2].mean(0)), atol=1e-5
+    )
     assert float(later_EH[2].norm()) == pytest.approx(
         float(old_EH[:2].norm(dim=1).mean()), rel=1e-5
     )
@@ -190,16 +192,16 @@ def test_hidden_mean_is_the_mean_and_a_later_row_the_difference():
 
 def test_ridge_is_the_normal_equations_solution_up_to_the_temperature():
     seen, _, _ = world()
-    rows_EH = ridge_rows(seen.x_TH, seen.labels_T, DOMAINS)
+    embeddings_EH = ridge_embeddings(seen.x_TH, seen.labels_T, DOMAINS)
     x, y = seen.x_TH.double(), F.one_hot(seen.labels_T, DOMAINS).double()
     penalty = 1e-3 * float((x * x).sum(0).mean())
     expected = torch.linalg.lstsq(
         torch.cat([x, math.sqrt(penalty) * torch.eye(HIDDEN).double()]),
         torch.cat([y, torch.zeros(HIDDEN, DOMAINS)]),
     ).solution.T
-    ratio = rows_EH.double() / expected
+    ratio = embeddings_EH.double() / expected
     assert torch.allclose(ratio, ratio[0, 0].expand_as(ratio), rtol=1e-2)
-    assert own_share(seen, rows_EH) > 0.8
+    assert own_share(seen, embeddings_EH) > 0.8
 
 
 @pytest.mark.parametrize(

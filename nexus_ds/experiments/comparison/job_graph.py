@@ -19,11 +19,11 @@ from nexus_ds.config import as_dict, dump, load_config
 from nexus_ds.errors import ConfigError
 from nexus_ds.experiments.comparison.jobs import WORK, Job, identity
 from nexus_ds.experiments.comparison.methods import (
-    CONTENDERS,
-    Contender,
+    METHODS,
     Extension,
-    chosen_contenders,
+    Method,
     chosen_extensions,
+    chosen_methods,
 )
 from nexus_ds.outputs import new_file, write_text
 from nexus_ds.pipeline import HARMLESS
@@ -31,7 +31,7 @@ from nexus_ds.planning.sizes import sizes_of
 from nexus_ds.planning.traffic import token_flops
 from nexus_ds.runtime.schedule import tokens_per_step, total_steps
 from nexus_ds.settings import (
-    CHUNK_STARTS,
+    CHUNK_WARM_STARTS,
     CompareConfig,
     Config,
     ModelConfig,
@@ -282,7 +282,7 @@ class Builder:
     # Contenders ----------------------------------------------------------------------------------------------------
 
     def _experts(
-        self, contender: Contender, seed: int, more: tuple[str, ...]
+        self, contender: Method, seed: int, more: tuple[str, ...]
     ) -> tuple[Path, dict[str, Path]]:
         """Return what becomes the shared expert, and what becomes the routed ones."""
         config, start = self.config("moe", seed, more), self.seed(seed, more)
@@ -332,14 +332,14 @@ class Builder:
     def _background(config: Config) -> list[str]:
         """Return the seed's domains that never get an expert, where the router's start reads such
         text."""
-        if config.router.warm_start not in CHUNK_STARTS:
+        if config.router.warm_start not in CHUNK_WARM_STARTS:
             return []
         experts = (*config.pipeline.domains, *config.pipeline.new_domains)
         return config.router.fit_background or [
             d for d in config.pipeline.seed_domains if d not in experts
         ]
 
-    def mixture(self, contender: Contender, seed: int, more: tuple[str, ...]) -> Made:
+    def mixture(self, contender: Method, seed: int, more: tuple[str, ...]) -> Made:
         """Return a trained mixture, and the checkpoint that its training starts from."""
         more = (*more, *contender.settings)
         config, (shared, experts) = (
@@ -392,7 +392,7 @@ class Builder:
         }
         return self._piece(seed, f"score-{name}", "score", given, self._ours(models), ".json")
 
-    def contender(self, contender: Contender, seed: int, more: tuple[str, ...]) -> dict[str, Made]:
+    def contender(self, contender: Method, seed: int, more: tuple[str, ...]) -> dict[str, Made]:
         """Return the models of a contender by the name of their row; `branches` has one for each
         domain."""
         name, start = contender.name, self.seed(seed, more)
@@ -432,7 +432,7 @@ class Builder:
     ) -> Made:
         """Return a mixture that was extended by each group of domains in turn, and finetuned after
         each."""
-        base = next(c for c in CONTENDERS if c.name == extension.starts_from)
+        base = next(c for c in METHODS if c.name == extension.starts_from)
         made = self.mixture(base, seed, more)
         members, known = list(made.members), list(self.config("moe", seed, more).pipeline.domains)
         start, model = made.start, made.model
@@ -535,7 +535,7 @@ class Comparison:
     """All jobs, and which of them make which row: by (variant, row, seed)."""
 
     builder: Builder
-    contenders: dict[tuple[str, str], tuple[Contender, dict[int, Made]]]
+    contenders: dict[tuple[str, str], tuple[Method, dict[int, Made]]]
     extensions: dict[tuple[str, str, str], tuple[Extension, dict[int, Made]]]
 
 
@@ -562,7 +562,7 @@ def build(recipe: str, overrides: Sequence[str], out: Path) -> Comparison:
         raise ConfigError("pipeline.domains is empty; name the domains of the upcycled experts")
     found = Comparison(builder, {}, {})
     contenders, extensions = (
-        chosen_contenders(config.compare.contenders),
+        chosen_methods(config.compare.contenders),
         chosen_extensions(config.compare.extensions),
     )
     for seed in config.compare.seeds:

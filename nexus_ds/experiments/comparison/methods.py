@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from nexus_ds.config import nearest
 from nexus_ds.errors import ConfigError
 
-FREE_ROWS = ("router.kind=linear", "router.lr_scale=1")
+FREE_EMBEDDINGS = ("router.kind=linear", "router.lr_scale=1")
 
 
 @dataclass(frozen=True)
-class Contender:
+class Method:
     """One way to a model of all domains."""
 
     name: str
@@ -50,18 +50,18 @@ class Extension:
 
 
 def _start(name: str) -> tuple[str, ...]:
-    return (*FREE_ROWS, f"router.warm_start={name}")
+    return (*FREE_EMBEDDINGS, f"router.warm_start={name}")
 
 
-CONTENDERS = [
-    Contender("seed", "seed", "The dense model that everything starts from.", "reference"),
-    Contender(
+METHODS = [
+    Method("seed", "seed", "The dense model that everything starts from.", "reference"),
+    Method(
         "branches",
         "dense branches",
         "One dense model a domain, the seed trained on that domain alone.",
         "reference",
     ),
-    Contender(
+    Method(
         "union",
         "dense, all data",
         "One dense model trained on the mixture with the whole budget: as many operations "
@@ -69,20 +69,20 @@ CONTENDERS = [
         "dense",
         matched=True,
     ),
-    Contender(
+    Method(
         "average",
         "dense merging",
         "The plain mean of the seed and its branches; no training.",
         "dense",
     ),
-    Contender(
+    Method(
         "btm",
         "BTM ensemble",
         "All branches at once, their probabilities weighted by the posterior of their domain "
         "given the text so far; no training, all branches active.",
         "dense",
     ),
-    Contender(
+    Method(
         "scratch",
         "MoE from scratch",
         "The same mixture, all weights random, trained for the mixture's budget.",
@@ -90,7 +90,7 @@ CONTENDERS = [
         "random",
         _start("none"),
     ),
-    Contender(
+    Method(
         "sparse_upcycling",
         "sparse upcycling",
         "Every routed expert starts as a copy of the seed's; trained for the mixture's budget.",
@@ -98,7 +98,7 @@ CONTENDERS = [
         "copies",
         _start("none"),
     ),
-    Contender(
+    Method(
         "sparse_upcycling_matched",
         "sparse upcycling, matched",
         "Sparse upcycling with the whole budget: as many "
@@ -108,7 +108,7 @@ CONTENDERS = [
         _start("none"),
         matched=True,
     ),
-    Contender(
+    Method(
         "btx",
         "BTX",
         "Branch-Train-MiX as published: the seed is a routed expert like the others, no shared expert, "
@@ -117,7 +117,7 @@ CONTENDERS = [
         "branches+seed",
         (*_start("none"), "model.shared_expert=none", "router.top_k=2"),
     ),
-    Contender(
+    Method(
         "linear",
         "linear router",
         "The Nexus paper's baseline: shared seed FFN, free router rows that start at random.",
@@ -125,7 +125,7 @@ CONTENDERS = [
         "branches",
         _start("none"),
     ),
-    Contender(
+    Method(
         "linear_fit",
         "linear, label fit",
         "Free rows, fitted to tell domains apart before training.",
@@ -133,7 +133,7 @@ CONTENDERS = [
         "branches",
         _start("label_fit"),
     ),
-    Contender(
+    Method(
         "hidden_mean",
         "mean hidden state",
         "Free rows that start as the mean hidden state of each domain's text (mergekit's way).",
@@ -141,7 +141,7 @@ CONTENDERS = [
         "branches",
         _start("hidden_mean"),
     ),
-    Contender(
+    Method(
         "ridge",
         "ridge",
         "Free rows that start as the closed-form ridge regression of domain labels on hidden states "
@@ -150,7 +150,7 @@ CONTENDERS = [
         "branches",
         _start("ridge"),
     ),
-    Contender(
+    Method(
         "embedding_rows",
         "embeddings as rows",
         "Free rows that start as the domain embeddings themselves (FlexOlmo's "
@@ -159,7 +159,7 @@ CONTENDERS = [
         "branches",
         _start("embedding"),
     ),
-    Contender(
+    Method(
         "nexus_paper",
         "Nexus, as printed",
         "Rows P(d) as the paper prints them: no warm start, P at the model's own "
@@ -168,7 +168,7 @@ CONTENDERS = [
         "branches",
         ("router.kind=nexus", "router.warm_start=none", "router.init=normal", "router.lr_scale=1"),
     ),
-    Contender(
+    Method(
         "nexus",
         "Nexus",
         "Rows P(d) with the package's defaults.",
@@ -176,7 +176,7 @@ CONTENDERS = [
         "branches",
         ("router.kind=nexus",),
     ),
-    Contender(
+    Method(
         "nexus_context",
         "Nexus, context router",
         "Rows P(d) with a linear P and fixed length, read by the running mean "
@@ -199,7 +199,7 @@ EXTENSIONS = [
         "linear, reset",
         "The Nexus paper's baseline: all rows of the linear router start anew.",
         "linear",
-        FREE_ROWS,
+        FREE_EMBEDDINGS,
         ("--linear-init", "reset", "--no-refit"),
     ),
     Extension(
@@ -207,7 +207,7 @@ EXTENSIONS = [
         "linear, random row",
         "Old rows stay, the new one is random.",
         "linear_fit",
-        FREE_ROWS,
+        FREE_EMBEDDINGS,
         ("--no-refit",),
     ),
     Extension(
@@ -282,10 +282,10 @@ EXTENSIONS = [
 ]
 
 
-def chosen_contenders(names: list[str]) -> list[Contender]:
+def chosen_methods(names: list[str]) -> list[Method]:
     """Return the contenders of these names, all for none; ConfigError for an unknown one."""
-    _check(names, [c.name for c in CONTENDERS], "compare.contenders")
-    return [c for c in CONTENDERS if c.name in names or not names]
+    _check(names, [c.name for c in METHODS], "compare.contenders")
+    return [c for c in METHODS if c.name in names or not names]
 
 
 def chosen_extensions(names: list[str]) -> list[Extension]:

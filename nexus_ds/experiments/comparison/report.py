@@ -26,11 +26,11 @@ from nexus_ds.experiments.comparison.report_figures import (
 from nexus_ds.experiments.comparison.report_findings import verdict
 from nexus_ds.experiments.comparison.report_tables import (
     additions,
-    contenders_of,
     domain_table,
     extension_table,
     extension_variant_table,
     label,
+    methods_of,
     old_domains,
     own_table,
     quality_table,
@@ -271,7 +271,7 @@ def _end_sections(results: Entry) -> list[Section]:
 def comparison_sections(results: Entry, folder: Path) -> list[Section]:
     """Draw all figures into `folder` and return the sections of the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    sections = _upcycling_sections(results, folder) if contenders_of(results) else []
+    sections = _upcycling_sections(results, folder) if methods_of(results) else []
     for added in additions(results):
         sections += _extension_sections(results, added, folder)
     return [
@@ -363,7 +363,7 @@ def terminal_tables(results: Entry) -> str:
     """Return the main tables as plain text: contenders with their cost, and each extension's losses
     and shares."""
     parts = []
-    if contenders_of(results):
+    if methods_of(results):
         table = _narrow(quality_table(results), ("gate", "× ", "seconds"))
         parts.append(f"Old domains ({', '.join(old_domains(results))})\n{text_table(table)}")
     for added in additions(results):

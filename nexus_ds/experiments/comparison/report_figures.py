@@ -17,9 +17,9 @@ from nexus_ds.experiments.comparison import seed_figures
 from nexus_ds.experiments.comparison.report_tables import (
     EXTENSION_REFERENCES,
     compute_of,
-    contenders_of,
     extensions_of,
     label,
+    methods_of,
     new_domains,
     old_domains,
     reference,
@@ -42,7 +42,7 @@ def _level(x: float, values: Mapping[str, float]) -> Level | None:
 
 def draw_differences(results: Entry, out: Path) -> Path | None:
     """Draw every contender minus the reference on the old domains, a dot a seed."""
-    entries, domains = contenders_of(results), old_domains(results)
+    entries, domains = methods_of(results), old_domains(results)
     base = reference(entries)
     if base is None:
         return None
@@ -73,7 +73,7 @@ def draw_compute(results: Entry, out: Path) -> Path | None:
     """Draw every contender's loss on the old domains against its training compute; None for fewer
     than two."""
     points: dict[str, Level] = {}
-    for entry in contenders_of(results):
+    for entry in methods_of(results):
         flops = compute_of(entry, "training_flops")
         level = None if flops is None else _level(flops, losses(entry, old_domains(results)))
         if level is not None:
@@ -170,10 +170,10 @@ def draw_share(results: Entry, added: str, out: Path) -> Path:
 
 def draw_variants(results: Entry, out: Path) -> Path | None:
     """Draw the loss of each varied contender under each setting (paper Figure 7)."""
-    names = ["", *[v for v in variants_of(results) if contenders_of(results, v)]]
+    names = ["", *[v for v in variants_of(results) if methods_of(results, v)]]
     series: dict[str, list[Level]] = {title: [] for title in varied(results).values()}
     for x, variant in enumerate(names):
-        for entry in contenders_of(results, variant):
+        for entry in methods_of(results, variant):
             level = _level(float(x), losses(entry, old_domains(results)))
             if entry["name"] in varied(results) and level is not None:
                 series[varied(results)[entry["name"]]].append(level)

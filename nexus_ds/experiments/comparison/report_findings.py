@@ -15,11 +15,11 @@ from typing import Any
 from nexus_ds.experiments.comparison.report_tables import (
     EXTENSION_REFERENCES,
     additions,
-    contenders_of,
     counterpart,
     extensions_of,
     flops_ratio,
     label,
+    methods_of,
     new_domains,
     old_domains,
     reference,
@@ -117,7 +117,7 @@ def _cost(entry: Entry, base: Entry) -> str:
 def _upcycling(results: Entry) -> list[str]:
     # A branch serves its own domain; its loss over all of them is in the tables and makes no
     # finding.
-    entries = [entry for entry in contenders_of(results) if not entry["name"].startswith("branch")]
+    entries = [entry for entry in methods_of(results) if not entry["name"].startswith("branch")]
     domains, base = old_domains(results), reference(entries)
     if base is None:
         return ["No Nexus mixture was measured, so nothing is said about upcycling."]
@@ -180,7 +180,7 @@ def _variants(results: Entry) -> list[str]:
     """Say which changed settings move the Nexus mixture's loss."""
     found: dict[str, Paired] = {}
     for variant in variants_of(results):
-        entry = reference(contenders_of(results, variant))
+        entry = reference(methods_of(results, variant))
         same = counterpart(results, entry) if entry is not None else None
         if entry is None or same is None:
             continue

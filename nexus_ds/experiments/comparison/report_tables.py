@@ -28,7 +28,7 @@ def label(entry: Entry) -> str:
     return f"{name} [{entry['variant']}]" if entry.get("variant") else name
 
 
-def contenders_of(results: Entry, variant: str | None = "") -> list[Entry]:
+def methods_of(results: Entry, variant: str | None = "") -> list[Entry]:
     """Return the contenders of one variant that at least one seed measured (None: of all
     variants)."""
     found = [
@@ -139,7 +139,7 @@ def _compute_columns(
 
 def quality_table(results: Entry) -> Table:
     """Return loss on the old domains, paired difference to Nexus, and cost of every contender."""
-    entries, domains = contenders_of(results), old_domains(results)
+    entries, domains = methods_of(results), old_domains(results)
     base = reference(entries)
     compute_head, compute = _compute_columns(entries, base)
     name = base.get("label") if base else "the reference"
@@ -182,7 +182,7 @@ def start_table(results: Entry) -> Table | None:
     before."""
     domains = old_domains(results)
     rows: list[list[Cell]] = []
-    for entry in contenders_of(results):
+    for entry in methods_of(results):
         before = {
             "seeds": {seed: value.get("untrained") for seed, value in seeds_of(entry).items()}
         }
@@ -219,7 +219,7 @@ def domain_table(results: Entry) -> Table:
     heads = _domain_heads(results)
     rows: list[list[Cell]] = [
         [label(entry), *[_perplexity(losses(entry, [domain])) for domain in heads]]
-        for entry in contenders_of(results)
+        for entry in methods_of(results)
     ]
     return Table(header=["contender", *heads.values()], rows=rows, best="min")
 
@@ -227,7 +227,7 @@ def domain_table(results: Entry) -> Table:
 def task_table(results: Entry) -> Table | None:
     """Return scores by group of tasks (paper Tables 2 and 3) and their mean; None if no tasks were
     run."""
-    entries = contenders_of(results)
+    entries = methods_of(results)
     groups = list(
         dict.fromkeys(
             g
@@ -256,7 +256,7 @@ def own_table(results: Entry) -> Table | None:
     routers."""
     domains = old_domains(results)
     rows: list[list[Cell]] = []
-    for entry in contenders_of(results, variant=None):
+    for entry in methods_of(results, variant=None):
         shares = [
             {
                 seed: share
@@ -350,8 +350,7 @@ def counterpart(results: Entry, entry: Entry) -> Entry | None:
 def variants_of(results: Entry) -> list[str]:
     """Return the names of the changed settings that were measured, in the recipe's order."""
     found = [
-        e.get("variant")
-        for e in [*contenders_of(results, None), *extensions_of(results, None, None)]
+        e.get("variant") for e in [*methods_of(results, None), *extensions_of(results, None, None)]
     ]
     order = dict.fromkeys([*(results.get("variants") or {}), *found])
     return [name for name in order if name and name in found]
@@ -362,7 +361,7 @@ def variant_table(results: Entry) -> Table | None:
     variants."""
     domains = old_domains(results)
     entries = sorted(
-        (e for e in contenders_of(results, None) if e["name"] in varied(results)),
+        (e for e in methods_of(results, None) if e["name"] in varied(results)),
         key=lambda e: list(varied(results)).index(e["name"]),
     )
     rows: list[list[Cell]] = []
@@ -394,7 +393,7 @@ def varied(results: Entry) -> dict[str, str]:
     """Return the contenders (name: label) that some variant changes."""
     return {
         e["name"]: str(e.get("label") or e["name"])
-        for e in contenders_of(results, None)
+        for e in methods_of(results, None)
         if e.get("variant")
     }
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from nexus_ds.checkpoint.inspection import describe
 from nexus_ds.experiments.comparison.job_graph import Comparison, Made, moe_domains
-from nexus_ds.experiments.comparison.methods import Contender, Extension
+from nexus_ds.experiments.comparison.methods import Extension, Method
 from nexus_ds.settings import Config
 
 ROUNDED = 6  # decimals: results.json of two equal runs is the same file
@@ -126,8 +126,8 @@ def _missing(made: Made) -> bool:
     return not all(path.exists() for path in paths)
 
 
-def _contender_row(
-    comparison: Comparison, key: tuple[str, str], contender: Contender, seeds: dict[int, Made]
+def _method_row(
+    comparison: Comparison, key: tuple[str, str], contender: Method, seeds: dict[int, Made]
 ) -> dict[str, Any] | None:
     done = {seed: made for seed, made in seeds.items() if not _missing(made)}
     if not done:
@@ -177,14 +177,14 @@ def _machine() -> str:
 
 
 def _not_run(comparison: Comparison, failed: dict[Path, str]) -> list[dict[str, str]]:
-    from nexus_ds.experiments.comparison.methods import CONTENDERS, EXTENSIONS
+    from nexus_ds.experiments.comparison.methods import EXTENSIONS, METHODS
 
     found = [
         {"name": comparison.builder.jobs[path].name, "why": why} for path, why in failed.items()
     ]
     run = {contender.name for contender, _ in comparison.contenders.values()}
     run_extensions = {extension.name for extension, _ in comparison.extensions.values()}
-    found += [{"name": c.label, "why": "not asked for"} for c in CONTENDERS if c.name not in run]
+    found += [{"name": c.label, "why": "not asked for"} for c in METHODS if c.name not in run]
     found += [
         {"name": f"extension: {e.label}", "why": "not asked for"}
         for e in EXTENSIONS
@@ -205,9 +205,7 @@ def collect(
     pipe = config.pipeline
     old, new = pipe.domains, pipe.new_domains
     trained_on = moe_domains(config)
-    contenders = [
-        _contender_row(comparison, key, *row) for key, row in comparison.contenders.items()
-    ]
+    contenders = [_method_row(comparison, key, *row) for key, row in comparison.contenders.items()]
     extensions = [
         _extension_row(comparison, key, *row, old) for key, row in comparison.extensions.items()
     ]

@@ -7,7 +7,7 @@ import pytest
 from nexus_ds.config import load_config
 from nexus_ds.errors import ConfigError
 from nexus_ds.experiments.comparison.job_graph import additions, build
-from nexus_ds.experiments.comparison.methods import CONTENDERS, EXTENSIONS
+from nexus_ds.experiments.comparison.methods import EXTENSIONS, METHODS
 
 OUT = Path("comparison")
 
@@ -21,7 +21,7 @@ def jobs(found, part):
 
 
 def test_names_stand_once_and_extensions_start_from_contenders():
-    names = [c.name for c in CONTENDERS]
+    names = [c.name for c in METHODS]
     assert len(set(names)) == len(names) and len({e.name for e in EXTENSIONS}) == len(EXTENSIONS)
     assert all(e.starts_from in names for e in EXTENSIONS)
 
@@ -29,10 +29,10 @@ def test_names_stand_once_and_extensions_start_from_contenders():
 def test_every_contender_and_extension_can_be_built_and_has_a_row():
     found = made("compare.contenders=[]", "compare.extensions=[]")
     rows = {row for _, row in found.contenders}
-    assert rows - {c.name for c in CONTENDERS} == {
+    assert rows - {c.name for c in METHODS} == {
         f"branch {d}" for d in ("python", "docs", "algebra", "tables")
     }
-    assert {c.name for c in CONTENDERS} - rows == {"branches"}
+    assert {c.name for c in METHODS} - rows == {"branches"}
     assert {name for _, name, _ in found.extensions} == {e.name for e in EXTENSIONS}
     for job in found.builder.jobs.values():
         assert all(need in found.builder.jobs for need in job.needs), job.name

@@ -11,7 +11,7 @@ from nexus_ds.checkpoint.inspection import describe
 from nexus_ds.experiments.comparison import results
 from nexus_ds.experiments.comparison.job_graph import Made, build
 from nexus_ds.experiments.comparison.jobs import Job
-from nexus_ds.experiments.comparison.methods import CONTENDERS, EXTENSIONS
+from nexus_ds.experiments.comparison.methods import EXTENSIONS, METHODS
 
 FIRST = {"a": {"a": 0.3, "b": 0.7}, "b": {"a": 0.6, "b": 0.4}}
 LAST = {"a": {"a": 0.8, "b": 0.2}, "b": {"a": 0.1, "b": 0.9}}
@@ -128,12 +128,12 @@ def test_every_column_of_a_contenders_row(model, tmp_path):
     (tmp_path / "tasks" / "summary.json").write_text(
         '{"tasks": {"m": {"groups": {"science": 31.5}}}}'
     )
-    nexus = next(c for c in CONTENDERS if c.name == "nexus")
+    nexus = next(c for c in METHODS if c.name == "nexus")
     made = {
         3: Made(None, model, tasks=tmp_path / "tasks", members=(model,)),
         4: Made(None, tmp_path / "not made"),
     }
-    row = results._contender_row(
+    row = results._method_row(
         comparison_of(Job("n", model, (), flops=7.0, tokens=3)), ("low", "nexus"), nexus, made
     )
     assert {key: row[key] for key in row if key not in ("seeds", "compute")} == {
