@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nexus_ds.checkpoint.records import SIDECAR, is_nexus, last_extension, read_manifest
 from nexus_ds.config import as_dict, load_config, parse_yaml
 from nexus_ds.errors import CheckpointError, ConfigError, OutputExistsError
 from nexus_ds.launch import free_port
@@ -95,18 +96,17 @@ def places(config: Config) -> Places:
 def checkpoint_domains(path: str) -> tuple[list[str], list[str]]:
     """Return the domains of a Nexus checkpoint's older experts and of those of its last extension;
     ([], []) for others."""
-    sidecar = Path(path) / "nexus.json"
-    if not path or not sidecar.is_file():
+    directory = Path(path)
+    if not path or not is_nexus(directory):
         return [], []
     try:
-        value = json.loads(sidecar.read_text(encoding="utf-8"))
-        extensions = [step for step in value["lineage"] if step.get("verb") == "extend"]
-        last = extensions[-1]["experts"] if extensions else []
-        domains = [(expert["name"] in last, expert["domain"]) for expert in value["experts"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        manifest = read_manifest(directory)
+        last = last_extension(manifest.lineage)
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{sidecar} is damaged ({error!r}); restore it from where it came"
+            f"{directory / SIDECAR} is damaged ({error}); restore it from where it came"
         ) from error
+    domains = [(expert.name in last, expert.domain) for expert in manifest.experts]
     return [d for is_new, d in domains if not is_new], [d for is_new, d in domains if is_new]
 
 

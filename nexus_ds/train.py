@@ -104,7 +104,7 @@ def _check_dense(path: Path) -> None:
     own.
     """
     from nexus_ds.checkpoint.families import open_dense
-    from nexus_ds.checkpoint.sidecar import is_nexus
+    from nexus_ds.checkpoint.records import is_nexus
 
     if path.is_dir() and not is_nexus(path):
         open_dense(path)

@@ -204,10 +204,13 @@ def make_nexus(out: Path, seed=0, names=DOMAINS, top_k=1, router_input="token", 
     """Save a random Nexus checkpoint with one expert for each of `names`, rows P(D), and its
     sidecar."""
     from nexus_ds.checkpoint.qwen2_moe import SHARED_GATE_FILL
-    from nexus_ds.checkpoint.sidecar import (
+    from nexus_ds.checkpoint.records import (
         EncoderRecord,
         ExpertRecord,
         RouterRecord,
+        step_of,
+    )
+    from nexus_ds.checkpoint.sidecar import (
         Sidecar,
         expert_embeddings,
         write_sidecar,
@@ -249,7 +252,7 @@ def make_nexus(out: Path, seed=0, names=DOMAINS, top_k=1, router_input="token", 
         encoder=EncoderRecord(
             name="tiny", revision="1" * 64, dimension=8, documents=5, normalised=True
         ),
-        lineage=[{"verb": "upcycle", "seed": "seed"}],
+        lineage=[step_of({"verb": "upcycle", "seed": "seed"})],
         versions={"nexus_ds": "0"},
         vectors=vectors,
         centre=centre,

@@ -9,10 +9,8 @@ from nexus_ds.checkpoint.qwen2_moe import (
     shared_gate_name,
     shared_name,
 )
+from nexus_ds.checkpoint.records import EncoderRecord, ExpertRecord, RouterRecord, step_of
 from nexus_ds.checkpoint.sidecar import (
-    EncoderRecord,
-    ExpertRecord,
-    RouterRecord,
     Sidecar,
     expert_embeddings,
     write_sidecar,
@@ -87,7 +85,7 @@ def make_large(
         encoder=EncoderRecord(
             name="tiny", revision="1" * 64, dimension=384, documents=5, normalised=True
         ),
-        lineage=[{"verb": "upcycle"}],
+        lineage=[step_of({"verb": "upcycle"})],
         versions={},
         vectors=vectors,
         centre=centre_of(vectors),

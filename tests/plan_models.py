@@ -55,10 +55,13 @@ def make_model(out, sizes):
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     from nexus_ds.checkpoint.qwen2_moe import SHARED_GATE_FILL
-    from nexus_ds.checkpoint.sidecar import (
+    from nexus_ds.checkpoint.records import (
         EncoderRecord,
         ExpertRecord,
         RouterRecord,
+        step_of,
+    )
+    from nexus_ds.checkpoint.sidecar import (
         Sidecar,
         expert_embeddings,
         write_sidecar,
@@ -103,7 +106,7 @@ def make_model(out, sizes):
         encoder=EncoderRecord(
             name="tiny", revision="1" * 64, dimension=EMBEDDING, documents=5, normalised=True
         ),
-        lineage=[{"verb": "upcycle"}],
+        lineage=[step_of({"verb": "upcycle"})],
         versions={},
         vectors=vectors,
         centre=centre_of(vectors),

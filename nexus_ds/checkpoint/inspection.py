@@ -13,7 +13,8 @@ from typing import Any
 from nexus_ds.checkpoint.families import as_stored
 from nexus_ds.checkpoint.loading import read_config
 from nexus_ds.checkpoint.qwen2_moe import check_shared_gates
-from nexus_ds.checkpoint.sidecar import is_nexus, read_sidecar, verify_expert_embeddings
+from nexus_ds.checkpoint.records import is_nexus
+from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.checkpoint.tokenizer import read_tokenizer
 from nexus_ds.config import parse_yaml
@@ -74,7 +75,7 @@ def _nexus_info(directory: Path, reader: TensorReader, config: dict[str, Any]) -
         "experts": [vars(expert).copy() for expert in sidecar.experts],
         "router": {**vars(sidecar.router), "rows": rows},
         "encoder": None if sidecar.encoder is None else vars(sidecar.encoder).copy(),
-        "lineage": sidecar.lineage,
+        "lineage": [step.entry() for step in sidecar.lineage],
         "shared_expert": sidecar.shared_expert,
         "shared_expert_gate": gates,
         "parameters": count_parameters(reader, config, sidecar.shared_expert == "seed"),

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from nexus_ds.checkpoint.families import refuse_hooks, refuse_other_weights
-from nexus_ds.checkpoint.sidecar import is_nexus, verify_expert_embeddings
+from nexus_ds.checkpoint.records import is_nexus
+from nexus_ds.checkpoint.sidecar import verify_expert_embeddings
 from nexus_ds.checkpoint.tensors import TensorReader, read_json_object, require_directory
 from nexus_ds.errors import CheckpointError, ConfigError
 from nexus_ds.model.context import CONTEXT_MODEL

@@ -20,104 +20,43 @@ import platform
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
 from nexus_ds import __version__
+from nexus_ds.checkpoint.json_files import read_json_object
 from nexus_ds.checkpoint.qwen2_moe import gate_name, open_moe
-from nexus_ds.checkpoint.tensors import (
-    TensorReader,
-    read_json_object,
-    require_directory,
-    write_tensors,
+from nexus_ds.checkpoint.records import (
+    SIDECAR,
+    Manifest,
+    RouterRecord,
+    manifest_json,
+    read_manifest,
 )
+from nexus_ds.checkpoint.tensors import TensorReader, write_tensors
 from nexus_ds.errors import CheckpointError, ConfigError
 from nexus_ds.model.context import CONTEXT_MODEL
 from nexus_ds.model.router import Projection, condition, expert_embeddings_in
 from nexus_ds.outputs import new_file, write_json
 
-SIDECAR, ROUTER = "nexus.json", "nexus_router.safetensors"
-FORMAT = 2
+ROUTER = "nexus_router.safetensors"
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of a weight file that `content_fingerprint` reads
 EMBEDDING_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
 """Largest difference of stored and recomputed rows relative to the largest entry: machines differ
 in summing order."""
 
-Record = TypeVar("Record")
 
+@dataclass(kw_only=True)
+class Sidecar(Manifest):
+    """What a Nexus checkpoint holds besides the Qwen2-MoE; n experts, m the embedding's width."""
 
-@dataclass
-class ExpertRecord:
-    """A routed expert: where its FFN came from."""
-
-    name: str
-    domain: str
-    source: str
-    """Path of the dense model as it was given; of an absolute path the last part."""
-    sha256: str
-    """Of the dense model's FFN tensors, see `tensorfile.sha256_of_tensors`."""
-
-
-@dataclass
-class EncoderRecord:
-    """The sentence encoder of the domain embeddings; only embeddings of the same one can be
-    appended."""
-
-    name: str
-    revision: str
-    """Hash of its weights."""
-    dimension: int
-    documents: int
-    """Documents per domain that were averaged (of the domain with the fewest)."""
-    normalised: bool
-    """Whether each document's embedding had length one."""
-
-
-@dataclass
-class RouterRecord:
-    """The form of the router; see `RouterConfig`."""
-
-    kind: str
-    depth: int
-    width: int
-    """Inner width of P; 0: the hidden size."""
-    projection: str
-    """Form of P: swiglu | gelu | relu | linear."""
-    row_norm: str
-    """free | fixed."""
-    input: str
-    """token | context."""
-    centre: bool
-    top_k: int
-
-    def new_projection(self, embedding_size: int, hidden_size: int) -> Projection:
-        """Return an untrained P of this form."""
-        return Projection(
-            embedding_size, hidden_size, self.depth, self.width, self.projection, self.row_norm
-        )
-
-
-@dataclass
-class Sidecar:
-    """What a Nexus checkpoint holds besides the Qwen2-MoE; n experts, m the embedding's
-    dimension."""
-
-    experts: list[ExpertRecord]
-    router: RouterRecord
-    encoder: EncoderRecord | None
-    lineage: list[dict[str, Any]]
-    """One entry a verb that made or changed the model, oldest first."""
-    versions: dict[str, str]
     vectors: Tensor
     """Raw domain embeddings [n, m] fp32, in expert order."""
     centre: Tensor
     """[m] fp32: mean of the upcycled domains' unit vectors; zeros when `router.centre` is off."""
     projections: list[dict[str, Tensor]] = field(default_factory=list)
     """State of `Projection` for each layer, fp32; empty for a linear router."""
-    shared_expert: str = "seed"
-    """seed | none: its weights are zeros."""
 
     def domain_inputs(self) -> Tensor:
         """Return what P reads, [n, m] fp32: the conditioned embeddings, or the raw ones where
@@ -139,11 +78,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def is_nexus(directory: Path) -> bool:
-    """Return whether a directory is a Nexus checkpoint (has the sidecar)."""
-    return (Path(directory) / SIDECAR).is_file()
 
 
 def _sidecar_tensors(sidecar: Sidecar) -> dict[str, Tensor]:
@@ -200,32 +134,7 @@ def write_sidecar(directory: Path, sidecar: Sidecar) -> None:
     check_sidecar(sidecar, Path(directory))
     with new_file(Path(directory) / ROUTER, overwrite=True) as temporary:
         write_tensors(temporary, _sidecar_tensors(sidecar))
-    value = {
-        "format": FORMAT,
-        "experts": [dataclasses.asdict(expert) for expert in sidecar.experts],
-        "router": dataclasses.asdict(sidecar.router),
-        "encoder": dataclasses.asdict(sidecar.encoder) if sidecar.encoder else None,
-        "lineage": sidecar.lineage,
-        "versions": sidecar.versions,
-        "shared_expert": sidecar.shared_expert,
-    }
-    write_json(Path(directory) / SIDECAR, value)
-
-
-def _record(cls: type[Record], value: Any, where: str) -> Record:
-    """Build a record from JSON, refusing missing, unknown and mistyped fields."""
-    hints = get_type_hints(cls)
-    if not isinstance(value, dict) or set(value) != set(hints):
-        found = sorted(value) if isinstance(value, dict) else type(value).__name__
-        raise CheckpointError(
-            f"{where}: found {found}, expected {sorted(hints)}; the sidecar is damaged"
-        )
-    for name, kind in hints.items():
-        if type(value[name]) is not kind:
-            raise CheckpointError(
-                f"{where}.{name}: found {value[name]!r}, expected {kind.__name__}"
-            )
-    return cls(**value)
+    write_json(Path(directory) / SIDECAR, manifest_json(sidecar))
 
 
 def _projections(reader: TensorReader) -> list[dict[str, Tensor]]:
@@ -242,54 +151,20 @@ def _projections(reader: TensorReader) -> list[dict[str, Tensor]]:
     return [layers[layer] for layer in range(len(layers))]
 
 
-def _from_format_1(value: dict[str, Any]) -> dict[str, Any]:
-    """Return the description of a checkpoint of format 1 as of format 2, which names more forms of
-    the router."""
-    router = dict(value["router"]) if isinstance(value.get("router"), dict) else {}
-    if "activation" in router:
-        router |= {"projection": router.pop("activation"), "row_norm": "free", "input": "token"}
-    return value | {"format": 2, "router": router, "shared_expert": "seed"}
-
-
 def read_sidecar(directory: Path) -> Sidecar:
     """Read the sidecar of a Nexus checkpoint and check it against itself and against config.json.
 
     Raises:
         CheckpointError: no Nexus checkpoint, damaged, of another format, or of another model.
     """
-    directory = require_directory(Path(directory))
-    if not is_nexus(directory):
-        raise CheckpointError(
-            f"{directory} has no {SIDECAR}: it is no Nexus checkpoint; make one with nexus-ds upcycle"
-        )
-    value, where = read_json_object(directory, SIDECAR), f"{directory / SIDECAR}"
-    if value.get("format") == 1:
-        value = _from_format_1(value)
-    if value.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{where}: format {value.get('format')!r}, this version reads {FORMAT}; use a matching one"
-        )
-    if not isinstance(value.get("experts"), list) or not isinstance(value.get("lineage"), list):
-        raise CheckpointError(
-            f"{where}: expected lists of experts and lineage; the sidecar is damaged"
-        )
-    encoder = value.get("encoder")
+    directory = Path(directory)
+    manifest = read_manifest(directory)
     reader = TensorReader.of_file(directory, ROUTER)
     sidecar = Sidecar(
-        experts=[
-            _record(ExpertRecord, e, f"{where}: experts[{i}]")
-            for i, e in enumerate(value["experts"])
-        ],
-        router=_record(RouterRecord, value.get("router"), f"{where}: router"),
-        encoder=_record(EncoderRecord, encoder, f"{where}: encoder")
-        if encoder is not None
-        else None,
-        lineage=value["lineage"],
-        versions=value.get("versions") or {},
+        **vars(manifest),
         vectors=reader.read("vectors"),
         centre=reader.read("centre"),
         projections=_projections(reader),
-        shared_expert=value.get("shared_expert", ""),
     )
     check_sidecar(sidecar, directory)
     _check_against_config(directory, sidecar)
@@ -334,6 +209,18 @@ def content_fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
+def new_projection(router: RouterRecord, embedding_size: int, hidden_size: int) -> Projection:
+    """Return an untrained P of a recorded form, from embeddings [.., m] to rows [.., h]."""
+    return Projection(
+        embedding_size,
+        hidden_size,
+        router.depth,
+        router.width,
+        router.projection,
+        router.row_norm,
+    )
+
+
 def load_projection(sidecar: Sidecar, layer: int, where: Path = Path(SIDECAR)) -> Projection:
     """Return P of one layer in fp32; CheckpointError if the stored weights are not those of the
     recorded form."""
@@ -342,7 +229,7 @@ def load_projection(sidecar: Sidecar, layer: int, where: Path = Path(SIDECAR)) -
     # any size: what is there won't fit it
     hidden = last.shape[0] if last is not None and last.ndim == 2 else 1
     try:
-        projection = record.new_projection(sidecar.vectors.shape[1], hidden)
+        projection = new_projection(record, sidecar.vectors.shape[1], hidden)
         projection.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     except (RuntimeError, ConfigError) as error:
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -23,6 +23,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nexus_ds.checkpoint.json_files import (
+    confined,
+    parse_json_object,
+    read_json_object,
+    require_directory,
+)
 from nexus_ds.errors import CheckpointError
 from nexus_ds.outputs import create, naming, write_at, write_json
 
@@ -44,7 +50,6 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
-MAX_JSON = 100_000_000  # bytes of an index or configuration
 SLICE = 1 << 22  # elements that `row_slices` allows at once
 CHUNK = 1 << 23  # bytes that are hashed at once
 
@@ -63,79 +68,6 @@ class TensorInfo(NamedTuple):
 def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
     """Return the size of a tensor in bytes."""
     return math.prod(shape) * DTYPES[dtype].itemsize
-
-
-def confined(directory: Path, name: str) -> Path:
-    """Return `directory / name`, a file that really lies in `directory`.
-
-    A directory of the Hugging Face cache (`snapshots/REVISION`) consists of links to its sibling
-    `blobs`: these are the one kind of link that may leave the directory.
-
-    Raises:
-        CheckpointError: absolute, upward or linked paths that lead out of the directory, NUL bytes.
-    """
-    root = directory.parent.parent if directory.parent.name == "snapshots" else directory
-    path = directory / name
-    outside = "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts
-    if outside or not path.resolve().is_relative_to(root.resolve()):
-        raise CheckpointError(
-            f"{directory}: the file {name!r} lies outside the model's directory; only files in it are read. "
-            "Copy the model so that its directory holds the files themselves"
-        )
-    return path
-
-
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object, refusing a name that stands twice (ValueError)."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r} stands twice")
-    return result
-
-
-def parse_json_object(text: bytes, what: str) -> dict[str, Any]:
-    """Parse a JSON object strictly: UTF-8, no doubled names. CheckpointError starts with `what`."""
-    try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_no_doubles)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{what} is not valid JSON ({error}); fetch or save it again"
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{what} holds {type(value).__name__}, expected a JSON object; fetch or save it again"
-        )
-    return value
-
-
-def read_json_object(directory: Path, name: str) -> dict[str, Any]:
-    """Read the JSON object in `directory / name`.
-
-    Raises:
-        CheckpointError: missing, outside the directory, larger than 100 MB, or not an object.
-    """
-    path = confined(directory, name)
-    if not path.is_file():
-        raise CheckpointError(
-            f"{directory} has no {name}; expected a model directory as transformers saves it"
-        )
-    if path.stat().st_size > MAX_JSON:
-        raise CheckpointError(
-            f"{path} has {path.stat().st_size} bytes, expected at most {MAX_JSON}"
-        )
-    return parse_json_object(path.read_bytes(), str(path))
-
-
-def require_directory(directory: Path) -> Path:
-    """Return `directory` if it is one; CheckpointError else, for instance for the name of a model
-    on a hub."""
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"{directory} is not a directory; expected a local model directory "
-            "(nothing is downloaded: fetch the model first)"
-        )
-    return directory
 
 
 def _int_list(value: Any) -> bool:

@@ -167,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
     verdict = before_after.judge(trial.before, trial.after(out), limit) if trial else None
     command = next_training(out, data or "DIR", args.config or "demo", "extend")
     result = model.summary(out, report) | {
-        "lambda": model.sidecar.lineage[-1]["lambda"],
+        "lambda": model.sidecar.lineage[-1].entry()["lambda"],
         "next": command,
     }
     result["verdict"] = verdict.as_dict() if verdict else None

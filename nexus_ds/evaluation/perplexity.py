@@ -27,7 +27,8 @@ from torch import Tensor
 
 from nexus_ds.checkpoint.loading import load_model, read_config
 from nexus_ds.checkpoint.qwen2_moe import gate_name
-from nexus_ds.checkpoint.sidecar import Sidecar, is_nexus, read_sidecar
+from nexus_ds.checkpoint.records import is_nexus
+from nexus_ds.checkpoint.sidecar import Sidecar, read_sidecar
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.errors import CheckpointError, ConfigError, DataError
 from nexus_ds.progress import Progress

@@ -167,7 +167,8 @@ def _read(found: dict[str, Any], where: str) -> dict[str, Any]:
 def _of_checkpoint(config: Config, directory: Path) -> Sizes:
     """Return the sizes of a dense, Nexus or stock Qwen2-MoE checkpoint; P's are read from the
     sidecar where there is one."""
-    from nexus_ds.checkpoint.sidecar import is_nexus, read_sidecar
+    from nexus_ds.checkpoint.records import is_nexus
+    from nexus_ds.checkpoint.sidecar import read_sidecar
 
     found = read_config(directory)
     read, moe = _read(found, str(directory / "config.json")), found["model_type"] in MIXTURES

@@ -28,6 +28,7 @@ from nexus_ds.checkpoint.qwen2_moe import (
     shared_gate_name,
     shared_name,
 )
+from nexus_ds.checkpoint.records import Step
 from nexus_ds.checkpoint.sidecar import (
     Sidecar,
     expert_embeddings,
@@ -235,7 +236,7 @@ def export(
     dtype: torch.dtype,
     out: Path,
     probe_BS: Tensor,
-    lineage: dict[str, Any],
+    step: Step,
 ) -> float:
     """Write the trained model to `out` (rank 0) as a dense or Nexus checkpoint and verify it. All
     ranks must call.
@@ -246,7 +247,7 @@ def export(
         dtype: working dtype, also on disk.
         out: new directory.
         probe_BS: token ids whose logits must survive; the same on all ranks.
-        lineage: what this run was, for the sidecar.
+        step: what this run was, for the sidecar's lineage.
 
     Returns:
         Largest relative difference of the logits, the same on all ranks.
@@ -262,17 +263,17 @@ def export(
 
     def write_and_verify() -> float:
         if dist.get_rank() != 0:
-            _write(engine.module, config, dtype, None, lineage)
+            _write(engine.module, config, dtype, None, step)
             return 0.0
         with new_directory(out) as directory:
-            _write(engine.module, config, dtype, directory, lineage)
+            _write(engine.module, config, dtype, directory, step)
             return _verify(directory, dtype, probe_BS, logits_BSV)
 
     return together(write_and_verify)[0]
 
 
 def _write(
-    model: Any, config: Config, dtype: torch.dtype, directory: Path | None, lineage: dict[str, Any]
+    model: Any, config: Config, dtype: torch.dtype, directory: Path | None, step: Step
 ) -> None:
     """Gather on all ranks and write the whole checkpoint on the one with a `directory`."""
     source = Path(config.model.path) if config.model.path else None
@@ -283,7 +284,7 @@ def _write(
     _write_config(model, source, dtype, directory)
     if sidecar:
         write_sidecar(
-            directory, replace(sidecar, lineage=[*sidecar.lineage, lineage], versions=versions())
+            directory, replace(sidecar, lineage=[*sidecar.lineage, step], versions=versions())
         )
     copy_tokenizer(Path(config.model.tokenizer or config.model.path), directory)
     write_text(directory / "training.yaml", dump(config))

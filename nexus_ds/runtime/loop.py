@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from nexus_ds.checkpoint.build import DTYPES, new_dense
 from nexus_ds.checkpoint.loading import read_config
-from nexus_ds.checkpoint.sidecar import content_fingerprint, is_nexus, read_sidecar
+from nexus_ds.checkpoint.records import TrainStep, is_nexus
+from nexus_ds.checkpoint.sidecar import content_fingerprint, read_sidecar
 from nexus_ds.checkpoint.tokenizer import check_tokenizer
 from nexus_ds.config import as_dict, dump
 from nexus_ds.data.corpora import TokenFile, open_source, token_files, windows
@@ -393,16 +394,15 @@ class Run:
         self.save(self.total)
         name = next(iter(self.data.validation))
         probe = torch.from_numpy(self.data.validation[name][:2, :-1]).to(self.device)
-        lineage = {
-            "verb": "train",
-            "stage": self.config.stage,
-            "steps": self.total,
-            "tokens": self.total * tokens_per_step(self.config.training, self.config.data),
-            "mixture": self.data.weights,
-        }
+        step = TrainStep(
+            stage=self.config.stage,
+            steps=self.total,
+            tokens=self.total * tokens_per_step(self.config.training, self.config.data),
+            mixture=self.data.weights,
+        )
         out = Path(self.config.output)
         difference = export(
-            self.engine, self.config, DTYPES[self.config.model.dtype], out, probe, lineage
+            self.engine, self.config, DTYPES[self.config.model.dtype], out, probe, step
         )
         if not self.config.training.save_every:
             states.remove(self.work / "states")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nexus_ds.checkpoint.families import DenseModel, refuse_hooks
 from nexus_ds.checkpoint.qwen2_moe import moe_shapes
-from nexus_ds.checkpoint.sidecar import EncoderRecord, ExpertRecord
+from nexus_ds.checkpoint.records import EncoderRecord, ExpertRecord
 from nexus_ds.checkpoint.tensors import (
     DTYPES,
     TensorReader,

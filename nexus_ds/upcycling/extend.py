@@ -21,6 +21,7 @@ from nexus_ds.checkpoint.qwen2_moe import (
     gate_name,
     open_moe,
 )
+from nexus_ds.checkpoint.records import ExtendStep
 from nexus_ds.checkpoint.sidecar import (
     Sidecar,
     expert_embeddings,
@@ -110,19 +111,18 @@ def extended(
     vectors, models = domain_vectors(embeddings, experts), open_fitting(checkpoint, experts)
     dtype = reader.info(gate_name(0)).dtype
     total = merge_share(len(old.experts), len(models), share)
-    lineage = {
-        "verb": "extend",
-        "checkpoint": portable(checkpoint),
-        "experts": list(models),
-        "lambda": total,
-        "linear_init": linear_init if old.router.kind == "linear" else None,
-        "router": dataclasses.asdict(config.router),
-        "seed": config.seed,
-    }
+    step = ExtendStep(
+        checkpoint=portable(checkpoint),
+        experts=list(models),
+        share=total,
+        linear_init=linear_init if old.router.kind == "linear" else None,
+        router=config.router,
+        seed=config.seed,
+    )
     sidecar = dataclasses.replace(
         old,
         experts=[*old.experts, *(expert_record(name, model) for name, model in models.items())],
-        lineage=[*old.lineage, lineage],
+        lineage=[*old.lineage, step],
         versions=versions(),
         vectors=torch.cat([old.vectors, vectors]),
     )

@@ -20,6 +20,7 @@ from nexus_ds.checkpoint.families import (
 from nexus_ds.checkpoint.qwen2_moe import (
     parameter_counts,
 )
+from nexus_ds.checkpoint.records import FitReport
 from nexus_ds.checkpoint.sidecar import (
     Sidecar,
     read_sidecar,
@@ -36,7 +37,7 @@ from nexus_ds.upcycling.blend import (
     read_generation_config,
     write_model,
 )
-from nexus_ds.warm_start.fit import FitReport, fit_router
+from nexus_ds.warm_start.fit import fit_router
 from nexus_ds.warm_start.fit_text import FitText, read_fit_text
 
 # cosine; of eleven domains P(d) failed two, the least familiar (0.32) and one taken for a near
@@ -104,7 +105,7 @@ class NewModel:
         if text is not None:
             report = fit_router(directory, text, router, seed, self.kept)
             fitted = read_sidecar(directory)
-            fitted.lineage[-1]["fit"] = dataclasses.asdict(report)
+            fitted.lineage[-1] = dataclasses.replace(fitted.lineage[-1], fit=report)
             write_sidecar(directory, fitted)
         verify_expert_embeddings(directory)
         return report

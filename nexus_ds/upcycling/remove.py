@@ -17,6 +17,7 @@ from nexus_ds.checkpoint.qwen2_moe import (
     gate_name,
     open_moe,
 )
+from nexus_ds.checkpoint.records import RemoveStep
 from nexus_ds.checkpoint.sidecar import (
     read_sidecar,
     verify_expert_embeddings,
@@ -62,7 +63,7 @@ def reduced(checkpoint: Path, names: Sequence[str]) -> NewModel:
         experts=[old.experts[index] for index in kept],
         lineage=[
             *old.lineage,
-            {"verb": "remove", "checkpoint": portable(checkpoint), "experts": list(names)},
+            RemoveStep(checkpoint=portable(checkpoint), experts=list(names)),
         ],
         versions=versions(),
         vectors=old.vectors[kept],

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nexus_ds.checkpoint.qwen2_moe import gate_name, open_moe
+from nexus_ds.checkpoint.records import ReplaceStep
 from nexus_ds.checkpoint.sidecar import (
     Sidecar,
     expert_embeddings,
@@ -74,23 +75,20 @@ def replaced(
     vectors = _vectors(old, places, embeddings)
     models = open_fitting(checkpoint, experts)
     total = merge_share(len(old.experts) - len(models), len(models), share)
-    lineage = {
-        # An extension to all who read on: its experts are the ones that a finetune is about.
-        "verb": "extend",
-        "checkpoint": portable(checkpoint),
-        "experts": list(models),
-        "replaced": True,
-        "lambda": total,
-        "router": dataclasses.asdict(config.router),
-        "seed": config.seed,
-    }
+    step = ReplaceStep(
+        checkpoint=portable(checkpoint),
+        experts=list(models),
+        share=total,
+        router=config.router,
+        seed=config.seed,
+    )
     records = list(old.experts)
     for name, place in places.items():
         records[place] = dataclasses.replace(
             expert_record(name, models[name]), domain=records[place].domain
         )
     sidecar = dataclasses.replace(
-        old, experts=records, lineage=[*old.lineage, lineage], versions=versions(), vectors=vectors
+        old, experts=records, lineage=[*old.lineage, step], versions=versions(), vectors=vectors
     )
     dtype = reader.info(gate_name(0)).dtype
     tensors = branched_tensors(reader, old_config["num_hidden_layers"], models, places, total)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,10 +31,11 @@ from nexus_ds.checkpoint.qwen2_moe import (
     shared_gate_name,
     shared_name,
 )
+from nexus_ds.checkpoint.records import RouterRecord, Step, UpcycleStep
 from nexus_ds.checkpoint.sidecar import (
-    RouterRecord,
     Sidecar,
     expert_embeddings,
+    new_projection,
     versions,
 )
 from nexus_ds.checkpoint.tensors import DTYPES
@@ -105,14 +105,10 @@ def upcycled(
     check_tokenizers(seed, experts)
     check_tokenizer(seed, base.settings["vocabulary"])
     read_generation_config(seed)
-    lineage = {
-        "verb": "upcycle",
-        "seed_model": portable(seed),
-        "family": base.family,
-        "router": dataclasses.asdict(config.router),
-        "seed": config.seed,
-    }
-    sidecar = _upcycled_sidecar(models, embeddings, vectors, config, lineage)
+    step = UpcycleStep(
+        seed_model=portable(seed), family=base.family, router=config.router, seed=config.seed
+    )
+    sidecar = _upcycled_sidecar(models, embeddings, vectors, config, step)
     router = config.router
     target = as_written(
         moe_config(base.config, len(models), router.top_k, router.input), base.dtype
@@ -145,7 +141,7 @@ def _upcycled_sidecar(
     embeddings: DomainEmbeddings,
     vectors: Tensor,
     config: Config,
-    lineage: dict[str, Any],
+    step: Step,
 ) -> Sidecar:
     """Return the sidecar of a new mixture, with a freshly initialised P for each layer."""
     router = config.router
@@ -158,7 +154,7 @@ def _upcycled_sidecar(
             }
         ),
         encoder=encoder_record(embeddings, [name for name in models if name in embeddings.names]),
-        lineage=[lineage],
+        lineage=[step],
         versions=versions(),
         vectors=vectors,
         centre=centre_of(vectors) if router.centre else torch.zeros(vectors.shape[1]),
@@ -166,7 +162,7 @@ def _upcycled_sidecar(
     )
     sizes = next(iter(models.values())).settings
     for layer in range(sizes["layers"] if router.kind == "nexus" else 0):
-        projection = sidecar.router.new_projection(vectors.shape[1], sizes["hidden_size"])
+        projection = new_projection(sidecar.router, vectors.shape[1], sizes["hidden_size"])
         init_projection(
             projection,
             sidecar.domain_inputs(),

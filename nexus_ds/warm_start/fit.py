@@ -16,7 +16,7 @@ Not covered: windows longer than a sliding attention window (they are cut to it)
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from nexus_ds.checkpoint.build import transformers_config
 from nexus_ds.checkpoint.loading import device
 from nexus_ds.checkpoint.qwen2_moe import gate_name, mean_name
+from nexus_ds.checkpoint.records import FitReport
 from nexus_ds.checkpoint.sidecar import (
     Sidecar,
     expert_embeddings,
@@ -53,21 +54,6 @@ KEEPING = (
     "hidden_mean",
 )  # starts that leave old rows, and so what they are scored against, in an extension
 LAYER_BATCH = 8  # windows a forward pass
-
-
-@dataclass
-class FitReport:
-    """Own-domain share of the fitted tokens, mean over layers, before and after."""
-
-    before: float
-    after: float
-    steps: int
-    """Of SGD; 0 for a closed form."""
-    start: str = "label_fit"
-    """`router.warm_start`."""
-    nearest: dict[str, float] = field(default_factory=dict)
-    """For each domain whose text a start from chunks did without: cosine of its embedding to the
-    nearest chunk's."""
 
 
 def _load_layer(config: Any, reader: TensorReader, layer: int, dtype: torch.dtype) -> Any:

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from nexus_ds.checkpoint import sidecar as sidecar_module
 from nexus_ds.checkpoint.qwen2_moe import gate_name
+from nexus_ds.checkpoint.records import SIDECAR, RemoveStep, is_nexus
 from nexus_ds.checkpoint.sidecar import (
     ROUTER,
-    SIDECAR,
     expert_embeddings,
     read_sidecar,
     verify_expert_embeddings,
@@ -41,14 +41,12 @@ def edit_tensors(path, change):
 
 def test_round_trip(nexus_dir, copied):
     sidecar = read_sidecar(nexus_dir)
-    assert sidecar_module.is_nexus(nexus_dir) and not sidecar_module.is_nexus(nexus_dir.parent)
-    write_sidecar(
-        copied, dataclasses.replace(sidecar, lineage=[*sidecar.lineage, {"verb": "train"}])
-    )
+    assert is_nexus(nexus_dir) and not is_nexus(nexus_dir.parent)
+    removed = RemoveStep(checkpoint="nexus", experts=["delta"])
+    write_sidecar(copied, dataclasses.replace(sidecar, lineage=[*sidecar.lineage, removed]))
     again = read_sidecar(copied)
-    assert [e.name for e in again.experts] == ["alpha", "beta", "gamma"] and again.lineage[-1] == {
-        "verb": "train"
-    }
+    assert [e.name for e in again.experts] == ["alpha", "beta", "gamma"]
+    assert again.lineage == [*sidecar.lineage, removed]
     assert again.router == sidecar.router and again.encoder == sidecar.encoder
     assert torch.equal(again.vectors, sidecar.vectors) and torch.equal(again.centre, sidecar.centre)
     pairs = zip(again.projections, sidecar.projections, strict=True)
@@ -130,6 +128,7 @@ def test_verify_rows_in_bf16(copied):
     ("change", "message"),
     [
         (lambda v: v.update(format=3), "format 3, this version reads 2"),
+        (lambda v: v.update(format=1), "format 1, this version reads 2"),
         (
             lambda v: v.update(shared_expert="some"),
             "shared_expert is 'some', expected seed or none",
@@ -144,30 +143,13 @@ def test_verify_rows_in_bf16(copied):
         (lambda v: v["router"].update(top_k=2), "num_experts_per_tok 1, nexus.json says 2"),
         (lambda v: v["encoder"].update(dimension=9), "encoder of dimension 9"),
         (lambda v: v.update(experts={}), "expected lists of experts and lineage"),
+        (lambda v: v.update(lineage=["upcycle"]), "a JSON object for each step of the lineage"),
     ],
 )
 def test_damaged_sidecars(copied, change, message):
     edit_json(copied / SIDECAR, change)
     with pytest.raises(CheckpointError, match=message):
         read_sidecar(copied)
-
-
-def test_a_checkpoint_of_format_1_is_read(copied):
-    def older(value):
-        value.pop("shared_expert")
-        value["router"].pop("row_norm")
-        value["router"].pop("input")
-        value["router"]["activation"] = value["router"].pop("projection")
-        value["format"] = 1
-
-    edit_json(copied / SIDECAR, older)
-    router = read_sidecar(copied).router
-    assert (router.projection, router.row_norm, read_sidecar(copied).shared_expert) == (
-        "swiglu",
-        "free",
-        "seed",
-    )
-    verify_expert_embeddings(copied)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from nexus_ds.checkpoint.families import FFN_PARTS, dense_ffn_name
 from nexus_ds.checkpoint.qwen2_moe import expert_name, gate_name
+from nexus_ds.checkpoint.records import RouterRecord
 from nexus_ds.checkpoint.sidecar import (
-    RouterRecord,
     expert_embeddings,
     read_sidecar,
     verify_expert_embeddings,
@@ -157,9 +157,9 @@ def test_appends_one_expert(parts, capsys):
         after.vectors[:3], before.vectors
     )
     assert [e.name for e in after.experts] == [*OLD, "delta"]
-    assert [entry["verb"] for entry in after.lineage] == ["upcycle", "extend"]
+    assert [step.verb for step in after.lineage] == ["upcycle", "extend"]
     assert (
-        after.lineage[-1]["lambda"] == 0.25
+        after.lineage[-1].share == 0.25
         and str(parts) not in (parts / "out" / "nexus.json").read_text()
     )
     verify_expert_embeddings(parts / "out")
@@ -234,7 +234,7 @@ def test_a_recipe_may_set_lambda(parts):
         (parts / "recipe.yaml").read_text() + "pipeline: {merge_weight: 0.125}\n"
     )
     run(parts, recipe="other.yaml")
-    assert read_sidecar(parts / "out").lineage[-1]["lambda"] == 0.125
+    assert read_sidecar(parts / "out").lineage[-1].share == 0.125
 
 
 def test_extended_models_extend(parts):
@@ -246,7 +246,7 @@ def test_extended_models_extend(parts):
     assert [e.name for e in sidecar.experts] == [*OLD, "delta", "epsilon"] and len(
         sidecar.lineage
     ) == 3
-    assert sidecar.lineage[-1]["lambda"] == 0.2
+    assert sidecar.lineage[-1].share == 0.2
 
 
 @pytest.mark.parametrize("choice", ["keep", "reset"])
@@ -273,7 +273,7 @@ def test_refit_reads_old_and_new_text(parts, capsys, kind):
     assert result["fit"]["after"] > result["fit"]["before"] and result["lambda"] == 0.25
     verify_expert_embeddings(parts / "out")
     sidecar = read_sidecar(parts / "out")
-    assert sidecar.router.kind == kind and sidecar.lineage[-1]["fit"]["steps"] == 30
+    assert sidecar.router.kind == kind and sidecar.lineage[-1].fit.steps == 30
     if kind == "nexus":
         before = read_sidecar(parts / "nexus").projections[0]
         assert sidecar.projections[0].keys() == before.keys()

@@ -17,6 +17,7 @@ from nexus_ds.__main__ import main
 from nexus_ds.checkpoint.build import load_stock
 from nexus_ds.checkpoint.families import FFN_PARTS
 from nexus_ds.checkpoint.qwen2_moe import expert_name, gate_name
+from nexus_ds.checkpoint.records import RemoveStep
 from nexus_ds.checkpoint.sidecar import read_sidecar, write_sidecar
 from nexus_ds.data.corpora import open_source, token_files, windows
 from nexus_ds.evaluation.perplexity import score
@@ -59,7 +60,7 @@ def test_the_others_renormalise_and_nothing_else_changes(tmp_path, nexus_dir, ca
     )
     sidecar = read_sidecar(tmp_path / "out")
     assert [expert.name for expert in sidecar.experts] == ["alpha", "gamma"]
-    assert sidecar.lineage[-1] == {"verb": "remove", "checkpoint": "nexus", "experts": ["beta"]}
+    assert sidecar.lineage[-1] == RemoveStep(checkpoint="nexus", experts=["beta"])
 
 
 def test_a_linear_router_keeps_the_rows_of_those_that_stay(tmp_path, capsys):

@@ -255,9 +255,8 @@ def test_the_directory_is_complete(parts, capsys):
     assert [(e.name, e.domain, e.source) for e in sidecar.experts] == [(n, n, n) for n in NAMES]
     assert len({e.sha256 for e in sidecar.experts}) == 3
     assert sidecar.encoder.revision == "1" * 64 and sidecar.encoder.documents == 5
-    assert (
-        sidecar.lineage[0]["verb"] == "upcycle" and sidecar.lineage[0]["router"]["init_norm"] == 0.5
-    )
+    step = sidecar.lineage[0]
+    assert step.verb == "upcycle" and step.router.init_norm == 0.5
     assert str(parts) not in (parts / "out" / "nexus.json").read_text()
 
 
@@ -284,7 +283,7 @@ def test_warm_start_raises_the_own_domain_share(parts, capsys, kind):
     fit = json.loads(capsys.readouterr().out)["fit"]
     assert fit["after"] > max(fit["before"], 0.5) and fit["steps"] == 30
     verify_expert_embeddings(parts / "out")
-    assert read_sidecar(parts / "out").lineage[-1]["fit"] == fit
+    assert read_sidecar(parts / "out").lineage[-1].entry()["fit"] == fit
     assert torch.isfinite(stock(parts / "out")(torch.arange(5)[None]).logits).all()
 
 
@@ -731,7 +730,7 @@ def test_starts_from_chunks_of_text(parts, capsys, text_folder, start, form, rou
     assert "P has seen nothing like it" in said  # its embedding is random
     assert {path: path.stat().st_mtime_ns for path in (parts / "cache").iterdir()} == made
     old, new = read_sidecar(parts / "out"), read_sidecar(parts / "extended")
-    assert new.lineage[-1]["fit"]["start"] == start and len(new.experts) == 4
+    assert new.lineage[-1].fit.start == start and len(new.experts) == 4
     assert not torch.equal(new.projections[1]["maps.0.weight"], old.projections[1]["maps.0.weight"])
     assert torch.equal(
         tensors_of(parts / "extended")[gate_name(1)], expert_embeddings(new, 1, torch.float32)

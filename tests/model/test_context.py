@@ -13,7 +13,8 @@ from conftest import make_nexus
 from nexus_ds.checkpoint.build import load_stock
 from nexus_ds.checkpoint.hf_model import NexusMoeForCausalLM
 from nexus_ds.checkpoint.loading import load_model
-from nexus_ds.checkpoint.sidecar import SIDECAR, read_sidecar
+from nexus_ds.checkpoint.records import SIDECAR
+from nexus_ds.checkpoint.sidecar import read_sidecar
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 from nexus_ds.model.context import context, running_mean
 from nexus_ds.runtime.nexus_moe import Placement

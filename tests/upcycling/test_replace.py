@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from nexus_ds.checkpoint.families import FFN_PARTS, dense_ffn_name
 from nexus_ds.checkpoint.qwen2_moe import expert_name, gate_name
+from nexus_ds.checkpoint.records import ReplaceStep
 from nexus_ds.checkpoint.sidecar import (
     expert_embeddings,
     read_sidecar,
@@ -75,8 +76,9 @@ def test_the_branch_stands_where_the_old_expert_stood(parts, capsys):
     assert after.experts[1].source == "beta" and after.experts[1].sha256 != before.experts[1].sha256
     assert (after.experts[0], after.experts[2]) == (before.experts[0], before.experts[2])
     step = after.lineage[-1]
-    assert (step["verb"], step["replaced"], step["experts"]) == ("extend", True, ["beta"])
-    assert step["lambda"] == pytest.approx(1 / 3)
+    assert isinstance(step, ReplaceStep) and step.is_extension and step.experts == ["beta"]
+    assert step.entry()["verb"] == "extend"  # what all readers of the file take it for
+    assert step.share == pytest.approx(1 / 3)
     assert "stage=extend" in capsys.readouterr().out
     config = json.loads((parts / "out" / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]

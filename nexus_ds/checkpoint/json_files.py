@@ -1,0 +1,88 @@
+"""The JSON files of a model directory, read strictly and only from inside it; without torch.
+
+Not covered: writing them (`outputs.write_json`), the headers of weight files (`tensors`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nexus_ds.errors import CheckpointError
+
+MAX_JSON = 100_000_000  # bytes of an index or configuration
+
+
+def require_directory(directory: Path) -> Path:
+    """Return `directory` if it is one; CheckpointError else, for instance for a name on a hub."""
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory} is not a directory; expected a local model directory "
+            "(nothing is downloaded: fetch the model first)"
+        )
+    return directory
+
+
+def confined(directory: Path, name: str) -> Path:
+    """Return `directory / name`, a file that really lies in `directory`.
+
+    A directory of the Hugging Face cache (`snapshots/REVISION`) consists of links to its sibling
+    `blobs`: these are the one kind of link that may leave the directory.
+
+    Raises:
+        CheckpointError: absolute, upward or linked paths that lead out of the directory, NUL bytes.
+    """
+    root = directory.parent.parent if directory.parent.name == "snapshots" else directory
+    path = directory / name
+    outside = "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts
+    if outside or not path.resolve().is_relative_to(root.resolve()):
+        raise CheckpointError(
+            f"{directory}: the file {name!r} lies outside the model's directory; "
+            "only files in it are read. "
+            "Copy the model so that its directory holds the files themselves"
+        )
+    return path
+
+
+def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object, refusing a name that stands twice (ValueError)."""
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"the name {name!r} stands twice")
+        result[name] = value
+    return result
+
+
+def parse_json_object(text: bytes, what: str) -> dict[str, Any]:
+    """Parse a JSON object strictly: UTF-8, no doubled names. CheckpointError starts with `what`."""
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_no_doubles)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{what} is not valid JSON ({error}); fetch or save it again"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{what} holds {type(value).__name__}, expected a JSON object; fetch or save it again"
+        )
+    return value
+
+
+def read_json_object(directory: Path, name: str) -> dict[str, Any]:
+    """Read the JSON object in `directory / name`.
+
+    Raises:
+        CheckpointError: missing, outside the directory, larger than 100 MB, or not an object.
+    """
+    path = confined(directory, name)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory} has no {name}; expected a model directory as transformers saves it"
+        )
+    if path.stat().st_size > MAX_JSON:
+        raise CheckpointError(
+            f"{path} has {path.stat().st_size} bytes, expected at most {MAX_JSON}"
+        )
+    return parse_json_object(path.read_bytes(), str(path))
