@@ -31,11 +31,11 @@ from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.checkpoint.sidecar import Sidecar, read_sidecar
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.errors import CheckpointError, ConfigError, DataError
+from nexus_ds.model.router import SATURATED
 from nexus_ds.progress import Progress
 
 DEFAULT_LENGTH = 128  # tokens of a window
 LOGITS_AT_ONCE = 1 << 24  # fp32 numbers: 64 MiB of logits, whatever the vocabulary
-SATURATED = 0.95  # mean top-1 probability above which a router hardly learns any more
 GATE_MODULE = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.gate$")
 
 

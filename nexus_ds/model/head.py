@@ -1,5 +1,4 @@
-"""Output layer and cross-entropy in one module: the logits of all tokens never stand in memory at
-once.
+"""Output layer and cross-entropy in one module: logits of all tokens never stand in memory.
 
 Tokens are taken in chunks; each chunk's logits become its losses and, in training, at once its
 share of the gradients, so nothing as wide as the vocabulary is kept for the backward pass and no
@@ -14,15 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 CHUNK_ELEMENTS = 2**27
-"""Logits that stand in memory at once: 512 tokens of 256k, enough for a GPU's matrix products to be
-bound by arithmetic."""
+"""Logits that stand in memory at once.
+
+512 tokens of 256k: enough for a GPU's matrix products to be bound by arithmetic.
+"""
 
 
 def chunk_tokens(vocabulary: int) -> int:
@@ -33,16 +37,22 @@ def chunk_tokens(vocabulary: int) -> int:
 def _score(
     hidden_cH: Tensor, weight_VH: Tensor, targets_c: Tensor, learn: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return a chunk's losses [c] and, to learn from, their gradient by the logits [c, V]:
-    probabilities minus targets."""
-    target_c1 = targets_c[:, None]
+    """Return the losses [c] of a chunk and their gradient by its logits [c, V].
+
+    The gradient of cross-entropy is softmax(logits) - one_hot(target). Without `learn` the second
+    result means nothing.
+    """
+    targets_c1 = targets_c[:, None]
+    # The logits have no name: one would keep them until the end.
     log_p_cV = F.log_softmax((hidden_cH @ weight_VH.T).float(), dim=-1)
-    losses_c = -log_p_cV.gather(1, target_c1)[:, 0]
-    if learn:
-        log_p_cV.exp_().scatter_add_(
-            1, target_c1, log_p_cV.new_full((1, 1), -1.0).expand_as(target_c1)
-        )
-    return losses_c, log_p_cV.to(hidden_cH.dtype)
+    losses_c = -log_p_cV.gather(1, targets_c1)[:, 0]
+    if not learn:
+        return losses_c, log_p_cV
+    # In place: a second tensor as wide as the vocabulary would double the memory of a chunk.
+    error_cV = log_p_cV.exp_()
+    minus_1_c1 = error_cV.new_full((1, 1), -1.0).expand_as(targets_c1)
+    error_cV.scatter_add_(1, targets_c1, minus_1_c1)
+    return losses_c, error_cV.to(hidden_cH.dtype)
 
 
 class _MeanLoss(torch.autograd.Function):
@@ -62,7 +72,8 @@ class _MeanLoss(torch.autograd.Function):
             if hidden_grad_TH is not None and weight_grad_VH is not None:
                 torch.mm(error_cV, weight_VH, out=hidden_grad_TH[rows])
                 weight_grad_VH.addmm_(error_cV.T, hidden_TH[rows])
-            del error_cV  # else the next chunk's would be there beside it
+            # else the next chunk's would be there beside it
+            del error_cV
         if learn:
             ctx.save_for_backward(hidden_grad_TH, weight_grad_VH)
         ctx.mark_non_differentiable(losses_T)
@@ -71,13 +82,14 @@ class _MeanLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden_grad_TH, weight_grad_VH = ctx.saved_tensors
+        # The gradients were made for the sum of the losses; the engine's factor comes with the
+        # gradient of their mean. In place: a second backward pass is not covered.
         share = gradients[0] / len(hidden_grad_TH)
         return hidden_grad_TH.mul_(share), weight_grad_VH.mul_(share), None, None
 
 
 class LossHead(nn.Module):
-    """An output layer [.., H] -> logits [.., V] that inside `scoring` returns the mean loss
-    instead.
+    """An output layer [.., H] -> logits [.., V]; inside `scoring` it returns the mean loss instead.
 
     Args:
         weight_VH: the parameter, shared with the embedding where the two are tied.
@@ -92,8 +104,7 @@ class LossHead(nn.Module):
 
     @contextmanager
     def scoring(self, targets_BS: Tensor) -> Iterator[None]:
-        """Score hidden states [B, S, H] against `targets_BS`: `forward` returns their mean
-        cross-entropy, a fp32 scalar."""
+        """Let `forward` return the mean cross-entropy of hidden states [B, S, H], a fp32 scalar."""
         self.targets_BS = targets_BS
         try:
             yield
@@ -111,32 +122,30 @@ class LossHead(nn.Module):
         return mean
 
 
-def use_loss_head(model: Any) -> None:
-    """Put a LossHead in place of a transformers model's output layer (one with a bias stays as it
-    is)."""
+def use_loss_head(model: PreTrainedModel) -> None:
+    """Put a LossHead in place of a model's output layer; one with a bias stays as it is."""
     if isinstance(model.lm_head, nn.Linear) and model.lm_head.bias is None:
         model.lm_head = LossHead(model.lm_head.weight)
 
 
-def next_token_loss(model: Any, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean cross-entropy of the next tokens (fp32, to train on) and each token's [B, S]
-    (without gradient).
+def next_token_loss(model: nn.Module, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy of the next tokens: mean (fp32, to train on) and each one [B, S].
 
     Args:
         model: a transformers model or a DeepSpeed engine around one; without a LossHead all logits
             are materialised.
         tokens_BS: windows [B, S+1].
     """
-    head, inputs_BS, targets_BS = (
-        getattr(model, "module", model).lm_head,
-        tokens_BS[:, :-1],
-        tokens_BS[:, 1:],
-    )
+    inputs_BS = tokens_BS[:, :-1]
+    targets_BS = tokens_BS[:, 1:]
+    head = getattr(model, "module", model).lm_head
     if isinstance(head, LossHead):
         with head.scoring(targets_BS):
+            # The head has put the loss where transformers passes on what it takes for logits.
             mean = model(input_ids=inputs_BS, use_cache=False).logits
         assert head.losses_BS is not None
         return mean, head.losses_BS
     logits = model(input_ids=inputs_BS, use_cache=False).logits
-    losses_T = F.cross_entropy(logits.flatten(0, 1).float(), targets_BS.flatten(), reduction="none")
+    logits_TV = logits.flatten(0, 1).float()
+    losses_T = F.cross_entropy(logits_TV, targets_BS.flatten(), reduction="none")
     return losses_T.mean(), losses_T.detach().view(targets_BS.shape)

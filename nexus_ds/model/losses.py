@@ -13,38 +13,42 @@ from torch import Tensor
 
 
 def load_balancing_loss(probabilities_TE: Tensor, selected_TK: Tensor) -> Tensor:
-    """Return E * sum_i f_i P_i (Fedus et al. 2022): 1 when routing is uniform, E when one expert
-    takes all with p = 1.
+    """Return E * sum_i f_i P_i (Fedus et al. 2022), scalar fp32, without a coefficient.
 
-    f_i is the share of the T*K assignments that go to expert i (no gradient), P_i the mean
-    probability of expert i. Scalar fp32, without a coefficient.
+    1 when routing is uniform, E when one expert takes all with p = 1. f_i is the share of the T*K
+    assignments that go to expert i (no gradient), P_i the mean probability of expert i.
     """
     experts = probabilities_TE.shape[1]
-    chosen = selected_TK.reshape(-1)
-    counts_E = probabilities_TE.new_zeros(experts).scatter_add_(
-        0, chosen, probabilities_TE.new_ones(chosen.numel())
-    )
-    share_E = counts_E / chosen.numel()  # scatter_add, unlike bincount, waits for no GPU
-    return experts * torch.sum(share_E * probabilities_TE.mean(0))
+    assigned = selected_TK.reshape(-1)
+    ones = probabilities_TE.new_ones(assigned.numel())
+    # scatter_add, unlike bincount, waits for no GPU
+    counts_E = probabilities_TE.new_zeros(experts).scatter_add_(0, assigned, ones)
+    f_E = counts_E / assigned.numel()
+    p_E = probabilities_TE.mean(0)
+    return experts * torch.sum(f_E * p_E)
 
 
 def router_z_loss(logits_TE: Tensor) -> Tensor:
-    """Return the mean squared log-partition of the router logits (Zoph et al. 2022), scalar
-    fp32."""
-    return torch.logsumexp(logits_TE.float(), dim=-1).square().mean()
+    """Return the mean squared log-partition of router logits (Zoph et al. 2022), scalar fp32."""
+    log_partition_T = torch.logsumexp(logits_TE.float(), dim=-1)
+    return log_partition_T.square().mean()
 
 
 class _Attach(torch.autograd.Function):
+    """The identity of `carrier` that sends the gradient `scale` into `loss`."""
+
     @staticmethod
     def forward(ctx: Any, carrier: Tensor, loss: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
         ctx.dtype = loss.dtype
+        # A view, since an input that is returned as it is would count as changed in place.
         return carrier.view_as(carrier)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         (gradient,) = gradients
-        return gradient, torch.full((), ctx.scale, dtype=ctx.dtype, device=gradient.device), None
+        loss_gradient = torch.full((), ctx.scale, dtype=ctx.dtype, device=gradient.device)
+        return gradient, loss_gradient, None
 
 
 def attach_loss(carrier: Tensor, loss: Tensor, scale: float) -> Tensor:

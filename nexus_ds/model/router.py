@@ -1,24 +1,27 @@
-"""The Nexus router: row i of the router weight is P(d_i), domain embedding i projected (section 3).
+"""The Nexus router: the expert embedding e_i is P(d_i), a projected domain embedding (section 3).
 
     e_i = P(d_i) = W_2 SwiGLU(W_1 d_i)        W_1: m -> 2h, W_2: h -> h, no biases
     s   = softmax(x e_1, ..., x e_n)          over all n experts; then top-k, not renormalised
 
-Shapes: E routed experts, M width of a domain embedding, H hidden size.
-Not covered: who calls it. NexusMoE and the plain reference layer each do their own routing on these
-rows.
+The expert embeddings are the rows of the router's weight [E, H].
+Shapes: E routed experts, M width of a domain embedding (the paper's m), H hidden size (its h).
+Not covered: who calls it; NexusMoE does the routing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_ds.errors import ConfigError
+
+NORMAL = 0.02  # standard deviation of transformers' default initialisation
+SATURATED = 0.95  # mean top-1 probability above which a router hardly learns any more
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -27,16 +30,28 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(a) * b
 
 
-FORMS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {  # function, input width / output width
-    "swiglu": (swiglu, 2),
-    "gelu": (F.gelu, 1),
-    "relu": (F.relu, 1),
-    "linear": (lambda x: x, 1),
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+class Form(NamedTuple):
+    """What stands between two maps of P."""
+
+    activation: Callable[[Tensor], Tensor]
+    widening: int
+    """Width of its input relative to that of its output."""
+
+
+FORMS = {
+    "swiglu": Form(swiglu, 2),
+    "gelu": Form(F.gelu, 1),
+    "relu": Form(F.relu, 1),
+    "linear": Form(_identity, 1),
 }
 
 
 class Projection(nn.Module):
-    """P of one MoE layer: domain embeddings [E, M] to router rows [E, H].
+    """P of one MoE layer: domain embeddings [E, M] to expert embeddings [E, H].
 
     Args:
         embedding_size: M.
@@ -45,9 +60,9 @@ class Projection(nn.Module):
         width: inner width; 0 means H.
         form: between the maps: swiglu | gelu | relu; linear: one matrix, whatever `depth` and
             `width`.
-        row_norm: free | fixed: rows of one length, exp(log_norm), in a space that the map `out`
-            leaves. A warm start puts the whitening of the router's input there, so that it is each
-            row's spread of logits that is the same.
+        row_norm: free | fixed: expert embeddings of one length, exp(log_norm), in a space that the
+            map `out` leaves. A warm start puts the whitening of the router's input there, so that
+            the spread of its logits is the same for each expert.
 
     Raises:
         ConfigError: unknown form.
@@ -68,37 +83,49 @@ class Projection(nn.Module):
                 f"router.projection: unknown value {form!r}; known: {', '.join(FORMS)}"
             )
         self.form = form
-        width, factor = width or hidden_size, FORMS[form][1]
-        inner = [] if form == "linear" else [width] * (depth - 1)
-        sizes_in, sizes_out = [embedding_size, *inner], [*(w * factor for w in inner), hidden_size]
-        pairs = zip(sizes_in, sizes_out, strict=True)
-        self.maps: Any = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in pairs)
-        self.log_norm = nn.Parameter(torch.zeros(1)) if row_norm == "fixed" else None
-        self.out = nn.Linear(hidden_size, hidden_size, bias=False) if row_norm == "fixed" else None
+        inner = [] if form == "linear" else [width or hidden_size] * (depth - 1)
+        sizes_in = [embedding_size, *inner]
+        sizes_out = [FORMS[form].widening * size for size in inner] + [hidden_size]
+        sizes = zip(sizes_in, sizes_out, strict=True)
+        self.maps: Any = nn.ModuleList(nn.Linear(i, o, bias=False) for i, o in sizes)
+        fixed = row_norm == "fixed"
+        self.log_norm = nn.Parameter(torch.zeros(1)) if fixed else None
+        self.out = nn.Linear(hidden_size, hidden_size, bias=False) if fixed else None
         self.fold(None)
 
     def forward(self, embeddings_EM: Tensor) -> Tensor:
-        """Return the router rows [E, H] in the dtype of the weights."""
-        act = FORMS[self.form][0]
+        """Return the expert embeddings [E, H] in the dtype of the weights."""
+        activation = FORMS[self.form].activation
         x = embeddings_EM
         for index, linear in enumerate(self.maps):
-            x = linear(act(x) if index else x)
+            if index > 0:
+                x = activation(x)
+            x = linear(x)
         if self.log_norm is None or self.out is None:
             return x
-        return self.out((unit(x.float()) * self.log_norm.float().exp()).to(x.dtype))
+        # In fp32: bf16 knows lengths to less than one per cent only.
+        length = self.log_norm.float().exp()
+        fixed_EH = unit(x.float()) * length
+        return self.out(fixed_EH.to(x.dtype))
 
     @torch.no_grad()
     def fold(self, white_HH: Tensor | None) -> None:
-        """Let rows that were fitted to inputs x W be applied to x: put W [H, H] behind them; None:
-        W is the identity."""
-        if self.out is not None:
-            nn.init.eye_(self.out.weight) if white_HH is None else self.out.weight.copy_(white_HH)
-        elif white_HH is not None:
-            self.maps[-1].weight.copy_(white_HH @ self.maps[-1].weight)
+        """Put W [H, H] behind P, so that what was fitted to inputs x W is applied to x.
+
+        (x W) . e = x . (W e) for a symmetric W; None: W is the identity.
+        """
+        if self.out is None:
+            if white_HH is not None:
+                last = self.maps[-1].weight
+                last.copy_(white_HH @ last)
+        elif white_HH is None:
+            nn.init.eye_(self.out.weight)
+        else:
+            self.out.weight.copy_(white_HH)
 
     @torch.no_grad()
     def scale_output(self, factor: float) -> None:
-        """Make every row `factor` times as long."""
+        """Make every expert embedding `factor` times as long."""
         if self.log_norm is None:
             self.maps[-1].weight.mul_(factor)
         else:
@@ -111,10 +138,10 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def centre_of(vectors_EM: Tensor) -> Tensor:
-    """Return the mean [M] of the unit vectors: stored at upcycling, subtracted from every later
-    domain too.
+    """Return the mean [M] of the unit vectors of the upcycled domains.
 
-    Zeros for a single vector: it would be its own mean, and nothing would be left of it.
+    It is stored, and subtracted from every later domain too: else an extension would change what P
+    reads of the old ones. Zeros for a single vector: it would be its own mean, and nothing would be left of it.
     """
     mean_M = unit(vectors_EM.float()).mean(0)
     return mean_M if len(vectors_EM) > 1 else torch.zeros_like(mean_M)
@@ -126,9 +153,13 @@ def condition(vectors_EM: Tensor, centre_M: Tensor) -> Tensor:
 
 
 def centred_norm(embeddings_EH: Tensor) -> Tensor:
-    """Return the mean distance of the rows from their mean (from zero for a single row)."""
-    centred = embeddings_EH - embeddings_EH.mean(0) if len(embeddings_EH) > 1 else embeddings_EH
-    return centred.norm(dim=-1).mean()
+    """Return the mean distance of expert embeddings from their mean (from zero for a single one).
+
+    The mean itself adds the same to all logits of a token, which softmax does not see.
+    """
+    if len(embeddings_EH) > 1:
+        embeddings_EH = embeddings_EH - embeddings_EH.mean(0)
+    return embeddings_EH.norm(dim=-1).mean()
 
 
 @torch.no_grad()
@@ -141,52 +172,62 @@ def init_projection(
 ) -> None:
     """Fill P in place.
 
-    balanced: every map keeps unit variance, then the rows are scaled so that centred ones have mean
-    norm `init_norm`. Hidden states are RMS-normed, so the spread of the logits over experts starts
-    at about `init_norm`: neither saturated nor dead whatever the embedding's width. normal: N(0,
-    0.02) everywhere (the paper names no scale).
+    balanced: every map keeps unit variance, then the expert embeddings are scaled so that centred
+    ones have mean norm `init_norm`. Hidden states are RMS-normed, so the spread of the logits over
+    experts starts at about `init_norm`: neither saturated nor dead whatever the embedding's width.
+    normal: N(0, 0.02) everywhere (the paper names no scale).
     """
+    if init == "normal":
+        for linear in projection.maps:
+            linear.weight.normal_(0.0, NORMAL, generator=generator)
+        return
     length = float(embeddings_EM.float().norm(dim=-1).mean())
+    length = length if length > 1e-6 else 1.0
     for index, linear in enumerate(projection.maps):
         fan_in = linear.weight.shape[1]
-        deviation = (
-            (1 / (length if length > 1e-6 else 1.0) if index == 0 else 1 / math.sqrt(fan_in))
-            if init == "balanced"
-            else 0.02
-        )
-        linear.weight.normal_(0.0, deviation, generator=generator)
-    if init == "balanced":
-        norm = centred_norm(projection(embeddings_EM.float()))
-        if norm > 0:
-            projection.scale_output(float(init_norm / norm))
+        # Norm of the map's input: as given for the first, of unit variance for the others.
+        scale = length if index == 0 else math.sqrt(fan_in)
+        linear.weight.normal_(0.0, 1 / scale, generator=generator)
+    norm = centred_norm(projection(embeddings_EM.float()))
+    if norm > 0:
+        projection.scale_output(float(init_norm / norm))
 
 
 @torch.no_grad()
 def init_expert_embeddings(
     experts: int, hidden_size: int, init: str, init_norm: float, generator: torch.Generator
 ) -> Tensor:
-    """Return free router rows [E, H] of a linear router: N(0, 0.02), or scaled as the balanced
-    projection's rows."""
-    rows = torch.empty(experts, hidden_size).normal_(0.0, 0.02, generator=generator)
-    return rows if init == "normal" else rows * (init_norm / centred_norm(rows))
+    """Return free expert embeddings [E, H] of a linear router.
+
+    normal: N(0, 0.02); balanced: scaled as a balanced projection's.
+    """
+    embeddings_EH = torch.empty(experts, hidden_size)
+    embeddings_EH.normal_(0.0, NORMAL, generator=generator)
+    if init == "normal":
+        return embeddings_EH
+    return embeddings_EH * (init_norm / centred_norm(embeddings_EH))
 
 
 @torch.no_grad()
 def domain_expert_embeddings(
     inputs_EM: Tensor, hidden_size: int, layer: int, norm: float
 ) -> Tensor:
-    """Return free rows [E, H] that are the domain embeddings themselves, of mean norm `norm`
-    (FlexOlmo's way).
+    """Return free expert embeddings [E, H] that are the domain embeddings (FlexOlmo's way).
 
     Where M is not H, a random matrix puts them to that width: the same one at every extension of a
-    layer.
+    layer, so it follows from M and the layer alone.
+
+    Args:
+        inputs_EM: conditioned domain embeddings.
+        hidden_size: H.
+        layer: number of the layer.
+        norm: mean norm of the result.
     """
     embeddings_EH = inputs_EM.float()
-    if inputs_EM.shape[1] != hidden_size:
-        generator = layer_generator(inputs_EM.shape[1], layer)
-        embeddings_EH = embeddings_EH @ torch.randn(
-            inputs_EM.shape[1], hidden_size, generator=generator
-        )
+    width = inputs_EM.shape[1]
+    if width != hidden_size:
+        map_MH = torch.randn(width, hidden_size, generator=layer_generator(width, layer))
+        embeddings_EH = embeddings_EH @ map_MH
     return embeddings_EH * (norm / embeddings_EH.norm(dim=-1).mean())
 
 
@@ -199,9 +240,10 @@ def layer_generator(seed: int, layer: int) -> torch.Generator:
 def expert_embeddings_in(
     projection: Projection, embeddings_EM: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Return the rows [E, H] as a model of `dtype` computes them: P and D rounded to `dtype` first.
+    """Return the expert embeddings [E, H] as a model of `dtype` computes them.
 
-    Rounding fp32 rows instead flips a few tokens per layer between training and serving.
+    P and D are rounded to `dtype` first. Rounding fp32 results instead flips a few tokens per layer
+    between training and serving.
     """
     rounded = {name: tensor.to(dtype) for name, tensor in projection.state_dict().items()}
     return torch.func.functional_call(projection, rounded, (embeddings_EM.to(dtype),))

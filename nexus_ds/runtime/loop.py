@@ -33,6 +33,7 @@ from nexus_ds.data.mixture import Sampler, domain_weights
 from nexus_ds.data.tokenizer import open_tokenizer, vocabulary_size
 from nexus_ds.errors import ConfigError, DataError, TrainingError
 from nexus_ds.model.head import next_token_loss
+from nexus_ds.model.router import SATURATED
 from nexus_ds.outputs import write_text
 from nexus_ds.pipeline import next_evaluation
 from nexus_ds.runtime import deepspeed_internals as internals
@@ -54,7 +55,7 @@ from nexus_ds.runtime.parallel_model import leave, load_for_training
 from nexus_ds.runtime.ranks import on_rank_0
 from nexus_ds.runtime.schedule import learning_rate, tokens_per_step, total_steps
 from nexus_ds.runtime.signals import StopRequest
-from nexus_ds.runtime.tally import SATURATED, Tally
+from nexus_ds.runtime.tally import Tally
 from nexus_ds.settings import Config
 
 EXIT_STOPPED = 75  # a signal asked for a stop; the training state is saved

@@ -11,8 +11,6 @@ from nexus_ds.runtime.engine import (
     all_reduce_sum,
 )
 
-SATURATED = 0.95  # mean gate above which a router hardly learns any more
-
 
 class Tally:
     """Sums over a stretch of batches: loss and tokens per domain, assignments per domain and routed

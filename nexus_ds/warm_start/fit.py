@@ -38,7 +38,7 @@ from nexus_ds.checkpoint.sidecar import (
 from nexus_ds.checkpoint.tensors import DTYPES, TensorReader, overwrite
 from nexus_ds.errors import DataError
 from nexus_ds.model.context import CONTEXT_MODEL, context
-from nexus_ds.model.router import unit
+from nexus_ds.model.router import layer_generator, unit
 from nexus_ds.progress import Progress
 from nexus_ds.settings import CHUNK_WARM_STARTS, RouterConfig
 from nexus_ds.warm_start.fit_text import FitText
@@ -238,7 +238,7 @@ def fit_router(
     stream, shares = _Stream(directory, reading.tokens_NS), []
     with Progress(f"warm start {start}", settings.num_hidden_layers, "layers") as progress:
         for layer in range(settings.num_hidden_layers):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+            generator = layer_generator(seed, layer)
             shares.append(_pass_layer(stream, layer, sidecar, reading, config, generator, kept))
             progress.advance()
     write_sidecar(directory, sidecar)

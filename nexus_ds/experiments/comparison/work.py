@@ -47,18 +47,18 @@ def random_dense(out: str, config: str, tokenizer: str, number: int) -> None:
     So models of several numbers put together are one mixture with random weights everywhere: their
     mean is no smaller.
     """
-    import torch
 
     from nexus_ds.checkpoint.build import DTYPES, new_dense
     from nexus_ds.checkpoint.tokenizer import copy_tokenizer
     from nexus_ds.config import load_config
     from nexus_ds.data.tokenizer import open_tokenizer, vocabulary_size
+    from nexus_ds.model.router import layer_generator
     from nexus_ds.outputs import new_directory
 
     settings = load_config(config)
     words = open_tokenizer(Path(tokenizer))
     model = new_dense(settings.model, vocabulary_size(words), words.eos_token_id, settings.seed)
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
+    generator = layer_generator(settings.seed, number)
     for name, parameter in model.named_parameters():
         if ".mlp." in name:
             parameter.data.normal_(0.0, model.config.initializer_range, generator=generator)
