@@ -226,8 +226,8 @@ FAULTS = (
     Fault(
         "whitening divides twice",
         "warm_start/methods.py",
-        "values_H.mean()).sqrt())",
-        "values_H.mean()))",
+        "values_H.mean()).sqrt()",
+        "values_H.mean())",
     ),
     Fault(
         "gaps in a weight file pass",

@@ -1,5 +1,4 @@
-"""The text that a router's warm start reads: windows of each domain's training text, with
-embeddings where it needs them.
+"""The text that a router's warm start reads: windows of each domain, embedded where it asks.
 
 Not covered: what is done with it (`fit`).
 """
@@ -9,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,12 +22,14 @@ from nexus_ds.errors import CheckpointError, DataError
 from nexus_ds.settings import CHUNK_WARM_STARTS, Config
 from nexus_ds.warm_start.methods import check_start
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 LENGTH = 512  # tokens of a window at most
 BYTES_PER_TOKEN = 16  # of text that is tokenised: several times what a token takes
-LEAST_BYTES, CHUNK_BYTES = (
-    1 << 16,
-    4 << 20,
-)  # of a domain's text that is tokenised at least; chunks come from all over it
+# Of a domain's text that is tokenised at least; chunks come from all over it.
+LEAST_BYTES = 1 << 16
+CHUNK_BYTES = 4 << 20
 NO_TEXT = ("none", "embedding")  # warm starts that read none
 
 
@@ -70,21 +72,24 @@ def read_fit_text(
         IncompatibleModelsError: an encoder other than that of the domain embeddings.
         CheckpointError: the sidecar names no encoder.
     """
-    start, domains = config.router.warm_start, [expert.domain for expert in sidecar.experts]
+    start = config.router.warm_start
+    domains = [expert.domain for expert in sidecar.experts]
     check_start(start, sidecar.router.kind, sidecar.router.projection)
     if start in NO_TEXT:
         return None
     embedded = start in CHUNK_WARM_STARTS
-    kept = kept if embedded else 0
-    background = (
-        [name for name in config.router.fit_background if name not in domains] if embedded else []
-    )
+    read = list(domains)
+    background: list[str] = []
+    if embedded:
+        read = domains[: kept or None]
+        background = [name for name in config.router.fit_background if name not in domains]
     try:
-        found = _windows(source, positions, data, config, domains[: kept or None] + background)
+        found = _windows(source, positions, data, config, read + background)
     except DataError as error:
         setting = "router.fit_chunks" if embedded else "router.fit_windows"
         raise DataError(
-            f"{error}\nThe router's warm start reads training text of {', '.join(domains + background)} (looked for in {data}): "
+            f"{error}\nThe router's warm start reads training text of "
+            f"{', '.join(domains + background)} (looked for in {data}): "
             f"give --data DIR with a folder for each, lower {setting}, or {switch} to go without it"
         ) from error
     return FitText(found, _embedded(sidecar, source, found, config) if embedded else {})
@@ -93,10 +98,14 @@ def read_fit_text(
 def _windows(
     source: Path, positions: int, data: str, config: Config, domains: list[str]
 ) -> dict[str, Tensor]:
-    """Return windows [count, length] of each domain's training text, from all over the text that is
-    tokenised."""
-    router, chunks = config.router, config.router.warm_start in CHUNK_WARM_STARTS
-    count, least = (router.fit_chunks, CHUNK_BYTES) if chunks else (router.fit_windows, LEAST_BYTES)
+    """Return windows [count, length] of each domain, from all over the text that is tokenised."""
+    router = config.router
+    if router.warm_start in CHUNK_WARM_STARTS:
+        count = router.fit_chunks
+        least = CHUNK_BYTES
+    else:
+        count = router.fit_windows
+        least = LEAST_BYTES
     length = min(config.data.sequence_length, positions, LENGTH)
     with tempfile.TemporaryDirectory() as cache:
         files = token_files(
@@ -110,35 +119,39 @@ def _windows(
             on_bad_row=config.data.on_bad_row,
             bos=config.data.bos,
         )
-        return {
-            name: torch.from_numpy(windows(files[name], count, length))[:, :length]
-            for name in domains
-        }
+        # `windows` gives one token more, the target of the last one.
+        found = {name: windows(files[name], count, length)[:, :length] for name in domains}
+        return {name: torch.from_numpy(tokens) for name, tokens in found.items()}
 
 
 def _embedded(
     sidecar: Sidecar, source: Path, found: dict[str, Tensor], config: Config
 ) -> dict[str, Tensor]:
-    """Return the embeddings [n, m] of windows of text, kept in the run's token cache where there is
-    one."""
+    """Return the embeddings [n, M] fp32 of windows of text.
+
+    They are kept in the run's token cache where there is one.
+    """
     if sidecar.encoder is None:
         raise CheckpointError(
-            f"{source}: the checkpoint names no encoder of its domain embeddings, but router.warm_start "
-            f"{config.router.warm_start} embeds text; use label_fit or none"
+            f"{source}: the checkpoint names no encoder of its domain embeddings, "
+            f"but router.warm_start {config.router.warm_start} embeds text; use label_fit or none"
         )
-    tokenizer, run = open_tokenizer(source), Path(config.pipeline.run)
-    # no text, and nothing that an encoder knows
-    begin = set(beginning(tokenizer.backend_tokenizer))
-    texts = {
-        domain: tokenizer.batch_decode(
-            [[i for i in row if i not in begin] for row in tokens_NS.tolist()]
-        )
-        for domain, tokens_NS in found.items()
-    }
-    cache = (
-        Path(config.data.cache) if config.data.cache else run / "tokens" if run.is_dir() else None
-    )
+    tokenizer = open_tokenizer(source)
+    texts = {domain: _texts(tokenizer, tokens_nS) for domain, tokens_nS in found.items()}
+    run = Path(config.pipeline.run)
+    encoder = config.pipeline.encoder
+    revision = sidecar.encoder.revision
+    if config.data.cache:
+        return embed_chunks(texts, encoder, revision, Path(config.data.cache))
+    if run.is_dir():
+        return embed_chunks(texts, encoder, revision, run / "tokens")
     with tempfile.TemporaryDirectory() as scratch:
-        return embed_chunks(
-            texts, config.pipeline.encoder, sidecar.encoder.revision, cache or Path(scratch)
-        )
+        return embed_chunks(texts, encoder, revision, Path(scratch))
+
+
+def _texts(tokenizer: PreTrainedTokenizerFast, tokens_nS: Tensor) -> list[str]:
+    """Return the text of each window, as the encoder of the domains reads it."""
+    # What begins a document is no text, and nothing that an encoder knows.
+    begin = set(beginning(tokenizer.backend_tokenizer))
+    rows = [[token for token in row if token not in begin] for row in tokens_nS.tolist()]
+    return tokenizer.batch_decode(rows)

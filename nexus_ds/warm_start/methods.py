@@ -1,19 +1,18 @@
-"""Ways to start a layer's router from text: free rows or P, by labels, in closed form, or from
-chunks of text.
+"""Ways to start one layer's router from text: free expert embeddings, or P.
 
-    label_fit     rows or P by the cross-entropy of domain labels (SGD)
-    hidden_mean   a row is the mean router input of its domain's text
-    ridge         rows by ridge regression of one-hot domain labels, then one temperature for all
+    label_fit     either, by the cross-entropy of domain labels (AdamW)
+    hidden_mean   an expert embedding is the mean router input of its domain's text
+    ridge         ridge regression of one-hot domain labels, then one temperature for all
     chunks        P so that P(embedding of a chunk) knows that chunk's tokens among those of other
-    chunks (InfoNCE) closed_form   a linear P by ridge regression from embeddings of chunks to their
-    mean whitened inputs
+                  chunks (InfoNCE)
+    closed_form   a linear P by ridge regression from the embeddings of chunks to the mean of their
+                  whitened router inputs
 
-`chunks` and `closed_form` show P a direction for every chunk instead of one a domain: what P(d) of
-a domain that it has
-never seen is worth depends on that, and on how much of all text the chunks come from: background
-text has no expert.
-Shapes: T tokens in windows of S, E routed experts, H hidden size, C chunks (= windows), M width of
-an embedding.
+`chunks` and `closed_form` show P a direction for every chunk instead of one a domain. What P(d) of
+a domain that it has never seen is worth depends on that, and on how much of all text the chunks
+come from: background text has no expert.
+Shapes: T tokens in windows of S, L of them of domains with an expert, n tokens of a step, E routed
+experts, H hidden size, C chunks (= windows), M width of an embedding.
 Not covered: where the inputs come from (`fit`).
 """
 
@@ -30,76 +29,80 @@ from nexus_ds.model.router import Projection
 from nexus_ds.settings import CHUNK_WARM_STARTS, RouterConfig
 
 DEFAULT_LR = {"nexus": 1e-3, "linear": 5e-3}
-NORM_LR = 20.0  # of a fixed row length, relative to P's: its logarithm has far to go
+# Of a fixed length, relative to P's: its logarithm has far to go.
+NORM_LR = 20.0
 TOKENS_PER_STEP = 4096
 CHUNKS_PER_STEP = 512  # that compete for a token
 TOKENS_PER_CHUNK = 8  # and step
 JUDGED_TOKENS = 1 << 14  # that a temperature is chosen on
+TEMPERATURES = (2.0 ** torch.arange(-8, 12, 0.25)).tolist()
 RIDGE = 1e-3  # relative to the mean of the diagonal
 WHITEN = 1e-3
-# chosen by leaving out one old domain after the other, as are the sizes around it
+# Chosen by leaving out one old domain after the other, as are the sizes around it.
 CHUNK_RIDGE = 3.0
-DOMAIN_WEIGHT = 0.3  # of all domain rows beside all chunks
+DOMAIN_WEIGHT = 0.3  # of all domains beside all chunks
 
 FREE_WARM_STARTS = ("hidden_mean", "ridge", "embedding")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Features:
-    """What the router of one layer sees of text; all on one device, fp32."""
+    """What the router of one layer reads of text, and what is known of that text.
+
+    The first L of the T tokens are of domains that have an expert. The others are background: they
+    show P more directions, and are nobody's. All on one device, fp32.
+    """
 
     x_TH: Tensor
-    labels_T: Tensor
-    """Domain of each token, 0 .. E-1 of those that have an expert and text; -1: background, which
-    has no expert."""
-    generator: torch.Generator
+    """Router inputs, window after window."""
+    labels_L: Tensor
+    """Domain of each of the first tokens, 0 .. E-1 of the domains that have text."""
     inputs_EM: Tensor | None = None
-    """What P reads of each of these domains; None for free rows."""
+    """What P reads of each of these domains; None for free expert embeddings."""
     chunks_CM: Tensor | None = None
     """What P reads of each window's own embedding, for `chunks` and `closed_form`."""
 
-    def labelled(self) -> Features:
-        """Return what it sees of domains with an expert; the chunks don't fit these tokens any
-        more."""
-        known_T = self.labels_T >= 0
-        return replace(
-            self, x_TH=self.x_TH[known_T], labels_T=self.labels_T[known_T], chunks_CM=None
-        )
+    @property
+    def x_LH(self) -> Tensor:
+        """The inputs that have a label."""
+        return self.x_TH[: len(self.labels_L)]
 
 
 def check_start(start: str, kind: str, projection: str) -> None:
-    """Raise ConfigError for a `router.warm_start` that a router of this kind and form of P can't
-    have."""
+    """Raise ConfigError for a warm start that a router of this kind and form of P can't have."""
     if kind == "nexus" and start in FREE_WARM_STARTS:
         raise ConfigError(
-            f"router.warm_start {start} sets free rows, but this router's rows are P(d); use label_fit, chunks, "
-            "closed_form or none, or router.kind linear"
+            f"router.warm_start {start} sets free rows, but this router's rows are P(d); "
+            "use label_fit, chunks, closed_form or none, or router.kind linear"
         )
     if kind == "linear" and start in CHUNK_WARM_STARTS:
         raise ConfigError(
-            f"router.warm_start {start} fits P, but this router has free rows; use label_fit, hidden_mean, ridge, "
-            "embedding or none, or router.kind nexus"
+            f"router.warm_start {start} fits P, but this router has free rows; "
+            "use label_fit, hidden_mean, ridge, embedding or none, or router.kind nexus"
         )
     if start == "closed_form" and projection != "linear":
         raise ConfigError(
-            f"router.warm_start closed_form needs a linear P, this one is {projection}; use chunks, or "
-            "router.projection linear from upcycling on"
+            f"router.warm_start closed_form needs a linear P, this one is {projection}; "
+            "use chunks, or router.projection linear from upcycling on"
         )
 
 
-def temperature(x_TH: Tensor, labels_T: Tensor, embeddings_EH: Tensor) -> float:
-    """Return the factor of the rows with the least cross-entropy of domain labels, among powers of
-    2^(1/4)."""
-    step = max(1, len(x_TH) // JUDGED_TOKENS)
-    logits_TE, labels_T = F.linear(x_TH[::step], embeddings_EH), labels_T[::step]
-    factors = (2.0 ** torch.arange(-8, 12, 0.25)).tolist()
-    losses = [float(F.cross_entropy(logits_TE * factor, labels_T)) for factor in factors]
-    return factors[losses.index(min(losses))]
+def temperature(x_LH: Tensor, labels_L: Tensor, embeddings_EH: Tensor) -> float:
+    """Return the factor of the embeddings with the least cross-entropy of domain labels.
+
+    Among powers of 2^(1/4); on every so many tokens, JUDGED_TOKENS of them or a few more.
+    """
+    step = max(1, len(x_LH) // JUDGED_TOKENS)
+    logits_nE = F.linear(x_LH[::step], embeddings_EH)
+    labels_n = labels_L[::step]
+    losses = [float(F.cross_entropy(logits_nE * factor, labels_n)) for factor in TEMPERATURES]
+    return TEMPERATURES[losses.index(min(losses))]
 
 
 def means(x_TH: Tensor, groups_T: Tensor, count: int) -> Tensor:
     """Return the mean [count, H] of each group's inputs; NaN for a group without tokens."""
-    sums_GH = torch.zeros(count, x_TH.shape[1], device=x_TH.device).index_add_(0, groups_T, x_TH)
+    sums_GH = torch.zeros(count, x_TH.shape[1], device=x_TH.device)
+    sums_GH.index_add_(0, groups_T, x_TH)
     return sums_GH / torch.bincount(groups_T, minlength=count)[:, None]
 
 
@@ -107,91 +110,100 @@ def whitener(x_TH: Tensor) -> Tensor:
     """Return the symmetric W [H, H] that makes the second moments of x W the identity (ZCA)."""
     moments_HH = x_TH.T @ x_TH / len(x_TH)
     values_H, vectors_HH = torch.linalg.eigh(moments_HH)
-    return (vectors_HH / (values_H + WHITEN * values_H.mean()).sqrt()) @ vectors_HH.T
+    # Directions without variance would be blown up to the noise that they hold.
+    scales_H = (values_H + WHITEN * values_H.mean()).sqrt()
+    return (vectors_HH / scales_H) @ vectors_HH.T
 
 
-def ridge_embeddings(x_TH: Tensor, labels_T: Tensor, experts: int) -> Tensor:
-    """Return rows [E, H] that regress one-hot labels on the inputs (DUME's way), at the best
-    temperature."""
-    moments_HH = x_TH.T @ x_TH
-    penalty = RIDGE * moments_HH.diagonal().mean() * torch.eye(len(moments_HH), device=x_TH.device)
-    targets_HE = x_TH.T @ F.one_hot(labels_T, experts).to(x_TH)
-    embeddings_EH = torch.linalg.solve(moments_HH + penalty, targets_HE).T.contiguous()
-    return embeddings_EH * temperature(x_TH, labels_T, embeddings_EH)
+def _penalty(moments: Tensor, ridge: float) -> Tensor:
+    """Return ridge * I for the normal equations, relative to the mean of their diagonal."""
+    identity = torch.eye(len(moments), device=moments.device)
+    return ridge * moments.diagonal().mean() * identity
 
 
-def hidden_mean_embeddings(x_TH: Tensor, labels_T: Tensor, old_EH: Tensor, kept: int) -> Tensor:
-    """Return rows [E, H] of mean inputs; the first `kept` stay, the others are put to their mean
-    norm.
+def ridge_embeddings(x_LH: Tensor, labels_L: Tensor, experts: int) -> Tensor:
+    """Return the [E, H] that regress one-hot labels on the inputs, at the best temperature.
 
-    A row that joins others is the difference to the mean of their domains: what is common to all
-    text decides nothing.
+    This is DUME's way.
     """
-    embeddings_EH = means(x_TH, labels_T, len(old_EH))
+    moments_HH = x_LH.T @ x_LH
+    targets_HE = x_LH.T @ F.one_hot(labels_L, experts).to(x_LH)
+    solution_HE = torch.linalg.solve(moments_HH + _penalty(moments_HH, RIDGE), targets_HE)
+    embeddings_EH = solution_HE.T.contiguous()
+    return embeddings_EH * temperature(x_LH, labels_L, embeddings_EH)
+
+
+def hidden_mean_embeddings(x_LH: Tensor, labels_L: Tensor, old_EH: Tensor, kept: int) -> Tensor:
+    """Return the mean inputs [E, H] of the domains; the first `kept` experts stay as they are.
+
+    An expert that joins others gets the difference to the mean of their domains, at their mean
+    norm: what is common to all text decides nothing.
+    """
+    means_EH = means(x_LH, labels_L, len(old_EH))
     if not kept:
-        return embeddings_EH
-    new_EH = (
-        F.normalize(embeddings_EH[kept:] - embeddings_EH[:kept].mean(0), dim=-1)
-        * old_EH[:kept].norm(dim=-1).mean()
-    )
-    return torch.cat([old_EH[:kept], new_EH])
+        return means_EH
+    kept_EH = old_EH[:kept]
+    directions_EH = F.normalize(means_EH[kept:] - means_EH[:kept].mean(0), dim=-1)
+    new_EH = directions_EH * kept_EH.norm(dim=-1).mean()
+    return torch.cat([kept_EH, new_EH])
 
 
 def warm_start_embeddings(
-    old_EH: Tensor, seen: Features, config: RouterConfig, kept: int
+    old_EH: Tensor,
+    features: Features,
+    config: RouterConfig,
+    kept: int,
+    generator: torch.Generator,
 ) -> Tensor:
-    """Return the free rows [E, H] that a linear router starts with.
+    """Return the free expert embeddings [E, H] that a linear router starts with.
 
     Args:
-        old_EH: the rows so far.
-        seen: text of every expert's domain.
+        old_EH: those so far.
+        features: of text of every expert's domain, no background.
         config: `warm_start`, `fit_steps`, `fit_lr`.
-        kept: rows of older experts, which `hidden_mean` leaves as they are.
+        kept: older experts, which `hidden_mean` leaves as they are.
+        generator: draws the tokens of each step of `label_fit`.
     """
     if config.warm_start == "ridge":
-        return ridge_embeddings(seen.x_TH, seen.labels_T, len(old_EH))
+        return ridge_embeddings(features.x_LH, features.labels_L, len(old_EH))
     if config.warm_start == "hidden_mean":
-        return hidden_mean_embeddings(seen.x_TH, seen.labels_T, old_EH, kept)
+        return hidden_mean_embeddings(features.x_LH, features.labels_L, old_EH, kept)
     embeddings_EH = nn.Parameter(old_EH.clone())
-    optimizer = torch.optim.AdamW(
-        [embeddings_EH], lr=config.fit_lr or DEFAULT_LR["linear"], weight_decay=0.0
-    )
+    lr = config.fit_lr or DEFAULT_LR["linear"]
+    optimizer = torch.optim.AdamW([embeddings_EH], lr=lr, weight_decay=0.0)
     for _ in range(config.fit_steps):
-        _step(optimizer, _label_loss(seen, embeddings_EH))
+        _step(optimizer, _label_loss(features, embeddings_EH, generator))
     return embeddings_EH.detach()
 
 
-def warm_start_projection(projection: Projection, seen: Features, config: RouterConfig) -> None:
+def warm_start_projection(
+    projection: Projection,
+    features: Features,
+    config: RouterConfig,
+    generator: torch.Generator,
+) -> None:
     """Fit P in place.
 
     Args:
-        projection: of one layer, on the device of `seen`.
-        seen: for `label_fit` text of every expert's domain; for the others of some, with
+        projection: of one layer, on the device of `features`.
+        features: for `label_fit` of text of every expert's domain; for the others of some, with
             `chunks_CM`, and background.
         config: `warm_start`, `fit_steps`, `fit_lr`.
+        generator: draws the tokens of each step.
     """
     if config.warm_start == "closed_form":
-        _closed_form(projection, seen)
+        _closed_form(projection, features)
         return
-    assert seen.inputs_EM is not None
-    optimizer = _adam(projection, config.fit_lr or DEFAULT_LR["nexus"])
-    if config.warm_start == "label_fit":
-        for _ in range(config.fit_steps):
-            _step(optimizer, _label_loss(seen, projection(seen.inputs_EM)))
+    optimizer = _adamw(projection, config.fit_lr or DEFAULT_LR["nexus"])
+    if config.warm_start == "chunks":
+        _fit_chunks(projection, features, optimizer, config.fit_steps, generator)
         return
-    projection.fold(None)
-    white_HH = whitener(seen.x_TH)
-    whitened = replace(seen, x_TH=seen.x_TH @ white_HH)
-    labelled = whitened.labelled()
+    assert features.inputs_EM is not None
     for _ in range(config.fit_steps):
-        _step(
-            optimizer,
-            _chunk_loss(whitened, projection) + _label_loss(labelled, projection(seen.inputs_EM)),
-        )
-    _finish(projection, white_HH, seen)
+        _step(optimizer, _label_loss(features, projection(features.inputs_EM), generator))
 
 
-def _adam(projection: Projection, lr: float) -> torch.optim.Optimizer:
+def _adamw(projection: Projection, lr: float) -> torch.optim.Optimizer:
     groups = [{"params": list(projection.maps.parameters()), "lr": lr}]
     if projection.log_norm is not None:
         groups.append({"params": [projection.log_norm], "lr": lr * NORM_LR})
@@ -204,62 +216,84 @@ def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
-def _label_loss(seen: Features, embeddings_EH: Tensor) -> Tensor:
+def _label_loss(features: Features, embeddings_EH: Tensor, generator: torch.Generator) -> Tensor:
     """Return the cross-entropy of softmax(x E^T) against the labels of some tokens."""
-    count = min(TOKENS_PER_STEP, len(seen.x_TH))
-    pick = torch.randint(len(seen.x_TH), (count,), generator=seen.generator).to(seen.x_TH.device)
-    return F.cross_entropy(F.linear(seen.x_TH[pick], embeddings_EH), seen.labels_T[pick])
+    x_LH = features.x_LH
+    count = min(TOKENS_PER_STEP, len(x_LH))
+    # Drawn on the CPU and then moved: the same tokens whatever the device.
+    picked_n = torch.randint(len(x_LH), (count,), generator=generator).to(x_LH.device)
+    logits_nE = F.linear(x_LH[picked_n], embeddings_EH)
+    return F.cross_entropy(logits_nE, features.labels_L[picked_n])
 
 
-def _chunk_loss(seen: Features, projection: Projection) -> Tensor:
-    """Return the cross-entropy with which rows of chunks tell their own tokens from those of the
-    other chunks."""
-    assert seen.chunks_CM is not None
-    chunks = len(seen.chunks_CM)
-    length = len(seen.x_TH) // chunks
-    pick = torch.randperm(chunks, generator=seen.generator)[:CHUNKS_PER_STEP]
-    where = torch.randint(length, (len(pick), TOKENS_PER_CHUNK), generator=seen.generator)
-    tokens = (pick[:, None] * length + where).flatten().to(seen.x_TH.device)
-    own = torch.arange(len(pick), device=seen.x_TH.device).repeat_interleave(TOKENS_PER_CHUNK)
-    return F.cross_entropy(
-        F.linear(seen.x_TH[tokens], projection(seen.chunks_CM[pick.to(own.device)])), own
-    )
+def _chunk_loss(features: Features, projection: Projection, generator: torch.Generator) -> Tensor:
+    """Return the cross-entropy with which chunks tell their tokens from those of others (InfoNCE).
 
-
-@torch.no_grad()
-def _closed_form(projection: Projection, seen: Features) -> None:
-    """Set a linear P by ridge regression of mean whitened inputs on embeddings, of chunks and
-    (weighted) of domains.
-
-    With whitened inputs this is also the bilinear form of ESZSL: one matrix between embeddings and
-    inputs.
+    Of CHUNKS_PER_STEP chunks c at once, and TOKENS_PER_CHUNK tokens of each.
     """
-    assert seen.chunks_CM is not None and seen.inputs_EM is not None
-    white_HH = whitener(seen.x_TH)
-    chunks, domains, device = len(seen.chunks_CM), len(seen.inputs_EM), seen.x_TH.device
-    chunk_T = torch.arange(chunks, device=device).repeat_interleave(len(seen.x_TH) // chunks)
-    labelled = seen.labelled()
-    domain_EH = means(labelled.x_TH, labelled.labels_T, domains)
-    targets_GH = torch.cat([means(seen.x_TH, chunk_T, chunks), domain_EH]) - domain_EH.mean(0)
-    inputs_GM = torch.cat([seen.chunks_CM, seen.inputs_EM])
-    weight_G1 = torch.ones(len(inputs_GM), 1, device=device)
-    weight_G1[chunks:] = DOMAIN_WEIGHT * chunks / domains
-    moments_MM = inputs_GM.T @ (weight_G1 * inputs_GM)
-    penalty = CHUNK_RIDGE * moments_MM.diagonal().mean() * torch.eye(len(moments_MM), device=device)
-    map_MH = torch.linalg.solve(
-        moments_MM + penalty, inputs_GM.T @ (weight_G1 * (targets_GH @ white_HH))
-    )
-    projection.maps[0].weight.copy_(map_MH.T)
-    _finish(projection, white_HH, seen)
+    x_TH, chunks_CM = features.x_TH, features.chunks_CM
+    assert chunks_CM is not None
+    length = len(x_TH) // len(chunks_CM)
+    picked_c = torch.randperm(len(chunks_CM), generator=generator)[:CHUNKS_PER_STEP]
+    offsets = torch.randint(length, (len(picked_c), TOKENS_PER_CHUNK), generator=generator)
+    tokens_n = (picked_c[:, None] * length + offsets).flatten().to(x_TH.device)
+    own_n = torch.arange(len(picked_c), device=x_TH.device).repeat_interleave(TOKENS_PER_CHUNK)
+    embeddings_cH = projection(chunks_CM[picked_c.to(x_TH.device)])
+    logits_nc = F.linear(x_TH[tokens_n], embeddings_cH)
+    return F.cross_entropy(logits_nc, own_n)
+
+
+def _fit_chunks(
+    projection: Projection,
+    features: Features,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    generator: torch.Generator,
+) -> None:
+    """Fit P to whitened inputs by chunks, and by the labels of the domains."""
+    assert features.inputs_EM is not None
+    projection.fold(None)
+    white_HH = whitener(features.x_TH)
+    whitened = replace(features, x_TH=features.x_TH @ white_HH)
+    for _ in range(steps):
+        chunk_loss = _chunk_loss(whitened, projection, generator)
+        label_loss = _label_loss(whitened, projection(features.inputs_EM), generator)
+        _step(optimizer, chunk_loss + label_loss)
+    _finish(projection, white_HH, features)
 
 
 @torch.no_grad()
-def _finish(projection: Projection, white_HH: Tensor, seen: Features) -> None:
-    """Fold the whitening of the inputs into P, and put its rows to the temperature that suits the
-    labels."""
-    assert seen.inputs_EM is not None
-    labelled = seen.labelled()
+def _closed_form(projection: Projection, features: Features) -> None:
+    """Set a linear P by ridge regression of mean whitened inputs on embeddings.
+
+    G = C + E samples: each chunk, and (weighted) each domain. With whitened inputs this is also the
+    bilinear form of ESZSL: one matrix between embeddings and inputs.
+    """
+    x_TH, chunks_CM, inputs_EM = features.x_TH, features.chunks_CM, features.inputs_EM
+    assert chunks_CM is not None and inputs_EM is not None
+    chunks, domains = len(chunks_CM), len(inputs_EM)
+    white_HH = whitener(x_TH)
+
+    chunk_T = torch.arange(chunks, device=x_TH.device).repeat_interleave(len(x_TH) // chunks)
+    chunk_means_CH = means(x_TH, chunk_T, chunks)
+    domain_means_EH = means(features.x_LH, features.labels_L, domains)
+    # Less what is common to all text: it decides nothing.
+    targets_GH = torch.cat([chunk_means_CH, domain_means_EH]) - domain_means_EH.mean(0)
+    samples_GM = torch.cat([chunks_CM, inputs_EM])
+    weights_G1 = torch.ones(chunks + domains, 1, device=x_TH.device)
+    weights_G1[chunks:] = DOMAIN_WEIGHT * chunks / domains
+
+    moments_MM = samples_GM.T @ (weights_G1 * samples_GM)
+    products_MH = samples_GM.T @ (weights_G1 * (targets_GH @ white_HH))
+    map_MH = torch.linalg.solve(moments_MM + _penalty(moments_MM, CHUNK_RIDGE), products_MH)
+    projection.maps[0].weight.copy_(map_MH.T)
+    _finish(projection, white_HH, features)
+
+
+@torch.no_grad()
+def _finish(projection: Projection, white_HH: Tensor, features: Features) -> None:
+    """Fold the whitening into P, and scale it to the temperature that suits the labels."""
+    assert features.inputs_EM is not None
     projection.fold(white_HH)
-    projection.scale_output(
-        temperature(labelled.x_TH, labelled.labels_T, projection(seen.inputs_EM))
-    )
+    embeddings_EH = projection(features.inputs_EM)
+    projection.scale_output(temperature(features.x_LH, features.labels_L, embeddings_EH))

@@ -85,6 +85,7 @@ def test_a_domain_without_text_is_named(checkpoint, windows):
     del windows.windows["beta"]
     with pytest.raises(
         DataError,
-        match="the router's warm start label_fit has no text of beta; expected text of every expert's domain",
+        match="the router's warm start label_fit has no text of beta; "
+        "expected text of every expert's domain",
     ):
         fit_router(checkpoint, windows, RouterConfig(), seed=0)

@@ -45,29 +45,32 @@ def world(seed=0, unseen=1, background=0):
 
     texts = [text(domain) for domain in range(DOMAINS + unseen)]
     read = texts[: DOMAINS + background]
-    seen = Features(
+    features = Features(
         x_TH=torch.cat([x for _, x in read]),
-        labels_T=torch.tensor([*range(DOMAINS), *[-1] * background]).repeat_interleave(
-            CHUNKS * LENGTH
-        ),
-        generator=torch.Generator().manual_seed(seed),
+        labels_L=torch.arange(DOMAINS).repeat_interleave(CHUNKS * LENGTH),
         inputs_EM=topics[:DOMAINS],
         chunks_CM=torch.cat([c for c, _ in read]),
     )
-    return seen, topics, texts[-1][1]
+    return features, topics, texts[-1][1]
+
+
+def draws():
+    return torch.Generator().manual_seed(0)
 
 
 def share(x_TH, embeddings_EH, index):
     return float((F.linear(x_TH, embeddings_EH).argmax(-1) == index).float().mean())
 
 
-def own_share(seen, embeddings_EH):
-    return float((F.linear(seen.x_TH, embeddings_EH).argmax(-1) == seen.labels_T).float().mean())
+def own_share(features, embeddings_EH):
+    return float(
+        (F.linear(features.x_LH, embeddings_EH).argmax(-1) == features.labels_L).float().mean()
+    )
 
 
-def projection_of(seen, form, row_norm="free"):
+def projection_of(features, form, row_norm="free"):
     projection = Projection(WIDTH, HIDDEN, form=form, row_norm=row_norm)
-    init_projection(projection, seen.inputs_EM, "balanced", 0.5, layer_generator(0, 0))
+    init_projection(projection, features.inputs_EM, "balanced", 0.5, layer_generator(0, 0))
     return projection
 
 
@@ -84,18 +87,18 @@ def projection_of(seen, form, row_norm="free"):
 def test_chunks_teach_p_directions_that_labels_do_not(start, form, row_norm):
     """A domain whose text P never saw finds its row P(d_new); the label fit of the same P does
     not."""
-    seen, topics, new_text = world()
+    features, topics, new_text = world()
     found, leaks = {}, {}
     for name in (start, "label_fit"):
-        projection = projection_of(seen, form, row_norm)
+        projection = projection_of(features, form, row_norm)
         warm_start_projection(
-            projection, seen, RouterConfig(warm_start=name, fit_steps=200, fit_lr=3e-3)
+            projection, features, RouterConfig(warm_start=name, fit_steps=200, fit_lr=3e-3), draws()
         )
         embeddings_EH = projection(topics).detach()
-        assert own_share(seen, embeddings_EH[:DOMAINS]) > 0.6
+        assert own_share(features, embeddings_EH[:DOMAINS]) > 0.6
         found[name], leaks[name] = (
             share(new_text, embeddings_EH, DOMAINS),
-            share(seen.x_TH, embeddings_EH, DOMAINS),
+            share(features.x_TH, embeddings_EH, DOMAINS),
         )
     # The paper's SwiGLU learns a little of it; a linear P generalises.
     assert found[start] > found["label_fit"] + 0.2 and leaks[start] < 0.25
@@ -109,36 +112,37 @@ def test_background_teaches_p_more_directions_and_is_nobodys_domain(start, form)
     """Text without an expert makes a row that it never belongs to, and room for the rows of its
     kind."""
     everything, topics, new_text = world(unseen=1 + DOMAINS, background=DOMAINS)
-    known = everything.labels_T >= 0
-    without = replace(everything.labelled(), chunks_CM=everything.chunks_CM[: DOMAINS * CHUNKS])
+    labelled = len(everything.labels_L)
+    without = replace(
+        everything, x_TH=everything.x_LH, chunks_CM=everything.chunks_CM[: DOMAINS * CHUNKS]
+    )
     found, rows = {}, {}
-    for name, seen in (("without", without), ("with", everything)):
-        projection = projection_of(seen, form, "fixed")
+    for name, features in (("without", without), ("with", everything)):
+        projection = projection_of(features, form, "fixed")
         warm_start_projection(
-            projection, seen, RouterConfig(warm_start=start, fit_steps=100, fit_lr=3e-3)
+            projection,
+            features,
+            RouterConfig(warm_start=start, fit_steps=100, fit_lr=3e-3),
+            draws(),
         )
         rows[name] = projection(torch.cat([topics[:DOMAINS], topics[-1:]])).detach()
-        own = (
-            F.linear(everything.x_TH[known], rows[name][:DOMAINS]).argmax(-1)
-            == everything.labels_T[known]
-        )
-        assert float(own.float().mean()) > 0.6
+        assert own_share(everything, rows[name][:DOMAINS]) > 0.6
         found[name] = share(new_text, rows[name], DOMAINS)
         background = projection(topics[DOMAINS:-1]).detach()
         found[f"background {name}"] = share(
-            everything.x_TH[~known], torch.cat([rows[name], background]), DOMAINS + 1
+            everything.x_TH[labelled:], torch.cat([rows[name], background]), DOMAINS + 1
         )
     assert found["with"] > found["without"] - 0.05
     assert found["background with"] > found["background without"] + 0.05
 
 
 def test_fixed_rows_spread_their_logits_alike_after_a_start():
-    seen, topics, _ = world()
+    features, topics, _ = world()
     spreads = {}
     for row_norm in ("fixed", "free"):
-        projection = projection_of(seen, "linear", row_norm)
-        warm_start_projection(projection, seen, RouterConfig(warm_start="closed_form"))
-        logits = F.linear(seen.x_TH, projection(topics).detach())
+        projection = projection_of(features, "linear", row_norm)
+        warm_start_projection(projection, features, RouterConfig(warm_start="closed_form"), draws())
+        logits = F.linear(features.x_TH, projection(topics).detach())
         spreads[row_norm] = logits.square().mean(0).sqrt()
     assert (
         float(spreads["fixed"].max() / spreads["fixed"].min())
@@ -150,37 +154,43 @@ def test_fixed_rows_spread_their_logits_alike_after_a_start():
 def test_starts_are_deterministic():
     rows = []
     for _ in range(2):
-        seen, topics, _ = world()
-        projection = projection_of(seen, "swiglu")
-        warm_start_projection(projection, seen, RouterConfig(warm_start="chunks", fit_steps=5))
+        features, topics, _ = world()
+        projection = projection_of(features, "swiglu")
+        warm_start_projection(
+            projection, features, RouterConfig(warm_start="chunks", fit_steps=5), draws()
+        )
         rows.append(projection(topics).detach())
     assert torch.equal(*rows)
 
 
 def test_the_whitener_makes_second_moments_the_identity():
-    seen, _, _ = world()
-    white = seen.x_TH @ whitener(seen.x_TH)
+    features, _, _ = world()
+    white = features.x_TH @ whitener(features.x_TH)
     assert torch.allclose(white.T @ white / len(white), torch.eye(HIDDEN), atol=0.05)
 
 
 def test_the_temperature_is_the_best_of_its_grid():
-    seen, _, _ = world()
-    embeddings_EH = means(seen.x_TH, seen.labels_T, DOMAINS)
-    best = temperature(seen.x_TH, seen.labels_T, embeddings_EH)
+    features, _, _ = world()
+    embeddings_EH = means(features.x_TH, features.labels_L, DOMAINS)
+    best = temperature(features.x_TH, features.labels_L, embeddings_EH)
     losses = {
-        f: float(F.cross_entropy(seen.x_TH @ (embeddings_EH * f).T, seen.labels_T))
+        f: float(F.cross_entropy(features.x_TH @ (embeddings_EH * f).T, features.labels_L))
         for f in (best / 1.2, best, best * 1.2)
     }
     assert min(losses, key=losses.get) == best
-    assert temperature(seen.x_TH, seen.labels_T, embeddings_EH * best) == pytest.approx(1.0)
+    assert temperature(features.x_TH, features.labels_L, embeddings_EH * best) == pytest.approx(1.0)
 
 
 def test_hidden_mean_is_the_mean_and_a_later_row_the_difference():
-    seen, _, _ = world()
+    features, _, _ = world()
     old_EH = torch.randn(DOMAINS, HIDDEN, generator=torch.Generator().manual_seed(3))
-    embeddings_EH = hidden_mean_embeddings(seen.x_TH, seen.labels_T, old_EH, 0)
-    assert torch.allclose(embeddings_EH[1], seen.x_TH[seen.labels_T == 1].mean(0), atol=1e-4)
-    later_EH = warm_start_embeddings(old_EH, seen, RouterConfig(warm_start="hidden_mean"), kept=2)
+    embeddings_EH = hidden_mean_embeddings(features.x_TH, features.labels_L, old_EH, 0)
+    assert torch.allclose(
+        embeddings_EH[1], features.x_TH[features.labels_L == 1].mean(0), atol=1e-4
+    )
+    later_EH = warm_start_embeddings(
+        old_EH, features, RouterConfig(warm_start="hidden_mean"), 2, draws()
+    )
     assert torch.equal(later_EH[:2], old_EH[:2])
     assert torch.allclose(
         unit(later_EH[2]), unit(embeddings_EH[2] - embeddings_EH[:2].mean(0)), atol=1e-5
@@ -191,9 +201,9 @@ def test_hidden_mean_is_the_mean_and_a_later_row_the_difference():
 
 
 def test_ridge_is_the_normal_equations_solution_up_to_the_temperature():
-    seen, _, _ = world()
-    embeddings_EH = ridge_embeddings(seen.x_TH, seen.labels_T, DOMAINS)
-    x, y = seen.x_TH.double(), F.one_hot(seen.labels_T, DOMAINS).double()
+    features, _, _ = world()
+    embeddings_EH = ridge_embeddings(features.x_TH, features.labels_L, DOMAINS)
+    x, y = features.x_TH.double(), F.one_hot(features.labels_L, DOMAINS).double()
     penalty = 1e-3 * float((x * x).sum(0).mean())
     expected = torch.linalg.lstsq(
         torch.cat([x, math.sqrt(penalty) * torch.eye(HIDDEN).double()]),
@@ -201,7 +211,7 @@ def test_ridge_is_the_normal_equations_solution_up_to_the_temperature():
     ).solution.T
     ratio = embeddings_EH.double() / expected
     assert torch.allclose(ratio, ratio[0, 0].expand_as(ratio), rtol=1e-2)
-    assert own_share(seen, embeddings_EH) > 0.8
+    assert own_share(features, embeddings_EH) > 0.8
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,86 @@
+"""The text of a warm start: whose it is, how much of it, and what is said where it is missing."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import DOMAINS
+
+from nexus_ds.checkpoint.sidecar import read_sidecar
+from nexus_ds.config import load_config
+from nexus_ds.errors import CheckpointError, ConfigError, DataError
+from nexus_ds.warm_start import fit_text
+from nexus_ds.warm_start.fit_text import read_fit_text
+
+LENGTH = 64
+
+
+def read(nexus_dir, data, *words, kept=0, sidecar=None):
+    config = load_config("demo", ["data.workers=1", *words])
+    sidecar = sidecar or read_sidecar(nexus_dir)
+    return read_fit_text(sidecar, nexus_dir, LENGTH, kept, str(data), config, "--cold")
+
+
+@pytest.fixture
+def embedded(monkeypatch, tmp_path):
+    """What is given to an encoder that makes embeddings of ones."""
+    asked = {}
+
+    def embed_chunks(texts, encoder, revision, cache):
+        asked.update(texts=texts, revision=revision, cache=cache)
+        return {domain: torch.ones(len(chunks), 8) for domain, chunks in texts.items()}
+
+    monkeypatch.setattr(fit_text, "embed_chunks", embed_chunks)
+    return asked
+
+
+def test_the_label_fit_reads_windows_of_every_domain(nexus_dir, text_folder):
+    text = read(nexus_dir, text_folder, "router.fit_windows=5", kept=2)
+    assert list(text.windows) == list(DOMAINS) and text.chunks == {}
+    assert {tokens.shape for tokens in text.windows.values()} == {(5, LENGTH)}
+
+
+@pytest.mark.parametrize("start", ["none", "embedding"])
+def test_starts_that_read_nothing(nexus_dir, start):
+    sidecar = read_sidecar(nexus_dir)
+    sidecar.router.kind = "linear"
+    assert read(nexus_dir, "nowhere", f"router.warm_start={start}", sidecar=sidecar) is None
+
+
+def test_chunks_are_of_the_older_experts_and_of_background(nexus_dir, text_folder, embedded):
+    words = ("router.warm_start=chunks", "router.fit_chunks=4", "router.fit_background=[gamma]")
+    sidecar = read_sidecar(nexus_dir)
+    sidecar.experts[2] = dataclasses.replace(sidecar.experts[2], name="new", domain="new")
+    text = read(nexus_dir, text_folder, *words, kept=2, sidecar=sidecar)
+    assert list(text.windows) == ["alpha", "beta", "gamma"]
+    assert {chunks.shape for chunks in text.chunks.values()} == {(4, 8)}
+    assert embedded["revision"] == sidecar.encoder.revision
+    # A domain with an expert is no background: at upcycling each is read once.
+    again = read(nexus_dir, text_folder, *words)
+    assert list(again.windows) == list(DOMAINS)
+
+
+def test_embeddings_are_kept_in_the_runs_cache(nexus_dir, text_folder, embedded, tmp_path):
+    words = ["router.warm_start=chunks", "router.fit_chunks=4", f"pipeline.run={tmp_path / 'run'}"]
+    read(nexus_dir, text_folder, *words)
+    assert not embedded["cache"].exists()
+    (tmp_path / "run").mkdir()
+    read(nexus_dir, text_folder, *words)
+    assert embedded["cache"] == tmp_path / "run" / "tokens"
+    read(nexus_dir, text_folder, *words, f"data.cache={tmp_path / 'own'}")
+    assert embedded["cache"] == tmp_path / "own"
+
+
+def test_what_is_missing_is_said(nexus_dir, text_folder):
+    chunks = "router.warm_start=chunks"
+    with pytest.raises(DataError, match=r"looked for in .*, lower router.fit_windows, or --cold"):
+        read(nexus_dir, text_folder, "router.fit_windows=100000")
+    with pytest.raises(
+        DataError, match=r"text of alpha, beta, gamma, web .*lower router.fit_chunk"
+    ):
+        read(nexus_dir, text_folder, chunks, "router.fit_background=[web]")
+    bare = dataclasses.replace(read_sidecar(nexus_dir), encoder=None)
+    with pytest.raises(CheckpointError, match="names no encoder of its domain embeddings, but"):
+        read(nexus_dir, text_folder, chunks, "router.fit_chunks=4", sidecar=bare)
+    with pytest.raises(ConfigError, match="closed_form needs a linear P"):
+        read(nexus_dir, text_folder, "router.warm_start=closed_form")
