@@ -304,8 +304,8 @@ FAULTS = (
     Fault(
         "P is among the matrices",
         "runtime/engine.py",
-        'if ".mlp.router." in name',
-        'if ".mlp.gate." in name',
+        'kind = "router"',
+        'kind = "matrices"',
     ),
     Fault(
         "the router is decayed",

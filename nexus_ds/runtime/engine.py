@@ -231,14 +231,11 @@ def parameter_groups(
     }
     for group in groups.values():
         group["params"] = []
-    for name, parameter in model.named_parameters():
-        kind = (
-            "router"
-            if ".mlp.router." in name
-            else "matrices"
-            if len(full_shape(parameter)) > 1
-            else "vectors"
-        )
+    routers = {id(p) for layer in moe_layers(model) for p in layer.router.parameters()}
+    for parameter in model.parameters():
+        kind = "matrices" if len(full_shape(parameter)) > 1 else "vectors"
+        if id(parameter) in routers:
+            kind = "router"
         groups[kind]["params"].append(parameter)
     return [{"name": name, **group} for name, group in groups.items() if group["params"]]
 

@@ -271,13 +271,14 @@ def adopt_moments(
     """
     internals.set_optimizer_step(engine, optimizer_step)
     now = shapes(engine.module)
+    matrices = _same_matrices(engine.module)
     for piece in pieces(engine):
         if known.get(piece.name) == now[piece.name]:
             for kind in internals.MOMENTS:
                 files.fill(kind, piece.name, piece.start, piece.values[kind])
             continue
         siblings = [
-            name for name in known if _sibling(name, piece.name) and known[name] == now[piece.name]
+            name for name in matrices.get(piece.name, ()) if known.get(name) == now[piece.name]
         ]
         target = piece.values["exp_avg_sq"]
         for name in siblings:
@@ -286,7 +287,12 @@ def adopt_moments(
             target.add_(part, alpha=1 / len(siblings))
 
 
-def _sibling(name: str, other: str) -> bool:
-    """Return whether two names are the same matrix of two experts of one layer."""
-    (a, _, x), (b, _, y) = name.partition(".experts."), other.partition(".experts.")
-    return bool(x and y) and a == b and x.partition(".")[2] == y.partition(".")[2]
+def _same_matrices(model: nn.Module) -> dict[str, list[str]]:
+    """Return for each routed expert's matrix the names of the same matrix of all experts of its
+    layer."""
+    found: dict[str, list[str]] = {}
+    for index, layer in enumerate(moe_layers(model)):
+        for _, part in STACKED:
+            names = [expert_name(index, expert, part) for expert in range(layer.placement.experts)]
+            found |= dict.fromkeys(names, names)
+    return found

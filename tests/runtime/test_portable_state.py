@@ -10,7 +10,14 @@ from safetensors.torch import save_file
 from nexus_ds.errors import CheckpointError
 from nexus_ds.runtime import portable_state
 from nexus_ds.runtime.deepspeed_internals import Fragment
-from nexus_ds.runtime.portable_state import Piece, StateFiles, _cut, _sibling, _Stack, adopt_moments
+from nexus_ds.runtime.portable_state import (
+    Piece,
+    StateFiles,
+    _cut,
+    _same_matrices,
+    _Stack,
+    adopt_moments,
+)
 
 
 @pytest.mark.parametrize(
@@ -90,15 +97,24 @@ def test_a_tensor_of_another_kind_of_file_is_refused(tmp_path):
 EXPERT = "model.layers.{}.mlp.experts.{}.{}.weight"
 
 
-def test_siblings_are_the_same_matrix_of_another_expert_of_the_layer():
-    name = EXPERT.format(0, 3, "up_proj")
-    assert _sibling(EXPERT.format(0, 1, "up_proj"), name)
-    assert not _sibling(EXPERT.format(1, 1, "up_proj"), name)
-    assert not _sibling(EXPERT.format(0, 1, "down_proj"), name)
-    assert not _sibling("model.layers.0.self_attn.q_proj.weight", name)
+@pytest.fixture
+def two_layers(monkeypatch):
+    """A model of two Nexus layers with three experts each, as far as names need it."""
+    layer = SimpleNamespace(placement=SimpleNamespace(experts=3))
+    monkeypatch.setattr(portable_state, "moe_layers", lambda model: [layer, layer])
 
 
-def test_a_new_experts_first_moment_is_zero_and_its_second_that_of_its_siblings(files, monkeypatch):
+def test_siblings_are_the_same_matrix_of_all_experts_of_the_layer(two_layers):
+    siblings = _same_matrices(None)
+    names = [EXPERT.format(0, expert, "up_proj") for expert in range(3)]
+    assert siblings[names[1]] == names
+    assert len(siblings) == 2 * 3 * 3
+    assert "model.layers.0.self_attn.q_proj.weight" not in siblings
+
+
+def test_a_new_experts_first_moment_is_zero_and_its_second_that_of_its_siblings(
+    files, two_layers, monkeypatch
+):
     """Experts 0 and 1 were there; expert 2 is new, and so is a parameter without siblings."""
     names = [EXPERT.format(0, expert, "up_proj") for expert in range(3)] + ["new"]
     values = {
