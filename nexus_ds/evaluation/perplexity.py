@@ -12,7 +12,6 @@ downstream tasks.
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +35,6 @@ from nexus_ds.progress import Progress
 
 DEFAULT_LENGTH = 128  # tokens of a window
 LOGITS_AT_ONCE = 1 << 24  # fp32 numbers: 64 MiB of logits, whatever the vocabulary
-GATE_MODULE = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.gate$")
 
 
 @dataclass
@@ -168,8 +166,11 @@ class RoutingMeter:
     meter: ...`."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        found = [(GATE_MODULE.search(name), module) for name, module in model.named_modules()]
-        self.gates = [(int(match[1]), module) for match, module in found if match]
+        modules = dict(model.named_modules())
+        config: Any = model.config
+        layers = range(config.num_hidden_layers)
+        names = [gate_name(layer).removesuffix(".weight") for layer in layers]
+        self.gates = [(layer, modules[name]) for layer, name in enumerate(names) if name in modules]
         self.layers = [layer for layer, _ in self.gates]
         self.handles: list[Any] = []
         self.reset()

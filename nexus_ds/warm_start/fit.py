@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from nexus_ds.checkpoint.build import transformers_config
 from nexus_ds.checkpoint.loading import device
-from nexus_ds.checkpoint.qwen2_moe import gate_name, mean_name
+from nexus_ds.checkpoint.qwen2_moe import expert_name, gate_name, mean_name
 from nexus_ds.checkpoint.records import FitReport
 from nexus_ds.checkpoint.sidecar import (
     Sidecar,
@@ -81,16 +81,15 @@ def _load_layer(
     prefix = f"model.layers.{layer}."
     names = [name for name in reader.names() if name.startswith(prefix)]
     state = {name.removeprefix(prefix): reader.read(name) for name in names}
-    # transformers holds the experts of a layer in two stacked tensors, the files hold them apart.
-    gate_up, down = [], []
-    for expert in range(config.num_experts):
-        ffn = f"mlp.experts.{expert}"
-        gate = state.pop(f"{ffn}.gate_proj.weight")
-        up = state.pop(f"{ffn}.up_proj.weight")
-        gate_up.append(torch.cat([gate, up]))
-        down.append(state.pop(f"{ffn}.down_proj.weight"))
-    state["mlp.experts.gate_up_proj"] = torch.stack(gate_up)
-    state["mlp.experts.down_proj"] = torch.stack(down)
+
+    def stacked(part: str) -> Tensor:
+        names = [expert_name(layer, expert, part) for expert in range(config.num_experts)]
+        return torch.stack([state.pop(name.removeprefix(prefix)) for name in names])
+
+    # transformers stacks the experts of a layer, and gate_proj on up_proj: [E, 2F, H]
+    gate_up_EFH = torch.cat([stacked("gate_proj"), stacked("up_proj")], dim=1)
+    state["mlp.experts.gate_up_proj"] = gate_up_EFH
+    state["mlp.experts.down_proj"] = stacked("down_proj")
     block = _new_layer(config, layer)
     placed = {name: tensor.to(device(), dtype) for name, tensor in state.items()}
     block.load_state_dict(placed, assign=True)
