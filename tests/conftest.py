@@ -317,19 +317,27 @@ def save_branch(checkpoint: Path, out: Path, seed=0, dtype=torch.float32):
     """Save a dense branch that could become an expert of a Nexus checkpoint: its first expert,
     shaken."""
     from safetensors.torch import save_file
+    from transformers import LlamaConfig
 
-    from nexus_ds.checkpoint.families import dense_config
-    from nexus_ds.checkpoint.qwen2_moe import expert_as_dense, open_moe
+    from nexus_ds.checkpoint.families import settings
+    from nexus_ds.checkpoint.qwen2_moe import Role, open_moe, stored
     from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 
     config, reader = open_moe(checkpoint)
     out.mkdir()
     tensors = {
-        name: reader.read(stored) for name, (stored, _) in expert_as_dense(config, 0).items()
+        entry.dense_name: reader.read(name)
+        for name, entry in stored(config).items()
+        if entry.role is Role.DENSE or (entry.role is Role.ROUTED and entry.expert == 0)
     }
     tensors = {name: tensor.to(dtype) for name, tensor in shaken(tensors, seed).items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps(dense_config(config)))
+    own = {"model_type", "architectures", "intermediate_size"}
+    alike = {key: config[key] for key in (LlamaConfig().to_dict().keys() & config.keys()) - own}
+    dense = LlamaConfig(
+        architectures=["LlamaForCausalLM"], intermediate_size=settings(config).ffn_size, **alike
+    )
+    (out / "config.json").write_text(json.dumps(dense.to_dict()))
     copy_tokenizer(checkpoint, out)
     return out
 

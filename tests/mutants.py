@@ -160,8 +160,8 @@ FAULTS = (
     Fault(
         "removing keeps the first rows",
         "upcycling/remove.py",
-        "reader.read(gate_name(layer))[kept]",
-        "reader.read(gate_name(layer))[: len(kept)]",
+        "reader.read(name)[kept]",
+        "reader.read(name)[: len(kept)]",
         "commands/test_remove.py",
     ),
     Fault(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nexus_ds.checkpoint.families import FFN_PARTS, settings
+from nexus_ds.checkpoint.families import FFN_PARTS, ConfigJson, settings
 from nexus_ds.checkpoint.loading import know_model_type, quiet_transformers
 from nexus_ds.checkpoint.qwen2_moe import (
     check_shared_gates,
@@ -25,6 +25,7 @@ from nexus_ds.checkpoint.qwen2_moe import (
     mean_name,
     open_moe,
     shared_name,
+    stored,
 )
 from nexus_ds.checkpoint.sidecar import load_projection, read_sidecar
 from nexus_ds.checkpoint.tensors import TensorReader
@@ -80,13 +81,13 @@ def new_dense(model: ModelConfig, vocabulary: int, eos: int, seed: int) -> Any:
     )
 
 
-def _empty_skeleton(directory: Path, stored: dict[str, Any], dtype: torch.dtype) -> Any:
+def _empty_skeleton(directory: Path, config_json: ConfigJson, dtype: torch.dtype) -> Any:
     """Return a Qwen2-MoE without feed-forward blocks, on the meta device but for its rotary
     buffers."""
     from transformers import Qwen2MoeForCausalLM
 
     config = transformers_config(directory)
-    config.tie_word_embeddings = settings(stored)["tied_embeddings"]
+    config.tie_word_embeddings = settings(config_json).tied_embeddings
     experts, config.num_experts = config.num_experts, 0  # cheap dense blocks, dropped below
     with torch.device("meta"):
         model = Qwen2MoeForCausalLM._from_config(config, dtype=dtype)
@@ -116,21 +117,6 @@ def _fill(model: Any, prefix: str, reader: TensorReader, dtype: torch.dtype) -> 
         )
 
 
-def _read_ffn(
-    reader: TensorReader, names: dict[str, str], dtype: torch.dtype, down_scale: float = 1.0
-) -> FeedForward:
-    """Read one feed-forward network."""
-    ffn_size, hidden_size = reader.info(names["gate_proj"]).shape
-    with torch.device("meta"):
-        ffn = FeedForward(hidden_size, ffn_size)
-    for part, name in names.items():
-        weight = reader.read(name).to(dtype)
-        getattr(ffn, part).weight = nn.Parameter(
-            weight * down_scale if part == "down_proj" else weight
-        )
-    return ffn
-
-
 class NexusParts:
     """Reads the parts of one MoE block from a Nexus checkpoint.
 
@@ -143,19 +129,26 @@ class NexusParts:
         self.config, self.reader = open_moe(directory)
         self.sidecar, self.dtype = read_sidecar(directory), dtype
         self.experts = len(self.sidecar.experts)
+        self.stored = stored(self.config)
         check_shared_gates(self.reader, self.config["num_hidden_layers"])
 
     def shared(self, layer: int) -> FeedForward:
-        """Return the shared expert; on disk its down_proj is doubled, since a stock Qwen2-MoE
-        halves it."""
-        names = {part: shared_name(layer, part) for part in FFN_PARTS}
-        return _read_ffn(self.reader, names, self.dtype, down_scale=0.5)
+        """Return the shared expert, as it is computed with."""
+        return self._ffn({part: shared_name(layer, part) for part in FFN_PARTS})
 
     def routed(self, layer: int, expert: int) -> FeedForward:
         """Return one routed expert."""
-        return _read_ffn(
-            self.reader, {part: expert_name(layer, expert, part) for part in FFN_PARTS}, self.dtype
-        )
+        return self._ffn({part: expert_name(layer, expert, part) for part in FFN_PARTS})
+
+    def _ffn(self, names: dict[str, str]) -> FeedForward:
+        """Read one feed-forward network; `names` are those of its parts."""
+        ffn_size, hidden_size = self.stored[names["gate_proj"]].shape
+        with torch.device("meta"):
+            ffn = FeedForward(hidden_size, ffn_size)
+        for part, name in names.items():
+            weight = self.reader.read(name).to(self.dtype) / self.stored[name].scale
+            getattr(ffn, part).weight = nn.Parameter(weight)
+        return ffn
 
     def projection(self, layer: int) -> tuple[Projection | None, Tensor | None]:
         """Return P in the working dtype and its input [E, M] in fp32; (None, None) for a linear

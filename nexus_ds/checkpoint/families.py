@@ -1,12 +1,10 @@
-"""Dense families (Llama, Mistral, Qwen2 and 2.5) and their names and settings as Qwen2-MoE, there
-and back.
+"""Dense families (Llama, Mistral, Qwen2 and 2.5): what their config.json and their tensors mean.
 
-A Nexus model is stored as a stock Qwen2-MoE: norm_topk_prob false, the shared expert's constant
-gate (sigmoid of about zero, exactly 1/2) undone by a doubled down_proj. `open_dense` refuses by
-name what that form can't express. A config.json is read by transformers' own class: what a key
-means, and what holds where two contradict, is said there.
-Layout: attention and norms keep their names; model.layers.L.mlp becomes mlp.shared_expert,
-mlp.experts.E and the router row mlp.gate.
+Each family is a record of `FAMILIES`; `settings` reads a config.json of any of them, and of the
+mixture they become (`qwen2_moe`), into one normal form. A config.json is read by transformers' own
+class: what a key means, and what holds where two contradict, is said there. `open_dense` refuses
+by name what a Qwen2-MoE can't express.
+To add a family that a Qwen2-MoE expresses: a record here, a row of KINDS in its test.
 Not covered: quantised models, fp16 weights, tied weights other than the embeddings, RoPE that
 covers part of a head.
 """
@@ -14,10 +12,10 @@ covers part of a head.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -31,12 +29,45 @@ from nexus_ds.checkpoint.tensors import (
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 from nexus_ds.model.context import CONTEXT_MODEL
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+ConfigJson = dict[str, Any]
+"""A config.json as it was parsed: the keys are transformers', `settings` checks what is used."""
+
 FFN_PARTS = ("gate_proj", "up_proj", "down_proj")
-"""Weight of the shared expert's gate: its sigmoid is exactly 1/2, and llama.cpp's silu(x)/x stays
-finite."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family's config.json and weights are read."""
+
+    name: str
+    """`model_type`."""
+    windows: Literal["none", "all", "listed"] = "none"
+    """Layers with sliding-window attention: none; all, if `sliding_window` is set; those that
+    `layer_types` lists."""
+    qkv_bias: bool | None = False
+    """Whether q, k and v have biases; None: the configuration's own `qkv_bias` decides."""
+    ffn_size: str = "intermediate_size"
+    """Key of the inner width of what becomes an expert."""
+    with_layer_types: Family | None = None
+    """What transformers reads the file as instead where it has `layer_types`."""
+
+
+_DENSE = (
+    Family("llama"),
+    Family("mistral", windows="all", with_layer_types=Family("ministral", windows="listed")),
+    Family("qwen2", windows="listed", qkv_bias=True),
+)
+FAMILIES = {family.name: family for family in _DENSE}
+"""The dense families that can become experts, by `model_type`."""
+MIXTURES = ("qwen2_moe", CONTEXT_MODEL)
+"""`model_type` of what they become."""
+_MIXTURE = Family("qwen2_moe", windows="listed", qkv_bias=None, ffn_size="moe_intermediate_size")
+_READABLE = FAMILIES | dict.fromkeys(MIXTURES, _MIXTURE)
 
 MODEL_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
-FAMILIES = ("llama", "mistral", "qwen2")
 SIZES = (
     "hidden_size",
     "num_hidden_layers",
@@ -93,32 +124,6 @@ HARMLESS = (
 )
 """Implementations that transformers itself carries; anything else may be the name of a kernel on a
 hub."""
-KEPT = (  # keys that a Qwen2-MoE and the dense families share
-    *(
-        "dtype",
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    ),
-    *(
-        "hidden_act",
-        "rms_norm_eps",
-        "max_position_embeddings",
-        "rope_parameters",
-        "attention_dropout",
-        "head_dim",
-    ),
-    *(
-        "initializer_range",
-        "tie_word_embeddings",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "use_cache",
-    ),
-)
 
 
 def dense_ffn_name(layer: int, part: str) -> str:
@@ -137,7 +142,7 @@ def _walk(value: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
             yield from _walk(item, f"{path}{index}.")
 
 
-def refuse_hooks(config: dict[str, Any], where: str) -> None:
+def refuse_hooks(config: ConfigJson, where: str) -> None:
     """Raise UnsupportedModelError for keys, at any depth, through which a configuration runs code
     of its own."""
     for path, key, value in _walk(config):
@@ -149,14 +154,22 @@ def refuse_hooks(config: dict[str, Any], where: str) -> None:
             )
 
 
-def _positive(config: dict[str, Any], key: str, where: str) -> int:
+def positive(config: ConfigJson, key: str, where: str) -> int:
+    """Return a size of a config.json; CheckpointError unless it is a number above 0."""
     value = config.get(key)
     if type(value) is not int or value <= 0:
         raise CheckpointError(f"{where}: {key} is {value!r}, expected a number above 0")
     return value
 
 
-def own_config(config: dict[str, Any], where: str = "config.json") -> Any:
+def _family_of(config: ConfigJson) -> Family:
+    family = _READABLE[config["model_type"]]
+    if family.with_layer_types and "layer_types" in config:
+        return family.with_layer_types
+    return family
+
+
+def own_config(config: ConfigJson, where: str = "config.json") -> PretrainedConfig:
     """Return the configuration object that transformers makes of a config.json of a known family.
 
     It fills in what the file leaves out, reads older keys, and decides between keys that contradict
@@ -165,18 +178,18 @@ def own_config(config: dict[str, Any], where: str = "config.json") -> Any:
     Raises:
         CheckpointError: transformers can't read it.
     """
+    # transformers takes a second to import, and most callers of this module never get here
     from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    family = "qwen2_moe" if config["model_type"] == CONTEXT_MODEL else config["model_type"]
-    if family == "mistral" and "layer_types" in config:
-        family = "ministral"  # as AutoConfig does it
+    family = _family_of(config).name
     values = copy.deepcopy({key: value for key, value in config.items() if key != "model_type"})
     try:
         found = CONFIG_MAPPING[family](**values)
-        found.standardize_rope_params()  # as it is done once more when a model is built
+        # Models are built from a configuration whose RoPE was standardised once more.
+        found.standardize_rope_params()
     except (
         StrictDataclassError,
         ValueError,
@@ -187,12 +200,13 @@ def own_config(config: dict[str, Any], where: str = "config.json") -> Any:
     ) as error:
         said = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"{where}: transformers can't read it as {family}: {said}; mend that key, or fetch or save the model again"
+            f"{where}: transformers can't read it as {family}: {said}; "
+            "mend that key, or fetch or save the model again"
         ) from error
     return found
 
 
-def _rope(own: Any, where: str) -> dict[str, Any]:
+def _rope(own: PretrainedConfig, where: str) -> dict[str, Any]:
     """Return rope_parameters in today's form, whatever form config.json has."""
     rope = dict(own.rope_parameters)
     if any(isinstance(value, dict) for value in rope.values()):
@@ -202,13 +216,13 @@ def _rope(own: Any, where: str) -> dict[str, Any]:
     rope.pop("type", None)
     if rope["rope_type"] not in ROPES:
         raise UnsupportedModelError(
-            f"{where}: RoPE of type {rope['rope_type']!r} can't be expressed as Qwen2-MoE; known: {', '.join(ROPES)}"
+            f"{where}: RoPE of type {rope['rope_type']!r} can't be expressed as Qwen2-MoE; "
+            f"known: {', '.join(ROPES)}"
         )
-    if (
-        rope.pop("partial_rotary_factor", None)
-        or getattr(own, "partial_rotary_factor", None)
-        or 1.0
-    ) != 1.0:
+    # Older files say it beside rope_parameters; a null there means the default, all of the head.
+    stated = rope.pop("partial_rotary_factor", None)
+    part = stated or getattr(own, "partial_rotary_factor", None) or 1.0
+    if part != 1.0:
         raise UnsupportedModelError(
             f"{where}: partial_rotary_factor can't be expressed as Qwen2-MoE"
         )
@@ -218,33 +232,79 @@ def _rope(own: Any, where: str) -> dict[str, Any]:
     return rope | {"rope_theta": float(theta)}
 
 
-def _windows(own: Any, where: str) -> tuple[int | None, list[str]]:
-    """Return the width of sliding-window attention in tokens (None: all is full), and each layer's
-    kind of attention."""
-    layers, window = own.num_hidden_layers, getattr(own, "sliding_window", None)
-    full = ["full_attention"] * layers
-    if own.model_type == "llama" or (own.model_type == "mistral" and window is None):
+def _windows(
+    own: PretrainedConfig, family: Family, where: str
+) -> tuple[int | None, tuple[str, ...]]:
+    """Return the width of sliding-window attention and each layer's kind of attention.
+
+    The width is in tokens; None where no layer has a window.
+    """
+    layers = own.num_hidden_layers
+    window = getattr(own, "sliding_window", None)
+    full = ("full_attention",) * layers
+    if family.windows == "none" or (family.windows == "all" and window is None):
         return None, full
-    types = ["sliding_attention"] * layers if own.model_type == "mistral" else list(own.layer_types)
+    types = ("sliding_attention",) * layers
+    if family.windows == "listed":
+        types = tuple(own.layer_types)
     if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
         raise UnsupportedModelError(
-            f"{where}: layer_types {types!r} can't be expressed as Qwen2-MoE"
+            f"{where}: layer_types {list(types)!r} can't be expressed as Qwen2-MoE"
         )
     if "sliding_attention" not in types:
         return None, full
     if type(window) is not int or window <= 0:
         raise CheckpointError(
-            f"{where}: sliding_window is {window!r}, but layers have sliding-window attention; expected a number above 0"
+            f"{where}: sliding_window is {window!r}, but layers have sliding-window attention; "
+            "expected a number above 0"
         )
     return window, types
 
 
-def settings(config: dict[str, Any], where: str = "config.json") -> dict[str, Any]:
-    """Return what a model of a known family (or a Nexus model's Qwen2-MoE) computes, in one normal
-    form.
+@dataclass(frozen=True, kw_only=True)
+class DenseSettings:
+    """What a dense model computes, or a mixture outside of its experts, in one normal form.
 
-    Two models whose settings are equal can be averaged and can share experts. `where` starts the
-    messages.
+    Two models whose settings are equal can be averaged and can share experts.
+    """
+
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn_size: int
+    """Inner width of one FFN: the dense model's, or one expert's."""
+    vocabulary: int
+    rope: Mapping[str, Any]
+    """`rope_parameters` in today's form."""
+    rope_positions: int | None
+    """max_position_embeddings where RoPE's frequencies depend on it (`STRETCHED`)."""
+    norm_eps: float
+    tied_embeddings: bool
+    qkv_bias: bool
+    sliding_window: int | None
+    """In tokens; None: full attention in all layers."""
+    layer_types: tuple[str, ...]
+    """For each layer full_attention | sliding_attention."""
+
+    @property
+    def query_width(self) -> int:
+        """Width of the queries of all heads together."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Width of the keys, and of the values, of all heads together."""
+        return self.kv_heads * self.head_dim
+
+
+def settings(config: ConfigJson, where: str = "config.json") -> DenseSettings:
+    """Return what a config.json of a known family, or of their mixture, says in one normal form.
+
+    Args:
+        config: of a `model_type` among FAMILIES and MIXTURES.
+        where: start of the messages.
 
     Raises:
         CheckpointError: sizes that are missing or no numbers, anything else that transformers can't
@@ -252,34 +312,37 @@ def settings(config: dict[str, Any], where: str = "config.json") -> dict[str, An
         UnsupportedModelError: RoPE or attention that can't be expressed.
     """
     for key in SIZES:
-        _positive(config, key, where)
+        positive(config, key, where)
     if config["num_hidden_layers"] > MOST_LAYERS:
         raise CheckpointError(
-            f"{where}: num_hidden_layers is {config['num_hidden_layers']}, expected at most {MOST_LAYERS}"
+            f"{where}: num_hidden_layers is {config['num_hidden_layers']}, "
+            f"expected at most {MOST_LAYERS}"
         )
     own = own_config(config, where)
-    heads, moe = own.num_attention_heads, own.model_type == "qwen2_moe"
-    window, types = _windows(own, where)
+    family = _family_of(config)
+    heads = own.num_attention_heads
+    window, types = _windows(own, family, where)
     rope = _rope(own, where)
-    return {
-        "hidden_size": own.hidden_size,
-        "layers": own.num_hidden_layers,
-        "heads": heads,
-        "kv_heads": own.num_key_value_heads or heads,
-        "head_dim": getattr(own, "head_dim", None) or own.hidden_size // heads,
-        "ffn_size": own.moe_intermediate_size if moe else own.intermediate_size,
-        "vocabulary": own.vocab_size,
-        "rope": rope,
-        "rope_positions": own.max_position_embeddings if rope["rope_type"] in STRETCHED else None,
-        "norm_eps": float(own.rms_norm_eps),
-        "tied_embeddings": own.tie_word_embeddings,
-        "qkv_bias": own.qkv_bias if moe else own.model_type == "qwen2",
-        "sliding_window": window,
-        "layer_types": types,
-    }
+    stretched = rope["rope_type"] in STRETCHED
+    return DenseSettings(
+        hidden_size=own.hidden_size,
+        layers=own.num_hidden_layers,
+        heads=heads,
+        kv_heads=own.num_key_value_heads or heads,
+        head_dim=getattr(own, "head_dim", None) or own.hidden_size // heads,
+        ffn_size=getattr(own, family.ffn_size),
+        vocabulary=own.vocab_size,
+        rope=rope,
+        rope_positions=own.max_position_embeddings if stretched else None,
+        norm_eps=float(own.rms_norm_eps),
+        tied_embeddings=own.tie_word_embeddings,
+        qkv_bias=own.qkv_bias if family.qkv_bias is None else family.qkv_bias,
+        sliding_window=window,
+        layer_types=types,
+    )
 
 
-def both_ropes(config: dict[str, Any]) -> dict[str, Any]:
+def both_ropes(config: ConfigJson) -> ConfigJson:
     """Return a config.json that says its RoPE in today's spelling and in that of transformers
     before 5.
 
@@ -287,7 +350,7 @@ def both_ropes(config: dict[str, Any]) -> dict[str, Any]:
     version reads the base as 10000. Today's transformers, which takes rope_scaling before
     rope_parameters, reads the same from either.
     """
-    rope = settings(config)["rope"]
+    rope = dict(settings(config).rope)
     older: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
     if rope["rope_type"] != "default":
         older["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -295,79 +358,42 @@ def both_ropes(config: dict[str, Any]) -> dict[str, Any]:
     return kept | {"rope_parameters": rope} | older
 
 
-def dense_config(config: dict[str, Any], family: str | None = None) -> dict[str, Any]:
-    """Return the config.json of one expert of a Nexus model as a dense model (the way back).
+class DenseWeight(NamedTuple):
+    """One weight of a dense model: its shape and its place."""
 
-    Args:
-        config: config.json of the Nexus model.
-        family: llama | mistral | qwen2; None chooses the family that has the needed features.
-
-    Raises:
-        UnsupportedModelError: the family can't express the model (biases of q, k, v; sliding
-            window).
-    """
-    s = settings(config)
-    sliding = s["sliding_window"] is not None
-    family = family or ("qwen2" if s["qkv_bias"] else "mistral" if sliding else "llama")
-    uniform = len(set(s["layer_types"])) == 1
-    if (family == "qwen2") != s["qkv_bias"] or (sliding and family == "llama"):
-        raise UnsupportedModelError(
-            f"a {family} can't express qkv_bias={s['qkv_bias']} with sliding window {sliding}"
-        )
-    if sliding and family == "mistral" and not uniform:
-        raise UnsupportedModelError(
-            "a mistral has one kind of attention in all layers; this model mixes two"
-        )
-    architecture = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[
-        family
-    ] + "ForCausalLM"
-    dense = {key: config[key] for key in KEPT if key in config}
-    dense |= {
-        "architectures": [architecture],
-        "model_type": family,
-        "intermediate_size": s["ffn_size"],
-    }
-    if family == "mistral":
-        dense["sliding_window"] = s["sliding_window"]
-    if family == "qwen2":
-        dense |= {
-            "use_sliding_window": sliding,
-            "sliding_window": s["sliding_window"],
-            "layer_types": s["layer_types"],
-        }
-    return both_ropes(dense)
+    shape: tuple[int, ...]
+    layer: int = -1
+    """-1: outside of the layers."""
+    part: str = ""
+    """Of the FFN: one of FFN_PARTS; empty for all other weights."""
 
 
-def ffn_place(name: str) -> tuple[int, str | None]:
-    """Return (layer, part) of a dense FFN weight's name, (-1, None) for any other name."""
-    words = name.split(".")
-    if len(words) == 6 and words[3] == "mlp" and words[4] in FFN_PARTS:
-        return int(words[2]), words[4]
-    return -1, None
+def _layer_weights(settings: DenseSettings, layer: int) -> Iterator[tuple[str, DenseWeight]]:
+    hidden, queries, keys = settings.hidden_size, settings.query_width, settings.kv_width
+    prefix = f"model.layers.{layer}."
+    yield prefix + "input_layernorm.weight", DenseWeight((hidden,), layer)
+    for part, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+        yield f"{prefix}self_attn.{part}.weight", DenseWeight((rows, hidden), layer)
+        if settings.qkv_bias:
+            yield f"{prefix}self_attn.{part}.bias", DenseWeight((rows,), layer)
+    yield prefix + "self_attn.o_proj.weight", DenseWeight((hidden, queries), layer)
+    yield prefix + "post_attention_layernorm.weight", DenseWeight((hidden,), layer)
+    for part in FFN_PARTS:
+        inward = (settings.ffn_size, hidden)
+        shape = (hidden, settings.ffn_size) if part == "down_proj" else inward
+        yield dense_ffn_name(layer, part), DenseWeight(shape, layer, part)
 
 
-def dense_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of all weights of the dense model (or of one expert of a Nexus
-    model), in file order."""
-    s = settings(config)
-    h, f = s["hidden_size"], s["ffn_size"]
-    q, kv = s["heads"] * s["head_dim"], s["kv_heads"] * s["head_dim"]
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (s["vocabulary"], h)}
-    for layer in range(s["layers"]):
-        prefix = f"model.layers.{layer}."
-        shapes[prefix + "input_layernorm.weight"] = (h,)
-        for part, rows in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
-            shapes[f"{prefix}self_attn.{part}.weight"] = (rows, h)
-            if s["qkv_bias"]:
-                shapes[f"{prefix}self_attn.{part}.bias"] = (rows,)
-        shapes[prefix + "self_attn.o_proj.weight"] = (h, q)
-        shapes[prefix + "post_attention_layernorm.weight"] = (h,)
-        for part in FFN_PARTS:
-            shapes[dense_ffn_name(layer, part)] = (h, f) if part == "down_proj" else (f, h)
-    shapes["model.norm.weight"] = (h,)
-    if not s["tied_embeddings"]:
-        shapes[HEAD] = (s["vocabulary"], h)
-    return shapes
+def dense_weights(settings: DenseSettings) -> dict[str, DenseWeight]:
+    """Return all weights of a dense model by name, in file order."""
+    vocabulary = DenseWeight((settings.vocabulary, settings.hidden_size))
+    weights = {EMBEDDING: vocabulary}
+    for layer in range(settings.layers):
+        weights.update(_layer_weights(settings, layer))
+    weights["model.norm.weight"] = DenseWeight((settings.hidden_size,))
+    if not settings.tied_embeddings:
+        weights[HEAD] = vocabulary
+    return weights
 
 
 @dataclass(frozen=True)
@@ -376,31 +402,22 @@ class DenseModel:
     memory."""
 
     directory: Path
-    config: dict[str, Any]
+    config: ConfigJson
     """config.json as it stands on disk, but for `tie_word_embeddings`, which is as the file of
     weights has it."""
     family: str
-    """llama | mistral | qwen2."""
+    """A key of FAMILIES."""
     reader: TensorReader
     dtype: str
     """Of all weights, as safetensors names it: F32 | BF16."""
-    settings: dict[str, Any]
-    """The normal form of the configuration, see `settings`."""
+    settings: DenseSettings
 
     def ffn_names(self) -> list[str]:
         """Return the names of all FFN weights."""
-        return [
-            dense_ffn_name(layer, part)
-            for layer in range(self.settings["layers"])
-            for part in FFN_PARTS
-        ]
-
-    def averaged_names(self) -> list[str]:
-        """Return the names of all other weights: those that are averaged over experts."""
-        return [name for name in dense_shapes(self.config) if ffn_place(name)[1] is None]
+        return [name for name, weight in dense_weights(self.settings).items() if weight.part]
 
 
-def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
+def _refuse_unsupported(config: ConfigJson, where: str) -> None:
     """Raise UnsupportedModelError for what a Qwen2-MoE can't express, by name."""
     family = config.get("model_type")
     if family not in FAMILIES:
@@ -414,10 +431,11 @@ def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
         raise UnsupportedModelError(
             f"{where}: model_type {family!r} can't become a Qwen2-MoE: {reason}; supported: {', '.join(FAMILIES)}"
         )
-    for key, what in (
-        ("attention_bias", "a bias in o_proj (o_proj.bias)"),
-        ("mlp_bias", "biases in the FFN"),
-    ):
+    biases = {
+        "attention_bias": "a bias in o_proj (o_proj.bias)",
+        "mlp_bias": "biases in the FFN",
+    }
+    for key, what in biases.items():
         if config.get(key):
             raise UnsupportedModelError(
                 f"{where}: {key} is set, but a Qwen2-MoE has no place for {what}"
@@ -427,10 +445,10 @@ def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
             raise UnsupportedModelError(
                 f"{where}: {key} is set; save the model unquantised and uniform first"
             )
-    _refuse_in_any_form(config, where)
+    refuse_in_any_form(config, where)
 
 
-def _refuse_in_any_form(config: dict[str, Any], where: str) -> None:
+def refuse_in_any_form(config: ConfigJson, where: str) -> None:
     """Raise UnsupportedModelError for what neither a dense model nor a mixture may have."""
     for key in ELSEWHERE:
         if config.get(key):
@@ -474,7 +492,7 @@ def refuse_other_weights(directory: Path) -> None:
     )
 
 
-def as_stored(config: dict[str, Any], reader: TensorReader) -> dict[str, Any]:
+def as_stored(config: ConfigJson, reader: TensorReader) -> ConfigJson:
     """Return config.json with embeddings that are tied only if no other head is in the file:
     transformers keeps that."""
     if not config.get("tie_word_embeddings") or not {EMBEDDING, HEAD} <= set(reader.names()):
@@ -488,7 +506,7 @@ def as_stored(config: dict[str, Any], reader: TensorReader) -> dict[str, Any]:
     return config if equal else config | {"tie_word_embeddings": False}
 
 
-def _check_tensors(reader: TensorReader, shapes: dict[str, tuple[int, ...]], tied: bool) -> str:
+def check_tensors(reader: TensorReader, shapes: dict[str, tuple[int, ...]], tied: bool) -> str:
     """Check names, shapes and dtypes of a model's tensors against its configuration; return the one
     dtype."""
     where = reader.directory
@@ -559,5 +577,9 @@ def open_dense(directory: Path) -> DenseModel:
     reader = TensorReader(directory)
     config = as_stored(config, reader)
     normal = settings(config, where)
-    dtype = _check_tensors(reader, dense_shapes(config), normal["tied_embeddings"])
+    dtype = check_tensors(
+        reader,
+        {name: weight.shape for name, weight in dense_weights(normal).items()},
+        normal.tied_embeddings,
+    )
     return DenseModel(directory, config, config["model_type"], reader, dtype, normal)

@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from nexus_ds.checkpoint.families import as_stored
+from nexus_ds.checkpoint.families import EMBEDDING, HEAD, ConfigJson, as_stored
 from nexus_ds.checkpoint.loading import read_config
-from nexus_ds.checkpoint.qwen2_moe import check_shared_gates
+from nexus_ds.checkpoint.qwen2_moe import check_shared_gates, parameter_counts
 from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings
 from nexus_ds.checkpoint.tensors import TensorReader
@@ -20,6 +20,7 @@ from nexus_ds.checkpoint.tokenizer import read_tokenizer
 from nexus_ds.config import parse_yaml
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
+# Of mixtures of any family, which no table describes: most name their experts' weights like this.
 ROUTED = re.compile(r"\.mlp\.experts\.(\d+)\.")
 SIZES = {  # our name: config.json's
     "layers": "num_hidden_layers",
@@ -32,34 +33,30 @@ SIZES = {  # our name: config.json's
 }
 
 
-def count_parameters(
-    reader: TensorReader, config: dict[str, Any], shared: bool = True
-) -> dict[str, int]:
-    """Return {"total", "active"}: active counts, of the routed experts, the top-k that a token
-    visits.
+def count_parameters(reader: TensorReader, config: ConfigJson) -> dict[str, int]:
+    """Return {"total", "active"} of a checkpoint of any family.
 
-    Tied embeddings count once, also where both are on disk; a shared expert of zeros (`shared`
-    false) is not active.
+    Active counts, of the routed experts, the top-k that a token visits. Tied embeddings count once,
+    also where both are on disk.
     """
-    tied = bool(config.get("tie_word_embeddings", False)) and "model.embed_tokens.weight" in reader
-    total = routed = zeros = 0
+    tied = bool(config.get("tie_word_embeddings", False)) and EMBEDDING in reader
+    total = routed = 0
     experts: set[int] = set()
     for name in reader.names():
-        if tied and name == "lm_head.weight":
+        if tied and name == HEAD:
             continue
         size = math.prod(reader.info(name).shape)
         total += size
-        zeros += size if not shared and ".mlp.shared_expert." in name else 0
         match = ROUTED.search(name)
         if match:
             routed += size
             experts.add(int(match[1]))
     top_k = int(config.get("num_experts_per_tok", 1))
     idle = routed * (len(experts) - top_k) // len(experts) if experts else 0
-    return {"total": total, "active": total - idle - zeros}
+    return {"total": total, "active": total - idle}
 
 
-def _nexus_info(directory: Path, reader: TensorReader, config: dict[str, Any]) -> dict[str, Any]:
+def _nexus_info(directory: Path, reader: TensorReader, config: ConfigJson) -> dict[str, Any]:
     sidecar = read_sidecar(directory)
     try:
         verify_expert_embeddings(directory)
@@ -71,6 +68,7 @@ def _nexus_info(directory: Path, reader: TensorReader, config: dict[str, Any]) -
         gates = "constant"
     except CheckpointError as error:
         gates = f"TRAINED ELSEWHERE: {error}"
+    total, active = parameter_counts(config, sidecar.shared_expert == "seed")
     return {
         "experts": [vars(expert).copy() for expert in sidecar.experts],
         "router": {**vars(sidecar.router), "rows": rows},
@@ -78,12 +76,12 @@ def _nexus_info(directory: Path, reader: TensorReader, config: dict[str, Any]) -
         "lineage": [step.entry() for step in sidecar.lineage],
         "shared_expert": sidecar.shared_expert,
         "shared_expert_gate": gates,
-        "parameters": count_parameters(reader, config, sidecar.shared_expert == "seed"),
+        "parameters": {"total": total, "active": active},
         "versions": sidecar.versions,
     }
 
 
-def _moe_info(config: dict[str, Any]) -> dict[str, Any]:
+def _moe_info(config: ConfigJson) -> dict[str, Any]:
     experts = int(config.get("num_experts", 0))
     if not experts:
         return {"routed_experts": 0}
@@ -114,6 +112,10 @@ def _sequence_length(directory: Path) -> int | None:
     return length if type(length) is int and length > 0 else None
 
 
+def _kind(config: ConfigJson) -> str:
+    return "mixture of experts" if config.get("num_experts") else "dense"
+
+
 def describe(directory: Path) -> dict[str, Any]:
     """Return the facts of one checkpoint, all of them JSON: kind, family, dtype, sizes, parameters,
     experts, origin.
@@ -129,11 +131,7 @@ def describe(directory: Path) -> dict[str, Any]:
     infos = [reader.info(name) for name in reader.names()]
     facts: dict[str, Any] = {
         "directory": str(directory),
-        "kind": "Nexus"
-        if nexus
-        else "mixture of experts"
-        if config.get("num_experts")
-        else "dense",
+        "kind": "Nexus" if nexus else _kind(config),
         "family": config.get("model_type", "unknown"),
         "dtype": "+".join(sorted({info.dtype for info in infos})),
         "parameters": count_parameters(reader, config),

@@ -1,22 +1,37 @@
-"""The form of a mixture on disk: transformers' Qwen2-MoE."""
+"""The form of a mixture on disk: transformers' Qwen2-MoE, every tensor of it in one table.
+
+Attention and norms keep their dense names; model.layers.L.mlp becomes mlp.shared_expert,
+mlp.experts.E and the router's weight mlp.gate. A stock Qwen2-MoE multiplies the shared expert by
+the sigmoid of a gate, which the paper's has not: the gate is stored as a constant of about zero,
+whose sigmoid is exactly 1/2, and the shared expert's down_proj doubled. `stored` is the one place
+that says so; all that writes, reads or counts a mixture's tensors asks it.
+Another form would be a module like this one: `stored`, `moe_config`, `open_moe` and the names.
+Shapes: E routed experts, H hidden size.
+Not covered: Qwen2-MoEs of other forms (renormalised gates, dense layers in between, a shared
+expert of another width).
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any
 
 from nexus_ds.checkpoint.families import (
     FFN_PARTS,
-    _check_tensors,
-    _positive,
-    _refuse_in_any_form,
+    MIXTURES,
+    ConfigJson,
+    DenseWeight,
     as_stored,
     both_ropes,
-    dense_shapes,
-    ffn_place,
+    check_tensors,
+    dense_weights,
     own_config,
+    positive,
     refuse_hooks,
+    refuse_in_any_form,
     refuse_other_weights,
     settings,
 )
@@ -25,6 +40,45 @@ from nexus_ds.errors import CheckpointError
 from nexus_ds.model.context import CONTEXT_MODEL
 
 SHARED_GATE_FILL = 2.0**-60
+"""Weight of the shared expert's gate: its sigmoid is exactly 1/2, and llama.cpp's silu(x)/x stays
+finite, as it would not with 0."""
+TRAINED_GATE = 1e-9
+"""A gate above this was trained: no longer the constant, in whatever dtype it was stored."""
+UNIFORM = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+"""Keys of a config.json by which every layer has experts; also what transformers fills in."""
+# The gate value is the raw probability: renormalised top-1 would be 1 and teach nothing.
+FORM = {"norm_topk_prob": False, **UNIFORM}
+
+
+class Role(Enum):
+    """What a stored tensor is to the mixture."""
+
+    DENSE = "outside of the feed-forward networks; averaged over the branches (paper section 2.1)"
+    ROUTED = "of a routed expert"
+    SHARED = "of the shared expert"
+    SHARED_GATE = "of the shared expert's gate, a constant"
+    ROUTER = "the router's weight: an expert embedding a row"
+    CONTEXT_MEAN = "what a router with the input `context` subtracts from what it reads"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """One tensor of a mixture's checkpoint: what it is, where it belongs, and how it is stored."""
+
+    role: Role
+    shape: tuple[int, ...]
+    layer: int = -1
+    """-1: outside of the layers."""
+    expert: int = -1
+    """Of a routed expert, in the sidecar's order; -1: of none."""
+    part: str = ""
+    """One of FFN_PARTS for ROUTED and SHARED."""
+    dense_name: str = ""
+    """The weight of a dense model that it is a copy or a mean of; empty: of none."""
+    scale: float = 1.0
+    """stored = scale * the weight that is computed with; a power of two, so nothing is rounded."""
+    fill: float | None = None
+    """Value of all elements, where it is a constant."""
 
 
 def expert_name(layer: int, expert: int, part: str) -> str:
@@ -33,24 +87,106 @@ def expert_name(layer: int, expert: int, part: str) -> str:
 
 
 def shared_name(layer: int, part: str) -> str:
-    """Return the name of the shared expert's weight (its down_proj is stored doubled)."""
+    """Return the name of the shared expert's weight."""
     return f"model.layers.{layer}.mlp.shared_expert.{part}.weight"
 
 
 def gate_name(layer: int) -> str:
-    """Return the name of the router weight [experts, hidden]."""
+    """Return the name of the router's weight [E, H]."""
     return f"model.layers.{layer}.mlp.gate.weight"
 
 
 def mean_name(layer: int) -> str:
-    """Return the name of the vector [hidden] that a router with the input `context` subtracts from
-    what it reads."""
+    """Return the name of the vector [H] that a router with the input `context` subtracts."""
     return f"model.layers.{layer}.mlp.gate.mean"
 
 
 def shared_gate_name(layer: int) -> str:
-    """Return the name of the shared expert's gate [1, hidden], filled with SHARED_GATE_FILL."""
+    """Return the name of the shared expert's gate [1, H]."""
     return f"model.layers.{layer}.mlp.shared_expert_gate.weight"
+
+
+def _router(layer: int, experts: int, hidden: int, context: bool) -> Iterator[tuple[str, Stored]]:
+    """Yield what one layer stores beside its feed-forward networks' weights."""
+    yield gate_name(layer), Stored(role=Role.ROUTER, shape=(experts, hidden), layer=layer)
+    yield (
+        shared_gate_name(layer),
+        Stored(role=Role.SHARED_GATE, shape=(1, hidden), layer=layer, fill=SHARED_GATE_FILL),
+    )
+    if context:
+        yield mean_name(layer), Stored(role=Role.CONTEXT_MEAN, shape=(hidden,), layer=layer)
+
+
+def _ffn(dense_name: str, weight: DenseWeight, experts: int) -> Iterator[tuple[str, Stored]]:
+    """Yield what becomes of one weight of a dense feed-forward network: one for each expert."""
+    layer, part, shape = weight.layer, weight.part, weight.shape
+    yield (
+        shared_name(layer, part),
+        Stored(
+            role=Role.SHARED,
+            shape=shape,
+            layer=layer,
+            part=part,
+            dense_name=dense_name,
+            # down_proj is linear in the network's output, which the gate halves
+            scale=2.0 if part == "down_proj" else 1.0,
+        ),
+    )
+    for expert in range(experts):
+        yield (
+            expert_name(layer, expert, part),
+            Stored(
+                role=Role.ROUTED,
+                shape=shape,
+                layer=layer,
+                expert=expert,
+                part=part,
+                dense_name=dense_name,
+            ),
+        )
+
+
+def stored(config: ConfigJson) -> dict[str, Stored]:
+    """Return every tensor of a mixture's checkpoint by name, in file order, and no other.
+
+    Args:
+        config: its config.json, complete.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: a config.json that `settings` refuses.
+    """
+    sizes = settings(config)
+    experts = config["num_experts"]
+    context = config["model_type"] == CONTEXT_MODEL
+    table: dict[str, Stored] = {}
+    for name, weight in dense_weights(sizes).items():
+        if not weight.part:
+            table[name] = Stored(
+                role=Role.DENSE, shape=weight.shape, layer=weight.layer, dense_name=name
+            )
+            continue
+        # the first part opens the layer's block
+        if weight.part == FFN_PARTS[0]:
+            table.update(_router(weight.layer, experts, sizes.hidden_size, context))
+        table.update(_ffn(name, weight, experts))
+    return table
+
+
+def parameter_counts(config: ConfigJson, shared: bool = True) -> tuple[int, int]:
+    """Return (all, active per token) parameters of a Nexus model; they differ by n - k FFN stacks
+    (paper section 3).
+
+    A shared expert of zeros (`shared` false) is stored but computes nothing: it is not active.
+    """
+    elements = dict.fromkeys(Role, 0)
+    for entry in stored(config).values():
+        elements[entry.role] += math.prod(entry.shape)
+    total = sum(elements.values())
+    unvisited = config["num_experts"] - config["num_experts_per_tok"]
+    idle = elements[Role.ROUTED] // config["num_experts"] * unvisited
+    if not shared:
+        idle += elements[Role.SHARED]
+    return total, total - idle
 
 
 def check_shared_gates(reader: TensorReader, layers: int) -> None:
@@ -62,107 +198,87 @@ def check_shared_gates(reader: TensorReader, layers: int) -> None:
     """
     for layer in range(layers):
         gate = float(reader.read(shared_gate_name(layer)).abs().max())
-        if not gate <= 1e-9:
+        if not gate <= TRAINED_GATE:
             raise CheckpointError(
-                f"{reader.directory}: layer {layer}: the shared expert's gate has weights up to {gate:.1e}, expected the "
-                f"constant {SHARED_GATE_FILL:.0e}; the model was trained elsewhere: keep shared_expert_gate frozen there "
+                f"{reader.directory}: layer {layer}: the shared expert's gate has weights "
+                f"up to {gate:.1e}, expected the constant {SHARED_GATE_FILL:.0e}; "
+                "the model was trained elsewhere: keep shared_expert_gate frozen there "
                 "(peft: exclude_modules), and start from the checkpoint before that"
             )
 
 
 def moe_config(
-    dense_config: dict[str, Any], experts: int, top_k: int, router_input: str = "token"
-) -> dict[str, Any]:
+    dense_config: ConfigJson, experts: int, top_k: int, router_input: str = "token"
+) -> ConfigJson:
     """Return the complete config.json of the Qwen2-MoE that a dense model's branches become.
 
     Args:
-        dense_config: config.json of a Llama, Mistral or Qwen2.
+        dense_config: config.json of a model of `families.FAMILIES`.
         experts: number of routed experts.
         top_k: routed experts per token.
         router_input: token | context; the latter is no stock Qwen2-MoE and says so by its
             model_type.
     """
-    s, own, context = settings(dense_config), own_config(dense_config), router_input == "context"
-    config: dict[str, Any] = {
+    sizes = settings(dense_config)
+    own = own_config(dense_config)
+    context = router_input == "context"
+    config: ConfigJson = {
         "architectures": ["NexusMoeForCausalLM" if context else "Qwen2MoeForCausalLM"],
         "model_type": CONTEXT_MODEL if context else "qwen2_moe",
+        # `torch_dtype` is the key of transformers before 5
         "dtype": dense_config.get("dtype") or dense_config.get("torch_dtype") or "float32",
-        "vocab_size": s["vocabulary"],
-        "hidden_size": s["hidden_size"],
-        "intermediate_size": s["ffn_size"],
-        "moe_intermediate_size": s["ffn_size"],
-        "shared_expert_intermediate_size": s["ffn_size"],
-        "num_hidden_layers": s["layers"],
-        "num_attention_heads": s["heads"],
-        "num_key_value_heads": s["kv_heads"],
+        "vocab_size": sizes.vocabulary,
+        "hidden_size": sizes.hidden_size,
+        "intermediate_size": sizes.ffn_size,
+        "moe_intermediate_size": sizes.ffn_size,
+        "shared_expert_intermediate_size": sizes.ffn_size,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
         "num_experts": experts,
         "num_experts_per_tok": top_k,
-        # the gate is the raw probability: renormalised top-1 would be 1 and teach nothing
-        "norm_topk_prob": False,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
+        **FORM,
         "output_router_logits": False,
         "router_aux_loss_coef": 0.0,
         "hidden_act": "silu",
-        "rms_norm_eps": s["norm_eps"],
+        "rms_norm_eps": sizes.norm_eps,
         "max_position_embeddings": own.max_position_embeddings,
-        "rope_parameters": s["rope"],
-        "qkv_bias": s["qkv_bias"],
+        "rope_parameters": dict(sizes.rope),
+        "qkv_bias": sizes.qkv_bias,
         "attention_dropout": own.attention_dropout or 0.0,
         "initializer_range": own.initializer_range,
-        "tie_word_embeddings": s["tied_embeddings"],
-        "use_sliding_window": s["sliding_window"] is not None,
-        "sliding_window": s["sliding_window"],
-        "layer_types": s["layer_types"],
+        "tie_word_embeddings": sizes.tied_embeddings,
+        "use_sliding_window": sizes.sliding_window is not None,
+        "sliding_window": sizes.sliding_window,
+        "layer_types": list(sizes.layer_types),
         "use_cache": True,
     }
-    if dense_config.get("head_dim") is not None:  # a null would be taken as the size itself
-        config["head_dim"] = s["head_dim"]
+    # transformers would take a null as the size itself
+    if dense_config.get("head_dim") is not None:
+        config["head_dim"] = sizes.head_dim
     tokens = {key: getattr(own, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return both_ropes(config | tokens)
 
 
-def expert_as_dense(config: dict[str, Any], expert: int | None) -> dict[str, tuple[str, float]]:
-    """Return for each weight of a dense model the stored weight of a Nexus model that it is, and a
-    factor.
-
-    Args:
-        config: config.json of the Nexus model.
-        expert: index of a routed expert, or None for the shared expert (whose stored down_proj has
-            the factor 1/2).
-    """
-    names: dict[str, tuple[str, float]] = {}
-    for name in dense_shapes(config):
-        layer, part = ffn_place(name)
-        if part is None:
-            names[name] = name, 1.0
-        elif expert is None:
-            names[name] = shared_name(layer, part), 0.5 if part == "down_proj" else 1.0
-        else:
-            names[name] = expert_name(layer, expert, part), 1.0
-    return names
+def _check_form(config: ConfigJson, where: str) -> None:
+    """Raise CheckpointError for a config.json that `moe_config` could not have written."""
+    found = config.get("model_type")
+    if found not in MIXTURES:
+        raise CheckpointError(
+            f"{where}: model_type is {found!r}, a Nexus checkpoint has 'qwen2_moe' or "
+            f"{CONTEXT_MODEL!r}; give one that nexus-ds upcycle has made"
+        )
+    for key, value in FORM.items():
+        if config.get(key, value) != value:
+            raise CheckpointError(
+                f"{where}: {key} is {config.get(key)!r}, a Nexus checkpoint has {value!r}"
+            )
+    for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+        positive(config, key, where)
+    refuse_in_any_form(config, where)
 
 
-def moe_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of all weights of a Nexus model, in file order."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    experts, hidden = config["num_experts"], config["hidden_size"]
-    for name, shape in dense_shapes(config).items():
-        layer, part = ffn_place(name)
-        if part is None:
-            shapes[name] = shape
-            continue
-        if part == FFN_PARTS[0]:
-            shapes[gate_name(layer)] = (experts, hidden)
-            shapes[shared_gate_name(layer)] = (1, hidden)
-            if config["model_type"] == CONTEXT_MODEL:
-                shapes[mean_name(layer)] = (hidden,)
-        shapes[shared_name(layer, part)] = shape
-        shapes |= {expert_name(layer, expert, part): shape for expert in range(experts)}
-    return shapes
-
-
-def open_moe(directory: Path) -> tuple[dict[str, Any], TensorReader]:
+def open_moe(directory: Path) -> tuple[ConfigJson, TensorReader]:
     """Open the Qwen2-MoE part of a Nexus checkpoint: config.json and the checked tensors.
 
     Raises:
@@ -174,36 +290,10 @@ def open_moe(directory: Path) -> tuple[dict[str, Any], TensorReader]:
     config = read_json_object(directory, "config.json")
     where = str(directory / "config.json")
     refuse_hooks(config, where)
-    if config.get("model_type") not in ("qwen2_moe", CONTEXT_MODEL):
-        found = config.get("model_type")
-        raise CheckpointError(
-            f"{where}: model_type is {found!r}, a Nexus checkpoint has 'qwen2_moe' or {CONTEXT_MODEL!r}; give one that "
-            "nexus-ds upcycle has made"
-        )
-    expected = {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []}
-    for key, value in expected.items():
-        if config.get(key, value) != value:
-            raise CheckpointError(
-                f"{where}: {key} is {config.get(key)!r}, a Nexus checkpoint has {value!r}"
-            )
-    for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
-        _positive(config, key, where)
-    _refuse_in_any_form(config, where)
+    _check_form(config, where)
     reader = TensorReader(directory)
     config = as_stored(config, reader)
-    _check_tensors(reader, moe_shapes(config), settings(config, where)["tied_embeddings"])
+    # `where` starts the messages: read once here, before the table reads it again
+    tied = settings(config, where).tied_embeddings
+    check_tensors(reader, {name: entry.shape for name, entry in stored(config).items()}, tied)
     return config, reader
-
-
-def parameter_counts(config: dict[str, Any], shared: bool = True) -> tuple[int, int]:
-    """Return (all, active per token) parameters of a Nexus model; they differ by n - k FFN stacks
-    (paper section 3).
-
-    A shared expert of zeros (`shared` false) is stored but computes nothing: it is not active.
-    """
-    s = settings(config)
-    total = sum(math.prod(shape) for shape in moe_shapes(config).values())
-    stack = s["layers"] * len(FFN_PARTS) * s["hidden_size"] * s["ffn_size"]
-    return total, total - (
-        config["num_experts"] - config["num_experts_per_tok"] + (not shared)
-    ) * stack

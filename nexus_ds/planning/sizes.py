@@ -11,16 +11,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from nexus_ds.checkpoint.families import FAMILIES, SIZES, settings
+from nexus_ds.checkpoint.families import (
+    FAMILIES,
+    MIXTURES,
+    SIZES,
+    ConfigJson,
+    DenseSettings,
+    settings,
+)
 from nexus_ds.checkpoint.loading import read_config
+from nexus_ds.checkpoint.qwen2_moe import UNIFORM
+from nexus_ds.checkpoint.sidecar import read_sidecar
 from nexus_ds.errors import CheckpointError, ConfigError, UnsupportedModelError
 from nexus_ds.model.context import CONTEXT_MODEL
 from nexus_ds.settings import Config
 
 KINDS = ("matrices", "vectors", "router", "experts")
-MIXTURES = ("qwen2_moe", CONTEXT_MODEL)
 MIXTURE_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 ACTIVATION_INPUTS = {"swiglu": 2, "gelu": 1, "relu": 1, "linear": 1}
 
@@ -132,32 +140,37 @@ def _projection(config: Config, hidden: int, embedding_size: int) -> tuple[int, 
     return (1, *maps, hidden * hidden) if router.row_norm == "fixed" else maps
 
 
-def _check_form(found: dict[str, Any], where: str) -> None:
-    """Refuse a Qwen2-MoE whose layers are not all alike, or whose shared expert has another width
-    than the routed ones."""
-    uniform = {"decoder_sparse_step": 1, "mlp_only_layers": []}  # what transformers fills in, too
-    form = uniform | found
-    for key, value in (
-        uniform | {"shared_expert_intermediate_size": found["moe_intermediate_size"]}
-    ).items():
+def _check_form(found: ConfigJson, where: str) -> None:
+    """Refuse a Qwen2-MoE that is not counted by one layer times their number.
+
+    That is one whose layers are not all alike, or whose shared expert has another width than the
+    routed ones.
+    """
+    form = UNIFORM | found
+    expected = UNIFORM | {"shared_expert_intermediate_size": found["moe_intermediate_size"]}
+    for key, value in expected.items():
         if form.get(key) != value:
             raise CheckpointError(
-                f"{where}: {key} is {form.get(key)!r}; plan needs a Qwen2-MoE that has {value!r} there"
+                f"{where}: {key} is {form.get(key)!r}; "
+                f"plan needs a Qwen2-MoE that has {value!r} there"
             )
 
 
-def _read(found: dict[str, Any], where: str) -> dict[str, Any]:
+def _read(found: ConfigJson, where: str) -> DenseSettings:
     """Return a config.json in the normal form that training reads it in (`families.settings`)."""
     kind = found.get("model_type")
     if kind not in (*FAMILIES, *MIXTURES):
         raise UnsupportedModelError(
-            f"{where}: model_type {kind!r} can't be planned; plan knows {', '.join(FAMILIES)}, Nexus and Qwen2-MoE checkpoints"
+            f"{where}: model_type {kind!r} can't be planned; "
+            f"plan knows {', '.join(FAMILIES)}, Nexus and Qwen2-MoE checkpoints"
         )
-    for key in (*SIZES, *(MIXTURE_SIZES if kind in MIXTURES else ())):
-        if type(found.get(key)) is not int or found[key] <= 0:
+    needed = (*SIZES, *MIXTURE_SIZES) if kind in MIXTURES else SIZES
+    for key in needed:
+        value = found.get(key)
+        if type(value) is not int or value <= 0:
             raise CheckpointError(
-                f"{where}: {key} is {found.get(key)!r}, expected a number above 0; plan needs a dense model, a Nexus or a "
-                "Qwen2-MoE checkpoint"
+                f"{where}: {key} is {value!r}, expected a number above 0; "
+                "plan needs a dense model, a Nexus or a Qwen2-MoE checkpoint"
             )
     if kind in MIXTURES:
         _check_form(found, where)
@@ -168,30 +181,28 @@ def _of_checkpoint(config: Config, directory: Path) -> Sizes:
     """Return the sizes of a dense, Nexus or stock Qwen2-MoE checkpoint; P's are read from the
     sidecar where there is one."""
     from nexus_ds.checkpoint.records import is_nexus
-    from nexus_ds.checkpoint.sidecar import read_sidecar
 
     found = read_config(directory)
-    read, moe = _read(found, str(directory / "config.json")), found["model_type"] in MIXTURES
+    read = _read(found, str(directory / "config.json"))
+    moe = found["model_type"] in MIXTURES
     maps: tuple[int, ...] = ()
     shared = True
     if is_nexus(directory):
         sidecar = read_sidecar(directory)
-        maps = (
-            tuple(weight.numel() for weight in sidecar.projections[0].values())
-            if sidecar.projections
-            else ()
-        )
+        # a linear router has no P
+        if sidecar.projections:
+            maps = tuple(weight.numel() for weight in sidecar.projections[0].values())
         shared = sidecar.shared_expert == "seed"
     return Sizes(
-        vocabulary=read["vocabulary"],
-        hidden=read["hidden_size"],
-        layers=read["layers"],
-        heads=read["heads"],
-        kv_heads=read["kv_heads"],
-        head_size=read["head_dim"],
-        ffn=read["ffn_size"],
-        tied=read["tied_embeddings"],
-        qkv_bias=read["qkv_bias"],
+        vocabulary=read.vocabulary,
+        hidden=read.hidden_size,
+        layers=read.layers,
+        heads=read.heads,
+        kv_heads=read.kv_heads,
+        head_size=read.head_dim,
+        ffn=read.ffn_size,
+        tied=read.tied_embeddings,
+        qkv_bias=read.qkv_bias,
         context=found["model_type"] == CONTEXT_MODEL,
         shared=shared,
         experts=found["num_experts"] if moe else 0,

@@ -19,14 +19,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nexus_ds.checkpoint.build import load_stock
-from nexus_ds.checkpoint.families import HEAD, both_ropes
+from nexus_ds.checkpoint.families import FFN_PARTS, HEAD, ConfigJson, both_ropes
 from nexus_ds.checkpoint.qwen2_moe import (
-    SHARED_GATE_FILL,
+    Stored,
     expert_name,
     gate_name,
     mean_name,
     shared_gate_name,
     shared_name,
+    stored,
 )
 from nexus_ds.checkpoint.records import Step
 from nexus_ds.checkpoint.sidecar import (
@@ -65,23 +66,21 @@ def _dense_part(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def _own_config(model: Any) -> ConfigJson:
+    """Return the complete config.json of a model in memory."""
+    return json.loads(model.config.to_json_string(use_diff=False))
+
+
+def _table(model: nn.Module) -> dict[str, Stored]:
+    """Return what the checkpoint of a Nexus model stores; an empty table for a dense model."""
+    return stored(_own_config(model)) if moe_layers(model) else {}
+
+
 def _plan(model: nn.Module, dtype: torch.dtype) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return dtype and shape of every tensor of the checkpoint."""
-    kind = TYPE_NAMES[dtype]
-    plan = {name: (kind, full_shape(p)) for name, p in _dense_part(model).items()}
-    for index, layer in enumerate(moe_layers(model)):
-        _, ffn_size, hidden_size = full_shape(layer.experts.w1)
-        sizes = {"gate_proj": (ffn_size, hidden_size), "up_proj": (ffn_size, hidden_size)}
-        sizes["down_proj"] = (hidden_size, ffn_size)
-        plan[gate_name(index)] = (kind, (layer.placement.experts, hidden_size))
-        plan[shared_gate_name(index)] = (kind, (1, hidden_size))
-        if layer.router.mean is not None:
-            plan[mean_name(index)] = (kind, (hidden_size,))
-        for part, shape in sizes.items():
-            plan[shared_name(index, part)] = (kind, shape)
-            for expert in range(layer.placement.experts):
-                plan[expert_name(index, expert, part)] = (kind, shape)
-    return plan
+    shapes = {name: entry.shape for name, entry in _table(model).items()}
+    shapes = shapes or {name: full_shape(p) for name, p in _dense_part(model).items()}
+    return {name: (TYPE_NAMES[dtype], shape) for name, shape in shapes.items()}
 
 
 def _write_experts(index: int, layer: NexusMoE, write: Write) -> None:
@@ -104,15 +103,22 @@ def _write_experts(index: int, layer: NexusMoE, write: Write) -> None:
                 write(expert_name(index, expert, part), matrix)
 
 
-def _write_layer(
+def _write_shared(index: int, layer: NexusMoE, table: dict[str, Stored], write: Write) -> None:
+    """Write one layer's shared expert and the constant that stands for its gate."""
+    for part in FFN_PARTS:
+        weight: nn.Parameter = getattr(layer.shared_experts, part).weight
+        name = shared_name(index, part)
+        with internals.gathered(weight) as data:
+            write(name, data * table[name].scale)
+    gate = table[shared_gate_name(index)]
+    assert gate.fill is not None
+    write(shared_gate_name(index), torch.full(gate.shape, gate.fill))
+
+
+def _write_router(
     index: int, layer: NexusMoE, sidecar: Sidecar, dtype: torch.dtype, write: Write
 ) -> None:
-    """Write one Nexus layer under Qwen2-MoE's names; a projection's fp32 weights also go into
-    `sidecar`."""
-    for part in ("gate_proj", "up_proj", "down_proj"):
-        weight: nn.Parameter = getattr(layer.shared_experts, part).weight
-        with internals.gathered(weight) as data:
-            write(shared_name(index, part), data * 2 if part == "down_proj" else data)
+    """Write one layer's router; a projection's fp32 weights also go into `sidecar`."""
     if layer.router.mean is not None:
         with internals.gathered(layer.router.mean) as data:
             write(mean_name(index), data)
@@ -125,9 +131,6 @@ def _write_layer(
             name: internals.full_fp32(parameter) for name, parameter in named
         }
         write(gate_name(index), expert_embeddings(sidecar, index, dtype))
-    hidden_size = full_shape(layer.experts.w1)[2]
-    write(shared_gate_name(index), torch.full((1, hidden_size), SHARED_GATE_FILL))
-    _write_experts(index, layer, write)
 
 
 class _Sink:
@@ -178,9 +181,12 @@ def _write_tensors(
     for name, parameter in _dense_part(model).items():
         with internals.gathered(parameter) as data:
             sink.write(name, data)
+    table = _table(model)
     for index, layer in enumerate(moe_layers(model)):
         assert sidecar is not None
-        _write_layer(index, layer, sidecar, dtype, sink.write)
+        _write_shared(index, layer, table, sink.write)
+        _write_router(index, layer, sidecar, dtype, sink.write)
+        _write_experts(index, layer, sink.write)
     sink.close()
 
 
@@ -190,9 +196,7 @@ def _write_config(model: Any, source: Path | None, dtype: torch.dtype, directory
     if source and (source / "config.json").is_file():
         values = json.loads((source / "config.json").read_text(encoding="utf-8"))
     else:
-        values = json.loads(model.config.to_json_string(use_diff=False)) | {
-            "architectures": [type(model).__name__]
-        }
+        values = _own_config(model) | {"architectures": [type(model).__name__]}
     values |= {"dtype": name, "tie_word_embeddings": HEAD not in _dense_part(model)}
     values.pop("torch_dtype", None)
     values = both_ropes(values)

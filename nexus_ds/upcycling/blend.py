@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_ds.checkpoint.families import DenseModel, refuse_hooks
-from nexus_ds.checkpoint.qwen2_moe import moe_shapes
+from nexus_ds.checkpoint.families import ConfigJson, DenseModel, refuse_hooks
+from nexus_ds.checkpoint.qwen2_moe import stored
 from nexus_ds.checkpoint.records import EncoderRecord, ExpertRecord
 from nexus_ds.checkpoint.tensors import (
     DTYPES,
@@ -114,25 +114,25 @@ def portable(path: str | Path) -> str:
     return Path(path).name if Path(path).is_absolute() else Path(path).as_posix()
 
 
-def _flat(settings: Mapping[str, Any]) -> dict[str, str]:
+def _flat(settings: Mapping[str, object]) -> dict[str, str]:
     """Return settings as texts, RoPE one key a line and layer types as one letter a layer."""
     flat: dict[str, str] = {}
     for key, value in settings.items():
         if isinstance(value, dict):
             flat |= {f"{key}.{inner}": str(item) for inner, item in sorted(value.items())}
-        elif isinstance(value, list):
+        elif isinstance(value, tuple):
             flat[key] = "".join(str(item)[0] for item in value)
         else:
             flat[key] = str(value)
     return flat
 
 
-def traits(model: DenseModel, with_family: bool = True) -> dict[str, Any]:
+def traits(model: DenseModel) -> dict[str, object]:
     """Return all that must agree between models that are averaged; a dtype is cast instead."""
-    return {**({"family": model.family} if with_family else {}), **model.settings}
+    return {"family": model.family, **vars(model.settings)}
 
 
-def check_alike(models: Mapping[str, Mapping[str, Any]]) -> None:
+def check_alike(models: Mapping[str, Mapping[str, object]]) -> None:
     """Raise IncompatibleModelsError with one table of all differences among models.
 
     Args:
@@ -189,7 +189,7 @@ def check_related(origin: str, reader: TensorReader, models: Mapping[str, DenseM
         IncompatibleModelsError: names each unrelated expert and its cosine.
     """
     first = next(iter(models.values()))
-    layers = first.settings["layers"]
+    layers = first.settings.layers
     picked = {layers * part // SAMPLED_LAYERS for part in range(SAMPLED_LAYERS)}
     names = [
         f"model.layers.{layer}.self_attn.{part}" for layer in sorted(picked) for part in ATTENTION
@@ -334,7 +334,7 @@ def _write_blend(writer: TensorWriter, name: str, blend: Blend, dtype: torch.dty
 
 def write_model(
     directory: Path,
-    config: dict[str, Any],
+    config: ConfigJson,
     dtype: str,
     tensors: Mapping[str, Blend | Tensor],
     label: str,
@@ -354,7 +354,7 @@ def write_model(
             space, a tensor that `tensors` lacks.
     """
     write_json(directory / "config.json", config)
-    plan = {name: (dtype, shape) for name, shape in moe_shapes(config).items()}
+    plan = {name: (dtype, entry.shape) for name, entry in stored(config).items()}
     with TensorWriter(directory, plan) as writer, Progress(label, len(plan), "tensors") as progress:
         for name in plan:
             tensor = tensors.get(name)

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nexus_ds.checkpoint.families import (
-    FFN_PARTS,
-    DenseModel,
-    dense_ffn_name,
-    settings,
-)
+from nexus_ds.checkpoint.families import ConfigJson, DenseModel, settings
 from nexus_ds.checkpoint.qwen2_moe import (
+    Role,
+    Stored,
     check_shared_gates,
-    expert_name,
     gate_name,
     open_moe,
+    stored,
 )
 from nexus_ds.checkpoint.records import ExtendStep
 from nexus_ds.checkpoint.sidecar import (
@@ -45,9 +42,8 @@ from nexus_ds.upcycling.blend import (
     expert_record,
     portable,
     read_generation_config,
-    traits,
 )
-from nexus_ds.upcycling.new_checkpoint import NewModel, _open_all, as_written, casts, copy_of
+from nexus_ds.upcycling.new_checkpoint import NewModel, as_written, casts, copy_of, open_all
 
 LARGEST_EMBEDDING = 100.0  # a new router row's norm relative to the largest old one
 
@@ -126,14 +122,16 @@ def extended(
         versions=versions(),
         vectors=torch.cat([old.vectors, vectors]),
     )
-    target = old_config | {"num_experts": len(sidecar.experts)}
+    target = as_written(old_config | {"num_experts": len(sidecar.experts)}, dtype)
     places = {name: number for number, name in enumerate(models, start=len(old.experts))}
-    tensors = branched_tensors(reader, old_config["num_hidden_layers"], models, places, total)
-    for layer in range(old_config["num_hidden_layers"]):
+
+    def embeddings_of(layer: int) -> Tensor:
         rows = _extended_embeddings(reader, sidecar, layer, config, linear_init)
         check_expert_embeddings(rows, len(old.experts), layer)
-        tensors[gate_name(layer)] = rows
-    target, cast = as_written(target, dtype), casts(models, dtype)
+        return rows
+
+    tensors = branched_tensors(target, reader, models, places, total, embeddings_of)
+    cast = casts(models, dtype)
     return NewModel("extend", target, dtype, tensors, sidecar, checkpoint, len(old.experts), cast)
 
 
@@ -148,16 +146,14 @@ def open_fitting(checkpoint: Path, experts: Mapping[str, Path]) -> dict[str, Den
     """
     config, reader = open_moe(checkpoint)
     check_shared_gates(reader, config["num_hidden_layers"])
-    models, own = _open_all(experts), settings(config)
+    models, own = open_all(experts), settings(config)
+    # not the family: a mixture is of none, and what it computes stands in the settings
     check_alike(
-        {
-            "checkpoint": own,
-            **{name: traits(model, with_family=False) for name, model in models.items()},
-        }
+        {"checkpoint": vars(own)} | {name: vars(model.settings) for name, model in models.items()}
     )
     check_related(f"the checkpoint {checkpoint}", reader, models)
     check_tokenizers(checkpoint, experts)
-    check_tokenizer(checkpoint, own["vocabulary"])
+    check_tokenizer(checkpoint, own.vocabulary)
     read_generation_config(checkpoint)
     return models
 
@@ -203,28 +199,39 @@ def check_encoder(sidecar: Sidecar, embeddings: DomainEmbeddings) -> None:
 
 
 def branched_tensors(
+    target: ConfigJson,
     reader: TensorReader,
-    layers: int,
     models: Mapping[str, DenseModel],
     places: Mapping[str, int],
     share: float,
+    embeddings: Callable[[int], Tensor],
 ) -> dict[str, Blend | Tensor]:
-    """Return a checkpoint's tensors with dense models in it: FFNs at their `places`, all else
-    merged in by `share`."""
-    tensors: dict[str, Blend | Tensor] = {name: copy_of(reader, name) for name in reader.names()}
-    named = {name: (f"expert {name}", model) for name, model in models.items()}
-    for tensor in next(iter(models.values())).averaged_names():
-        parts = [Part("checkpoint", reader, tensor, 1.0 - share)]
-        parts += [
-            Part(who, model.reader, tensor, share / len(named)) for who, model in named.values()
-        ]
-        tensors[tensor] = Blend(parts)
-    for layer in range(layers):
-        for part in FFN_PARTS:
-            for name, (who, model) in named.items():
-                source = Part(who, model.reader, dense_ffn_name(layer, part))
-                tensors[expert_name(layer, places[name], part)] = Blend([source])
-    return tensors
+    """Return the tensors of a mixture that dense models are put into.
+
+    Args:
+        target: config.json of the new mixture.
+        reader: the old mixture's tensors.
+        models: for each new expert's name its dense model.
+        places: for each new expert's name its number in the new mixture.
+        share: lambda, the total share of the models in all that is averaged.
+        embeddings: returns the new router's weight [n, h] of a layer.
+    """
+    new = {place: (f"expert {name}", models[name].reader) for name, place in places.items()}
+
+    def source(name: str, entry: Stored) -> Blend | Tensor:
+        if entry.role is Role.ROUTER:
+            return embeddings(entry.layer)
+        if entry.role is Role.DENSE:
+            parts = [Part("checkpoint", reader, name, 1.0 - share)]
+            for who, branch in new.values():
+                parts.append(Part(who, branch, entry.dense_name, share / len(new)))
+            return Blend(parts)
+        if entry.role is Role.ROUTED and entry.expert in new:
+            who, branch = new[entry.expert]
+            return Blend([Part(who, branch, entry.dense_name)])
+        return copy_of(reader, name, entry)
+
+    return {name: source(name, entry) for name, entry in stored(target).items()}
 
 
 def _extended_embeddings(

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from nexus_ds.checkpoint.families import (
     MODEL_DTYPES,
+    ConfigJson,
     DenseModel,
     both_ropes,
     open_dense,
 )
-from nexus_ds.checkpoint.qwen2_moe import (
-    parameter_counts,
-)
+from nexus_ds.checkpoint.qwen2_moe import Role, Stored, parameter_counts
 from nexus_ds.checkpoint.records import FitReport
 from nexus_ds.checkpoint.sidecar import (
     Sidecar,
@@ -31,12 +30,7 @@ from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.outputs import write_json
 from nexus_ds.settings import Config, RouterConfig
-from nexus_ds.upcycling.blend import (
-    Blend,
-    Part,
-    read_generation_config,
-    write_model,
-)
+from nexus_ds.upcycling.blend import Blend, Part, read_generation_config, write_model
 from nexus_ds.warm_start.fit import fit_router
 from nexus_ds.warm_start.fit_text import FitText, read_fit_text
 
@@ -51,8 +45,7 @@ class NewModel:
     was checked."""
 
     verb: str
-    config: dict[str, Any]
-    """config.json."""
+    config: ConfigJson
     dtype: str
     """Of all weights: F32 | BF16."""
     tensors: dict[str, Blend | Tensor]
@@ -154,14 +147,15 @@ class NewModel:
         return "\n".join(lines)
 
 
-def _open_all(directories: Mapping[str, Path]) -> dict[str, DenseModel]:
+def open_all(directories: Mapping[str, Path]) -> dict[str, DenseModel]:
+    """Open each expert's dense model; errors: `open_dense`."""
     return {name: open_dense(directory) for name, directory in directories.items()}
 
 
-def copy_of(reader: TensorReader, name: str) -> Blend:
-    """Return a checkpoint's tensor as it is; a mixture without a shared expert has zeros in its
-    place."""
-    return Blend([Part("checkpoint", reader, name, zeros=".mlp.shared_expert." in name)])
+def copy_of(reader: TensorReader, name: str, entry: Stored) -> Blend:
+    """Return a checkpoint's tensor as it is; `entry` is what the table says of it."""
+    # a mixture without a shared expert has zeros in its place
+    return Blend([Part("checkpoint", reader, name, zeros=entry.role is Role.SHARED)])
 
 
 def casts(models: Mapping[str, DenseModel], dtype: str) -> dict[str, str]:
@@ -172,7 +166,7 @@ def casts(models: Mapping[str, DenseModel], dtype: str) -> dict[str, str]:
     }
 
 
-def as_written(target: dict[str, Any], dtype: str) -> dict[str, Any]:
+def as_written(target: ConfigJson, dtype: str) -> ConfigJson:
     """Return a config.json that says which dtype the weights have (`dtype` as safetensors names
     it), RoPE in both spellings."""
     return both_ropes(target) | {"dtype": MODEL_DTYPES[dtype]}

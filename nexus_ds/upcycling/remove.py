@@ -1,4 +1,10 @@
-"""A mixture `reduced` by some of its experts."""
+"""A mixture `reduced` by some of its experts.
+
+What an extension (paper section 2.3) appends is taken out again: the softmax over the others is
+that of a mixture that never had them.
+Shapes: n routed experts that stay, h hidden size.
+Not covered: taking the experts' part out of the averaged weights; fitting the router anew.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +14,21 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nexus_ds.checkpoint.families import (
-    FFN_PARTS,
-)
+from nexus_ds.checkpoint.families import ConfigJson
 from nexus_ds.checkpoint.qwen2_moe import (
+    Role,
+    Stored,
     check_shared_gates,
     expert_name,
     gate_name,
     open_moe,
+    stored,
 )
 from nexus_ds.checkpoint.records import RemoveStep
-from nexus_ds.checkpoint.sidecar import (
-    read_sidecar,
-    verify_expert_embeddings,
-    versions,
-)
+from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings, versions
+from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.errors import ConfigError
-from nexus_ds.upcycling.blend import (
-    Blend,
-    Part,
-    portable,
-)
+from nexus_ds.upcycling.blend import Blend, Part, portable
 from nexus_ds.upcycling.new_checkpoint import NewModel, as_written, copy_of
 
 
@@ -68,16 +68,23 @@ def reduced(checkpoint: Path, names: Sequence[str]) -> NewModel:
         versions=versions(),
         vectors=old.vectors[kept],
     )
-    tensors: dict[str, Blend | Tensor] = {}
-    for name in reader.names():
-        if ".mlp.experts." not in name:
-            tensors[name] = copy_of(reader, name)
-    for layer in range(config["num_hidden_layers"]):
-        tensors[gate_name(layer)] = reader.read(gate_name(layer))[kept]
-        for new, index in enumerate(kept):
-            for part in FFN_PARTS:
-                source = Part("checkpoint", reader, expert_name(layer, index, part))
-                tensors[expert_name(layer, new, part)] = Blend([source])
     dtype = reader.info(gate_name(0)).dtype
-    target = config | {"num_experts": len(kept)}
-    return NewModel("remove", as_written(target, dtype), dtype, tensors, sidecar, checkpoint)
+    target = as_written(config | {"num_experts": len(kept)}, dtype)
+    tensors = _reduced_tensors(target, reader, kept)
+    return NewModel("remove", target, dtype, tensors, sidecar, checkpoint)
+
+
+def _reduced_tensors(
+    target: ConfigJson, reader: TensorReader, kept: Sequence[int]
+) -> dict[str, Blend | Tensor]:
+    """Return the new mixture's tensors; `kept` are the old numbers of its experts, in order."""
+
+    def source(name: str, entry: Stored) -> Blend | Tensor:
+        if entry.role is Role.ROUTER:
+            return reader.read(name)[kept]
+        if entry.role is Role.ROUTED:
+            old_name = expert_name(entry.layer, kept[entry.expert], entry.part)
+            return Blend([Part("checkpoint", reader, old_name)])
+        return copy_of(reader, name, entry)
+
+    return {name: source(name, entry) for name, entry in stored(target).items()}

@@ -91,10 +91,13 @@ def replaced(
         old, experts=records, lineage=[*old.lineage, step], versions=versions(), vectors=vectors
     )
     dtype = reader.info(gate_name(0)).dtype
-    tensors = branched_tensors(reader, old_config["num_hidden_layers"], models, places, total)
-    for layer in range(old_config["num_hidden_layers"]):
-        tensors[gate_name(layer)] = _rows(reader, old, sidecar, layer)
-    target, cast = as_written(old_config, dtype), casts(models, dtype)
+    target = as_written(old_config, dtype)
+
+    def embeddings_of(layer: int) -> Tensor:
+        return _embeddings(reader, old, sidecar, layer)
+
+    tensors = branched_tensors(target, reader, models, places, total, embeddings_of)
+    cast = casts(models, dtype)
     return NewModel("replace", target, dtype, tensors, sidecar, checkpoint, cast=cast)
 
 
@@ -121,7 +124,7 @@ def _vectors(
     return vectors
 
 
-def _rows(reader: TensorReader, old: Sidecar, new: Sidecar, layer: int) -> Tensor:
+def _embeddings(reader: TensorReader, old: Sidecar, new: Sidecar, layer: int) -> Tensor:
     """Return the router weight [n, h] of one layer: stored rows, but for experts whose embedding
     has changed."""
     stored = reader.read(gate_name(layer))

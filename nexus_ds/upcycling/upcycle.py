@@ -17,19 +17,15 @@ import torch
 from torch import Tensor
 
 from nexus_ds.checkpoint.families import (
-    FFN_PARTS,
+    ConfigJson,
     DenseModel,
-    dense_ffn_name,
     open_dense,
 )
 from nexus_ds.checkpoint.qwen2_moe import (
-    SHARED_GATE_FILL,
-    expert_name,
-    gate_name,
-    mean_name,
+    Role,
+    Stored,
     moe_config,
-    shared_gate_name,
-    shared_name,
+    stored,
 )
 from nexus_ds.checkpoint.records import RouterRecord, Step, UpcycleStep
 from nexus_ds.checkpoint.sidecar import (
@@ -64,7 +60,7 @@ from nexus_ds.upcycling.blend import (
     read_generation_config,
     traits,
 )
-from nexus_ds.upcycling.new_checkpoint import NewModel, _open_all, as_written, casts
+from nexus_ds.upcycling.new_checkpoint import NewModel, as_written, casts, open_all
 from nexus_ds.warm_start.methods import check_start
 
 
@@ -99,11 +95,11 @@ def upcycled(
         raise ConfigError(
             f"router.top_k is {config.router.top_k}, but there are {len(experts)} experts; lower it"
         )
-    base, models = open_dense(seed), _open_all(experts)
+    base, models = open_dense(seed), open_all(experts)
     check_alike({"seed": traits(base), **{name: traits(model) for name, model in models.items()}})
     check_related(f"the seed {seed}", base.reader, models)
     check_tokenizers(seed, experts)
-    check_tokenizer(seed, base.settings["vocabulary"])
+    check_tokenizer(seed, base.settings.vocabulary)
     read_generation_config(seed)
     step = UpcycleStep(
         seed_model=portable(seed), family=base.family, router=config.router, seed=config.seed
@@ -113,7 +109,7 @@ def upcycled(
     target = as_written(
         moe_config(base.config, len(models), router.top_k, router.input), base.dtype
     )
-    tensors = _upcycled_tensors(base, models, sidecar, config)
+    tensors = _upcycled_tensors(target, base, models, sidecar, config)
     return NewModel(
         "upcycle", target, base.dtype, tensors, sidecar, seed, cast=casts(models, base.dtype)
     )
@@ -161,8 +157,8 @@ def _upcycled_sidecar(
         shared_expert=config.model.shared_expert,
     )
     sizes = next(iter(models.values())).settings
-    for layer in range(sizes["layers"] if router.kind == "nexus" else 0):
-        projection = new_projection(sidecar.router, vectors.shape[1], sizes["hidden_size"])
+    for layer in range(sizes.layers if router.kind == "nexus" else 0):
+        projection = new_projection(sidecar.router, vectors.shape[1], sizes.hidden_size)
         init_projection(
             projection,
             sidecar.domain_inputs(),
@@ -175,40 +171,48 @@ def _upcycled_sidecar(
 
 
 def _upcycled_tensors(
-    seed: DenseModel, models: dict[str, DenseModel], sidecar: Sidecar, config: Config
+    target: ConfigJson,
+    seed: DenseModel,
+    models: dict[str, DenseModel],
+    sidecar: Sidecar,
+    config: Config,
 ) -> dict[str, Blend | Tensor]:
-    """Return where each tensor of the mixture comes from."""
-    named = [(f"expert {name}", model) for name, model in models.items()]
-    tensors: dict[str, Blend | Tensor] = {
-        name: mean_of([Part(who, model.reader, name) for who, model in named])
-        for name in seed.averaged_names()
-    }
-    hidden_size, router = seed.settings["hidden_size"], config.router
-    for layer in range(seed.settings["layers"]):
-        if router.kind == "nexus":
-            tensors[gate_name(layer)] = expert_embeddings(sidecar, layer, DTYPES[seed.dtype])
-        elif router.warm_start == "embedding":
-            tensors[gate_name(layer)] = domain_expert_embeddings(
-                sidecar.domain_inputs(), hidden_size, layer, router.init_norm
-            )
-        else:
-            generator = layer_generator(config.seed, layer)
-            tensors[gate_name(layer)] = init_expert_embeddings(
-                len(named), hidden_size, router.init, router.init_norm, generator
-            )
-        tensors[shared_gate_name(layer)] = torch.full((1, hidden_size), SHARED_GATE_FILL)
-        if router.input == "context":
-            tensors[mean_name(layer)] = torch.zeros(hidden_size)
-        for part in FFN_PARTS:
-            source = dense_ffn_name(layer, part)
-            # A stock Qwen2-MoE multiplies the shared expert by the sigmoid of its gate, here always
-            # 1/2.
-            scale = 2.0 if part == "down_proj" else 1.0
-            shared = Blend([Part("seed", seed.reader, source)], scale=scale)
-            none = sidecar.shared_expert == "none"
-            tensors[shared_name(layer, part)] = (
-                torch.zeros(seed.reader.info(source).shape) if none else shared
-            )
-            for index, (who, model) in enumerate(named):
-                tensors[expert_name(layer, index, part)] = Blend([Part(who, model.reader, source)])
-    return tensors
+    """Return where each tensor of the mixture with the config.json `target` comes from."""
+    branches = [(f"expert {name}", model.reader) for name, model in models.items()]
+
+    def source(entry: Stored) -> Blend | Tensor:
+        match entry.role:
+            case Role.DENSE:
+                return mean_of([Part(who, reader, entry.dense_name) for who, reader in branches])
+            case Role.ROUTED:
+                who, reader = branches[entry.expert]
+                return Blend([Part(who, reader, entry.dense_name)])
+            case Role.SHARED:
+                if sidecar.shared_expert == "none":
+                    return torch.zeros(entry.shape)
+                return Blend([Part("seed", seed.reader, entry.dense_name)], scale=entry.scale)
+            case Role.SHARED_GATE:
+                assert entry.fill is not None
+                return torch.full(entry.shape, entry.fill)
+            case Role.CONTEXT_MEAN:
+                # nothing is known of it before text is read; a warm start sets it
+                return torch.zeros(entry.shape)
+            case Role.ROUTER:
+                return _expert_embeddings(entry, sidecar, config, DTYPES[seed.dtype])
+
+    return {name: source(entry) for name, entry in stored(target).items()}
+
+
+def _expert_embeddings(
+    entry: Stored, sidecar: Sidecar, config: Config, dtype: torch.dtype
+) -> Tensor:
+    """Return the router's weight [n, h] of one layer before any warm start that reads text."""
+    router = config.router
+    experts, hidden_size = entry.shape
+    if router.kind == "nexus":
+        return expert_embeddings(sidecar, entry.layer, dtype)
+    if router.warm_start == "embedding":
+        inputs = sidecar.domain_inputs()
+        return domain_expert_embeddings(inputs, hidden_size, entry.layer, router.init_norm)
+    generator = layer_generator(config.seed, entry.layer)
+    return init_expert_embeddings(experts, hidden_size, router.init, router.init_norm, generator)

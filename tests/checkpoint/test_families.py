@@ -150,42 +150,6 @@ def test_stock_transformers_computes_the_formula(kind, tmp_path, dense_dir):
     assert (found - oracle(tokens).logits).abs().max() > 1e-2 * expected.abs().max()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
-def test_an_expert_goes_back_to_its_dense_family(kind, tmp_path, dense_dir):
-    vocabulary = json.loads((dense_dir / "config.json").read_text())["vocab_size"]
-    dense(kind, tmp_path / "seed", 0, vocabulary, dense_dir)
-    model = dense(kind, tmp_path / "a", 1, vocabulary, dense_dir)
-    new = upcycled(
-        tmp_path / "seed",
-        dict.fromkeys(("x", "y"), tmp_path / "a"),
-        embeddings(("x", "y")),
-        Config(),
-    )
-    (tmp_path / "out").mkdir()
-    new.write(tmp_path / "out", None, Config().router, 0)
-    config, reader = qwen2_moe.open_moe(tmp_path / "out")
-
-    def back(expert):
-        names = qwen2_moe.expert_as_dense(config, expert)
-        return {name: reader.read(stored) * factor for name, (stored, factor) in names.items()}
-
-    (tmp_path / "back").mkdir()
-    save_file(back(1), tmp_path / "back" / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "back" / "config.json").write_text(
-        json.dumps(families.dense_config(config, KINDS[kind][0]))
-    )
-    tokens = torch.arange(24)[None] % vocabulary
-    torch.testing.assert_close(
-        load(tmp_path / "back")(tokens).logits, model(tokens).logits, atol=1e-6, rtol=1e-6
-    )
-    seed = load_file(tmp_path / "seed" / "model.safetensors")
-    shared = back(None)
-    assert all(torch.equal(shared[n], seed[n]) for n in seed if ".mlp." in n)
-    reopened = families.open_dense(tmp_path / "back")
-    assert reopened.settings == families.open_dense(tmp_path / "a").settings
-
-
 def test_older_keys_mean_the_same(dense_dir):
     config = json.loads((dense_dir / "config.json").read_text())
     scaling = dict(factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0)
@@ -205,8 +169,8 @@ def test_older_keys_mean_the_same(dense_dir):
     }
     mistral |= {"model_type": "mistral", "num_attention_heads": 8, "hidden_size": 64}
     assert (
-        families.settings(mistral)["kv_heads"] == 8
-        and families.settings(mistral)["sliding_window"] == 4096
+        families.settings(mistral).kv_heads == 8
+        and families.settings(mistral).sliding_window == 4096
     )
 
 
@@ -220,17 +184,12 @@ def test_written_configurations_say_their_rope_in_both_spellings(kind, tmp_path,
     scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
     mixture = qwen2_moe.moe_config(plain, 2, 1)
     context = qwen2_moe.moe_config(plain, 2, 1, "context")
-    for config in (
-        mixture,
-        context,
-        families.dense_config(mixture, family),
-        families.both_ropes(plain),
-    ):
+    for config in (mixture, context, families.both_ropes(plain)):
         assert (
             config["rope_parameters"] == extra["rope_parameters"] and config["rope_theta"] == 500.0
         )
         assert config.get("rope_scaling") == (scaling if kind == "llama3-rope" else None)
-        assert families.settings(config)["rope"] == families.settings(plain)["rope"]
+        assert families.settings(config).rope == families.settings(plain).rope
 
 
 def test_branches_whose_stretched_rope_depends_on_other_positions_differ(dense_dir):
@@ -357,9 +316,8 @@ def test_a_tied_models_repeated_head_and_old_buffers_are_ignored(tmp_path, dense
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
 
-    assert families.open_dense(with_tensors(dense_dir, tmp_path / "m", repeat)).settings[
-        "tied_embeddings"
-    ]
+    model = families.open_dense(with_tensors(dense_dir, tmp_path / "m", repeat))
+    assert model.settings.tied_embeddings
 
 
 def test_a_hub_name_is_no_directory(tmp_path):
