@@ -1,11 +1,14 @@
 """Where a rank stands, from every launcher's variables: plan, preflight and training hear the
 same."""
 
+import random
+import socket
+
 import pytest
 
 from nexus_ds import launch
 from nexus_ds.errors import ConfigError, LayoutError
-from nexus_ds.launch import LAUNCH_VARIABLES, Position
+from nexus_ds.launch import LAUNCH_VARIABLES, Position, free_port
 from nexus_ds.train import main
 
 # srun of 8 tasks on 2 nodes, nobody asked for --ntasks-per-node; the job itself has more.
@@ -134,3 +137,24 @@ def test_ranks_that_can_not_meet_are_refused_instead_of_training_alone(
         launch.meeting_point(launch.position())
     assert main(["stage=seed"]) == 1
     assert f"train.py: rank 5: {message}" in capsys.readouterr().err
+
+
+def test_a_port_is_free_and_none_that_the_kernel_gives_out_by_itself(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", free_port()))
+        port = taken.getsockname()[1]
+        assert 10_000 <= port < 20_000
+        other = free_port()
+        monkeypatch.setattr(random.SystemRandom, "sample", lambda self, ports, count: [port, other])
+        assert free_port() == other
+        monkeypatch.setattr(random.SystemRandom, "sample", lambda self, ports, count: [port])
+        with pytest.raises(LayoutError, match="no free TCP port from 10000 to 19999"):
+            free_port()
+
+
+def test_two_runs_that_were_seeded_alike_meet_at_different_ports():
+    ports = []
+    for _ in range(4):
+        random.seed(0)
+        ports.append(free_port())
+    assert len(set(ports)) > 1

@@ -1,21 +1,15 @@
-"""Stages of a run: where they live, what they need, and how they are run side by side."""
+"""Stages of a run: where they live, what they need, and the commands that make them."""
 
-import random
 import shlex
-import socket
-import sys
 from pathlib import Path
 
 import pytest
 
 from nexus_ds.config import dump, load_config
-from nexus_ds.errors import CheckpointError, ConfigError, LayoutError, NexusError, OutputExistsError
-from nexus_ds.launch import free_port
-from nexus_ds.local_runner import run_steps
+from nexus_ds.errors import CheckpointError, ConfigError, OutputExistsError
 from nexus_ds.pipeline import (
     DS_JSON,
     TRAIN,
-    Step,
     check_domains,
     check_made,
     check_start,
@@ -89,27 +83,6 @@ def test_how_documents_begin_holds_for_the_whole_run(tmp_path):
     assert shared_overrides(["data.bos=false", "training.steps=3"]) == ["data.bos=false"]
     assert no_bos(config_of(tmp_path, "data.bos=false").data) == ["--no-bos"]
     assert no_bos(config_of(tmp_path).data) == []
-
-
-def test_a_port_is_free_and_none_that_the_kernel_gives_out_by_itself(monkeypatch):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", free_port()))
-        port = taken.getsockname()[1]
-        assert 10_000 <= port < 20_000
-        other = free_port()
-        monkeypatch.setattr(random.SystemRandom, "sample", lambda self, ports, count: [port, other])
-        assert free_port() == other
-        monkeypatch.setattr(random.SystemRandom, "sample", lambda self, ports, count: [port])
-        with pytest.raises(LayoutError, match="no free TCP port from 10000 to 19999"):
-            free_port()
-
-
-def test_two_runs_that_were_seeded_alike_meet_at_different_ports():
-    ports = []
-    for _ in range(4):
-        random.seed(0)
-        ports.append(free_port())
-    assert len(set(ports)) > 1
 
 
 def test_printed_commands_are_quoted_for_a_shell():
@@ -238,63 +211,6 @@ def test_a_start_or_an_output_that_is_there_is_enough():
     check_start(load_config("own", words), "own", words)
     Path("runs/own/seed").rename("done")
     check_start(load_config("own", [*words, "output=done"]), "own", [*words, "output=done"])
-
-
-def step(tmp_path, name, needs=(), seconds=0.0, code=0, wide=False):
-    body = f"import pathlib, sys, time; time.sleep({seconds})\n"
-    body += f"p = pathlib.Path({str(tmp_path)!r}); (p / {name!r}).touch()\n"
-    body += f"(p / 'log').open('a').write({name!r} + ' ')\nsys.exit({code})"
-    return Step(name, tmp_path / name, [sys.executable, "-c", body], needs=tuple(needs), wide=wide)
-
-
-def test_stages_wait_for_what_they_need_and_wide_ones_run_alone(tmp_path, capfd):
-    todo = [
-        step(tmp_path, "first", seconds=0.3),
-        step(tmp_path, "free"),
-        step(tmp_path, "second", needs=["first"]),
-        step(tmp_path, "wide", needs=["free"], wide=True),
-    ]
-    run_steps(todo, 2)
-    order = (tmp_path / "log").read_text().split()
-    assert order.index("first") < order.index("second")
-    assert set(order) == {"first", "free", "second", "wide"}
-    assert "== second done in" in capfd.readouterr().err
-
-
-def test_a_failing_stage_ends_the_others(tmp_path):
-    with pytest.raises(NexusError, match=r"stage bad failed \(exit 3\); its message stands above"):
-        run_steps([step(tmp_path, "slow", seconds=60), step(tmp_path, "bad", code=3)], 2)
-    assert not (tmp_path / "slow").exists()  # nobody waited until it was there
-
-
-def test_nothing_runs_beside_a_wide_stage(tmp_path):
-    def meeting(name, other, wide=False):
-        """Note a start, wait for the other's where there is one to meet, note the end."""
-        body = f"import pathlib, time; p = pathlib.Path({str(tmp_path)!r}); log = (p / 'log').open('a', buffering=1)\n"
-        body += f"log.write('+{name} '); log.flush(); (p / 'here {name}').touch()\n"
-        body += f"while {other!r} and not (p / 'here {other}').exists(): time.sleep(0.01)\n"
-        body += f"log.write('-{name} '); log.flush(); (p / {name!r}).touch()"
-        return Step(name, tmp_path / name, [sys.executable, "-c", body], wide=wide)
-
-    run_steps(
-        [meeting("wide", "", wide=True), meeting("one", "two"), meeting("two", "one")], 2
-    )  # else they'd wait for ever
-    log = (tmp_path / "log").read_text().split()
-    assert sorted(log) == sorted(
-        f"{sign}{name}" for name in ("wide", "one", "two") for sign in "+-"
-    )
-    assert log.index("-wide") == log.index("+wide") + 1
-
-
-def test_single_rank_stages_take_the_devices_that_the_user_has(monkeypatch):
-    from nexus_ds.local_runner import _environment
-
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    monkeypatch.setenv("RANK", "1")
-    assert [_environment(slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1, 2)] == ["2", "5", "2"]
-    assert "RANK" not in _environment(0, 2)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert _environment(1, 2)["CUDA_VISIBLE_DEVICES"] == "1"
 
 
 def test_a_stage_that_was_made_with_other_settings_is_not_taken_for_this_runs(tmp_path):
