@@ -11,38 +11,49 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nexus_ds.checkpoint.records import SIDECAR, is_nexus, last_extension, read_manifest
+from nexus_ds.command_lines import (
+    DS_JSON,
+    EXPERT_NAME,
+    TRAIN,
+    embed_words,
+    extend_words,
+    no_bos,
+    program,
+    train_command,
+    train_words,
+    upcycle_words,
+)
 from nexus_ds.config import as_dict, load_config, parse_yaml
 from nexus_ds.errors import CheckpointError, ConfigError, OutputExistsError
-from nexus_ds.launch import free_port
-from nexus_ds.settings import Config, DataConfig
+from nexus_ds.settings import STAGES, Config, DataConfig
 
-TRAIN = Path(__file__).parent / "train.py"
-# step: train.py's stage
-TRAINED = {"seed": "seed", "branch": "branch", "moe": "moe", "extended": "extend"}
+# What train.py calls its stages, in the order of a run. A recipe says `extend` for the finetune of
+# an extended model; here that is the word for appending the expert.
+SEED, BRANCH, MOE, FINETUNE = STAGES
+# Kinds of steps that train, with their stage. `nexus-ds stage` and its kin call these by name.
+TRAINED = {"seed": SEED, "branch": BRANCH, "moe": MOE, "extended": FINETUNE}
+# Steps that a verb of their own makes.
+MADE_BY_VERBS = ("embed", "upcycle", "extend", "evaluate")
+# That train a mixture-of-experts, on all devices and with DS_JSON unless another is given.
+WIDE_STAGES = (MOE, FINETUNE)
+STARTS = {
+    BRANCH: "the seed",
+    MOE: "what nexus-ds upcycle wrote",
+    FINETUNE: "what nexus-ds extend wrote",
+}
 HARMLESS = (
     "pipeline.parallel_branches",
     "data.workers",
     "training.log_every",
     "training.keep_last",
 )
-# a link in a clone, a file in an installed package
-DS_JSON = Path(__file__).parent / "ds_configs" / "z3.json"
-STARTS = {
-    "branch": "the seed",
-    "moe": "what nexus-ds upcycle wrote",
-    "extend": "what nexus-ds extend wrote",
-}
-# that train a mixture-of-experts, with DS_JSON unless another is given
-WIDE_STAGES = ("moe", "extend")
 
 
 @dataclass(frozen=True)
@@ -50,24 +61,23 @@ class Places:
     """Paths of one run."""
 
     run: Path
-
-    def __getattr__(self, name: str) -> Path:
-        names = {
-            "tokenizer": "tokenizer",
-            "seed": "seed",
-            "domains": "domains.safetensors",
-            "new_domains": "domains-new.safetensors",
-            "upcycled": "upcycled",
-            "nexus": "nexus",
-            "extension": "extension",
-            "extended": "extended",
-            "average": "average",
-            "report": "report",
-            "tokens": "tokens",
-        }
-        if name not in names:
-            raise AttributeError(name)
-        return self.run / names[name]
+    tokenizer: Path
+    tokens: Path
+    """Tokenized text, shared by all stages."""
+    seed: Path
+    domains: Path
+    """Domain embeddings of the upcycled experts."""
+    upcycled: Path
+    nexus: Path
+    """The upcycled model, trained."""
+    new_domains: Path
+    """Domain embeddings of the experts that are added."""
+    extension: Path
+    """The model with its experts added, before the finetune."""
+    extended: Path
+    average: Path
+    """The plain mean of the seed and its branches."""
+    report: Path
 
     def branch(self, domain: str) -> Path:
         """Return the dense expert of a domain."""
@@ -90,7 +100,21 @@ class Step:
 
 def places(config: Config) -> Places:
     """Return the paths of the run that `config` belongs to."""
-    return Places(Path(config.pipeline.run))
+    run = Path(config.pipeline.run)
+    return Places(
+        run=run,
+        tokenizer=run / "tokenizer",
+        tokens=run / "tokens",
+        seed=run / "seed",
+        domains=run / "domains.safetensors",
+        upcycled=run / "upcycled",
+        nexus=run / "nexus",
+        new_domains=run / "domains-new.safetensors",
+        extension=run / "extension",
+        extended=run / "extended",
+        average=run / "average",
+        report=run / "report",
+    )
 
 
 def checkpoint_domains(path: str) -> tuple[list[str], list[str]]:
@@ -111,14 +135,16 @@ def checkpoint_domains(path: str) -> tuple[list[str], list[str]]:
 
 
 def stage_places(config: Config) -> tuple[Path | None, Path]:
-    """Return where the model that a stage starts from (None: a new one) and its output are, unless
-    settings say otherwise."""
+    """Return where a stage finds its model and writes its output, unless settings say otherwise.
+
+    The model is None for a seed, which is a new one.
+    """
     where = places(config)
     table = {
-        "seed": (None, where.seed),
-        "branch": (where.seed, where.branch(config.branch)),
-        "moe": (where.upcycled, where.nexus),
-        "extend": (where.extension, where.extended),
+        SEED: (None, where.seed),
+        BRANCH: (where.seed, where.branch(config.branch)),
+        MOE: (where.upcycled, where.nexus),
+        FINETUNE: (where.extension, where.extended),
     }
     return table[config.stage]
 
@@ -129,37 +155,46 @@ def resolve(config: Config) -> Config:
     Domains come from the settings, else from the checkpoint that `model.path` names, else from the
     pipeline's.
     """
-    where, pipe = places(config), config.pipeline
+    where = places(config)
+    pipe = config.pipeline
     old, new = checkpoint_domains(config.model.path)
     if not old:
         old, new = pipe.domains, pipe.new_domains
     path, output = stage_places(config)
+    # Without a given checkpoint the mixture is what upcycle makes, before anything is added.
     domains = {
-        "seed": pipe.seed_domains or old,
-        "branch": [config.branch],
-        "moe": old + new if config.model.path else old,
-        "extend": old + new,
+        SEED: pipe.seed_domains or old,
+        BRANCH: [config.branch],
+        MOE: old + new if config.model.path else old,
+        FINETUNE: old + new,
     }[config.stage]
     model = replace(
         config.model,
         path=config.model.path or str(path or ""),
         tokenizer=config.model.tokenizer or str(where.tokenizer),
     )
-    if config.stage != "seed" and config.model.path and not config.model.tokenizer:
+    # A given checkpoint brings its own.
+    if config.stage != SEED and config.model.path and not config.model.tokenizer:
         model.tokenizer = config.model.path
     data = replace(
         config.data,
         domains=config.data.domains or domains,
         validation_domains=config.data.validation_domains or old + new or domains,
-        new_domains=config.data.new_domains or (new if config.stage == "extend" else []),
+        new_domains=config.data.new_domains or (new if config.stage == FINETUNE else []),
         cache=config.data.cache or str(where.tokens),
     )
     if not data.domains:
         raise ConfigError(
             "no domains to train on; set pipeline.domains or data.domains to folders of data.path"
         )
-    name = config.name or (f"branch {config.branch}" if config.stage == "branch" else config.stage)
-    return replace(config, name=name, output=config.output or str(output), model=model, data=data)
+    name = f"branch {config.branch}" if config.stage == BRANCH else config.stage
+    return replace(
+        config,
+        name=config.name or name,
+        output=config.output or str(output),
+        model=model,
+        data=data,
+    )
 
 
 def shared_overrides(overrides: Sequence[str]) -> list[str]:
@@ -181,38 +216,14 @@ def shared_overrides(overrides: Sequence[str]) -> list[str]:
     return [o for o in overrides if o.startswith(shared) and o.partition("=")[0] not in own]
 
 
-def no_bos(data: DataConfig) -> list[str]:
-    """Return the option with which `evaluate` and `remove` read text as a run with these settings
-    does."""
-    return [] if data.bos else ["--no-bos"]
-
-
 def check_domains(config: Config) -> None:
-    """Raise ConfigError for a domain that can't be the name of a folder or stand in a list of
-    them."""
+    """Raise ConfigError for a domain that can't be the name of an expert."""
     for domain in [*config.pipeline.domains, *config.pipeline.new_domains]:
-        # what --expert NAME=DIR takes too
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", domain):
+        if not EXPERT_NAME.fullmatch(domain):
             raise ConfigError(
-                f"pipeline.domains: {domain!r} can't be the name of an expert; expected letters, digits, '_', '.', '-'"
+                f"pipeline.domains: {domain!r} can't be the name of an expert; expected letters, "
+                "digits, '_', '.', '-'"
             )
-
-
-def train_command(
-    recipe: str, overrides: Sequence[str], ranks: int, ds_config: str = ""
-) -> list[str]:
-    """Return the command that trains one stage on `ranks` ranks of this machine."""
-    tail = [
-        str(TRAIN),
-        *(["--deepspeed", ds_config] if ds_config else []),
-        "--config",
-        recipe,
-        *overrides,
-    ]
-    if ranks == 1:
-        return [sys.executable, *tail]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    return [*launcher, "--master_addr", "127.0.0.1", "--master_port", str(free_port()), *tail]
 
 
 def _typed(short: str, path: Path) -> str:
@@ -226,19 +237,16 @@ def typed_training(
 ) -> str:
     """Return the command, quoted for a shell, that starts train.py with `words`; without `ds_json`
     it takes the project's z3."""
-    files = [
-        _typed("nexus_ds/train.py", TRAIN),
-        "--deepspeed",
-        ds_json or _typed("ds_configs/z3.json", DS_JSON),
-    ]
-    return shlex.join([*launcher, *files, *words])
+    script = _typed("nexus_ds/train.py", TRAIN)
+    deepspeed = ds_json or _typed("ds_configs/z3.json", DS_JSON)
+    return shlex.join([*launcher, script, "--deepspeed", deepspeed, *words])
 
 
 def next_training(out: Path, data: str, recipe: str, stage: str) -> str:
     """Return the command, quoted for a shell, that trains a checkpoint which `upcycle` or `extend`
     has made."""
     settings = [f"stage={stage}", f"model.path={out}", f"data.path={data}", f"output={out}-trained"]
-    return typed_training(["--config", recipe, *settings])
+    return typed_training(train_words(recipe, settings))
 
 
 def next_evaluation(out: Path | str, data: DataConfig) -> str:
@@ -258,9 +266,9 @@ def check_start(config: Config, recipe: str, overrides: Sequence[str]) -> None:
     pipe = config.pipeline
     start, output = stage_places(config)
     made_for = {
-        "branch": config.branch in [*pipe.domains, *pipe.new_domains],
-        "moe": bool(pipe.domains),
-        "extend": bool(pipe.domains and pipe.new_domains),
+        BRANCH: config.branch in [*pipe.domains, *pipe.new_domains],
+        MOE: bool(pipe.domains),
+        FINETUNE: bool(pipe.domains and pipe.new_domains),
     }
     if config.model.path or start is None or start.exists() or made_for[config.stage]:
         return
@@ -268,28 +276,100 @@ def check_start(config: Config, recipe: str, overrides: Sequence[str]) -> None:
     if Path(config.output or output).exists():
         return
     given = {text.partition("=")[0] for text in overrides}
-    missing = {
+    needed = {
         "model.path": "DIR",
         "data.path": "DIR",
         "output": f"models/{config.branch}" if config.branch else "DIR",
     }
-    words = [*overrides, *(f"{key}={value}" for key, value in missing.items() if key not in given)]
+    missing = {key: value for key, value in needed.items() if key not in given}
+    settings = [*overrides, *(f"{key}={value}" for key, value in missing.items())]
     raise ConfigError(
-        f"stage={config.stage} starts from {STARTS[config.stage]}; there is none at {start}, and the recipe {recipe} makes "
-        f"none {_lack(config)}. Missing: {', '.join(key for key in missing if key not in given)}; type: "
-        f"{typed_training(['--config', recipe, *words])}"
+        f"stage={config.stage} starts from {STARTS[config.stage]}; there is none at {start}, and "
+        f"the recipe {recipe} makes none {_lack(config)}. Missing: {', '.join(missing)}; type: "
+        f"{typed_training(train_words(recipe, settings))}"
     )
 
 
 def _lack(config: Config) -> str:
     """Return for which domains the recipe makes models."""
-    old, new = config.pipeline.domains, config.pipeline.new_domains
-    names = f"pipeline.domains: {', '.join(old) or 'none'}; pipeline.new_domains: {', '.join(new) or 'none'}"
-    return f"for {config.branch} ({names})" if config.stage == "branch" else f"({names})"
+    old = ", ".join(config.pipeline.domains) or "none"
+    new = ", ".join(config.pipeline.new_domains) or "none"
+    names = f"(pipeline.domains: {old}; pipeline.new_domains: {new})"
+    return f"for {config.branch} {names}" if config.stage == BRANCH else names
 
 
-def _verb(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "nexus_ds", *arguments]
+def branch_step(domain: str) -> str:
+    """Return the name of the step that trains a domain's dense expert."""
+    return f"branch:{domain}"
+
+
+def trained_step(config: Config) -> str:
+    """Return the name of the step that is `config.stage`."""
+    if config.stage == BRANCH:
+        return branch_step(config.branch)
+    return next(name for name, stage in TRAINED.items() if stage == config.stage)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Makes the steps of one run."""
+
+    config: Config
+    recipe: str
+    overrides: tuple[str, ...]
+    ranks: int
+    ds_config: str
+
+    def _train(self, stage: str, *settings: str) -> list[str]:
+        overrides = [*self.overrides, f"stage={stage}", *settings]
+        if stage in WIDE_STAGES:
+            return train_command(self.recipe, overrides, self.ranks, self.ds_config)
+        return train_command(self.recipe, overrides, 1)
+
+    def _verb(self, words: list[str], out: Path) -> list[str]:
+        return program([*words, "--out", str(out)])
+
+    def _verb_with_recipe(self, words: list[str], out: Path) -> list[str]:
+        return [*self._verb(words, out), "--config", self.recipe, *self.overrides]
+
+    def seed(self) -> Step:
+        return Step("seed", places(self.config).seed, self._train(SEED))
+
+    def branches(self, domains: list[str]) -> list[Step]:
+        found = []
+        for domain in domains:
+            # As JSON: a domain may be called 2024 or yes, and overrides are YAML.
+            command = self._train(BRANCH, f"branch={json.dumps(domain)}")
+            output = places(self.config).branch(domain)
+            found.append(Step(branch_step(domain), output, command, ("seed",)))
+        return found
+
+    def embed(self, name: str, domains: list[str], out: Path) -> Step:
+        return Step(name, out, self._verb(embed_words(self.config, domains), out))
+
+    def upcycle(self) -> Step:
+        where = places(self.config)
+        domains = self.config.pipeline.domains
+        experts = {domain: where.branch(domain) for domain in domains}
+        words = upcycle_words(where.seed, experts, where.domains, self.config.data)
+        command = self._verb_with_recipe(words, where.upcycled)
+        needs = ("seed", "embed", *map(branch_step, domains))
+        return Step("upcycle", where.upcycled, command, needs)
+
+    def extend(self) -> Step:
+        where = places(self.config)
+        domains = self.config.pipeline.new_domains
+        experts = {domain: where.branch(domain) for domain in domains}
+        words = extend_words(where.nexus, experts, where.new_domains, self.config.data)
+        share = self.config.pipeline.merge_weight
+        if share is not None:
+            words += ["--lambda", str(share)]
+        command = self._verb_with_recipe(words, where.extension)
+        needs = ("moe", "embed:new", *map(branch_step, domains))
+        return Step("extend", where.extension, command, needs)
+
+    def trained_mixture(self, name: str, out: Path, needs: str) -> Step:
+        return Step(name, out, self._train(TRAINED[name]), (needs,), wide=True)
 
 
 def steps(
@@ -303,100 +383,28 @@ def steps(
         ranks: of the two stages that train a mixture-of-experts.
         ds_config: their DeepSpeed JSON.
     """
-    where, pipe, data = places(config), config.pipeline, config.data.path
-    common = list(overrides)
-
-    def train(stage: str, *more: str, wide: bool = False) -> list[str]:
-        settings = [*common, f"stage={stage}", *more]
-        return train_command(recipe, settings, ranks if wide else 1, ds_config if wide else "")
-
-    def embed(domains: list[str], out: Path) -> list[str]:
-        amount = str(pipe.embedding_documents)
-        return _verb(
-            "embed",
-            "--data",
-            data,
-            "--domains",
-            ",".join(domains),
-            "--documents",
-            amount,
-            "--encoder",
-            pipe.encoder,
-            "--seed",
-            str(config.seed),
-            "--max-bytes",
-            str(config.data.max_bytes),
-            "--on-bad-row",
-            config.data.on_bad_row,
-            "--out",
-            str(out),
-        )
-
-    def experts(domains: list[str]) -> list[str]:
-        return [part for d in domains for part in ("--expert", f"{d}={where.branch(d)}")]
-
-    branches = tuple(f"branch:{d}" for d in pipe.domains)
-    new_branches = tuple(f"branch:{d}" for d in pipe.new_domains)
-    all_domains = [*pipe.domains, *pipe.new_domains]
-    share = [] if pipe.merge_weight is None else ["--lambda", str(pipe.merge_weight)]
-    settings = ["--config", recipe, *common]
-    plan = [Step("seed", where.seed, train("seed"))]
-    for domain in all_domains:
-        plan.append(
-            Step(
-                f"branch:{domain}",
-                where.branch(domain),
-                train("branch", f"branch={json.dumps(domain)}"),
-                ("seed",),
-            )
-        )
-    plan += [
-        Step("embed", where.domains, embed(pipe.domains, where.domains)),
-        Step(
-            "upcycle",
-            where.upcycled,
-            _verb(
-                "upcycle",
-                "--seed",
-                str(where.seed),
-                *experts(pipe.domains),
-                "--domains",
-                str(where.domains),
-                "--data",
-                data,
-                "--out",
-                str(where.upcycled),
-                *settings,
-            ),
-            ("seed", "embed", *branches),
-        ),
-        Step("moe", where.nexus, train("moe", wide=True), ("upcycle",), wide=True),
+    where = places(config)
+    pipe = config.pipeline
+    make = _Steps(config, recipe, tuple(overrides), ranks, ds_config)
+    plan = [
+        make.seed(),
+        *make.branches([*pipe.domains, *pipe.new_domains]),
+        make.embed("embed", pipe.domains, where.domains),
+        make.upcycle(),
+        make.trained_mixture("moe", where.nexus, "upcycle"),
     ]
     if pipe.new_domains:
         plan += [
-            Step("embed:new", where.new_domains, embed(pipe.new_domains, where.new_domains)),
-            Step(
-                "extend",
-                where.extension,
-                _verb(
-                    "extend",
-                    "--checkpoint",
-                    str(where.nexus),
-                    *experts(pipe.new_domains),
-                    "--domains",
-                    str(where.new_domains),
-                    "--data",
-                    data,
-                    *share,
-                    "--out",
-                    str(where.extension),
-                    *settings,
-                ),
-                ("moe", "embed:new", *new_branches),
-            ),
-            Step("extended", where.extended, train("extend", wide=True), ("extend",), wide=True),
+            make.embed("embed:new", pipe.new_domains, where.new_domains),
+            make.extend(),
+            make.trained_mixture("extended", where.extended, "extend"),
         ]
     return plan
+
+
+def evaluation_step(config: Config, plan: list[Step], command: list[str]) -> Step:
+    """Return the step that comes after the last of `plan`: all models are scored."""
+    return Step("evaluate", places(config).report, command, (plan[-1].name,))
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
@@ -411,31 +419,30 @@ def _differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") ->
 
 
 def check_made(plan: list[Step], recipe: str, overrides: Sequence[str]) -> None:
-    """Raise OutputExistsError if a trained stage that is there was trained with other settings than
-    it would be now."""
+    """Raise OutputExistsError for a trained stage that is there and would now be another.
+
+    The settings it was trained with stand beside it (`training.yaml`).
+    """
     for step in plan:
         saved = step.output / "training.yaml"
         if not saved.is_file():
             continue
         kind, _, domain = step.name.partition(":")
-        words = [
-            *overrides,
-            f"stage={TRAINED[kind]}",
-            *([f"branch={json.dumps(domain)}"] if domain else []),
-        ]
+        words = [*overrides, f"stage={TRAINED[kind]}"]
+        if domain:
+            words.append(f"branch={json.dumps(domain)}")
         now = as_dict(resolve(load_config(recipe, words)))
         then = parse_yaml(saved.read_text(encoding="utf-8"), str(saved))
         different = _differences(then if isinstance(then, dict) else {}, now)
         if different:
             raise OutputExistsError(
-                f"{step.output} was made with other settings ({'; '.join(different[:4])}); give another pipeline.run "
-                "(--out of the demo), or remove it"
+                f"{step.output} was made with other settings ({'; '.join(different[:4])}); give "
+                "another pipeline.run (--out of the demo), or remove it"
             )
 
 
 def needed_for(plan: list[Step], name: str) -> list[Step]:
-    """Return the stages whose outputs `name` needs, directly or not, that are not there yet; in
-    order, without `name`."""
+    """Return what `name` needs, directly or not, and is not there yet; in order, without `name`."""
     by_name = {step.name: step for step in plan}
     wanted: set[str] = set()
 

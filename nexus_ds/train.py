@@ -32,6 +32,7 @@ from nexus_ds.launch import adopt_launcher, end
 from nexus_ds.local_runner import run_steps
 from nexus_ds.outputs import held
 from nexus_ds.pipeline import (
+    SEED,
     check_domains,
     check_start,
     needed_for,
@@ -40,11 +41,11 @@ from nexus_ds.pipeline import (
     resolve,
     shared_overrides,
     steps,
+    trained_step,
 )
 from nexus_ds.settings import Config
 
 HELP = "train one stage with DeepSpeed (dense branch, upcycled or extended model)"
-STAGE_STEP = {"seed": "seed", "moe": "moe", "extend": "extended"}
 WAIT_MINUTES = 240.0  # other ranks wait this long while rank 0 makes what is missing
 
 
@@ -70,7 +71,7 @@ def _prepare(config: Config, args: argparse.Namespace) -> None:
     from nexus_ds.data.tokenizer import train_tokenizer
 
     where = places(config)
-    if config.stage == "seed":
+    if config.stage == SEED:
         if not config.model.path and not Path(config.model.tokenizer).exists():
             source = open_source(config.data.path)
             limit = config.data.max_bytes or 4_000_000
@@ -89,11 +90,10 @@ def _prepare(config: Config, args: argparse.Namespace) -> None:
         or Path(config.model.path).parent.absolute() != where.run.absolute()
     ):
         return
-    name = STAGE_STEP.get(config.stage, f"branch:{config.branch}")
     plan = steps(
         config, args.config, shared_overrides(args.overrides), ranks=1, ds_config=args.deepspeed
     )
-    run_steps(needed_for(plan, name), config.pipeline.parallel_branches)
+    run_steps(needed_for(plan, trained_step(config)), config.pipeline.parallel_branches)
 
 
 def _check_dense(path: Path) -> None:

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from nexus_ds.command_lines import DS_JSON, TRAIN
 from nexus_ds.config import dump, load_config
 from nexus_ds.errors import CheckpointError, ConfigError, OutputExistsError
 from nexus_ds.pipeline import (
-    DS_JSON,
-    TRAIN,
     check_domains,
     check_made,
     check_start,
@@ -17,7 +16,6 @@ from nexus_ds.pipeline import (
     next_evaluation,
     next_training,
     next_words,
-    no_bos,
     resolve,
     shared_overrides,
     steps,
@@ -79,10 +77,8 @@ def test_what_is_there_is_not_needed_again(tmp_path):
     assert {s.name for s in needed_for(plan, "extended")} == {"branch:c", "embed:new", "extend"}
 
 
-def test_how_documents_begin_holds_for_the_whole_run(tmp_path):
+def test_how_documents_begin_holds_for_the_whole_run():
     assert shared_overrides(["data.bos=false", "training.steps=3"]) == ["data.bos=false"]
-    assert no_bos(config_of(tmp_path, "data.bos=false").data) == ["--no-bos"]
-    assert no_bos(config_of(tmp_path).data) == []
 
 
 def test_printed_commands_are_quoted_for_a_shell():

@@ -17,10 +17,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nexus_ds.command_lines import evaluate_words
 from nexus_ds.errors import ConfigError, NexusError
 from nexus_ds.launch import devices
 from nexus_ds.outputs import held, write_json
-from nexus_ds.pipeline import check_domains, no_bos
+from nexus_ds.pipeline import check_domains
 from nexus_ds.progress import duration
 
 if TYPE_CHECKING:
@@ -102,30 +103,10 @@ def _evaluate(
     builder = comparison.builder
     config = builder.config("moe", 0)
     report = model.with_name(f"{model.name}-{what}")
-    words = (
-        "evaluate",
-        "--checkpoint",
-        str(model),
-        "--data",
-        config.data.path,
-        "--name",
-        name,
-        "--domains",
-        ",".join(builder.scored(config)),
-        "--windows",
-        str(config.training.eval_windows),
-        "--length",
-        str(config.data.sequence_length),
-        "--cache",
-        str(out / "tokens"),
-        *no_bos(config.data),
-        *more,
-        "--out",
-        str(report),
-    )
-    return builder.add(
-        Job(f"{what} of {name}", report, words, (model,) if model in builder.jobs else ())
-    )
+    words = evaluate_words(config, {name: model}, builder.scored(config), out / "tokens")
+    needs = (model,) if model in builder.jobs else ()
+    words += [*more, "--out", str(report)]
+    return builder.add(Job(f"{what} of {name}", report, tuple(words), needs))
 
 
 def _tasks(comparison: Comparison, config: Config, out: Path) -> None:

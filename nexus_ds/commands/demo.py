@@ -16,18 +16,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nexus_ds.command_lines import DS_JSON, evaluate_words, program
 from nexus_ds.config import load_config
 from nexus_ds.errors import ConfigError, NexusError
 from nexus_ds.launch import devices
 from nexus_ds.local_runner import run_steps
 from nexus_ds.outputs import held, write_json
 from nexus_ds.pipeline import (
-    DS_JSON,
+    FINETUNE,
     Places,
     check_domains,
     check_made,
     next_words,
-    no_bos,
     places,
     resolve,
     steps,
@@ -94,24 +94,12 @@ def evaluated(config: Config) -> dict[str, Path]:
 
 def evaluate(config: Config) -> None:
     """Score all models of the run with the verb `evaluate`."""
-    where, training, data = places(config), config.training, config.data
-    command = [
-        sys.executable,
-        "-m",
-        "nexus_ds",
-        "evaluate",
-        "--data",
-        data.path,
-        "--out",
-        str(where.report),
-    ]
-    command += ["--domains", ",".join([*config.pipeline.domains, *config.pipeline.new_domains])]
-    command += ["--windows", str(training.eval_windows), "--length", str(data.sequence_length)]
-    command += ["--cache", str(where.tokens), "--on-bad-row", data.on_bad_row, *no_bos(data)]
-    for name, path in evaluated(config).items():
-        command += ["--checkpoint", str(path), "--name", name]
+    where = places(config)
+    domains = [*config.pipeline.domains, *config.pipeline.new_domains]
+    words = evaluate_words(config, evaluated(config), domains, where.tokens)
     if config.pipeline.new_domains:
-        command += ["--before", "Nexus"]
+        words += ["--before", "Nexus"]
+    command = program([*words, "--out", str(where.report)])
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     if done.returncode:
         raise NexusError(f"evaluate failed (exit {done.returncode}); its message stands above")
@@ -178,7 +166,7 @@ def report(config: Config, args: argparse.Namespace, seconds: float) -> dict[str
     # a repetition only reports
     summary["seconds"] = max(round(seconds, 1), summary.get("seconds", 0.0))
     if config.pipeline.new_domains:
-        finetune = resolve(load_config(args.config, [*overrides_of(args), "stage=extend"]))
+        finetune = resolve(load_config(args.config, [*overrides_of(args), f"stage={FINETUNE}"]))
         curve = extension_curve(where, finetune)
         summary["extension"] = {"nexus": curve}
         lines = {

@@ -8,16 +8,16 @@ Not covered: memory on machines without GPUs, which `plan` does not predict.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
+from nexus_ds.command_lines import DS_JSON
 from nexus_ds.config import load_config
 from nexus_ds.launch import meeting_point, position
-from nexus_ds.pipeline import DS_JSON, WIDE_STAGES, resolve
+from nexus_ds.pipeline import BRANCH, MADE_BY_VERBS, MOE, TRAINED, WIDE_STAGES, resolve
 
 HELP = "check nodes, versions, devices, disk and network before a stage (every rank runs it)"
-# name: train.py's stage
-STAGES = {"seed": "seed", "branch": "branch", "moe": "moe", "extended": "extend"}
-OTHERS = ("embed", "upcycle", "extend", "evaluate")
+STAGES = (*TRAINED, *MADE_BY_VERBS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds to wait for ranks (default: 60)",
     )
-    parser.add_argument(
-        "name", metavar="STAGE", choices=(*STAGES, *OTHERS), help="stage that is about to run"
-    )
+    parser.add_argument("name", metavar="STAGE", choices=STAGES, help="stage that is about to run")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings laid over the recipe"
     )
@@ -50,17 +48,20 @@ def run(args: argparse.Namespace) -> int:
     """Check; print what was found, or every problem."""
     from nexus_ds.runtime.node_checks import Needs, PreflightError, check, needs_of
 
-    stage = STAGES.get(args.name, "moe")
+    stage = TRAINED.get(args.name, MOE)
     overrides = [*args.overrides, f"stage={stage}"]
-    if stage == "branch" and not any(text.startswith("branch=") for text in overrides):
+    if stage == BRANCH and not any(text.startswith("branch=") for text in overrides):
         overrides.append("branch=any")  # all branches are of one size
     config = resolve(load_config(args.config, overrides))
-    ds_json = args.deepspeed or str(DS_JSON) if stage in WIDE_STAGES else ""
+    ds_json = ""
+    if stage in WIDE_STAGES:
+        ds_json = args.deepspeed or str(DS_JSON)
     here = position()
     address, port = meeting_point(here)
     try:
-        plan = (lambda: needs_of(config, here, ds_json)) if args.name in STAGES else Needs
-        line = check(Path(config.pipeline.run), here, address, port, args.wait, plan)
+        # Only what trains needs devices and memory.
+        needs = partial(needs_of, config, here, ds_json) if args.name in TRAINED else Needs
+        line = check(Path(config.pipeline.run), here, address, port, args.wait, needs)
     except PreflightError as error:
         if str(error):
             raise

@@ -18,17 +18,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from nexus_ds.command_lines import DS_JSON, TRAIN, program
 from nexus_ds.config import dump, load_config
 from nexus_ds.errors import ConfigError, NexusError
 from nexus_ds.local_runner import run_steps
 from nexus_ds.outputs import Ended, exit_on_signals, new_file, write_text
 from nexus_ds.pipeline import (
-    DS_JSON,
-    TRAIN,
+    BRANCH,
+    MADE_BY_VERBS,
+    MOE,
     TRAINED,
     WIDE_STAGES,
     Step,
+    branch_step,
     check_domains,
+    evaluation_step,
     needed_for,
     places,
     shared_overrides,
@@ -37,7 +41,7 @@ from nexus_ds.pipeline import (
 from nexus_ds.settings import Config
 
 HELP = "make one stage of a recipe's run (what the templates in slurm/ call)"
-ALONE = ("embed", "upcycle", "extend", "evaluate")
+STAGES = (*TRAINED, *MADE_BY_VERBS)
 SHOWN = ("logs", "output", "branches", "extension")
 EXIT_STOPPED = 75  # a signal asked for a stop
 
@@ -56,9 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--show", choices=SHOWN, help="print one fact for a job script and do nothing else"
     )
-    parser.add_argument(
-        "name", metavar="STAGE", choices=(*TRAINED, *ALONE), help=" | ".join((*TRAINED, *ALONE))
-    )
+    parser.add_argument("name", metavar="STAGE", choices=STAGES, help=" | ".join(STAGES))
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings laid over the recipe"
     )
@@ -99,9 +101,10 @@ def branch_domain(config: Config) -> str:
 
 def _config(args: argparse.Namespace) -> Config:
     """Load the recipe for the chosen stage; the branch stage gets its domain later."""
-    stage = TRAINED.get(args.name, "moe")
-    own = [f"stage={'moe' if stage == 'branch' else stage}"]
-    config = load_config(args.config, [*args.overrides, *own])
+    stage = TRAINED.get(args.name, MOE)
+    # Without a domain a branch can't be loaded; what is read here is the same in every stage.
+    stage = MOE if stage == BRANCH else stage
+    config = load_config(args.config, [*args.overrides, f"stage={stage}"])
     check_domains(config)
     if args.name != "seed":  # whose text may stand in data.domains
         _domains(config)
@@ -113,15 +116,15 @@ def plan(config: Config, args: argparse.Namespace) -> list[Step]:
     overrides = shared_overrides(args.overrides)
     ds_json = args.deepspeed or (str(DS_JSON) if DS_JSON.is_file() else "")
     found = steps(config, args.config, overrides, ranks=1, ds_config=ds_json)
-    # The demo runs whatever is missing, which is nothing here, and then scores and reports.
-    demo = [sys.executable, "-m", "nexus_ds", "demo", f"--config={args.config}", *overrides]
-    return [*found, Step("evaluate", places(config).report, demo, (found[-1].name,))]
+    # The demo makes whatever is missing, which is nothing here, and then scores and reports.
+    demo = program(["demo", f"--config={args.config}", *overrides])
+    return [*found, evaluation_step(config, found, demo)]
 
 
 def names_of(name: str, config: Config) -> list[str]:
     """Return the names in the plan that a stage of the command line stands for."""
     if name == "branch":
-        return [f"branch:{branch_domain(config)}"]
+        return [branch_step(branch_domain(config))]
     if name == "embed" and config.pipeline.new_domains:
         return ["embed", "embed:new"]
     return [name]
@@ -203,7 +206,7 @@ def train(config: Config, args: argparse.Namespace) -> NoReturn:
     """Become train.py for this stage, with the same process id: signals reach the training loop."""
     stage = TRAINED[args.name]
     settings = [*args.overrides, f"stage={stage}"]
-    if stage == "branch":
+    if stage == BRANCH:
         # Quoted: a domain may be called 2024 or yes.
         settings.append(f"branch={json.dumps(branch_domain(config), ensure_ascii=False)}")
     command = [sys.executable, "-u", str(TRAIN), f"--config={args.config}"]
@@ -223,7 +226,7 @@ def run(args: argparse.Namespace) -> int:
     found = plan(config, args)
     names = names_of(args.name, config)
     targets = chosen(found, names)
-    if args.name in ALONE:
+    if args.name in MADE_BY_VERBS:
         code = make(names, found, config)
         if code == 0:
             print(f"finished: {', '.join(str(step.output) for step in targets)}")

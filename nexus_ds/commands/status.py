@@ -20,7 +20,7 @@ from typing import Any
 
 from nexus_ds.config import load_config
 from nexus_ds.errors import ConfigError
-from nexus_ds.pipeline import Step, needed_for, places, steps
+from nexus_ds.pipeline import Step, evaluation_step, needed_for, steps
 from nexus_ds.progress import duration
 from nexus_ds.runtime.schedule import total_steps
 from nexus_ds.settings import Config
@@ -103,7 +103,7 @@ def run_config(run: Path) -> Config:
 def plan(config: Config) -> list[Step]:
     """Return the stages of a run, the evaluation last."""
     found = steps(config, "", [], ranks=1)
-    return [*found, Step("evaluate", places(config).report, [], (found[-1].name,))]
+    return [*found, evaluation_step(config, found, [])]
 
 
 def recorded_jobs(run: Path) -> dict[str, list[str]]:

@@ -10,7 +10,6 @@ than linear ones.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,12 +36,12 @@ from nexus_ds.checkpoint.tokenizer import (
     read_tokenizer,
     same_tokenizer_files,
 )
+from nexus_ds.command_lines import EXPERT_NAME
 from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import CheckpointError, ConfigError, IncompatibleModelsError
 from nexus_ds.outputs import write_json
 from nexus_ds.progress import Progress
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 ATTENTION = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
 # of each attention matrix of so many layers, by `check_related`
 SAMPLED_LAYERS, SAMPLED_VALUES = 3, 1 << 18
@@ -96,7 +95,7 @@ def parse_experts(values: Iterable[str]) -> dict[str, Path]:
     experts: dict[str, Path] = {}
     for value in values:
         name, equals, directory = value.partition("=")
-        if not equals or not directory or not NAME.fullmatch(name):
+        if not equals or not directory or not EXPERT_NAME.fullmatch(name):
             raise ConfigError(
                 f"--expert {value!r}: expected NAME=DIR, with a name of letters, digits, '_', '.', '-'"
             )

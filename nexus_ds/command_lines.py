@@ -1,0 +1,111 @@
+"""How each verb is called: the words of a command line, from a recipe's settings.
+
+The pipeline, a comparison, the demo and the commands that are printed for the user all take them
+from here.
+Not covered: what a verb does with its words (commands/).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from nexus_ds.launch import free_port
+from nexus_ds.settings import Config, DataConfig
+
+TRAIN = Path(__file__).parent / "train.py"
+# a link in a clone, a file in an installed package
+DS_JSON = Path(__file__).parent / "ds_configs" / "z3.json"
+# Of an expert, so of its domain: it stands before the = of --expert NAME=DIR, in lists with commas,
+# and names a folder.
+EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def program(words: Sequence[str]) -> list[str]:
+    """Return the command that runs a verb in a process of its own."""
+    return [sys.executable, "-m", "nexus_ds", *words]
+
+
+def no_bos(data: DataConfig) -> list[str]:
+    """Return the option with which `evaluate` and `remove` read text as a run with these settings
+    does."""
+    return [] if data.bos else ["--no-bos"]
+
+
+def embed_words(config: Config, domains: Sequence[str]) -> list[str]:
+    """Return the call of `embed` for these domains, all but --out."""
+    pipe = config.pipeline
+    data = config.data
+    words = ["embed", "--data", data.path, "--domains", ",".join(domains)]
+    words += ["--documents", str(pipe.embedding_documents), "--encoder", pipe.encoder]
+    words += ["--seed", str(config.seed), "--max-bytes", str(data.max_bytes)]
+    return [*words, "--on-bad-row", data.on_bad_row]
+
+
+def _expert_words(experts: Mapping[str, Path]) -> list[str]:
+    return [word for name, path in experts.items() for word in ("--expert", f"{name}={path}")]
+
+
+def upcycle_words(
+    seed: Path, experts: Mapping[str, Path], embeddings: Path, data: DataConfig
+) -> list[str]:
+    """Return the call of `upcycle`, all but --out and the recipe.
+
+    Args:
+        seed: the dense model that becomes the shared expert.
+        experts: the dense models that become routed ones, by name.
+        embeddings: what `embed` wrote for their domains.
+        data: where the router's warm start reads text.
+    """
+    words = ["upcycle", "--seed", str(seed), *_expert_words(experts)]
+    return [*words, "--domains", str(embeddings), "--data", data.path]
+
+
+def extend_words(
+    checkpoint: Path, experts: Mapping[str, Path], embeddings: Path, data: DataConfig
+) -> list[str]:
+    """Return the call of `extend`, all but --out and the recipe; see `upcycle_words`."""
+    words = ["extend", "--checkpoint", str(checkpoint), *_expert_words(experts)]
+    return [*words, "--domains", str(embeddings), "--data", data.path]
+
+
+def evaluate_words(
+    config: Config, models: Mapping[str, Path], domains: Sequence[str], cache: Path
+) -> list[str]:
+    """Return the call of `evaluate`, all but --out, on the windows that training validates on.
+
+    Args:
+        config: of a stage of the run, for its text and its windows.
+        models: checkpoints by the names of their rows.
+        domains: whose text is scored.
+        cache: folder of tokenized text.
+    """
+    data = config.data
+    words = ["evaluate", "--data", data.path, "--domains", ",".join(domains)]
+    words += ["--windows", str(config.training.eval_windows)]
+    words += ["--length", str(data.sequence_length), "--cache", str(cache)]
+    words += ["--on-bad-row", data.on_bad_row, *no_bos(data)]
+    for name, path in models.items():
+        words += ["--checkpoint", str(path), "--name", name]
+    return words
+
+
+def train_words(recipe: str, overrides: Sequence[str], ds_json: str = "") -> list[str]:
+    """Return the words after `train.py`, or after the verb `train`; without `ds_json` no ZeRO."""
+    deepspeed = ["--deepspeed", ds_json] if ds_json else []
+    return [*deepspeed, "--config", recipe, *overrides]
+
+
+def train_command(
+    recipe: str, overrides: Sequence[str], ranks: int, ds_json: str = ""
+) -> list[str]:
+    """Return the command that trains one stage on `ranks` ranks of this machine."""
+    words = [str(TRAIN), *train_words(recipe, overrides, ds_json)]
+    if ranks == 1:
+        return [sys.executable, *words]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+    # Two runs side by side on one machine would meet at the launcher's default port.
+    launcher += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    return [*launcher, *words]
