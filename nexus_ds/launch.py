@@ -1,6 +1,7 @@
-"""Where this process stands in a job, read from the variables of torchrun, deepspeed or srun, and
-how it leaves it.
+"""Where this process stands in a job, and how it leaves it.
 
+The only reader of what torchrun, deepspeed, srun and sbatch put into the environment; a test holds
+that.
 Not covered: other launchers, srun with a distribution of ranks other than block.
 """
 
@@ -18,107 +19,11 @@ from typing import NoReturn
 
 from nexus_ds.errors import ConfigError, LayoutError
 
-
-@dataclass(frozen=True)
-class Position:
-    """This rank in the job."""
-
-    rank: int
-    world: int
-    local_world: int
-    """Ranks on this node, and on every other."""
-    node: str
-
-
-def _ranks_a_node(env: Mapping[str, str], world: int) -> int:
-    """Return the ranks of every node of an srun step; SLURM_NTASKS_PER_NODE is set only where
-    somebody asked for it."""
-    told = env.get("SLURM_STEP_TASKS_PER_NODE", "")  # 4(x2),3: two nodes with 4 each, one with 3
-    nodes = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES") or 1)
-    counts = (
-        {int(part.partition("(")[0]) for part in told.split(",")}
-        if told
-        else {world // nodes, -(-world // nodes)}
-    )
-    if len(counts) > 1:
-        near = max(1, world // nodes)
-        raise LayoutError(
-            f"srun spreads {world} ranks unevenly over {nodes} nodes ({told or 'by their number'}); expected as many on "
-            f"each: submit with --ntasks-per-node={near}"
-        )
-    return counts.pop()
-
-
-def position(env: Mapping[str, str] = os.environ) -> Position:
-    """Read the launcher's variables: RANK and the rest, else srun's, else a single rank.
-
-    Raises:
-        LayoutError: srun spread the ranks unevenly over the nodes.
-    """
-    node = env.get("SLURMD_NODENAME") or platform.node()
-    if "RANK" in env:
-        world = int(env["WORLD_SIZE"])
-        return Position(
-            int(env["RANK"]),
-            world,
-            int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world),
-            node,
-        )
-    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
-        world = int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
-        return Position(int(env["SLURM_PROCID"]), world, _ranks_a_node(env, world), node)
-    return Position(0, 1, 1, node)
-
-
-def meeting_point(here: Position, env: Mapping[str, str] = os.environ) -> tuple[str, int]:
-    """Return the address and port at which the ranks of a job meet; a single rank gets a free port
-    of its own.
-
-    Raises:
-        ConfigError: there are other ranks, and the job script did not say where they meet.
-    """
-    if here.world == 1:
-        return "127.0.0.1", free_port()
-    if not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
-        raise ConfigError(
-            f"{here.world} ranks, but not both of MASTER_ADDR and MASTER_PORT are set; export the first node's name and a "
-            "port that is free there before srun, as the templates in slurm/ do"
-        )
-    return env["MASTER_ADDR"], int(env["MASTER_PORT"])
-
-
-def adopt_launcher() -> Position:
-    """Set the variables that torch and DeepSpeed read where the launcher (srun, plain python) does
-    not; return the position.
-
-    Raises:
-        ConfigError, LayoutError: srun's ranks can't meet, or are spread unevenly.
-    """
-    env, here = os.environ, position()
-    if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
-        address, port = meeting_point(here)
-        env.update(MASTER_ADDR=address, MASTER_PORT=str(port))
-    if "RANK" not in env:
-        local = env["SLURM_LOCALID"] if here.world > 1 else "0"
-        env.update(RANK=str(here.rank), LOCAL_RANK=local, WORLD_SIZE=str(here.world))
-        env["LOCAL_WORLD_SIZE"] = str(here.local_world)
-    return here
-
-
-def end(code: int) -> NoReturn:
-    """End this process, whose files are closed, with `code`, and without Python's teardown.
-
-    DeepSpeed keeps the process groups in its modules, so gloo's threads outlive
-    `destroy_process_group`. One that drops the tensors of a finished collective while Python is
-    torn down asks for the interpreter's lock, is ended there amidst a destructor, and aborts the
-    process ("terminate called without an active exception"): the launcher would see SIGABRT of a
-    rank that has done its work.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
+# Exit code of a training or a stage that a signal stopped in order: its state is saved, and the
+# same command goes on. slurm/common.sh requeues a job by it (EX_TEMPFAIL of sysexits.h).
+EXIT_STOPPED = 75
+# What makes a process a rank; a launch inside of a launch must not inherit it. torch reads the
+# first six.
 LAUNCH_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
@@ -135,6 +40,145 @@ LAUNCH_VARIABLES = (
 )
 
 
+@dataclass(frozen=True)
+class Position:
+    """This rank in the job."""
+
+    rank: int
+    world: int
+    local_world: int
+    """Ranks on this node, and on every other."""
+    node: str
+
+
+def _ranks_a_node(env: Mapping[str, str], world: int) -> int:
+    """Return the ranks of every node of an srun step; SLURM_NTASKS_PER_NODE is set only where
+    somebody asked for it."""
+    # 4(x2),3: two nodes with 4 each, one with 3
+    told = env.get("SLURM_STEP_TASKS_PER_NODE", "")
+    nodes = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES") or 1)
+    counts = {int(part.partition("(")[0]) for part in told.split(",") if part}
+    if not told:
+        counts = {world // nodes, -(-world // nodes)}
+    if len(counts) > 1:
+        near = max(1, world // nodes)
+        raise LayoutError(
+            f"srun spreads {world} ranks unevenly over {nodes} nodes ({told or 'by their number'}); "
+            f"expected as many on each: submit with --ntasks-per-node={near}"
+        )
+    return counts.pop()
+
+
+def position(env: Mapping[str, str] = os.environ) -> Position:
+    """Read the launcher's variables: RANK and the rest, else srun's, else a single rank.
+
+    Raises:
+        LayoutError: srun spread the ranks unevenly over the nodes.
+    """
+    node = env.get("SLURMD_NODENAME") or platform.node()
+    if "RANK" in env:
+        world = int(env["WORLD_SIZE"])
+        # torchrun's name for it, deepspeed's, or all on this node
+        local_world = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world)
+        return Position(int(env["RANK"]), world, local_world, node)
+    # A job script has SLURM_PROCID too; only what srun has started is a rank.
+    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+        world = int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
+        return Position(int(env["SLURM_PROCID"]), world, _ranks_a_node(env, world), node)
+    return Position(0, 1, 1, node)
+
+
+def meeting_point(here: Position, env: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """Return the address and port at which the ranks of a job meet.
+
+    A single rank gets a free port of its own.
+
+    Raises:
+        ConfigError: there are other ranks, and the job script did not say where they meet.
+    """
+    if here.world == 1:
+        return "127.0.0.1", free_port()
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+        raise ConfigError(
+            f"{here.world} ranks, but not both of MASTER_ADDR and MASTER_PORT are set; export the "
+            "first node's name and a port that is free there before srun, as the templates in "
+            "slurm/ do"
+        )
+    return env["MASTER_ADDR"], int(env["MASTER_PORT"])
+
+
+def adopt_launcher() -> Position:
+    """Set the variables that torch and DeepSpeed read and the launcher did not; return the position.
+
+    srun and plain python set none of them.
+
+    Raises:
+        ConfigError, LayoutError: srun's ranks can't meet, or are spread unevenly.
+    """
+    env = os.environ
+    here = position()
+    if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+        address, port = meeting_point(here)
+        env.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    if "RANK" not in env:
+        local = env["SLURM_LOCALID"] if here.world > 1 else "0"
+        env.update(RANK=str(here.rank), LOCAL_RANK=local, WORLD_SIZE=str(here.world))
+        env["LOCAL_WORLD_SIZE"] = str(here.local_world)
+    return here
+
+
+def first_rank(env: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this process is rank 0; unlike `position`, also where ranks are spread badly."""
+    return rank_name(env) == "0"
+
+
+def rank_name(env: Mapping[str, str] = os.environ) -> str:
+    """Return the rank as the launcher wrote it, for a message."""
+    return env.get("RANK") or env.get("SLURM_PROCID", "0")
+
+
+def local_rank(env: Mapping[str, str] = os.environ) -> int:
+    """Return this rank's number on its node, which is that of its device."""
+    return int(env.get("LOCAL_RANK", "0"))
+
+
+def array_task(env: Mapping[str, str] = os.environ) -> str:
+    """Return the index of this task of a SLURM array as it stands there; '' outside of one."""
+    return env.get("SLURM_ARRAY_TASK_ID", "")
+
+
+def job_name(env: Mapping[str, str] = os.environ) -> str:
+    """Return what tells this job's temporary files from another's, the same on all of its ranks."""
+    # Outside of SLURM a check has one rank.
+    return env.get("SLURM_JOB_ID", str(os.getpid()))
+
+
+def allotted_gpus(env: Mapping[str, str] = os.environ) -> int:
+    """Return the GPUs that SLURM gave this job on this node; 0 if it does not say."""
+    text = env.get("SLURM_GPUS_ON_NODE", "")
+    return int(text) if text.isdecimal() else 0
+
+
+def allotted_memory(env: Mapping[str, str] = os.environ) -> int:
+    """Return the main memory in bytes that this job asked for on each node; 0 if it did not."""
+    text = env.get("SLURM_MEM_PER_NODE", "")  # MiB; 0 means all
+    return int(text) << 20 if text.isdecimal() else 0
+
+
+def end(code: int) -> NoReturn:
+    """End this process, whose files are closed, with `code`, and without Python's teardown.
+
+    DeepSpeed keeps the process groups in its modules, so gloo's threads outlive
+    `destroy_process_group`. One that drops the tensors of a finished collective while Python is
+    torn down asks for the interpreter's lock, is ended there amidst a destructor, and aborts the
+    process ("terminate called without an active exception"): the launcher would see SIGABRT of a
+    rank that has done its work.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def free_port() -> int:
     """Return a TCP port of the loopback interface that was free a moment ago.
 
@@ -142,7 +186,7 @@ def free_port() -> int:
     rank, and one of another run would get it before this run's first rank binds it. SLURM's
     templates use 20000 to 29999.
     """
-    # not of the generator that runs seed
+    # Not of the generator that runs seed: runs with the same seed would try the same ports.
     for port in random.SystemRandom().sample(range(10_000, 20_000), 1_000):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
@@ -154,6 +198,7 @@ def free_port() -> int:
 
 def devices() -> int:
     """Return CUDA devices of this machine, 0 without any."""
+    # Here: `status` and `stage --show` import this module and need no torch.
     import torch
 
     return torch.cuda.device_count()

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from nexus_ds.config import dump, load_config, parse_words
 from nexus_ds.errors import CheckpointError, NexusError, OutputExistsError
-from nexus_ds.launch import adopt_launcher, end
+from nexus_ds.launch import adopt_launcher, end, first_rank, rank_name
 from nexus_ds.local_runner import run_steps
 from nexus_ds.outputs import held
 from nexus_ds.pipeline import (
@@ -161,9 +161,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(args)
     except (NexusError, OSError) as error:
-        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
+        speaker = "" if first_rank() else f"rank {rank_name()}: "
         print(
-            f"train.py: {'' if rank == '0' else f'rank {rank}: '}{error}",
+            f"train.py: {speaker}{error}",
             file=sys.stderr,
             flush=True,
         )

@@ -1,8 +1,10 @@
 """Where a rank stands, from every launcher's variables: plan, preflight and training hear the
 same."""
 
+import ast
 import random
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -158,3 +160,55 @@ def test_two_runs_that_were_seeded_alike_meet_at_different_ports():
         random.seed(0)
         ports.append(free_port())
     assert len(set(ports)) > 1
+
+
+def names_read(tree):
+    """Yield the constants that a module looks up: x["NAME"], x.get("NAME"), "NAME" in x."""
+    for node in ast.walk(tree):
+        found = None
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
+            found = node.slice
+        elif isinstance(node, ast.Call) and node.args:
+            found = node.args[0]
+        elif isinstance(node, ast.Compare):
+            found = node.left
+        if isinstance(found, ast.Constant):
+            yield found.value
+
+
+def test_nothing_else_reads_a_launchers_variables():
+    """srun of 8 tasks on 2 nodes was 4 ranks a node for one reader and 8 for another."""
+    package = Path(launch.__file__).parent
+    readers = {}
+    for file in package.rglob("*.py"):
+        names = [str(name) for name in names_read(ast.parse(file.read_text(encoding="utf-8")))]
+        found = {name for name in names if name in LAUNCH_VARIABLES or name.startswith("SLURM")}
+        if found:
+            readers[str(file.relative_to(package))] = found
+    assert readers.keys() == {"launch.py"}
+
+
+@pytest.mark.parametrize(
+    ("env", "name", "first"),
+    [
+        ({}, "0", True),
+        ({"SLURM_PROCID": "3"}, "3", False),
+        ({"RANK": "0", "SLURM_PROCID": "3"}, "0", True),
+    ],
+)
+def test_who_speaks_for_all_ranks(env, name, first):
+    assert (launch.rank_name(env), launch.first_rank(env)) == (name, first)
+
+
+def test_what_slurm_gave_the_job():
+    given = {"SLURM_GPUS_ON_NODE": "4", "SLURM_MEM_PER_NODE": "2048", "LOCAL_RANK": "1"}
+    assert launch.allotted_gpus(given) == 4 and launch.allotted_memory(given) == 2 << 30
+    assert launch.allotted_gpus({}) == launch.allotted_memory({"SLURM_MEM_PER_NODE": "all"}) == 0
+    assert (launch.local_rank(given), launch.local_rank({})) == (1, 0)
+    named = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
+    assert (launch.job_name(named), launch.array_task(named), launch.array_task({})) == (
+        "12",
+        "3",
+        "",
+    )
+    assert launch.job_name({}).isdecimal()

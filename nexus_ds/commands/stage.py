@@ -21,6 +21,7 @@ from typing import NoReturn
 from nexus_ds.command_lines import DS_JSON, TRAIN, program
 from nexus_ds.config import dump, load_config
 from nexus_ds.errors import ConfigError, NexusError
+from nexus_ds.launch import EXIT_STOPPED, array_task, first_rank
 from nexus_ds.local_runner import run_steps
 from nexus_ds.outputs import Ended, exit_on_signals, new_file, write_text
 from nexus_ds.pipeline import (
@@ -43,7 +44,6 @@ from nexus_ds.settings import Config
 HELP = "make one stage of a recipe's run (what the templates in slurm/ call)"
 STAGES = (*TRAINED, *MADE_BY_VERBS)
 SHOWN = ("logs", "output", "branches", "extension")
-EXIT_STOPPED = 75  # a signal asked for a stop
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +86,7 @@ def branch_domain(config: Config) -> str:
     if config.branch:
         return config.branch
     domains = _domains(config)
-    text = os.environ.get("SLURM_ARRAY_TASK_ID", "")
+    text = array_task()
     if not text.isdecimal():
         raise ConfigError(
             f"which branch? submit with --array=0-{len(domains) - 1}, or give branch=DOMAIN"
@@ -232,7 +232,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"finished: {', '.join(str(step.output) for step in targets)}")
         return code
     missing = [] if config.model.path else needed_for(found, names[0])
-    if missing and os.environ.get("SLURM_PROCID", "0") == "0" and not targets[0].output.exists():
+    if missing and first_rank() and not targets[0].output.exists():
         with _only_one(places(config).run / "logs" / ".making"):
             code = make([step.name for step in missing], found, config)
         if code:

@@ -47,6 +47,7 @@ from torch import Tensor, nn
 
 from nexus_ds.config import nearest
 from nexus_ds.errors import ConfigError, LayoutError
+from nexus_ds.launch import local_rank
 
 __all__ = [
     "AutoEPMoELayer",
@@ -114,8 +115,8 @@ def on_cpu() -> bool:
 
 def device() -> torch.device:
     """Return this rank's device."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    return torch.device("cpu") if on_cpu() else torch.device(get_accelerator().device_name(local))
+    name = "cpu" if on_cpu() else get_accelerator().device_name(local_rank())
+    return torch.device(name)
 
 
 def device_with_room(size: int) -> torch.device:
@@ -139,7 +140,7 @@ def start(timeout_minutes: float) -> None:
     if on_cpu():
         deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
     else:
-        get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        get_accelerator().set_device(local_rank())
     deepspeed.init_distributed(
         dist_backend="gloo" if on_cpu() else None,
         verbose=False,

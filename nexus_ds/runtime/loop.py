@@ -32,6 +32,7 @@ from nexus_ds.data.corpora import TokenFile, open_source, token_files, windows
 from nexus_ds.data.mixture import Sampler, domain_weights
 from nexus_ds.data.tokenizer import open_tokenizer, vocabulary_size
 from nexus_ds.errors import ConfigError, DataError, TrainingError
+from nexus_ds.launch import EXIT_STOPPED
 from nexus_ds.model.head import next_token_loss
 from nexus_ds.model.router import SATURATED
 from nexus_ds.outputs import write_text
@@ -58,7 +59,6 @@ from nexus_ds.runtime.signals import StopRequest
 from nexus_ds.runtime.tally import Tally
 from nexus_ds.settings import Config
 
-EXIT_STOPPED = 75  # a signal asked for a stop; the training state is saved
 # Settings of `training` that may change between a training state and its resumption: the course
 # stays the same.
 FREE = ("keep_last", "micro_batch_size", "activation_checkpointing")

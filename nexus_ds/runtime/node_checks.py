@@ -25,7 +25,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from nexus_ds.errors import ConfigError, NexusError
-from nexus_ds.launch import Position
+from nexus_ds.launch import Position, allotted_gpus, allotted_memory, job_name
 from nexus_ds.planning import memory as space
 from nexus_ds.planning.layout import Layout, share_of
 from nexus_ds.planning.sizes import Sizes, sizes_of
@@ -74,8 +74,7 @@ def device_problems(here: Position, visible: int, env: Mapping[str, str]) -> lis
     that share them."""
     if env.get("DS_ACCELERATOR") == "cpu":
         return []
-    text = env.get("SLURM_GPUS_ON_NODE", "")
-    requested = int(text) if text.isdecimal() else 0
+    requested = allotted_gpus(env)
     if visible < requested:
         return [
             f"the job has {requested} GPUs on this node, torch sees {visible}: driver, container option (--nv) or a CPU "
@@ -169,9 +168,9 @@ def memory_problems(needs: Needs, gpu: float, host: float) -> list[str]:
 def host_memory(env: Mapping[str, str]) -> float:
     """Return the main memory in bytes that the job has on this node: its request, else the
     machine's."""
-    text = env.get("SLURM_MEM_PER_NODE", "")
+    asked = float(allotted_memory(env))
     machine = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min(machine, float(text) * (1 << 20)) if text.isdecimal() and int(text) else machine
+    return min(machine, asked) if asked else machine
 
 
 def size(number: float) -> str:
@@ -241,7 +240,7 @@ class Meeting:
 
 def folder_problems(meeting: Meeting, run: Path) -> list[str]:
     """Let rank 0 write a file into the run's folder and every rank read it."""
-    here, probe = meeting.here, run / f".preflight-{os.environ.get('SLURM_JOB_ID', os.getpid())}"
+    here, probe = meeting.here, run / f".preflight-{job_name()}"
     if here.rank == 0:
         try:
             secret = uuid.uuid4().hex
@@ -432,5 +431,5 @@ def _leave(meeting: Meeting, run: Path) -> None:
     deadline = time.monotonic() + 3
     while meeting.store.add("gone", 0) < meeting.here.world - 1 and time.monotonic() < deadline:
         time.sleep(0.02)
-    for file in run.glob(f".preflight-{os.environ.get('SLURM_JOB_ID', os.getpid())}"):
+    for file in run.glob(f".preflight-{job_name()}"):
         file.unlink(missing_ok=True)

@@ -7,7 +7,6 @@ Not covered: GPUs (the ranks compute on the CPU).
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from nexus_ds.experiments.benchmarks import network
 from nexus_ds.experiments.benchmarks.slow_links import EMBEDDING, Links, Way
-from nexus_ds.launch import end
+from nexus_ds.launch import end, position
 from nexus_ds.model.experts import FeedForward
 from nexus_ds.model.head import next_token_loss
 from nexus_ds.model.router import Projection, centre_of, condition, init_projection, layer_generator
@@ -166,7 +165,7 @@ def measure(links: Links, ways: list[Way]) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure every way at every speed; rank 0 writes OUT."""
     values = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    network.join(int(os.environ["RANK"]))
+    network.join(position().rank)
     internals.start(10)
     found = measure(Links(**values["links"]), [Way(**way) for way in values["ways"]])
     if dist.get_rank() == 0:
