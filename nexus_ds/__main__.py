@@ -7,43 +7,89 @@ import importlib
 import os
 import sys
 from contextlib import nullcontext
+from types import ModuleType
+from typing import NamedTuple
 
-from nexus_ds.config import parse_words
 from nexus_ds.errors import NexusError
 from nexus_ds.outputs import Ended, exit_on_signals
+from nexus_ds.words import parse_words
 
-VERBS = {  # name: module
-    "demo": "commands.demo",
-    "discover": "commands.discover",
-    "embed": "commands.embed",
-    "upcycle": "commands.upcycle",
-    "train": "train",
-    "extend": "commands.extend",
-    "remove": "commands.remove",
-    "evaluate": "commands.evaluate",
-    "compare": "commands.compare",
-    "inspect": "commands.inspect_model",
-    "plan": "commands.plan",
-    "bench": "commands.bench",
-    "generate": "commands.generate",
-    "preflight": "commands.preflight",
-    "stage": "commands.stage",
-    "status": "commands.status",
+
+class Verb(NamedTuple):
+    """A command: the module under nexus_ds/ that declares and runs it, and what it does."""
+
+    module: str
+    help: str
+
+
+# The help texts stand here, not in their modules, so that `--help` imports none of the others.
+VERBS = {
+    "demo": Verb(
+        "commands.demo",
+        "seed, branches, upcycling, training, one more expert, evaluation: "
+        "the whole pipeline on a small scale",
+    ),
+    "discover": Verb(
+        "commands.discover", "cluster text without labels into domains for the pipeline"
+    ),
+    "embed": Verb("commands.embed", "embed each domain's training text with a sentence encoder"),
+    "upcycle": Verb(
+        "commands.upcycle", "make one mixture-of-experts out of a seed and its dense branches"
+    ),
+    "train": Verb(
+        "train", "train one stage with DeepSpeed (dense branch, upcycled or extended model)"
+    ),
+    "extend": Verb("commands.extend", "add one or several dense branches as experts to a mixture"),
+    "remove": Verb("commands.remove", "take routed experts out of a mixture"),
+    "evaluate": Verb(
+        "commands.evaluate", "score checkpoints by domain, with routing, figures and one page"
+    ),
+    "compare": Verb(
+        "commands.compare",
+        "a fair comparison with the alternatives: same data, tokens and seeds, compute beside it",
+    ),
+    "inspect": Verb("commands.inspect_model", "show what a checkpoint is, or how several differ"),
+    "plan": Verb(
+        "commands.plan",
+        "estimate memory, traffic and time of every layout, "
+        "and write the DeepSpeed JSON of the best",
+    ),
+    "bench": Verb(
+        "commands.bench",
+        "measure training speed (train), cost as the model grows (growth), slow links (links), "
+        "tokenising (data)",
+    ),
+    "generate": Verb("commands.generate", "continue a prompt with a checkpoint"),
+    "preflight": Verb(
+        "commands.preflight",
+        "check nodes, versions, devices, disk and network before a stage (every rank runs it)",
+    ),
+    "stage": Verb(
+        "commands.stage", "make one stage of a recipe's run (what the templates in slurm/ call)"
+    ),
+    "status": Verb(
+        "commands.status",
+        "show each stage of a run: pending, running (step, loss, ETA), finished, "
+        "failed with the last error line",
+    ),
 }
 
 
+def _module(verb: str) -> ModuleType:
+    return importlib.import_module(f"nexus_ds.{VERBS[verb].module}")
+
+
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
-    """Return the parser; only the chosen verb's own arguments are declared in full."""
+    """Return the parser; of the verbs, the chosen one alone is imported and declares its options."""
     parser = argparse.ArgumentParser(
         prog="nexus-ds",
         description="One mixture-of-experts out of several dense models, and more experts later.",
     )
     commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for name, module_name in VERBS.items():
-        module = importlib.import_module(f"nexus_ds.{module_name}")
-        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+    for name, entry in VERBS.items():
+        command = commands.add_parser(name, help=entry.help, description=entry.help)
         if name == verb:
-            module.add_arguments(command)
+            _module(name).add_arguments(command)
     return parser
 
 
@@ -59,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_words(build_parser(verb), words)
     try:
         with nullcontext() if args.verb == "train" else exit_on_signals():
-            return int(importlib.import_module(f"nexus_ds.{VERBS[args.verb]}").run(args))
+            return int(_module(args.verb).run(args))
     except (NexusError, OSError) as error:  # of the operating system: a path, permissions, space
         print(f"nexus-ds {args.verb}: {error}", file=sys.stderr, flush=True)
         return 1

@@ -8,10 +8,8 @@ settings over the common ones and the command line's `section.key=value` over bo
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
-import difflib
 import functools
 import math
 import re
@@ -24,6 +22,7 @@ import yaml
 
 from nexus_ds.errors import ConfigError
 from nexus_ds.settings import CHOICES, POSITIVE, RANGES, STAGES, Config
+from nexus_ds.words import nearest
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -82,14 +81,6 @@ def _parsed(text: str, name: str) -> Any:
         raise ConfigError(f"{name}: not a valid recipe: {error}") from error
     finally:
         loader.dispose()
-
-
-def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """Return ', did you mean X?' for the known word nearest to `word`, or the list of known
-    words."""
-    known = list(known)
-    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f", did you mean {matches[0]}?" if matches else f"; known: {', '.join(known)}"
 
 
 def _coerce(value: Any, annotation: Any, key: str) -> Any:
@@ -152,27 +143,6 @@ def parse_override(text: str) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
-
-
-def parse_words(
-    parser: argparse.ArgumentParser, words: typing.Sequence[str] | None
-) -> argparse.Namespace:
-    """Parse a command line whose overrides may stand before, between and after its options.
-
-    argparse takes optional words at one place alone and hands the others back; those with a `=` are
-    overrides too.
-    """
-    args, left = parser.parse_known_args(words)
-    stray = [
-        word
-        for word in left
-        if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")
-    ]
-    if stray:
-        parser.error(f"unknown argument {stray[0]}; settings are given as section.key=value")
-    if left:
-        args.overrides = [*args.overrides, *left]
-    return args
 
 
 def get_key(config: Config, dotted: str) -> Any:

@@ -26,7 +26,7 @@ import argparse
 from contextlib import nullcontext
 from pathlib import Path
 
-from nexus_ds.config import dump, load_config, parse_words
+from nexus_ds.config import dump, load_config
 from nexus_ds.errors import CheckpointError, NexusError, OutputExistsError
 from nexus_ds.launch import adopt_launcher, end, first_rank, rank_name
 from nexus_ds.local_runner import run_steps
@@ -44,8 +44,8 @@ from nexus_ds.pipeline import (
     trained_step,
 )
 from nexus_ds.settings import Config
+from nexus_ds.words import parse_words
 
-HELP = "train one stage with DeepSpeed (dense branch, upcycled or extended model)"
 WAIT_MINUTES = 240.0  # other ranks wait this long while rank 0 makes what is missing
 
 

@@ -506,7 +506,7 @@ FAULTS = (
     Fault(
         "a prompt may outgrow the model",
         "commands/generate.py",
-        "min(tokens, limit - ids.shape[1]) if limit else tokens",
+        "min(tokens, limit - length) if limit else tokens",
         "tokens",
     ),
     Fault(

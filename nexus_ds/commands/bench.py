@@ -13,69 +13,113 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nexus_ds.errors import ConfigError
+from nexus_ds.experiments.benchmarks import data_speed
+from nexus_ds.experiments.benchmarks.figures import growth_curves, speed_bars
 from nexus_ds.outputs import new_directory, refuse_existing, write_text
+from nexus_ds.report.evaluation import write_csv
 
 if TYPE_CHECKING:
     import torch
 
     from nexus_ds.experiments.benchmarks.models import Shape
 
-HELP = "measure training speed (train), cost as the model grows (growth), slow links (links), tokenising (data)"
+# layer_speed, scaling, models and slow_links import torch; the options of `bench` are declared
+# without them, so that `bench --help` waits for nothing.
 SIZES = ("hidden", "layers", "heads", "ffn", "vocabulary", "experts", "top_k", "batch", "length")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    from nexus_ds.experiments.benchmarks import data_speed, slow_links
-
     commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     train = commands.add_parser(
         "train", help="tokens/s of a Nexus layer, DeepSpeed's, transformers' and a dense model"
     )
-    scaling = commands.add_parser(
-        "growth", help="step time and memory against experts, top-k, layers and sequence"
-    )
-    for command, shape, rounds in ((train, "cpu", 5), (scaling, "tiny", 3)):
-        command.add_argument(
-            "--preset", default=shape, metavar="NAME", help=f"sizes: tiny, cpu or 470m ({shape})"
-        )
-        command.add_argument(
-            "--device", default="cpu", metavar="cpu|cuda", help="where to compute (cpu)"
-        )
-        command.add_argument(
-            "--dtype", default="", metavar="fp32|bf16", help="fp32 on a CPU, bf16 on a GPU"
-        )
-        command.add_argument(
-            "--rounds", type=int, default=rounds, metavar="N", help=f"repetitions ({rounds})"
-        )
-        for size in SIZES:
-            command.add_argument(
-                f"--{size.replace('_', '-')}", type=int, metavar="N", help=argparse.SUPPRESS
-            )
-        command.add_argument(
-            "--out", type=Path, metavar="DIR", help="write JSONL, CSV and a figure there"
-        )
-        command.add_argument("--json", action="store_true", help="print everything as JSON")
-    data_speed.add_arguments(commands.add_parser("data", help=data_speed.HELP))
+    _add_model_arguments(train, preset="cpu", rounds=5)
     train.add_argument(
         "--baseline", default="dense", metavar="MODEL", help="what ratios are taken against (dense)"
     )
     train.add_argument("--models", default="", metavar="A,B,...", help="only these (all)")
-    slow_links.add_arguments(commands.add_parser("links", help=slow_links.HELP))
+    scaling = commands.add_parser(
+        "growth", help="step time and memory against experts, top-k, layers and sequence"
+    )
+    _add_model_arguments(scaling, preset="tiny", rounds=3)
     scaling.add_argument(
         "--model", default="nexus-loop", metavar="MODEL", help="what is grown (nexus-loop)"
     )
+    data = commands.add_parser("data", help=data_speed.HELP)
+    data_speed.add_arguments(data)
+    links = commands.add_parser(
+        "links",
+        help="step times on slow links (Linux): overlapped and plain expert parallelism, "
+        "ZeRO alone, and what plan expects",
+    )
+    add_links_arguments(links)
+
+
+def _add_model_arguments(command: argparse.ArgumentParser, preset: str, rounds: int) -> None:
+    command.add_argument(
+        "--preset", default=preset, metavar="NAME", help=f"sizes: tiny, cpu or 470m ({preset})"
+    )
+    command.add_argument(
+        "--device", default="cpu", metavar="cpu|cuda", help="where to compute (cpu)"
+    )
+    command.add_argument(
+        "--dtype", default="", metavar="fp32|bf16", help="fp32 on a CPU, bf16 on a GPU"
+    )
+    command.add_argument(
+        "--rounds", type=int, default=rounds, metavar="N", help=f"repetitions ({rounds})"
+    )
+    for size in SIZES:
+        option = _option(size)
+        command.add_argument(option, type=int, metavar="N", help=argparse.SUPPRESS)
+    command.add_argument(
+        "--out", type=Path, metavar="DIR", help="write JSONL, CSV and a figure there"
+    )
+    command.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def add_links_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `bench links`."""
+    parser.add_argument(
+        "--rates",
+        default="10Gb,1Gb,300Mb,100Mb",
+        metavar="LIST",
+        help="speeds of a rank's link (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--delay",
+        default="0",
+        metavar="TIME",
+        help="from rank to rank, such as 1ms (default: none)",
+    )
+    for name, default, text in (
+        ("ranks", 2, "ranks, no more than cores"),
+        ("stage", 3, "ZeRO stage"),
+        ("batch", 8, "sequences of 256 tokens a rank"),
+        ("ffn", 512, "inner width of an expert"),
+        ("steps", 5, "timed steps at each speed"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})"
+        )
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def _option(size: str) -> str:
+    return f"--{size.replace('_', '-')}"
 
 
 def _shape(args: argparse.Namespace) -> Shape:
     from nexus_ds.experiments.benchmarks.models import preset
 
-    given = {size: getattr(args, size) for size in SIZES if getattr(args, size) is not None}
-    for size, value in given.items():
+    given: dict[str, int] = {}
+    for size in SIZES:
+        value = getattr(args, size)
+        if value is None:
+            continue
         if value < 1:
-            raise ConfigError(
-                f"--{size.replace('_', '-')}: expected a number above 0, found {value}"
-            )
+            raise ConfigError(f"{_option(size)}: expected a number above 0, found {value}")
+        given[size] = value
     shape = replace(preset(args.preset), **given)
     if shape.top_k > shape.experts:
         raise ConfigError(
@@ -83,7 +127,8 @@ def _shape(args: argparse.Namespace) -> Shape:
         )
     if shape.hidden % shape.heads:
         raise ConfigError(
-            f"--hidden {shape.hidden} is not a multiple of --heads {shape.heads}; change one of them"
+            f"--hidden {shape.hidden} is not a multiple of --heads {shape.heads}; "
+            "change one of them"
         )
     return shape
 
@@ -124,22 +169,24 @@ def _train(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     from nexus_ds.experiments.benchmarks.parts import STEP_PARTS
 
     (baseline,) = _known("--baseline", [args.baseline])
-    names = _known("--models", [name for name in args.models.split(",") if name] or list(VARIANTS))
+    asked = [name for name in args.models.split(",") if name]
+    names = _known("--models", asked or list(VARIANTS))
     if baseline not in names:
         names = [baseline, *names]
     if shape.top_k > 2:
         names = [name for name in names if not name.startswith("deepspeed")]
     device, dtype = _place(args)
-    results, data_speed = layer_speed.measure(names, shape, device, dtype, args.rounds, _say)
-    rows = layer_speed.summary(results, data_speed, shape, baseline, device)
-    parts = [part for part in STEP_PARTS if any(part in row["shares"] for row in rows)]
-    about = {
+    results, reading = layer_speed.measure(names, shape, device, dtype, args.rounds, _say)
+    rows = layer_speed.summary(results, reading, shape, baseline, device)
+    seen = {part for row in rows for part in row["shares"]}
+    parts = [part for part in STEP_PARTS if part in seen]
+    return {
         "machine": layer_speed.machine(device),
         "dtype": str(dtype),
         "baseline": baseline,
         "parts": parts,
+        "rows": rows,
     }
-    return {**about, "rows": rows}
 
 
 def _growth(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
@@ -149,9 +196,10 @@ def _growth(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     device, dtype = _place(args)
     rows = scaling.sweep(shape, model, device, dtype, args.rounds, _say)
     rows += scaling.router_sweep(shape, device, dtype, args.rounds, _say)
-    about = {"machine": layer_speed.machine(device), "dtype": str(dtype), "model": model}
     return {
-        **about,
+        "machine": layer_speed.machine(device),
+        "dtype": str(dtype),
+        "model": model,
         "rows": rows,
         "exponents": scaling.exponents(rows),
         "router": scaling.router_law(rows),
@@ -164,18 +212,14 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(out: Path, what: str, found: dict[str, Any]) -> None:
-    from nexus_ds.experiments.benchmarks.figures import growth_curves, speed_bars
-    from nexus_ds.report.evaluation import write_csv
-
     about = {key: value for key, value in found.items() if key != "rows"}
     with new_directory(out) as folder:
         lines = [json.dumps({**row, **about}) for row in found["rows"]]
         write_text(folder / f"{what}.jsonl", "\n".join(lines) + "\n")
         flat = [_flat(row) for row in found["rows"]]
         keys = list(dict.fromkeys(key for row in flat for key in row))
-        write_csv(
-            folder / f"{what}.csv", keys, [[row.get(key, "") for key in keys] for row in flat]
-        )
+        cells = [[row.get(key, "") for key in keys] for row in flat]
+        write_csv(folder / f"{what}.csv", keys, cells)
         if what == "train":
             speed_bars(found["rows"], found["parts"], found["baseline"], folder / "train.png")
         else:
@@ -183,48 +227,42 @@ def _write(out: Path, what: str, found: dict[str, Any]) -> None:
 
 
 def _aligned(grid: list[list[str]]) -> str:
-    widths = [max(len(line[c]) for line in grid) for c in range(len(grid[0]))]
-    lines = (
-        [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
-        for line in grid
-    )
-    return "\n".join("  ".join(cells).rstrip() for cells in lines)
+    """Return a table as text: the first column to the left, the others to the right."""
+    columns = zip(*grid, strict=True)
+    first, *others = [max(map(len, column)) for column in columns]
+    lines = []
+    for name, *values in grid:
+        cells = [value.rjust(width) for value, width in zip(values, others, strict=True)]
+        lines.append("  ".join([name.ljust(first), *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def _speed_cells(row: dict[str, Any]) -> list[str]:
+    cells = [
+        row["model"],
+        f"{row['tokens_per_second']:,.0f}",
+        f"{row['ratio']:.3f}",
+        f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}",
+        f"{row['parameters'] / 1e6:,.1f}M",
+        f"{row['optimizer_seconds'] * 1e3:,.1f} ms",
+        f"{row['active_tflops']:.3g}",
+    ]
+    # Only of GPUs whose peak is known.
+    return [*cells, f"{row['mfu']:.1%}"] if row["mfu"] else cells
 
 
 def describe_train(found: dict[str, Any]) -> str:
     """Return the comparison as text."""
-    rows = found["rows"]
-    grid = [
-        [
-            "model",
-            "tokens/s",
-            "ratio",
-            "range",
-            "params",
-            "AdamW",
-            "TFLOPS",
-            *(["MFU"] if rows[0]["mfu"] else []),
-        ]
-    ]
+    rows, parts = found["rows"], found["parts"]
+    header = ["model", "tokens/s", "ratio", "range", "params", "AdamW", "TFLOPS"]
+    if rows[0]["mfu"]:
+        header.append("MFU")
+    speeds = [header, *map(_speed_cells, rows)]
+    shares = [["share of the step", *parts]]
     for row in rows:
-        spread = f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}"
-        line = [row["model"], f"{row['tokens_per_second']:,.0f}", f"{row['ratio']:.3f}", spread]
-        line += [
-            f"{row['parameters'] / 1e6:,.1f}M",
-            f"{row['optimizer_seconds'] * 1e3:,.1f} ms",
-            f"{row['active_tflops']:.3g}",
-        ]
-        grid.append([*line, *([f"{row['mfu']:.1%}"] if row["mfu"] else [])])
-    parts = found["parts"]
-    table = [["share of the step", *parts]]
-    for row in rows:
-        table.append(
-            [
-                row["model"],
-                *(f"{row['shares'][p]:.2%}" if p in row["shares"] else "" for p in parts),
-            ]
-        )
-    return f"{_aligned(grid)}\n\n{_aligned(table)}"
+        cells = [f"{row['shares'][part]:.2%}" if part in row["shares"] else "" for part in parts]
+        shares.append([row["model"], *cells])
+    return f"{_aligned(speeds)}\n\n{_aligned(shares)}"
 
 
 def describe_growth(found: dict[str, Any]) -> str:
@@ -237,44 +275,46 @@ def describe_growth(found: dict[str, Any]) -> str:
     for quantity, fitted in found["exponents"].items():
         memory = f"{fitted['peak_bytes']:.2f}" if "peak_bytes" in fitted else ""
         fits.append([quantity, f"{fitted['seconds']:.2f}", memory])
-    law = found["router"]
-    router = (
-        f"router of a layer with P: {law['token_seconds_few'] * 1e6:.2f} µs a token for {law['few_tokens']:,} tokens, "
-        f"{law['token_seconds_many'] * 1e6:.2f} for {law['many_tokens']:,}; {law['expert_seconds'] * 1e3:+.3f} ms an expert on "
-        f"{law['fixed_seconds'] * 1e3:.2f} ms (correlation with a straight line {law['correlation']:.2f})"
-    )
+    router = _router_line(found["router"])
     return f"{_aligned(grid)}\n\n{_aligned(fits)}\n{router}"
+
+
+def _router_line(law: dict[str, float]) -> str:
+    few = f"{law['token_seconds_few'] * 1e6:.2f} µs a token for {law['few_tokens']:,} tokens"
+    many = f"{law['token_seconds_many'] * 1e6:.2f} for {law['many_tokens']:,}"
+    expert = (
+        f"{law['expert_seconds'] * 1e3:+.3f} ms an expert on {law['fixed_seconds'] * 1e3:.2f} ms"
+    )
+    fit = f"correlation with a straight line {law['correlation']:.2f}"
+    return f"router of a layer with P: {few}, {many}; {expert} ({fit})"
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, and with --out write."""
-    from nexus_ds.experiments.benchmarks import data_speed, slow_links
-
     if args.what == "data":
         return data_speed.run(args, _say)
     if args.what == "links":
+        from nexus_ds.experiments.benchmarks import slow_links
+
         return slow_links.run(args)
     if args.rounds < 1:
         raise ConfigError(f"--rounds: expected a number above 0, found {args.rounds}")
     if args.out:
         refuse_existing(args.out)
     shape = _shape(args)
-    train = args.what == "train"
-    found = {
-        "preset": args.preset,
-        "shape": asdict(shape),
-        **(_train if train else _growth)(args, shape),
-    }
+    measure, describe = (
+        (_train, describe_train) if args.what == "train" else (_growth, describe_growth)
+    )
+    found = {"preset": args.preset, "shape": asdict(shape), **measure(args, shape)}
     if args.out:
         _write(args.out, args.what, found)
     if args.json:
         print(json.dumps(found))
         return 0
     machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
-    print(
-        f"{args.what}, preset {args.preset}, {shape.tokens} tokens a step, {found['dtype']}; {machine}"
-    )
-    print(describe_train(found) if train else describe_growth(found))
+    what = f"{args.what}, preset {args.preset}, {shape.tokens} tokens a step, {found['dtype']}"
+    print(f"{what}; {machine}")
+    print(describe(found))
     if args.out:
         print(f"wrote {args.out}; next: open {args.out / (args.what + '.png')}")
     else:

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from nexus_ds.experiments.comparison.jobs import Pool
     from nexus_ds.settings import Config
 
-HELP = "a fair comparison with the alternatives: same data, tokens and seeds, compute beside it"
 RESULTS = "results.json"
 
 

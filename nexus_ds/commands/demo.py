@@ -35,7 +35,6 @@ from nexus_ds.pipeline import (
 from nexus_ds.progress import duration
 from nexus_ds.settings import Config
 
-HELP = "seed, branches, upcycling, training, one more expert, evaluation: the whole pipeline on a small scale"
 APPENDED = "Nexus extended, before finetune"
 EXTENDED = "Nexus extended"
 

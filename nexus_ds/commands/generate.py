@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nexus_ds.data.tokenizer import open_tokenizer
 from nexus_ds.errors import ConfigError
-
-HELP = "continue a prompt with a checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,55 +52,56 @@ def _check(args: argparse.Namespace) -> None:
 def continue_prompt(
     model: Any, tokenizer: Any, prompt: str, tokens: int, temperature: float, seed: int
 ) -> tuple[str, int]:
-    """Return the text that the model adds to `prompt`, and its number of tokens.
+    """Return the text that transformers' model adds to `prompt`, and its number of tokens.
 
     Raises:
         ConfigError: a prompt without a token, with one that the model does not embed, or one that
             leaves the model no room for another.
     """
+    # not at the top: `generate --help` waits for no torch
     import torch
 
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-    if not ids.shape[1]:
+    ids_1T = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    length = ids_1T.shape[1]
+    if not length:
         raise ConfigError("the prompt has no token; write at least one word")
+    largest = int(ids_1T.max())
     rows = model.get_input_embeddings().num_embeddings
-    if int(ids.max()) >= rows:
+    if largest >= rows:
         raise ConfigError(
-            f"the prompt has the token id {int(ids.max())}, the model embeds {rows}; give the checkpoint the tokenizer that "
-            "it was trained with"
+            f"the prompt has the token id {largest}, the model embeds {rows}; "
+            "give the checkpoint the tokenizer that it was trained with"
         )
     limit = getattr(model.config, "max_position_embeddings", None)
-    if limit and ids.shape[1] >= limit:
-        raise ConfigError(
-            f"the prompt has {ids.shape[1]} tokens, the model reads {limit}; shorten it"
-        )
-    room = min(tokens, limit - ids.shape[1]) if limit else tokens
+    if limit and length >= limit:
+        raise ConfigError(f"the prompt has {length} tokens, the model reads {limit}; shorten it")
+    room = min(tokens, limit - length) if limit else tokens
+    # top_k=0 draws from all tokens; transformers' default keeps 50
+    draw = {"do_sample": True, "temperature": temperature, "top_k": 0}
+    choice = draw if temperature else {"do_sample": False}
+    # one prompt needs no padding, but generate() warns without a token for it
+    padding = tokenizer.pad_token_id
+    if padding is None:
+        padding = tokenizer.eos_token_id
     torch.manual_seed(seed)
-    choice = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0}
-        if temperature
-        else {"do_sample": False}
-    )
     with torch.inference_mode():
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
+        output_1T = model.generate(
+            ids_1T,
+            attention_mask=torch.ones_like(ids_1T),
             max_new_tokens=room,
-            pad_token_id=tokenizer.pad_token_id
-            if tokenizer.pad_token_id is not None
-            else tokenizer.eos_token_id,
+            pad_token_id=padding,
             **choice,
         )
-    added = output[0, ids.shape[1] :]
-    return tokenizer.decode(added, skip_special_tokens=True), len(added)
+    added_T = output_1T[0, length:]
+    return tokenizer.decode(added_T, skip_special_tokens=True), len(added_T)
 
 
 def run(args: argparse.Namespace) -> int:
     """Load, generate, print."""
-    _check(args)
+    # not at the top: it imports torch, for which `generate --help` doesn't wait
     from nexus_ds.checkpoint.loading import load_model
-    from nexus_ds.data.tokenizer import open_tokenizer
 
+    _check(args)
     tokenizer = open_tokenizer(args.checkpoint)
     model = load_model(args.checkpoint, args.precision)
     started = time.perf_counter()

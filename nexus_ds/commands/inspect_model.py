@@ -1,6 +1,6 @@
-"""The verb `inspect`: what a checkpoint is, or how several differ. (A module named inspect would
-shadow Python's own.)
+"""The verb `inspect`: what a checkpoint is, or how several differ.
 
+A module named inspect would shadow Python's own.
 Not covered: differences between weights; only sizes, experts, router, origin and tokenizer are
 compared.
 """
@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-HELP = "show what a checkpoint is, or how several differ"
+from nexus_ds.report.page import Table, text_table
+
 LISTS = ("experts", "lineage")  # shown below the facts
 
 
@@ -82,8 +83,8 @@ def differences(all_info: Sequence[dict[str, Any]]) -> tuple[list[list[str]], li
 
 def run(args: argparse.Namespace) -> int:
     """Print the facts of one directory, or a table of differences of several."""
+    # not at the top: it imports torch, for which `inspect --help` doesn't wait
     from nexus_ds.checkpoint.inspection import describe
-    from nexus_ds.report.page import Table, text_table
 
     facts = [describe(directory) for directory in args.directories]
     if args.json:

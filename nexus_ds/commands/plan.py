@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from nexus_ds.planning.layout import Machine
     from nexus_ds.planning.sizes import Sizes
 
-HELP = "estimate memory, traffic and time of every layout, and write the DeepSpeed JSON of the best"
 SHOWN = 12  # layouts in the table; --json has all
 
 

@@ -16,7 +16,6 @@ from nexus_ds.config import load_config
 from nexus_ds.launch import meeting_point, position
 from nexus_ds.pipeline import BRANCH, MADE_BY_VERBS, MOE, TRAINED, WIDE_STAGES, resolve
 
-HELP = "check nodes, versions, devices, disk and network before a stage (every rank runs it)"
 STAGES = (*TRAINED, *MADE_BY_VERBS)
 
 

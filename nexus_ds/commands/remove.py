@@ -1,5 +1,4 @@
-"""The verb `remove`: an expert leaves the mixture, everything else stays as it is; what that costs,
-on request.
+"""The verb `remove`: an expert leaves the mixture, all else stays; what that costs, on request.
 
 Not covered: what the expert gave to the averaged weights; train on text of the others to wash that
 out.
@@ -13,9 +12,9 @@ import shlex
 from pathlib import Path
 
 from nexus_ds.errors import ConfigError
+from nexus_ds.outputs import new_directory, refuse_existing
 from nexus_ds.report import verdict as before_after
-
-HELP = "take routed experts out of a mixture"
+from nexus_ds.settings import RouterConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="DIR",
-        help="text of the domains: score both models on it and print a table before and after (seconds "
-        "for small models, two passes over N windows a domain for all)",
+        help="text of the domains: score both models on it and print a table before and after "
+        "(seconds for small models, two passes over N windows a domain for all)",
     )
     parser.add_argument(
         "--no-bos",
@@ -48,9 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the smaller mixture; score it beside the larger one, or say how."""
+    # not at the top: both import torch, for which `remove --help` doesn't wait
     from nexus_ds.evaluation.before_after import BeforeAfter, chosen
-    from nexus_ds.outputs import new_directory, refuse_existing
-    from nexus_ds.settings import RouterConfig
     from nexus_ds.upcycling.remove import reduced
 
     limit = before_after.parse_limit(args.limit)
@@ -59,30 +57,32 @@ def run(args: argparse.Namespace) -> int:
     refuse_existing(args.out)
     model = reduced(args.checkpoint, args.expert)
     domains = chosen(args.scored, args.checkpoint, [])
-    trial = (
-        BeforeAfter(args.checkpoint, args.data, domains, args.windows, not args.no_bos)
-        if args.data
-        else None
-    )
+    scored = None
+    if args.data:
+        # the old model is scored first: text that can't be read is told before anything is written
+        scored = BeforeAfter(args.checkpoint, args.data, domains, args.windows, not args.no_bos)
     with new_directory(args.out) as directory:
+        # nothing is fitted, so neither the router's settings nor the seed matter
         model.write(directory, None, RouterConfig(), 0)
-    words = [
-        "--checkpoint",
-        str(args.checkpoint),
-        "--checkpoint",
-        str(args.out),
-        "--data",
-        args.data or "DIR",
-    ]
-    words += ["--no-bos"] if args.no_bos else []
-    command = shlex.join(["nexus-ds", "evaluate", *words, "--out", f"{args.out}-report"])
-    verdict = before_after.judge(trial.before, trial.after(args.out), limit) if trial else None
-    result = model.summary(args.out, None) | {
-        "verdict": verdict.as_dict() if verdict else None,
-        "next": command,
-    }
-    text = "\n".join(
-        [model.describe(args.out, None), *([verdict.text()] if verdict else []), f"next: {command}"]
-    )
-    print(json.dumps(result, indent=2) if args.json else text)
+    verdict = before_after.judge(scored.before, scored.after(args.out), limit) if scored else None
+    command = _evaluation(args)
+    if args.json:
+        result = model.summary(args.out, None) | {
+            "verdict": verdict.as_dict() if verdict else None,
+            "next": command,
+        }
+        print(json.dumps(result, indent=2))
+    else:
+        print(model.describe(args.out, None))
+        if verdict:
+            print(verdict.text())
+        print(f"next: {command}")
     return verdict.exit_code("remove", args.out) if verdict else 0
+
+
+def _evaluation(args: argparse.Namespace) -> str:
+    """Return the command, quoted for a shell, that scores both models."""
+    words = ["--checkpoint", str(args.checkpoint), "--checkpoint", str(args.out)]
+    words += ["--data", args.data or "DIR"]
+    words += ["--no-bos"] if args.no_bos else []
+    return shlex.join(["nexus-ds", "evaluate", *words, "--out", f"{args.out}-report"])

@@ -41,7 +41,6 @@ from nexus_ds.pipeline import (
 )
 from nexus_ds.settings import Config
 
-HELP = "make one stage of a recipe's run (what the templates in slurm/ call)"
 STAGES = (*TRAINED, *MADE_BY_VERBS)
 SHOWN = ("logs", "output", "branches", "extension")
 

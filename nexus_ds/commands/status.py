@@ -25,7 +25,6 @@ from nexus_ds.progress import duration
 from nexus_ds.runtime.schedule import total_steps
 from nexus_ds.settings import Config
 
-HELP = "show each stage of a run: pending, running (step, loss, ETA), finished, failed with the last error line"
 TEMPLATES = {  # template: the stages that its job makes, in order
     "seed": ("seed",),
     "dense_branch": ("branch:",),

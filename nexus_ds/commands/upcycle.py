@@ -1,5 +1,4 @@
-"""The verb `upcycle`: a seed and its dense branches become one mixture-of-experts (paper section
-2.1).
+"""The verb `upcycle`: a seed and its dense branches become one mixture (paper section 2.1).
 
 The seed's FFN becomes the shared expert, each branch's FFN a routed expert, everything else the
 mean over the branches.
@@ -12,7 +11,10 @@ import argparse
 import json
 from pathlib import Path
 
-HELP = "make one mixture-of-experts out of a seed and its dense branches"
+from nexus_ds.config import load_config
+from nexus_ds.data.domains import read_domain_embeddings
+from nexus_ds.outputs import new_directory, refuse_existing
+from nexus_ds.pipeline import next_training
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,8 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Upcycle: check everything, write the checkpoint under a temporary name, fit its router,
-    rename.
+    """Check everything, write the checkpoint under a temporary name, fit its router, rename.
 
     Raises:
         IncompatibleModelsError: models that differ (one table of all differences), or their
@@ -64,10 +65,7 @@ def run(args: argparse.Namespace) -> int:
         ConfigError, DataError: options, recipe, domain embeddings or text.
         OutputExistsError: --out is taken. In all cases --out is not made.
     """
-    from nexus_ds.config import load_config
-    from nexus_ds.data.domains import read_domain_embeddings
-    from nexus_ds.outputs import new_directory, refuse_existing
-    from nexus_ds.pipeline import next_training
+    # not at the top: both import torch, for which `upcycle --help` doesn't wait
     from nexus_ds.upcycling.blend import parse_experts
     from nexus_ds.upcycling.upcycle import upcycled
 
@@ -77,14 +75,14 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, ["stage=moe", *args.overrides, *cold])
     embeddings = read_domain_embeddings(Path(args.domains))
     model = upcycled(Path(args.seed), parse_experts(args.expert), embeddings, config)
-    text = model.fit_text(args.data or embeddings.data, config, "--no-warm-start")
+    data = args.data or embeddings.data
+    text = model.fit_text(data, config, "--no-warm-start")
     with new_directory(out) as directory:
         report = model.write(directory, text, config.router, config.seed)
-    command = next_training(out, args.data or embeddings.data, args.config, "moe")
-    result = model.summary(out, report) | {"next": command}
-    print(
-        json.dumps(result, indent=2)
-        if args.json
-        else model.describe(out, report) + f"\nnext: {command}"
-    )
+    command = next_training(out, data, args.config, "moe")
+    if args.json:
+        print(json.dumps(model.summary(out, report) | {"next": command}, indent=2))
+    else:
+        print(model.describe(out, report))
+        print(f"next: {command}")
     return 0

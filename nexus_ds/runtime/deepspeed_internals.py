@@ -45,9 +45,9 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import groups, safe_get_full_fp32_param
 from torch import Tensor, nn
 
-from nexus_ds.config import nearest
 from nexus_ds.errors import ConfigError, LayoutError
 from nexus_ds.launch import local_rank
+from nexus_ds.words import nearest
 
 __all__ = [
     "AutoEPMoELayer",

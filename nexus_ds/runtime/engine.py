@@ -15,12 +15,12 @@ import deepspeed
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nexus_ds.config import nearest
 from nexus_ds.errors import ConfigError, LayoutError
 from nexus_ds.model.head import use_loss_head
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.nexus_moe import NexusMoE, Placement
 from nexus_ds.settings import Config, ParallelConfig, TrainingConfig
+from nexus_ds.words import nearest
 
 # DeepSpeed ignores a misspelt key at top level; here it is refused.
 KNOWN_KEYS = frozenset(

@@ -24,7 +24,6 @@ from nexus_ds.planning.layout import Layout, Machine
 from nexus_ds.planning.sizes import Sizes
 from nexus_ds.planning.units import bits, parse_bytes
 
-HELP = "step times on slow links (Linux): overlapped and plain expert parallelism, ZeRO alone, and what plan expects"
 TIMEOUT = 1800.0  # seconds for all ranks
 EMBEDDING = 384  # width of a domain embedding
 TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s)")
@@ -225,33 +224,6 @@ def describe(links: Links, rows: list[dict[str, Any]]) -> str:
                 ]
             )
     return text_table(Table(header=header, rows=cells))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    parser.add_argument(
-        "--rates",
-        default="10Gb,1Gb,300Mb,100Mb",
-        metavar="LIST",
-        help="speeds of a rank's link (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--delay",
-        default="0",
-        metavar="TIME",
-        help="from rank to rank, such as 1ms (default: none)",
-    )
-    for name, default, text in (
-        ("ranks", 2, "ranks, no more than cores"),
-        ("stage", 3, "ZeRO stage"),
-        ("batch", 8, "sequences of 256 tokens a rank"),
-        ("ffn", 512, "inner width of an expert"),
-        ("steps", 5, "timed steps at each speed"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})"
-        )
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
 def parse_delay(text: str) -> float:

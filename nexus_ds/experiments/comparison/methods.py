@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nexus_ds.config import nearest
 from nexus_ds.errors import ConfigError
+from nexus_ds.words import nearest
 
 FREE_EMBEDDINGS = ("router.kind=linear", "router.lr_scale=1")
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from nexus_ds.__main__ import main
+from nexus_ds.commands.bench import add_links_arguments
 from nexus_ds.errors import ConfigError, LayoutError
 from nexus_ds.experiments.benchmarks import network
 from nexus_ds.experiments.benchmarks.slow_links import (
     Links,
-    add_arguments,
     compare,
     describe,
     expected,
@@ -29,7 +29,7 @@ FAST, SLOW = 10e9 / 8, 100e6 / 8
 
 def arguments(*words):
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_links_arguments(parser)
     return parser.parse_args(words)
 
 
