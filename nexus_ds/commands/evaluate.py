@@ -32,7 +32,6 @@ from nexus_ds.report.evaluation import (
     write_evaluation,
 )
 from nexus_ds.report.page import text_table
-from nexus_ds.report.tasks import task_table
 
 # checkpoint.inspection and evaluation/ import torch: functions below import them, so that
 # `evaluate --help` waits for nothing.
@@ -255,6 +254,9 @@ def measure_tasks(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
 
 def _show(summary: dict[str, Any], args: argparse.Namespace) -> None:
     """Print the tables, the warnings, what was written and what to type next."""
+    from nexus_ds.report.evaluation import change_verdict
+    from nexus_ds.report.task_tables import task_table
+
     print("perplexity (lower is better)")
     print(text_table(perplexity_table(summary)))
     verdict = change_verdict(summary)

@@ -32,7 +32,7 @@ from nexus_ds.outputs import write_json, write_text
 from nexus_ds.report import figures
 from nexus_ds.report.page import Cell, Section, Table, write_page
 from nexus_ds.report.paired import number, standard_error
-from nexus_ds.report.tasks import task_sections
+from nexus_ds.report.task_tables import task_sections
 from nexus_ds.report.verdict import ALL, Verdict, judge
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Tasks on a page: table of groups, each task with its error, and what was not run."""
 
 from nexus_ds.report.page import Spread, text_table
-from nexus_ds.report.tasks import task_sections, task_table
+from nexus_ds.report.task_tables import task_sections, task_table
 
 
 def entry(groups, tasks, not_run=None):
