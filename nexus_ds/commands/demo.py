@@ -157,10 +157,12 @@ def report(config: Config, args: argparse.Namespace, seconds: float) -> dict[str
     )
     from nexus_ds.report.figures import line_plot
     from nexus_ds.report.page import Cell, Section, Table, write_page
+    from nexus_ds.report.summary import Summary
 
     where = places(config)
     summary = json.loads((where.report / SUMMARY).read_text(encoding="utf-8"))
-    sections = evaluation_sections(summary, where.report / FIGURES)
+    evaluation = Summary.from_json(summary)
+    sections = evaluation_sections(evaluation, where.report / FIGURES)
     summary["findings"] = findings(summary, config)
     # a repetition only reports
     summary["seconds"] = max(round(seconds, 1), summary.get("seconds", 0.0))
@@ -194,7 +196,7 @@ def report(config: Config, args: argparse.Namespace, seconds: float) -> dict[str
         table = Table(header=["model", *summary["perplexity"]["Nexus"]], rows=rows)
         sections.insert(1, Section(title="Adding an expert", text=text, figure=figure, table=table))
     write_json(where.report / SUMMARY, summary)
-    opening = "\n\n".join([*summary["findings"], intro(summary)])
+    opening = "\n\n".join([*summary["findings"], intro(evaluation)])
     write_page(
         where.report / PAGE, "Dense models in, one mixture-of-experts out", opening, sections
     )
@@ -205,11 +207,12 @@ def show(summary: dict[str, Any], config: Config) -> None:
     """Print the table, what it says, and where everything is."""
     from nexus_ds.report.evaluation import perplexity_table
     from nexus_ds.report.page import text_table
+    from nexus_ds.report.summary import Summary
 
     where = places(config)
     last = where.extended if config.pipeline.new_domains else where.nexus
     print("\nperplexity by domain (lower is better)")
-    print(text_table(perplexity_table(summary)))
+    print(text_table(perplexity_table(Summary.from_json(summary))))
     print("\n" + "\n".join(summary["findings"]))
     print(f"\nreport:      {where.report / 'report.html'}")
     print(f"checkpoints: {', '.join(str(path) for path in (where.seed, where.nexus, last))}")

@@ -24,17 +24,18 @@ from nexus_ds.report.evaluation import (
     PAGE,
     SUMMARY,
     Measured,
-    change_verdict,
-    compared,
     perplexity_table,
     routing_table,
-    summarise,
-    write_evaluation,
 )
 from nexus_ds.report.page import text_table
 
 # checkpoint.inspection and evaluation/ import torch: functions below import them, so that
 # `evaluate --help` waits for nothing.
+if TYPE_CHECKING:
+    import numpy as np
+
+    from nexus_ds.data.corpora import Source
+    from nexus_ds.report.summary import ModelTasks, Summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -184,6 +185,8 @@ def _windows(
 
 def _check_compared(facts: dict[str, dict[str, Any]], before: str, limit: float | None) -> None:
     """Refuse a limit that nothing can be held against, before a second of work."""
+    from nexus_ds.report.summary import compared
+
     if compared(facts, before) is not None or limit is None:
         return
     if len({fact["tokenizer"] for fact in facts.values()}) > 1:
@@ -199,10 +202,11 @@ def _check_compared(facts: dict[str, dict[str, Any]], before: str, limit: float 
 
 def measure(
     args: argparse.Namespace, names: list[str], cache: Path, limit: float | None = None
-) -> dict[str, Any]:
+) -> Summary:
     """Score every checkpoint and return the summary."""
     from nexus_ds.checkpoint.inspection import describe
     from nexus_ds.evaluation.perplexity import cosines, score, window_length
+    from nexus_ds.report.summary import Measured, Setup, summarise
 
     facts = [describe(path) for path in args.checkpoint]
     _check_compared(dict(zip(names, facts, strict=True)), args.before, limit)
@@ -219,19 +223,20 @@ def measure(
         scores = score(path, texts[tokenizer], args.batch, args.precision, label=name)
         similar = cosines(path) if scores.routing is not None else None
         measured[name] = Measured(fact, scores, similar)
-    setup = {"data": args.data, "domains": domains, "windows": args.windows, "length": length}
+    setup = Setup(args.data, domains, args.windows, length)
     summary = summarise(measured, setup, args.before, limit)
     if len(texts) > 1:
-        summary["warnings"].append(
+        summary.warnings.append(
             f"the models have {len(texts)} different tokenizers: perplexity per token can't be "
             "compared between them"
         )
     return summary
 
 
-def measure_tasks(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
+def measure_tasks(args: argparse.Namespace, names: list[str]) -> dict[str, ModelTasks]:
     """Return each checkpoint's groups, mean and tasks in per cent, and what was not run, and why."""
     from nexus_ds.evaluation.tasks import run_tasks, task_groups
+    from nexus_ds.report.summary import ModelTasks
 
     groups = task_groups(args.tasks)
     # of the paper's groups what can't be run is left out; what was asked for by name has to run
@@ -248,33 +253,33 @@ def measure_tasks(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
             strict=strict,
             label=name,
         )
-        found[name] = {"mean": scores.mean, **dataclasses.asdict(scores)}
+        measured = {"mean": scores.mean, **dataclasses.asdict(scores)}
+        found[name] = ModelTasks.from_json(measured)
     return found
 
 
-def _show(summary: dict[str, Any], args: argparse.Namespace) -> None:
+def _show(summary: Summary, args: argparse.Namespace) -> None:
     """Print the tables, the warnings, what was written and what to type next."""
-    from nexus_ds.report.evaluation import change_verdict
     from nexus_ds.report.task_tables import task_table
 
     print("perplexity (lower is better)")
     print(text_table(perplexity_table(summary)))
-    verdict = change_verdict(summary)
-    if verdict is not None:
-        change = summary["change"]
-        print(f"\nfrom {change['before']} to {change['after']}, ± one standard error")
-        print(verdict.text())
-    routed = summary["routed_model"]
-    if routed is not None:
+    change = summary.change
+    if change is not None and change.verdict is not None:
+        print(f"\nfrom {change.before} to {change.after}, ± one standard error")
+        print(change.verdict.text())
+    routed = summary.routed_model
+    routing = None if routed is None else summary.models[routed].routing
+    if routing is not None:
         print(
             f"\nrouting of {routed}: share of each domain's tokens at each expert, mean over layers"
         )
-        print(text_table(routing_table(summary["models"][routed])))
-    if summary.get("tasks"):
+        print(text_table(routing_table(routing)))
+    if summary.tasks:
         print("\ntasks (per cent ± one standard error, higher is better)")
-        print(text_table(task_table(summary["tasks"])))
-    print(f"\n{summary['tokens_per_second']:,.0f} tokens/s")
-    for warning in summary["warnings"]:
+        print(text_table(task_table(summary.tasks)))
+    print(f"\n{summary.tokens_per_second:,.0f} tokens/s")
+    for warning in summary.warnings:
         print(f"warning: {warning}")
     print(f"wrote {args.out / PAGE}, {args.out / SUMMARY}, {args.out / 'figures'}/")
     print(f"next: {next_words(args.checkpoint[-1])}")
@@ -290,18 +295,21 @@ def run(args: argparse.Namespace) -> int:
         new_directory(args.out) as folder,
         tempfile.TemporaryDirectory(prefix="nexus-ds-") as scratch,
     ):
+        from nexus_ds.evaluation.tasks import require_harness, task_groups
+        from nexus_ds.report.evaluation import write_evaluation
+
         if args.tasks:
             from nexus_ds.evaluation.tasks import require_harness, task_groups
 
             require_harness()
             task_groups(args.tasks)
         summary = measure(args, names, args.cache or Path(scratch), limit)
-        verdict = change_verdict(summary)
         if args.tasks:
-            summary["tasks"] = measure_tasks(args, names)
+            summary = dataclasses.replace(summary, tasks=measure_tasks(args, names))
         write_evaluation(summary, folder)
     if args.json:
-        print(json.dumps(summary, ensure_ascii=False))
+        print(json.dumps(summary.to_json(), ensure_ascii=False))
     else:
         _show(summary, args)
+    verdict = summary.verdict
     return verdict.exit_code("evaluate", args.out) if verdict else 0

@@ -1,5 +1,6 @@
-"""Scores of downstream tasks as a table and a section of a page; the numbers come from
-`nexus_ds.evaluation.tasks`.
+"""Scores of downstream tasks as tables and sections of a page.
+
+`nexus_ds.evaluation.tasks` measures them; `report.summary.ModelTasks` is what is read here.
 
 Not covered: figures.
 """
@@ -8,70 +9,67 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from nexus_ds.report.page import Cell, Section, Spread, Table
+from nexus_ds.report.summary import ModelTasks, TaskEntry
 
 READING = (
-    "Scores of downstream tasks in per cent ± one standard error, by group; higher is better, bold marks the best model of a "
-    "column, and the last column is the mean of the groups. Tasks of four choices start at 25, of two at 50: small models "
-    "often stay there."
+    "Scores of downstream tasks in per cent ± one standard error, by group; higher is better, bold "
+    "marks the best model of a column, and the last column is the mean of the groups. Tasks of "
+    "four choices start at 25, of two at 50: small models often stay there."
 )
 READING_EACH = (
-    "Score and standard error of each task, in per cent, and how it was run. Two models differ where their scores are "
-    "several standard errors apart."
+    "Score and standard error of each task, in per cent, and how it was run. Two models differ "
+    "where their scores are several standard errors apart."
 )
-READING_LEFT_OUT = "The paper's tasks that are not in the means above, with the reason. Compare means only with those over the same tasks."
+READING_LEFT_OUT = (
+    "The paper's tasks that are not in the means above, with the reason. Compare means only with "
+    "those over the same tasks."
+)
 
 
-def task_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Return scores[model][group] and their mean, ± one standard error; `tasks` is that of a
-    summary.json."""
-    groups = list(dict.fromkeys(group for entry in tasks.values() for group in entry["groups"]))
+def task_table(tasks: Mapping[str, ModelTasks]) -> Table:
+    """Return scores by model (rows) and group (columns) and their mean, ± one standard error."""
+    groups = list(dict.fromkeys(group for entry in tasks.values() for group in entry.groups))
     rows: list[list[Cell]] = []
     for model, entry in tasks.items():
-        errors = {group: _group_error(entry, group) for group in entry["groups"]}
-        scores = [Spread(entry["groups"][g], errors[g], 1) if g in errors else None for g in groups]
-        rows.append(
-            [model, *scores, Spread(entry["mean"], _error_of_mean(list(errors.values())), 1)]
-        )
+        errors = {group: _group_error(entry, group) for group in entry.groups}
+        row: list[Cell] = [model]
+        for group in groups:
+            score = entry.groups.get(group)
+            row.append(None if score is None else Spread(score, errors[group], 1))
+        row.append(Spread(entry.mean, _error_of_mean(list(errors.values())), 1))
+        rows.append(row)
     return Table(header=["model", *groups, "mean"], rows=rows, best="max")
 
 
-def _group_error(entry: Mapping[str, Any], group: str) -> float | None:
-    return _error_of_mean(
-        [task["stderr"] for task in entry["tasks"].values() if task["group"] == group]
-    )
+def _group_error(entry: ModelTasks, group: str) -> float | None:
+    return _error_of_mean([task.stderr for task in entry.tasks.values() if task.group == group])
 
 
 def _error_of_mean(errors: Sequence[float | None]) -> float | None:
-    """Return the standard error of the mean of independent scores; None if that of one is not
-    known."""
+    """Return the standard error of the mean of n independent scores: sqrt(e_1² + … + e_n²) / n.
+
+    None if the error of one is not known: a mean with a part that may be off by any amount has no
+    error either.
+    """
     known = [error for error in errors if error is not None]
-    return math.hypot(*known) / len(known) if known and len(known) == len(errors) else None
+    if not known or len(known) < len(errors):
+        return None
+    return math.hypot(*known) / len(known)
 
 
-def task_sections(summary: Mapping[str, Any]) -> list[Section]:
-    """Return the sections about a summary's tasks: by group, then each task; none without tasks."""
-    tasks = summary.get("tasks")
+def task_sections(tasks: Mapping[str, ModelTasks]) -> list[Section]:
+    """Return the sections about tasks by model: by group, then each task; none without tasks."""
     if not tasks:
         return []
-    names = list(dict.fromkeys(task for entry in tasks.values() for task in entry["tasks"]))
-    rows: list[list[Cell]] = [
-        [task, *(_score(entry["tasks"].get(task)) for entry in tasks.values()), _how(task, tasks)]
-        for task in names
-    ]
     sections = [
         Section(title="Tasks", text=READING, table=task_table(tasks)),
-        Section(
-            title="Each task",
-            text=READING_EACH,
-            table=Table(header=["task", *tasks, "how"], rows=rows),
-        ),
+        Section(title="Each task", text=READING_EACH, table=_each_task(tasks)),
     ]
-    left_out: dict[str, str] = {
-        task: why for entry in tasks.values() for task, why in entry["not_run"].items()
-    }
+    left_out: dict[str, str] = {}
+    for entry in tasks.values():
+        left_out |= entry.not_run
     if left_out:
         table = Table(header=["task", "why"], rows=[[task, why] for task, why in left_out.items()])
         sections.append(
@@ -80,12 +78,25 @@ def task_sections(summary: Mapping[str, Any]) -> list[Section]:
     return sections
 
 
-def _score(task: Mapping[str, Any] | None) -> str | None:
+def _each_task(tasks: Mapping[str, ModelTasks]) -> Table:
+    # How a task was run is the same for all models of one evaluation: the first that has it tells.
+    first: dict[str, TaskEntry] = {}
+    for entry in tasks.values():
+        for name, task in entry.tasks.items():
+            first.setdefault(name, task)
+    rows: list[list[Cell]] = []
+    for name, task in first.items():
+        scores = [_score(entry.tasks.get(name)) for entry in tasks.values()]
+        rows.append([name, *scores, _how(task)])
+    return Table(header=["task", *tasks, "how"], rows=rows)
+
+
+def _score(task: TaskEntry | None) -> str | None:
     if task is None:
         return None
-    return f"{task['score']:.1f}" + ("" if task["stderr"] is None else f" ± {task['stderr']:.1f}")
+    error = "" if task.stderr is None else f" ± {task.stderr:.1f}"
+    return f"{task.score:.1f}{error}"
 
 
-def _how(name: str, tasks: Mapping[str, Mapping[str, Any]]) -> str:
-    task = next(entry["tasks"][name] for entry in tasks.values() if name in entry["tasks"])
-    return f"{task['metric']}, {task['shots']} shots, {task['examples']:,} examples"
+def _how(task: TaskEntry) -> str:
+    return f"{task.metric}, {task.shots} shots, {task.examples:,} examples"

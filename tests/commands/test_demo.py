@@ -14,7 +14,8 @@ from nexus_ds.commands import demo, evaluate
 from nexus_ds.config import load_config
 from nexus_ds.evaluation.perplexity import Routing, Scores
 from nexus_ds.pipeline import places, resolve
-from nexus_ds.report.evaluation import Measured, summarise, write_evaluation
+from nexus_ds.report.evaluation import write_evaluation
+from nexus_ds.report.summary import Measured, Setup, summarise
 
 DOMAINS = ["a", "b", "new"]
 LOSSES = {  # of a, b, new
@@ -65,7 +66,7 @@ def summary(config):
     them."""
     where = places(config)
     where.report.mkdir(parents=True)
-    setup = {"data": "demo", "domains": DOMAINS, "windows": 2, "length": 4}
+    setup = Setup("demo", DOMAINS, windows=2, length=4)
     models = {name: measured(name, losses) for name, losses in LOSSES.items()}
     write_evaluation(summarise(models, setup, before="Nexus"), where.report)
     log = where.extended.with_name("extended.training") / "metrics.jsonl"

@@ -1,93 +1,19 @@
-"""Summaries: which model the top level speaks of, warnings, changes between models, and a page from
-JSON alone."""
+"""Figures, CSV and the page of an evaluation: every column, and all of it from JSON alone."""
 
 import csv
 import json
 import math
-from statistics import fmean
 
-import numpy as np
 import pytest
+from made_up_evaluation import ERROR_A, ERROR_B, LOSSES, SETUP, models
 
-from nexus_ds.errors import ConfigError
-from nexus_ds.evaluation.perplexity import Cosines, Routing, Scores
 from nexus_ds.report.evaluation import (
-    Measured,
-    compared,
     evaluation_sections,
-    intro,
     perplexity_table,
-    summarise,
     write_evaluation,
 )
 from nexus_ds.report.page import Spread, text_table
-
-SETUP = {"data": "demo", "domains": ["a", "b"], "windows": 4, "length": 8}
-# layer, text, expert
-SHARE = np.array([[[0.6, 0.4], [0.1, 0.9]], [[0.8, 0.2], [0.3, 0.7]], [[0.7, 0.3], [0.5, 0.5]]])
-GATE = np.array([[0.5, 0.6], [0.55, 0.65], [0.6, 0.7]])  # layer, text
-
-
-def measured(loss, routed, gate=GATE, tokenizer="t"):
-    """A model whose windows have the losses `loss[domain]`."""
-    domains = list(loss)
-    routing = None
-    if routed:
-        d = len(domains)
-        routing = Routing(
-            domains, ["first", "second"], ["a", "b"], [0, 2, 5], SHARE[:, :d], np.array(gate)[:, :d]
-        )
-    eye = np.eye(2)
-    step = {
-        "verb": "upcycle",
-        "note": "<&>",
-        "fit": {"before": 0.45294, "after": 0.5},
-        "experts": ["a", "b"],
-        "x": None,
-    }
-    facts = {
-        "kind": "Nexus" if routed else "dense",
-        "family": "x",
-        "dtype": "F32",
-        "routed_experts": 2 if routed else 0,
-        "top_k": 1 if routed else None,
-        "parameters": {"total": 10, "active": 5},
-        "lineage": [step],
-        "tokenizer": tokenizer,
-    }
-    cosine = None
-    if routed:
-        tables = [(eye + k / 10).tolist() for k in range(6)]
-        rows, centred = np.array(tables[2:4]), np.array(tables[4:6])
-        cosine = Cosines(
-            ["first", "second"], np.array(tables[0]), np.array(tables[1]), rows, centred
-        )
-    windows = {domain: np.array(values) for domain, values in loss.items()}
-    return Measured(
-        facts,
-        Scores(windows, dict.fromkeys(loss, 16), 100.25 if routed else 300.0, routing),
-        cosine,
-    )
-
-
-LOSSES = {
-    "seed": {"a": [2.0, 2.2, 1.8, 2.0], "b": [3.0, 3.0, 3.0, 3.0]},
-    "before": {"a": [2.0, 2.2, 1.8, 2.0], "b": [3.0, 3.4, 2.6, 3.0]},
-    "after": {"a": [1.1, 1.2, 0.9, 0.8], "b": [3.1, 3.6, 2.8, 2.9]},
-    "branch": {"a": [1.5, 1.5, 1.5, 1.5], "b": [4.0, 4.0, 4.0, 4.0]},
-}
-# after - before: a: -0.9 -1.0 -0.9 -1.2, mean -1.0, deviations 0.1 0 0.1 -0.2; b: 0.1 0.2 0.2 -0.1,
-# mean 0.1
-ERROR_A = math.sqrt((0.01 + 0 + 0.01 + 0.04) / 3 / 4)
-ERROR_B = math.sqrt((0 + 0.01 + 0.01 + 0.04) / 3 / 4)
-
-
-def models(saturated=False):
-    gate = np.full((3, 2), 0.99) if saturated else GATE
-    return {
-        name: measured(loss, name in ("before", "after"), gate if name == "after" else GATE)
-        for name, loss in LOSSES.items()
-    }
+from nexus_ds.report.summary import Summary, summarise
 
 
 @pytest.fixture
@@ -105,88 +31,7 @@ def section(summary, title, tmp_path):
     return found
 
 
-def test_top_level_speaks_of_the_last_mixture(summary):
-    assert summary["routed_model"] == "after" and summary["tokens_per_second"] == 100.25
-    assert summary["routing"] == {
-        "a": pytest.approx({"first": 0.7, "second": 0.3}),
-        "b": pytest.approx({"first": 0.3, "second": 0.7}),
-    }
-    assert summary["change"]["before"] == "before" and summary["change"]["after"] == "after"
-    assert summary["change"]["ratio"] == pytest.approx({"a": math.exp(-1), "b": math.exp(0.1)})
-
-
-def test_losses_of_windows_are_kept_and_their_mean_is_the_loss(summary):
-    assert summary["window_loss"] == LOSSES
-    assert summary["loss"] == {
-        name: pytest.approx({d: fmean(w) for d, w in v.items()}) for name, v in LOSSES.items()
-    }
-    assert summary["perplexity"]["after"] == pytest.approx({"a": math.exp(1.0), "b": math.exp(3.1)})
-
-
-def test_saturated_routers_are_warned_about():
-    summary = summarise(models(saturated=True), SETUP)
-    (warning,) = summary["warnings"]
-    assert (
-        warning.startswith("after: the router is saturated in 6 of 6 places")
-        and "0.99 in layer 0" in warning
-    )
-    assert "Warning: after: the router" in intro(summary)
-
-
-def test_dense_models_alone():
-    summary = summarise({"seed": measured({"a": [2.0, 2.0]}, routed=False)}, SETUP)
-    assert (
-        summary["routing"] == {}
-        and summary["tokens_per_second"] == 300.0
-        and summary["change"] is None
-    )
-
-
-def test_leak_without_other_domains_is_null():
-    summary = summarise({"m": measured({"a": [2.0]}, routed=True)}, SETUP)
-    assert summary["models"]["m"]["leak"] == {"first": None, "second": pytest.approx(0.3)}
-    json.dumps(summary, allow_nan=False)
-
-
-# Which two models are compared -------------------------------------------------------------------------------------
-
-
-def test_a_named_model_is_compared_with_the_last_one():
-    change = summarise(models(), SETUP, before="seed")["change"]
-    assert (change["before"], change["after"]) == ("seed", "branch")
-    assert change["domains"]["a"]["nats"] == pytest.approx(-0.5)
-
-
-@pytest.mark.parametrize("name", ["branch", "nobody"])
-def test_a_model_that_can_not_be_compared(name):
-    with pytest.raises(ConfigError) as caught:
-        summarise(models(), SETUP, before=name)
-    assert str(caught.value) == (
-        f"--before {name}: expected a model given before the last one, which it is compared with; found: seed, before, "
-        "after, branch"
-    )
-
-
-def test_models_of_different_tokenizers_are_not_compared():
-    facts = {name: part.facts for name, part in models().items()}
-    assert compared(facts) == ("before", "after") and compared(facts, "before") == (
-        "before",
-        "branch",
-    )
-    facts["before"]["tokenizer"] = "another"
-    assert (
-        compared(facts) is None
-        and compared(facts, "before") is None
-        and compared(facts, "seed") is not None
-    )
-
-
-def test_the_limit_is_part_of_the_summary():
-    change = summarise(models(), SETUP, limit=0.02)["change"]
-    assert change["limit"] == 0.02 and change["failed"] == [] and change["undecided"] == ["b"]
-
-
-# Tables: every column ----------------------------------------------------------------------------------------------
+# Tables: every column -----------------------------------------------------------------------------
 
 
 def test_every_column_of_the_perplexity_table(summary):
@@ -261,12 +106,12 @@ def test_every_column_of_the_checkpoints(summary, tmp_path):
     assert table.rows[0][4:6] == [None, None] and table.rows[0][-1] == 300
 
 
-# CSV: every column -------------------------------------------------------------------------------------------------
+# CSV: every column --------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def figures(summary, tmp_path):
-    write_evaluation(json.loads(json.dumps(summary)), tmp_path)
+    write_evaluation(summary, tmp_path)
     return tmp_path / "figures"
 
 
@@ -327,12 +172,12 @@ def test_every_column_of_cosine_csv(figures):
         assert found["second", "second"] == pytest.approx((1 + before, 1 + after))
 
 
-# The page ----------------------------------------------------------------------------------------------------------
+# The page -----------------------------------------------------------------------------------------
 
 
 def test_a_page_can_be_made_from_the_file_alone(summary, tmp_path):
-    write_evaluation(json.loads(json.dumps(summary)), tmp_path)
-    again = json.loads((tmp_path / "summary.json").read_text())
+    write_evaluation(summary, tmp_path)
+    again = Summary.from_json(json.loads((tmp_path / "summary.json").read_text()))
     sections = evaluation_sections(again, tmp_path / "figures")
     titles = [section.title for section in sections]
     assert titles[:2] == ["Perplexity by domain", "From before to after"]
@@ -342,12 +187,6 @@ def test_a_page_can_be_made_from_the_file_alone(summary, tmp_path):
     assert all(len([s for s in text.split(". ") if s.strip()]) == 2 for text in explained)
     assert "&lt;&amp;&gt;" in (tmp_path / "report.html").read_text()
     assert "-63.2 ± 2.6 %" in (tmp_path / "report.html").read_text()
-
-
-def test_a_summary_of_an_older_version_still_makes_a_page(summary, tmp_path):
-    old = {key: value for key, value in summary.items() if key != "window_loss"}
-    old["change"] = {key: summary["change"][key] for key in ("before", "after", "ratio")}
-    assert "From before to after" not in [s.title for s in evaluation_sections(old, tmp_path)]
 
 
 def test_lineage_is_readable(summary, tmp_path):

@@ -1,16 +1,19 @@
 """Tasks on a page: table of groups, each task with its error, and what was not run."""
 
 from nexus_ds.report.page import Spread, text_table
+from nexus_ds.report.summary import ModelTasks
 from nexus_ds.report.task_tables import task_sections, task_table
 
 
 def entry(groups, tasks, not_run=None):
-    return {
-        "mean": sum(groups.values()) / len(groups),
-        "groups": groups,
-        "tasks": tasks,
-        "not_run": not_run or {},
-    }
+    return ModelTasks.from_json(
+        {
+            "mean": sum(groups.values()) / len(groups),
+            "groups": groups,
+            "tasks": tasks,
+            "not_run": not_run or {},
+        }
+    )
 
 
 def task(group, score, stderr=1.5, shots=0):
@@ -56,12 +59,12 @@ def test_errors_of_groups_and_their_mean():
 
 
 def test_sections_name_each_task_and_what_was_not_run():
-    groups, each, left_out = task_sections({"tasks": TASKS})
+    groups, each, left_out = task_sections(TASKS)
     assert groups.title == "Tasks" and groups.table.rows[1][0] == "Nexus"
     assert each.table.rows == [
         ["sciq", "30.0 ± 1.5", "34.0", "acc, 0 shots, 1,200 examples"],
         ["mmlu", None, "26.0 ± 2.0", "acc, 5 shots, 1,200 examples"],
     ]
     assert left_out.table.rows == [["mmlu", "no data"]]
-    assert len(task_sections({"tasks": {"Nexus": TASKS["Nexus"]}})) == 2
-    assert task_sections({}) == [] and task_sections({"tasks": {}}) == []
+    assert len(task_sections({"Nexus": TASKS["Nexus"]})) == 2
+    assert task_sections({}) == []

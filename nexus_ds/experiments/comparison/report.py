@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from nexus_ds.experiments.comparison.report_tables import (
 from nexus_ds.report.evaluation import draw_models, file_names, model_sections, write_csv
 from nexus_ds.report.page import Section, Spread, Table, text_table, write_page
 from nexus_ds.report.paired import budgets_of, number, seeds_of
+from nexus_ds.report.summary import ModelEntry
 
 __all__ = ["terminal_tables", "verdict", "write_comparison"]
 
@@ -225,12 +227,14 @@ def _routing_sections(results: Entry, folder: Path) -> list[Section]:
     }
     labels |= {e["name"]: label(e) for e in results.get("contenders") or [] if not e.get("variant")}
     found = results.get("evaluations") or {}
-    # Free rows have no projection, so cosines before and after it are drawn of Nexus alone.
-    models = {
-        labels.get(name, name): found[name] if "nexus" in name else {**found[name], "cosine": None}
-        for name in SHOWN
-        if name in found
-    }
+    models = {}
+    for name in SHOWN:
+        if name in found:
+            entry = ModelEntry.from_json(found[name])
+            # Free rows have no projection, so cosines before and after it are drawn of Nexus alone.
+            models[labels.get(name, name)] = (
+                entry if "nexus" in name else replace(entry, cosine=None)
+            )
     draw_models(models, folder)
     for name, file in file_names(list(models)).items():
         sections += model_sections(name, file, models[name], folder)

@@ -1,0 +1,391 @@
+"""What an evaluation found, as dataclasses: summary.json is made, written and read here alone.
+
+summary.json: `perplexity[model][domain]`, `loss[model][domain]` in nats per token,
+`routing[domain][expert]` (share of tokens, mean over layers) and `tokens_per_second` of
+`routed_model`, the last mixture given (of the last model if all are dense);
+`window_loss[model][domain]`, a loss a window; `change` between the last two mixtures, or from a
+model that was named to the last, with standard errors; `models[model]` with all of it layer by
+layer; `tasks[model]`, where downstream tasks were run.
+
+Reading ignores keys that it does not know: the demo adds some of its own.
+
+Shapes: L layers, D domains of text, E routed experts, W windows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from nexus_ds.errors import ConfigError
+from nexus_ds.report.paired import number
+from nexus_ds.report.verdict import Verdict, judge
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from nexus_ds.evaluation.perplexity import Cosines, Routing, Scores
+
+Record = TypeVar("Record", bound="DataclassInstance")
+Json = dict[str, Any]
+"""A JSON object, on its way from or to a file."""
+
+
+def from_keys(kind: type[Record], value: Mapping[str, Any]) -> Record:
+    """Return the dataclass `kind` from the keys that are named like its fields."""
+    return kind(**{each.name: value[each.name] for each in dataclasses.fields(kind)})
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What was scored: the data and its domains, windows a domain, tokens a window."""
+
+    data: str
+    domains: list[str]
+    windows: int
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingEntry:
+    """Where one mixture sends each domain's tokens (`nexus_ds.evaluation.perplexity.Routing`)."""
+
+    experts: list[str]
+    expert_domains: list[str]
+    layers: list[int]
+    mean_share: dict[str, dict[str, float]]
+    """By domain and expert, mean over layers; `routing` in the file."""
+    own_share: dict[str, float]
+    leak: dict[str, float | None]
+    """By expert; None where no other domain's text was scored."""
+    share_by_layer: list[list[list[float]]]
+    """[L, D, E]; sums to 1 over E."""
+    gate_by_layer: list[list[float]]
+    """[L, D] mean probability of the first choice."""
+
+    @classmethod
+    def of(cls, routing: Routing) -> RoutingEntry:
+        """Return what was measured."""
+        return cls(
+            experts=routing.experts,
+            expert_domains=routing.expert_domains,
+            layers=routing.layers,
+            mean_share=routing.mean_share(),
+            own_share=routing.own_share(),
+            leak={expert: number(routing.leak(expert)) for expert in routing.experts},
+            share_by_layer=routing.share.tolist(),
+            gate_by_layer=routing.gate.tolist(),
+        )
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> RoutingEntry:
+        """Return what `to_json` gave."""
+        return from_keys(cls, {**value, "mean_share": value["routing"]})
+
+    def to_json(self) -> Json:
+        """Return the entry's keys in the file."""
+        renamed = {"mean_share": "routing"}
+        return {renamed.get(key, key): value for key, value in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class CosineEntry:
+    """Cosines between experts (`nexus_ds.evaluation.perplexity.Cosines`)."""
+
+    names: list[str]
+    embeddings: list[list[float]] | None
+    """[E, E]; None without a sidecar that has the domain embeddings."""
+    inputs: list[list[float]] | None
+    """[E, E] of what the projection P reads."""
+    rows: list[list[list[float]]]
+    """[L, E, E] of the router's expert embeddings."""
+    centred_rows: list[list[list[float]]]
+    """[L, E, E] of the expert embeddings less their mean."""
+
+    @classmethod
+    def of(cls, cosines: Cosines) -> CosineEntry:
+        """Return what was measured."""
+        before = (cosines.embeddings, cosines.inputs)
+        embeddings, inputs = (None if array is None else array.tolist() for array in before)
+        rows, centred_rows = cosines.rows.tolist(), cosines.centred_rows.tolist()
+        return cls(cosines.names, embeddings, inputs, rows, centred_rows)
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model of an evaluation."""
+
+    info: Mapping[str, Any]
+    """Model info as `nexus_ds.checkpoint.inspection.describe` gives it; `checkpoint` in the
+    file."""
+    tokens_per_second: float
+    routing: RoutingEntry | None = None
+    cosine: CosineEntry | None = None
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ModelEntry:
+        """Return what `to_json` gave."""
+        routing = RoutingEntry.from_json(value) if "share_by_layer" in value else None
+        found = value.get("cosine")
+        cosine = None if found is None else from_keys(CosineEntry, found)
+        return cls(value["checkpoint"], value["tokens_per_second"], routing, cosine)
+
+    def to_json(self) -> Json:
+        """Return the entry; without a router there are no keys of one."""
+        entry: Json = {"checkpoint": self.info, "tokens_per_second": self.tokens_per_second}
+        if self.routing is not None:
+            entry |= self.routing.to_json()
+        if self.cosine is not None:
+            entry["cosine"] = vars(self.cosine)
+        return entry
+
+    @property
+    def has_embeddings(self) -> bool:
+        """Whether there are cosines from before the projection too, so that both can be drawn."""
+        return self.cosine is not None and self.cosine.embeddings is not None
+
+
+@dataclass(frozen=True)
+class BeforeAfter:
+    """Two models of an evaluation on the same windows."""
+
+    before: str
+    after: str
+    ratio: dict[str, float]
+    """Perplexity after / before, by domain."""
+    verdict: Verdict | None
+    """None in a summary of an older version, which kept no loss by window."""
+
+    def to_json(self) -> Json:
+        """Return the file's `change`."""
+        judged = {} if self.verdict is None else self.verdict.as_dict()
+        return {"before": self.before, "after": self.after, "ratio": self.ratio, **judged}
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """One downstream task of one model: score and standard error in per cent."""
+
+    group: str
+    metric: str
+    score: float
+    stderr: float | None
+    shots: int
+    examples: int
+
+
+@dataclass(frozen=True)
+class ModelTasks:
+    """Downstream tasks of one model: the groups' means and the mean of these, in per cent."""
+
+    mean: float
+    groups: dict[str, float]
+    tasks: dict[str, TaskEntry]
+    not_run: dict[str, str]
+    """The reason, by task."""
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ModelTasks:
+        """Return what `to_json` gave."""
+        tasks = {name: from_keys(TaskEntry, task) for name, task in value["tasks"].items()}
+        return cls(value["mean"], value["groups"], tasks, value["not_run"])
+
+    def to_json(self) -> Json:
+        """Return the file's entry of one model."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """An evaluation (see the module's docstring)."""
+
+    setup: Setup
+    perplexity: dict[str, dict[str, float]]
+    loss: dict[str, dict[str, float]]
+    window_loss: dict[str, dict[str, list[float]]] | None
+    """None in a summary of an older version."""
+    routed_model: str | None
+    change: BeforeAfter | None
+    warnings: list[str]
+    models: dict[str, ModelEntry]
+    tasks: dict[str, ModelTasks] = field(default_factory=dict)
+
+    @property
+    def routing(self) -> dict[str, dict[str, float]]:
+        """Share by domain and expert of the routed model; empty without one."""
+        routing = self.models[self.routed_model].routing if self.routed_model is not None else None
+        return {} if routing is None else routing.mean_share
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of the routed model, of the last model without one."""
+        name = list(self.models)[-1] if self.routed_model is None else self.routed_model
+        return self.models[name].tokens_per_second
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What happened between the two models that are compared, None if there are not two."""
+        return None if self.change is None else self.change.verdict
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Summary:
+        """Return what `to_json` gave."""
+        window_loss = value.get("window_loss")
+        change = value["change"]
+        tasks = value.get("tasks") or {}
+        return cls(
+            setup=from_keys(Setup, value),
+            perplexity=value["perplexity"],
+            loss=value["loss"],
+            window_loss=window_loss,
+            routed_model=value["routed_model"],
+            change=_read_change(change, window_loss) if change else None,
+            warnings=value["warnings"],
+            models={name: ModelEntry.from_json(entry) for name, entry in value["models"].items()},
+            tasks={name: ModelTasks.from_json(entry) for name, entry in tasks.items()},
+        )
+
+    def to_json(self) -> Json:
+        """Return summary.json's content."""
+        summary: Json = {
+            **vars(self.setup),
+            "perplexity": self.perplexity,
+            "loss": self.loss,
+            "window_loss": self.window_loss,
+            "routed_model": self.routed_model,
+            "routing": self.routing,
+            "tokens_per_second": self.tokens_per_second,
+            "change": None if self.change is None else self.change.to_json(),
+            "warnings": self.warnings,
+            "models": {name: entry.to_json() for name, entry in self.models.items()},
+        }
+        if self.tasks:
+            summary["tasks"] = {name: entry.to_json() for name, entry in self.tasks.items()}
+        return summary
+
+
+def _read_change(
+    change: Mapping[str, Any], window_loss: Mapping[str, Mapping[str, list[float]]] | None
+) -> BeforeAfter:
+    before, after = change["before"], change["after"]
+    verdict = None
+    # The losses by window are in the file in full, so the verdict follows from them; what the file
+    # says of it is for other readers.
+    if window_loss:
+        verdict = judge(window_loss[before], window_loss[after], change["limit"])
+    return BeforeAfter(before, after, change["ratio"], verdict)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model's part of an evaluation: model info as
+    `nexus_ds.checkpoint.inspection.describe` gives it, scores, cosines."""
+
+    info: Mapping[str, Any]
+    scores: Scores
+    cosines: Cosines | None
+
+    def entry(self) -> ModelEntry:
+        """Return the model's entry of a summary."""
+        routing = self.scores.routing
+        return ModelEntry(
+            self.info,
+            self.scores.tokens_per_second,
+            None if routing is None else RoutingEntry.of(routing),
+            None if self.cosines is None else CosineEntry.of(self.cosines),
+        )
+
+
+def compared(infos: Mapping[str, Mapping[str, Any]], before: str = "") -> tuple[str, str] | None:
+    """Return which two models are compared: `before` and the last, else the last two mixtures.
+
+    None if there are none, or where the tokenizers differ: such models read different windows.
+
+    Args:
+        infos: model info by the model's name (`nexus_ds.checkpoint.inspection.describe`).
+        before: a model's name, or "".
+
+    Raises:
+        ConfigError: a `before` that is no model, or the last one.
+    """
+    if before and before not in list(infos)[:-1]:
+        raise ConfigError(
+            f"--before {before}: expected a model given before the last one, "
+            f"which it is compared with; found: {', '.join(infos)}"
+        )
+    if before:
+        pair = [before, list(infos)[-1]]
+    else:
+        pair = [name for name, info in infos.items() if info["routed_experts"]][-2:]
+    if len(pair) < 2:
+        return None
+    first, last = pair
+    if infos[first].get("tokenizer") != infos[last].get("tokenizer"):
+        return None
+    return first, last
+
+
+def _change(
+    measured: Mapping[str, Measured], before: str, limit: float | None
+) -> BeforeAfter | None:
+    """Return what happened between two models; None without two to compare."""
+    pair = compared({name: part.info for name, part in measured.items()}, before)
+    if pair is None:
+        return None
+    first, last = (measured[name].scores for name in pair)
+    ratio = {domain: last.perplexity[domain] / value for domain, value in first.perplexity.items()}
+    verdict = judge(first.window_loss, last.window_loss, limit)
+    return BeforeAfter(*pair, ratio, verdict)
+
+
+def _saturation(name: str, routing: Routing) -> list[str]:
+    """Return a warning about a model whose router hardly learns any more."""
+    found = routing.saturated()
+    if not found:
+        return []
+    layer, domain, gate = max(found, key=lambda place: place[2])
+    return [
+        f"{name}: the router is saturated in {len(found)} of {routing.gate.size} places "
+        f"(layer, domain), mean gate up to {gate:.2f} in layer {layer} on {domain}; "
+        "above 0.95 it hardly learns: lower router.lr_scale or init_norm"
+    ]
+
+
+def summarise(
+    measured: Mapping[str, Measured],
+    setup: Setup,
+    before: str = "",
+    limit: float | None = None,
+) -> Summary:
+    """Return the summary of what was measured.
+
+    Args:
+        measured: by the model's name, in the order of the tables.
+        setup: what was scored.
+        before: model that the last one is compared with; "": the last two mixtures are compared.
+        limit: rise of a domain's perplexity that is accepted (`report.verdict`).
+
+    Raises:
+        ConfigError: as `compared`.
+    """
+    scores = {name: part.scores for name, part in measured.items()}
+    routings = {name: part.routing for name, part in scores.items() if part.routing is not None}
+    warnings: list[str] = []
+    for name, routing in routings.items():
+        warnings += _saturation(name, routing)
+    return Summary(
+        setup=setup,
+        perplexity={name: part.perplexity for name, part in scores.items()},
+        loss={name: part.loss for name, part in scores.items()},
+        window_loss={name: _listed(part) for name, part in scores.items()},
+        routed_model=list(routings)[-1] if routings else None,
+        change=_change(measured, before, limit),
+        warnings=warnings,
+        models={name: part.entry() for name, part in measured.items()},
+    )
+
+
+def _listed(scores: Scores) -> dict[str, list[float]]:
+    return {domain: loss_W.tolist() for domain, loss_W in scores.window_loss.items()}
