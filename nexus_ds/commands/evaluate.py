@@ -23,19 +23,14 @@ from nexus_ds.report import verdict as before_after
 from nexus_ds.report.evaluation import (
     PAGE,
     SUMMARY,
-    Measured,
     perplexity_table,
     routing_table,
 )
 from nexus_ds.report.page import text_table
+from nexus_ds.report.summary import Measured, ModelTasks, Setup, Summary, compared, summarise
 
 # checkpoint.inspection and evaluation/ import torch: functions below import them, so that
 # `evaluate --help` waits for nothing.
-if TYPE_CHECKING:
-    import numpy as np
-
-    from nexus_ds.data.corpora import Source
-    from nexus_ds.report.summary import ModelTasks, Summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -185,7 +180,6 @@ def _windows(
 
 def _check_compared(facts: dict[str, dict[str, Any]], before: str, limit: float | None) -> None:
     """Refuse a limit that nothing can be held against, before a second of work."""
-    from nexus_ds.report.summary import compared
 
     if compared(facts, before) is not None or limit is None:
         return
@@ -206,7 +200,7 @@ def measure(
     """Score every checkpoint and return the summary."""
     from nexus_ds.checkpoint.inspection import describe
     from nexus_ds.evaluation.perplexity import cosines, score, window_length
-    from nexus_ds.report.summary import Measured, Setup, summarise
+    from nexus_ds.report.summary import Measured
 
     facts = [describe(path) for path in args.checkpoint]
     _check_compared(dict(zip(names, facts, strict=True)), args.before, limit)
