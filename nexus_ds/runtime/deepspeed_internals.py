@@ -1,6 +1,8 @@
-"""Every contact with DeepSpeed's internals, read from version 0.19.8. Nothing else in the project
-touches a private name.
+"""The one door to DeepSpeed: no other module imports it or names what it does not document.
 
+What is relied upon was read from version 0.19.8: the two classes that a Nexus layer is made of, the
+attributes that ZeRO hangs on parameters (`ds_id`, `ds_shape`, ..), where its optimizers keep
+masters and moments, its process groups, and the few methods of an engine that `Engine` lists.
 Not covered: other versions. `check_version` refuses what this file was not read from.
 """
 
@@ -13,10 +15,10 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 # DeepSpeed builds C++ extensions just in time. Theirs go into this interpreter's own environment: a
 # shared folder keeps the lock of every interrupted build, and the next start waits for it for ever.
@@ -34,12 +36,14 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
 from deepspeed.module_inject.auto_ep_layer import (
     AutoEPMoELayer,
+    SplitPlan,
     compute_split_plan,
     permute_by_local_expert,
     unpermute_by_local_expert,
 )
 from deepspeed.moe.ep_count import count_tokens_per_expert
 from deepspeed.moe.ep_router import TokenChoiceTopKRouter
+from deepspeed.moe.layer import MoE
 from deepspeed.runtime import compiler
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import groups, safe_get_full_fp32_param
@@ -51,30 +55,19 @@ from nexus_ds.words import nearest
 
 __all__ = [
     "AutoEPMoELayer",
-    "TokenChoiceTopKRouter",
-    "autoep_spec",
-    "buffers_to_device",
-    "compute_split_plan",
     "count_tokens_per_expert",
-    "device",
-    "expert_parallel_ranks",
-    "fragments",
-    "full_fp32",
-    "gathered",
-    "mark_replicated",
-    "partitioner",
     "permute_by_local_expert",
-    "set_optimizer_step",
-    "start",
     "unpermute_by_local_expert",
-    "weights_from_masters",
 ]
 
 
 def _import_muon() -> None:
-    """Import DeepSpeed's Muon, which every engine does, without compiling it: torch's compiler
-    costs a rank seconds of imports."""
-    kept, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
+    """Import DeepSpeed's Muon, which every engine does, without compiling it.
+
+    A decorator there asks torch's compiler in, whose imports cost each rank seconds.
+    """
+    kept = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function
     try:
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     finally:
@@ -83,22 +76,66 @@ def _import_muon() -> None:
 
 _import_muon()
 READ_FROM = "0.19."
-MASTER, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")
+DeepSpeedConfig = dict[str, Any]
+"""What a DeepSpeed JSON holds, in its own keys."""
+# Kinds of what an optimizer keeps of a parameter; the moments' are torch's names in Adam's state.
+MASTER = "fp32"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# DeepSpeed stacks the matrices of a rank's experts: its name of a stack, the expert's of its own.
+STACKED = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+
+class Engine(Protocol):
+    """What is used of DeepSpeed's engine."""
+
+    module: nn.Module
+    """The transformers model."""
+    device: torch.device
+    optimizer: Any
+    """ZeRO's wrapper of AdamW, of another class for each stage; `fragments` looks into it."""
+    global_steps: int
+    micro_steps: int
+    global_samples: int
+
+    def __call__(self, *inputs: Any, **named_inputs: Any) -> Any:
+        """Pass inputs through the model, as it would take them itself."""
+
+    def train(self) -> object:
+        """Let the next passes be of training."""
+
+    def eval(self) -> object:
+        """Let the next passes be of evaluation."""
+
+    def backward(self, loss: Tensor) -> object:
+        """Add the gradients of `loss` / accumulation steps."""
+
+    def step(self) -> object:
+        """Count a micro-batch; after the last of a step clip the gradients and update."""
+
+    def get_global_grad_norm(self) -> float | None:
+        """Return the norm over all parameters and ranks of the last step, before clipping."""
+
+    def gradient_accumulation_steps(self) -> int:
+        """Return micro-batches a step."""
+
+    def train_batch_size(self) -> int:
+        """Return sequences a step, over all ranks."""
 
 
 def check_version() -> None:
     """Raise LayoutError for a DeepSpeed that this file was not read from."""
     if not deepspeed.__version__.startswith(READ_FROM):
         raise LayoutError(
-            f"found deepspeed {deepspeed.__version__}, expected {READ_FROM}x; install deepspeed==0.19.8 (requirements.txt)"
+            f"found deepspeed {deepspeed.__version__}, expected {READ_FROM}x; install "
+            "deepspeed==0.19.8 (requirements.txt)"
         )
 
 
-def check_zero_section(values: dict[str, Any]) -> None:
-    """Raise ConfigError for a `zero_optimization` section that DeepSpeed would refuse, or worse,
-    would ignore in part."""
+def check_zero_section(values: DeepSpeedConfig) -> None:
+    """Raise ConfigError for a `zero_optimization` that DeepSpeed refuses or ignores in part."""
     fields = DeepSpeedZeroConfig.model_fields
-    known = {*fields, *(field.alias for field in fields.values() if field.alias)}
+    aliases = {field.alias for field in fields.values() if field.alias}
+    known = {*fields, *aliases}
     for key in values:
         if key not in known:
             raise ConfigError(f"unknown key zero_optimization.{key}{nearest(key, known)}")
@@ -127,9 +164,9 @@ def device_with_room(size: int) -> torch.device:
 
 
 def start(timeout_minutes: float) -> None:
-    """Join the process group: LOCAL_RANK, RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT from the
-    launcher, else one rank.
+    """Join the process group of the launcher's variables, without them a group of one rank.
 
+    The variables are LOCAL_RANK, RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
     On CPU no extension is compiled: the shared-memory collective costs minutes and a compiler at
     the first start and leaves a file in /dev/shm behind; gloo does the same work.
     `__compatible_ops__` is the documented place to say so.
@@ -148,19 +185,33 @@ def start(timeout_minutes: float) -> None:
     )
 
 
-def autoep_spec(experts: int, top_k: int, hidden_size: int, ffn_size: int) -> MoELayerSpec:
-    """Describe a Nexus layer to AutoEP: softmax scores, not renormalised, applied after the
-    experts, shared weight 1."""
+def initialize(model: nn.Module, groups: list[dict[str, Any]], config: dict[str, Any]) -> Engine:
+    """Wrap a model in a DeepSpeed engine.
+
+    Args:
+        model: in the working dtype; its buffers on this rank's device.
+        groups: the optimizer's parameter groups, each with a `name`.
+        config: the complete DeepSpeed configuration.
+    """
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+    return engine
+
+
+# The layer ----------------------------------------------------------------------------------------
+
+
+def _moe_spec(slots: int, top_k: int, hidden_size: int, ffn_size: int) -> MoELayerSpec:
+    """Describe a Nexus layer: softmax scores, not renormalised, applied after the experts."""
     return MoELayerSpec(
         moe_module_name="mlp",
         model_family="nexus",
         router_name="gate",
         experts_name="experts",
         expert_storage="module_list",
-        expert_w1_name="gate_proj",
-        expert_w2_name="down_proj",
-        expert_w3_name="up_proj",
-        num_experts=experts,
+        expert_w1_name=STACKED["w1"],
+        expert_w2_name=STACKED["w2"],
+        expert_w3_name=STACKED["w3"],
+        num_experts=slots,
         top_k=top_k,
         hidden_size=hidden_size,
         ffn_hidden_size=ffn_size,
@@ -174,73 +225,206 @@ def autoep_spec(experts: int, top_k: int, hidden_size: int, ffn_size: int) -> Mo
         router_logits_capture_layer_name=None,
         has_shared_experts=True,
         shared_experts_name="shared_expert",
+        # Without a gate of its own the shared expert is always on, with weight 1.
         shared_experts_gate_name="",
     )
 
 
-def autoep_config(ep_size: int, grouped_mm: bool) -> AutoEPConfig:
-    """Return AutoEP's settings for a layer that is built by hand (no `expert_parallel` section in
-    the JSON)."""
-    return AutoEPConfig(
-        enabled=True, autoep_size=ep_size, use_grouped_mm=grouped_mm, load_balance_coeff=None
-    )
+class DeepSpeedRouter(TokenChoiceTopKRouter):
+    """What a Nexus router takes over from DeepSpeed's: its place in the layer and these numbers.
+
+    Args:
+        hidden_size: width H of a token.
+        slots: places for experts over all ranks, vacant ones included.
+        top_k: chosen experts a token.
+    """
+
+    num_experts: int
+    """Slots."""
+    top_k: int
+
+    def __init__(self, *, hidden_size: int, slots: int, top_k: int) -> None:
+        # On the meta device, since the parent's own free rows are dropped at once.
+        with torch.device("meta"):
+            super().__init__(
+                dim=hidden_size,
+                num_experts=slots,
+                num_expert_groups=None,
+                num_limited_groups=None,
+                top_k=top_k,
+                score_func="softmax",
+                route_norm=False,
+                route_scale=1.0,
+                gate_bias=False,
+            )
+        del self.gate
+
+
+class DeepSpeedMoE(AutoEPMoELayer):
+    """What a Nexus layer takes over from DeepSpeed's expert-parallel one, dropless and exact.
+
+    The engine knows its expert layers by `isinstance(module, AutoEPMoELayer)` and joins their
+    process groups by `set_deepspeed_parallelism`. The layer is built by hand, with no
+    `expert_parallel` section in the JSON: DeepSpeed's own replacement of layers would copy the
+    router into an `nn.Linear`, without the projection.
+
+    Args:
+        source: block that weights are copied from: `gate`, `experts` (a list over all slots; those
+            of other ranks on the meta device) and `shared_expert`.
+        slots: places for experts over all ranks; a multiple of `ep_size`.
+        top_k: chosen experts a token.
+        hidden_size: H.
+        ffn_size: F.
+        ep_size: ranks over which the experts are spread.
+        ep_rank: this rank among them.
+        grouped_mm: grouped matrix products instead of a loop over experts.
+    """
+
+    ep_size: int
+    ep_group: dist.ProcessGroup | None
+    """Ranks over which the experts are spread; None until the engine has started."""
+    ep_group_name: str
+    num_experts: int
+    """Slots of all ranks."""
+    num_local_experts: int
+    """Slots of this rank."""
+    router: nn.Module
+    experts: Any
+    """This rank's experts, a module of parameters: w1, w3 [slots, F, H] and w2 [slots, H, F]."""
+    shared_experts: nn.Module
+
+    def __init__(
+        self,
+        source: nn.Module,
+        *,
+        slots: int,
+        top_k: int,
+        hidden_size: int,
+        ffn_size: int,
+        ep_size: int,
+        ep_rank: int,
+        grouped_mm: bool,
+    ) -> None:
+        # DeepSpeed's balancing by a bias would be a second one beside the load-balancing loss.
+        config = AutoEPConfig(
+            enabled=True, autoep_size=ep_size, use_grouped_mm=grouped_mm, load_balance_coeff=None
+        )
+        super().__init__(
+            spec=_moe_spec(slots, top_k, hidden_size, ffn_size),
+            source_module=source,
+            ep_size=ep_size,
+            ep_rank=ep_rank,
+            config=config,
+        )
+
+    def split_plan(self, rows_NH: Tensor, counts_E: Tensor) -> SplitPlan:
+        """Return how many rows go to and come from each rank, given rows for each slot [slots].
+
+        All ranks of the group must call: they tell each other.
+        """
+        return compute_split_plan(
+            selected_experts=rows_NH,  # looked at for its number alone, and in one process alone
+            num_experts=self.num_experts,
+            ep_size=self.ep_size,
+            num_local_experts=self.num_local_experts,
+            ep_group=self.ep_group,
+            num_tokens_per_expert=counts_E,
+        )
+
+
+def capacity_moe(
+    experts: Sequence[nn.Module], expert_embeddings_EH: Tensor, *, top_k: int, drop_tokens: bool
+) -> nn.Module:
+    """Return DeepSpeed's older layer (deepspeed.moe), for comparisons of speed.
+
+    Its forward pass returns the routed output, the load-balancing loss and the counts.
+
+    Args:
+        experts: all of them; none is copied.
+        expert_embeddings_EH: rows of its router.
+        top_k: chosen experts a token.
+        drop_tokens: whether tokens beyond an expert's capacity are dropped.
+    """
+    count, hidden_size = expert_embeddings_EH.shape
+    layer = MoE(hidden_size, experts[0], count, k=top_k, drop_tokens=drop_tokens)
+    # The constructor deep-copies one expert.
+    layer.deepspeed_moe.experts.deepspeed_experts = nn.ModuleList(experts)
+    layer.deepspeed_moe.gate.wg.weight = nn.Parameter(expert_embeddings_EH)
+    return layer
+
+
+# Parameters ---------------------------------------------------------------------------------------
 
 
 def mark_replicated(module: nn.Module) -> None:
-    """Tell ZeRO that the module's gradients are averaged over all ranks (AutoEP marks only what it
-    built itself)."""
+    """Tell ZeRO that a module is the same on all ranks, so that all average its gradients.
+
+    The layer's constructor marks only what it has built itself.
+    """
     for parameter in module.parameters():
         parameter.allreduce = True  # type: ignore[attr-defined]
         parameter.ds_zero_placement_family = "replicated"  # type: ignore[attr-defined]
 
 
-def is_partitioned(parameter: Any) -> bool:
+def is_partitioned(parameter: Tensor) -> bool:
     """Return whether ZeRO-3 holds only a shard of `parameter` here."""
     return hasattr(parameter, "ds_id")
 
 
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Return the shape of the whole parameter, also under ZeRO-3."""
+    # A shard's own shape is (0,) until it is gathered.
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 @contextmanager
-def gathered(parameter: Any) -> Iterator[Tensor]:
-    """Yield the full data of one parameter; under ZeRO-3 all ranks of its partition group must
-    enter together."""
-    context = (
-        deepspeed.zero.GatheredParameters([parameter], modifier_rank=None)
-        if is_partitioned(parameter)
-        else nullcontext()
-    )
-    with context:
+def gathered(parameter: Tensor) -> Iterator[Tensor]:
+    """Yield the full data of one parameter.
+
+    Under ZeRO-3 all ranks of its partition group must enter together.
+    """
+    whole: AbstractContextManager[object] = nullcontext()
+    if is_partitioned(parameter):
+        whole = deepspeed.zero.GatheredParameters([parameter], modifier_rank=None)
+    with whole:
         yield parameter.data
 
 
-def partitioner(config: dict[str, Any]) -> Callable[[nn.Module], None]:
-    """Return what keeps only this rank's ZeRO-3 shard of a module's parameters. All ranks must call
-    it alike.
+def partitioner(config: DeepSpeedConfig) -> Callable[[nn.Module], None]:
+    """Return what keeps only this rank's ZeRO-3 shard of a module's parameters.
 
+    All ranks must call it with the same modules in the same order.
     Experts are partitioned over the ranks that hold the same ones; DeepSpeed refuses to train them
-    otherwise. Building
-    the layers inside `zero.Init` would hang: their constructor gathers on some ranks alone.
+    otherwise. Building the layers inside `zero.Init` would hang: their constructor gathers on some
+    ranks alone.
 
     Args:
         config: the complete DeepSpeed configuration.
     """
-    first: list[Any] = []
+    # `zero.Init` partitions one module and leaves the means to go on at its parameters.
+    converter: list[nn.Parameter] = []
 
     def partition(module: nn.Module) -> None:
         for layer in module.modules():
             if isinstance(layer, AutoEPMoELayer):
-                layer.set_deepspeed_parallelism()
-                for parameter in layer.experts.parameters():
-                    group = groups._get_expert_data_parallel_group(layer.ep_group_name)
-                    parameter.ds_zero_partition_process_group = group
+                _spread_experts(layer)
         whole = [p for p in module.parameters() if not is_partitioned(p)]
-        if first:
-            first[0].convert_to_zero_parameters(param_list=whole)
+        if converter:
+            converter[0].convert_to_zero_parameters(param_list=whole)  # type: ignore[attr-defined]
         elif whole:
             deepspeed.zero.Init(module=module, config_dict_or_path=config)
-            first.append(whole[0])
+            converter.append(whole[0])
         release_memory()
 
     return partition
+
+
+def _spread_experts(layer: AutoEPMoELayer) -> None:
+    """Tell ZeRO-3 over which ranks a layer's experts are partitioned."""
+    layer.set_deepspeed_parallelism()
+    group = groups._get_expert_data_parallel_group(layer.ep_group_name)
+    for parameter in layer.experts.parameters():
+        parameter.ds_zero_partition_process_group = group
 
 
 def buffers_to_device(model: nn.Module) -> None:
@@ -256,24 +440,26 @@ def buffers_to_device(model: nn.Module) -> None:
 
 
 def release_memory() -> None:
-    """Hand freed host memory back: glibc keeps blocks below 32 MiB, most of a layer's matrices,
-    between live ones."""
+    """Hand freed host memory back to the system.
+
+    glibc keeps freed blocks below 32 MiB, most of a layer's matrices, between live ones.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def full_fp32(parameter: nn.Parameter) -> Tensor:
-    """Return the fp32 master of a replicated parameter on every rank (all ranks must call); its own
-    data if it has none."""
-    if parameter.dtype == torch.float32:
-        with gathered(parameter) as data:
-            return data.detach().clone().cpu()
-    master = safe_get_full_fp32_param(parameter)
-    if master is None:
-        with gathered(parameter) as data:
-            return data.detach().float().cpu()
-    return master.detach().float().cpu()
+    """Return the fp32 master of a replicated parameter, on the CPU of every rank (all must call).
+
+    A parameter without a master is returned as it is.
+    """
+    # An fp32 parameter is its own master.
+    master = None if parameter.dtype == torch.float32 else safe_get_full_fp32_param(parameter)
+    if master is not None:
+        return master.detach().float().cpu()
+    with gathered(parameter) as data:
+        return data.detach().to("cpu", torch.float32, copy=True)
 
 
 def expert_parallel_ranks(ep_size: int) -> list[int]:
@@ -281,7 +467,7 @@ def expert_parallel_ranks(ep_size: int) -> list[int]:
     return list(range(ep_size))  # DeepSpeed's groups are consecutive ranks
 
 
-def expert_parallel_group(layer: AutoEPMoELayer) -> Any:
+def expert_parallel_group(layer: AutoEPMoELayer) -> dist.ProcessGroup:
     """Return the process group over which the layer's experts are spread."""
     return groups._get_expert_parallel_group(layer.ep_group_name)
 
@@ -295,17 +481,28 @@ def all_reduce_max(value: float) -> float:
     return float(tensor.item())
 
 
-# The optimizer's memory ------------------------------------------------------------------------------------------------
+# The optimizer's memory ---------------------------------------------------------------------------
 
 
 class Fragment(NamedTuple):
-    """What this rank's optimizer owns of one parameter: elements [start, start + n) of it,
-    flattened."""
+    """What this rank's optimizer owns of one parameter, flattened: elements [start, start + n)."""
 
     parameter: nn.Parameter
     start: int
     values: dict[str, Tensor]
     """fp32 (the master), exp_avg, exp_avg_sq: views [n] into the optimizer's own memory, fp32."""
+
+
+class _Position(NamedTuple):
+    """Where a parameter's fragment lies here."""
+
+    group: int
+    offset: int
+    """Of its first element in the group's flat master."""
+    start: int
+    """Of its first element in the parameter, flattened."""
+    size: int
+    """Elements."""
 
 
 def _flats(optimizer: Any) -> list[Tensor]:
@@ -315,79 +512,85 @@ def _flats(optimizer: Any) -> list[Tensor]:
     if hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO-1 and 2
         return optimizer.single_partition_of_fp32_groups
     raise LayoutError(
-        f"{type(optimizer).__name__} keeps no ZeRO partition; use ds_configs/z1.json, z2.json or z3.json"
+        f"{type(optimizer).__name__} keeps no ZeRO partition; use ds_configs/z1.json, z2.json or "
+        "z3.json"
     )
 
 
-def _place(optimizer: Any, parameter: Any) -> tuple[int, int, int, int] | None:
-    """Return group, offset in the group's flat master, first element and count of a parameter's
-    fragment here."""
+def _position(optimizer: Any, parameter: Any) -> _Position | None:
+    """Return where a parameter's fragment lies; None if this rank owns nothing of it."""
     if is_partitioned(parameter):
         group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = size * dist.get_rank(parameter.ds_process_group)
-        count = min(size, parameter.ds_numel - start)  # the last partitions are padded
-        return (group, offset, start, count) if count > 0 else None
+        # The last partitions are padded to the size of the others.
+        size = min(size, parameter.ds_numel - start)
+        return _Position(group, offset, start, size) if size > 0 else None
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
-    address = mapping.get_hp_fragment_address()
-    return (
-        mapping.param_group_index,
-        address.start,
-        mapping.lp_fragment_address.start,
-        address.numel,
-    )
+    master = mapping.get_hp_fragment_address()
+    start = mapping.lp_fragment_address.start
+    return _Position(mapping.param_group_index, master.start, start, master.numel)
 
 
-def fragments(engine: Any) -> Iterator[Fragment]:
-    """Yield what this rank's optimizer owns, in the order of the model's parameters; no
-    communication.
+def fragments(engine: Engine) -> Iterator[Fragment]:
+    """Yield what this rank's optimizer owns, in the order of the model's parameters.
 
-    Every element of every parameter is owned by exactly one rank. Moments are there after the first
-    step or after `set_optimizer_step`. (DeepSpeed's own links to the moments are made after the
-    first group's step and miss the experts; nothing here uses them.)
+    Nothing is communicated; every element of every parameter is owned by exactly one rank. Moments
+    are there after the first step or after `set_optimizer_step`. (DeepSpeed's own links to the
+    moments are made after the first group's step and miss the experts; nothing here uses them.)
     """
     optimizer = engine.optimizer
+    # Streams of DeepSpeed's own may still be at work on what is handed out here.
     get_accelerator().synchronize()
     flats = _flats(optimizer)
     for parameter in engine.module.parameters():
-        if place := _place(optimizer, parameter):
-            group, offset, start, count = place
-            state = optimizer.optimizer.state[flats[group]]
-            kept = {MASTER: flats[group], **{name: state[name] for name in MOMENTS}}
-            views = {
-                name: tensor.detach().narrow(0, offset, count) for name, tensor in kept.items()
-            }
-            yield Fragment(parameter, start, views)
+        position = _position(optimizer, parameter)
+        if position is None:
+            continue
+        flat = flats[position.group]
+        state = optimizer.optimizer.state[flat]
+        kept = {MASTER: flat} | {name: state[name] for name in MOMENTS}
+        views = {
+            kind: tensor.detach().narrow(0, position.offset, position.size)
+            for kind, tensor in kept.items()
+        }
+        yield Fragment(parameter, position.start, views)
 
 
-def optimizer_step(engine: Any) -> int:
+def optimizer_step(engine: Engine) -> int:
     """Return how many updates Adam has counted (0 before the first)."""
     states = (engine.optimizer.optimizer.state[flat] for flat in _flats(engine.optimizer))
     return max((int(state["step"]) for state in states if "step" in state), default=0)
 
 
-def set_optimizer_step(engine: Any, step: int) -> None:
-    """Set Adam's count in every flat group, each with a tensor of its own; make the moments (zero)
-    where they miss."""
+def set_optimizer_step(engine: Engine, step: int) -> None:
+    """Set Adam's count in every flat group; make the moments (zero) where they miss.
+
+    Each group gets a tensor of its own: a shared one would count once a group at every step.
+    """
     inner = engine.optimizer.optimizer
     for flat in _flats(engine.optimizer):
         state = inner.state[flat]
         for name in MOMENTS:
             if name not in state:
                 state[name] = torch.zeros_like(flat, requires_grad=False)
+        # Where torch's AdamW keeps it: only the fused one reads it on the device.
         where = flat.device if inner.defaults.get("fused") else torch.device("cpu")
         state["step"] = torch.tensor(float(step), dtype=torch.float32, device=where)
 
 
 @torch.no_grad()
-def weights_from_masters(engine: Any) -> None:
-    """Derive the working weights from the fp32 masters, as the end of an optimizer step does. All
-    ranks must call."""
+def weights_from_masters(engine: Engine) -> None:
+    """Derive the working weights from the fp32 masters, as the end of an optimizer step does.
+
+    All ranks must call.
+    """
     optimizer = engine.optimizer
-    if hasattr(optimizer, "update_lp_params"):
+    if hasattr(optimizer, "update_lp_params"):  # ZeRO-1 and 2
         optimizer.update_lp_params()
         return
+    # What stayed whole after the last pass would keep its old values.
     optimizer._partition_all_parameters()
     for group in range(len(optimizer.fp16_groups)):
         optimizer._reassign_or_swap_out_partitioned_parameters(group)
@@ -395,7 +598,7 @@ def weights_from_masters(engine: Any) -> None:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
-def set_counters(engine: Any, step: int) -> None:
+def set_counters(engine: Engine, step: int) -> None:
     """Tell the engine how many optimizer steps lie behind it."""
     engine.global_steps = step
     engine.micro_steps = step * engine.gradient_accumulation_steps()

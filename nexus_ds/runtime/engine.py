@@ -1,5 +1,7 @@
 """The DeepSpeed engine of a run: its configuration, parameter groups and batch arithmetic.
 
+A DeepSpeed JSON is read, checked and completed as a plain dictionary, in DeepSpeed's own keys.
+
 Not covered: pipeline, tensor and sequence parallelism; fp16.
 """
 
@@ -9,18 +11,21 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import deepspeed
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from nexus_ds.errors import ConfigError, LayoutError
 from nexus_ds.model.head import use_loss_head
 from nexus_ds.runtime import deepspeed_internals as internals
+from nexus_ds.runtime.deepspeed_internals import DeepSpeedConfig, Engine, full_shape
 from nexus_ds.runtime.nexus_moe import NexusMoE, Placement
 from nexus_ds.settings import Config, ParallelConfig, TrainingConfig
 from nexus_ds.words import nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # DeepSpeed ignores a misspelt key at top level; here it is refused.
 KNOWN_KEYS = frozenset(
@@ -54,10 +59,9 @@ OWNED_KEYS = {
     "expert_parallel": "parallel.expert",
 }
 
-
 # Keys of `zero_optimization` whose other values can't train or can't be saved exactly: the one
 # value that can, and why.
-REFUSED: dict[str, tuple[Any, str]] = {
+REFUSED: dict[str, tuple[bool | int | None, str]] = {
     "round_robin_gradients": (
         False,
         "DeepSpeed then files masters under other parameters than they belong to",
@@ -79,11 +83,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 @dataclass(frozen=True)
 class Batch:
-    """How a global batch is cut: `micro` sequences a rank and forward pass, `accumulation` passes a
-    step."""
+    """How the sequences of a step are cut over ranks and forward passes."""
 
     micro: int
+    """Sequences of one rank and forward pass."""
     accumulation: int
+    """Forward passes of a rank in one optimizer step."""
 
 
 def split_batch(training: TrainingConfig, world: int) -> Batch:
@@ -91,12 +96,14 @@ def split_batch(training: TrainingConfig, world: int) -> Batch:
     share, rest = divmod(training.batch_size, world)
     if rest:
         raise LayoutError(
-            f"training.batch_size {training.batch_size} does not divide over {world} ranks; use a multiple of {world}"
+            f"training.batch_size {training.batch_size} does not divide over {world} ranks; use a "
+            f"multiple of {world}"
         )
     micro = training.micro_batch_size or share
     if share % micro:
         raise LayoutError(
-            f"a rank's {share} sequences a step are not a multiple of training.micro_batch_size {micro}; change one of them"
+            f"a rank's {share} sequences a step are not a multiple of training.micro_batch_size "
+            f"{micro}; change one of them"
         )
     return Batch(micro, share // micro)
 
@@ -104,15 +111,21 @@ def split_batch(training: TrainingConfig, world: int) -> Batch:
 def expert_parallel_size(
     parallel: ParallelConfig, experts: int, world: int, local_world: int
 ) -> int:
-    """Return parallel.expert, or for 0 the largest useful size inside one node; LayoutError if
-    ranks don't divide."""
-    if parallel.expert:
-        if world % parallel.expert:
-            raise LayoutError(
-                f"parallel.expert {parallel.expert} does not divide {world} ranks; use a divisor of {world}, or 0 for automatic"
-            )
-        return parallel.expert
-    return max(size for size in range(1, local_world + 1) if world % size == 0 and size <= experts)
+    """Return parallel.expert, or for 0 the largest useful size inside one node.
+
+    Raises:
+        LayoutError: parallel.expert does not divide the ranks.
+    """
+    if not parallel.expert:
+        # Rows for experts travel at every layer: between nodes only where somebody asks for it.
+        dividing = [size for size in range(1, local_world + 1) if world % size == 0]
+        return max(size for size in dividing if size <= experts)
+    if world % parallel.expert:
+        raise LayoutError(
+            f"parallel.expert {parallel.expert} does not divide {world} ranks; use a divisor of "
+            f"{world}, or 0 for automatic"
+        )
+    return parallel.expert
 
 
 def placement(
@@ -123,9 +136,12 @@ def placement(
     return Placement(experts, size, rank % size)
 
 
-def read_deepspeed_json(path: Path | None, parallel: ParallelConfig) -> dict[str, Any]:
-    """Read a DeepSpeed JSON; without one, the recipe's ZeRO stage. ConfigError names keys that
-    don't belong there."""
+def read_deepspeed_json(path: Path | None, parallel: ParallelConfig) -> DeepSpeedConfig:
+    """Read a DeepSpeed JSON; without one, return what the recipe's ZeRO stage asks for.
+
+    Raises:
+        ConfigError: no such file, no JSON, or keys that don't belong there.
+    """
     if path is None:
         return {"zero_optimization": {"stage": parallel.zero_stage}}
     if not path.is_file():
@@ -145,7 +161,7 @@ def read_deepspeed_json(path: Path | None, parallel: ParallelConfig) -> dict[str
 
 
 def check_layout(
-    values: dict[str, Any], config: Config, world: int, local_world: int, experts: int
+    values: DeepSpeedConfig, config: Config, world: int, local_world: int, experts: int
 ) -> tuple[int, Batch]:
     """Judge a layout before anything is loaded; return its ZeRO stage and how the batch is cut.
 
@@ -165,79 +181,93 @@ def check_layout(
     internals.check_zero_section(zero)
     if stage == 0:
         raise LayoutError(
-            "ZeRO stage 0 clips wrongly with expert layers and keeps no masters; use ds_configs/z1.json or higher"
+            "ZeRO stage 0 clips wrongly with expert layers and keeps no masters; use "
+            "ds_configs/z1.json or higher"
         )
     for key, (value, why) in REFUSED.items():
+        # An explicit null is DeepSpeed's default, which is the value that can.
         if zero.get(key, value) not in (value, None):
             raise LayoutError(
-                f"zero_optimization.{key}: {zero[key]!r} is not supported: {why}; remove it from the JSON"
+                f"zero_optimization.{key}: {zero[key]!r} is not supported: {why}; remove it from "
+                "the JSON"
             )
-    for key in ("offload_optimizer", "offload_param"):
-        if (zero.get(key) or {}).get("device") == "nvme":
-            raise LayoutError(f"zero_optimization.{key}.device: nvme is not supported; use cpu")
-    if stage != 3 and (zero.get("offload_param") or {}).get("device", "none") != "none":
-        raise LayoutError(
-            f"zero_optimization.offload_param needs ZeRO stage 3, this is stage {stage}; use ds_configs/z3_offload.json"
-        )
+    _check_offload(zero, stage)
     if experts:
         expert_parallel_size(config.parallel, experts, world, local_world)
     return stage, split_batch(config.training, world)
 
 
-def deepspeed_config(values: dict[str, Any], config: Config, batch: Batch) -> dict[str, Any]:
+def _check_offload(zero: DeepSpeedConfig, stage: int) -> None:
+    """Raise LayoutError for an offload that DeepSpeed can't do at this ZeRO stage."""
+    for key in ("offload_optimizer", "offload_param"):
+        if (zero.get(key) or {}).get("device") == "nvme":
+            raise LayoutError(f"zero_optimization.{key}.device: nvme is not supported; use cpu")
+    parameters = (zero.get("offload_param") or {}).get("device", "none")
+    if stage != 3 and parameters != "none":
+        raise LayoutError(
+            f"zero_optimization.offload_param needs ZeRO stage 3, this is stage {stage}; use "
+            "ds_configs/z3_offload.json"
+        )
+
+
+def deepspeed_config(values: DeepSpeedConfig, config: Config, batch: Batch) -> DeepSpeedConfig:
     """Complete a DeepSpeed JSON that `check_layout` accepted with what the recipe decides."""
     training = config.training
-    zero = values["zero_optimization"]
-    adam: dict[str, Any] = {
+    offload = "offload_optimizer" in values["zero_optimization"]
+    adam = {
         "lr": training.lr,
         "betas": [training.beta1, training.beta2],
         "eps": 1e-8,
         "weight_decay": training.weight_decay,
-        "torch_adam": True,  # DeepSpeed's own builds a C++ or CUDA extension at the first start
+        # DeepSpeed's own AdamW builds a C++ or CUDA extension at the first start.
+        "torch_adam": True,
     }
-    if not internals.on_cpu() and "offload_optimizer" not in zero:
-        adam["fused"] = True
-    if "offload_optimizer" in zero:
+    if offload:
+        # DeepSpeed refuses an offloaded optimizer that is not its own, unless told to take it.
         values.setdefault("zero_force_ds_cpu_optimizer", False)
+    elif not internals.on_cpu():
+        adam["fused"] = True
     return values | {
         "train_micro_batch_size_per_gpu": batch.micro,
         "gradient_accumulation_steps": batch.accumulation,
-        "gradient_clipping": training.clip,  # DeepSpeed's default is 1.0
+        # Always explicit: without it DeepSpeed clips at 1.0.
+        "gradient_clipping": training.clip,
         "optimizer": {"type": "AdamW", "params": adam},
         "bf16": {"enabled": config.model.dtype == "bf16"},
+        # The run has a log of its own.
         "steps_per_print": values.get("steps_per_print", 10**9),
     }
-
-
-def full_shape(parameter: Any) -> tuple[int, ...]:
-    """Return the shape of the whole parameter, also under ZeRO-3."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def parameter_groups(
     model: nn.Module, training: TrainingConfig, router_lr_scale: float
 ) -> list[dict[str, Any]]:
-    """Return AdamW's groups: matrices (decayed), vectors, and the router with its own learning
-    rate.
+    """Return AdamW's groups: matrices (decayed), vectors, and the router with a rate of its own.
 
     For a projection Adam moves `W1 d` by up to lr * |d|_1 a step, many times what it moves a free
-    row: at the model's learning rate the rows blow up and the gate saturates. Each group has a
-    name, which DeepSpeed needs with MoE layers.
+    expert embedding: at the model's learning rate the embeddings blow up and the gate saturates.
+    Each group has a name, which DeepSpeed needs with MoE layers.
     """
     groups: dict[str, dict[str, Any]] = {
         "matrices": {"weight_decay": training.weight_decay, "lr_scale": 1.0},
         "vectors": {"weight_decay": 0.0, "lr_scale": 1.0},
         "router": {"weight_decay": 0.0, "lr_scale": router_lr_scale},
     }
-    for group in groups.values():
-        group["params"] = []
+    members: dict[str, list[nn.Parameter]] = {kind: [] for kind in groups}
     routers = {id(p) for layer in moe_layers(model) for p in layer.router.parameters()}
     for parameter in model.parameters():
-        kind = "matrices" if len(full_shape(parameter)) > 1 else "vectors"
         if id(parameter) in routers:
             kind = "router"
-        groups[kind]["params"].append(parameter)
-    return [{"name": name, **group} for name, group in groups.items() if group["params"]]
+        elif len(full_shape(parameter)) > 1:
+            kind = "matrices"
+        else:
+            kind = "vectors"
+        members[kind].append(parameter)
+    return [
+        {"name": kind, **groups[kind], "params": parameters}
+        for kind, parameters in members.items()
+        if parameters
+    ]
 
 
 def moe_layers(model: nn.Module) -> list[NexusMoE]:
@@ -245,7 +275,9 @@ def moe_layers(model: nn.Module) -> list[NexusMoE]:
     return [module for module in model.modules() if isinstance(module, NexusMoE)]
 
 
-def start_engine(model: Any, values: dict[str, Any], config: Config, batch: Batch) -> Any:
+def start_engine(
+    model: PreTrainedModel, values: DeepSpeedConfig, config: Config, batch: Batch
+) -> Engine:
     """Wrap a model for training.
 
     Args:
@@ -257,29 +289,31 @@ def start_engine(model: Any, values: dict[str, Any], config: Config, batch: Batc
     Returns:
         The DeepSpeed engine; its optimizer's groups carry `lr_scale`.
     """
-    layers = moe_layers(model)
     if config.training.activation_checkpointing != "none":
-        reentrant = config.training.activation_checkpointing == "reentrant"
-        # renamed in transformers 5.2x; the old name works in all supported versions
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": reentrant}
-            )
+        _checkpoint_activations(model, config.training.activation_checkpointing == "reentrant")
+    layers = moe_layers(model)
     for layer in layers:
         layer.router.loss_scale = 1.0 / batch.accumulation
     linear = bool(layers) and layers[0].router.projection is None
     use_loss_head(model)
     groups = parameter_groups(model, config.training, 1.0 if linear else config.router.lr_scale)
     internals.buffers_to_device(model)
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=groups, config=deepspeed_config(values, config, batch)
-    )
+    engine = internals.initialize(model, groups, deepspeed_config(values, config, batch))
     internals.release_memory()  # what DeepSpeed copied on the way to its partitions
     return engine
 
 
-def set_learning_rate(engine: Any, lr: float) -> None:
+def _checkpoint_activations(model: PreTrainedModel, reentrant: bool) -> None:
+    """Let the backward pass compute each layer's activations once more."""
+    # Renamed in transformers 5.2x; the old name works in all supported versions.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+        )
+
+
+def set_learning_rate(engine: Engine, lr: float) -> None:
     """Set every group's learning rate to `lr` times its scale."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -1,9 +1,9 @@
-"""NexusMoE: DeepSpeed's expert-parallel MoE layer with the embedding-projection router and the
-always-on shared expert.
+"""NexusMoE: a layer whose router reads P(D), on DeepSpeed's expert-parallel one (paper section 2).
 
-Shapes: T tokens, E routed experts, K chosen experts a token, H hidden size. Slots are the places
-where experts live: `slots` is E rounded up to a multiple of the expert-parallel size, vacant slots
-are never chosen and hold zeros.
+Shapes: B sequences, S tokens of one, T = B S tokens, E routed experts, K chosen experts a token,
+N = T K rows for experts, H hidden size, F inner width, M width of a domain embedding. Slots are the
+places where experts live: `slots` is E rounded up to a multiple of the expert-parallel size, vacant
+slots are never chosen and hold zeros.
 Not covered: capacity and token dropping (the layer is dropless), renormalised gates.
 """
 
@@ -20,11 +20,8 @@ from nexus_ds.model.experts import ExpertOrder, FeedForward, RoutedExperts
 from nexus_ds.model.losses import attach_loss, load_balancing_loss, router_z_loss
 from nexus_ds.model.router import Projection
 from nexus_ds.runtime.deepspeed_internals import (
-    AutoEPMoELayer,
-    TokenChoiceTopKRouter,
-    autoep_config,
-    autoep_spec,
-    compute_split_plan,
+    DeepSpeedMoE,
+    DeepSpeedRouter,
     count_tokens_per_expert,
     mark_replicated,
     permute_by_local_expert,
@@ -35,11 +32,18 @@ from nexus_ds.runtime.exchange import Exchange
 
 @dataclass(frozen=True)
 class Placement:
-    """Where experts live: expert e is on rank e % ep_size of its expert-parallel group."""
+    """Where experts live: expert e is on rank e % ep_size of its expert-parallel group.
+
+    One after the other over the ranks, so that vacant slots are spread too: no rank has two more
+    experts than another.
+    """
 
     experts: int
+    """Routed experts E of the model."""
     ep_size: int = 1
+    """Ranks over which they are spread."""
     ep_rank: int = 0
+    """This rank among them."""
 
     @property
     def local_slots(self) -> int:
@@ -57,8 +61,8 @@ class Placement:
 
     def expert_at(self, slot: int) -> int | None:
         """Return the routed expert in a slot, or None for a vacant one."""
-        rank, place = divmod(slot, self.local_slots)
-        expert = place * self.ep_size + rank
+        rank, local_slot = divmod(slot, self.local_slots)
+        expert = local_slot * self.ep_size + rank
         return expert if expert < self.experts else None
 
     def local_experts(self) -> list[int | None]:
@@ -69,8 +73,11 @@ class Placement:
 
 @dataclass
 class RouterStatistics:
-    """What the router did in its last forward pass; detached, overwritten by the next one (a
-    recomputed one too)."""
+    """What the router did in its last forward pass, detached.
+
+    The next pass overwrites it, a recomputed one too. (DeepSpeed's own count of tokens per expert
+    grows with every pass, recomputation and evaluation included.)
+    """
 
     selected_TK: Tensor
     """Chosen routed experts, int64."""
@@ -82,13 +89,24 @@ class RouterStatistics:
     """Unit z-loss, scalar."""
 
 
-class NexusRouter(TokenChoiceTopKRouter):
-    """Scores tokens against rows P(D) (or free rows for `linear`) and carries the auxiliary losses.
+class NexusRouter(DeepSpeedRouter):
+    """Scores tokens against expert embeddings P(D), or free ones, and carries the router's losses.
 
-    `loss_scale` is 1 / gradient accumulation steps: the engine scales the main loss by it, so must
-    the losses here. With `mean_H` [H] the scored input is the running mean of a text's hidden
-    states (see `context`).
+    Args:
+        hidden_size: H.
+        placement: which expert is in which slot.
+        top_k: K.
+        projection: P; None for a linear router with free expert embeddings.
+        domain_inputs_EM: what P reads, fp32; None without P.
+        load_balance: coefficient of the load-balancing loss.
+        z_loss: coefficient of the z-loss.
+        mean_H: what is subtracted of the running mean of a text's hidden states, where that is the
+            scored input (see `context`); None: each token scores by itself.
     """
+
+    loss_scale: float
+    """1 / gradient accumulation steps: the engine scales the main loss by it, so must this."""
+    latest: RouterStatistics | None
 
     def __init__(
         self,
@@ -101,30 +119,31 @@ class NexusRouter(TokenChoiceTopKRouter):
         z_loss: float = 0.0,
         mean_H: Tensor | None = None,
     ) -> None:
-        with torch.device("meta"):  # the parent's own gate is dropped
-            super().__init__(
-                hidden_size, placement.slots, None, None, top_k, "softmax", False, 1.0, False
-            )
-        del self.gate
+        super().__init__(hidden_size=hidden_size, slots=placement.slots, top_k=top_k)
         self.projection = projection
         if projection is None:
             self.gate: nn.Linear = nn.Linear(hidden_size, placement.experts, bias=False)
         self.register_buffer("domain_inputs", domain_inputs_EM, persistent=False)
         self.mean = None if mean_H is None else nn.Parameter(mean_H)
         self.length = 0  # of the texts; set in each pass of the layer, so in a recomputed one too
-        slots = torch.tensor([placement.slot(e) for e in range(placement.experts)])
-        self.register_buffer("slot_of_expert", slots, persistent=False)
-        self.load_balance, self.z_loss, self.loss_scale = load_balance, z_loss, 1.0
-        self.latest: RouterStatistics | None = None
+        slots_E = torch.tensor([placement.slot(e) for e in range(placement.experts)])
+        self.register_buffer("slot_of_expert", slots_E, persistent=False)
+        self.load_balance = load_balance
+        self.z_loss = z_loss
+        self.loss_scale = 1.0
+        self.latest = None
 
     def logits(self, x_TH: Tensor) -> Tensor:
-        """Return x E^T, [T, E]. P is reached by a module call, so that ZeRO-3 gathers it."""
+        """Return x E^T, [T, E] in the dtype of x."""
         if self.mean is not None:
             x_TH = context(x_TH, self.length, self.mean)
         if self.projection is None:
             return self.gate(x_TH)
         assert isinstance(self.domain_inputs, Tensor)
-        return F.linear(x_TH, self.projection(self.domain_inputs.to(x_TH.dtype)))
+        # P is reached by a module call, so that ZeRO-3 gathers its weights, and reads in the
+        # compute dtype: serving has its rows written down in that.
+        embeddings_EH = self.projection(self.domain_inputs.to(x_TH.dtype))
+        return F.linear(x_TH, embeddings_EH)
 
     def forward(
         self, x: Tensor, expert_bias: Tensor | None = None
@@ -133,12 +152,20 @@ class NexusRouter(TokenChoiceTopKRouter):
         logits_TE = self.logits(x)
         p_TE = F.softmax(logits_TE.float(), dim=-1)
         gate_TK, chosen_TK = torch.topk(p_TE, self.top_k, dim=-1)
-        load_balance, z = load_balancing_loss(p_TE, chosen_TK), router_z_loss(logits_TE)
+        load_balance = load_balancing_loss(p_TE, chosen_TK)
+        z = router_z_loss(logits_TE)
         self.latest = RouterStatistics(
-            chosen_TK.detach(), gate_TK[:, 0].detach(), load_balance.detach(), z.detach()
+            selected_TK=chosen_TK.detach(),
+            gate_T1=gate_TK[:, 0].detach(),
+            load_balance=load_balance.detach(),
+            z=z.detach(),
         )
         if torch.is_grad_enabled() and self.training:
-            total = self.load_balance * load_balance + (self.z_loss * z if self.z_loss else 0.0)
+            total = self.load_balance * load_balance
+            if self.z_loss:
+                total = total + self.z_loss * z
+            # Read off the layer after the pass, a loss would have no gradient under re-entrant
+            # activation checkpointing, and nothing would say so.
             gate_TK = attach_loss(gate_TK, total, self.loss_scale)
         # Serving rounds the gate to the compute dtype before it multiplies; training does the same
         # or routes differ.
@@ -149,26 +176,30 @@ class NexusRouter(TokenChoiceTopKRouter):
 
 
 class _Source(nn.Module):
-    """The block that AutoEP copies its weights from: local experts real, the others on the meta
-    device."""
+    """The block that DeepSpeed's layer copies from; other ranks' experts are on the meta device."""
 
     def __init__(
-        self, hidden_size: int, ffn_size: int, placement: Placement, local: list[FeedForward]
+        self,
+        hidden_size: int,
+        ffn_size: int,
+        placement: Placement,
+        local: list[FeedForward],
+        shared: FeedForward,
     ) -> None:
         super().__init__()
         self.gate = nn.Linear(hidden_size, placement.slots, bias=False)
         with torch.device("meta"):
             elsewhere = FeedForward(hidden_size, ffn_size)
-        first = placement.ep_rank * placement.local_slots
-        self.experts = nn.ModuleList(
-            local[slot - first] if first <= slot < first + placement.local_slots else elsewhere
-            for slot in range(placement.slots)
-        )
+        before = placement.ep_rank * placement.local_slots
+        after = placement.slots - before - placement.local_slots
+        self.experts = nn.ModuleList([elsewhere] * before + local + [elsewhere] * after)
+        self.shared_expert = shared
 
 
-class NexusMoE(AutoEPMoELayer):
-    """One Nexus layer under DeepSpeed: y = E_0(x) + sum over the top-k of p_i E_i(x); [B, S, H] ->
-    [B, S, H].
+class NexusMoE(DeepSpeedMoE):
+    """One Nexus layer under DeepSpeed: y = E_0(x) + sum over the top-k of p_i E_i(x).
+
+    The input and the output are [B, S, H].
 
     Args:
         placement: which experts live on this rank.
@@ -177,6 +208,9 @@ class NexusMoE(AutoEPMoELayer):
         router: scores and auxiliary losses.
         grouped_mm: grouped matrix products instead of a loop over experts.
     """
+
+    router: NexusRouter
+    shared_experts: FeedForward
 
     def __init__(
         self,
@@ -187,27 +221,27 @@ class NexusMoE(AutoEPMoELayer):
         grouped_mm: bool,
     ) -> None:
         ffn_size, hidden_size = shared.gate_proj.weight.shape
-        source = _Source(hidden_size, ffn_size, placement, local)
-        source.shared_expert = shared
-        spec = autoep_spec(placement.slots, router.top_k, hidden_size, ffn_size)
         super().__init__(
-            spec,
-            source,
-            placement.ep_size,
-            placement.ep_rank,
-            autoep_config(placement.ep_size, grouped_mm),
+            _Source(hidden_size, ffn_size, placement, local, shared),
+            slots=placement.slots,
+            top_k=router.top_k,
+            hidden_size=hidden_size,
+            ffn_size=ffn_size,
+            ep_size=placement.ep_size,
+            ep_rank=placement.ep_rank,
+            grouped_mm=grouped_mm,
         )
         self.placement = placement
         self.router = router
         mark_replicated(router)
         self.grouped_mm = grouped_mm
         if not grouped_mm:
-            self.experts: nn.Module = RoutedExperts(self.experts)
+            self.experts = RoutedExperts(self.experts)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the shared expert's output plus the gated routed ones, [B, S, H]."""
         self.router.length = hidden_states.shape[-2]
-        # there groups are padded for the kernel
+        # The kernel of a GPU wants groups of padded sizes, which DeepSpeed's own pass makes.
         if self.ep_size == 1 and self.grouped_mm and hidden_states.is_cuda:
             return super().forward(hidden_states)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -215,29 +249,35 @@ class NexusMoE(AutoEPMoELayer):
         order = ExpertOrder(slots_TK)
         rows_NH = order.dispatch(x_TH)
         if self.ep_size == 1:
-            routed_NH, shared_TH = self.experts(rows_NH, counts_E), self.shared_experts(x_TH)
+            routed_NH = self.experts(rows_NH, counts_E)
+            shared_TH = self.shared_experts(x_TH)
         else:
             routed_NH, shared_TH = self._all_to_all(x_TH, rows_NH, counts_E)
         return (order.combine(routed_NH, gate_TK) + shared_TH).view_as(hidden_states)
 
     def _all_to_all(self, x_TH: Tensor, rows_NH: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the experts' outputs [N, H] of rows that go to their ranks and back, and the
-        shared expert's [T, H].
+        """Return outputs of the routed experts [N, H], by all-to-all, and of the shared one [T, H].
 
         The shared expert is computed while rows travel: gate and up projections on the way there,
         the down projection on the way back. Under autograd their backward passes hide the
-        gradients' ways alike (docs/slow-links.md).
+        gradients' ways alike (docs/slow-links.md). The order of the lines here is that overlap.
         """
-        plan = compute_split_plan(
-            rows_NH, self.num_experts, self.ep_size, self.num_local_experts, self.ep_group, counts_E
-        )
+        plan = self.split_plan(rows_NH, counts_E)
+        assert self.ep_group is not None, "the engine has not joined the layer's ranks yet"
         there = Exchange(self.ep_group, plan.input_splits, plan.output_splits)
-        back, shared = there.back(), self.shared_experts
+        back = there.back()
+        shared = self.shared_experts
+
         sent_NH = there.start(rows_NH)
         inner_TF = F.silu(shared.gate_proj(x_TH)) * shared.up_proj(x_TH)
+        arrived_NH = there.wait(sent_NH)
+
+        # From the order of the senders to that of the experts, padded for the kernel, and back.
         rows, places, counts, number = permute_by_local_expert(
-            there.wait(sent_NH), plan.local_counts_by_source
+            arrived_NH, plan.local_counts_by_source
         )
-        sent_NH = back.start(unpermute_by_local_expert(self.experts(rows, counts), places, number))
+        outputs_NH = unpermute_by_local_expert(self.experts(rows, counts), places, number)
+
+        sent_NH = back.start(outputs_NH)
         shared_TH = shared.down_proj(inner_TF)
         return back.wait(sent_NH), shared_TH

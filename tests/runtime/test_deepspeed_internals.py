@@ -1,9 +1,11 @@
-"""What ranks on GPUs need, shown without one: tensors on the meta device stand for those on a GPU.
+"""The one door to DeepSpeed, and what ranks on GPUs need, shown without one.
 
-Meta tensors have no values; that all tensors of an operation are on one device is what is looked
-at, as CUDA would.
+Tensors on the meta device stand for those on a GPU. They have no values; that all tensors of an
+operation are on one device is what is looked at, as CUDA would.
 """
 
+import ast
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,15 +19,47 @@ from nexus_ds.checkpoint.sidecar import read_sidecar, write_sidecar
 from nexus_ds.model.experts import RoutedExperts, _SwiGLUExperts
 from nexus_ds.model.head import next_token_loss, use_loss_head
 from nexus_ds.runtime import deepspeed_internals as internals
-from nexus_ds.runtime import engine
 from nexus_ds.runtime.engine import Batch, moe_layers, start_engine
-from nexus_ds.runtime.nexus_moe import Placement
+from nexus_ds.runtime.nexus_moe import NexusMoE, NexusRouter, Placement
 from nexus_ds.runtime.parallel_model import load_nexus
 from nexus_ds.runtime.tally import Tally
 from nexus_ds.settings import Config, RouterConfig
 
+PACKAGE = Path(internals.__file__).parents[1]
 GPU = torch.device("meta")
 FORMS = ("nexus", "context", "linear")
+
+
+# The one door ---------------------------------------------------------------------------------------
+
+
+def deepspeed_words(path):
+    """Return what a module imports of DeepSpeed and which of ZeRO's attributes it names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("deepspeed")}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deepspeed"):
+            found.add(node.module)
+        elif isinstance(node, ast.Attribute) and node.attr.startswith("ds_"):
+            found.add(node.attr)
+    return found
+
+
+def test_no_other_module_imports_deepspeed_or_names_its_attributes():
+    words = {path: deepspeed_words(path) for path in PACKAGE.rglob("*.py")}
+    door = Path(internals.__file__)
+    assert words.pop(door) >= {"deepspeed", "deepspeed.moe.layer", "ds_numel"}
+    assert {path.name: found for path, found in words.items() if found} == {}
+
+
+def test_the_layer_and_the_router_are_deepspeeds(nexus_dir):
+    """The engine and its ZeRO stages know expert layers by their class."""
+    assert issubclass(NexusMoE, internals.AutoEPMoELayer)
+    assert issubclass(NexusRouter, internals.TokenChoiceTopKRouter)
+
+
+# A GPU that is not there ---------------------------------------------------------------------------
 
 
 class OneDevice(TorchDispatchMode):
@@ -110,7 +144,7 @@ def test_a_buffer_left_behind_is_seen(gpu, model):
 def test_an_engine_gets_a_model_with_all_its_buffers_on_the_device(gpu, model, monkeypatch):
     """DeepSpeed is left out: of a partitioned model it moves no buffer."""
     monkeypatch.setattr(
-        engine.deepspeed,
+        internals.deepspeed,
         "initialize",
         lambda model, **rest: (SimpleNamespace(module=model), None, None, None),
     )

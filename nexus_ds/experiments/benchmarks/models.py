@@ -25,7 +25,7 @@ from nexus_ds.model.head import use_loss_head
 from nexus_ds.model.losses import attach_loss
 from nexus_ds.model.router import Projection, init_projection, layer_generator
 from nexus_ds.planning.sizes import Sizes
-from nexus_ds.runtime.deepspeed_internals import AutoEPMoELayer
+from nexus_ds.runtime.deepspeed_internals import AutoEPMoELayer, capacity_moe
 from nexus_ds.runtime.nexus_moe import NexusMoE, NexusRouter, Placement
 
 LOAD_BALANCE = 0.01
@@ -168,14 +168,10 @@ class _Native(nn.Module):
     """DeepSpeed's layer beside a shared expert; its balancing loss rides on the output."""
 
     def __init__(self, parts: Parts, shape: Shape, drop_tokens: bool) -> None:
-        from deepspeed.moe.layer import MoE
-
         super().__init__()
-        self.moe = MoE(
-            shape.hidden, parts.experts[0], shape.experts, k=shape.top_k, drop_tokens=drop_tokens
+        self.moe = capacity_moe(
+            parts.experts, parts.rows(), top_k=shape.top_k, drop_tokens=drop_tokens
         )
-        self.moe.deepspeed_moe.experts.deepspeed_experts = nn.ModuleList(parts.experts)
-        self.moe.deepspeed_moe.gate.wg.weight = nn.Parameter(parts.rows())
         self.shared_expert = parts.shared
 
     def forward(self, x: Tensor) -> Tensor:
