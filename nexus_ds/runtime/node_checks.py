@@ -1,8 +1,9 @@
-"""Checks before a job's expensive part, on all ranks at once; a failure names the node and the
-cause.
+"""Checks of a job's nodes before its expensive part, on all ranks at once (the verb `preflight`).
 
-Each rank looks at its own node and reports through a key-value store at MASTER_ADDR:MASTER_PORT;
-rank 0 compares, names ranks that never came, and only then do all ranks try one all-reduce.
+A failure names the node and the cause. Each rank looks at its own node and reports through a
+key-value store at MASTER_ADDR:MASTER_PORT; rank 0 compares, names ranks that never came, and only
+then do all ranks try one all-reduce.
+torch is imported where it is used, so that a command may import this module and still be quick.
 Not covered: speed of the network beyond one all-reduce, health of devices, storage that fills up
 later.
 """
@@ -16,7 +17,8 @@ import platform
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +27,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from nexus_ds.errors import ConfigError, NexusError
-from nexus_ds.launch import Position, allotted_gpus, allotted_memory, job_name
+from nexus_ds.launch import Position, allotted_gpus, allotted_memory
 from nexus_ds.planning import memory as space
 from nexus_ds.planning.layout import Layout, share_of
 from nexus_ds.planning.sizes import Sizes, sizes_of
@@ -37,8 +39,10 @@ FOLDER_SECONDS = 5.0  # a network file system may show a new file late
 
 
 class PreflightError(NexusError):
-    """Something that would make the job fail later; the message has one line a cause, each with its
-    node."""
+    """Something that would make the job fail later.
+
+    The message has one line a cause, each with its node; on other ranks than 0 it is empty.
+    """
 
 
 def versions() -> dict[str, str]:
@@ -53,47 +57,58 @@ def version_problems() -> list[str]:
         wanted = [Requirement(text) for text in importlib.metadata.requires("nexus-ds") or []]
     except importlib.metadata.PackageNotFoundError:
         return []  # used from a folder, without installation: nothing says what is wanted
-    problems = []
-    for requirement in wanted:
-        try:
-            found = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            problems.append(
-                f"{requirement.name} is not installed, expected {requirement}; type: make setup"
-            )
-            continue
-        if not requirement.specifier.contains(found, prereleases=True):
-            problems.append(
-                f"{requirement.name} {found} found, {requirement.specifier} expected; type: make setup"
-            )
-    return problems
+    problems = [_requirement_problem(requirement) for requirement in wanted]
+    return [problem for problem in problems if problem]
+
+
+def _requirement_problem(requirement: Requirement) -> str:
+    """Return what is wrong with an installed package, '' if nothing is."""
+    try:
+        found = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{requirement.name} is not installed, expected {requirement}; type: make setup"
+    if requirement.specifier.contains(found, prereleases=True):
+        return ""
+    return f"{requirement.name} {found} found, {requirement.specifier} expected; type: make setup"
 
 
 def device_problems(here: Position, visible: int, env: Mapping[str, str]) -> list[str]:
-    """Compare the devices that torch sees on this node with what the job asked for and the ranks
-    that share them."""
+    """Compare the devices that torch sees on this node with the job's request and its ranks.
+
+    Args:
+        here: this rank.
+        visible: GPUs that torch sees.
+        env: SLURM_GPUS_ON_NODE is the request; DS_ACCELERATOR=cpu asks for none.
+    """
     if env.get("DS_ACCELERATOR") == "cpu":
         return []
     requested = allotted_gpus(env)
     if visible < requested:
         return [
-            f"the job has {requested} GPUs on this node, torch sees {visible}: driver, container option (--nv) or a CPU "
-            "build of torch? To compute on CPUs: export DS_ACCELERATOR=cpu"
+            f"the job has {requested} GPUs on this node, torch sees {visible}: driver, container "
+            "option (--nv) or a CPU build of torch? To compute on CPUs: export DS_ACCELERATOR=cpu"
         ]
     if visible and here.local_world > visible:
         return [
-            f"{here.local_world} ranks share {visible} GPUs; submit with --ntasks-per-node={visible}"
+            f"{here.local_world} ranks share {visible} GPUs; "
+            f"submit with --ntasks-per-node={visible}"
         ]
     if requested > here.local_world and here.world > 1:
         return [
-            f"{requested} GPUs for {here.local_world} ranks; submit with --ntasks-per-node={requested}"
+            f"{requested} GPUs for {here.local_world} ranks; "
+            f"submit with --ntasks-per-node={requested}"
         ]
     return []
 
 
-def read_zero(config: Config, ds_json: str) -> dict[str, Any]:
-    """Return what a DeepSpeed JSON says of ZeRO, without one the recipe's stage; training itself
-    checks the file."""
+def read_zero(config: Config, ds_json: str) -> Mapping[str, Any]:
+    """Return what a DeepSpeed JSON says of ZeRO, without one the recipe's stage.
+
+    Training itself checks the file; importing what does that would take seconds here.
+
+    Raises:
+        ConfigError: no such file, or no JSON object.
+    """
     if not ds_json:
         return {"stage": config.parallel.zero_stage}
     try:
@@ -105,18 +120,19 @@ def read_zero(config: Config, ds_json: str) -> dict[str, Any]:
         ) from error
 
 
-def layout_of(config: Config, here: Position, sizes: Sizes, zero: dict[str, Any]) -> Layout:
+def layout_of(config: Config, here: Position, sizes: Sizes, zero: Mapping[str, Any]) -> Layout:
     """Return how the stage will be spread over the ranks."""
-    fitting = [
-        n for n in range(1, here.local_world + 1) if here.world % n == 0 and n <= sizes.experts
-    ]
+    dividing = [n for n in range(1, here.local_world + 1) if here.world % n == 0]
+    automatic = max((n for n in dividing if n <= sizes.experts), default=1)
     offload = "optimizer" if "offload_optimizer" in zero else "none"
+    if "offload_param" in zero:
+        offload += "+parameters"
     share = share_of(config.training, here.world)
     micro = config.training.micro_batch_size or share
     return Layout(
         stage=zero.get("stage", config.parallel.zero_stage),
-        offload=offload + "+parameters" if "offload_param" in zero else offload,
-        expert=config.parallel.expert or max(fitting, default=1),
+        offload=offload,
+        expert=config.parallel.expert or automatic,
         world=here.world,
         micro=micro,
         accumulation=share // micro,
@@ -126,23 +142,43 @@ def layout_of(config: Config, here: Position, sizes: Sizes, zero: dict[str, Any]
 
 @dataclass(frozen=True)
 class Needs:
-    """What a stage will take, in bytes: on disk, of one GPU, of a node's main memory."""
+    """What a stage will take, in bytes."""
 
     disk: float = 0.0
     gpu: float = 0.0
+    """Of one GPU."""
     host: float = 0.0
+    """Of a node's main memory."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank says of its node."""
+
+    node: str
+    versions: dict[str, str]
+    needs: Needs
+    problems: list[str]
+    """One line each, with the node's name."""
+
+    @classmethod
+    def of(cls, value: dict[str, Any]) -> Report:
+        """Return a report that another rank sent as JSON."""
+        return cls(**value | {"needs": Needs(**value["needs"])})
 
 
 def needs_of(config: Config, here: Position, ds_json: str) -> Needs:
-    """Plan a training stage; a checkpoint that the job has yet to make is planned from the recipe's
-    sizes.
+    """Plan a training stage.
+
+    A checkpoint that the job has yet to make is planned from the recipe's sizes.
 
     Raises:
         NexusError: a layout, checkpoint or DeepSpeed JSON that can't be used.
     """
     if config.model.path and not Path(config.model.path).exists():
         config = replace(config, model=replace(config.model, path=""))
-    sizes, width = sizes_of(config), 2 if config.model.dtype == "bf16" else 4
+    sizes = sizes_of(config)
+    width = 2 if config.model.dtype == "bf16" else 4
     layout = layout_of(config, here, sizes, read_zero(config, ds_json))
     planned = space.memory(sizes, layout, width, config.data.sequence_length, here.local_world)
     on_disk = space.disk(sizes, width, config.training.keep_last)["total"]
@@ -150,24 +186,33 @@ def needs_of(config: Config, here: Position, ds_json: str) -> Needs:
 
 
 def memory_problems(needs: Needs, gpu: float, host: float) -> list[str]:
-    """Compare what is planned with the memory of a GPU and of the node; 0 for one that is not
-    known."""
-    advice = "see nexus-ds plan for a layout that fits (more ranks, offload, a smaller training.micro_batch_size)"
+    """Compare what is planned with the memory that is there.
+
+    Args:
+        needs: of the stage.
+        gpu: bytes of a GPU; 0: not known.
+        host: bytes of the node's main memory; 0: not known.
+    """
+    advice = (
+        "see nexus-ds plan for a layout that fits (more ranks, offload, a smaller "
+        "training.micro_batch_size)"
+    )
     found = []
     if gpu and needs.gpu > gpu:
         found.append(
-            f"a rank is planned to need {size(needs.gpu)} of GPU memory, a GPU has {size(gpu)}; {advice}"
+            f"a rank is planned to need {size(needs.gpu)} of GPU memory, "
+            f"a GPU has {size(gpu)}; {advice}"
         )
     if host and needs.host > host:
         found.append(
-            f"{size(needs.host)} of main memory are planned, the job has {size(host)} here; {advice}"
+            f"{size(needs.host)} of main memory are planned, "
+            f"the job has {size(host)} here; {advice}"
         )
     return found
 
 
 def host_memory(env: Mapping[str, str]) -> float:
-    """Return the main memory in bytes that the job has on this node: its request, else the
-    machine's."""
+    """Return the main memory in bytes that the job has here: its request, else the machine's."""
     asked = float(allotted_memory(env))
     machine = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(machine, asked) if asked else machine
@@ -188,13 +233,18 @@ def disk_problems(run: Path, needed: float) -> list[str]:
     if free >= needed:
         return []
     return [
-        f"{run}: {size(free)} free, {size(needed)} will be written (checkpoint and training states); free some, or lower "
-        "training.keep_last"
+        f"{run}: {size(free)} free, {size(needed)} will be written (checkpoint and training "
+        "states); free some, or lower training.keep_last"
     ]
 
 
 class Meeting:
     """The ranks of a job at one key-value store, which rank 0 serves.
+
+    Args:
+        here: this rank.
+        address, port: where rank 0 serves the store.
+        seconds: that a rank waits for the others.
 
     Raises:
         PreflightError: this rank does not reach it.
@@ -203,7 +253,9 @@ class Meeting:
     def __init__(self, here: Position, address: str, port: int, seconds: float) -> None:
         import torch.distributed as dist
 
-        self.here, self.place, self.seconds = here, f"{address}:{port}", seconds
+        self.here = here
+        self.point = f"{address}:{port}"
+        self.seconds = seconds
         try:
             self.store = dist.TCPStore(
                 address,
@@ -211,90 +263,106 @@ class Meeting:
                 here.world,
                 here.rank == 0,
                 timedelta(seconds=seconds),
+                # Rank 0 goes on at once, so that it can tell who never came.
                 wait_for_workers=False,
             )
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             what = "can't serve" if here.rank == 0 else "does not reach"
             raise PreflightError(
-                f"{here.node}: rank {here.rank} {what} {self.place} within {seconds:.0f} s ({reason}); set "
-                "NEXUS_MASTER_ADDR and GLOO_SOCKET_IFNAME/NCCL_SOCKET_IFNAME in slurm/site.sh, or look for a firewall"
+                f"{here.node}: rank {here.rank} {what} {self.point} within {seconds:.0f} s "
+                f"({reason}); set NEXUS_MASTER_ADDR and GLOO_SOCKET_IFNAME/NCCL_SOCKET_IFNAME in "
+                "slurm/site.sh, or look for a firewall"
             ) from error
 
-    def tell(self, key: str, value: Any) -> None:
-        """Publish a value."""
+    def tell(self, key: str, value: object) -> None:
+        """Publish a value that JSON can hold."""
         self.store.set(key, json.dumps(value))
 
     def hear(self, key: str, seconds: float | None = None) -> Any:
         """Return a value as soon as it is published; None after `seconds`."""
         import torch.distributed as dist
 
+        # 0 means to a store that there is no limit (c10d's kNoTimeout).
+        limit = self.seconds if seconds is None else max(seconds, 0.01)
         try:
-            self.store.wait(
-                [key], timedelta(seconds=self.seconds if seconds is None else max(seconds, 0.01))
-            )
+            self.store.wait([key], timedelta(seconds=limit))
         except (dist.DistError, RuntimeError):
             return None
         return json.loads(self.store.get(key))
 
 
+def _probe() -> str:
+    """Return the name of the file by which the run's folder is recognised."""
+    return f".preflight-{os.environ.get('SLURM_JOB_ID', os.getpid())}"
+
+
 def folder_problems(meeting: Meeting, run: Path) -> list[str]:
     """Let rank 0 write a file into the run's folder and every rank read it."""
-    here, probe = meeting.here, run / f".preflight-{job_name()}"
-    if here.rank == 0:
-        try:
-            secret = uuid.uuid4().hex
-            probe.write_text(secret, encoding="utf-8")
-        except OSError as error:
-            meeting.tell("folder", None)
-            return [f"can't write into {run}: {error.strerror}"]
-        meeting.tell("folder", [str(probe), secret])
-        return []
+    if meeting.here.rank == 0:
+        return _write_probe(meeting, run)
     told = meeting.hear("folder")
     if told is None:
         return []  # rank 0 says why
-    path, secret = Path(told[0]), told[1]
+    path = Path(told[0])
+    secret = told[1]
     deadline = time.monotonic() + FOLDER_SECONDS
     while time.monotonic() < deadline:
         if path.is_file() and path.read_text(encoding="utf-8") == secret:
             return []
         time.sleep(0.1)
     return [
-        f"{run} is not the folder that rank 0 sees (its new file {path.name} is not here); mount it on all nodes"
+        f"{run} is not the folder that rank 0 sees (its new file {path.name} is not here); mount "
+        "it on all nodes"
     ]
 
 
+def _write_probe(meeting: Meeting, run: Path) -> list[str]:
+    # The content tells the folder from another one with a probe that was left behind.
+    probe = run / _probe()
+    secret = uuid.uuid4().hex
+    try:
+        probe.write_text(secret, encoding="utf-8")
+    except OSError as error:
+        meeting.tell("folder", None)
+        return [f"can't write into {run}: {error.strerror}"]
+    meeting.tell("folder", [str(probe), secret])
+    return []
+
+
 def absent(
-    reports: list[dict[str, Any] | None], here: Position, place: str, seconds: float
+    reports: Sequence[Report | None], here: Position, point: str, seconds: float
 ) -> list[str]:
     """Name the ranks that did not report, with their nodes where the job's nodes are known."""
     nodes = os.environ.get("NEXUS_NODES", "").split()
     found = []
     for rank, report in enumerate(reports):
-        if report is None:
-            index = rank // here.local_world
-            node = nodes[index] if index < len(nodes) else "unknown node"
-            found.append(
-                f"{node}: rank {rank} did not come to {place} within {seconds:.0f} s; did it start, is there a firewall?"
-            )
+        if report is not None:
+            continue
+        index = rank // here.local_world
+        node = nodes[index] if index < len(nodes) else "unknown node"
+        found.append(
+            f"{node}: rank {rank} did not come to {point} within {seconds:.0f} s; did it start, "
+            "is there a firewall?"
+        )
     return found
 
 
-def differences(reports: list[dict[str, Any]]) -> list[str]:
+def differences(reports: Sequence[Report]) -> list[str]:
     """Name nodes whose versions are not those of rank 0."""
-    first, found = reports[0], []
+    first = reports[0]
+    found = []
     for report in reports[1:]:
-        for name, version in report["versions"].items():
-            if version != first["versions"][name]:
+        for name, version in report.versions.items():
+            if version != first.versions[name]:
                 found.append(
-                    f"{report['node']}: {name} {version}, but {first['versions'][name]} on {first['node']}"
+                    f"{report.node}: {name} {version}, but {first.versions[name]} on {first.node}"
                 )
     return found
 
 
 def all_reduce_seconds(meeting: Meeting, cuda: bool) -> float:
-    """Join a process group over the store and return the time of one all-reduce of 4 MiB, the
-    second one.
+    """Join a process group over the store; return the seconds of an all-reduce of 4 MiB.
 
     Raises:
         PreflightError: it failed, or its sum is wrong.
@@ -314,7 +382,7 @@ def all_reduce_seconds(meeting: Meeting, cuda: bool) -> float:
             world_size=here.world,
             timeout=timedelta(seconds=meeting.seconds),
         )
-        for _ in range(2):  # the first one connects
+        for _ in range(2):  # the first one connects; the second is timed
             tensor = torch.ones(REDUCED_FLOATS, device=device)
             started = time.monotonic()
             dist.all_reduce(tensor)
@@ -332,14 +400,15 @@ def all_reduce_seconds(meeting: Meeting, cuda: bool) -> float:
     return seconds
 
 
-def _unique(lines: list[str]) -> list[str]:
-    return list(dict.fromkeys(lines))
+def local_report(run: Path, here: Position, visible: int, plan: Callable[[], Needs]) -> Report:
+    """Return what this rank says of its node.
 
-
-def local_report(
-    run: Path, here: Position, visible: int, plan: Callable[[], Needs]
-) -> dict[str, Any]:
-    """Return what this rank says of its node: versions, needs, problems."""
+    Args:
+        run: folder of the run; made if it is not there.
+        here: this rank.
+        visible: GPUs that torch sees.
+        plan: returns what the stage will take.
+    """
     problems = version_problems() + device_problems(here, visible, os.environ)
     needs = Needs()
     try:
@@ -353,7 +422,7 @@ def local_report(
     except NexusError as error:
         problems.append(str(error))
     lines = [f"{here.node}: {problem}" for problem in problems]
-    return {"node": here.node, "versions": versions(), "needs": asdict(needs), "problems": lines}
+    return Report(here.node, versions(), needs, lines)
 
 
 def gpu_memory() -> float:
@@ -363,22 +432,24 @@ def gpu_memory() -> float:
     return float(torch.cuda.get_device_properties(0).total_memory)
 
 
-def agree(meeting: Meeting, report: dict[str, Any]) -> list[str]:
+def agree(meeting: Meeting, report: Report) -> list[str]:
     """Exchange reports; return all problems on rank 0, and [''] on others when there are any."""
     here = meeting.here
-    meeting.tell(f"report {here.rank}", report)
+    meeting.tell(f"report {here.rank}", asdict(report))
     if here.rank:
         problems = meeting.hear("problems", 3 * meeting.seconds)
         return [""] if problems is None or problems else []
     deadline = time.monotonic() + meeting.seconds
-    heard = [
-        meeting.hear(f"report {rank}", deadline - time.monotonic()) for rank in range(here.world)
-    ]
-    present = [found for found in heard if found is not None]
-    problems = absent(heard, here, meeting.place, meeting.seconds) + [
-        p for r in present for p in r["problems"]
-    ]
-    problems = _unique(problems + differences(present))
+    reports: list[Report | None] = []
+    for rank in range(here.world):
+        told = meeting.hear(f"report {rank}", deadline - time.monotonic())
+        reports.append(None if told is None else Report.of(told))
+    present = [found for found in reports if found is not None]
+    lines = absent(reports, here, meeting.point, meeting.seconds)
+    for found in present:
+        lines += found.problems
+    # All ranks of a node say the same.
+    problems = list(dict.fromkeys(lines + differences(present)))
     meeting.tell("problems", problems)
     return problems
 
@@ -404,7 +475,8 @@ def check(
     visible = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
     report = local_report(run, here, visible, plan)
     meeting = Meeting(here, address, port, seconds)
-    report["problems"] += [f"{here.node}: {problem}" for problem in folder_problems(meeting, run)]
+    shared = [f"{here.node}: {problem}" for problem in folder_problems(meeting, run)]
+    report = replace(report, problems=report.problems + shared)
     try:
         problems = agree(meeting, report)
         if problems:
@@ -412,24 +484,26 @@ def check(
         reduced = all_reduce_seconds(meeting, visible > 0)
     finally:
         _leave(meeting, run)
-    needs = Needs(**report["needs"])
+    needs = report.needs
     where = f"{visible} GPUs a node" if visible else "CPUs"
     memory = f" memory: {size(needs.gpu)} of {size(gpu_memory())} a GPU planned;" if visible else ""
+    free = shutil.disk_usage(run).free
     return (
-        f"preflight: {here.world} ranks, {here.local_world} a node, on {where}; torch {torch.__version__};{memory} "
-        f"disk: {size(needs.disk)} of {size(shutil.disk_usage(run).free)} free; shared folder: same; "
-        f"all-reduce of 4 MiB: {1000 * reduced:.1f} ms; {time.monotonic() - started:.1f} s"
+        f"preflight: {here.world} ranks, {here.local_world} a node, on {where}; "
+        f"torch {torch.__version__};{memory} disk: {size(needs.disk)} of {size(free)} free; "
+        f"shared folder: same; all-reduce of 4 MiB: {1000 * reduced:.1f} ms; "
+        f"{time.monotonic() - started:.1f} s"
     )
 
 
 def _leave(meeting: Meeting, run: Path) -> None:
-    """Let the rank that serves the store go last, so that the others don't complain of a lost
-    connection."""
+    """Let the rank that serves the store go last: others would complain of a lost connection."""
     if meeting.here.rank:
         meeting.store.add("gone", 1)
         return
     deadline = time.monotonic() + 3
     while meeting.store.add("gone", 0) < meeting.here.world - 1 and time.monotonic() < deadline:
         time.sleep(0.02)
-    for file in run.glob(f".preflight-{job_name()}"):
-        file.unlink(missing_ok=True)
+    # A folder that can't be written to has been told of already.
+    with suppress(OSError):
+        (run / _probe()).unlink()

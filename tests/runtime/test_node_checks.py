@@ -45,7 +45,7 @@ def test_installed_versions_are_compared_with_the_package_s(monkeypatch):
 
 def test_nodes_with_other_versions_are_named():
     reports = [
-        {"node": node, "versions": {"torch": version}}
+        node_checks.Report(node, {"torch": version}, node_checks.Needs(), [])
         for node, version in (("n1", "2.13"), ("n2", "2.12"))
     ]
     assert node_checks.differences(reports) == ["n2: torch 2.12, but 2.13 on n1"]
@@ -53,7 +53,8 @@ def test_nodes_with_other_versions_are_named():
 
 def test_absent_ranks_are_named_with_their_nodes(monkeypatch):
     monkeypatch.setenv("NEXUS_NODES", "n1\nn2")
-    found = node_checks.absent([{}, {}, {}, None], HERE, "n1:20000", 60)
+    there = node_checks.Report("n1", {}, node_checks.Needs(), [])
+    found = node_checks.absent([there, there, there, None], HERE, "n1:20000", 60)
     assert found == [
         "n2: rank 3 did not come to n1:20000 within 60 s; did it start, is there a firewall?"
     ]
