@@ -14,18 +14,22 @@ def tokens_per_step(training: TrainingConfig, data: DataConfig) -> int:
 
 def main_steps(training: TrainingConfig, data: DataConfig) -> int:
     """Return optimizer steps before the anneal."""
-    return training.steps or max(1, round(training.tokens / tokens_per_step(training, data)))
+    if training.steps:
+        return training.steps
+    return max(1, round(training.tokens / tokens_per_step(training, data)))
 
 
 def total_steps(training: TrainingConfig, data: DataConfig) -> int:
     """Return optimizer steps with the anneal."""
-    return main_steps(training, data) + round(
-        training.anneal_tokens / tokens_per_step(training, data)
-    )
+    anneal = round(training.anneal_tokens / tokens_per_step(training, data))
+    return main_steps(training, data) + anneal
 
 
 def _cosine(start: float, end: float, progress: float) -> float:
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+    """Go from `start` at progress 0 to `end` at 1 along half a cosine."""
+    angle = math.pi * min(max(progress, 0.0), 1.0)
+    share_left = 0.5 * (1 + math.cos(angle))
+    return end + (start - end) * share_left
 
 
 def learning_rate(step: int, training: TrainingConfig, data: DataConfig) -> float:
@@ -34,11 +38,16 @@ def learning_rate(step: int, training: TrainingConfig, data: DataConfig) -> floa
     Linear warm-up over `warmup` of the steps to `lr`, cosine to `final_lr` (or constant), then the
     anneal: a cosine from there to `anneal_lr`.
     """
-    main, total = main_steps(training, data), total_steps(training, data)
+    main = main_steps(training, data)
+    total = total_steps(training, data)
     warmup = math.ceil(training.warmup * main)
     if step < warmup:
+        # The first step has a rate above 0, the last of the warm-up the full one.
         return training.lr * (step + 1) / warmup
     end = training.lr if training.schedule == "constant" else training.final_lr
     if step < main:
-        return _cosine(training.lr, end, (step - warmup) / max(main - 1 - warmup, 1))
-    return _cosine(end, training.anneal_lr, (step - main + 1) / (total - main))
+        # 1 at the last step: final_lr is a rate that is trained with.
+        progress = (step - warmup) / max(main - 1 - warmup, 1)
+        return _cosine(training.lr, end, progress)
+    progress = (step - main + 1) / (total - main)
+    return _cosine(end, training.anneal_lr, progress)
