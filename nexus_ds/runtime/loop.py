@@ -186,7 +186,7 @@ class Run:
         self.experts, self.expert_domains = [r.name for r in records], [r.domain for r in records]
         self.total = total_steps(config.training, config.data)
         ep_size = place.ep_size if place else 1
-        self.description = {
+        self.description: states.Description = {
             "layout": f"{world} ranks, expert parallel {ep_size}, ZeRO stage {stage}",
             "config": self._identity(),
         }

@@ -1,5 +1,4 @@
-"""Training state in a form that knows no ranks: fp32 weights and Adam's moments per parameter,
-experts in expert order.
+"""Training state in portable form, which knows no ranks: fp32 weights and Adam's moments.
 
 A parameter is flattened; whoever owns elements [a, b) of it writes them into a safetensors file of
 its own, under the name `KIND:a:PARAMETER` (KIND: fp32, exp_avg, exp_avg_sq). Reading takes from all
@@ -7,6 +6,7 @@ files what this rank owns now, so that any number of ranks, expert-parallel size
 reads what any other wrote, and no rank ever holds more than its own. A routed expert's matrix is a
 parameter of its own, under its name in a checkpoint: placement does not show, and vacant slots are
 in no file.
+Shapes: n elements of a flattened parameter.
 Not covered: other optimizers than Adam; when files count and whether they are whole (`states`).
 """
 
@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +29,24 @@ from nexus_ds.checkpoint.tensors import DTYPE_NAMES, TensorReader, header_of
 from nexus_ds.errors import CheckpointError
 from nexus_ds.outputs import naming, write_at
 from nexus_ds.runtime import deepspeed_internals as internals
-from nexus_ds.runtime.engine import full_shape, moe_layers
+from nexus_ds.runtime.deepspeed_internals import Engine, full_shape
+from nexus_ds.runtime.engine import moe_layers
 
-STACKED = (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj"))
+STACKED = tuple(internals.STACKED.items())
 RNG = "rng"
+CHUNK = 1 << 30  # bytes; one call of the system writes at most 2 GiB
+
+
+class FileEntry(TypedDict):
+    """What a manifest says of a file."""
+
+    size: int
+    """Bytes."""
+    sha256: str
 
 
 class Piece(NamedTuple):
-    """Elements [start, start + n) of a parameter in canonical form."""
+    """Elements [start, start + n) of a parameter in portable form."""
 
     name: str
     start: int
@@ -45,11 +55,21 @@ class Piece(NamedTuple):
 
 
 class _Stack(NamedTuple):
-    """A stack of this rank's experts: per slot the name in canonical form (None: vacant) and the
-    elements of one."""
+    """A stack of this rank's experts."""
 
     names: list[str | None]
+    """Per slot the name in portable form; None: vacant."""
     size: int
+    """Elements of one expert's matrix."""
+
+
+class _Stored(NamedTuple):
+    """A tensor in a state's file: elements [start, stop) of a parameter."""
+
+    start: int
+    stop: int
+    reader: TensorReader
+    tensor: str
 
 
 def _stacks(model: nn.Module) -> dict[int, _Stack]:
@@ -67,38 +87,43 @@ def _stacks(model: nn.Module) -> dict[int, _Stack]:
 
 
 def shapes(model: nn.Module) -> dict[str, list[int]]:
-    """Return every parameter's shape in canonical form, the same on all ranks of all layouts."""
+    """Return every parameter's shape in portable form, the same on all ranks of all layouts."""
     stacks = _stacks(model)
-    found = {
-        name: list(full_shape(p)) for name, p in model.named_parameters() if id(p) not in stacks
-    }
+    found = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in stacks:
+            found[name] = list(full_shape(parameter))
     for index, layer in enumerate(moe_layers(model)):
         for stacked, part in STACKED:
             shape = list(full_shape(getattr(layer.experts, stacked))[1:])
-            found |= {
-                expert_name(index, expert, part): shape for expert in range(layer.placement.experts)
-            }
+            for expert in range(layer.placement.experts):
+                found[expert_name(index, expert, part)] = shape
     return found
 
 
 def _cut(fragment: internals.Fragment, stack: _Stack) -> Iterator[Piece]:
     """Cut a fragment of an expert stack at the borders between slots; vacant slots are left out."""
-    stop = fragment.start + len(fragment.values[internals.MASTER])
-    for slot in range(fragment.start // stack.size, -(-stop // stack.size)):
-        first, last = max(fragment.start, slot * stack.size), min(stop, (slot + 1) * stack.size)
+    start = fragment.start
+    stop = start + len(fragment.values[internals.MASTER])
+    first_slot = start // stack.size
+    end_slot = -(-stop // stack.size)
+    for slot in range(first_slot, end_slot):
         name = stack.names[slot]
-        if name is not None:
-            views = {
-                kind: view[first - fragment.start : last - fragment.start]
-                for kind, view in fragment.values.items()
-            }
-            yield Piece(name, first - slot * stack.size, views)
+        if name is None:
+            continue
+        border = slot * stack.size
+        first = max(start, border)
+        last = min(stop, border + stack.size)
+        views = {kind: view[first - start : last - start] for kind, view in fragment.values.items()}
+        yield Piece(name, first - border, views)
 
 
-def pieces(engine: Any) -> Iterator[Piece]:
-    """Yield what this rank owns, in canonical form; the values are views, writing to them writes
-    the optimizer."""
-    names = {id(p): name for name, p in engine.module.named_parameters()}
+def pieces(engine: Engine) -> Iterator[Piece]:
+    """Yield what this rank owns, in portable form.
+
+    The values are views: writing to them writes the optimizer.
+    """
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     stacks = _stacks(engine.module)
     for fragment in internals.fragments(engine):
         key = id(fragment.parameter)
@@ -106,6 +131,9 @@ def pieces(engine: Any) -> Iterator[Piece]:
             yield from _cut(fragment, stacks[key])
         else:
             yield Piece(names[key], fragment.start, fragment.values)
+
+
+# Files --------------------------------------------------------------------------------------------
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -119,31 +147,37 @@ def _random_states() -> dict[str, Tensor]:
     return found
 
 
-def write_rank(engine: Any, path: Path, halfway: Callable[[], None]) -> dict[str, Any]:
-    """Write what this rank owns to `path` and flush it to the disk; return its size in bytes and
-    sha256.
+def write_rank(engine: Engine, path: Path, halfway: Callable[[], None]) -> FileEntry:
+    """Write what this rank owns to `path` and flush it to the disk; return its size and sha256.
 
     Both are of what is in memory, not of what came to the disk; the hash is taken by a thread
     beside the writing. At most two chunks have left the device.
 
+    Args:
+        engine: between two optimizer steps.
+        path: of the file.
+        halfway: called once in the middle, for tests of what happens then.
+
     Raises:
         OSError: not all could be written; it names the file, what is still to be written, and what
             is free.
+        CheckpointError: the file came out shorter than planned.
     """
-    tensors = {
-        f"{kind}:{p.start}:{p.name}": view
-        for p in pieces(engine)
-        for kind, view in p.values.items()
-    }
+    tensors = {}
+    for piece in pieces(engine):
+        for kind, view in piece.values.items():
+            tensors[f"{kind}:{piece.start}:{piece.name}"] = view
     tensors |= _random_states()
     lead, places = header_of(
         {name: (DTYPE_NAMES[tensor.dtype], (tensor.numel(),)) for name, tensor in tensors.items()}
     )
-    size, position = max(end for _, end in places.values()), 0
+    size = max(end for _, end in places.values())
+    position = 0
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
         hashed = beside.submit(digest.update, b"")
         for index, data in enumerate(_chunks(lead, tensors)):
+            # Once the last chunk is hashed, so that no third one is held.
             hashed.result()
             hashed = beside.submit(digest.update, data)
             write_at(file.fileno(), position, data, path)
@@ -169,12 +203,16 @@ def _chunks(lead: bytes, tensors: dict[str, Tensor]) -> Iterator[memoryview]:
     yield memoryview(lead)
     for tensor in tensors.values():
         data = _bytes(tensor)
-        for start in range(0, len(data), 1 << 30):  # one call of the system writes at most 2 GiB
-            yield data[start : start + (1 << 30)]
+        for start in range(0, len(data), CHUNK):
+            yield data[start : start + CHUNK]
 
 
 class StateFiles:
     """The files of one training state, read by parameter and element.
+
+    Args:
+        directory: of the state.
+        files: their names.
 
     Raises:
         CheckpointError: a file is damaged or named otherwise than `write_rank` names tensors.
@@ -183,41 +221,54 @@ class StateFiles:
     def __init__(self, directory: Path, files: list[str]) -> None:
         self.directory = directory
         self._readers = {name: TensorReader.of_file(directory, name) for name in files}
-        self._index: dict[tuple[str, str], list[tuple[int, int, TensorReader, str]]] = {}
+        self._index: dict[tuple[str, str], list[_Stored]] = {}
         for file, reader in self._readers.items():
             for name in reader.names():
                 kind, _, rest = name.partition(":")
-                start, _, parameter = rest.partition(":")
                 if kind == RNG:
                     continue
-                if not start.isdigit() or not parameter:
+                first, _, parameter = rest.partition(":")
+                if not first.isdigit() or not parameter:
                     raise CheckpointError(
                         f"{directory / file}: tensor {name!r} belongs to no training state"
                     )
-                entry = (int(start), int(start) + reader.info(name).shape[0], reader, name)
-                self._index.setdefault((kind, parameter), []).append(entry)
+                start = int(first)
+                stop = start + reader.info(name).shape[0]
+                stored = _Stored(start, stop, reader, name)
+                self._index.setdefault((kind, parameter), []).append(stored)
         for entries in self._index.values():
-            entries.sort(key=lambda entry: entry[:2])
+            entries.sort(key=lambda entry: (entry.start, entry.stop))
 
     def fill(self, kind: str, name: str, start: int, target: Tensor) -> None:
-        """Read elements [start, start + n) of a parameter into `target` [n]; CheckpointError if
-        some are nowhere."""
+        """Read elements [start, start + n) of a parameter into `target` [n].
+
+        Args:
+            kind: fp32, exp_avg or exp_avg_sq.
+            name: of the parameter in portable form.
+            start: first element.
+            target: a view into the optimizer's memory, on any device.
+
+        Raises:
+            CheckpointError: elements that no file has.
+        """
         entries = self._index.get((kind, name), [])
-        position, stop = start, start + len(target)
-        first = max(0, bisect.bisect_right(entries, start, key=lambda entry: entry[0]) - 1)
-        for begin, end, reader, tensor in entries[first:]:
-            if begin > position or position >= stop:
+        position = start
+        stop = start + len(target)
+        # The last entry that begins at or before `start` is the first that can hold it.
+        first = max(0, bisect.bisect_right(entries, start, key=lambda entry: entry.start) - 1)
+        for entry in entries[first:]:
+            if entry.start > position or position >= stop:
                 break
-            if end <= position:
+            if entry.stop <= position:
                 continue
-            last = min(end, stop)
-            target[position - start : last - start].copy_(
-                reader.read_rows(tensor, position - begin, last - begin)
-            )
+            last = min(entry.stop, stop)
+            rows = entry.reader.read_rows(entry.tensor, position - entry.start, last - entry.start)
+            target[position - start : last - start].copy_(rows)
             position = last
         if position < stop:
             raise CheckpointError(
-                f"{self.directory}: element {position} of {kind} of {name} is in no file; the training state is incomplete"
+                f"{self.directory}: element {position} of {kind} of {name} is in no file; the "
+                "training state is incomplete"
             )
 
     def random_states(self, file: str) -> dict[str, Tensor]:
@@ -232,11 +283,16 @@ class StateFiles:
         }
 
 
-def read_rank(engine: Any, files: StateFiles, optimizer_step: int, own_file: str) -> None:
-    """Fill a fresh engine: masters, moments, Adam's count, working weights, and the generators of
-    `own_file` if there.
+def read_rank(engine: Engine, files: StateFiles, optimizer_step: int, own_file: str) -> None:
+    """Fill a fresh engine: masters, moments, Adam's count, working weights and random generators.
 
     All ranks must call.
+
+    Args:
+        engine: fresh.
+        files: of the state.
+        optimizer_step: Adam's count.
+        own_file: whose writer's random generators this rank goes on with; '': with its own.
 
     Raises:
         CheckpointError: elements that no file has.
@@ -254,7 +310,7 @@ def read_rank(engine: Any, files: StateFiles, optimizer_step: int, own_file: str
 
 
 def adopt_moments(
-    engine: Any, files: StateFiles, known: dict[str, list[int]], optimizer_step: int
+    engine: Engine, files: StateFiles, known: dict[str, list[int]], optimizer_step: int
 ) -> None:
     """Give a fresh engine the moments that another model's training left, by parameter; weights
     stay as they are.

@@ -1,11 +1,10 @@
-"""Training states: canonical files under a manifest, committed by rename, verified before they are
-read.
+"""Training states: portable files under a manifest, committed by rename, verified before reading.
 
-    states/step_12/            a file of each rank that saved, and manifest.json (step, layout,
-                               configuration, parameters, size and sha256 of each file)
-    states/latest              the name of the newest state, replaced in one step; for people,
-    nothing follows it states/partial/            a state that is being saved, or whose saving was
-    interrupted
+    states/step_12/    a file of each rank that saved, and manifest.json (step, layout,
+                       configuration, parameters, size and sha256 of each file)
+    states/latest      the name of the newest state, replaced in one step; for people, nothing
+                       follows it
+    states/partial/    a state that is being saved, or whose saving was interrupted
 
 Everything is safetensors and JSON: reading a state runs no code. A state says nothing of ranks, so
 any layout reads it. `NEXUS_FAULT=kill:rank0:before_rename:12` kills rank 0 with SIGKILL at that
@@ -22,7 +21,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch.distributed as dist
 
@@ -30,10 +29,35 @@ from nexus_ds.errors import CheckpointError
 from nexus_ds.outputs import create, new_file, write_text
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime import portable_state
+from nexus_ds.runtime.deepspeed_internals import Engine
+from nexus_ds.runtime.portable_state import FileEntry
 from nexus_ds.runtime.ranks import on_rank_0, together
 
-MANIFEST, FORMAT = "manifest.json", 1
+MANIFEST = "manifest.json"
+FORMAT = 1
 BYTES = 12  # of a parameter in a state: fp32 and two moments
+
+
+class Description(TypedDict):
+    """What a state tells of its run."""
+
+    layout: str
+    """In words; a state of another is read all the same."""
+    config: dict[str, Any]
+    """Settings and fingerprints on which the course depends, as JSON; compared on resume."""
+
+
+class Manifest(Description):
+    """What manifest.json holds."""
+
+    format: int
+    step: int
+    """Optimizer steps done."""
+    optimizer_step: int
+    """Adam's own count of updates."""
+    parameters: dict[str, list[int]]
+    """Shape of each parameter in portable form."""
+    files: dict[str, FileEntry]
 
 
 def _rank_file(rank: int) -> str:
@@ -46,33 +70,42 @@ def _fault(point: str, step: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-# Reading -------------------------------------------------------------------------------------------------------------
+# Reading ------------------------------------------------------------------------------------------
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """Return a state's manifest; CheckpointError if it is missing or not of this kind."""
+def read_manifest(directory: Path) -> Manifest:
+    """Return a state's manifest.
+
+    Raises:
+        CheckpointError: it is missing, damaged or not of this kind.
+    """
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        known = manifest["format"] == FORMAT and all(
-            isinstance(manifest[key], dict) for key in ("files", "parameters", "config")
-        )
-        names = all(
-            Path(name).name == name and name.endswith(".safetensors") for name in manifest["files"]
-        )
-        sizes = all(
-            isinstance(e["size"], int) and isinstance(e["sha256"], str)
-            for e in manifest["files"].values()
-        ) and isinstance(manifest["step"], int)
+        known = _is_manifest(manifest)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{MANIFEST}: {error!r}") from error
-    if not (known and names and sizes):
+    if not known:
         raise CheckpointError(
             f"{MANIFEST}: found another format, expected format {FORMAT} of a training state"
         )
     return manifest
 
 
-def _size_problem(directory: Path, name: str, entry: dict[str, Any]) -> str:
+def _is_manifest(value: Any) -> bool:
+    """Return whether parsed JSON is a manifest; KeyError or TypeError where parts are missing."""
+    mappings = (value[key] for key in ("files", "parameters", "config"))
+    if value["format"] != FORMAT or not all(isinstance(mapping, dict) for mapping in mappings):
+        return False
+    for name, entry in value["files"].items():
+        # A name with a folder in it would lead out of the state's own.
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            return False
+        if not isinstance(entry["size"], int) or not isinstance(entry["sha256"], str):
+            return False
+    return isinstance(value["step"], int)
+
+
+def _size_problem(directory: Path, name: str, entry: FileEntry) -> str:
     path = directory / name
     if path.is_symlink() or not path.is_file():
         return f"{name}: not there"
@@ -81,14 +114,12 @@ def _size_problem(directory: Path, name: str, entry: dict[str, Any]) -> str:
     return ""
 
 
-def _hash_problem(directory: Path, name: str, entry: dict[str, Any]) -> str:
+def _hash_problem(directory: Path, name: str, entry: FileEntry) -> str:
     with (directory / name).open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    return (
-        ""
-        if found == entry["sha256"]
-        else f"{name}: found sha256 {found[:12]}, expected {entry['sha256'][:12]}"
-    )
+    if found == entry["sha256"]:
+        return ""
+    return f"{name}: found sha256 {found[:12]}, expected {entry['sha256'][:12]}"
 
 
 def damage(directory: Path, share: int = 0, of: int = 1) -> str:
@@ -102,11 +133,11 @@ def damage(directory: Path, share: int = 0, of: int = 1) -> str:
     """
     try:
         files = read_manifest(directory)["files"]
+        # Sizes first: they cost nothing, and tell most of what a full disk or a kill leaves.
         problems = [_size_problem(directory, name, entry) for name, entry in files.items()]
         if not any(problems) and of:
-            problems = [
-                _hash_problem(directory, name, files[name]) for name in sorted(files)[share::of]
-            ]
+            mine = sorted(files)[share::of]
+            problems = [_hash_problem(directory, name, files[name]) for name in mine]
     except (OSError, CheckpointError) as error:
         return str(error)
     return next((problem for problem in problems if problem), "")
@@ -119,68 +150,74 @@ def steps_saved(states: Path) -> list[int]:
 
 
 def newest_good(states: Path) -> tuple[int, list[str]]:
-    """Return the newest undamaged step (0 when no state was ever saved) and what is wrong with
-    newer ones.
+    """Return the step of the newest undamaged state, and what is wrong with newer ones.
 
-    All ranks must call: they share the hashing, and get the same answer.
+    Step 0 says that no state was ever saved. All ranks must call: they share the hashing, and get
+    the same answer.
 
     Raises:
         CheckpointError: there are or were states, and none can be used. Nothing is deleted.
     """
-    world = dist.get_world_size()
     steps = on_rank_0(lambda: steps_saved(states))
     problems: list[str] = []
     for step in reversed(steps):
         directory = states / f"step_{step}"
-        found = together(lambda directory=directory: damage(directory, dist.get_rank(), world))  # type: ignore[misc]
-        problem = next((p for p in found if p), "")
+        problem = _damage_together(directory)
         if not problem:
             return step, problems
         problems.append(f"{directory} is damaged ({problem})")
+    # The folders of all states may be gone: to start over silently would hide the loss.
     if not problems and on_rank_0((states / "latest").exists):
         problems = [f"{states / 'latest'} is there, but no state that it could name"]
     if problems:
         raise CheckpointError(
-            f"no training state can be used: {'; '.join(problems)}; remove {states} to start over from the beginning"
+            f"no training state can be used: {'; '.join(problems)}; remove {states} to start over "
+            "from the beginning"
         )
     return 0, []
 
 
-def _compare(
-    manifest: dict[str, Any], description: dict[str, Any], shapes: dict[str, list[int]]
-) -> None:
-    """Refuse a state of another configuration or model, with one sentence that is the same on all
-    ranks.
+def _damage_together(directory: Path) -> str:
+    """Return what `damage` finds, each rank hashing its share of the files."""
+    found = together(lambda: damage(directory, dist.get_rank(), dist.get_world_size()))
+    return next((problem for problem in found if problem), "")
+
+
+def _compare(manifest: Manifest, description: Description, shapes: dict[str, list[int]]) -> None:
+    """Refuse a state of another configuration or model, in the same sentence on all ranks.
 
     The order of a mapping counts, as that of the domains does for the samples; what an older state
     does not say does not.
     """
-    saved, now = manifest["config"], description["config"]
+    saved = manifest["config"]
+    now = description["config"]
+    which = f"the training state at step {manifest['step']} belongs to another"
     different = [
         f"{key}: {saved[key]!r} then, {now[key]!r} now"
         for key in now
+        # as text, since equal dictionaries may have another order
         if key in saved and json.dumps(saved[key]) != json.dumps(now[key])
     ]
     if different:
         raise CheckpointError(
-            f"the training state at step {manifest['step']} belongs to another configuration ({'; '.join(different[:5])}); "
-            "restore these settings, or give another output"
+            f"{which} configuration ({'; '.join(different[:5])}); restore these settings, or give "
+            "another output"
         )
     parameters = manifest["parameters"]
     other = [name for name in {**parameters, **shapes} if parameters.get(name) != shapes.get(name)]
     if other:
         name = other[0]
         raise CheckpointError(
-            f"the training state at step {manifest['step']} belongs to another model: {len(other)} parameters differ, the "
-            f"first is {name}: found {parameters.get(name)}, expected {shapes.get(name)}; give another output"
+            f"{which} model: {len(other)} parameters differ, the first is {name}: found "
+            f"{parameters.get(name)}, expected {shapes.get(name)}; give another output"
         )
 
 
-def resume(engine: Any, states: Path, description: dict[str, Any]) -> tuple[int, list[str]]:
-    """Load the newest good state into a fresh engine; return its step (0: nothing saved) and
-    messages.
+def resume(engine: Engine, states: Path, description: Description) -> tuple[int, list[str]]:
+    """Load the newest good state into a fresh engine; return its step and messages.
 
-    All ranks must call; the ranks, expert-parallel size and ZeRO stage of the state don't matter.
+    Step 0 says that nothing was saved. All ranks must call; the ranks, expert-parallel size and
+    ZeRO stage of the state don't matter.
 
     Raises:
         CheckpointError: all states are damaged, or the state belongs to another configuration or
@@ -193,20 +230,21 @@ def resume(engine: Any, states: Path, description: dict[str, Any]) -> tuple[int,
     directory = states / f"step_{step}"
     manifest = read_manifest(directory)
     _compare(manifest, description, portable_state.shapes(engine.module))
-    world = dist.get_world_size()
     # A random generator's state belongs to one rank of one number of ranks.
-    own = _rank_file(dist.get_rank()) if len(manifest["files"]) == world else ""
+    same_ranks = len(manifest["files"]) == dist.get_world_size()
+    own = _rank_file(dist.get_rank()) if same_ranks else ""
     files = portable_state.StateFiles(directory, sorted(manifest["files"]))
     portable_state.read_rank(engine, files, manifest["optimizer_step"], own)
     internals.set_counters(engine, step)
     if manifest["layout"] != description["layout"]:
         messages.append(
-            f"the state of step {step} was saved by {manifest['layout']}; now {description['layout']}"
+            f"the state of step {step} was saved by {manifest['layout']}; "
+            f"now {description['layout']}"
         )
     return step, messages
 
 
-def adopt(engine: Any, states: Path) -> list[str]:
+def adopt(engine: Engine, states: Path) -> list[str]:
     """Carry the moments of the newest good state of a run before an extension into a fresh engine;
     return messages.
 
@@ -229,7 +267,7 @@ def adopt(engine: Any, states: Path) -> list[str]:
     ]
 
 
-# Saving --------------------------------------------------------------------------------------------------------------
+# Saving -------------------------------------------------------------------------------------------
 
 
 def _sync(directory: Path) -> None:
@@ -242,21 +280,24 @@ def _sync(directory: Path) -> None:
 
 
 def _start(states: Path, partial: Path, needed: int) -> None:
-    """Make an empty folder for a state of `needed` bytes; OSError or CheckpointError if there is no
-    room."""
+    """Make an empty folder for a state of `needed` bytes; CheckpointError if there is no room."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     free = shutil.disk_usage(states).free
     if needed > free:
         shutil.rmtree(partial)
         raise CheckpointError(
-            f"{states}: not enough space for a training state: need {needed:,} bytes, free {free:,}; make room, or lower "
-            "training.keep_last; what was saved before is kept"
+            f"{states}: not enough space for a training state: need {needed:,} bytes, free "
+            f"{free:,}; make room, or lower training.keep_last; what was saved before is kept"
         )
 
 
-def _commit(states: Path, partial: Path, manifest: dict[str, Any]) -> None:
-    """Give a whole state its manifest and its name."""
+def _commit(states: Path, partial: Path, manifest: Manifest) -> None:
+    """Give a whole state its manifest and its name.
+
+    The rename is what makes it count. All that it stands for is on the disk before, and the rename
+    itself before `latest` tells of it, so that a loss of power leaves the old state or the new one.
+    """
     step = manifest["step"]
     final = states / f"step_{step}"
     _fault("before_manifest", step)
@@ -276,19 +317,21 @@ def _commit(states: Path, partial: Path, manifest: dict[str, Any]) -> None:
 
 
 def _retain(states: Path, step: int, keep_last: int) -> None:
-    """Delete all but the newest states; nothing if one of those is not whole, so that the last good
-    one stays."""
-    kept, old = steps_saved(states)[-keep_last:], steps_saved(states)[:-keep_last]
-    if any(damage(states / f"step_{s}", 0, 0) for s in kept):
+    """Delete all but the newest states.
+
+    Nothing goes while one of those that stay is not whole: it could be the last good one.
+    """
+    steps = steps_saved(states)
+    if any(damage(states / f"step_{number}", 0, 0) for number in steps[-keep_last:]):
         return
-    for number in old:
-        # half a deleted state is no state
+    for number in steps[:-keep_last]:
+        # Half a deleted state is no state.
         (states / f"step_{number}" / MANIFEST).unlink(missing_ok=True)
         _fault("during_retention", step)
         shutil.rmtree(states / f"step_{number}")
 
 
-def save(engine: Any, states: Path, step: int, description: dict[str, Any], keep_last: int) -> None:
+def save(engine: Engine, states: Path, step: int, description: Description, keep_last: int) -> None:
     """Save a training state. All ranks must call; it counts once the folder carries its final name.
 
     Args:
@@ -301,26 +344,11 @@ def save(engine: Any, states: Path, step: int, description: dict[str, Any], keep
     Raises:
         CheckpointError: no room, or a rank could not write; what was saved before is kept.
     """
-    partial, name = states / "partial", _rank_file(dist.get_rank())
-    if step in on_rank_0(lambda: steps_saved(states)) and not on_rank_0(
-        lambda: damage(states / f"step_{step}")
-    ):
+    if on_rank_0(lambda: _is_saved(states, step)):
         return  # this run came here before and fell back further; the same state again
     shapes = portable_state.shapes(engine.module)
-    needed = BYTES * sum(math.prod(shape) for shape in shapes.values())
-    _fault("before_files", step)
-    on_rank_0(lambda: _start(states, partial, needed))
-    try:
-        entries = together(
-            lambda: portable_state.write_rank(
-                engine, partial / name, lambda: _fault("during_file", step)
-            )
-        )
-    except CheckpointError:
-        on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
-        raise
-    _fault("after_file", step)
-    manifest = {
+    entries = _write_files(engine, states, step, shapes)
+    manifest: Manifest = {
         "format": FORMAT,
         "step": step,
         "optimizer_step": internals.optimizer_step(engine),
@@ -330,10 +358,34 @@ def save(engine: Any, states: Path, step: int, description: dict[str, Any], keep
     }
 
     def commit() -> None:
-        _commit(states, partial, manifest)
+        _commit(states, states / "partial", manifest)
         _retain(states, step, keep_last)
 
     on_rank_0(commit)
+
+
+def _is_saved(states: Path, step: int) -> bool:
+    return step in steps_saved(states) and not damage(states / f"step_{step}")
+
+
+def _write_files(
+    engine: Engine, states: Path, step: int, shapes: dict[str, list[int]]
+) -> list[FileEntry]:
+    """Write each rank's file into the folder `partial`; return the entries of all, by rank."""
+    partial = states / "partial"
+    path = partial / _rank_file(dist.get_rank())
+    needed = BYTES * sum(math.prod(shape) for shape in shapes.values())
+    _fault("before_files", step)
+    on_rank_0(lambda: _start(states, partial, needed))
+    try:
+        entries = together(
+            lambda: portable_state.write_rank(engine, path, lambda: _fault("during_file", step))
+        )
+    except CheckpointError:
+        on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
+        raise
+    _fault("after_file", step)
+    return entries
 
 
 def remove(states: Path) -> None:
