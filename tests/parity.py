@@ -32,7 +32,7 @@ from nexus_ds.runtime.engine import (
     set_learning_rate,
     start_engine,
 )
-from nexus_ds.runtime.parallel_model import leave, load_nexus
+from nexus_ds.runtime.parallel_model import keep_whole, load_nexus
 from nexus_ds.settings import Config
 
 STEPS = 10
@@ -103,7 +103,7 @@ def start(checkpoint, words):
     check_layout(values, config, world, world, experts)
     where = placement(config.parallel, experts, rank, world, world)
     partition = (
-        internals.partitioner(deepspeed_config(values, config, batch)) if stage == 3 else leave
+        internals.partitioner(deepspeed_config(values, config, batch)) if stage == 3 else keep_whole
     )
     grouped, dtype = bool(config.parallel.grouped_mm), DTYPES[config.model.dtype]
     model = load_nexus(Path(checkpoint), dtype, where, config.router, grouped, partition)

@@ -33,7 +33,7 @@ from nexus_ds.runtime.engine import (
     set_learning_rate,
     start_engine,
 )
-from nexus_ds.runtime.parallel_model import leave, load_nexus
+from nexus_ds.runtime.parallel_model import keep_whole, load_nexus
 
 
 def storages(tensors):
@@ -173,7 +173,7 @@ def main():
     stage, batch = check_layout(values, config, world, world, experts)
     where = placement(config.parallel, experts, rank, world, world)
     partition = (
-        internals.partitioner(deepspeed_config(values, config, batch)) if stage == 3 else leave
+        internals.partitioner(deepspeed_config(values, config, batch)) if stage == 3 else keep_whole
     )
     dtype, grouped = DTYPES[config.model.dtype], bool(config.parallel.grouped_mm)
     engine = start_engine(

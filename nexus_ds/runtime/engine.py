@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from nexus_ds.errors import ConfigError, LayoutError
 from nexus_ds.model.head import use_loss_head
@@ -317,10 +316,3 @@ def set_learning_rate(engine: Engine, lr: float) -> None:
     """Set every group's learning rate to `lr` times its scale."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
-
-
-def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum a tensor over all ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor

@@ -1,7 +1,8 @@
-"""The training loop: batches in, optimizer steps, validation, training states, and the verified
-checkpoint at the end.
+"""The training loop: batches in, optimizer steps, validation, states, the verified checkpoint.
 
-Shapes: B sequences, S tokens, D domains, E routed experts.
+A run begins with what is cheap: `resolve` (small files, the layout), `check` (model and text
+against each other), `read_data` (tokenises what is missing), `load` (the model), then the engine.
+Shapes: B sequences, S tokens, N validation windows, D domains, E routed experts.
 Not covered: choosing what to train (train.py) and saving (states, export).
 """
 
@@ -11,25 +12,24 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from nexus_ds.checkpoint.build import DTYPES, new_dense
 from nexus_ds.checkpoint.loading import read_config
 from nexus_ds.checkpoint.records import TrainStep, is_nexus
-from nexus_ds.checkpoint.sidecar import content_fingerprint, read_sidecar
+from nexus_ds.checkpoint.sidecar import ExpertRecord, content_fingerprint, read_sidecar
 from nexus_ds.checkpoint.tokenizer import check_tokenizer
 from nexus_ds.config import as_dict, dump
 from nexus_ds.data.corpora import TokenFile, open_source, token_files, windows
-from nexus_ds.data.mixture import Sampler, domain_weights
+from nexus_ds.data.mixture import Sampler, cycle_slots, domain_weights
 from nexus_ds.data.tokenizer import open_tokenizer, vocabulary_size
 from nexus_ds.errors import ConfigError, DataError, TrainingError
 from nexus_ds.launch import EXIT_STOPPED
@@ -39,6 +39,7 @@ from nexus_ds.outputs import write_text
 from nexus_ds.pipeline import next_evaluation
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime import states
+from nexus_ds.runtime.deepspeed_internals import DeepSpeedConfig
 from nexus_ds.runtime.engine import (
     Batch,
     check_layout,
@@ -50,14 +51,17 @@ from nexus_ds.runtime.engine import (
     start_engine,
 )
 from nexus_ds.runtime.export import export
-from nexus_ds.runtime.metrics import Metrics
+from nexus_ds.runtime.metrics import Metrics, Values
 from nexus_ds.runtime.nexus_moe import Placement
-from nexus_ds.runtime.parallel_model import leave, load_for_training
+from nexus_ds.runtime.parallel_model import Partition, keep_whole, load_for_training
 from nexus_ds.runtime.ranks import on_rank_0
 from nexus_ds.runtime.schedule import learning_rate, tokens_per_step, total_steps
 from nexus_ds.runtime.signals import StopRequest
 from nexus_ds.runtime.tally import Tally
 from nexus_ds.settings import Config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Settings of `training` that may change between a training state and its resumption: the course
 # stays the same.
@@ -89,133 +93,198 @@ class Data:
 
 
 def read_data(config: Config, tokenizer: Path) -> Data:
-    """Tokenise what is missing and return the training sampler and validation windows. All ranks
-    call.
+    """Tokenise what is missing and return the sampler and validation windows. All ranks call.
 
     Validation text comes first: it is little, and what is wrong with it is told before hours go
     into the other.
+
+    Raises:
+        DataError: text that is missing, damaged, or too little.
+        ConfigError: domains or weights that don't fit the text.
     """
-    settings, source, length = (
-        config.data,
-        open_source(config.data.path),
-        config.data.sequence_length,
-    )
-    common: dict[str, Any] = {
-        "workers": settings.workers,
-        "on_bad_row": settings.on_bad_row,
-        "bos": settings.bos,
-    }
+    settings = config.data
+    length = settings.sequence_length
+    source = open_source(settings.path)
+
+    def make(domains: list[str], split: str, max_bytes: int) -> dict[str, TokenFile]:
+        return token_files(
+            source,
+            domains,
+            split,
+            tokenizer,
+            Path(settings.cache),
+            max_bytes=max_bytes,
+            workers=settings.workers,
+            on_bad_row=settings.on_bad_row,
+            bos=settings.bos,
+        )
 
     def made(domains: list[str], split: str, max_bytes: int) -> dict[str, TokenFile]:
-        def make() -> dict[str, TokenFile]:
-            cache = Path(settings.cache)
-            return token_files(
-                source, domains, split, tokenizer, cache, max_bytes=max_bytes, **common
-            )
-
-        on_rank_0(lambda: len(make()))  # the others wait, and read
-        return make()
+        # Rank 0 tokenises, the others wait for it, and all read the finished files.
+        on_rank_0(lambda: len(make(domains, split, max_bytes)))
+        return make(domains, split, max_bytes)
 
     scored = made(settings.validation_domains, "validation", 0)
     counts = {name: _windows_of(name, file.blocks(length), config) for name, file in scored.items()}
     files = made(settings.domains, "train", settings.max_bytes)
     weights = domain_weights(settings, {name: file.tokens for name, file in files.items()})
-    sampler = Sampler(files, weights, length, config.seed)
     wanted = config.training.eval_windows
-    messages = [
-        f"{n}: {c} validation windows, training.eval_windows is {wanted}"
-        for n, c in counts.items()
-        if c < wanted
-    ]
-    validation = {name: windows(scored[name], count, length) for name, count in counts.items()}
-    return Data(files, sampler, weights, validation, messages)
+    return Data(
+        files=files,
+        sampler=Sampler(files, weights, length, config.seed),
+        weights=weights,
+        validation={name: windows(scored[name], count, length) for name, count in counts.items()},
+        messages=[
+            f"{name}: {count} validation windows, training.eval_windows is {wanted}"
+            for name, count in counts.items()
+            if count < wanted
+        ],
+    )
 
 
 def _windows_of(domain: str, there: int, config: Config) -> int:
-    """Return how many validation windows of a domain are scored; DataError if its text has fewer
-    than that."""
-    training, length = config.training, config.data.sequence_length
-    wanted = (
-        training.eval_windows if training.eval_every else max(1, min(there, training.eval_windows))
-    )
+    """Return how many of a domain's validation windows are scored.
+
+    Raises:
+        DataError: its text has fewer than that.
+    """
+    training = config.training
+    wanted = training.eval_windows
+    few = ""
+    if not training.eval_every:
+        # Scored at both ends alone, no curve: what text there is will do.
+        wanted = max(1, min(there, wanted))
+        few = " (with training.eval_every 0 one is enough)"
     if there < wanted:
-        few = "" if training.eval_every else " (with training.eval_every 0 one is enough)"
         raise DataError(
-            f"{domain}: the validation text makes {there} windows of data.sequence_length {length}, expected "
-            f"training.eval_windows {training.eval_windows}{few}; give more text, or lower one of them"
+            f"{domain}: the validation text makes {there} windows of data.sequence_length "
+            f"{config.data.sequence_length}, expected training.eval_windows "
+            f"{training.eval_windows}{few}; give more text, or lower one of them"
         )
     return wanted
 
 
+# The start, cheap steps first ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """How a run is spread over its ranks, and what of the model that depends on."""
+
+    values: DeepSpeedConfig
+    """The DeepSpeed JSON, checked."""
+    stage: int
+    """Of ZeRO: 1, 2 or 3."""
+    batch: Batch
+    experts: list[ExpertRecord]
+    """Of the model that is trained; empty for a dense one."""
+    placement: Placement | None
+    """Where this rank's experts are; None for a dense model."""
+
+    @property
+    def expert_parallel(self) -> int:
+        """Ranks over which the experts are spread."""
+        return self.placement.ep_size if self.placement else 1
+
+
+def resolve(config: Config, ds_json: str, rank: int, world: int, local_world: int) -> RunLayout:
+    """Read the DeepSpeed JSON and the sidecar, and judge the layout; seconds at most.
+
+    Raises:
+        ConfigError: the JSON is missing, damaged, or has keys that don't belong there.
+        LayoutError: ranks, batch or ZeRO settings that don't go together.
+        CheckpointError: a damaged sidecar.
+    """
+    values = read_deepspeed_json(Path(ds_json) if ds_json else None, config.parallel)
+    nexus = bool(config.model.path) and is_nexus(Path(config.model.path))
+    experts = read_sidecar(Path(config.model.path)).experts if nexus else []
+    stage, batch = check_layout(values, config, world, local_world, len(experts))
+    where = None
+    if experts:
+        where = placement(config.parallel, len(experts), rank, world, local_world)
+    return RunLayout(values, stage, batch, experts, where)
+
+
+def check(config: Config) -> None:
+    """Refuse text and model that don't go together, before the text is tokenised, maybe for hours.
+
+    Raises:
+        ConfigError: sequences longer than the model's positions, or a mixture that can't be.
+        IncompatibleModelsError: tokens that the model does not embed.
+    """
+    length = config.data.sequence_length
+    longest = config.model.max_positions
+    if config.model.path:
+        stored = read_config(Path(config.model.path))
+        longest = int(stored.get("max_position_embeddings") or length)
+        check_tokenizer(Path(config.model.tokenizer), int(stored["vocab_size"]))
+    if length > longest:
+        raise ConfigError(
+            f"data.sequence_length {length}: the model reads at most {longest} tokens; lower it"
+        )
+    # Shares don't depend on the tokens but for `proportional`, which has no settings to be wrong.
+    cycle_slots(domain_weights(config.data, dict.fromkeys(config.data.domains, 1)))
+
+
+def load(config: Config, layout: RunLayout) -> PreTrainedModel:
+    """Return the model that trains: read from `model.path`, or new with the sizes of the recipe."""
+    if not config.model.path:
+        tokenizer = open_tokenizer(Path(config.model.tokenizer))
+        vocabulary = vocabulary_size(tokenizer)
+        model = new_dense(config.model, vocabulary, tokenizer.eos_token_id, config.seed)
+        return model.to(DTYPES[config.model.dtype])
+    grouped = config.parallel.grouped_mm
+    if grouped is None:
+        # In fp32 the kernels of older GPUs compute in TF32, and the export would not equal the
+        # engine.
+        grouped = config.model.dtype == "bf16" and not internals.on_cpu()
+    partition: Partition = keep_whole
+    if layout.stage == 3:
+        complete = deepspeed_config(layout.values, config, layout.batch)
+        partition = internals.partitioner(complete)
+    return load_for_training(config, layout.placement, grouped, partition)
+
+
 class Run:
-    """One training run on this rank: engine, data, bookkeeping."""
+    """One training run on this rank: engine, data, bookkeeping.
+
+    Args:
+        config: the run's configuration, with all paths.
+        ds_json: path of the DeepSpeed JSON; '' for the recipe's ZeRO stage.
+        rank: this rank.
+        world: number of ranks.
+        local_world: ranks of a node.
+
+    Raises:
+        NexusError: see `resolve`, `check`, `read_data` and `load`, in this order.
+    """
 
     def __init__(
         self, config: Config, ds_json: str, rank: int, world: int, local_world: int
     ) -> None:
-        self.config, self.rank, self.world = config, rank, world
-        self.tokenizer = Path(config.model.tokenizer)
-        values = read_deepspeed_json(Path(ds_json) if ds_json else None, config.parallel)
-        nexus = bool(config.model.path) and is_nexus(Path(config.model.path))
-        records = read_sidecar(Path(config.model.path)).experts if nexus else []
-        self.batch: Batch
-        stage, self.batch = check_layout(values, config, world, local_world, len(records))
-        self._check_model()  # before the text is tokenised, which may take hours
-        self.data = read_data(config, self.tokenizer)
+        self.config = config
+        self.rank = rank
+        self.world = world
+        layout = resolve(config, ds_json, rank, world, local_world)
+        check(config)
+        self.data = read_data(config, Path(config.model.tokenizer))
         torch.manual_seed(config.seed)
-        # In fp32 the kernels of older GPUs compute in TF32, and the export would not equal the
-        # engine.
-        grouped = config.parallel.grouped_mm
-        grouped = (
-            config.model.dtype == "bf16" and not internals.on_cpu() if grouped is None else grouped
-        )
-        place = (
-            placement(config.parallel, len(records), rank, world, local_world) if records else None
-        )
-        partition = (
-            internals.partitioner(deepspeed_config(values, config, self.batch))
-            if stage == 3
-            else leave
-        )
-        model = self._model(place, grouped, partition)
-        self.engine = start_engine(model, values, config, self.batch)
+        model = load(config, layout)
+        self.engine = start_engine(model, layout.values, config, layout.batch)
+
+        self.batch = layout.batch
         self.layers = moe_layers(self.engine.module)
         self.device = self.engine.device
         self.work = Path(config.output + ".training")
         self.domains = list(self.data.files)
-        self.experts, self.expert_domains = [r.name for r in records], [r.domain for r in records]
+        self.experts = [expert.name for expert in layout.experts]
+        self.expert_domains = [expert.domain for expert in layout.experts]
         self.total = total_steps(config.training, config.data)
-        ep_size = place.ep_size if place else 1
         self.description: states.Description = {
-            "layout": f"{world} ranks, expert parallel {ep_size}, ZeRO stage {stage}",
+            "layout": f"{world} ranks, expert parallel {layout.expert_parallel}, "
+            f"ZeRO stage {layout.stage}",
             "config": self._identity(),
         }
-
-    def _model(
-        self, place: Placement | None, grouped: bool, partition: Callable[[nn.Module], None]
-    ) -> Any:
-        config = self.config
-        if config.model.path:
-            return load_for_training(config, place, grouped, partition)
-        tokenizer = open_tokenizer(self.tokenizer)
-        model = new_dense(
-            config.model, vocabulary_size(tokenizer), tokenizer.eos_token_id, config.seed
-        )
-        return model.to(DTYPES[config.model.dtype])
-
-    def _check_model(self) -> None:
-        """Refuse text that the model can't read: sequences longer than its positions, tokens that
-        it does not embed."""
-        given, length = self.config.model, self.config.data.sequence_length
-        longest = given.max_positions
-        if given.path:
-            facts = read_config(Path(given.path))
-            longest = int(facts.get("max_position_embeddings") or length)
-            check_tokenizer(self.tokenizer, int(facts["vocab_size"]))
-        if length > longest:
-            raise ConfigError(
-                f"data.sequence_length {length}: the model reads at most {longest} tokens; lower it"
-            )
 
     def _identity(self) -> dict[str, Any]:
         """Return the settings and data on which the course of the run depends; the layout is not
@@ -243,18 +312,25 @@ class Run:
         return json.loads(json.dumps(kept))
 
     def _batch(self, step: int, part: int) -> tuple[Tensor, Tensor]:
-        """Return token windows [B, S+1] and domain indices [B] of one micro-batch; sample ids
-        depend on the step alone."""
-        share = self.batch.micro * self.batch.accumulation
-        first = step * self.config.training.batch_size + self.rank * share + part * self.batch.micro
-        samples = [self.data.sampler.sample(first + i) for i in range(self.batch.micro)]
-        tokens = torch.from_numpy(np.stack([s.tokens for s in samples]))
-        return tokens.to(self.device), torch.tensor(
-            [s.domain_index for s in samples], device=self.device
-        )
+        """Return token windows [B, S+1] and domain indices [B] of one micro-batch, int64.
+
+        The ids of a step's samples depend on the step alone, not on ranks or passes: a run may be
+        resumed with others.
+        """
+        micro = self.batch.micro
+        share = micro * self.batch.accumulation
+        first = step * self.config.training.batch_size + self.rank * share + part * micro
+        samples = [self.data.sampler.sample(first + i) for i in range(micro)]
+        tokens_BS = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
+        domain_B = torch.tensor([sample.domain_index for sample in samples])
+        return tokens_BS.to(self.device), domain_B.to(self.device)
 
     def _step(self, step: int, tally: Tally) -> float:
-        """Do one optimizer step; return the gradient norm before clipping."""
+        """Do one optimizer step; return the gradient norm before clipping.
+
+        Raises:
+            TrainingError: the norm is not finite, so that the weights are not either.
+        """
         self.engine.train()
         set_learning_rate(self.engine, learning_rate(step, self.config.training, self.config.data))
         for part in range(self.batch.accumulation):
@@ -266,51 +342,61 @@ class Run:
         norm = self.engine.get_global_grad_norm()
         if norm is None or not math.isfinite(float(norm)):
             saved = states.steps_saved(self.work / "states")
+            last = f"step {saved[-1]}" if saved else "none"
             raise TrainingError(
-                f"the gradient norm is {norm} at step {step + 1} (samples from {step * self.config.training.batch_size}); "
-                f"stopped, last training state: {f'step {saved[-1]}' if saved else 'none'}; lower training.lr, or look "
-                "at these samples"
+                f"the gradient norm is {norm} at step {step + 1} (samples from "
+                f"{step * self.config.training.batch_size}); stopped, last training state: {last}; "
+                "lower training.lr, or look at these samples"
             )
         return float(norm)
 
     @torch.no_grad()
     def validate(self, step: int, metrics: Metrics) -> None:
-        """Score the validation windows, spread over the ranks (each does as many forward passes),
-        and log the result."""
+        """Score the validation windows, spread over the ranks, and log the result."""
         self.engine.eval()
         names = list(self.data.validation)
         tally = Tally(len(names), len(self.experts), self.device)
         for index, name in enumerate(names):
-            windows_NS = torch.from_numpy(self.data.validation[name])
-            batch = max(1, self.batch.micro)
-            rounds = math.ceil(len(windows_NS) / (batch * self.world))
-            for turn in range(rounds):
-                start = (turn * self.world + self.rank) * batch
-                mine = windows_NS[start : start + batch].to(self.device)
-                idle = len(mine) == 0  # expert parallelism needs every rank in every pass
-                _, losses = next_token_loss(
-                    self.engine, windows_NS[:1].to(self.device) if idle else mine
-                )
-                if not idle:
-                    tally.add(
-                        losses, torch.full((len(mine),), index, device=self.device), self.layers
-                    )
+            self._score(torch.from_numpy(self.data.validation[name]), index, tally)
         tally.reduced()
-        losses_D = tally.losses(names)
-        values: dict[str, Any] = {
-            "loss": losses_D,
-            "perplexity": {name: math.exp(min(loss, 700)) for name, loss in losses_D.items()},
-            "routing": tally.routing(names, self.experts),
+        losses = tally.losses(names)
+        # e^700 is nearly the largest float64.
+        perplexity = {name: math.exp(min(loss, 700)) for name, loss in losses.items()}
+        routing = tally.routing(names, self.experts)
+        values: dict[str, float | Values] = {
+            "loss": losses,
+            "perplexity": perplexity,
+            "routing": routing,
         }
-        line = " ".join(f"{name} {ppl:.1f}" for name, ppl in values["perplexity"].items())
-        own = self.own_share(values["routing"])
+        numbers = " ".join(f"{name} {value:.1f}" for name, value in perplexity.items())
+        line = f"step {step} validation perplexity: {numbers}"
+        own = self.own_share(routing)
         if own is not None:
             values["own_share"] = own
             line += f" | own-domain share {own:.2f}"
-        metrics.log("validation", step, values, f"step {step} validation perplexity: {line}")
+        metrics.log("validation", step, values, line)
+
+    def _score(self, windows_NS: Tensor, domain: int, tally: Tally) -> None:
+        """Add this rank's share of a domain's windows [N, S+1] to `tally`.
+
+        Expert parallelism needs every rank in every pass, so that one without windows of its own
+        passes the first one, which does not count.
+        """
+        batch = max(1, self.batch.micro)
+        rounds = math.ceil(len(windows_NS) / (batch * self.world))
+        for turn in range(rounds):
+            start = (turn * self.world + self.rank) * batch
+            mine_BS = windows_NS[start : start + batch]
+            idle = len(mine_BS) == 0
+            if idle:
+                mine_BS = windows_NS[:1]
+            _, losses_BS = next_token_loss(self.engine, mine_BS.to(self.device))
+            if not idle:
+                domain_B = torch.full((len(mine_BS),), domain, device=self.device)
+                tally.add(losses_BS, domain_B, self.layers)
 
     def own_share(self, routing: dict[str, dict[str, float]]) -> float | None:
-        """Return the mean share of a domain's tokens at that domain's expert."""
+        """Return the mean share of a domain's tokens at its own expert; None if none was seen."""
         pairs = zip(self.experts, self.expert_domains, strict=True)
         shares = [routing[domain][expert] for expert, domain in pairs if domain in routing]
         return sum(shares) / len(shares) if shares else None
@@ -318,32 +404,46 @@ class Run:
     def log(
         self, step: int, tally: Tally, norm: float, seconds: float, steps: int, metrics: Metrics
     ) -> None:
-        """Log a stretch of `steps` optimizer steps that took `seconds`."""
+        """Log a stretch of `steps` optimizer steps that took `seconds`. All ranks must call."""
         tally.reduced()
-        lr = learning_rate(step - 1, self.config.training, self.config.data)
-        speed = steps * tokens_per_step(self.config.training, self.config.data) / max(seconds, 1e-9)
-        router = tally.router()
-        values: dict[str, Any] = {
-            "loss": tally.mean_loss(),
-            "domain_loss": tally.losses(self.domains),
+        training, data = self.config.training, self.config.data
+        loss = tally.mean_loss()
+        domain_losses = tally.losses(self.domains)
+        lr = learning_rate(step - 1, training, data)
+        speed = steps * tokens_per_step(training, data) / max(seconds, 1e-9)
+        router = self._router_values(tally)
+        values: Values = {
+            "loss": loss,
+            "domain_loss": domain_losses,
             "lr": lr,
+            "grad_norm": norm,
+            "tokens_per_second": speed,
+            "router": router,
         }
-        values |= {"grad_norm": norm, "tokens_per_second": speed, "router": router}
-        domains = " ".join(f"{name} {loss:.2f}" for name, loss in values["domain_loss"].items())
-        line = f"{step}/{self.total} loss {values['loss']:.3f} ({domains})"
+        domains = " ".join(f"{name} {value:.2f}" for name, value in domain_losses.items())
+        line = f"{step}/{self.total} loss {loss:.3f} ({domains})"
         if router:
-            own = self.own_share(tally.routing(self.domains, self.experts))
-            router["own_share"] = float("nan") if own is None else own
             line += (
-                f" aux {router['load_balance']:.2f} gate {router['gate']:.2f} own {router['own_share']:.2f}"
+                f" aux {router['load_balance']:.2f} gate {router['gate']:.2f}"
+                f" own {router['own_share']:.2f}"
                 f" load {router['load_min']:.2f}-{router['load_max']:.2f}"
             )
         line += f" lr {lr:.2e} norm {norm:.2f} {speed:,.0f} tok/s eta {metrics.eta(step)}"
         metrics.log("train", step, values, line)
+        # A single expert's gate is 1 whatever the router does.
         if router.get("gate", 0) > SATURATED and len(self.experts) > 1:
             metrics.say(
-                f"warning: mean gate {router['gate']:.2f}: the router is saturated; lower router.lr_scale or training.lr"
+                f"warning: mean gate {router['gate']:.2f}: the router is saturated; lower "
+                "router.lr_scale or training.lr"
             )
+
+    def _router_values(self, tally: Tally) -> dict[str, float]:
+        """Return the routers' numbers under the log's names; an empty dict for a dense model."""
+        router = tally.router()
+        if router is None:
+            return {}
+        own = self.own_share(tally.routing(self.domains, self.experts))
+        return asdict(router) | {"own_share": float("nan") if own is None else own}
 
     def save(self, step: int) -> None:
         """Save a training state."""
@@ -356,17 +456,24 @@ class Run:
         )
 
     def loop(self, first: int, metrics: Metrics, stop: StopRequest) -> bool:
-        """Train from step `first` to the end; return False if a signal ended it early (the state is
-        saved)."""
+        """Train from step `first` to the end.
+
+        Returns:
+            False if a signal ended it early; the state is saved.
+        """
         training = self.config.training
-        tally, since, started = self._tally(), first, time.monotonic()
+        tally = self._tally()
+        since = first
+        started = time.monotonic()
         for step in range(first, self.total):
             norm = self._step(step, tally)
             metrics.advance()
             done = step + 1
             if done % training.log_every == 0 or done == self.total:
                 self.log(done, tally, norm, time.monotonic() - started, done - since, metrics)
-                tally, since, started = self._tally(), done, time.monotonic()
+                tally = self._tally()
+                since = done
+                started = time.monotonic()
             if done == self.total:
                 break
             number = stop.agreed()
@@ -374,7 +481,8 @@ class Run:
                 self.save(done)
             if number:
                 metrics.say(
-                    f"stopped by signal {number} after step {done}; start the same command again to go on"
+                    f"stopped by signal {number} after step {done}; start the same command again "
+                    "to go on"
                 )
                 return False
             if training.eval_every and done % training.eval_every == 0:
@@ -393,8 +501,8 @@ class Run:
         removed afterwards.
         """
         self.save(self.total)
-        name = next(iter(self.data.validation))
-        probe = torch.from_numpy(self.data.validation[name][:2, :-1]).to(self.device)
+        windows_NS = torch.from_numpy(next(iter(self.data.validation.values())))
+        probe_BS = windows_NS[:2, :-1].to(self.device)
         step = TrainStep(
             stage=self.config.stage,
             steps=self.total,
@@ -403,7 +511,7 @@ class Run:
         )
         out = Path(self.config.output)
         difference = export(
-            self.engine, self.config, DTYPES[self.config.model.dtype], out, probe, step
+            self.engine, self.config, DTYPES[self.config.model.dtype], out, probe_BS, step
         )
         if not self.config.training.save_every:
             states.remove(self.work / "states")
@@ -416,10 +524,22 @@ class Run:
 def train(
     config: Config, ds_json: str, rank: int, world: int, local_world: int, wait_minutes: float
 ) -> int:
-    """Train `config` on this rank; return the exit code (0 finished, 75 stopped by a signal with
-    its state saved)."""
+    """Train `config` on this rank.
+
+    Args:
+        config: the run's configuration, with all paths.
+        ds_json: path of the DeepSpeed JSON; '' for the recipe's ZeRO stage.
+        rank: this rank.
+        world: number of ranks.
+        local_world: ranks of a node.
+        wait_minutes: that a rank waits for the others; rank 0 may be tokenising meanwhile.
+
+    Returns:
+        The exit code: 0 finished, EXIT_STOPPED stopped by a signal with its state saved.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     internals.start(wait_minutes)
+    # Before the data is read: a signal that comes early is not lost.
     stop = StopRequest()
     run = Run(config, ds_json, rank, world, local_world)
     first, messages = states.resume(run.engine, run.work / "states", run.description)

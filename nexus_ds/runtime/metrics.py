@@ -8,19 +8,24 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from tqdm import tqdm
 
 from nexus_ds.outputs import create, naming
 from nexus_ds.progress import duration
 
+Values: TypeAlias = Mapping[str, "float | str | Values"]
+"""Numbers under names, nested; words go into the JSONL file alone."""
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+
+def _flat(values: Values, prefix: str = "") -> dict[str, float]:
+    """Return the numbers under their paths: {"loss/alpha": 2.5}."""
     flat: dict[str, float] = {}
     for name, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{name}/")
         elif isinstance(value, int | float):
             flat[f"{prefix}{name}"] = float(value)
@@ -28,46 +33,64 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 class Metrics:
-    """Writes what `log` is given; silent on other ranks than 0."""
+    """Writes what `log` is given.
+
+    Args:
+        directory: where metrics.jsonl (appended to) and tensorboard/ go.
+        name: of the run, at the start of each line.
+        first_step: optimizer steps that lie behind; what the board has of later ones is dropped.
+        total_steps: optimizer steps of the whole run.
+        active: False on other ranks than 0: all calls are silent there.
+    """
 
     def __init__(
         self, directory: Path, name: str, first_step: int, total_steps: int, active: bool
     ) -> None:
-        self.active, self.name, self.total = active, name, total_steps
-        self.started, self.first = time.monotonic(), first_step
+        self.active = active
+        self.name = name
+        self.first = first_step
+        self.total = total_steps
+        self.started = time.monotonic()
+        self.bar: tqdm | None = None
         if not active:
             return
+        # Its import takes a second or more, which other ranks need not wait for.
         from torch.utils.tensorboard import SummaryWriter
 
         directory.mkdir(parents=True, exist_ok=True)
         self.jsonl = create(directory / "metrics.jsonl", append=True)
         self.events = directory / "tensorboard"
         self.board = SummaryWriter(str(self.events), purge_step=first_step)
-        self.bar = (
-            tqdm(total=total_steps, initial=first_step, desc=name, unit="step")
-            if sys.stderr.isatty()
-            else None
-        )
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=total_steps, initial=first_step, desc=name, unit="step")
 
     def say(self, text: str) -> None:
         """Print one line."""
-        if self.active:
-            tqdm.write(text, file=sys.stderr) if self.bar is not None else print(
-                text, file=sys.stderr, flush=True
-            )
+        if not self.active:
+            return
+        if self.bar is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            tqdm.write(text, file=sys.stderr)
 
     def advance(self) -> None:
         """Count one optimizer step on the bar."""
-        if self.active and self.bar is not None:
+        if self.bar is not None:
             self.bar.update(1)
 
     def eta(self, step: int) -> str:
         """Return the time left, from the mean speed of this start."""
+        # What a resumed run did before would say nothing of the ranks that it has now.
         done = step - self.first
-        return duration((time.monotonic() - self.started) / max(done, 1) * (self.total - step))
+        seconds_a_step = (time.monotonic() - self.started) / max(done, 1)
+        return duration(seconds_a_step * (self.total - step))
 
-    def log(self, kind: str, step: int, values: dict[str, Any], line: str) -> None:
-        """Write `values` (nested numbers) under `kind` and print `line`."""
+    def log(self, kind: str, step: int, values: Values, line: str) -> None:
+        """Write `values` under `kind` at optimizer step `step`, and print `line`.
+
+        Raises:
+            OSError: not all could be written; it names the file and the free space.
+        """
         if not self.active:
             return
         record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}

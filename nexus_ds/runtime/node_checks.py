@@ -294,7 +294,7 @@ class Meeting:
 
 def _probe() -> str:
     """Return the name of the file by which the run's folder is recognised."""
-    return f".preflight-{os.environ.get('SLURM_JOB_ID', os.getpid())}"
+    return f".preflight-{job_name()}"
 
 
 def folder_problems(meeting: Meeting, run: Path) -> list[str]:

@@ -1,11 +1,15 @@
-"""A Nexus checkpoint as the model that trains: each rank reads its own routed experts and the dense
-part, nothing else."""
+"""A checkpoint as the model that trains: each rank reads its own routed experts and the dense part.
+
+Part by part, so that under ZeRO-3 no more than one layer is ever whole in a rank's memory.
+Shapes: H hidden size, F inner width, E routed experts, M domain embedding.
+Not covered: a dense model part by part (it is read whole on every rank, then partitioned).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,8 +20,19 @@ from nexus_ds.model.experts import FeedForward
 from nexus_ds.runtime.nexus_moe import NexusMoE, NexusRouter, Placement
 from nexus_ds.settings import Config, RouterConfig
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def _zero_ffn(hidden_size: int, ffn_size: int, dtype: torch.dtype) -> FeedForward:
+Partition = Callable[[nn.Module], None]
+"""What is done to each part of a model as soon as it is read."""
+
+
+def keep_whole(module: nn.Module) -> None:
+    """Let a module stay as it was read: every rank holds all of it."""
+
+
+def _vacant(hidden_size: int, ffn_size: int, dtype: torch.dtype) -> FeedForward:
+    """Return what a vacant slot holds: no token ever comes, and zeros stay zeros."""
     ffn = FeedForward(hidden_size, ffn_size).to(dtype)
     for parameter in ffn.parameters():
         nn.init.zeros_(parameter)
@@ -30,56 +45,25 @@ def _nexus_block(
     shared = parts.shared(layer)
     ffn_size, hidden_size = shared.gate_proj.weight.shape
     local = [
-        _zero_ffn(hidden_size, ffn_size, parts.dtype)
+        _vacant(hidden_size, ffn_size, parts.dtype)
         if expert is None
         else parts.routed(layer, expert)
         for expert in placement.local_experts()
     ]
     projection, inputs_EM = parts.projection(layer)
     gate = NexusRouter(
-        hidden_size,
-        placement,
-        parts.sidecar.router.top_k,
-        projection,
-        inputs_EM,
-        router.load_balance,
-        router.z_loss,
-        parts.mean(layer),
+        hidden_size=hidden_size,
+        placement=placement,
+        top_k=parts.sidecar.router.top_k,
+        projection=projection,
+        domain_inputs_EM=inputs_EM,
+        load_balance=router.load_balance,
+        z_loss=router.z_loss,
+        mean_H=parts.mean(layer),
     )
     if projection is None:
         gate.gate.weight = nn.Parameter(parts.rows(layer))
     return NexusMoE(placement, local, shared, gate, grouped_mm)
-
-
-def leave(module: nn.Module) -> None:
-    """Leave a module as it is."""
-
-
-def _assemble(
-    directory: Path,
-    dtype: torch.dtype,
-    block: Callable[[NexusParts, int], nn.Module],
-    partition: Callable[[nn.Module], None] = leave,
-) -> Any:
-    """Build a model part by part: embeddings, then each layer, then the rest; `partition` gets each
-    part once it is read."""
-    parts = NexusParts(directory, dtype)
-    model = _empty_skeleton(directory, parts.config, dtype)
-    tied = model.config.tie_word_embeddings
-    _fill(model, "model.embed_tokens.", parts.reader, dtype)
-    if tied:
-        model.tie_weights()
-    partition(model.model.embed_tokens)
-    for index, layer in enumerate(model.model.layers):
-        _fill(model, f"model.layers.{index}.", parts.reader, dtype)
-        layer.mlp = block(parts, index)
-        partition(layer)
-    for name, module in [("model.norm.", model.model.norm)] + [("lm_head.", model.lm_head)] * (
-        not tied
-    ):
-        _fill(model, name, parts.reader, dtype)
-        partition(module)
-    return model
 
 
 def load_nexus(
@@ -88,8 +72,8 @@ def load_nexus(
     placement: Placement,
     router: RouterConfig,
     grouped_mm: bool,
-    partition: Callable[[nn.Module], None] = leave,
-) -> Any:
+    partition: Partition = keep_whole,
+) -> PreTrainedModel:
     """Load a Nexus checkpoint for training: NexusMoE blocks that hold the experts of `placement`.
 
     Args:
@@ -98,35 +82,54 @@ def load_nexus(
         placement: which routed experts to read.
         router: coefficients of the router's losses.
         grouped_mm: grouped matrix products for the experts.
-        partition: called with each part of the model as soon as it is read; under ZeRO-3 it keeps this
-            rank's shard only, so that no more than one layer is ever whole.
+        partition: called with each part of the model as soon as it is read; under ZeRO-3 it keeps
+            this rank's shard only, so that no more than one layer is ever whole.
+
+    Raises:
+        CheckpointError: damaged, incomplete, or with a trained gate of the shared expert.
     """
-    return _assemble(
-        directory,
-        dtype,
-        lambda parts, layer: _nexus_block(parts, layer, placement, router, grouped_mm),
-        partition,
-    )
+    parts = NexusParts(directory, dtype)
+    model = _empty_skeleton(directory, parts.config, dtype)
+    tied = model.config.tie_word_embeddings
+    _fill(model, "model.embed_tokens.", parts.reader, dtype)
+    if tied:
+        # Before the embedding is partitioned: both names must be of one parameter by then.
+        model.tie_weights()
+    partition(model.model.embed_tokens)
+    for index, layer in enumerate(model.model.layers):
+        _fill(model, f"model.layers.{index}.", parts.reader, dtype)
+        layer.mlp = _nexus_block(parts, index, placement, router, grouped_mm)
+        partition(layer)
+    _fill(model, "model.norm.", parts.reader, dtype)
+    partition(model.model.norm)
+    if not tied:
+        _fill(model, "lm_head.", parts.reader, dtype)
+        partition(model.lm_head)
+    return model
 
 
 def load_for_training(
     config: Config,
     placement: Placement | None,
     grouped_mm: bool,
-    partition: Callable[[nn.Module], None] = leave,
-) -> Any:
+    partition: Partition = keep_whole,
+) -> PreTrainedModel:
     """Load `config.model.path`, dense or Nexus, in the working dtype.
 
     Args:
         config: the run's configuration.
         placement: which routed experts this rank holds; None for a dense model.
         grouped_mm: grouped matrix products for the experts.
-        partition: see `load_nexus`; a dense model is read whole and then settled.
+        partition: see `load_nexus`; a dense model is read whole and then partitioned.
+
+    Raises:
+        CheckpointError: damaged, or expert embeddings on disk that P(D) does not give.
     """
-    directory, dtype = Path(config.model.path), DTYPES[config.model.dtype]
-    if placement is not None:
-        verify_expert_embeddings(directory)
-        return load_nexus(directory, dtype, placement, config.router, grouped_mm, partition)
-    model = load_stock(directory, dtype)
-    partition(model)
-    return model
+    directory = Path(config.model.path)
+    dtype = DTYPES[config.model.dtype]
+    if placement is None:
+        model = load_stock(directory, dtype)
+        partition(model)
+        return model
+    verify_expert_embeddings(directory)
+    return load_nexus(directory, dtype, placement, config.router, grouped_mm, partition)

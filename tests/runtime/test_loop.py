@@ -3,6 +3,7 @@ what a resume refuses."""
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,13 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nexus_ds.config import _apply, parse_override
 from nexus_ds.data.mixture import Sample
-from nexus_ds.errors import CheckpointError, TrainingError
+from nexus_ds.errors import CheckpointError, NexusError, TrainingError
 from nexus_ds.evaluation.perplexity import score
-from nexus_ds.runtime import portable_state, states
-from nexus_ds.runtime.engine import split_batch
-from nexus_ds.runtime.loop import Run, read_data
-from nexus_ds.runtime.parallel_model import leave
-from nexus_ds.runtime.tally import Tally
+from nexus_ds.runtime import loop, portable_state, states
+from nexus_ds.runtime.engine import Batch, split_batch
+from nexus_ds.runtime.loop import Run, RunLayout, load, read_data
 from nexus_ds.settings import (
     Config,
     DataConfig,
@@ -338,71 +337,51 @@ def test_a_norm_that_is_no_number_stops_the_run_and_names_step_samples_and_state
         run._step(3, run._tally())
 
 
-# What a run counts --------------------------------------------------------------------------------------------------
-
-
-def passed(selected, gate, balance, z):
-    """Return a layer that routed tokens so."""
-    seen = SimpleNamespace(
-        selected_TK=torch.tensor(selected),
-        gate_T1=torch.tensor(gate),
-        load_balance=torch.tensor(balance),
-        z=torch.tensor(z),
-    )
-    return SimpleNamespace(router=SimpleNamespace(latest=seen))
-
-
-def test_a_tally_keeps_domains_and_experts_apart():
-    """Two sequences of three tokens, of domain 2 and domain 0; two layers, top-1; three experts."""
-    tally = Tally(3, 3, torch.device("cpu"))
-    losses = torch.tensor([[1.0, 2.0, 3.0], [4.0, 4.0, 7.0]])
-    first = passed([[0], [1], [1], [2], [2], [2]], [0.5, 0.75, 0.25, 0.5, 0.5, 0.5], 1.5, 0.25)
-    second = passed([[1], [1], [1], [2], [0], [0]], [1.0, 1.0, 1.0, 1.0, 0.5, 0.5], 2.5, 0.75)
-    tally.add(losses, torch.tensor([2, 0]), [first, second])
-    names, experts = ["a", "b", "c"], ["x", "y", "z"]
-    assert tally.losses(names) == {"a": 5.0, "c": 2.0}
-    assert tally.mean_loss() == 3.5
-    routing = tally.routing(names, experts)
-    assert routing == {
-        "a": pytest.approx({"x": 2 / 6, "y": 0, "z": 4 / 6}),
-        "c": pytest.approx({"x": 1 / 6, "y": 5 / 6, "z": 0}),
-    }
-    assert tally.router() == pytest.approx(
-        {
-            "load_balance": 2.0,
-            "z": 0.5,
-            "gate": (0.5 + 5 / 6) / 2,
-            "load_min": 3 / 12,
-            "load_max": 5 / 12,
-        }
-    )
-    tally.add(torch.full((1, 3), 11.0), torch.tensor([0]), [passed([[1]] * 3, [0.5] * 3, 3.5, 1.0)])
-    assert tally.losses(names) == {"a": 8.0, "c": 2.0}
-    assert tally.routing(names, experts)["a"] == pytest.approx({"x": 2 / 9, "y": 3 / 9, "z": 4 / 9})
-    assert tally.router()["load_balance"] == pytest.approx(2.5)
-
-
-def test_a_tally_counts_both_choices_of_a_token():
-    tally = Tally(2, 4, torch.device("cpu"))
-    chosen = [[0, 3], [3, 1], [2, 0], [2, 3]]
-    tally.add(torch.ones(2, 2), torch.tensor([1, 0]), [passed(chosen, [0.5] * 4, 1.0, 1.0)])
-    routing = tally.routing(["a", "b"], list("wxyz"))
-    assert routing["b"] == {"w": 0.25, "x": 0.25, "y": 0.0, "z": 0.5}
-    assert routing["a"] == {"w": 0.25, "x": 0.0, "y": 0.5, "z": 0.25}
-
-
-def test_a_tally_of_a_dense_model_has_no_routing():
-    tally = Tally(2, 0, torch.device("cpu"))
-    tally.add(torch.ones(1, 4), torch.tensor([1]), [])
-    assert tally.losses(["a", "b"]) == {"b": 1.0}
-    assert tally.router() == {} and tally.routing(["a", "b"], []) == {}
-
-
 def test_the_own_share_is_that_of_each_experts_domain():
     run = bare(TrainingConfig(), experts=["x", "y", "z"], expert_domains=["b", "a", "unseen"])
     routing = {"a": {"x": 0.1, "y": 0.7, "z": 0.2}, "b": {"x": 0.5, "y": 0.25, "z": 0.25}}
     assert run.own_share(routing) == pytest.approx((0.5 + 0.7) / 2)
     assert run.own_share({"other": {"x": 1.0, "y": 0.0, "z": 0.0}}) is None
+
+
+# What is refused before the text is tokenised -----------------------------------------------------
+
+CHEAP = (
+    # setting, ranks, what is said
+    ("data.sequence_length=65", 1, "data.sequence_length 65: the model reads at most 64 tokens"),
+    ("model.tokenizer=LARGE_TOKENIZER", 1, "the tokenizer has token ids up to"),
+    ("data.weights={alpha: 0.5, beta: 0.5}", 1, "data.weights: no weight for gamma"),
+    ("data.weights={alpha: 1, beta: 1, gamma: 1}", 1, "data.weights: shares sum to 3"),
+    ("data.new_domains=[delta]", 1, "data.new_domains: unknown domain delta"),
+    ("parallel.expert=4", 2, "parallel.expert 4 does not divide 2 ranks"),
+    ("training.batch_size=9", 2, "training.batch_size 9 does not divide over 2 ranks"),
+    ('DS_JSON={"zero_optimisation": {}}', 1, "unknown key zero_optimisation"),
+    ('DS_JSON={"zero_optimization": {"stag": 2}}', 1, "unknown key zero_optimization.stag"),
+)
+
+
+@pytest.mark.parametrize(("word", "ranks", "message"), CHEAP, ids=lambda value: str(value)[:40])
+def test_what_can_be_told_in_seconds_is_told_before_the_text_is_read(
+    word, ranks, message, tmp_path, nexus_dir, monkeypatch
+):
+    """Tokenising may take hours, with all ranks waiting: here it fails the test, as loading does."""
+    for name in ("read_data", "load", "start_engine"):
+        monkeypatch.setattr(loop, name, lambda *arguments, name=name: pytest.fail(f"{name} first"))
+    key, _, value = word.partition("=")
+    words, ds_json = [word], ""
+    if key == "DS_JSON":
+        words, ds_json = [], tmp_path / "ds.json"
+        ds_json.write_text(value)
+    elif value == "LARGE_TOKENIZER":
+        text = {name: " ".join(f"{name}{number}" for number in range(50)) for name in DOMAINS}
+        save_tokenizer(tmp_path / "large", text)
+        words = [f"model.tokenizer={tmp_path / 'large'}"]
+    elif key != "data.sequence_length":
+        mixture = {"data.weights": "explicit", "data.new_domains": "replay"}.get(key, "uniform")
+        words = [f"data.mixture={mixture}", "parallel.expert=1", word]
+    config = made(nexus_dir, tmp_path / "no-text", tmp_path / "tokens", "parallel.expert=1", *words)
+    with pytest.raises(NexusError, match=re.escape(message)):
+        Run(config, str(ds_json), 0, ranks, ranks)
 
 
 # What a resume refuses ----------------------------------------------------------------------------------------------
@@ -490,10 +469,8 @@ def made(model, text, cache, *words):
 
 def reading(config):
     """Return a Run without an engine that has read its data. Needs a process group."""
-    tokenizer = Path(config.model.tokenizer)
-    return bare(
-        config.training, config=config, tokenizer=tokenizer, data=read_data(config, tokenizer)
-    )
+    data = read_data(config, Path(config.model.tokenizer))
+    return bare(config.training, config=config, data=data)
 
 
 def put_bos(directory):
@@ -544,7 +521,8 @@ def test_a_state_goes_on_under_the_same_course_alone(
             for key, _, value in (w.partition("=") for w in (*both, *words))
         ]
         run = reading(made(nexus_dir, text_folder, others["cache"], *words))
-        model = None if run.config.model.path else run._model(None, False, leave)
+        layout = RunLayout({}, stage=2, batch=Batch(1, 1), experts=[], placement=None)
+        model = None if run.config.model.path else load(run.config, layout)
         return {
             "step": 3,
             "config": run._identity(),

@@ -1,0 +1,66 @@
+"""What is summed of losses and routing: per domain, per expert, over layers and passes."""
+
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nexus_ds.runtime.tally import Tally
+
+
+def passed(selected, gate, balance, z):
+    """Return a layer that routed tokens so."""
+    seen = SimpleNamespace(
+        selected_TK=torch.tensor(selected),
+        gate_T1=torch.tensor(gate),
+        load_balance=torch.tensor(balance),
+        z=torch.tensor(z),
+    )
+    return SimpleNamespace(router=SimpleNamespace(latest=seen))
+
+
+def test_a_tally_keeps_domains_and_experts_apart():
+    """Two sequences of three tokens, of domain 2 and domain 0; two layers, top-1; three experts."""
+    tally = Tally(3, 3, torch.device("cpu"))
+    losses = torch.tensor([[1.0, 2.0, 3.0], [4.0, 4.0, 7.0]])
+    first = passed([[0], [1], [1], [2], [2], [2]], [0.5, 0.75, 0.25, 0.5, 0.5, 0.5], 1.5, 0.25)
+    second = passed([[1], [1], [1], [2], [0], [0]], [1.0, 1.0, 1.0, 1.0, 0.5, 0.5], 2.5, 0.75)
+    tally.add(losses, torch.tensor([2, 0]), [first, second])
+    names, experts = ["a", "b", "c"], ["x", "y", "z"]
+    assert tally.losses(names) == {"a": 5.0, "c": 2.0}
+    assert tally.mean_loss() == 3.5
+    routing = tally.routing(names, experts)
+    assert routing == {
+        "a": pytest.approx({"x": 2 / 6, "y": 0, "z": 4 / 6}),
+        "c": pytest.approx({"x": 1 / 6, "y": 5 / 6, "z": 0}),
+    }
+    assert asdict(tally.router()) == pytest.approx(
+        {
+            "load_balance": 2.0,
+            "z": 0.5,
+            "gate": (0.5 + 5 / 6) / 2,
+            "load_min": 3 / 12,
+            "load_max": 5 / 12,
+        }
+    )
+    tally.add(torch.full((1, 3), 11.0), torch.tensor([0]), [passed([[1]] * 3, [0.5] * 3, 3.5, 1.0)])
+    assert tally.losses(names) == {"a": 8.0, "c": 2.0}
+    assert tally.routing(names, experts)["a"] == pytest.approx({"x": 2 / 9, "y": 3 / 9, "z": 4 / 9})
+    assert tally.router().load_balance == pytest.approx(2.5)
+
+
+def test_a_tally_counts_both_choices_of_a_token():
+    tally = Tally(2, 4, torch.device("cpu"))
+    chosen = [[0, 3], [3, 1], [2, 0], [2, 3]]
+    tally.add(torch.ones(2, 2), torch.tensor([1, 0]), [passed(chosen, [0.5] * 4, 1.0, 1.0)])
+    routing = tally.routing(["a", "b"], list("wxyz"))
+    assert routing["b"] == {"w": 0.25, "x": 0.25, "y": 0.0, "z": 0.5}
+    assert routing["a"] == {"w": 0.25, "x": 0.0, "y": 0.5, "z": 0.25}
+
+
+def test_a_tally_of_a_dense_model_has_no_routing():
+    tally = Tally(2, 0, torch.device("cpu"))
+    tally.add(torch.ones(1, 4), torch.tensor([1]), [])
+    assert tally.losses(["a", "b"]) == {"b": 1.0}
+    assert tally.router() is None and tally.routing(["a", "b"], []) == {}
