@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
             _prepare(config, args)
         from nexus_ds.runtime.loop import train
 
-        return train(config, args.deepspeed, rank, here.world, here.local_world, WAIT_MINUTES)
+        return train(config, args.deepspeed, here, WAIT_MINUTES)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,13 +6,13 @@ OUT-<rank>.json
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from nexus_ds.config import load_config
+from nexus_ds.launch import position
 from nexus_ds.pipeline import resolve
 from nexus_ds.runtime import loop
 from nexus_ds.train import end
@@ -48,10 +48,9 @@ class Watched(loop.Run):
 
 
 def main():
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     config = resolve(load_config("demo", sys.argv[2:]))
     loop.Run = Watched
-    return loop.train(config, "", rank, world, world, 2)
+    return loop.train(config, "", position(), 2)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def main():
     rank = here.rank
     config = resolve(load_config("demo", words))
     internals.start(2)
-    run = Run(config, ds_json, rank, here.world, here.local_world)
+    run = Run(config, ds_json, here)
     metrics = Metrics(run.work, "worker", 0, run.total, rank == 0)
     run.loop(0, metrics, StopRequest())
     probe = (

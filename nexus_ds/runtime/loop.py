@@ -32,7 +32,7 @@ from nexus_ds.data.corpora import TokenFile, open_source, token_files, windows
 from nexus_ds.data.mixture import Sampler, cycle_slots, domain_weights
 from nexus_ds.data.tokenizer import open_tokenizer, vocabulary_size
 from nexus_ds.errors import ConfigError, DataError, TrainingError
-from nexus_ds.launch import EXIT_STOPPED
+from nexus_ds.launch import EXIT_STOPPED, Position
 from nexus_ds.model.head import next_token_loss
 from nexus_ds.model.router import SATURATED
 from nexus_ds.outputs import write_text
@@ -86,7 +86,7 @@ class Data:
     files: dict[str, TokenFile]
     sampler: Sampler
     weights: dict[str, float]
-    validation: dict[str, np.ndarray]
+    validation: dict[str, np.ndarray] = field(default_factory=dict)
     """Per domain: windows [n, S+1] int64."""
     messages: list[str] = field(default_factory=list)
     """What a user should know of the text."""
@@ -125,21 +125,20 @@ def read_data(config: Config, tokenizer: Path) -> Data:
         return make(domains, split, max_bytes)
 
     scored = made(settings.validation_domains, "validation", 0)
-    counts = {name: _windows_of(name, file.blocks(length), config) for name, file in scored.items()}
+    counts = {}
+    for name, file in scored.items():
+        counts[name] = _windows_of(name, file.blocks(length), config)
     files = made(settings.domains, "train", settings.max_bytes)
     weights = domain_weights(settings, {name: file.tokens for name, file in files.items()})
+    data = Data(files, Sampler(files, weights, length, config.seed), weights)
     wanted = config.training.eval_windows
-    return Data(
-        files=files,
-        sampler=Sampler(files, weights, length, config.seed),
-        weights=weights,
-        validation={name: windows(scored[name], count, length) for name, count in counts.items()},
-        messages=[
-            f"{name}: {count} validation windows, training.eval_windows is {wanted}"
-            for name, count in counts.items()
-            if count < wanted
-        ],
-    )
+    for name, count in counts.items():
+        data.validation[name] = windows(scored[name], count, length)
+        if count < wanted:
+            data.messages.append(
+                f"{name}: {count} validation windows, training.eval_windows is {wanted}"
+            )
+    return data
 
 
 def _windows_of(domain: str, there: int, config: Config) -> int:
@@ -187,7 +186,7 @@ class RunLayout:
         return self.placement.ep_size if self.placement else 1
 
 
-def resolve(config: Config, ds_json: str, rank: int, world: int, local_world: int) -> RunLayout:
+def resolve(config: Config, ds_json: str, here: Position) -> RunLayout:
     """Read the DeepSpeed JSON and the sidecar, and judge the layout; seconds at most.
 
     Raises:
@@ -198,10 +197,11 @@ def resolve(config: Config, ds_json: str, rank: int, world: int, local_world: in
     values = read_deepspeed_json(Path(ds_json) if ds_json else None, config.parallel)
     nexus = bool(config.model.path) and is_nexus(Path(config.model.path))
     experts = read_sidecar(Path(config.model.path)).experts if nexus else []
-    stage, batch = check_layout(values, config, world, local_world, len(experts))
+    count = len(experts)
+    stage, batch = check_layout(values, config, here.world, here.local_world, count)
     where = None
     if experts:
-        where = placement(config.parallel, len(experts), rank, world, local_world)
+        where = placement(config.parallel, count, here.rank, here.world, here.local_world)
     return RunLayout(values, stage, batch, experts, where)
 
 
@@ -251,21 +251,17 @@ class Run:
     Args:
         config: the run's configuration, with all paths.
         ds_json: path of the DeepSpeed JSON; '' for the recipe's ZeRO stage.
-        rank: this rank.
-        world: number of ranks.
-        local_world: ranks of a node.
+        here: this rank.
 
     Raises:
         NexusError: see `resolve`, `check`, `read_data` and `load`, in this order.
     """
 
-    def __init__(
-        self, config: Config, ds_json: str, rank: int, world: int, local_world: int
-    ) -> None:
+    def __init__(self, config: Config, ds_json: str, here: Position) -> None:
         self.config = config
-        self.rank = rank
-        self.world = world
-        layout = resolve(config, ds_json, rank, world, local_world)
+        self.rank = here.rank
+        self.world = here.world
+        layout = resolve(config, ds_json, here)
         check(config)
         self.data = read_data(config, Path(config.model.tokenizer))
         torch.manual_seed(config.seed)
@@ -281,7 +277,7 @@ class Run:
         self.expert_domains = [expert.domain for expert in layout.experts]
         self.total = total_steps(config.training, config.data)
         self.description: states.Description = {
-            "layout": f"{world} ranks, expert parallel {layout.expert_parallel}, "
+            "layout": f"{here.world} ranks, expert parallel {layout.expert_parallel}, "
             f"ZeRO stage {layout.stage}",
             "config": self._identity(),
         }
@@ -510,9 +506,8 @@ class Run:
             mixture=self.data.weights,
         )
         out = Path(self.config.output)
-        difference = export(
-            self.engine, self.config, DTYPES[self.config.model.dtype], out, probe_BS, step
-        )
+        dtype = DTYPES[self.config.model.dtype]
+        difference = export(self.engine, self.config, dtype, out, probe_BS, step)
         if not self.config.training.save_every:
             states.remove(self.work / "states")
         metrics.say(
@@ -521,17 +516,13 @@ class Run:
         metrics.say(f"next: {next_evaluation(out, self.config.data)}")
 
 
-def train(
-    config: Config, ds_json: str, rank: int, world: int, local_world: int, wait_minutes: float
-) -> int:
+def train(config: Config, ds_json: str, here: Position, wait_minutes: float) -> int:
     """Train `config` on this rank.
 
     Args:
         config: the run's configuration, with all paths.
         ds_json: path of the DeepSpeed JSON; '' for the recipe's ZeRO stage.
-        rank: this rank.
-        world: number of ranks.
-        local_world: ranks of a node.
+        here: this rank.
         wait_minutes: that a rank waits for the others; rank 0 may be tokenising meanwhile.
 
     Returns:
@@ -541,13 +532,14 @@ def train(
     internals.start(wait_minutes)
     # Before the data is read: a signal that comes early is not lost.
     stop = StopRequest()
-    run = Run(config, ds_json, rank, world, local_world)
+    run = Run(config, ds_json, here)
     first, messages = states.resume(run.engine, run.work / "states", run.description)
     messages = run.data.messages + messages
     if not first and config.training.moments:
         messages += states.adopt(run.engine, Path(config.training.moments))
-    with closing(Metrics(run.work, config.name, first, run.total, rank == 0)) as metrics:
-        if rank == 0:
+    on_first = here.rank == 0
+    with closing(Metrics(run.work, config.name, first, run.total, on_first)) as metrics:
+        if on_first:
             write_text(run.work / "config.yaml", dump(config))
         for message in messages:
             metrics.say(message)
@@ -568,9 +560,10 @@ def describe(run: Run, first: int) -> str:
     kind = f"{len(run.experts)} routed experts + shared" if run.experts else "dense"
     mixture = ", ".join(f"{name} {weight:.0%}" for name, weight in run.data.weights.items())
     start = f", resumed after step {first}" if first else ""
-    nexus = "Nexus" if run.config.model.path and is_nexus(Path(run.config.model.path)) else "model"
+    config = run.config
+    nexus = "Nexus" if run.experts else "model"
+    tokens = tokens_per_step(config.training, config.data)
     return (
-        f"{run.config.name}: {nexus} ({kind}), {run.total} steps of "
-        f"{tokens_per_step(run.config.training, run.config.data)} tokens ({mixture}); "
-        f"{run.description['layout']}, {run.config.model.dtype}{start}"
+        f"{config.name}: {nexus} ({kind}), {run.total} steps of {tokens} tokens ({mixture}); "
+        f"{run.description['layout']}, {config.model.dtype}{start}"
     )

@@ -27,7 +27,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from nexus_ds.errors import ConfigError, NexusError
-from nexus_ds.launch import Position, allotted_gpus, allotted_memory
+from nexus_ds.launch import Position, allotted_gpus, allotted_memory, job_name
 from nexus_ds.planning import memory as space
 from nexus_ds.planning.layout import Layout, share_of
 from nexus_ds.planning.sizes import Sizes, sizes_of

@@ -21,6 +21,7 @@ from nexus_ds.config import _apply, parse_override
 from nexus_ds.data.mixture import Sample
 from nexus_ds.errors import CheckpointError, NexusError, TrainingError
 from nexus_ds.evaluation.perplexity import score
+from nexus_ds.launch import Position
 from nexus_ds.runtime import loop, portable_state, states
 from nexus_ds.runtime.engine import Batch, split_batch
 from nexus_ds.runtime.loop import Run, RunLayout, load, read_data
@@ -381,7 +382,7 @@ def test_what_can_be_told_in_seconds_is_told_before_the_text_is_read(
         words = [f"data.mixture={mixture}", "parallel.expert=1", word]
     config = made(nexus_dir, tmp_path / "no-text", tmp_path / "tokens", "parallel.expert=1", *words)
     with pytest.raises(NexusError, match=re.escape(message)):
-        Run(config, str(ds_json), 0, ranks, ranks)
+        Run(config, str(ds_json), Position(0, ranks, ranks, "here"))
 
 
 # What a resume refuses ----------------------------------------------------------------------------------------------
