@@ -24,8 +24,8 @@ from torch import Tensor
 
 from nexus_ds.checkpoint.build import DTYPES, new_dense
 from nexus_ds.checkpoint.loading import read_config
-from nexus_ds.checkpoint.records import TrainStep, is_nexus
-from nexus_ds.checkpoint.sidecar import ExpertRecord, content_fingerprint, read_sidecar
+from nexus_ds.checkpoint.records import ExpertRecord, TrainStep, is_nexus
+from nexus_ds.checkpoint.sidecar import content_fingerprint, read_sidecar
 from nexus_ds.checkpoint.tokenizer import check_tokenizer
 from nexus_ds.config import as_dict, dump
 from nexus_ds.data.corpora import TokenFile, open_source, token_files, windows
