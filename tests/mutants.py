@@ -422,8 +422,8 @@ FAULTS = (
     Fault(
         "offloaded gradients take no host memory",
         "planning/memory.py",
-        "optimizer + (4 + width) * share, 0.0",
-        "optimizer + width * share, 0.0",
+        "beside = FP32 + width",
+        "beside = width",
     ),
     Fault(
         "what ZeRO-3 keeps gathered is free",
@@ -437,7 +437,12 @@ FAULTS = (
         'counts["active"] - (0',
         'counts["total"] - (0',
     ),
-    Fault("host memory never runs out", "planning/choose.py", " and needs.host_bytes <= host", ""),
+    Fault(
+        "host memory never runs out",
+        "planning/choose.py",
+        " and needs.host_bytes <= host_memory",
+        "",
+    ),
     # nexus_ds/report
     Fault(
         "losses under the head of perplexities",

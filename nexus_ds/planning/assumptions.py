@@ -1,36 +1,40 @@
-"""Every number of the plan that no file and no option gives, with its reason. Change one here, and
-all of the plan follows.
+"""Every number of the plan that no file and no option gives, with its reason.
 
-FACTS were read off the code that allocates (DeepSpeed 0.19.8, torch 2.13) and are tested against
-real ranks; ESTIMATES are rules of thumb that no test here confirms on a GPU.
+Change one here, and all of the plan follows. Facts were read off the code that allocates (DeepSpeed
+0.19.8, torch 2.13) and are tested against real ranks; estimates are rules of thumb that no test
+here confirms on a GPU. Units stand in the names or the first words: bytes, elements of a tensor,
+seconds, shares of 1.
 Not covered: differences between kinds of GPUs other than memory, arithmetic and links.
 """
 
 from __future__ import annotations
 
-# Facts ---------------------------------------------------------------------------------------------------------------
+# Facts ------------------------------------------------------------------------------------------
 
 ADAM_BYTES = 12
-"""Bytes of a parameter's fp32 master weight and two fp32 moments; a training state saves these
-too."""
+"""Bytes of a parameter's fp32 master weight and two fp32 moments, 4 each (Rajbhandari et al. 2020,
+ZeRO, section 3.1); a training state saves these too."""
 EXPERT_GROUP_ELEMENTS = 178_956_971
-"""DeepSpeed cuts the optimizer's groups of experts at this many elements."""
+"""DeepSpeed cuts the optimizer's groups of experts at this many elements (max_group_size in
+deepspeed/moe/utils.py; no setting changes it)."""
 SUB_GROUP_ELEMENTS = 1_000_000_000
-"""ZeRO-3 steps the optimizer over at most this many elements at once (sub_group_size)."""
+"""ZeRO-3 steps the optimizer over at most this many elements at once (sub_group_size, which the
+plan leaves at DeepSpeed's default)."""
 PREFETCH_ELEMENTS = 50_000_000
 """ZeRO-3 gathers this many elements ahead (stage3_prefetch_bucket_size)."""
 PERSISTENT_ELEMENTS = 100_000
 """ZeRO-3 keeps smaller parameters whole on every rank, as ds_configs/z3.json says."""
 LOGITS_BYTES = 8
-"""Bytes of a logit at the peak of the cross-entropy: itself and its log-probability, both fp32."""
+"""Bytes of a logit at the peak of the cross-entropy: itself and its log-probability, both fp32
+(`head._score`)."""
 
-# Choices in the DeepSpeed JSON that the plan writes -------------------------------------------------------------------
+# Choices in the DeepSpeed JSON that the plan writes ---------------------------------------------
 
 BUCKET_ELEMENTS = 50_000_000
 """Gradients are reduced in buckets of this size: DeepSpeed's 500M would take 1-2 GB, and links are
 saturated long before."""
 
-# Estimates -----------------------------------------------------------------------------------------------------------
+# Estimates --------------------------------------------------------------------------------------
 
 CONTEXT_BYTES = 1.2e9
 """CUDA context, cuBLAS workspaces and NCCL's buffers of a process: 0.8-1.6 GB are usual."""
@@ -46,12 +50,13 @@ PROCESS_BYTES = 4e9
 """Main memory of a rank before any tensor: Python, torch and CUDA's libraries, tokenised text in
 the page cache not counted."""
 PINNED_WASTE = 0.15
-"""Share that pinned main memory loses to rounding of its blocks."""
+"""Share that pinned main memory loses: its allocator rounds blocks up to powers of two."""
 MFU = 0.35
-"""Share of a GPU's peak in bf16 that eager training reaches on matrix products of this size."""
+"""Model FLOPs utilisation: share of a GPU's peak in bf16 that eager training reaches on matrix
+products of this size (Chowdhery et al. 2022, PaLM, appendix B)."""
 RECOMPUTED = 1 / 3
 """Extra arithmetic of activation checkpointing: one more forward pass to a forward and a backward
-pass."""
+pass, which is twice as much."""
 LAYER_SECONDS = 2e-3
 """Forward and backward pass of an MoE layer that computes nothing: kernel launches and one wait for
 the token counts."""
@@ -75,9 +80,7 @@ DEFAULT_LINK = 100e9 / 8
 
 
 def table() -> dict[str, float]:
-    """Return all numbers by name."""
-    return {
-        name: float(value)
-        for name, value in globals().items()
-        if name.isupper() and isinstance(value, int | float)
-    }
+    """Return all numbers by name, as `plan --json` prints them."""
+    # read anew at every call: tests change the module's numbers
+    numbers = {name: value for name, value in globals().items() if name.isupper()}
+    return {name: float(value) for name, value in numbers.items()}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 from nexus_ds.planning import memory as space
 from nexus_ds.planning import traffic
@@ -16,6 +15,7 @@ from nexus_ds.planning.sizes import Sizes
 from nexus_ds.settings import Config
 
 WIDTH = {"fp32": 4, "bf16": 2}
+"""Bytes of an element in the working precision (`model.dtype`)."""
 SECONDS_A_DAY = 86400
 
 
@@ -28,8 +28,8 @@ class Candidate:
     step: traffic.Step
     fits: bool
 
-    def to_json(self, tokens: int) -> dict[str, Any]:
-        """Return the facts; `tokens` are those of the whole run."""
+    def to_json(self, tokens: int) -> dict[str, object]:
+        """Return what `plan --json` says of a layout; `tokens` are those of the whole run."""
         return {
             "name": self.layout.name,
             "zero_stage": self.layout.stage,
@@ -54,11 +54,14 @@ class Candidate:
 
 def judge(sizes: Sizes, layout: Layout, machine: Machine, config: Config) -> Candidate:
     """Return one layout with its memory and time."""
-    width, length = WIDTH[config.model.dtype], config.data.sequence_length
+    width = WIDTH[config.model.dtype]
+    length = config.data.sequence_length
     needs = space.memory(sizes, layout, width, length, machine.local)
-    host = machine.host_memory or math.inf
-    fits = needs.gpu_bytes <= machine.gpu_memory and needs.host_bytes <= host
-    return Candidate(layout, needs, traffic.step(sizes, layout, machine, width, length), fits)
+    # 0: nobody said how much a node has
+    host_memory = machine.host_memory or math.inf
+    fits = needs.gpu_bytes <= machine.gpu_memory and needs.host_bytes <= host_memory
+    step = traffic.step(sizes, layout, machine, width, length)
+    return Candidate(layout, needs, step, fits)
 
 
 def judged(sizes: Sizes, machine: Machine, config: Config) -> list[list[Candidate]]:
@@ -68,32 +71,32 @@ def judged(sizes: Sizes, machine: Machine, config: Config) -> list[list[Candidat
         LayoutError: the batch does not divide over the GPUs.
     """
     return [
-        [judge(sizes, layout, machine, config) for layout in ways]
-        for ways in layouts(sizes, config.training, machine.gpus)
+        [judge(sizes, layout, machine, config) for layout in cuts]
+        for cuts in layouts(sizes, config.training, machine.gpus)
     ]
 
 
 def candidates(sizes: Sizes, machine: Machine, config: Config) -> list[Candidate]:
-    """Return the best cut of the batch for each layout: the fastest that fits, else the one that
-    needs least memory.
+    """Return the best cut of the batch for each layout.
 
-    Those that fit come first, the fastest of them first.
+    That is the fastest that fits, else the one that needs least memory. Those that fit come first,
+    the fastest of them first.
 
     Raises:
         LayoutError: the batch does not divide over the GPUs.
     """
-    found = []
-    for ways in judged(sizes, machine, config):
-        fitting = [c for c in ways if c.fits]
-        if fitting:
-            found.append(min(fitting, key=lambda c: c.step.step_seconds))
-        else:
-            found.append(min(ways, key=lambda c: c.memory.gpu_bytes))
-    return sorted(
-        found, key=lambda c: (not c.fits, c.step.step_seconds if c.fits else c.memory.gpu_bytes)
-    )
+    return sorted((min(cuts, key=_rank) for cuts in judged(sizes, machine, config)), key=_rank)
+
+
+def _rank(candidate: Candidate) -> tuple[bool, float]:
+    """Return what puts the better candidate first."""
+    if candidate.fits:
+        return False, candidate.step.step_seconds
+    # How fast it would be is of no use; the nearest to fitting says what is missing.
+    return True, candidate.memory.gpu_bytes
 
 
 def one_more_expert(sizes: Sizes, machine: Machine, config: Config, now: Candidate) -> Candidate:
     """Return the same layout with one routed expert more."""
-    return judge(replace(sizes, experts=sizes.experts + 1), now.layout, machine, config)
+    larger = replace(sizes, experts=sizes.experts + 1)
+    return judge(larger, now.layout, machine, config)

@@ -5,9 +5,10 @@ Not covered: ZeRO stage 0 (refused by `train`), offload to NVMe, ranks that shar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import product
 
 from nexus_ds.errors import LayoutError
 from nexus_ds.planning import assumptions
@@ -15,6 +16,9 @@ from nexus_ds.planning.sizes import Sizes
 from nexus_ds.settings import TrainingConfig
 
 OFFLOADS = ("none", "optimizer", "optimizer+parameters")
+LARGEST_MICRO = 64
+"""Sequences of the largest micro-batch that is tried: matrix products are large enough long before,
+and fewer layouts have to be judged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +40,8 @@ class Machine:
     def __post_init__(self) -> None:
         if self.gpus < 1 or self.nodes < 1 or self.gpus % self.nodes:
             raise LayoutError(
-                f"{self.gpus} GPUs don't spread evenly over {self.nodes} nodes; --gpus counts those of all nodes together"
+                f"{self.gpus} GPUs don't spread evenly over {self.nodes} nodes; "
+                "--gpus counts those of all nodes together"
             )
 
     @property
@@ -82,7 +87,7 @@ class Layout:
 
     def slots(self, sizes: Sizes) -> int:
         """Return the slots for routed experts on one rank; vacant ones take memory too."""
-        return -(-sizes.experts // self.expert)
+        return math.ceil(sizes.experts / self.expert)
 
 
 def divisors(number: int) -> list[int]:
@@ -96,13 +101,14 @@ def share_of(training: TrainingConfig, world: int) -> int:
     if rest or not share:
         near = max(1, round(training.batch_size / world)) * world
         raise LayoutError(
-            f"training.batch_size {training.batch_size} does not divide over {world} GPUs; use a multiple of {world}, for "
-            f"example training.batch_size={near}"
+            f"training.batch_size {training.batch_size} does not divide over {world} GPUs; "
+            f"use a multiple of {world}, for example training.batch_size={near}"
         )
     micro = training.micro_batch_size
     if micro and share % micro:
         raise LayoutError(
-            f"a rank's {share} sequences a step are not a multiple of training.micro_batch_size {micro}; change one of them"
+            f"a rank's {share} sequences a step are not a multiple of "
+            f"training.micro_batch_size {micro}; change one of them"
         )
     return share
 
@@ -114,29 +120,30 @@ def layouts(sizes: Sizes, training: TrainingConfig, world: int) -> Iterator[list
     the CPU under ZeRO-3 only.
     """
     share = share_of(training, world)
-    micros = (
-        [training.micro_batch_size]
-        if training.micro_batch_size
-        else [n for n in divisors(share) if n <= 64]
-    )
-    kept = training.activation_checkpointing
-    kinds = ("none", "non_reentrant") if kept == "none" else (kept,)
+    if training.micro_batch_size:
+        micros = [training.micro_batch_size]
+    else:
+        micros = [n for n in divisors(share) if n <= LARGEST_MICRO]
+    chosen = training.activation_checkpointing
+    kinds = ("none", "non_reentrant") if chosen == "none" else (chosen,)
+    # a dense model has one way to place experts, and so has one GPU
+    parallel = [n for n in divisors(world) if n <= max(sizes.experts, 1)]
     for stage in (1, 2, 3):
-        for offload in OFFLOADS[: 3 if stage == 3 else 2]:
-            for expert in [n for n in divisors(world) if n <= max(sizes.experts, 1)]:
-                yield [
-                    Layout(
-                        stage=stage,
-                        offload=offload,
-                        expert=expert,
-                        world=world,
-                        micro=micro,
-                        accumulation=share // micro,
-                        checkpointing=kind,
-                    )
-                    for micro in micros
-                    for kind in kinds
-                ]
+        # DeepSpeed takes offload_param under ZeRO-3 only
+        offloads = OFFLOADS if stage == 3 else OFFLOADS[:2]
+        for offload, expert in product(offloads, parallel):
+            yield [
+                Layout(
+                    stage=stage,
+                    offload=offload,
+                    expert=expert,
+                    world=world,
+                    micro=micro,
+                    accumulation=share // micro,
+                    checkpointing=kind,
+                )
+                for micro, kind in product(micros, kinds)
+            ]
 
 
 def largest_gathered(sizes: Sizes, layout: Layout) -> int:
@@ -148,7 +155,9 @@ def largest_gathered(sizes: Sizes, layout: Layout) -> int:
     own = list(sizes.parameters(layout.slots(sizes)))
     modules = [p.elements for p in own if p.kind != "experts"]
     if layout.replicas > 1:
-        modules += [sum(p.elements for p in own if p.kind == "experts" and p.layer == 0)]
+        # all layers have the same experts: the first stands for each
+        experts = sum(p.elements for p in own if p.kind == "experts" and p.layer == 0)
+        modules.append(experts)
     return max(modules)
 
 
@@ -157,10 +166,12 @@ def live_elements(sizes: Sizes, layout: Layout) -> int:
     return max(largest_gathered(sizes, layout), 2 * assumptions.PREFETCH_ELEMENTS)
 
 
-def deepspeed_json(sizes: Sizes, layout: Layout) -> dict[str, Any]:
-    """Return the DeepSpeed JSON of a layout; the memory plan counts on its bucket and prefetch
-    sizes."""
-    zero: dict[str, Any] = {
+def deepspeed_json(sizes: Sizes, layout: Layout) -> dict[str, dict[str, object]]:
+    """Return the DeepSpeed JSON of a layout.
+
+    The memory plan counts on its bucket and prefetch sizes (`memory.buffers`).
+    """
+    zero: dict[str, object] = {
         "stage": layout.stage,
         "reduce_bucket_size": assumptions.BUCKET_ELEMENTS,
     }
@@ -170,10 +181,12 @@ def deepspeed_json(sizes: Sizes, layout: Layout) -> dict[str, Any]:
         zero |= {
             "stage3_prefetch_bucket_size": assumptions.PREFETCH_ELEMENTS,
             "stage3_param_persistence_threshold": assumptions.PERSISTENT_ELEMENTS,
+            # DeepSpeed's 10^9 would keep a model of a billion parameters gathered
             "stage3_max_live_parameters": live_elements(sizes, layout),
             "stage3_max_reuse_distance": live_elements(sizes, layout),
             "stage3_gather_16bit_weights_on_model_save": False,
         }
+    # only pinned memory is copied while the GPU computes
     if layout.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if layout.offload == "optimizer+parameters":

@@ -3,12 +3,17 @@
 Model states are counted as DeepSpeed allocates them (tests compare them with real ranks);
 activations as the forward pass keeps them (likewise); buffers are read off DeepSpeed's code; what
 the CUDA process and its allocator take is estimated.
+
+Units: bytes wherever nothing else is said; `width` is bytes of an element in the working precision
+(bf16 2, fp32 4); master weights, moments and norms are fp32, 4 bytes.
 Not covered: memory of other processes on the node, peaks while a checkpoint is loaded (a layer at a
 time).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,6 +21,9 @@ from nexus_ds.model.head import chunk_tokens
 from nexus_ds.planning import assumptions as assume
 from nexus_ds.planning.layout import Layout, largest_gathered, live_elements
 from nexus_ds.planning.sizes import KINDS, Parameter, Sizes
+
+FP32 = 4
+"""Bytes of an fp32 element."""
 
 
 @dataclass(frozen=True)
@@ -53,40 +61,67 @@ class Memory:
         return sum(self.host.values())
 
 
+def _elements(parameters: Iterable[Parameter]) -> int:
+    return sum(p.elements for p in parameters)
+
+
+def _own(sizes: Sizes, layout: Layout) -> list[Parameter]:
+    """Return the parameters of a rank before ZeRO cuts them: of all experts only its own."""
+    return list(sizes.parameters(layout.slots(sizes)))
+
+
+# Model states ------------------------------------------------------------------------------------
+
+
 def groups(own: list[Parameter], limit: int) -> list[list[Parameter]]:
-    """Return the optimizer's groups: matrices, vectors, router, and the experts cut at `limit`
-    elements."""
-    found = [[p for p in own if p.kind == kind] for kind in KINDS[:3]]
+    """Return the optimizer's groups of parameters.
+
+    Matrices, vectors and router are a group each; experts are cut at `limit` elements, as
+    deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer cuts them.
+    """
+    *others, experts = KINDS
+    found = [[p for p in own if p.kind == kind] for kind in others]
     current: list[Parameter] = []
-    for parameter in (p for p in own if p.kind == "experts"):
-        if sum(p.elements for p in [*current, parameter]) > limit and current:
+    for parameter in own:
+        if parameter.kind != experts:
+            continue
+        # a matrix above the limit is a group of its own
+        if current and _elements(current) + parameter.elements > limit:
             found.append(current)
             current = []
         current.append(parameter)
-    return [group for group in [*found, current] if group]
+    found.append(current)
+    return [group for group in found if group]
 
 
 def _touched(group: list[Parameter], parts: int, part: int) -> int:
-    """Return elements of the parameters of which a part of the flat group holds at least one
-    element."""
-    size = -(-sum(p.elements for p in group) // parts)
-    first, last, offset, total = part * size, (part + 1) * size, 0, 0
+    """Return the elements of all parameters that reach into one of a flat group's `parts`."""
+    size = math.ceil(_elements(group) / parts)
+    first = part * size
+    end = first + size
+    offset = 0
+    total = 0
     for parameter in group:
-        if offset < last and offset + parameter.elements > first:
+        if offset < end and offset + parameter.elements > first:
             total += parameter.elements
         offset += parameter.elements
     return total
 
 
+# Asked for again by every cut of the batch, and slow: ranks x groups x parameters.
 @lru_cache(maxsize=256)
 def _kept(own: tuple[Parameter, ...], world: int, expert: int, limit: int) -> int:
-    fullest, found = 0, groups(list(own), limit)
+    """Return what `kept_gradients` does, of arguments that a cache can hold."""
+    found = groups(list(own), limit)
+    fullest = 0
     for rank in range(world):
         total = 0
         for group in found:
-            alone = group[0].kind == "experts"
-            parts = world // expert if alone else world
-            total += _touched(group, parts, rank // expert if alone else rank)
+            if group[0].kind == "experts":
+                # only replicas of the same experts share them; they are `expert` ranks apart
+                total += _touched(group, world // expert, rank // expert)
+            else:
+                total += _touched(group, world, rank)
         fullest = max(fullest, total)
     return fullest
 
@@ -102,9 +137,14 @@ def kept_gradients(own: list[Parameter], layout: Layout) -> int:
 
 
 def partition(own: list[Parameter], layout: Layout) -> float:
-    """Return elements of the optimizer's share of a rank: experts over their replicas, the rest
-    over all ranks."""
-    return sum(p.elements / (layout.replicas if p.kind == "experts" else layout.world) for p in own)
+    """Return elements of a rank's share of the optimizer.
+
+    Experts are cut over their replicas, the rest over all ranks (ZeRO, Rajbhandari et al. 2020,
+    section 5; DeepSpeed's expert data-parallel groups).
+    """
+    experts = _elements(p for p in own if p.kind == "experts")
+    others = _elements(own) - experts
+    return experts / layout.replicas + others / layout.world
 
 
 def model_states(sizes: Sizes, layout: Layout, width: int) -> States:
@@ -115,90 +155,129 @@ def model_states(sizes: Sizes, layout: Layout, width: int) -> States:
         layout: how it is spread.
         width: bytes of an element in the working precision (bf16 2, fp32 4).
     """
-    own = list(sizes.parameters(layout.slots(sizes)))
-    held, share = sum(p.elements for p in own), partition(own, layout)
-    weights: float = width * held
-    gradients: float = width * (held if layout.stage == 1 else kept_gradients(own, layout))
-    optimizer, host = assume.ADAM_BYTES * share, 0.0
+    own = _own(sizes, layout)
+    share = partition(own, layout)
+    # ZeRO-3 never cuts small parameters: gathering them would cost more than it saves
+    persistent = _elements(p for p in own if p.elements <= assume.PERSISTENT_ELEMENTS)
     if layout.stage == 3:
-        whole = sum(p.elements for p in own if p.elements <= assume.PERSISTENT_ELEMENTS)
-        weights, gradients = width * (share + whole), width * share
-    if layout.offload != "none":
-        # fp32 gradients for the step; ZeRO-1/2 add a copy of the updated weights, ZeRO-3 has its
-        # gradients there.
-        host, optimizer = optimizer + (4 + width) * share, 0.0
-        if layout.stage > 1:
-            gradients = 0.0
-        if layout.stage < 3 and layout.accumulation > 1:
-            host += width * share
+        weights = width * (share + persistent)
+        gradients = width * share
+    else:
+        weights = float(width * _elements(own))
+        kept = _elements(own) if layout.stage == 1 else kept_gradients(own, layout)
+        gradients = float(width * kept)
+    optimizer = assume.ADAM_BYTES * share
+    if layout.offload == "none":
+        return States(weights, gradients, optimizer, host=0.0)
+
+    host = optimizer + _offloaded_beside_adam(layout, width) * share
+    if layout.stage > 1:
+        # each gradient goes down as soon as it is reduced
+        gradients = 0.0
     if layout.offload == "optimizer+parameters":
-        host, weights = (
-            host + width * share,
-            width * sum(p.elements for p in own if p.elements <= assume.PERSISTENT_ELEMENTS),
-        )
-    return States(weights, gradients, optimizer, host)
+        weights = float(width * persistent)
+        host += width * share
+    return States(weights, gradients, optimizer=0.0, host=host)
+
+
+def _offloaded_beside_adam(layout: Layout, width: int) -> int:
+    """Return bytes that offload adds to each element of the optimizer in main memory."""
+    # An fp32 gradient for the step. ZeRO-1/2 have the updated weight there, too, before it goes up
+    # to the GPU; ZeRO-3 has its gradients in the working precision in that place.
+    beside = FP32 + width
+    if layout.stage < 3 and layout.accumulation > 1:
+        # the sum of the passes' gradients so far
+        beside += width
+    return beside
+
+
+# Activations -------------------------------------------------------------------------------------
 
 
 def layer_activations(sizes: Sizes, width: int, imbalance: float = 1.0) -> float:
-    """Return bytes that one layer keeps for each token: norms in fp32, attention without its
-    matrix, feed-forward networks.
+    """Return bytes that one layer keeps for each token, for its backward pass.
+
+    Attention's matrix of scores is not among them: a fused kernel makes it again (FlashAttention,
+    Dao et al. 2022).
 
     Args:
         sizes: of the model.
         width: bytes of an element in the working precision.
         imbalance: tokens at this rank's experts over the mean.
     """
-    # the fp32 copy, the normalised one, the product with the weight
-    norms = 2 * (4 + 2 * width) * sizes.hidden
-    attention = 2 * width * (sizes.heads * sizes.head_size + sizes.kv_width) + 4 * sizes.heads
-    ffn = 4 * width * sizes.ffn  # gate, its SiLU, up, their product
+    # two RMSNorms, each with the fp32 copy, the normalised one, the product with the weight
+    norms = 2 * (FP32 + 2 * width) * sizes.hidden
+    # queries and output, keys and values, and of each head the softmax's fp32 log-sum-exp
+    heads_width = sizes.heads * sizes.head_size
+    attention = 2 * width * (heads_width + sizes.kv_width) + FP32 * sizes.heads
+    # gate, its SiLU, up, their product
+    ffn = 4 * width * sizes.ffn
+    dense = norms + attention + ffn
     if not sizes.experts:
-        return norms + attention + ffn
+        return dense
     # In fp32 experts run one after the other and keep half: SiLU and product are made again
     # (nexus_ds/model/experts.py).
     inner = ffn if width == 2 else ffn / 2
+    # beside it the row that goes in and the row that comes out
     routed = sizes.top_k * (inner + 2 * width * sizes.hidden) * imbalance
-    return norms + attention + ffn + routed + 16 * sizes.experts + 100
+    # scores and probabilities of the experts, and indices of those that were chosen
+    router = 16 * sizes.experts + 100
+    return dense + routed + router
+
+
+def _imbalance(layout: Layout) -> float:
+    # A rank that has all experts computes every one of its tokens' choices, however they fall.
+    return assume.ROUTING_IMBALANCE if layout.expert > 1 else 1.0
 
 
 def activations(sizes: Sizes, layout: Layout, width: int, tokens: int) -> float:
     """Return bytes that the forward pass of `tokens` tokens keeps, the output layer not counted."""
-    imbalance = assume.ROUTING_IMBALANCE if layout.expert > 1 else 1.0
-    layer = (
-        layer_activations(sizes, width, imbalance)
-        if layout.checkpointing == "none"
-        else width * sizes.hidden
-    )
-    return tokens * (sizes.layers * layer + (4 + 2 * width) * sizes.hidden)
+    if layout.checkpointing == "none":
+        layer = layer_activations(sizes, width, _imbalance(layout))
+    else:
+        # its input alone; the rest is made again in the backward pass
+        layer = width * sizes.hidden
+    # the last norm, kept as a layer's norms are
+    outside = (FP32 + 2 * width) * sizes.hidden
+    return tokens * (sizes.layers * layer + outside)
 
 
 def head(sizes: Sizes, width: int, tokens: int) -> float:
-    """Return bytes that the output layer needs at once: the logits of a chunk of tokens, and its
-    weight's gradient."""
+    """Return the peak of the output layer: the logits of a chunk, and its weight's gradient."""
     logits = min(tokens, chunk_tokens(sizes.vocabulary)) * sizes.vocabulary
-    return assume.LOGITS_BYTES * logits + width * sizes.vocabulary * sizes.hidden
+    gradient = width * sizes.vocabulary * sizes.hidden
+    return assume.LOGITS_BYTES * logits + gradient
 
 
 def _working(sizes: Sizes, layout: Layout, width: int, tokens: int) -> float:
-    """Return what a layer's backward pass needs at once: gradients of activations, and recomputed
-    ones."""
+    """Return what a layer's backward pass needs at once beside what the forward pass kept.
+
+    That is gradients of activations, and the activations themselves where they are recomputed.
+    """
     recomputed = 0.0 if layout.checkpointing == "none" else 1.0
-    layer = layer_activations(sizes, width, assume.ROUTING_IMBALANCE if layout.expert > 1 else 1.0)
+    layer = layer_activations(sizes, width, _imbalance(layout))
     return tokens * layer * (recomputed + assume.BACKWARD_COPIES)
 
 
+# Buffers -----------------------------------------------------------------------------------------
+
+
 def buffers(sizes: Sizes, layout: Layout, width: int) -> dict[str, float]:
-    """Return DeepSpeed's buffers on the GPU: buckets, gathered parameters, gradients on their
-    way."""
-    own = list(sizes.parameters(layout.slots(sizes)))
+    """Return DeepSpeed's buffers on a GPU by name, the working memory of the update not counted.
+
+    They are gradient buckets, gathered parameters, gradients on their way to their owner.
+    Source: deepspeed/runtime/zero/stage_1_and_2.py and stage3.py, 0.19.8.
+    """
+    own = _own(sizes, layout)
     largest = max(p.elements for p in own)
-    found: dict[str, float] = {
-        "gradient buckets": width * assume.BUCKET_ELEMENTS * (2 if layout.stage == 2 else 1)
-    }
+    # under ZeRO-2 with overlap_comm one bucket is filled while the other is reduced
+    buckets = 2 if layout.stage == 2 else 1
+    found: dict[str, float] = {"gradient buckets": width * assume.BUCKET_ELEMENTS * buckets}
     if layout.stage == 3:
         gathered = largest_gathered(sizes, layout)
         found["gathered parameters"] = width * (live_elements(sizes, layout) + gathered)
-        experts = sum(p.elements for p in own if p.kind == "experts" and p.layer == 0)
+        # a layer's experts get their gradients together
+        experts = _elements(p for p in own if p.kind == "experts" and p.layer == 0)
         # whole, and the copy that is reduced
         found["gradients in transit"] = 2 * width * max(gathered, experts)
     elif layout.stage == 2:
@@ -207,20 +286,42 @@ def buffers(sizes: Sizes, layout: Layout, width: int) -> dict[str, float]:
             # of this pass, beside the sum
             found["gradients in transit"] += width * kept_gradients(own, layout)
     if layout.offload != "none" and layout.stage < 3:
+        # temp_grad_buffer_for_gpu_offload: on its way down a gradient is made whole in it
         found["offload buffer"] = width * largest
     return found
 
 
 def _update(sizes: Sizes, layout: Layout, width: int) -> float:
-    """Return what an optimizer step on the GPU allocates: fp32 gradients of its largest group, and
-    their flat copy."""
+    """Return what an optimizer step on the GPU allocates for its largest group of parameters.
+
+    That is fp32 gradients and, in the working precision, the flat copy that they are made of.
+    """
     if layout.offload != "none":
         return 0.0
-    own = list(sizes.parameters(layout.slots(sizes)))
-    shares = [partition(group, layout) for group in groups(own, assume.EXPERT_GROUP_ELEMENTS)]
-    return (4 + width) * min(
-        max(shares), assume.SUB_GROUP_ELEMENTS if layout.stage == 3 else float("inf")
-    )
+    found = groups(_own(sizes, layout), assume.EXPERT_GROUP_ELEMENTS)
+    largest = max(partition(group, layout) for group in found)
+    if layout.stage == 3:
+        # it goes through a group in pieces
+        largest = min(largest, assume.SUB_GROUP_ELEMENTS)
+    return (FP32 + width) * largest
+
+
+# All together ------------------------------------------------------------------------------------
+
+
+def _peak(sizes: Sizes, layout: Layout, width: int, tokens: int) -> dict[str, float]:
+    """Return what comes and goes within a step, at the moment when it is most."""
+    logits = head(sizes, width, tokens)
+    layer = _working(sizes, layout, width, tokens)
+    peak = {"activations": activations(sizes, layout, width, tokens)}
+    # never both: the logits are gone when the layers' turn comes
+    if logits > layer:
+        peak["logits and gradient of the output layer"] = logits
+    else:
+        peak["backward pass of a layer"] = layer
+    # nor with the update: it starts when no activation is left
+    update = _update(sizes, layout, width)
+    return peak if sum(peak.values()) >= update else {"gradients of the update": update}
 
 
 def memory(sizes: Sizes, layout: Layout, width: int, length: int, local: int) -> Memory:
@@ -233,39 +334,42 @@ def memory(sizes: Sizes, layout: Layout, width: int, length: int, local: int) ->
         length: tokens of a sequence.
         local: ranks of a node.
     """
-    states, tokens = model_states(sizes, layout, width), layout.micro * length
+    states = model_states(sizes, layout, width)
     gpu = {
         "weights": states.weights,
         "gradients": states.gradients,
         "optimizer states": states.optimizer,
     }
     gpu |= buffers(sizes, layout, width)
-    passes = {
-        "activations": activations(sizes, layout, width, tokens),
-        "logits and gradient of the output layer": head(sizes, width, tokens),
-        "backward pass of a layer": _working(sizes, layout, width, tokens),
-    }
-    smaller = min(list(passes)[1:], key=lambda name: passes[name])
-    del passes[smaller]  # the logits are gone when the layers' turn comes
-    update = _update(sizes, layout, width)
-    gpu |= passes if sum(passes.values()) >= update else {"gradients of the update": update}
+    gpu |= _peak(sizes, layout, width, layout.micro * length)
     gpu["allocator (estimated)"] = assume.FRAGMENTATION * sum(gpu.values())
     gpu["CUDA context (estimated)"] = assume.CONTEXT_BYTES
-    host = {"processes (estimated)": local * assume.PROCESS_BYTES}
-    host["states"] = local * states.host * (1 + assume.PINNED_WASTE)
-    host["check of the export"] = float(width * sizes.counts()["total"])
-    return Memory({k: v for k, v in gpu.items() if v}, {k: v for k, v in host.items() if v})
+
+    # offloaded states lie in pinned memory, which comes in blocks of powers of two
+    pinned = states.host * (1 + assume.PINNED_WASTE)
+    host = {
+        "processes (estimated)": local * assume.PROCESS_BYTES,
+        "states": local * pinned,
+        # the first node reads back all that was written
+        "check of the export": float(width * sizes.counts()["total"]),
+    }
+    return Memory(_above_zero(gpu), _above_zero(host))
+
+
+def _above_zero(parts: dict[str, float]) -> dict[str, float]:
+    return {name: size for name, size in parts.items() if size}
 
 
 def disk(sizes: Sizes, width: int, keep_last: int) -> dict[str, float]:
-    """Return bytes on disk: a training state, all that are there while one is replaced, and the
-    finished checkpoint."""
+    """Return bytes on disk of training states and of the finished checkpoint.
+
+    `state` is one state, `states` all that are there while one is replaced, `export` the
+    checkpoint, `total` the states and the checkpoint.
+    """
     counts = sizes.counts()
     state = float(assume.ADAM_BYTES * counts["trained"])
-    export = float(width * counts["total"] + 4 * counts["projection"])
-    return {
-        "state": state,
-        "states": (keep_last + 1) * state,
-        "export": export,
-        "total": (keep_last + 1) * state + export,
-    }
+    # one is written before the oldest goes
+    states = (keep_last + 1) * state
+    # P stays in fp32 in the sidecar
+    export = float(width * counts["total"] + FP32 * counts["projection"])
+    return {"state": state, "states": states, "export": export, "total": states + export}

@@ -2,6 +2,10 @@
 
 Collectives are taken as rings: a ring over several nodes crosses each node's link once, so what a
 node sends is what one rank sends, times the rings that run side by side.
+
+Units: bytes, seconds, floating-point operations; a machine's links are in bytes a second, its
+arithmetic in TFLOPS; `width` is bytes of an element in the working precision; `length` tokens of a
+sequence.
 Not covered: latency of small collectives, congestion by other jobs, rails (several links a node
 count as one).
 """
@@ -14,6 +18,11 @@ from functools import lru_cache
 from nexus_ds.planning import assumptions as assume
 from nexus_ds.planning.layout import Layout, Machine
 from nexus_ds.planning.sizes import Sizes
+
+FLOPS_A_WEIGHT = 6
+"""Of a token: a multiplication and an addition in the forward pass, and twice that in the backward
+pass, for the gradient of the input and of the weight (Kaplan et al. 2020, section 2.1)."""
+TERA = 1e12
 
 
 @dataclass(frozen=True)
@@ -40,74 +49,103 @@ class Step:
         return self.tokens / self.step_seconds
 
 
+# These two are asked for again by every layout, and go through all parameters of the model.
 @lru_cache(maxsize=256)
 def _elements(sizes: Sizes, slots: int) -> tuple[int, int]:
-    """Return elements of a rank's parameters that are no experts, and of its `slots` experts of all
-    layers."""
-    by_kind = [(p.kind == "experts", p.elements) for p in sizes.parameters(slots)]
-    experts = sum(elements for expert, elements in by_kind if expert)
-    return sum(elements for _, elements in by_kind) - experts, experts
+    """Return elements of a rank's parameters: of those that are no experts, and of its experts.
+
+    The rank has `slots` experts in each layer.
+    """
+    others = 0
+    experts = 0
+    for parameter in sizes.parameters(slots):
+        if parameter.kind == "experts":
+            experts += parameter.elements
+        else:
+            others += parameter.elements
+    return others, experts
 
 
 @lru_cache(maxsize=256)
 def token_flops(sizes: Sizes, length: int) -> tuple[float, float]:
-    """Return floating-point operations of one token, forward and backward: of everything, and of
-    its routed experts.
+    """Return floating-point operations of one token, forward and backward, of all and of experts.
 
     Six for each active weight that multiplies (an embedding that is no output layer does not), and
-    causal attention.
+    causal attention. The second number is of the routed experts alone.
     """
     counts = sizes.counts()
     weights = counts["active"] - (0 if sizes.tied else sizes.vocabulary * sizes.hidden)
+    # Scores and values, each `length` x width multiply-adds a token; under a causal mask a token
+    # sees half of the sequence on average: (2 + 2) / 2 operations forward, three times that in all.
     attention = 6 * sizes.layers * sizes.heads * sizes.head_size * length
-    routed = 6 * sizes.layers * sizes.expert * sizes.top_k if sizes.experts else 0
-    return 6 * weights + attention, routed
+    routed = 0
+    if sizes.experts:
+        routed = FLOPS_A_WEIGHT * sizes.layers * sizes.expert * sizes.top_k
+    return FLOPS_A_WEIGHT * weights + attention, routed
+
+
+# Computing ---------------------------------------------------------------------------------------
+
+
+def _rank_tokens(layout: Layout, length: int) -> int:
+    """Return the tokens of one rank in a step."""
+    return layout.micro * layout.accumulation * length
+
+
+def _flops_per_second(machine: Machine) -> float:
+    return machine.tflops * TERA * assume.MFU
+
+
+def _recomputing(layout: Layout) -> float:
+    """Return arithmetic with activation checkpointing over that without."""
+    return 1.0 if layout.checkpointing == "none" else 1 + assume.RECOMPUTED
 
 
 def shared_seconds(sizes: Sizes, layout: Layout, machine: Machine, length: int) -> float:
-    """Return seconds of a step in the shared experts' matrix products, behind which the all-to-alls
-    travel."""
+    """Return seconds of a step in the shared experts' matrix products.
+
+    The all-to-alls travel behind them.
+    """
     if not sizes.experts:
         return 0.0
-    flops = (
-        6
-        * sizes.layers
-        * sizes.expert
-        * (1 if layout.checkpointing == "none" else 1 + assume.RECOMPUTED)
-    )
-    return (
-        layout.micro * layout.accumulation * length * flops / (machine.tflops * 1e12 * assume.MFU)
-    )
+    flops = FLOPS_A_WEIGHT * sizes.layers * sizes.expert * _recomputing(layout)
+    return _rank_tokens(layout, length) * flops / _flops_per_second(machine)
 
 
 def exposed_all_to_all(seconds: float, shared: float) -> float:
-    """Return what is seen of all-to-alls that take `seconds`, half of them dispatch and half of
-    them combine.
+    """Return what is seen of all-to-alls that take `seconds`.
 
-    The shared expert's gate and up projections (two of its three matrices) hide the dispatch, the
-    third the combine (`NexusMoE.forward`).
+    Half of them is dispatch, half combine. The shared expert's gate and up projections (two of its
+    three matrices) hide the dispatch, the third the combine (`NexusMoE.forward`).
     """
-    return max(0.0, seconds / 2 - 2 * shared / 3) + max(0.0, seconds / 2 - shared / 3)
+    dispatch = combine = seconds / 2
+    return max(0.0, dispatch - 2 * shared / 3) + max(0.0, combine - shared / 3)
 
 
 def _computing(sizes: Sizes, layout: Layout, machine: Machine, length: int) -> float:
+    """Return seconds of a step in which the busiest rank computes."""
     flops, routed = token_flops(sizes, length)
     if layout.expert > 1:
-        flops += (assume.ROUTING_IMBALANCE - 1) * routed  # all wait for the busiest rank
-    if layout.checkpointing != "none":
-        flops *= 1 + assume.RECOMPUTED
-    tokens = layout.micro * layout.accumulation * length
+        # all wait for the busiest rank
+        flops += (assume.ROUTING_IMBALANCE - 1) * routed
+    flops *= _recomputing(layout)
     waiting = layout.accumulation * sizes.layers * assume.LAYER_SECONDS
-    return tokens * flops / (machine.tflops * 1e12 * assume.MFU) + waiting
+    return _rank_tokens(layout, length) * flops / _flops_per_second(machine) + waiting
+
+
+# ZeRO --------------------------------------------------------------------------------------------
 
 
 def ring_bytes(elements: float, ranks: int, sends: float) -> float:
-    """Return elements that a rank sends when `elements` are reduced or gathered `sends` times over
-    a ring."""
+    """Return bytes that a rank sends when `elements` are reduced or gathered over a ring.
+
+    In each of the ranks - 1 rounds of a ring a rank passes one share of elements / ranks on
+    (Thakur, Rabenseifner and Gropp 2005). `sends`: bytes of an element, times how often.
+    """
     return sends * elements * (ranks - 1) / ranks
 
 
-def _sends(layout: Layout) -> float:
+def _sends(layout: Layout) -> int:
     """Return how often a step moves a parameter over its ring.
 
     An all-reduce counts twice. ZeRO-1 reduces once a step, ZeRO-2 after every pass, both gather the
@@ -115,43 +153,54 @@ def _sends(layout: Layout) -> float:
     """
     if layout.stage == 1:
         return 3
-    return 2 * layout.accumulation + 1 if layout.stage == 2 else 3 * layout.accumulation
+    if layout.stage == 2:
+        return 2 * layout.accumulation + 1
+    return 3 * layout.accumulation
 
 
 def zero_traffic(sizes: Sizes, layout: Layout, machine: Machine, width: int) -> tuple[float, float]:
-    """Return bytes of ZeRO's collectives in a step: a GPU's inside its node, and a node's to the
-    others."""
-    (others, experts), sends = _elements(sizes, layout.slots(sizes)), width * _sends(layout)
+    """Return bytes of ZeRO's collectives in a step: a GPU's inside its node, a node's to others."""
+    others, experts = _elements(sizes, layout.slots(sizes))
+    sends = width * _sends(layout)
     dense_ring = ring_bytes(others, layout.world, sends)
     expert_ring = ring_bytes(experts, layout.replicas, sends)
     if machine.nodes == 1:
         return dense_ring + expert_ring, 0.0
-    side_by_side = min(layout.expert, machine.local)  # rings of other experts share the node's link
-    inside = (dense_ring if machine.local > 1 else 0.0) + (
-        expert_ring if layout.expert < machine.local else 0.0
-    )
+    inside = 0.0
+    if machine.local > 1:
+        inside += dense_ring
+    # Replicas of an expert are `expert` ranks apart: on one node only if it has more ranks.
+    if layout.expert < machine.local:
+        inside += expert_ring
+    # rings of other experts share the node's link
+    side_by_side = min(layout.expert, machine.local)
     return inside, dense_ring + side_by_side * expert_ring
+
+
+# Tokens ------------------------------------------------------------------------------------------
 
 
 def token_traffic(
     sizes: Sizes, layout: Layout, machine: Machine, width: int, length: int
 ) -> tuple[float, float]:
-    """Return bytes of the all-to-alls in a step: a GPU's inside its node, and a node's to the
-    others.
+    """Return bytes of the all-to-alls in a step: a GPU's inside its node, a node's to the others.
 
     Dispatch and combine, forward and backward, and the forward ones again where activations are
-    recomputed.
+    recomputed. Tokens are taken to spread evenly over the ranks.
     """
     if not sizes.experts or layout.expert == 1:
         return 0.0, 0.0
     passes = 4 if layout.checkpointing == "none" else 6
-    tokens = layout.micro * layout.accumulation * length * sizes.top_k
-    every = passes * sizes.layers * tokens * sizes.hidden * width
+    rows = _rank_tokens(layout, length) * sizes.top_k
+    every = passes * sizes.layers * rows * sizes.hidden * width
     # ranks of the group on this node; groups are consecutive ranks
     group = min(layout.expert, machine.local)
-    return every * (group - 1) / layout.expert, machine.local * every * (
-        layout.expert - group
-    ) / layout.expert
+    inside = every * (group - 1) / layout.expert
+    between = every * (layout.expert - group) / layout.expert
+    return inside, machine.local * between
+
+
+# A step ------------------------------------------------------------------------------------------
 
 
 def _seconds(traffic: tuple[float, float], machine: Machine) -> float:
@@ -160,6 +209,7 @@ def _seconds(traffic: tuple[float, float], machine: Machine) -> float:
 
 
 def _optimizer(sizes: Sizes, layout: Layout, machine: Machine, width: int) -> dict[str, float]:
+    """Return seconds of the update, and of what offload moves between GPU and main memory."""
     others, experts = _elements(sizes, layout.slots(sizes))
     share = others / layout.world + experts / layout.replicas
     if layout.offload == "none":
@@ -167,7 +217,9 @@ def _optimizer(sizes: Sizes, layout: Layout, machine: Machine, width: int) -> di
     # gradients down after every pass, weights up once
     moved = width * share * (layout.accumulation + 1)
     if layout.offload == "optimizer+parameters":
-        moved += 2 * width * share * layout.accumulation  # weights up for both passes
+        # weights up for both passes
+        moved += 2 * width * share * layout.accumulation
+    # a node's ranks share its CPUs, but each has a link of its own to main memory
     return {
         "optimizer": machine.local * share / assume.CPU_ADAM_PER_SECOND,
         "offload": moved / (machine.gpu_link * assume.LINK_EFFICIENCY),
@@ -189,13 +241,20 @@ def step(sizes: Sizes, layout: Layout, machine: Machine, width: int, length: int
     computing = _computing(sizes, layout, machine, length)
     sent = _seconds(tokens, machine)
     seen = exposed_all_to_all(sent, shared_seconds(sizes, layout, machine, length))
-    hidden = assume.OVERLAP * computing / (layout.accumulation if layout.stage == 1 else 1)
-    hidden = max(0.0, hidden - (sent - seen))  # a link carries one thing at a time
+    # ZeRO-1 communicates in the last pass of a step only, so only that one hides anything
+    passes = layout.accumulation if layout.stage == 1 else 1
+    hidden = assume.OVERLAP * computing / passes
+    # a link carries one thing at a time
+    hidden = max(0.0, hidden - (sent - seen))
     seconds = {
         "computing": computing,
         "all_to_all": seen,
         "exposed": max(0.0, _seconds(zero, machine) - hidden),
         **_optimizer(sizes, layout, machine, width),
     }
-    done = layout.world * layout.micro * layout.accumulation * length
-    return Step(seconds, zero[0] + tokens[0], zero[1] + tokens[1], done)
+    return Step(
+        seconds,
+        gpu_link_bytes=zero[0] + tokens[0],
+        node_link_bytes=zero[1] + tokens[1],
+        tokens=layout.world * _rank_tokens(layout, length),
+    )

@@ -9,7 +9,6 @@ import re
 
 from nexus_ds.errors import ConfigError
 
-PREFIXES = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 NUMBER = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kKMGT]?)(i?)([bB])(?:/s|ps)?")
 
 
@@ -22,13 +21,17 @@ def parse_bytes(text: str, option: str) -> float:
     match = NUMBER.fullmatch(text.strip())
     if not match or float(match[1]) <= 0:
         raise ConfigError(
-            f"{option}: expected a size such as 24GB, 80GiB or (for a link, in bits) 25Gb, found {text!r}"
+            f"{option}: expected a size such as 24GB, 80GiB or (for a link, in bits) 25Gb, "
+            f"found {text!r}"
         )
-    number, prefix, binary, unit = float(match[1]), match[2].lower(), bool(match[3]), match[4]
-    factor = PREFIXES[prefix] if prefix else 1.0
-    if binary and prefix:
-        factor = 1024.0 ** ("kmgt".index(prefix) + 1)
-    return number * factor / (8 if unit == "b" else 1)
+    number, prefix, binary, unit = match.groups()
+    size = float(number)
+    if prefix:
+        power = "kmgt".index(prefix.lower()) + 1
+        # binary: the i of 80GiB
+        size *= (1024.0 if binary else 1000.0) ** power
+    # a small b stands for bits
+    return size / 8 if unit == "b" else size
 
 
 def short(number: float) -> str:

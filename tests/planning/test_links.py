@@ -1,5 +1,4 @@
-"""Which way is faster on which link: the choice, where it changes, and what the change means for
-the layouts' own times."""
+"""Which way is faster on which link, where that changes, and what it means for layouts' times."""
 
 from dataclasses import replace
 
@@ -29,17 +28,17 @@ def test_slow_links_want_expert_parallelism_and_fast_ones_zero_alone(advice):
     assert advice.better(SPEEDS[0]) == "expert_parallel"
     assert advice.better(SPEEDS[-1]) == "zero_only"
     flips = advice.flips()
-    assert flips[0]["on_faster_links"] == flips[-1]["on_faster_links"] == "zero_only"
-    for flip, other in zip(
-        flips, ["expert_parallel", *(f["on_faster_links"] for f in flips)], strict=False
-    ):
-        assert SPEEDS[0] < flip["link"] < SPEEDS[-1]
-        assert advice.better(flip["link"]) == other != flip["on_faster_links"]
-        assert advice.better(flip["link"] * SHARP) == flip["on_faster_links"]
+    assert flips[0].on_faster_links == flips[-1].on_faster_links == "zero_only"
+    below = "expert_parallel"
+    for flip in flips:
+        assert SPEEDS[0] < flip.link < SPEEDS[-1]
+        assert advice.better(flip.link) == below != flip.on_faster_links
+        assert advice.better(flip.link * SHARP) == flip.on_faster_links
+        below = flip.on_faster_links
 
 
 def test_at_the_flip_both_ways_take_the_same_time(advice):
-    speed = advice.flips()[0]["link"]
+    speed = advice.flips()[0].link
     parallel, alone = (advice.fastest(way, speed)[0] for way in WAYS)
     assert parallel == pytest.approx(alone, rel=0.01)
 
@@ -58,9 +57,8 @@ def test_the_advice_agrees_with_the_layouts_own_times(advice, recipe):
 def test_the_flip_is_the_same_whatever_the_machines_own_link(advice, recipe):
     told = advice.to_json()
     assert told["use"] == "zero_only"
-    slow = LinkAdvice(
-        recipe[0], replace(NODES, link=told["flips"][0]["link"] / 2), recipe[1]
-    ).to_json()
+    slower = replace(NODES, link=told["flips"][0]["link"] / 2)
+    slow = LinkAdvice(recipe[0], slower, recipe[1]).to_json()
     assert slow["use"] == "expert_parallel" and slow["flips"] == told["flips"]
 
 
@@ -81,6 +79,6 @@ def test_one_gpu_leaves_no_choice(recipe):
 
 
 def test_overlap_moves_the_flip_to_faster_links(advice, monkeypatch):
-    overlapped = advice.flips()[0]["link"]
+    overlapped = advice.flips()[0].link
     monkeypatch.setattr(traffic, "shared_seconds", lambda *_: 0.0)
-    assert advice.flips()[0]["link"] < overlapped
+    assert advice.flips()[0].link < overlapped

@@ -1,5 +1,7 @@
-"""Planned bytes against real ranks (model states within 1%, activations within 8%) and against sums
-made by hand."""
+"""Planned bytes against real ranks, and against sums made by hand.
+
+Model states are within 1% of what ranks allocate, activations within 8%.
+"""
 
 import json
 from dataclasses import dataclass, replace
@@ -103,17 +105,15 @@ def check(case, tmp_path, monkeypatch):
         f"training.activation_checkpointing={case.checkpointing}",
     ]
     options = [f"group={case.group}"] if case.group else []
-    finish(
-        fork_ranks(
-            [WORKER, checkpoint, tmp_path / "out", json.dumps(values), *options, *words], WORLD
-        )
-    )
+    command = [WORKER, checkpoint, tmp_path / "out", json.dumps(values), *options, *words]
+    finish(fork_ranks(command, WORLD))
     found = [json.loads((tmp_path / f"out.{rank}.json").read_text()) for rank in range(WORLD)]
     width = {"fp32": 4, "bf16": 2}[case.dtype]
     states = model_states(case.sizes, layout, width)
     allocated, planned = max(f["states"] for f in found), states.gpu + states.host
     print(
-        f"{case.id}: model states planned {planned:,.0f}, allocated {allocated:,}: {planned / allocated - 1:+.2%}"
+        f"{case.id}: model states planned {planned:,.0f}, allocated {allocated:,}: "
+        f"{planned / allocated - 1:+.2%}"
     )
     assert allocated == pytest.approx(planned, rel=0.01), found
     if case.offload == "none":
@@ -145,9 +145,10 @@ def test_real_ranks_allocate_what_was_planned_in_every_layout(case, tmp_path, mo
     check(case, tmp_path, monkeypatch)
 
 
-# By hand -------------------------------------------------------------------------------------------------------------
-# A model of 2 layers, hidden 1024, vocabulary 16,000, output layer of its own, 16 heads of 64 with 4 for keys and values,
-# inner width 2048; as a mixture with 4 experts, top-1, P from 384 to 2 x 1024 and from 1024 to 1024. Elements:
+# By hand -----------------------------------------------------------------------------------------
+# A model of 2 layers, hidden 1024, vocabulary 16,000, output layer of its own, 16 heads of 64 with
+# 4 for keys and values, inner width 2048; as a mixture with 4 experts, top-1, P from 384 to
+# 2 x 1024 and from 1024 to 1024. Elements:
 WORDS = 16_384_000  # embedding, and output layer: 16,000 x 1024
 # 2 x 16,384,000; a layer: 2 x 1024^2 (q, o), 2 x 256 x 1024 (k, v), 3 x 1024 x 2048 = 8,912,896
 MATRICES = 50_593_792
@@ -158,11 +159,15 @@ EXPERTS = 50_331_648
 # in the checkpoint instead of P: 2 layers x 1024 x (4 experts + the shared expert's gate)
 ROWS = 10_240
 DENSE_MODEL, MIXTURE = 50_598_912, 104_600_576  # all that is trained
-# A token's activations in one layer, bf16 (fp32): two norms, each an fp32 copy and two results: 2 x (4 + 2 x 2) x 1024 =
-# 16,384 (24,576); attention: q, output, k and v, 2 x 2 x (1024 + 256) + 4 a head = 5,184 (10,304); feed-forward: gate,
-# SiLU, up, product: 4 x 2 x 2048 = 16,384 (32,768); a routed expert the same (in fp32 half of it) and 2 x 2 x 1024 for its
-# rows: 20,480 (24,576), 1.25 times as much where the busiest rank has more; scores and indices: 16 x 4 + 100.
-# Outside the layers: (4 + 2 x 2) x 1024 = 8,192 (12,288). Logits: 8 bytes each, of at most 2^27 // 16,000 = 8,388 tokens.
+# A token's activations in one layer, bytes in bf16 (in fp32):
+# - two norms, each an fp32 copy and two results: 2 x (4 + 2 x 2) x 1024 = 16,384 (24,576);
+# - attention: q, output, k and v, 2 x 2 x (1024 + 256) + 4 a head = 5,184 (10,304);
+# - feed-forward: gate, SiLU, up, product: 4 x 2 x 2048 = 16,384 (32,768);
+# - a routed expert the same (in fp32 half of it) and 2 x 2 x 1024 for its rows: 20,480 (24,576),
+#   1.25 times as much where the busiest rank has more;
+# - scores and indices: 16 x 4 + 100.
+# Outside the layers: (4 + 2 x 2) x 1024 = 8,192 (12,288).
+# Logits: 8 bytes each, of at most 2^27 // 16,000 = 8,388 tokens.
 HAND = Sizes(
     vocabulary=16_000,
     hidden=1_024,
@@ -386,6 +391,5 @@ def test_a_plan_is_the_sum_that_is_made_by_hand(case):
         host["states"] = given["world"] * rank * 1.15  # what pinned blocks lose
     assert planned.gpu == pytest.approx(gpu, rel=1e-9)
     assert planned.host == pytest.approx(host, rel=1e-9)
-    assert planned.gpu_bytes == pytest.approx(
-        sum(gpu.values())
-    ) and planned.host_bytes == pytest.approx(sum(host.values()))
+    assert planned.gpu_bytes == pytest.approx(sum(gpu.values()))
+    assert planned.host_bytes == pytest.approx(sum(host.values()))
