@@ -177,15 +177,15 @@ def _train(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
         names = [name for name in names if not name.startswith("deepspeed")]
     device, dtype = _place(args)
     results, reading = layer_speed.measure(names, shape, device, dtype, args.rounds, _say)
-    rows = layer_speed.summary(results, reading, shape, baseline, device)
-    seen = {part for row in rows for part in row["shares"]}
+    speeds = layer_speed.summary(results, reading, shape, baseline, device)
+    seen = {part for speed in speeds for part in speed.shares}
     parts = [part for part in STEP_PARTS if part in seen]
     return {
         "machine": layer_speed.machine(device),
         "dtype": str(dtype),
         "baseline": baseline,
         "parts": parts,
-        "rows": rows,
+        "rows": [speed.to_json() for speed in speeds],
     }
 
 
@@ -200,7 +200,7 @@ def _growth(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
         "machine": layer_speed.machine(device),
         "dtype": str(dtype),
         "model": model,
-        "rows": rows,
+        "rows": [point.to_json() for point in rows],
         "exponents": scaling.exponents(rows),
         "router": scaling.router_law(rows),
     }
@@ -212,6 +212,9 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(out: Path, what: str, found: dict[str, Any]) -> None:
+    from nexus_ds.experiments.benchmarks.layer_speed import Speed
+    from nexus_ds.experiments.benchmarks.scaling import Point
+
     about = {key: value for key, value in found.items() if key != "rows"}
     with new_directory(out) as folder:
         lines = [json.dumps({**row, **about}) for row in found["rows"]]
@@ -221,9 +224,11 @@ def _write(out: Path, what: str, found: dict[str, Any]) -> None:
         cells = [[row.get(key, "") for key in keys] for row in flat]
         write_csv(folder / f"{what}.csv", keys, cells)
         if what == "train":
-            speed_bars(found["rows"], found["parts"], found["baseline"], folder / "train.png")
+            speeds = [Speed(**row) for row in found["rows"]]
+            speed_bars(speeds, found["parts"], found["baseline"], folder / "train.png")
         else:
-            growth_curves(found["rows"], found["exponents"], folder / "growth.png")
+            points = [Point(**row) for row in found["rows"]]
+            growth_curves(points, found["exponents"], folder / "growth.png")
 
 
 def _aligned(grid: list[list[str]]) -> str:

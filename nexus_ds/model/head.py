@@ -11,7 +11,7 @@ pass through one forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +128,7 @@ def use_loss_head(model: PreTrainedModel) -> None:
         model.lm_head = LossHead(model.lm_head.weight)
 
 
-def next_token_loss(model: Callable[..., Any], tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+def next_token_loss(model: Any, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy of the next tokens: mean (fp32, to train on) and each one [B, S].
 
     Args:

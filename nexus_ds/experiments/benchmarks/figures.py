@@ -7,89 +7,108 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from nexus_ds.experiments.benchmarks.layer_speed import Speed
+from nexus_ds.experiments.benchmarks.scaling import Point
 from nexus_ds.report.figures import COLOURS, HATCHES, LINES, _new, _save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MARKERS = "osD^vPX*"
 
 
-def speed_bars(
-    rows: Sequence[Mapping[str, Any]], parts: Sequence[str], baseline: str, out: Path
-) -> Path:
-    """Draw each model's speed over the baseline's with its spread, and beside it the shares of its
-    step.
+def speed_bars(rows: Sequence[Speed], parts: Sequence[str], baseline: str, out: Path) -> Path:
+    """Draw each model's speed over the baseline's with its spread, and the shares of its step.
 
     Args:
-        rows: `benchmarks.compare.summary`: model, ratio, ratio_low, ratio_high, shares.
+        rows: one a model, from the top (`layer_speed.summary`).
         parts: of a step, in the order in which they are drawn.
         baseline: the model that others are compared with.
         out: PNG file to write.
     """
     figure = _new(11.0, 1.6 + 0.45 * len(rows))
     left, right = figure.subplots(1, 2, sharey=True)
-    places, names = range(len(rows)), [row["model"] for row in rows]
-    ratios = [row["ratio"] for row in rows]
-    spread = [
-        [row["ratio"] - row["ratio_low"] for row in rows],
-        [row["ratio_high"] - row["ratio"] for row in rows],
-    ]
-    left.barh(places, ratios, xerr=spread, color=COLOURS[0], error_kw={"capsize": 3})
-    for place, value in enumerate(ratios):
-        left.text(0.02, place, f"{value:.2f}", va="center", color="white", fontsize=9)
-    left.axvline(1.0, color="black", linewidth=0.8)
-    left.set_yticks(places, names)
-    left.invert_yaxis()
+    _draw_ratios(left, rows)
     left.set_xlabel(f"tokens/s over {baseline} (median and range of rounds)")
-    start = [0.0] * len(rows)
-    for number, part in enumerate(parts):
-        values = [max(0.0, row["shares"].get(part, 0.0)) for row in rows]
-        look = {
-            "color": COLOURS[number % len(COLOURS)],
-            "hatch": HATCHES[number // len(COLOURS) % len(HATCHES)],
-        }
-        right.barh(places, values, left=start, label=part, edgecolor="white", linewidth=0.4, **look)
-        start = [a + b for a, b in zip(start, values, strict=True)]
+    _draw_shares(right, rows, parts)
     right.set_xlabel("share of a step with optimizer and data")
-    right.legend(fontsize=8, ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle("Training speed and where a step's time goes", fontsize=11)
     return _save(figure, out)
 
 
+def _draw_ratios(axes: Axes, rows: Sequence[Speed]) -> None:
+    places = range(len(rows))
+    ratios = [row.ratio for row in rows]
+    # matplotlib wants lengths of the whiskers, not their ends
+    below = [row.ratio - row.ratio_low for row in rows]
+    above = [row.ratio_high - row.ratio for row in rows]
+    axes.barh(places, ratios, xerr=[below, above], color=COLOURS[0], error_kw={"capsize": 3})
+    for place, value in enumerate(ratios):
+        axes.text(0.02, place, f"{value:.2f}", va="center", color="white", fontsize=9)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_yticks(places, [row.model for row in rows])
+    axes.invert_yaxis()
+
+
+def _draw_shares(axes: Axes, rows: Sequence[Speed], parts: Sequence[str]) -> None:
+    places = range(len(rows))
+    start = [0.0] * len(rows)
+    for number, part in enumerate(parts):
+        # noise of the clock can make a small remainder negative
+        values = [max(0.0, row.shares.get(part, 0.0)) for row in rows]
+        axes.barh(
+            places,
+            values,
+            left=start,
+            label=part,
+            color=COLOURS[number % len(COLOURS)],
+            hatch=HATCHES[number // len(COLOURS) % len(HATCHES)],
+            edgecolor="white",
+            linewidth=0.4,
+        )
+        start = [a + b for a, b in zip(start, values, strict=True)]
+    axes.legend(fontsize=8, ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
 def growth_curves(
-    rows: Sequence[Mapping[str, Any]], exponents: Mapping[str, Mapping[str, float]], out: Path
+    rows: Sequence[Point], exponents: Mapping[str, Mapping[str, float]], out: Path
 ) -> Path:
     """Draw time, and peak memory where there is one, against each quantity on logarithmic axes.
 
     Args:
-        rows: `benchmarks.growth`: quantity, x, seconds, peak_bytes.
-        exponents: fitted, for the legend.
+        rows: points of all sweeps (`scaling.sweep`, `scaling.router_sweep`).
+        exponents: fitted, for the legend: {quantity: {"seconds": a, "peak_bytes": a}}.
         out: PNG file to write.
     """
     figure = _new(11.0, 4.8)
-    panels = figure.subplots(1, 2)
-    for axes, key, scale, label in zip(
-        panels, ("seconds", "peak_bytes"), (1.0, 1e-6), ("seconds", "peak memory, MB"), strict=True
-    ):
-        for number, (quantity, fitted) in enumerate(exponents.items()):
-            if key not in fitted:
-                continue
-            mine = [row for row in rows if row["quantity"] == quantity]
-            axes.plot(
-                [row["x"] for row in mine],
-                [row[key] * scale for row in mine],
-                color=COLOURS[number % len(COLOURS)],
-                linestyle=LINES[number % len(LINES)],
-                marker=MARKERS[number % len(MARKERS)],
-                label=f"{quantity} ^ {fitted[key]:.2f}",
-            )
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xlabel("quantity that is changed")
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.suptitle(
-        "Cost of a training step as work grows (quantity ^ fitted exponent)", fontsize=11
-    )
+    time, memory = figure.subplots(1, 2)
+    for number, (quantity, fitted) in enumerate(exponents.items()):
+        mine = [row for row in rows if row.quantity == quantity]
+        xs = [row.x for row in mine]
+        look: dict[str, Any] = {
+            "color": COLOURS[number % len(COLOURS)],
+            "linestyle": LINES[number % len(LINES)],
+            "marker": MARKERS[number % len(MARKERS)],
+        }
+        label = f"{quantity} ^ {fitted['seconds']:.2f}"
+        time.plot(xs, [row.seconds for row in mine], label=label, **look)
+        if "peak_bytes" in fitted:
+            label = f"{quantity} ^ {fitted['peak_bytes']:.2f}"
+            memory.plot(xs, [row.peak_bytes / 1e6 for row in mine], label=label, **look)
+    _finish_curves(time, "seconds")
+    _finish_curves(memory, "peak memory, MB")
+    title = "Cost of a training step as work grows (quantity ^ fitted exponent)"
+    figure.suptitle(title, fontsize=11)
     return _save(figure, out)
+
+
+def _finish_curves(axes: Axes, label: str) -> None:
+    # on logarithmic axes a power law is a straight line, its exponent the slope
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("quantity that is changed")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)

@@ -1,5 +1,4 @@
-"""How step time and memory grow with experts, top-k, layers and sequence, and how the router's own
-cost does.
+"""How step time and memory grow with experts, top-k, layers and sequence; the router's own cost.
 
 One quantity is changed at a time; time ~ x^a is fitted by least squares on logarithms.
 Not covered: several processes; memory on systems without /proc (0 there).
@@ -11,9 +10,9 @@ import gc
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -40,34 +39,55 @@ ROUTER_SWEEPS: dict[str, tuple[int, ...]] = {
     "experts": (2, 4, 8, 16, 32, 64),
     "tokens": (1024, 2048, 4096, 8192, 16384),
 }
-
 ROUTER_TOKENS = 4096
 """Tokens while experts grow."""
+CHOICE = 8
+"""Experts, at least, while top-k grows, so that there is a choice."""
+PEAK_RESET = Path("/proc/self/clear_refs")
+"""Takes a 5, and the peak of this process's memory (VmHWM) starts again from here; see proc(5)."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a step took at one value of a quantity that is changed."""
+
+    quantity: str
+    x: int
+    seconds: float
+    peak_bytes: float
+    """Above what was held before; 0: not measured."""
+
+    def to_json(self) -> dict[str, object]:
+        """Return plain values by name."""
+        return asdict(self)
 
 
 def exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
     """Return a of the best y = c x^a."""
-    log_x, log_y = [math.log(x) for x in xs], [math.log(y) for y in ys]
+    log_x = [math.log(x) for x in xs]
+    log_y = [math.log(y) for y in ys]
     return statistics.linear_regression(log_x, log_y).slope
 
 
-def router_law(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return what a router of one layer costs: for each token at the fewest and the most tokens,
-    and for each expert.
+def router_law(rows: list[Point]) -> dict[str, float]:
+    """Return what a router of one layer costs for each token and for each expert.
 
+    Tokens: `token_seconds_few` at the fewest, `token_seconds_many` at the most. Experts:
     `expert_seconds` and `fixed_seconds` are the best t = fixed + expert * E at ROUTER_TOKENS
     tokens, `correlation` how well a straight line fits.
     """
-    by_tokens = [(row["x"], row["seconds"]) for row in rows if row["quantity"] == "router tokens"]
-    xs = [float(row["x"]) for row in rows if row["quantity"] == "router experts"]
-    ys = [row["seconds"] for row in rows if row["quantity"] == "router experts"]
+    by_tokens = [row for row in rows if row.quantity == "router tokens"]
+    few = min(by_tokens, key=lambda row: row.x)
+    many = max(by_tokens, key=lambda row: row.x)
+    by_experts = [row for row in rows if row.quantity == "router experts"]
+    xs = [float(row.x) for row in by_experts]
+    ys = [row.seconds for row in by_experts]
     fitted = statistics.linear_regression(xs, ys)
-    (few, first), (many, last) = min(by_tokens), max(by_tokens)
     return {
-        "few_tokens": few,
-        "token_seconds_few": first / few,
-        "many_tokens": many,
-        "token_seconds_many": last / many,
+        "few_tokens": few.x,
+        "token_seconds_few": few.seconds / few.x,
+        "many_tokens": many.x,
+        "token_seconds_many": many.seconds / many.x,
         "fixed_seconds": fitted.intercept,
         "expert_seconds": fitted.slope,
         "correlation": statistics.correlation(xs, ys),
@@ -75,15 +95,21 @@ def router_law(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 class Memory:
-    """Most memory that this process (or the GPU) held inside the context, above what it held at its
-    beginning."""
+    """Most memory that was held inside the context, above what was held at its beginning.
+
+    Of the GPU, or of this process; 0 where the system does not tell (it needs /proc).
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.bytes = device, 0
+        self.device = device
+        self.bytes = 0
 
     def _status(self, key: str) -> int:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return next(int(text.split()[1]) * 1024 for text in lines if text.startswith(key + ":"))
+        """Return bytes; /proc counts in KiB."""
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+        raise OSError(f"/proc/self/status has no line {key}")
 
     def __enter__(self) -> Memory:
         gc.collect()
@@ -91,34 +117,43 @@ class Memory:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
-        elif Path("/proc/self/clear_refs").exists():
+        elif PEAK_RESET.exists():
+            # what the allocator keeps would be taken for free, and hide what the step needs
             release_memory()
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+            PEAK_RESET.write_text("5")
             self.before = self._status("VmRSS")
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self.device) - self.before
-        elif Path("/proc/self/clear_refs").exists():
+        elif PEAK_RESET.exists():
             self.bytes = self._status("VmHWM") - self.before
 
 
-def repeated(action: Callable[[], Any], device: torch.device, rounds: int) -> float:
+def repeated(action: Callable[[], object], device: torch.device, rounds: int) -> float:
     """Return the median seconds of an action, each round as long as BUSY_SECONDS or once."""
+    # warms up
     timed(action, device)
-    count = max(1, round(BUSY_SECONDS / max(timed(action, device), 1e-6)))
-    turns = [timed(lambda: [action() for _ in range(count)], device) / count for _ in range(rounds)]
-    return statistics.median(turns)
+    # a clock may see nothing of a short action
+    once = max(timed(action, device), 1e-6)
+    count = max(1, round(BUSY_SECONDS / once))
+
+    def turn() -> None:
+        for _ in range(count):
+            action()
+
+    return statistics.median(timed(turn, device) / count for _ in range(rounds))
 
 
-def _point(
+def _measured(
     shape: Shape, variant: str, device: torch.device, dtype: torch.dtype, rounds: int
-) -> dict[str, float]:
+) -> tuple[float, float]:
+    """Return the seconds of a step and its peak memory in bytes."""
     with Memory(device) as memory, Batches(shape, device) as batches:
-        model, tokens = build(variant, shape, device, dtype), batches.read()
-        seconds = repeated(lambda: train_step(model, tokens), device, rounds)
-    return {"seconds": seconds, "peak_bytes": float(memory.bytes)}
+        model = build(variant, shape, device, dtype)
+        seconds = repeated(partial(train_step, model, batches.read()), device, rounds)
+    return seconds, float(memory.bytes)
 
 
 def sweep(
@@ -128,39 +163,37 @@ def sweep(
     dtype: torch.dtype,
     rounds: int,
     say: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    """Return step seconds and peak memory over all SWEEPS, one row a point: quantity, x, seconds,
-    peak_bytes.
+) -> list[Point]:
+    """Return step seconds and peak memory over all SWEEPS.
 
-    `top_k` is changed among 8 experts or more, so that there is a choice.
+    `top_k` is changed among CHOICE experts or more.
     """
-    rows: list[dict[str, Any]] = []
-    _point(base, variant, device, dtype, 1)  # what is loaded or made at the first step is no growth
+    # what is loaded or made at the first step is no growth
+    _measured(base, variant, device, dtype, 1)
+    rows = []
     for quantity, values in SWEEPS.items():
+        start = base
+        if quantity == "top_k":
+            start = replace(base, experts=max(base.experts, CHOICE))
         for x in values:
-            shape = replace(base, **{quantity: x})
-            shape = replace(shape, experts=max(base.experts, 8)) if quantity == "top_k" else shape
             say(f"{quantity} {x}")
-            rows.append(
-                {"quantity": quantity, "x": x, **_point(shape, variant, device, dtype, rounds)}
-            )
+            shape = replace(start, **{quantity: x})
+            seconds, peak_bytes = _measured(shape, variant, device, dtype, rounds)
+            rows.append(Point(quantity, x, seconds, peak_bytes))
     return rows
 
 
 def router_seconds(
     shape: Shape, tokens: int, device: torch.device, dtype: torch.dtype, rounds: int
 ) -> float:
-    """Return seconds of one layer's router (P, scores, losses) for `tokens` tokens, forward and
-    backward."""
+    """Return seconds of one layer's router (P, scores, losses), forward and backward."""
     torch.manual_seed(0)
-    inputs_EM = nn.functional.normalize(torch.randn(shape.experts, shape.embedding), dim=-1).to(
-        device
-    )
+    vectors_EM = torch.randn(shape.experts, shape.embedding)
+    inputs_EM = nn.functional.normalize(vectors_EM, dim=-1).to(device)
     projection = Projection(shape.embedding, shape.hidden).to(device, dtype)
-    router = NexusRouter(
-        shape.hidden, Placement(shape.experts), shape.top_k, projection, inputs_EM, LOAD_BALANCE
-    )
-    router = router.to(device).train()
+    place = Placement(shape.experts)
+    router = NexusRouter(shape.hidden, place, shape.top_k, projection, inputs_EM, LOAD_BALANCE)
+    router.to(device).train()
     x_TH = torch.randn(tokens, shape.hidden, device=device, dtype=dtype, requires_grad=True)
 
     def action() -> None:
@@ -174,9 +207,11 @@ def router_seconds(
 
 def router_sweep(
     base: Shape, device: torch.device, dtype: torch.dtype, rounds: int, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """Return the router's seconds in one layer over ROUTER_SWEEPS: more experts, then more tokens
-    for as many experts."""
+) -> list[Point]:
+    """Return the router's seconds in one layer over ROUTER_SWEEPS.
+
+    First with more experts, then with more tokens for as many experts.
+    """
     rows = []
     for quantity, values in ROUTER_SWEEPS.items():
         for x in values:
@@ -184,19 +219,18 @@ def router_sweep(
             shape = replace(base, experts=x) if quantity == "experts" else base
             tokens = x if quantity == "tokens" else ROUTER_TOKENS
             seconds = router_seconds(shape, tokens, device, dtype, rounds)
-            rows.append(
-                {"quantity": f"router {quantity}", "x": x, "seconds": seconds, "peak_bytes": 0.0}
-            )
+            rows.append(Point(f"router {quantity}", x, seconds, 0.0))
     return rows
 
 
-def exponents(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def exponents(rows: list[Point]) -> dict[str, dict[str, float]]:
     """Return for each quantity the exponents of time and (where measured) memory."""
     found = {}
-    for quantity in dict.fromkeys(row["quantity"] for row in rows):
-        mine = [row for row in rows if row["quantity"] == quantity]
-        xs = [float(row["x"]) for row in mine]
-        found[quantity] = {"seconds": exponent(xs, [row["seconds"] for row in mine])}
-        if all(row["peak_bytes"] > 0 for row in mine):
-            found[quantity]["peak_bytes"] = exponent(xs, [row["peak_bytes"] for row in mine])
+    for quantity in dict.fromkeys(row.quantity for row in rows):
+        mine = [row for row in rows if row.quantity == quantity]
+        xs = [float(row.x) for row in mine]
+        found[quantity] = {"seconds": exponent(xs, [row.seconds for row in mine])}
+        if all(row.peak_bytes > 0 for row in mine):
+            peaks = [row.peak_bytes for row in mine]
+            found[quantity]["peak_bytes"] = exponent(xs, peaks)
     return found

@@ -19,9 +19,12 @@ def test_the_ratio_compares_times_of_one_round():
     alone = [Seconds(1.0, 1.8), Seconds(2.0, 1.8), Seconds(1.5, 1.8)]
     pipeline = [Seconds(1.25, 2.0), Seconds(2.0, 2.0), Seconds(2.0, 2.0)]
     found = Figures(10.0, 2, alone, pipeline, pipeline).summary()
-    assert found["ratio"] == [0.8, 0.75, 1.0]
-    assert found["cpu_ratio"] == pytest.approx([0.9, 0.9, 0.9])
-    assert (found["tokenizer_mb_per_second"], found["pipeline_mb_per_second"]) == (10 / 1.5, 5.0)
+    assert found.ratio == [0.8, 0.75, 1.0]
+    assert found.cpu_ratio == pytest.approx([0.9, 0.9, 0.9])
+    assert (found.tokenizer_mb_per_second, found.pipeline_mb_per_second) == (10 / 1.5, 5.0)
+    told = json.loads(json.dumps(found.to_json()))
+    assert told["ratio"] == [0.8, 0.75, 1.0]
+    assert told["rounds"]["tokenizer"] == [[1.0, 1.8], [2.0, 1.8], [1.5, 1.8]]
 
 
 def test_it_times_the_very_same_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -40,33 +43,18 @@ def test_the_verb_prints_a_table_or_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    (tmp_path / "text" / "all").mkdir(parents=True)
-    (tmp_path / "text" / "all" / "train.jsonl").write_text(
-        "".join(json.dumps({"text": t}) + "\n" for t in TEXTS)
-    )
-    words = [
-        "bench",
-        "data",
-        "--data",
-        str(tmp_path / "text"),
-        "--megabytes",
-        "0.05",
-        "--rounds",
-        "1",
-        "--workers",
-        "1",
-    ]
+    folder = tmp_path / "text" / "all"
+    folder.mkdir(parents=True)
+    rows = [json.dumps({"text": text}) + "\n" for text in TEXTS]
+    (folder / "train.jsonl").write_text("".join(rows))
+    words = ["bench", "data", f"--data={tmp_path / 'text'}", "--megabytes=0.05"]
+    words += ["--rounds=1", "--workers=1"]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert (
-        "from .jsonl.gz to token files" in said
-        and "ratio of CPU times" in said
-        and "next: " in said
-    )
+    for part in ("from .jsonl.gz to token files", "ratio of CPU times", "next: "):
+        assert part in said
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["megabytes"] == pytest.approx(0.05, rel=0.01)
     assert main(["bench", "data", "--rounds", "0"]) == 1
-    assert (
-        "--rounds 0, --megabytes 64.0, --workers 0: expected numbers above 0"
-        in capsys.readouterr().err
-    )
+    expected = "--rounds 0, --megabytes 64.0, --workers 0: expected numbers above 0"
+    assert expected in capsys.readouterr().err

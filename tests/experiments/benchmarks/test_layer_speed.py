@@ -34,17 +34,14 @@ def test_a_small_comparison(monkeypatch):
     lines = []
     results, data = measure(["dense", "nexus-loop"], SHAPE, CPU, torch.float32, 2, lines.append)
     rows = summary(results, data, SHAPE, "dense", CPU)
-    assert [row["model"] for row in rows] == ["dense", "nexus-loop"] and rows[0]["ratio"] == 1.0
+    assert [row.model for row in rows] == ["dense", "nexus-loop"] and rows[0].ratio == 1.0
     for row, result in zip(rows, results, strict=True):
-        assert len(row["rounds"]) == 2 and row["tokens_per_second"] == pytest.approx(
-            32 / row["step_seconds"]
-        )
-        assert (
-            row["mfu"] is None
-            and row["active_tflops"] > 0
-            and row["optimizer_seconds"] > 0 < row["data_seconds"]
-        )
-        assert sum(row["shares"].values()) == pytest.approx(1.0)
+        assert len(row.rounds) == 2
+        assert row.tokens_per_second == pytest.approx(32 / row.step_seconds)
+        assert row.mfu is None and row.active_tflops > 0
+        assert row.optimizer_seconds > 0 < row.data_seconds
+        assert sum(row.shares.values()) == pytest.approx(1.0)
         assert result.loss == pytest.approx(4.1, abs=0.5)  # log 60: nothing was trained
-    assert {"router", "optimizer", "data"} <= rows[1]["shares"].keys()
+        assert row.to_json()["shares"] == row.shares
+    assert {"router", "optimizer", "data"} <= rows[1].shares.keys()
     assert lines[0] == "building dense" and "round 2 of 2" in lines

@@ -1,5 +1,7 @@
-"""Fits on known numbers, memory of known size, and the router's arithmetic: flat a token, linear in
-experts."""
+"""Fits on known numbers, memory of known size, and the router's arithmetic.
+
+It is flat a token and linear in experts.
+"""
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from nexus_ds.experiments.benchmarks import scaling
 from nexus_ds.experiments.benchmarks.models import Shape
 from nexus_ds.experiments.benchmarks.scaling import (
     Memory,
+    Point,
     exponent,
     exponents,
     router_law,
@@ -28,13 +31,13 @@ def test_the_exponent_of_a_power_law_is_found():
     xs = [2.0, 4.0, 8.0, 64.0]
     assert exponent(xs, [5 * x**1.5 for x in xs]) == pytest.approx(1.5)
     assert exponent(xs, [7.0] * 4) == pytest.approx(0.0)
-    rows = [{"quantity": "layers", "x": x, "seconds": x, "peak_bytes": 0.0} for x in (1, 2)]
+    rows = [Point("layers", x, seconds=x, peak_bytes=0.0) for x in (1, 2)]
     assert exponents(rows) == {"layers": {"seconds": pytest.approx(1.0)}}
 
 
 def test_the_routers_law_is_read_off_the_points():
-    rows = [{"quantity": "router experts", "x": x, "seconds": 0.5 + 0.25 * x} for x in (2, 4, 64)]
-    rows += [{"quantity": "router tokens", "x": x, "seconds": 3.0 + x} for x in (100, 300)]
+    rows = [Point("router experts", x, 0.5 + 0.25 * x, 0.0) for x in (2, 4, 64)]
+    rows += [Point("router tokens", x, 3.0 + x, 0.0) for x in (100, 300)]
     law = router_law(rows)
     assert (law["fixed_seconds"], law["expert_seconds"], law["correlation"]) == pytest.approx(
         (0.5, 0.25, 1.0)
@@ -54,10 +57,9 @@ def test_every_point_of_the_sweeps_is_there(monkeypatch):
     monkeypatch.setattr(scaling, "BUSY_SECONDS", 0.0)
     monkeypatch.setattr(scaling, "SWEEPS", {"experts": (2, 4), "top_k": (1, 2), "length": (8,)})
     monkeypatch.setattr(scaling, "ROUTER_SWEEPS", {"experts": (2, 4), "tokens": (8, 16)})
-    rows = sweep(SHAPE, "nexus-loop", CPU, torch.float32, 1, print) + router_sweep(
-        SHAPE, CPU, torch.float32, 1, print
-    )
-    assert [(row["quantity"], row["x"]) for row in rows] == [
+    rows = sweep(SHAPE, "nexus-loop", CPU, torch.float32, 1, print)
+    rows += router_sweep(SHAPE, CPU, torch.float32, 1, print)
+    assert [(row.quantity, row.x) for row in rows] == [
         ("experts", 2),
         ("experts", 4),
         ("top_k", 1),
@@ -68,7 +70,7 @@ def test_every_point_of_the_sweeps_is_there(monkeypatch):
         ("router tokens", 8),
         ("router tokens", 16),
     ]
-    assert all(row["seconds"] > 0 for row in rows)
+    assert all(row.seconds > 0 for row in rows)
 
 
 def operations(experts, tokens):
