@@ -1,10 +1,8 @@
-"""The models that are compared: one skeleton, one set of weights, and a feed-forward block of each
-kind.
+"""The models that are compared: one skeleton, one set of weights, a block of each kind.
 
 Every mixture computes the same function (a test compares their losses), so that their times compare
-the same work. The dense
-model has as many active parameters: one feed-forward network as wide as the shared and the chosen
-routed experts together.
+the same work. The dense model has as many active parameters: one feed-forward network as wide as
+the shared and the chosen routed experts together.
 Shapes: E routed experts, K chosen, H hidden size, F inner width, M width of a domain embedding.
 Not covered: expert parallelism and ZeRO; one process, plain PyTorch, so that layers are compared
 and nothing else.
@@ -14,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,11 @@ from nexus_ds.planning.sizes import Sizes
 from nexus_ds.runtime.deepspeed_internals import AutoEPMoELayer, capacity_moe
 from nexus_ds.runtime.nexus_moe import NexusMoE, NexusRouter, Placement
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, Qwen2MoeConfig
+
 LOAD_BALANCE = 0.01
+"""Weight of the load-balancing loss: the recipes' default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +114,13 @@ class Parts:
     projection: Projection
     inputs_EM: Tensor
 
-    def rows(self) -> Tensor:
-        """Return the router rows [E, H]."""
-        return self.projection(self.inputs_EM.to(self.shared.down_proj.weight.dtype)).detach()
+    def expert_embeddings(self) -> Tensor:
+        """Return e_i = P(d_i) of all experts [E, H], in the weights' dtype."""
+        dtype = self.shared.down_proj.weight.dtype
+        return self.projection(self.inputs_EM.to(dtype)).detach()
 
 
-def _nexus(parts: Parts, shape: Shape, grouped_mm: bool) -> nn.Module:
+def _nexus(parts: Parts, shape: Shape, *, grouped_mm: bool) -> NexusMoE:
     place = Placement(shape.experts)
     router = NexusRouter(
         shape.hidden, place, shape.top_k, parts.projection, parts.inputs_EM, LOAD_BALANCE
@@ -125,49 +129,56 @@ def _nexus(parts: Parts, shape: Shape, grouped_mm: bool) -> nn.Module:
 
 
 class _AutoEP(nn.Module):
-    """DeepSpeed's expert-parallel layer as it is, with a Nexus router: its own dispatch and its own
-    loop over experts."""
+    """DeepSpeed's expert-parallel layer as it is, with a Nexus router.
+
+    Dispatch and the loop over experts are its own.
+    """
 
     def __init__(self, parts: Parts, shape: Shape) -> None:
         super().__init__()
-        layer: Any = _nexus(parts, shape, True)
-        layer.experts.use_grouped_mm = False
+        # built for grouped_mm, the layer keeps DeepSpeed's experts; these are then told to loop
+        layer = _nexus(parts, shape, grouped_mm=True)
+        experts: Any = layer.experts
+        experts.use_grouped_mm = False
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
         return AutoEPMoELayer.forward(self.layer, x)
 
 
-def _transformers(parts: Parts, shape: Shape, implementation: str) -> nn.Module:
-    """Return a stock block: the shared expert is halved by its gate, so its down projection is
-    doubled."""
+def _copied(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.detach())
+
+
+def _transformers(parts: Parts, shape: Shape, *, implementation: str) -> nn.Module:
+    """Return a stock block that computes what NexusMoE does."""
+    # transformers takes a second to load, which other verbs should not pay
     from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
     config = skeleton_config(shape)
     config._experts_implementation = implementation
+    # without memory and numbers: every weight is put in below
     with torch.device("meta"):
         block = Qwen2MoeSparseMoeBlock(config)
-    stacked = torch.stack(
-        [torch.cat([e.gate_proj.weight, e.up_proj.weight]) for e in parts.experts]
-    )
-    block.experts.gate_up_proj = nn.Parameter(stacked.detach())
-    block.experts.down_proj = nn.Parameter(
-        torch.stack([e.down_proj.weight for e in parts.experts]).detach()
-    )
-    block.gate.weight = nn.Parameter(parts.rows())
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        weight = getattr(parts.shared, name).weight.detach()
-        getattr(block.shared_expert, name).weight = nn.Parameter(
-            2 * weight if name == "down_proj" else weight
-        )
-    block.shared_expert_gate.weight = nn.Parameter(torch.zeros_like(parts.rows()[:1]))
+    # transformers stacks gate over up: [E, 2F, H]
+    gate_up = [torch.cat([e.gate_proj.weight, e.up_proj.weight]) for e in parts.experts]
+    block.experts.gate_up_proj = _copied(torch.stack(gate_up))
+    down = [e.down_proj.weight for e in parts.experts]
+    block.experts.down_proj = _copied(torch.stack(down))
+    embeddings_EH = parts.expert_embeddings()
+    block.gate.weight = _copied(embeddings_EH)
+    block.shared_expert.gate_proj.weight = _copied(parts.shared.gate_proj.weight)
+    block.shared_expert.up_proj.weight = _copied(parts.shared.up_proj.weight)
+    # A gate of zeros halves the shared expert (sigmoid(0) = 1/2): its output is doubled.
+    block.shared_expert.down_proj.weight = _copied(2 * parts.shared.down_proj.weight)
+    block.shared_expert_gate.weight = _copied(torch.zeros_like(embeddings_EH[:1]))
     return block
 
 
 class _Native(nn.Module):
     """DeepSpeed's layer beside a shared expert; its balancing loss rides on the output."""
 
-    def __init__(self, parts: Parts, shape: Shape, drop_tokens: bool) -> None:
+    def __init__(self, parts: Parts, shape: Shape, *, drop_tokens: bool) -> None:
         super().__init__()
         self.moe = capacity_moe(
             parts.experts, parts.rows(), top_k=shape.top_k, drop_tokens=drop_tokens
@@ -181,25 +192,26 @@ class _Native(nn.Module):
 
 def _dense(parts: Parts, shape: Shape) -> nn.Module:
     weight = parts.shared.down_proj.weight
-    return FeedForward(shape.hidden, shape.ffn * (1 + shape.top_k)).to(weight.device, weight.dtype)
+    width = shape.ffn * (1 + shape.top_k)
+    return FeedForward(shape.hidden, width).to(weight.device, weight.dtype)
 
 
 VARIANTS: dict[str, Callable[[Parts, Shape], nn.Module]] = {
     "dense": _dense,
-    "nexus-loop": lambda parts, shape: _nexus(parts, shape, False),
-    "nexus-grouped": lambda parts, shape: _nexus(parts, shape, True),
+    "nexus-loop": partial(_nexus, grouped_mm=False),
+    "nexus-grouped": partial(_nexus, grouped_mm=True),
     "autoep-loop": _AutoEP,
-    "transformers-eager": lambda parts, shape: _transformers(parts, shape, "eager"),
-    "transformers-grouped": lambda parts, shape: _transformers(parts, shape, "grouped_mm"),
-    "deepspeed": lambda parts, shape: _Native(parts, shape, False),
-    "deepspeed-drop": lambda parts, shape: _Native(parts, shape, True),
+    "transformers-eager": partial(_transformers, implementation="eager"),
+    "transformers-grouped": partial(_transformers, implementation="grouped_mm"),
+    "deepspeed": partial(_Native, drop_tokens=False),
+    "deepspeed-drop": partial(_Native, drop_tokens=True),
 }
 """dense: equal active parameters; autoep-loop: what NexusMoE is built on; deepspeed: deepspeed.moe
 without dropped tokens; deepspeed-drop: with its defaults, where tokens beyond an expert's capacity
 are dropped (less work)."""
 
 
-def skeleton_config(shape: Shape) -> Any:
+def skeleton_config(shape: Shape) -> Qwen2MoeConfig:
     """Return the transformers configuration that all variants share."""
     from transformers import Qwen2MoeConfig
 
@@ -235,7 +247,7 @@ def _parts(shape: Shape, layer: int, dtype: torch.dtype, inputs_EM: Tensor) -> P
     return Parts(experts, shared, projection.to(inputs_EM.device, dtype), inputs_EM)
 
 
-def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
+def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Return one variant with its random weights, in training mode.
 
     Args:
@@ -247,15 +259,17 @@ def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
     from transformers import Qwen2MoeForCausalLM
 
     config = skeleton_config(shape)
-    config.num_experts = 0  # cheap dense blocks, replaced below
-    vectors = torch.randn(
-        shape.experts, shape.embedding, generator=torch.Generator().manual_seed(0)
-    )
-    inputs_EM = nn.functional.normalize(vectors, dim=-1).to(device)
+    # cheap dense blocks, replaced below
+    config.num_experts = 0
+    generator = torch.Generator().manual_seed(0)
+    vectors_EM = torch.randn(shape.experts, shape.embedding, generator=generator)
+    inputs_EM = nn.functional.normalize(vectors_EM, dim=-1).to(device)
     with torch.device(device):
         torch.manual_seed(0)
         model = Qwen2MoeForCausalLM._from_config(config, dtype=dtype)
-        for index, layer in enumerate(model.model.layers):
-            layer.mlp = VARIANTS[name](_parts(shape, index, dtype, inputs_EM), shape)
+        layers = cast(nn.ModuleList, model.get_submodule("model.layers"))
+        for index, layer in enumerate(layers):
+            parts = _parts(shape, index, dtype, inputs_EM)
+            layer.mlp = VARIANTS[name](parts, shape)
     use_loss_head(model)
     return model.train()

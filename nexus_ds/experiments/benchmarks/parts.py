@@ -1,5 +1,4 @@
-"""Where a step's time goes: stamps at the borders of modules, in the forward and in the backward
-pass.
+"""Where a step's time goes: stamps at the borders of modules, forward and backward.
 
 A stamp is an autograd node that changes nothing. Autograd runs the newest nodes first, so a
 module's backward pass lies between the stamp on its output and the stamp on its input, and nothing
@@ -12,10 +11,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 # Attributes of a feed-forward block by part, for each kind of block; what is left of the block is
 # `dispatch`.
@@ -38,23 +39,54 @@ STEP_PARTS = (*PARTS, "optimizer", "data")
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
-    """Return what reads the time on the host: with one thread on a CPU the process's own, which
-    other jobs disturb less."""
+    """Return what reads the host's seconds.
+
+    With one thread on a CPU it is the process's own time, which other jobs disturb less.
+    """
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     return time.process_time if alone else time.perf_counter
 
 
+Moment = float | torch.cuda.Event
+"""Seconds of the host's clock, or an event in the GPU's stream."""
+
+
+def _passed(start: Moment, end: Moment) -> float:
+    """Return the seconds between two moments of one kind."""
+    if isinstance(start, torch.cuda.Event):
+        # milliseconds
+        return start.elapsed_time(cast(torch.cuda.Event, end)) / 1e3
+    return cast(float, end) - start
+
+
+@dataclass(frozen=True)
+class _Border:
+    """A part's module, entered or left in the forward pass."""
+
+    clock: PartClock
+    part: str
+    entering: bool
+
+
 class _Stamp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, watch: PartClock, part: str, entering: bool) -> Tensor:
-        ctx.watch, ctx.part, ctx.entering = watch, part, entering
-        watch.stamp(part, entering)
+    def forward(ctx: Any, tensor: Tensor, border: _Border) -> Tensor:
+        ctx.border = border
+        border.clock.stamp(border.part, border.entering)
+        # a view: autograd passes over a node that returns its very input
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.watch.stamp(ctx.part, not ctx.entering)
-        return gradients[0], None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        # the backward pass comes from the other side
+        border: _Border = ctx.border
+        border.clock.stamp(border.part, not border.entering)
+        return gradients[0], None
+
+
+def _learns(value: object) -> bool:
+    """Return whether a backward pass goes through a value."""
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 class PartClock:
@@ -65,37 +97,43 @@ class PartClock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.now = device, clock_of(device)
-        self.stamps: list[tuple[str, bool, Any]] = []
-        self.handles: list[Any] = []
+        self.device = device
+        self.now = clock_of(device)
+        self.stamps: list[tuple[str, bool, Moment]] = []
+        self.handles: list[RemovableHandle] = []
 
     def stamp(self, part: str, entering: bool) -> None:
         """Note the moment at which a part is entered or left."""
-        moment: Any = self.now()
+        moment: Moment
         if self.device.type == "cuda":
+            # waiting for the GPU here would slow down what is measured
             moment = torch.cuda.Event(enable_timing=True)
             moment.record()
+        else:
+            moment = self.now()
         self.stamps.append((part, entering, moment))
 
     def watch(self, part: str, module: nn.Module) -> None:
         """Count the module's time as `part`."""
+        entry = _Border(self, part, entering=True)
+        exit_ = _Border(self, part, entering=False)
 
         def before(
-            _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            values = list(args) + list(options.values())
-            first = next(
-                i for i, v in enumerate(values) if isinstance(v, Tensor) and v.requires_grad
-            )
-            values[first] = _Stamp.apply(values[first], self, part, True)
-            return tuple(values[: len(args)]), dict(zip(options, values[len(args) :], strict=True))
+            _: nn.Module, args: tuple[object, ...], options: dict[str, object]
+        ) -> tuple[tuple[object, ...], dict[str, object]]:
+            # transformers passes hidden states by position to some modules, by name to others
+            values = [*args, *options.values()]
+            first = next(i for i, value in enumerate(values) if _learns(value))
+            values[first] = _Stamp.apply(values[first], entry)
+            positional = tuple(values[: len(args)])
+            return positional, dict(zip(options, values[len(args) :], strict=True))
 
-        def after(_: nn.Module, __: Any, output: Any) -> Any:
+        def after(_: nn.Module, __: object, output: Any) -> Any:
             if isinstance(output, Tensor):
-                return _Stamp.apply(output, self, part, False)
-            # a router's gate
-            last = max(i for i, v in enumerate(output) if isinstance(v, Tensor) and v.requires_grad)
-            marked = _Stamp.apply(output[last], self, part, False)
+                return _Stamp.apply(output, exit_)
+            # a router returns several; its gate values are the last that learn
+            last = max(i for i, value in enumerate(output) if _learns(value))
+            marked = _Stamp.apply(output[last], exit_)
             return (*output[:last], marked, *output[last + 1 :])
 
         self.handles += [
@@ -113,17 +151,12 @@ class PartClock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         found: dict[str, float] = {}
-        begun: dict[str, Any] = {}
+        begun: dict[str, Moment] = {}
         for part, entering, moment in self.stamps:
             if entering:
                 begun[part] = moment
             else:
-                start = begun.pop(part)
-                passed = (
-                    moment - start
-                    if isinstance(moment, float)
-                    else start.elapsed_time(moment) / 1e3
-                )
+                passed = _passed(begun.pop(part), moment)
                 found[part] = found.get(part, 0.0) + passed
         self.stamps.clear()
         return found
@@ -138,22 +171,29 @@ def _find(block: nn.Module, paths: tuple[str, ...]) -> nn.Module | None:
     return None
 
 
-def watch_model(model: Any, clock: PartClock) -> None:
-    """Watch attention, feed-forward block with its parts, and output layer of a model of
-    `benchmarks.models`."""
-    for layer in model.model.layers:
-        clock.watch("attention", layer.self_attn)
-        parts = {part: _find(layer.mlp, paths) for part, paths in BLOCK_PARTS.items()}
-        for part, module in parts.items():
+def watch_model(model: nn.Module, clock: PartClock) -> None:
+    """Watch attention, feed-forward block with its parts, and output layer.
+
+    The model is one of `benchmarks.models`.
+    """
+    for layer in cast(nn.ModuleList, model.get_submodule("model.layers")):
+        clock.watch("attention", layer.get_submodule("self_attn"))
+        block = layer.get_submodule("mlp")
+        mixture = False
+        for part, paths in BLOCK_PARTS.items():
+            module = _find(block, paths)
             if module is not None:
                 clock.watch(part, module)
-        clock.watch("block" if any(parts.values()) else "ffn", layer.mlp)
-    clock.watch("head + loss", model.lm_head)
+                mixture = True
+        clock.watch("block" if mixture else "ffn", block)
+    clock.watch("head + loss", model.get_submodule("lm_head"))
 
 
 def shares(seconds: dict[str, float], total: float) -> dict[str, float]:
-    """Return each part's share of `total` seconds; dispatch is what a block does besides its parts,
-    rest the remainder."""
+    """Return each part's share of `total` seconds.
+
+    Dispatch is what a block does besides its parts, rest the remainder.
+    """
     known = dict(seconds)
     block = known.pop("block", None)
     if block is not None:
