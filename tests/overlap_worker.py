@@ -1,5 +1,6 @@
-"""One rank that times a Nexus layer on a limited link, its shared expert a stand-in for an
-accelerator: it sleeps (not a test).
+"""One rank that times a Nexus layer on a limited link (not a test).
+
+Its shared expert is a stand-in for an accelerator: it sleeps.
 
 python -m overlap_worker OUT.json SPEED,SPEED,... SECONDS
 
@@ -19,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 from nexus_ds.experiments.benchmarks import network
-from nexus_ds.experiments.benchmarks.slow_links import Links
-from nexus_ds.experiments.benchmarks.slow_links_worker import build
+from nexus_ds.experiments.benchmarks.slow_links import LinkRun
+from nexus_ds.experiments.benchmarks.slow_links_worker import random_llama
 from nexus_ds.launch import end
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.nexus_moe import NexusMoE, Placement
@@ -65,17 +66,16 @@ def main():
     rank = int(os.environ["RANK"])
     network.join(rank)
     internals.start(2)
-    model = build(Links(speeds=(1.0,), layers=1, hidden=HIDDEN, ffn=16), Placement(4, 2, rank))
+    links = LinkRun(speeds=(1.0,), layers=1, hidden=HIDDEN, ffn=16)
+    model = random_llama(links, Placement(4, 2, rank))
     layer = model.model.layers[0].mlp
     layer.set_deepspeed_parallelism()
     shared = layer.shared_experts
+    # three projections, each one part forward and two backward
     for name in ("gate_proj", "up_proj", "down_proj"):
-        setattr(
-            shared, name, Sleeper(getattr(shared, name), seconds / 9)
-        )  # one part forward, two backward, three of them
-    x = torch.randn(
-        1, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(rank), requires_grad=True
-    )
+        setattr(shared, name, Sleeper(getattr(shared, name), seconds / 9))
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(1, TOKENS, HIDDEN, generator=generator, requires_grad=True)
     ways = {"overlapped": NexusMoE.forward, "plain": internals.AutoEPMoELayer.forward}
     found = []
     for speed in map(float, speeds):

@@ -181,7 +181,7 @@ class _Native(nn.Module):
     def __init__(self, parts: Parts, shape: Shape, *, drop_tokens: bool) -> None:
         super().__init__()
         self.moe = capacity_moe(
-            parts.experts, parts.rows(), top_k=shape.top_k, drop_tokens=drop_tokens
+            parts.experts, parts.expert_embeddings(), top_k=shape.top_k, drop_tokens=drop_tokens
         )
         self.shared_expert = parts.shared
 

@@ -1,9 +1,10 @@
-"""Ranks on one machine, each in a network namespace of its own, joined by a switch: links as slow
-as one likes.
+"""Ranks on one machine, each in a network namespace of its own: links as slow as one likes.
 
 The parent calls `run_ranks`; the switch and the ranks are children in namespaces that end with
 them, so that nothing is left behind and the machine's own network is never touched. A rank limits
-what it sends with `limit`. Without delay the switch is the kernel's bridge; with delay it is
+what it sends with `limit`.
+
+Without delay the switch is the kernel's bridge; with delay it is
 `forward` (the kernel's netem is often missing), which takes part of a core. Needs Linux, `unshare`,
 `ip` and `tc`, and root or unprivileged user namespaces; for delay /dev/net/tun.
 Not covered: loss, jitter, limits on what a rank receives.
@@ -32,12 +33,23 @@ DEVICE = "eth0"  # of a rank, in its namespace
 PORT = 29500  # free in a new namespace
 TOOLS = ("unshare", "ip", "tc")
 TUN = Path("/dev/net/tun")
-TUNSETIFF, TUNSETOFFLOAD = 0x400454CA, 0x400454D0  # linux/if_tun.h, as the next two lines
-TAP, NO_PACKET_INFO, OFFLOAD_HEADER = 0x0002, 0x1000, 0x4000
+
+# From linux/if_tun.h: calls of ioctl, flags of TUNSETIFF, flags of TUNSETOFFLOAD.
+TUNSETIFF = 0x400454CA
+TUNSETOFFLOAD = 0x400454D0
+TAP = 0x0002
+NO_PACKET_INFO = 0x1000
+OFFLOAD_HEADER = 0x4000
 # left to the device: 64 KiB travel in one piece, as over veth
-CHECKSUM, SEGMENTATION_4, SEGMENTATION_6 = 1, 2, 4
+CHECKSUM = 1
+SEGMENTATION_4 = 2
+SEGMENTATION_6 = 4
+
 HEADER = 10  # bytes of struct virtio_net_hdr before a frame
+ADDRESS = 6  # bytes of a hardware address; a frame begins with its receiver's, then its sender's
 FRAME = 66_000  # bytes of the longest frame and its header
+PACKET = 131_072  # bytes; a burst smaller than a packet of 64 KiB makes the kernel cut and lose it
+BURST_SECONDS = 0.002  # of a fast link: a smaller bucket runs dry between two ticks of the kernel
 
 
 def _own_namespace() -> list[str]:
@@ -46,19 +58,28 @@ def _own_namespace() -> list[str]:
 
 
 def check(delay: float = 0.0) -> None:
-    """Raise LayoutError where limited links, with a delay of `delay` seconds or none, can't be
-    made, with the reason."""
+    """Raise LayoutError with the reason where limited links can't be made.
+
+    `delay`: seconds that they are to have, or none.
+    """
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
         raise LayoutError(
-            f"limited links need {', '.join(TOOLS)}; not found: {', '.join(missing)} (packages util-linux, iproute2)"
+            f"limited links need {', '.join(TOOLS)}; not found: {', '.join(missing)} "
+            "(packages util-linux, iproute2)"
         )
-    attempt = "ip link add veth0 type veth peer name veth1 && ip link add switch type bridge && tc qdisc add dev veth0 root tbf rate 1mbit burst 10kb latency 1s"
+    # one of everything that a run makes, in a namespace that goes at once
+    attempt = (
+        "ip link add veth0 type veth peer name veth1"
+        " && ip link add switch type bridge"
+        " && tc qdisc add dev veth0 root tbf rate 1mbit burst 10kb latency 1s"
+    )
     found = subprocess.run([*_own_namespace(), "sh", "-c", attempt], capture_output=True, text=True)
     if found.returncode:
         raise LayoutError(
-            "limited links need network namespaces with veth, bridge and tbf, as root or with unprivileged user namespaces "
-            f"(sysctl kernel.unprivileged_userns_clone=1); found: {found.stderr.strip()}"
+            "limited links need network namespaces with veth, bridge and tbf, as root or with "
+            "unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1); found: "
+            f"{found.stderr.strip()}"
         )
     if delay:
         _check_taps()
@@ -66,29 +87,34 @@ def check(delay: float = 0.0) -> None:
 
 def _check_taps() -> None:
     attempt = [*_own_namespace(), "ip", "tuntap", "add", "port0", "mode", "tap"]
-    found = subprocess.run(attempt, capture_output=True, text=True) if TUN.exists() else None
-    if found is None or found.returncode:
-        raise LayoutError(
-            f"links with delay need {TUN}, readable and writable (modprobe tun; in a container --device {TUN}); found: "
-            f"{found.stderr.strip() if found else 'no such file'}; without delay it is not needed"
-        )
+    reason = "no such file"
+    if TUN.exists():
+        found = subprocess.run(attempt, capture_output=True, text=True)
+        if not found.returncode:
+            return
+        reason = found.stderr.strip()
+    raise LayoutError(
+        f"links with delay need {TUN}, readable and writable (modprobe tun; in a container "
+        f"--device {TUN}); found: {reason}; without delay it is not needed"
+    )
 
 
 def limit(speed: float) -> None:
-    """Limit what this rank sends from now on to `speed` bytes a second. The queue holds those of a
-    second: none is lost."""
-    burst = max(
-        131072, int(0.002 * speed)
-    )  # smaller than a packet of 64 KiB, and the kernel cuts it up and loses parts
-    shape = ["tbf", "rate", f"{8 * speed:.0f}bit", "burst", str(burst), "latency", "1s"]
-    subprocess.run(["tc", "qdisc", "replace", "dev", DEVICE, "root", *shape], check=True)
+    """Limit what this rank sends from now on to `speed` bytes a second.
+
+    The queue holds those of a second: none is lost.
+    """
+    burst = max(PACKET, int(BURST_SECONDS * speed))
+    # tc's token bucket filter; its rates are in bits, its bursts in bytes
+    bucket = ["tbf", "rate", f"{8 * speed:.0f}bit", "burst", str(burst), "latency", "1s"]
+    subprocess.run(["tc", "qdisc", "replace", "dev", DEVICE, "root", *bucket], check=True)
 
 
 def sent() -> int:
     """Return the bytes that this rank has sent, headers and acknowledgements included."""
-    line = next(
-        line for line in Path("/proc/net/dev").read_text().splitlines() if f"{DEVICE}:" in line
-    )
+    lines = Path("/proc/net/dev").read_text().splitlines()
+    line = next(line for line in lines if f"{DEVICE}:" in line)
+    # eight columns of what was received come first; see proc(5)
     return int(line.split(":")[1].split()[8])
 
 
@@ -110,16 +136,8 @@ def run_ranks(
             `timeout`.
     """
     check(delay)
-    words = [
-        *_own_namespace(),
-        sys.executable,
-        "-m",
-        __name__,
-        str(world),
-        str(delay),
-        module,
-        *arguments,
-    ]
+    program = [sys.executable, "-m", __name__]
+    words = [*_own_namespace(), *program, str(world), str(delay), module, *arguments]
     try:
         done = subprocess.run(
             words, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout
@@ -133,6 +151,7 @@ def run_ranks(
 
 
 def _wait_for_namespace(pid: int) -> None:
+    # `unshare` has it a moment after it was started; a cable plugged in before would end here
     while os.readlink(f"/proc/{pid}/ns/net") == os.readlink("/proc/self/ns/net"):
         time.sleep(0.01)
 
@@ -149,16 +168,19 @@ def _plug(rank: int, pid: int) -> None:
 
 
 def _tap(rank: int, pid: int) -> int:
-    """Give a rank's namespace a device whose frames are read from and written to the returned file
-    descriptor."""
+    """Give a rank's namespace a device; return where its frames are read and written."""
     port = f"port{rank}"
     tap = os.open(TUN, os.O_RDWR)
-    fcntl.ioctl(
-        tap, TUNSETIFF, struct.pack("16sH22x", port.encode(), TAP | NO_PACKET_INFO | OFFLOAD_HEADER)
-    )
+    # struct ifreq: name, flags, and what is left of its 40 bytes
+    request = struct.pack("16sH22x", port.encode(), TAP | NO_PACKET_INFO | OFFLOAD_HEADER)
+    fcntl.ioctl(tap, TUNSETIFF, request)
     fcntl.ioctl(tap, TUNSETOFFLOAD, CHECKSUM | SEGMENTATION_4 | SEGMENTATION_6)
     subprocess.run(["ip", "link", "set", port, "netns", str(pid), "name", DEVICE], check=True)
     return tap
+
+
+Queues = dict[int, deque[tuple[float, bytes]]]
+"""Of each tap: when a frame is due (time.monotonic), and the frame."""
 
 
 def forward(taps: list[int], delay: float) -> None:
@@ -171,21 +193,29 @@ def forward(taps: list[int], delay: float) -> None:
         delay: seconds.
     """
     seen: dict[bytes, int] = {}  # hardware address: tap
-    queues: dict[int, deque[tuple[float, bytes]]] = {tap: deque() for tap in taps}
+    queues: Queues = {tap: deque() for tap in taps}
     while queues:
-        due = min((queue[0][0] for queue in queues.values() if queue), default=None)
-        wait = None if due is None else max(0.0, due - time.monotonic())
-        for tap in select.select(list(queues), [], [], wait)[0]:
+        for tap in select.select(list(queues), [], [], _until_due(queues))[0]:
             frame = _read(tap)
             if frame is None:
                 del queues[tap]
                 continue
-            receiver, sender = frame[HEADER : HEADER + 6], frame[HEADER + 6 : HEADER + 12]
+            address = frame[HEADER:]
+            receiver = address[:ADDRESS]
+            sender = address[ADDRESS : 2 * ADDRESS]
             seen[sender] = tap
-            for other in [seen[receiver]] if receiver in seen else set(queues) - {tap}:
+            others = [seen[receiver]] if receiver in seen else set(queues) - {tap}
+            for other in others:
+                # one whose rank has ended is known, but gone
                 if other in queues:
                     queues[other].append((time.monotonic() + delay, frame))
         _deliver(queues)
+
+
+def _until_due(queues: Queues) -> float | None:
+    """Return the seconds until the next frame is to be delivered; None: none is waiting."""
+    first = [queue[0][0] for queue in queues.values() if queue]
+    return max(0.0, min(first) - time.monotonic()) if first else None
 
 
 def _read(tap: int) -> bytes | None:
@@ -196,7 +226,7 @@ def _read(tap: int) -> bytes | None:
         return None
 
 
-def _deliver(queues: dict[int, deque[tuple[float, bytes]]]) -> None:
+def _deliver(queues: Queues) -> None:
     """Write all frames whose time has come."""
     for tap, queue in queues.items():
         while queue and queue[0][0] <= time.monotonic():
@@ -210,26 +240,26 @@ def _carry(taps: list[int], delay: float) -> None:
         forward(taps, delay)
     except Exception:
         traceback.print_exc()
-        os._exit(1)  # or the ranks would wait for each other until the time limit
+        # not sys.exit, which ends this thread alone: the ranks would wait until the time limit
+        os._exit(1)
 
 
 def _connect(pids: list[int], delay: float) -> None:
-    """Join the namespaces of the ranks by the kernel's bridge or, with delay, by `forward` in a
-    thread."""
+    """Join the namespaces of the ranks: by its bridge or, with delay, `forward`."""
     for pid in pids:
         _wait_for_namespace(pid)
     if not delay:
-        subprocess.run(
-            "ip link add switch type bridge && ip link set switch up", shell=True, check=True
-        )
+        for words in ("link add switch type bridge", "link set switch up"):
+            subprocess.run(["ip", *words.split()], check=True)
         for rank, pid in enumerate(pids):
             _plug(rank, pid)
         return
     taps = [_tap(rank, pid) for rank, pid in enumerate(pids)]
-    # a thread inherits it; the default is 50 us
+    # How late a sleeping thread may wake, in ns; a thread inherits it. The default is 50 us.
     Path("/proc/self/timerslack_ns").write_text("1", encoding="utf-8")
+    # so does it this: ranks that compute must not make the network slow
     with contextlib.suppress(PermissionError):
-        os.nice(-10)  # so does it this: ranks that compute must not make the network slow
+        os.nice(-10)
     threading.Thread(target=_carry, args=(taps, delay), daemon=True).start()
 
 
@@ -249,21 +279,24 @@ def _switch(world: int, delay: float, module: str, arguments: list[str]) -> int:
     """Start the ranks, connect them and wait for them; the first that fails ends all."""
     common = os.environ | {
         "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": f"{NETWORK}1",
+        "MASTER_PORT": str(PORT),
+        # gloo would take the first device that has an address: the loopback
+        "GLOO_SOCKET_IFNAME": DEVICE,
     }
-    common |= {"MASTER_ADDR": f"{NETWORK}1", "MASTER_PORT": str(PORT), "GLOO_SOCKET_IFNAME": DEVICE}
-    ranks = [
-        subprocess.Popen(
-            ["unshare", "--net", sys.executable, "-m", module, *arguments],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""},
-        )
-        for rank in range(world)
-    ]
+    command = ["unshare", "--net", sys.executable, "-m", module, *arguments]
+    ranks = []
+    for rank in range(world):
+        own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(subprocess.Popen(command, env=own))
     _connect([process.pid for process in ranks], delay)
     while any(process.poll() is None for process in ranks):
         if any(process.poll() for process in ranks):
-            return 1  # the namespace ends, and the others with it
+            # this process's namespace ends with it, and the other ranks with that
+            return 1
         time.sleep(0.1)
     return int(any(process.returncode for process in ranks))
 

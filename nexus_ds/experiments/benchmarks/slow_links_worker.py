@@ -1,5 +1,6 @@
-"""One rank of the benchmark of slow links: python -m
-nexus_ds.experiments.benchmarks.slow_links_worker SETTINGS.json
+"""One rank of the benchmark of slow links.
+
+python -m nexus_ds.experiments.benchmarks.slow_links_worker SETTINGS.json
 
 Not covered: GPUs (the ranks compute on the CPU).
 """
@@ -9,16 +10,24 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from nexus_ds.experiments.benchmarks import network
-from nexus_ds.experiments.benchmarks.slow_links import EMBEDDING, Links, Way
+from nexus_ds.experiments.benchmarks.slow_links import (
+    EMBEDDING,
+    HEAD_SIZE,
+    LinkRun,
+    StepTime,
+    Way,
+)
 from nexus_ds.launch import end, position
 from nexus_ds.model.experts import FeedForward
 from nexus_ds.model.head import next_token_loss
@@ -35,71 +44,88 @@ from nexus_ds.runtime.engine import (
 from nexus_ds.runtime.nexus_moe import NexusMoE, NexusRouter, Placement
 from nexus_ds.settings import Config
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 WARM_UP = 2  # steps: ZeRO-3 learns the order of the modules in the first
+PERSISTENT = 1000  # elements: at DeepSpeed's 100,000 ZeRO-3 would cut little of so small a model
+LEARNING_RATE = 1e-4
+TIMEOUT_MINUTES = 10
 
 
-def build(links: Links, where: Placement) -> Any:
+def random_llama(links: LinkRun, where: Placement) -> PreTrainedModel:
     """Return a random Llama whose feed-forward networks are Nexus layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    # the same on every rank
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=links.vocabulary,
-            hidden_size=links.hidden,
-            intermediate_size=links.ffn,
-            tie_word_embeddings=True,
-            num_hidden_layers=links.layers,
-            num_attention_heads=links.hidden // 64,
-            num_key_value_heads=links.hidden // 64,
-        )
+    heads = links.hidden // HEAD_SIZE
+    config = LlamaConfig(
+        vocab_size=links.vocabulary,
+        hidden_size=links.hidden,
+        intermediate_size=links.ffn,
+        tie_word_embeddings=True,
+        num_hidden_layers=links.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
     )
-    vectors = torch.randn(links.experts, EMBEDDING)
-    inputs = condition(vectors, centre_of(vectors))
-    for index, layer in enumerate(model.model.layers):
-        projection = Projection(EMBEDDING, links.hidden)
-        init_projection(projection, inputs, "balanced", 0.5, layer_generator(0, index))
-        shared = FeedForward(links.hidden, links.ffn)
-        with torch.random.fork_rng():  # as many experts as this rank has
-            local = [FeedForward(links.hidden, links.ffn) for _ in range(where.local_slots)]
-        layer.mlp = NexusMoE(
-            where, local, shared, NexusRouter(links.hidden, where, 1, projection, inputs), False
-        )
+    model = LlamaForCausalLM(config)
+    vectors_EM = torch.randn(links.experts, EMBEDDING)
+    inputs_EM = condition(vectors_EM, centre_of(vectors_EM))
+    layers = cast(nn.ModuleList, model.get_submodule("model.layers"))
+    for index, layer in enumerate(layers):
+        layer.mlp = _nexus_layer(links, where, inputs_EM, index)
     return model
 
 
-def start(links: Links, way: Way) -> Any:
+def _nexus_layer(links: LinkRun, where: Placement, inputs_EM: Tensor, index: int) -> NexusMoE:
+    projection = Projection(EMBEDDING, links.hidden)
+    init_projection(projection, inputs_EM, "balanced", 0.5, layer_generator(0, index))
+    shared = FeedForward(links.hidden, links.ffn)
+    # ranks have different numbers of experts, but must draw the same numbers after them
+    with torch.random.fork_rng():
+        local = [FeedForward(links.hidden, links.ffn) for _ in range(where.local_slots)]
+    router = NexusRouter(links.hidden, where, 1, projection, inputs_EM)
+    return NexusMoE(where, local, shared, router, False)
+
+
+def start(links: LinkRun, way: Way) -> Any:
     """Return an engine for one way of training."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
+    world = dist.get_world_size()
     config = Config()
-    config.model.dtype, config.parallel.expert = "fp32", way.expert
+    config.model.dtype = "fp32"
+    config.parallel.expert = way.expert
     config.training.batch_size = links.batch * world
-    values: dict[str, Any] = {
-        "zero_optimization": {"stage": links.stage, "stage3_param_persistence_threshold": 1000}
-    }
+    zero = {"stage": links.stage, "stage3_param_persistence_threshold": PERSISTENT}
+    values: dict[str, Any] = {"zero_optimization": zero}
     check_layout(values, config, world, world, links.experts)
     batch = Batch(links.batch, 1)
-    model = build(links, Placement(links.experts, way.expert, rank % way.expert))
+    model = random_llama(links, Placement(links.experts, way.expert, rank % way.expert))
     if links.stage == 3:
         internals.partitioner(deepspeed_config(values, config, batch))(model)
     engine = start_engine(model, values, config, batch)
-    if not way.overlap:  # DeepSpeed's own forward pass
+    if not way.overlap:
+        # DeepSpeed's own forward pass, in which nothing overlaps
         for layer in moe_layers(engine.module):
             layer.forward = MethodType(internals.AutoEPMoELayer.forward, layer)  # type: ignore[method-assign]
-    set_learning_rate(engine, 1e-4)
+    set_learning_rate(engine, LEARNING_RATE)
     engine.train()
     return engine
 
 
 class Waits:
-    """Counts the seconds in which this rank does nothing but wait for all-to-alls."""
+    """Counts the seconds in which this rank does nothing but wait for all-to-alls.
+
+    From when it is made it stands in the place of torch's own function.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self.exchange = dist.all_to_all_single
+        self.exchange: Callable[..., Any] = dist.all_to_all_single
         dist.all_to_all_single = self
 
-    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+    def __call__(self, *arguments: Any, **settings: Any) -> _Work:
         """Exchange as torch does; an asynchronous exchange returns what `wait` can be called on."""
         started = time.perf_counter()
         work = self.exchange(*arguments, **settings)
@@ -108,57 +134,70 @@ class Waits:
 
 
 class _Work:
-    def __init__(self, waits: Waits, work: Any) -> None:
-        self.waits, self.work = waits, work
+    """An exchange under way, or one that is over: then nobody waits for it."""
+
+    def __init__(self, waits: Waits, work: dist.Work | None) -> None:
+        self.waits = waits
+        self.work = work
 
     def wait(self) -> None:
+        assert self.work is not None, "only an asynchronous exchange is waited for"
         started = time.perf_counter()
         self.work.wait()
         self.waits.seconds += time.perf_counter() - started
 
 
-def step(engine: Any, tokens: Tensor, waits: Waits) -> dict[str, float]:
-    """Do one step; return its seconds until all ranks are through, those spent waiting for tokens,
-    and bytes sent."""
+class Figures(NamedTuple):
+    """What a step took: seconds until all ranks are through, those of waiting, bytes sent."""
+
+    seconds: float
+    waits: float
+    bytes: int
+
+
+def step(engine: Any, tokens_BS: Tensor, waits: Waits) -> Figures:
+    """Do one step on token ids [B, S+1]; return what it took."""
     dist.barrier()
-    before, started, waits.seconds = network.sent(), time.perf_counter(), 0.0
-    engine.backward(next_token_loss(engine, tokens)[0])
+    sent = network.sent()
+    waits.seconds = 0.0
+    started = time.perf_counter()
+    engine.backward(next_token_loss(engine, tokens_BS)[0])
     engine.step()
+    # a step is over when the slowest rank is through
     dist.barrier()
-    return {
-        "seconds": time.perf_counter() - started,
-        "waits": waits.seconds,
-        "bytes": network.sent() - before,
-    }
+    return Figures(time.perf_counter() - started, waits.seconds, network.sent() - sent)
 
 
-def collectives(engine: Any, tokens: Tensor, waits: Waits) -> int:
-    """Do one step; return how many collectives this rank takes part in, without the barriers around
-    it."""
+def collectives(engine: Any, tokens_BS: Tensor, waits: Waits) -> int:
+    """Do one step; return the collectives of this rank, without the barriers around the step."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step(engine, tokens, waits)
+        step(engine, tokens_BS, waits)
     names = [event.name for event in profile.events() if event.name.startswith("gloo:")]
     return len(names) - names.count("gloo:barrier")
 
 
-def measure(links: Links, ways: list[Way]) -> list[dict[str, Any]]:
-    """Return what every step of every way took, at every speed; the ways take turns, so that noise
-    meets all alike."""
+def measure(links: LinkRun, ways: list[Way]) -> list[StepTime]:
+    """Return what every step of every way took, at every speed.
+
+    The ways take turns, so that noise meets all alike.
+    """
     network.limit(links.speeds[0])
     engines = [start(links, way) for way in ways]
-    generator, waits = torch.Generator().manual_seed(1 + dist.get_rank()), Waits()
-    tokens = torch.randint(links.vocabulary, (links.batch, links.length + 1), generator=generator)
+    waits = Waits()
+    generator = torch.Generator().manual_seed(1 + dist.get_rank())
+    size = (links.batch, links.length + 1)
+    tokens_BS = torch.randint(links.vocabulary, size, generator=generator)
     for _ in range(WARM_UP):
         for engine in engines:
-            step(engine, tokens, waits)
-    counts = [collectives(engine, tokens, waits) for engine in engines]
+            step(engine, tokens_BS, waits)
+    counts = [collectives(engine, tokens_BS, waits) for engine in engines]
     found = []
     for speed in links.speeds:
         network.limit(speed)
         for _ in range(links.steps):
             for engine, way, count in zip(engines, ways, counts, strict=True):
-                figures = step(engine, tokens, waits)
-                found.append({"way": way.name, "speed": speed, "collectives": count, **figures})
+                figures = step(engine, tokens_BS, waits)
+                found.append(StepTime(way.name, speed, count, *figures))
     return found
 
 
@@ -166,10 +205,11 @@ def main() -> None:
     """Measure every way at every speed; rank 0 writes OUT."""
     values = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     network.join(position().rank)
-    internals.start(10)
-    found = measure(Links(**values["links"]), [Way(**way) for way in values["ways"]])
+    internals.start(TIMEOUT_MINUTES)
+    found = measure(LinkRun(**values["links"]), [Way(**way) for way in values["ways"]])
     if dist.get_rank() == 0:
-        Path(values["out"]).write_text(json.dumps(found), encoding="utf-8")
+        steps = [asdict(step_time) for step_time in found]
+        Path(values["out"]).write_text(json.dumps(steps), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,5 +1,4 @@
-"""The network between ranks: its switch, its mistakes, and (slow) delay and bandwidth between real
-namespaces."""
+"""The network between ranks: its switch, its mistakes, delay and bandwidth of real namespaces."""
 
 import json
 import os
@@ -22,8 +21,7 @@ def frame(receiver, sender, words):
 
 @pytest.fixture
 def ports():
-    """Three sockets, each the far end of what the switch, which delays by 50 ms, takes for a
-    tap."""
+    """Three sockets, the far ends of what the switch takes for taps; it delays by 50 ms."""
     pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(3)]
     for _, far in pairs:
         far.settimeout(5)
@@ -67,12 +65,42 @@ def test_a_rank_that_has_ended_stops_nobody(ports):
 
 
 @pytest.fixture
+def limited():
+    """Skip where links can't be limited."""
+    try:
+        network.check()
+    except LayoutError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
 def delayed():
     """Skip where links can't be delayed."""
     try:
         network.check(delay=0.02)
     except LayoutError as error:
         pytest.skip(str(error))
+
+
+def test_missing_tools_are_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        LayoutError, match="limited links need unshare, ip, tc; not found: unshare, ip, tc"
+    ):
+        network.check()
+
+
+def test_a_machine_that_allows_no_namespaces_is_told_so(monkeypatch, tmp_path):
+    for tool in network.TOOLS:
+        (tmp_path / tool).write_text(
+            "#!/bin/sh\necho unshare failed: Operation not permitted >&2\nexit 1\n"
+        )
+        (tmp_path / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(
+        LayoutError, match=r"as root or with unprivileged user namespaces.*Operation not permitted"
+    ):
+        network.check()
 
 
 def fake_tools(monkeypatch, folder, ip):
@@ -89,7 +117,8 @@ def test_a_machine_without_taps_is_told_so(monkeypatch, tmp_path):
     network.check()  # nothing is missing without delay
     with pytest.raises(
         LayoutError,
-        match=r"delay need .*/tun, readable and writable \(modprobe tun.*found: no such file; without",
+        match=r"delay need .*/tun, readable and writable \(modprobe tun.*"
+        r"found: no such file; without",
     ):
         network.check(delay=0.001)
 
@@ -121,9 +150,8 @@ def test_a_message_takes_the_delay_there_and_back(delayed, tmp_path, monkeypatch
 def test_a_link_with_delay_is_as_fast_as_it_was_made(delayed, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     speed, size = 100e6 / 8, 20_000_000
-    assert (
-        0.9 * size / speed <= trip(tmp_path, 0.005, speed, size)["seconds"] <= 1.5 * size / speed
-    )  # cores may be busy
+    seconds = trip(tmp_path, 0.005, speed, size)["seconds"]
+    assert 0.9 * size / speed <= seconds <= 1.5 * size / speed  # cores may be busy
 
 
 @pytest.mark.slow
@@ -132,3 +160,18 @@ def test_a_rank_that_fails_behind_a_delay_is_reported(delayed):
         LayoutError, match=r"a rank failed; its last words:\n(.|\n)*No module named"
     ):
         network.run_ranks("nexus_ds.nowhere", [], 2, 60, 0.001)
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_is_reported_with_its_last_words(limited):
+    with pytest.raises(
+        LayoutError, match=r"a rank failed; its last words:\n(.|\n)*No module named"
+    ):
+        network.run_ranks("nexus_ds.nowhere", [], 2, 60)
+
+
+def test_ranks_that_take_too_long_are_ended(limited):
+    with pytest.raises(
+        LayoutError, match="the ranks were not done after 0 s; use fewer steps or faster links"
+    ):
+        network.run_ranks("nexus_ds.nowhere", [], 2, 0.01)
