@@ -47,7 +47,7 @@ def test_help_imports_one_verb_and_nothing_heavy(verb, tmp_path):
     assert not HEAVY & modules
 
 
-@pytest.mark.parametrize("what", ["train", "growth", "data", "links"])
+@pytest.mark.parametrize("what", ["train", "growth", "data", "links", "gpu"])
 def test_help_of_what_bench_measures_imports_nothing_heavy(what, tmp_path):
     assert not HEAVY & imported(tmp_path, "bench", what, "--help")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nexus_ds.errors import ConfigError
-from nexus_ds.experiments.benchmarks import data_speed
+from nexus_ds.experiments.benchmarks import data_speed, gpu
 from nexus_ds.experiments.benchmarks.figures import growth_curves, speed_bars
 from nexus_ds.outputs import new_directory, refuse_existing, write_text
 from nexus_ds.report.evaluation import write_csv
@@ -54,6 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "ZeRO alone, and what plan expects",
     )
     add_links_arguments(links)
+    everything = commands.add_parser(
+        "gpu", help="all that only a GPU shows, in 8 minutes: tests, training, speed, memory"
+    )
+    gpu.add_arguments(everything)
 
 
 def _add_model_arguments(command: argparse.ArgumentParser, preset: str, rounds: int) -> None:
@@ -298,6 +302,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print, and with --out write."""
     if args.what == "data":
         return data_speed.run(args, _say)
+    if args.what == "gpu":
+        return gpu.run(args)
     if args.what == "links":
         from nexus_ds.experiments.benchmarks import slow_links
 
