@@ -9,13 +9,15 @@ export HF_HUB_OFFLINE ?= 1
 JOBS ?= 2
 PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test test-all test-slurm mutants lint clean
+.PHONY: help setup demo test test-all test-slurm mutants gpu gpu-kit lint clean
 help:
 	@echo "make demo      the whole pipeline on a small scale (CPU or GPU); ends with the report's path"
 	@echo "make test      lint, types and tests (JOBS=2 files at once); make test-all adds the full parity matrix"
 	@echo "make test-slurm  the templates on a real SLURM, installed and started for the test (Debian, as root)"
 	@echo "make mutants   put faults into copies of the code and count those that the tests see"
-	@echo "make clean     remove runs/ and caches (the virtualenv stays)"
+	@echo "make gpu       on a machine with a GPU, in 8 minutes: its tests, speed, memory; runs/gpu/gpu.json"
+	@echo "make gpu-kit   pack what that needs where there is no network into .gpu/ (bash .gpu/gpu_check.sh there)"
+	@echo "make clean     remove runs/, .gpu/ and caches (the virtualenv stays)"
 
 # Reinstalled only when the pins or the package's metadata change.
 $(READY): requirements.txt pyproject.toml
@@ -51,5 +53,12 @@ test-slurm: $(READY)
 mutants: $(READY)
 	$(BIN)/python tests/mutants.py $(ARGS)
 
+gpu: $(READY)
+	$(BIN)/nexus-ds bench gpu $(ARGS)
+
+# For Python 3.12 on x86-64; ARGS=3.11 for another one.
+gpu-kit: $(READY)
+	bash tests/gpu/kit.sh $(BIN)/python .gpu $(ARGS)
+
 clean:
-	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf runs .gpu .pytest_cache .mypy_cache .ruff_cache
