@@ -15,6 +15,8 @@ LONG = (
     "test_compare",
     "test_train",
     "test_readme",
+    "test_states_layouts",
+    "test_states_kills",
     "test_states",
     "test_parity",
     "test_injection",

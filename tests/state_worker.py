@@ -25,7 +25,10 @@ from nexus_ds.runtime.export import export
 def main():
     checkpoint, folder, out, *words = sys.argv[1:]
     engine, config, batch, options = start(checkpoint, words)
-    layout = f"{dist.get_world_size()} ranks, expert parallel {config.parallel.expert}, ZeRO stage {options['stage']}"
+    layout = (
+        f"{dist.get_world_size()} ranks, expert parallel {config.parallel.expert}, "
+        f"ZeRO stage {options['stage']}"
+    )
     description = {"layout": layout, "config": {"training.lr": config.training.lr}}
     first, messages = states.resume(engine, Path(folder), description)
     if "adopt" in options:

@@ -1,5 +1,4 @@
-"""Checkpoints in memory: the oracle and NexusMoE against stock transformers, and the facts about
-the layer."""
+"""Checkpoints in memory: the oracle against stock transformers, and the facts about the layer."""
 
 import json
 import runpy
@@ -8,14 +7,10 @@ import shutil
 import oracle
 import pytest
 import torch
-from conftest import make_linear, make_nexus
+from conftest import make_nexus
 
 from nexus_ds.checkpoint.build import load_stock, new_dense, transformers_config
-from nexus_ds.checkpoint.sidecar import read_sidecar
-from nexus_ds.checkpoint.tensors import TensorReader, overwrite
-from nexus_ds.errors import CheckpointError, UnsupportedModelError
-from nexus_ds.runtime.nexus_moe import NexusMoE, Placement
-from nexus_ds.runtime.parallel_model import load_nexus
+from nexus_ds.errors import UnsupportedModelError
 from nexus_ds.settings import ModelConfig, RouterConfig
 
 TOKENS = torch.arange(40).remainder(29).view(2, 20)
@@ -57,20 +52,6 @@ def test_written_down_rows_route_as_the_projection_does_in_bf16(tmp_path, top_k)
         difference_T = (found - expected).abs().amax(-1).flatten() / expected.abs().max()
         # a token between two experts may take either
         assert float(difference_T.quantile(0.95)) <= 2e-2
-
-
-@pytest.mark.parametrize("grouped", [False, True])
-def test_one_process_of_nexus_moe_gives_the_references_logits(nexus_dir, grouped):
-    model = load_nexus(nexus_dir, torch.float32, Placement(3), RouterConfig(), grouped)
-    assert all(isinstance(block.mlp, NexusMoE) for block in model.model.layers)
-    assert (
-        float(
-            (logits(model) - logits(oracle.load(nexus_dir, torch.float32, RouterConfig())))
-            .abs()
-            .max()
-        )
-        <= 1e-6
-    )
 
 
 def test_the_output_is_the_shared_expert_plus_the_gated_routed_one(nexus_dir):
@@ -124,59 +105,6 @@ def test_a_single_routed_expert_has_probability_one(tmp_path):
     assert torch.allclose(layer(x), layer.shared_experts(x) + layer.experts(x, 0), atol=1e-6)
 
 
-def test_domain_embeddings_have_no_gradient_and_are_shared_by_all_layers(nexus_dir):
-    """Fact 2."""
-    model = load_nexus(nexus_dir, torch.float32, Placement(3), RouterConfig(), False)
-    assert not any("domain_inputs" in name for name, _ in model.named_parameters())
-    first, second = (block.mlp.router.domain_inputs for block in model.model.layers)
-    assert torch.equal(first, second) and not first.requires_grad
-    assert torch.equal(first, read_sidecar(nexus_dir).domain_inputs())
-    model.train()
-    model(input_ids=TOKENS, use_cache=False).logits.square().mean().backward()
-    for block in model.model.layers:
-        assert all(float(p.grad.abs().sum()) > 0 for p in block.mlp.router.projection.parameters())
-
-
-def test_experts_without_a_token_change_nothing_and_are_finite(nexus_dir):
-    model = load_nexus(
-        nexus_dir, torch.float32, Placement(3), RouterConfig(load_balance=0.1), False
-    )
-    model.train()
-    layer = model.model.layers[0].mlp
-    same = torch.ones(1, 6, 16, requires_grad=True)
-    layer(same).sum().backward()
-    chosen = int(layer.router.latest.selected_TK[0, 0])
-    for stacked in (layer.experts.w1, layer.experts.w2, layer.experts.w3):
-        norms = stacked.grad.flatten(1).norm(dim=1)
-        assert bool(torch.isfinite(norms).all())
-        assert [bool(n > 0) for n in norms] == [e == chosen for e in range(3)]
-
-
-@pytest.mark.parametrize(
-    ("experts", "size"), [(4, 1), (4, 2), (4, 4), (3, 2), (5, 4), (7, 4), (1, 2)]
-)
-def test_every_expert_has_one_slot_and_vacant_slots_are_spread(experts, size):
-    ranks = [Placement(experts, size, rank) for rank in range(size)]
-    held = [[e for e in place.local_experts() if e is not None] for place in ranks]
-    assert sorted(e for local in held for e in local) == list(range(experts))
-    assert max(map(len, held)) - min(map(len, held)) <= 1
-    assert len({place.slots for place in ranks}) == 1 and ranks[0].slots % size == 0
-    for expert in range(experts):
-        assert ranks[0].expert_at(ranks[0].slot(expert)) == expert
-
-
-@pytest.mark.parametrize("trained", [0.3, -0.3])
-def test_a_shared_gate_that_was_trained_elsewhere_is_refused(tmp_path, trained):
-    checkpoint = make_nexus(tmp_path / "nexus")
-    reader = TensorReader(checkpoint)
-    overwrite(
-        reader.info("model.layers.1.mlp.shared_expert_gate.weight"), torch.full((1, 16), trained)
-    )
-    message = r"layer 1: the shared expert's gate has weights up to 3\.0e-01.*keep shared_expert_gate frozen"
-    with pytest.raises(CheckpointError, match=message):
-        load_nexus(checkpoint, torch.float32, Placement(3), RouterConfig(), False)
-
-
 def test_code_of_a_checkpoint_is_never_run(tmp_path, dense_dir, monkeypatch):
     """A configuration that names a module beside it: the module would leave a file behind."""
     odd, canary = shutil.copytree(dense_dir, tmp_path / "odd"), tmp_path / "canary"
@@ -205,24 +133,6 @@ def test_code_of_a_checkpoint_is_never_run(tmp_path, dense_dir, monkeypatch):
     assert not canary.exists()
     runpy.run_path(str(odd / "evil.py"))
     assert canary.exists()
-
-
-def test_a_linear_router_trains_its_own_rows(tmp_path):
-    checkpoint = make_linear(tmp_path / "nexus", names=list("abcd"))
-    model = load_nexus(
-        checkpoint, torch.float32, Placement(4), RouterConfig(load_balance=0.1), False
-    )
-    reference = oracle.load(checkpoint, torch.float32, RouterConfig(load_balance=0.1))
-    stock = logits(load_stock(checkpoint, torch.float32))
-    assert float((logits(model) - stock).abs().max()) <= 1e-6
-    assert float((logits(reference) - stock).abs().max()) <= 1e-6
-    for candidate in (model, reference):
-        candidate.train()
-        candidate(input_ids=TOKENS, use_cache=False).logits.square().mean().backward()
-    for a, b in zip(model.model.layers, reference.model.layers, strict=True):
-        gradient = a.mlp.router.gate.weight.grad
-        assert float(gradient.abs().sum()) > 0
-        assert torch.allclose(gradient, b.mlp.router.gate.weight.grad, atol=1e-7)
 
 
 def test_experts_permuted_together_with_their_domains_leave_the_output_unchanged(tmp_path):

@@ -30,7 +30,7 @@ GPU = torch.device("meta")
 FORMS = ("nexus", "context", "linear")
 
 
-# The one door ---------------------------------------------------------------------------------------
+# The one door -------------------------------------------------------------------------------------
 
 
 def deepspeed_words(path):
@@ -59,7 +59,7 @@ def test_the_layer_and_the_router_are_deepspeeds(nexus_dir):
     assert issubclass(NexusRouter, internals.TokenChoiceTopKRouter)
 
 
-# A GPU that is not there ---------------------------------------------------------------------------
+# A GPU that is not there --------------------------------------------------------------------------
 
 
 class OneDevice(TorchDispatchMode):

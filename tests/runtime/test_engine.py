@@ -136,18 +136,6 @@ def test_misspelt_keys_are_found_at_both_levels(tmp_path):
         read_deepspeed_json(path, Config().parallel)
 
 
-@pytest.mark.parametrize("experts", [1, 3, 4, 5, 7])
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_every_expert_has_one_slot_and_vacant_ones_are_spread(experts, size):
-    ranks = [Placement(experts, size, rank) for rank in range(size)]
-    held = [expert for rank in ranks for expert in rank.local_experts()]
-    assert len(held) == ranks[0].slots
-    assert sorted(e for e in held if e is not None) == list(range(experts))
-    assert [held[ranks[0].slot(e)] for e in range(experts)] == list(range(experts))
-    counts = [sum(e is not None for e in rank.local_experts()) for rank in ranks]
-    assert max(counts) - min(counts) <= 1
-
-
 def test_automatic_expert_parallelism_stays_within_a_node():
     parallel = Config().parallel
     parallel.expert = 0

@@ -87,7 +87,7 @@ SETTINGS = [
 ]
 
 
-# One run of two ranks -----------------------------------------------------------------------------------------------
+# One run of two ranks -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +244,7 @@ def test_the_first_line_of_the_log_is_what_the_oracle_computes_of_the_first_step
     assert router["own_share"] == pytest.approx(sum(own) / len(own), abs=1e-6)
 
 
-# A step and its samples, without processes --------------------------------------------------------------------------
+# A step and its samples, without processes --------------------------------------------------------
 
 
 class Numbers:
@@ -333,7 +333,10 @@ def test_a_norm_that_is_no_number_stops_the_run_and_names_step_samples_and_state
         work=tmp_path,
     )
     (tmp_path / "states" / "step_2").mkdir(parents=True)
-    message = rf"the gradient norm is {norm} at step 4 \(samples from 12\); stopped, last training state: step 2; lower"
+    message = (
+        rf"the gradient norm is {norm} at step 4 \(samples from 12\); stopped, "
+        "last training state: step 2; lower"
+    )
     with pytest.raises(TrainingError, match=message):
         run._step(3, run._tally())
 
@@ -365,7 +368,7 @@ CHEAP = (
 def test_what_can_be_told_in_seconds_is_told_before_the_text_is_read(
     word, ranks, message, tmp_path, nexus_dir, monkeypatch
 ):
-    """Tokenising may take hours, with all ranks waiting: here it fails the test, as loading does."""
+    """Tokenising may take hours, with all ranks waiting: here it fails the test; so does loading."""
     for name in ("read_data", "load", "start_engine"):
         monkeypatch.setattr(loop, name, lambda *arguments, name=name: pytest.fail(f"{name} first"))
     key, _, value = word.partition("=")
@@ -385,7 +388,7 @@ def test_what_can_be_told_in_seconds_is_told_before_the_text_is_read(
         Run(config, str(ds_json), Position(0, ranks, ranks, "here"))
 
 
-# What a resume refuses ----------------------------------------------------------------------------------------------
+# What a resume refuses ----------------------------------------------------------------------------
 
 REFUSED = "refused"
 SPEED = "free: where, how fast or how often, not what is trained"
@@ -400,14 +403,15 @@ VERDICTS = (
         REFUSED,
         (),
         "tokens=4096 steps=11 batch_size=16 lr=2e-2 final_lr=1e-3 warmup=0.2 schedule=constant "
-        "anneal_tokens=0 anneal_lr=1e-4 weight_decay=0.2 beta1=0.8 beta2=0.99 moments=elsewhere clip=0.5 eval_windows=4",
+        "anneal_tokens=0 anneal_lr=1e-4 weight_decay=0.2 beta1=0.8 beta2=0.99 moments=elsewhere "
+        "clip=0.5 eval_windows=4",
     ),
     (
         "training",
         SPEED,
         (),
-        "micro_batch_size=4 activation_checkpointing=reentrant log_every=5 eval_every=5 save_every=5 "
-        "keep_last=3",
+        "micro_batch_size=4 activation_checkpointing=reentrant log_every=5 eval_every=5 "
+        "save_every=5 keep_last=3",
     ),
     ("router", REFUSED, (), "lr_scale=0.5 load_balance=0.2 z_loss=0.02"),
     (
@@ -415,8 +419,8 @@ VERDICTS = (
         BEFORE,
         (),
         "kind=linear input=context depth=1 width=8 projection=gelu row_norm=fixed init=normal "
-        "init_norm=0.25 centre=false top_k=2 warm_start=none fit_steps=7 fit_lr=0.1 fit_windows=7 fit_chunks=7 "
-        "fit_background=[alpha]",
+        "init_norm=0.25 centre=false top_k=2 warm_start=none fit_steps=7 fit_lr=0.1 "
+        "fit_windows=7 fit_chunks=7 fit_background=[alpha]",
     ),
     (
         "data",

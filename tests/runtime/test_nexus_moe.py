@@ -73,3 +73,18 @@ def test_a_layer_that_is_not_trained_carries_no_losses(nexus_dir):
     layer, _ = layers(nexus_dir, torch.float32)
     (layer.eval()(hidden(torch.float32)) * 0).sum().backward()
     assert all(not parameter.grad.any() for parameter in layer.router.parameters())
+
+
+@pytest.mark.parametrize("experts", [1, 3, 4, 5, 7])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_every_expert_has_one_slot_and_vacant_ones_are_spread(experts, size):
+    ranks = [Placement(experts, size, rank) for rank in range(size)]
+    slots = {rank.slots for rank in ranks}
+    assert len(slots) == 1 and slots.pop() % size == 0
+    held = [expert for rank in ranks for expert in rank.local_experts()]
+    assert len(held) == ranks[0].slots
+    assert sorted(e for e in held if e is not None) == list(range(experts))
+    assert [held[ranks[0].slot(e)] for e in range(experts)] == list(range(experts))
+    assert [ranks[0].expert_at(ranks[0].slot(e)) for e in range(experts)] == list(range(experts))
+    counts = [sum(e is not None for e in rank.local_experts()) for rank in ranks]
+    assert max(counts) - min(counts) <= 1

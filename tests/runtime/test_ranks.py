@@ -28,7 +28,10 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 def test_a_rank_ends_with_its_own_code_whatever_the_teardown_does():
-    teardown = "import atexit, os; atexit.register(os.abort); from nexus_ds.launch import end; print('said'); end(3)"
+    teardown = (
+        "import atexit, os; atexit.register(os.abort); "
+        "from nexus_ds.launch import end; print('said'); end(3)"
+    )
     for world in (1, 2):  # a single rank has gloo's threads, too
         ranks = start_ranks(["-c", teardown], world)
         assert [rank.communicate(timeout=60)[0] for rank in ranks] == ["said\n"] * world
