@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -31,12 +32,14 @@ from nexus_ds.config import as_dict, dump
 from nexus_ds.data.corpora import TokenFile, open_source, token_files, windows
 from nexus_ds.data.mixture import Sampler, cycle_slots, domain_weights
 from nexus_ds.data.tokenizer import open_tokenizer, vocabulary_size
-from nexus_ds.errors import ConfigError, DataError, TrainingError
+from nexus_ds.errors import CheckpointError, ConfigError, DataError, TrainingError
 from nexus_ds.launch import EXIT_STOPPED, Position
 from nexus_ds.model.head import next_token_loss
 from nexus_ds.model.router import SATURATED
 from nexus_ds.outputs import write_text
 from nexus_ds.pipeline import next_evaluation
+from nexus_ds.planning.memory import disk
+from nexus_ds.planning.sizes import sizes_of
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime import states
 from nexus_ds.runtime.deepspeed_internals import DeepSpeedConfig
@@ -226,6 +229,29 @@ def check(config: Config) -> None:
     cycle_slots(domain_weights(config.data, dict.fromkeys(config.data.domains, 1)))
 
 
+def check_room(config: Config) -> None:
+    """Refuse a run whose first training state and checkpoint have no room, before it trains.
+
+    A run that has saved states has shown that it has room; a new model's sizes are not read here.
+
+    Raises:
+        CheckpointError: with the bytes that are needed and free.
+    """
+    work = Path(config.output + ".training")
+    if not config.model.path or states.steps_saved(work / "states"):
+        return
+    width = DTYPES[config.model.dtype].itemsize
+    planned = disk(sizes_of(config), width, config.training.keep_last)
+    needed = int(planned["state"] + planned["export"])
+    there = next(folder for folder in work.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise CheckpointError(
+            f"{there}: not enough space for a training state and the checkpoint: need {needed:,} "
+            f"bytes, free {free:,}; make room, or give another output"
+        )
+
+
 def load(config: Config, layout: RunLayout) -> PreTrainedModel:
     """Return the model that trains: read from `model.path`, or new with the sizes of the recipe."""
     if not config.model.path:
@@ -263,6 +289,7 @@ class Run:
         self.world = here.world
         layout = resolve(config, ds_json, here)
         check(config)
+        on_rank_0(lambda: check_room(config))
         self.data = read_data(config, Path(config.model.tokenizer))
         torch.manual_seed(config.seed)
         model = load(config, layout)

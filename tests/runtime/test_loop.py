@@ -22,6 +22,8 @@ from nexus_ds.data.mixture import Sample
 from nexus_ds.errors import CheckpointError, NexusError, TrainingError
 from nexus_ds.evaluation.perplexity import score
 from nexus_ds.launch import Position
+from nexus_ds.planning.memory import disk
+from nexus_ds.planning.sizes import sizes_of
 from nexus_ds.runtime import loop, portable_state, states
 from nexus_ds.runtime.engine import Batch, split_batch
 from nexus_ds.runtime.loop import Run, RunLayout, load, read_data
@@ -368,7 +370,8 @@ CHEAP = (
 def test_what_can_be_told_in_seconds_is_told_before_the_text_is_read(
     word, ranks, message, tmp_path, nexus_dir, monkeypatch
 ):
-    """Tokenising may take hours, with all ranks waiting: here it fails the test; so does loading."""
+    """Tokenising may take hours, with all ranks waiting: here it fails the test, and so does all
+    that comes after it."""
     for name in ("read_data", "load", "start_engine"):
         monkeypatch.setattr(loop, name, lambda *arguments, name=name: pytest.fail(f"{name} first"))
     key, _, value = word.partition("=")
@@ -386,6 +389,23 @@ def test_what_can_be_told_in_seconds_is_told_before_the_text_is_read(
     config = made(nexus_dir, tmp_path / "no-text", tmp_path / "tokens", "parallel.expert=1", *words)
     with pytest.raises(NexusError, match=re.escape(message)):
         Run(config, str(ds_json), Position(0, ranks, ranks, "here"))
+
+
+def test_a_run_without_room_for_its_first_state_is_refused_before_the_text_is_read(
+    tmp_path, nexus_dir, monkeypatch, alone
+):
+    """Without save_every the only state is saved at the end: hours of training would be lost."""
+    monkeypatch.setattr(loop, "read_data", lambda *arguments: pytest.fail("read first"))
+    config = made(nexus_dir, tmp_path / "no-text", tmp_path / "tokens", "parallel.expert=1")
+    config.output = str(tmp_path / "deep" / "out")
+    needed = disk(sizes_of(config), 4, 1)
+    free = SimpleNamespace(free=int(needed["state"] + needed["export"]) - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
+    said = rf"{tmp_path}: not enough space for a training state and the checkpoint: need [\d,]+ by"
+    with pytest.raises(CheckpointError, match=said):
+        Run(config, "", Position(0, 1, 1, "here"))
+    (tmp_path / "deep" / "out.training" / "states" / "step_2").mkdir(parents=True)
+    loop.check_room(config)
 
 
 # What a resume refuses ----------------------------------------------------------------------------

@@ -71,7 +71,10 @@ def test_a_shared_gate_that_was_trained_elsewhere_is_refused(tmp_path, trained):
     overwrite(
         reader.info("model.layers.1.mlp.shared_expert_gate.weight"), torch.full((1, 16), trained)
     )
-    message = r"layer 1: the shared expert's gate has weights up to 3\.0e-01.*keep shared_expert_gate frozen"
+    message = (
+        r"layer 1: the shared expert's gate has weights up to 3\.0e-01.*"
+        "keep shared_expert_gate frozen"
+    )
     with pytest.raises(CheckpointError, match=message):
         load_nexus(checkpoint, torch.float32, Placement(3), RouterConfig(), False)
 
