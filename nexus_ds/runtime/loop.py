@@ -60,7 +60,7 @@ from nexus_ds.runtime.parallel_model import Partition, keep_whole, load_for_trai
 from nexus_ds.runtime.ranks import on_rank_0
 from nexus_ds.runtime.schedule import learning_rate, tokens_per_step, total_steps
 from nexus_ds.runtime.signals import StopRequest
-from nexus_ds.runtime.tally import Tally
+from nexus_ds.runtime.tally import Routing, Tally
 from nexus_ds.settings import Config
 
 if TYPE_CHECKING:
@@ -384,7 +384,9 @@ class Run:
         tally.reduced()
         losses = tally.losses(names)
         # e^700 is nearly the largest float64.
-        perplexity = {name: math.exp(min(loss, 700)) for name, loss in losses.items()}
+        perplexity = {}
+        for name, loss in losses.items():
+            perplexity[name] = math.exp(min(loss, 700))
         routing = tally.routing(names, self.experts)
         values: dict[str, float | Values] = {
             "loss": losses,
@@ -418,7 +420,7 @@ class Run:
                 domain_B = torch.full((len(mine_BS),), domain, device=self.device)
                 tally.add(losses_BS, domain_B, self.layers)
 
-    def own_share(self, routing: dict[str, dict[str, float]]) -> float | None:
+    def own_share(self, routing: Routing) -> float | None:
         """Return the mean share of a domain's tokens at its own expert; None if none was seen."""
         pairs = zip(self.experts, self.expert_domains, strict=True)
         shares = [routing[domain][expert] for expert, domain in pairs if domain in routing]
@@ -493,7 +495,8 @@ class Run:
             metrics.advance()
             done = step + 1
             if done % training.log_every == 0 or done == self.total:
-                self.log(done, tally, norm, time.monotonic() - started, done - since, metrics)
+                seconds = time.monotonic() - started
+                self.log(done, tally, norm, seconds, done - since, metrics)
                 tally = self._tally()
                 since = done
                 started = time.monotonic()

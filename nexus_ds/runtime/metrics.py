@@ -93,7 +93,8 @@ class Metrics:
         """
         if not self.active:
             return
-        record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+        now = round(time.time(), 3)
+        record = {"kind": kind, "step": step, "time": now, **values}
         self.jsonl.write((json.dumps(record) + "\n").encode())
         self.jsonl.flush()
         with naming(self.events):

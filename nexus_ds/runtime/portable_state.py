@@ -79,10 +79,11 @@ def _stacks(model: nn.Module) -> dict[int, _Stack]:
         local = layer.placement.local_experts()
         for stacked, part in STACKED:
             parameter = getattr(layer.experts, stacked)
+            _, *matrix = full_shape(parameter)
             names = [
                 None if expert is None else expert_name(index, expert, part) for expert in local
             ]
-            found[id(parameter)] = _Stack(names, math.prod(full_shape(parameter)[1:]))
+            found[id(parameter)] = _Stack(names, math.prod(matrix))
     return found
 
 
@@ -95,7 +96,7 @@ def shapes(model: nn.Module) -> dict[str, list[int]]:
             found[name] = list(full_shape(parameter))
     for index, layer in enumerate(moe_layers(model)):
         for stacked, part in STACKED:
-            shape = list(full_shape(getattr(layer.experts, stacked))[1:])
+            _, *shape = full_shape(getattr(layer.experts, stacked))
             for expert in range(layer.placement.experts):
                 found[expert_name(index, expert, part)] = shape
     return found
@@ -114,7 +115,8 @@ def _cut(fragment: internals.Fragment, stack: _Stack) -> Iterator[Piece]:
         border = slot * stack.size
         first = max(start, border)
         last = min(stop, border + stack.size)
-        views = {kind: view[first - start : last - start] for kind, view in fragment.values.items()}
+        within = slice(first - start, last - start)
+        views = {kind: view[within] for kind, view in fragment.values.items()}
         yield Piece(name, first - border, views)
 
 
@@ -137,7 +139,9 @@ def pieces(engine: Engine) -> Iterator[Piece]:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
+    """Return a tensor's bytes in the CPU's memory; a copy if it lies on a device."""
+    here = tensor.detach().cpu().contiguous()
+    return here.view(torch.uint8).numpy().data
 
 
 def _random_states() -> dict[str, Tensor]:
@@ -168,9 +172,10 @@ def write_rank(engine: Engine, path: Path, halfway: Callable[[], None]) -> FileE
         for kind, view in piece.values.items():
             tensors[f"{kind}:{piece.start}:{piece.name}"] = view
     tensors |= _random_states()
-    lead, places = header_of(
-        {name: (DTYPE_NAMES[tensor.dtype], (tensor.numel(),)) for name, tensor in tensors.items()}
-    )
+    forms = {}
+    for name, tensor in tensors.items():
+        forms[name] = (DTYPE_NAMES[tensor.dtype], (tensor.numel(),))
+    lead, places = header_of(forms)
     size = max(end for _, end in places.values())
     position = 0
     digest = hashlib.sha256()
@@ -255,15 +260,15 @@ class StateFiles:
         position = start
         stop = start + len(target)
         # The last entry that begins at or before `start` is the first that can hold it.
-        first = max(0, bisect.bisect_right(entries, start, key=lambda entry: entry.start) - 1)
-        for entry in entries[first:]:
+        after = bisect.bisect_right(entries, start, key=lambda entry: entry.start)
+        for entry in entries[max(0, after - 1) :]:
             if entry.start > position or position >= stop:
                 break
             if entry.stop <= position:
                 continue
             last = min(entry.stop, stop)
-            rows = entry.reader.read_rows(entry.tensor, position - entry.start, last - entry.start)
-            target[position - start : last - start].copy_(rows)
+            found = entry.reader.read_rows(entry.tensor, position - entry.start, last - entry.start)
+            target[position - start : last - start].copy_(found)
             position = last
         if position < stop:
             raise CheckpointError(

@@ -145,8 +145,9 @@ def damage(directory: Path, share: int = 0, of: int = 1) -> str:
 
 def steps_saved(states: Path) -> list[int]:
     """Return the steps of all committed states, oldest first."""
-    names = [p.name.removeprefix("step_") for p in states.glob("step_*") if p.is_dir()]
-    return sorted(int(name) for name in names if name.isdigit())
+    folders = (path for path in states.glob("step_*") if path.is_dir())
+    numbers = (folder.name.removeprefix("step_") for folder in folders)
+    return sorted(int(number) for number in numbers if number.isdigit())
 
 
 def newest_good(states: Path) -> tuple[int, list[str]]:
@@ -204,7 +205,8 @@ def _compare(manifest: Manifest, description: Description, shapes: dict[str, lis
             "another output"
         )
     parameters = manifest["parameters"]
-    other = [name for name in {**parameters, **shapes} if parameters.get(name) != shapes.get(name)]
+    names = parameters | shapes  # a dictionary, for the order
+    other = [name for name in names if parameters.get(name) != shapes.get(name)]
     if other:
         name = other[0]
         raise CheckpointError(
@@ -299,10 +301,11 @@ def _commit(states: Path, partial: Path, manifest: Manifest) -> None:
     itself before `latest` tells of it, so that a loss of power leaves the old state or the new one.
     """
     step = manifest["step"]
+    text = json.dumps(manifest, indent=1) + "\n"
     final = states / f"step_{step}"
     _fault("before_manifest", step)
     with create(partial / MANIFEST) as file:
-        file.write((json.dumps(manifest, indent=1) + "\n").encode())
+        file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
     _sync(partial)
@@ -321,14 +324,14 @@ def _retain(states: Path, step: int, keep_last: int) -> None:
 
     Nothing goes while one of those that stay is not whole: it could be the last good one.
     """
-    steps = steps_saved(states)
-    if any(damage(states / f"step_{number}", 0, 0) for number in steps[-keep_last:]):
+    folders = [states / f"step_{number}" for number in steps_saved(states)]
+    if any(damage(folder, share=0, of=0) for folder in folders[-keep_last:]):
         return
-    for number in steps[:-keep_last]:
+    for folder in folders[:-keep_last]:
         # Half a deleted state is no state.
-        (states / f"step_{number}" / MANIFEST).unlink(missing_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
         _fault("during_retention", step)
-        shutil.rmtree(states / f"step_{number}")
+        shutil.rmtree(folder)
 
 
 def save(engine: Engine, states: Path, step: int, description: Description, keep_last: int) -> None:

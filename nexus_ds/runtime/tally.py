@@ -1,7 +1,7 @@
 """What micro-batches tell of losses and routing, summed on the device over a stretch of steps.
 
 Shapes: B sequences, S tokens of one, T = B S tokens, D domains, E routed experts, K chosen ones a
-token. Sums are float64: a log interval may hold more tokens than float32 counts exactly (2^24).
+token, N = T K assignments. Sums are float64: a log interval may hold more tokens than float32 counts exactly (2^24).
 Not covered: when a stretch begins and ends, and where its numbers go (`loop`, `metrics`).
 """
 
@@ -15,6 +15,10 @@ from torch import Tensor
 
 from nexus_ds.runtime.nexus_moe import NexusMoE
 from nexus_ds.runtime.ranks import all_reduce_sum
+
+
+Routing = dict[str, dict[str, float]]
+"""{domain: {expert: share of the domain's assignments}}."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,10 @@ class Tally:
         self.experts = experts
         self.loss_D = torch.zeros(domains, dtype=torch.float64, device=device)
         self.tokens_D = torch.zeros_like(self.loss_D)
-        self.routed_DE = torch.zeros(domains, max(experts, 1), dtype=torch.float64, device=device)
-        # load balance, z, gate, passes of a layer
-        self.router_4 = torch.zeros(4, dtype=torch.float64, device=device)
+        # A dense model has one column, which nothing is added to.
+        self.routed_DE = self.loss_D.new_zeros(domains, max(experts, 1))
+        # Load balance, z, gate, passes of a layer.
+        self.router_4 = self.loss_D.new_zeros(4)
 
     def add(self, losses_BS: Tensor, domain_B: Tensor, layers: Sequence[NexusMoE]) -> None:
         """Add one forward pass.
@@ -60,7 +65,8 @@ class Tally:
         """
         length = losses_BS.shape[1]
         tokens_B = torch.full_like(domain_B, length, dtype=torch.float64)
-        self.loss_D.index_add_(0, domain_B, losses_BS.detach().double().sum(1))
+        loss_B = losses_BS.detach().double().sum(1)
+        self.loss_D.index_add_(0, domain_B, loss_B)
         self.tokens_D.index_add_(0, domain_B, tokens_B)
         domain_T = domain_B.repeat_interleave(length)
         for layer in layers:
@@ -69,11 +75,12 @@ class Tally:
     def _add_routing(self, layer: NexusMoE, domain_T: Tensor) -> None:
         seen = layer.router.latest
         assert seen is not None, "the layer has had no forward pass"
-        cell_TK = domain_T[:, None] * self.experts + seen.selected_TK
-        ones = torch.ones(cell_TK.numel(), dtype=torch.float64, device=cell_TK.device)
-        self.routed_DE.view(-1).scatter_add_(0, cell_TK.reshape(-1), ones)
-        one_pass = torch.ones_like(seen.z)
-        values_4 = torch.stack([seen.load_balance, seen.z, seen.gate_T1.mean(), one_pass])
+        # One scatter into the flattened table: (domain, expert) is domain * E + expert.
+        cell_N = (domain_T[:, None] * self.experts + seen.selected_TK).flatten()
+        one_N = torch.ones_like(cell_N, dtype=torch.float64)
+        self.routed_DE.view(-1).scatter_add_(0, cell_N, one_N)
+        gate = seen.gate_T1.mean()
+        values_4 = torch.stack([seen.load_balance, seen.z, gate, torch.ones_like(gate)])
         self.router_4 += values_4.double()
 
     def reduced(self) -> Tally:
@@ -84,19 +91,21 @@ class Tally:
 
     def losses(self, names: Sequence[str]) -> dict[str, float]:
         """Return the mean loss per domain that was seen, nats a token."""
-        pairs = zip(names, self.loss_D.tolist(), self.tokens_D.tolist(), strict=True)
-        return {name: loss / tokens for name, loss, tokens in pairs if tokens}
+        sums = zip(names, self.loss_D.tolist(), self.tokens_D.tolist(), strict=True)
+        return {name: loss / tokens for name, loss, tokens in sums if tokens}
 
     def mean_loss(self) -> float:
         """Return the mean loss over all tokens, in nats."""
-        return float(self.loss_D.sum() / self.tokens_D.sum().clamp_min(1))
+        tokens = self.tokens_D.sum().clamp_min(1)
+        return float(self.loss_D.sum() / tokens)
 
     def router(self) -> RouterNumbers | None:
         """Return what the routers did; None for a dense model."""
         if not self.experts:
             return None
         balance, z, gate, passes = self.router_4.tolist()
-        share_E = self.routed_DE.sum(0) / self.routed_DE.sum().clamp_min(1)
+        count_E = self.routed_DE.sum(0)
+        share_E = count_E / count_E.sum().clamp_min(1)
         return RouterNumbers(
             load_balance=balance / passes,
             z=z / passes,
@@ -105,8 +114,8 @@ class Tally:
             load_max=float(share_E.max()),
         )
 
-    def routing(self, names: Sequence[str], experts: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Return {domain: {expert: share of its assignments, mean over layers}} of domains seen."""
+    def routing(self, names: Sequence[str], experts: Sequence[str]) -> Routing:
+        """Return the routing of the domains that were seen, mean over layers."""
         if not self.experts:
             return {}
         found = {}
