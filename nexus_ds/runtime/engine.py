@@ -183,6 +183,15 @@ def check_layout(
             "ZeRO stage 0 clips wrongly with expert layers and keeps no masters; use "
             "ds_configs/z1.json or higher"
         )
+    _check_refused(zero)
+    _check_offload(zero, stage)
+    if experts:
+        expert_parallel_size(config.parallel, experts, world, local_world)
+    return stage, split_batch(config.training, world)
+
+
+def _check_refused(zero: DeepSpeedConfig) -> None:
+    """Raise LayoutError for a setting whose value can't train, or can't be saved exactly."""
     for key, (value, why) in REFUSED.items():
         # An explicit null is DeepSpeed's default, which is the value that can.
         if zero.get(key, value) not in (value, None):
@@ -190,10 +199,6 @@ def check_layout(
                 f"zero_optimization.{key}: {zero[key]!r} is not supported: {why}; remove it from "
                 "the JSON"
             )
-    _check_offload(zero, stage)
-    if experts:
-        expert_parallel_size(config.parallel, experts, world, local_world)
-    return stage, split_batch(config.training, world)
 
 
 def _check_offload(zero: DeepSpeedConfig, stage: int) -> None:

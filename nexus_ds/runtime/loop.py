@@ -31,6 +31,7 @@ from nexus_ds.checkpoint.tokenizer import check_tokenizer
 from nexus_ds.config import as_dict, dump
 from nexus_ds.data.corpora import TokenFile, open_source, token_files, windows
 from nexus_ds.data.mixture import Sampler, cycle_slots, domain_weights
+from nexus_ds.data.sources import Source
 from nexus_ds.data.tokenizer import open_tokenizer, vocabulary_size
 from nexus_ds.errors import CheckpointError, ConfigError, DataError, TrainingError
 from nexus_ds.launch import EXIT_STOPPED, Position
@@ -108,30 +109,11 @@ def read_data(config: Config, tokenizer: Path) -> Data:
     settings = config.data
     length = settings.sequence_length
     source = open_source(settings.path)
-
-    def make(domains: list[str], split: str, max_bytes: int) -> dict[str, TokenFile]:
-        return token_files(
-            source,
-            domains,
-            split,
-            tokenizer,
-            Path(settings.cache),
-            max_bytes=max_bytes,
-            workers=settings.workers,
-            on_bad_row=settings.on_bad_row,
-            bos=settings.bos,
-        )
-
-    def made(domains: list[str], split: str, max_bytes: int) -> dict[str, TokenFile]:
-        # Rank 0 tokenises, the others wait for it, and all read the finished files.
-        on_rank_0(lambda: len(make(domains, split, max_bytes)))
-        return make(domains, split, max_bytes)
-
-    scored = made(settings.validation_domains, "validation", 0)
+    scored = _tokenised(config, source, settings.validation_domains, "validation", tokenizer)
     counts = {}
     for name, file in scored.items():
         counts[name] = _windows_of(name, file.blocks(length), config)
-    files = made(settings.domains, "train", settings.max_bytes)
+    files = _tokenised(config, source, settings.domains, "train", tokenizer)
     weights = domain_weights(settings, {name: file.tokens for name, file in files.items()})
     data = Data(files, Sampler(files, weights, length, config.seed), weights)
     wanted = config.training.eval_windows
@@ -142,6 +124,28 @@ def read_data(config: Config, tokenizer: Path) -> Data:
                 f"{name}: {count} validation windows, training.eval_windows is {wanted}"
             )
     return data
+
+
+def _tokenised(
+    config: Config, source: Source, domains: list[str], split: str, tokenizer: Path
+) -> dict[str, TokenFile]:
+    """Return the token file of each domain. Rank 0 makes what is missing, the others wait."""
+
+    def make() -> dict[str, TokenFile]:
+        return token_files(
+            source,
+            domains,
+            split,
+            tokenizer,
+            Path(config.data.cache),
+            workers=config.data.workers,
+            max_bytes=config.data.max_bytes,
+            on_bad_row=config.data.on_bad_row,
+            bos=config.data.bos,
+        )
+
+    on_rank_0(lambda: len(make()))
+    return make()
 
 
 def _windows_of(domain: str, there: int, config: Config) -> int:

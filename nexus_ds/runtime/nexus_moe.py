@@ -273,10 +273,10 @@ class NexusMoE(DeepSpeedMoE):
         arrived_NH = there.wait(sent_NH)
 
         # From the order of the senders to that of the experts, padded for the kernel, and back.
-        rows, places, counts, number = permute_by_local_expert(
+        rows, index, counts, number = permute_by_local_expert(
             arrived_NH, plan.local_counts_by_source
         )
-        outputs_NH = unpermute_by_local_expert(self.experts(rows, counts), places, number)
+        outputs_NH = unpermute_by_local_expert(self.experts(rows, counts), index, number)
 
         sent_NH = back.start(outputs_NH)
         shared_TH = shared.down_proj(inner_TF)
