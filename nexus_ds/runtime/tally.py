@@ -1,8 +1,8 @@
 """What micro-batches tell of losses and routing, summed on the device over a stretch of steps.
 
 Shapes: B sequences, S tokens of one, T = B S tokens, D domains, E routed experts, K chosen ones a
-token, N = T K assignments. Sums are float64: a log interval may hold more tokens than float32 counts
-exactly (2^24).
+token, N = T K assignments. Sums are float64: a log interval may hold more tokens than float32
+counts exactly (2^24).
 Not covered: when a stretch begins and ends, and where its numbers go (`loop`, `metrics`).
 """
 
