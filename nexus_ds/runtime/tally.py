@@ -17,7 +17,6 @@ from torch import Tensor
 from nexus_ds.runtime.nexus_moe import NexusMoE
 from nexus_ds.runtime.ranks import all_reduce_sum
 
-
 Routing = dict[str, dict[str, float]]
 """{domain: {expert: share of the domain's assignments}}."""
 
