@@ -16,6 +16,7 @@ import torch.distributed as dist
 from parity import batches, start, train_step
 
 from nexus_ds.checkpoint.build import DTYPES
+from nexus_ds.checkpoint.records import TrainStep
 from nexus_ds.errors import NexusError
 from nexus_ds.launch import end
 from nexus_ds.runtime import states
@@ -54,7 +55,7 @@ def main():
             DTYPES[config.model.dtype],
             Path(options["export"]),
             data[0, :2, :-1],
-            {"verb": "train"},
+            TrainStep(stage="moe", steps=first, tokens=0, mixture={}),
         )
     if dist.get_rank() == 0:
         Path(f"{out}.json").write_text(
