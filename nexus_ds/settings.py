@@ -189,9 +189,6 @@ class TrainingConfig:
     """AdamW's decay of the first moment."""
     beta2: float = 0.95
     """AdamW's decay of the second moment."""
-    moments: str = ""
-    """Folder of the training states of the run before an extension (its output + .training/states,
-    kept with save_every): AdamW starts with their moments; empty: from zero."""
     clip: float = 1.0
     """Largest norm of the gradient over all parameters; 0: no clipping."""
     activation_checkpointing: str = "none"

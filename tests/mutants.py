@@ -295,12 +295,6 @@ FAULTS = (
         "sorted(files)[:: max(of, 1)]",
     ),
     Fault(
-        "a new expert's second moment is a sum",
-        "runtime/portable_state.py",
-        "alpha=1 / len(siblings)",
-        "alpha=1",
-    ),
-    Fault(
         "P is among the matrices",
         "runtime/engine.py",
         'kind = "router"',

@@ -3,8 +3,7 @@
 python state_worker.py CHECKPOINT STATES OUT KEY=VALUE ...      under the launcher's variables
 
 save=3,6 saves after these steps; until=6 ends there; copy=DIR saves what was resumed once more in
-another folder; adopt=DIR takes the moments of the states there;
-export=DIR writes the checkpoint at the end, with wrong=1 after making the engine compute something
+another folder; export=DIR writes the checkpoint at the end, with wrong=1 after making the engine compute something
 else. OUT.json gets the losses by step, the step that was resumed, and the messages.
 """
 
@@ -32,8 +31,6 @@ def main():
     )
     description = {"layout": layout, "config": {"training.lr": config.training.lr}}
     first, messages = states.resume(engine, Path(folder), description)
-    if "adopt" in options:
-        messages += states.adopt(engine, Path(options["adopt"]))
     if "copy" in options:
         states.save(engine, Path(options["copy"]), first, description, 9)
     data = batches(engine.module.config.vocab_size, config.training.batch_size)

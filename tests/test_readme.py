@@ -333,7 +333,7 @@ def check_words(text, verb=""):
 
 
 def test_every_command_and_setting_in_the_text_exists():
-    """Such as `extend --replace`, `--fail-if-worse 3%`, `training.moments=DIR`."""
+    """Such as `extend --replace`, `--fail-if-worse 3%`, `training.save_every=100`."""
     found = set()
     for code in [*INLINE, *(line for lines in COMMANDS for line in lines)]:
         words = code.removeprefix("nexus-ds ").split()

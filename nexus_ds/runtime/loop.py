@@ -569,8 +569,6 @@ def train(config: Config, ds_json: str, here: Position, wait_minutes: float) -> 
     run = Run(config, ds_json, here)
     first, messages = states.resume(run.engine, run.work / "states", run.description)
     messages = run.data.messages + messages
-    if not first and config.training.moments:
-        messages += states.adopt(run.engine, Path(config.training.moments))
     on_first = here.rank == 0
     with closing(Metrics(run.work, config.name, first, run.total, on_first)) as metrics:
         if on_first:

@@ -246,29 +246,6 @@ def resume(engine: Engine, states: Path, description: Description) -> tuple[int,
     return step, messages
 
 
-def adopt(engine: Engine, states: Path) -> list[str]:
-    """Carry the moments of the newest good state of a run before an extension into a fresh engine;
-    return messages.
-
-    All ranks must call.
-
-    Raises:
-        CheckpointError: no state there that can be used.
-    """
-    step, problems = newest_good(states)
-    if not step:
-        raise CheckpointError(
-            f"{states} holds no training state; train with training.save_every, or leave this out"
-        )
-    directory = states / f"step_{step}"
-    manifest = read_manifest(directory)
-    files = portable_state.StateFiles(directory, sorted(manifest["files"]))
-    portable_state.adopt_moments(engine, files, manifest["parameters"], manifest["optimizer_step"])
-    return [f"{problem} - using step {step}" for problem in problems] + [
-        f"optimizer moments from {directory}"
-    ]
-
-
 # Saving -------------------------------------------------------------------------------------------
 
 

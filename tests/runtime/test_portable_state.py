@@ -1,23 +1,12 @@
-"""Training states without ranks: stacks cut at the borders of experts, elements gathered over
-files, siblings of a new expert."""
-
-from types import SimpleNamespace
+"""Training states without ranks: stacks cut at experts' borders, elements gathered over files."""
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from nexus_ds.errors import CheckpointError
-from nexus_ds.runtime import portable_state
 from nexus_ds.runtime.deepspeed_internals import Fragment
-from nexus_ds.runtime.portable_state import (
-    Piece,
-    StateFiles,
-    _cut,
-    _same_matrices,
-    _Stack,
-    adopt_moments,
-)
+from nexus_ds.runtime.portable_state import StateFiles, _cut, _Stack
 
 
 @pytest.mark.parametrize(
@@ -92,51 +81,3 @@ def test_a_tensor_of_another_kind_of_file_is_refused(tmp_path):
         CheckpointError, match=r"tensor 'model\.norm\.weight' belongs to no training state"
     ):
         StateFiles(tmp_path, ["a.safetensors"])
-
-
-EXPERT = "model.layers.{}.mlp.experts.{}.{}.weight"
-
-
-@pytest.fixture
-def two_layers(monkeypatch):
-    """A model of two Nexus layers with three experts each, as far as names need it."""
-    layer = SimpleNamespace(placement=SimpleNamespace(experts=3))
-    monkeypatch.setattr(portable_state, "moe_layers", lambda model: [layer, layer])
-
-
-def test_siblings_are_the_same_matrix_of_all_experts_of_the_layer(two_layers):
-    siblings = _same_matrices(None)
-    names = [EXPERT.format(0, expert, "up_proj") for expert in range(3)]
-    assert siblings[names[1]] == names
-    assert len(siblings) == 2 * 3 * 3
-    assert "model.layers.0.self_attn.q_proj.weight" not in siblings
-
-
-def test_a_new_experts_first_moment_is_zero_and_its_second_that_of_its_siblings(
-    files, two_layers, monkeypatch
-):
-    """Experts 0 and 1 were there; expert 2 is new, and so is a parameter without siblings."""
-    names = [EXPERT.format(0, expert, "up_proj") for expert in range(3)] + ["new"]
-    values = {
-        name: {kind: torch.zeros(4) for kind in ("fp32", "exp_avg", "exp_avg_sq")} for name in names
-    }
-    monkeypatch.setattr(
-        portable_state, "pieces", lambda engine: [Piece(name, 0, values[name]) for name in names]
-    )
-    monkeypatch.setattr(portable_state, "shapes", lambda model: {name: [4] for name in names})
-    steps = []
-    monkeypatch.setattr(
-        portable_state.internals, "set_optimizer_step", lambda engine, step: steps.append(step)
-    )
-    known = {
-        EXPERT.format(0, expert, part): [4]
-        for expert in range(2)
-        for part in ("up_proj", "down_proj")
-    }
-    adopt_moments(SimpleNamespace(module=None), files, known, 7)
-    assert steps == [7]
-    found = {
-        name: [float(values[name][kind][0]) for kind in ("fp32", "exp_avg", "exp_avg_sq")]
-        for name in names
-    }
-    assert found == dict(zip(names, ([0, 1, 1], [0, 3, 3], [0, 0, 2], [0, 0, 0]), strict=True))

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_nexus
 from launch import file_modes, finish, fork_ranks, start_ranks, umask
 from saved_states import KINDS, RANK_0, RANK_1, WORKER, content, copy_step, equal, flip, launch
 
@@ -327,33 +326,3 @@ def test_an_export_that_computes_something_else_fails_on_all_ranks_and_keeps_the
     assert not out.exists()
     assert not list(tmp_path.glob(".exported*"))
     assert damage(tmp_path / "states" / "step_1") == ""
-
-
-# Extension ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_an_extended_model_keeps_the_moments_of_what_it_was_made_of(tmp_path, source):
-    extended = make_nexus(tmp_path / "extended", seed=1, names=["a", "b", "c", "d"])
-    words = (
-        "stage=2",
-        "parallel.expert=2",
-        f"adopt={source[0]}",
-        f"copy={tmp_path / 'copy'}",
-        "until=2",
-    )
-    result = launch(extended, tmp_path / "states", 2, *words)
-    old, new = content(source[0] / "step_6"), content(tmp_path / "copy" / "step_0")
-    assert result["messages"] == [f"optimizer moments from {source[0] / 'step_6'}"]
-    assert read_manifest(tmp_path / "copy" / "step_0")["optimizer_step"] == 6
-    for (kind, name), values in new.items():
-        if kind != "fp32" and (kind, name) in old:
-            assert torch.equal(values, old[kind, name])
-    for part in ("gate_proj", "up_proj", "down_proj"):
-        name = "model.layers.1.mlp.experts.{}." + part + ".weight"
-        assert not new["exp_avg", name.format(3)].any()
-        mean = sum(old["exp_avg_sq", name.format(e)] for e in range(3)) / 3
-        assert torch.allclose(new["exp_avg_sq", name.format(3)], mean, rtol=1e-6, atol=0)
-        # weights are the checkpoint's
-        assert not torch.equal(new["fp32", name.format(0)], old["fp32", name.format(0)])
-    assert all(math.isfinite(loss) for loss in result["losses"].values())
