@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
             "seed": args.seed,
             "encoder": {"name": encoder.name, "revision": encoder.revision},
             "silhouette": clusters.silhouette,
-            "domains": domains,
+            "domains": {name: found.to_json() for name, found in domains.items()},
         }
         write_json(folder / FACTS, facts)
     first = clusters.names[0]

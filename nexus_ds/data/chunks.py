@@ -1,6 +1,6 @@
-"""Chunks of text with embeddings of their own: what `router.warm_start: chunks | closed_form`
-learns P from.
+"""Chunks of text with embeddings of their own, from which a warm start learns P.
 
+They serve `router.warm_start: chunks | closed_form`.
 The embeddings are kept in a folder, one file a domain, found again by text and encoder: several
 warm starts of one run embed their text once.
 Not covered: an encoder that only another machine has.
@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from nexus_ds.data.domains import (
@@ -30,8 +31,10 @@ WINDOWS = 2  # pieces of a chunk that are averaged at most
 
 
 def _place(cache: Path, texts: Sequence[str], revision: str) -> Path:
+    """Return the file of a domain's embeddings, found again by encoder and text."""
     digest = hashlib.sha256(f"{revision} {WINDOWS}".encode())
     for text in texts:
+        # with an end: other borders between the same characters are other chunks
         digest.update(text.encode() + b"\0")
     return cache / f"chunks-{digest.hexdigest()[:24]}.safetensors"
 
@@ -51,30 +54,36 @@ def embed_chunks(
         ConfigError: no such encoder on this machine.
         IncompatibleModelsError: it has other weights.
     """
-    from safetensors.torch import load_file, save
-
     found = weights_hash(encoder_directory(encoder))
     if found != revision:
         raise IncompatibleModelsError(
-            f"the encoder {encoder} has the revision {found[:12]}, the domain embeddings were made with {revision[:12]}; "
-            "set pipeline.encoder to the one that made them"
+            f"the encoder {encoder} has the revision {found[:12]}, the domain embeddings were "
+            f"made with {revision[:12]}; set pipeline.encoder to the one that made them"
         )
     places = {domain: _place(cache, chunks, revision) for domain, chunks in texts.items()}
     missing = [domain for domain, path in places.items() if not path.is_file()]
     if missing:
         model = SentenceEncoder(encoder)
-        with Progress(
-            "embed chunks", sum(len(texts[domain]) for domain in missing), "chunk"
-        ) as progress:
+        total = sum(len(texts[domain]) for domain in missing)
+        with Progress("embed chunks", total, "chunk") as progress:
             for domain in missing:
-                parts: list[Tensor] = []
-                for start in range(0, len(texts[domain]), ENCODE_BATCH):
-                    batch = texts[domain][start : start + ENCODE_BATCH]
-                    parts.append(torch.from_numpy(document_vectors(batch, model, WINDOWS)).float())
-                    progress.advance(len(batch))
-                with (
-                    new_file(places[domain], overwrite=True) as temporary,
-                    create(temporary) as stream,
-                ):
-                    stream.write(save({"vectors": torch.cat(parts)}))
+                vectors_NM = _embedded(texts[domain], model, progress)
+                _write(places[domain], vectors_NM)
     return {domain: load_file(path)["vectors"] for domain, path in places.items()}
+
+
+def _embedded(chunks: Sequence[str], encoder: SentenceEncoder, progress: Progress) -> Tensor:
+    """Return [N, M] fp32 unit-norm embeddings."""
+    parts = []
+    for start in range(0, len(chunks), ENCODE_BATCH):
+        batch = chunks[start : start + ENCODE_BATCH]
+        vectors = document_vectors(batch, encoder, WINDOWS)
+        parts.append(torch.from_numpy(vectors).float())
+        progress.advance(len(batch))
+    return torch.cat(parts)
+
+
+def _write(path: Path, vectors_NM: Tensor) -> None:
+    # overwrite: another warm start may have made the same meanwhile
+    with new_file(path, overwrite=True) as temporary, create(temporary) as stream:
+        stream.write(save({"vectors": vectors_NM}))

@@ -1,5 +1,4 @@
-"""Domains discovered in text that has no labels: documents clustered by their embeddings, named by
-their own words.
+"""Domains discovered in text without labels: documents clustered, and named by their own words.
 
 A document is described twice: by the embedding of its opening, which knows what it is about, and by
 its words (tf-idf in few dimensions), which also know what kind of text it is. On five mixtures of 4
@@ -25,10 +24,9 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from itertools import chain, islice
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -39,15 +37,22 @@ from nexus_ds.errors import ConfigError, DataError
 from nexus_ds.outputs import create
 from nexus_ds.progress import Progress
 
+# sklearn takes a second to load, which other verbs should not pay: it is imported where it works.
+
 OPENING = 400  # characters of a document that are embedded
 READ = 4000  # characters of a document in which words are counted
 # words in fewer documents, or in a larger share of them, say nothing of domains
-RARE, COMMON = 3, 0.9
-VOCABULARY, WORD_FEATURES = 50_000, 100
+RARE = 3
+COMMON = 0.9
+VOCABULARY = 50_000
+WORD_FEATURES = 100
 LARGE = 50_000  # documents in the sample from which k-means works on batches
 STARTS = 10  # of k-means, of which the best is kept
 SILHOUETTE_SAMPLE = 5000  # documents; all pairs of them are compared
-NAME_WORDS, SHOWN_WORDS = 2, 8
+NAME_WORDS = 2
+SHOWN_WORDS = 8
+SAFE_WORD = re.compile("[a-z]{1,24}")
+KEPT_WORDS = 8 * SHOWN_WORDS  # of a domain: names skip words that others have taken
 
 
 def corpus_files(path: Path) -> list[Path]:
@@ -56,25 +61,30 @@ def corpus_files(path: Path) -> list[Path]:
     Raises:
         DataError: no such files.
     """
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*.jsonl*") if p.is_file())
+    if path.is_file():
+        files = [path]
+        otherwise = "a file of another kind"
+    elif path.is_dir():
+        files = sorted(found for found in path.rglob("*.jsonl*") if found.is_file())
+        otherwise = "none in it"
+    else:
+        files = []
+        otherwise = "nothing there"
     files = [file for file in files if file.name.endswith(SUFFIXES)]
     if not files:
-        found = (
-            "a file of another kind"
-            if path.is_file()
-            else "none in it"
-            if path.is_dir()
-            else "nothing there"
-        )
         raise DataError(
-            f"no text at {path}: {found}; expected files of one {{'text': ...}} a line, {' or '.join(SUFFIXES)}"
+            f"no text at {path}: {otherwise}; expected files of one {{'text': ...}} a line, "
+            f"{' or '.join(SUFFIXES)}"
         )
     return files
 
 
 class Words:
-    """What words say of documents: tf-idf of a sample's words, reduced to its WORD_FEATURES main
-    directions."""
+    """What words say of documents: tf-idf of a sample's words, in WORD_FEATURES directions.
+
+    The directions are those of the truncated SVD (latent semantic analysis, Deerwester et al.
+    1990).
+    """
 
     def __init__(self, texts: Sequence[str], seed: int) -> None:
         from sklearn.decomposition import TruncatedSVD
@@ -86,7 +96,8 @@ class Words:
         self.reduction = None
         try:
             found_DV = self.counter.fit_transform(texts)
-        except ValueError:  # too few documents, or hardly a word in them
+        except ValueError:
+            # too few documents, or hardly a word in them
             return
         if min(found_DV.shape) > 1:
             size = min(WORD_FEATURES, *found_DV.shape)
@@ -101,12 +112,13 @@ class Words:
 
 @dataclass
 class Clusters:
-    """N domains: names, centres [N, F], the words that set each apart, and how well they part the
-    sample."""
+    """N domains of a sample, the largest first."""
 
     names: list[str]
     centres: np.ndarray
+    """[N, F] means of the domains' documents."""
     words: list[list[str]]
+    """That set each domain apart, the best first."""
     silhouette: float
     """Mean over the sample of (b - a) / max(a, b), a and b the mean cosine distances to the own and
     the nearest other domain's documents: 1 for islands, 0 for a cloud that was cut."""
@@ -118,7 +130,9 @@ class Clusters:
 
 def nearest(vectors_DF: np.ndarray, centres_NF: np.ndarray) -> np.ndarray:
     """Return for each vector the number [D] of the centre that is nearest."""
-    return np.argmax(vectors_DF @ centres_NF.T - (centres_NF**2).sum(axis=1) / 2, axis=1)
+    # |v - c|^2 = |v|^2 - 2 (v c - |c|^2 / 2): the nearest centre has the largest bracket
+    half_norm_N = (centres_NF**2).sum(axis=1) / 2
+    return np.argmax(vectors_DF @ centres_NF.T - half_norm_N, axis=1)
 
 
 def fit_clusters(texts: Sequence[str], vectors_DF: np.ndarray, count: int, seed: int) -> Clusters:
@@ -133,19 +147,23 @@ def fit_clusters(texts: Sequence[str], vectors_DF: np.ndarray, count: int, seed:
     Raises:
         DataError: a domain of fewer than two documents.
     """
-    centres = _k_means(vectors_DF, count, seed)
-    labels = nearest(vectors_DF, centres)
-    sizes = np.bincount(labels, minlength=count)
-    if sizes.min() < 2:
+    centres_NF = _k_means(vectors_DF, count, seed)
+    labels_D = nearest(vectors_DF, centres_NF)
+    sizes_N = np.bincount(labels_D, minlength=count)
+    if sizes_N.min() < 2:
         raise DataError(
-            f"one of the {count} domains has {sizes.min()} of the {len(texts)} sampled documents, expected two or more; "
-            "ask for fewer domains or a larger sample"
+            f"one of the {count} domains has {sizes_N.min()} of the {len(texts)} sampled "
+            "documents, expected two or more; ask for fewer domains or a larger sample"
         )
-    order = np.argsort(-sizes, kind="stable")
-    labels = np.argsort(order)[labels]
-    words = distinctive_words(texts, labels, count)
+    order_N = np.argsort(-sizes_N, kind="stable")
+    # the inverse permutation: a domain's old number to its place in the order
+    labels_D = np.argsort(order_N)[labels_D]
+    words = distinctive_words(texts, labels_D, count)
     return Clusters(
-        domain_names(words), centres[order], words, _silhouette(vectors_DF, labels, seed)
+        names=domain_names(words),
+        centres=centres_NF[order_N],
+        words=words,
+        silhouette=_silhouette(vectors_DF, labels_D, seed),
     )
 
 
@@ -153,27 +171,27 @@ def _k_means(vectors_DF: np.ndarray, count: int, seed: int) -> np.ndarray:
     from sklearn.cluster import KMeans, MiniBatchKMeans
 
     kind = KMeans if len(vectors_DF) < LARGE else MiniBatchKMeans
-    model = kind(n_clusters=count, init="k-means++", n_init=STARTS, random_state=seed).fit(
-        vectors_DF
-    )
+    model = kind(n_clusters=count, init="k-means++", n_init=STARTS, random_state=seed)
+    model.fit(vectors_DF)
     return np.asarray(model.cluster_centers_)
 
 
-def _silhouette(vectors_DF: np.ndarray, labels: np.ndarray, seed: int) -> float:
+def _silhouette(vectors_DF: np.ndarray, labels_D: np.ndarray, seed: int) -> float:
     from sklearn.metrics import silhouette_score
 
-    chosen = np.random.default_rng(seed).permutation(len(labels))[:SILHOUETTE_SAMPLE]
-    if len(set(labels[chosen])) < 2:  # of two domains one is so small that it fell through
+    chosen = np.random.default_rng(seed).permutation(len(labels_D))[:SILHOUETTE_SAMPLE]
+    if len(set(labels_D[chosen])) < 2:
+        # of two domains one is so small that it fell through
         return 0.0
-    return float(silhouette_score(vectors_DF[chosen], labels[chosen], metric="cosine"))
+    return float(silhouette_score(vectors_DF[chosen], labels_D[chosen], metric="cosine"))
 
 
-def distinctive_words(texts: Sequence[str], labels: np.ndarray, count: int) -> list[list[str]]:
+def distinctive_words(texts: Sequence[str], labels_D: np.ndarray, count: int) -> list[list[str]]:
     """Return for each of `count` domains the words that set it apart, best first.
 
-    A word's score is p log(p / q), p and q its shares of the domain's and of all documents:
-    frequent here, and more so than elsewhere. Counting documents keeps one long text from naming
-    the domain.
+    A word's score is p log(p / q), p and q its shares of the domain's and of all documents (its
+    term of the Kullback-Leibler divergence): frequent here, and more so than elsewhere. Counting
+    documents keeps one long text from naming the domain.
     """
     from sklearn.feature_extraction.text import CountVectorizer
 
@@ -186,28 +204,33 @@ def distinctive_words(texts: Sequence[str], labels: np.ndarray, count: int) -> l
     )
     try:
         present_DV = counter.fit_transform(texts)
-    except ValueError:  # no word of three letters in any document
+    except ValueError:
+        # no word of three letters in any document
         return [[] for _ in range(count)]
     vocabulary = counter.get_feature_names_out()
+    # the mean of a sparse matrix is a matrix, not an array
     everywhere_V = np.asarray(present_DV.mean(axis=0)).ravel()
     found = []
     for cluster in range(count):
-        here_V = np.asarray(present_DV[np.flatnonzero(labels == cluster)].mean(axis=0)).ravel()
+        mine_DV = present_DV[np.flatnonzero(labels_D == cluster)]
+        here_V = np.asarray(mine_DV.mean(axis=0)).ravel()
+        # a word that is nowhere here scores 0 log(..), not NaN
         score_V = here_V * np.log(np.maximum(here_V, 1e-12) / everywhere_V)
-        best = [v for v in np.argsort(-score_V, kind="stable")[: 8 * SHOWN_WORDS] if score_V[v] > 0]
-        found.append([str(vocabulary[v]) for v in best])
+        best = np.argsort(-score_V, kind="stable")[:KEPT_WORDS]
+        found.append([str(vocabulary[v]) for v in best if score_V[v] > 0])
     return found
 
 
 def domain_names(words: Sequence[Sequence[str]]) -> list[str]:
-    """Return a name for each domain, safe for folders and experts: its first words that no earlier
-    domain's name has."""
+    """Return a name for each domain, safe for folders and experts.
+
+    It is made of the domain's first words that no earlier domain's name has.
+    """
     taken: set[str] = set()
     names = []
     for number, best in enumerate(words, start=1):
-        chosen = [word for word in best if word not in taken and re.fullmatch("[a-z]{1,24}", word)][
-            :NAME_WORDS
-        ]
+        free = (word for word in best if word not in taken and SAFE_WORD.fullmatch(word))
+        chosen = list(islice(free, NAME_WORDS))
         taken.update(chosen)
         names.append("-".join(chosen) or f"domain-{number}")
     return names
@@ -221,27 +244,48 @@ class _Domain:
     seed: int
     every: int
     """One document of so many is set aside for validation."""
-    files: dict[str, Any]
-    counts: dict[str, int] = field(default_factory=lambda: {"train": 0, "validation": 0})
+    files: dict[str, gzip.GzipFile]
+    """Of each split."""
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    """Documents of each split."""
     size: int = 0
+    """Bytes of rows, before they are compressed."""
 
     def _split(self) -> str:
-        """Return where the next document goes: one of each block is drawn, the first block's among
-        its first two."""
+        """Return where the next document goes: one of each block is drawn for validation."""
         block, place = divmod(sum(self.counts.values()), self.every)
-        digest = hashlib.blake2b(
-            f"{self.seed}\0{self.name}\0{block}".encode(), digest_size=8
-        ).digest()
+        key = f"{self.seed}\0{self.name}\0{block}".encode()
+        digest = hashlib.blake2b(key, digest_size=8).digest()
+        # among the first block's first two, so that a domain of two has one in each split
         drawn = int.from_bytes(digest) % (self.every if block else 2)
         return "validation" if place == drawn else "train"
 
     def add(self, document: Document) -> None:
         """Write one document."""
         split = self._split()
-        row = json.dumps({"text": document.text, "meta": document.meta}, ensure_ascii=False) + "\n"
+        content = {"text": document.text, "meta": document.meta}
+        row = json.dumps(content, ensure_ascii=False) + "\n"
         # JSON's own way of writing a lone surrogate, which `meta` may hold and UTF-8 may not.
-        self.size += self.files[split].write(row.encode("utf-8", errors="backslashreplace"))
+        line = row.encode("utf-8", errors="backslashreplace")
+        self.size += self.files[split].write(line)
         self.counts[split] += 1
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of one domain."""
+
+    train: int
+    """Documents."""
+    validation: int
+    bytes: int
+    """Of rows, before they are compressed."""
+    words: list[str]
+    """That set it apart."""
+
+    def to_json(self) -> dict[str, object]:
+        """Return plain values by name."""
+        return asdict(self)
 
 
 class Discovery:
@@ -270,46 +314,48 @@ class Discovery:
         """
         if every < 2:
             raise ConfigError(f"one document of {every} for validation: expected one of 2 or more")
-        self.files, self.encoder, self.seed = list(files), encoder, seed
-        self.every, self.on_bad_row = every, on_bad_row
-        self.documents = self.skipped = 0
+        self.files = list(files)
+        self.encoder = encoder
+        self.seed = seed
+        self.every = every
+        self.on_bad_row = on_bad_row
+        self.documents = 0
+        self.skipped = 0
         self.words = Words([], seed)
         self.known: dict[str, np.ndarray] = {}
         """Embeddings [M] of the sampled documents, by the place where they stand."""
 
     def _read(self, bad_rows: BadRows | None = None) -> Iterator[Document]:
-        return chain.from_iterable(
-            read_rows(file, self.on_bad_row, bad_rows) for file in self.files
-        )
+        for file in self.files:
+            yield from read_rows(file, self.on_bad_row, bad_rows)
 
     def _cut(self) -> Iterator[Document]:
+        """Yield the documents' beginnings, and count them."""
         self.documents = 0
         for document in self._read():
             self.documents += 1
             yield Document(document.text[:READ], {}, document.where)
 
     def _embedded(self, documents: Sequence[Document]) -> dict[str, np.ndarray]:
-        """Return the embedding [M] of each document, by its place; those of the sample are
-        known."""
+        """Return the embedding [M] of each document, by its place; the sample's are known."""
         new = [document for document in documents if document.where not in self.known]
         if not new:
             return self.known
-        vectors = document_vectors([document.text[:OPENING] for document in new], self.encoder, 1)
-        return self.known | {
-            document.where: vector for document, vector in zip(new, vectors, strict=True)
-        }
+        openings = [document.text[:OPENING] for document in new]
+        vectors_DM = document_vectors(openings, self.encoder, 1)
+        places = (document.where for document in new)
+        return self.known | dict(zip(places, vectors_DM, strict=True))
 
     def _features(self, documents: Sequence[Document]) -> np.ndarray:
         """Return the features [D, F] of documents: embedding and words, with the same weight."""
         known = self._embedded(documents)
         embedded_DM = np.array([known[document.where] for document in documents])
-        return np.concatenate(
-            [embedded_DM, self.words.vectors([d.text[:READ] for d in documents])], axis=1
-        )
+        words = self.words.vectors([document.text[:READ] for document in documents])
+        # both are unit vectors, so neither outweighs the other
+        return np.concatenate([embedded_DM, words], axis=1)
 
     def fit(self, count: int, documents: int) -> Clusters:
-        """Read the corpus once, embed a sample of `documents` of it, and cluster that into `count`
-        domains.
+        """Read the corpus once and cluster a sample of `documents` of it into `count` domains.
 
         Raises:
             DataError: damaged rows; too few documents for so many domains.
@@ -317,7 +363,8 @@ class Discovery:
         sample = sample_documents(self._cut(), documents, self.seed, "discover")
         if len(sample) < 2 * count:
             raise DataError(
-                f"found {len(sample)} documents for {count} domains; expected two for each: ask for fewer domains"
+                f"found {len(sample)} documents for {count} domains; expected two for each: "
+                "ask for fewer domains"
             )
         with Progress("embed the sample", len(sample), "doc") as progress:
             for batch in _batches(iter(sample)):
@@ -327,16 +374,15 @@ class Discovery:
         self.words = Words(texts, self.seed)
         return fit_clusters(texts, self._features(sample), count, self.seed)
 
-    def write(self, clusters: Clusters, out: Path) -> dict[str, dict[str, Any]]:
-        """Read the corpus again and write each document into
-        `out`/<domain>/{train,validation}.jsonl.gz.
+    def write(self, clusters: Clusters, out: Path) -> dict[str, Written]:
+        """Read the corpus again and write each document into its domain's folder.
 
         Args:
             clusters: of the sample.
-            out: directory, there and empty.
+            out: directory, there and empty; it gets <domain>/{train,validation}.jsonl.gz.
 
         Returns:
-            For each domain `train` and `validation` (documents), `bytes` (of rows) and `words`.
+            What became of each domain.
         """
         bad_rows = BadRows()
         with ExitStack() as stack, Progress("assign", self.documents, "doc") as progress:
@@ -348,19 +394,23 @@ class Discovery:
                 progress.advance(len(batch))
         self.skipped = bad_rows.count
         return {
-            domain.name: {**domain.counts, "bytes": domain.size, "words": words[:SHOWN_WORDS]}
+            domain.name: Written(
+                train=domain.counts["train"],
+                validation=domain.counts["validation"],
+                bytes=domain.size,
+                words=words[:SHOWN_WORDS],
+            )
             for domain, words in zip(domains, clusters.words, strict=True)
         }
 
     def _open(self, stack: ExitStack, folder: Path) -> _Domain:
         folder.mkdir()
-        files = {}
+        files: dict[str, gzip.GzipFile] = {}
         for split in SPLITS:
             stream = stack.enter_context(create(folder / f"{split}.jsonl.gz"))
             # Without a name and a time the bytes depend on the text alone.
-            files[split] = stack.enter_context(
-                gzip.GzipFile(filename="", mode="wb", fileobj=stream, mtime=0)
-            )
+            file = gzip.GzipFile(filename="", mode="wb", fileobj=stream, mtime=0)
+            files[split] = stack.enter_context(file)
         return _Domain(folder.name, self.seed, self.every, files)
 
 

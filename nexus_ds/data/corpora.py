@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -69,12 +69,12 @@ class TokenFile:
     def _stream(self) -> BinaryIO:
         return self.path.open("rb", buffering=0)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
+        # an open file can't be sent to another process; it opens its own
         return {key: value for key, value in self.__dict__.items() if key != "_stream"}
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Return ids `start` to `start + count` as [count] int64; DataError if the file ends
-        before.
+        """Return ids `start` to `start + count` as [count] int64; DataError if there are fewer.
 
         A read, not a memory map: pages of a map count as this process's memory, and a file that was
         cut short kills it.
@@ -83,8 +83,8 @@ class TokenFile:
         content = os.pread(self._stream.fileno(), count * width, start * width)
         if len(content) != count * width:
             raise DataError(
-                f"{self.path}: found {len(content)} bytes at {start * width}, expected {count * width}; the file was cut "
-                "short: remove it, and it is made again"
+                f"{self.path}: found {len(content)} bytes at {start * width}, "
+                f"expected {count * width}; the file was cut short: remove it, and it is made again"
             )
         return np.frombuffer(content, dtype=self.dtype).astype(np.int64)
 
@@ -93,15 +93,19 @@ class TokenFile:
         return max(self.tokens - 1, 0) // length
 
     def block(self, index: int, length: int) -> np.ndarray:
-        """Return block `index` as [length + 1] int64: inputs are all but the last, labels all but
-        the first."""
+        """Return block `index` as [length + 1] int64.
+
+        Inputs are all but the last, labels all but the first; so blocks share one id with the next.
+        """
         return self.read(index * length, length + 1)
 
 
 @contextmanager
 def _locked(cache: Path) -> Iterator[None]:
-    """Hold the cache's lock: one process makes token files, the others wait. It goes when its
-    holder dies."""
+    """Hold the cache's lock: one process makes token files, the others wait.
+
+    It is the system's (flock) and goes when its holder dies.
+    """
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / ".lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
@@ -109,8 +113,10 @@ def _locked(cache: Path) -> Iterator[None]:
 
 
 def _batches(documents: Iterator[tuple[str, Document]]) -> Batches:
-    """Group (domain, document) into (domain, texts) of about BATCH_CHARACTERS; each domain's texts
-    keep their order."""
+    """Group (domain, document) into (domain, texts) of about BATCH_CHARACTERS.
+
+    Each domain's texts keep their order.
+    """
     batches: dict[str, list[str]] = {}
     sizes: Counter[str] = Counter()
     for domain, document in documents:
@@ -125,19 +131,19 @@ def _batches(documents: Iterator[tuple[str, Document]]) -> Batches:
 def _existing(path: Path) -> TokenFile | None:
     """Return the token file at `path` if its manifest is there and agrees with it."""
     try:
-        facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        manifest = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         size = path.stat().st_size
     except (OSError, ValueError):
         return None
-    if size != facts["tokens"] * np.dtype(facts["dtype"]).itemsize:
+    if size != manifest["tokens"] * np.dtype(manifest["dtype"]).itemsize:
         return None
     return TokenFile(
         path,
-        facts["dtype"],
-        facts["tokens"],
-        facts["documents"],
-        facts["skipped"]["count"],
-        facts["fingerprint"],
+        dtype=manifest["dtype"],
+        tokens=manifest["tokens"],
+        documents=manifest["documents"],
+        skipped=manifest["skipped"]["count"],
+        fingerprint=manifest["fingerprint"],
     )
 
 
@@ -157,7 +163,7 @@ class _Job:
     def finish(self, dtype: str, split: str, max_bytes: int) -> None:
         """Write the manifest, which makes the token file valid, and tell of damaged rows."""
         bad = self.bad_rows
-        facts = {
+        manifest = {
             "domain": self.domain,
             "split": split,
             "dtype": dtype,
@@ -167,12 +173,10 @@ class _Job:
             "max_bytes": max_bytes,
             "fingerprint": self.fingerprint,
         }
-        write_json(self.path.with_suffix(".json"), facts)
+        write_json(self.path.with_suffix(".json"), manifest)
         if bad.count:
-            print(
-                f"{self.domain}/{split}: {bad.count} damaged rows skipped, first: {bad.messages[0]}",
-                file=sys.stderr,
-            )
+            what = f"{self.domain}/{split}: {bad.count} damaged rows skipped"
+            print(f"{what}, first: {bad.messages[0]}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -185,17 +189,28 @@ class _Maker:
     max_bytes: int
     on_bad_row: str
 
+    def job(self, domain: str, cache: Path) -> _Job:
+        """Return a domain's token file as it is or will be, named by all that it is made from."""
+        text = self.source.fingerprint(domain, self.split)
+        facts = (
+            f"{FORMAT} {domain} {self.split} {text} {self.tokenizer.fingerprint} "
+            f"{self.max_bytes} {self.on_bad_row}"
+        )
+        fingerprint = hashlib.sha256(facts.encode()).hexdigest()
+        path = cache / f"{domain}-{self.split}-{fingerprint[:16]}.bin"
+        return _Job(domain, path, fingerprint)
+
     def make_all(self, jobs: Sequence[_Job], workers: int) -> None:
-        """Tokenise the text of some domains with `workers` processes; 0: as many as are worth their
-        start."""
+        """Tokenise some domains with `workers` processes; 0: as many as are worth their start."""
         for job in jobs:
             size = self.source.size(job.domain, self.split)
+            # of two numbers the smaller one that is known; 0 is none
             job.expected = min(size or self.max_bytes, self.max_bytes or size)
-        little = (
-            all(job.expected for job in jobs) and sum(job.expected for job in jobs) < LITTLE_TEXT
-        )
+        if not workers:
+            total = _expected(jobs)
+            workers = 1 if 0 < total < LITTLE_TEXT else cores()
         named = {job.domain: job for job in jobs}
-        with packer(self.tokenizer, workers or (1 if little else cores())) as pack:
+        with packer(self.tokenizer, workers) as pack:
             for group in passes(self.source, list(named)):
                 self._make([named[domain] for domain in group], pack)
 
@@ -208,13 +223,13 @@ class _Maker:
         documents = read(
             self.source, list(named), self.split, self.on_bad_row, self.max_bytes, bad_rows
         )
-        total = sum(job.expected for job in jobs) >> 10 if all(job.expected for job in jobs) else 0
+        total = _expected(jobs) >> 10
         label = f"tokenise {', '.join(named)}/{self.split}"
         with ExitStack() as stack:
-            paths = {
-                job.domain: stack.enter_context(new_file(job.path, overwrite=True)) for job in jobs
-            }
-            streams = {domain: stack.enter_context(create(path)) for domain, path in paths.items()}
+            streams: dict[str, BinaryIO] = {}
+            for job in jobs:
+                path = stack.enter_context(new_file(job.path, overwrite=True))
+                streams[job.domain] = stack.enter_context(create(path))
             progress = stack.enter_context(Progress(label, total, "kB"))
             for domain, part in pack(_counted(_batches(documents), progress)):
                 streams[domain].write(part.ids)
@@ -225,12 +240,20 @@ class _Maker:
             job.finish(self.tokenizer.dtype, self.split, self.max_bytes)
 
 
+def _expected(jobs: Sequence[_Job]) -> int:
+    """Return about how many bytes of text there are; 0 where that of one is unknown."""
+    sizes = [job.expected for job in jobs]
+    return sum(sizes) if all(sizes) else 0
+
+
 def _counted(batches: Batches, progress: Progress) -> Batches:
     for domain, texts in batches:
         yield domain, texts
         done = sum(map(len, texts)) >> 10
-        # an estimate
-        progress.advance(min(done, progress.total - progress.done) if progress.total else done)
+        if progress.total:
+            # the total is an estimate, which more text must not exceed
+            done = min(done, progress.total - progress.done)
+        progress.advance(done)
 
 
 def token_files(
@@ -270,18 +293,13 @@ def token_files(
     """
     if split not in SPLITS or on_bad_row not in ("error", "skip"):
         raise ConfigError(
-            f"split {split!r}, on_bad_row {on_bad_row!r}: expected {' | '.join(SPLITS)} and error | skip"
+            f"split {split!r}, on_bad_row {on_bad_row!r}: "
+            f"expected {' | '.join(SPLITS)} and error | skip"
         )
     tokenizer = load_tokenizer(tokenizer_dir, bos)
     cap = max_bytes if split == "train" else 0
-    jobs: list[_Job] = []
-    for domain in domains:
-        text = source.fingerprint(domain, split)
-        facts = f"{FORMAT} {domain} {split} {text} {tokenizer.fingerprint} {cap} {on_bad_row}"
-        fingerprint = hashlib.sha256(facts.encode()).hexdigest()
-        jobs.append(
-            _Job(domain, Path(cache) / f"{domain}-{split}-{fingerprint[:16]}.bin", fingerprint)
-        )
+    maker = _Maker(source, split, tokenizer, cap, on_bad_row)
+    jobs = [maker.job(domain, Path(cache)) for domain in domains]
     if any(_existing(job.path) is None for job in jobs):
         require_domains(source, domains)
         with _locked(Path(cache)):
@@ -290,14 +308,18 @@ def token_files(
                 leftover.unlink()
             # others may have made some
             missing = [job for job in jobs if _existing(job.path) is None]
-            _Maker(source, split, tokenizer, cap, on_bad_row).make_all(missing, workers)
-    files = {job.domain: _existing(job.path) for job in jobs}
-    gone = [domain for domain, file in files.items() if file is None]
+            maker.make_all(missing, workers)
+    files: dict[str, TokenFile] = {}
+    for job in jobs:
+        file = _existing(job.path)
+        if file is not None:
+            files[job.domain] = file
+    gone = [domain for domain in domains if domain not in files]
     if gone:
         raise DataError(
             f"{cache}: token files of {', '.join(gone)} vanished while they were made; run again"
         )
-    return {domain: file for domain, file in files.items() if file is not None}
+    return files
 
 
 def windows(token_file: TokenFile, count: int, length: int, seed: int | None = None) -> np.ndarray:
@@ -316,8 +338,8 @@ def windows(token_file: TokenFile, count: int, length: int, seed: int | None = N
     blocks = token_file.blocks(length)
     if blocks < count:
         raise DataError(
-            f"{token_file.path.name}: {token_file.tokens:,} tokens make {blocks} windows of {length}, expected {count}; "
-            "give more text, fewer windows, or a shorter length"
+            f"{token_file.path.name}: {token_file.tokens:,} tokens make {blocks} windows of "
+            f"{length}, expected {count}; give more text, fewer windows, or a shorter length"
         )
     if seed is None:
         chosen = np.arange(count) * blocks // count

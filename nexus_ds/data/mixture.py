@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from itertools import accumulate
 
 import numpy as np
 
@@ -27,36 +28,43 @@ from nexus_ds.data.corpora import TokenFile
 from nexus_ds.errors import ConfigError, DataError
 from nexus_ds.settings import DataConfig
 
-ROUNDS = 4  # each of two half-rounds
-SHORTEST_CYCLE, LONGEST_CYCLE = 64, 8192  # samples
+ROUNDS = 4  # each of two half-rounds; three make a pseudorandom permutation (Luby, Rackoff 1988)
+SHORTEST_CYCLE = 64  # samples
+LONGEST_CYCLE = 8192
 SLOT_ERROR = 0.01  # largest relative difference between a domain's slots in a cycle and its weight
 SUM_ERROR = 1e-3  # of explicit weights
 
 
-@lru_cache(maxsize=256)  # one for each domain's epoch, and the cycle
-def _hashers(key: str) -> list[Any]:
+# A permutation is asked for again with every sample: one for each domain's epoch, and the cycle.
+@lru_cache(maxsize=256)
+def _hashers(key: str) -> list[hashlib.blake2b]:
     """Return the keyed hashes of the half-rounds of a permutation."""
-    keys = (
-        hashlib.blake2b(f"{half} {key}".encode(), digest_size=16).digest()
-        for half in range(2 * ROUNDS)
-    )
-    return [hashlib.blake2b(key=key, digest_size=8) for key in keys]
+    found = []
+    for half in range(2 * ROUNDS):
+        half_key = hashlib.blake2b(f"{half} {key}".encode(), digest_size=16).digest()
+        found.append(hashlib.blake2b(key=half_key, digest_size=8))
+    return found
 
 
-def _keyed(hasher: Any, value: int) -> int:
+def _keyed(hasher: hashlib.blake2b, value: int) -> int:
+    # a copy, or the next value would be hashed after this one
     hasher = hasher.copy()
     hasher.update(value.to_bytes(9, "little"))
     return int.from_bytes(hasher.digest(), "little")
 
 
 def permuted(index: int, size: int, key: str) -> int:
-    """Return where `index` goes under the permutation of range(size) that belongs to `key`; O(1) in
-    `size`."""
+    """Return where `index` goes under the permutation of range(size) that belongs to `key`.
+
+    Takes the same time for any `size`.
+    """
     if not 0 <= index < size:
         raise IndexError(f"{index} is outside of range({size})")
     hashers = _hashers(key)
+    # the smallest near-square grid: fewer than `rows` of its places lie outside
     rows = math.isqrt(size - 1) + 1
-    columns = -(-size // rows)
+    columns = math.ceil(size / rows)
+    # cycle walking (Black, Rogaway 2002): from an index inside it comes back inside
     while True:
         row, column = divmod(index, columns)
         for first, second in zip(hashers[::2], hashers[1::2], strict=True):
@@ -67,7 +75,7 @@ def permuted(index: int, size: int, key: str) -> int:
             return index
 
 
-# Weights -----------------------------------------------------------------------------------------------------------
+# Weights ------------------------------------------------------------------------------------------
 
 
 def domain_weights(mixture: DataConfig, tokens: Mapping[str, int]) -> dict[str, float]:
@@ -91,7 +99,8 @@ def domain_weights(mixture: DataConfig, tokens: Mapping[str, int]) -> dict[str, 
     empty = [domain for domain, count in tokens.items() if count <= 0]
     if empty:
         raise DataError(
-            f"no training text in the domain {', '.join(empty)}; add text or leave it out of data.domains"
+            f"no training text in the domain {', '.join(empty)}; "
+            "add text or leave it out of data.domains"
         )
     if mixture.mixture == "proportional":
         shares = {domain: float(count) for domain, count in tokens.items()}
@@ -103,7 +112,8 @@ def domain_weights(mixture: DataConfig, tokens: Mapping[str, int]) -> dict[str, 
         shares = _replay(mixture.new_domains, mixture.new_share, domains)
     else:
         raise ConfigError(
-            f"data.mixture: unknown value {mixture.mixture!r}; known: proportional, uniform, explicit, replay"
+            f"data.mixture: unknown value {mixture.mixture!r}; "
+            "known: proportional, uniform, explicit, replay"
         )
     total = sum(shares.values())
     return {domain: share / total for domain, share in shares.items()}
@@ -122,7 +132,8 @@ def _explicit(weights: Mapping[str, float], domains: list[str]) -> dict[str, flo
     missing = [domain for domain in domains if domain not in weights]
     if missing:
         raise ConfigError(
-            f"data.weights: no weight for {', '.join(missing)}; give one, or leave it out of data.domains"
+            f"data.weights: no weight for {', '.join(missing)}; "
+            "give one, or leave it out of data.domains"
         )
     for domain, weight in weights.items():
         if not math.isfinite(weight) or weight <= 0:
@@ -131,7 +142,8 @@ def _explicit(weights: Mapping[str, float], domains: list[str]) -> dict[str, flo
     if abs(total - 1) > SUM_ERROR:
         mended = ", ".join(f"{domain}: {weights[domain] / total:.4g}" for domain in domains)
         raise ConfigError(
-            f"data.weights: shares sum to {total:.6g}, expected 1; in the same proportions: {mended}"
+            f"data.weights: shares sum to {total:.6g}, expected 1; "
+            f"in the same proportions: {mended}"
         )
     return {domain: weights[domain] for domain in domains}
 
@@ -141,31 +153,32 @@ def _replay(new: list[str], share: float, domains: list[str]) -> dict[str, float
     old = [domain for domain in domains if domain not in new]
     if not new or not old:
         raise ConfigError(
-            f"data.new_domains: replay needs new and old domains, found new: {', '.join(new) or 'none'}, "
-            f"old: {', '.join(old) or 'none'}"
+            "data.new_domains: replay needs new and old domains, "
+            f"found new: {', '.join(new) or 'none'}, old: {', '.join(old) or 'none'}"
         )
-    if not 0 < share < 1:  # NaN fails too
+    # NaN fails too
+    if not 0 < share < 1:
         raise ConfigError(f"data.new_share: expected a share between 0 and 1, found {share}")
-    return {
-        d: share / (len(domains) - len(old)) if d in new else (1 - share) / len(old)
-        for d in domains
-    }
+    # not len(new), where a domain may stand twice
+    each_new = share / (len(domains) - len(old))
+    each_old = (1 - share) / len(old)
+    return {domain: each_new if domain in new else each_old for domain in domains}
 
 
 def slots(weights: Mapping[str, float], length: int) -> dict[str, int]:
     """Share `length` slots by largest remainder; every domain gets at least one."""
     counts = {domain: max(int(weight * length), 1) for domain, weight in weights.items()}
-    remainders = sorted(
-        weights, key=lambda domain: counts[domain] - weights[domain] * length
-    )  # stable: ties keep order
-    for domain in remainders[: max(length - sum(counts.values()), 0)]:
+    left = max(length - sum(counts.values()), 0)
+    # those that lost most by rounding come first; the sort is stable, so ties keep their order
+    for domain in sorted(weights, key=lambda name: counts[name] - weights[name] * length)[:left]:
         counts[domain] += 1
     return counts
 
 
 def cycle_slots(weights: Mapping[str, float]) -> dict[str, int]:
-    """Return the slots of each domain in the shortest cycle that meets the weights within
-    SLOT_ERROR.
+    """Return the slots of each domain in the shortest cycle that meets the weights.
+
+    Within SLOT_ERROR of each, or in the longest cycle as well as can be.
 
     Raises:
         ConfigError: a weight too small for the longest cycle.
@@ -173,19 +186,24 @@ def cycle_slots(weights: Mapping[str, float]) -> dict[str, int]:
     tiny = [domain for domain, weight in weights.items() if weight * LONGEST_CYCLE < 0.5]
     if tiny:
         raise ConfigError(
-            f"data.weights: the share of {', '.join(tiny)} is below 1 in {2 * LONGEST_CYCLE}; leave it out"
+            f"data.weights: the share of {', '.join(tiny)} is below 1 in {2 * LONGEST_CYCLE}; "
+            "leave it out"
         )
     for length in range(SHORTEST_CYCLE, LONGEST_CYCLE):
         counts = slots(weights, length)
-        total = sum(counts.values())
-        if all(
-            abs(counts[d] / total - weight) <= SLOT_ERROR * weight for d, weight in weights.items()
-        ):
+        if _meets(counts, weights):
             return counts
     return slots(weights, LONGEST_CYCLE)
 
 
-# Samples -----------------------------------------------------------------------------------------------------------
+def _meets(counts: Mapping[str, int], weights: Mapping[str, float]) -> bool:
+    """Return whether slots agree with weights."""
+    total = sum(counts.values())
+    errors = {domain: abs(counts[domain] / total - weight) for domain, weight in weights.items()}
+    return all(errors[domain] <= SLOT_ERROR * weight for domain, weight in weights.items())
+
+
+# Samples ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -220,33 +238,37 @@ class Sampler:
     ) -> None:
         if set(files) != set(weights):
             raise ConfigError(
-                f"weights are for {', '.join(weights)}, text is there for {', '.join(files)}; give the same"
+                f"weights are for {', '.join(weights)}, text is there for {', '.join(files)}; "
+                "give the same"
             )
-        self.domains, self.length, self.seed = list(weights), length, seed
+        self.domains = list(weights)
+        self.length = length
+        self.seed = seed
         self.files = [files[domain] for domain in self.domains]
         self.blocks = [file.blocks(length) for file in self.files]
-        short = [
-            domain for domain, blocks in zip(self.domains, self.blocks, strict=True) if not blocks
-        ]
+        pairs = zip(self.domains, self.blocks, strict=True)
+        short = [domain for domain, blocks in pairs if not blocks]
         if short:
             raise DataError(
-                f"{', '.join(short)}: less text than one block of {length} tokens; add text or shorten blocks"
+                f"{', '.join(short)}: less text than one block of {length} tokens; "
+                "add text or shorten blocks"
             )
         counts = cycle_slots(weights)
         self.counts = [counts[domain] for domain in self.domains]
         self.cycle = sum(self.counts)
-        self.starts = [sum(self.counts[:index]) for index in range(len(self.counts))]
+        self.ends = list(accumulate(self.counts))
+        """Where the slots of each domain end in a cycle."""
 
     def locate(self, i: int) -> tuple[int, int]:
         """Return (domain index, block number) of sample `i` without reading it."""
         cycle, position = divmod(i, self.cycle)
         slot = permuted(position, self.cycle, f"{self.seed} cycle {cycle}")
-        domain = next(d for d in reversed(range(len(self.starts))) if slot >= self.starts[d])
-        occurrence = cycle * self.counts[domain] + slot - self.starts[domain]
-        epoch, place = divmod(occurrence, self.blocks[domain])
-        return domain, permuted(
-            place, self.blocks[domain], f"{self.seed} {self.domains[domain]} {epoch}"
-        )
+        domain = bisect_right(self.ends, slot)
+        start = self.ends[domain] - self.counts[domain]
+        occurrence = cycle * self.counts[domain] + slot - start
+        blocks = self.blocks[domain]
+        epoch, place = divmod(occurrence, blocks)
+        return domain, permuted(place, blocks, f"{self.seed} {self.domains[domain]} {epoch}")
 
     def sample(self, i: int) -> Sample:
         """Return sample `i`."""
@@ -261,10 +283,8 @@ class Sampler:
         return {domain: samples * count / self.cycle / blocks for domain, count, blocks in passed}
 
     def fingerprint(self) -> str:
-        """Return the sha256 over all that decides what sample i is: text, mixture, length and
-        seed."""
-        facts = [
-            f"{d} {f.fingerprint} {c}"
-            for d, f, c in zip(self.domains, self.files, self.counts, strict=True)
-        ]
-        return hashlib.sha256(f"{self.seed} {self.length} {' '.join(facts)}".encode()).hexdigest()
+        """Return the sha256 over all that decides sample i: text, mixture, length and seed."""
+        facts = [str(self.seed), str(self.length)]
+        for domain, file, count in zip(self.domains, self.files, self.counts, strict=True):
+            facts.append(f"{domain} {file.fingerprint} {count}")
+        return hashlib.sha256(" ".join(facts).encode()).hexdigest()

@@ -22,9 +22,8 @@ def sentences(seed: int, count: int) -> list[str]:
 
 def write_jsonl(path: Path, texts: list[str], meta: dict | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = "".join(
-        json.dumps({"text": text, "meta": meta or {}}) + "\n" for text in texts
-    ).encode()
+    rows = [json.dumps({"text": text, "meta": meta or {}}) + "\n" for text in texts]
+    content = "".join(rows).encode()
     if path.suffix == ".gz":
         content = gzip.compress(content)
     if path.suffix == ".zst":
@@ -45,8 +44,10 @@ def bytes_read() -> int:
 
 
 def save_sentencepiece(out: Path, seed: int = 1) -> Path:
-    """Save a tokenizer as older Llamas have it: tokenizer.model, and no tokenizer.json; BOS is put
-    before a text."""
+    """Save a tokenizer as older Llamas have it: tokenizer.model, and no tokenizer.json.
+
+    BOS is put before a text.
+    """
     import sentencepiece
 
     out.mkdir(parents=True, exist_ok=True)

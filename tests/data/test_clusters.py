@@ -29,6 +29,7 @@ WORDS = {
     "wood": "tree leaf root moss fern",
     "maths": "sum proof lemma axiom ring",
 }
+SIZES = {"sea": 60, "wood": 40, "maths": 20}
 
 
 class WordEncoder:
@@ -45,25 +46,19 @@ class WordEncoder:
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         self.calls += len(texts)
         known = [word for words in WORDS.values() for word in words.split()]
-        return unit(
-            np.array(
-                [[text.split().count(word) for word in known] for text in texts], dtype=np.float32
-            )
-        )
+        counts = [[text.split().count(word) for word in known] for text in texts]
+        return unit(np.array(counts, dtype=np.float32))
 
 
 def document(domain: str, number: int) -> str:
     words = WORDS[domain].split()
-    return (
-        " ".join(words[(number * step + step) % 5] for step in range(1, 30))
-        + f" and the rest {number}"
-    )
+    chosen = [words[(number * step + step) % 5] for step in range(1, 30)]
+    return f"{' '.join(chosen)} and the rest {number}"
 
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Two files of mixed documents: 60 sea, 40 wood, 20 maths; `meta` says which is which, the
-    program must not look."""
+    """Two files of mixed documents (SIZES); `meta` says which is which, unseen by the program."""
     names = ["sea", "wood", "sea", "wood", "sea", "maths"] * 20
     rows = [
         json.dumps({"text": document(n, i), "meta": {"truth": n, "odd": "\ud800"}})
@@ -108,13 +103,10 @@ def test_known_domains_are_found_again(mixed: Path, tmp_path: Path):
     for name in found:
         (domain,) = truth[name]
         assert set(name.split("-")) <= set(WORDS[domain].split())
-        assert (
-            facts[name]["train"] + facts[name]["validation"]
-            == {"sea": 60, "wood": 40, "maths": 20}[domain]
-        )
-        assert (facts[name]["train"], facts[name]["validation"]) == tuple(
-            map(len, found[name].values())
-        )
+        splits = found[name]
+        assert facts[name].train == len(splits["train"])
+        assert facts[name].validation == len(splits["validation"])
+        assert len(splits["train"]) + len(splits["validation"]) == SIZES[domain]
     assert clusters.silhouette > 0.7
     assert (work.documents, len(work.known), work.skipped) == (120, 60, 0)
 
@@ -158,11 +150,8 @@ def test_words_alone_part_what_the_encoder_takes_for_the_same(mixed: Path, tmp_p
     clusters = work.fit(3, 60)
     (tmp_path / "out").mkdir()
     facts = work.write(clusters, tmp_path / "out")
-    assert [facts[name]["train"] + facts[name]["validation"] for name in clusters.names] == [
-        60,
-        40,
-        20,
-    ]
+    sizes = [facts[name].train + facts[name].validation for name in clusters.names]
+    assert sizes == [60, 40, 20]
 
 
 def test_words_of_a_document():
@@ -180,30 +169,24 @@ def test_a_large_sample_is_clustered_in_batches(
 ):
     monkeypatch.setattr("nexus_ds.data.clusters.LARGE", 50)
     _, clusters, facts = discover(mixed, tmp_path / "out")
-    assert [facts[name]["train"] + facts[name]["validation"] for name in clusters.names] == [
-        60,
-        40,
-        20,
-    ]
+    sizes = [facts[name].train + facts[name].validation for name in clusters.names]
+    assert sizes == [60, 40, 20]
 
 
 @pytest.mark.parametrize("every", [2, 7, 20])
 def test_validation_is_a_part_of_every_domain(mixed: Path, tmp_path: Path, every: int):
     _, _, facts = discover(mixed, tmp_path / "out", every=every)
-    for counts in facts.values():
-        total = counts["train"] + counts["validation"]
-        assert counts["train"] >= 1 and 0 <= counts["validation"] - total // every <= 1
+    for found in facts.values():
+        total = found.train + found.validation
+        assert found.train >= 1 and 0 <= found.validation - total // every <= 1
 
 
 def test_a_domain_of_less_than_one_stretch_has_one_document_for_validation(
     mixed: Path, tmp_path: Path
 ):
     _, _, facts = discover(mixed, tmp_path / "out", every=1000)
-    assert sorted((f["train"], f["validation"]) for f in facts.values()) == [
-        (19, 1),
-        (39, 1),
-        (59, 1),
-    ]
+    counts = sorted((found.train, found.validation) for found in facts.values())
+    assert counts == [(19, 1), (39, 1), (59, 1)]
 
 
 def test_documents_of_the_sample_are_embedded_once(mixed: Path, tmp_path: Path):

@@ -21,7 +21,7 @@ def ids(file: TokenFile) -> np.ndarray:
     return file.read(0, file.tokens)
 
 
-# Token files -------------------------------------------------------------------------------------------------------
+# Token files --------------------------------------------------------------------------------------
 
 
 def test_documents_are_joined_with_the_end_of_text_token(
@@ -263,7 +263,7 @@ def test_what_a_killed_process_left_is_removed(corpus: Path, tokenizer_dir: Path
     assert not list(tmp_path.glob(".*.tmp-*"))
 
 
-# Windows -----------------------------------------------------------------------------------------------------------
+# Windows ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

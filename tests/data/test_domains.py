@@ -60,7 +60,7 @@ def encoder() -> SentenceEncoder:
     return SentenceEncoder()
 
 
-# Sampling and averaging --------------------------------------------------------------------------------------------
+# Sampling and averaging ---------------------------------------------------------------------------
 
 
 def test_the_sample_is_uniform_seeded_and_in_reading_order():
@@ -123,7 +123,7 @@ def test_embedding_refuses_bad_requests(corpus: Path):
         embed_domains(source, ["gamma"], LetterEncoder())
 
 
-# The file ----------------------------------------------------------------------------------------------------------
+# The file -----------------------------------------------------------------------------------------
 
 
 def test_the_file_round_trips_and_is_not_overwritten(tmp_path: Path):
@@ -191,7 +191,7 @@ def test_files_of_other_kinds_are_refused(tmp_path: Path):
         read_domain_embeddings(tmp_path / "text")
 
 
-# What the vectors say ----------------------------------------------------------------------------------------------
+# What the vectors say -----------------------------------------------------------------------------
 
 
 def test_cosine_table_and_near_duplicates():
@@ -208,7 +208,7 @@ def test_cosine_table_and_near_duplicates():
     assert near_duplicates(made, 0.9999) == []
 
 
-# The encoder -------------------------------------------------------------------------------------------------------
+# The encoder --------------------------------------------------------------------------------------
 
 
 def test_the_packaged_encoder(encoder: SentenceEncoder):

@@ -7,7 +7,7 @@ from nexus_ds.data.sources import open_source
 from nexus_ds.errors import DataError
 from tests.data.conftest import bytes_read, sentences, write_jsonl
 
-# Folders -----------------------------------------------------------------------------------------------------------
+# Folders ------------------------------------------------------------------------------------------
 
 
 def test_a_folder_gives_documents_by_domain_and_split_in_order(corpus: Path):

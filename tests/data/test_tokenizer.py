@@ -42,7 +42,7 @@ def test_bad_input(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c"]
 
 
-# Opening one ---------------------------------------------------------------------------------------------------------
+# Opening one --------------------------------------------------------------------------------------
 
 
 def test_a_directory_without_a_tokenizer_is_not_given_one_that_is_made_up(tmp_path: Path):
