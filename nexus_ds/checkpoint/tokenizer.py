@@ -165,7 +165,7 @@ def read_tokenizer(directory: Path) -> TokenizerMeaning:
             [token[key] for key in MATCHING] for token in definition["added_tokens"]
         ),
     }
-    tokens = {index: backend.id_to_token(index) for index in tokenizer.get_vocab().values()}
+    tokens = {index: str(backend.id_to_token(index)) for index in tokenizer.get_vocab().values()}
     roles = {role: getattr(tokenizer, role) and str(getattr(tokenizer, role)) for role in ROLES}
     roles["what is put before a text"] = "".join(tokens[i] for i in beginning(backend)) or None
     return TokenizerMeaning(tokenizer, tokens, splitting, roles)

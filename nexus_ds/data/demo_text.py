@@ -1,7 +1,7 @@
 """Text for a demonstration that every installation has on its disk.
 
-Nothing is downloaded and nothing is stored here. The domains are read at run time from the Python installation and from packages that
-requirements.txt names or brings:
+Nothing is downloaded and nothing is stored here. The domains are read at run time from the Python
+installation and from packages that requirements.txt names or brings:
 
     python      source code of Python's standard library
     docs        English documentation: docstrings of numpy, scipy, scikit-learn and networkx

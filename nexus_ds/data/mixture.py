@@ -102,21 +102,26 @@ def domain_weights(mixture: DataConfig, tokens: Mapping[str, int]) -> dict[str, 
             f"no training text in the domain {', '.join(empty)}; "
             "add text or leave it out of data.domains"
         )
-    if mixture.mixture == "proportional":
-        shares = {domain: float(count) for domain, count in tokens.items()}
-    elif mixture.mixture == "uniform":
-        shares = dict.fromkeys(domains, 1.0)
-    elif mixture.mixture == "explicit":
-        shares = _explicit(mixture.weights, domains)
-    elif mixture.mixture == "replay":
-        shares = _replay(mixture.new_domains, mixture.new_share, domains)
-    else:
-        raise ConfigError(
-            f"data.mixture: unknown value {mixture.mixture!r}; "
-            "known: proportional, uniform, explicit, replay"
-        )
+    shares = _shares(mixture, tokens)
     total = sum(shares.values())
     return {domain: share / total for domain, share in shares.items()}
+
+
+def _shares(mixture: DataConfig, tokens: Mapping[str, int]) -> dict[str, float]:
+    """Return numbers in the proportions of the mixture."""
+    domains = list(tokens)
+    if mixture.mixture == "proportional":
+        return {domain: float(count) for domain, count in tokens.items()}
+    if mixture.mixture == "uniform":
+        return dict.fromkeys(domains, 1.0)
+    if mixture.mixture == "explicit":
+        return _explicit(mixture.weights, domains)
+    if mixture.mixture == "replay":
+        return _replay(mixture.new_domains, mixture.new_share, domains)
+    raise ConfigError(
+        f"data.mixture: unknown value {mixture.mixture!r}; "
+        "known: proportional, uniform, explicit, replay"
+    )
 
 
 def _known(key: str, named: list[str] | Mapping[str, float], domains: list[str]) -> None:

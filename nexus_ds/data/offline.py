@@ -10,9 +10,9 @@ import sys
 
 
 def stay_offline() -> bool:
-    """Keep the Hugging Face libraries off the network, unless HF_HUB_OFFLINE=0; return whether they
-    are off it.
+    """Keep the Hugging Face libraries off the network; return whether they are off it.
 
+    HF_HUB_OFFLINE=0 is the user's word that they may be on it.
     The libraries read the variable when they are first imported, which may have happened already:
     their copies are set too.
     """

@@ -20,11 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import zstandard
+
 from nexus_ds.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-MAX_LINE_BYTES = 16 << 20
+MAX_LINE_BYTES = 16 << 20  # a long book has 5 MB
 KEPT_MESSAGES = 10
+CHUNK = 1 << 16  # bytes that are decompressed at once
 REMEDY = (
     "mend it, or skip such rows with data.on_bad_row=skip (--on-bad-row skip of embed and evaluate)"
 )
@@ -35,7 +38,7 @@ class Document:
     """One document of a domain."""
 
     text: str
-    meta: Any
+    meta: object
     """As the row has it; an empty object where it has none."""
     where: str
     """file:line, or data set and row number, for messages."""
@@ -56,30 +59,37 @@ class BadRows:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompressed bytes of a zstandard file of one or more frames, that complains when the last
-    one is cut short."""
+    """Decompressed bytes of a zstandard file of one or more frames.
+
+    The library's own reader ends in silence where a file was cut short; this one complains.
+    """
 
     def __init__(self, raw: IO[bytes]) -> None:
-        import zstandard
-
-        self.raw, self.context = raw, zstandard.ZstdDecompressor()
+        self.raw = raw
+        self.context = zstandard.ZstdDecompressor()
         self.frame = self.context.decompressobj()
-        self.pending, self.position, self.inside = b"", 0, False
+        self.pending = b""
+        """Decompressed, and read up to `position`."""
+        self.position = 0
+        self.inside = False
+        """Whether a frame has begun that has not ended."""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while self.position >= len(self.pending):
-            chunk = self.frame.unused_data or self.raw.read(1 << 16)
+            # what stood behind a frame's end in the last chunk begins the next frame
+            chunk = self.frame.unused_data or self.raw.read(CHUNK)
             if self.frame.eof:
-                self.frame, self.inside = self.context.decompressobj(), False
+                self.frame = self.context.decompressobj()
+                self.inside = False
             if not chunk:
                 if self.inside:
                     raise EOFError("compressed file ended before the end of its last frame")
                 return 0
-            self.inside = True
-            self.pending, self.position = self.frame.decompress(chunk), 0
+            self.pending = self.frame.decompress(chunk)
+            self.position = 0
             self.inside = not self.frame.eof
         count = min(len(buffer), len(self.pending) - self.position)
         buffer[:count] = self.pending[self.position : self.position + count]
@@ -96,16 +106,15 @@ def open_bytes(path: Path) -> io.BufferedIOBase:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".zst":
-        return io.BufferedReader(_ZstdReader(path.open("rb")), 1 << 16)
+        return io.BufferedReader(_ZstdReader(path.open("rb")), CHUNK)
     return path.open("rb")
 
 
 def _lines(stream: io.BufferedIOBase, limit: int) -> Iterator[bytes | None]:
-    """Yield the lines of `stream`; None for a line of more than `limit` bytes, which is passed over
-    piece by piece.
+    """Yield the lines of `stream`; None for a line of more than `limit` bytes.
 
-    A byte order mark at a line's start is passed over: editors put one before a file, and files are
-    put together.
+    A long line is passed over piece by piece. So is a byte order mark at a line's start: editors
+    put one before a file, and files are put together.
     """
     while line := stream.readline(limit + 1):
         if len(line) <= limit or line.endswith(b"\n"):
@@ -116,8 +125,9 @@ def _lines(stream: io.BufferedIOBase, limit: int) -> Iterator[bytes | None]:
         yield None
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row: dict[str, Any] = {}
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    # JSON's own parser keeps the last of two in silence
+    row: dict[str, object] = {}
     for key, value in pairs:
         if key in row:
             raise ValueError(f"the key {key!r} stands twice")
@@ -125,9 +135,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def check_text(text: Any, where: str) -> str:
-    """Return `text` if it is a non-empty string that can be tokenised; DataError starting with
-    `where` if not."""
+def check_text(text: object, where: str) -> str:
+    """Return `text` if it is a non-empty string that can be tokenised.
+
+    Raises:
+        DataError: it is not; the message starts with `where`.
+    """
     if not isinstance(text, str):
         raise DataError(f"{where}: text is {type(text).__name__}, expected a string; {REMEDY}")
     if not text.strip():
@@ -194,36 +207,32 @@ def read_rows(
         with open_bytes(path) as stream:
             for line in _lines(stream, max_line_bytes):
                 number += 1
+                where = f"{path}:{number}"
                 try:
                     if line is None:
-                        limit = f"more than {max_line_bytes:,} bytes"
                         raise DataError(
-                            f"{path}:{number}: a line of {limit}; split the document; {REMEDY}"
+                            f"{where}: a line of more than {max_line_bytes:,} bytes; "
+                            f"split the document; {REMEDY}"
                         )
                     if line.strip():
-                        yield parse_row(line, f"{path}:{number}")
+                        yield parse_row(line, where)
                 except DataError as error:
                     if on_bad_row != "skip":
                         raise
                     if bad_rows is not None:
                         bad_rows.add(str(error))
-    except (EOFError, OSError, zlib.error, _zstd_error()) as error:
+    except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
         raise DataError(
             f"{path}:{number + 1}: can't be read ({error}); copy the file again"
         ) from error
-
-
-def _zstd_error() -> type[Exception]:
-    import zstandard
-
-    return zstandard.ZstdError
 
 
 class Cap:
     """Cuts text off where it makes `max_bytes` of UTF-8; 0: nowhere."""
 
     def __init__(self, max_bytes: int) -> None:
-        self.capped, self.left = bool(max_bytes), max_bytes
+        self.capped = bool(max_bytes)
+        self.left = max_bytes
 
     @property
     def full(self) -> bool:
@@ -231,23 +240,20 @@ class Cap:
         return self.capped and self.left <= 0
 
     def cut(self, document: Document) -> Document | None:
-        """Return the document, its beginning if the rest is too much, or None if nothing is left of
-        it."""
+        """Return the document, its beginning if it is too much, None if nothing is left of it."""
         if not self.capped:
             return document
-        content = document.text.encode("utf-8")
-        text = (
-            content[: self.left].decode("utf-8", errors="ignore")
-            if len(content) > self.left
-            else document.text
-        )
+        text = document.text
+        content = text.encode("utf-8")
+        if len(content) > self.left:
+            # a character that was cut through goes
+            text = content[: self.left].decode("utf-8", errors="ignore")
         self.left -= len(content)
         return Document(text, document.meta, document.where) if text.strip() else None
 
 
 def capped(documents: Iterator[Document], max_bytes: int) -> Iterator[Document]:
-    """Yield documents until their text makes `max_bytes` of UTF-8, the last one cut to fit; 0:
-    all."""
+    """Yield documents until they make `max_bytes` of UTF-8, the last one cut to fit; 0: all."""
     cap = Cap(max_bytes)
     for document in documents:
         kept = cap.cut(document)

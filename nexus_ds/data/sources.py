@@ -23,6 +23,8 @@ from nexus_ds.errors import DataError
 SPLITS = ("train", "validation")
 # bytes; larger files are known by size and time of change: every start asks
 HASHED_WHOLE = 64 << 20
+SHORTEST_GZIP = 18  # bytes of a header and a trailer
+ZSTD_RATIO = 3  # of text, about: zstandard need not say the size
 
 
 class Source(Protocol):
@@ -87,8 +89,10 @@ def _checked(documents: Iterator[Document], what: str) -> Iterator[Document]:
 
 
 def require_domains(source: Source, domains: Sequence[str]) -> None:
-    """Raise DataError if `source` lacks one of `domains`, naming those that it has; say it if only
-    a stream can tell."""
+    """Raise DataError if `source` lacks one of `domains`, naming those that it has.
+
+    Of a stream, whose end alone can tell, it is only said.
+    """
     known = source.domains()
     missing = [domain for domain in domains if domain not in known]
     if not missing:
@@ -104,9 +108,11 @@ def require_domains(source: Source, domains: Sequence[str]) -> None:
 
 
 def passes(source: Source, domains: Sequence[str]) -> list[list[str]]:
-    """Return which domains are read together, for `read`: those of a stream all at once, others one
-    by one."""
-    return [list(domains)] if isinstance(source, HubSource) else [[domain] for domain in domains]
+    """Return which domains are read together, for `read`."""
+    if isinstance(source, HubSource):
+        # all rows come by in one stream, whichever domain is asked for
+        return [list(domains)]
+    return [[domain] for domain in domains]
 
 
 def read(
@@ -117,8 +123,7 @@ def read(
     max_bytes: int,
     bad_rows: Mapping[str, BadRows],
 ) -> Iterator[tuple[str, Document]]:
-    """Yield (domain, document) of several domains in one pass over the text; each domain's in a
-    fixed order."""
+    """Yield (domain, document) of several domains in one pass, each domain's in a fixed order."""
     if isinstance(source, HubSource):
         yield from source.stream(domains, split, on_bad_row, max_bytes, bad_rows)
         return
@@ -131,7 +136,8 @@ class FolderSource:
     """A folder with `<domain>/{train,validation}.jsonl[.gz|.zst]`."""
 
     def __init__(self, path: str) -> None:
-        self.name, self.root = path, Path(path)
+        self.name = path
+        self.root = Path(path)
         if not self.root.is_dir():
             raise DataError(
                 f"no text at {path}; expected a folder with <domain>/train.jsonl[.gz|.zst] and "
@@ -140,23 +146,20 @@ class FolderSource:
 
     def domains(self) -> list[str]:
         """Return the sub-folders that hold a file of text, sorted."""
-        found = [
-            d.name
-            for d in sorted(self.root.iterdir())
-            if d.is_dir() and any(self._files(d.name, s) for s in SPLITS)
-        ]
+        folders = sorted(folder for folder in self.root.iterdir() if folder.is_dir())
+        found = [folder.name for folder in folders if self._has_text(folder.name)]
         if not found:
             raise DataError(
                 f"{self.name}: no domains; expected sub-folders with train.jsonl[.gz|.zst]"
             )
         return found
 
+    def _has_text(self, domain: str) -> bool:
+        return any(self._files(domain, split) for split in SPLITS)
+
     def _files(self, domain: str, split: str) -> list[Path]:
-        return [
-            path
-            for suffix in SUFFIXES
-            if (path := self.root / domain / f"{split}{suffix}").is_file()
-        ]
+        paths = [self.root / domain / f"{split}{suffix}" for suffix in SUFFIXES]
+        return [path for path in paths if path.is_file()]
 
     def file(self, domain: str, split: str) -> Path:
         """Return the one file of a domain's split; DataError says what is there instead."""
@@ -171,7 +174,8 @@ class FolderSource:
             )
         present = ", ".join(sorted(path.name for path in (self.root / domain).iterdir()))
         raise DataError(
-            f"{self.root / domain}: no {split} text; expected {split}.jsonl[.gz|.zst], found: {present}"
+            f"{self.root / domain}: no {split} text; "
+            f"expected {split}.jsonl[.gz|.zst], found: {present}"
         )
 
     def documents(
@@ -182,20 +186,21 @@ class FolderSource:
         max_bytes: int = 0,
         bad_rows: BadRows | None = None,
     ) -> Iterator[Document]:
-        """Yield the file's documents in order; DataError `file:line: ...` on a damaged row or an
-        empty file."""
+        """Yield the file's documents in order.
+
+        Raises:
+            DataError: `file:line: ...` of a damaged row; an empty file.
+        """
         path = self.file(domain, split)
         return _checked(capped(read_rows(path, on_bad_row, bad_rows), max_bytes), str(path))
 
     def fingerprint(self, domain: str, split: str) -> str:
-        """Return the sha256 of the file's bytes (of a file above 64 MiB: of its size and time of
-        change)."""
+        """Return the sha256 of the file's bytes; above 64 MiB of its size and time of change."""
         path = self.file(domain, split)
-        facts = path.stat()
-        if facts.st_size > HASHED_WHOLE:
-            return hashlib.sha256(
-                f"{path.name} {facts.st_size} {facts.st_mtime_ns}".encode()
-            ).hexdigest()
+        status = path.stat()
+        if status.st_size > HASHED_WHOLE:
+            facts = f"{path.name} {status.st_size} {status.st_mtime_ns}"
+            return hashlib.sha256(facts.encode()).hexdigest()
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -203,8 +208,9 @@ class FolderSource:
         """Return the file's size, uncompressed as far as can be told without reading it."""
         path = self.file(domain, split)
         stored = path.stat().st_size
-        if path.suffix == ".gz" and stored >= 18:
+        if path.suffix == ".gz" and stored >= SHORTEST_GZIP:
             with path.open("rb") as stream:
-                stream.seek(-4, os.SEEK_END)  # gzip's last field: uncompressed size modulo 2**32
+                # gzip's last field: uncompressed size modulo 2^32 (RFC 1952, section 2.3.1)
+                stream.seek(-4, os.SEEK_END)
                 return max(int.from_bytes(stream.read(4), "little"), stored)
-        return stored * 3 if path.suffix == ".zst" else stored
+        return stored * ZSTD_RATIO if path.suffix == ".zst" else stored

@@ -1,5 +1,4 @@
-"""Tokenizers: those of other models, as transformers loads them, and a byte-level BPE for a new
-model.
+"""Tokenizers: of other models, as transformers loads them, and a byte-level BPE for a new model.
 
 Not covered: training other kinds of tokenizers, chat templates, adding tokens to an existing
 tokenizer.
@@ -9,20 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from nexus_ds.data.offline import stay_offline
 from nexus_ds.errors import CheckpointError, ConfigError, DataError
 from nexus_ds.outputs import new_directory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+# transformers takes a second to load, which verbs without a tokenizer should not pay; and it must
+# come after `stay_offline`, whose variable it reads once.
 
 END_OF_TEXT = "<|endoftext|>"
 MODEL_MAX_LENGTH = 1 << 20  # the model's max_position_embeddings is the real limit
 SMALLEST_VOCABULARY = 257  # 256 bytes and END_OF_TEXT
 
 
-def open_tokenizer(directory: Path) -> Any:
-    """Return the tokenizer in a directory as transformers loads it: offline, and without code of
-    the directory.
+def open_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """Return the tokenizer in a directory as transformers loads it.
+
+    Offline, and without code of the directory.
 
     Raises:
         CheckpointError: none there, none of the `tokenizers` library, or one that doesn't load;
@@ -48,36 +54,38 @@ def open_tokenizer(directory: Path) -> Any:
             raise FileNotFoundError(f"none of {', '.join(sorted(names))} is there")
         if not tokenizer.is_fast:
             raise TypeError(f"{type(tokenizer).__name__} is not one of the tokenizers library")
-    except Exception as error:  # transformers raises whatever the first of its loaders met
+    except Exception as error:
+        # transformers raises whatever the first of its loaders met
         raise CheckpointError(
             f"{directory}: no tokenizer that can be loaded {_reason(directory, error)}"
         ) from error
-    return tokenizer
+    return cast("PreTrainedTokenizerFast", tokenizer)
 
 
 def _reason(directory: Path, error: Exception) -> str:
-    """Return why a tokenizer doesn't load and what to do; of sentencepiece's files transformers
-    names a wrong package."""
+    """Return why a tokenizer doesn't load and what to do."""
     from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
     packages = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+    # of sentencepiece's files transformers names a wrong package
     missing = [name for name, there in packages.items() if not there]
     models = sorted(path.name for path in Path(directory).glob("*.model"))
     if missing and models and not (Path(directory) / "tokenizer.json").is_file():
         return f"without the packages that read {models[0]}: pip install {' '.join(missing)}"
     said = " ".join(str(error).split())[:300]
-    return f"({said}); expected tokenizer.json and tokenizer_config.json, as save_pretrained writes them; copy them there"
+    return (
+        f"({said}); expected tokenizer.json and tokenizer_config.json, as save_pretrained writes "
+        "them; copy them there"
+    )
 
 
-def vocabulary_size(tokenizer: Any) -> int:
-    """Return how many token ids a model must embed for a tokenizer: ids may have gaps, added tokens
-    count."""
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many token ids a model must embed: ids may have gaps, added tokens count."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def train_tokenizer(texts: Iterator[str], vocabulary: int, out: Path) -> None:
-    """Train a byte-level BPE on `texts` and write it so that `AutoTokenizer.from_pretrained(out)`
-    loads it offline.
+    """Train a byte-level BPE on `texts` and write it as `AutoTokenizer` loads it offline.
 
     Any text round-trips: all 256 bytes are tokens. The same texts give the same files. Token 0 is
     `<|endoftext|>`, used as the end of a document and as padding.
@@ -95,7 +103,8 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int, out: Path) -> None:
     """
     if vocabulary < SMALLEST_VOCABULARY:
         raise ConfigError(
-            f"vocabulary {vocabulary} is too small for a byte-level tokenizer; expected at least {SMALLEST_VOCABULARY}"
+            f"vocabulary {vocabulary} is too small for a byte-level tokenizer; "
+            f"expected at least {SMALLEST_VOCABULARY}"
         )
     stay_offline()
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -104,11 +113,12 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int, out: Path) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    # the library's alphabet is a set: unsorted, ids would differ from run to run
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=[END_OF_TEXT],
-        # a set: sorted, or the ids would vary
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        initial_alphabet=alphabet,
         show_progress=False,
     )
     seen = 0
