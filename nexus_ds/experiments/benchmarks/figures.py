@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nexus_ds.experiments.benchmarks.layer_speed import Speed
-from nexus_ds.experiments.benchmarks.scaling import Point
 from nexus_ds.report.figures import COLOURS, HATCHES, LINES, _new, _save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    # they import torch, for which `bench --help` would wait
+    from nexus_ds.experiments.benchmarks.layer_speed import Speed
+    from nexus_ds.experiments.benchmarks.scaling import Point
 
 MARKERS = "osD^vPX*"
 
