@@ -71,7 +71,8 @@ class Fault(NamedTuple):
         """Return the file's text with the fault; ValueError unless it has exactly one place."""
         if text.count(self.old) != 1 or self.old == self.new:
             raise ValueError(
-                f"{self.name}: {self.old!r} stands {text.count(self.old)} times in {self.file}, expected 1"
+                f"{self.name}: {self.old!r} stands {text.count(self.old)} times in {self.file}, "
+                "expected 1"
             )
         return text.replace(self.old, self.new)
 
@@ -639,7 +640,8 @@ def run_all(faults: list[Fault], folder: Path) -> list[Result]:
         finally:
             trees.put(tree)
         print(
-            f"{result.outcome:8} {fault.file:28} {fault.name:50} {result.seconds:4.0f} s  {result.detail}",
+            f"{result.outcome:8} {fault.file:28} {fault.name:50} {result.seconds:4.0f} s  "
+            f"{result.detail}",
             flush=True,
         )
         return result
@@ -684,7 +686,8 @@ def main(words: list[str]) -> int:
     rate = counts["killed"] / len(results)
     minutes = (time.monotonic() - started) / 60
     print(
-        f"\nkilled {counts['killed']} of {len(results)} faults ({rate:.0%}, goal {GOAL:.0%}) in {minutes:.0f} min"
+        f"\nkilled {counts['killed']} of {len(results)} faults ({rate:.0%}, goal {GOAL:.0%}) in "
+        f"{minutes:.0f} min"
     )
     for result in results:
         if result.outcome != "killed":

@@ -142,7 +142,8 @@ def test_defaults_of_the_router_are_those_that_the_readme_names():
 def test_a_recipe_can_stand_on_another(tmp_path):
     path = recipe(
         tmp_path,
-        "base: demo\ntraining: {lr: 7e-5}\npipeline: {domains: [x]}\nstages: {moe: {training: {tokens: 5}}}\n",
+        "base: demo\ntraining: {lr: 7e-5}\npipeline: {domains: [x]}\n"
+        "stages: {moe: {training: {tokens: 5}}}\n",
     )
     below, config = load_config("demo", ["stage=moe"]), load_config(path, ["stage=moe"])
     assert config.pipeline.domains == ["x"] and config.training.tokens == 5

@@ -30,7 +30,8 @@ tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 ids = tokenizer("import os", return_tensors="pt")["input_ids"]
 assert "nexus_ds" not in sys.modules and "deepspeed" not in sys.modules
-print(model.config.model_type, model.config.num_experts, model.generate(ids, max_new_tokens=3).shape[1] - ids.shape[1])
+new = model.generate(ids, max_new_tokens=3).shape[1] - ids.shape[1]
+print(model.config.model_type, model.config.num_experts, new)
 """
 
 

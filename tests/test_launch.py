@@ -133,7 +133,10 @@ def test_what_a_launcher_set_stays(environment):
 def test_ranks_that_can_not_meet_are_refused_instead_of_training_alone(
     missing, environment, capsys
 ):
-    message = "8 ranks, but not both of MASTER_ADDR and MASTER_PORT are set; export the first node's name and a port"
+    message = (
+        "8 ranks, but not both of MASTER_ADDR and MASTER_PORT are set; "
+        "export the first node's name and a port"
+    )
     environment(without(SRUN | MEETING, *missing))
     with pytest.raises(ConfigError, match=message):
         launch.meeting_point(launch.position())

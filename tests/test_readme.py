@@ -229,7 +229,10 @@ def test_torchrun_starts_training_too(done, monkeypatch):
 
 @pytest.mark.slow
 def test_serving_needs_only_the_lines_of_the_readme(done):
-    more = "import sys\nassert 'nexus_ds' not in sys.modules\nprint(model.config.model_type, model.config.num_experts)"
+    more = (
+        "import sys\nassert 'nexus_ds' not in sys.modules\n"
+        "print(model.config.model_type, model.config.num_experts)"
+    )
     stock = subprocess.run(
         [sys.executable, "-c", STOCK + more],
         cwd=done,

@@ -212,7 +212,10 @@ def test_options_and_overrides_may_stand_in_any_order(tmp_path, capsys, monkeypa
 
 
 def test_the_folder_of_the_script_shadows_nothing():
-    code = f"import runpy, sys; sys.argv = ['x', '--help']; runpy.run_path({str(TRAIN)!r}, run_name='__main__')"
+    code = (
+        "import runpy, sys; sys.argv = ['x', '--help']; "
+        f"runpy.run_path({str(TRAIN)!r}, run_name='__main__')"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -252,7 +255,8 @@ def test_a_leftover_state_of_another_model_is_refused(tmp_path, nexus_dir, text_
         (
             "data.sequence_length=64 training.eval_windows=1000 training.eval_every=1",
             1,
-            "alpha: the validation text makes 37 windows of data.sequence_length 64, expected training.eval_windows 1000; give",
+            "alpha: the validation text makes 37 windows of data.sequence_length 64, expected "
+            "training.eval_windows 1000; give",
         ),
         ("data.domains=[alpha,omega]", 1, "omega"),
         # other layouts: test_engine.py
@@ -299,7 +303,10 @@ def test_without_validations_on_the_way_what_validation_text_there_is_serves(
     # told before the training text is tokenised
     assert not list((tmp_path / "new").glob("*-train-*"))
     assert len(read("training.eval_every=5", "training.eval_windows=37").validation["alpha"]) == 37
-    said = r"makes 0 windows of data.sequence_length 2500, expected .* 48 \(with training.eval_every 0 one is enough\); g"
+    said = (
+        r"makes 0 windows of data.sequence_length 2500, expected .* 48 \(with "
+        r"training.eval_every 0 one is enough\); g"
+    )
     with pytest.raises(DataError, match=said):
         read("training.eval_every=0", "training.eval_windows=48", "data.sequence_length=2500")
 

@@ -84,7 +84,8 @@ def test_growth_prints_exponents_and_answers_in_json(tmp_path, capsys, monkeypat
         (["--heads=5"], "--hidden 96 is not a multiple of --heads 5; change one of them"),
         (
             ["--models=nexus-lop"],
-            "--models: unknown model 'nexus-lop'; expected dense, nexus-loop, nexus-grouped, autoep",
+            "--models: unknown model 'nexus-lop'; "
+            "expected dense, nexus-loop, nexus-grouped, autoep",
         ),
         (["--baseline=sparse"], "--baseline: unknown model 'sparse'; expected dense"),
     ],

@@ -52,7 +52,8 @@ def test_it_writes_the_file_and_prints_table_warning_and_next_command(
     assert "cooking    law  rules\n" in printed.out
     assert f"wrote {out}" in printed.out
     assert (
-        "next: nexus-ds upcycle --seed DIR --expert cooking=DIR --expert law=DIR --expert rules=DIR "
+        "next: nexus-ds upcycle --seed DIR "
+        "--expert cooking=DIR --expert law=DIR --expert rules=DIR "
         f"--domains '{out}' --out DIR\n" in printed.out
     )
     assert "warning: law and rules are nearly the same text (cosine 1.000)" in printed.err

@@ -216,7 +216,8 @@ def test_nothing_is_left_after_a_failure(dense_dir, text_folder, tmp_path):
         (["--fail-if-worse", "3"], "--fail-if-worse '3': expected a percentage such as 3%"),
         (
             ["--fail-if-worse", "3%"],
-            "--fail-if-worse compares two mixtures; give --checkpoint of one before and of one after, or name any model",
+            "--fail-if-worse compares two mixtures; "
+            "give --checkpoint of one before and of one after, or name any model",
         ),
         (["--batch", "0"], "--batch: expected a number of at least 1, found 0"),
         (
@@ -372,9 +373,12 @@ def test_tasks_stand_in_summary_and_page(dense_dir, nexus_dir, text_folder, tmp_
         '{"query": "ship", "choices": ["sail", "moss"], "gold": 0}\n' * 4
     )
     (tmp_path / "tasks" / "wet.yaml").write_text(
-        f"task: wet\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/tasks/rows.jsonl}}}}\n"
-        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{query}}'\ndoc_to_choice: choices\n"
-        "doc_to_target: gold\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+        "task: wet\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path}/tasks/rows.jsonl}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{query}}'\n"
+        "doc_to_choice: choices\n"
+        "doc_to_target: gold\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
     more = ["--tasks", "wet", "--task-path", str(tmp_path / "tasks")]
     assert (

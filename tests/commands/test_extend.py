@@ -74,7 +74,8 @@ def parts(tmp_path, nexus_dir, text_folder):
         path.write_text(path.read_text().replace("tree", words[0]).replace("leaf", words[1]))
     embed(tmp_path / "domains.safetensors", ("delta", "epsilon"), tmp_path / "text")
     (tmp_path / "recipe.yaml").write_text(
-        "training: {steps: 1}\ndata: {sequence_length: 32, workers: 1}\nrouter: {fit_steps: 30, fit_windows: 8}\n"
+        "training: {steps: 1}\ndata: {sequence_length: 32, workers: 1}\n"
+        "router: {fit_steps: 30, fit_windows: 8}\n"
     )
     return tmp_path
 
@@ -349,7 +350,7 @@ def test_older_checkpoints_get_the_older_spelling_of_rope(parts):
     )
 
 
-# Bad input ---------------------------------------------------------------------------------------------------------
+# Bad input ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("change", [dict(revision="2" * 64), dict(width=9)])

@@ -156,7 +156,7 @@ def test_top_two_needs_two(tmp_path, capsys):
     assert "1 experts would be left, but each token goes to 2" in capsys.readouterr().err
 
 
-# Before and after --------------------------------------------------------------------------------------------------
+# Before and after ---------------------------------------------------------------------------------
 
 
 def removed(nexus_dir, text_folder, out, *more):

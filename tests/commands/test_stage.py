@@ -114,8 +114,8 @@ def test_a_recipe_without_domains_says_what_to_set(name, capsys):
 def test_a_branch_that_the_recipe_lacks_is_named_with_those_it_has(capsys):
     assert main(["stage", "branch", "branch=law"]) == 1
     assert (
-        "branch=law is none of the recipe's domains (python, docs, algebra, tables, cpp); give pipeline"
-        in (capsys.readouterr().err)
+        "branch=law is none of the recipe's domains (python, docs, algebra, tables, cpp); "
+        "give pipeline" in (capsys.readouterr().err)
     )
 
 

@@ -93,7 +93,8 @@ def parts(tmp_path, dense_dir, text_folder):
         branch(tmp_path / "seed", tmp_path / name, index)
     embed(tmp_path / "domains.safetensors", NAMES, text_folder)
     (tmp_path / "recipe.yaml").write_text(
-        "training: {steps: 1}\ndata: {sequence_length: 32, workers: 1}\nrouter: {fit_steps: 30, fit_windows: 8}\n"
+        "training: {steps: 1}\ndata: {sequence_length: 32, workers: 1}\n"
+        "router: {fit_steps: 30, fit_windows: 8}\n"
     )
     return tmp_path
 
@@ -349,7 +350,7 @@ def test_experts_of_another_dtype_are_cast_to_the_seeds_and_named(parts, dense_d
     assert json.loads(capsys.readouterr().out)["cast"] == {"alpha": "float32", "gamma": "float32"}
 
 
-# Bad input ---------------------------------------------------------------------------------------------------------
+# Bad input ----------------------------------------------------------------------------------------
 
 
 def edit_config(directory, **keys):
@@ -647,7 +648,8 @@ def test_starts_that_the_router_cannot_have_are_refused_before_anything_is_writt
         run(parts, "router.warm_start=chunks", warm=True)
     with pytest.raises(
         DataError,
-        match=r"no domain web; found: alpha, beta, gamma\n.*reads training text of alpha, beta, gamma, web",
+        match=r"no domain web; found: alpha, beta, gamma\n.*reads training text of alpha, beta, "
+        r"gamma, web",
     ):
         run(
             parts,
@@ -806,7 +808,8 @@ for index in range(3):
 (root / "out").mkdir()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with TensorWriter(root / "out", {"w": ("F32", shape)}) as writer:
-    _write_blend(writer, "w", mean_of([Part("m", reader, "w") for reader in readers]), torch.float32)
+    parts = [Part("m", reader, "w") for reader in readers]
+    _write_blend(writer, "w", mean_of(parts), torch.float32)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 assert float(TensorReader(root / "out").read_rows("w", 100, 101).mean()) == 2.0
 """
@@ -826,7 +829,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     assert int(result.stdout) < 80, f"{result.stdout} MiB"
 
 
-# Modes and signals ---------------------------------------------------------------------------------------------------
+# Modes and signals --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])

@@ -197,7 +197,10 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(
     corpus: Path, tokenizer_dir: Path, tmp_path: Path
 ):
     source, cache = open_source(str(corpus)), tmp_path / "cache"
-    said = r"\[Errno 27\] File too large: need [\d,]+ bytes more, free [\d,]+: '.*/\.beta-train-\w+\.bin\.tmp-\d+'$"
+    said = (
+        r"\[Errno 27\] File too large: need [\d,]+ bytes more, free [\d,]+: "
+        r"'.*/\.beta-train-\w+\.bin\.tmp-\d+'$"
+    )
     with file_limit(1000), pytest.raises(OSError, match=said):
         token_files(source, ["beta"], "train", tokenizer_dir, cache)
     assert [path.name for path in cache.iterdir()] == [".lock"]
@@ -220,7 +223,8 @@ def test_a_token_file_pickles_without_its_content(
 def test_several_processes_may_ask_at_once(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
     code = (
         "from pathlib import Path; from nexus_ds.data.corpora import open_source, token_files; "
-        f"f = token_files(open_source({str(corpus)!r}), ['alpha', 'beta'], 'train', Path({str(tokenizer_dir)!r}), "
+        f"f = token_files(open_source({str(corpus)!r}), ['alpha', 'beta'], 'train', "
+        f"Path({str(tokenizer_dir)!r}), "
         "Path('cache')); print(sum(int(x.read(0, x.tokens).sum()) for x in f.values()))"
     )
     command = [sys.executable, "-c", code]

@@ -155,7 +155,10 @@ def test_a_broken_stream_leaves_nothing_and_is_not_read_further_than_needed(
     whole = (mixed / "train-00001.jsonl").read_text()
     (mixed / "train-00001.jsonl").write_text('{"text": "cut off')
     arguments = (["alpha", "beta"], "train", tokenizer_dir, tmp_path / "cache")
-    message = r"mixed#kind\[train\]: the stream broke after row 50 \(.*; no part .*hf download .* give hub:DIR"
+    message = (
+        r"mixed#kind\[train\]: the stream broke after row 50 \(.*; "
+        r"no part .*hf download .* give hub:DIR"
+    )
     with pytest.raises(DataError, match=message):
         token_files(open_source(f"hub:{mixed}#kind"), *arguments)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
@@ -210,8 +213,10 @@ def test_streaming_takes_no_more_memory_for_more_text(tmp_path: Path):
     code = (
         "from nexus_ds.data.sources import open_source\n"
         "for name in ('small', 'large'):\n"
-        "    print(sum(len(d.text) for d in open_source(f'hub:{name}#kind').documents('a', 'train')))\n"
-        "    print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+        "    documents = open_source(f'hub:{name}#kind').documents('a', 'train')\n"
+        "    print(sum(len(d.text) for d in documents))\n"
+        "    status = open('/proc/self/status')\n"
+        "    print(next(line.split()[1] for line in status if line.startswith('VmHWM')))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     small, before, large, after = map(int, out.stdout.split())

@@ -24,7 +24,10 @@ def test_it_loads_offline_with_transformers_and_round_trips_any_text(tokenizer_d
 
 def test_the_same_text_gives_the_same_files_in_another_process(tokenizer_dir: Path, tmp_path: Path):
     texts = sentences(1, 50)
-    code = f"from pathlib import Path; from nexus_ds.data.tokenizer import train_tokenizer as t; t(iter({texts!r}), 300, Path('tok'))"
+    code = (
+        "from pathlib import Path; from nexus_ds.data.tokenizer import train_tokenizer as t; "
+        f"t(iter({texts!r}), 300, Path('tok'))"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     for file in tokenizer_dir.iterdir():
         assert (tmp_path / "tok" / file.name).read_bytes() == file.read_bytes()
@@ -48,7 +51,10 @@ def test_bad_input(tmp_path: Path):
 def test_a_directory_without_a_tokenizer_is_not_given_one_that_is_made_up(tmp_path: Path):
     """Of a class alone transformers makes a tokenizer of three tokens."""
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    message = r"no tokenizer that can be loaded \(none of tokenizer.json, tokenizer.model is there\); expected tokenizer"
+    message = (
+        r"no tokenizer that can be loaded \(none of tokenizer.json, tokenizer.model is there\); "
+        r"expected tokenizer"
+    )
     with pytest.raises(CheckpointError, match=message):
         open_tokenizer(tmp_path)
     with pytest.raises(
@@ -118,5 +124,6 @@ def test_the_package_that_reads_sentencepiece_files_is_named(tmp_path: Path):
     )
     said = done.stderr.strip().splitlines()[-1]
     assert said.endswith(
-        "tok: no tokenizer that can be loaded without the packages that read tokenizer.model: pip install sentencepiece"
+        "tok: no tokenizer that can be loaded without the packages that read tokenizer.model: "
+        "pip install sentencepiece"
     )
