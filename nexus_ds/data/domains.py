@@ -315,15 +315,15 @@ class SentenceEncoder:
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         spans = offsets["offset_mapping"]
-        starts = range(0, len(spans), self.max_tokens)
-        pieces = [
-            text[spans[s][0] : spans[min(s + self.max_tokens, len(spans)) - 1][1]] for s in starts
-        ]
+        pieces = []
+        for start in range(0, len(spans), self.max_tokens):
+            # (first, last) characters of the window's tokens
+            window = spans[start : start + self.max_tokens]
+            pieces.append(text[window[0][0] : window[-1][1]])
         return [piece for piece in pieces if piece.strip()] or [text[: self.max_tokens]]
 
     def windows(self, text: str, limit: int) -> list[str]:
-        """Return at most `limit` pieces of `text` of at most `max_tokens` tokens each, spread
-        evenly over the text."""
+        """Return at most `limit` pieces of at most `max_tokens` tokens, spread over the text."""
         size = self.max_tokens * CHARACTERS_PER_TOKEN
         # tokenising a whole book for four windows would be the slowest step
         if len(text) > limit * size:

@@ -181,8 +181,9 @@ class HubSource:
         max_bytes: int,
         bad_rows: Mapping[str, BadRows],
     ) -> Iterator[tuple[str, Document]]:
-        """Yield (domain, document) in the order of the rows, until each domain has `max_bytes` of
-        text (0: all).
+        """Yield (domain, document) in the order of the rows.
+
+        It ends when each domain has `max_bytes` of text (0: all).
 
         Raises:
             DataError: a stream that breaks, a damaged row by its number, a domain without rows.

@@ -1,5 +1,4 @@
-"""Clusters: known domains are found again, names are safe, the pass over the corpus is exact and
-repeatable."""
+"""Clusters: known domains are found again, names are safe, the pass over the corpus is exact."""
 
 import gzip
 import json

@@ -110,8 +110,7 @@ def write_rows(path: Path, rows: list[tuple[str, str]]) -> None:
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """A directory of JSON files with the rows of two domains in turns, as `corpus` has them in two
-    files."""
+    """JSON files with the rows of two domains in turns, which `corpus` has in two files."""
     pairs = zip(sentences(1, 40), sentences(3, 30) + [""] * 10, strict=True)
     rows = [
         (kind, text)

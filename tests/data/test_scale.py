@@ -1,5 +1,7 @@
-"""Nothing in the way from token files to samples grows with the text: sparse files of 50 GB stand
-for real ones."""
+"""Nothing on the way from token files to samples grows with the text.
+
+Sparse files of 50 GB stand for real ones.
+"""
 
 import json
 import os

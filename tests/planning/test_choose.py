@@ -1,5 +1,4 @@
-"""The order of the candidates, what fits, and the plan's own arithmetic at the sizes of the
-recipes."""
+"""The order of the candidates, what fits, and the plan's arithmetic at the recipes' sizes."""
 
 from dataclasses import replace
 
@@ -72,9 +71,8 @@ def test_states_shrink_with_the_stage_and_move_to_the_host_with_offload(on_cards
 
 
 def test_a_gradient_stays_whole_where_a_partitions_edge_cuts_it():
-    sizes = [
-        Parameter("matrices", n, 0) for n in (6, 4, 2)
-    ]  # three shares of 4: two edges cut the first and the second
+    # three shares of 4: two edges cut the first and the second
+    sizes = [Parameter("matrices", n, 0) for n in (6, 4, 2)]
     layout = Layout(
         stage=2, offload="none", expert=1, world=3, micro=1, accumulation=1, checkpointing="none"
     )

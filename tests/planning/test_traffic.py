@@ -1,5 +1,4 @@
-"""Arithmetic and bytes over links, computed by hand for a model of round numbers; and how they move
-with the layout."""
+"""Arithmetic and bytes over links, by hand for a model of round numbers, and across layouts."""
 
 from dataclasses import replace
 

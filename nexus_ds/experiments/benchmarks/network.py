@@ -121,8 +121,9 @@ def sent() -> int:
 def run_ranks(
     module: str, arguments: list[str], world: int, timeout: float, delay: float = 0.0
 ) -> None:
-    """Run `python -m module arguments` as `world` ranks on limited links, with a launcher's
-    variables.
+    """Run `python -m module arguments` as `world` ranks on limited links.
+
+    They have the variables that a launcher sets.
 
     Args:
         module: each rank's program.

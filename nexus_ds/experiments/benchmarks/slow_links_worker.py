@@ -89,7 +89,7 @@ def _nexus_layer(links: LinkRun, where: Placement, inputs_EM: Tensor, index: int
     return NexusMoE(where, local, shared, router, False)
 
 
-def start(links: LinkRun, way: Way) -> Any:
+def start(links: LinkRun, way: Way) -> internals.Engine:
     """Return an engine for one way of training."""
     rank = dist.get_rank()
     world = dist.get_world_size()
@@ -155,7 +155,7 @@ class Figures(NamedTuple):
     bytes: int
 
 
-def step(engine: Any, tokens_BS: Tensor, waits: Waits) -> Figures:
+def step(engine: internals.Engine, tokens_BS: Tensor, waits: Waits) -> Figures:
     """Do one step on token ids [B, S+1]; return what it took."""
     dist.barrier()
     sent = network.sent()
@@ -168,7 +168,7 @@ def step(engine: Any, tokens_BS: Tensor, waits: Waits) -> Figures:
     return Figures(time.perf_counter() - started, waits.seconds, network.sent() - sent)
 
 
-def collectives(engine: Any, tokens_BS: Tensor, waits: Waits) -> int:
+def collectives(engine: internals.Engine, tokens_BS: Tensor, waits: Waits) -> int:
     """Do one step; return the collectives of this rank, without the barriers around the step."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step(engine, tokens_BS, waits)

@@ -1,5 +1,7 @@
-"""The compared models do the same work: one loss, one set of gradients, and as many active
-parameters in the dense one."""
+"""The compared models do the same work: one loss, one set of gradients.
+
+The dense one has as many active parameters.
+"""
 
 import pytest
 import torch

@@ -74,8 +74,7 @@ def test_every_point_of_the_sweeps_is_there(monkeypatch):
 
 
 def operations(experts, tokens):
-    """Return floating-point operations of a router's forward and backward pass, those of P
-    apart."""
+    """Return operations of a router's forward and backward pass, those of P apart."""
     projection = Projection(8, 32)
     inputs = torch.randn(experts, 8)
     router = NexusRouter(32, Placement(experts), 1, projection, inputs, 0.01)
