@@ -3,8 +3,9 @@
 python state_worker.py CHECKPOINT STATES OUT KEY=VALUE ...      under the launcher's variables
 
 save=3,6 saves after these steps; until=6 ends there; copy=DIR saves what was resumed once more in
-another folder; export=DIR writes the checkpoint at the end, with wrong=1 after making the engine compute something
-else. OUT.json gets the losses by step, the step that was resumed, and the messages.
+another folder; export=DIR writes the checkpoint at the end, with wrong=1 after making the engine
+compute something else. OUT.json gets the losses by step, the step that was resumed, and the
+messages.
 """
 
 import json
