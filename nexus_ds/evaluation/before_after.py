@@ -1,5 +1,4 @@
-"""A mixture on trial: its loss by domain before a change, and that of what the change has made,
-window by window.
+"""The loss of a mixture by domain before a change and after it, window by window.
 
 Not covered: what to think of the difference (`report.verdict`).
 """
@@ -13,15 +12,19 @@ from pathlib import Path
 import numpy as np
 
 from nexus_ds.checkpoint.inspection import describe
-from nexus_ds.checkpoint.sidecar import read_sidecar
+from nexus_ds.checkpoint.records import read_manifest
 from nexus_ds.data.corpora import open_source, token_files, windows
 from nexus_ds.errors import ConfigError, DataError
 from nexus_ds.evaluation.perplexity import score, window_length
 
 
 class BeforeAfter:
-    """Validation windows in a checkpoint's own tokens, and its loss on them; see `before` and
-    `after`."""
+    """Validation windows in a checkpoint's own tokens, and its loss on them before a change.
+
+    Attributes:
+        windows: for each domain token ids [W, S+1].
+        before: for each domain the loss [W], nats per token of each window.
+    """
 
     def __init__(
         self, checkpoint: Path, data: str, domains: Sequence[str], count: int, bos: bool = True
@@ -42,28 +45,42 @@ class BeforeAfter:
         """
         if count < 1:
             raise ConfigError(f"--windows: expected a number of at least 1, found {count}")
-        length = window_length(0, [describe(checkpoint)])
         try:
-            source = open_source(data)
-            with tempfile.TemporaryDirectory(prefix="nexus-ds-") as cache:
-                files = token_files(source, domains, "validation", checkpoint, Path(cache), bos=bos)
-                self.windows = {domain: windows(files[domain], count, length) for domain in domains}
+            self.windows = _windows(checkpoint, data, domains, count, bos)
         except DataError as error:
             raise DataError(
-                f"{error}\nThe table before and after reads validation text of {', '.join(domains)} (looked for in "
-                f"{data}): give --data DIR with a folder for each, or name those that are there with --scored A,B"
+                f"{error}\nThe table before and after reads validation text of "
+                f"{', '.join(domains)} (looked for in {data}): give --data DIR with a folder for "
+                "each, or name those that are there with --scored A,B"
             ) from error
         self.before = score(checkpoint, self.windows, label="before").window_loss
 
     def after(self, checkpoint: Path) -> dict[str, np.ndarray]:
-        """Return the loss of the changed checkpoint (of the same tokenizer) by domain: [W] nats per
-        token of each window."""
+        """Return the loss [W] of the changed checkpoint by domain, nats per token of each window.
+
+        Its tokenizer must be the same: the windows are.
+        """
         return score(checkpoint, self.windows, label="after").window_loss
 
 
+def _windows(
+    checkpoint: Path, data: str, domains: Sequence[str], count: int, bos: bool
+) -> dict[str, np.ndarray]:
+    """Return `count` windows [W, S+1] of each domain, of the length that the checkpoint reads."""
+    length = window_length(0, [describe(checkpoint)])
+    source = open_source(data)
+    with tempfile.TemporaryDirectory(prefix="nexus-ds-") as cache:
+        files = token_files(source, domains, "validation", checkpoint, Path(cache), bos=bos)
+        return {domain: windows(files[domain], count, length) for domain in domains}
+
+
 def chosen(text: str, checkpoint: Path, new: Sequence[str]) -> list[str]:
-    """Return the domains named by `text` (A,B), else those of the checkpoint's experts and the new
-    ones, each once.
+    """Return the domains to score: those named by `text` (A,B), else all that have an expert.
+
+    Args:
+        text: names, or nothing.
+        checkpoint: before the change.
+        new: domains of experts that the change adds.
 
     Raises:
         ConfigError: a domain that `text` names twice.
@@ -71,6 +88,7 @@ def chosen(text: str, checkpoint: Path, new: Sequence[str]) -> list[str]:
     domains = [name.strip() for name in text.split(",") if name.strip()]
     if len(set(domains)) != len(domains):
         raise ConfigError(f"--scored names a domain twice: {', '.join(domains)}; name each once")
-    return domains or list(
-        dict.fromkeys([*(expert.domain for expert in read_sidecar(checkpoint).experts), *new])
-    )
+    if domains:
+        return domains
+    old = [expert.domain for expert in read_manifest(checkpoint).experts]
+    return list(dict.fromkeys([*old, *new]))

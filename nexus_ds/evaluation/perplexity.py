@@ -3,8 +3,8 @@
 `score` runs any dense or Nexus checkpoint with stock transformers over fixed windows; `cosines`
 compares domains before and after the projection P (paper sections 5.4 and 5.6).
 
-Shapes: W windows, T tokens a window, D domains of text, L layers with a router, E routed experts, H
-hidden size, V vocabulary.
+Shapes: W windows, S tokens a window, T = W*S tokens, D domains of text, L layers with a router, E
+routed experts, K chosen experts a token, H hidden size, V vocabulary.
 Not covered: text of models with different tokenizers on one scale (perplexity is per token),
 downstream tasks.
 """
@@ -13,28 +13,34 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from nexus_ds.checkpoint.loading import load_model, read_config
 from nexus_ds.checkpoint.qwen2_moe import gate_name
 from nexus_ds.checkpoint.records import is_nexus
-from nexus_ds.checkpoint.sidecar import Sidecar, read_sidecar
+from nexus_ds.checkpoint.sidecar import read_sidecar
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.errors import CheckpointError, ConfigError, DataError
 from nexus_ds.model.router import SATURATED
 from nexus_ds.progress import Progress
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 DEFAULT_LENGTH = 128  # tokens of a window
 LOGITS_AT_ONCE = 1 << 24  # fp32 numbers: 64 MiB of logits, whatever the vocabulary
+# Of a module: itself, what it was given, what it returned.
+Hook = Callable[[nn.Module, object, tuple[Tensor, ...]], None]
 
 
 @dataclass
@@ -60,25 +66,23 @@ class Routing:
 
     def mean_share(self) -> dict[str, dict[str, float]]:
         """Return share[domain][expert], the mean over layers."""
-        mean_DE = self.share.mean(axis=0)
-        return {
-            domain: {expert: float(mean_DE[d, e]) for e, expert in enumerate(self.experts)}
-            for d, domain in enumerate(self.domains)
-        }
+        mean_DE = self.share.mean(axis=0).tolist()
+        rows = zip(self.domains, mean_DE, strict=True)
+        return {domain: dict(zip(self.experts, mean_E, strict=True)) for domain, mean_E in rows}
 
     def own_share(self) -> dict[str, float]:
-        """Return, for each domain that has an expert, the share of its tokens there (mean over
-        layers)."""
+        """Return the share of each domain's tokens at its own expert, mean over layers.
+
+        Only of domains that have an expert; of several experts, the sum.
+        """
         mean_DE = self.share.mean(axis=0)
-        own = {
-            d: [e for e, domain in enumerate(self.expert_domains) if domain == d]
-            for d in self.domains
-        }
-        return {
-            domain: float(mean_DE[d, own[domain]].sum())
-            for d, domain in enumerate(self.domains)
-            if own[domain]
-        }
+        expert_domains_E = np.array(self.expert_domains)
+        shares = {}
+        for domain, mean_E in zip(self.domains, mean_DE, strict=True):
+            own_E = expert_domains_E == domain
+            if own_E.any():
+                shares[domain] = float(mean_E[own_E].sum())
+        return shares
 
     def leak(self, expert: str, domains: Sequence[str] | None = None) -> float:
         """Return the share of tokens of `domains` at `expert`, mean over domains and layers.
@@ -105,8 +109,8 @@ class Routing:
 
     def saturated(self) -> list[tuple[int, str, float]]:
         """Return (layer, domain, mean gate) wherever the mean gate is above SATURATED."""
-        places = np.argwhere(self.gate > SATURATED)
-        return [(self.layers[i], self.domains[d], float(self.gate[i, d])) for i, d in places]
+        where = np.argwhere(self.gate > SATURATED)
+        return [(self.layers[i], self.domains[d], float(self.gate[i, d])) for i, d in where]
 
 
 @dataclass
@@ -136,43 +140,51 @@ class Scores:
         return {domain: math.exp(min(loss, 700.0)) for domain, loss in self.loss.items()}
 
 
-def window_length(asked: int, facts: Sequence[Mapping[str, Any]]) -> int:
-    """Return the tokens of a window.
+def window_length(asked: int, models: Sequence[Mapping[str, Any]]) -> int:
+    """Return the tokens of a window: `asked`, or where that is 0 what suits all models.
 
-    For `asked` 0: the shortest sequence length that one of the models (`facts.describe`) was
-    trained with, else DEFAULT_LENGTH; in any case no more than every model reads.
+    That is the shortest sequence length that one of them was trained with, else DEFAULT_LENGTH; no
+    more than every model reads.
+
+    Args:
+        asked: 0 for a length that suits.
+        models: what `inspection.describe` tells of each.
     """
-    trained = [int(model["sequence_length"]) for model in facts if model["sequence_length"]]
-    limits = [int(model["max_positions"]) for model in facts if model["max_positions"]]
-    return asked or min([*(trained or [DEFAULT_LENGTH]), *limits])
+    if asked:
+        return asked
+    trained = [int(model["sequence_length"]) for model in models if model["sequence_length"]]
+    limits = [int(model["max_positions"]) for model in models if model["max_positions"]]
+    return min([*(trained or [DEFAULT_LENGTH]), *limits])
 
 
 def expert_names(directory: Path, count: int) -> tuple[list[str], list[str]]:
-    """Return the names and the domains of `count` routed experts: the sidecar's, else expert_0 ...
-    without domains."""
+    """Return names and domains of `count` routed experts; without sidecar expert_0 .. and ""."""
     if not is_nexus(directory):
         return [f"expert_{index}" for index in range(count)], [""] * count
     experts = read_sidecar(directory).experts
     if len(experts) != count:
         raise CheckpointError(
-            f"{directory}: the model has {count} routed experts, nexus.json names {len(experts)}; they belong to "
-            "different checkpoints, make the directory again"
+            f"{directory}: the model has {count} routed experts, nexus.json names {len(experts)}; "
+            "they belong to different checkpoints, make the directory again"
         )
     return [expert.name for expert in experts], [expert.domain for expert in experts]
 
 
 class RoutingMeter:
-    """Counts routed tokens at a model's routers while it is a context: `with RoutingMeter(model) as
-    meter: ...`."""
+    """Counts routed tokens at a model's routers: `with RoutingMeter(model) as meter: ...`.
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    It is stock transformers that is measured, so its modules are found by their names.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
         modules = dict(model.named_modules())
-        config: Any = model.config
-        layers = range(config.num_hidden_layers)
-        names = [gate_name(layer).removesuffix(".weight") for layer in layers]
-        self.gates = [(layer, modules[name]) for layer, name in enumerate(names) if name in modules]
-        self.layers = [layer for layer, _ in self.gates]
-        self.handles: list[Any] = []
+        self.gates: dict[int, nn.Module] = {}
+        for layer in range(model.config.num_hidden_layers):
+            name = gate_name(layer).removesuffix(".weight")
+            if name in modules:
+                self.gates[layer] = modules[name]
+        self.layers = list(self.gates)
+        self.handles: list[RemovableHandle] = []
         self.reset()
 
     def reset(self) -> None:
@@ -182,7 +194,7 @@ class RoutingMeter:
         self.tokens: dict[int, int] = dict.fromkeys(self.layers, 0)
 
     def __enter__(self) -> RoutingMeter:
-        for layer, module in self.gates:
+        for layer, module in self.gates.items():
             self.handles.append(module.register_forward_hook(self._hook(layer)))
         return self
 
@@ -195,50 +207,54 @@ class RoutingMeter:
         while self.handles:
             self.handles.pop().remove()
 
-    def _hook(self, layer: int) -> Any:
-        def count(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-            logits_TE, _, chosen_TK = output  # transformers 5: (logits, gate values, indices)
+    def _hook(self, layer: int) -> Hook:
+        def count(module: nn.Module, inputs: object, output: tuple[Tensor, ...]) -> None:
+            # transformers 5: (logits, gate values, indices)
+            logits_TE, _, chosen_TK = output
             slots_E = torch.bincount(chosen_TK.reshape(-1), minlength=logits_TE.shape[-1])
-            gate = logits_TE.float().softmax(dim=-1).amax(dim=-1).sum(dtype=torch.float64)
+            gate_T = logits_TE.float().softmax(dim=-1).amax(dim=-1)
+            gate_sum = gate_T.sum(dtype=torch.float64)
             self.counts[layer] = self.counts.get(layer, 0) + slots_E
-            self.gate_sums[layer] = self.gate_sums.get(layer, 0) + gate
+            self.gate_sums[layer] = self.gate_sums.get(layer, 0) + gate_sum
             self.tokens[layer] += len(logits_TE)
 
         return count
 
     def share_LE(self) -> np.ndarray:
         """Return the share [L, E] of routed slots since the last reset."""
-        counts = np.stack([self.counts[layer].cpu().numpy() for layer in self.layers]).astype(
-            np.float64
-        )
-        return counts / counts.sum(axis=1, keepdims=True)
+        counts_LE = np.stack([self.counts[layer].cpu().numpy() for layer in self.layers])
+        return counts_LE / counts_LE.sum(axis=1, keepdims=True)
 
     def gate_L(self) -> np.ndarray:
         """Return the mean top-1 probability [L] since the last reset."""
-        return np.array(
-            [float(self.gate_sums[layer]) / self.tokens[layer] for layer in self.layers]
-        )
+        means = [float(self.gate_sums[layer]) / self.tokens[layer] for layer in self.layers]
+        return np.array(means)
 
 
 @torch.inference_mode()
-def batch_loss(model: Any, tokens_WT: Tensor) -> Tensor:
-    """Return the next-token cross-entropy (nats, float64 [W]) of each of the windows [W, T+1],
-    summed over its tokens.
+def batch_loss(model: PreTrainedModel, tokens_WS: Tensor) -> Tensor:
+    """Return the next-token cross-entropy (nats, float64 [W]) of each window, summed over tokens.
 
     The logits are made in slices of LOGITS_AT_ONCE numbers and scored in fp32: a large vocabulary
     costs no memory.
+
+    Args:
+        model: as transformers loads it.
+        tokens_WS: token ids [W, S+1]: S inputs and their S targets.
     """
-    inputs_WT, targets = tokens_WT[:, :-1], tokens_WT[:, 1:].reshape(-1)
-    hidden_TH = model.base_model(input_ids=inputs_WT, use_cache=False).last_hidden_state.flatten(
-        0, 1
-    )
+    inputs_WS = tokens_WS[:, :-1]
+    targets_T = tokens_WS[:, 1:].reshape(-1)
+    output = model.base_model(input_ids=inputs_WS, use_cache=False)
+    hidden_TH = output.last_hidden_state.flatten(0, 1)
     head = model.get_output_embeddings()
     step = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-    parts = []
+    losses = []
     for start in range(0, len(hidden_TH), step):
-        logits_TV = head(hidden_TH[start : start + step]).float()
-        parts.append(F.cross_entropy(logits_TV, targets[start : start + step], reduction="none"))
-    return torch.cat(parts).view(inputs_WT.shape).sum(dim=1, dtype=torch.float64)
+        part = slice(start, start + step)
+        logits_tV = head(hidden_TH[part]).float()
+        losses.append(F.cross_entropy(logits_tV, targets_T[part], reduction="none"))
+    losses_WS = torch.cat(losses).view(inputs_WS.shape)
+    return losses_WS.sum(dim=1, dtype=torch.float64)
 
 
 def _check_windows(
@@ -250,39 +266,48 @@ def _check_windows(
     for domain, tokens in windows.items():
         if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < 2:
             raise DataError(
-                f"domain {domain!r}: found windows of shape {tokens.shape}, expected [windows, length + 1] "
-                "with at least one window of two tokens"
+                f"domain {domain!r}: found windows of shape {tokens.shape}, "
+                "expected [windows, length + 1] with at least one window of two tokens"
             )
         if tokens.min() < 0 or tokens.max() >= vocabulary:
             raise DataError(
-                f"domain {domain!r}: found token ids from {tokens.min()} to {tokens.max()}, {model_dir} knows "
-                f"0 to {vocabulary - 1}; tokenise the text with this model's own tokenizer"
+                f"domain {domain!r}: found token ids from {tokens.min()} to {tokens.max()}, "
+                f"{model_dir} knows 0 to {vocabulary - 1}; "
+                "tokenise the text with this model's own tokenizer"
             )
-        if positions and tokens.shape[1] - 1 > positions:
+        length = tokens.shape[1] - 1
+        if positions and length > positions:
             raise DataError(
-                f"domain {domain!r}: windows of {tokens.shape[1] - 1} tokens, {model_dir} reads at most "
+                f"domain {domain!r}: windows of {length} tokens, {model_dir} reads at most "
                 f"{positions}; choose a smaller length"
             )
 
 
-def _score_domain(model: Any, tokens_WT: np.ndarray, batch: int, progress: Progress) -> np.ndarray:
-    """Return the loss (nats per token, float64 [W]) of each of the windows [W, T+1]."""
+def _on_device(tokens_WS: np.ndarray, model: PreTrainedModel) -> Tensor:
+    # The windows may be a view of a memory-mapped file, of any integer type.
+    return torch.from_numpy(np.ascontiguousarray(tokens_WS, dtype=np.int64)).to(model.device)
+
+
+def _score_domain(
+    model: PreTrainedModel, tokens_WS: np.ndarray, batch: int, progress: Progress
+) -> np.ndarray:
+    """Return the loss (nats per token, float64 [W]) of each of the windows [W, S+1]."""
     found = []
-    for start in range(0, len(tokens_WT), batch):
-        part = torch.from_numpy(
-            np.ascontiguousarray(tokens_WT[start : start + batch], dtype=np.int64)
-        )
-        found.append(batch_loss(model, part.to(model.device)).cpu().numpy())
+    for start in range(0, len(tokens_WS), batch):
+        part = _on_device(tokens_WS[start : start + batch], model)
+        found.append(batch_loss(model, part).cpu().numpy())
         progress.advance(len(part))
-    return np.concatenate(found) / (tokens_WT.shape[1] - 1)
+    length = tokens_WS.shape[1] - 1
+    return np.concatenate(found) / length
 
 
 def _check_losses(loss: Mapping[str, float], model_dir: Path) -> None:
     bad = [domain for domain, value in loss.items() if not math.isfinite(value)]
     if bad:
         raise CheckpointError(
-            f"{model_dir}: the loss on {', '.join(bad)} is {loss[bad[0]]}, expected a finite number; the weights hold "
-            "NaN or infinity, or overflow in the stored precision (try fp32)"
+            f"{model_dir}: the loss on {', '.join(bad)} is {loss[bad[0]]}, "
+            "expected a finite number; the weights hold NaN or infinity, "
+            "or overflow in the stored precision (try fp32)"
         )
 
 
@@ -297,7 +322,7 @@ def score(
 
     Args:
         model_dir: a dense or Nexus checkpoint.
-        windows: for each domain token ids [W, T+1], int64: T inputs and their T targets.
+        windows: for each domain token ids [W, S+1], int64: S inputs and their S targets.
         batch: windows a forward pass.
         precision: auto (fp32 on a CPU, the stored dtype on a GPU), fp32, or stored.
         label: what the progress line calls the model; default its directory's name.
@@ -313,55 +338,63 @@ def score(
     positions = int(config.get("max_position_embeddings") or 0)
     _check_windows(windows, int(config.get("vocab_size", 0)), positions, model_dir)
     model = load_model(model_dir, precision)
-    loss: dict[str, np.ndarray] = {}
-    shares, gates = [], []
     # One pass uncounted: the first one pays for allocation and kernel selection.
-    batch_loss(
-        model, torch.from_numpy(next(iter(windows.values()))[:1].astype(np.int64)).to(model.device)
-    )
+    some_WS = next(iter(windows.values()))[:1]
+    batch_loss(model, _on_device(some_WS, model))
+    title = f"score {label or model_dir.name}"
+    count = sum(len(tokens_WS) for tokens_WS in windows.values())
+    loss: dict[str, np.ndarray] = {}
+    shares: list[np.ndarray] = []
+    gates: list[np.ndarray] = []
     started = time.perf_counter()
-    with (
-        RoutingMeter(model) as meter,
-        Progress(
-            f"score {label or model_dir.name}", sum(map(len, windows.values())), "window"
-        ) as progress,
-    ):
-        for domain, tokens_WT in windows.items():
+    with RoutingMeter(model) as meter, Progress(title, count, "window") as progress:
+        for domain, tokens_WS in windows.items():
             meter.reset()
-            loss[domain] = _score_domain(model, tokens_WT, batch, progress)
+            loss[domain] = _score_domain(model, tokens_WS, batch, progress)
             if meter.layers:
                 shares.append(meter.share_LE())
                 gates.append(meter.gate_L())
     seconds = time.perf_counter() - started
-    tokens = {domain: len(array) * (array.shape[1] - 1) for domain, array in windows.items()}
+    tokens = {domain: array.shape[0] * (array.shape[1] - 1) for domain, array in windows.items()}
     routing = None
     if meter.layers:
-        names, domains = expert_names(model_dir, shares[0].shape[1])
-        share_LDE, gate_LD = np.stack(shares, axis=1), np.stack(gates, axis=1)
-        routing = Routing(list(windows), names, domains, meter.layers, share_LDE, gate_LD)
+        routing = _routing(model_dir, list(windows), meter.layers, shares, gates)
     scores = Scores(loss, tokens, sum(tokens.values()) / max(seconds, 1e-9), routing)
     _check_losses(scores.loss, model_dir)
     return scores
 
 
-def cosine_matrix(vectors: Tensor) -> np.ndarray:
-    """Return the cosines [E, E] between rows of `vectors` [E, M]; 0 where a row is 0."""
-    unit = F.normalize(vectors.double(), dim=-1)
-    return (unit @ unit.T).numpy()
+def _routing(
+    model_dir: Path,
+    domains: list[str],
+    layers: list[int],
+    shares: list[np.ndarray],
+    gates: list[np.ndarray],
+) -> Routing:
+    """Return the routing of all domains from each one's shares [L, E] and gates [L]."""
+    share_LDE = np.stack(shares, axis=1)
+    experts, expert_domains = expert_names(model_dir, share_LDE.shape[2])
+    return Routing(domains, experts, expert_domains, layers, share_LDE, np.stack(gates, axis=1))
+
+
+def cosine_matrix(vectors_EM: Tensor) -> np.ndarray:
+    """Return the cosines [E, E] between vectors; 0 where one is 0."""
+    unit_EM = F.normalize(vectors_EM.double(), dim=-1)
+    return (unit_EM @ unit_EM.T).numpy()
 
 
 @dataclass
 class Cosines:
-    """Cosines [E, E] between experts, before and after the projection P.
+    """Cosines between experts, before and after the projection P.
 
     Attributes:
         names: E experts.
-        embeddings: between raw domain embeddings (paper figure 8, "before"); None without a sidecar
-            that has them.
-        inputs: between what P reads (normalised, centred); None without a sidecar.
-        rows: [L, E, E] between router rows (paper figure 8, "after": the last layer).
-        centred_rows: [L, E, E] between router rows less their mean: softmax does not see the mean,
-            so these decide.
+        embeddings: [E, E] between raw domain embeddings (paper figure 8, "before"); None without a
+            sidecar.
+        inputs: [E, E] between what P reads (normalised, centred); None without a sidecar.
+        rows: [L, E, E] between expert embeddings (paper figure 8, "after": the last layer).
+        centred_rows: [L, E, E] between expert embeddings less their mean: softmax does not see the
+            mean, so these decide.
     """
 
     names: list[str]
@@ -371,28 +404,29 @@ class Cosines:
     centred_rows: np.ndarray
 
 
-def _sidecar(directory: Path) -> Sidecar | None:
-    return read_sidecar(directory) if is_nexus(directory) else None
-
-
 def cosines(directory: Path) -> Cosines:
-    """Return the cosines of a Nexus or other Qwen2-MoE checkpoint; CheckpointError if it has no
-    router."""
+    """Return the cosines of a Qwen2-MoE checkpoint; CheckpointError if it has no router."""
     directory = Path(directory)
-    config, reader, sidecar = read_config(directory), TensorReader(directory), _sidecar(directory)
+    config = read_config(directory)
+    reader = TensorReader(directory)
     names = [gate_name(layer) for layer in range(int(config.get("num_hidden_layers", 0)))]
-    rows = [reader.read(name).float() for name in names if name in reader]
-    if not rows:
+    weights = [reader.read(name).float() for name in names if name in reader]
+    if not weights:
         raise CheckpointError(
-            f"{directory}: no router weights ({gate_name(0)}); expected a mixture-of-experts checkpoint"
+            f"{directory}: no router weights ({gate_name(0)}); "
+            "expected a mixture-of-experts checkpoint"
         )
-    vectors = sidecar.vectors if sidecar is not None and len(sidecar.vectors) else None
+    embeddings = inputs = None
+    if is_nexus(directory):
+        sidecar = read_sidecar(directory)
+        embeddings = cosine_matrix(sidecar.vectors)
+        inputs = cosine_matrix(sidecar.domain_inputs())
     return Cosines(
-        names=expert_names(directory, len(rows[0]))[0],
-        embeddings=None if vectors is None else cosine_matrix(vectors),
-        inputs=None
-        if vectors is None or sidecar is None
-        else cosine_matrix(sidecar.domain_inputs()),
-        rows=np.stack([cosine_matrix(r) for r in rows]),
-        centred_rows=np.stack([cosine_matrix(r - r.mean(dim=0)) for r in rows]),
+        names=expert_names(directory, len(weights[0]))[0],
+        embeddings=embeddings,
+        inputs=inputs,
+        rows=np.stack([cosine_matrix(weight_EH) for weight_EH in weights]),
+        centred_rows=np.stack(
+            [cosine_matrix(weight_EH - weight_EH.mean(0)) for weight_EH in weights]
+        ),
     )

@@ -1,5 +1,4 @@
-"""Downstream tasks: lm-eval on a checkpoint as stock transformers runs it, by groups of tasks
-(paper section 6).
+"""Downstream tasks (paper section 6): lm-eval on a checkpoint as stock transformers runs it.
 
 lm-eval is no requirement of this program: `pip install 'lm-eval[hf]'` adds it. Nothing is
 downloaded unless the user sets HF_HUB_OFFLINE=0; tasks of a folder of one's own (lm-eval's YAML)
@@ -22,7 +21,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from nexus_ds.checkpoint.loading import load_model
 from nexus_ds.data.offline import stay_offline
@@ -44,16 +43,26 @@ CONSENT = "HF_ALLOW_CODE_EVAL"
 UNSAFE = f"it runs code that the model wrote; allow that in a sandbox with {CONSENT}=1"
 
 
+class TaskScore(TypedDict):
+    """The score of one task, in per cent."""
+
+    group: str
+    metric: str
+    score: float
+    stderr: float | None
+    shots: int
+    examples: int
+
+
 @dataclass
 class TaskScores:
-    """Scores of one checkpoint in per cent: of groups, of each task, and why others were not
-    run."""
+    """Scores of one checkpoint in per cent."""
 
     groups: dict[str, float] = field(default_factory=dict)
     """Mean over the group's tasks that were run."""
-    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """group, metric, score, stderr, shots and examples of each task."""
+    tasks: dict[str, TaskScore] = field(default_factory=dict)
     not_run: dict[str, str] = field(default_factory=dict)
+    """Why other tasks were not run."""
 
     @property
     def mean(self) -> float:
@@ -62,8 +71,7 @@ class TaskScores:
 
 
 def task_groups(text: str) -> dict[str, tuple[str, ...]]:
-    """Return groups of tasks: those of the paper for `paper`, else each of the names A,B as a group
-    of its own.
+    """Return groups of tasks: the paper's for `paper`, else each of the names A,B as its own group.
 
     Raises:
         ConfigError: no name, or one that is given twice.
@@ -87,18 +95,20 @@ def require_harness() -> None:
 
 
 def score_of(result: Mapping[str, Any]) -> tuple[str, float, float | None] | None:
-    """Return (metric, score, standard error) in per cent of one task's lm-eval result; None without
-    a known metric."""
+    """Return (metric, score, standard error) in per cent of lm-eval's result for one task.
+
+    None without a known metric; the standard error is None where lm-eval gives none.
+    """
     for metric in METRICS:
-        for key, value in result.items():  # "acc,none": the metric and the filter of the answers
+        for key, value in result.items():
+            # "acc,none": the metric and the filter of the answers
             name, _, answers = key.partition(",")
-            if name == metric and isinstance(value, int | float):
-                error = result.get(f"{name}_stderr,{answers}")
-                return (
-                    metric,
-                    100.0 * value,
-                    100.0 * error if isinstance(error, int | float) else None,
-                )
+            if name != metric or not isinstance(value, int | float):
+                continue
+            error = result.get(f"{name}_stderr,{answers}")
+            if not isinstance(error, int | float):
+                return metric, 100.0 * value, None
+            return metric, 100.0 * value, 100.0 * error
     return None
 
 
@@ -121,7 +131,7 @@ def run_tasks(
         task_path: folder with further tasks as YAML.
         limit: examples of each task; 0: all.
         batch: sequences a forward pass.
-        precision: of the weights, as in `scoring.score`.
+        precision: of the weights, as in `perplexity.score`.
         strict: whether a task that can't be run is an error; if not, it is left out and named in
             `not_run`.
         label: what the progress line calls the model; default its directory's name.
@@ -137,33 +147,11 @@ def run_tasks(
         )
     stay_offline()
     with _quiet():
-        from lm_eval.models.huggingface import HFLM
-
-        manager = _manager(
-            task_path, frozenset(task for tasks in groups.values() for task in tasks)
-        )
-        model, tokenizer = load_model(checkpoint, precision), open_tokenizer(checkpoint)
-        harness = _Harness(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch), manager, limit
-        )
-        scores, names = (
-            TaskScores(),
-            [(group, task) for group, tasks in groups.items() for task in tasks],
-        )
-        with Progress(f"tasks {label or checkpoint.name}", len(names), "task") as progress:
-            for group, task in names:
-                try:
-                    scores.tasks[task] = {"group": group, **harness.run(task)}
-                except ConfigError as error:
-                    if strict:
-                        raise
-                    scores.not_run[task] = str(error).removeprefix(f"task {task}: ")
-                progress.advance()
+        harness = _open_harness(checkpoint, groups, task_path, limit, batch, precision)
+        scores = _run_all(harness, groups, strict, label or checkpoint.name)
     if not scores.tasks:
-        raise ConfigError(
-            "none of the tasks could be run:\n"
-            + "\n".join(f"{t}: {why}" for t, why in scores.not_run.items())
-        )
+        reasons = [f"{task}: {why}" for task, why in scores.not_run.items()]
+        raise ConfigError("none of the tasks could be run:\n" + "\n".join(reasons))
     for group in groups:
         found = [task["score"] for task in scores.tasks.values() if task["group"] == group]
         if found:
@@ -171,10 +159,46 @@ def run_tasks(
     return scores
 
 
+def _open_harness(
+    checkpoint: Path,
+    groups: Mapping[str, Sequence[str]],
+    task_path: Path | None,
+    limit: int,
+    batch: int,
+    precision: str,
+) -> _Harness:
+    # lm-eval is optional, see `require_harness`.
+    from lm_eval.models.huggingface import HFLM
+
+    names = frozenset(task for tasks in groups.values() for task in tasks)
+    # Before the model: an unreadable folder of tasks shows at once.
+    manager = _manager(task_path, names)
+    model = load_model(checkpoint, precision)
+    tokenizer = open_tokenizer(checkpoint)
+    return _Harness(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch), manager, limit)
+
+
+def _run_all(
+    harness: _Harness, groups: Mapping[str, Sequence[str]], strict: bool, label: str
+) -> TaskScores:
+    """Run the tasks of all groups; the scores of groups are still missing."""
+    scores = TaskScores()
+    names = [(group, task) for group, tasks in groups.items() for task in tasks]
+    with Progress(f"tasks {label}", len(names), "task") as progress:
+        for group, task in names:
+            try:
+                scores.tasks[task] = harness.run(group, task)
+            except ConfigError as error:
+                if strict:
+                    raise
+                scores.not_run[task] = str(error).removeprefix(f"task {task}: ")
+            progress.advance()
+    return scores
+
+
 @functools.cache
 def _manager(task_path: Path | None, names: frozenset[str]) -> Any:
-    """Return lm-eval's index of tasks; reading all of its own takes many seconds and is left out
-    where it can be."""
+    """Return lm-eval's index of tasks; its own are many seconds to read: only where asked for."""
     from lm_eval.tasks import TaskManager
 
     if task_path is not None:
@@ -192,21 +216,42 @@ class _Harness:
     manager: Any
     limit: int
 
-    def run(self, task: str) -> dict[str, Any]:
-        """Return metric, score, stderr, shots and examples of one task; ConfigError if it can't be
-        run."""
-        from lm_eval import simple_evaluate
-
-        if task in PAPER["code"] and os.environ.get(CONSENT) != "1":  # before any of it is loaded
+    def run(self, group: str, task: str) -> TaskScore:
+        """Return the score of one task; ConfigError if it can't be run."""
+        # before any of it is loaded
+        if task in PAPER["code"] and os.environ.get(CONSENT) != "1":
             raise ConfigError(f"task {task}: {UNSAFE}")
         if task not in self.manager.all_tasks:
             raise ConfigError(
-                f"task {task}: lm-eval has none of this name; give its YAML's folder with --task-path"
+                f"task {task}: lm-eval has none of this name; "
+                "give its YAML's folder with --task-path"
             )
+        found = self._evaluate(task)
+        result = found["results"].get(task, {})
+        score = score_of(result)
+        if score is None:
+            parts = ", ".join(found["results"])
+            said = ", ".join(map(str, result)) or f"nothing itself; it stands for {parts}"
+            raise ConfigError(f"task {task}: reports {said}; expected one of {', '.join(METRICS)}")
+        metric, value, error = score
+        return {
+            "group": group,
+            "metric": metric,
+            "score": value,
+            "stderr": error,
+            "shots": max(found["n-shot"].values()),
+            "examples": sum(count["effective"] for count in found["n-samples"].values()),
+        }
+
+    def _evaluate(self, task: str) -> dict[str, Any]:
+        """Return what lm-eval finds; ConfigError for whatever goes wrong in it."""
+        # lm-eval is optional, see `require_harness`.
+        from lm_eval import simple_evaluate
+
         try:
             # four bars a task; what goes wrong is raised
             with contextlib.redirect_stderr(io.StringIO()):
-                found = simple_evaluate(
+                return simple_evaluate(
                     model=self.model,
                     tasks=[task],
                     num_fewshot=SHOTS.get(task),
@@ -219,22 +264,6 @@ class _Harness:
         # of lm-eval, of `datasets`, of a task's own code: they have no type in common
         except Exception as error:
             raise ConfigError(f"task {task}: {_reason(error)}") from error
-        result = found["results"].get(task, {})
-        score = score_of(result)
-        if score is None:
-            said = (
-                ", ".join(map(str, result))
-                or f"nothing itself; it stands for {', '.join(found['results'])}"
-            )
-            raise ConfigError(f"task {task}: reports {said}; expected one of {', '.join(METRICS)}")
-        shots = set(found["n-shot"].values())
-        return {
-            "metric": score[0],
-            "score": score[1],
-            "stderr": score[2],
-            "shots": max(shots),
-            "examples": sum(count["effective"] for count in found["n-samples"].values()),
-        }
 
 
 def _reason(error: Exception) -> str:
@@ -242,7 +271,10 @@ def _reason(error: Exception) -> str:
     said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if "unsafe" in said:
         return f"{UNSAFE} ({said})"
-    return f"{said}; if its data is not on this machine: HF_HUB_OFFLINE=0 downloads it, --task-path reads files"
+    return (
+        f"{said}; if its data is not on this machine: "
+        "HF_HUB_OFFLINE=0 downloads it, --task-path reads files"
+    )
 
 
 @contextlib.contextmanager
@@ -250,7 +282,8 @@ def _quiet() -> Iterator[None]:
     """Leave lm-eval's log and its bars to errors."""
     import datasets
 
-    level, root = logging.getLogger("lm_eval").level, logging.getLogger("lm_eval")
+    root = logging.getLogger("lm_eval")
+    level = root.level
     root.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nexus_ds.commands import evaluate
 from nexus_ds.errors import ConfigError, DataError, OutputExistsError
-from nexus_ds.evaluation.perplexity import DEFAULT_LENGTH, window_length
 from nexus_ds.report.evaluation import file_names
 from nexus_ds.report.page import PNG_MAGIC
 
@@ -396,17 +395,6 @@ def test_two_models_of_one_name(dense_dir, text_folder, tmp_path):
         ConfigError, match="several checkpoints are called dense; give each its own --name"
     ):
         evaluate.run(arguments([dense_dir, dense_dir], text_folder, tmp_path / "out"))
-
-
-def test_window_length():
-    facts = [
-        {"sequence_length": None, "max_positions": 2048},
-        {"sequence_length": None, "max_positions": 64},
-    ]
-    assert window_length(0, facts) == 64
-    assert window_length(0, facts[:1]) == DEFAULT_LENGTH
-    assert window_length(0, [{"sequence_length": 512, "max_positions": 2048}]) == 512
-    assert window_length(32, facts) == 32
 
 
 def test_file_names_are_harmless_and_distinct():

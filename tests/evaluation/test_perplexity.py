@@ -9,7 +9,14 @@ import torch
 
 from nexus_ds.errors import CheckpointError, ConfigError, DataError
 from nexus_ds.evaluation import perplexity
-from nexus_ds.evaluation.perplexity import Routing, cosine_matrix, cosines, score
+from nexus_ds.evaluation.perplexity import (
+    DEFAULT_LENGTH,
+    Routing,
+    cosine_matrix,
+    cosines,
+    score,
+    window_length,
+)
 
 
 def some_windows(count=5, length=12, vocabulary=31, seed=0):
@@ -179,3 +186,14 @@ def test_stored_precision_runs_in_the_stored_dtype(dense_dir, tmp_path):
         score(tmp_path, some_windows(), precision=p).loss["alpha"] for p in ("fp32", "stored")
     )
     assert full != stored and full == pytest.approx(stored, rel=0.02)
+
+
+def test_window_length():
+    models = [
+        {"sequence_length": None, "max_positions": 2048},
+        {"sequence_length": None, "max_positions": 64},
+    ]
+    assert window_length(0, models) == 64
+    assert window_length(0, models[:1]) == DEFAULT_LENGTH
+    assert window_length(0, [{"sequence_length": 512, "max_positions": 2048}]) == 512
+    assert window_length(32, models) == 32

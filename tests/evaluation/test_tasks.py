@@ -74,8 +74,14 @@ def task_folder(tmp_path):
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = (
-        "task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {file}}}}}\ntest_split: test\n"
-        "output_type: multiple_choice\ndoc_to_text: '{{{{query}}}}'\ndoc_to_choice: choices\ndoc_to_target: gold\n"
+        "task: {name}\n"
+        "dataset_path: json\n"
+        "dataset_kwargs: {{data_files: {{test: {file}}}}}\n"
+        "test_split: test\n"
+        "output_type: multiple_choice\n"
+        "doc_to_text: '{{{{query}}}}'\n"
+        "doc_to_choice: choices\n"
+        "doc_to_target: gold\n"
         "metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]\n"
     )
     (tmp_path / "wet.yaml").write_text(text.format(name="wet", file=tmp_path / "rows.jsonl"))
