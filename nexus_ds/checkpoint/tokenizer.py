@@ -1,5 +1,4 @@
-"""Tokenizers of checkpoints: what their ids mean, whether two mean the same, and taking one from
-model to model.
+"""Tokenizers of checkpoints: what ids mean, whether two mean the same, and taking one along.
 
 A tokenizer is known by what transformers makes of its files, not by the files: one vocabulary may
 be stored as tokenizer.json, as vocab.json with merges.txt, or as tokenizer.model, and which class
@@ -17,14 +16,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nexus_ds.checkpoint.families import refuse_hooks
-from nexus_ds.checkpoint.tensors import confined, read_json_object, require_directory
+from nexus_ds.checkpoint.json_files import confined, read_json_object, require_directory
 from nexus_ds.data.encoding import beginning
 from nexus_ds.data.tokenizer import open_tokenizer
 from nexus_ds.errors import CheckpointError, IncompatibleModelsError
 from nexus_ds.outputs import write_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
 
 CONFIG = "tokenizer_config.json"
 VOCABULARY_FILES = (
@@ -36,24 +39,27 @@ VOCABULARY_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-TEMPLATE_FILES, TEMPLATES = (
-    ("chat_template.jinja", "chat_template.json"),
-    "additional_chat_templates",
-)
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+TEMPLATES = "additional_chat_templates"  # a folder of more
+# of tokenizer_config.json, that name files
 FILE_KEYS = ("vocab_file", "merges_file", "tokenizer_file", "spm_file")
 # of config.json, by which transformers picks a class
 READER_KEYS = ("model_type", "tokenizer_class", "auto_map")
 ROLES = ("bos_token", "eos_token", "unk_token")  # padding is a matter of training
 # where in a text an added token is found
 MATCHING = ("content", "single_word", "lstrip", "rstrip", "normalized")
-SHOWN, PROBE_TOKENS = 5, 20
-ODD_TEXT = (  # what normalizers and pre-tokenizers differ in
+SHOWN = 5  # differences in a message
+PROBE_TOKENS = 20  # in a text that two tokenizers are tried on
+# What normalizers and pre-tokenizers differ in.
+ODD_TEXT = (
     "e\u0301 \ufb01 \uff21 \u00bd \u0130",
     "1234567 3.14 007",
     " one  two   three\tfour\r\n\r\nfive \n",
     "don't WE'LL they've iPhone",
     "def f(x):\n    return x[0] != 'a_b'\n",
-    "\u65e5\u672c\u8a9e \u043a\u0438\u0440\u0438\u043b\u043b\u0438\u0446\u0430 \ud55c\uad6d\uc5b4 \U0001f642",
+    "\u65e5\u672c\u8a9e "
+    "\u043a\u0438\u0440\u0438\u043b\u043b\u0438\u0446\u0430 "
+    "\ud55c\uad6d\uc5b4 \U0001f642",
 )
 
 
@@ -61,7 +67,7 @@ ODD_TEXT = (  # what normalizers and pre-tokenizers differ in
 class TokenizerMeaning:
     """What a tokenizer's ids mean, and how it makes them of a text."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerFast
     """As transformers loads it."""
     tokens: dict[int, str]
     """By id; added ones are among them."""
@@ -82,38 +88,41 @@ class TokenizerMeaning:
         return max(self.tokens, default=-1) + 1
 
     def difference(self, other: TokenizerMeaning) -> str | None:
-        """Return None where the same text becomes the same ids, else a sentence with the first
-        differences."""
+        """Return None where the same text becomes the same ids, else the first differences."""
         ids = sorted(self.tokens.keys() | other.tokens.keys())
-        pairs = [
-            (i, self.tokens.get(i), other.tokens.get(i))
-            for i in ids
-            if self.tokens.get(i) != other.tokens.get(i)
-        ]
-        if pairs:
-            shown = "; ".join(f"{i} {_shown(a)} / {_shown(b)}" for i, a, b in pairs[:SHOWN])
-            return f"{len(pairs)} of {len(ids)} tokens differ, the first: {shown}"
+        different = [index for index in ids if self.tokens.get(index) != other.tokens.get(index)]
+        if different:
+            pairs = [
+                f"{index} {_shown(self.tokens.get(index))} / {_shown(other.tokens.get(index))}"
+                for index in different[:SHOWN]
+            ]
+            return f"{len(different)} of {len(ids)} tokens differ, the first: {'; '.join(pairs)}"
         names = [name for name, part in self.splitting.items() if part != other.splitting[name]]
         return self._other_split(other, names) if names else None
 
     def _other_split(self, other: TokenizerMeaning, names: list[str]) -> str | None:
-        """Return a sentence with the first text that two tokenizers of one vocabulary split in
-        different ways."""
+        """Return a sentence with the first text that tokenizers of one vocabulary split apart.
+
+        Parts of another name or form may still do the same: only what shows in a text counts.
+        """
         for text in self._probe():
-            a, b = self._split(text), other._split(text)
-            if a != b:
-                first = next(
-                    (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y),
-                    min(len(a), len(b)),
-                )
-                shown = [" ".join(x[max(first - 1, 0) : first + 3]) for x in (a, b)]
-                return f"the same text becomes other tokens ({', '.join(names)}), as {shown[0]!r} / {shown[1]!r}"
+            mine = self._split(text)
+            others = other._split(text)
+            if mine == others:
+                continue
+            first = _first_difference(mine, others)
+            shown = slice(max(first - 1, 0), first + 3)
+            return (
+                f"the same text becomes other tokens ({', '.join(names)}), "
+                f"as {' '.join(mine[shown])!r} / {' '.join(others[shown])!r}"
+            )
         return None
 
     def _split(self, text: str) -> list[str]:
         try:
             return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).tokens
-        except Exception:  # a vocabulary of words that has none for the unknown
+        # The library has no narrower type for a vocabulary of words without one for the unknown.
+        except Exception:
             return []
 
     def _probe(self) -> Iterator[str]:
@@ -122,17 +131,26 @@ class TokenizerMeaning:
         backend = self.tokenizer.backend_tokenizer
         pieces = backend.decode_batch([[i] for i in sorted(self.tokens)], skip_special_tokens=False)
         for start in range(0, len(pieces), PROBE_TOKENS):
-            for between in ("", " "):
-                yield between + between.join(pieces[start : start + PROBE_TOKENS]) + between
+            some = pieces[start : start + PROBE_TOKENS]
+            yield "".join(some)
+            yield " " + " ".join(some) + " "
 
     def other_roles(self, other: TokenizerMeaning) -> list[str]:
-        """Return in which roles another tokenizer differs, and what stands in them there and
-        here."""
-        return [
-            f"{role} is {_shown(there)}, not {_shown(self.roles[role])}"
-            for role, there in other.roles.items()
-            if there != self.roles[role]
-        ]
+        """Return in which roles another tokenizer differs, what it has there and what this one."""
+        differences = []
+        for role, there in other.roles.items():
+            here = self.roles[role]
+            if there != here:
+                differences.append(f"{role} is {_shown(there)}, not {_shown(here)}")
+        return differences
+
+
+def _first_difference(a: list[str], b: list[str]) -> int:
+    """Return the first index at which two lists differ, or one of them has ended."""
+    for index, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return index
+    return min(len(a), len(b))
 
 
 def _shown(token: str | None) -> str:
@@ -150,59 +168,67 @@ def read_tokenizer(directory: Path) -> TokenizerMeaning:
     _check_files(directory)
     tokenizer = open_tokenizer(directory)
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()  # both are of the training that saved it
+    # Both are of the training that saved it.
+    backend.no_truncation()
     backend.no_padding()
+    tokens = {index: backend.id_to_token(index) for index in tokenizer.get_vocab().values()}
+    roles: dict[str, str | None] = {}
+    for role in ROLES:
+        token = getattr(tokenizer, role)
+        roles[role] = token and str(token)
+    before = "".join(tokens[index] for index in beginning(backend))
+    roles["what is put before a text"] = before or None
+    return TokenizerMeaning(tokenizer, tokens, _splitting(backend), roles)
+
+
+def _splitting(backend: Tokenizer) -> dict[str, Any]:
+    """Return all that decides how a text becomes tokens, as JSON by the name in messages."""
     definition = json.loads(backend.to_str())
     model = definition["model"]
+    # Taken out of the model: ids are compared as tokens, and only a unigram model's have scores.
     vocabulary = model.pop("vocab", None)
-    splitting = {
+    scores = [score for _, score in vocabulary] if isinstance(vocabulary, list) else []
+    added = [[token[key] for key in MATCHING] for token in definition["added_tokens"]]
+    return {
         "merges": model.pop("merges", []),
-        "scores": [score for _, score in vocabulary] if isinstance(vocabulary, list) else [],
+        "scores": scores,
         "model": model,
         "normalizer": definition["normalizer"],
         "pre_tokenizer": definition["pre_tokenizer"],
-        "added tokens": sorted(
-            [token[key] for key in MATCHING] for token in definition["added_tokens"]
-        ),
+        "added tokens": sorted(added),
     }
-    tokens = {index: str(backend.id_to_token(index)) for index in tokenizer.get_vocab().values()}
-    roles = {role: getattr(tokenizer, role) and str(getattr(tokenizer, role)) for role in ROLES}
-    roles["what is put before a text"] = "".join(tokens[i] for i in beginning(backend)) or None
-    return TokenizerMeaning(tokenizer, tokens, splitting, roles)
 
 
 def _check_files(source: Path) -> None:
-    """Refuse files that lie elsewhere, and a configuration that asks for code or names files
-    outside its directory."""
+    """Refuse files that lie elsewhere, and a configuration that asks for code or names such."""
     for name in (*VOCABULARY_FILES, *_template_files(source)):
         confined(source, name)
     for name in ("config.json", CONFIG):
-        if (source / name).is_file():
-            config = read_json_object(source, name)
-            refuse_hooks(config, str(source / name))
-            for key in FILE_KEYS:
-                if isinstance(config.get(key), str):
-                    confined(source, config[key])
+        config = _optional_json(source, name)
+        refuse_hooks(config, str(source / name))
+        for key in FILE_KEYS:
+            named = config.get(key)
+            if isinstance(named, str):
+                confined(source, named)
+
+
+def _optional_json(directory: Path, name: str) -> dict[str, Any]:
+    """Return the JSON object in a file, an empty one where there is no file."""
+    return read_json_object(directory, name) if (directory / name).is_file() else {}
 
 
 def same_tokenizer_files(first: Path, second: Path) -> bool:
-    """Return whether two directories hold the same tokenizer byte by byte, read by the same class
-    of transformers."""
+    """Return whether two directories hold the same tokenizer byte by byte, for the same class."""
+    return _tokenizer_files(Path(first)) == _tokenizer_files(Path(second))
 
-    def facts(directory: Path) -> list[Any]:
-        config = (
-            read_json_object(directory, "config.json")
-            if (directory / "config.json").is_file()
-            else {}
-        )
-        names = (*VOCABULARY_FILES, *_template_files(directory))
-        files = {name: confined(directory, name) for name in names if (directory / name).is_file()}
-        return [
-            [config.get(key) for key in READER_KEYS],
-            {name: path.read_bytes() for name, path in files.items()},
-        ]
 
-    return facts(Path(first)) == facts(Path(second))
+def _tokenizer_files(directory: Path) -> tuple[list[Any], dict[str, bytes]]:
+    """Return by what transformers picks the class that reads a tokenizer, and what it reads."""
+    config = _optional_json(directory, "config.json")
+    names = (*VOCABULARY_FILES, *_template_files(directory))
+    present = [name for name in names if (directory / name).is_file()]
+    contents = {name: confined(directory, name).read_bytes() for name in present}
+    return [config.get(key) for key in READER_KEYS], contents
 
 
 def check_tokenizer(directory: Path, vocabulary: int) -> None:
@@ -226,7 +252,7 @@ def check_tokenizer(directory: Path, vocabulary: int) -> None:
         )
 
 
-# Chat templates ----------------------------------------------------------------------------------------------------
+# Chat templates -----------------------------------------------------------------------------------
 
 
 def _template_files(directory: Path) -> list[str]:
@@ -236,23 +262,25 @@ def _template_files(directory: Path) -> list[str]:
 
 
 def chat_templates(directory: Path) -> dict[str, Any]:
-    """Return a model's chat templates by the file that holds them; files of their own come before
-    tokenizer_config.json."""
+    """Return a model's chat templates by the file that holds them.
+
+    As in transformers, files of their own come before tokenizer_config.json.
+    """
     directory = Path(directory)
     found: dict[str, Any] = {}
     for name in _template_files(directory):
-        found[name] = (
-            read_json_object(directory, name).get("chat_template")
-            if name.endswith(".json")
-            else confined(directory, name).read_text(encoding="utf-8", errors="replace")
-        )
-    if not found and (directory / CONFIG).is_file():
-        template = read_json_object(directory, CONFIG).get("chat_template")
-        found = {CONFIG: template} if template else {}
-    return found
+        if name.endswith(".json"):
+            found[name] = read_json_object(directory, name).get("chat_template")
+        else:
+            path = confined(directory, name)
+            found[name] = path.read_text(encoding="utf-8", errors="replace")
+    if found:
+        return found
+    template = _optional_json(directory, CONFIG).get("chat_template")
+    return {CONFIG: template} if template else {}
 
 
-# Taking a tokenizer along -------------------------------------------------------------------------------------------
+# Taking a tokenizer along -------------------------------------------------------------------------
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
@@ -266,7 +294,8 @@ def copy_tokenizer(source: Path, out: Path) -> None:
         CheckpointError: no tokenizer there, or one whose files lie outside its directory.
         UnsupportedModelError: a tokenizer that would run code of its own.
     """
-    source, out = Path(source), Path(out)
+    source = Path(source)
+    out = Path(out)
     meaning = read_tokenizer(source)
     names = {
         *VOCABULARY_FILES,
@@ -282,28 +311,27 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     _write_for_any_class(meaning.tokenizer, out)
     if not _means(out, meaning):
         raise CheckpointError(
-            f"{source}: transformers reads this tokenizer in another way beside the new model's config.json; save it with "
-            "tokenizer_class PreTrainedTokenizerFast in tokenizer_config.json"
+            f"{source}: transformers reads this tokenizer in another way beside the new model's "
+            "config.json; save it with tokenizer_class PreTrainedTokenizerFast in "
+            "tokenizer_config.json"
         )
 
 
 def _means(directory: Path, meaning: TokenizerMeaning) -> bool:
     try:
         return read_tokenizer(directory).fingerprint == meaning.fingerprint
-    except CheckpointError:  # its class needs files of other names
+    # Its class needs files of other names.
+    except CheckpointError:
         return False
 
 
-def _write_for_any_class(tokenizer: Any, out: Path) -> None:
+def _write_for_any_class(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write tokenizer.json, and the class that reads it as it is into tokenizer_config.json."""
-    (out / "tokenizer.json").write_text(
-        tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8"
-    )
-    config = read_json_object(out, CONFIG) if (out / CONFIG).is_file() else {}
-    roles = {role: getattr(tokenizer, role) for role in (*ROLES, "pad_token")}
-    config |= {
-        role: str(token)
-        for role, token in roles.items()
-        if token is not None and not config.get(role)
-    }
+    definition = tokenizer.backend_tokenizer.to_str(pretty=True)
+    (out / "tokenizer.json").write_text(definition, encoding="utf-8")
+    config = _optional_json(out, CONFIG)
+    for role in (*ROLES, "pad_token"):
+        token = getattr(tokenizer, role)
+        if token is not None and not config.get(role):
+            config[role] = str(token)
     write_json(out / CONFIG, config | {"tokenizer_class": "PreTrainedTokenizerFast"})

@@ -88,7 +88,7 @@ def chat_dir(fast_dir, tmp_path_factory):
     return out / "chat"
 
 
-# The same, and others ----------------------------------------------------------------------------------------------
+# The same, and others -----------------------------------------------------------------------------
 
 
 def test_one_tokenizer_in_two_forms_is_one(fast_dir, tmp_path):
@@ -284,14 +284,16 @@ def test_roles_of_tokens_are_no_difference(chat_dir, tmp_path):
     ]
 
 
-# Between models ----------------------------------------------------------------------------------------------------
+# Between models -----------------------------------------------------------------------------------
 
 
 def test_an_expert_of_another_vocabulary_is_refused_with_a_remedy(fast_dir, tmp_path):
     other = slow_of(fast_dir, tmp_path / "law", **added(SIZE, "<law>"))
     message = (
-        rf"tokenizer of expert law \({other}\) is not that of {fast_dir}: 1 of {SIZE + 1} tokens differ, .*; experts of one "
-        rf"model must be trained on one tokenizer. If no text .* copy the tokenizer files of {fast_dir} over those in {other}"
+        rf"tokenizer of expert law \({other}\) is not that of {fast_dir}: "
+        rf"1 of {SIZE + 1} tokens differ, .*; "
+        r"experts of one model must be trained on one tokenizer. If no text .* "
+        rf"copy the tokenizer files of {fast_dir} over those in {other}"
     )
     with pytest.raises(IncompatibleModelsError, match=message):
         check_tokenizers(fast_dir, {"law": other})
@@ -309,7 +311,8 @@ def test_an_expert_with_another_end_of_text_is_taken_with_a_note(chat_dir, tmp_p
     edit_json(other / "tokenizer_config.json", lambda v: v.update(eos_token="<|im_end|>"))
     check_tokenizers(chat_dir, {"same": same, "law": other})
     assert capsys.readouterr().err == (
-        "note: expert law: eos_token is '<|im_end|>', not '<|endoftext|>': every id means the same, and the new "
+        "note: expert law: eos_token is '<|im_end|>', not '<|endoftext|>': "
+        "every id means the same, and the new "
         "checkpoint keeps the latter; its tokenizer_config.json can change it\n"
     )
 
@@ -324,7 +327,8 @@ def test_a_chat_template_that_is_left_behind_is_said(fast_dir, tmp_path, capsys,
         (law / where).write_text("{{ messages }}")
     check_tokenizers(fast_dir, {"law": law})
     said = (
-        f"note: expert law: its chat template ({where} in {law}) is not taken along, the new checkpoint has {{}}: "
+        f"note: expert law: its chat template ({where} in {law}) is not taken along, "
+        "the new checkpoint has {}: "
         "copy it there, as chat_template.jinja, to chat as this expert does\n"
     )
     assert capsys.readouterr().err == said.format("none")
@@ -338,7 +342,7 @@ def test_a_chat_template_that_is_left_behind_is_said(fast_dir, tmp_path, capsys,
     assert capsys.readouterr().err == said.format(f"that of {seed}")
 
 
-# What is refused ---------------------------------------------------------------------------------------------------
+# What is refused ----------------------------------------------------------------------------------
 
 
 def test_a_directory_without_a_tokenizer(tmp_path):
@@ -391,7 +395,7 @@ def test_links_that_lead_out_are_not_followed(fast_dir, tmp_path, name):
     assert not list(out.iterdir())
 
 
-# What is taken along -----------------------------------------------------------------------------------------------
+# What is taken along ------------------------------------------------------------------------------
 
 
 def files_of(directory):
