@@ -1,15 +1,14 @@
-"""The Nexus checkpoint: a stock Qwen2-MoE directory, plus a sidecar that lets it be trained on and
-extended.
+"""The Nexus checkpoint: a stock Qwen2-MoE, plus a sidecar that lets it be trained and extended.
 
-    config.json, model*.safetensors, tokenizer files     what transformers, vLLM and llama.cpp read
-    nexus.json                                           experts, router, encoder, lineage, versions
-    nexus_router.safetensors                             domain embeddings, their centre, P of each
-    layer (fp32)
+    config.json, model*.safetensors, tokenizer    what transformers, vLLM and llama.cpp read
+    nexus.json                                    experts, router, encoder, lineage, versions
+    nexus_router.safetensors                      domain embeddings, their centre, P of each layer
+                                                  (fp32)
 
-The router rows in the model file are P(D) in the model's dtype: redundant, and checked by
+The expert embeddings in the model file are P(D) in the model's dtype: redundant, and checked by
 `verify_expert_embeddings`.
-Not covered: the model file itself (`qwen2_moe`, `tensors`), tokenizers (`tokenizer`), training
-states (`runtime.states`).
+Not covered: the model file itself (`qwen2_moe`, `tensors`), nexus.json on its own (`records`),
+tokenizers (`tokenizer`), training states (`runtime.states`).
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import platform
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -43,8 +43,10 @@ from nexus_ds.outputs import new_file, write_json
 ROUTER = "nexus_router.safetensors"
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of a weight file that `content_fingerprint` reads
 EMBEDDING_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
-"""Largest difference of stored and recomputed rows relative to the largest entry: machines differ
-in summing order."""
+"""Largest difference of stored and recomputed expert embeddings, relative to the largest entry.
+
+Machines differ in summing order.
+"""
 
 
 @dataclass(kw_only=True)
@@ -59,13 +61,11 @@ class Sidecar(Manifest):
     """State of `Projection` for each layer, fp32; empty for a linear router."""
 
     def domain_inputs(self) -> Tensor:
-        """Return what P reads, [n, m] fp32: the conditioned embeddings, or the raw ones where
-        centring is off."""
+        """Return what P reads of the experts' domains, [n, m] fp32; see `inputs_of`."""
         return self.inputs_of(self.vectors)
 
     def inputs_of(self, vectors: Tensor) -> Tensor:
-        """Return what P reads of raw embeddings [.., m], as `domain_inputs` does of the
-        experts'."""
+        """Return what P reads of raw embeddings [.., m]: as they are where centring is off."""
         return condition(vectors, self.centre) if self.router.centre else vectors
 
 
@@ -88,49 +88,42 @@ def _sidecar_tensors(sidecar: Sidecar) -> dict[str, Tensor]:
     return {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _fail(where: Path, what: str) -> None:
+def _fail(where: Path, what: str) -> NoReturn:
     raise CheckpointError(
-        f"{where}: {what}; the sidecar is damaged or of another model, restore it from where it came"
+        f"{where}: {what}; the sidecar is damaged or of another model, "
+        "restore it from where it came"
     )
 
 
 def check_sidecar(sidecar: Sidecar, where: Path) -> None:
     """Raise CheckpointError where the parts of a sidecar contradict each other."""
-    experts, names = len(sidecar.experts), [expert.name for expert in sidecar.experts]
-    if sidecar.vectors.ndim != 2 or len(sidecar.vectors) != experts or not experts:
-        _fail(
-            where,
-            f"{experts} experts but domain embeddings of shape {tuple(sidecar.vectors.shape)}",
-        )
+    experts = len(sidecar.experts)
+    names = [expert.name for expert in sidecar.experts]
+    shape = tuple(sidecar.vectors.shape)
+    encoder = sidecar.encoder
+    router = sidecar.router
+    if len(shape) != 2 or shape[0] != experts or not experts:
+        _fail(where, f"{experts} experts but domain embeddings of shape {shape}")
     if len(set(names)) != experts:
         _fail(where, f"the experts' names {names} are not all different")
-    if sidecar.centre.shape != sidecar.vectors.shape[1:]:
-        _fail(
-            where,
-            f"centre of shape {tuple(sidecar.centre.shape)}, embeddings {tuple(sidecar.vectors.shape)}",
-        )
-    if sidecar.encoder and sidecar.encoder.dimension != sidecar.vectors.shape[1]:
-        _fail(
-            where,
-            f"encoder of dimension {sidecar.encoder.dimension}, embeddings {tuple(sidecar.vectors.shape)}",
-        )
+    if sidecar.centre.shape != shape[1:]:
+        _fail(where, f"centre of shape {tuple(sidecar.centre.shape)}, embeddings {shape}")
+    if encoder and encoder.dimension != shape[1]:
+        _fail(where, f"encoder of dimension {encoder.dimension}, embeddings {shape}")
     if sidecar.shared_expert not in ("seed", "none"):
         _fail(where, f"shared_expert is {sidecar.shared_expert!r}, expected seed or none")
-    if bool(sidecar.projections) != (sidecar.router.kind == "nexus"):
-        _fail(where, f"a {sidecar.router.kind} router with {len(sidecar.projections)} projections")
+    if bool(sidecar.projections) != (router.kind == "nexus"):
+        _fail(where, f"a {router.kind} router with {len(sidecar.projections)} projections")
     for name, tensor in _sidecar_tensors(sidecar).items():
-        if not bool(torch.isfinite(tensor).all()):
-            _fail(
-                where,
-                f"{name} holds {int((~torch.isfinite(tensor)).sum())} values that are not finite",
-            )
+        odd = int((~torch.isfinite(tensor)).sum())
+        if odd:
+            _fail(where, f"{name} holds {odd} values that are not finite")
     for layer in range(len(sidecar.projections)):
         load_projection(sidecar, layer, where)
 
 
 def write_sidecar(directory: Path, sidecar: Sidecar) -> None:
-    """Write or replace nexus.json and nexus_router.safetensors; CheckpointError if the parts
-    contradict each other."""
+    """Write or replace the sidecar's two files; CheckpointError if its parts contradict others."""
     check_sidecar(sidecar, Path(directory))
     with new_file(Path(directory) / ROUTER, overwrite=True) as temporary:
         write_tensors(temporary, _sidecar_tensors(sidecar))
@@ -146,7 +139,8 @@ def _projections(reader: TensorReader) -> list[dict[str, Tensor]]:
             layers.setdefault(int(words[1]), {})[words[2]] = reader.read(name)
     if sorted(layers) != list(range(len(layers))):
         raise CheckpointError(
-            f"{reader.directory / ROUTER}: projections of layers {sorted(layers)}, expected all from 0"
+            f"{reader.directory / ROUTER}: projections of layers {sorted(layers)}, "
+            "expected all from 0"
         )
     return [layers[layer] for layer in range(len(layers))]
 
@@ -174,24 +168,25 @@ def read_sidecar(directory: Path) -> Sidecar:
 def _check_against_config(directory: Path, sidecar: Sidecar) -> None:
     """Raise CheckpointError where the sidecar tells of another model than config.json."""
     config = read_json_object(directory, "config.json")
-    pairs = {
+    pairs: dict[str, object] = {
         "num_experts": len(sidecar.experts),
         "num_experts_per_tok": sidecar.router.top_k,
-        "num_hidden_layers": len(sidecar.projections) or config.get("num_hidden_layers"),
-        "hidden_size": load_projection(sidecar, 0).maps[-1].out_features
-        if sidecar.projections
-        else config.get("hidden_size"),
-        "model_type": CONTEXT_MODEL if sidecar.router.input == "context" else "qwen2_moe",
     }
+    # A linear router's sidecar knows nothing of layers and their width.
+    if sidecar.projections:
+        pairs["num_hidden_layers"] = len(sidecar.projections)
+        pairs["hidden_size"] = load_projection(sidecar, 0).maps[-1].out_features
+    reads_context = sidecar.router.input == "context"
+    pairs["model_type"] = CONTEXT_MODEL if reads_context else "qwen2_moe"
     for key, found in pairs.items():
         if config.get(key) != found:
             _fail(directory, f"config.json has {key} {config.get(key)!r}, {SIDECAR} says {found}")
 
 
 def content_fingerprint(directory: Path) -> str:
-    """Return a sha256 that differs between models: configuration and sidecar in full, weights by
-    size and samples.
+    """Return a sha256 that differs between models.
 
+    It covers configuration and sidecar in full, weights by size and samples.
     Cheap at any size. It tells a retrained or another model apart; it is no proof against somebody
     who means to deceive.
     """
@@ -200,13 +195,18 @@ def content_fingerprint(directory: Path) -> str:
         if path.name in ("config.json", SIDECAR, ROUTER):
             digest.update(path.name.encode() + path.read_bytes())
         elif path.suffix == ".safetensors":
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
-            with path.open("rb") as file:
-                for part in range(SAMPLES):
-                    file.seek(size * part // SAMPLES)
-                    digest.update(file.read(SAMPLE_BYTES))
+            _add_samples(digest, path)
     return digest.hexdigest()
+
+
+def _add_samples(digest: hashlib._Hash, path: Path) -> None:
+    """Add name, size and evenly spaced samples of a weight file to a digest."""
+    size = path.stat().st_size
+    digest.update(f"{path.name} {size}".encode())
+    with path.open("rb") as file:
+        for part in range(SAMPLES):
+            file.seek(size * part // SAMPLES)
+            digest.update(file.read(SAMPLE_BYTES))
 
 
 def new_projection(router: RouterRecord, embedding_size: int, hidden_size: int) -> Projection:
@@ -222,44 +222,48 @@ def new_projection(router: RouterRecord, embedding_size: int, hidden_size: int) 
 
 
 def load_projection(sidecar: Sidecar, layer: int, where: Path = Path(SIDECAR)) -> Projection:
-    """Return P of one layer in fp32; CheckpointError if the stored weights are not those of the
-    recorded form."""
-    record, state = sidecar.router, sidecar.projections[layer]
-    last = state.get(f"maps.{0 if record.projection == 'linear' else record.depth - 1}.weight")
-    # any size: what is there won't fit it
+    """Return P of one layer in fp32; CheckpointError if its weights are of another form."""
+    router = sidecar.router
+    state = sidecar.projections[layer]
+    width = sidecar.vectors.shape[1]
+    maps = 1 if router.projection == "linear" else router.depth
+    last = state.get(f"maps.{maps - 1}.weight")
+    # Without a last map any size will do: what is there won't fit.
     hidden = last.shape[0] if last is not None and last.ndim == 2 else 1
     try:
-        projection = new_projection(record, sidecar.vectors.shape[1], hidden)
+        projection = new_projection(router, width, hidden)
         projection.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     except (RuntimeError, ConfigError) as error:
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         raise CheckpointError(
-            f"{where}: P of layer {layer} has the weights {shapes}, which is not the form {dataclasses.asdict(record)} "
-            f"on embeddings of dimension {sidecar.vectors.shape[1]}; the sidecar is damaged"
+            f"{where}: P of layer {layer} has the weights {shapes}, which is not the form "
+            f"{dataclasses.asdict(router)} on embeddings of dimension {width}; "
+            "the sidecar is damaged"
         ) from error
     return projection
 
 
 def expert_embeddings(sidecar: Sidecar, layer: int, dtype: torch.dtype) -> Tensor:
-    """Return the router weight [n, h] that P(D) gives one layer of a model of `dtype` (paper
-    section 3).
+    """Return what P(D) gives one layer of a model of `dtype`, [n, h] (paper section 3).
 
     Raises:
-        CheckpointError: the router is linear: its rows are in the model file alone.
+        CheckpointError: the router is linear: its expert embeddings are in the model file alone.
     """
     if sidecar.router.kind != "nexus":
         raise CheckpointError(
             "a linear router has free rows; they are in the model file, not in the sidecar"
         )
-    return expert_embeddings_in(load_projection(sidecar, layer), sidecar.domain_inputs(), dtype)
+    projection = load_projection(sidecar, layer)
+    return expert_embeddings_in(projection, sidecar.domain_inputs(), dtype)
 
 
 def verify_expert_embeddings(directory: Path) -> None:
-    """Check that the stored router rows are P(D), recomputed in the model's dtype; nothing to check
-    for linear ones.
+    """Check that the stored expert embeddings are P(D), recomputed in the model's dtype.
+
+    There is nothing to check for a linear router.
 
     Raises:
-        CheckpointError: the rows of a layer differ, or the checkpoint is damaged.
+        CheckpointError: those of a layer differ, or the checkpoint is damaged.
     """
     sidecar = read_sidecar(directory)
     _, reader = open_moe(directory)
@@ -268,9 +272,11 @@ def verify_expert_embeddings(directory: Path) -> None:
         expected = expert_embeddings(sidecar, layer, stored.dtype)
         scale = expected.float().abs().max().clamp_min(1e-30)
         difference = float((stored.float() - expected.float()).abs().max() / scale)
+        # "not <=" is true of NaN as well.
         if not difference <= EMBEDDING_TOLERANCE[stored.dtype]:
             raise CheckpointError(
-                f"{directory}: {gate_name(layer)} differs from P(D) of {ROUTER} by {difference:.1e} of its largest "
-                f"entry, expected at most {EMBEDDING_TOLERANCE[stored.dtype]:.1e}; model and sidecar are not "
+                f"{directory}: {gate_name(layer)} differs from P(D) of {ROUTER} by "
+                f"{difference:.1e} of its largest entry, expected at most "
+                f"{EMBEDDING_TOLERANCE[stored.dtype]:.1e}; model and sidecar are not "
                 "of one training, restore both from the same checkpoint"
             )

@@ -1,5 +1,4 @@
-"""Safetensors in and out, one tensor or one slice of rows at a time: `TensorReader` and
-`TensorWriter`.
+"""Safetensors in and out, one tensor or one slice of rows at a time.
 
 A file is 8 bytes of header length (little endian), a JSON header, then the tensors' bytes. Reading
 goes through `os.preadv` into fresh tensors, not through mmap, so that memory is what the caller
@@ -19,7 +18,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -49,20 +48,27 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+METADATA = {"format": "pt"}  # without it, transformers does not know whose tensors these are
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 SLICE = 1 << 22  # elements that `row_slices` allows at once
 CHUNK = 1 << 23  # bytes that are hashed at once
 
 
+Plan = Mapping[str, tuple[str, tuple[int, ...]]]
+"""What a file will hold: for each tensor its dtype, as safetensors names it, and its shape."""
+
+
 class TensorInfo(NamedTuple):
-    """Where a tensor lies: dtype as safetensors names it, shape, file, and byte range [start, end)
-    in that file."""
+    """Where a tensor lies."""
 
     dtype: str
+    """As safetensors names it."""
     shape: tuple[int, ...]
     file: Path
     start: int
+    """Its first byte in the file."""
     end: int
+    """The byte after its last one."""
 
 
 def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
@@ -70,28 +76,33 @@ def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
     return math.prod(shape) * DTYPES[dtype].itemsize
 
 
-def _int_list(value: Any) -> bool:
+def _is_sizes(value: object) -> bool:
+    # type and not isinstance: JSON's true is an int to Python.
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
-def _entry(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+def _entry(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
     """Check one entry of a header and return where its tensor lies."""
     where = f"{file}: tensor {name!r}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(
-            f"{where}: expected dtype, shape and data_offsets in the header, found {str(entry)[:200]}"
+            f"{where}: expected dtype, shape and data_offsets in the header, "
+            f"found {str(entry)[:200]}"
         )
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype = entry["dtype"]
+    shape = entry["shape"]
+    offsets = entry["data_offsets"]
     if dtype not in DTYPES:
         raise CheckpointError(f"{where}: unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    if not _int_list(shape) or not _int_list(offsets) or len(offsets) != 2:
+    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(
             f"{where}: shape {str(shape)[:100]} or data_offsets {str(offsets)[:100]} are no sizes"
         )
     start, end = offsets
-    if end - start != tensor_bytes(dtype, shape):
+    expected = tensor_bytes(dtype, shape)
+    if end - start != expected:
         raise CheckpointError(
-            f"{where}: {end - start} bytes at [{start}, {end}), expected {tensor_bytes(dtype, shape)} "
+            f"{where}: {end - start} bytes at [{start}, {end}), expected {expected} "
             f"for {dtype} {tuple(shape)}; the file is damaged, fetch or save it again"
         )
     return TensorInfo(dtype, tuple(shape), file, data_start + start, data_start + end)
@@ -106,13 +117,14 @@ def _read_header_bytes(file: Path, size: int) -> bytes:
         # without that, a header of 640 bytes would start like a pickle too.
         if length > size and (lead[:2] == b"PK" or lead[:1] == b"\x80"):
             raise CheckpointError(
-                f"{file} is a pickle under the name of a safetensors file; it is not opened, since a pickle can run "
-                "code. Save the model with safetensors"
+                f"{file} is a pickle under the name of a safetensors file; it is not opened, "
+                "since a pickle can run code. Save the model with safetensors"
             )
         if len(lead) < 8 or length > min(MAX_HEADER, size - 8):
             raise CheckpointError(
-                f"{file} is not a safetensors file: its header would have {length} bytes in a file of {size} "
-                f"(limit {MAX_HEADER}); it is cut off or of another kind, fetch or save it again"
+                f"{file} is not a safetensors file: its header would have {length} bytes "
+                f"in a file of {size} (limit {MAX_HEADER}); "
+                "it is cut off or of another kind, fetch or save it again"
             )
         return stream.read(length)
 
@@ -135,7 +147,17 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     header.pop("__metadata__", None)
     data_start = 8 + len(text)
     infos = {name: _entry(file, name, entry, data_start) for name, entry in header.items()}
+    _check_cover(file, infos, data_start, size)
+    return infos
+
+
+def _check_cover(file: Path, infos: dict[str, TensorInfo], data_start: int, size: int) -> None:
+    """Raise CheckpointError unless the tensors cover a file's data without gap or overlap.
+
+    Else bytes could hide between them, or one tensor's be read as another's.
+    """
     position = data_start
+    # By the end too: an empty tensor may begin where another one does.
     for name, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start != position:
             kind = "overlaps another one" if info.start < position else "leaves a gap before it"
@@ -145,46 +167,56 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         position = info.end
     if position != size:
         raise CheckpointError(
-            f"{file} has {size} bytes, its header describes {position}; the file is cut off or damaged, "
-            "fetch or save it again"
+            f"{file} has {size} bytes, its header describes {position}; "
+            "the file is cut off or damaged, fetch or save it again"
         )
-    return infos
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """Return the file of each tensor of a sharded model, as its index has it."""
+    weight_map = read_json_object(directory, INDEX).get("weight_map")
+    if isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values()):
+        return weight_map
+    raise CheckpointError(
+        f"{directory / INDEX}: expected a weight_map from tensor names to file names"
+    )
+
+
+def _read_shard(directory: Path, shard: str) -> dict[str, TensorInfo]:
+    file = confined(directory, shard)
+    if not shard.endswith(".safetensors"):
+        raise CheckpointError(
+            f"{directory / INDEX}: shard {shard!r} is not a .safetensors file; only these are read"
+        )
+    if not file.is_file():
+        raise CheckpointError(
+            f"{directory}: the shard {shard!r} of {INDEX} is missing; fetch or save the model again"
+        )
+    return read_header(file)
 
 
 def _indexed(directory: Path) -> dict[str, TensorInfo]:
     """Return the tensors of a sharded model, index and shards checked against each other."""
-    weight_map = read_json_object(directory, INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) for shard in weight_map.values()
-    ):
-        raise CheckpointError(
-            f"{directory / INDEX}: expected a weight_map from tensor names to file names"
-        )
+    weight_map = _weight_map(directory)
     infos: dict[str, TensorInfo] = {}
     for shard in sorted(set(weight_map.values())):
-        file = confined(directory, shard)
-        if not shard.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{directory / INDEX}: shard {shard!r} is not a .safetensors file; only these are read"
-            )
-        if not file.is_file():
-            raise CheckpointError(
-                f"{directory}: the shard {shard!r} of {INDEX} is missing; fetch or save the model again"
-            )
-        for name, info in read_header(file).items():
+        for name, info in _read_shard(directory, shard).items():
             if name in infos:
                 raise CheckpointError(
-                    f"{directory}: tensor {name!r} is in {infos[name].file.name} and in {shard}; expected one"
+                    f"{directory}: tensor {name!r} is in {infos[name].file.name} and in {shard}; "
+                    "expected one"
                 )
             if weight_map.get(name) != shard:
                 raise CheckpointError(
-                    f"{directory}: tensor {name!r} is in {shard}, {INDEX} says {weight_map.get(name)!r}"
+                    f"{directory}: tensor {name!r} is in {shard}, "
+                    f"{INDEX} says {weight_map.get(name)!r}"
                 )
             infos[name] = info
     missing = [name for name in weight_map if name not in infos]
     if missing:
         raise CheckpointError(
-            f"{directory}: {len(missing)} tensors of {INDEX} are in no shard, the first: {missing[0]!r}"
+            f"{directory}: {len(missing)} tensors of {INDEX} are in no shard, "
+            f"the first: {missing[0]!r}"
         )
     return infos
 
@@ -199,43 +231,49 @@ def _locate(directory: Path) -> dict[str, TensorInfo]:
     pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise CheckpointError(
-            f"{directory} holds only {', '.join(pickles[:5])}: pickled weights are not read, since a pickle can run "
-            f"code. Save the model with safetensors ({SINGLE}, or shards with {INDEX})"
+            f"{directory} holds only {', '.join(pickles[:5])}: pickled weights are not read, "
+            "since a pickle can run code. "
+            f"Save the model with safetensors ({SINGLE}, or shards with {INDEX})"
         )
     raise CheckpointError(f"{directory} has no weights; expected {SINGLE}, or shards with {INDEX}")
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a tensor; for a contiguous one on the CPU they are the tensor's own
-    memory."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    """Return the bytes of a tensor: its own memory if it is contiguous and on the CPU."""
+    contiguous = tensor.detach().cpu().contiguous()
+    # numpy has no bf16 and no fp8, but bytes are bytes.
+    return contiguous.reshape(-1).view(torch.uint8).numpy().data
 
 
 def header_of(
-    plan: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str] | None = None
+    plan: Plan, metadata: dict[str, str] | None = None
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """Return what a safetensors file begins with, and for each tensor (dtype name, shape) its bytes
-    [start, end) in it."""
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    """Return what a safetensors file begins with, and the bytes [start, end) of each tensor in it.
+
+    Args:
+        plan: the tensors, in the order of the file.
+        metadata: transformers asks for {"format": "pt"}.
+    """
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    offsets: dict[str, tuple[int, int]] = {}
     position = 0
     for name, (dtype, shape) in plan.items():
         end = position + tensor_bytes(dtype, shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        offsets[name] = position, end
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
+    # Padded, so that the tensors' bytes are aligned for whoever maps the file into memory.
     text += b" " * (-len(text) % 8)
     lead = len(text).to_bytes(8, "little") + text
-    places = {name: header[name]["data_offsets"] for name in plan}
-    return lead, {
-        name: (len(lead) + start, len(lead) + end) for name, (start, end) in places.items()
-    }
+    first = len(lead)
+    return lead, {name: (first + start, first + end) for name, (start, end) in offsets.items()}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write one safetensors file over `path`, a tensor at a time."""
-    lead, _ = header_of(
-        {n: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items()}, {"format": "pt"}
-    )
+    plan = {name: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+    lead, _ = header_of(plan, METADATA)
     with create(path) as stream:
         stream.write(lead)
         for tensor in tensors.values():
@@ -279,7 +317,8 @@ class TensorReader:
         """Return where a tensor lies; CheckpointError if there is none of this name."""
         if name not in self._infos:
             raise CheckpointError(
-                f"{self.directory}: no tensor {name!r} among its {len(self._infos)}; the model is incomplete"
+                f"{self.directory}: no tensor {name!r} among its {len(self._infos)}; "
+                "the model is incomplete"
             )
         return self._infos[name]
 
@@ -289,22 +328,24 @@ class TensorReader:
         return self._read(info, info.start, info.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return rows [start, stop) of the leading dimension of a tensor with at least one
-        dimension."""
+        """Return rows [start, stop) of the leading dimension of a tensor that has one."""
         info = self.info(name)
         if not info.shape or not 0 <= start <= stop <= info.shape[0]:
             raise CheckpointError(
-                f"{self.directory}: tensor {name!r} of shape {info.shape} has no rows [{start}, {stop})"
+                f"{self.directory}: tensor {name!r} of shape {info.shape} "
+                f"has no rows [{start}, {stop})"
             )
-        row = tensor_bytes(info.dtype, info.shape[1:])
-        return self._read(info, info.start + start * row, (stop - start, *info.shape[1:]))
+        row_shape = info.shape[1:]
+        first = info.start + start * tensor_bytes(info.dtype, row_shape)
+        return self._read(info, first, (stop - start, *row_shape))
 
     def _read(self, info: TensorInfo, start: int, shape: tuple[int, ...]) -> torch.Tensor:
         tensor = torch.empty(shape, dtype=DTYPES[info.dtype])
         view = _bytes_of(tensor)
         with info.file.open("rb", buffering=0) as stream:
             done = 0
-            while done < len(view):  # one call reads at most 2 GiB
+            # One call reads at most 2 GiB.
+            while done < len(view):
                 count = os.preadv(stream.fileno(), [view[done:]], start + done)
                 if not count:
                     raise CheckpointError(
@@ -315,17 +356,16 @@ class TensorReader:
 
 
 def row_slices(shape: tuple[int, ...], limit: int = SLICE) -> Iterator[tuple[int, int]]:
-    """Yield [start, stop) ranges of the leading dimension, of at most `limit` elements each (at
-    least one row)."""
+    """Yield [start, stop) ranges of the leading dimension: `limit` elements at most, or one row."""
     rows = shape[0] if shape else 1
-    step = max(1, limit // max(1, math.prod(shape[1:])))
+    row_size = max(1, math.prod(shape[1:]))
+    step = max(1, limit // row_size)
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 
 
-def _shards(plan: dict[str, tuple[str, tuple[int, ...]]], limit: int) -> list[list[str]]:
-    """Group the planned tensors, in order, into shards of at most `limit` bytes (a larger tensor
-    has its own)."""
+def _shards(plan: Plan, limit: int) -> list[list[str]]:
+    """Group planned tensors, in order, into shards of at most `limit` bytes or of one tensor."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, (dtype, shape) in plan.items():
@@ -338,14 +378,30 @@ def _shards(plan: dict[str, tuple[str, tuple[int, ...]]], limit: int) -> list[li
     return shards
 
 
+def _file_names(shards: list[list[str]]) -> dict[str, list[str]]:
+    """Return the tensors of each file, which is named as transformers names it."""
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    count = len(shards)
+    numbered = enumerate(shards, start=1)
+    return {f"model-{number:05}-of-{count:05}.safetensors": names for number, names in numbered}
+
+
+class _Place(NamedTuple):
+    """Where a planned tensor goes."""
+
+    descriptor: int
+    start: int
+    """Its first byte in the file."""
+    file: Path
+
+
 class TensorWriter:
-    """Streaming writer of a model's safetensors: plan first, then the tensors in any order, whole
-    or by rows.
+    """Streaming writer of a model's safetensors: first a plan, then the tensors in any order.
 
     Args:
         directory: existing directory without weights.
-        plan: for each tensor its safetensors dtype and its shape; the order is the order in the
-            files.
+        plan: what will be written; its order is that of the files.
         max_shard_bytes: more than this are spread over shards with an index, as transformers does
             it.
 
@@ -360,85 +416,88 @@ class TensorWriter:
     def __init__(
         self,
         directory: Path,
-        plan: dict[str, tuple[str, tuple[int, ...]]],
+        plan: Plan,
         max_shard_bytes: int = 4 << 30,
     ) -> None:
-        self.directory, self.plan = Path(directory), plan
-        total = sum(tensor_bytes(*entry) for entry in plan.values())
+        self.directory = Path(directory)
+        self.plan = plan
+        self._missing = {name: tensor_bytes(*entry) for name, entry in plan.items()}
+        """Bytes of each tensor that are still to come."""
+        self._places: dict[str, _Place] = {}
+        self._descriptors: list[int] = []
+        total = sum(self._missing.values())
         free = shutil.disk_usage(self.directory).free
+        # Before the first byte: a disk that fills up after hours costs these hours.
         if total > free:
             raise CheckpointError(
-                f"{self.directory}: not enough space: need {total:,} bytes, free {free:,}; make room first"
+                f"{self.directory}: not enough space: need {total:,} bytes, free {free:,}; "
+                "make room first"
             )
-        shards = _shards(plan, max_shard_bytes)
-        files = (
-            [SINGLE]
-            if len(shards) == 1
-            else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        )
-        # bytes that are still to come
-        self._missing = {name: tensor_bytes(*entry) for name, entry in plan.items()}
-        self._places: dict[str, tuple[int, int, Path]] = {}  # name: descriptor, first byte, file
-        self._descriptors: list[int] = []
+        files = _file_names(_shards(plan, max_shard_bytes))
         try:
-            for file, names in zip(files, shards, strict=True):
+            for file, names in files.items():
                 self._start_file(self.directory / file, names)
         except BaseException:
             self._close_files()
             raise
-        if len(shards) > 1:
-            where = {
-                name: file for file, names in zip(files, shards, strict=True) for name in names
-            }
-            write_json(
-                self.directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where}
-            )
+        if len(files) > 1:
+            self._write_index(files, total)
+
+    def _write_index(self, files: dict[str, list[str]], total: int) -> None:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(self.directory / INDEX, index)
 
     def _start_file(self, path: Path, names: list[str]) -> None:
         """Write the header of one file and remember where its tensors go."""
-        lead, places = header_of({name: self.plan[name] for name in names}, {"format": "pt"})
-        size = max((end for _, end in places.values()), default=len(lead))
+        lead, ranges = header_of({name: self.plan[name] for name in names}, METADATA)
+        size = max((end for _, end in ranges.values()), default=len(lead))
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._descriptors.append(descriptor)
         write_at(descriptor, 0, memoryview(lead), path)
         with naming(path, size):
             os.ftruncate(descriptor, size)
-        for name, (start, _) in places.items():
-            self._places[name] = descriptor, start, path
+        for name, (start, _) in ranges.items():
+            self._places[name] = _Place(descriptor, start, path)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write a whole planned tensor."""
-        if name in self.plan and tuple(tensor.shape) != tuple(self.plan[name][1]):
+        _, planned = self._planned(name)
+        if tuple(tensor.shape) != planned:
             raise CheckpointError(
-                f"tensor {name!r} has shape {tuple(tensor.shape)}, planned was {tuple(self.plan[name][1])}"
+                f"tensor {name!r} has shape {tuple(tensor.shape)}, planned was {planned}"
             )
         self._write(name, 0, tensor)
 
     def write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
-        """Write rows [start, start + len(rows)) of the leading dimension of a planned tensor, each
-        row once."""
-        shape = self.plan[name][1] if name in self.plan else ()
-        if name in self.plan and (
-            rows.shape[1:] != tuple(shape[1:]) or start + len(rows) > shape[0]
-        ):
+        """Write rows [start, start + len(rows)) of a planned tensor, each row once."""
+        _, planned = self._planned(name)
+        if rows.shape[1:] != planned[1:] or start + len(rows) > planned[0]:
             raise CheckpointError(
-                f"rows {start}+{tuple(rows.shape)} do not fit into {name!r} of shape {tuple(shape)}"
+                f"rows {start}+{tuple(rows.shape)} do not fit into {name!r} of shape {planned}"
             )
         self._write(name, start, rows)
 
-    def _write(self, name: str, start: int, tensor: torch.Tensor) -> None:
+    def _planned(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Return dtype and shape of a planned tensor."""
         if name not in self.plan:
             raise CheckpointError(
-                f"tensor {name!r} was not planned; expected one of the {len(self.plan)} planned ones"
+                f"tensor {name!r} was not planned; "
+                f"expected one of the {len(self.plan)} planned ones"
             )
         dtype, shape = self.plan[name]
+        return dtype, tuple(shape)
+
+    def _write(self, name: str, start: int, tensor: torch.Tensor) -> None:
+        dtype, shape = self._planned(name)
         if tensor.dtype != DTYPES[dtype]:
             raise CheckpointError(f"tensor {name!r} has dtype {tensor.dtype}, planned was {dtype}")
         data = _bytes_of(tensor)
         if self._missing[name] < len(data):
             raise CheckpointError(f"tensor {name!r} was written twice")
-        descriptor, first, path = self._places[name]
-        write_at(descriptor, first + start * tensor_bytes(dtype, shape[1:]), data, path)
+        place = self._places[name]
+        position = place.start + start * tensor_bytes(dtype, shape[1:])
+        write_at(place.descriptor, position, data, place.file)
         self._missing[name] -= len(data)
 
     def _close_files(self) -> None:
@@ -470,8 +529,7 @@ class TensorWriter:
 
 
 def overwrite(info: TensorInfo, tensor: torch.Tensor) -> None:
-    """Overwrite a tensor in its file, cast to the dtype that it has there; CheckpointError for
-    another shape.
+    """Overwrite a tensor in its file, cast to its dtype there; CheckpointError for another shape.
 
     Only for directories that nobody else reads yet: it is not atomic.
     """
@@ -479,13 +537,13 @@ def overwrite(info: TensorInfo, tensor: torch.Tensor) -> None:
         raise CheckpointError(
             f"{info.file}: found a tensor of shape {tuple(tensor.shape)}, the file has {info.shape}"
         )
+    data = _bytes_of(tensor.to(DTYPES[info.dtype]))
     with info.file.open("r+b", buffering=0) as stream:
-        write_at(stream.fileno(), info.start, _bytes_of(tensor.to(DTYPES[info.dtype])), info.file)
+        write_at(stream.fileno(), info.start, data, info.file)
 
 
 def sha256_of_tensors(reader: TensorReader, names: Iterable[str]) -> str:
-    """Return a hash over names, dtypes, shapes and bytes of some tensors; the order of `names` does
-    not matter."""
+    """Return a hash over names, dtypes, shapes and bytes of some tensors, in any order."""
     digest = hashlib.sha256()
     for name in sorted(set(names)):
         info = reader.info(name)
