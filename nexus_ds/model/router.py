@@ -141,7 +141,8 @@ def centre_of(vectors_EM: Tensor) -> Tensor:
     """Return the mean [M] of the unit vectors of the upcycled domains.
 
     It is stored, and subtracted from every later domain too: else an extension would change what P
-    reads of the old ones. Zeros for a single vector: it would be its own mean, and nothing would be left of it.
+    reads of the old ones. Zeros for a single vector: it would be its own mean, and nothing would be
+    left of it.
     """
     mean_M = unit(vectors_EM.float()).mean(0)
     return mean_M if len(vectors_EM) > 1 else torch.zeros_like(mean_M)

@@ -142,7 +142,9 @@ import sys
 from transformers import AutoModelForCausalLM
 if sys.argv[2] == "hf":
     import nexus_ds.hf
-model, report = AutoModelForCausalLM.from_pretrained(sys.argv[1], local_files_only=True, output_loading_info=True)
+model, report = AutoModelForCausalLM.from_pretrained(
+    sys.argv[1], local_files_only=True, output_loading_info=True
+)
 assert not report["missing_keys"] and not report["unexpected_keys"], report
 print(type(model).__name__)
 """
@@ -174,7 +176,7 @@ def test_a_sidecar_that_contradicts_the_model_type(context_dir, tmp_path):
     assert read_sidecar(context_dir).router.input == "context"
 
 
-# Activation checkpointing: a pass that is made again reads its own text ---------------------------------------------
+# Activation checkpointing: a pass that is made again reads its own text ---------------------------
 
 
 def two_texts_gradients(model, masks=(None, None)):

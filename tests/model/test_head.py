@@ -147,8 +147,9 @@ def test_peak_memory_and_time_at_large_vocabularies(vocabulary, capsys):
     plain, chunked = found["plain"], found["chunked"]
     with capsys.disabled():
         print(
-            f"\nvocabulary {vocabulary}, {tokens} tokens, hidden {hidden_size}: peak {plain[0] / 1e6:,.0f} MB plain, "
-            f"{chunked[0] / 1e6:,.0f} MB chunked; {plain[1]:.2f} and {chunked[1]:.2f} CPU seconds ({chunked[1] / plain[1]:.2f})"
+            f"\nvocabulary {vocabulary}, {tokens} tokens, hidden {hidden_size}: "
+            f"peak {plain[0] / 1e6:,.0f} MB plain, {chunked[0] / 1e6:,.0f} MB chunked; "
+            f"{plain[1]:.2f} and {chunked[1]:.2f} CPU seconds ({chunked[1] / plain[1]:.2f})"
         )
     for a, b in zip(chunked[2:], plain[2:], strict=True):
         assert float((a - b).norm() / b.norm()) <= 1e-6
