@@ -249,11 +249,15 @@ STEPS: dict[str, type[Step]] = {
 
 def _own_step(entry: Mapping[str, Any]) -> Step | None:
     """Return the record of an entry with just the keys of this version, None for others."""
-    kind = ReplaceStep if entry.get("replaced") else STEPS.get(str(entry.get("verb")))
+    kind = STEPS.get(str(entry.get("verb")))
+    if entry.get("replaced"):
+        kind = ReplaceStep
     if kind is None:
         return None
-    fixed = ("verb", "replaced")
-    values = {FIELDS.get(key, key): value for key, value in entry.items() if key not in fixed}
+    values = {FIELDS.get(key, key): value for key, value in entry.items()}
+    # What tells the kind is no argument of it.
+    for key in ("verb", "replaced"):
+        values.pop(key, None)
     try:
         if "router" in values:
             values["router"] = RouterConfig(**values["router"])
@@ -355,7 +359,9 @@ def read_manifest(directory: Path) -> Manifest:
             f"{where}: format {value.get('format')!r}, this version reads {FORMAT}; "
             "use a matching one"
         )
-    experts, lineage, encoder = value.get("experts"), value.get("lineage"), value.get("encoder")
+    experts = value.get("experts")
+    lineage = value.get("lineage")
+    encoder = value.get("encoder")
     if not isinstance(experts, list) or not isinstance(lineage, list):
         _damaged(where, "lists of experts and lineage")
     if not all(isinstance(entry, dict) for entry in lineage):

@@ -84,8 +84,10 @@ def _sidecar_tensors(sidecar: Sidecar) -> dict[str, Tensor]:
     """Return the sidecar's tensors under their names on disk."""
     tensors = {"vectors": sidecar.vectors, "centre": sidecar.centre}
     for layer, state in enumerate(sidecar.projections):
-        tensors |= {f"layers.{layer}.{name}": tensor for name, tensor in state.items()}
-    return {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+        for name, tensor in state.items():
+            tensors[f"layers.{layer}.{name}"] = tensor
+    plain = {name: tensor.detach().float() for name, tensor in tensors.items()}
+    return {name: tensor.cpu().contiguous() for name, tensor in plain.items()}
 
 
 def _fail(where: Path, what: str) -> NoReturn:
@@ -271,7 +273,8 @@ def verify_expert_embeddings(directory: Path) -> None:
         stored = reader.read(gate_name(layer))
         expected = expert_embeddings(sidecar, layer, stored.dtype)
         scale = expected.float().abs().max().clamp_min(1e-30)
-        difference = float((stored.float() - expected.float()).abs().max() / scale)
+        largest = (stored.float() - expected.float()).abs().max()
+        difference = float(largest / scale)
         # "not <=" is true of NaN as well.
         if not difference <= EMBEDDING_TOLERANCE[stored.dtype]:
             raise CheckpointError(

@@ -158,7 +158,9 @@ def _check_cover(file: Path, infos: dict[str, TensorInfo], data_start: int, size
     """
     position = data_start
     # By the end too: an empty tensor may begin where another one does.
-    for name, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].end)):
+    names = sorted(infos, key=lambda name: (infos[name].start, infos[name].end))
+    for name in names:
+        info = infos[name]
         if info.start != position:
             kind = "overlaps another one" if info.start < position else "leaves a gap before it"
             raise CheckpointError(
@@ -267,12 +269,15 @@ def header_of(
     text += b" " * (-len(text) % 8)
     lead = len(text).to_bytes(8, "little") + text
     first = len(lead)
-    return lead, {name: (first + start, first + end) for name, (start, end) in offsets.items()}
+    ranges = {name: (first + start, first + end) for name, (start, end) in offsets.items()}
+    return lead, ranges
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write one safetensors file over `path`, a tensor at a time."""
-    plan = {name: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+    plan = {}
+    for name, tensor in tensors.items():
+        plan[name] = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
     lead, _ = header_of(plan, METADATA)
     with create(path) as stream:
         stream.write(lead)
@@ -472,7 +477,8 @@ class TensorWriter:
     def write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
         """Write rows [start, start + len(rows)) of a planned tensor, each row once."""
         _, planned = self._planned(name)
-        if rows.shape[1:] != planned[1:] or start + len(rows) > planned[0]:
+        stop = start + len(rows)
+        if rows.shape[1:] != planned[1:] or stop > planned[0]:
             raise CheckpointError(
                 f"rows {start}+{tuple(rows.shape)} do not fit into {name!r} of shape {planned}"
             )

@@ -109,8 +109,12 @@ class Routing:
 
     def saturated(self) -> list[tuple[int, str, float]]:
         """Return (layer, domain, mean gate) wherever the mean gate is above SATURATED."""
-        where = np.argwhere(self.gate > SATURATED)
-        return [(self.layers[i], self.domains[d], float(self.gate[i, d])) for i, d in where]
+        found = []
+        for layer, gate_D in zip(self.layers, self.gate, strict=True):
+            for domain, gate in zip(self.domains, gate_D.tolist(), strict=True):
+                if gate > SATURATED:
+                    found.append((layer, domain, gate))
+        return found
 
 
 @dataclass
@@ -222,13 +226,14 @@ class RoutingMeter:
 
     def share_LE(self) -> np.ndarray:
         """Return the share [L, E] of routed slots since the last reset."""
-        counts_LE = np.stack([self.counts[layer].cpu().numpy() for layer in self.layers])
+        counts_LE = torch.stack([self.counts[layer] for layer in self.layers]).cpu().numpy()
         return counts_LE / counts_LE.sum(axis=1, keepdims=True)
 
     def gate_L(self) -> np.ndarray:
         """Return the mean top-1 probability [L] since the last reset."""
-        means = [float(self.gate_sums[layer]) / self.tokens[layer] for layer in self.layers]
-        return np.array(means)
+        sums_L = np.array([float(self.gate_sums[layer]) for layer in self.layers])
+        tokens_L = np.array([self.tokens[layer] for layer in self.layers])
+        return sums_L / tokens_L
 
 
 @torch.inference_mode()
@@ -285,7 +290,8 @@ def _check_windows(
 
 def _on_device(tokens_WS: np.ndarray, model: PreTrainedModel) -> Tensor:
     # The windows may be a view of a memory-mapped file, of any integer type.
-    return torch.from_numpy(np.ascontiguousarray(tokens_WS, dtype=np.int64)).to(model.device)
+    tokens = np.ascontiguousarray(tokens_WS, dtype=np.int64)
+    return torch.from_numpy(tokens).to(model.device)
 
 
 def _score_domain(
@@ -355,11 +361,13 @@ def score(
                 shares.append(meter.share_LE())
                 gates.append(meter.gate_L())
     seconds = time.perf_counter() - started
-    tokens = {domain: array.shape[0] * (array.shape[1] - 1) for domain, array in windows.items()}
+    # The first token of a window is an input only.
+    tokens = {domain: tokens_WS[:, 1:].size for domain, tokens_WS in windows.items()}
     routing = None
     if meter.layers:
         routing = _routing(model_dir, list(windows), meter.layers, shares, gates)
-    scores = Scores(loss, tokens, sum(tokens.values()) / max(seconds, 1e-9), routing)
+    tokens_per_second = sum(tokens.values()) / max(seconds, 1e-9)
+    scores = Scores(loss, tokens, tokens_per_second, routing)
     _check_losses(scores.loss, model_dir)
     return scores
 
@@ -373,8 +381,9 @@ def _routing(
 ) -> Routing:
     """Return the routing of all domains from each one's shares [L, E] and gates [L]."""
     share_LDE = np.stack(shares, axis=1)
+    gate_LD = np.stack(gates, axis=1)
     experts, expert_domains = expert_names(model_dir, share_LDE.shape[2])
-    return Routing(domains, experts, expert_domains, layers, share_LDE, np.stack(gates, axis=1))
+    return Routing(domains, experts, expert_domains, layers, share_LDE, gate_LD)
 
 
 def cosine_matrix(vectors_EM: Tensor) -> np.ndarray:
@@ -409,7 +418,8 @@ def cosines(directory: Path) -> Cosines:
     directory = Path(directory)
     config = read_config(directory)
     reader = TensorReader(directory)
-    names = [gate_name(layer) for layer in range(int(config.get("num_hidden_layers", 0)))]
+    layers = int(config.get("num_hidden_layers", 0))
+    names = [gate_name(layer) for layer in range(layers)]
     weights = [reader.read(name).float() for name in names if name in reader]
     if not weights:
         raise CheckpointError(

@@ -29,7 +29,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return down(silu(gate(x)) * up(x))."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = F.silu(self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x))
 
 
 class _Reorder(torch.autograd.Function):
@@ -58,8 +59,9 @@ class ExpertOrder:
         self.top_k = slots_TK.shape[1]
         # Stable, so that the order of rows, and of the sums over them, is always the same.
         self.order_N = torch.argsort(slots_TK.reshape(-1), stable=True)
+        positions_N = torch.arange(len(self.order_N), device=self.order_N.device)
         self.inverse_N = torch.empty_like(self.order_N)
-        self.inverse_N[self.order_N] = torch.arange(len(self.order_N), device=self.order_N.device)
+        self.inverse_N[self.order_N] = positions_N
 
     def dispatch(self, x_TH: Tensor) -> Tensor:
         """Return the tokens' rows [N, H] in the order of their experts."""
@@ -97,8 +99,9 @@ class _SwiGLUExperts(torch.autograd.Function):
         up_NF = torch.empty_like(gate_NF)
         y_NH = torch.empty_like(x_NH)
         for e, rows in _stretches(counts):
-            gate_nF = torch.mm(x_NH[rows], w1_EFH[e].T, out=gate_NF[rows])
-            up_nF = torch.mm(x_NH[rows], w3_EFH[e].T, out=up_NF[rows])
+            x_nH = x_NH[rows]
+            gate_nF = torch.mm(x_nH, w1_EFH[e].T, out=gate_NF[rows])
+            up_nF = torch.mm(x_nH, w3_EFH[e].T, out=up_NF[rows])
             inner_nF = F.silu(gate_nF).mul_(up_nF)
             torch.mm(inner_nF, w2_EHF[e].T, out=y_NH[rows])
             # else it would be there beside the next expert's
@@ -170,4 +173,6 @@ class RoutedExperts(nn.Module):
             x_NH: rows; those beyond the sum of the counts belong to nobody and give zeros.
             counts_E: rows of each expert.
         """
-        return _SwiGLUExperts.apply(x_NH, self.w1, self.w2, self.w3, counts_E.tolist())
+        # Lengths of slices: known on the host, which waits here for the routing.
+        counts = counts_E.tolist()
+        return _SwiGLUExperts.apply(x_NH, self.w1, self.w2, self.w3, counts)

@@ -116,8 +116,9 @@ class LossHead(nn.Module):
         if self.targets_BS is None:
             return F.linear(hidden, self.weight)
         learn = torch.is_grad_enabled()
+        hidden_TH = hidden.flatten(0, -2)
         targets_T = self.targets_BS.reshape(-1)
-        mean, losses_T = _MeanLoss.apply(hidden.flatten(0, -2), self.weight, targets_T, learn)
+        mean, losses_T = _MeanLoss.apply(hidden_TH, self.weight, targets_T, learn)
         self.losses_BS = losses_T.view(self.targets_BS.shape)
         return mean
 

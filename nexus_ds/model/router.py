@@ -86,8 +86,9 @@ class Projection(nn.Module):
         inner = [] if form == "linear" else [width or hidden_size] * (depth - 1)
         sizes_in = [embedding_size, *inner]
         sizes_out = [FORMS[form].widening * size for size in inner] + [hidden_size]
-        sizes = zip(sizes_in, sizes_out, strict=True)
-        self.maps: Any = nn.ModuleList(nn.Linear(i, o, bias=False) for i, o in sizes)
+        self.maps: Any = nn.ModuleList()
+        for size_in, size_out in zip(sizes_in, sizes_out, strict=True):
+            self.maps.append(nn.Linear(size_in, size_out, bias=False))
         fixed = row_norm == "fixed"
         self.log_norm = nn.Parameter(torch.zeros(1)) if fixed else None
         self.out = nn.Linear(hidden_size, hidden_size, bias=False) if fixed else None
@@ -246,5 +247,7 @@ def expert_embeddings_in(
     P and D are rounded to `dtype` first. Rounding fp32 results instead flips a few tokens per layer
     between training and serving.
     """
-    rounded = {name: tensor.to(dtype) for name, tensor in projection.state_dict().items()}
-    return torch.func.functional_call(projection, rounded, (embeddings_EM.to(dtype),))
+    state = projection.state_dict()
+    rounded = {name: tensor.to(dtype) for name, tensor in state.items()}
+    inputs = (embeddings_EM.to(dtype),)
+    return torch.func.functional_call(projection, rounded, inputs)

@@ -216,7 +216,8 @@ def _read(sidecar: Sidecar, text: FitText, start: str, length: int) -> _Reading:
     known = [sidecar.experts[index].domain for index in experts]
     background = [domain for domain in text.windows if domain not in known]
     windows = [text.windows[domain][:, :length] for domain in known + background]
-    sizes = torch.tensor([window.numel() for window in windows[: len(known)]])
+    labelled = windows[: len(known)]
+    tokens_of = torch.tensor([window.numel() for window in labelled])
     inputs_EM = chunks_NM = None
     if sidecar.router.kind == "nexus":
         inputs_EM = sidecar.domain_inputs()[experts].to(device())
@@ -225,8 +226,8 @@ def _read(sidecar: Sidecar, text: FitText, start: str, length: int) -> _Reading:
         chunks_NM = sidecar.inputs_of(vectors_NM).to(device())
     return _Reading(
         tokens_NS=torch.cat(windows),
-        experts_L=torch.tensor(experts).repeat_interleave(sizes).to(device()),
-        labels_L=torch.arange(len(known)).repeat_interleave(sizes).to(device()),
+        experts_L=torch.tensor(experts).repeat_interleave(tokens_of).to(device()),
+        labels_L=torch.arange(len(known)).repeat_interleave(tokens_of).to(device()),
         inputs_EM=inputs_EM,
         chunks_NM=chunks_NM,
     )
@@ -298,7 +299,8 @@ class _WarmStart:
         projection = load_projection(self.sidecar, layer).to(features_TH.device)
         warm_start_projection(projection, features, self.config, generator)
         state = projection.state_dict()
-        self.sidecar.projections[layer] = {name: p.detach().cpu() for name, p in state.items()}
+        fitted = {name: tensor.detach().cpu() for name, tensor in state.items()}
+        self.sidecar.projections[layer] = fitted
         return expert_embeddings(self.sidecar, layer, dtype)
 
 

@@ -119,9 +119,12 @@ def _windows(
             on_bad_row=config.data.on_bad_row,
             bos=config.data.bos,
         )
-        # `windows` gives one token more, the target of the last one.
-        found = {name: windows(files[name], count, length)[:, :length] for name in domains}
-        return {name: torch.from_numpy(tokens) for name, tokens in found.items()}
+        found = {}
+        for name in domains:
+            tokens = torch.from_numpy(windows(files[name], count, length))
+            # `windows` gives one token more, the target of the last one.
+            found[name] = tokens[:, :length]
+        return found
 
 
 def _embedded(

@@ -143,7 +143,8 @@ def hidden_mean_embeddings(x_LH: Tensor, labels_L: Tensor, old_EH: Tensor, kept:
     if not kept:
         return means_EH
     kept_EH = old_EH[:kept]
-    directions_EH = F.normalize(means_EH[kept:] - means_EH[:kept].mean(0), dim=-1)
+    common_H = means_EH[:kept].mean(0)
+    directions_EH = F.normalize(means_EH[kept:] - common_H, dim=-1)
     new_EH = directions_EH * kept_EH.norm(dim=-1).mean()
     return torch.cat([kept_EH, new_EH])
 
@@ -221,7 +222,8 @@ def _label_loss(features: Features, embeddings_EH: Tensor, generator: torch.Gene
     x_LH = features.x_LH
     count = min(TOKENS_PER_STEP, len(x_LH))
     # Drawn on the CPU and then moved: the same tokens whatever the device.
-    picked_n = torch.randint(len(x_LH), (count,), generator=generator).to(x_LH.device)
+    picked_n = torch.randint(len(x_LH), (count,), generator=generator)
+    picked_n = picked_n.to(x_LH.device)
     logits_nE = F.linear(x_LH[picked_n], embeddings_EH)
     return F.cross_entropy(logits_nE, features.labels_L[picked_n])
 
@@ -236,8 +238,10 @@ def _chunk_loss(features: Features, projection: Projection, generator: torch.Gen
     length = len(x_TH) // len(chunks_CM)
     picked_c = torch.randperm(len(chunks_CM), generator=generator)[:CHUNKS_PER_STEP]
     offsets = torch.randint(length, (len(picked_c), TOKENS_PER_CHUNK), generator=generator)
-    tokens_n = (picked_c[:, None] * length + offsets).flatten().to(x_TH.device)
-    own_n = torch.arange(len(picked_c), device=x_TH.device).repeat_interleave(TOKENS_PER_CHUNK)
+    tokens = picked_c[:, None] * length + offsets
+    tokens_n = tokens.flatten().to(x_TH.device)
+    own_c = torch.arange(len(picked_c), device=x_TH.device)
+    own_n = own_c.repeat_interleave(TOKENS_PER_CHUNK)
     embeddings_cH = projection(chunks_CM[picked_c.to(x_TH.device)])
     logits_nc = F.linear(x_TH[tokens_n], embeddings_cH)
     return F.cross_entropy(logits_nc, own_n)
@@ -274,7 +278,8 @@ def _closed_form(projection: Projection, features: Features) -> None:
     chunks, domains = len(chunks_CM), len(inputs_EM)
     white_HH = whitener(x_TH)
 
-    chunk_T = torch.arange(chunks, device=x_TH.device).repeat_interleave(len(x_TH) // chunks)
+    length = len(x_TH) // chunks
+    chunk_T = torch.arange(chunks, device=x_TH.device).repeat_interleave(length)
     chunk_means_CH = means(x_TH, chunk_T, chunks)
     domain_means_EH = means(features.x_LH, features.labels_L, domains)
     # Less what is common to all text: it decides nothing.
