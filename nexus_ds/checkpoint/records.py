@@ -114,7 +114,7 @@ class Step:
         """Names of the experts that an extension appended or put in the place of old ones."""
         return []
 
-    def entry(self) -> dict[str, Any]:
+    def entry(self) -> dict[str, object]:
         """Return the step as nexus.json has it."""
         values = dataclasses.asdict(self)
         fit = values.pop("fit")
@@ -215,7 +215,7 @@ class RemoveStep(Step):
 class OtherStep(Step):
     """An entry with other keys than this version writes: kept as it is."""
 
-    written: dict[str, Any]
+    written: dict[str, object]
 
     @property
     def is_extension(self) -> bool:
@@ -234,7 +234,7 @@ class OtherStep(Step):
             )
         return experts
 
-    def entry(self) -> dict[str, Any]:
+    def entry(self) -> dict[str, object]:
         """Return the step as nexus.json has it."""
         return self.written
 
@@ -268,7 +268,7 @@ def _own_step(entry: Mapping[str, Any]) -> Step | None:
         return None
 
 
-def step_of(entry: Mapping[str, Any]) -> Step:
+def step_of(entry: Mapping[str, object]) -> Step:
     """Return the record of one entry; whatever is in it, `Step.entry` gives it back unchanged."""
     step = _own_step(entry)
     # Compared as text, since the order of keys counts too: the file must not change.
@@ -301,7 +301,7 @@ class Manifest:
     """seed | none: its weights are zeros."""
 
 
-def manifest_json(manifest: Manifest) -> dict[str, Any]:
+def manifest_json(manifest: Manifest) -> dict[str, object]:
     """Return the contents of nexus.json."""
     encoder = manifest.encoder
     return {

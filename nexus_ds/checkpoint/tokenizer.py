@@ -71,7 +71,7 @@ class TokenizerMeaning:
     """As transformers loads it."""
     tokens: dict[int, str]
     """By id; added ones are among them."""
-    splitting: dict[str, Any]
+    splitting: dict[str, object]
     """All that decides how a text becomes tokens, as JSON by name."""
     roles: dict[str, str | None]
     """Which tokens begin, end and stand for the unknown, and what is put before a text."""
@@ -181,7 +181,7 @@ def read_tokenizer(directory: Path) -> TokenizerMeaning:
     return TokenizerMeaning(tokenizer, tokens, _splitting(backend), roles)
 
 
-def _splitting(backend: Tokenizer) -> dict[str, Any]:
+def _splitting(backend: Tokenizer) -> dict[str, object]:
     """Return all that decides how a text becomes tokens, as JSON by the name in messages."""
     definition = json.loads(backend.to_str())
     model = definition["model"]
@@ -222,7 +222,7 @@ def same_tokenizer_files(first: Path, second: Path) -> bool:
     return _tokenizer_files(Path(first)) == _tokenizer_files(Path(second))
 
 
-def _tokenizer_files(directory: Path) -> tuple[list[Any], dict[str, bytes]]:
+def _tokenizer_files(directory: Path) -> tuple[list[object], dict[str, bytes]]:
     """Return by what transformers picks the class that reads a tokenizer, and what it reads."""
     config = _optional_json(directory, "config.json")
     names = (*VOCABULARY_FILES, *_template_files(directory))

@@ -182,23 +182,37 @@ class RoutingMeter:
 
     def __init__(self, model: PreTrainedModel) -> None:
         modules = dict(model.named_modules())
-        self.gates: dict[int, nn.Module] = {}
+        self.routers: dict[int, nn.Module] = {}
         for layer in range(model.config.num_hidden_layers):
             name = gate_name(layer).removesuffix(".weight")
             if name in modules:
-                self.gates[layer] = modules[name]
-        self.layers = list(self.gates)
+                self.routers[layer] = modules[name]
+        self.layers = list(self.routers)
         self.handles: list[RemovableHandle] = []
-        self.reset()
+        self.shares: list[np.ndarray] = []
+        """[L, E] for each `take`: shares of the routed slots."""
+        self.gates: list[np.ndarray] = []
+        """[L] for each `take`: mean probability of the first choice."""
+        self._forget()
 
-    def reset(self) -> None:
-        """Forget what was counted."""
+    def take(self) -> None:
+        """Keep what was counted since the last call, and begin anew; without routers do nothing."""
+        if not self.layers:
+            return
+        counts_LE = torch.stack([self.counts[layer] for layer in self.layers]).cpu().numpy()
+        sums_L = np.array([float(self.gate_sums[layer]) for layer in self.layers])
+        tokens_L = np.array([self.tokens[layer] for layer in self.layers])
+        self.shares.append(counts_LE / counts_LE.sum(axis=1, keepdims=True))
+        self.gates.append(sums_L / tokens_L)
+        self._forget()
+
+    def _forget(self) -> None:
         self.counts: dict[int, Tensor] = {}
         self.gate_sums: dict[int, Tensor] = {}
         self.tokens: dict[int, int] = dict.fromkeys(self.layers, 0)
 
     def __enter__(self) -> RoutingMeter:
-        for layer, module in self.gates.items():
+        for layer, module in self.routers.items():
             self.handles.append(module.register_forward_hook(self._hook(layer)))
         return self
 
@@ -223,17 +237,6 @@ class RoutingMeter:
             self.tokens[layer] += len(logits_TE)
 
         return count
-
-    def share_LE(self) -> np.ndarray:
-        """Return the share [L, E] of routed slots since the last reset."""
-        counts_LE = torch.stack([self.counts[layer] for layer in self.layers]).cpu().numpy()
-        return counts_LE / counts_LE.sum(axis=1, keepdims=True)
-
-    def gate_L(self) -> np.ndarray:
-        """Return the mean top-1 probability [L] since the last reset."""
-        sums_L = np.array([float(self.gate_sums[layer]) for layer in self.layers])
-        tokens_L = np.array([self.tokens[layer] for layer in self.layers])
-        return sums_L / tokens_L
 
 
 @torch.inference_mode()
@@ -350,40 +353,27 @@ def score(
     title = f"score {label or model_dir.name}"
     count = sum(len(tokens_WS) for tokens_WS in windows.values())
     loss: dict[str, np.ndarray] = {}
-    shares: list[np.ndarray] = []
-    gates: list[np.ndarray] = []
     started = time.perf_counter()
     with RoutingMeter(model) as meter, Progress(title, count, "window") as progress:
         for domain, tokens_WS in windows.items():
-            meter.reset()
             loss[domain] = _score_domain(model, tokens_WS, batch, progress)
-            if meter.layers:
-                shares.append(meter.share_LE())
-                gates.append(meter.gate_L())
+            meter.take()
     seconds = time.perf_counter() - started
     # The first token of a window is an input only.
     tokens = {domain: tokens_WS[:, 1:].size for domain, tokens_WS in windows.items()}
-    routing = None
-    if meter.layers:
-        routing = _routing(model_dir, list(windows), meter.layers, shares, gates)
+    routing = _routing(model_dir, list(windows), meter) if meter.layers else None
     tokens_per_second = sum(tokens.values()) / max(seconds, 1e-9)
     scores = Scores(loss, tokens, tokens_per_second, routing)
     _check_losses(scores.loss, model_dir)
     return scores
 
 
-def _routing(
-    model_dir: Path,
-    domains: list[str],
-    layers: list[int],
-    shares: list[np.ndarray],
-    gates: list[np.ndarray],
-) -> Routing:
-    """Return the routing of all domains from each one's shares [L, E] and gates [L]."""
-    share_LDE = np.stack(shares, axis=1)
-    gate_LD = np.stack(gates, axis=1)
+def _routing(model_dir: Path, domains: list[str], meter: RoutingMeter) -> Routing:
+    """Return the routing of the domains that a meter has taken, one after the other."""
+    share_LDE = np.stack(meter.shares, axis=1)
+    gate_LD = np.stack(meter.gates, axis=1)
     experts, expert_domains = expert_names(model_dir, share_LDE.shape[2])
-    return Routing(domains, experts, expert_domains, layers, share_LDE, gate_LD)
+    return Routing(domains, experts, expert_domains, meter.layers, share_LDE, gate_LD)
 
 
 def cosine_matrix(vectors_EM: Tensor) -> np.ndarray:

@@ -94,7 +94,7 @@ def require_harness() -> None:
         )
 
 
-def score_of(result: Mapping[str, Any]) -> tuple[str, float, float | None] | None:
+def score_of(result: Mapping[str, object]) -> tuple[str, float, float | None] | None:
     """Return (metric, score, standard error) in per cent of lm-eval's result for one task.
 
     None without a known metric; the standard error is None where lm-eval gives none.
