@@ -329,6 +329,7 @@ def _record(cls: type[Record], value: object, where: str) -> Record:
             f"{where}: found {found}, expected {sorted(hints)}; the sidecar is damaged"
         )
     for name, kind in hints.items():
+        # type and not isinstance: JSON's true is an int to Python.
         if type(value[name]) is not kind:
             raise CheckpointError(
                 f"{where}.{name}: found {value[name]!r}, expected {kind.__name__}"

@@ -127,6 +127,7 @@ def check_sidecar(sidecar: Sidecar, where: Path) -> None:
 def write_sidecar(directory: Path, sidecar: Sidecar) -> None:
     """Write or replace the sidecar's two files; CheckpointError if its parts contradict others."""
     check_sidecar(sidecar, Path(directory))
+    # nexus.json comes last: it is what makes a directory a Nexus checkpoint.
     with new_file(Path(directory) / ROUTER, overwrite=True) as temporary:
         write_tensors(temporary, _sidecar_tensors(sidecar))
     write_json(Path(directory) / SIDECAR, manifest_json(sidecar))

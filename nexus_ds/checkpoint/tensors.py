@@ -457,9 +457,11 @@ class TensorWriter:
         """Write the header of one file and remember where its tensors go."""
         lead, ranges = header_of({name: self.plan[name] for name in names}, METADATA)
         size = max((end for _, end in ranges.values()), default=len(lead))
+        # O_EXCL: what is there already is never written over.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._descriptors.append(descriptor)
         write_at(descriptor, 0, memoryview(lead), path)
+        # Its full length at once, so that tensors can come in any order.
         with naming(path, size):
             os.ftruncate(descriptor, size)
         for name, (start, _) in ranges.items():

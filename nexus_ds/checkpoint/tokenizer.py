@@ -306,6 +306,7 @@ def copy_tokenizer(source: Path, out: Path) -> None:
         if (source / name).is_file():
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(confined(source, name), out / name)
+    # The first is the cheap proof; files that differ may still mean the same.
     if same_tokenizer_files(source, out) or _means(out, meaning):
         return
     _write_for_any_class(meaning.tokenizer, out)

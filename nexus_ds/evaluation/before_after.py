@@ -69,6 +69,7 @@ def _windows(
     """Return `count` windows [W, S+1] of each domain, of the length that the checkpoint reads."""
     length = window_length(0, [describe(checkpoint)])
     source = open_source(data)
+    # The windows are in memory afterwards; the tokens of all the text are not wanted again.
     with tempfile.TemporaryDirectory(prefix="nexus-ds-") as cache:
         files = token_files(source, domains, "validation", checkpoint, Path(cache), bos=bos)
         return {domain: windows(files[domain], count, length) for domain in domains}

@@ -102,6 +102,7 @@ class Routing:
             raise ConfigError(
                 f"no text of {', '.join(unknown)} was scored; scored: {', '.join(self.domains)}"
             )
+        # There is no text but the expert's own: nothing could leak.
         if not domains:
             return math.nan
         rows = [self.domains.index(domain) for domain in domains]
@@ -229,8 +230,10 @@ class RoutingMeter:
         def count(module: nn.Module, inputs: object, output: tuple[Tensor, ...]) -> None:
             # transformers 5: (logits, gate values, indices)
             logits_TE, _, chosen_TK = output
+            # Sums stay on the device: to ask for them here would wait for it at every layer.
             slots_E = torch.bincount(chosen_TK.reshape(-1), minlength=logits_TE.shape[-1])
             gate_T = logits_TE.float().softmax(dim=-1).amax(dim=-1)
+            # In fp32, sums over millions of tokens would lose digits.
             gate_sum = gate_T.sum(dtype=torch.float64)
             self.counts[layer] = self.counts.get(layer, 0) + slots_E
             self.gate_sums[layer] = self.gate_sums.get(layer, 0) + gate_sum
@@ -252,6 +255,7 @@ def batch_loss(model: PreTrainedModel, tokens_WS: Tensor) -> Tensor:
     """
     inputs_WS = tokens_WS[:, :-1]
     targets_T = tokens_WS[:, 1:].reshape(-1)
+    # Without the output layer, which would make the logits of all tokens at once.
     output = model.base_model(input_ids=inputs_WS, use_cache=False)
     hidden_TH = output.last_hidden_state.flatten(0, 1)
     head = model.get_output_embeddings()
