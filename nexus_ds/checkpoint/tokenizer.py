@@ -171,7 +171,7 @@ def read_tokenizer(directory: Path) -> TokenizerMeaning:
     # Both are of the training that saved it.
     backend.no_truncation()
     backend.no_padding()
-    tokens = {index: backend.id_to_token(index) for index in tokenizer.get_vocab().values()}
+    tokens = {index: str(backend.id_to_token(index)) for index in tokenizer.get_vocab().values()}
     roles: dict[str, str | None] = {}
     for role in ROLES:
         token = getattr(tokenizer, role)
