@@ -1,9 +1,8 @@
-"""Putting dense models together: what upcycling and extending share. Checks first, then one
-streaming pass of writing.
+"""Putting models together: what all of upcycling shares. Checks first, then one pass of writing.
 
 Every tensor of the output is a `Blend` (a weighted sum of stored tensors, in fp32; a single one is
-copied exactly) or is given (router rows). `write_model` reads and writes slices of rows, so memory
-does not grow with the model.
+copied exactly) or is given (expert embeddings). `write_tensors` reads and writes slices of rows, so
+memory does not grow with the model.
 Not covered: aligning models of different bases (permutations, other vocabularies); averages other
 than linear ones.
 """
@@ -14,7 +13,6 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,10 +54,10 @@ take 0.01 (0.03 in the smallest models of tests).
 
 @dataclass(frozen=True)
 class Part:
-    """One summand of a tensor: `weight` times the tensor `name` of a model; `who` names the model
-    in messages."""
+    """One summand of a tensor: `weight` times the tensor `name` of a model."""
 
     who: str
+    """Names the model in messages."""
     reader: TensorReader
     name: str
     weight: float = 1.0
@@ -69,11 +67,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Blend:
-    """sum(weight * tensor) / divisor * scale over the parts, in fp32; a lone part of weight 1 is
-    copied as it is, or cast.
+    """sum(weight * tensor) / divisor * scale over the parts, in fp32.
 
-    `scale` is a power of two (2 for the shared expert's down_proj), so that scaling a copy is
-    exact.
+    A lone part of weight 1 is copied as it is, or cast. `scale` is a power of two, so that scaling
+    a copy is exact.
     """
 
     parts: Sequence[Part]
@@ -97,7 +94,8 @@ def parse_experts(values: Iterable[str]) -> dict[str, Path]:
         name, equals, directory = value.partition("=")
         if not equals or not directory or not EXPERT_NAME.fullmatch(name):
             raise ConfigError(
-                f"--expert {value!r}: expected NAME=DIR, with a name of letters, digits, '_', '.', '-'"
+                f"--expert {value!r}: expected NAME=DIR, "
+                "with a name of letters, digits, '_', '.', '-'"
             )
         if name in experts:
             raise ConfigError(
@@ -108,9 +106,12 @@ def parse_experts(values: Iterable[str]) -> dict[str, Path]:
 
 
 def portable(path: str | Path) -> str:
-    """Return a path as it may be recorded: relative ones as given, of an absolute one the last
-    part."""
-    return Path(path).name if Path(path).is_absolute() else Path(path).as_posix()
+    """Return a path as it may be recorded: relative ones as given, of an absolute one its name.
+
+    Checkpoints travel: what lies above means nothing elsewhere, and tells of the machine.
+    """
+    path = Path(path)
+    return path.name if path.is_absolute() else path.as_posix()
 
 
 def _flat(settings: Mapping[str, object]) -> dict[str, str]:
@@ -138,37 +139,44 @@ def check_alike(models: Mapping[str, Mapping[str, object]]) -> None:
         models: for each model's name its traits.
     """
     flat = {name: _flat(settings) for name, settings in models.items()}
-    keys = dict.fromkeys(key for settings in flat.values() for key in settings)
-    rows = [[key, *(settings.get(key, "-") for settings in flat.values())] for key in keys]
-    rows = [row for row in rows if len(set(row[1:])) > 1]
-    if not rows:
-        return
-    table = [["", *flat], *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    ]
-    raise IncompatibleModelsError(
-        "the models differ where they must agree; use branches of one seed, saved alike:\n"
-        + "\n".join(lines)
-    )
+    # in the order in which models first have them: a dict, not a set
+    keys: dict[str, None] = {}
+    for settings in flat.values():
+        keys |= dict.fromkeys(settings)
+    rows = []
+    for key in keys:
+        found = [settings.get(key, "-") for settings in flat.values()]
+        if len(set(found)) > 1:
+            rows.append([key, *found])
+    if rows:
+        raise IncompatibleModelsError(
+            "the models differ where they must agree; use branches of one seed, saved alike:\n"
+            + _columns([["", *flat], *rows])
+        )
+
+
+def _columns(table: Sequence[Sequence[str]]) -> str:
+    """Return rows of equal length as lines whose columns stand below each other."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for row in table:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def _relation(a: TensorReader, b: TensorReader, names: Sequence[str]) -> float:
-    """Return the median, over some tensors of two models, of the cosine of their middle rows; NaN
-    where none has one.
+    """Return the median, over some matrices of two models, of the cosine of their middle rows.
 
-    Zeros and non-numbers have none: whoever writes the tensors names them.
+    NaN where none has one: zeros and non-numbers have none, whoever writes the tensors names them.
     """
     cosines = []
     for name in names:
         rows, width = a.info(name).shape
         count = min(rows, max(1, SAMPLED_VALUES // width))
         start = (rows - count) // 2
-        x, y = (
-            reader.read_rows(name, start, start + count).double().flatten() for reader in (a, b)
-        )
+        x = a.read_rows(name, start, start + count).double().flatten()
+        y = b.read_rows(name, start, start + count).double().flatten()
         cosines.append(x @ y / (x.norm() * y.norm()))
     return float(torch.stack(cosines).nanmedian())
 
@@ -187,49 +195,54 @@ def check_related(origin: str, reader: TensorReader, models: Mapping[str, DenseM
     Raises:
         IncompatibleModelsError: names each unrelated expert and its cosine.
     """
-    first = next(iter(models.values()))
-    layers = first.settings.layers
-    picked = {layers * part // SAMPLED_LAYERS for part in range(SAMPLED_LAYERS)}
-    names = [
-        f"model.layers.{layer}.self_attn.{part}" for layer in sorted(picked) for part in ATTENTION
-    ]
-    cosines = {name: _relation(reader, model.reader, names) for name, model in models.items()}
-    unrelated = [
-        f"expert {name} ({models[name].directory}): cosine {cosine:.2f}"
-        for name, cosine in cosines.items()
-        if cosine < UNRELATED
-    ]
+    layers = next(iter(models.values())).settings.layers
+    # a model of fewer layers has all of them sampled, each once
+    picked = sorted({layers * part // SAMPLED_LAYERS for part in range(SAMPLED_LAYERS)})
+    names = [f"model.layers.{layer}.self_attn.{part}" for layer in picked for part in ATTENTION]
+    unrelated = []
+    for name, model in models.items():
+        cosine = _relation(reader, model.reader, names)
+        if cosine < UNRELATED:
+            unrelated.append(f"expert {name} ({model.directory}): cosine {cosine:.2f}")
     if unrelated:
         raise IncompatibleModelsError(
-            f"weights that are unrelated to those of {origin}: {'; '.join(unrelated)} (median over attention matrices; a branch "
-            f"has about 0.9, expected at least {UNRELATED}). The average of models of different origin is noise, even where "
-            "sizes and tokenizer agree: give branches that were trained from that model, or the one that these come from"
+            f"weights that are unrelated to those of {origin}: {'; '.join(unrelated)} "
+            "(median over attention matrices; a branch has about 0.9, "
+            f"expected at least {UNRELATED}). The average of models of different origin is noise, "
+            "even where sizes and tokenizer agree: give branches that were trained from that "
+            "model, or the one that these come from"
         )
 
 
 def check_tokenizers(reference: Path, others: Mapping[str, Path]) -> None:
-    """Check that ids mean the same to models; say on stderr what the new checkpoint does not take
-    from `others`.
+    """Check that ids mean the same to models; say on stderr what is not taken from `others`.
 
     A token in another role (another end of a document) is a note: `reference`'s is kept. So is a
     chat template.
+
+    Args:
+        reference: checkpoint whose tokenizer the new one gets.
+        others: for each expert's name its model's directory.
 
     Raises:
         IncompatibleModelsError: another vocabulary or another way to split a text; names the first
             five differences.
         CheckpointError, UnsupportedModelError: a tokenizer that can't be read.
     """
+    # read when first needed: equal files are told apart by their hashes alone
     own = None
     for name, directory in others.items():
         if same_tokenizer_files(reference, directory):
             continue
-        own, other = own or read_tokenizer(reference), read_tokenizer(directory)
+        own = own or read_tokenizer(reference)
+        other = read_tokenizer(directory)
         difference = own.difference(other)
         if difference:
             raise IncompatibleModelsError(
-                f"the tokenizer of expert {name} ({directory}) is not that of {reference}: {difference}; "
-                "experts of one model must be trained on one tokenizer. If no text of this one held what differs, copy "
-                f"the tokenizer files of {reference} over those in {directory}"
+                f"the tokenizer of expert {name} ({directory}) is not that of {reference}: "
+                f"{difference}; experts of one model must be trained on one tokenizer. "
+                "If no text of this one held what differs, copy the tokenizer files of "
+                f"{reference} over those in {directory}"
             )
         for note in (*_role_notes(own, other), *_template_notes(reference, directory)):
             print(f"note: expert {name}: {note}", file=sys.stderr, flush=True)
@@ -237,8 +250,12 @@ def check_tokenizers(reference: Path, others: Mapping[str, Path]) -> None:
 
 def _role_notes(own: TokenizerMeaning, other: TokenizerMeaning) -> list[str]:
     roles = own.other_roles(other)
-    kept = "every id means the same, and the new checkpoint keeps the latter; its tokenizer_config.json can change it"
-    return [f"{'; '.join(roles)}: {kept}"] if roles else []
+    if not roles:
+        return []
+    return [
+        f"{'; '.join(roles)}: every id means the same, and the new checkpoint keeps the latter; "
+        "its tokenizer_config.json can change it"
+    ]
 
 
 def _template_notes(reference: Path, directory: Path) -> list[str]:
@@ -247,14 +264,18 @@ def _template_notes(reference: Path, directory: Path) -> list[str]:
         return []
     kept = f"that of {reference}" if own else "none"
     return [
-        f"its chat template ({', '.join(other)} in {directory}) is not taken along, the new checkpoint has {kept}: "
-        "copy it there, as chat_template.jinja, to chat as this expert does"
+        f"its chat template ({', '.join(other)} in {directory}) is not taken along, "
+        f"the new checkpoint has {kept}: copy it there, as chat_template.jinja, "
+        "to chat as this expert does"
     ]
 
 
 def domain_vectors(embeddings: DomainEmbeddings, names: Iterable[str]) -> Tensor:
-    """Return the raw domain embeddings [n, m] fp32 of experts; DataError names the domains that
-    exist."""
+    """Return the raw domain embeddings [n, m] fp32 of experts.
+
+    Raises:
+        DataError: a domain that was not embedded; names those that were.
+    """
     return torch.stack([torch.from_numpy(embeddings.vector(name).copy()) for name in names])
 
 
@@ -268,16 +289,16 @@ def encoder_record(embeddings: DomainEmbeddings, names: Iterable[str]) -> Encode
 
 def expert_record(name: str, model: DenseModel) -> ExpertRecord:
     """Return what the sidecar keeps of an expert, with the hash of its FFN tensors."""
-    return ExpertRecord(
-        name, name, portable(model.directory), sha256_of_tensors(model.reader, model.ffn_names())
-    )
+    sha256 = sha256_of_tensors(model.reader, model.ffn_names())
+    return ExpertRecord(name, name, portable(model.directory), sha256)
 
 
 def _check_values(part: Part, bad: int, nonzero: bool) -> None:
     where = f"{part.who} ({part.reader.directory}): tensor {part.name}"
     if bad:
         raise CheckpointError(
-            f"{where} has {bad} values that are NaN or infinite; expected finite weights, use a sound state of that model"
+            f"{where} has {bad} values that are NaN or infinite; "
+            "expected finite weights, use a sound state of that model"
         )
     # A bias of zeros is how Qwen2 starts; a weight of zeros was never trained or never written.
     if not nonzero and part.name.endswith(".weight") and not part.zeros:
@@ -301,13 +322,16 @@ class _Health:
 def _blend_rows(
     blend: Blend, health: Sequence[_Health], start: int, stop: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return rows [start, stop) of a blend in `dtype`; one part's slice is in memory at a time,
-    beside the sum."""
+    """Return rows [start, stop) of a blend in `dtype`.
+
+    One part's slice is in memory at a time, beside the sum.
+    """
     first = blend.parts[0]
     total = first.reader.read_rows(first.name, start, stop)
     health[0].see(total)
     if len(blend.parts) == 1 and first.weight == blend.divisor == 1.0:
-        return (total * blend.scale if blend.scale != 1.0 else total).to(dtype)
+        # a copy never goes through fp32 and back: it keeps every bit
+        return total.mul_(blend.scale).to(dtype)
     total = total.float() * first.weight
     for part, seen in zip(blend.parts[1:], health[1:], strict=True):
         rows = part.reader.read_rows(part.name, start, stop)
@@ -318,7 +342,8 @@ def _blend_rows(
 
 def _write_blend(writer: TensorWriter, name: str, blend: Blend, dtype: torch.dtype) -> None:
     """Stream one tensor, a slice of rows at a time; values are checked on the way."""
-    health, result = [_Health() for _ in blend.parts], _Health()
+    health = [_Health() for _ in blend.parts]
+    result = _Health()
     for start, stop in row_slices(writer.plan[name][1]):
         rows = _blend_rows(blend, health, start, stop, dtype)
         result.see(rows)
@@ -327,8 +352,38 @@ def _write_blend(writer: TensorWriter, name: str, blend: Blend, dtype: torch.dty
         _check_values(part, seen.bad, seen.nonzero)
     if result.bad:
         raise CheckpointError(
-            f"{name}: {result.bad} values overflow {dtype}; {blend.parts[0].who} has weights too large"
+            f"{name}: {result.bad} values overflow {dtype}; "
+            f"{blend.parts[0].who} has weights too large"
         )
+
+
+def write_tensors(
+    directory: Path,
+    plan: dict[str, tuple[str, tuple[int, ...]]],
+    tensors: Mapping[str, Blend | Tensor],
+    label: str,
+) -> None:
+    """Write the model file(s) of a checkpoint, one slice of one tensor in memory at a time.
+
+    Args:
+        directory: empty, not yet renamed.
+        plan: dtype, as safetensors names it, and shape of each tensor, in file order.
+        tensors: where each comes from.
+        label: name in the progress line.
+
+    Raises:
+        CheckpointError: NaN, infinite or all-zero weights (names model, tensor and count), no
+            space, a tensor that `tensors` lacks.
+    """
+    with TensorWriter(directory, plan) as writer, Progress(label, len(plan), "tensors") as progress:
+        for name, (dtype, _) in plan.items():
+            tensor = tensors.get(name)
+            if isinstance(tensor, Blend):
+                _write_blend(writer, name, tensor, DTYPES[dtype])
+            elif tensor is not None:
+                writer.write(name, tensor.to(DTYPES[dtype]))
+            # one that is missing is named by the writer, with the others, as it closes
+            progress.advance()
 
 
 def write_model(
@@ -338,35 +393,25 @@ def write_model(
     tensors: Mapping[str, Blend | Tensor],
     label: str,
 ) -> None:
-    """Write config.json and the model file(s) of a Nexus checkpoint, one slice of one tensor in
-    memory at a time.
+    """Write config.json and the model file(s) of a Nexus checkpoint.
 
     Args:
-        directory: empty, not yet renamed.
         config: config.json of the output.
         dtype: of all its weights, as safetensors names it.
-        tensors: for each tensor of the output where it comes from.
-        label: name in the progress line.
 
-    Raises:
-        CheckpointError: NaN, infinite or all-zero weights (names model, tensor and count), no
-            space, a tensor that `tensors` lacks.
+    `directory`, `tensors`, `label` and errors: `write_tensors`.
     """
     write_json(directory / "config.json", config)
     plan = {name: (dtype, entry.shape) for name, entry in stored(config).items()}
-    with TensorWriter(directory, plan) as writer, Progress(label, len(plan), "tensors") as progress:
-        for name in plan:
-            tensor = tensors.get(name)
-            if isinstance(tensor, Blend):
-                _write_blend(writer, name, tensor, DTYPES[dtype])
-            elif tensor is not None:
-                writer.write(name, tensor.to(DTYPES[dtype]))
-            progress.advance()
+    write_tensors(directory, plan, tensors, label)
 
 
-def read_generation_config(source: Path) -> dict[str, Any] | None:
-    """Return generation_config.json where there is one; UnsupportedModelError if it asks for code
-    of its own."""
+def read_generation_config(source: Path) -> ConfigJson | None:
+    """Return generation_config.json where there is one.
+
+    Raises:
+        UnsupportedModelError: it asks for code of its own.
+    """
     name = "generation_config.json"
     if not (source / name).is_file():
         return None

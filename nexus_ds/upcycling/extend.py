@@ -1,4 +1,9 @@
-"""A mixture `extended` by experts (paper section 2.3)."""
+"""A mixture `extended` by experts, appended after those it has (paper section 2.3).
+
+`branched_tensors` and the checks of branches serve `replaced`, too.
+Shapes: n old and k new routed experts, h hidden size, m width of a domain embedding.
+Not covered: experts of other sizes than the mixture's, or of another base model.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +15,9 @@ import torch
 from torch import Tensor
 
 from nexus_ds.checkpoint.families import ConfigJson, DenseModel, settings
-from nexus_ds.checkpoint.qwen2_moe import (
-    Role,
-    Stored,
-    check_shared_gates,
-    gate_name,
-    open_moe,
-    stored,
-)
+from nexus_ds.checkpoint.qwen2_moe import Role, Stored, check_shared_gates, gate_name, stored
 from nexus_ds.checkpoint.records import ExtendStep
-from nexus_ds.checkpoint.sidecar import (
-    Sidecar,
-    expert_embeddings,
-    read_sidecar,
-    verify_expert_embeddings,
-    versions,
-)
+from nexus_ds.checkpoint.sidecar import Sidecar, expert_embeddings, versions
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.checkpoint.tokenizer import check_tokenizer
 from nexus_ds.data.domains import DomainEmbeddings
@@ -43,9 +35,17 @@ from nexus_ds.upcycling.blend import (
     portable,
     read_generation_config,
 )
-from nexus_ds.upcycling.new_checkpoint import NewModel, as_written, casts, copy_of, open_all
+from nexus_ds.upcycling.new_checkpoint import (
+    NewModel,
+    OldModel,
+    casts,
+    copy_of,
+    open_all,
+    open_old,
+)
 
-LARGEST_EMBEDDING = 100.0  # a new router row's norm relative to the largest old one
+# norm of a new expert embedding relative to the largest old one's
+LARGEST_EMBEDDING = 100.0
 
 
 def merge_share(old: int, new: int, share: float | None) -> float:
@@ -80,10 +80,9 @@ def extended(
 
     Old FFNs and the shared expert: exact copies. New FFNs: exact copies, after the old ones. All
     else, in fp32: (1 - lambda) phi_moe + lambda / k * sum of the k new models. Router: the learned
-    P applied to the new domains,
-    conditioned with the stored centre: no new parameter, and the old rows stay as they are. A
-    linear router gets, by `linear_init`, one random row of the old rows' mean norm for each new
-    expert (keep), or fresh rows for all (reset, the paper's baseline).
+    P applied to the new domains, conditioned with the stored centre: no new parameter, and the old
+    rows stay as they are. A linear router gets, by `linear_init`, one random row of the old rows'
+    mean norm for each new expert (keep), or fresh rows for all (reset, the paper's baseline).
 
     Args:
         checkpoint: Nexus checkpoint, upcycled or trained.
@@ -99,13 +98,12 @@ def extended(
         CheckpointError, UnsupportedModelError, IncompatibleModelsError: models that can't be put
             together, or embeddings of another encoder.
     """
-    old_config, reader = open_moe(checkpoint)
-    verify_expert_embeddings(checkpoint)
-    old = read_sidecar(checkpoint)
+    mixture = open_old(checkpoint)
+    old = mixture.sidecar
     _check_names(old, experts)
     check_encoder(old, embeddings)
-    vectors, models = domain_vectors(embeddings, experts), open_fitting(checkpoint, experts)
-    dtype = reader.info(gate_name(0)).dtype
+    vectors = domain_vectors(embeddings, experts)
+    models = open_fitting(mixture, experts)
     total = merge_share(len(old.experts), len(models), share)
     step = ExtendStep(
         checkpoint=portable(checkpoint),
@@ -122,21 +120,28 @@ def extended(
         versions=versions(),
         vectors=torch.cat([old.vectors, vectors]),
     )
-    target = as_written(old_config | {"num_experts": len(sidecar.experts)}, dtype)
+    target = mixture.target(len(sidecar.experts))
     places = {name: number for number, name in enumerate(models, start=len(old.experts))}
 
     def embeddings_of(layer: int) -> Tensor:
-        rows = _extended_embeddings(reader, sidecar, layer, config, linear_init)
+        rows = _extended_embeddings(mixture.reader, sidecar, layer, config, linear_init)
         check_expert_embeddings(rows, len(old.experts), layer)
         return rows
 
-    tensors = branched_tensors(target, reader, models, places, total, embeddings_of)
-    cast = casts(models, dtype)
-    return NewModel("extend", target, dtype, tensors, sidecar, checkpoint, len(old.experts), cast)
+    return NewModel(
+        "extend",
+        target,
+        mixture.dtype,
+        branched_tensors(target, mixture.reader, models, places, total, embeddings_of),
+        sidecar,
+        checkpoint,
+        kept=len(old.experts),
+        cast=casts(models, mixture.dtype),
+    )
 
 
-def open_fitting(checkpoint: Path, experts: Mapping[str, Path]) -> dict[str, DenseModel]:
-    """Open dense models that are to become experts of a checkpoint.
+def open_fitting(mixture: OldModel, experts: Mapping[str, Path]) -> dict[str, DenseModel]:
+    """Open dense models that are to become experts of a mixture.
 
     Raises:
         IncompatibleModelsError: sizes or tokenizers that differ from the checkpoint's, weights that
@@ -144,34 +149,33 @@ def open_fitting(checkpoint: Path, experts: Mapping[str, Path]) -> dict[str, Den
         CheckpointError, UnsupportedModelError: models that can't be read or expressed; a checkpoint
             that was trained elsewhere, with its shared expert's gate.
     """
-    config, reader = open_moe(checkpoint)
-    check_shared_gates(reader, config["num_hidden_layers"])
-    models, own = open_all(experts), settings(config)
-    # not the family: a mixture is of none, and what it computes stands in the settings
-    check_alike(
-        {"checkpoint": vars(own)} | {name: vars(model.settings) for name, model in models.items()}
-    )
-    check_related(f"the checkpoint {checkpoint}", reader, models)
-    check_tokenizers(checkpoint, experts)
-    check_tokenizer(checkpoint, own.vocabulary)
-    read_generation_config(checkpoint)
+    own = settings(mixture.config)
+    check_shared_gates(mixture.reader, own.layers)
+    models = open_all(experts)
+    # Not the family: a mixture is of none, and what it computes stands in the settings.
+    others = {name: vars(model.settings) for name, model in models.items()}
+    check_alike({"checkpoint": vars(own)} | others)
+    check_related(f"the checkpoint {mixture.directory}", mixture.reader, models)
+    check_tokenizers(mixture.directory, experts)
+    check_tokenizer(mixture.directory, own.vocabulary)
+    read_generation_config(mixture.directory)
     return models
 
 
 def check_expert_embeddings(rows: Tensor, old: int, layer: int) -> None:
-    """Raise CheckpointError for rows [n, h] after the first `old` that are not finite or dwarf the
-    old ones.
+    """Raise CheckpointError where rows [n + k, h] after the first `old` dwarf those.
 
-    P has then never learned such input.
+    So do rows that are not finite. P has then never learned such input.
     """
     norms = rows.float().norm(dim=1)
-    if (
-        not bool(torch.isfinite(norms).all())
-        or float(norms[old:].max()) > LARGEST_EMBEDDING * float(norms[:old].max()) + 1.0
-    ):
+    largest_old, largest_new = float(norms[:old].max()), float(norms[old:].max())
+    # The 1 lets old rows be all but zero, as those of a router that was hardly trained.
+    dwarfed = largest_new > LARGEST_EMBEDDING * largest_old + 1.0
+    if dwarfed or not bool(torch.isfinite(norms).all()):
         raise CheckpointError(
-            f"layer {layer}: the rows of the new experts have norms up to {float(norms[old:].max()):.1e}, those of the old "
-            f"{float(norms[:old].max()):.1e}; P is no use for these domains: embed them as the first ones were embedded"
+            f"layer {layer}: the rows of the new experts have norms up to {largest_new:.1e}, "
+            f"those of the old {largest_old:.1e}; P is no use for these domains: "
+            "embed them as the first ones were embedded"
         )
 
 
@@ -180,7 +184,8 @@ def _check_names(sidecar: Sidecar, experts: Mapping[str, Path]) -> None:
     for name in experts:
         if name in taken:
             raise ConfigError(
-                f"--expert {name}: the checkpoint has an expert of this name ({', '.join(taken)}); rename it"
+                f"--expert {name}: the checkpoint has an expert of this name "
+                f"({', '.join(taken)}); rename it"
             )
 
 
@@ -190,11 +195,13 @@ def check_encoder(sidecar: Sidecar, embeddings: DomainEmbeddings) -> None:
     dimension = sidecar.vectors.shape[1]
     if embeddings.dimension == dimension and (old is None or embeddings.revision == old.revision):
         return
-    found = f"{embeddings.encoder} (revision {embeddings.revision[:12]}, dimension {embeddings.dimension})"
-    name, revision = (old.name, old.revision[:12]) if old else ("unknown", "unknown")
+    name = old.name if old else "unknown"
+    revision = old.revision[:12] if old else "unknown"
     raise IncompatibleModelsError(
-        f"the domain embeddings come from the encoder {found}, the checkpoint's from {name} (revision {revision}, "
-        f"dimension {dimension}); P only understands its own: embed the new domain with that encoder"
+        f"the domain embeddings come from the encoder {embeddings.encoder} "
+        f"(revision {embeddings.revision[:12]}, dimension {embeddings.dimension}), "
+        f"the checkpoint's from {name} (revision {revision}, dimension {dimension}); "
+        "P only understands its own: embed the new domain with that encoder"
     )
 
 
@@ -237,21 +244,24 @@ def branched_tensors(
 def _extended_embeddings(
     reader: TensorReader, sidecar: Sidecar, layer: int, config: Config, linear_init: str
 ) -> Tensor:
-    """Return the router weight [n + k, h] of one layer; `sidecar` is the new one."""
-    stored = reader.read(gate_name(layer))
-    old, total = len(stored), len(sidecar.experts)
+    """Return the router's weight [n + k, h] of one layer; `sidecar` is the new one."""
+    stored_rows = reader.read(gate_name(layer))
+    old, hidden_size = stored_rows.shape
     if sidecar.router.kind == "nexus":
         # The old rows as they are stored: recomputing them in a larger matrix product could change
         # the last bit.
-        return torch.cat([stored, expert_embeddings(sidecar, layer, stored.dtype)[old:]])
+        fresh = expert_embeddings(sidecar, layer, stored_rows.dtype)[old:]
+        return torch.cat([stored_rows, fresh])
+    router = config.router
+    total = len(sidecar.experts)
     generator = layer_generator(config.seed, layer)
     if linear_init == "reset":
-        return init_expert_embeddings(
-            total, stored.shape[1], config.router.init, config.router.init_norm, generator
-        )
-    norm = stored.float().norm(dim=-1).mean()
-    if config.router.warm_start == "embedding":
-        rows = domain_expert_embeddings(sidecar.domain_inputs(), stored.shape[1], layer, 1.0)[old:]
-        return torch.cat([stored, (rows / rows.norm(dim=-1, keepdim=True) * norm).to(stored.dtype)])
-    fresh = torch.empty(total - old, stored.shape[1]).normal_(generator=generator)
-    return torch.cat([stored, (fresh / fresh.norm(dim=-1, keepdim=True) * norm).to(stored.dtype)])
+        return init_expert_embeddings(total, hidden_size, router.init, router.init_norm, generator)
+    if router.warm_start == "embedding":
+        inputs = sidecar.domain_inputs()
+        fresh = domain_expert_embeddings(inputs, hidden_size, layer, 1.0)[old:]
+    else:
+        fresh = torch.empty(total - old, hidden_size).normal_(generator=generator)
+    norm = stored_rows.float().norm(dim=-1).mean()
+    fresh = fresh / fresh.norm(dim=-1, keepdim=True) * norm
+    return torch.cat([stored_rows, fresh.to(stored_rows.dtype)])

@@ -1,5 +1,9 @@
-"""A mixture that could be written now: checked and described, then streamed to disk and its router
-fitted."""
+"""A mixture that could be written now, and the one that it is made of.
+
+`upcycled`, `extended`, `replaced` and `reduced` each return a `NewModel`: checked and described,
+but not yet written. `NewModel.write` streams it to disk and fits its router.
+Not covered: where text and options come from (commands/), how tensors are blended (`blend`).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from nexus_ds.checkpoint.families import (
     both_ropes,
     open_dense,
 )
-from nexus_ds.checkpoint.qwen2_moe import Role, Stored, parameter_counts
+from nexus_ds.checkpoint.qwen2_moe import Role, Stored, gate_name, open_moe, parameter_counts
 from nexus_ds.checkpoint.records import FitReport
 from nexus_ds.checkpoint.sidecar import (
     Sidecar,
@@ -34,9 +38,40 @@ from nexus_ds.upcycling.blend import Blend, Part, read_generation_config, write_
 from nexus_ds.warm_start.fit import fit_router
 from nexus_ds.warm_start.fit_text import FitText, read_fit_text
 
-# cosine; of eleven domains P(d) failed two, the least familiar (0.32) and one taken for a near
-# relative
+# Cosine. Of eleven domains P(d) failed two: the least familiar one (0.32), and one that it took for
+# a near relative.
 FAMILIAR = 0.4
+
+
+@dataclass(frozen=True)
+class OldModel:
+    """A Nexus checkpoint that another is to be made of; checked, no weight is in memory."""
+
+    directory: Path
+    config: ConfigJson
+    reader: TensorReader
+    sidecar: Sidecar
+
+    @property
+    def dtype(self) -> str:
+        """Of all weights, as safetensors names it: F32 | BF16."""
+        return self.reader.info(gate_name(0)).dtype
+
+    def target(self, experts: int) -> ConfigJson:
+        """Return config.json of the same model with so many routed experts."""
+        return as_written(self.config | {"num_experts": experts}, self.dtype)
+
+
+def open_old(checkpoint: Path) -> OldModel:
+    """Open a Nexus checkpoint, upcycled or trained.
+
+    Raises:
+        CheckpointError: none, damaged, or rows that are not P(D).
+        UnsupportedModelError: code hooks.
+    """
+    config, reader = open_moe(checkpoint)
+    verify_expert_embeddings(checkpoint)
+    return OldModel(checkpoint, config, reader, read_sidecar(checkpoint))
 
 
 @dataclass
@@ -122,29 +157,35 @@ class NewModel:
         facts = self.summary(out, report)
         total, active = facts["parameters"]["total"], facts["parameters"]["active"]
         lines = [
-            f"wrote {out}: {len(facts['experts'])} experts ({', '.join(facts['experts'])}), top-{facts['top_k']}, "
-            f"{facts['router']} router, {facts['dtype']}, {total:,} parameters, {active:,} of them active per token"
+            f"wrote {out}: {len(facts['experts'])} experts ({', '.join(facts['experts'])}), "
+            f"top-{facts['top_k']}, {facts['router']} router, {facts['dtype']}, "
+            f"{total:,} parameters, {active:,} of them active per token"
         ]
         for name, dtype in self.cast.items():
             lines.append(
-                f"expert {name}: weights cast from {dtype} to {facts['dtype']}, the dtype of {self.source}"
+                f"expert {name}: weights cast from {dtype} to {facts['dtype']}, "
+                f"the dtype of {self.source}"
             )
         if report:
-            lines.append(
-                f"{report.start.replace('_', ' ')}{f', {report.steps} steps' if report.steps else ''}: "
-                "share of tokens at their own domain's expert "
-                f"{report.before:.2f} -> {report.after:.2f}"
-            )
-        for domain, cosine in report.nearest.items() if report else ():
-            doubt = (
-                ""
-                if cosine >= FAMILIAR
-                else ": P has seen nothing like it, its row may not find its text"
-            )
-            lines.append(
-                f"cosine of {domain} to the nearest chunk of the text that P was fitted to: {cosine:.2f}{doubt}"
-            )
+            lines += _fit_lines(report)
         return "\n".join(lines)
+
+
+def _fit_lines(report: FitReport) -> list[str]:
+    """Return what a warm start has done, as lines for people."""
+    start = report.start.replace("_", " ")
+    steps = f", {report.steps} steps" if report.steps else ""
+    lines = [
+        f"{start}{steps}: share of tokens at their own domain's expert "
+        f"{report.before:.2f} -> {report.after:.2f}"
+    ]
+    for domain, cosine in report.nearest.items():
+        doubt = ": P has seen nothing like it, its row may not find its text"
+        lines.append(
+            f"cosine of {domain} to the nearest chunk of the text that P was fitted to: "
+            f"{cosine:.2f}{doubt if cosine < FAMILIAR else ''}"
+        )
+    return lines
 
 
 def open_all(directories: Mapping[str, Path]) -> dict[str, DenseModel]:
@@ -159,14 +200,18 @@ def copy_of(reader: TensorReader, name: str, entry: Stored) -> Blend:
 
 
 def casts(models: Mapping[str, DenseModel], dtype: str) -> dict[str, str]:
-    """Return the dtypes of the models that have another one than `dtype`; both as transformers and
-    safetensors name them."""
+    """Return the dtypes of the models that have another one than `dtype`.
+
+    `dtype` is as safetensors names it, the dtypes returned are as transformers does.
+    """
     return {
         name: MODEL_DTYPES[model.dtype] for name, model in models.items() if model.dtype != dtype
     }
 
 
 def as_written(target: ConfigJson, dtype: str) -> ConfigJson:
-    """Return a config.json that says which dtype the weights have (`dtype` as safetensors names
-    it), RoPE in both spellings."""
+    """Return a config.json that says the weights' dtype, and RoPE in both spellings.
+
+    `dtype` is as safetensors names it.
+    """
     return both_ropes(target) | {"dtype": MODEL_DTYPES[dtype]}

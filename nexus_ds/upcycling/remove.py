@@ -15,21 +15,13 @@ from pathlib import Path
 from torch import Tensor
 
 from nexus_ds.checkpoint.families import ConfigJson
-from nexus_ds.checkpoint.qwen2_moe import (
-    Role,
-    Stored,
-    check_shared_gates,
-    expert_name,
-    gate_name,
-    open_moe,
-    stored,
-)
+from nexus_ds.checkpoint.qwen2_moe import Role, Stored, check_shared_gates, expert_name, stored
 from nexus_ds.checkpoint.records import RemoveStep
-from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings, versions
+from nexus_ds.checkpoint.sidecar import versions
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.errors import ConfigError
 from nexus_ds.upcycling.blend import Blend, Part, portable
-from nexus_ds.upcycling.new_checkpoint import NewModel, as_written, copy_of
+from nexus_ds.upcycling.new_checkpoint import NewModel, copy_of, open_old
 
 
 def reduced(checkpoint: Path, names: Sequence[str]) -> NewModel:
@@ -43,10 +35,9 @@ def reduced(checkpoint: Path, names: Sequence[str]) -> NewModel:
         CheckpointError: no Nexus checkpoint, a damaged one, or one that was trained elsewhere, with
             its shared expert's gate.
     """
-    config, reader = open_moe(checkpoint)
-    verify_expert_embeddings(checkpoint)
-    check_shared_gates(reader, config["num_hidden_layers"])
-    old = read_sidecar(checkpoint)
+    mixture = open_old(checkpoint)
+    check_shared_gates(mixture.reader, mixture.config["num_hidden_layers"])
+    old = mixture.sidecar
     known = [expert.name for expert in old.experts]
     for name in names:
         if name not in known:
@@ -56,7 +47,8 @@ def reduced(checkpoint: Path, names: Sequence[str]) -> NewModel:
     kept = [index for index, name in enumerate(known) if name not in names]
     if len(kept) < old.router.top_k or not kept:
         raise ConfigError(
-            f"{len(kept)} experts would be left, but each token goes to {old.router.top_k}; keep at least as many"
+            f"{len(kept)} experts would be left, but each token goes to {old.router.top_k}; "
+            "keep at least as many"
         )
     sidecar = dataclasses.replace(
         old,
@@ -68,10 +60,9 @@ def reduced(checkpoint: Path, names: Sequence[str]) -> NewModel:
         versions=versions(),
         vectors=old.vectors[kept],
     )
-    dtype = reader.info(gate_name(0)).dtype
-    target = as_written(config | {"num_experts": len(kept)}, dtype)
-    tensors = _reduced_tensors(target, reader, kept)
-    return NewModel("remove", target, dtype, tensors, sidecar, checkpoint)
+    target = mixture.target(len(kept))
+    tensors = _reduced_tensors(target, mixture.reader, kept)
+    return NewModel("remove", target, mixture.dtype, tensors, sidecar, checkpoint)
 
 
 def _reduced_tensors(

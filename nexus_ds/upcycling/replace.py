@@ -15,15 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nexus_ds.checkpoint.qwen2_moe import gate_name, open_moe
+from nexus_ds.checkpoint.qwen2_moe import gate_name
 from nexus_ds.checkpoint.records import ReplaceStep
-from nexus_ds.checkpoint.sidecar import (
-    Sidecar,
-    expert_embeddings,
-    read_sidecar,
-    verify_expert_embeddings,
-    versions,
-)
+from nexus_ds.checkpoint.sidecar import Sidecar, expert_embeddings, versions
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import ConfigError
@@ -36,7 +30,7 @@ from nexus_ds.upcycling.extend import (
     merge_share,
     open_fitting,
 )
-from nexus_ds.upcycling.new_checkpoint import NewModel, as_written, casts
+from nexus_ds.upcycling.new_checkpoint import NewModel, casts, open_old
 
 
 def replaced(
@@ -68,12 +62,11 @@ def replaced(
         CheckpointError, UnsupportedModelError, IncompatibleModelsError: models that can't be put
             together, or embeddings of another encoder.
     """
-    old_config, reader = open_moe(checkpoint)
-    verify_expert_embeddings(checkpoint)
-    old = read_sidecar(checkpoint)
+    mixture = open_old(checkpoint)
+    old = mixture.sidecar
     places = _places(old, experts)
     vectors = _vectors(old, places, embeddings)
-    models = open_fitting(checkpoint, experts)
+    models = open_fitting(mixture, experts)
     total = merge_share(len(old.experts) - len(models), len(models), share)
     step = ReplaceStep(
         checkpoint=portable(checkpoint),
@@ -90,15 +83,20 @@ def replaced(
     sidecar = dataclasses.replace(
         old, experts=records, lineage=[*old.lineage, step], versions=versions(), vectors=vectors
     )
-    dtype = reader.info(gate_name(0)).dtype
-    target = as_written(old_config, dtype)
+    target = mixture.target(len(old.experts))
 
     def embeddings_of(layer: int) -> Tensor:
-        return _embeddings(reader, old, sidecar, layer)
+        return _embeddings(mixture.reader, old, sidecar, layer)
 
-    tensors = branched_tensors(target, reader, models, places, total, embeddings_of)
-    cast = casts(models, dtype)
-    return NewModel("replace", target, dtype, tensors, sidecar, checkpoint, cast=cast)
+    return NewModel(
+        "replace",
+        target,
+        mixture.dtype,
+        branched_tensors(target, mixture.reader, models, places, total, embeddings_of),
+        sidecar,
+        checkpoint,
+        cast=casts(models, mixture.dtype),
+    )
 
 
 def _places(sidecar: Sidecar, experts: Mapping[str, Path]) -> dict[str, int]:
@@ -107,8 +105,8 @@ def _places(sidecar: Sidecar, experts: Mapping[str, Path]) -> dict[str, int]:
     for name in experts:
         if name not in known:
             raise ConfigError(
-                f"--expert {name}: --replace needs the name of an expert of the checkpoint ({', '.join(known)}); "
-                "leave --replace out to add one"
+                f"--expert {name}: --replace needs the name of an expert of the checkpoint "
+                f"({', '.join(known)}); leave --replace out to add one"
             )
     return {name: known.index(name) for name in experts}
 
@@ -125,8 +123,10 @@ def _vectors(
 
 
 def _embeddings(reader: TensorReader, old: Sidecar, new: Sidecar, layer: int) -> Tensor:
-    """Return the router weight [n, h] of one layer: stored rows, but for experts whose embedding
-    has changed."""
+    """Return the router's weight [n, h] of one layer.
+
+    Rows are as stored, but for experts whose domain embedding has changed.
+    """
     stored = reader.read(gate_name(layer))
     changed = (old.vectors != new.vectors).any(dim=1)
     if new.router.kind != "nexus" or not bool(changed.any()):

@@ -1,10 +1,7 @@
-"""What a new mixture consists of: `upcycled` from a seed and its branches, `extended` by experts,
-`reduced` by some.
+"""A mixture `upcycled` from a seed model and its dense branches (paper section 2.1).
 
-Each returns a `NewModel`, checked and described but not yet written; `NewModel.write` streams it,
-and refits the router.
-Paper sections 2.1 and 2.3. Shapes: n routed experts, m width of a domain embedding, h hidden size.
-Not covered: where text and options come from (the verbs), how tensors are blended (`blend`).
+Shapes: n routed experts, m width of a domain embedding, h hidden size.
+Not covered: branches of another architecture or tokenizer than the seed's.
 """
 
 from __future__ import annotations
@@ -71,9 +68,8 @@ def upcycled(
     written.
 
     Seed FFN: shared expert, or zeros. Branches' FFNs: routed experts, exact copies, in the order of
-    `experts`. All else:
-    fp32 mean over the branches, the seed not counted unless it is among them. Router: P(D) of a
-    freshly initialised P, or free rows.
+    `experts`. All else: fp32 mean over the branches, the seed not counted unless it is among them.
+    Router: P(D) of a freshly initialised P, or free rows.
 
     Args:
         seed: dense model that all branches started from.
@@ -90,13 +86,14 @@ def upcycled(
             together.
     """
     check_start(config.router.warm_start, config.router.kind, config.router.projection)
-    vectors = _upcycled_vectors(seed, experts, embeddings, config)
+    vectors = _domain_vectors(seed, experts, embeddings, config)
     if config.router.top_k > len(experts):
         raise ConfigError(
             f"router.top_k is {config.router.top_k}, but there are {len(experts)} experts; lower it"
         )
-    base, models = open_dense(seed), open_all(experts)
-    check_alike({"seed": traits(base), **{name: traits(model) for name, model in models.items()}})
+    base = open_dense(seed)
+    models = open_all(experts)
+    check_alike({name: traits(model) for name, model in ({"seed": base} | models).items()})
     check_related(f"the seed {seed}", base.reader, models)
     check_tokenizers(seed, experts)
     check_tokenizer(seed, base.settings.vocabulary)
@@ -106,20 +103,26 @@ def upcycled(
     )
     sidecar = _upcycled_sidecar(models, embeddings, vectors, config, step)
     router = config.router
-    target = as_written(
-        moe_config(base.config, len(models), router.top_k, router.input), base.dtype
-    )
-    tensors = _upcycled_tensors(target, base, models, sidecar, config)
+    form = moe_config(base.config, len(models), router.top_k, router.input)
+    target = as_written(form, base.dtype)
     return NewModel(
-        "upcycle", target, base.dtype, tensors, sidecar, seed, cast=casts(models, base.dtype)
+        "upcycle",
+        target,
+        base.dtype,
+        _upcycled_tensors(target, base, models, sidecar, config),
+        sidecar,
+        seed,
+        cast=casts(models, base.dtype),
     )
 
 
-def _upcycled_vectors(
+def _domain_vectors(
     seed: Path, experts: Mapping[str, Path], embeddings: DomainEmbeddings, config: Config
 ) -> Tensor:
-    """Return the domain embeddings [n, m]; free rows don't need that of the seed as an expert,
-    which gets the mean."""
+    """Return the domain embeddings [n, m].
+
+    The seed as an expert has no domain: where rows are free, it gets the mean of the others'.
+    """
     others = [
         name
         for name, path in experts.items()
