@@ -1,8 +1,8 @@
-"""Models in memory: a checkpoint directory becomes a transformers model, its MoE blocks those of
-the caller's choice.
+"""Models in memory: a checkpoint directory becomes a transformers model.
 
-A rank reads its own routed experts and the dense part, nothing else; tensors are read one at a
-time, and each layer can be partitioned before the next one is read.
+The MoE blocks are those of the caller's choice. A rank reads its own routed experts and the dense
+part, nothing else; tensors are read one at a time, and each layer can be partitioned before the
+next one is read.
 Shapes: E routed experts, H hidden size, F inner width, M domain embedding.
 Not covered: dense models layer by layer (they are small enough for one device, or they could not
 become an expert).
@@ -38,8 +38,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def transformers_config(directory: Path) -> Any:
-    """Return the checkpoint's configuration; nothing but local JSON is read and no code of the
-    checkpoint is run."""
+    """Return the checkpoint's configuration.
+
+    Nothing but local JSON is read, and no code of the checkpoint is run.
+    """
     from transformers import AutoConfig
 
     know_model_type(directory)
@@ -47,12 +49,15 @@ def transformers_config(directory: Path) -> Any:
 
 
 def load_stock(directory: Path, dtype: torch.dtype) -> Any:
-    """Load any checkpoint as plain transformers does (the oracle of the export, and the way dense
-    models are trained)."""
+    """Load any checkpoint as plain transformers does.
+
+    It is the oracle of the export, and the way dense models are trained.
+    """
     from transformers import AutoModelForCausalLM
 
     know_model_type(directory)
-    TensorReader(directory)  # checks headers, ranges and paths, which transformers trusts
+    # checks headers, ranges and paths, which transformers trusts
+    TensorReader(directory)
     quiet_transformers()
     return AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
@@ -82,13 +87,17 @@ def new_dense(model: ModelConfig, vocabulary: int, eos: int, seed: int) -> Any:
 
 
 def _empty_skeleton(directory: Path, config_json: ConfigJson, dtype: torch.dtype) -> Any:
-    """Return a Qwen2-MoE without feed-forward blocks, on the meta device but for its rotary
-    buffers."""
+    """Return a Qwen2-MoE without feed-forward blocks.
+
+    It is on the meta device, but for its rotary buffers: they are computed, not read.
+    """
     from transformers import Qwen2MoeForCausalLM
 
     config = transformers_config(directory)
     config.tie_word_embeddings = settings(config_json).tied_embeddings
-    experts, config.num_experts = config.num_experts, 0  # cheap dense blocks, dropped below
+    # Without experts, layers get dense blocks, which are cheap to make; they are dropped below.
+    experts = config.num_experts
+    config.num_experts = 0
     with torch.device("meta"):
         model = Qwen2MoeForCausalLM._from_config(config, dtype=dtype)
     config.num_experts = experts
@@ -101,20 +110,17 @@ def _empty_skeleton(directory: Path, config_json: ConfigJson, dtype: torch.dtype
 
 def _fill(model: Any, prefix: str, reader: TensorReader, dtype: torch.dtype) -> None:
     """Read every tensor under `prefix` that stands outside the MoE blocks."""
-    names = [
-        name
-        for name, _ in model.named_parameters(remove_duplicate=False)
-        if name.startswith(prefix)
-    ]
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     for name in names:
+        if not name.startswith(prefix):
+            continue
         if name not in reader:
             raise CheckpointError(
                 f"tensor {name} is missing; expected every weight of {model.config.model_type}"
             )
         owner, _, last = name.rpartition(".")
-        model.get_submodule(owner).register_parameter(
-            last, nn.Parameter(reader.read(name).to(dtype))
-        )
+        weight = nn.Parameter(reader.read(name).to(dtype))
+        model.get_submodule(owner).register_parameter(last, weight)
 
 
 class NexusParts:
@@ -127,7 +133,8 @@ class NexusParts:
 
     def __init__(self, directory: Path, dtype: torch.dtype) -> None:
         self.config, self.reader = open_moe(directory)
-        self.sidecar, self.dtype = read_sidecar(directory), dtype
+        self.sidecar = read_sidecar(directory)
+        self.dtype = dtype
         self.experts = len(self.sidecar.experts)
         self.stored = stored(self.config)
         check_shared_gates(self.reader, self.config["num_hidden_layers"])
@@ -167,5 +174,6 @@ class NexusParts:
     def mean(self, layer: int) -> Tensor | None:
         """Return what a router with the input `context` subtracts [H]; None for the input
         `token`."""
-        context = self.sidecar.router.input == "context"
-        return self.reader.read(mean_name(layer)).to(self.dtype) if context else None
+        if self.sidecar.router.input != "context":
+            return None
+        return self.reader.read(mean_name(layer)).to(self.dtype)

@@ -12,7 +12,7 @@ covers part of a head.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -81,6 +81,8 @@ STRETCHED = ("dynamic", "yarn", "longrope")
 """Kinds of RoPE whose frequencies depend on max_position_embeddings."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ADAPTER = "adapter_config.json"
+# Endings of the names of weights that some model of a known family may have, and a Qwen2-MoE can't.
+HOMELESS = ("o_proj.bias", "mlp.down_proj.bias", "q_norm.weight")
 REASONS = {
     "qwen3": "its attention norms q and k (q_norm, k_norm)",
     "qwen3_moe": "it is a mixture already, and its attention norms q and k",
@@ -143,15 +145,17 @@ def _walk(value: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
 
 
 def refuse_hooks(config: ConfigJson, where: str) -> None:
-    """Raise UnsupportedModelError for keys, at any depth, through which a configuration runs code
-    of its own."""
+    """Raise UnsupportedModelError for keys, at any depth, that ask for code of the checkpoint."""
     for path, key, value in _walk(config):
-        harmless = value in (None, False) or (key.endswith("_implementation") and value in HARMLESS)
-        if key in HOOKS and not harmless:
-            raise UnsupportedModelError(
-                f"{where}: {path} = {str(value)[:100]!r} asks for code that is not part of transformers; "
-                "such code is never run. Remove the key if the model is one of the known families"
-            )
+        if key not in HOOKS or value in (None, False):
+            continue
+        if key.endswith("_implementation") and value in HARMLESS:
+            continue
+        raise UnsupportedModelError(
+            f"{where}: {path} = {str(value)[:100]!r} asks for code that is not part of "
+            "transformers; such code is never run. "
+            "Remove the key if the model is one of the known families"
+        )
 
 
 def positive(config: ConfigJson, key: str, where: str) -> int:
@@ -343,12 +347,11 @@ def settings(config: ConfigJson, where: str = "config.json") -> DenseSettings:
 
 
 def both_ropes(config: ConfigJson) -> ConfigJson:
-    """Return a config.json that says its RoPE in today's spelling and in that of transformers
-    before 5.
+    """Return a config.json that says its RoPE in both spellings of transformers.
 
-    The older one is rope_theta and, where frequencies are scaled, rope_scaling; without them such a
-    version reads the base as 10000. Today's transformers, which takes rope_scaling before
-    rope_parameters, reads the same from either.
+    That of transformers before 5 is rope_theta and, where frequencies are scaled, rope_scaling;
+    without them such a version reads the base as 10000. Today's transformers, which takes
+    rope_scaling before rope_parameters, reads the same from either.
     """
     rope = dict(settings(config).rope)
     older: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
@@ -398,8 +401,7 @@ def dense_weights(settings: DenseSettings) -> dict[str, DenseWeight]:
 
 @dataclass(frozen=True)
 class DenseModel:
-    """A dense model on disk whose configuration and tensor headers were checked; no weight is in
-    memory."""
+    """A dense model on disk, its configuration and headers checked; no weight is in memory."""
 
     directory: Path
     config: ConfigJson
@@ -429,7 +431,8 @@ def _refuse_unsupported(config: ConfigJson, where: str) -> None:
             )
         reason = REASONS.get(str(family), unknown)
         raise UnsupportedModelError(
-            f"{where}: model_type {family!r} can't become a Qwen2-MoE: {reason}; supported: {', '.join(FAMILIES)}"
+            f"{where}: model_type {family!r} can't become a Qwen2-MoE: {reason}; "
+            f"supported: {', '.join(FAMILIES)}"
         )
     biases = {
         "attention_bias": "a bias in o_proj (o_proj.bias)",
@@ -453,7 +456,8 @@ def refuse_in_any_form(config: ConfigJson, where: str) -> None:
     for key in ELSEWHERE:
         if config.get(key):
             raise UnsupportedModelError(
-                f"{where}: {key} is set, so transformers reads other files than this program; save the model again"
+                f"{where}: {key} is set, so transformers reads other files than this program; "
+                "save the model again"
             )
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise UnsupportedModelError(
@@ -461,40 +465,49 @@ def refuse_in_any_form(config: ConfigJson, where: str) -> None:
         )
     if config.get("is_causal", True) is not True:
         raise UnsupportedModelError(
-            f"{where}: is_causal is {config['is_causal']!r}: attention to later tokens can't be expressed as Qwen2-MoE"
+            f"{where}: is_causal is {config['is_causal']!r}: "
+            "attention to later tokens can't be expressed as Qwen2-MoE"
         )
     for key in ("text_config", "decoder", "generator", "text_encoder"):
         if config.get(key):
             raise UnsupportedModelError(
-                f"{where}: {key} is set, it wraps a model within a model; save the language model on its own first"
+                f"{where}: {key} is set, it wraps a model within a model; "
+                "save the language model on its own first"
             )
 
 
 def refuse_other_weights(directory: Path) -> None:
-    """Raise UnsupportedModelError where other weights than model.safetensors decide: an adapter's,
-    or shards of ranks."""
+    """Raise UnsupportedModelError where other weights than model.safetensors decide.
+
+    Those are an adapter's, or shards that ranks have saved.
+    """
     shards = sorted(path.name for path in directory.glob("shard-*-model-*-of-*.safetensors"))
     if shards:
         raise UnsupportedModelError(
-            f"{directory} holds shards that ranks have saved ({shards[0]}), which transformers reads before "
-            "model.safetensors: save the model whole, or remove them"
+            f"{directory} holds shards that ranks have saved ({shards[0]}), "
+            "which transformers reads before model.safetensors: "
+            "save the model whole, or remove them"
         )
     if not (directory / ADAPTER).is_file():
         return
     adapter = read_json_object(directory, ADAPTER)
-    kind, base = (
-        str(adapter.get(key) or "?")[:200] for key in ("peft_type", "base_model_name_or_path")
-    )
+    # foreign text in a message: cut to a bearable length
+    kind = str(adapter.get("peft_type") or "?")[:200]
+    base = str(adapter.get("base_model_name_or_path") or "?")[:200]
     raise UnsupportedModelError(
-        f"{directory} holds an adapter ({ADAPTER}: {kind} of {base}), not a whole model: merge it first, with peft's "
-        "AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(OUT), save the tokenizer there "
-        f"too, and give OUT; if the weights beside it are merged already, remove {ADAPTER}"
+        f"{directory} holds an adapter ({ADAPTER}: {kind} of {base}), not a whole model: "
+        "merge it first, with peft's AutoPeftModelForCausalLM.from_pretrained(DIR)"
+        ".merge_and_unload().save_pretrained(OUT), save the tokenizer there too, and give OUT; "
+        f"if the weights beside it are merged already, remove {ADAPTER}"
     )
 
 
 def as_stored(config: ConfigJson, reader: TensorReader) -> ConfigJson:
-    """Return config.json with embeddings that are tied only if no other head is in the file:
-    transformers keeps that."""
+    """Return config.json with embeddings tied only if no other head is in the file.
+
+    A head that differs from the embeddings is what transformers computes with, whatever
+    config.json says.
+    """
     if not config.get("tie_word_embeddings") or not {EMBEDDING, HEAD} <= set(reader.names()):
         return config
     embedding, head = reader.info(EMBEDDING), reader.info(HEAD)
@@ -507,44 +520,63 @@ def as_stored(config: ConfigJson, reader: TensorReader) -> ConfigJson:
 
 
 def check_tensors(reader: TensorReader, shapes: dict[str, tuple[int, ...]], tied: bool) -> str:
-    """Check names, shapes and dtypes of a model's tensors against its configuration; return the one
-    dtype."""
+    """Check names, shapes and dtypes of a model's tensors against its configuration.
+
+    Args:
+        reader: the model's tensors.
+        shapes: what the configuration makes of them.
+        tied: whether the embeddings are the head, too.
+
+    Returns:
+        The one dtype of all, as safetensors names it.
+
+    Raises:
+        UnsupportedModelError: weights that a Qwen2-MoE has no place for, or of several or of other
+            dtypes.
+        CheckpointError: tensors that are missing, unknown or of another shape.
+    """
+    _check_names(reader, shapes, tied)
+    wrong = []
+    for name, shape in shapes.items():
+        found = reader.info(name).shape
+        if found != shape:
+            wrong.append(f"{name} {found}, expected {shape}")
+    if wrong:
+        raise CheckpointError(
+            f"{reader.directory}: {len(wrong)} tensors have another shape than config.json says: "
+            f"{'; '.join(wrong[:5])}"
+        )
+    return _one_dtype(reader, shapes)
+
+
+def _check_names(reader: TensorReader, shapes: Mapping[str, object], tied: bool) -> None:
     where = reader.directory
-    ignored = {HEAD} if tied else set()  # a tied model may repeat it; transformers ignores it too
-    extra = [
-        n
-        for n in reader.names()
-        if n not in shapes and n not in ignored and not n.endswith("rotary_emb.inv_freq")
-    ]
-    biases = [
-        name
-        for name in extra
-        if name.endswith(("o_proj.bias", "mlp.down_proj.bias", "q_norm.weight"))
-    ]
-    if biases:
+    # A tied model may repeat its head, and older files hold RoPE's frequencies: transformers reads
+    # neither.
+    ignored = {HEAD} if tied else set()
+    extra = []
+    for name in reader.names():
+        if name not in shapes and name not in ignored and not name.endswith("rotary_emb.inv_freq"):
+            extra.append(name)
+    homeless = [name for name in extra if name.endswith(HOMELESS)]
+    if homeless:
         raise UnsupportedModelError(
-            f"{where}: a Qwen2-MoE has no place for {biases[0]} and {len(biases) - 1} like it"
+            f"{where}: a Qwen2-MoE has no place for {homeless[0]} and {len(homeless) - 1} like it"
         )
     missing = [name for name in shapes if name not in reader]
-    if missing or extra:
-        parts = [
-            f"{len(n)} {kind}: {', '.join(n[:5])}"
-            for kind, n in (("missing", missing), ("unknown", extra))
-            if n
-        ]
+    parts = []
+    for kind, names in (("missing", missing), ("unknown", extra)):
+        if names:
+            parts.append(f"{len(names)} {kind}: {', '.join(names[:5])}")
+    if parts:
         raise CheckpointError(
             f"{where}: the tensors are not those of its config.json; {'; '.join(parts)}"
         )
-    wrong = [
-        f"{n} {reader.info(n).shape}, expected {shape}"
-        for n, shape in shapes.items()
-        if reader.info(n).shape != shape
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{where}: {len(wrong)} tensors have another shape than config.json says: {'; '.join(wrong[:5])}"
-        )
-    dtypes = {reader.info(name).dtype: name for name in shapes}
+
+
+def _one_dtype(reader: TensorReader, names: Iterable[str]) -> str:
+    where = reader.directory
+    dtypes = {reader.info(name).dtype: name for name in names}
     if len(dtypes) > 1:
         listed = ", ".join(f"{dtype} ({name})" for dtype, name in sorted(dtypes.items()))
         raise UnsupportedModelError(
@@ -559,8 +591,9 @@ def check_tensors(reader: TensorReader, shapes: dict[str, tuple[int, ...]], tied
 
 
 def open_dense(directory: Path) -> DenseModel:
-    """Open a dense model and check that it can become an expert, from its config.json and tensor
-    headers alone.
+    """Open a dense model and check that it can become an expert.
+
+    Its config.json and tensor headers alone are read.
 
     Raises:
         CheckpointError: not a model directory, damaged, or its tensors are not those that

@@ -1,9 +1,8 @@
-"""Checkpoints of the router input `context` as a transformers model: a Qwen2-MoE whose routers read
-a running mean.
+"""Checkpoints of the router input `context` as a transformers model.
 
-`register` makes AutoConfig and AutoModelForCausalLM know the model type; `import nexus_ds.hf` does
-it for users. In generation each layer's cache keeps one vector more, the sum of the router inputs
-so far.
+It is a Qwen2-MoE whose routers read a running mean. `register` makes AutoConfig and
+AutoModelForCausalLM know the model type; `import nexus_ds.hf` does it for users. In generation each
+layer's cache keeps one vector more, the sum of the router inputs so far.
 Shapes: B sequences, S tokens, T = B*S, H hidden size.
 Not covered: static, quantised and offloaded caches (refused), assisted generation, other serving
 programs.
@@ -34,10 +33,10 @@ from nexus_ds.model.context import CONTEXT_MODEL, context_of, running_mean
 
 
 class _Sum:
-    """What a cache layer adds to its keys and values: sum [B, H] and count [B, 1] of the router
-    inputs."""
+    """What a cache layer adds to its keys and values: the router inputs so far."""
 
     so_far: tuple[Tensor, Tensor] | None = None
+    """Their sum [B, H] and count [B, 1]."""
 
     def _take(self, index: Tensor) -> None:
         if self.so_far is not None:
@@ -57,18 +56,18 @@ class _Sum:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        if self.so_far is not None:
-            self._take(
-                torch.arange(len(self.so_far[0]), device=self.so_far[0].device).repeat_interleave(
-                    repeats
-                )
-            )
+        if self.so_far is None:
+            return
+        sum_BH, _ = self.so_far
+        rows = torch.arange(len(sum_BH), device=sum_BH.device)
+        self._take(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
+        # the inputs of single tokens are gone: only their sum is kept
         if tokens_to_remove and self.so_far is not None:
             raise UnsupportedModelError(
-                f"a router that reads a running mean can't take {tokens_to_remove} tokens back; generate without an "
-                "assistant"
+                f"a router that reads a running mean can't take {tokens_to_remove} tokens back; "
+                "generate without an assistant"
             )
 
 
@@ -81,23 +80,30 @@ class _SlidingSumLayer(_Sum, DynamicSlidingWindowLayer):
 
 
 def summing(cache: Any, config: Any) -> Any:
-    """Return a cache whose layers keep running sums: a new one, or the given one if it has them or
-    is still empty."""
+    """Return a cache whose layers keep running sums.
+
+    That is a new one, or the given one if it has them or is still empty.
+
+    Raises:
+        UnsupportedModelError: another kind of cache, or one that was filled without sums.
+    """
     if cache is None:
         cache = DynamicCache(config=config)
     if cache.layers and isinstance(cache.layers[0], _Sum):
         return cache
-    if (
-        type(cache) is not DynamicCache
-        or cache.get_seq_length()
-        or getattr(cache, "offloading", False)
-    ):
+    # a subclass may keep its layers elsewhere, and an offloaded one moves them about
+    plain = type(cache) is DynamicCache and not getattr(cache, "offloading", False)
+    if not plain or cache.get_seq_length():
         raise UnsupportedModelError(
-            f"this model needs an empty DynamicCache to start from, found {type(cache).__name__} with "
-            f"{cache.get_seq_length()} tokens; leave the cache's implementation to the default"
+            f"this model needs an empty DynamicCache to start from, "
+            f"found {type(cache).__name__} with {cache.get_seq_length()} tokens; "
+            "leave the cache's implementation to the default"
         )
-    sliding = [kind == "sliding_attention" for kind in config.layer_types]
-    cache.layers = [_SlidingSumLayer(config.sliding_window) if s else _SumLayer() for s in sliding]
+    layers: list[DynamicLayer] = []
+    for kind in config.layer_types:
+        sliding = kind == "sliding_attention"
+        layers.append(_SlidingSumLayer(config.sliding_window) if sliding else _SumLayer())
+    cache.layers = layers
     return cache
 
 
@@ -113,8 +119,13 @@ class ContextRouter(Qwen2MoeTopKRouter):
     def reading(
         self, length: int, valid_BS: Tensor | None = None, memory: Any = None
     ) -> Iterator[None]:
-        """Say what is read inside the context: texts of `length` new tokens, which are padding, and
-        the layer's cache."""
+        """Say what is read inside the context.
+
+        Args:
+            length: new tokens of each text.
+            valid_BS: 0 for padding; None: no padding.
+            memory: the layer's cache, whose sums go on.
+        """
         self.reads = length, valid_BS, memory
         try:
             yield
@@ -150,10 +161,9 @@ class NexusMoeDecoderLayer(Qwen2MoeDecoderLayer):
     ) -> Any:
         """As a Qwen2-MoE's, with `valid_BS` (0 for padding; None: no padding) for the router."""
         cache: Any = kwargs.get("past_key_values")
+        memory = None if cache is None else cache.layers[self.index]
         gate: Any = self.mlp.gate
-        with gate.reading(
-            hidden_states.shape[1], valid_BS, None if cache is None else cache.layers[self.index]
-        ):
+        with gate.reading(hidden_states.shape[1], valid_BS, memory):
             return super().forward(hidden_states, *args, **kwargs)
 
 
@@ -185,20 +195,24 @@ class NexusMoeModel(Qwen2MoeModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run as a Qwen2-MoE does; its layers are told which tokens are padding, their caches keep
-        sums."""
+        """Run as a Qwen2-MoE does.
+
+        Its layers are told which tokens are padding, and their caches keep sums.
+        """
         given = input_ids if input_ids is not None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache or past_key_values is not None:
             past_key_values = summing(past_key_values, self.config)
         length = given.shape[1] if given is not None else 0
-        if attention_mask is not None and not (
-            isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
-        ):
-            raise UnsupportedModelError(
-                "this model needs to know which tokens are padding: give attention_mask as [sequences, tokens]"
-            )
-        valid_BS = None if attention_mask is None else attention_mask[:, -length:]
+        valid_BS = None
+        if attention_mask is not None:
+            if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+                raise UnsupportedModelError(
+                    "this model needs to know which tokens are padding: "
+                    "give attention_mask as [sequences, tokens]"
+                )
+            # it tells of the tokens in the cache, too; the sums have those already
+            valid_BS = attention_mask[:, -length:]
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

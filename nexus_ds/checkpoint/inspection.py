@@ -47,35 +47,43 @@ def count_parameters(reader: TensorReader, config: ConfigJson) -> dict[str, int]
             continue
         size = math.prod(reader.info(name).shape)
         total += size
-        match = ROUTED.search(name)
-        if match:
+        expert = ROUTED.search(name)
+        if expert:
             routed += size
-            experts.add(int(match[1]))
+            experts.add(int(expert[1]))
     top_k = int(config.get("num_experts_per_tok", 1))
+    # experts of one model are of one size
     idle = routed * (len(experts) - top_k) // len(experts) if experts else 0
     return {"total": total, "active": total - idle}
 
 
-def _nexus_info(directory: Path, reader: TensorReader, config: ConfigJson) -> dict[str, Any]:
-    sidecar = read_sidecar(directory)
+def _rows(directory: Path, kind: str) -> str:
+    """Return what the router's rows are, for people; damaged ones are told of, not refused."""
     try:
         verify_expert_embeddings(directory)
-        rows = "equal to P(D)" if sidecar.router.kind == "nexus" else "free"
     except CheckpointError as error:
-        rows = f"DAMAGED: {error}"
+        return f"DAMAGED: {error}"
+    return "equal to P(D)" if kind == "nexus" else "free"
+
+
+def _gates(reader: TensorReader, layers: int) -> str:
     try:
-        check_shared_gates(reader, config["num_hidden_layers"])
-        gates = "constant"
+        check_shared_gates(reader, layers)
     except CheckpointError as error:
-        gates = f"TRAINED ELSEWHERE: {error}"
+        return f"TRAINED ELSEWHERE: {error}"
+    return "constant"
+
+
+def _nexus_info(directory: Path, reader: TensorReader, config: ConfigJson) -> dict[str, Any]:
+    sidecar = read_sidecar(directory)
     total, active = parameter_counts(config, sidecar.shared_expert == "seed")
     return {
         "experts": [vars(expert).copy() for expert in sidecar.experts],
-        "router": {**vars(sidecar.router), "rows": rows},
+        "router": {**vars(sidecar.router), "rows": _rows(directory, sidecar.router.kind)},
         "encoder": None if sidecar.encoder is None else vars(sidecar.encoder).copy(),
         "lineage": [step.entry() for step in sidecar.lineage],
         "shared_expert": sidecar.shared_expert,
-        "shared_expert_gate": gates,
+        "shared_expert_gate": _gates(reader, config["num_hidden_layers"]),
         "parameters": {"total": total, "active": active},
         "versions": sidecar.versions,
     }
@@ -101,11 +109,11 @@ def _tokenizer(directory: Path) -> str:
 
 
 def _sequence_length(directory: Path) -> int | None:
-    """Return the sequence length that a checkpoint was trained with, None where training.yaml
-    doesn't tell."""
+    """Return the tokens of a training window; None where training.yaml doesn't tell."""
     path = directory / "training.yaml"
     if not path.is_file():
         return None
+    # written by this program, but a checkpoint from elsewhere may have a file of this name
     saved = parse_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path))
     data = saved.get("data") if isinstance(saved, dict) else None
     length = data.get("sequence_length") if isinstance(data, dict) else None
@@ -117,29 +125,32 @@ def _kind(config: ConfigJson) -> str:
 
 
 def describe(directory: Path) -> dict[str, Any]:
-    """Return the facts of one checkpoint, all of them JSON: kind, family, dtype, sizes, parameters,
-    experts, origin.
+    """Return the model info of one checkpoint, all of it JSON.
+
+    Kind, family, dtype, sizes, parameters; of a Nexus checkpoint also experts and origin.
 
     Raises:
         CheckpointError: no model directory, or damaged files.
         UnsupportedModelError: a configuration that asks for code of the checkpoint or of a hub.
     """
     directory = Path(directory)
-    config, reader = read_config(directory), TensorReader(directory)
+    config = read_config(directory)
+    reader = TensorReader(directory)
     config = as_stored(config, reader)
     nexus = is_nexus(directory)
-    infos = [reader.info(name) for name in reader.names()]
-    facts: dict[str, Any] = {
+    tensors = [reader.info(name) for name in reader.names()]
+    info: dict[str, Any] = {
         "directory": str(directory),
         "kind": "Nexus" if nexus else _kind(config),
         "family": config.get("model_type", "unknown"),
-        "dtype": "+".join(sorted({info.dtype for info in infos})),
+        "dtype": "+".join(sorted({tensor.dtype for tensor in tensors})),
         "parameters": count_parameters(reader, config),
-        "bytes": sum(info.end - info.start for info in infos),
+        "bytes": sum(tensor.end - tensor.start for tensor in tensors),
         **{ours: config.get(theirs) for ours, theirs in SIZES.items()},
         "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
         **_moe_info(config),
         "sequence_length": _sequence_length(directory),
         "tokenizer": _tokenizer(directory),
     }
-    return facts | (_nexus_info(directory, reader, config) if nexus else {})
+    # a Nexus checkpoint's own counts take the place of those above
+    return info | _nexus_info(directory, reader, config) if nexus else info

@@ -8,12 +8,13 @@ Not covered: models larger than one device, quantised weights, training (see bui
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nexus_ds.checkpoint.families import refuse_hooks, refuse_other_weights
+from nexus_ds.checkpoint.families import ConfigJson, refuse_hooks, refuse_other_weights
 from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.checkpoint.sidecar import verify_expert_embeddings
 from nexus_ds.checkpoint.tensors import TensorReader, read_json_object, require_directory
@@ -38,7 +39,7 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> ConfigJson:
     """Return config.json of a checkpoint.
 
     Raises:
@@ -53,9 +54,12 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def know_model_type(directory: Path) -> None:
-    """Make transformers know the model of a checkpoint with the router input `context`; others it
-    knows."""
+    """Make transformers know the model of a checkpoint with the router input `context`.
+
+    All others it knows.
+    """
     if read_config(directory).get("model_type") == CONTEXT_MODEL:
+        # imports transformers' modelling code, which most checkpoints don't need yet
         from nexus_ds.checkpoint.hf_model import register
 
         register()
@@ -74,26 +78,26 @@ def _said(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _check_loaded(directory: Path, info: dict[str, Any]) -> None:
+def _check_loaded(directory: Path, info: Mapping[str, Iterable[object]]) -> None:
     """Refuse what transformers would mend with random numbers or drop in silence."""
-    for key, said in (
-        ("missing_keys", "are missing"),
-        ("unexpected_keys", "are not known to the model's family"),
-        ("mismatched_keys", "have another shape than config.json says"),
-    ):
-        names = sorted(
-            str(name[0] if isinstance(name, tuple) else name) for name in info.get(key, ())
-        )
+    troubles = {
+        "missing_keys": "are missing",
+        "unexpected_keys": "are not known to the model's family",
+        "mismatched_keys": "have another shape than config.json says",
+    }
+    for key, said in troubles.items():
+        found = info.get(key, ())
+        # mismatched_keys come with both shapes: (name, shape, shape)
+        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in found)
         if names:
             raise CheckpointError(
-                f"{directory}: {len(names)} tensors {said}, the first: {names[0]!r}; expected exactly the tensors "
-                "of config.json. Save or fetch the checkpoint again"
+                f"{directory}: {len(names)} tensors {said}, the first: {names[0]!r}; "
+                "expected exactly the tensors of config.json. Save or fetch the checkpoint again"
             )
 
 
 def load_model(directory: Path, precision: str = "auto") -> Any:
-    """Return a causal language model of stock transformers, in eval mode, on the GPU if there is
-    one.
+    """Return a causal language model of stock transformers, in eval mode, on the GPU if any.
 
     Args:
         directory: a dense or a Nexus checkpoint.
@@ -105,10 +109,12 @@ def load_model(directory: Path, precision: str = "auto") -> Any:
         UnsupportedModelError: a configuration that asks for code of the checkpoint or of a hub.
         ConfigError: unknown precision.
     """
-    directory, place = Path(directory), device()
+    directory = Path(directory)
+    place = device()
     dtype = _dtype(directory, precision, place)
     know_model_type(directory)
-    TensorReader(directory)  # checks headers, ranges and paths, which transformers trusts
+    # checks headers, ranges and paths, which transformers trusts
+    TensorReader(directory)
     if is_nexus(directory):
         verify_expert_embeddings(directory)
     from huggingface_hub.errors import StrictDataclassError

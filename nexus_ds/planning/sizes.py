@@ -1,6 +1,6 @@
-"""The sizes of a model that is to be trained: its parameters one by one, in the optimizer's groups,
-without a tensor.
+"""The sizes of a model that is to be trained, without a tensor.
 
+Its parameters one by one, in the optimizer's groups.
 Shapes: E routed experts, H hidden size, F inner width, V vocabulary, M width of a domain embedding.
 Not covered: families whose parameters are not those of Llama, Mistral, Qwen2 or Qwen2-MoE (they
 can't be upcycled here).
@@ -34,18 +34,21 @@ ACTIVATION_INPUTS = {"swiglu": 2, "gelu": 1, "relu": 1, "linear": 1}
 
 
 class Parameter(NamedTuple):
-    """One parameter of a rank: the optimizer's group it belongs to, its elements, and its layer
-    (-1: outside of them)."""
+    """One parameter of a rank."""
 
     kind: str
+    """The optimizer's group: one of KINDS."""
     elements: int
     layer: int
+    """-1: outside of the layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What decides how many parameters there are and what they cost. A dense model has no
-    experts."""
+    """What decides how many parameters there are and what they cost.
+
+    A dense model has no experts.
+    """
 
     vocabulary: int
     hidden: int
@@ -72,8 +75,10 @@ class Sizes:
 
     @property
     def router(self) -> tuple[int, ...]:
-        """Elements of each parameter of one layer's router: P's or free rows, and the vector of the
-        input `context`."""
+        """Elements of each parameter of one layer's router.
+
+        P's, or free rows; and the vector of the input `context`.
+        """
         rows = self.projection or (self.experts * self.hidden,)
         return (*rows, self.hidden) if self.context else rows
 
@@ -83,8 +88,7 @@ class Sizes:
         return self.kv_heads * self.head_size
 
     def parameters(self, experts: int) -> Iterator[Parameter]:
-        """Yield the parameters in the model's order, as a rank holds them that has `experts` slots
-        for routed experts."""
+        """Yield the parameters of a rank with `experts` slots for routed experts, in order."""
         wide = self.heads * self.head_size
         yield Parameter("matrices", self.vocabulary * self.hidden, -1)
         for layer in range(self.layers):
@@ -133,11 +137,17 @@ def _projection(config: Config, hidden: int, embedding_size: int) -> tuple[int, 
     router = config.router
     if router.kind == "linear":
         return ()
-    width, factor = router.width or hidden, ACTIVATION_INPUTS[router.projection]
+    width = router.width or hidden
+    # SwiGLU multiplies two halves: the map before it is twice as wide as what it returns
+    factor = ACTIVATION_INPUTS[router.projection]
     inner = [] if router.projection == "linear" else [width] * (router.depth - 1)
-    pairs = zip([embedding_size, *inner], [*(w * factor for w in inner), hidden], strict=True)
-    maps = tuple(a * b for a, b in pairs)
-    return (1, *maps, hidden * hidden) if router.row_norm == "fixed" else maps
+    inputs = [embedding_size, *inner]
+    outputs = [*(width * factor for width in inner), hidden]
+    maps = tuple(a * b for a, b in zip(inputs, outputs, strict=True))
+    if router.row_norm == "fixed":
+        # beside its maps it trains a length, and a whitening of [H, H]
+        return (1, *maps, hidden * hidden)
+    return maps
 
 
 def _check_form(found: ConfigJson, where: str) -> None:
@@ -224,13 +234,15 @@ def sizes_of(config: Config) -> Sizes:
     if config.model.path:
         return _of_checkpoint(config, Path(config.model.path))
     model, pipe = config.model, config.pipeline
-    experts = {"moe": len(pipe.domains), "extend": len(pipe.domains) + len(pipe.new_domains)}.get(
-        config.stage, 0
-    )
+    experts = 0
+    if config.stage in ("moe", "extend"):
+        experts = len(pipe.domains)
+    if config.stage == "extend":
+        experts += len(pipe.new_domains)
     if config.stage in ("moe", "extend") and not experts:
         raise ConfigError(
-            "no experts to plan for: give pipeline.domains=a,b,... or a checkpoint with model.path=DIR; stage=seed plans a "
-            "dense model"
+            "no experts to plan for: give pipeline.domains=a,b,... or a checkpoint with "
+            "model.path=DIR; stage=seed plans a dense model"
         )
     if experts and config.router.top_k > experts:
         raise ConfigError(

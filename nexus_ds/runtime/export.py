@@ -1,5 +1,6 @@
-"""The finished checkpoint out of a running engine: gathered layer by layer, written by rank 0,
-verified by reloading.
+"""The finished checkpoint out of a running engine.
+
+It is gathered layer by layer, written by rank 0, and verified by reloading.
 
 Shapes: E routed experts, H hidden size, F inner width.
 Not covered: consolidating a training state without an engine.
@@ -52,18 +53,14 @@ from nexus_ds.settings import Config
 Write = Callable[[str, Tensor], None]
 TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-# quantile of the tokens that has to be within the tolerance
+# quantile of the tokens that has to be within the tolerance; why not all in bf16: `_verify`
 JUDGED = {torch.float32: 1.0, torch.bfloat16: 0.9}
 
 
 def _dense_part(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters outside Nexus layers, under their names on disk (tied weights once)."""
-    inside = tuple(
-        f"{name}." for name, module in model.named_modules() if isinstance(module, NexusMoE)
-    )
-    return {
-        name: p for name, p in model.named_parameters() if not (inside and name.startswith(inside))
-    }
+    inside = {id(p) for layer in moe_layers(model) for p in layer.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) not in inside}
 
 
 def _own_config(model: Any) -> ConfigJson:
@@ -84,20 +81,23 @@ def _plan(model: nn.Module, dtype: torch.dtype) -> dict[str, tuple[str, tuple[in
 
 
 def _write_experts(index: int, layer: NexusMoE, write: Write) -> None:
-    """Send one expert matrix at a time from its owner to rank 0, within rank 0's expert-parallel
-    group."""
-    place, rank = layer.placement, dist.get_rank()
+    """Send one expert matrix at a time from its owner to rank 0.
+
+    It travels within rank 0's expert-parallel group; the other groups hold the same experts.
+    """
+    place = layer.placement
+    rank = dist.get_rank()
     for stacked, part in STACKED:
         with internals.gathered(getattr(layer.experts, stacked)) as local:
+            # a replica of rank 0's group: it only took part in gathering
             if rank >= place.ep_size:
-                continue  # a replica of rank 0's group: it only took part in gathering
+                continue
             for expert in range(place.experts):
                 owner, slot = divmod(place.slot(expert), place.local_slots)
-                matrix = (
-                    local[slot].contiguous()
-                    if place.ep_rank == owner
-                    else torch.empty_like(local[0])
-                )
+                if place.ep_rank == owner:
+                    matrix = local[slot].contiguous()
+                else:
+                    matrix = torch.empty_like(local[0])
                 if place.ep_size > 1:
                     dist.broadcast(matrix, src=owner, group=internals.expert_parallel_group(layer))
                 write(expert_name(index, expert, part), matrix)
@@ -159,10 +159,11 @@ class _Sink:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor in the working dtype."""
-        if (writer := self.writer) and not self.failure:
-            self._try(
-                lambda: writer.write(name, tensor.detach().to("cpu", self.dtype).contiguous())
-            )
+        writer = self.writer
+        if writer is None or self.failure:
+            return
+        on_cpu = tensor.detach().to("cpu", self.dtype).contiguous()
+        self._try(lambda: writer.write(name, on_cpu))
 
     def close(self) -> None:
         """Close the files; raise what went wrong on the way."""
@@ -175,8 +176,10 @@ class _Sink:
 def _write_tensors(
     model: nn.Module, sidecar: Sidecar | None, dtype: torch.dtype, directory: Path | None
 ) -> None:
-    """Walk the model on all ranks, one parameter whole at a time; the one with a `directory`
-    writes."""
+    """Walk the model on all ranks, one parameter whole at a time.
+
+    The rank with a `directory` writes; a projection's weights go into `sidecar` on all.
+    """
     sink = _Sink(directory, _plan(model, dtype), dtype)
     for name, parameter in _dense_part(model).items():
         with internals.gathered(parameter) as data:
@@ -206,30 +209,28 @@ def _write_config(model: Any, source: Path | None, dtype: torch.dtype, directory
 
 
 def _verify(directory: Path, dtype: torch.dtype, tokens_BS: Tensor, logits_BSV: Tensor) -> float:
-    """Reload in plain transformers and return the largest difference of the logits from the
-    engine's.
+    """Reload in plain transformers; return the largest difference of logits from the engine's.
 
     In bf16 a token whose two best experts are nearly equal may take the other one in another
     kernel: one token in ten may differ by more than rounding. Weights in the wrong place change
     nearly all of them.
     """
-    device = internals.device_with_room(
-        sum(p.stat().st_size for p in directory.glob("*.safetensors"))
-    )
+    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    device = internals.device_with_room(size)
     model = load_stock(directory, dtype).to(device).eval()
     with torch.no_grad():
-        reloaded = (
-            model(input_ids=tokens_BS.to(device), use_cache=False)
-            .logits.float()
-            .to(logits_BSV.device)
-        )
+        output = model(input_ids=tokens_BS.to(device), use_cache=False)
+    reloaded_BSV = output.logits.float().to(logits_BSV.device)
     scale = logits_BSV.abs().max().clamp_min(1e-9)
-    token_T = ((reloaded - logits_BSV).abs().amax(-1) / scale).flatten()
-    difference, judged = float(token_T.max()), float(token_T.quantile(JUDGED[dtype]))
+    token_T = ((reloaded_BSV - logits_BSV).abs().amax(-1) / scale).flatten()
+    difference = float(token_T.max())
+    judged = float(token_T.quantile(JUDGED[dtype]))
+    # "not <=": NaN is no agreement
     if not judged <= TOLERANCE[dtype]:
         raise CheckpointError(
-            f"the exported model does not compute what was trained: logits differ by {judged:.1e} of the largest, "
-            f"expected at most {TOLERANCE[dtype]:.0e}; nothing was exported, the training state is kept"
+            f"the exported model does not compute what was trained: "
+            f"logits differ by {judged:.1e} of the largest, expected at most "
+            f"{TOLERANCE[dtype]:.0e}; nothing was exported, the training state is kept"
         )
     return difference
 

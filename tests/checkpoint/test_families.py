@@ -325,8 +325,9 @@ def test_a_hub_name_is_no_directory(tmp_path):
         families.open_dense(tmp_path / "meta-llama" / "Llama-2-7b")
 
 
-# Odd files ---------------------------------------------------------------------------------------------------------
-# Each is read by stock transformers and by this program: both compute the same, or this program refuses it by name.
+# Odd files ----------------------------------------------------------------------------------------
+# Each is read by stock transformers and by this program: both compute the same, or this program
+# refuses it by name.
 
 YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0)
 LONG = dict(

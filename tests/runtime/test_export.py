@@ -45,7 +45,10 @@ def test_in_fp32_no_token_may_differ(nexus_dir):
     assert _verify(nexus_dir, torch.float32, TOKENS, moved(expected, 1, 5e-6)) == pytest.approx(
         5e-6, rel=0.2
     )
-    message = "does not compute what was trained: logits differ by .* of the largest, expected at most 1e-05; nothing"
+    message = (
+        "does not compute what was trained: logits differ by .* of the largest, "
+        "expected at most 1e-05; nothing"
+    )
     with pytest.raises(CheckpointError, match=message):
         _verify(nexus_dir, torch.float32, TOKENS, moved(expected, 1, 3e-5))
 
