@@ -11,14 +11,11 @@ import oracle
 import pytest
 import torch
 from conftest import make_nexus, train_shared_gates
-from safetensors.torch import load_file
 
 from nexus_ds.__main__ import main
 from nexus_ds.checkpoint.build import load_stock
-from nexus_ds.checkpoint.families import FFN_PARTS
-from nexus_ds.checkpoint.qwen2_moe import expert_name, gate_name
 from nexus_ds.checkpoint.records import RemoveStep
-from nexus_ds.checkpoint.sidecar import read_sidecar, write_sidecar
+from nexus_ds.checkpoint.sidecar import read_sidecar
 from nexus_ds.data.corpora import open_source, token_files, windows
 from nexus_ds.evaluation.perplexity import score
 from nexus_ds.settings import RouterConfig
@@ -61,37 +58,6 @@ def test_the_others_renormalise_and_nothing_else_changes(tmp_path, nexus_dir, ca
     sidecar = read_sidecar(tmp_path / "out")
     assert [expert.name for expert in sidecar.experts] == ["alpha", "gamma"]
     assert sidecar.lineage[-1] == RemoveStep(checkpoint="nexus", experts=["beta"])
-
-
-def test_a_linear_router_keeps_the_rows_of_those_that_stay(tmp_path, capsys):
-    """Nothing recomputes free rows: no check of the sidecar would see the wrong ones."""
-    checkpoint = make_nexus(tmp_path / "nexus", names=list("abcd"))
-    sidecar = read_sidecar(checkpoint)
-    sidecar.router.kind, sidecar.projections = "linear", []
-    write_sidecar(checkpoint, sidecar)
-    words = [
-        "remove",
-        "--checkpoint",
-        str(checkpoint),
-        "--expert",
-        "c",
-        "--expert",
-        "a",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    assert main(words) == 0
-    old, new = (load_file(path / "model.safetensors") for path in (checkpoint, tmp_path / "out"))
-    for layer in range(2):
-        assert torch.equal(new[gate_name(layer)], old[gate_name(layer)][[1, 3]])
-        for place, number in enumerate((1, 3)):
-            for part in FFN_PARTS:
-                assert torch.equal(
-                    new[expert_name(layer, place, part)], old[expert_name(layer, number, part)]
-                )
-    assert [expert.name for expert in read_sidecar(tmp_path / "out").experts] == ["b", "d"]
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
 
 
 def test_a_shared_gate_that_was_trained_elsewhere(tmp_path, nexus_dir, capsys):

@@ -1,0 +1,211 @@
+"""What is checked before models are put together, and while their tensors are written."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from branches import (
+    NAMES,
+    edit_config,
+    edit_tensors,
+    left_over,
+    make_parts,
+    tensors_of,
+    upcycle,
+)
+from conftest import of_another_origin
+from safetensors.torch import save_file
+
+from nexus_ds.errors import CheckpointError, IncompatibleModelsError
+
+
+@pytest.fixture
+def parts(tmp_path, dense_dir, text_folder):
+    """A seed, three branches, domain embeddings and a recipe."""
+    return make_parts(tmp_path, dense_dir, text_folder)
+
+
+def test_all_differences_stand_in_one_table(parts):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shutil.rmtree(parts / "beta")
+    other = LlamaConfig(
+        vocab_size=40,
+        hidden_size=12,
+        intermediate_size=20,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5},
+        dtype=torch.bfloat16,
+    )
+    LlamaForCausalLM(other).to(torch.bfloat16).save_pretrained(parts / "beta")
+    edit_config(parts / "gamma", model_type="mistral", sliding_window=8)
+    with pytest.raises(IncompatibleModelsError) as caught:
+        upcycle(parts)
+    message = str(caught.value)
+    lines = {line.split()[0]: line.split()[1:] for line in message.splitlines()[2:]}
+    assert message.splitlines()[1].split() == ["seed", *NAMES]
+    assert lines["hidden_size"] == ["16", "16", "12", "16"] and "dtype" not in lines
+    assert lines["rope.rope_theta"] == ["10000.0", "10000.0", "500000.0", "10000.0"]
+    assert lines["rope.factor"] == ["-", "-", "2.0", "-"] and lines["rope.rope_type"][2] == "linear"
+    assert lines["family"] == ["llama", "llama", "llama", "mistral"]
+    assert lines["sliding_window"] == ["None", "None", "None", "8"]
+    wanted = [
+        "layers",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "ffn_size",
+        "vocabulary",
+        "norm_eps",
+        "tied_embeddings",
+    ]
+    assert set(wanted) <= set(lines) and "qkv_bias" not in lines
+    assert not left_over(parts)
+
+
+def test_branches_of_another_origin_are_named(parts):
+    """Of the seed's sizes and tokenizer, but of another random start: their average with the others
+    is noise."""
+    of_another_origin(parts / "beta")
+    with pytest.raises(IncompatibleModelsError) as caught:
+        upcycle(parts)
+    said = str(caught.value)
+    assert (
+        f"unrelated to those of the seed {parts / 'seed'}: expert beta ({parts / 'beta'}): cosine "
+        in said
+    )
+    assert (
+        "alpha" not in said.replace(str(parts), "")
+        and "give branches that were trained from that model" in said
+    )
+    assert abs(float(re.search(r"cosine (-?\d\.\d\d)", said)[1])) < 0.1
+    assert not left_over(parts)
+
+
+def test_a_seed_of_another_origin_is_unrelated_to_all(parts):
+    of_another_origin(parts / "seed")
+    with pytest.raises(
+        IncompatibleModelsError,
+        match=r"expert alpha .*expert beta .*expert gamma .*the one that these",
+    ):
+        upcycle(parts)
+
+
+def test_other_tokenizer(parts):
+    path = parts / "gamma" / "tokenizer.json"
+    value = json.loads(path.read_text())
+    vocabulary = value["model"]["vocab"]
+    vocabulary["sail"], vocabulary["ship"] = vocabulary["ship"], vocabulary["sail"]
+    path.write_text(json.dumps(value))
+    with pytest.raises(
+        IncompatibleModelsError,
+        match=r"tokenizer of expert gamma .* 2 of \d+ tokens differ.*'sail'",
+    ):
+        upcycle(parts)
+    assert not left_over(parts)
+
+
+def test_missing_tensor(parts):
+    edit_tensors(parts / "beta", lambda t: t.pop("model.layers.1.self_attn.k_proj.weight"))
+    with pytest.raises(
+        CheckpointError, match=r"beta: .*1 missing: model.layers.1.self_attn.k_proj.weight"
+    ):
+        upcycle(parts)
+    assert not left_over(parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "model.layers.1.mlp.up_proj.weight",
+            lambda t: t.view(-1)[:3].fill_(torch.nan),
+            "has 3 values that are NaN",
+        ),
+        (
+            "model.norm.weight",
+            lambda t: t[:1].fill_(torch.inf),
+            "has 1 values that are NaN or infinite",
+        ),
+        ("model.layers.0.self_attn.q_proj.weight", lambda t: t.zero_(), "has only zeros"),
+    ],
+)
+def test_bad_values_name_model_tensor_and_count(parts, name, change, message):
+    edit_tensors(parts / "beta", lambda tensors: change(tensors[name]))
+    with pytest.raises(CheckpointError, match=rf"expert beta \(.*beta\): tensor {name} {message}"):
+        upcycle(parts)
+    assert not left_over(parts)
+
+
+def test_a_cast_that_overflows(parts):
+    for name in ("seed", "alpha", "gamma"):
+        tensors = {n: t.bfloat16() for n, t in tensors_of(parts / name).items()}
+        save_file(tensors, parts / name / "model.safetensors", metadata={"format": "pt"})
+    edit_tensors(
+        parts / "beta", lambda t: t["model.layers.0.mlp.up_proj.weight"].view(-1)[:2].fill_(3.4e38)
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"experts.1.up_proj.weight: 2 values overflow torch.bfloat16; expert beta",
+    ):
+        upcycle(parts)
+    assert not left_over(parts)
+
+
+def test_a_doubled_shared_expert_that_overflows(parts):
+    edit_tensors(
+        parts / "seed", lambda t: t["model.layers.0.mlp.down_proj.weight"].view(-1)[:2].fill_(3e38)
+    )
+    with pytest.raises(
+        CheckpointError, match=r"shared_expert.down_proj.weight: 2 values overflow .* seed"
+    ):
+        upcycle(parts)
+    assert not left_over(parts)
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from safetensors.torch import save_file
+import torch
+from nexus_ds.upcycling.blend import Part, _write_blend, mean_of
+from nexus_ds.checkpoint.tensors import TensorReader, TensorWriter
+shape, root = (24_000, 1024), Path(sys.argv[1])
+readers = []
+for index in range(3):
+    (root / str(index)).mkdir()
+    with TensorWriter(root / str(index), {"w": ("F32", shape)}) as writer:
+        for start in range(0, shape[0], 1000):
+            writer.write_rows("w", start, torch.full((1000, shape[1]), float(index + 1)))
+    readers.append(TensorReader(root / str(index)))
+(root / "out").mkdir()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with TensorWriter(root / "out", {"w": ("F32", shape)}) as writer:
+    mean = mean_of([Part("m", reader, "w") for reader in readers])
+    _write_blend(writer, "w", mean, torch.float32)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+assert float(TensorReader(root / "out").read_rows("w", 100, 101).mean()) == 2.0
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """The mean of three tensors of 94 MiB is written with less than one of them in memory."""
+    result = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 80, f"{result.stdout} MiB"

@@ -1,0 +1,78 @@
+"""What is told of a new checkpoint, and the one that it is made of."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from branches import LAYERS, NAMES, make_parts, stock, tensors_of, upcycle
+from safetensors.torch import save_file
+
+from nexus_ds.checkpoint.families import FFN_PARTS, dense_ffn_name
+from nexus_ds.checkpoint.qwen2_moe import expert_name
+from nexus_ds.checkpoint.records import FitReport
+from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings
+from nexus_ds.checkpoint.tensors import TensorReader, sha256_of_tensors
+from nexus_ds.errors import CheckpointError
+from nexus_ds.upcycling.new_checkpoint import open_old
+
+
+@pytest.fixture
+def parts(tmp_path, dense_dir, text_folder):
+    """A seed, three branches, domain embeddings and a recipe."""
+    return make_parts(tmp_path, dense_dir, text_folder)
+
+
+def test_experts_of_another_dtype_are_cast_to_the_seeds_and_named(parts):
+    for name in ("seed", "beta"):
+        tensors = {n: t.bfloat16() for n, t in tensors_of(parts / name).items()}
+        save_file(tensors, parts / name / "model.safetensors", metadata={"format": "pt"})
+    new = upcycle(parts)
+    said = new.describe(parts / "out", None)
+    assert (
+        f"expert alpha: weights cast from float32 to bfloat16, the dtype of {parts / 'seed'}"
+        in said
+    )
+    assert "expert gamma: weights cast" in said and "expert beta: weights" not in said
+    out, experts = tensors_of(parts / "out"), {name: tensors_of(parts / name) for name in NAMES}
+    assert {t.dtype for t in out.values()} == {torch.bfloat16}
+    for index, name in enumerate(NAMES):
+        for part in FFN_PARTS:
+            assert torch.equal(
+                out[expert_name(1, index, part)], experts[name][dense_ffn_name(1, part)].bfloat16()
+            )
+        reader = TensorReader(parts / name)
+        ffn = [dense_ffn_name(layer, part) for layer in range(LAYERS) for part in FFN_PARTS]
+        # of what was given
+        assert read_sidecar(parts / "out").experts[index].sha256 == sha256_of_tensors(reader, ffn)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    mean = sum(expert[name].double() for expert in experts.values()) / 3
+    assert ((out[name].double() - mean).abs() <= mean.abs() * (2**-8 + 1e-6)).all()
+    verify_expert_embeddings(parts / "out")
+    assert torch.isfinite(stock(parts / "out")(torch.arange(5)[None]).logits).all()
+    assert new.summary(parts / "out", None)["cast"] == {"alpha": "float32", "gamma": "float32"}
+
+
+def test_a_warm_start_is_described_with_the_domains_that_p_hardly_knows(parts):
+    new = upcycle(parts)
+    report = FitReport(0.25, 0.75, 12, "label_fit", {"alpha": 0.39, "beta": 0.41})
+    lines = new.describe(Path("out"), report).splitlines()
+    assert lines[1] == (
+        "label fit, 12 steps: share of tokens at their own domain's expert 0.25 -> 0.75"
+    )
+    assert lines[2].endswith("0.39: P has seen nothing like it, its row may not find its text")
+    assert lines[3].endswith("0.41")
+
+
+def test_an_old_mixture_is_the_same_with_another_number_of_experts(nexus_dir):
+    mixture = open_old(nexus_dir)
+    stored = json.loads((nexus_dir / "config.json").read_text())
+    target = mixture.target(7)
+    assert mixture.dtype == "F32" and target["num_experts"] == 7
+    kept = {key for key in stored if key not in ("num_experts", "dtype", "rope_parameters")}
+    assert {key: target[key] for key in kept} == {key: stored[key] for key in kept}
+
+
+def test_a_dense_model_is_no_old_mixture(dense_dir):
+    with pytest.raises(CheckpointError, match="model_type is 'llama', a Nexus checkpoint has"):
+        open_old(dense_dir)

@@ -1,0 +1,158 @@
+"""What a new mixture consists of: facts 3, 4, 5 and 10 of the paper."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from branches import LAYERS, NAMES, branch, embed, make_parts, stock, tensors_of, upcycle
+
+from nexus_ds.checkpoint.families import FFN_PARTS, dense_ffn_name
+from nexus_ds.checkpoint.qwen2_moe import expert_name, gate_name, shared_gate_name, shared_name
+from nexus_ds.checkpoint.sidecar import expert_embeddings, read_sidecar, verify_expert_embeddings
+from nexus_ds.checkpoint.tensors import TensorReader, sha256_of_tensors
+from nexus_ds.errors import DataError
+
+
+@pytest.fixture
+def parts(tmp_path, dense_dir, text_folder):
+    """A seed, three branches, domain embeddings and a recipe."""
+    return make_parts(tmp_path, dense_dir, text_folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_copies_means_and_projections(parts, dtype):
+    """Facts 4 and 5: shared == seed's FFN, routed i == expert i's FFN, all else the mean over the
+    experts."""
+    if dtype == torch.bfloat16:
+        for index, name in enumerate(("seed", *NAMES)):
+            shutil.rmtree(parts / name)
+            branch(parts / "dense", parts / name, index, dtype)
+    upcycle(parts)
+    out, seed = tensors_of(parts / "out"), tensors_of(parts / "seed")
+    experts = [tensors_of(parts / name) for name in NAMES]
+    sidecar = read_sidecar(parts / "out")
+    expected = {
+        n: torch.stack([e[n].float() for e in experts]).mean(0).to(dtype)
+        for n in seed
+        if ".mlp." not in n
+    }
+    for layer in range(LAYERS):
+        for part in FFN_PARTS:
+            name = dense_ffn_name(layer, part)
+            expected[shared_name(layer, part)] = (
+                seed[name] * 2 if part == "down_proj" else seed[name]
+            )
+            expected |= {expert_name(layer, i, part): experts[i][name] for i in range(3)}
+        expected[gate_name(layer)] = expert_embeddings(sidecar, layer, dtype)
+        expected[shared_gate_name(layer)] = torch.full((1, 16), 2.0**-60, dtype=dtype)
+    assert set(out) == set(expected)
+    for name, tensor in expected.items():
+        assert out[name].dtype == dtype
+        if ".mlp." in name:
+            assert torch.equal(out[name], tensor), name
+        else:
+            torch.testing.assert_close(
+                out[name], tensor, atol=1e-7, rtol=1e-6 if dtype == torch.float32 else 1e-2
+            )
+    verify_expert_embeddings(parts / "out")
+    assert json.loads((parts / "out" / "config.json").read_text())["dtype"] == str(
+        dtype
+    ).removeprefix("torch.")
+
+
+@torch.no_grad()
+def test_stock_transformers_routes_by_the_formula(parts):
+    """Fact 3: shared(x) + p_top1 expert_top1(x), p over all experts, in a stock Qwen2-MoE."""
+    upcycle(parts, "router.init_norm=3")
+    model = stock(parts / "out")
+    tokens = torch.arange(24)[None] % model.config.vocab_size
+    seen = {}
+    block = model.model.layers[1].mlp
+    block.register_forward_hook(lambda _, inputs, output: seen.update(x=inputs[0], y=output))
+    assert torch.isfinite(model(tokens).logits).all()
+    x = seen["x"]
+    seed, experts = tensors_of(parts / "seed"), [tensors_of(parts / name) for name in NAMES]
+
+    def ffn(weights):
+        gate, up, down = (weights[dense_ffn_name(1, part)] for part in FFN_PARTS)
+        return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+    p, chosen = (x @ block.gate.weight.T).softmax(-1).max(-1)
+    routed = torch.stack([ffn(weights) for weights in experts], dim=-1)
+    expected = (
+        ffn(seed)
+        + p[..., None] * routed.gather(-1, chosen[..., None, None].expand(*x.shape, 1))[..., 0]
+    )
+    assert len(chosen.unique()) > 1
+    torch.testing.assert_close(seen["y"], expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_copies_of_the_seed_keep_its_attention(parts):
+    """Fact 10; and with n = 1 the gate is 1."""
+    upcycle(parts, experts={name: parts / "seed" for name in NAMES})
+    out, seed = tensors_of(parts / "out"), tensors_of(parts / "seed")
+    for name in seed:
+        if ".mlp." not in name:
+            torch.testing.assert_close(out[name], seed[name], atol=0, rtol=1e-7)
+    shutil.rmtree(parts / "out")
+    upcycle(parts, experts={"alpha": parts / "seed"})
+    model, dense = stock(parts / "out"), stock(parts / "seed")
+    dense.model.layers[0].mlp.down_proj.weight.data *= 2  # shared + 1 * the same FFN
+    dense.model.layers[1].mlp.down_proj.weight.data *= 2
+    tokens = torch.arange(10)[None]
+    torch.testing.assert_close(model(tokens).logits, dense(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_linear_router(parts):
+    upcycle(parts, "router.kind=linear", "router.init=normal")
+    sidecar, rows = read_sidecar(parts / "out"), tensors_of(parts / "out")[gate_name(0)]
+    assert sidecar.router.kind == "linear" and not sidecar.projections
+    assert 0.01 < rows.std() < 0.03
+    assert torch.isfinite(stock(parts / "out")(torch.arange(5)[None]).logits).all()
+
+
+def test_experts_and_embeddings_are_matched_by_name(parts, text_folder):
+    """Experts in one order, embeddings in another, neither alphabetical."""
+    order = ("gamma", "alpha", "beta")
+    embed(parts / "domains.safetensors", ("beta", "gamma", "alpha"), text_folder)
+    vectors = dict(
+        zip(("beta", "gamma", "alpha"), np.random.default_rng(0).normal(size=(3, 8)), strict=True)
+    )
+    upcycle(parts, experts={name: parts / name for name in order})
+    sidecar, out = read_sidecar(parts / "out"), tensors_of(parts / "out")
+    assert [(e.name, e.domain, e.source) for e in sidecar.experts] == [
+        (name, name, name) for name in order
+    ]
+    given = torch.from_numpy(np.stack([vectors[name] for name in order]).astype(np.float32))
+    assert torch.equal(sidecar.vectors, given)
+    for index, name in enumerate(order):
+        dense, reader = tensors_of(parts / name), TensorReader(parts / name)
+        ffn = [dense_ffn_name(layer, part) for layer in range(LAYERS) for part in FFN_PARTS]
+        assert sidecar.experts[index].sha256 == sha256_of_tensors(reader, ffn)
+        for layer in range(LAYERS):
+            for part in FFN_PARTS:
+                assert torch.equal(
+                    out[expert_name(layer, index, part)], dense[dense_ffn_name(layer, part)]
+                )
+    for layer in range(LAYERS):  # the row of an expert is P of its own domain's embedding
+        one = dataclasses.replace(sidecar, experts=sidecar.experts[1:2], vectors=given[1:2])
+        torch.testing.assert_close(
+            out[gate_name(layer)][1:2], expert_embeddings(one, layer, torch.float32)
+        )
+
+
+def test_unembedded_domain_names_those_that_exist(parts):
+    with pytest.raises(
+        DataError, match=r"no embedding of the domain 'delta'; the file has: alpha, beta, gamma"
+    ):
+        upcycle(parts, experts={"alpha": parts / "alpha", "delta": parts / "beta"})
+
+
+def test_p_needs_an_embedding_of_the_seed_too(parts):
+    with pytest.raises(DataError, match="no embedding of the domain 'seed'"):
+        upcycle(parts, experts={name: parts / name for name in (*NAMES, "seed")})
