@@ -182,15 +182,15 @@ FAULTS = (
     Fault(
         "domain vectors in sorted order",
         "upcycling/blend.py",
-        ".copy()) for name in names])",
-        ".copy()) for name in sorted(names)])",
+        ".copy() for name in names]",
+        ".copy() for name in sorted(names)]",
         "upcycling/test_upcycle.py",
     ),
     Fault(
         "code of a checkpoint is run",
         "checkpoint/build.py",
-        "trust_remote_code=False, use_safe",
-        "trust_remote_code=True, use_safe",
+        "trust_remote_code=False,\n        use_safe",
+        "trust_remote_code=True,\n        use_safe",
         "checkpoint/test_loading.py",
     ),
     Fault(

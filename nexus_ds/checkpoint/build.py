@@ -60,7 +60,11 @@ def load_stock(directory: Path, dtype: torch.dtype) -> Any:
     TensorReader(directory)
     quiet_transformers()
     return AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        directory,
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
     )
 
 
@@ -68,6 +72,7 @@ def new_dense(model: ModelConfig, vocabulary: int, eos: int, seed: int) -> Any:
     """Return a new Llama (fp32) with the sizes of the recipe, initialised under `seed`."""
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
+    # the weights depend on the seed alone, not on what was drawn before
     set_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -102,6 +107,7 @@ def _empty_skeleton(directory: Path, config_json: ConfigJson, dtype: torch.dtype
         model = Qwen2MoeForCausalLM._from_config(config, dtype=dtype)
     config.num_experts = experts
     model.config.num_experts = experts
+    # its frequencies are buffers that no file has: made once more, off the meta device
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     for layer in model.model.layers:
         layer.mlp = nn.Identity()
@@ -137,15 +143,18 @@ class NexusParts:
         self.dtype = dtype
         self.experts = len(self.sidecar.experts)
         self.stored = stored(self.config)
+        # no layer here computes a gate: one that was trained would be dropped in silence
         check_shared_gates(self.reader, self.config["num_hidden_layers"])
 
     def shared(self, layer: int) -> FeedForward:
         """Return the shared expert, as it is computed with."""
-        return self._ffn({part: shared_name(layer, part) for part in FFN_PARTS})
+        names = {part: shared_name(layer, part) for part in FFN_PARTS}
+        return self._ffn(names)
 
     def routed(self, layer: int, expert: int) -> FeedForward:
         """Return one routed expert."""
-        return self._ffn({part: expert_name(layer, expert, part) for part in FFN_PARTS})
+        names = {part: expert_name(layer, expert, part) for part in FFN_PARTS}
+        return self._ffn(names)
 
     def _ffn(self, names: dict[str, str]) -> FeedForward:
         """Read one feed-forward network; `names` are those of its parts."""
@@ -153,7 +162,9 @@ class NexusParts:
         with torch.device("meta"):
             ffn = FeedForward(hidden_size, ffn_size)
         for part, name in names.items():
-            weight = self.reader.read(name).to(self.dtype) / self.stored[name].scale
+            weight = self.reader.read(name).to(self.dtype)
+            # exact: the scale is a power of two
+            weight = weight / self.stored[name].scale
             getattr(ffn, part).weight = nn.Parameter(weight)
         return ffn
 

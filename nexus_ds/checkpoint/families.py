@@ -161,6 +161,7 @@ def refuse_hooks(config: ConfigJson, where: str) -> None:
 def positive(config: ConfigJson, key: str, where: str) -> int:
     """Return a size of a config.json; CheckpointError unless it is a number above 0."""
     value = config.get(key)
+    # not isinstance: JSON's true is an int to Python
     if type(value) is not int or value <= 0:
         raise CheckpointError(f"{where}: {key} is {value!r}, expected a number above 0")
     return value
@@ -317,6 +318,7 @@ def settings(config: ConfigJson, where: str = "config.json") -> DenseSettings:
     """
     for key in SIZES:
         positive(config, key, where)
+    # a false number would fill the memory with layers' names before a tensor is missed
     if config["num_hidden_layers"] > MOST_LAYERS:
         raise CheckpointError(
             f"{where}: num_hidden_layers is {config['num_hidden_layers']}, "
@@ -512,6 +514,7 @@ def as_stored(config: ConfigJson, reader: TensorReader) -> ConfigJson:
         return config
     embedding, head = reader.info(EMBEDDING), reader.info(HEAD)
     same = embedding.shape == head.shape and embedding.dtype == head.dtype
+    # a slice of rows at a time: whole, both may be larger than memory
     equal = same and all(
         torch.equal(reader.read_rows(EMBEDDING, *rows), reader.read_rows(HEAD, *rows))
         for rows in row_slices(head.shape)

@@ -39,8 +39,9 @@ def count_parameters(reader: TensorReader, config: ConfigJson) -> dict[str, int]
     Active counts, of the routed experts, the top-k that a token visits. Tied embeddings count once,
     also where both are on disk.
     """
-    tied = bool(config.get("tie_word_embeddings", False)) and EMBEDDING in reader
-    total = routed = 0
+    tied = bool(config.get("tie_word_embeddings")) and EMBEDDING in reader
+    total = 0
+    routed = 0
     experts: set[int] = set()
     for name in reader.names():
         if tied and name == HEAD:
@@ -79,7 +80,7 @@ def _nexus_info(directory: Path, reader: TensorReader, config: ConfigJson) -> di
     total, active = parameter_counts(config, sidecar.shared_expert == "seed")
     return {
         "experts": [vars(expert).copy() for expert in sidecar.experts],
-        "router": {**vars(sidecar.router), "rows": _rows(directory, sidecar.router.kind)},
+        "router": vars(sidecar.router) | {"rows": _rows(directory, sidecar.router.kind)},
         "encoder": None if sidecar.encoder is None else vars(sidecar.encoder).copy(),
         "lineage": [step.entry() for step in sidecar.lineage],
         "shared_expert": sidecar.shared_expert,
@@ -139,14 +140,16 @@ def describe(directory: Path) -> dict[str, Any]:
     config = as_stored(config, reader)
     nexus = is_nexus(directory)
     tensors = [reader.info(name) for name in reader.names()]
+    sizes = {ours: config.get(theirs) for ours, theirs in SIZES.items()}
+    dtypes = {tensor.dtype for tensor in tensors}
     info: dict[str, Any] = {
         "directory": str(directory),
         "kind": "Nexus" if nexus else _kind(config),
         "family": config.get("model_type", "unknown"),
-        "dtype": "+".join(sorted({tensor.dtype for tensor in tensors})),
+        "dtype": "+".join(sorted(dtypes)),
         "parameters": count_parameters(reader, config),
         "bytes": sum(tensor.end - tensor.start for tensor in tensors),
-        **{ours: config.get(theirs) for ours, theirs in SIZES.items()},
+        **sizes,
         "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
         **_moe_info(config),
         "sequence_length": _sequence_length(directory),

@@ -115,6 +115,7 @@ def load_model(directory: Path, precision: str = "auto") -> Any:
     know_model_type(directory)
     # checks headers, ranges and paths, which transformers trusts
     TensorReader(directory)
+    # rows that P(D) does not give are another model's, or damaged: transformers can't tell
     if is_nexus(directory):
         verify_expert_embeddings(directory)
     from huggingface_hub.errors import StrictDataclassError

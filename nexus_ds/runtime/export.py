@@ -51,6 +51,8 @@ from nexus_ds.runtime.ranks import on_rank_0, together
 from nexus_ds.settings import Config
 
 Write = Callable[[str, Tensor], None]
+Plan = dict[str, tuple[str, tuple[int, ...]]]
+"""dtype, as safetensors names it, and shape of each tensor by name."""
 TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 # quantile of the tokens that has to be within the tolerance; why not all in bf16: `_verify`
@@ -59,7 +61,9 @@ JUDGED = {torch.float32: 1.0, torch.bfloat16: 0.9}
 
 def _dense_part(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters outside Nexus layers, under their names on disk (tied weights once)."""
-    inside = {id(p) for layer in moe_layers(model) for p in layer.parameters()}
+    inside: set[int] = set()
+    for layer in moe_layers(model):
+        inside |= {id(parameter) for parameter in layer.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) not in inside}
 
 
@@ -73,11 +77,13 @@ def _table(model: nn.Module) -> dict[str, Stored]:
     return stored(_own_config(model)) if moe_layers(model) else {}
 
 
-def _plan(model: nn.Module, dtype: torch.dtype) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _plan(model: nn.Module, dtype: torch.dtype) -> Plan:
     """Return dtype and shape of every tensor of the checkpoint."""
-    shapes = {name: entry.shape for name, entry in _table(model).items()}
-    shapes = shapes or {name: full_shape(p) for name, p in _dense_part(model).items()}
-    return {name: (TYPE_NAMES[dtype], shape) for name, shape in shapes.items()}
+    kind = TYPE_NAMES[dtype]
+    table = _table(model)
+    if table:
+        return {name: (kind, entry.shape) for name, entry in table.items()}
+    return {name: (kind, full_shape(p)) for name, p in _dense_part(model).items()}
 
 
 def _write_experts(index: int, layer: NexusMoE, write: Write) -> None:
@@ -127,6 +133,7 @@ def _write_router(
             write(gate_name(index), data)
     else:
         named = list(layer.router.projection.named_parameters())
+        # the optimizer's fp32 masters, not the working weights: readers compute rows from these
         sidecar.projections[index] = {
             name: internals.full_fp32(parameter) for name, parameter in named
         }
@@ -143,7 +150,7 @@ class _Sink:
     def __init__(
         self,
         directory: Path | None,
-        plan: dict[str, tuple[str, tuple[int, ...]]],
+        plan: Plan,
         dtype: torch.dtype,
     ) -> None:
         self.dtype = dtype
@@ -200,7 +207,9 @@ def _write_config(model: Any, source: Path | None, dtype: torch.dtype, directory
         values = json.loads((source / "config.json").read_text(encoding="utf-8"))
     else:
         values = _own_config(model) | {"architectures": [type(model).__name__]}
+    # as the model in memory does it: the source may say "tied" beside a head of its own
     values |= {"dtype": name, "tie_word_embeddings": HEAD not in _dense_part(model)}
+    # the key of transformers before 5 would contradict
     values.pop("torch_dtype", None)
     values = both_ropes(values)
     write_text(directory / "config.json", json.dumps(values, indent=2) + "\n")
@@ -222,7 +231,8 @@ def _verify(directory: Path, dtype: torch.dtype, tokens_BS: Tensor, logits_BSV: 
         output = model(input_ids=tokens_BS.to(device), use_cache=False)
     reloaded_BSV = output.logits.float().to(logits_BSV.device)
     scale = logits_BSV.abs().max().clamp_min(1e-9)
-    token_T = ((reloaded_BSV - logits_BSV).abs().amax(-1) / scale).flatten()
+    worst_BS = (reloaded_BSV - logits_BSV).abs().amax(-1)
+    token_T = (worst_BS / scale).flatten()
     difference = float(token_T.max())
     judged = float(token_T.quantile(JUDGED[dtype]))
     # "not <=": NaN is no agreement
@@ -261,6 +271,7 @@ def export(
         CheckpointError: the reloaded model computes something else, or it could not be written.
             `out` is not made; all ranks raise.
     """
+    # first, on all ranks alike: nobody computes for a directory that can't be made
     on_rank_0(lambda: refuse_existing(out))
     engine.module.eval()
     with torch.no_grad():
@@ -288,8 +299,7 @@ def _write(
         return
     _write_config(model, source, dtype, directory)
     if sidecar:
-        write_sidecar(
-            directory, replace(sidecar, lineage=[*sidecar.lineage, step], versions=versions())
-        )
+        lineage = [*sidecar.lineage, step]
+        write_sidecar(directory, replace(sidecar, lineage=lineage, versions=versions()))
     copy_tokenizer(Path(config.model.tokenizer or config.model.path), directory)
     write_text(directory / "training.yaml", dump(config))

@@ -32,7 +32,8 @@ def average_dense(models: Sequence[Path], out: Path) -> None:
     first = opened[0].reader
     for other in opened[1:]:
         _check_shapes(opened[0], other)
-    plan = {name: (first.info(name).dtype, first.info(name).shape) for name in first.names()}
+    infos = {name: first.info(name) for name in first.names()}
+    plan = {name: (info.dtype, info.shape) for name, info in infos.items()}
     tensors: dict[str, Blend | Tensor] = {}
     for name in plan:
         parts = [Part(f"model {model.directory.name}", model.reader, name) for model in opened]

@@ -178,6 +178,7 @@ def _relation(a: TensorReader, b: TensorReader, names: Sequence[str]) -> float:
         x = a.read_rows(name, start, start + count).double().flatten()
         y = b.read_rows(name, start, start + count).double().flatten()
         cosines.append(x @ y / (x.norm() * y.norm()))
+    # the median: one matrix that training has turned does not decide
     return float(torch.stack(cosines).nanmedian())
 
 
@@ -276,7 +277,9 @@ def domain_vectors(embeddings: DomainEmbeddings, names: Iterable[str]) -> Tensor
     Raises:
         DataError: a domain that was not embedded; names those that were.
     """
-    return torch.stack([torch.from_numpy(embeddings.vector(name).copy()) for name in names])
+    # copies: rows of a file are views into all of it
+    vectors = [embeddings.vector(name).copy() for name in names]
+    return torch.stack([torch.from_numpy(vector) for vector in vectors])
 
 
 def encoder_record(embeddings: DomainEmbeddings, names: Iterable[str]) -> EncoderRecord:
@@ -332,6 +335,7 @@ def _blend_rows(
     if len(blend.parts) == 1 and first.weight == blend.divisor == 1.0:
         # a copy never goes through fp32 and back: it keeps every bit
         return total.mul_(blend.scale).to(dtype)
+    # fp32 whatever the parts are: bf16 would round each summand
     total = total.float() * first.weight
     for part, seen in zip(blend.parts[1:], health[1:], strict=True):
         rows = part.reader.read_rows(part.name, start, stop)
@@ -350,6 +354,7 @@ def _write_blend(writer: TensorWriter, name: str, blend: Blend, dtype: torch.dty
         writer.write_rows(name, start, rows)
     for part, seen in zip(blend.parts, health, strict=True):
         _check_values(part, seen.bad, seen.nonzero)
+    # parts that are finite can overflow in the sum, doubled, or in a narrower dtype
     if result.bad:
         raise CheckpointError(
             f"{name}: {result.bad} values overflow {dtype}; "

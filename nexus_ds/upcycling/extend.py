@@ -158,6 +158,7 @@ def open_fitting(mixture: OldModel, experts: Mapping[str, Path]) -> dict[str, De
     check_related(f"the checkpoint {mixture.directory}", mixture.reader, models)
     check_tokenizers(mixture.directory, experts)
     check_tokenizer(mixture.directory, own.vocabulary)
+    # only to refuse one that asks for code, before anything is written; `write` reads it again
     read_generation_config(mixture.directory)
     return models
 
@@ -168,7 +169,8 @@ def check_expert_embeddings(rows: Tensor, old: int, layer: int) -> None:
     So do rows that are not finite. P has then never learned such input.
     """
     norms = rows.float().norm(dim=1)
-    largest_old, largest_new = float(norms[:old].max()), float(norms[old:].max())
+    largest_old = float(norms[:old].max())
+    largest_new = float(norms[old:].max())
     # The 1 lets old rows be all but zero, as those of a router that was hardly trained.
     dwarfed = largest_new > LARGEST_EMBEDDING * largest_old + 1.0
     if dwarfed or not bool(torch.isfinite(norms).all()):
@@ -193,7 +195,9 @@ def check_encoder(sidecar: Sidecar, embeddings: DomainEmbeddings) -> None:
     """Raise IncompatibleModelsError unless the embeddings come from the checkpoint's encoder."""
     old = sidecar.encoder
     dimension = sidecar.vectors.shape[1]
-    if embeddings.dimension == dimension and (old is None or embeddings.revision == old.revision):
+    # without a record of the encoder, the dimension is all there is to compare
+    same = old is None or embeddings.revision == old.revision
+    if same and embeddings.dimension == dimension:
         return
     name = old.name if old else "unknown"
     revision = old.revision[:12] if old else "unknown"
@@ -262,6 +266,8 @@ def _extended_embeddings(
         fresh = domain_expert_embeddings(inputs, hidden_size, layer, 1.0)[old:]
     else:
         fresh = torch.empty(total - old, hidden_size).normal_(generator=generator)
+    # As long as the old rows are: scores are products with them, and a longer row would draw tokens
+    # by its length alone.
     norm = stored_rows.float().norm(dim=-1).mean()
     fresh = fresh / fresh.norm(dim=-1, keepdim=True) * norm
     return torch.cat([stored_rows, fresh.to(stored_rows.dtype)])

@@ -130,11 +130,14 @@ class NewModel:
             write_json(directory / "generation_config.json", generation)
         write_sidecar(directory, self.sidecar)
         report = None
+        # the warm start reads the checkpoint as anybody does: it has to be whole by now
         if text is not None:
             report = fit_router(directory, text, router, seed, self.kept)
+            # not self.sidecar: P is another one since
             fitted = read_sidecar(directory)
             fitted.lineage[-1] = dataclasses.replace(fitted.lineage[-1], fit=report)
             write_sidecar(directory, fitted)
+        # what every reader will check first
         verify_expert_embeddings(directory)
         return report
 

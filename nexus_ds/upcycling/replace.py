@@ -67,6 +67,7 @@ def replaced(
     places = _places(old, experts)
     vectors = _vectors(old, places, embeddings)
     models = open_fitting(mixture, experts)
+    # the number of experts stays: k of n have k / n of the averaged weights by right
     total = merge_share(len(old.experts) - len(models), len(models), share)
     step = ReplaceStep(
         checkpoint=portable(checkpoint),

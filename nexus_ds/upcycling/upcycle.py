@@ -85,6 +85,8 @@ def upcycled(
         CheckpointError, UnsupportedModelError, IncompatibleModelsError: models that can't be put
             together.
     """
+    # All checks come first, of headers and configurations alone: weights are read as they are
+    # written.
     check_start(config.router.warm_start, config.router.kind, config.router.projection)
     vectors = _domain_vectors(seed, experts, embeddings, config)
     if config.router.top_k > len(experts):
@@ -97,6 +99,7 @@ def upcycled(
     check_related(f"the seed {seed}", base.reader, models)
     check_tokenizers(seed, experts)
     check_tokenizer(seed, base.settings.vocabulary)
+    # only to refuse one that asks for code, before anything is written; `write` reads it again
     read_generation_config(seed)
     step = UpcycleStep(
         seed_model=portable(seed), family=base.family, router=config.router, seed=config.seed
@@ -213,9 +216,11 @@ def _expert_embeddings(
     router = config.router
     experts, hidden_size = entry.shape
     if router.kind == "nexus":
+        # in the dtype they are stored in: whoever opens the checkpoint computes them again
         return expert_embeddings(sidecar, entry.layer, dtype)
     if router.warm_start == "embedding":
         inputs = sidecar.domain_inputs()
         return domain_expert_embeddings(inputs, hidden_size, entry.layer, router.init_norm)
+    # of its own in each layer: rows don't depend on what other layers have drawn
     generator = layer_generator(config.seed, entry.layer)
     return init_expert_embeddings(experts, hidden_size, router.init, router.init_norm, generator)
