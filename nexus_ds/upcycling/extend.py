@@ -113,13 +113,7 @@ def extended(
         router=config.router,
         seed=config.seed,
     )
-    sidecar = dataclasses.replace(
-        old,
-        experts=[*old.experts, *(expert_record(name, model) for name, model in models.items())],
-        lineage=[*old.lineage, step],
-        versions=versions(),
-        vectors=torch.cat([old.vectors, vectors]),
-    )
+    sidecar = _extended_sidecar(old, models, vectors, step)
     target = mixture.target(len(sidecar.experts))
     places = {name: number for number, name in enumerate(models, start=len(old.experts))}
 
@@ -137,6 +131,23 @@ def extended(
         checkpoint,
         kept=len(old.experts),
         cast=casts(models, mixture.dtype),
+    )
+
+
+def _extended_sidecar(
+    old: Sidecar, models: Mapping[str, DenseModel], vectors: Tensor, step: ExtendStep
+) -> Sidecar:
+    """Return the new mixture's sidecar; `vectors` are the new domains' embeddings [k, m].
+
+    The centre stays: the old experts' embeddings were computed with it, and P was trained on it.
+    """
+    records = [expert_record(name, model) for name, model in models.items()]
+    return dataclasses.replace(
+        old,
+        experts=[*old.experts, *records],
+        lineage=[*old.lineage, step],
+        versions=versions(),
+        vectors=torch.cat([old.vectors, vectors]),
     )
 
 

@@ -78,9 +78,9 @@ def replaced(
     )
     records = list(old.experts)
     for name, place in places.items():
-        records[place] = dataclasses.replace(
-            expert_record(name, models[name]), domain=records[place].domain
-        )
+        record = expert_record(name, models[name])
+        # the domain stays what it was: text and evaluation are found by it
+        records[place] = dataclasses.replace(record, domain=records[place].domain)
     sidecar = dataclasses.replace(
         old, experts=records, lineage=[*old.lineage, step], versions=versions(), vectors=vectors
     )
