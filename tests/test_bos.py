@@ -229,7 +229,7 @@ def test_the_demos_and_the_comparisons_evaluations(tmp_path, monkeypatch, capsys
 def test_training_refuses_a_tokenizer_beyond_the_embedding(nexus_dir, tmp_path):
     large = tmp_path / "large"
     add_token(shutil.copytree(nexus_dir, large))
-    words = [f"model.path={nexus_dir}", "data.sequence_length=16"]
+    words = [f"model.path={nexus_dir}", "data.sequence_length=16", "data.domains=[a]"]
     loop.check(load_config("demo", [*words, f"model.tokenizer={nexus_dir}"]))
     with pytest.raises(IncompatibleModelsError, match=r"ids up to 31 .* the model embeds 31"):
         loop.check(load_config("demo", [*words, f"model.tokenizer={large}"]))
