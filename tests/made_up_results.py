@@ -1,9 +1,13 @@
-"""Made-up results of a comparison, in the shape and the size of real ones; no number here was ever
-measured."""
+"""Made-up results of a comparison, in the shape and the size of real ones, and ways to look into
+them; no number here was ever measured."""
 
+import csv
 import random
+from statistics import fmean
 
 import numpy as np
+
+from nexus_ds.experiments.comparison.result_file import Results
 
 OLD, NEW, PRETRAINING = ["wikipedia", "arxiv", "books", "stackexchange"], ["github"], ["c4"]
 BUDGETS = [0, 25_000, 50_000, 100_000]
@@ -57,7 +61,7 @@ def _routing(domains, experts, own):
     }
 
 
-def _contender(name, seeds, noise, variant="", shift=0.0):
+def _method(name, seeds, noise, variant="", shift=0.0):
     label, group, distance, flops, active, own = METHODS[name]
     entry = {
         "name": name,
@@ -165,15 +169,15 @@ def evaluation(experts, layers=3, seed=0):
 def results(seeds=(0, 1, 2), variants=True, evaluations=True):
     """The results of a whole comparison."""
     noise = random.Random(7)
-    contenders = [_contender(name, seeds, noise) for name in METHODS]
+    methods = [_method(name, seeds, noise) for name in METHODS]
     settings = {
         "low_balance": ["router.load_balance=0.0005"],
         "equal_data": ["data.mixture=uniform"],
     }
     if variants:
         for number, variant in enumerate(settings):
-            contenders += [
-                _contender(n, seeds, noise, variant, 0.02 * number) for n in ("nexus", "linear")
+            methods += [
+                _method(n, seeds, noise, variant, 0.02 * number) for n in ("nexus", "linear")
             ]
     extensions = [_extension(name, seeds, noise) for name in EXTENSIONS]
     if variants:
@@ -190,7 +194,7 @@ def results(seeds=(0, 1, 2), variants=True, evaluations=True):
             "new": NEW,
             "scored": [*OLD, *PRETRAINING, *NEW],
         },
-        "contenders": contenders,
+        "contenders": methods,
         "extensions": extensions,
         "evaluations": {
             "nexus": evaluation(OLD),
@@ -208,3 +212,33 @@ def results(seeds=(0, 1, 2), variants=True, evaluations=True):
             }
         ],
     }
+
+
+def read(found):
+    """Return results (JSON) as the reports read them."""
+    return Results.from_json(found)
+
+
+def seeds_of(found, kind, name, variant="", budget=None):
+    """Return what was measured of a method (`kind` contenders) or extension, a dictionary a seed."""
+    (entry,) = [e for e in found[kind] if e["name"] == name and e["variant"] == variant]
+    seeds = list(entry["seeds"].values())
+    return seeds if budget is None else [seed["budgets"][budget] for seed in seeds]
+
+
+def mean_loss(seeds, domains):
+    return [fmean(seed["loss"][domain] for domain in domains) for seed in seeds]
+
+
+def rows_of(path):
+    """Return the lines of a CSV, a dictionary each."""
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def assert_row(table, row, expected):
+    """Check all cells of the rows that begin with `row`; `expected` names every column, in
+    order."""
+    assert list(table.header) == list(expected)
+    (line,) = [line for line in table.rows if line[: len(row)] == row]
+    assert list(line) == list(expected.values())

@@ -15,7 +15,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nexus_ds.command_lines import evaluate_words
 from nexus_ds.errors import ConfigError, NexusError
@@ -27,6 +27,7 @@ from nexus_ds.progress import duration
 if TYPE_CHECKING:
     from nexus_ds.experiments.comparison.job_graph import Comparison, Made
     from nexus_ds.experiments.comparison.jobs import Pool
+    from nexus_ds.experiments.comparison.result_file import Results
     from nexus_ds.settings import Config
 
 RESULTS = "results.json"
@@ -142,22 +143,23 @@ def _report(
     wanted: dict[str, Path],
     out: Path,
     seconds: float,
-) -> dict[str, Any]:
+) -> Results:
     from nexus_ds.experiments.comparison.report import write_comparison
     from nexus_ds.experiments.comparison.results import collect
+    from nexus_ds.report.summary import ModelEntry
 
     entries = {}
     for name, report in wanted.items():
         if report.exists():
             summary = json.loads((report / "summary.json").read_text(encoding="utf-8"))
-            entries[name] = summary["models"][name]
+            entries[name] = ModelEntry.from_json(summary["models"][name])
     earlier = (
         json.loads((out / RESULTS).read_text(encoding="utf-8"))["seconds"]
         if (out / RESULTS).exists()
         else 0.0
     )
     results = collect(comparison, config, pool.failed, entries, max(seconds, earlier))
-    write_json(out / RESULTS, results)
+    write_json(out / RESULTS, results.to_json())
     write_comparison(results, out)
     return results
 
@@ -197,13 +199,13 @@ def run(args: argparse.Namespace) -> int:
         pool.run()
         results = _report(comparison, config, pool, wanted, args.out, time.monotonic() - started)
     if args.json:
-        print(json.dumps(results, ensure_ascii=False))
+        print(json.dumps(results.to_json(), ensure_ascii=False))
     else:
         from nexus_ds.experiments.comparison.report import terminal_tables, verdict
 
         print(terminal_tables(results) + "\n\n" + "\n".join(verdict(results)))
         print(
-            f"\nreport: {args.out / 'report.html'}, {args.out / RESULTS}; {duration(results['seconds'])}"
+            f"\nreport: {args.out / 'report.html'}, {args.out / RESULTS}; {duration(results.seconds or 0.0)}"
         )
     if pool.failed:
         first, why = next(iter(pool.failed.items()))

@@ -1,10 +1,9 @@
-"""Numbers of a comparison: means over seeds or windows, paired differences, and what may be said
-about them.
+"""Statistics of paired differences: over seeds, over windows of text, and what may be said of them.
 
-Two contenders of one seed saw the same text in the same order and are scored on the same windows,
-so it is their difference seed by seed that counts, not the difference of two means with their
-spreads. Two models that are scored on the same windows differ window by window in the same way, and
-many windows, unlike three seeds, carry a standard error.
+Two models of one seed saw the same text in the same order and are scored on the same windows, so it
+is their difference seed by seed that counts, not the difference of two means with their spreads.
+Two models that are scored on the same windows differ window by window in the same way, and many
+windows, unlike three seeds, carry a standard error.
 
 Windows lie evenly over a domain's text, in its order, and those of one document resemble one
 another: neighbours are taken together as GROUPS stretches of text, and these as independent. (On
@@ -24,7 +23,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nexus_ds.report.page import Spread
 
@@ -39,10 +38,23 @@ GROUPS = 10
 """Stretches of text whose means are taken as independent; the fewer, the longer the documents may
 be."""
 LEAST = 0.01
-"""Nats below which a difference is not called: paired differences of equal contenders vary by
+"""Nats below which a difference is not called: paired differences of equal methods vary by
 0.003-0.03."""
 ENOUGH = 3
 """Seeds from which on a difference is called better or worse."""
+
+
+def number(value: object) -> float | None:
+    """Return a finite number (a whole one as int), anything else as None."""
+    # Python counts True as a number; a file's `true` is none.
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if isinstance(value, int):
+        return value
+    return float(value) if math.isfinite(value) else None
+
+
+# Over seeds -----------------------------------------------------------------------------------------
 
 
 def spread(values: Mapping[str, float], digits: int = 3, signed: bool = False) -> Spread | None:
@@ -56,8 +68,10 @@ def spread(values: Mapping[str, float], digits: int = 3, signed: bool = False) -
 
 @dataclass(frozen=True)
 class Paired:
-    """Differences (one contender minus another; losses, so below 0 is better) by seed, at least
-    one."""
+    """Differences by seed, at least one: losses of one method minus those of another.
+
+    Below 0 is better.
+    """
 
     by_seed: Mapping[str, float]
 
@@ -65,13 +79,14 @@ class Paired:
     def spread(self) -> Spread:
         """Mean and deviation of the differences."""
         found = spread(self.by_seed, signed=True)
-        assert found is not None, "no seed has both contenders"
+        assert found is not None, "no seed has both methods"
         return found
 
     @property
     def agreement(self) -> str:
         """In how many seeds it is lower: '2 of 3'."""
-        return f"{sum(value < 0 for value in self.by_seed.values())} of {len(self.by_seed)}"
+        lower = sum(value < 0 for value in self.by_seed.values())
+        return f"{lower} of {len(self.by_seed)}"
 
     @property
     def outcome(self) -> str:
@@ -79,13 +94,11 @@ class Paired:
 
         All seeds must have one sign and the mean must be at least LEAST.
         """
-        values = list(self.by_seed.values())
-        if (
-            not (all(v < 0 for v in values) or all(v > 0 for v in values))
-            or abs(statistics.fmean(values)) < LEAST
-        ):
+        values = self.by_seed.values()
+        below = all(value < 0 for value in values)
+        above = all(value > 0 for value in values)
+        if not (below or above) or abs(statistics.fmean(values)) < LEAST:
             return "open"
-        below = values[0] < 0
         if len(values) < ENOUGH:
             return "lower" if below else "higher"
         return "better" if below else "worse"
@@ -97,18 +110,28 @@ def paired(values: Mapping[str, float], reference: Mapping[str, float]) -> Paire
     return Paired(common) if common else None
 
 
+# Over windows ---------------------------------------------------------------------------------------
+
+
 def quantile(freedom: float) -> float:
-    """Return how many standard errors an interval of CONFIDENCE reaches to each side (Student's t;
-    inf for freedom 0)."""
+    """Return how many standard errors an interval of CONFIDENCE reaches to each side.
+
+    That is Student's t with `freedom` degrees of freedom; infinite for 0.
+    """
+    if freedom <= 0:
+        return math.inf
+    # Imported here: what draws figures alone needs no interval, and scipy takes 0.2 s.
     from scipy.special import stdtrit
 
-    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) if freedom > 0 else math.inf
+    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference of two models' losses in nats per token over windows that both read; below
-    0 is better."""
+    """A mean difference of two models' losses (nats per token) over windows that both read.
+
+    Below 0 is better.
+    """
 
     mean: float
     error: float
@@ -118,98 +141,64 @@ class Difference:
 
     @property
     def noise(self) -> float:
-        """How far the interval of CONFIDENCE reaches to each side of the mean; infinite for one
-        window."""
+        """How far the interval of CONFIDENCE reaches to each side; infinite for one window."""
         return quantile(self.freedom) * self.error if self.freedom > 0 else math.inf
 
 
 def standard_error(values: Values) -> float:
-    """Return the standard error of the mean of a number a window, in the order of the text; NaN for
-    one window."""
-    count, groups, mean = (
-        len(values),
-        min(len(values), GROUPS),
-        statistics.fmean(map(float, values)),
-    )
+    """Return the standard error of the mean of a number a window; NaN for one window.
+
+    With S_g the sum over the windows of stretch g of (value - mean), G stretches and n windows:
+
+        error = sqrt(G / (G - 1) * sum_g S_g²) / n
+
+    For stretches of one window (n <= GROUPS) this is the usual s / sqrt(n). Else it is that of a
+    ratio estimate over clusters (Cochran, Sampling Techniques, on ratio estimates), so that
+    stretches of unequal length count by their windows.
+
+    Args:
+        values: [W] numbers in the order of the text.
+    """
+    count = len(values)
     if count < 2:
         return math.nan
+    groups = min(count, GROUPS)
+    numbers = [float(value) for value in values]
+    mean = statistics.fmean(numbers)
+    # Stretches of neighbours, as equal in length as they can be.
     bounds = [count * group // groups for group in range(groups + 1)]
-    sums = [
-        math.fsum(float(v) - mean for v in values[start:end])
-        for start, end in itertools.pairwise(bounds)
-    ]
-    return math.sqrt(groups / (groups - 1) * math.fsum(s * s for s in sums)) / count
+    sums = []
+    for start, end in itertools.pairwise(bounds):
+        sums.append(math.fsum(value - mean for value in numbers[start:end]))
+    squares = math.fsum(deviation * deviation for deviation in sums)
+    return math.sqrt(groups / (groups - 1) * squares) / count
 
 
 def over_windows(before: Values, after: Values) -> Difference:
-    """Return `after` minus `before`, losses of two models on the same windows (at least one), in
-    the order of the text."""
+    """Return `after` minus `before`, losses of two models on the same windows.
+
+    Args:
+        before, after: [W] nats per token in the order of the text, at least one.
+    """
+    # What makes a window easy or hard for both models cancels in the pair.
     values = [float(b) - float(a) for a, b in zip(before, after, strict=True)]
-    return Difference(
-        statistics.fmean(values), standard_error(values), min(len(values), GROUPS) - 1
-    )
+    freedom = min(len(values), GROUPS) - 1
+    return Difference(statistics.fmean(values), standard_error(values), freedom)
 
 
 def mean_difference(parts: Sequence[Difference]) -> Difference:
-    """Return the mean of differences over different texts, each counting the same (freedom: Welch
-    and Satterthwaite)."""
+    """Return the mean of k differences over different texts, each counting the same.
+
+    The texts are independent: error = sqrt(sum e_i²) / k, with Welch and Satterthwaite's degrees
+    of freedom (sum e_i²)² / sum(e_i⁴ / freedom_i).
+    """
     mean = statistics.fmean(part.mean for part in parts)
     if any(part.freedom == 0 for part in parts):
         return Difference(mean, math.nan, 0)
     variances = [part.error**2 for part in parts]
     fourth = sum(v**2 / part.freedom for v, part in zip(variances, parts, strict=True))
-    freedom = sum(variances) ** 2 / fourth if fourth > 0 else sum(part.freedom for part in parts)
+    freedom = float(sum(part.freedom for part in parts))
+    # Without noise in any part it would be 0 / 0.
+    if fourth > 0:
+        freedom = sum(variances) ** 2 / fourth
     return Difference(mean, math.sqrt(sum(variances)) / len(parts), freedom)
-
-
-def number(value: Any) -> float | None:
-    """Return a finite number as float, anything else as None."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if good else None
-
-
-def mean_loss(losses: Any, domains: Sequence[str]) -> float | None:
-    """Return the mean of the domains' losses, each domain counting the same; None if one is
-    missing."""
-    found = [number((losses or {}).get(domain)) for domain in domains]
-    kept = [value for value in found if value is not None]
-    return statistics.fmean(kept) if kept and len(kept) == len(found) else None
-
-
-def seeds_of(entry: Mapping[str, Any], budget: str | None = None) -> dict[str, dict[str, Any]]:
-    """Return what was measured for each seed of a contender, or of an extension after `budget`
-    tokens."""
-    found = {seed: value or {} for seed, value in (entry.get("seeds") or {}).items()}
-    if budget is not None:
-        found = {
-            seed: (value.get("budgets") or {}).get(budget) or {} for seed, value in found.items()
-        }
-    return found
-
-
-def losses(
-    entry: Mapping[str, Any], domains: Sequence[str], budget: str | None = None
-) -> dict[str, float]:
-    """Return the mean loss over `domains` by seed, of the seeds that have one."""
-    found = {
-        seed: mean_loss(value.get("loss"), domains)
-        for seed, value in seeds_of(entry, budget).items()
-    }
-    return {seed: value for seed, value in found.items() if value is not None}
-
-
-def measured(entry: Mapping[str, Any], key: str, budget: str | None = None) -> dict[str, float]:
-    """Return the number `key` by seed, of the seeds that have one."""
-    found = {seed: number(value.get(key)) for seed, value in seeds_of(entry, budget).items()}
-    return {seed: value for seed, value in found.items() if value is not None}
-
-
-def budgets_of(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the finetune budgets of extensions in order, '0' (before any) first."""
-    found = {
-        b
-        for entry in entries
-        for seed in seeds_of(entry).values()
-        for b in (seed.get("budgets") or {})
-    }
-    return sorted(found, key=float)

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from nexus_ds.evaluation.perplexity import Cosines, Routing, Scores
 
 Record = TypeVar("Record", bound="DataclassInstance")
-Json = dict[str, Any]
-"""A JSON object, on its way from or to a file."""
+Json = Mapping[str, Any]
+"""A JSON object out of a file; its shape is what the dataclass that reads it says."""
 
 
-def from_keys(kind: type[Record], value: Mapping[str, Any]) -> Record:
+def from_keys(kind: type[Record], value: Json) -> Record:
     """Return the dataclass `kind` from the keys that are named like its fields."""
     return kind(**{each.name: value[each.name] for each in dataclasses.fields(kind)})
 
@@ -80,11 +80,11 @@ class RoutingEntry:
         )
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> RoutingEntry:
+    def from_json(cls, value: Json) -> RoutingEntry:
         """Return what `to_json` gave."""
         return from_keys(cls, {**value, "mean_share": value["routing"]})
 
-    def to_json(self) -> Json:
+    def to_json(self) -> dict[str, object]:
         """Return the entry's keys in the file."""
         renamed = {"mean_share": "routing"}
         return {renamed.get(key, key): value for key, value in vars(self).items()}
@@ -117,7 +117,7 @@ class CosineEntry:
 class ModelEntry:
     """One model of an evaluation."""
 
-    info: Mapping[str, Any]
+    info: Json
     """Model info as `nexus_ds.checkpoint.inspection.describe` gives it; `checkpoint` in the
     file."""
     tokens_per_second: float
@@ -125,16 +125,19 @@ class ModelEntry:
     cosine: CosineEntry | None = None
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> ModelEntry:
+    def from_json(cls, value: Json) -> ModelEntry:
         """Return what `to_json` gave."""
         routing = RoutingEntry.from_json(value) if "share_by_layer" in value else None
         found = value.get("cosine")
         cosine = None if found is None else from_keys(CosineEntry, found)
         return cls(value["checkpoint"], value["tokens_per_second"], routing, cosine)
 
-    def to_json(self) -> Json:
+    def to_json(self) -> dict[str, object]:
         """Return the entry; without a router there are no keys of one."""
-        entry: Json = {"checkpoint": self.info, "tokens_per_second": self.tokens_per_second}
+        entry: dict[str, object] = {
+            "checkpoint": self.info,
+            "tokens_per_second": self.tokens_per_second,
+        }
         if self.routing is not None:
             entry |= self.routing.to_json()
         if self.cosine is not None:
@@ -158,7 +161,7 @@ class BeforeAfter:
     verdict: Verdict | None
     """None in a summary of an older version, which kept no loss by window."""
 
-    def to_json(self) -> Json:
+    def to_json(self) -> dict[str, object]:
         """Return the file's `change`."""
         judged = {} if self.verdict is None else self.verdict.as_dict()
         return {"before": self.before, "after": self.after, "ratio": self.ratio, **judged}
@@ -187,12 +190,12 @@ class ModelTasks:
     """The reason, by task."""
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> ModelTasks:
+    def from_json(cls, value: Json) -> ModelTasks:
         """Return what `to_json` gave."""
         tasks = {name: from_keys(TaskEntry, task) for name, task in value["tasks"].items()}
         return cls(value["mean"], value["groups"], tasks, value["not_run"])
 
-    def to_json(self) -> Json:
+    def to_json(self) -> dict[str, object]:
         """Return the file's entry of one model."""
         return dataclasses.asdict(self)
 
@@ -230,7 +233,7 @@ class Summary:
         return None if self.change is None else self.change.verdict
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Summary:
+    def from_json(cls, value: Json) -> Summary:
         """Return what `to_json` gave."""
         window_loss = value.get("window_loss")
         change = value["change"]
@@ -247,9 +250,9 @@ class Summary:
             tasks={name: ModelTasks.from_json(entry) for name, entry in tasks.items()},
         )
 
-    def to_json(self) -> Json:
+    def to_json(self) -> dict[str, object]:
         """Return summary.json's content."""
-        summary: Json = {
+        summary: dict[str, object] = {
             **vars(self.setup),
             "perplexity": self.perplexity,
             "loss": self.loss,
@@ -267,7 +270,7 @@ class Summary:
 
 
 def _read_change(
-    change: Mapping[str, Any], window_loss: Mapping[str, Mapping[str, list[float]]] | None
+    change: Json, window_loss: Mapping[str, Mapping[str, list[float]]] | None
 ) -> BeforeAfter:
     before, after = change["before"], change["after"]
     verdict = None
@@ -283,7 +286,7 @@ class Measured:
     """One model's part of an evaluation: model info as
     `nexus_ds.checkpoint.inspection.describe` gives it, scores, cosines."""
 
-    info: Mapping[str, Any]
+    info: Json
     scores: Scores
     cosines: Cosines | None
 
@@ -298,7 +301,7 @@ class Measured:
         )
 
 
-def compared(infos: Mapping[str, Mapping[str, Any]], before: str = "") -> tuple[str, str] | None:
+def compared(infos: Mapping[str, Json], before: str = "") -> tuple[str, str] | None:
     """Return which two models are compared: `before` and the last, else the last two mixtures.
 
     None if there are none, or where the tokenizers differ: such models read different windows.

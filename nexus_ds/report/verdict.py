@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist, fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nexus_ds.errors import ConfigError
 from nexus_ds.report.page import Cell, Spread, Table, text_table
@@ -146,7 +146,7 @@ class Change:
         """Return the change with its standard error."""
         return percent(self.change, self.error)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return all of it as JSON; null where one window has no error."""
         low, high = self.interval
         return {
@@ -253,7 +253,7 @@ class Verdict:
         `exit_code`."""
         return "\n".join([text_table(self.table()), *(self.notes() if self.limit is None else [])])
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return all of it as JSON."""
         domains = {name: change.as_dict() for name, change in self.domains.items()}
         return {

@@ -1,5 +1,4 @@
-"""Statistics over seeds and windows: what a paired difference is called, its error, and that
-missing numbers stay missing."""
+"""Statistics over seeds and windows: what a paired difference is called, and its error."""
 
 import math
 
@@ -8,11 +7,7 @@ import pytest
 from nexus_ds.report.page import Spread
 from nexus_ds.report.paired import (
     Difference,
-    budgets_of,
-    losses,
     mean_difference,
-    mean_loss,
-    measured,
     over_windows,
     paired,
     quantile,
@@ -65,46 +60,7 @@ def test_one_seed_has_no_deviation():
     assert spread({}) is None
 
 
-def test_a_missing_domain_makes_no_mean():
-    assert mean_loss({"a": 2.0, "b": 4.0}, ["a", "b"]) == 3.0
-    for found in (
-        {"a": 2.0},
-        {"a": 2.0, "b": None},
-        {"a": 2.0, "b": math.nan},
-        {"a": 2.0, "b": "x"},
-        None,
-        {},
-    ):
-        assert mean_loss(found, ["a", "b"]) is None
-    assert mean_loss({"a": 2.0}, []) is None
-
-
-def test_failed_seeds_are_left_out():
-    entry = {
-        "seeds": {
-            "0": {"loss": {"a": 1.0}, "gate": 0.5},
-            "1": None,
-            "2": {"loss": None, "gate": None},
-        }
-    }
-    assert losses(entry, ["a"]) == {"0": 1.0} and measured(entry, "gate") == {"0": 0.5}
-    assert losses({"seeds": None}, ["a"]) == {}
-
-
-def test_budgets_are_ordered_as_numbers():
-    entries = [
-        {
-            "seeds": {
-                "0": {"budgets": {"100000": {}, "25000": {}}},
-                "1": {"budgets": {"0": {}}},
-                "2": {},
-            }
-        }
-    ]
-    assert budgets_of(entries) == ["0", "25000", "100000"]
-
-
-# Windows -----------------------------------------------------------------------------------------------------------
+# Windows ------------------------------------------------------------------------------------------
 
 
 def test_quantiles_are_those_of_printed_tables():

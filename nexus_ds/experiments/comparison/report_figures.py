@@ -11,27 +11,23 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from nexus_ds.experiments.comparison import seed_figures
 from nexus_ds.experiments.comparison.report_tables import (
-    EXTENSION_REFERENCES,
-    compute_of,
+    extension_reference,
     extensions_of,
-    label,
+    method_reference,
     methods_of,
     new_domains,
-    old_domains,
-    reference,
     starting_losses,
     variants_of,
     varied,
 )
+from nexus_ds.experiments.comparison.result_file import ExtensionRow, Results
 from nexus_ds.experiments.comparison.seed_figures import Level
 from nexus_ds.report.evaluation import write_csv
-from nexus_ds.report.paired import LEAST, budgets_of, losses, measured, paired, spread
+from nexus_ds.report.paired import LEAST, paired, spread
 
-Entry = Mapping[str, Any]
 Curves = dict[str, list[Level]]
 
 
@@ -40,49 +36,51 @@ def _level(x: float, values: Mapping[str, float]) -> Level | None:
     return None if found is None else Level(x, found.mean, found.deviation)
 
 
-def draw_differences(results: Entry, out: Path) -> Path | None:
-    """Draw every contender minus the reference on the old domains, a dot a seed."""
-    entries, domains = methods_of(results), old_domains(results)
-    base = reference(entries)
+def draw_differences(results: Results, out: Path) -> Path | None:
+    """Draw every method minus the reference on the old domains, a dot a seed."""
+    rows, old = methods_of(results), results.domains.old
+    base = method_reference(rows)
     if base is None:
         return None
-    found = {
-        label(e): paired(losses(e, domains), losses(base, domains))
-        for e in entries
-        if e is not base
-    }
-    rows = {name: value.by_seed for name, value in found.items() if value is not None}
-    if not rows:
+    found: dict[str, Mapping[str, float]] = {}
+    for row in rows:
+        compared = None if row is base else paired(row.losses(old), base.losses(old))
+        if compared is not None:
+            found[row.title] = compared.by_seed
+    if not found:
         return None
-    order = sorted(rows, key=lambda name: statistics.fmean(rows[name].values()))
+    order = sorted(found, key=lambda name: statistics.fmean(found[name].values()))
     write_csv(
         out.with_suffix(".csv"),
         ("contender", "seed", "difference_nats"),
-        [(name, seed, value) for name in order for seed, value in rows[name].items()],
+        [(name, seed, value) for name in order for seed, value in found[name].items()],
     )
     return seed_figures.paired_dots(
-        {"": {name: list(rows[name].values()) for name in order}},
+        {"": {name: list(found[name].values()) for name in order}},
         out,
-        title=f"Loss on the old domains minus that of {label(base)}, seed by seed",
+        title=f"Loss on the old domains minus that of {base.title}, seed by seed",
         xlabel=f"difference in nats per token (left: better; grey: below {LEAST})",
         ignore=LEAST,
     )
 
 
-def draw_compute(results: Entry, out: Path) -> Path | None:
-    """Draw every contender's loss on the old domains against its training compute; None for fewer
-    than two."""
+def draw_compute(results: Results, out: Path) -> Path | None:
+    """Draw every method's loss on the old domains against its training compute.
+
+    None for fewer than two.
+    """
     points: dict[str, Level] = {}
-    for entry in methods_of(results):
-        flops = compute_of(entry, "training_flops")
-        level = None if flops is None else _level(flops, losses(entry, old_domains(results)))
+    for row in methods_of(results):
+        flops = row.compute.training_flops
+        if flops is None:
+            continue
+        level = _level(float(flops), row.losses(results.domains.old))
         if level is not None:
-            points[label(entry)] = level
+            points[row.title] = level
     if len(points) < 2:
         return None
-    _levels_csv(
-        out, "contender", "training_flops", {"": {name: [level] for name, level in points.items()}}
-    )
+    one_panel = {"": {name: [level] for name, level in points.items()}}
+    _levels_csv(out, "contender", "training_flops", one_panel)
     return seed_figures.quality_compute(
         points,
         out,
@@ -95,47 +93,46 @@ def draw_compute(results: Entry, out: Path) -> Path | None:
 def _levels_csv(
     out: Path, row: str, x: str, panels: Mapping[str, Mapping[str, Sequence[Level]]]
 ) -> None:
-    rows = [
-        (panel, name, level.x, level.mean, level.deviation)
-        for panel, series in panels.items()
-        for name, levels in series.items()
-        for level in levels
-    ]
+    rows = []
+    for panel, series in panels.items():
+        for name, levels in series.items():
+            rows += [(panel, name, level.x, level.mean, level.deviation) for level in levels]
     write_csv(out.with_suffix(".csv"), ("panel", row, x, "mean", "deviation"), rows)
 
 
-def _ordered(results: Entry, added: str) -> list[Entry]:
+def _ordered(results: Results, added: str) -> list[ExtensionRow]:
     """Return the extensions of an addition with the reference first (it is drawn thicker)."""
-    entries = extensions_of(results, added)
-    base = reference(entries, EXTENSION_REFERENCES)
-    return sorted(entries, key=lambda entry: entry is not base)
+    rows = extensions_of(results, added)
+    base = extension_reference(rows)
+    return sorted(rows, key=lambda row: row is not base)
 
 
 def _curves(
-    results: Entry, added: str, values_of: Callable[[Entry, str], Mapping[str, float]]
+    results: Results, added: str, values_of: Callable[[ExtensionRow, str], Mapping[str, float]]
 ) -> Curves:
-    """Return each extension's levels over its budgets; `values_of(entry, budget)` gives a number a
-    seed."""
-    return {
-        label(e): [
-            level
-            for b in budgets_of([e])
-            if (level := _level(float(b), values_of(e, b))) is not None
-        ]
-        for e in _ordered(results, added)
-    }
+    """Return each extension's levels over its budgets.
+
+    `values_of(row, budget)` gives a number a seed.
+    """
+    curves: Curves = {}
+    for row in _ordered(results, added):
+        levels = [_level(float(budget), values_of(row, budget)) for budget in row.budgets]
+        curves[row.title] = [level for level in levels if level is not None]
+    return curves
 
 
-def draw_extension(results: Entry, added: str, out: Path) -> Path:
+def draw_extension(results: Results, added: str, out: Path) -> Path:
     """Draw the loss on the new and on the old domains over the finetuning (paper Figure 4)."""
-    old, new = old_domains(results), new_domains(results, added)
+    old, new = results.domains.old, new_domains(results, added)
     shown = ", ".join(old) if len(old) < 6 else f"all {len(old)}"
+    old_title = f"old domains: {shown}"
     panels = {
-        f"new domain: {added}": _curves(results, added, lambda e, b: losses(e, new, b)),
-        f"old domains: {shown}": _curves(results, added, lambda e, b: losses(e, old, b)),
+        f"new domain: {added}": _curves(results, added, lambda row, b: row.losses(new, b)),
+        old_title: _curves(results, added, lambda row, b: row.losses(old, b)),
     }
-    start = list(starting_losses(results, _ordered(results, added)[0], old).values())
-    lines = {title: statistics.fmean(start) for title in list(panels)[1:] if start}
+    # The level to stay at; on the new domain the mixture before has no expert, so none is drawn.
+    start = starting_losses(results, _ordered(results, added)[0], old)
+    lines = {old_title: statistics.fmean(start.values())} if start else {}
     _levels_csv(out, "extension", "finetune_tokens", panels)
     return seed_figures.levels(
         panels,
@@ -147,16 +144,15 @@ def draw_extension(results: Entry, added: str, out: Path) -> Path:
     )
 
 
-def draw_share(results: Entry, added: str, out: Path) -> Path:
-    """Draw the new domain's share at its expert and the old domains' leak over the finetuning
-    (paper Figure 6)."""
+def draw_share(results: Results, added: str, out: Path) -> Path:
+    """Draw share and leak over the finetuning (paper Figure 6).
+
+    Share is that of the new domain's tokens at its expert, leak that of the old domains' tokens
+    there.
+    """
     panels = {
-        f"share: {added}'s tokens at the new expert": _curves(
-            results, added, lambda e, b: measured(e, "share", b)
-        ),
-        "leak: old domains' tokens there": _curves(
-            results, added, lambda e, b: measured(e, "leak", b)
-        ),
+        f"share: {added}'s tokens at the new expert": _curves(results, added, ExtensionRow.shares),
+        "leak: old domains' tokens there": _curves(results, added, ExtensionRow.leaks),
     }
     _levels_csv(out, "extension", "finetune_tokens", panels)
     return seed_figures.levels(
@@ -168,24 +164,25 @@ def draw_share(results: Entry, added: str, out: Path) -> Path:
     )
 
 
-def draw_variants(results: Entry, out: Path) -> Path | None:
-    """Draw the loss of each varied contender under each setting (paper Figure 7)."""
-    names = ["", *[v for v in variants_of(results) if methods_of(results, v)]]
-    series: dict[str, list[Level]] = {title: [] for title in varied(results).values()}
-    for x, variant in enumerate(names):
-        for entry in methods_of(results, variant):
-            level = _level(float(x), losses(entry, old_domains(results)))
-            if entry["name"] in varied(results) and level is not None:
-                series[varied(results)[entry["name"]]].append(level)
-    if not series:
+def draw_variants(results: Results, out: Path) -> Path | None:
+    """Draw the loss of each varied method under each setting (paper Figure 7)."""
+    labels = varied(results)
+    if not labels:
         return None
-    shown = ["as it stands", *names[1:]]
-    rows = [
-        (shown[round(level.x)], name, level.mean, level.deviation)
-        for name, ls in series.items()
-        for level in ls
-    ]
-    write_csv(out.with_suffix(".csv"), ("setting", "contender", "mean", "deviation"), rows)
+    changed = [variant for variant in variants_of(results) if methods_of(results, variant)]
+    shown = ["as it stands", *changed]
+    series: Curves = {label: [] for label in labels.values()}
+    lines = []
+    for x, variant in enumerate(["", *changed]):
+        for row in methods_of(results, variant):
+            level = _level(float(x), row.losses(results.domains.old))
+            if row.name in labels and level is not None:
+                series[labels[row.name]].append(level)
+    for name, levels in series.items():
+        for level in levels:
+            setting = shown[round(level.x)]
+            lines.append((setting, name, level.mean, level.deviation))
+    write_csv(out.with_suffix(".csv"), ("setting", "contender", "mean", "deviation"), lines)
     return seed_figures.levels(
         {"old domains": series},
         out,

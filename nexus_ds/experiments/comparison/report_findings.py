@@ -4,41 +4,34 @@ A difference is called (better, worse) if at least three seeds have it with one 
 at least 0.01 nats; with fewer seeds it is reported as seen (lower, higher), and everything else as
 not told apart.
 
-Not covered: advice; the reader sees the cost of each contender beside the finding.
+Not covered: advice; the reader sees the cost of each method beside the finding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from nexus_ds.experiments.comparison.report_tables import (
-    EXTENSION_REFERENCES,
     additions,
     counterpart,
+    extension_reference,
     extensions_of,
     flops_ratio,
-    label,
+    method_reference,
     methods_of,
     new_domains,
-    old_domains,
-    reference,
     variants_of,
+)
+from nexus_ds.experiments.comparison.result_file import (
+    ExtensionRow,
+    MethodRow,
+    Results,
+    budgets_of,
 )
 from nexus_ds.experiments.comparison.seed_figures import short_count
 from nexus_ds.report.page import Spread
-from nexus_ds.report.paired import (
-    ENOUGH,
-    LEAST,
-    Paired,
-    budgets_of,
-    losses,
-    measured,
-    paired,
-    spread,
-)
+from nexus_ds.report.paired import ENOUGH, LEAST, Paired, paired, spread
 
-Entry = Mapping[str, Any]
 WORDS = {
     "better": "better than",
     "worse": "worse than",
@@ -49,7 +42,8 @@ WORDS = {
 HEADLINE = ("linear", "linear_fit", "union", "btx")
 """Rivals whose differences are spelt out: the paper's baseline, the same with our warm start, the
 dense alternative, BTX."""
-SMALL_ZERO_SHOT = "nexus_append", "nexus_zero_shot"
+SMALL_ZERO_SHOT = ("nexus_append", "nexus_zero_shot")
+"""Extensions that never read the new text."""
 
 
 def _seeds(count: int) -> str:
@@ -68,11 +62,9 @@ def _amount(found: Paired) -> str:
 
 
 def _signed(found: Paired) -> str:
-    return (
-        f"{found.spread}, lower in {found.agreement} seeds"
-        if len(found.by_seed) > 1
-        else str(found.spread)
-    )
+    if len(found.by_seed) == 1:
+        return str(found.spread)
+    return f"{found.spread}, lower in {found.agreement} seeds"
 
 
 def grouped(differences: Mapping[str, Paired], extra: Mapping[str, str] | None = None) -> str:
@@ -82,6 +74,7 @@ def grouped(differences: Mapping[str, Paired], extra: Mapping[str, str] | None =
         differences: the reference minus each rival, by the rival's label.
         extra: what to add in a rival's parentheses, such as its compute.
     """
+    notes = extra or {}
     parts = []
     for outcome, words in WORDS.items():
         found = {name: value for name, value in differences.items() if value.outcome == outcome}
@@ -90,132 +83,138 @@ def grouped(differences: Mapping[str, Paired], extra: Mapping[str, str] | None =
         listed = []
         for name, value in found.items():
             size = _signed(value) if outcome == "open" else f"by {_amount(value)}"
-            listed.append(f"{name} ({size}{(extra or {}).get(name, '')})")
+            listed.append(f"{name} ({size}{notes.get(name, '')})")
         most = max(len(value.by_seed) for value in found.values())
         parts.append(f"{words.format(seeds=_seeds(most))} {', '.join(listed)}")
     return "; ".join(parts)
 
 
-def _against(
-    entries: Sequence[Entry], base: Entry, domains: Sequence[str], budget: str | None = None
+def _minus_each(
+    base: Mapping[str, float], others: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Paired]:
-    """Return `base` minus each other entry, by label."""
-    mine = losses(base, domains, budget)
-    found = {label(e): paired(mine, losses(e, domains, budget)) for e in entries if e is not base}
+    """Return losses by seed of `base` minus those of each other, by label."""
+    found = {name: paired(base, losses) for name, losses in others.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _cost(entry: Entry, base: Entry) -> str:
-    """Return what a rival's training cost relative to `base`, where it differs by more than a
-    tenth."""
-    ratio = flops_ratio(entry, base)
+def _cost(row: MethodRow, base: MethodRow) -> str:
+    """Return what a rival's training cost, where it differs from `base` by more than a tenth."""
+    ratio = flops_ratio(row, base)
     if ratio is None or 0.9 <= ratio <= 1.1:
         return ""
     return f"; {ratio:.2g} × the training" if ratio else "; no further training"
 
 
-def _upcycling(results: Entry) -> list[str]:
+def _upcycling(results: Results) -> list[str]:
     # A branch serves its own domain; its loss over all of them is in the tables and makes no
     # finding.
-    entries = [entry for entry in methods_of(results) if not entry["name"].startswith("branch")]
-    domains, base = old_domains(results), reference(entries)
+    rows = [row for row in methods_of(results) if not row.name.startswith("branch")]
+    old, base = results.domains.old, method_reference(rows)
     if base is None:
         return ["No Nexus mixture was measured, so nothing is said about upcycling."]
-    differences = _against(entries, base, domains)
-    name = label(base)
-    opening = f"{name} reaches {_level(losses(base, domains))} on the {len(domains)} domains of its experts."
+    rivals = [row for row in rows if row is not base]
+    differences = _minus_each(base.losses(old), {row.title: row.losses(old) for row in rivals})
+    level = _level(base.losses(old))
+    opening = f"{base.title} reaches {level} on the {len(old)} domains of its experts."
     if not differences:
         return [f"Upcycling: {opening} Nothing was measured to compare it with."]
-    costs = {label(entry): _cost(entry, base) for entry in entries}
-    first = {label(e) for e in entries if e["name"] in HEADLINE}
-    main = grouped({k: v for k, v in differences.items() if k in first}, costs)
-    others = grouped({k: v for k, v in differences.items() if k not in first}, costs)
-    sentences = [f"Upcycling: {opening} It is {main}." if main else f"Upcycling: {opening}"]
-    return [*sentences, f"{name} is {others}."] if others else sentences
+    costs = {row.title: _cost(row, base) for row in rivals}
+    first = {row.title for row in rivals if row.name in HEADLINE}
+    spelt_out = {name: value for name, value in differences.items() if name in first}
+    others = {name: value for name, value in differences.items() if name not in first}
+    sentences = [f"Upcycling: {opening}"]
+    if spelt_out:
+        sentences = [f"Upcycling: {opening} It is {grouped(spelt_out, costs)}."]
+    if others:
+        sentences.append(f"{base.title} is {grouped(others, costs)}.")
+    return sentences
 
 
-def _extension(results: Entry, added: str) -> list[str]:
-    entries = extensions_of(results, added)
-    base = reference(entries, EXTENSION_REFERENCES)
+def _extension(results: Results, added: str) -> list[str]:
+    rows = extensions_of(results, added)
+    base = extension_reference(rows)
     if base is None:
         return [f"Adding {added}: no Nexus extension was measured."]
-    budget = budgets_of(entries)[-1]
-    when = (
-        f"after {short_count(float(budget))} tokens of finetuning"
-        if float(budget)
-        else "without finetuning"
-    )
+    budget = budgets_of(rows)[-1]
+    tokens = float(budget)
+    when = f"after {short_count(tokens)} tokens of finetuning" if tokens else "without finetuning"
+    texts = {
+        "the new domain": new_domains(results, added),
+        "the old domains": results.domains.old,
+    }
     sentences = []
-    for what, domains in (
-        ("the new domain", new_domains(results, added)),
-        ("the old domains", old_domains(results)),
-    ):
-        mine = losses(base, domains, budget)
+    for what, domains in texts.items():
+        mine = base.losses(domains, budget)
         if not mine:
             continue
-        found = grouped(_against(entries, base, domains, budget))
-        text = f"Adding {added}, {what} {when}: {label(base)} reaches {_level(mine)}"
+        others = {row.title: row.losses(domains, budget) for row in rows if row is not base}
+        found = grouped(_minus_each(mine, others))
+        text = f"Adding {added}, {what} {when}: {base.title} reaches {_level(mine)}"
         sentences.append(f"{text}; it is {found}." if found else f"{text}.")
-    return [*sentences, *_found_at_once(entries, added)]
+    return [*sentences, *_found_at_once(rows, added)]
 
 
-def _found_at_once(entries: Sequence[Entry], added: str) -> list[str]:
-    """Say where the new domain's tokens go when its row is P of the domain embedding and nothing
-    else."""
+def _found_at_once(rows: Sequence[ExtensionRow], added: str) -> list[str]:
+    """Say where the new domain's tokens go when its expert embedding is P(d) and nothing else."""
     sentences = []
-    for entry in entries:
-        share, leak = (
-            spread(measured(entry, "share", "0"), 2),
-            spread(measured(entry, "leak", "0"), 2),
-        )
-        if entry["name"] in SMALL_ZERO_SHOT and share is not None:
+    for row in rows:
+        share, leak = spread(row.shares("0"), 2), spread(row.leaks("0"), 2)
+        if row.name in SMALL_ZERO_SHOT and share is not None:
             tail = f" and {leak} of the old domains' tokens" if leak is not None else ""
             sentences.append(
-                f"{label(entry)}, before any finetuning: {share} of {added}'s tokens{tail} go to the new expert."
+                f"{row.title}, before any finetuning: {share} of {added}'s tokens{tail} "
+                "go to the new expert."
             )
     return sentences
 
 
-def _variants(results: Entry) -> list[str]:
+def _variants(results: Results) -> list[str]:
     """Say which changed settings move the Nexus mixture's loss."""
+    old = results.domains.old
     found: dict[str, Paired] = {}
     for variant in variants_of(results):
-        entry = reference(methods_of(results, variant))
-        same = counterpart(results, entry) if entry is not None else None
-        if entry is None or same is None:
+        row = method_reference(methods_of(results, variant))
+        same = None if row is None else counterpart(results.methods, row)
+        if row is None or same is None:
             continue
-        value = paired(losses(entry, old_domains(results)), losses(same, old_domains(results)))
+        value = paired(row.losses(old), same.losses(old))
         if value is not None:
             found[variant] = value
     if not found:
         return []
     told = {name: value for name, value in found.items() if value.outcome != "open"}
-    listed = ", ".join(f"{name} ({value.spread}, {value.outcome})" for name, value in told.items())
-    rest = len(found) - len(told)
-    quiet = (
-        f"{rest} of {len(found)} changed settings can't be told apart from the recipe as it stands"
-    )
-    return [
-        f"Settings, Nexus on its old domains: {'; '.join(part for part in (listed, quiet if rest else '') if part)}."
-    ]
+    parts = []
+    if told:
+        listed = [f"{name} ({value.spread}, {value.outcome})" for name, value in told.items()]
+        parts.append(", ".join(listed))
+    if len(told) < len(found):
+        parts.append(
+            f"{len(found) - len(told)} of {len(found)} changed settings can't be told apart from "
+            "the recipe as it stands"
+        )
+    return [f"Settings, Nexus on its old domains: {'; '.join(parts)}."]
 
 
-def _caveat(results: Entry) -> str:
-    count = len(results["seeds"])
+def _caveat(results: Results) -> str:
+    count = len(results.seeds)
     if count < ENOUGH:
         return (
-            f"From {_seeds(count)}: the differences are those of this run, and nothing is known about how much they "
-            f"vary; run at least {ENOUGH} seeds before you call one better."
+            f"From {_seeds(count)}: the differences are those of this run, and nothing is known "
+            f"about how much they vary; run at least {ENOUGH} seeds before you call one better."
         )
+    # Of n fair coins all show one side in 2 of 2^n throws.
     return (
-        f"Better and worse: one sign in every seed (at least {ENOUGH}) and a mean difference of at least {LEAST} nats; "
-        f"equal contenders would share one sign by chance in 1 of {2 ** (count - 1)} comparisons of {count} seeds."
+        f"Better and worse: one sign in every seed (at least {ENOUGH}) and a mean difference of at "
+        f"least {LEAST} nats; equal contenders would share one sign by chance in 1 of "
+        f"{2 ** (count - 1)} comparisons of {count} seeds."
     )
 
 
-def verdict(results: Entry) -> list[str]:
-    """Return the verdict, a paragraph an entry: paired differences with spread and sign agreement
-    over the seeds."""
+def verdict(results: Results) -> list[str]:
+    """Return the verdict, a paragraph an entry.
+
+    It gives paired differences with their spread and how many seeds agree on the sign.
+    """
     sentences = _upcycling(results)
     for added in additions(results):
         sentences += _extension(results, added)

@@ -1,174 +1,163 @@
-"""Tables of a comparison: contenders, domains, extensions, changed settings; one row a contender.
+"""Tables of a comparison: methods, domains, extensions, changed settings; one row a method.
 
-Results are the dictionary that `nexus-ds compare` writes as results.json: `contenders` and
-`extensions` with what was measured for each seed, `domains` by role (old, pretraining, new,
-scored). What is missing shows as a dash.
+What is missing shows as a dash.
 
-Not covered: judging the numbers (findings.py), drawing them (comparison.py).
+Not covered: judging the numbers (report_findings.py), drawing them (report_figures.py).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
+from nexus_ds.experiments.comparison.result_file import (
+    ExtensionRow,
+    MethodRow,
+    Results,
+    SeedScores,
+    budgets_of,
+    mean_losses,
+    own_shares,
+    present,
+)
 from nexus_ds.experiments.comparison.seed_figures import short_count
 from nexus_ds.report.page import Cell, Spread, Table
-from nexus_ds.report.paired import budgets_of, losses, measured, number, paired, seeds_of, spread
+from nexus_ds.report.paired import paired, spread
 
-Entry = Mapping[str, Any]
 REFERENCES = ("nexus", "nexus_context", "nexus_paper")
 EXTENSION_REFERENCES = ("nexus_refit", "nexus_append", "nexus_contrastive", "nexus_zero_shot")
+LETTERS = "kMGTPEZ"
+"""Of powers of 1000."""
+
+AnyRow = TypeVar("AnyRow", MethodRow, ExtensionRow)
 
 
-def label(entry: Entry) -> str:
-    """Return the name that people read, with the changed setting if there is one."""
-    name = str(entry.get("label") or entry["name"])
-    return f"{name} [{entry['variant']}]" if entry.get("variant") else name
+# Which rows -----------------------------------------------------------------------------------------
 
 
-def methods_of(results: Entry, variant: str | None = "") -> list[Entry]:
-    """Return the contenders of one variant that at least one seed measured (None: of all
-    variants)."""
-    found = [
-        e
-        for e in results.get("contenders") or []
-        if variant is None or (e.get("variant") or "") == variant
-    ]
-    return [entry for entry in found if losses(entry, old_domains(results))]
+def methods_of(results: Results, variant: str | None = "") -> list[MethodRow]:
+    """Return the methods of one variant that at least one seed measured (None: of all variants)."""
+    rows = [row for row in results.methods if variant is None or row.variant == variant]
+    return [row for row in rows if row.losses(results.domains.old)]
 
 
 def extensions_of(
-    results: Entry, added: str | None = None, variant: str | None = ""
-) -> list[Entry]:
-    """Return the extensions of one variant (None: all) and one addition (None: all) that were
-    measured."""
-    found = [
-        e
-        for e in results.get("extensions") or []
-        if variant is None or (e.get("variant") or "") == variant
-    ]
-    return [e for e in found if budgets_of([e]) and added in (None, str(e.get("added", "")))]
+    results: Results, added: str | None = None, variant: str | None = ""
+) -> list[ExtensionRow]:
+    """Return the extensions that were measured, of one addition and one variant (None: of all)."""
+    rows = [row for row in results.extensions if variant is None or row.variant == variant]
+    return [row for row in rows if row.budgets and (added is None or row.added == added)]
 
 
-def additions(results: Entry) -> list[str]:
-    """Return what was added, each once: 'github', 'github+legal' (together), 'github, then
-    legal'."""
-    return list(dict.fromkeys(str(e.get("added", "")) for e in extensions_of(results)))
+def additions(results: Results) -> list[str]:
+    """Return what was added, each once (`ExtensionRow.added`)."""
+    return list(dict.fromkeys(row.added for row in extensions_of(results)))
 
 
-def old_domains(results: Entry) -> list[str]:
-    """Return the domains of the upcycled experts."""
-    return list(results["domains"]["old"])
+def new_domains(results: Results, added: str) -> list[str]:
+    """Return the domains of an addition, several together ('a+b') or in turn ('a, then b')."""
+    # A domain's own name may have a plus in it.
+    if added in results.domains.scored:
+        return [added]
+    turns = added.split(", then ")
+    return [name for turn in turns for name in turn.split("+")]
 
 
-def new_domains(results: Entry, added: str) -> list[str]:
-    """Return the domains of an addition: one, several together ('a+b') or one after another ('a,
-    then b')."""
-    known = set(results["domains"]["scored"])
-    return (
-        [added]
-        if added in known
-        else [name for part in added.split(", then ") for name in part.split("+")]
-    )
-
-
-def reference(entries: Sequence[Entry], names: Sequence[str] = REFERENCES) -> Entry | None:
-    """Return the entry that the others are compared with: the first of `names` that is there."""
-    found = {entry["name"]: entry for entry in reversed(entries)}
+def reference(rows: Sequence[AnyRow], names: Sequence[str]) -> AnyRow | None:
+    """Return the row that the others are compared with: the first of `names` that is there."""
+    # Backwards, so that of several rows of one name the first stays.
+    found = {row.name: row for row in reversed(rows)}
     return next((found[name] for name in names if name in found), None)
 
 
+def method_reference(rows: Sequence[MethodRow]) -> MethodRow | None:
+    """Return the method that the others are compared with."""
+    return reference(rows, REFERENCES)
+
+
+def extension_reference(rows: Sequence[ExtensionRow]) -> ExtensionRow | None:
+    """Return the extension that the others are compared with."""
+    return reference(rows, EXTENSION_REFERENCES)
+
+
+def counterpart(rows: Sequence[AnyRow], changed: AnyRow) -> AnyRow | None:
+    """Return the same method or extension with the recipe as it stands."""
+    same = (row for row in rows if not row.variant and row.unchanged == changed.unchanged)
+    return next(same, None)
+
+
+def variants_of(results: Results) -> list[str]:
+    """Return the names of the changed settings that were measured, in the recipe's order."""
+    measured = [row.variant for row in methods_of(results, variant=None)]
+    measured += [row.variant for row in extensions_of(results, variant=None)]
+    ordered = dict.fromkeys([*results.variants, *measured])
+    return [name for name in ordered if name and name in measured]
+
+
+def varied(results: Results) -> dict[str, str]:
+    """Return the methods (name: label) that some variant changes."""
+    rows = methods_of(results, variant=None)
+    return {row.name: row.label for row in rows if row.variant}
+
+
+# Cells ----------------------------------------------------------------------------------------------
+
+
 def unit_of(values: Iterable[float | None], largest: str) -> tuple[float, str]:
-    """Return a power of 1000 and its letter that bring the largest value below 1000 (`largest`: the
-    last letter)."""
+    """Return a power of 1000 and its letter that bring the largest value below 1000.
+
+    `largest` is the last letter that may be used.
+    """
+    letters = LETTERS[: LETTERS.index(largest) + 1]
     top = max((value for value in values if value), default=0.0)
-    letters = "kMGTPEZ"[: "kMGTPEZ".index(largest) + 1]
     power = 0
     while top >= 1000 and power < len(letters):
-        top, power = top / 1000, power + 1
+        top /= 1000
+        power += 1
     return 1000.0**power, letters[power - 1] if power else ""
 
 
-def compute_of(entry: Entry, *path: str) -> float | None:
-    """Return a number of the entry's compute: `training_flops`, or `parameters`, `active`."""
-    value: Any = entry.get("compute") or {}
-    for part in path:
-        value = (value or {}).get(part)
-    return number(value)
-
-
-def flops_ratio(entry: Entry, other: Entry) -> float | None:
-    """Return the training FLOPs of an entry as a multiple of another's."""
-    mine, base = compute_of(entry, "training_flops"), compute_of(other, "training_flops")
-    return mine / base if mine is not None and base else None
+def flops_ratio(row: MethodRow | ExtensionRow, base: MethodRow | ExtensionRow) -> float | None:
+    """Return the training FLOPs of a row as a multiple of another's."""
+    mine, others = row.compute.training_flops, base.compute.training_flops
+    return mine / others if mine is not None and others else None
 
 
 def _compute_columns(
-    entries: Sequence[Entry], base: Entry | None
-) -> tuple[list[str], dict[int, list[Cell]]]:
-    """Return the heads and, by the entry's position, the cells of what each one costs."""
-    flops, flops_unit = unit_of([compute_of(e, "training_flops") for e in entries], "Z")
-    tokens, tokens_unit = unit_of([compute_of(e, "training_tokens") for e in entries], "G")
-    sizes, sizes_unit = unit_of([compute_of(e, "parameters", "total") for e in entries], "G")
-    head = [
+    rows: Sequence[AnyRow], base: AnyRow | None
+) -> tuple[list[str], list[list[Cell]]]:
+    """Return the heads and, for each row, the cells of what it cost."""
+    costs = [row.compute for row in rows]
+    flops, flops_unit = unit_of([cost.training_flops for cost in costs], "Z")
+    tokens, tokens_unit = unit_of([cost.training_tokens for cost in costs], "G")
+    sizes, sizes_unit = unit_of([cost.total for cost in costs], "G")
+    heads = [
         f"training {flops_unit}FLOP",
-        f"× {base.get('label')}'s" if base else "×",
-        f"{tokens_unit or ''} tokens",
-        f"{sizes_unit or ''} active",
-        f"{sizes_unit or ''} total",
+        "×" if base is None else f"× {base.label}'s",
+        f"{tokens_unit} tokens",
+        f"{sizes_unit} active",
+        f"{sizes_unit} total",
         "seconds",
     ]
 
-    def scaled(value: float | None, by: float) -> float | None:
-        return None if value is None else value / by
+    def scaled(value: float | None, unit: float) -> float | None:
+        return None if value is None else value / unit
 
-    cells: dict[int, list[Cell]] = {}
-    for position, entry in enumerate(entries):
-        cells[position] = [
-            scaled(compute_of(entry, "training_flops"), flops),
-            flops_ratio(entry, base) if base else None,
-            scaled(compute_of(entry, "training_tokens"), tokens),
-            scaled(compute_of(entry, "parameters", "active"), sizes),
-            scaled(compute_of(entry, "parameters", "total"), sizes),
-            scaled(compute_of(entry, "seconds"), 1.0),
-        ]
-    return [part.strip() for part in head], cells
-
-
-def quality_table(results: Entry) -> Table:
-    """Return loss on the old domains, paired difference to Nexus, and cost of every contender."""
-    entries, domains = methods_of(results), old_domains(results)
-    base = reference(entries)
-    compute_head, compute = _compute_columns(entries, base)
-    name = base.get("label") if base else "the reference"
-    header = [
-        "contender",
-        "loss, old domains",
-        f"minus {name}",
-        "seeds lower",
-        "own share",
-        "gate",
-        *compute_head,
-    ]
-    rows: list[list[Cell]] = []
-    for position, entry in enumerate(entries):
-        own, gate = spread(measured(entry, "own_share"), 2), spread(measured(entry, "gate"), 2)
-        rows.append(
+    cells: list[list[Cell]] = []
+    for row in rows:
+        cost = row.compute
+        cells.append(
             [
-                label(entry),
-                spread(losses(entry, domains)),
-                *difference(
-                    losses(entry, domains),
-                    losses(base, domains) if base and base is not entry else {},
-                ),
-                own,
-                gate,
-                *compute[position],
+                scaled(cost.training_flops, flops),
+                None if base is None else flops_ratio(row, base),
+                scaled(cost.training_tokens, tokens),
+                scaled(cost.active, sizes),
+                scaled(cost.total, sizes),
+                scaled(cost.seconds, 1.0),
             ]
         )
-    return Table(header=header, rows=rows, best="min", only=["loss, old domains"])
+    return [head.strip() for head in heads], cells
 
 
 def difference(values: Mapping[str, float], base: Mapping[str, float]) -> list[Cell]:
@@ -177,204 +166,255 @@ def difference(values: Mapping[str, float], base: Mapping[str, float]) -> list[C
     return [found.spread, found.agreement] if found else [None, None]
 
 
-def start_table(results: Entry) -> Table | None:
-    """Return what each mixture is worth before it is trained, and after; None if nothing was scored
-    before."""
-    domains = old_domains(results)
-    rows: list[list[Cell]] = []
-    for entry in methods_of(results):
-        before = {
-            "seeds": {seed: value.get("untrained") for seed, value in seeds_of(entry).items()}
-        }
-        if losses(before, domains):
-            parts = [
-                cell
-                for side in (before, entry)
-                for cell in (spread(losses(side, domains)), spread(measured(side, "own_share"), 2))
-            ]
-            rows.append([label(entry), *parts])
-    header = ["contender", "loss before", "own share before", "loss after", "own share after"]
-    return (
-        Table(header=header, rows=rows, best="min", only=["loss before", "loss after"])
-        if rows
-        else None
-    )
-
-
-def _perplexity(values: Mapping[str, float]) -> Spread | None:
-    found = {seed: math.exp(min(700.0, value)) for seed, value in values.items()}
+def _perplexity(losses: Mapping[str, float]) -> Spread | None:
+    """Return perplexity over seeds, with as many decimals as its size deserves."""
+    # below the largest float
+    found = {seed: math.exp(min(700.0, loss)) for seed, loss in losses.items()}
     mean = max(found.values(), default=0.0)
-    return spread(found, 0 if mean >= 1000 else 1 if mean >= 10 else 2)
+    digits = 2
+    if mean >= 10:
+        digits = 1
+    if mean >= 1000:
+        digits = 0
+    return spread(found, digits)
 
 
-def _domain_heads(results: Entry) -> dict[str, str]:
-    roles = {**dict.fromkeys(results["domains"].get("pretraining") or [], " (pretraining)")}
-    roles |= dict.fromkeys(results["domains"].get("new") or [], " (new)")
-    roles |= dict.fromkeys(old_domains(results), "")
-    return {domain: f"{domain}{roles.get(domain, '')}" for domain in results["domains"]["scored"]}
+# Methods --------------------------------------------------------------------------------------------
 
 
-def domain_table(results: Entry) -> Table:
+def quality_table(results: Results) -> Table:
+    """Return loss on the old domains, paired difference to Nexus, and cost of every method."""
+    rows, old = methods_of(results), results.domains.old
+    base = method_reference(rows)
+    compute_heads, compute = _compute_columns(rows, base)
+    header = [
+        "contender",
+        "loss, old domains",
+        f"minus {base.label if base else 'the reference'}",
+        "seeds lower",
+        "own share",
+        "gate",
+        *compute_heads,
+    ]
+    lines: list[list[Cell]] = []
+    for row, costs in zip(rows, compute, strict=True):
+        losses = row.losses(old)
+        compared_with = base.losses(old) if base and base is not row else {}
+        own = spread(row.own_shares(), 2)
+        gate = spread(row.gates(), 2)
+        lines.append(
+            [
+                row.title,
+                spread(losses),
+                *difference(losses, compared_with),
+                own,
+                gate,
+                *costs,
+            ]
+        )
+    return Table(header=header, rows=lines, best="min", only=["loss, old domains"])
+
+
+def start_table(results: Results) -> Table | None:
+    """Return what each mixture is worth before it is trained, and after.
+
+    None if nothing was scored before.
+    """
+    old = results.domains.old
+    lines: list[list[Cell]] = []
+    for row in methods_of(results):
+        after = row.seeds
+        before = {seed: scores.untrained for seed, scores in after.items() if scores.untrained}
+        if not mean_losses(before, old):
+            continue
+        line: list[Cell] = [row.title]
+        for side in (before, after):
+            line += [spread(mean_losses(side, old)), spread(own_shares(side), 2)]
+        lines.append(line)
+    if not lines:
+        return None
+    header = ["contender", "loss before", "own share before", "loss after", "own share after"]
+    return Table(header=header, rows=lines, best="min", only=["loss before", "loss after"])
+
+
+def _domain_heads(results: Results) -> dict[str, str]:
+    """Return the heads of the scored domains' columns, with the role of all but the old ones."""
+    domains = results.domains
+    # A domain of several roles is called by the last of these.
+    roles = dict.fromkeys(domains.pretraining, " (pretraining)")
+    roles |= dict.fromkeys(domains.new, " (new)")
+    roles |= dict.fromkeys(domains.old, "")
+    return {domain: domain + roles.get(domain, "") for domain in domains.scored}
+
+
+def domain_table(results: Results) -> Table:
     """Return perplexity by domain (paper Tables 2 and 3, perplexity in place of tasks)."""
     heads = _domain_heads(results)
-    rows: list[list[Cell]] = [
-        [label(entry), *[_perplexity(losses(entry, [domain])) for domain in heads]]
-        for entry in methods_of(results)
-    ]
-    return Table(header=["contender", *heads.values()], rows=rows, best="min")
+    lines: list[list[Cell]] = []
+    for row in methods_of(results):
+        lines.append([row.title, *[_perplexity(row.losses([domain])) for domain in heads]])
+    return Table(header=["contender", *heads.values()], rows=lines, best="min")
 
 
-def task_table(results: Entry) -> Table | None:
-    """Return scores by group of tasks (paper Tables 2 and 3) and their mean; None if no tasks were
-    run."""
-    entries = methods_of(results)
-    groups = list(
-        dict.fromkeys(
-            g
-            for entry in entries
-            for seed in seeds_of(entry).values()
-            for g in (seed.get("tasks") or {})
-        )
-    )
+def _groups_of(rows: Sequence[MethodRow]) -> list[str]:
+    """Return the groups of tasks that some method was run on, each once."""
+    groups: dict[str, None] = {}
+    for row in rows:
+        for scores in row.seeds.values():
+            groups |= dict.fromkeys(scores.tasks or {})
+    return list(groups)
+
+
+def task_table(results: Results) -> Table | None:
+    """Return scores by group of tasks (paper Tables 2 and 3) and their mean.
+
+    None if no tasks were run.
+    """
+    rows = methods_of(results)
+    groups = _groups_of(rows)
     if not groups:
         return None
-    rows: list[list[Cell]] = []
-    for entry in entries:
-        scores = {seed: value.get("tasks") or {} for seed, value in seeds_of(entry).items()}
-        columns = [
-            {s: v for s, found in scores.items() if (v := number(found.get(group))) is not None}
-            for group in groups
-        ]
-        whole = [seed for seed in scores if all(seed in column for column in columns)]
+    lines: list[list[Cell]] = []
+    for row in rows:
+        columns = [_group_scores(row.seeds, group) for group in groups]
+        # A mean over some of the groups would be one over easier or harder tasks.
+        whole = [seed for seed in row.seeds if all(seed in column for column in columns)]
         mean = {seed: sum(column[seed] for column in columns) / len(columns) for seed in whole}
-        rows.append([label(entry), *[spread(column, 1) for column in columns], spread(mean, 1)])
-    return Table(header=["contender", *groups, "mean of the groups"], rows=rows, best="max")
+        lines.append([row.title, *[spread(column, 1) for column in columns], spread(mean, 1)])
+    return Table(header=["contender", *groups, "mean of the groups"], rows=lines, best="max")
 
 
-def own_table(results: Entry) -> Table | None:
-    """Return the share of each old domain's tokens at its own expert (paper Figure 9); None without
-    routers."""
-    domains = old_domains(results)
-    rows: list[list[Cell]] = []
-    for entry in methods_of(results, variant=None):
-        shares = [
-            {
-                seed: share
-                for seed, value in seeds_of(entry).items()
-                if (share := number(((value.get("routing") or {}).get(domain) or {}).get(domain)))
-                is not None
-            }
-            for domain in domains
-        ]
+def _group_scores(seeds: Mapping[str, SeedScores], group: str) -> dict[str, float]:
+    return present({seed: (scores.tasks or {}).get(group) for seed, scores in seeds.items()})
+
+
+def own_table(results: Results) -> Table | None:
+    """Return the share of each old domain's tokens at its own expert (paper Figure 9).
+
+    None without routers.
+    """
+    old = results.domains.old
+    lines: list[list[Cell]] = []
+    for row in methods_of(results, variant=None):
+        shares = [_own_shares_of(row.seeds, domain) for domain in old]
         if any(shares):
-            rows.append(
-                [
-                    label(entry),
-                    *[spread(found, 2) for found in shares],
-                    spread(measured(entry, "own_share"), 2),
-                ]
-            )
-    return Table(header=["contender", *domains, "mean"], rows=rows, best="max") if rows else None
+            mean = spread(row.own_shares(), 2)
+            lines.append([row.title, *[spread(found, 2) for found in shares], mean])
+    if not lines:
+        return None
+    return Table(header=["contender", *old, "mean"], rows=lines, best="max")
+
+
+def _own_shares_of(seeds: Mapping[str, SeedScores], domain: str) -> dict[str, float]:
+    """Return the share of one domain's tokens at its own expert by seed."""
+    routing = {seed: (scores.routing or {}).get(domain, {}) for seed, scores in seeds.items()}
+    return present({seed: shares.get(domain) for seed, shares in routing.items()})
+
+
+# Extensions -----------------------------------------------------------------------------------------
 
 
 def _budget_heads(budgets: Sequence[str]) -> list[str]:
-    return [
-        f"after {short_count(float(budget))}" if float(budget) else "before finetune"
-        for budget in budgets
-    ]
+    heads = []
+    for budget in budgets:
+        tokens = float(budget)
+        heads.append(f"after {short_count(tokens)}" if tokens else "before finetune")
+    return heads
 
 
-def starting_losses(results: Entry, entry: Entry, domains: Sequence[str]) -> dict[str, float]:
-    """Return the losses by seed of the mixture that an extension started from; empty if it was not
-    measured."""
-    name, variant = entry.get("starts_from"), entry.get("variant") or ""
-    for wanted in dict.fromkeys((variant, "")):
-        for candidate in results.get("contenders") or []:
-            if candidate["name"] == name and (candidate.get("variant") or "") == wanted:
-                return losses(candidate, domains)
+def starting_losses(
+    results: Results, row: ExtensionRow, domains: Sequence[str]
+) -> dict[str, float]:
+    """Return the losses by seed of the mixture that an extension started from.
+
+    Empty if it was not measured.
+    """
+    # A variant may change the extension alone; then the mixture is the recipe's.
+    for variant in (row.variant, ""):
+        for method in results.methods:
+            if method.name == row.starts_from and method.variant == variant:
+                return method.losses(domains)
     return {}
 
 
-def extension_table(results: Entry, added: str, new: bool) -> Table:
-    """Return the loss on the added (`new`) or the old domains before and after each budget (paper
-    Figure 4)."""
-    entries = extensions_of(results, added)
-    domains, budgets = (
-        new_domains(results, added) if new else old_domains(results),
-        budgets_of(entries),
-    )
-    base, heads = reference(entries, EXTENSION_REFERENCES), _budget_heads(budgets)
-    compute_head, compute = _compute_columns(entries, base)
-    name = base.get("label") if base else "the reference"
-    middle = [f"minus {name}", "seeds lower"]
-    rows: list[list[Cell]] = []
-    for position, entry in enumerate(entries):
-        last = losses(entry, domains, budgets[-1])
-        row: list[Cell] = [label(entry), spread(starting_losses(results, entry, domains))]
-        row += [spread(losses(entry, domains, budget)) for budget in budgets]
-        row += difference(
-            last, losses(base, domains, budgets[-1]) if base and base is not entry else {}
-        )
-        rows.append(row + (compute[position][0:3:2] if new else []))
-    header = ["extension", "mixture before", *heads, *middle, *(compute_head[0:3:2] if new else [])]
-    return Table(header=header, rows=rows, best="min", only=heads)
+def extension_table(results: Results, added: str, new: bool) -> Table:
+    """Return the loss before and after each budget (paper Figure 4).
 
-
-def share_table(results: Entry, added: str) -> Table:
-    """Return share (new domain's tokens at its expert), leak (old tokens there) and own share, by
-    budget."""
-    entries = extensions_of(results, added)
-    budgets = budgets_of(entries)
-    columns = [(key, budget) for key in ("share", "leak") for budget in budgets]
-    columns += [("own_share", budget) for budget in dict.fromkeys((budgets[0], budgets[-1]))]
+    Args:
+        results: with extensions by `added`.
+        added: one addition (`ExtensionRow.added`).
+        new: the loss on the added domains, with what the extension cost; else on the old ones.
+    """
+    rows = extensions_of(results, added)
+    domains = new_domains(results, added) if new else results.domains.old
+    budgets = budgets_of(rows)
+    last = budgets[-1]
+    base = extension_reference(rows)
+    compute_heads, compute = _compute_columns(rows, base)
+    shown_costs = (0, 2) if new else ()  # operations and tokens
+    lines: list[list[Cell]] = []
+    for row, costs in zip(rows, compute, strict=True):
+        line: list[Cell] = [row.title, spread(starting_losses(results, row, domains))]
+        line += [spread(row.losses(domains, budget)) for budget in budgets]
+        compared_with = base.losses(domains, last) if base and base is not row else {}
+        line += difference(row.losses(domains, last), compared_with)
+        line += [costs[column] for column in shown_costs]
+        lines.append(line)
+    heads = _budget_heads(budgets)
     header = [
         "extension",
-        *[f"{key.replace('_', ' ')} at {short_count(float(budget))}" for key, budget in columns],
+        "mixture before",
+        *heads,
+        f"minus {base.label if base else 'the reference'}",
+        "seeds lower",
+        *[compute_heads[column] for column in shown_costs],
     ]
-    rows: list[list[Cell]] = [
-        [label(entry), *[spread(measured(entry, key, budget), 2) for key, budget in columns]]
-        for entry in entries
-    ]
-    return Table(header=header, rows=rows)
+    return Table(header=header, rows=lines, best="min", only=heads)
 
 
-def counterpart(results: Entry, entry: Entry) -> Entry | None:
-    """Return the same contender or extension with the recipe as it stands."""
-    kind = "extensions" if "added" in entry else "contenders"
-    same = [
-        e for e in results.get(kind) or [] if e["name"] == entry["name"] and not e.get("variant")
-    ]
-    return next((e for e in same if e.get("added") == entry.get("added")), None)
+def share_table(results: Results, added: str) -> Table:
+    """Return where tokens go, by budget.
+
+    Share is that of the new domains' tokens at the new experts, leak that of the old domains'
+    tokens there, own share that of the old domains' tokens at their own.
+    """
+    rows = extensions_of(results, added)
+    budgets = budgets_of(rows)
+    columns = [("share", ExtensionRow.shares, budget) for budget in budgets]
+    columns += [("leak", ExtensionRow.leaks, budget) for budget in budgets]
+    ends = dict.fromkeys((budgets[0], budgets[-1]))
+    columns += [("own share", ExtensionRow.own_shares, budget) for budget in ends]
+    heads = [f"{name} at {short_count(float(budget))}" for name, _, budget in columns]
+    lines: list[list[Cell]] = []
+    for row in rows:
+        shares = [spread(shares_of(row, budget), 2) for _, shares_of, budget in columns]
+        lines.append([row.title, *shares])
+    return Table(header=["extension", *heads], rows=lines)
 
 
-def variants_of(results: Entry) -> list[str]:
-    """Return the names of the changed settings that were measured, in the recipe's order."""
-    found = [
-        e.get("variant") for e in [*methods_of(results, None), *extensions_of(results, None, None)]
-    ]
-    order = dict.fromkeys([*(results.get("variants") or {}), *found])
-    return [name for name in order if name and name in found]
+# Changed settings -----------------------------------------------------------------------------------
 
 
-def variant_table(results: Entry) -> Table | None:
-    """Return what each changed setting does to each contender (paper Figure 7); None without
-    variants."""
-    domains = old_domains(results)
-    entries = sorted(
-        (e for e in methods_of(results, None) if e["name"] in varied(results)),
-        key=lambda e: list(varied(results)).index(e["name"]),
-    )
-    rows: list[list[Cell]] = []
-    for entry in entries:
-        same = counterpart(results, entry) if entry.get("variant") else None
-        rows.append(
+def variant_table(results: Results) -> Table | None:
+    """Return what each changed setting does to each method (paper Figure 7).
+
+    None without variants.
+    """
+    old = results.domains.old
+    changed = list(varied(results))
+    rows = [row for row in methods_of(results, variant=None) if row.name in changed]
+    lines: list[list[Cell]] = []
+    for row in sorted(rows, key=lambda row: changed.index(row.name)):
+        same = counterpart(results.methods, row) if row.variant else None
+        losses = row.losses(old)
+        lines.append(
             [
-                str(entry.get("variant") or "as the recipe stands"),
-                str(entry.get("label") or entry["name"]),
-                spread(losses(entry, domains)),
-                *difference(losses(entry, domains), losses(same, domains) if same else {}),
-                spread(measured(entry, "own_share"), 2),
-                spread(measured(entry, "gate"), 2),
+                row.variant or "as the recipe stands",
+                row.label,
+                spread(losses),
+                *difference(losses, same.losses(old) if same else {}),
+                spread(row.own_shares(), 2),
+                spread(row.gates(), 2),
             ]
         )
     header = [
@@ -386,36 +426,23 @@ def variant_table(results: Entry) -> Table | None:
         "own share",
         "gate",
     ]
-    return Table(header=header, rows=rows) if rows else None
+    return Table(header=header, rows=lines) if lines else None
 
 
-def varied(results: Entry) -> dict[str, str]:
-    """Return the contenders (name: label) that some variant changes."""
-    return {
-        e["name"]: str(e.get("label") or e["name"])
-        for e in methods_of(results, None)
-        if e.get("variant")
-    }
-
-
-def extension_variant_table(results: Entry) -> Table | None:
+def extension_variant_table(results: Results) -> Table | None:
     """Return what each changed setting does to each extension; None if no variant has one."""
-    rows: list[list[Cell]] = []
-    for entry in (e for e in extensions_of(results, None, None) if e.get("variant")):
-        same, budgets = counterpart(results, entry), budgets_of([entry])
-        row: list[Cell] = [
-            str(entry["variant"]),
-            str(entry.get("label") or entry["name"]),
-            str(entry.get("added")),
-        ]
-        for domains in (new_domains(results, str(entry["added"])), old_domains(results)):
-            last = losses(entry, domains, budgets[-1])
-            row += [
-                spread(last),
-                *difference(last, losses(same, domains, budgets[-1]) if same else {}),
-            ]
-        row += [spread(measured(entry, key, budgets[0]), 2) for key in ("share", "leak")]
-        rows.append(row)
+    changed = [row for row in extensions_of(results, variant=None) if row.variant]
+    lines: list[list[Cell]] = []
+    for row in changed:
+        same = counterpart(results.extensions, row)
+        first, last = row.budgets[0], row.budgets[-1]
+        line: list[Cell] = [row.variant, row.label, row.added]
+        for domains in (new_domains(results, row.added), results.domains.old):
+            losses = row.losses(domains, last)
+            line.append(spread(losses))
+            line += difference(losses, same.losses(domains, last) if same else {})
+        line += [spread(row.shares(first), 2), spread(row.leaks(first), 2)]
+        lines.append(line)
     header = [
         "setting",
         "extension",
@@ -429,4 +456,4 @@ def extension_variant_table(results: Entry) -> Table | None:
         "share before finetune",
         "leak before finetune",
     ]
-    return Table(header=header, rows=rows) if rows else None
+    return Table(header=header, rows=lines) if lines else None

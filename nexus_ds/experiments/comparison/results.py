@@ -1,10 +1,6 @@
-"""What came out of a comparison, as one JSON value (results.json) that the page and the tables
-read.
+"""Collects what came out of a comparison from its trainings' logs and its models.
 
-`contenders` and `extensions` have a row each, with losses (nats per token) by seed and domain,
-routing shares, and compute: training operations and tokens of all jobs that the model needed, the
-seed model's own left out.
-Not covered: drawing (`report.comparison`).
+Not covered: the file's shape (result_file.py), drawing (report.py).
 """
 
 from __future__ import annotations
@@ -12,163 +8,201 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from nexus_ds.checkpoint.inspection import describe
 from nexus_ds.experiments.comparison.job_graph import Comparison, Made, moe_domains
-from nexus_ds.experiments.comparison.methods import Extension, Method
+from nexus_ds.experiments.comparison.methods import EXTENSIONS, METHODS, Extension, Method
+from nexus_ds.experiments.comparison.result_file import (
+    BudgetScores,
+    Compute,
+    Domains,
+    ExtensionRow,
+    MethodRow,
+    NotRun,
+    Results,
+    SeedScores,
+    Shares,
+    Text,
+    Validation,
+)
+from nexus_ds.report.summary import Json, ModelEntry
 from nexus_ds.settings import Config
 
 ROUNDED = 6  # decimals: results.json of two equal runs is the same file
 
 
-def records(model: Path) -> list[dict[str, Any]]:
-    """Return the records of a training's metrics.jsonl; of a step that was repeated after a stop
-    the last one."""
+def records(model: Path) -> list[Json]:
+    """Return the records of a training's metrics.jsonl.
+
+    Of a step that was repeated after a stop the last one counts.
+    """
     text = (Path(f"{model}.training") / "metrics.jsonl").read_text(encoding="utf-8")
     found = [json.loads(line) for line in text.splitlines()]
     return list({(record["kind"], record["step"]): record for record in found}.values())
 
 
-def _validation(record: dict[str, Any], gate: float | None = None) -> dict[str, Any]:
-    return {
-        "loss": {domain: round(loss, ROUNDED) for domain, loss in record["loss"].items()},
-        "own_share": record.get("own_share"),
-        "routing": record.get("routing") or None,
-        "gate": gate,
-    }
+def _rounded(loss: Mapping[str, float]) -> dict[str, float]:
+    return {domain: round(nats, ROUNDED) for domain, nats in loss.items()}
 
 
-def trained(model: Path) -> dict[str, Any]:
+def _validation(record: Json, gate: float | None = None) -> Validation:
+    return Validation(
+        loss=_rounded(record["loss"]),
+        own_share=record.get("own_share"),
+        routing=record.get("routing") or None,
+        gate=gate,
+    )
+
+
+def _of_kind(found: Sequence[Json], kind: str) -> list[Json]:
+    of_kind = [record for record in found if record["kind"] == kind]
+    return sorted(of_kind, key=lambda record: record["step"])
+
+
+def trained(model: Path) -> SeedScores:
     """Return what a training found out about its model, before (`untrained`) and after."""
     found = records(model)
-    scored = sorted((r for r in found if r["kind"] == "validation"), key=lambda r: r["step"])
-    logged = sorted((r for r in found if r["kind"] == "train"), key=lambda r: r["step"])
-    gate = logged[-1]["router"].get("gate") if logged and logged[-1]["router"] else None
-    return _validation(scored[-1], gate) | {"untrained": _validation(scored[0])}
+    scored = _of_kind(found, "validation")
+    logged = _of_kind(found, "train")
+    # A dense training has no router, and logs an empty one.
+    router = logged[-1]["router"] if logged else None
+    last = _validation(scored[-1], gate=router["gate"] if router else None)
+    return SeedScores(**vars(last), untrained=_validation(scored[0]))
 
 
-def _mean(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return sum(found) / len(found) if found else None
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
-def budgets(made: Made, old: list[str]) -> dict[str, Any]:
+def _budget(record: Json, new: Sequence[str], old: Sequence[str]) -> BudgetScores:
+    """Return one validation of an extension: `new` are its experts, `old` the domains before."""
+    routing: Shares = record["routing"]
+    kept = [routing[domain][domain] for domain in old if domain in routing]
+    found = [routing[domain][domain] for domain in new if domain in routing]
+    leaked = [sum(routing[domain][expert] for expert in new) for domain in old if domain in routing]
+    return BudgetScores(
+        loss=_rounded(record["loss"]),
+        routing=routing,
+        share=_mean(found),
+        leak=_mean(leaked),
+        own_share=_mean(kept),
+    )
+
+
+def budgets(made: Made, old: list[str]) -> dict[str, BudgetScores]:
     """Return an extension's losses and shares after each budget, in finetune tokens."""
     assert made.model is not None
     found = {}
     for record in records(made.model):
-        if record["kind"] != "validation" or record["step"] not in made.steps:
-            continue
-        routing = record["routing"]
-        kept = [routing[d][d] for d in old if d in routing]
-        leaks = [sum(routing[d][new] for new in made.experts) for d in old if d in routing]
-        shares = [routing[new][new] for new in made.experts if new in routing]
-        values = {
-            "loss": {d: round(x, ROUNDED) for d, x in record["loss"].items()},
-            "routing": routing,
-        }
-        values |= {"share": _mean(shares), "leak": _mean(leaks), "own_share": _mean(kept)}
-        found[str(made.steps[record["step"]])] = values
+        if record["kind"] == "validation" and record["step"] in made.steps:
+            tokens = made.steps[record["step"]]
+            found[str(tokens)] = _budget(record, made.experts, old)
     return found
 
 
-def _seconds(model: Path) -> float:
+def _seconds(model: Path | None) -> float | None:
+    """Return how long a model's own training took; None of what was not trained."""
+    if model is None or not Path(f"{model}.training").is_dir():
+        return None
     times = [record["time"] for record in records(model)]
     return max(times) - min(times)
 
 
-def compute(comparison: Comparison, made: Made) -> dict[str, Any]:
-    """Return what a model cost: operations and tokens of its trainings, seconds of its own, and its
-    parameters."""
-    jobs = [
-        comparison.builder.jobs[path]
-        for path in dict.fromkeys(made.members)
-        if path in comparison.builder.jobs
-    ]
-    costs = [job for job in jobs if not job.output.name.startswith("seed-")]
-    found: dict[str, Any] = {
-        "training_flops": sum(job.flops for job in costs),
-        "training_tokens": sum(job.tokens for job in costs),
-        "seconds": _seconds(made.model)
-        if made.model and Path(f"{made.model}.training").is_dir()
-        else None,
-    }
+def compute(comparison: Comparison, made: Made) -> Compute:
+    """Return what a model cost: of its trainings, and of its parameters."""
+    jobs = comparison.builder.jobs
+    # A branch may be a member twice, but was trained once; a checkpoint that was given has no job.
+    needed = [jobs[path] for path in dict.fromkeys(made.members) if path in jobs]
+    # Every method starts from the seed model, so its own training makes no difference.
+    costs = [job for job in needed if not job.output.name.startswith("seed-")]
     models = [made.model] if made.model else list(made.members)
     counts = [describe(path)["parameters"] for path in models]
-    found["parameters"] = {key: sum(count[key] for count in counts) for key in ("total", "active")}
-    return found
+    return Compute(
+        training_flops=sum(job.flops for job in costs),
+        training_tokens=sum(job.tokens for job in costs),
+        seconds=_seconds(made.model),
+        total=sum(count["total"] for count in counts),
+        active=sum(count["active"] for count in counts),
+    )
 
 
-def _scores(made: Made) -> dict[str, Any]:
+def _scores(made: Made) -> SeedScores:
+    tasks = _task_scores(made)
     if made.scores is not None:
         loss = json.loads(made.scores.read_text(encoding="utf-8"))["loss"]
-        return {
-            "loss": {domain: round(value, ROUNDED) for domain, value in loss.items()}
-        } | _task_scores(made)
+        return SeedScores(loss=_rounded(loss), tasks=tasks)
     assert made.model is not None
-    return trained(made.model) | _task_scores(made)
+    return replace(trained(made.model), tasks=tasks)
 
 
-def _task_scores(made: Made) -> dict[str, Any]:
-    """Return scores by group of tasks in per cent, nothing where none were asked for or lm-eval
-    failed."""
+def _task_scores(made: Made) -> dict[str, float] | None:
+    """Return scores by group of tasks in per cent; None where lm-eval failed or was not asked."""
     if made.tasks is None or not made.tasks.exists():
-        return {}
+        return None
     summary = json.loads((made.tasks / "summary.json").read_text(encoding="utf-8"))
-    return {"tasks": next(iter(summary["tasks"].values()))["groups"]}
+    # An evaluation of this one model, under whatever name.
+    (entry,) = summary["tasks"].values()
+    return entry["groups"]
 
 
-def _missing(made: Made) -> bool:
-    paths = [path for path in (made.start, made.model, made.scores) if path is not None]
-    return not all(path.exists() for path in paths)
+def _is_made(made: Made) -> bool:
+    paths = [made.start, made.model, made.scores]
+    return all(path.exists() for path in paths if path is not None)
+
+
+def _made(seeds: Mapping[int, Made]) -> dict[int, Made]:
+    return {seed: made for seed, made in seeds.items() if _is_made(made)}
 
 
 def _method_row(
-    comparison: Comparison, key: tuple[str, str], contender: Method, seeds: dict[int, Made]
-) -> dict[str, Any] | None:
-    done = {seed: made for seed, made in seeds.items() if not _missing(made)}
+    comparison: Comparison, key: tuple[str, str], method: Method, seeds: Mapping[int, Made]
+) -> MethodRow | None:
+    """Return a method's row, None if no seed was made; `key` is variant and name of the row."""
+    done = _made(seeds)
     if not done:
         return None
     variant, row = key
-    label = contender.label if row == contender.name else row
-    return {
-        "name": row,
-        "label": label,
-        "variant": variant,
-        "about": contender.about,
-        "group": contender.group,
-        "compute": compute(comparison, next(iter(done.values()))),
-        "seeds": {str(seed): _scores(made) for seed, made in done.items()},
-    }
+    return MethodRow(
+        name=row,
+        # The branches are one method and a row a domain, which names itself.
+        label=method.label if row == method.name else row,
+        variant=variant,
+        about=method.about,
+        group=method.group,
+        compute=compute(comparison, next(iter(done.values()))),
+        seeds={str(seed): _scores(made) for seed, made in done.items()},
+    )
 
 
 def _extension_row(
     comparison: Comparison,
     key: tuple[str, str, str],
     extension: Extension,
-    seeds: dict[int, Made],
+    seeds: Mapping[int, Made],
     old: list[str],
-) -> dict[str, Any] | None:
-    done = {seed: made for seed, made in seeds.items() if not _missing(made)}
+) -> ExtensionRow | None:
+    """Return an extension's row, None if no seed was made; `key` is variant, name and addition."""
+    done = _made(seeds)
     if not done:
         return None
     variant, name, added = key
-    return {
-        "name": name,
-        "label": extension.label,
-        "variant": variant,
-        "about": extension.about,
-        "added": added,
-        "starts_from": extension.starts_from,
-        "compute": compute(comparison, next(iter(done.values()))),
-        "seeds": {str(seed): {"budgets": budgets(made, old)} for seed, made in done.items()},
-    }
+    return ExtensionRow(
+        name=name,
+        label=extension.label,
+        variant=variant,
+        about=extension.about,
+        added=added,
+        starts_from=extension.starts_from,
+        compute=compute(comparison, next(iter(done.values()))),
+        seeds={str(seed): budgets(made, old) for seed, made in done.items()},
+    )
 
 
 def _machine() -> str:
+    # Imported here: torch takes seconds, and `compare --help` would pay for it.
     import torch
 
     if torch.cuda.is_available():
@@ -176,59 +210,54 @@ def _machine() -> str:
     return f"{len(os.sched_getaffinity(0))} CPU cores, {platform.machine()}"
 
 
-def _not_run(comparison: Comparison, failed: dict[Path, str]) -> list[dict[str, str]]:
-    from nexus_ds.experiments.comparison.methods import EXTENSIONS, METHODS
-
-    found = [
-        {"name": comparison.builder.jobs[path].name, "why": why} for path, why in failed.items()
-    ]
-    run = {contender.name for contender, _ in comparison.contenders.values()}
-    run_extensions = {extension.name for extension, _ in comparison.extensions.values()}
-    found += [{"name": c.label, "why": "not asked for"} for c in METHODS if c.name not in run]
-    found += [
-        {"name": f"extension: {e.label}", "why": "not asked for"}
-        for e in EXTENSIONS
-        if e.name not in run_extensions
-    ]
-    return found
+def _not_run(comparison: Comparison, failed: Mapping[Path, str]) -> list[NotRun]:
+    jobs = comparison.builder.jobs
+    found = [NotRun(jobs[path].name, why) for path, why in failed.items()]
+    run = {method.name for method, _ in comparison.contenders.values()}
+    found += [NotRun(m.label, "not asked for") for m in METHODS if m.name not in run]
+    extended = {extension.name for extension, _ in comparison.extensions.values()}
+    left_out = [extension for extension in EXTENSIONS if extension.name not in extended]
+    return found + [NotRun(f"extension: {e.label}", "not asked for") for e in left_out]
 
 
 def collect(
     comparison: Comparison,
     config: Config,
-    failed: dict[Path, str],
-    evaluations: dict[str, Any],
+    failed: Mapping[Path, str],
+    evaluations: dict[str, ModelEntry],
     seconds: float,
-) -> dict[str, Any]:
-    """Return the results of everything that was made; what is missing has its reason in
-    `not_run`."""
-    pipe = config.pipeline
-    old, new = pipe.domains, pipe.new_domains
-    trained_on = moe_domains(config)
-    contenders = [_method_row(comparison, key, *row) for key, row in comparison.contenders.items()]
+) -> Results:
+    """Return the results of everything that was made; what is missing has its reason in `not_run`.
+
+    Args:
+        comparison: the job graph.
+        config: the recipe of the mixture's stage.
+        failed: the reason, by the output of the job.
+        evaluations: entries of summary.json by the model's name, for figures layer by layer.
+        seconds: how long the comparison took.
+    """
+    old, new = config.pipeline.domains, config.pipeline.new_domains
+    mixture = moe_domains(config)
+    methods = [_method_row(comparison, key, *row) for key, row in comparison.contenders.items()]
     extensions = [
         _extension_row(comparison, key, *row, old) for key, row in comparison.extensions.items()
     ]
-    return {
-        "recipe": comparison.builder.recipe,
-        "overrides": list(comparison.builder.overrides),
-        "seeds": config.compare.seeds,
-        "seconds": round(seconds, 1),
-        "machine": _machine(),
-        "data": {
-            "path": config.data.path,
-            "windows": config.training.eval_windows,
-            "length": config.data.sequence_length,
-        },
-        "domains": {
-            "old": old,
-            "pretraining": [d for d in trained_on if d not in old],
-            "new": new,
-            "scored": list(dict.fromkeys([*trained_on, *new])),
-        },
-        "contenders": [row for row in contenders if row],
-        "extensions": [row for row in extensions if row],
-        "evaluations": evaluations,
-        "variants": {name: {"overrides": words} for name, words in config.compare.variants.items()},
-        "not_run": _not_run(comparison, failed),
-    }
+    return Results(
+        recipe=comparison.builder.recipe,
+        overrides=list(comparison.builder.overrides),
+        seeds=config.compare.seeds,
+        seconds=round(seconds, 1),
+        machine=_machine(),
+        data=Text(config.data.path, config.training.eval_windows, config.data.sequence_length),
+        domains=Domains(
+            old=old,
+            pretraining=[domain for domain in mixture if domain not in old],
+            new=new,
+            scored=list(dict.fromkeys([*mixture, *new])),
+        ),
+        methods=[row for row in methods if row is not None],
+        extensions=[row for row in extensions if row is not None],
+        evaluations=evaluations,
+        variants=config.compare.variants,
+        not_run=_not_run(comparison, failed),
+    )

@@ -1,25 +1,13 @@
 """The verdict says what the numbers say, and no more."""
 
-import copy
-
 import pytest
-from made_up_results import EXTENSIONS, results
+from made_up_results import EXTENSIONS, read, results
 
 from nexus_ds.experiments.comparison.report_findings import verdict
 
 
-@pytest.fixture(scope="module")
-def whole():
-    return results()
-
-
-@pytest.fixture
-def found(whole):
-    return copy.deepcopy(whole)
-
-
 def set_loss(results, name, shift, kind="contenders"):
-    """Put one contender at Nexus' losses plus `shift` (one number a seed)."""
+    """Put one method at Nexus' losses plus `shift` (one number a seed)."""
     nexus = next(e for e in results[kind] if e["name"] == "nexus")
     entry = next(e for e in results[kind] if e["name"] == name and not e["variant"])
     for seed, by in zip(nexus["seeds"], shift, strict=True):
@@ -44,7 +32,7 @@ def set_loss(results, name, shift, kind="contenders"):
 def test_first_sentence_sets_nexus_beside_the_papers_baseline(found, shift, said):
     found["contenders"] = [e for e in found["contenders"] if e["name"] in ("nexus", "linear")]
     set_loss(found, "linear", shift)
-    (first, *_) = verdict(found)
+    (first, *_) = verdict(read(found))
     assert (
         first.startswith("Upcycling: Nexus reaches ")
         and "over 3 seeds) on the 4 domains of its experts" in first
@@ -53,19 +41,19 @@ def test_first_sentence_sets_nexus_beside_the_papers_baseline(found, shift, said
 
 
 def test_more_or_less_training_is_said(found):
-    text = " ".join(verdict(found))
+    text = " ".join(verdict(read(found)))
     assert "Seed (by 0.900 ± 0.000; no further training)" in text
     assert "Output ensemble (BTM) (by 0.123 ± 0.002; 0.85 × the training)" in text
     assert "Linear router (by 0.033 ± 0.003)" in text  # as much training: nothing to say
 
 
 def test_a_branch_makes_no_finding_of_its_own(found):
-    assert "Branch" not in " ".join(verdict(found))
+    assert "Branch" not in " ".join(verdict(read(found)))
 
 
 def test_extension_speaks_of_new_and_old_domains_apart(found):
     new, old, at_once = [
-        text for text in verdict(found) if text.startswith(("Adding", "Nexus, append"))
+        text for text in verdict(read(found)) if text.startswith(("Adding", "Nexus, append"))
     ]
     assert new.startswith(
         "Adding github, the new domain after 100k tokens of finetuning: Nexus, refit reaches 4.6"
@@ -81,13 +69,13 @@ def test_extension_speaks_of_new_and_old_domains_apart(found):
 
 
 def test_settings_that_matter_are_named_and_others_counted(found):
-    (text,) = [text for text in verdict(found) if text.startswith("Settings")]
+    (text,) = [text for text in verdict(read(found)) if text.startswith("Settings")]
     assert "equal_data (+0.019 ± 0.002, worse)" in text and "low_balance" not in text
     assert "1 of 2 changed settings can't be told apart" in text
 
 
 def test_one_seed_calls_nothing_better():
-    texts = verdict(results(seeds=[0]))
+    texts = verdict(read(results(seeds=[0])))
     assert "better than" not in " ".join(texts) and "worse than" not in " ".join(texts)
     assert " in 1 of 1" not in " ".join(texts) and " in 0 of 1" not in " ".join(texts)
     assert "lower (in 1 seed, too few to call it better) than" in texts[0]
@@ -95,13 +83,13 @@ def test_one_seed_calls_nothing_better():
 
 
 def test_the_last_sentence_says_how_often_chance_does_the_same(found):
-    assert "in 1 of 4 comparisons of 3 seeds" in verdict(found)[-1]
+    assert "in 1 of 4 comparisons of 3 seeds" in verdict(read(found))[-1]
 
 
 def test_without_nexus_nothing_is_said_about_it(found):
     found["contenders"] = [e for e in found["contenders"] if not e["name"].startswith("nexus")]
     found["extensions"] = [e for e in found["extensions"] if not e["name"].startswith("nexus")]
-    texts = verdict(found)
+    texts = verdict(read(found))
     assert texts[0] == "No Nexus mixture was measured, so nothing is said about upcycling."
     assert texts[1] == "Adding github: no Nexus extension was measured."
 
@@ -109,5 +97,5 @@ def test_without_nexus_nothing_is_said_about_it(found):
 def test_an_extension_that_failed_in_one_seed_is_compared_over_the_others(found):
     entry = next(e for e in found["extensions"] if e["name"] == "linear_reset")
     entry["seeds"]["2"] = {}
-    (new, *_) = [text for text in verdict(found) if text.startswith("Adding")]
+    (new, *_) = [text for text in verdict(read(found)) if text.startswith("Adding")]
     assert f"too few to call it better) than {EXTENSIONS['linear_reset'][0]} (by" in new

@@ -58,7 +58,7 @@ def model(tmp_path, dense_dir):
 
 
 def test_before_and_after_a_training(model):
-    assert results.trained(model) == {
+    assert results.trained(model).to_json() == {
         "loss": {"a": 3.25, "b": 4.25},
         "own_share": 0.85,
         "routing": LAST,
@@ -81,8 +81,8 @@ def test_a_dense_training_has_no_router(tmp_path):
         tmp_path / "dense", [*rows, {"kind": "train", "step": 1, "router": {}, "time": 1}]
     )
     found = results.trained(tmp_path / "dense")
-    assert found["loss"] == {"a": 1.0} and found["untrained"]["loss"] == {"a": 2.0}
-    assert found["own_share"] is found["routing"] is found["gate"] is None
+    assert found.loss == {"a": 1.0} and found.untrained.loss == {"a": 2.0}
+    assert found.own_share is found.routing is found.gate is None
 
 
 def comparison_of(*jobs):
@@ -103,7 +103,8 @@ def test_what_a_model_cost(model):
         branches[0].output,
         out / "given",
     )
-    assert results.compute(comparison, Made(start.output, model, members=members)) == {
+    found = results.compute(comparison, Made(start.output, model, members=members))
+    assert found.to_json() == {
         # each job once, the seed's not at all
         "training_flops": 5e4 + 2 * 2e3,
         "training_tokens": 400 + 2 * 20,
@@ -115,7 +116,7 @@ def test_what_a_model_cost(model):
 def test_an_ensemble_has_the_parameters_of_all_its_members(model, dense_dir):
     one = describe(dense_dir)["parameters"]
     found = results.compute(comparison_of(), Made(members=(model, dense_dir)))
-    assert found == {
+    assert found.to_json() == {
         "training_flops": 0,
         "training_tokens": 0,
         "seconds": None,
@@ -123,7 +124,7 @@ def test_an_ensemble_has_the_parameters_of_all_its_members(model, dense_dir):
     }
 
 
-def test_every_column_of_a_contenders_row(model, tmp_path):
+def test_every_column_of_a_methods_row(model, tmp_path):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "summary.json").write_text(
         '{"tasks": {"m": {"groups": {"science": 31.5}}}}'
@@ -135,7 +136,7 @@ def test_every_column_of_a_contenders_row(model, tmp_path):
     }
     row = results._method_row(
         comparison_of(Job("n", model, (), flops=7.0, tokens=3)), ("low", "nexus"), nexus, made
-    )
+    ).to_json()
     assert {key: row[key] for key in row if key not in ("seeds", "compute")} == {
         "name": "nexus",
         "label": nexus.label,
@@ -144,13 +145,14 @@ def test_every_column_of_a_contenders_row(model, tmp_path):
         "group": nexus.group,
     }
     assert row["compute"]["training_flops"] == 7.0 and list(row["seeds"]) == ["3"]
-    assert row["seeds"]["3"] == results.trained(model) | {"tasks": {"science": 31.5}}
+    assert row["seeds"]["3"] == results.trained(model).to_json() | {"tasks": {"science": 31.5}}
 
 
 def test_every_column_of_an_extensions_row(model):
     refit = next(e for e in EXTENSIONS if e.name == "nexus_refit")
     made = {0: Made(None, model, members=(model,), experts=("b",), steps={0: 0, 8: 4096})}
     row = results._extension_row(comparison_of(), ("", "nexus_refit", "b"), refit, made, ["a"])
+    row = row.to_json()
     assert {key: row[key] for key in row if key not in ("seeds", "compute")} == {
         "name": "nexus_refit",
         "label": refit.label,
@@ -195,10 +197,9 @@ def test_shares_and_leak_are_read_from_the_right_cells(tmp_path):
     made = Made(model=tmp_path / "m", experts=("x",), steps={0: 0, 2: 2048})
     found = results.budgets(made, ["a", "b"])
     assert list(found) == ["0", "2048"]
-    assert [found["0"][key] for key in ("share", "leak", "own_share")] == pytest.approx(
-        [0.5, 0.15, 0.65]
-    )
-    assert found["2048"]["loss"] == {"a": 9.0}, "a repeated step counts as it was last"
+    first = found["0"]
+    assert (first.share, first.leak, first.own_share) == pytest.approx((0.5, 0.15, 0.65))
+    assert found["2048"].loss == {"a": 9.0}, "a repeated step counts as it was last"
     assert len(results.records(tmp_path / "m")) == 3
 
 
@@ -207,7 +208,7 @@ def test_what_was_not_run_has_its_reason():
         "compare-tiny", ["compare.seeds=[0]", "compare.contenders=[nexus]"], Path("comparison")
     )
     (job,) = [job for job in found.builder.jobs.values() if job.name == "seed 0 upcycle nexus"]
-    rows = {row["name"]: row["why"] for row in results._not_run(found, {job.output: "killed"})}
+    rows = {row.name: row.why for row in results._not_run(found, {job.output: "killed"})}
     assert (
         rows["seed 0 upcycle nexus"] == "killed"
         and rows["BTX"] == "not asked for"
