@@ -1,8 +1,7 @@
-"""Figures as PNG: routing heatmaps, cosine tables, perplexity bars, curves; legible without colour
-vision.
+"""Figures as PNG: routing heatmaps, cosine tables, perplexity bars, curves.
 
-Every figure has a title, named axes and, where there are cells or bars, their values. Nothing opens
-a window.
+They are legible without colour vision. Every figure has a title, named axes and, where there are
+cells or bars, their values. Nothing opens a window.
 
 Not covered: interactive figures, vector formats, more than about 16 experts or domains in one
 legible picture.
@@ -14,18 +13,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 # Okabe and Ito's colours, told apart with any of the usual colour-vision deficiencies; black and
 # pale yellow left out.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#6F6F6F")
+FRAME = "#D55E00"
 HATCHES = ("", "//", "..")  # a second mark once the colours are used up
 LINES = ("-", "--", "-.", ":")
 MAX_PANELS = 8  # layers drawn; all are in the CSV
@@ -33,9 +35,20 @@ MAX_GROUPED = 18  # bars in one group picture
 DPI = 130
 
 
+class Look(TypedDict):
+    """Keywords of a bar."""
+
+    color: str
+    hatch: str
+    edgecolor: str
+    linewidth: float
+
+
 def _new(width: float, height: float) -> Figure:
-    """Return an empty figure of `width` x `height` inches that no global state knows (so nothing
-    has to be closed)."""
+    """Return an empty figure of `width` x `height` inches.
+
+    No global state knows it, so nothing has to be closed.
+    """
     # Imported here: matplotlib takes half a second, and --help of every verb would pay for it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as NewFigure
@@ -53,37 +66,85 @@ def _save(figure: Figure, out: Path) -> Path:
     return out
 
 
+# Heatmaps -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """What the colours of a heatmap mean."""
+
+    low: float
+    high: float
+    colours: str
+
+
+SHARES = _Scale(0.0, 1.0, "Blues")
+COSINES = _Scale(-1.0, 1.0, "RdBu_r")
+
+
+def _is_dark(image: AxesImage, value: float) -> bool:
+    """Return whether the colour of a value is so dark that only white can be read on it."""
+    red, green, blue, _ = image.to_rgba(np.array(value))
+    # Luma as the eye weighs the colours (Rec. ITU-R BT.601).
+    return bool(0.299 * red + 0.587 * green + 0.114 * blue < 0.5)
+
+
 def _heat(
     axes: Axes,
     values: np.ndarray,
     rows: Sequence[str],
     columns: Sequence[str],
-    limits: tuple[float, float],
-    colours: str,
+    scale: _Scale,
     size: float = 9.0,
-) -> Any:
-    """Draw `values` [rows, columns] with a number in every cell."""
-    image = axes.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
+) -> AxesImage:
+    """Draw `values` [rows, columns] with a number in every cell; `size` is that of the letters."""
+    image = axes.imshow(values, cmap=scale.colours, vmin=scale.low, vmax=scale.high, aspect="auto")
     axes.set_xticks(
-        range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor", fontsize=size
+        range(len(columns)),
+        columns,
+        rotation=40,
+        ha="right",
+        rotation_mode="anchor",
+        fontsize=size,
     )
     axes.set_yticks(range(len(rows)), rows, fontsize=size)
-    for (r, c), value in np.ndenumerate(values):
-        red, green, blue, _ = image.cmap(image.norm(value))
-        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-        shown = f"{value:.2f}".replace("-0.00", "0.00")
+    for (row, column), value in np.ndenumerate(values):
         axes.text(
-            c, r, shown, ha="center", va="center", fontsize=size, color="white" if dark else "black"
+            column,
+            row,
+            f"{value:.2f}".replace("-0.00", "0.00"),
+            ha="center",
+            va="center",
+            fontsize=size,
+            color="white" if _is_dark(image, value) else "black",
         )
     return image
 
 
 def shown_layers(layers: Sequence[int]) -> list[int]:
-    """Return positions in `layers` of those that a heatmap shows: all, or MAX_PANELS evenly spaced
-    with both ends."""
+    """Return positions in `layers` of those that a heatmap shows.
+
+    All, or MAX_PANELS evenly spaced with both ends.
+    """
     if len(layers) <= MAX_PANELS:
         return list(range(len(layers)))
     return sorted({round(i) for i in np.linspace(0, len(layers) - 1, MAX_PANELS)})
+
+
+def _frame_own(axes: Axes, domains: Sequence[str], own: Sequence[str]) -> None:
+    """Frame the cells of each domain's own experts."""
+    # Imported here: see `_new`.
+    from matplotlib.patches import Rectangle
+
+    for row, domain in enumerate(domains):
+        for column, trained_on in enumerate(own):
+            if trained_on == domain:
+                # A cell is 1 x 1 about its place; a little less, so that neighbours' frames do not
+                # touch.
+                corner = (column - 0.47, row - 0.46)
+                axes.add_patch(
+                    Rectangle(corner, 0.94, 0.92, fill=False, edgecolor=FRAME, linewidth=1.8)
+                )
 
 
 def routing_heatmap(
@@ -107,43 +168,30 @@ def routing_heatmap(
             frame.
         title: heading of the figure.
     """
-    from matplotlib.patches import Rectangle
-
-    layers = list(range(len(share))) if layers is None else list(layers)
-    own = list(experts) if own is None else list(own)
-    panels = [
-        ("mean over layers", share.mean(axis=0)),
-        *[(f"layer {layers[i]}", share[i]) for i in shown_layers(layers)],
-    ]
+    layers = range(len(share)) if layers is None else layers
+    own = experts if own is None else own
+    panels = {"mean over layers": share.mean(axis=0)}
+    for place in shown_layers(layers):
+        panels[f"layer {layers[place]}"] = share[place]
+    # Four panels make a square; three in a row with one below would not.
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
-    cell = 0.62
-    width, height = 1.3 + cell * len(experts), 1.3 + 0.42 * len(domains)
+    width = 1.3 + 0.62 * len(experts)
+    height = 1.3 + 0.42 * len(domains)
     figure = _new(max(6.0, columns * width + 0.8), max(3.2, lines * height + 0.6))
     grid = figure.subplots(lines, columns, squeeze=False)
-    image: Any = None
-    for number, axes in enumerate(grid.flat):
-        if number >= len(panels):
-            axes.set_axis_off()
-            continue
-        name, values = panels[number]
-        image = _heat(axes, values, domains, experts, (0.0, 1.0), "Blues", size=8.5)
-        axes.set_title(name, fontsize=10, fontweight="bold" if number == 0 else "normal")
-        for r, domain in enumerate(domains):
-            for c in [c for c, trained_on in enumerate(own) if trained_on == domain]:
-                axes.add_patch(
-                    Rectangle(
-                        (c - 0.47, r - 0.46),
-                        0.94,
-                        0.92,
-                        fill=False,
-                        edgecolor="#D55E00",
-                        linewidth=1.8,
-                    )
-                )
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (name, values) in zip(grid.flat, panels.items(), strict=False):
+        image = _heat(axes, values, domains, experts, SHARES, size=8.5)
+        axes.set_title(
+            name, fontsize=10, fontweight="normal" if axes is not grid.flat[0] else "bold"
+        )
+        _frame_own(axes, domains, own)
     figure.suptitle(f"{title} (share of tokens; frame: the domain's own expert)", fontsize=11)
     figure.supxlabel("routed expert", fontsize=10)
     figure.supylabel("domain of the text", fontsize=10)
+    # All panels have one scale, so the last one's image stands for all.
     figure.colorbar(image, ax=grid, label="share of tokens", shrink=0.8)
     return _save(figure, out)
 
@@ -157,14 +205,20 @@ def cosine_pair(
     titles: tuple[str, str] = ("domain embeddings (before P)", "router rows (after P)"),
     title: str = "Cosine between experts",
 ) -> Path:
-    """Draw two [E, E] tables of cosines side by side on one scale from -1 to 1 (paper section
-    5.6)."""
+    """Draw two tables of cosines side by side on one scale from -1 to 1 (paper section 5.6).
+
+    Args:
+        before, after: [E, E].
+        names: of the E experts.
+        out: PNG file to write.
+        titles: of the two tables.
+        title: heading of the figure.
+    """
     side = 1.6 + 0.62 * len(names)
     figure = _new(max(7.0, 2 * side + 1.2), max(3.4, 0.5 * len(names) + 2.0))
     grid = figure.subplots(1, 2, squeeze=False)
-    image: Any = None
     for axes, values, name in zip(grid.flat, (before, after), titles, strict=True):
-        image = _heat(axes, np.asarray(values), names, names, (-1.0, 1.0), "RdBu_r")
+        image = _heat(axes, np.asarray(values), names, names, COSINES)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("domain of the expert", fontsize=9)
     grid[0, 0].set_ylabel("domain of the expert", fontsize=9)
@@ -173,8 +227,7 @@ def cosine_pair(
     return _save(figure, out)
 
 
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+# Bars ---------------------------------------------------------------------------------------------
 
 
 def perplexity_bars(
@@ -190,9 +243,10 @@ def perplexity_bars(
     """
     models = list(perplexity)
     domains = list(dict.fromkeys(domain for values in perplexity.values() for domain in values))
-    table = np.array(
-        [[perplexity[model].get(domain, math.nan) for domain in domains] for model in models]
-    )
+    rows = []
+    for values in perplexity.values():
+        rows.append([values.get(domain, math.nan) for domain in domains])
+    table = np.array(rows)
     if table.size <= MAX_GROUPED:
         figure = _grouped_bars(table, models, domains)
     else:
@@ -201,7 +255,7 @@ def perplexity_bars(
     return _save(figure, out)
 
 
-def _style(model: int) -> dict[str, Any]:
+def _style(model: int) -> Look:
     """Return the look of model number `model`: colours first, hatches when they are used up."""
     hatch = HATCHES[model // len(COLOURS) % len(HATCHES)]
     return {
@@ -212,11 +266,11 @@ def _style(model: int) -> dict[str, Any]:
     }
 
 
-def _labels(values: np.ndarray) -> list[str]:
-    return [
-        "" if math.isnan(value) else f"{value:.0f}" if value >= 100 else f"{value:.1f}"
-        for value in values
-    ]
+def _label(value: float) -> str:
+    """Return what stands at a bar; nothing where a model was not scored."""
+    if math.isnan(value):
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def _grouped_bars(table: np.ndarray, models: Sequence[str], domains: Sequence[str]) -> Figure:
@@ -224,14 +278,20 @@ def _grouped_bars(table: np.ndarray, models: Sequence[str], domains: Sequence[st
     figure = _new(max(6.5, 1.4 + 0.42 * table.size + 0.3 * len(domains)), 4.4)
     axes = figure.subplots()
     width = 0.84 / len(models)
-    for m, model in enumerate(models):
-        places = np.arange(len(domains)) + (m - (len(models) - 1) / 2) * width
-        bars = axes.bar(places, table[m], width * 0.94, label=model, **_style(m))
-        axes.bar_label(bars, _labels(table[m]), padding=2, fontsize=8)
+    middle = (len(models) - 1) / 2
+    for m, (model, values) in enumerate(zip(models, table, strict=True)):
+        places = np.arange(len(domains)) + (m - middle) * width
+        bars = axes.bar(places, values, width * 0.94, label=model, **_style(m))
+        axes.bar_label(bars, [_label(value) for value in values], padding=2, fontsize=8)
     _value_axis(axes, table)
     axes.set_xticks(range(len(domains)), domains, fontsize=10)
     axes.set_xlabel("domain of the text")
-    figure.legend(loc="outside lower center", ncols=min(4, len(models)), fontsize=9, frameon=False)
+    figure.legend(
+        loc="outside lower center",
+        ncols=min(4, len(models)),
+        fontsize=9,
+        frameon=False,
+    )
     return figure
 
 
@@ -241,26 +301,34 @@ def _panelled_bars(table: np.ndarray, models: Sequence[str], domains: Sequence[s
     lines = math.ceil(len(domains) / columns)
     figure = _new(1.6 + 2.9 * columns, 0.7 + lines * (0.75 + 0.27 * len(models)))
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
-    for number, axes in enumerate(grid.flat):
-        if number >= len(domains):
-            axes.set_axis_off()
-            continue
-        for m in range(len(models)):
-            bars = axes.barh(m, table[m, number], 0.8, **_style(m))
-            axes.bar_label(bars, _labels(table[m, number : number + 1]), padding=2, fontsize=8.5)
-        axes.set_xlim(0, max(1.0, float(np.nanmax(np.append(table[:, number], 0.0)))) * 1.22)
-        axes.set_title(domains[number], fontsize=10)
-        axes.tick_params(labelsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid.flat[len(domains) :]:
+        axes.set_axis_off()
+    for axes, domain, values in zip(grid.flat, domains, table.T, strict=False):
+        _lying_bars(axes, values)
+        axes.set_title(domain, fontsize=10)
     grid[0, 0].set_yticks(range(len(models)), models)
     grid[0, 0].invert_yaxis()  # shared by all panels
     figure.supxlabel("perplexity per token (each panel has its own scale)", fontsize=10)
     return figure
 
 
+def _lying_bars(axes: Axes, values: np.ndarray) -> None:
+    """Draw one bar a model, with room for the numbers beside them."""
+    for m, value in enumerate(values):
+        bars = axes.barh(m, value, 0.8, **_style(m))
+        axes.bar_label(bars, [_label(value)], padding=2, fontsize=8.5)
+    # The zero stands for a domain that no model was scored on.
+    longest = float(np.nanmax(np.append(values, 0.0)))
+    axes.set_xlim(0, max(1.0, longest) * 1.22)
+    axes.tick_params(labelsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def _value_axis(axes: Axes, table: np.ndarray) -> None:
     """Choose the scale of the bars and leave room for the numbers above them."""
-    low, high = float(np.nanmin(table)), float(np.nanmax(table))
+    low = float(np.nanmin(table))
+    high = float(np.nanmax(table))
+    # On a linear scale bars below an eighth of the highest could hardly be told apart.
     if low > 0 and high / low >= 8:
         axes.set_yscale("log")
         axes.set_ylim(max(1.0, low / 2), high * (high / low) ** 0.2)
@@ -269,6 +337,9 @@ def _value_axis(axes: Axes, table: np.ndarray) -> None:
         axes.set_ylim(0, high * 1.18)
         axes.set_ylabel("perplexity per token")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+# Curves -------------------------------------------------------------------------------------------
 
 
 def line_plot(
@@ -281,14 +352,15 @@ def line_plot(
     log_x: bool = False,
     log_y: bool = False,
 ) -> Path:
-    """Draw curves, one a name: `series[name] = (x, y)`; few points are marked, points that are not
-    finite left out."""
+    """Draw curves, one a name: `series[name] = (x, y)`.
+
+    Few points are marked, points that are not finite left out.
+    """
     figure = _new(7.5, 4.4)
     axes = figure.subplots()
     for number, (name, (xs, ys)) in enumerate(series.items()):
-        points = [
-            (x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(x) and math.isfinite(y)
-        ]
+        pairs = zip(xs, ys, strict=True)
+        points = [(x, y) for x, y in pairs if math.isfinite(x) and math.isfinite(y)]
         axes.plot(
             [x for x, _ in points],
             [y for _, y in points],

@@ -54,7 +54,7 @@ def number(value: object) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-# Over seeds -----------------------------------------------------------------------------------------
+# Over seeds ---------------------------------------------------------------------------------------
 
 
 def spread(values: Mapping[str, float], digits: int = 3, signed: bool = False) -> Spread | None:
@@ -110,7 +110,7 @@ def paired(values: Mapping[str, float], reference: Mapping[str, float]) -> Paire
     return Paired(common) if common else None
 
 
-# Over windows ---------------------------------------------------------------------------------------
+# Over windows -------------------------------------------------------------------------------------
 
 
 def quantile(freedom: float) -> float:

@@ -91,7 +91,7 @@ def test_the_limit_is_part_of_the_summary():
     assert change["limit"] == 0.02 and change["failed"] == [] and change["undecided"] == ["b"]
 
 
-# The file ------------------------------------------------------------------------------------------
+# The file -----------------------------------------------------------------------------------------
 
 
 def task(group, score):

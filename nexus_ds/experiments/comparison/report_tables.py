@@ -33,7 +33,7 @@ LETTERS = "kMGTPEZ"
 AnyRow = TypeVar("AnyRow", MethodRow, ExtensionRow)
 
 
-# Which rows -----------------------------------------------------------------------------------------
+# Which rows ---------------------------------------------------------------------------------------
 
 
 def methods_of(results: Results, variant: str | None = "") -> list[MethodRow]:
@@ -101,7 +101,7 @@ def varied(results: Results) -> dict[str, str]:
     return {row.name: row.label for row in rows if row.variant}
 
 
-# Cells ----------------------------------------------------------------------------------------------
+# Cells --------------------------------------------------------------------------------------------
 
 
 def unit_of(values: Iterable[float | None], largest: str) -> tuple[float, str]:
@@ -179,7 +179,7 @@ def _perplexity(losses: Mapping[str, float]) -> Spread | None:
     return spread(found, digits)
 
 
-# Methods --------------------------------------------------------------------------------------------
+# Methods ------------------------------------------------------------------------------------------
 
 
 def quality_table(results: Results) -> Table:
@@ -311,7 +311,7 @@ def _own_shares_of(seeds: Mapping[str, SeedScores], domain: str) -> dict[str, fl
     return present({seed: shares.get(domain) for seed, shares in routing.items()})
 
 
-# Extensions -----------------------------------------------------------------------------------------
+# Extensions ---------------------------------------------------------------------------------------
 
 
 def _budget_heads(budgets: Sequence[str]) -> list[str]:
@@ -392,7 +392,7 @@ def share_table(results: Results, added: str) -> Table:
     return Table(header=["extension", *heads], rows=lines)
 
 
-# Changed settings -----------------------------------------------------------------------------------
+# Changed settings ---------------------------------------------------------------------------------
 
 
 def variant_table(results: Results) -> Table | None:

@@ -20,8 +20,11 @@ from nexus_ds.report.figures import COLOURS, LINES, _new, _save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MARKERS = "osD^vPX*<>hp"
+DARK = "#444444"
+"""Of lines that a value is read against."""
 
 
 def short_count(value: float) -> str:
@@ -34,12 +37,15 @@ def short_count(value: float) -> str:
 
 @dataclass(frozen=True)
 class Level:
-    """One point: where it stands on the x axis (a number, or the position of a name), its mean and
-    its deviation."""
+    """One point: its place on the x axis, its mean and its deviation."""
 
     x: float
+    """A number, or the position of a name."""
     mean: float
     deviation: float | None = None
+
+
+# Differences by seed ------------------------------------------------------------------------------
 
 
 def paired_dots(
@@ -50,22 +56,27 @@ def paired_dots(
     xlabel: str,
     ignore: float = 0.0,
 ) -> Path:
-    """Draw differences: `panels[title][row]` holds one number a seed; the mean is a bar, `ignore` a
-    grey band.
+    """Draw differences: `panels[title][row]` holds one number a seed; the mean is a bar.
 
     The axis is linear near zero and logarithmic further out, so that 0.01 and 1 can both be read.
+
+    Args:
+        panels: differences by panel and row.
+        out: PNG file to write.
+        title: heading of the figure.
+        xlabel: name of the axis.
+        ignore: differences below it, in either direction, lie in a grey band.
     """
     rows = list(dict.fromkeys(row for panel in panels.values() for row in panel))
     figure = _new(2.6 + 4.4 * len(panels), 1.3 + 0.3 * len(rows))
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)
     for axes, (name, panel) in zip(grid.flat, panels.items(), strict=True):
         axes.axvspan(-ignore, ignore, color="#d9d9d9", linewidth=0)
-        axes.axvline(0, color="#444444", linewidth=1)
+        axes.axvline(0, color=DARK, linewidth=1)
         for row, values in panel.items():
             _dots(axes, rows.index(row), values)
-        _difference_axis(
-            axes, [value for values in panel.values() for value in values], max(ignore, 1e-3)
-        )
+        every = [value for values in panel.values() for value in values]
+        _difference_axis(axes, every, near=max(ignore, 1e-3))
         axes.set_title(name, fontsize=10)
     grid[0, 0].set_yticks(range(len(rows)), rows, fontsize=9)
     grid[0, 0].set_ylim(len(rows) - 0.4, -0.6)
@@ -81,37 +92,53 @@ def _dots(axes: Axes, row: int, values: Sequence[float]) -> None:
     colour = COLOURS[0] if mean < 0 else COLOURS[5]
     axes.plot([mean, mean], [row - 0.32, row + 0.32], color=colour, linewidth=2.4)
     axes.plot(
-        values, [row] * len(values), "o", color=colour, markersize=5, alpha=0.65, markeredgewidth=0
+        values,
+        [row] * len(values),
+        "o",
+        color=colour,
+        markersize=5,
+        alpha=0.65,
+        markeredgewidth=0,
     )
 
 
 def _difference_axis(axes: Axes, values: Sequence[float], near: float) -> None:
     """Choose a scale that is linear up to `near` and marks powers of ten beyond."""
+    low = min([*values, -near])
+    high = max([*values, near])
     furthest = max([abs(value) for value in values] or [near]) * 1.3
-    low, high = min([*values, -near]), max([*values, near])
+    margin = 1.15
     if furthest > 8 * near:
+        margin = 1.5
         axes.set_xscale("symlog", linthresh=near, linscale=0.5)
-        steps = [
-            step
-            for power in range(-3, 5)
-            for step in (10.0**power, 3 * 10.0**power)
-            if near <= step <= furthest
-        ]
-        ticks = (
-            [-step for step in steps if -step >= low * 1.5]
-            + [0.0]
-            + [step for step in steps if step <= high * 1.5]
-        )
-        shown = (
-            ticks if len(ticks) <= 9 else [t for t in ticks if t == 0 or f"{abs(t):.0e}"[0] == "1"]
-        )
-        axes.set_xticks(shown, [f"{tick:+g}" if tick else "0" for tick in shown], fontsize=8.5)
+        ticks = _ticks(low * margin, high * margin, near, furthest)
+        names = [f"{tick:+g}" if tick else "0" for tick in ticks]
+        axes.set_xticks(ticks, names, fontsize=8.5)
         axes.minorticks_off()
-    margin = 1.5 if furthest > 8 * near else 1.15
     axes.set_xlim(low * margin, high * margin)
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
+
+
+def _ticks(low: float, high: float, near: float, furthest: float) -> list[float]:
+    """Return 1 and 3 times powers of ten from `near` to `furthest` on both sides, within the axis.
+
+    Where those are too many to be read, the powers of ten alone.
+    """
+    steps = []
+    for power in range(-3, 5):
+        steps += [10.0**power, 3 * 10.0**power]
+    steps = [step for step in steps if near <= step <= furthest]
+    below = [-step for step in steps if -step >= low]
+    above = [step for step in steps if step <= high]
+    ticks = [*below, 0.0, *above]
+    if len(ticks) <= 9:
+        return ticks
+    return [tick for tick in ticks if tick == 0 or f"{abs(tick):.0e}"[0] == "1"]
+
+
+# Levels -------------------------------------------------------------------------------------------
 
 
 def levels(
@@ -124,64 +151,52 @@ def levels(
     names: Sequence[str] = (),
     lines: Mapping[str, float] | None = None,
 ) -> Path:
-    """Draw curves (or, with `names` of the x positions, points) with error bars:
-    `panels[title][series]`.
+    """Draw curves with error bars: `panels[title][series]`; the first series is drawn thicker.
 
-    `lines[panel]` draws a dashed level, for instance that before an extension. The first series is
-    drawn thicker.
+    Args:
+        panels: points by panel and series.
+        out: PNG file to write.
+        title: heading of the figure.
+        xlabel, ylabel: names of the axes.
+        names: of the x positions 0, 1, …; then points are drawn, not curves.
+        lines: by panel, a level that is dashed, for instance that before an extension.
     """
     series = list(dict.fromkeys(name for panel in panels.values() for name in panel))
-    figure = _new(1.4 + 4.6 * len(panels), 4.4 + 0.2 * ((len(series) + 2) // 3))
+    legend_lines = (len(series) + 2) // 3
+    figure = _new(1.4 + 4.6 * len(panels), 4.4 + 0.2 * legend_lines)
     grid = figure.subplots(1, len(panels), squeeze=False)
     for axes, (panel, curves) in zip(grid.flat, panels.items(), strict=True):
-        xs = [level.x for points in curves.values() for level in points]
-        step = (max(xs) - min(xs)) / 150 if xs and not names else 0.7 / max(1, len(series))
-        for name, points in curves.items():
-            number = series.index(name)
-            _curve(
-                axes,
-                points,
-                name,
-                number,
-                (number - (len(series) - 1) / 2) * step,
-                joined=not names,
-            )
+        _curves(axes, curves, series, joined=not names)
         if lines and panel in lines:
-            axes.axhline(
-                lines[panel], color="#444444", linestyle=":", linewidth=1.4, label="before"
-            )
+            level = lines[panel]
+            axes.axhline(level, color=DARK, linestyle=":", linewidth=1.4, label="before")
         if names:
-            axes.set_xticks(
-                range(len(names)),
-                names,
-                rotation=25,
-                ha="right",
-                rotation_mode="anchor",
-                fontsize=9,
-            )
-        elif xs:
-            ticks = sorted(set(xs))
-            axes.set_xticks(ticks, [short_count(tick) for tick in ticks], fontsize=9)
+            _name_places(axes, names)
+        else:
+            _count_places(axes, curves)
         axes.set_xlabel(xlabel)
         axes.set_title(panel, fontsize=10)
         axes.grid(axis="y", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    handles = {
-        label: h
-        for axes in grid.flat
-        for h, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=min(3, len(handles)),
-        fontsize=9,
-        frameon=False,
-    )
+    _legend(figure, list(grid.flat))
     grid[0, 0].set_ylabel(ylabel)
     figure.suptitle(title, fontsize=11)
     return _save(figure, out)
+
+
+def _curves(
+    axes: Axes, curves: Mapping[str, Sequence[Level]], series: Sequence[str], joined: bool
+) -> None:
+    """Draw one panel; each series has its look and its shift in every panel."""
+    xs = [level.x for points in curves.values() for level in points]
+    # Beside names, which stand 1 apart, all series together keep clear of the next name.
+    step = 0.7 / max(1, len(series))
+    if joined and xs:
+        step = (max(xs) - min(xs)) / 150
+    middle = (len(series) - 1) / 2
+    for name, points in curves.items():
+        number = series.index(name)
+        _curve(axes, points, name, number, shift=(number - middle) * step, joined=joined)
 
 
 def _curve(
@@ -203,22 +218,57 @@ def _curve(
     )
 
 
+def _name_places(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_xticks(
+        range(len(names)),
+        names,
+        rotation=25,
+        ha="right",
+        rotation_mode="anchor",
+        fontsize=9,
+    )
+
+
+def _count_places(axes: Axes, curves: Mapping[str, Sequence[Level]]) -> None:
+    ticks = sorted({level.x for points in curves.values() for level in points})
+    if ticks:
+        axes.set_xticks(ticks, [short_count(tick) for tick in ticks], fontsize=9)
+
+
+def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """Draw one legend of all panels, each name once."""
+    handles = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles[label] = handle
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=min(3, len(handles)),
+        fontsize=9,
+        frameon=False,
+    )
+
+
+# Quality against compute --------------------------------------------------------------------------
+
+
 def quality_compute(
     points: Mapping[str, Level], out: Path, *, title: str, xlabel: str, ylabel: str
 ) -> Path:
-    """Draw quality (y, lower is better) against compute (x, logarithmic; 0 stands at the left edge)
-    with names."""
-    from matplotlib.ticker import LogLocator
+    """Draw quality (y, lower is better) against compute (x, logarithmic), with names.
 
+    Compute of 0 stands at the left edge.
+    """
     figure = _new(8.6, max(4.2, 1.4 + 0.27 * len(points)))
     axes = figure.subplots()
     positive = [level.x for level in points.values() if level.x > 0] or [1.0]
+    highest = max(positive)
     edge = min(positive) / 3
     axes.set_xscale("log")
-    axes.set_xlim(edge / 1.3, max(positive) * 1.5)
-    order = sorted(points, key=lambda name: points[name].mean)
-    for number, name in enumerate(points):
-        level = points[name]
+    axes.set_xlim(edge / 1.3, highest * 1.5)
+    for number, level in enumerate(points.values()):
         axes.errorbar(
             max(level.x, edge),
             level.mean,
@@ -229,8 +279,34 @@ def quality_compute(
             capsize=2,
             linestyle="none",
         )
+    _name_points(axes, points, edge)
+    _power_axis(axes, few=highest / edge < 1000)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_title(title, fontsize=11)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _save(figure, out)
+
+
+def _power_axis(axes: Axes, few: bool) -> None:
+    """Name the places of a logarithmic axis; `few`: it has few powers of ten."""
+    # Imported here: matplotlib takes half a second, and --help of every verb would pay for it.
+    from matplotlib.ticker import LogLocator
+
+    if few:  # name some steps between them
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e+", "e"))
+    axes.xaxis.set_minor_formatter("")
+
+
+def _name_points(axes: Axes, points: Mapping[str, Level], edge: float) -> None:
+    """Write the names in a column right of the axes, each with a line to its point."""
+    order = sorted(points, key=lambda name: points[name].mean)
     low, high = axes.get_ylim()
-    heights = _apart([points[name].mean for name in order], (high - low) / max(14, len(order)))
+    gap = (high - low) / max(14, len(order))
+    heights = _apart([points[name].mean for name in order], gap)
+    # Where many means lie close together, their column of names is higher than they are.
     middle = (min(heights) + max(heights)) / 2
     axes.set_ylim(min(low, 2 * middle - max(heights)), max(high, *heights) + (high - low) * 0.02)
     for name, height in zip(order, heights, strict=True):
@@ -253,22 +329,15 @@ def quality_compute(
                 "relpos": (0, 0.5),
             },
         )
-    if max(positive) / edge < 1000:  # few powers of ten: name some steps between them
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e+", "e"))
-    axes.xaxis.set_minor_formatter("")
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    axes.set_title(title, fontsize=11)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    return _save(figure, out)
 
 
 def _apart(values: Sequence[float], gap: float) -> list[float]:
-    """Return places for labels of the rising `values`, at least `gap` apart and near their
-    values."""
+    """Return places for labels of the rising `values`, at least `gap` apart, near their values.
+
+    Neighbours that are too near push one another away by half of what is lacking, again and again.
+    """
     places = np.asarray(values, dtype=float).copy()
+    # A bound, not a promise: with 200 rounds a few dozen labels have long come to rest.
     for _ in range(200):
         moved = False
         for i in range(len(places) - 1):
