@@ -220,7 +220,7 @@ def read(found):
 
 
 def seeds_of(found, kind, name, variant="", budget=None):
-    """Return what was measured of a method (`kind` contenders) or extension, a dictionary a seed."""
+    """Return what was measured of one row of `found[kind]`, a dictionary a seed."""
     (entry,) = [e for e in found[kind] if e["name"] == name and e["variant"] == variant]
     seeds = list(entry["seeds"].values())
     return seeds if budget is None else [seed["budgets"][budget] for seed in seeds]

@@ -1,7 +1,7 @@
-"""One self-contained HTML page: sections of text, figures (inline PNG) and tables, readable in
-light and dark.
+"""One self-contained HTML page: sections of text, figures (inline PNG) and tables.
 
-Everything that is put in is escaped; the page loads nothing from anywhere and runs no script.
+It is readable in light and dark. Everything that is put in is escaped; the page loads nothing from
+anywhere and runs no script.
 
 Not covered: links between pages, any other image format than PNG, markup inside texts.
 """
@@ -32,34 +32,36 @@ STYLE = """
   :root { --text: #e4e8ee; --paper: #14171b; --soft: #1f242b; --line: #39424e; --accent: #7db7f5; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 76rem; background: var(--paper); color: var(--text);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 76rem;
+  background: var(--paper); color: var(--text);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial,
+    sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .75rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; padding-top: 1rem; border-top: 1px solid var(--line); }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; padding-top: 1rem;
+  border-top: 1px solid var(--line); }
 p { max-width: 48rem; margin: .5rem 0; } h1 + p { font-size: 1.1rem; }
 nav { margin: 1rem 0; } nav a { color: var(--accent); margin-right: 1rem; white-space: nowrap; }
-figure { margin: 1rem 0; padding: .75rem; background: #ffffff; border: 1px solid var(--line); border-radius: 6px;
-  overflow-x: auto; }
+figure { margin: 1rem 0; padding: .75rem; background: #ffffff; border: 1px solid var(--line);
+  border-radius: 6px; overflow-x: auto; }
 figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; }
-th { background: var(--soft); font-weight: 600; } th:first-child, td:first-child, .text { text-align: left; }
-td:not(.text) { white-space: nowrap; } td:first-child { min-width: 8.5rem; } td strong { color: var(--accent); }
+th { background: var(--soft); font-weight: 600; }
+th:first-child, td:first-child, .text { text-align: left; }
+td:not(.text) { white-space: nowrap; } td:first-child { min-width: 8.5rem; }
+td strong { color: var(--accent); }
 footer { margin-top: 3rem; font-size: .85rem; opacity: .75; }
 """
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean and how far it may be off, shown as 4.613 ± 0.027: the deviation over seeds, or a
-    standard error.
-
-    `deviation` is None where nothing is known of it, as of one seed.
-    """
+    """A mean and how far it may be off, shown as 4.613 ± 0.027."""
 
     mean: float
     deviation: float | None = None
+    """Over seeds, or a standard error; None where nothing is known of it, as of one seed."""
     digits: int = 3
     signed: bool = False
 
@@ -101,63 +103,63 @@ class Section:
 
 
 def format_cell(value: Cell) -> str:
-    """Return a cell as people read it: 12,345 for counts, 17.3 or 0.574 for numbers, a dash for
-    nothing."""
+    """Return a cell as people read it: 12,345 for counts, 1,235, 123.5 or 17.35 for numbers.
+
+    Nothing, and what is not a number, is a dash.
+    """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if isinstance(value, bool | str | Spread):
         return str(value)
     if isinstance(value, int):
         return f"{value:,}"
-    magnitude = abs(value)
-    return (
-        f"{value:,.0f}"
-        if magnitude >= 1000
-        else f"{value:.1f}"
-        if magnitude >= 100
-        else f"{value:.2f}"
-    )
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}"
 
 
 def _is_number(value: Cell) -> bool:
-    return (
-        isinstance(value, int | float | Spread)
-        and not isinstance(value, bool)
-        and not math.isnan(float(value))
-    )
+    # Python counts True as a number.
+    if isinstance(value, bool) or not isinstance(value, int | float | Spread):
+        return False
+    return not math.isnan(float(value))
 
 
 def best_cells(table: Table) -> set[tuple[int, int]]:
-    """Return the (row, column) places of `table.rows` that are to be bold; the first column never
-    is."""
+    """Return the (row, column) places of `table.rows` that are bold; the first column never is."""
     if table.best is None:
         return set()
-    choose = min if table.best == "min" else max
     columns = [
         c for c, name in enumerate(table.header) if c > 0 and (not table.only or name in table.only)
     ]
+    rows = range(len(table.rows))
     lines: Iterable[list[tuple[int, int]]]
     if table.along == "column":
-        lines = [[(r, c) for r in range(len(table.rows))] for c in columns]
+        lines = [[(r, c) for r in rows] for c in columns]
     else:
-        lines = [[(r, c) for c in columns] for r in range(len(table.rows))]
+        lines = [[(r, c) for c in columns] for r in rows]
     found: set[tuple[int, int]] = set()
     for line in lines:
-        numbers = {
-            place: table.rows[place[0]][place[1]]
-            for place in line
-            if _is_number(table.rows[place[0]][place[1]])
-        }
-        if len(numbers) > 1:  # one number alone has nothing to be better than
-            top = choose(float(value) for value in numbers.values() if value is not None)
-            # What is shown decides about ties: two equal numbers of which one is bold would puzzle
-            # the reader.
-            found |= {
-                place
-                for place, value in numbers.items()
-                if format_cell(value) == format_cell(_as(value, top))
-            }
+        found |= _best_of(table, line)
     return found
+
+
+def _best_of(table: Table, line: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
+    """Return the best places of one column or row."""
+    cells = {(r, c): table.rows[r][c] for r, c in line}
+    numbers = {place: value for place, value in cells.items() if _is_number(value)}
+    # One number alone has nothing to be better than.
+    if len(numbers) < 2:
+        return set()
+    choose = min if table.best == "min" else max
+    top = choose(float(value) for value in numbers.values() if value is not None)
+    # What is shown decides about ties: two equal numbers of which one is bold would puzzle the
+    # reader.
+    return {
+        place
+        for place, value in numbers.items()
+        if format_cell(value) == format_cell(_as(value, top))
+    }
 
 
 def _as(like: Cell, number: float) -> Cell:
@@ -178,11 +180,11 @@ def text_table(table: Table) -> str:
 
 
 def _check(table: Table) -> None:
-    for number, row in enumerate(table.rows):
+    for number, row in enumerate(table.rows, start=1):
         if len(row) != len(table.header):
             raise DataError(
-                f"row {number + 1} of the table has {len(row)} cells, expected {len(table.header)} as in its header "
-                f"({', '.join(table.header)})"
+                f"row {number} of the table has {len(row)} cells, expected {len(table.header)} "
+                f"as in its header ({', '.join(table.header)})"
             )
 
 
@@ -194,22 +196,23 @@ def _kind(*cells: Cell) -> str:
 def _table(table: Table) -> str:
     _check(table)
     bold = best_cells(table)
-    columns = zip(
-        table.header,
-        zip(*table.rows, strict=True) if table.rows else [()] * len(table.header),
-        strict=True,
-    )
-    head = "".join(f"<th{_kind(*cells)}>{html.escape(name)}</th>" for name, cells in columns)
+    heads = []
+    for c, name in enumerate(table.header):
+        column = [row[c] for row in table.rows]
+        heads.append(f"<th{_kind(*column)}>{html.escape(name)}</th>")
     body = []
     for r, row in enumerate(table.rows):
         cells = []
         for c, value in enumerate(row):
             shown = html.escape(format_cell(value))
-            cells.append(
-                f"<td{_kind(value)}>{f'<strong>{shown}</strong>' if (r, c) in bold else shown}</td>"
-            )
+            if (r, c) in bold:
+                shown = f"<strong>{shown}</strong>"
+            cells.append(f"<td{_kind(value)}>{shown}</td>")
         body.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    return (
+        f'<div class="wide"><table><thead><tr>{"".join(heads)}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
 
 
 def _figure(path: Path, title: str) -> str:
@@ -217,7 +220,8 @@ def _figure(path: Path, title: str) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"{path}: the figure of section {title!r} can't be read ({error}); draw it before the page"
+            f"{path}: the figure of section {title!r} can't be read ({error}); "
+            "draw it before the page"
         ) from error
     if not data.startswith(PNG_MAGIC):
         raise DataError(
@@ -228,11 +232,8 @@ def _figure(path: Path, title: str) -> str:
 
 
 def _paragraphs(text: str) -> str:
-    return "".join(
-        f"<p>{html.escape(' '.join(part.split()))}</p>"
-        for part in text.split("\n\n")
-        if part.strip()
-    )
+    parts = [" ".join(part.split()) for part in text.split("\n\n")]
+    return "".join(f"<p>{html.escape(part)}</p>" for part in parts if part)
 
 
 def _section(number: int, section: Section) -> str:
@@ -254,14 +255,27 @@ def write_page(out: Path, title: str, intro: str, sections: Sequence[Section]) -
         DataError: a figure that is missing or no PNG, or a table row whose length differs from the
             header's.
     """
-    links = "".join(f'<a href="#s{n}">{html.escape(s.title)}</a> ' for n, s in enumerate(sections))
-    body = "\n".join(_section(number, section) for number, section in enumerate(sections))
-    page = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>\n"
-        f"{_paragraphs(intro)}\n<nav>{links}</nav>\n{body}\n<footer>Written by nexus_ds.</footer>\n</body>\n</html>\n"
-    )
+    links = [f'<a href="#s{n}">{html.escape(s.title)}</a> ' for n, s in enumerate(sections)]
+    heading = html.escape(title)
+    lines = [
+        "<!DOCTYPE html>",
+        '<html lang="en">',
+        "<head>",
+        '<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{heading}</title>",
+        f"<style>{STYLE}</style>",
+        "</head>",
+        "<body>",
+        f"<h1>{heading}</h1>",
+        _paragraphs(intro),
+        f"<nav>{''.join(links)}</nav>",
+        *[_section(number, section) for number, section in enumerate(sections)],
+        "<footer>Written by nexus_ds.</footer>",
+        "</body>",
+        "</html>",
+    ]
+    page = "\n".join(lines) + "\n"
     with new_file(Path(out), overwrite=True) as temporary:
         write_text(temporary, page)

@@ -7,11 +7,12 @@ error stands beside it (`report.paired` has the assumptions).
 
 A domain is the same within SAME or within the interval of the difference, whichever is wider. A
 limit fails where all of the interval lies above it, so that a model which keeps to the limit is not
-failed by an unlucky choice of windows; where the
-limit lies inside the interval, the windows do not decide: that passes, and is said with the number
-of windows that would.
+failed by an unlucky choice of windows; where the limit lies inside the interval, the windows do not
+decide: that passes, and is said with the number of windows that would.
+
 The interval is that of one domain: of many that have not changed, one in forty is called worse by
 chance.
+
 Not covered: tasks other than predicting text, another seed's training.
 """
 
@@ -56,9 +57,10 @@ def add_limit(parser: argparse.ArgumentParser, written: str) -> None:
         "--fail-if-worse",
         metavar="X%",
         dest="limit",
-        help=f"exit with {EXIT_WORSE} if the perplexity of a domain rises by more than this, e.g. 3%%, and by more than "
-        f"chance: all of the {100 * CONFIDENCE:.0f}%% interval of the rise, window by window, lies above it; what the windows "
-        f"do not decide passes, with a line that says how many would; {written} is written all the same",
+        help=f"exit with {EXIT_WORSE} if the perplexity of a domain rises by more than this, "
+        f"e.g. 3%%, and by more than chance: all of the {100 * CONFIDENCE:.0f}%% interval of the "
+        "rise, window by window, lies above it; what the windows do not decide passes, with a line "
+        f"that says how many would; {written} is written all the same",
     )
 
 
@@ -81,8 +83,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_limit(text: str | None) -> float | None:
-    """Return the share that --fail-if-worse allows: 0.03 for 3%; ConfigError for anything else than
-    a percentage."""
+    """Return the share that --fail-if-worse allows: 0.03 for 3%.
+
+    Raises:
+        ConfigError: anything else than a percentage.
+    """
     if text is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
@@ -92,31 +97,33 @@ def parse_limit(text: str | None) -> float | None:
 
 
 def percent(change: float, error: float = math.nan) -> str:
-    """Return a change as people read it, with its standard error if there is one: 0.08 is +8.0 %,
-    or +8.0 ± 0.5 %."""
+    """Return a change as people read it: 0.08 is +8.0 %, or +8.0 ± 0.5 % with a standard error."""
     shown = f"{100 * change:+.1f}".replace("-0.0", "+0.0")
     return f"{shown} %" if math.isnan(error) else f"{shown} ± {100 * error:.1f} %"
 
 
 @dataclass(frozen=True)
 class Change:
-    """One domain's text before and after: perplexities, and the difference of the losses window by
-    window."""
+    """One domain's text before and after."""
 
     before: float
+    """Perplexity."""
     after: float
     difference: Difference
+    """Of the losses window by window, in nats per token."""
     same: float
     """Largest change that is called the same however sure it is."""
 
     @property
     def change(self) -> float:
         """Relative change of perplexity; above 0 is worse."""
+        # Perplexity is e^loss, so the ratio is e^difference.
         return math.expm1(self.difference.mean)
 
     @property
     def error(self) -> float:
         """Standard error of `change`; NaN for one window."""
+        # The delta method: the derivative of e^x - 1 is e^x.
         return (1.0 + self.change) * self.difference.error
 
     @property
@@ -163,75 +170,82 @@ class Change:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a change did to every domain that was scored; `all` is the mean of the losses, each
-    domain counting the same."""
+    """What a change did to every domain that was scored."""
 
     domains: dict[str, Change]
     all: Change
+    """Of the mean of the losses, each domain counting the same."""
     limit: float | None
     windows: int
+    """Of the domain that has fewest."""
 
     @property
     def failed(self) -> list[str]:
         """Domains that are worse by more than the limit, beyond the noise."""
-        return [
-            d
-            for d, change in self.domains.items()
-            if self.limit is not None and change.exceeds(self.limit)
-        ]
+        if self.limit is None:
+            return []
+        return [name for name, change in self.domains.items() if change.exceeds(self.limit)]
 
     @property
     def undecided(self) -> list[str]:
         """Domains of which these windows do not tell on which side of the limit they are."""
-        return [
-            d
-            for d, change in self.domains.items()
-            if self.limit is not None and change.undecided(self.limit)
-        ]
+        if self.limit is None:
+            return []
+        return [name for name, change in self.domains.items() if change.undecided(self.limit)]
 
     @property
     def coarse(self) -> list[str]:
-        """Domains that are called the same though a larger change than `same` would drown in the
-        noise; without a limit."""
-        found = {
-            d: c for d, c in self.domains.items() if self.limit is None and c.verdict == "same"
-        }
-        return [domain for domain, c in found.items() if c.difference.noise > math.log1p(c.same)]
+        """Domains that are called the same though a larger change could drown in the noise.
+
+        None with a limit: then that is what the windows have to decide.
+        """
+        if self.limit is not None:
+            return []
+        same = {name: change for name, change in self.domains.items() if change.verdict == "same"}
+        return [name for name, c in same.items() if c.difference.noise > math.log1p(c.same)]
 
     def _listed(self, domains: Sequence[str]) -> str:
         return ", ".join(f"{domain} ({self.domains[domain].shown()})" for domain in domains)
 
     def _enough(self, gaps: Mapping[str, float], power: float = 0.5) -> str:
-        """Return in words how many windows bring each domain's noise below its gap (nats), with a
-        chance of `power`."""
-        more = NormalDist().inv_cdf(power)
-        differences = {d: self.domains[d].difference for d in gaps}
-        times = [
-            ((quantile(x.freedom) + more) * x.error / gaps[d]) ** 2 if gaps[d] else math.inf
-            for d, x in differences.items()
-        ]
+        """Return in words how many windows bring each domain's noise below its gap.
+
+        The standard error falls with the root of the windows, so ((t + z) * error / gap)² times as
+        many are needed: t is the interval's quantile, z that of the normal distribution at `power`
+        (0 at a half), as in any sample size.
+
+        Args:
+            gaps: nats per token, by domain.
+            power: chance that so many windows decide, if the change is as it was estimated.
+        """
+        z = NormalDist().inv_cdf(power)
+        times = []
+        for domain, gap in gaps.items():
+            difference = self.domains[domain].difference
+            reach = (quantile(difference.freedom) + z) * difference.error
+            times.append((reach / gap) ** 2 if gap else math.inf)
         if max(times) > FURTHEST:
             return f"not even {FURTHEST} times as many windows"
-        return f"about {_rounded(self.windows * max(times)):,} windows a domain (--windows) of that much more text"
+        windows = _rounded(self.windows * max(times))
+        return f"about {windows:,} windows a domain (--windows) of that much more text"
 
     def notes(self) -> list[str]:
-        """Return a line on what the windows leave open and how many would decide it; none where all
-        is decided."""
+        """Return a line on what the windows leave open; none where all is decided."""
         if self.windows < 2:
             return [
-                f"one window has no standard error, so nothing is called better or worse; give --windows {WINDOWS}"
+                "one window has no standard error, so nothing is called better or worse; "
+                f"give --windows {WINDOWS}"
             ]
         if self.coarse:
-            gaps = {d: math.log1p(self.domains[d].same) for d in self.coarse}
+            gaps = {name: math.log1p(self.domains[name].same) for name in self.coarse}
             return [
                 f"the same as far as {self.windows} windows can tell: {self._listed(self.coarse)}; "
                 f"{self._enough(gaps)} would show a change of {100 * SAME:g} %"
             ]
         if self.limit is not None and self.undecided:
-            gaps = {
-                d: abs(self.domains[d].difference.mean - math.log1p(self.limit))
-                for d in self.undecided
-            }
+            limit = math.log1p(self.limit)
+            means = {name: self.domains[name].difference.mean for name in self.undecided}
+            gaps = {name: abs(mean - limit) for name, mean in means.items()}
             return [
                 f"{self.windows} windows do not decide --fail-if-worse {100 * self.limit:g}% for "
                 f"{self._listed(self.undecided)}, so that passes; {self._enough(gaps, POWER)} would"
@@ -249,9 +263,10 @@ class Verdict:
         )
 
     def text(self) -> str:
-        """Return the table as lines for people; what the windows can't tell of a limit says
-        `exit_code`."""
-        return "\n".join([text_table(self.table()), *(self.notes() if self.limit is None else [])])
+        """Return the table as lines for people."""
+        # With a limit `exit_code` prints the notes, to stderr.
+        notes = self.notes() if self.limit is None else []
+        return "\n".join([text_table(self.table()), *notes])
 
     def as_dict(self) -> dict[str, object]:
         """Return all of it as JSON."""
@@ -267,8 +282,7 @@ class Verdict:
         }
 
     def exit_code(self, verb: str, out: Path) -> int:
-        """Return 0, or EXIT_WORSE with a line on stderr that names the domains which got too much
-        worse.
+        """Return 0, or EXIT_WORSE with a line on stderr about the domains that got too much worse.
 
         With a limit, a line on stderr also says what the windows leave open.
         """
@@ -279,8 +293,8 @@ class Verdict:
         if not self.failed:
             return 0
         print(
-            f"nexus-ds {verb}: worse than --fail-if-worse {100 * self.limit:g}% allows: {self._listed(self.failed)}; {out} is "
-            "written all the same",
+            f"nexus-ds {verb}: worse than --fail-if-worse {100 * self.limit:g}% allows: "
+            f"{self._listed(self.failed)}; {out} is written all the same",
             file=sys.stderr,
         )
         return EXIT_WORSE
@@ -297,8 +311,9 @@ def _nats(difference: Difference) -> Spread:
 
 
 def _perplexity(losses: Sequence[Values]) -> float:
-    """Return e to the mean of the domains' mean losses, below the largest float."""
-    return math.exp(min(700.0, fmean(fmean(map(float, loss_W)) for loss_W in losses)))
+    """Return e to the mean of the domains' mean losses ([W] each), below the largest float."""
+    means = [fmean(map(float, loss_W)) for loss_W in losses]
+    return math.exp(min(700.0, fmean(means)))
 
 
 def judge(
@@ -311,12 +326,17 @@ def judge(
             many in each domain.
         limit: relative rise of a domain's perplexity that is still accepted; None: any.
     """
+    # Nothing is called the same that a stricter limit would fail.
     same = SAME if limit is None else min(SAME, limit)
-    differences = {d: over_windows(before[d], after[d]) for d in before}
-    changes = {
-        d: Change(_perplexity([before[d]]), _perplexity([after[d]]), x, same)
-        for d, x in differences.items()
-    }
-    means = [_perplexity([losses[d] for d in before]) for losses in (before, after)]
-    whole = Change(means[0], means[1], mean_difference(list(differences.values())), same)
-    return Verdict(changes, whole, limit, min(len(losses) for losses in before.values()))
+    changes = {}
+    for domain, loss_W in before.items():
+        difference = over_windows(loss_W, after[domain])
+        perplexities = _perplexity([loss_W]), _perplexity([after[domain]])
+        changes[domain] = Change(*perplexities, difference, same)
+    whole = Change(
+        before=_perplexity(list(before.values())),
+        after=_perplexity([after[domain] for domain in before]),
+        difference=mean_difference([change.difference for change in changes.values()]),
+        same=same,
+    )
+    return Verdict(changes, whole, limit, min(len(loss_W) for loss_W in before.values()))

@@ -120,10 +120,10 @@ def test_what_the_windows_do_not_decide_is_said_with_how_many_would(tmp_path, ca
     verdict = judged({"law": (0.057, 0.01), "code": (0.2, 0.01)}, 0.05)
     assert verdict.exit_code("evaluate", tmp_path / "out") == EXIT_WORSE
     assert capsys.readouterr().err == (
-        "nexus-ds evaluate: 10 windows do not decide --fail-if-worse 5% for law (+5.7 ± 1.1 %), so that passes; about 220 "
-        "windows a domain (--windows) of that much more text would\n"
-        f"nexus-ds evaluate: worse than --fail-if-worse 5% allows: code (+20.0 ± 1.2 %); {tmp_path / 'out'} is written all "
-        "the same\n"
+        "nexus-ds evaluate: 10 windows do not decide --fail-if-worse 5% for law (+5.7 ± 1.1 %), "
+        "so that passes; about 220 windows a domain (--windows) of that much more text would\n"
+        "nexus-ds evaluate: worse than --fail-if-worse 5% allows: code (+20.0 ± 1.2 %); "
+        f"{tmp_path / 'out'} is written all the same\n"
     )
     assert "do not decide" not in verdict.text(), "said once"
     (note,) = judged({"law": (0.0501, 0.01)}, 0.05).notes()
@@ -134,8 +134,8 @@ def test_the_same_for_want_of_windows_is_said():
     """2.2622 * 0.01 / ln 1.01 = 2.2735; its square times 10 windows is 51.7."""
     verdict = judged({"law": (0.003, 0.01), "code": (0.003, 0.001), "cats": (0.2, 0.03)})
     assert verdict.text().splitlines()[-1] == (
-        "the same as far as 10 windows can tell: law (+0.3 ± 1.0 %); about 52 windows a domain (--windows) of that much "
-        "more text would show a change of 1 %"
+        "the same as far as 10 windows can tell: law (+0.3 ± 1.0 %); about 52 windows a domain "
+        "(--windows) of that much more text would show a change of 1 %"
     )
     assert judged({"code": (0.003, 0.001), "cats": (0.2, 0.03)}).notes() == []
 
@@ -145,7 +145,8 @@ def test_one_window_is_open(tmp_path, capsys):
     assert verdict.domains["law"].verdict == verdict.all.verdict == "open"
     assert verdict.exit_code("remove", tmp_path) == 0
     assert capsys.readouterr().err == (
-        "nexus-ds remove: one window has no standard error, so nothing is called better or worse; give --windows 48\n"
+        "nexus-ds remove: one window has no standard error, so nothing is called better or worse; "
+        "give --windows 48\n"
     )
     assert verdict.text().splitlines()[1].split() == [
         "law",
@@ -179,7 +180,8 @@ def test_only_rises_above_the_limit_fail(tmp_path, capsys):
         said = capsys.readouterr().err
         assert bool(said) == bool(failed)
     assert said == (
-        "nexus-ds remove: worse than --fail-if-worse 0% allows: code (+0.5 ± 0.1 %), cats (+22.1 ± 0.1 %); "
+        "nexus-ds remove: worse than --fail-if-worse 0% allows: code (+0.5 ± 0.1 %), "
+        "cats (+22.1 ± 0.1 %); "
         f"{tmp_path / 'out'} is written all the same\n"
     )
 

@@ -1,8 +1,8 @@
-"""The contenders: every way to one model out of the same data that we know of, and every way to add
-an expert to it.
+"""The methods: every way to one model out of the same data that we know of, and every way to add an
+expert to it.
 
 Each is a line of a table: where it starts from, and the settings in which it differs from the
-recipe.
+recipe. A recipe chooses among them by `compare.contenders` and `compare.extensions`.
 Not covered: ways that need another architecture at inference (BAM's attention experts, stitch
 layers).
 """
@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from nexus_ds.errors import ConfigError
 from nexus_ds.words import nearest
 
+# Free expert embeddings are weights like others and learn at the model's own rate; the default
+# scale is one for the projection P.
 FREE_EMBEDDINGS = ("router.kind=linear", "router.lr_scale=1")
 
 
@@ -43,13 +45,14 @@ class Extension:
     label: str
     about: str
     starts_from: str
-    """The contender that is extended."""
+    """The method whose mixture is extended."""
     settings: tuple[str, ...] = ()
     options: tuple[str, ...] = field(default=())
     """Of the verb `extend`."""
 
 
-def _start(name: str) -> tuple[str, ...]:
+def _warm_start(name: str) -> tuple[str, ...]:
+    """Return the settings of free expert embeddings with this warm start."""
     return (*FREE_EMBEDDINGS, f"router.warm_start={name}")
 
 
@@ -88,7 +91,7 @@ METHODS = [
         "The same mixture, all weights random, trained for the mixture's budget.",
         "upcycled",
         "random",
-        _start("none"),
+        _warm_start("none"),
     ),
     Method(
         "sparse_upcycling",
@@ -96,7 +99,7 @@ METHODS = [
         "Every routed expert starts as a copy of the seed's; trained for the mixture's budget.",
         "upcycled",
         "copies",
-        _start("none"),
+        _warm_start("none"),
     ),
     Method(
         "sparse_upcycling_matched",
@@ -105,17 +108,17 @@ METHODS = [
         "operations as Nexus and its branches together.",
         "upcycled",
         "copies",
-        _start("none"),
+        _warm_start("none"),
         matched=True,
     ),
     Method(
         "btx",
         "BTX",
-        "Branch-Train-MiX as published: the seed is a routed expert like the others, no shared expert, "
-        "top-2, free router rows.",
+        "Branch-Train-MiX as published: the seed is a routed expert like the others, no shared "
+        "expert, top-2, free router rows.",
         "upcycled",
         "branches+seed",
-        (*_start("none"), "model.shared_expert=none", "router.top_k=2"),
+        (*_warm_start("none"), "model.shared_expert=none", "router.top_k=2"),
     ),
     Method(
         "linear",
@@ -123,7 +126,7 @@ METHODS = [
         "The Nexus paper's baseline: shared seed FFN, free router rows that start at random.",
         "router",
         "branches",
-        _start("none"),
+        _warm_start("none"),
     ),
     Method(
         "linear_fit",
@@ -131,7 +134,7 @@ METHODS = [
         "Free rows, fitted to tell domains apart before training.",
         "router",
         "branches",
-        _start("label_fit"),
+        _warm_start("label_fit"),
     ),
     Method(
         "hidden_mean",
@@ -139,16 +142,16 @@ METHODS = [
         "Free rows that start as the mean hidden state of each domain's text (mergekit's way).",
         "router",
         "branches",
-        _start("hidden_mean"),
+        _warm_start("hidden_mean"),
     ),
     Method(
         "ridge",
         "ridge",
-        "Free rows that start as the closed-form ridge regression of domain labels on hidden states "
-        "(DUME's way).",
+        "Free rows that start as the closed-form ridge regression of domain labels on hidden "
+        "states (DUME's way).",
         "router",
         "branches",
-        _start("ridge"),
+        _warm_start("ridge"),
     ),
     Method(
         "embedding_rows",
@@ -157,7 +160,7 @@ METHODS = [
         "way), put to the model's width by a fixed random map.",
         "router",
         "branches",
-        _start("embedding"),
+        _warm_start("embedding"),
     ),
     Method(
         "nexus_paper",
@@ -215,21 +218,21 @@ EXTENSIONS = [
         "linear, mean hidden state",
         "Old rows stay, the new one is the mean hidden state of the new text.",
         "linear_fit",
-        _start("hidden_mean"),
+        _warm_start("hidden_mean"),
     ),
     Extension(
         "linear_ridge",
         "linear, ridge",
         "All rows by ridge regression of domain labels (DUME's way).",
         "linear_fit",
-        _start("ridge"),
+        _warm_start("ridge"),
     ),
     Extension(
         "linear_fit",
         "linear, label fit",
         "All rows fitted to tell the domains apart, the new one too.",
         "linear_fit",
-        _start("label_fit"),
+        _warm_start("label_fit"),
     ),
     Extension(
         "nexus_append",
@@ -283,15 +286,15 @@ EXTENSIONS = [
 
 
 def chosen_methods(names: list[str]) -> list[Method]:
-    """Return the contenders of these names, all for none; ConfigError for an unknown one."""
-    _check(names, [c.name for c in METHODS], "compare.contenders")
-    return [c for c in METHODS if c.name in names or not names]
+    """Return the methods of these names, all for none; ConfigError for an unknown one."""
+    _check(names, [method.name for method in METHODS], "compare.contenders")
+    return [method for method in METHODS if method.name in names or not names]
 
 
 def chosen_extensions(names: list[str]) -> list[Extension]:
     """Return the extensions of these names, all for none; ConfigError for an unknown one."""
-    _check(names, [e.name for e in EXTENSIONS], "compare.extensions")
-    return [e for e in EXTENSIONS if e.name in names or not names]
+    _check(names, [extension.name for extension in EXTENSIONS], "compare.extensions")
+    return [extension for extension in EXTENSIONS if extension.name in names or not names]
 
 
 def _check(names: list[str], known: list[str], key: str) -> None:

@@ -356,7 +356,7 @@ def _title(recipe: str) -> str:
 
 
 def write_comparison(results: Results, folder: Path) -> None:
-    """Write report.html (self-contained), figures/ (PNG and CSV) and tables/ (CSV) into `folder`."""
+    """Write report.html (self-contained), figures/ (PNG, CSV) and tables/ (CSV) into `folder`."""
     sections = comparison_sections(results, folder / FIGURES)
     _write_tables(sections, folder / TABLES)
     _write_measured(results, folder / TABLES)

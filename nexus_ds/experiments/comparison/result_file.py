@@ -1,7 +1,7 @@
 """results.json as dataclasses: what `nexus-ds compare` measured, written and read here alone.
 
-`contenders` (the methods) and `extensions` have a row each, with losses (nats per token) by seed and
-domain, routing shares, and compute: training operations and tokens of all jobs that the model
+`contenders` (the methods) and `extensions` have a row each, with losses (nats per token) by seed
+and domain, routing shares, and compute: training operations and tokens of all jobs that the model
 needed, the seed model's own left out.
 
 Jobs fail, and results may be joined by hand. So what is missing or null reads as not measured, a

@@ -98,7 +98,8 @@ def test_the_command_repeats_the_overrides(found, tmp_path):
     command = comparison_sections(read(found), tmp_path)[-1].table.rows[0]
     assert command == [
         "repeat it",
-        "nexus-ds compare --config compare-tiny --out DIR training.lr=1e-3 'pipeline.domains=[a, b]'",
+        "nexus-ds compare --config compare-tiny --out DIR training.lr=1e-3 "
+        "'pipeline.domains=[a, b]'",
     ]
 
 
