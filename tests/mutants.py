@@ -384,15 +384,17 @@ FAULTS = (
     # nexus_ds/comparison
     Fault(
         "a mixture costs as little as a dense model",
-        "experiments/comparison/job_graph.py",
+        "experiments/comparison/recipe_reader.py",
         "token_flops(sizes, config.data",
         "token_flops(replace(sizes, experts=0), config.data",
+        "experiments/comparison/test_build.py",
     ),
     Fault(
         "the budget has one branch",
-        "experiments/comparison/job_graph.py",
+        "experiments/comparison/recipe_reader.py",
         "(branch, len(branch.pipeline.domains))",
         "(branch, 1)",
+        "experiments/comparison/test_build.py",
     ),
     Fault(
         "untrained is trained",

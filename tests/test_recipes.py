@@ -10,7 +10,7 @@ import pytest
 
 from nexus_ds.__main__ import main
 from nexus_ds.config import RECIPES, load_config, read_recipe
-from nexus_ds.experiments.comparison.job_graph import build
+from nexus_ds.experiments.comparison.build import build
 
 NAMES = sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml"))
 COMPARED = [name for name in NAMES if "compare" in read_recipe(name)]

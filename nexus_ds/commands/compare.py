@@ -21,7 +21,7 @@ from nexus_ds.command_lines import evaluate_words
 from nexus_ds.errors import ConfigError, NexusError
 from nexus_ds.launch import devices
 from nexus_ds.outputs import held, write_json
-from nexus_ds.pipeline import check_domains
+from nexus_ds.pipeline import MOE, check_domains
 from nexus_ds.progress import duration
 
 if TYPE_CHECKING:
@@ -98,12 +98,14 @@ def _evaluate(
     comparison: Comparison, out: Path, name: str, model: Path, what: str, *more: str
 ) -> Path:
     """Add an evaluation of a model; return its directory."""
+    from nexus_ds.experiments.comparison.job_graph import scored_domains
     from nexus_ds.experiments.comparison.jobs import Job
+    from nexus_ds.experiments.comparison.recipe_reader import Case
 
     builder = comparison.builder
-    config = builder.config("moe", 0)
+    config = builder.reader.config(MOE, Case(0))
     report = model.with_name(f"{model.name}-{what}")
-    words = evaluate_words(config, {name: model}, builder.scored(config), out / "tokens")
+    words = evaluate_words(config, {name: model}, scored_domains(config), builder.cache)
     needs = (model,) if model in builder.jobs else ()
     words += [*more, "--out", str(report)]
     return builder.add(Job(f"{what} of {name}", report, tuple(words), needs))
@@ -168,14 +170,16 @@ def run(args: argparse.Namespace) -> int:
     """Make what is missing, then the tables and the page."""
     from nexus_ds.data.corpora import open_source, require_domains
     from nexus_ds.evaluation.tasks import require_harness, task_groups
-    from nexus_ds.experiments.comparison.job_graph import build
+    from nexus_ds.experiments.comparison.build import build
+    from nexus_ds.experiments.comparison.job_graph import scored_domains
     from nexus_ds.experiments.comparison.jobs import Pool
+    from nexus_ds.experiments.comparison.recipe_reader import Case
 
     if args.jobs < 0:
         raise ConfigError(f"--jobs: expected a number of at least 0, found {args.jobs}")
     started = time.monotonic()
     comparison = build(args.config, overrides_of(args), args.out)
-    config = comparison.builder.config("moe", 0)
+    config = comparison.builder.reader.config(MOE, Case(0))
     check_domains(config)
     wanted = _evaluations(comparison, args.out)
     _tasks(comparison, config, args.out)
@@ -183,7 +187,7 @@ def run(args: argparse.Namespace) -> int:
         comparison.builder.write_configs()
         _show_plan(comparison)
         return 0
-    require_domains(open_source(config.data.path), comparison.builder.scored(config))
+    require_domains(open_source(config.data.path), scored_domains(config))
     if config.compare.tasks:  # before the days of training, not after
         require_harness()
         task_groups(config.compare.tasks)

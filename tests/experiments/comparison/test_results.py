@@ -9,7 +9,8 @@ import pytest
 
 from nexus_ds.checkpoint.inspection import describe
 from nexus_ds.experiments.comparison import results
-from nexus_ds.experiments.comparison.job_graph import Made, build
+from nexus_ds.experiments.comparison.build import build
+from nexus_ds.experiments.comparison.job_graph import Made
 from nexus_ds.experiments.comparison.jobs import Job
 from nexus_ds.experiments.comparison.methods import EXTENSIONS, METHODS
 

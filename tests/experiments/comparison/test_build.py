@@ -6,7 +6,7 @@ import pytest
 
 from nexus_ds.config import load_config
 from nexus_ds.errors import ConfigError
-from nexus_ds.experiments.comparison.job_graph import additions, build
+from nexus_ds.experiments.comparison.build import additions, build
 from nexus_ds.experiments.comparison.methods import EXTENSIONS, METHODS
 
 OUT = Path("comparison")

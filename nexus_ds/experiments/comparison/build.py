@@ -1,0 +1,73 @@
+"""From a recipe to a comparison: every method and extension under every seed and variant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nexus_ds.errors import ConfigError
+from nexus_ds.experiments.comparison.case_jobs import CaseJobs
+from nexus_ds.experiments.comparison.extension_jobs import extended
+from nexus_ds.experiments.comparison.job_graph import Builder, Comparison
+from nexus_ds.experiments.comparison.method_jobs import rows
+from nexus_ds.experiments.comparison.methods import (
+    Extension,
+    Method,
+    chosen_extensions,
+    chosen_methods,
+)
+from nexus_ds.experiments.comparison.recipe_reader import Case
+from nexus_ds.pipeline import FINETUNE, MOE
+from nexus_ds.settings import Config
+
+
+def additions(config: Config) -> dict[str, list[list[str]]]:
+    """Return, for each row of the extension tables, the groups of domains that are added one after
+    another."""
+    new = config.pipeline.new_domains
+    if config.compare.adding == "each" or len(new) < 2:
+        return {domain: [[domain]] for domain in new}
+    if config.compare.adding == "together":
+        return {"+".join(new): [new]}
+    return {", then ".join(new): [[domain] for domain in new]}
+
+
+def _add_method(found: Comparison, variant: str, jobs: CaseJobs, method: Method) -> None:
+    for row, made in rows(jobs, method).items():
+        key = (variant, row)
+        _, by_seed = found.contenders.setdefault(key, (method, {}))
+        by_seed[jobs.case.seed] = made
+
+
+def _add_extension(found: Comparison, variant: str, jobs: CaseJobs, extension: Extension) -> None:
+    config = jobs.config(FINETUNE)
+    for row, groups in additions(config).items():
+        key = (variant, extension.name, row)
+        _, by_seed = found.extensions.setdefault(key, (extension, {}))
+        by_seed[jobs.case.seed] = extended(jobs, extension, groups)
+
+
+def build(recipe: str, overrides: Sequence[str], out: Path) -> Comparison:
+    """Return the jobs of a recipe's comparison; nothing is written.
+
+    Raises:
+        ConfigError: unknown names, no domains.
+    """
+    builder = Builder(recipe, overrides, out)
+    config = builder.reader.config(MOE, Case(0))
+    if not config.pipeline.domains:
+        raise ConfigError("pipeline.domains is empty; name the domains of the upcycled experts")
+    methods = chosen_methods(config.compare.contenders)
+    extensions = chosen_extensions(config.compare.extensions)
+    # The recipe as it stands is the variant without a name.
+    variants: dict[str, list[str]] = {"": [], **config.compare.variants}
+    found = Comparison(builder, {}, {})
+    for seed in config.compare.seeds:
+        for variant, settings in variants.items():
+            case = Case(seed, tuple(settings))
+            jobs = CaseJobs(builder, case)
+            for method in methods:
+                _add_method(found, variant, jobs, method)
+            for extension in extensions:
+                _add_extension(found, variant, jobs, extension)
+    return found
