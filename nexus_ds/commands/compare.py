@@ -1,8 +1,7 @@
-"""The verb `compare`: Nexus and its alternatives on the same data, tokens and seeds, with what each
-costs; one page.
+"""The verb `compare`: Nexus and its alternatives on the same data, tokens and seeds; one page.
 
-What is shared by several contenders (a seed's branches, a start) is made once; an interrupted
-comparison goes on where it stopped, and one that gets further contenders, seeds or variants makes
+What is shared by several methods (a seed's branches, a start) is made once; an interrupted
+comparison goes on where it stopped, and one that gets further methods, seeds or variants makes
 only those.
 Not covered: trainings over several devices; `--dry-run` prints the commands, which can be submitted
 one by one.
@@ -14,21 +13,34 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nexus_ds.command_lines import evaluate_words
+from nexus_ds.data.corpora import open_source, require_domains
 from nexus_ds.errors import ConfigError, NexusError
+from nexus_ds.experiments.comparison.jobs import Job, Pool
+from nexus_ds.experiments.comparison.report import (
+    SHOWN,
+    terminal_tables,
+    verdict,
+    write_comparison,
+)
 from nexus_ds.launch import devices
 from nexus_ds.outputs import held, write_json
 from nexus_ds.pipeline import MOE, check_domains
 from nexus_ds.progress import duration
+from nexus_ds.report.evaluation import SUMMARY
 
 if TYPE_CHECKING:
     from nexus_ds.experiments.comparison.job_graph import Comparison, Made
     from nexus_ds.experiments.comparison.jobs import Pool
     from nexus_ds.experiments.comparison.result_file import Results
     from nexus_ds.settings import Config
+
+# What builds the jobs and collects their results imports torch: functions below import it, so that
+# `compare --help` waits for nothing.
 
 RESULTS = "results.json"
 
@@ -77,21 +89,21 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
 
 
 def _evaluations(comparison: Comparison, out: Path) -> dict[str, Path]:
-    """Add the evaluations that figures layer by layer need, under the first seed; return their
-    outputs by name."""
-    from nexus_ds.experiments.comparison.report import SHOWN
-
-    rows: dict[str, Made] = {}
+    """Add the evaluations that figures layer by layer need; return their outputs by name."""
+    rows: dict[str, dict[int, Made]] = {}
     for (variant, row), (_, seeds) in comparison.contenders.items():
-        rows |= {} if variant else {row: next(iter(seeds.values()))}
+        if not variant:
+            rows[row] = seeds
     for (variant, name, _), (_, seeds) in comparison.extensions.items():
-        rows |= {} if variant else {f"extended: {name}": next(iter(seeds.values()))}
-    shown = {name: made.model for name, made in rows.items() if name in SHOWN}
-    return {
-        name: _evaluate(comparison, out, name, model, "report")
-        for name, model in shown.items()
-        if model
-    }
+        if not variant:
+            rows[f"extended: {name}"] = seeds
+    found = {}
+    for name, seeds in rows.items():
+        # One seed's layers are enough for a figure.
+        model = next(iter(seeds.values())).model
+        if name in SHOWN and model:
+            found[name] = _evaluate(comparison, out, name, model, "report")
+    return found
 
 
 def _evaluate(
@@ -99,7 +111,6 @@ def _evaluate(
 ) -> Path:
     """Add an evaluation of a model; return its directory."""
     from nexus_ds.experiments.comparison.job_graph import scored_domains
-    from nexus_ds.experiments.comparison.jobs import Job
     from nexus_ds.experiments.comparison.recipe_reader import Case
 
     builder = comparison.builder
@@ -112,109 +123,108 @@ def _evaluate(
 
 
 def _tasks(comparison: Comparison, config: Config, out: Path) -> None:
-    """Add the downstream tasks of every contender that is one checkpoint."""
+    """Add the downstream tasks of every method that is one checkpoint."""
     if not config.compare.tasks:
         return
-    path = ("--task-path", config.compare.task_path) if config.compare.task_path else ()
+    words = ["--tasks", config.compare.tasks]
+    if config.compare.task_path:
+        words += ["--task-path", config.compare.task_path]
     for (_, row), (_, seeds) in comparison.contenders.items():
         for made in seeds.values():
             if made.model is not None:
-                made.tasks = _evaluate(
-                    comparison,
-                    out,
-                    row,
-                    made.model,
-                    "tasks",
-                    "--tasks",
-                    config.compare.tasks,
-                    *path,
-                )
+                made.tasks = _evaluate(comparison, out, row, made.model, "tasks", *words)
 
 
 def _show_plan(comparison: Comparison) -> None:
     jobs = comparison.builder.jobs.values()
     print("\n".join(job.command() for job in jobs))
-    flops, tokens = sum(job.flops for job in jobs), sum(job.tokens for job in jobs)
+    flops = sum(job.flops for job in jobs)
+    tokens = sum(job.tokens for job in jobs)
     print(f"# {len(jobs)} jobs, {tokens:,} training tokens, {flops:.2e} floating-point operations")
 
 
 def _report(
     comparison: Comparison,
     config: Config,
-    pool: Pool,
+    failed: Mapping[Path, str],
     wanted: dict[str, Path],
     out: Path,
     seconds: float,
 ) -> Results:
-    from nexus_ds.experiments.comparison.report import write_comparison
+    """Write results.json and the page; return what the file holds."""
     from nexus_ds.experiments.comparison.results import collect
     from nexus_ds.report.summary import ModelEntry
 
     entries = {}
     for name, report in wanted.items():
         if report.exists():
-            summary = json.loads((report / "summary.json").read_text(encoding="utf-8"))
+            summary = json.loads((report / SUMMARY).read_text(encoding="utf-8"))
             entries[name] = ModelEntry.from_json(summary["models"][name])
-    earlier = (
-        json.loads((out / RESULTS).read_text(encoding="utf-8"))["seconds"]
-        if (out / RESULTS).exists()
-        else 0.0
-    )
-    results = collect(comparison, config, pool.failed, entries, max(seconds, earlier))
-    write_json(out / RESULTS, results.to_json())
+    results_file = out / RESULTS
+    if results_file.exists():
+        # A repetition only reports; what counts is the run that made everything.
+        earlier = json.loads(results_file.read_text(encoding="utf-8"))
+        seconds = max(seconds, earlier["seconds"])
+    results = collect(comparison, config, dict(failed), entries, seconds)
+    write_json(results_file, results.to_json())
     write_comparison(results, out)
     return results
 
 
+def _show(results: dict[str, Any], out: Path) -> None:
+    print(terminal_tables(results) + "\n\n" + "\n".join(verdict(results)))
+    took = duration(results["seconds"])
+    print(f"\nreport: {out / 'report.html'}, {out / RESULTS}; {took}")
+
+
+def _check(config: Config) -> None:
+    """Refuse what would fail after days of training: text that isn't there, unknown tasks."""
+    from nexus_ds.evaluation.tasks import require_harness, task_groups
+    from nexus_ds.experiments.comparison.job_graph import scored_domains
+
+    require_domains(open_source(config.data.path), scored_domains(config))
+    if config.compare.tasks:
+        require_harness()
+        task_groups(config.compare.tasks)
+
+
 def run(args: argparse.Namespace) -> int:
     """Make what is missing, then the tables and the page."""
-    from nexus_ds.data.corpora import open_source, require_domains
-    from nexus_ds.evaluation.tasks import require_harness, task_groups
     from nexus_ds.experiments.comparison.build import build
-    from nexus_ds.experiments.comparison.job_graph import scored_domains
-    from nexus_ds.experiments.comparison.jobs import Pool
     from nexus_ds.experiments.comparison.recipe_reader import Case
 
     if args.jobs < 0:
         raise ConfigError(f"--jobs: expected a number of at least 0, found {args.jobs}")
     started = time.monotonic()
     comparison = build(args.config, overrides_of(args), args.out)
-    config = comparison.builder.reader.config(MOE, Case(0))
+    builder = comparison.builder
+    config = builder.reader.config(MOE, Case(0))
     check_domains(config)
     wanted = _evaluations(comparison, args.out)
     _tasks(comparison, config, args.out)
     if args.dry_run:
-        comparison.builder.write_configs()
+        builder.write_configs()
         _show_plan(comparison)
         return 0
-    require_domains(open_source(config.data.path), scored_domains(config))
-    if config.compare.tasks:  # before the days of training, not after
-        require_harness()
-        task_groups(config.compare.tasks)
+    _check(config)
     gpus = devices()
+    slots = args.jobs or gpus or len(os.sched_getaffinity(0))
+    logs = args.out / "logs"
     with held(args.out):
-        comparison.builder.write_configs()
-        pool = Pool(
-            comparison.builder.jobs,
-            args.out / "logs",
-            args.jobs or gpus or len(os.sched_getaffinity(0)),
-            gpus,
-        )
+        builder.write_configs()
+        pool = Pool(builder.jobs, logs, slots, gpus)
         pool.run()
-        results = _report(comparison, config, pool, wanted, args.out, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        results = _report(comparison, config, pool.failed, wanted, args.out, seconds)
     if args.json:
         print(json.dumps(results.to_json(), ensure_ascii=False))
     else:
-        from nexus_ds.experiments.comparison.report import terminal_tables, verdict
-
-        print(terminal_tables(results) + "\n\n" + "\n".join(verdict(results)))
-        print(
-            f"\nreport: {args.out / 'report.html'}, {args.out / RESULTS}; {duration(results.seconds or 0.0)}"
-        )
+        _show(results, args.out)
     if pool.failed:
         first, why = next(iter(pool.failed.items()))
         raise NexusError(
-            f"{len(pool.failed)} jobs failed, first {comparison.builder.jobs[first].name}: {why}; the rest is in "
-            f"{args.out}, logs in {args.out / 'logs'}; the same command again makes what is missing"
+            f"{len(pool.failed)} jobs failed, first {builder.jobs[first].name}: {why}; "
+            f"the rest is in {args.out}, logs in {logs}; the same command again makes what is "
+            "missing"
         )
     return 0

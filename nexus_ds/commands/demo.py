@@ -11,13 +11,12 @@ import argparse
 import json
 import math
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from nexus_ds.command_lines import DS_JSON, evaluate_words, program
 from nexus_ds.config import load_config
+from nexus_ds.data.corpora import open_source, require_domains
 from nexus_ds.errors import ConfigError, NexusError
 from nexus_ds.launch import devices
 from nexus_ds.local_runner import run_steps
@@ -25,6 +24,7 @@ from nexus_ds.outputs import held, write_json
 from nexus_ds.pipeline import (
     FINETUNE,
     Places,
+    Step,
     check_domains,
     check_made,
     next_words,
@@ -32,11 +32,29 @@ from nexus_ds.pipeline import (
     resolve,
     steps,
 )
-from nexus_ds.progress import duration
+from nexus_ds.progress import duration, say
+from nexus_ds.report.evaluation import (
+    FIGURES,
+    PAGE,
+    SUMMARY,
+    evaluation_sections,
+    intro,
+    perplexity_table,
+    write_csv,
+)
+from nexus_ds.report.figures import line_plot
+from nexus_ds.report.page import Cell, Section, Table, text_table, write_page
+from nexus_ds.report.summary import Json, Summary
 from nexus_ds.settings import Config
 
+SEED_MODEL = "seed"
+AVERAGE = "plain average"
+NEXUS = "Nexus"
 APPENDED = "Nexus extended, before finetune"
 EXTENDED = "Nexus extended"
+
+Curve = dict[str, dict[str, float]]
+"""Perplexity by finetune tokens (text, as JSON has its keys) and domain."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,14 +99,17 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
 
 def evaluated(config: Config) -> dict[str, Path]:
     """Return the models of the table, by name, in order."""
-    where, pipe = places(config), config.pipeline
-    branches = {
-        f"branch {domain}": where.branch(domain) for domain in [*pipe.domains, *pipe.new_domains]
-    }
-    models = {"seed": where.seed, **branches, "plain average": where.average, "Nexus": where.nexus}
-    return models | (
-        {APPENDED: where.extension, EXTENDED: where.extended} if pipe.new_domains else {}
-    )
+    where = places(config)
+    pipe = config.pipeline
+    models = {SEED_MODEL: where.seed}
+    for domain in [*pipe.domains, *pipe.new_domains]:
+        models[f"branch {domain}"] = where.branch(domain)
+    models[AVERAGE] = where.average
+    models[NEXUS] = where.nexus
+    if pipe.new_domains:
+        models[APPENDED] = where.extension
+        models[EXTENDED] = where.extended
+    return models
 
 
 def evaluate(config: Config) -> None:
@@ -97,166 +118,186 @@ def evaluate(config: Config) -> None:
     domains = [*config.pipeline.domains, *config.pipeline.new_domains]
     words = evaluate_words(config, evaluated(config), domains, where.tokens)
     if config.pipeline.new_domains:
-        words += ["--before", "Nexus"]
+        words += ["--before", NEXUS]
     command = program([*words, "--out", str(where.report)])
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     if done.returncode:
         raise NexusError(f"evaluate failed (exit {done.returncode}); its message stands above")
 
 
-def extension_curve(where: Places, config: Config) -> dict[str, dict[str, float]]:
-    """Return perplexity by finetune budget (tokens) and domain, from the validations of the
-    finetune itself."""
+def extension_curve(where: Places, config: Config) -> Curve:
+    """Return perplexity by finetune budget and domain, from the finetune's own validations."""
     log = Path(f"{where.extended}.training") / "metrics.jsonl"
-    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     tokens = config.training.batch_size * config.data.sequence_length
-    return {str(r["step"] * tokens): r["perplexity"] for r in records if r["kind"] == "validation"}
+    curve = {}
+    for line in log.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record["kind"] == "validation":
+            curve[str(record["step"] * tokens)] = record["perplexity"]
+    return curve
 
 
 def _mean_log(perplexity: dict[str, float], domains: list[str]) -> float:
     return sum(math.log(perplexity[domain]) for domain in domains) / len(domains)
 
 
-def findings(summary: dict[str, Any], config: Config) -> list[str]:
-    """Return what the numbers of this run say, one sentence each; nothing is claimed beyond
-    them."""
-    table, old, new = summary["perplexity"], config.pipeline.domains, config.pipeline.new_domains
-    found = []
-    for other in ("seed", "plain average"):
-        difference = _mean_log(table["Nexus"], old) - _mean_log(table[other], old)
-        word = "lower" if difference < 0 else "HIGHER"
-        found.append(
-            f"On the upcycled domains Nexus has {abs(math.expm1(difference)):.0%} {word} perplexity than the {other} "
-            f"(which had no training on the mixture)."
-        )
-    own = summary["models"]["Nexus"]["own_share"]
-    share = sum(own[d] for d in old) / len(old)
-    found.append(
-        f"{share:.0%} of a domain's tokens go to its own expert (chance: {1 / len(old):.0%})."
+def _against(other: str, summary: Summary, domains: list[str]) -> str:
+    """Return how Nexus compares with a model that had no training on the mixture."""
+    before = _mean_log(summary.perplexity[other], domains)
+    difference = _mean_log(summary.perplexity[NEXUS], domains) - before
+    word = "lower" if difference < 0 else "HIGHER"
+    return (
+        f"On the upcycled domains Nexus has {abs(math.expm1(difference)):.0%} {word} perplexity "
+        f"than the {other} (which had no training on the mixture)."
     )
+
+
+def _own_share(summary: Summary, domains: list[str]) -> str:
+    routing = summary.models[NEXUS].routing
+    assert routing is not None, "Nexus is a mixture"
+    share = sum(routing.own_share[domain] for domain in domains) / len(domains)
+    chance = 1 / len(domains)
+    return f"{share:.0%} of a domain's tokens go to its own expert (chance: {chance:.0%})."
+
+
+def _extension(summary: Summary, old: list[str], new: list[str]) -> str:
+    before = summary.perplexity[NEXUS]
+    after = summary.perplexity[EXTENDED]
+    gain = math.exp(_mean_log(after, new) - _mean_log(before, new))
+    cost = math.expm1(_mean_log(after, old) - _mean_log(before, old))
+    return (
+        f"With the expert for {', '.join(new)} its perplexity is {gain:.2f} of what it was; the "
+        f"older domains {'rose' if cost > 0 else 'fell'} by {abs(cost):.1%} on average."
+    )
+
+
+def findings(summary: Summary, config: Config) -> list[str]:
+    """Return what the numbers of this run say, a sentence each; nothing is claimed beyond them."""
+    old = config.pipeline.domains
+    new = config.pipeline.new_domains
+    found = [_against(other, summary, old) for other in (SEED_MODEL, AVERAGE)]
+    found.append(_own_share(summary, old))
     if new:
-        gain = math.exp(_mean_log(table[EXTENDED], new) - _mean_log(table["Nexus"], new))
-        cost = math.expm1(_mean_log(table[EXTENDED], old) - _mean_log(table["Nexus"], old))
-        found.append(
-            f"With the expert for {', '.join(new)} its perplexity is {gain:.2f} of what it was; the older domains "
-            f"{'rose' if cost > 0 else 'fell'} by {abs(cost):.1%} on average."
-        )
+        found.append(_extension(summary, old, new))
     return found
 
 
-def report(config: Config, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """Complete the evaluation's summary and page with what only the demo knows; return the
-    summary."""
-    from nexus_ds.report.evaluation import (
-        FIGURES,
-        PAGE,
-        SUMMARY,
-        evaluation_sections,
-        intro,
-        write_csv,
+def _extension_section(summary: Summary, curve: Curve, figures: Path) -> Section:
+    """Draw the finetune's curve and write its numbers; return the section of the page."""
+    budgets = [int(tokens) for tokens in curve]
+    domains = list(next(iter(curve.values())))
+    lines = {d: (budgets, [row[d] for row in curve.values()]) for d in domains}
+    figure = figures / "extension.png"
+    line_plot(
+        lines,
+        figure,
+        title="While the extended model is finetuned",
+        xlabel="finetune tokens",
+        ylabel="validation perplexity",
+        log_y=True,
     )
-    from nexus_ds.report.figures import line_plot
-    from nexus_ds.report.page import Cell, Section, Table, write_page
-    from nexus_ds.report.summary import Summary
+    cells = [[int(tokens), *row.values()] for tokens, row in curve.items()]
+    write_csv(figure.with_suffix(".csv"), ["finetune_tokens", *domains], cells)
+    text = (
+        "Perplexity of each domain while the extended model is finetuned on new text and replayed "
+        "old text; at 0 tokens the expert has only been appended (and the router refitted, unless "
+        "the recipe says no). The new domain should fall fast, the others should stay level."
+    )
+    rows: list[list[Cell]] = []
+    for name in (NEXUS, APPENDED, EXTENDED):
+        rows.append([name, *summary.perplexity[name].values()])
+    table = Table(header=["model", *summary.perplexity[NEXUS]], rows=rows)
+    return Section(title="Adding an expert", text=text, figure=figure, table=table)
 
+
+def report(config: Config, args: argparse.Namespace, seconds: float) -> Json:
+    """Complete the evaluation's summary and page with what only the demo knows.
+
+    Returns:
+        What summary.json holds: the evaluation's keys, `findings`, `seconds`, `extension`.
+    """
     where = places(config)
-    summary = json.loads((where.report / SUMMARY).read_text(encoding="utf-8"))
-    evaluation = Summary.from_json(summary)
-    sections = evaluation_sections(evaluation, where.report / FIGURES)
-    summary["findings"] = findings(summary, config)
-    # a repetition only reports
-    summary["seconds"] = max(round(seconds, 1), summary.get("seconds", 0.0))
+    content: Json = json.loads((where.report / SUMMARY).read_text(encoding="utf-8"))
+    summary = Summary.from_json(content)
+    sections = evaluation_sections(summary, where.report / FIGURES)
+    content["findings"] = findings(summary, config)
+    # A repetition only reports; what counts is the run that made everything.
+    content["seconds"] = max(round(seconds, 1), content.get("seconds", 0.0))
     if config.pipeline.new_domains:
-        finetune = resolve(load_config(args.config, [*overrides_of(args), f"stage={FINETUNE}"]))
+        words = [*overrides_of(args), f"stage={FINETUNE}"]
+        finetune = resolve(load_config(args.config, words))
         curve = extension_curve(where, finetune)
-        summary["extension"] = {"nexus": curve}
-        lines = {
-            d: ([int(t) for t in curve], [row[d] for row in curve.values()])
-            for d in next(iter(curve.values()))
-        }
-        figure = where.report / FIGURES / "extension.png"
-        line_plot(
-            lines,
-            figure,
-            title="While the extended model is finetuned",
-            xlabel="finetune tokens",
-            ylabel="validation perplexity",
-            log_y=True,
-        )
-        cells = [[int(tokens), *row.values()] for tokens, row in curve.items()]
-        write_csv(figure.with_suffix(".csv"), ["finetune_tokens", *lines], cells)
-        text = (
-            "Perplexity of each domain while the extended model is finetuned on new text and replayed old text; at 0 "
-            "tokens the expert has only been appended (and the router refitted, unless the recipe says no). The new domain should fall fast, the others "
-            "should stay level."
-        )
-        rows: list[list[Cell]] = [
-            [name, *summary["perplexity"][name].values()] for name in ("Nexus", APPENDED, EXTENDED)
-        ]
-        table = Table(header=["model", *summary["perplexity"]["Nexus"]], rows=rows)
-        sections.insert(1, Section(title="Adding an expert", text=text, figure=figure, table=table))
-    write_json(where.report / SUMMARY, summary)
-    opening = "\n\n".join([*summary["findings"], intro(evaluation)])
-    write_page(
-        where.report / PAGE, "Dense models in, one mixture-of-experts out", opening, sections
-    )
-    return summary
+        content["extension"] = {"nexus": curve}
+        sections.insert(1, _extension_section(summary, curve, where.report / FIGURES))
+    write_json(where.report / SUMMARY, content)
+    opening = "\n\n".join([*content["findings"], intro(summary)])
+    title = "Dense models in, one mixture-of-experts out"
+    write_page(where.report / PAGE, title, opening, sections)
+    return content
 
 
-def show(summary: dict[str, Any], config: Config) -> None:
+def show(content: Json, config: Config) -> None:
     """Print the table, what it says, and where everything is."""
-    from nexus_ds.report.evaluation import perplexity_table
-    from nexus_ds.report.page import text_table
-    from nexus_ds.report.summary import Summary
-
     where = places(config)
     last = where.extended if config.pipeline.new_domains else where.nexus
+    checkpoints = [str(path) for path in (where.seed, where.nexus, last)]
     print("\nperplexity by domain (lower is better)")
-    print(text_table(perplexity_table(Summary.from_json(summary))))
-    print("\n" + "\n".join(summary["findings"]))
-    print(f"\nreport:      {where.report / 'report.html'}")
-    print(f"checkpoints: {', '.join(str(path) for path in (where.seed, where.nexus, last))}")
-    print(f"this run:    {duration(summary['seconds'])}, all of it in {where.run}")
+    print(text_table(perplexity_table(Summary.from_json(content))))
+    print("\n" + "\n".join(content["findings"]))
+    print(f"\nreport:      {where.report / PAGE}")
+    print(f"checkpoints: {', '.join(checkpoints)}")
+    print(f"this run:    {duration(content['seconds'])}, all of it in {where.run}")
     print(f"next:        {next_words(last)}")
+
+
+def _ranks(asked: int, batch: int) -> int:
+    """Return the ranks of the mixture's stages: as many as there are devices, or 2, if the batch
+    (sequences a step) divides over them."""
+    most = devices() or 2
+    ranks = asked or max(r for r in range(1, most + 1) if batch % r == 0)
+    if ranks < 1 or batch % ranks:
+        raise ConfigError(
+            f"--ranks {ranks}: training.batch_size {batch} does not divide over them; "
+            "use a divisor of it"
+        )
+    return ranks
+
+
+def _make_missing(config: Config, plan: list[Step]) -> None:
+    """Run the stages that are missing, then what is made of all models."""
+    where = places(config)
+    missing = [step for step in plan if not step.output.exists()]
+    run_steps(missing, config.pipeline.parallel_branches)
+    if not where.average.exists():
+        # It imports torch, which `demo --help` does not wait for.
+        from nexus_ds.upcycling.average import average_dense
+
+        branches = [where.branch(domain) for domain in config.pipeline.domains]
+        average_dense([where.seed, *branches], where.average)
+    if not where.report.exists():
+        say("== evaluate")
+        evaluate(config)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run what is missing of the pipeline, then evaluate and report."""
-    from nexus_ds.data.corpora import open_source, require_domains
-    from nexus_ds.upcycling.average import average_dense
-
     started = time.monotonic()
     overrides = overrides_of(args)
     config = resolve(load_config(args.config, overrides))
-    if not config.pipeline.domains:
+    pipe = config.pipeline
+    if not pipe.domains:
         raise ConfigError("pipeline.domains is empty; name the domains of the upcycled experts")
     check_domains(config)
-    require_domains(
-        open_source(config.data.path), [*config.pipeline.domains, *config.pipeline.new_domains]
-    )
-    where, batch = places(config), config.training.batch_size
-    ranks = args.ranks or max(r for r in range(1, (devices() or 2) + 1) if batch % r == 0)
-    if ranks < 1 or batch % ranks:
-        raise ConfigError(
-            f"--ranks {ranks}: training.batch_size {batch} does not divide over them; use a divisor of it"
-        )
+    source = open_source(config.data.path)
+    require_domains(source, [*pipe.domains, *pipe.new_domains])
+    ranks = _ranks(args.ranks, config.training.batch_size)
     plan = steps(config, args.config, overrides, ranks, str(DS_JSON))
     check_made(plan, args.config, overrides)
-    with held(where.run):
-        run_steps(
-            [step for step in plan if not step.output.exists()], config.pipeline.parallel_branches
-        )
-        if not where.average.exists():
-            average_dense(
-                [where.seed, *(where.branch(domain) for domain in config.pipeline.domains)],
-                where.average,
-            )
-        if not where.report.exists():
-            print("== evaluate", file=sys.stderr, flush=True)
-            evaluate(config)
-        summary = report(config, args, time.monotonic() - started)
+    with held(places(config).run):
+        _make_missing(config, plan)
+        content = report(config, args, time.monotonic() - started)
     if args.json:
-        print(json.dumps(summary, ensure_ascii=False))
+        print(json.dumps(content, ensure_ascii=False))
     else:
-        show(summary, config)
+        show(content, config)
     return 0
