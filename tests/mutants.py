@@ -523,7 +523,7 @@ FAULTS = (
     Fault(
         "the time left is that of the whole run",
         "commands/status.py",
-        "pace * (total - last['step'])",
+        "pace * (total - done)",
         "pace * total",
     ),
     # slurm

@@ -39,6 +39,7 @@ from nexus_ds.pipeline import (
     shared_overrides,
     steps,
 )
+from nexus_ds.progress import say
 from nexus_ds.settings import Config
 
 STAGES = (*TRAINED, *MADE_BY_VERBS)
@@ -66,11 +67,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _domains(config: Config) -> list[str]:
-    """Return the domains whose branches a run trains, in the order of an array's tasks; ConfigError
-    if there are none."""
+    """Return the domains whose branches a run trains, in the order of an array's tasks.
+
+    Raises:
+        ConfigError: there are none.
+    """
     if not config.pipeline.domains:
         raise ConfigError(
-            "pipeline.domains is empty: a run trains a branch for each; give pipeline.domains=[A,B,..], folders of data.path"
+            "pipeline.domains is empty: a run trains a branch for each; give "
+            "pipeline.domains=[A,B,..], folders of data.path"
         )
     return [*config.pipeline.domains, *config.pipeline.new_domains]
 
@@ -133,18 +138,20 @@ def chosen(found: list[Step], names: list[str]) -> list[Step]:
     """Return the steps of these names; ConfigError for one that the recipe does not have."""
     by_name = {step.name: step for step in found}
     for name in names:
+        if name in by_name:
+            continue
         kind, _, domain = name.partition(":")
-        if name not in by_name and kind == "branch":
-            known = ", ".join(
-                other.partition(":")[2] for other in by_name if other.startswith("branch:")
-            )
+        if kind != BRANCH:
             raise ConfigError(
-                f"branch={domain} is none of the recipe's domains ({known or 'none'}); give pipeline.domains=[A,B,..]"
+                f"the recipe adds no expert, so it has no stage {name}; give "
+                "pipeline.new_domains=[E]"
             )
-        if name not in by_name:
-            raise ConfigError(
-                f"the recipe adds no expert, so it has no stage {name}; give pipeline.new_domains=[E]"
-            )
+        branches = [other for other in by_name if other.startswith(branch_step(""))]
+        known = ", ".join(other.removeprefix(branch_step("")) for other in branches)
+        raise ConfigError(
+            f"branch={domain} is none of the recipe's domains ({known or 'none'}); give "
+            "pipeline.domains=[A,B,..]"
+        )
     return [by_name[name] for name in names]
 
 
@@ -158,11 +165,13 @@ def show(what: str, config: Config, args: argparse.Namespace) -> str:
             write_text(temporary, dump(config))
         line = str(run / "logs")
     elif what == "output":
-        line = str(chosen(plan(config, args), names_of(args.name, config))[-1].output.absolute())
+        targets = chosen(plan(config, args), names_of(args.name, config))
+        line = str(targets[-1].output.absolute())
     elif what == "branches":
         line = str(len(_domains(config)))
     else:
         line = "yes" if config.pipeline.new_domains else "no"
+    # A job script reads one line, and would take the rest for another answer.
     if any(ord(character) < 32 for character in line):
         raise ConfigError(f"pipeline.run {str(run)!r} has a control character; choose another path")
     return line
@@ -170,33 +179,34 @@ def show(what: str, config: Config, args: argparse.Namespace) -> str:
 
 @contextlib.contextmanager
 def _only_one(path: Path) -> Iterator[None]:
-    """Hold a lock that the jobs of a run share: tasks of an array that all miss the seed make it
-    once."""
+    """Hold a lock that the jobs of a run share.
+
+    Tasks of an array that all miss the seed make it once.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             raise NexusError(
-                f"{path}: this file system has no locks ({error}); train the seed first: sbatch slurm/seed.sh"
+                f"{path}: this file system has no locks ({error}); train the seed first: "
+                "sbatch slurm/seed.sh"
             ) from error
         yield
 
 
 def make(todo: list[str], found: list[Step], config: Config) -> int:
-    """Run stages and what they need, if missing; return 0, or 75 when a signal ended it."""
+    """Run stages and what they need, if missing; return 0, or EXIT_STOPPED after a signal."""
     try:
         with exit_on_signals():
             for name in todo:
                 step = next(s for s in found if s.name == name)
-                if not step.output.exists():
-                    run_steps([*needed_for(found, name), step], config.pipeline.parallel_branches)
-    except Ended:  # the stages that ran have saved their state or removed what was unfinished
-        print(
-            "nexus-ds stage: stopped by a signal; start the same command again to go on",
-            file=sys.stderr,
-            flush=True,
-        )
+                if step.output.exists():
+                    continue
+                run_steps([*needed_for(found, name), step], config.pipeline.parallel_branches)
+    except Ended:
+        # The stages that ran have saved their state or removed what was unfinished.
+        say("nexus-ds stage: stopped by a signal; start the same command again to go on")
         return EXIT_STOPPED
     return 0
 
@@ -208,9 +218,11 @@ def train(config: Config, args: argparse.Namespace) -> NoReturn:
     if stage == BRANCH:
         # Quoted: a domain may be called 2024 or yes.
         settings.append(f"branch={json.dumps(branch_domain(config), ensure_ascii=False)}")
+    # With = : a recipe's name may begin with a dash.
     command = [sys.executable, "-u", str(TRAIN), f"--config={args.config}"]
     if stage in WIDE_STAGES and (args.deepspeed or DS_JSON.is_file()):
         command.append(f"--deepspeed={args.deepspeed or DS_JSON}")
+    # What is in Python's buffers would be lost.
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [*command, *settings])
@@ -230,6 +242,7 @@ def run(args: argparse.Namespace) -> int:
         if code == 0:
             print(f"finished: {', '.join(str(step.output) for step in targets)}")
         return code
+    # A given checkpoint needs no earlier stage. Other ranks wait in train.py for what rank 0 makes.
     missing = [] if config.model.path else needed_for(found, names[0])
     if missing and first_rank() and not targets[0].output.exists():
         with _only_one(places(config).run / "logs" / ".making"):

@@ -1,5 +1,4 @@
-"""The verb `status`: what each stage of a run is doing, from the run's folder and, where there is
-one, SLURM's queue.
+"""The verb `status`: what each stage of a run is doing, from its folder and from SLURM's queue.
 
 A stage is finished when its output exists. Jobs are known from <run>/logs/jobs.txt, which the
 templates in slurm/ write; without SLURM a stage counts as running while its log grows.
@@ -16,16 +15,17 @@ import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from nexus_ds.config import load_config
 from nexus_ds.errors import ConfigError
-from nexus_ds.pipeline import Step, evaluation_step, needed_for, steps
+from nexus_ds.pipeline import Step, branch_step, evaluation_step, needed_for, steps
 from nexus_ds.progress import duration
 from nexus_ds.runtime.schedule import total_steps
 from nexus_ds.settings import Config
 
-TEMPLATES = {  # template: the stages that its job makes, in order
+# template: the stages that its job makes, in order
+TEMPLATES = {
     "seed": ("seed",),
     "dense_branch": ("branch:",),
     "embed": ("embed", "embed:new"),
@@ -35,21 +35,25 @@ TEMPLATES = {  # template: the stages that its job makes, in order
 }
 QUEUED = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED")
 ACTIVE = ("RUNNING", "COMPLETING")
-# without SLURM: a log that did not grow for so long belongs to nothing that runs
+# Without SLURM: a log that did not grow for so long belongs to nothing that runs.
 QUIET_SECONDS = 120.0
+# Of a log: enough for its last error, and logs grow to gigabytes.
 TAIL_BYTES = 1 << 16
 ERROR = re.compile(r"error|refused|failed|killed|not requeued|no space left", re.IGNORECASE)
+# Lines of srun and of a traceback.
 NOISE = re.compile(r"^(srun|slurmstepd): |^\s*(File|raise|at) |exitcode|errno: ?0")
 
 
 @dataclass
 class Job:
-    """A job of SLURM: its id (`12`, or `12_3` for a task of an array), its state ('' if SLURM
-    forgot it), its reason."""
+    """A job of SLURM."""
 
     id: str
+    """`12`, or `12_3` for a task of an array."""
     state: str = ""
+    """'' if SLURM forgot it."""
     reason: str = ""
+    """Why it waits."""
 
 
 @dataclass
@@ -68,6 +72,15 @@ class StageStatus:
     loss: float | None = None
 
 
+class TrainRecord(TypedDict):
+    """What is read of a training step's line in metrics.jsonl."""
+
+    step: int
+    loss: float
+    time: float
+    """Seconds since the epoch."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
     parser.add_argument(
@@ -77,8 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_config(run: Path) -> Config:
-    """Return the configuration of the run that lives in `run`, from what its jobs or trainings left
-    there.
+    """Return the configuration of a run, from what its jobs or trainings left in its folder.
 
     Raises:
         ConfigError: nothing there tells what the run is made of.
@@ -91,10 +103,11 @@ def run_config(run: Path) -> Config:
     path = next((p for p in saved if p.is_file()), None)
     if path is None:
         raise ConfigError(
-            f"{run}: found neither logs/recipe.yaml nor a .training folder; expected the directory of a run that was "
-            "started (pipeline.run of its recipe)"
+            f"{run}: found neither logs/recipe.yaml nor a .training folder; expected the "
+            "directory of a run that was started (pipeline.run of its recipe)"
         )
     config = load_config(path)
+    # The folder may have been moved since.
     config.pipeline.run = str(run)
     return config
 
@@ -107,8 +120,11 @@ def plan(config: Config) -> list[Step]:
 
 def recorded_jobs(run: Path) -> dict[str, list[str]]:
     """Return the job ids of each template, oldest first."""
-    file, found = run / "logs" / "jobs.txt", dict[str, list[str]]()
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+    file = run / "logs" / "jobs.txt"
+    if not file.is_file():
+        return {}
+    found: dict[str, list[str]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
         identity, _, template = line.partition(" ")
         if re.fullmatch(r"\d+(_\d+)?", identity) and template in TEMPLATES:
             found.setdefault(template, []).append(identity)
@@ -116,23 +132,30 @@ def recorded_jobs(run: Path) -> dict[str, list[str]]:
 
 
 def queue(identities: list[str]) -> dict[str, Job] | None:
-    """Ask SLURM for these jobs; None where there is no SLURM. Jobs that it has forgotten are left
-    out."""
+    """Ask SLURM for these jobs; None where there is no SLURM.
+
+    Jobs that it has forgotten are left out.
+    """
     program = shutil.which("squeue")
     if program is None or not identities:
         return None
-    wanted = ",".join(dict.fromkeys(identity.partition("_")[0] for identity in identities))
+    # An array's id stands for all of its tasks.
+    jobs = dict.fromkeys(identity.partition("_")[0] for identity in identities)
     command = [
         program,
         "--noheader",
         "--array",
         "--states=all",
         "--format=%i|%T|%r",
-        f"--jobs={wanted}",
+        f"--jobs={','.join(jobs)}",
     ]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    rows = [line.strip().split("|") for line in done.stdout.splitlines() if line.count("|") == 2]
-    return {row[0]: Job(*row) for row in rows}
+    found = {}
+    for line in done.stdout.splitlines():
+        if line.count("|") == 2:
+            job = Job(*line.strip().split("|"))
+            found[job.id] = job
+    return found
 
 
 def template_of(stage: str) -> str:
@@ -145,20 +168,25 @@ def job_of(
     step: Step, config: Config, recorded: dict[str, list[str]], known: dict[str, Job] | None
 ) -> Job | None:
     """Return the newest job of a stage, None if none was submitted."""
-    template = template_of(step.name)
-    identities = recorded.get(template, [])
-    if step.name.startswith("branch:"):
-        index = [*config.pipeline.domains, *config.pipeline.new_domains].index(
-            step.name.partition(":")[2]
-        )
-        identities = [
-            i if "_" in i else f"{i}_{index}"
-            for i in identities
-            if i.partition("_")[2] in ("", str(index))
-        ]
+    identities = recorded.get(template_of(step.name), [])
+    if step.name.startswith(branch_step("")):
+        domains = [*config.pipeline.domains, *config.pipeline.new_domains]
+        index = domains.index(step.name.removeprefix(branch_step("")))
+        identities = _of_task(identities, index)
     if not identities:
         return None
-    return (known or {}).get(identities[-1], Job(identities[-1]))
+    newest = identities[-1]
+    return (known or {}).get(newest, Job(newest))
+
+
+def _of_task(identities: list[str], index: int) -> list[str]:
+    """Return the jobs that a task of an array is, of whole arrays (`12`) and of tasks (`12_3`)."""
+    found = []
+    for identity in identities:
+        array, _, task = identity.partition("_")
+        if task in ("", str(index)):
+            found.append(f"{array}_{index}")
+    return found
 
 
 def tail(path: Path) -> list[str]:
@@ -171,42 +199,49 @@ def tail(path: Path) -> list[str]:
 
 
 def last_error(log: Path) -> str:
-    """Return the last line of a log that tells of an error, of the programs rather than of srun if
-    there is one."""
+    """Return the last line of a log that tells of an error, of srun only if there is no other."""
     lines = [line.strip() for line in tail(log) if ERROR.search(line)]
-    own = [
-        line for line in lines if not NOISE.search(line) and "its message stands above" not in line
-    ]
+    # What a launcher says of a failed program is not why it failed.
+    causes = [line for line in lines if "its message stands above" not in line]
+    own = [line for line in causes if not NOISE.search(line)]
     return (own or lines or [""])[-1]
 
 
-def training(step: Step) -> StageStatus | None:
-    """Return step, steps, loss and time left of a stage that has trained, from its metrics; None if
-    it has not."""
-    folder = Path(f"{step.output}.training")
-    records: list[dict[str, Any]] = []
-    for line in tail(folder / "metrics.jsonl"):
+def _training_records(metrics: Path) -> list[TrainRecord]:
+    """Return the last records of training steps, oldest first."""
+    found = []
+    for line in tail(metrics):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             continue  # cut off by the tail, or being written
-    records = [record for record in records if record.get("kind") == "train"]
-    if not records or not (folder / "config.yaml").is_file():
-        return None
-    config = load_config(folder / "config.yaml")
-    last, total = records[-1], total_steps(config.training, config.data)
-    found = StageStatus(step.name, "", step=last["step"], steps=total, loss=last["loss"])
-    found.detail = f"step {last['step']}/{total}, loss {last['loss']:.3f}"
-    if len(records) > 1 and last["step"] > records[-2]["step"]:
-        pace = (last["time"] - records[-2]["time"]) / (last["step"] - records[-2]["step"])
-        found.detail += f", ETA {duration(max(0.0, pace * (total - last['step'])))}"
+        if record.get("kind") == "train":
+            found.append(record)
     return found
 
 
-def _grows(paths: list[Path]) -> bool:
-    return any(
-        path.is_file() and time.time() - path.stat().st_mtime < QUIET_SECONDS for path in paths
-    )
+def training(step: Step) -> StageStatus | None:
+    """Return how far a stage has trained, from its metrics; None if it has not."""
+    folder = Path(f"{step.output}.training")
+    records = _training_records(folder / "metrics.jsonl")
+    if not records or not (folder / "config.yaml").is_file():
+        return None
+    config = load_config(folder / "config.yaml")
+    last = records[-1]
+    done = last["step"]
+    total = total_steps(config.training, config.data)
+    found = StageStatus(step.name, "", step=done, steps=total, loss=last["loss"])
+    found.detail = f"step {done}/{total}, loss {last['loss']:.3f}"
+    # A training that was resumed may have written a step twice.
+    if len(records) > 1 and done > records[-2]["step"]:
+        before = records[-2]
+        pace = (last["time"] - before["time"]) / (done - before["step"])
+        found.detail += f", ETA {duration(max(0.0, pace * (total - done)))}"
+    return found
+
+
+def _grows(path: Path) -> bool:
+    return path.is_file() and time.time() - path.stat().st_mtime < QUIET_SECONDS
 
 
 def _queued(job: Job) -> str:
@@ -216,32 +251,44 @@ def _queued(job: Job) -> str:
 
 
 def judge(step: Step, job: Job | None, run: Path, slurm: bool) -> StageStatus:
-    """Return the state of one stage by its own traces; stages that wait for others are judged by
-    `survey`."""
+    """Return the state of one stage by its own traces.
+
+    Stages that wait for others are judged by `survey`.
+    """
     if step.output.exists():
         return StageStatus(step.name, "finished", str(step.output))
     seen = training(step) or StageStatus(step.name, "")
     seen.job = job.id if job else ""
     log = run / "logs" / f"{template_of(step.name)}-{seen.job}.log"
+    active = job is not None and job.state in ACTIVE
+    if not slurm:
+        metrics = Path(f"{step.output}.training/metrics.jsonl")
+        active = active or _grows(log) or _grows(metrics)
     if job and job.state in QUEUED:
-        seen.state, seen.detail = (
-            "pending",
-            "; ".join(text for text in (_queued(job), seen.detail) if text),
-        )
-    elif (job and job.state in ACTIVE) or (
-        not slurm and _grows([log, Path(f"{step.output}.training/metrics.jsonl")])
-    ):
-        seen.state, seen.detail = "running", seen.detail or "starting"
-    elif job and job.state == "CANCELLED" and not log.is_file():
-        seen.state, seen.detail = "cancelled", "never started"
-    elif job and (log.is_file() or job.state):
-        word = job.state.lower().replace("_", " ") or "ended"
-        seen.state, seen.detail = "failed", last_error(log) or f"{word}; log: {log}"
-    elif seen.steps:
-        seen.state = "stopped"
+        told = [text for text in (_queued(job), seen.detail) if text]
+        seen.state = "pending"
+        seen.detail = "; ".join(told)
+    elif active:
+        seen.state = "running"
+        seen.detail = seen.detail or "starting"
+    elif job:
+        _judge_ended(seen, job, log)
     else:
-        seen.state = "waiting"
+        seen.state = "stopped" if seen.steps else "waiting"
     return seen
+
+
+def _judge_ended(seen: StageStatus, job: Job, log: Path) -> None:
+    """Say of a stage whose output is not there what became of its job."""
+    if job.state == "CANCELLED" and not log.is_file():
+        seen.state = "cancelled"
+        seen.detail = "never started"
+    elif log.is_file() or job.state:
+        word = job.state.lower().replace("_", " ") or "ended"
+        seen.state = "failed"
+        seen.detail = last_error(log) or f"{word}; log: {log}"
+    else:
+        seen.state = "stopped" if seen.steps else "waiting"
 
 
 def survey(run: Path) -> list[StageStatus]:
@@ -251,25 +298,31 @@ def survey(run: Path) -> list[StageStatus]:
         ConfigError: `run` is not the directory of a run.
     """
     config = run_config(run)
-    found, recorded = plan(config), recorded_jobs(run)
+    found = plan(config)
+    recorded = recorded_jobs(run)
     known = queue([identity for identities in recorded.values() for identity in identities])
     result: dict[str, StageStatus] = {}
     for step in found:
-        seen = judge(step, job_of(step, config, recorded, known), run, known is not None)
-        before = [
-            result[needed.name] for needed in needed_for(found, step.name) if needed.name in result
-        ]
-        lost = [other.stage for other in before if other.state == "failed"]
-        if seen.state in ("cancelled", "failed", "pending", "waiting") and lost:
-            seen.state, seen.detail = "cancelled", f"needs {', '.join(lost)}, which failed"
-        elif (
-            seen.state == "running"
-            and not seen.steps
-            and any(template_of(b.stage) == template_of(step.name) for b in before)
-        ):
-            seen.state, seen.detail = "waiting", f"after {before[-1].stage}, in the same job"
+        job = job_of(step, config, recorded, known)
+        seen = judge(step, job, run, known is not None)
+        needed = [other.name for other in needed_for(found, step.name)]
+        _judge_by_others(seen, [result[name] for name in needed if name in result])
         result[step.name] = seen
     return list(result.values())
+
+
+def _judge_by_others(seen: StageStatus, before: list[StageStatus]) -> None:
+    """Change what was seen of a stage if those that it needs, and are not there, tell more."""
+    lost = [other.stage for other in before if other.state == "failed"]
+    # Their job makes this stage too, once they are there.
+    template = template_of(seen.stage)
+    same_job = any(template_of(other.stage) == template for other in before)
+    if seen.state in ("cancelled", "failed", "pending", "waiting") and lost:
+        seen.state = "cancelled"
+        seen.detail = f"needs {', '.join(lost)}, which failed"
+    elif seen.state == "running" and not seen.steps and same_job:
+        seen.state = "waiting"
+        seen.detail = f"after {before[-1].stage}, in the same job"
 
 
 def run(args: argparse.Namespace) -> int:
