@@ -1,5 +1,6 @@
-"""Small pieces of a comparison that are no verbs of their own: `python -m
-nexus_ds.experiments.comparison.work NAME '{"out": ...}'`.
+"""Small pieces of a comparison that are no verbs of their own.
+
+    python -m nexus_ds.experiments.comparison.work NAME '{"out": ...}'
 
 Each writes one output that was not there, and reads nothing but its arguments.
 Not covered: training; that is the verb `train`.
@@ -11,32 +12,42 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+
+from nexus_ds.checkpoint.build import DTYPES, new_dense
+from nexus_ds.checkpoint.tokenizer import copy_tokenizer
+from nexus_ds.config import load_config
+from nexus_ds.data.corpora import open_source, token_files
+from nexus_ds.data.corpora import windows as windows_of
+from nexus_ds.data.domains import read_domain_embeddings, unit, write_domain_embeddings
+from nexus_ds.data.tokenizer import open_tokenizer, train_tokenizer, vocabulary_size
 from nexus_ds.errors import NexusError
-from nexus_ds.outputs import exit_on_signals
+from nexus_ds.experiments.comparison.ensemble import ensemble_losses
+from nexus_ds.model.router import layer_generator
+from nexus_ds.outputs import exit_on_signals, new_directory, write_json
+from nexus_ds.progress import say
+from nexus_ds.upcycling.average import average_dense
+
+# Of a domain's text, where the recipe sets no limit: a small vocabulary needs no more.
+TOKENIZER_BYTES = 4_000_000
 
 
 def tokenizer(
     out: str, data: str, domains: list[str], vocabulary: int, max_bytes: int, on_bad_row: str
 ) -> None:
     """Train the tokenizer that all contenders share."""
-    from nexus_ds.data.corpora import open_source
-    from nexus_ds.data.tokenizer import train_tokenizer
-
     source = open_source(data)
     texts = (
-        d.text
+        document.text
         for name in domains
-        for d in source.documents(name, "train", on_bad_row, max_bytes or 4_000_000)
+        for document in source.documents(name, "train", on_bad_row, max_bytes or TOKENIZER_BYTES)
     )
     train_tokenizer(texts, vocabulary, Path(out))
 
 
 def average(out: str, models: list[str]) -> None:
     """Write the plain mean of dense models."""
-    from nexus_ds.upcycling.average import average_dense
-
     average_dense([Path(model) for model in models], Path(out))
 
 
@@ -47,17 +58,10 @@ def random_dense(out: str, config: str, tokenizer: str, number: int) -> None:
     So models of several numbers put together are one mixture with random weights everywhere: their
     mean is no smaller.
     """
-
-    from nexus_ds.checkpoint.build import DTYPES, new_dense
-    from nexus_ds.checkpoint.tokenizer import copy_tokenizer
-    from nexus_ds.config import load_config
-    from nexus_ds.data.tokenizer import open_tokenizer, vocabulary_size
-    from nexus_ds.model.router import layer_generator
-    from nexus_ds.outputs import new_directory
-
     settings = load_config(config)
     words = open_tokenizer(Path(tokenizer))
-    model = new_dense(settings.model, vocabulary_size(words), words.eos_token_id, settings.seed)
+    size = vocabulary_size(words)
+    model = new_dense(settings.model, size, words.eos_token_id, settings.seed)
     generator = layer_generator(settings.seed, number)
     for name, parameter in model.named_parameters():
         if ".mlp." in name:
@@ -69,17 +73,17 @@ def random_dense(out: str, config: str, tokenizer: str, number: int) -> None:
 
 def embedding(out: str, source: str, change: str, seed: int) -> None:
     """Write domain embeddings that are worse than they could be; see `compare.embedding`."""
-    import numpy as np
-
-    from nexus_ds.data.domains import read_domain_embeddings, unit, write_domain_embeddings
-
     given = read_domain_embeddings(Path(source))
-    chance = np.random.default_rng(seed).standard_normal(given.vectors.shape).astype(np.float32)
+    normal = np.random.default_rng(seed).standard_normal(given.vectors.shape)
+    chance = normal.astype(np.float32)
     if change == "shuffled" and len(given.names) > 1:
+        # Every domain gets its neighbour's: none keeps its own.
         given.vectors = np.roll(given.vectors, 1, axis=0)
     elif change == "noise":
+        # As long as the embedding itself, so half of what is left is noise.
         given.vectors = unit(unit(given.vectors) + unit(chance))
-    else:  # random; a domain on its own has no other to change places with
+    else:
+        # random; a domain on its own has no other to change places with
         given.vectors = unit(chance)
     write_domain_embeddings(Path(out), given)
 
@@ -94,18 +98,17 @@ def score(
     cache: str,
     bos: bool = True,
 ) -> None:
-    """Write the losses of one model, or of several as a BTM ensemble, on the windows that training
-    validates on."""
-    from nexus_ds.data.corpora import open_source, token_files
-    from nexus_ds.data.corpora import windows as windows_of
-    from nexus_ds.experiments.comparison.ensemble import ensemble_losses
-    from nexus_ds.outputs import write_json
+    """Write the losses of one model, or of several as a BTM ensemble.
 
-    files = token_files(
-        open_source(data), domains, "validation", Path(models[0]), Path(cache), bos=bos
-    )
+    On the windows that training validates on.
+    """
+    source = open_source(data)
+    # All members have one tokenizer.
+    tokenizer = Path(models[0])
+    files = token_files(source, domains, "validation", tokenizer, Path(cache), bos=bos)
     texts = {domain: windows_of(files[domain], windows, length) for domain in domains}
-    write_json(Path(out), {"loss": ensemble_losses([Path(model) for model in models], texts)})
+    losses = ensemble_losses([Path(model) for model in models], texts)
+    write_json(Path(out), {"loss": losses})
 
 
 PIECES: dict[str, Callable[..., None]] = {
@@ -115,18 +118,15 @@ PIECES: dict[str, Callable[..., None]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Do one piece of work; a mistake is one line and exit code 1."""
-    words: list[Any] = sys.argv[1:] if argv is None else argv
+    words = sys.argv[1:] if argv is None else argv
     if len(words) != 2 or words[0] not in PIECES:
-        print(
-            f"expected a name ({', '.join(PIECES)}) and its arguments as JSON, found {words}",
-            file=sys.stderr,
-        )
+        say(f"expected a name ({', '.join(PIECES)}) and its arguments as JSON, found {words}")
         return 2
     try:
         with exit_on_signals():
             PIECES[words[0]](**json.loads(words[1]))
     except (NexusError, OSError) as error:
-        print(f"{words[0]}: {error}", file=sys.stderr, flush=True)
+        say(f"{words[0]}: {error}")
         return 1
     return 0
 
