@@ -63,8 +63,9 @@ def _ranks_a_node(env: Mapping[str, str], world: int) -> int:
     if len(counts) > 1:
         near = max(1, world // nodes)
         raise LayoutError(
-            f"srun spreads {world} ranks unevenly over {nodes} nodes ({told or 'by their number'}); "
-            f"expected as many on each: submit with --ntasks-per-node={near}"
+            f"srun spreads {world} ranks unevenly over {nodes} nodes "
+            f"({told or 'by their number'}); expected as many on each: submit with "
+            f"--ntasks-per-node={near}"
         )
     return counts.pop()
 
@@ -108,9 +109,9 @@ def meeting_point(here: Position, env: Mapping[str, str] = os.environ) -> tuple[
 
 
 def adopt_launcher() -> Position:
-    """Set the variables that torch and DeepSpeed read and the launcher did not; return the position.
+    """Set the variables that torch and DeepSpeed read; return the position.
 
-    srun and plain python set none of them.
+    torchrun and deepspeed have set them; srun and plain python have not.
 
     Raises:
         ConfigError, LayoutError: srun's ranks can't meet, or are spread unevenly.
@@ -128,7 +129,7 @@ def adopt_launcher() -> Position:
 
 
 def first_rank(env: Mapping[str, str] = os.environ) -> bool:
-    """Return whether this process is rank 0; unlike `position`, also where ranks are spread badly."""
+    """Return whether this process is rank 0, also where `position` refuses how ranks are spread."""
     return rank_name(env) == "0"
 
 

@@ -115,13 +115,15 @@ class Runner:
 
     def progress(self) -> str:
         """Return how many tasks are done, and how long the others take: [3/8, 2m05s to go]."""
-        left = [*self.waiting, *(running.task for running in self.running.values())]
+        under_way = [running.task for running in self.running.values()]
+        left = [*self.waiting, *under_way]
         done = f"{self.total - len(left)}/{self.total}"
         if len(left) == self.total:
             return f"[{done}]"
         undone = sum(task.cost for task in left)
-        seconds_a_cost = (time.monotonic() - self._started) / (self._cost - undone)
-        return f"[{done}, {duration(seconds_a_cost * undone)} to go]"
+        elapsed = time.monotonic() - self._started
+        pace = elapsed / (self._cost - undone)
+        return f"[{done}, {duration(pace * undone)} to go]"
 
     def _start_all(self) -> None:
         for task in list(self.waiting):
@@ -174,7 +176,9 @@ def slot_environment(slot: int, gpus: int) -> dict[str, str]:
     found = {"OMP_NUM_THREADS": "1"}
     if gpus:
         told = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        visible = [name for name in told.split(",") if name] or [str(i) for i in range(gpus)]
+        # By name: a device may be told by its UUID.
+        names = [name for name in told.split(",") if name]
+        visible = names or [str(number) for number in range(gpus)]
         found["CUDA_VISIBLE_DEVICES"] = visible[slot % gpus]
     return found
 
@@ -194,7 +198,9 @@ class _StepRunner(Runner):
 
 def _start(step: Step, gpus: int, slot: int) -> subprocess.Popen[bytes]:
     # A stage is a launch of its own: this process's rank is none of its business.
-    inherited = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}
+    inherited = dict(os.environ)
+    for name in LAUNCH_VARIABLES:
+        inherited.pop(name, None)
     # Of a wide stage the launcher gives each rank its device.
     own = slot_environment(slot, 0 if step.wide else gpus)
     told = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "true"}
@@ -224,4 +230,6 @@ def run_steps(todo: list[Step], side_by_side: int = 0) -> None:
         needs = tuple(outputs[name] for name in step.needs if name in outputs)
         start = partial(_start, step, gpus)
         tasks.append(Task(step.name, step.output, start, needs, step.wide))
-    _StepRunner(tasks, side_by_side or gpus or len(os.sched_getaffinity(0))).run()
+    # The cores that this process may use, which in a job are fewer than the machine's.
+    slots = side_by_side or gpus or len(os.sched_getaffinity(0))
+    _StepRunner(tasks, slots).run()

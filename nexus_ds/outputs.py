@@ -1,5 +1,6 @@
-"""New output directories and files: written under a temporary name, renamed when whole, never over
-something else.
+"""New output directories and files: whole or not at all, and never over something else.
+
+They are written under a temporary name and renamed when they are whole.
 
 An output has one writer at a time (`held`). The lock is the kernel's, so that it goes with its
 process, however that ends, and what a killed writer left under a temporary name is removed by the
@@ -27,11 +28,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, BinaryIO
 
 from nexus_ds.errors import OutputBusyError, OutputExistsError
 
-BUFFER = 1 << 20  # bytes that are written at once
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
+
+# Bytes that are written at once: tensors are, and network file systems pay by the call.
+BUFFER = 1 << 20
+# What SLURM, a terminal that is closed, and `kill` send; Ctrl-C is KeyboardInterrupt already.
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -51,6 +57,7 @@ def exit_on_signals() -> Iterator[None]:
     What was ignored (nohup) or has a handler already is left alone. Further signals don't disturb
     the clearing up.
     """
+    # Python lets no other thread set handlers.
     on_main = threading.current_thread() is threading.main_thread()
     mine = [number for number in ENDING if on_main and signal.getsignal(number) is signal.SIG_DFL]
 
@@ -68,13 +75,15 @@ def exit_on_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-# Writing -------------------------------------------------------------------------------------------------------------
+# Writing ----------------------------------------------------------------------------------------
 
 
 @contextmanager
 def naming(path: Path, size: int | None = None) -> Iterator[None]:
-    """Let a failed write (of `size` bytes) say of which file: the system's error on a full disk
-    names none."""
+    """Let a failed write (of `size` bytes) say of which file.
+
+    The system's error on a full disk names none.
+    """
     try:
         yield
     except OSError as error:
@@ -87,8 +96,9 @@ def naming(path: Path, size: int | None = None) -> Iterator[None]:
 
 
 def write_at(descriptor: int, position: int, data: memoryview, path: Path) -> None:
-    """Write all of `data` (bytes); one call of the system writes at most 2 GiB, and less where a
-    limit or quota is near.
+    """Write all of `data` (bytes).
+
+    One call of the system writes at most 2 GiB, and less where a limit or quota is near.
 
     Raises:
         OSError: names `path`, what is still to be written, and what is free.
@@ -97,6 +107,7 @@ def write_at(descriptor: int, position: int, data: memoryview, path: Path) -> No
     while done < len(data):
         with naming(path, len(data) - done):
             count = os.pwrite(descriptor, data[done:], position + done)
+            # Without this a full disk that says so by writing nothing would be tried for ever.
             if not count:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         done += count
@@ -105,8 +116,9 @@ def write_at(descriptor: int, position: int, data: memoryview, path: Path) -> No
 class _NamedFile(io.FileIO):
     """A file whose failed writes name it."""
 
-    def write(self, data: Any) -> int:
-        with naming(Path(os.fsdecode(self.name)), memoryview(data).nbytes):
+    def write(self, data: Buffer) -> int:
+        path = Path(os.fsdecode(self.name))
+        with naming(path, memoryview(data).nbytes):
             return super().write(data)
 
 
@@ -121,7 +133,7 @@ def write_text(path: Path, text: str) -> None:
         stream.write(text.encode("utf-8"))
 
 
-# One writer ----------------------------------------------------------------------------------------------------------
+# One writer -------------------------------------------------------------------------------------
 
 
 def refuse_existing(out: Path) -> None:
@@ -133,8 +145,11 @@ def refuse_existing(out: Path) -> None:
 
 
 def _lock(path: Path, out: Path) -> tuple[IO[str], bool]:
-    """Return `path`, opened, and whether this file system could lock it; OutputBusyError if another
-    process has it."""
+    """Return `path`, opened, and whether this file system could lock it.
+
+    Raises:
+        OutputBusyError: another process has it.
+    """
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
@@ -144,17 +159,18 @@ def _lock(path: Path, out: Path) -> tuple[IO[str], bool]:
             holder = file.read().strip() or "another process"
             file.close()
             raise OutputBusyError(
-                f"{out} is being written by {holder}; wait for it or give another output (if its machine is lost, "
-                f"remove {path})"
+                f"{out} is being written by {holder}; wait for it or give another output (if its "
+                f"machine is lost, remove {path})"
             ) from None
         except OSError:
             return file, False
         if _is_at(file, path):
             return file, True
-        file.close()  # its holder has removed it in the meantime
+        # Its holder has removed it in the meantime: a lock on it keeps nobody out.
+        file.close()
 
 
-def _is_at(file: IO[Any], path: Path) -> bool:
+def _is_at(file: IO[str] | IO[bytes], path: Path) -> bool:
     """Return whether `path` still is the opened file."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
@@ -169,19 +185,21 @@ def _temporary(out: Path) -> Path:
 def _left(out: Path) -> list[Path]:
     """Return all temporary files and directories of `out`, of whatever process."""
     start = f".{out.name}.tmp-"
-    with suppress(PermissionError):  # a folder that may be written and not listed
-        names = [
-            n
-            for n in os.listdir(out.parent)
-            if n.startswith(start) and n.removeprefix(start).isdecimal()
-        ]
-        return [out.parent / name for name in names]
-    return []
+    try:
+        names = os.listdir(out.parent)
+    except PermissionError:
+        # A folder that may be written and not listed.
+        return []
+    found = []
+    for name in names:
+        # What begins alike may be another output's.
+        if name.startswith(start) and name.removeprefix(start).isdecimal():
+            found.append(out.parent / name)
+    return found
 
 
 def _remove_if_dead(path: Path) -> None:
-    """Remove a temporary file or directory of an output that this process holds, if its writer was
-    killed.
+    """Remove a temporary file or directory whose writer was killed; this process holds its output.
 
     Directories are made under the lock of their output. A file need not be: a living process that
     writes it has locked it.
@@ -195,35 +213,42 @@ def _remove_if_dead(path: Path) -> None:
             if _is_at(file, path):
                 path.unlink()
     except OSError:
-        return  # alive, gone already, another user's, or a file system without locks
+        # Alive, gone already, another user's, or a file system without locks.
+        return
 
 
 @contextmanager
 def held(out: Path) -> Iterator[None]:
-    """Be the only process that writes `out` inside the context; OutputBusyError, naming the other,
-    if there is one."""
+    """Be the only process that writes `out` inside the context.
+
+    Raises:
+        OutputBusyError: there is another, which the message names.
+    """
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     path = out.parent / f".{out.name}.lock"
     file, locked = _lock(path, out)
     with file:
-        for left in _left(out) if locked else []:
-            _remove_if_dead(left)
+        # Without a lock there may be a living writer.
+        if locked:
+            for left in _left(out):
+                _remove_if_dead(left)
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        print(
-            f"process {os.getpid()} on {socket.gethostname()} since {since}", file=file, flush=True
-        )
+        holder = f"process {os.getpid()} on {socket.gethostname()} since {since}"
+        print(holder, file=file, flush=True)
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # while the lock is held, so that nobody has it
+            # While the lock is held, so that nobody has it.
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """Yield a temporary directory beside `out` that becomes `out` when the block ends well, and
-    vanishes when not.
+    """Yield a temporary directory that becomes `out` when the block ends well, else vanishes.
+
+    It lies beside `out`, so that a rename moves no bytes.
 
     Raises:
         OutputExistsError: `out` exists.
@@ -237,13 +262,15 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _temporary_directory(out: Path) -> Iterator[Path]:
-    refuse_existing(out)  # it may have been finished a moment ago
+    # It may have been finished a moment ago, before the lock was ours.
+    refuse_existing(out)
     temporary = _temporary(out)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
         _share(temporary)
+        # An empty directory counts as free, and a rename over one fails on some systems.
         if out.is_dir():
             out.rmdir()
         temporary.rename(out)
@@ -252,11 +279,16 @@ def _temporary_directory(out: Path) -> Iterator[Path]:
 
 
 def _share(directory: Path) -> None:
-    """Give every file the mode that the umask gives: some libraries write files that their owner
-    alone can read."""
+    """Give every file the mode that the umask gives.
+
+    Some libraries write files that their owner alone can read.
+    """
     usual = stat.S_IMODE(directory.stat().st_mode) & 0o666
     for path in directory.rglob("*"):
-        if path.is_file() and not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) != usual:
+        # The target of a link is not this output's.
+        if path.is_symlink() or not path.is_file():
+            continue
+        if stat.S_IMODE(path.stat().st_mode) != usual:
             path.chmod(usual)
 
 
@@ -268,13 +300,13 @@ def _start_file(path: Path) -> BinaryIO:
             fcntl.flock(file, fcntl.LOCK_EX)
         if _is_at(file, path):
             return file
-        file.close()  # taken for a killed writer's before it was locked
+        # Taken for a killed writer's, and removed, before it was locked.
+        file.close()
 
 
 @contextmanager
 def new_file(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside `out` that becomes `out` when the block ends well, and vanishes
-    when not.
+    """Yield a temporary path that becomes `out` when the block ends well, and else vanishes.
 
     The path is an empty file already; it has to be written, not replaced.
     """
@@ -291,7 +323,8 @@ def new_file(out: Path, overwrite: bool = False) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, replacing `path` in one step."""
     with new_file(path, overwrite=True) as temporary:
-        write_text(temporary, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        write_text(temporary, text + "\n")

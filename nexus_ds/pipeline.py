@@ -229,7 +229,9 @@ def check_domains(config: Config) -> None:
 def _typed(short: str, path: Path) -> str:
     """Return `short` where that is `path`, seen from the working directory, as in a clone; else
     `path` itself."""
-    return short if os.path.exists(short) and os.path.samefile(short, path) else str(path)
+    # Another file may have the short name.
+    is_it = os.path.exists(short) and os.path.samefile(short, path)
+    return short if is_it else str(path)
 
 
 def typed_training(
@@ -251,8 +253,8 @@ def next_training(out: Path, data: str, recipe: str, stage: str) -> str:
 
 def next_evaluation(out: Path | str, data: DataConfig) -> str:
     """Return the command, quoted for a shell, that scores a checkpoint as it was trained."""
-    words = ["--checkpoint", str(out), "--data", data.path, *no_bos(data), "--out", f"{out}-report"]
-    return shlex.join(["nexus-ds", "evaluate", *words])
+    words = ["--checkpoint", str(out), "--data", data.path, *no_bos(data)]
+    return shlex.join(["nexus-ds", "evaluate", *words, "--out", f"{out}-report"])
 
 
 def next_words(checkpoint: Path) -> str:
@@ -270,7 +272,8 @@ def check_start(config: Config, recipe: str, overrides: Sequence[str]) -> None:
         MOE: bool(pipe.domains),
         FINETUNE: bool(pipe.domains and pipe.new_domains),
     }
-    if config.model.path or start is None or start.exists() or made_for[config.stage]:
+    there = start is None or start.exists()
+    if config.model.path or there or made_for[config.stage]:
         return
     # a finished run, or one in the way: that is to be said
     if Path(config.output or output).exists():

@@ -148,13 +148,15 @@ class Pool(Runner):
         # Libraries read it when they are loaded, which in a forked job is before the job starts.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self.context = _context(gpus)
-        missing = [job for job in jobs.values() if not job.output.exists()]
+        missing = [job.flops for job in jobs.values() if not job.output.exists()]
         # What does not train counts as one in twenty of the mean job.
-        least = sum(job.flops for job in missing) / max(20 * len(missing), 1) + 1.0
-        super().__init__([self._task(job, job.flops + least) for job in jobs.values()], slots)
+        least = sum(missing) / max(20 * len(missing), 1) + 1.0
+        tasks = [self._task(job, job.flops + least) for job in jobs.values()]
+        super().__init__(tasks, slots)
 
     def _task(self, job: Job, cost: float) -> Task:
-        return Task(job.name, job.output, partial(self._start, job), job.needs, cost=cost)
+        start = partial(self._start, job)
+        return Task(job.name, job.output, start, job.needs, cost=cost)
 
     def _start(self, job: Job, slot: int) -> _Child:
         environment = slot_environment(slot, self.gpus) | {
