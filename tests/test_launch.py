@@ -134,8 +134,8 @@ def test_ranks_that_can_not_meet_are_refused_instead_of_training_alone(
     missing, environment, capsys
 ):
     message = (
-        "8 ranks, but not both of MASTER_ADDR and MASTER_PORT are set; "
-        "export the first node's name and a port"
+        "8 ranks, but not both of MASTER_ADDR and MASTER_PORT are set; export the first node's "
+        "name and a port"
     )
     environment(without(SRUN | MEETING, *missing))
     with pytest.raises(ConfigError, match=message):

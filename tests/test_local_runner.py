@@ -44,10 +44,8 @@ def test_a_failing_stage_ends_the_others(tmp_path):
 def test_nothing_runs_beside_a_wide_stage(tmp_path):
     def meeting(name, other, wide=False):
         """Note a start, wait for the other's where there is one to meet, note the end."""
-        body = (
-            f"import pathlib, time; p = pathlib.Path({str(tmp_path)!r}); "
-            "log = (p / 'log').open('a', buffering=1)\n"
-        )
+        body = f"import pathlib, time; p = pathlib.Path({str(tmp_path)!r})\n"
+        body += "log = (p / 'log').open('a', buffering=1)\n"
         body += f"log.write('+{name} '); log.flush(); (p / 'here {name}').touch()\n"
         body += f"while {other!r} and not (p / 'here {other}').exists(): time.sleep(0.01)\n"
         body += f"log.write('-{name} '); log.flush(); (p / {name!r}).touch()"

@@ -76,14 +76,10 @@ def names(folder: Path) -> list[str]:
 def test_the_second_writer_is_told_who_the_first_is_and_the_first_goes_on(
     other: subprocess.Popen, tmp_path: Path
 ):
-    who = (
-        rf"process {other.pid} on {re.escape(socket.gethostname())} since 20\d\d-\d\d-\d\d "
-        r"\d\d:\d\d:\d\d"
-    )
-    message = (
-        rf"/out is being written by {who}; "
-        r"wait for it or give another output \(if .* remove .*/\.out\.lock\)$"
-    )
+    since = r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d"
+    who = rf"process {other.pid} on {re.escape(socket.gethostname())} since {since}"
+    advice = r"wait for it or give another output \(if .* remove .*/\.out\.lock\)"
+    message = rf"/out is being written by {who}; {advice}$"
     for _ in range(2):  # being refused changes nothing
         with pytest.raises(OutputBusyError, match=message), new_directory(tmp_path / "out"):
             raise AssertionError("both write")
@@ -109,7 +105,7 @@ def test_the_lock_of_a_killed_process_is_none(other: subprocess.Popen, tmp_path:
     assert not (tmp_path / ".out.lock").exists()
 
 
-# Leftovers ----------------------------------------------------------------------------------------
+# Leftovers --------------------------------------------------------------------------------------
 
 
 def test_what_a_killed_writer_left_goes_with_the_next_one(other: subprocess.Popen, tmp_path: Path):
@@ -171,7 +167,7 @@ def test_a_temporary_file_that_was_taken_for_a_leftover_is_made_again(tmp_path: 
     assert (tmp_path / "out").read_text() == "1\n"
 
 
-# Signals ------------------------------------------------------------------------------------------
+# Signals ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
@@ -208,7 +204,7 @@ def test_a_second_signal_does_not_disturb_the_clearing_up_and_handlers_come_back
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-# Modes --------------------------------------------------------------------------------------------
+# Modes ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o027, 0o640)])
@@ -225,7 +221,7 @@ def test_every_file_of_an_output_has_the_mode_of_the_umask(tmp_path: Path, mask:
     assert file_modes(tmp_path / "out") == file_modes(tmp_path / "file") == {mode}
 
 
-# Short writes -------------------------------------------------------------------------------------
+# Short writes -----------------------------------------------------------------------------------
 
 
 def test_a_write_that_stops_short_goes_on_or_names_file_need_and_free(tmp_path: Path):
@@ -259,7 +255,7 @@ def test_json_that_does_not_fit_leaves_the_old_one(tmp_path: Path):
     assert (tmp_path / "a.json").read_text() == "[\n  1\n]\n" and names(tmp_path) == ["a.json"]
 
 
-# One writer ---------------------------------------------------------------------------------------
+# One writer -------------------------------------------------------------------------------------
 
 
 def test_a_lock_file_that_its_holder_just_removed_is_not_taken_for_the_lock(

@@ -143,10 +143,9 @@ def test_printed_commands_name_files_that_are_there(tmp_path, monkeypatch):
         (
             "own",
             ["stage=branch", "branch=law"],
-            "stage=branch starts from the seed; "
-            "there is none at runs/own/seed, and the recipe own makes none for law "
-            "(pipeline.domains: none; pipeline.new_domains: none). Missing: "
-            "model.path, data.path, output; type: ",
+            "stage=branch starts from the seed; there is none at runs/own/seed, and the recipe "
+            "own makes none for law (pipeline.domains: none; pipeline.new_domains: none). "
+            "Missing: model.path, data.path, output; type: ",
             ["model.path=DIR", "data.path=DIR", "output=models/law"],
         ),
         (

@@ -171,9 +171,9 @@ def _report(
     return results
 
 
-def _show(results: dict[str, Any], out: Path) -> None:
+def _show(results: Results, out: Path) -> None:
     print(terminal_tables(results) + "\n\n" + "\n".join(verdict(results)))
-    took = duration(results["seconds"])
+    took = duration(results.seconds or 0.0)
     print(f"\nreport: {out / 'report.html'}, {out / RESULTS}; {took}")
 
 

@@ -217,7 +217,7 @@ def report(config: Config, args: argparse.Namespace, seconds: float) -> Json:
         What summary.json holds: the evaluation's keys, `findings`, `seconds`, `extension`.
     """
     where = places(config)
-    content: Json = json.loads((where.report / SUMMARY).read_text(encoding="utf-8"))
+    content = dict(json.loads((where.report / SUMMARY).read_text(encoding="utf-8")))
     summary = Summary.from_json(content)
     sections = evaluation_sections(summary, where.report / FIGURES)
     content["findings"] = findings(summary, config)

@@ -93,15 +93,12 @@ def test_what_the_demo_says_follows_from_the_numbers(summary):
     """Old domains, mean loss: seed 3.5, plain average 4.0, Nexus 2.95, extended 3.05."""
     assert summary["findings"] == [
         f"On the upcycled domains Nexus has {1 - math.exp(-0.55):.0%} lower perplexity than the "
-        "seed (which had no training "
-        "on the mixture).",
+        "seed (which had no training on the mixture).",
         f"On the upcycled domains Nexus has {1 - math.exp(-1.05):.0%} lower perplexity than the "
-        "plain average (which had no "
-        "training on the mixture).",
+        "plain average (which had no training on the mixture).",
         "85% of a domain's tokens go to its own expert (chance: 50%).",
-        f"With the expert for new its perplexity is {math.exp(-1):.2f} of what it was; "
-        "the older domains rose by "
-        f"{math.exp(0.1) - 1:.1%} on average.",
+        f"With the expert for new its perplexity is {math.exp(-1):.2f} of what it was; the older "
+        f"domains rose by {math.exp(0.1) - 1:.1%} on average.",
     ]
     assert summary["seconds"] == 61.2
 

@@ -52,7 +52,9 @@ def test_contenders_of_a_seed_share_its_branches_and_nothing_with_another():
 
 
 def test_a_variant_makes_only_what_it_changes():
-    variants = "compare.variants={low: [router.load_balance=0.0005], big: [stages.branch.training.tokens=9000]}"
+    low = "low: [router.load_balance=0.0005]"
+    big = "big: [stages.branch.training.tokens=9000]"
+    variants = f"compare.variants={{{low}, {big}}}"
     found = made("compare.contenders=[nexus]", "compare.extensions=[nexus_append]", variants)
     assert len(jobs(found, "seed 0 seed")) == 1
     assert len(jobs(found, "branch-python")) == 2  # as it is, and with fewer tokens

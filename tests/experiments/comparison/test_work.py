@@ -9,7 +9,11 @@ from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.data.domains import DomainEmbeddings, read_domain_embeddings, write_domain_embeddings
 from nexus_ds.experiments.comparison.work import embedding, main, random_dense
 
-RECIPE = "training: {steps: 1}\nmodel: {hidden_size: 16, heads: 2, layers: 2, ffn_size: 24, dtype: fp32}\nseed: 3\n"
+RECIPE = """
+training: {steps: 1}
+model: {hidden_size: 16, heads: 2, layers: 2, ffn_size: 24, dtype: fp32}
+seed: 3
+"""
 
 
 def test_random_models_differ_in_their_ffns_alone(tmp_path, dense_dir):
