@@ -7,7 +7,9 @@ Not covered: what a verb does with its words (commands/).
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -109,3 +111,39 @@ def train_command(
     # Two runs side by side on one machine would meet at the launcher's default port.
     launcher += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     return [*launcher, *words]
+
+
+def _typed(short: str, path: Path) -> str:
+    """Return `short` where that is `path`, seen from the working directory, as in a clone; else
+    `path` itself."""
+    # Another file may have the short name.
+    is_it = os.path.exists(short) and os.path.samefile(short, path)
+    return short if is_it else str(path)
+
+
+def typed_training(
+    words: Sequence[str], *, launcher: Sequence[str] = ("deepspeed",), ds_json: str = ""
+) -> str:
+    """Return the command, quoted for a shell, that starts train.py with `words`; without `ds_json`
+    it takes the project's z3."""
+    script = _typed("nexus_ds/train.py", TRAIN)
+    deepspeed = ds_json or _typed("ds_configs/z3.json", DS_JSON)
+    return shlex.join([*launcher, script, "--deepspeed", deepspeed, *words])
+
+
+def next_training(out: Path, data: str, recipe: str, stage: str) -> str:
+    """Return the command, quoted for a shell, that trains a checkpoint which `upcycle` or `extend`
+    has made."""
+    settings = [f"stage={stage}", f"model.path={out}", f"data.path={data}", f"output={out}-trained"]
+    return typed_training(train_words(recipe, settings))
+
+
+def next_evaluation(out: Path | str, data: DataConfig) -> str:
+    """Return the command, quoted for a shell, that scores a checkpoint as it was trained."""
+    words = ["--checkpoint", str(out), "--data", data.path, *no_bos(data)]
+    return shlex.join(["nexus-ds", "evaluate", *words, "--out", f"{out}-report"])
+
+
+def next_words(checkpoint: Path) -> str:
+    """Return the command, quoted for a shell, that lets a checkpoint speak."""
+    return shlex.join(["nexus-ds", "generate", "--checkpoint", str(checkpoint), "The first thing"])

@@ -10,8 +10,6 @@ Not covered: clusters; the templates in slurm/ submit the same commands as jobs.
 from __future__ import annotations
 
 import json
-import os
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,20 +17,18 @@ from typing import Any
 
 from nexus_ds.checkpoint.records import SIDECAR, is_nexus, last_extension, read_manifest
 from nexus_ds.command_lines import (
-    DS_JSON,
     EXPERT_NAME,
-    TRAIN,
     embed_words,
     extend_words,
-    no_bos,
     program,
     train_command,
     train_words,
+    typed_training,
     upcycle_words,
 )
 from nexus_ds.config import as_dict, load_config, parse_yaml
 from nexus_ds.errors import CheckpointError, ConfigError, OutputExistsError
-from nexus_ds.settings import STAGES, Config, DataConfig
+from nexus_ds.settings import STAGES, Config
 
 # What train.py calls its stages, in the order of a run. A recipe says `extend` for the finetune of
 # an extended model; here that is the word for appending the expert.
@@ -224,42 +220,6 @@ def check_domains(config: Config) -> None:
                 f"pipeline.domains: {domain!r} can't be the name of an expert; expected letters, "
                 "digits, '_', '.', '-'"
             )
-
-
-def _typed(short: str, path: Path) -> str:
-    """Return `short` where that is `path`, seen from the working directory, as in a clone; else
-    `path` itself."""
-    # Another file may have the short name.
-    is_it = os.path.exists(short) and os.path.samefile(short, path)
-    return short if is_it else str(path)
-
-
-def typed_training(
-    words: Sequence[str], *, launcher: Sequence[str] = ("deepspeed",), ds_json: str = ""
-) -> str:
-    """Return the command, quoted for a shell, that starts train.py with `words`; without `ds_json`
-    it takes the project's z3."""
-    script = _typed("nexus_ds/train.py", TRAIN)
-    deepspeed = ds_json or _typed("ds_configs/z3.json", DS_JSON)
-    return shlex.join([*launcher, script, "--deepspeed", deepspeed, *words])
-
-
-def next_training(out: Path, data: str, recipe: str, stage: str) -> str:
-    """Return the command, quoted for a shell, that trains a checkpoint which `upcycle` or `extend`
-    has made."""
-    settings = [f"stage={stage}", f"model.path={out}", f"data.path={data}", f"output={out}-trained"]
-    return typed_training(train_words(recipe, settings))
-
-
-def next_evaluation(out: Path | str, data: DataConfig) -> str:
-    """Return the command, quoted for a shell, that scores a checkpoint as it was trained."""
-    words = ["--checkpoint", str(out), "--data", data.path, *no_bos(data)]
-    return shlex.join(["nexus-ds", "evaluate", *words, "--out", f"{out}-report"])
-
-
-def next_words(checkpoint: Path) -> str:
-    """Return the command, quoted for a shell, that lets a checkpoint speak."""
-    return shlex.join(["nexus-ds", "generate", "--checkpoint", str(checkpoint), "The first thing"])
 
 
 def check_start(config: Config, recipe: str, overrides: Sequence[str]) -> None:

@@ -26,6 +26,7 @@ import argparse
 from contextlib import nullcontext
 from pathlib import Path
 
+from nexus_ds.command_lines import next_evaluation
 from nexus_ds.config import dump, load_config
 from nexus_ds.errors import CheckpointError, NexusError, OutputExistsError
 from nexus_ds.launch import adopt_launcher, end, first_rank, rank_name
@@ -36,7 +37,6 @@ from nexus_ds.pipeline import (
     check_domains,
     check_start,
     needed_for,
-    next_evaluation,
     places,
     resolve,
     shared_overrides,

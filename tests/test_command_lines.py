@@ -1,5 +1,6 @@
 """How verbs are called: every call is one that the verb itself understands."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -7,17 +8,23 @@ import pytest
 
 from nexus_ds.__main__ import build_parser
 from nexus_ds.command_lines import (
+    DS_JSON,
     EXPERT_NAME,
     TRAIN,
     embed_words,
     evaluate_words,
     extend_words,
+    next_evaluation,
+    next_training,
+    next_words,
     no_bos,
     train_command,
     train_words,
+    typed_training,
     upcycle_words,
 )
 from nexus_ds.config import load_config
+from nexus_ds.settings import DataConfig
 
 CONFIG = load_config("demo", ["data.on_bad_row=skip", "data.bos=false", "seed=7"])
 EXPERTS = {"a": Path("branches/a"), "b": Path("branches/b")}
@@ -73,3 +80,59 @@ def test_several_ranks_are_launched_and_meet_at_a_port_of_their_own():
 @pytest.mark.parametrize(("name", "good"), [("a_b.c-1", True), ("2024", True), ("a=b", False)])
 def test_names_of_experts(name, good):
     assert bool(EXPERT_NAME.fullmatch(name)) is good
+
+
+def test_printed_commands_are_quoted_for_a_shell():
+    out = Path("a b")
+    words = shlex.split(next_training(out, "my data", "demo", "moe"))
+    assert words == [
+        "deepspeed",
+        str(TRAIN),
+        "--deepspeed",
+        str(DS_JSON),
+        "--config",
+        "demo",
+        "stage=moe",
+        "model.path=a b",
+        "data.path=my data",
+        "output=a b-trained",
+    ]
+    words = shlex.split(next_evaluation(out, DataConfig(path="my data")))
+    assert words[2:] == ["--checkpoint", "a b", "--data", "my data", "--out", "a b-report"]
+    assert shlex.split(next_words(out)) == [
+        "nexus-ds",
+        "generate",
+        "--checkpoint",
+        "a b",
+        "The first thing",
+    ]
+
+
+def test_printed_commands_name_files_that_are_there(tmp_path, monkeypatch):
+    """In a clone as the README does, elsewhere by their whole paths; another file of that name is
+    not train.py."""
+    clone = TRAIN.parents[1]
+    monkeypatch.chdir(clone)
+    assert shlex.split(typed_training([])) == [
+        "deepspeed",
+        "nexus_ds/train.py",
+        "--deepspeed",
+        "ds_configs/z3.json",
+    ]
+    (tmp_path / "nexus_ds").mkdir()
+    (tmp_path / "nexus_ds" / "train.py").touch()
+    monkeypatch.chdir(tmp_path)
+    assert shlex.split(typed_training(["seed=1"])) == [
+        "deepspeed",
+        str(TRAIN),
+        "--deepspeed",
+        str(DS_JSON),
+        "seed=1",
+    ]
+    assert shlex.split(typed_training([], launcher=["srun", "python"], ds_json="x.json"))[:5] == [
+        "srun",
+        "python",
+        str(TRAIN),
+        "--deepspeed",
+        "x.json",
+    ]

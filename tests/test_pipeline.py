@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from nexus_ds.command_lines import DS_JSON, TRAIN
+from nexus_ds.command_lines import (
+    DS_JSON,
+    TRAIN,
+)
 from nexus_ds.config import dump, load_config
 from nexus_ds.errors import CheckpointError, ConfigError, OutputExistsError
 from nexus_ds.pipeline import (
@@ -13,15 +16,10 @@ from nexus_ds.pipeline import (
     check_made,
     check_start,
     needed_for,
-    next_evaluation,
-    next_training,
-    next_words,
     resolve,
     shared_overrides,
     steps,
-    typed_training,
 )
-from nexus_ds.settings import DataConfig
 
 WORDS = ["pipeline.run=RUN", "pipeline.domains=[a,b]", "pipeline.new_domains=[c]"]
 
@@ -79,62 +77,6 @@ def test_what_is_there_is_not_needed_again(tmp_path):
 
 def test_how_documents_begin_holds_for_the_whole_run():
     assert shared_overrides(["data.bos=false", "training.steps=3"]) == ["data.bos=false"]
-
-
-def test_printed_commands_are_quoted_for_a_shell():
-    out = Path("a b")
-    words = shlex.split(next_training(out, "my data", "demo", "moe"))
-    assert words == [
-        "deepspeed",
-        str(TRAIN),
-        "--deepspeed",
-        str(DS_JSON),
-        "--config",
-        "demo",
-        "stage=moe",
-        "model.path=a b",
-        "data.path=my data",
-        "output=a b-trained",
-    ]
-    words = shlex.split(next_evaluation(out, DataConfig(path="my data")))
-    assert words[2:] == ["--checkpoint", "a b", "--data", "my data", "--out", "a b-report"]
-    assert shlex.split(next_words(out)) == [
-        "nexus-ds",
-        "generate",
-        "--checkpoint",
-        "a b",
-        "The first thing",
-    ]
-
-
-def test_printed_commands_name_files_that_are_there(tmp_path, monkeypatch):
-    """In a clone as the README does, elsewhere by their whole paths; another file of that name is
-    not train.py."""
-    clone = TRAIN.parents[1]
-    monkeypatch.chdir(clone)
-    assert shlex.split(typed_training([])) == [
-        "deepspeed",
-        "nexus_ds/train.py",
-        "--deepspeed",
-        "ds_configs/z3.json",
-    ]
-    (tmp_path / "nexus_ds").mkdir()
-    (tmp_path / "nexus_ds" / "train.py").touch()
-    monkeypatch.chdir(tmp_path)
-    assert shlex.split(typed_training(["seed=1"])) == [
-        "deepspeed",
-        str(TRAIN),
-        "--deepspeed",
-        str(DS_JSON),
-        "seed=1",
-    ]
-    assert shlex.split(typed_training([], launcher=["srun", "python"], ds_json="x.json"))[:5] == [
-        "srun",
-        "python",
-        str(TRAIN),
-        "--deepspeed",
-        "x.json",
-    ]
 
 
 @pytest.mark.parametrize(

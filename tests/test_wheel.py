@@ -13,7 +13,7 @@ ASK = """
 from pathlib import Path
 import nexus_ds
 from nexus_ds.config import load_config
-from nexus_ds.pipeline import DS_JSON, next_training
+from nexus_ds.command_lines import DS_JSON, next_training
 assert Path(nexus_ds.__file__).is_relative_to(Path.cwd()), nexus_ds.__file__
 print(load_config("demo", []).stage, DS_JSON.read_text().count("zero_optimization"))
 print(next_training(Path("out"), "data", "demo", "moe"))

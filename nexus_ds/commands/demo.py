@@ -14,7 +14,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from nexus_ds.command_lines import DS_JSON, evaluate_words, program
+from nexus_ds.command_lines import DS_JSON, evaluate_words, next_words, program
 from nexus_ds.config import load_config
 from nexus_ds.data.corpora import open_source, require_domains
 from nexus_ds.errors import ConfigError, NexusError
@@ -27,7 +27,6 @@ from nexus_ds.pipeline import (
     Step,
     check_domains,
     check_made,
-    next_words,
     places,
     resolve,
     steps,

@@ -13,6 +13,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from nexus_ds.command_lines import typed_training
 from nexus_ds.data.clusters import Discovery, corpus_files
 from nexus_ds.data.domains import (
     DomainEmbeddings,
@@ -24,7 +25,6 @@ from nexus_ds.data.domains import (
 from nexus_ds.data.sources import open_source
 from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import new_directory, refuse_existing, write_json
-from nexus_ds.pipeline import typed_training
 from nexus_ds.report.page import Cell, Table, text_table
 
 EMBEDDINGS, FACTS = "domains.safetensors", "discovery.json"

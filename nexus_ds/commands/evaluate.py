@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from nexus_ds.command_lines import next_words
 from nexus_ds.data.corpora import Source, open_source, token_files, windows
 from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import new_directory, refuse_existing
-from nexus_ds.pipeline import next_words
 from nexus_ds.report import verdict as before_after
 from nexus_ds.report.evaluation import (
     PAGE,

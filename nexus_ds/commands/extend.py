@@ -14,11 +14,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nexus_ds.command_lines import next_training
 from nexus_ds.config import load_config
 from nexus_ds.data.domains import DomainEmbeddings, read_domain_embeddings
 from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import new_directory, refuse_existing
-from nexus_ds.pipeline import next_training
 from nexus_ds.report import verdict as before_after
 from nexus_ds.settings import Config
 

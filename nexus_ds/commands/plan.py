@@ -11,10 +11,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nexus_ds.command_lines import typed_training
 from nexus_ds.config import load_config
 from nexus_ds.errors import ConfigError, LayoutError
 from nexus_ds.outputs import refuse_existing, write_json
-from nexus_ds.pipeline import typed_training
 from nexus_ds.settings import Config
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ import argparse
 import json
 from pathlib import Path
 
+from nexus_ds.command_lines import next_training
 from nexus_ds.config import load_config
 from nexus_ds.data.domains import read_domain_embeddings
 from nexus_ds.outputs import new_directory, refuse_existing
-from nexus_ds.pipeline import next_training
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -28,6 +28,7 @@ from nexus_ds.checkpoint.loading import read_config
 from nexus_ds.checkpoint.records import ExpertRecord, TrainStep, is_nexus
 from nexus_ds.checkpoint.sidecar import content_fingerprint, read_sidecar
 from nexus_ds.checkpoint.tokenizer import check_tokenizer
+from nexus_ds.command_lines import next_evaluation
 from nexus_ds.config import as_dict, dump
 from nexus_ds.data.corpora import TokenFile, open_source, token_files, windows
 from nexus_ds.data.mixture import Sampler, cycle_slots, domain_weights
@@ -38,7 +39,6 @@ from nexus_ds.launch import EXIT_STOPPED, Position
 from nexus_ds.model.head import next_token_loss
 from nexus_ds.model.router import SATURATED
 from nexus_ds.outputs import write_text
-from nexus_ds.pipeline import next_evaluation
 from nexus_ds.planning.memory import disk
 from nexus_ds.planning.sizes import sizes_of
 from nexus_ds.runtime import deepspeed_internals as internals

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nexus_ds.__main__ import main
+from nexus_ds.command_lines import DS_JSON, TRAIN
 from nexus_ds.config import load_config
-from nexus_ds.pipeline import DS_JSON, TRAIN
 
 RECIPE = """
 base: compare-tiny

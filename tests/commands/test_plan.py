@@ -6,8 +6,8 @@ import shlex
 import pytest
 
 from nexus_ds.__main__ import main
+from nexus_ds.command_lines import TRAIN
 from nexus_ds.config import load_config
-from nexus_ds.pipeline import TRAIN
 
 LARGE = [
     "plan",

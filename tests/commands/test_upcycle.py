@@ -29,6 +29,7 @@ from nexus_ds.checkpoint.families import FFN_PARTS, dense_ffn_name
 from nexus_ds.checkpoint.inspection import describe
 from nexus_ds.checkpoint.qwen2_moe import gate_name, mean_name
 from nexus_ds.checkpoint.sidecar import expert_embeddings, read_sidecar, verify_expert_embeddings
+from nexus_ds.command_lines import DS_JSON, TRAIN
 from nexus_ds.commands import extend, remove, upcycle
 from nexus_ds.data.domains import encoder_directory, weights_hash
 from nexus_ds.errors import (
@@ -39,7 +40,6 @@ from nexus_ds.errors import (
     UnsupportedModelError,
 )
 from nexus_ds.model.router import domain_expert_embeddings
-from nexus_ds.pipeline import DS_JSON, TRAIN
 from nexus_ds.settings import RouterConfig
 
 

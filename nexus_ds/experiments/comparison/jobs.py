@@ -27,9 +27,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NoReturn
 
+from nexus_ds.command_lines import typed_training
 from nexus_ds.launch import LAUNCH_VARIABLES
 from nexus_ds.local_runner import Runner, Task, slot_environment
-from nexus_ds.pipeline import typed_training
 from nexus_ds.progress import duration, say
 
 PRELOAD = [

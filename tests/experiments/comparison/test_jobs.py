@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from nexus_ds.command_lines import DS_JSON, TRAIN
 from nexus_ds.experiments.comparison.jobs import WORK, Job, Pool, identity, last_line
-from nexus_ds.pipeline import DS_JSON, TRAIN
 
 
 def piece(out, name, needs=(), **given):
