@@ -36,18 +36,36 @@ def no_bos(data: DataConfig) -> list[str]:
     return [] if data.bos else ["--no-bos"]
 
 
+def _options(values: Mapping[str, object]) -> list[str]:
+    """Return options with their values, in order."""
+    words = []
+    for option, value in values.items():
+        words += [option, str(value)]
+    return words
+
+
 def embed_words(config: Config, domains: Sequence[str]) -> list[str]:
     """Return the call of `embed` for these domains, all but --out."""
     pipe = config.pipeline
     data = config.data
-    words = ["embed", "--data", data.path, "--domains", ",".join(domains)]
-    words += ["--documents", str(pipe.embedding_documents), "--encoder", pipe.encoder]
-    words += ["--seed", str(config.seed), "--max-bytes", str(data.max_bytes)]
-    return [*words, "--on-bad-row", data.on_bad_row]
+    # In this order: names of a comparison's outputs follow from the words.
+    options = {
+        "--data": data.path,
+        "--domains": ",".join(domains),
+        "--documents": pipe.embedding_documents,
+        "--encoder": pipe.encoder,
+        "--seed": config.seed,
+        "--max-bytes": data.max_bytes,
+        "--on-bad-row": data.on_bad_row,
+    }
+    return ["embed", *_options(options)]
 
 
 def _expert_words(experts: Mapping[str, Path]) -> list[str]:
-    return [word for name, path in experts.items() for word in ("--expert", f"{name}={path}")]
+    words = []
+    for name, path in experts.items():
+        words += ["--expert", f"{name}={path}"]
+    return words
 
 
 def upcycle_words(
@@ -85,10 +103,15 @@ def evaluate_words(
         cache: folder of tokenized text.
     """
     data = config.data
-    words = ["evaluate", "--data", data.path, "--domains", ",".join(domains)]
-    words += ["--windows", str(config.training.eval_windows)]
-    words += ["--length", str(data.sequence_length), "--cache", str(cache)]
-    words += ["--on-bad-row", data.on_bad_row, *no_bos(data)]
+    options = {
+        "--data": data.path,
+        "--domains": ",".join(domains),
+        "--windows": config.training.eval_windows,
+        "--length": data.sequence_length,
+        "--cache": cache,
+        "--on-bad-row": data.on_bad_row,
+    }
+    words = ["evaluate", *_options(options), *no_bos(data)]
     for name, path in models.items():
         words += ["--checkpoint", str(path), "--name", name]
     return words
