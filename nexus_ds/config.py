@@ -1,7 +1,6 @@
-"""Typed configuration: YAML recipes, dotted overrides, unknown keys refused with the nearest known
-one.
+"""Typed configuration: YAML recipes, dotted overrides, unknown keys refused with a hint.
 
-A recipe is a file with the sections below plus `stages`: for each stage of the pipeline (seed,
+A recipe is a file with the sections of `settings` plus `stages`: for each stage of the pipeline (seed,
 branch, moe, extend) the settings that differ. `load_config(recipe, overrides)` lays the stage's
 settings over the common ones and the command line's `section.key=value` over both.
 """
@@ -15,47 +14,54 @@ import math
 import re
 import types
 import typing
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from nexus_ds.errors import ConfigError
-from nexus_ds.settings import CHOICES, POSITIVE, RANGES, STAGES, Config
+from nexus_ds.settings import SETTINGS, STAGES, Config, types_of
 from nexus_ds.words import nearest
 
 RECIPES = Path(__file__).parent / "recipes"
+# what a recipe or an override says, before it is known to be a setting
+Values = dict[str, object]
 
 
 class _StrictLoader(yaml.SafeLoader):
     """Safe YAML that refuses duplicate keys and aliases and reads `1e-5` as a number."""
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        # Aliases of aliases make gigabytes of a few lines.
         if self.check_event(yaml.events.AliasEvent):
-            mark = self.peek_event().start_mark
+            place = _place(self.peek_event().start_mark)
             raise ConfigError(
-                f"{mark.name}:{mark.line + 1}: YAML aliases are not allowed in recipes; write the value out"
+                f"{place}: YAML aliases are not allowed in recipes; write the value out"
             )
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+    def construct_mapping(
+        self, node: yaml.MappingNode, deep: bool = False
+    ) -> dict[Hashable, object]:
+        seen: set[Hashable] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            place = _place(key_node.start_mark)
             if not isinstance(key, str | int | float | bool):
-                mark = key_node.start_mark
-                raise ConfigError(
-                    f"{mark.name}:{mark.line + 1}: expected a name before the colon, found {key!r}"
-                )
+                raise ConfigError(f"{place}: expected a name before the colon, found {key!r}")
+            # YAML itself would keep the last one and say nothing.
             if key in seen:
-                mark = key_node.start_mark
-                raise ConfigError(
-                    f"{mark.name}:{mark.line + 1}: the key {key!r} stands twice; keep one of the two"
-                )
+                raise ConfigError(f"{place}: the key {key!r} stands twice; keep one of the two")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
+def _place(mark: yaml.Mark) -> str:
+    return f"{mark.name}:{mark.line + 1}"
+
+
+# YAML 1.1 reads 1e-5 as text: its floats have a point.
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)$"),
@@ -65,12 +71,13 @@ _StrictLoader.add_implicit_resolver(
 
 def parse_yaml(text: str, name: str) -> Any:
     """Parse YAML strictly; ConfigError names the file and line of what is wrong."""
+    # copied, so that nobody changes what the next one reads
     return copy.deepcopy(_parsed(text, name))
 
 
 # a comparison reads the same recipe and overrides hundreds of times
 @functools.lru_cache(maxsize=1024)
-def _parsed(text: str, name: str) -> Any:
+def _parsed(text: str, name: str) -> object:
     if len(text) > 1_000_000:
         raise ConfigError(f"{name}: {len(text)} characters; a recipe has at most 1,000,000")
     loader = _StrictLoader(text)
@@ -83,35 +90,42 @@ def _parsed(text: str, name: str) -> Any:
         loader.dispose()
 
 
-def _coerce(value: Any, annotation: Any, key: str) -> Any:
+def _coerce(value: object, annotation: Any, key: str) -> object:
     """Return `value` as the annotated type, or raise ConfigError naming `key`."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (types.UnionType, typing.Union):
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
+    if origin is types.UnionType:
         if value is None:
             return None
-        return _coerce(value, next(a for a in arguments if a is not type(None)), key)
+        inner = next(argument for argument in arguments if argument is not types.NoneType)
+        return _coerce(value, inner, key)
     if origin is list:
-        items = (
-            value if isinstance(value, list) else [part for part in str(value).split(",") if part]
-        )
+        # data.domains=a,b: brackets would have to be quoted in a shell
+        words = [word for word in str(value).split(",") if word]
+        items = value if isinstance(value, list) else words
         return [_coerce(item, arguments[0], key) for item in items]
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{key}: expected a mapping, found {value!r}")
-        return {
-            str(name): _coerce(item, arguments[1], f"{key}.{name}") for name, item in value.items()
-        }
-    return _coerce_scalar(value, annotation, key)
+        made: dict[str, object] = {}
+        for name, item in value.items():
+            made[str(name)] = _coerce(item, arguments[1], f"{key}.{name}")
+        return made
+    # Whether it is one of a Literal's words is checked at the end, when the last layer has spoken.
+    return _coerce_scalar(value, str if origin is typing.Literal else annotation, key)
 
 
-def _coerce_scalar(value: Any, annotation: type, key: str) -> Any:
+def _coerce_scalar(value: object, annotation: type, key: str) -> object:
+    # a bool is an int to Python
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if annotation is float and number:
+    if annotation is float and isinstance(value, int | float) and number:
         if not math.isfinite(value):
             raise ConfigError(f"{key}: expected a finite number, found {value!r}")
         return float(value)
+    # 1e9 is a float to YAML
     if annotation is int and isinstance(value, float) and value.is_integer():
         return int(value)
+    # names such as 2024, and `key:` without a value
     if annotation is str and (number or value is None):
         return "" if value is None else str(value)
     if type(value) is not annotation:
@@ -119,61 +133,64 @@ def _coerce_scalar(value: Any, annotation: type, key: str) -> Any:
     return value
 
 
-def _apply(target: Any, values: Any, prefix: str) -> None:
+def _apply(target: object, values: object, prefix: str) -> None:
     """Lay a nested mapping over the dataclass `target` in place."""
     if not isinstance(values, dict):
         raise ConfigError(f"{prefix or 'recipe'}: expected a mapping of settings, found {values!r}")
-    hints = typing.get_type_hints(type(target))
+    known = types_of(type(target))
     for name, value in values.items():
         key = f"{prefix}.{name}" if prefix else str(name)
-        if name not in hints:
-            raise ConfigError(f"unknown key {key}{nearest(str(name), hints)}")
-        if dataclasses.is_dataclass(getattr(target, name)):
-            _apply(getattr(target, name), value, key)
+        if name not in known:
+            raise ConfigError(f"unknown key {key}{nearest(str(name), known)}")
+        current = getattr(target, name)
+        if dataclasses.is_dataclass(current):
+            _apply(current, value, key)
         else:
-            setattr(target, name, _coerce(value, hints[name], key))
+            setattr(target, name, _coerce(value, known[name], key))
 
 
-def parse_override(text: str) -> dict[str, Any]:
+def parse_override(text: str) -> Values:
     """Turn 'training.lr=1e-4' into {'training': {'lr': 0.0001}}."""
     key, equals, raw = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {text!r}: expected section.key=value")
-    value: Any = parse_yaml(raw, f"override {key}") if raw else ""
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
+    value = parse_yaml(raw, f"override {key}") if raw else ""
+    *sections, last = key.split(".")
+    made: Values = {last: value}
+    for section in reversed(sections):
+        made = {section: made}
+    return made
 
 
 def get_key(config: Config, dotted: str) -> Any:
     """Return the value of a dotted key."""
-    value: Any = config
+    value: object = config
     for part in dotted.split("."):
         value = getattr(value, part)
     return value
 
 
 def _check_values(config: Config) -> None:
-    for key, choices in CHOICES.items():
+    for key, rule in SETTINGS.items():
         value = get_key(config, key)
-        if value not in choices:
-            raise ConfigError(f"{key}: unknown value {value!r}{nearest(value, choices)}")
-    for key in POSITIVE:
-        if get_key(config, key) <= 0:
-            raise ConfigError(f"{key}: expected a number above 0, found {get_key(config, key)}")
-    for key, (least, most) in RANGES.items():
-        if not least <= get_key(config, key) <= most:
-            raise ConfigError(
-                f"{key}: expected a number in [{least}, {most}], found {get_key(config, key)}"
-            )
+        if rule.choices and value not in rule.choices:
+            raise ConfigError(f"{key}: unknown value {value!r}{nearest(value, rule.choices)}")
+        if rule.positive and value <= 0:
+            raise ConfigError(f"{key}: expected a number above 0, found {value}")
+        if rule.between is None:
+            continue
+        least, most = rule.between
+        if not least <= value <= most:
+            raise ConfigError(f"{key}: expected a number in [{least}, {most}], found {value}")
 
 
 def validate(config: Config) -> Config:
     """Check values that can be judged without files; ConfigError says what to set."""
     _check_values(config)
-    training = config.training
+    training, model = config.training, config.model
     if training.tokens <= 0 and training.steps <= 0:
         raise ConfigError("training.tokens and training.steps are both 0; set one of them")
+    # 1 excluded: no step would be left to fall in
     if not 0 <= training.warmup < 1:
         raise ConfigError(
             f"training.warmup: expected a share of the steps in [0, 1), found {training.warmup}"
@@ -182,19 +199,18 @@ def validate(config: Config) -> Config:
         raise ConfigError(
             "stage=branch trains one domain's dense expert; name it with branch=DOMAIN"
         )
-    model = config.model
     if model.kv_heads and model.heads % model.kv_heads:
         raise ConfigError(
             f"model.heads {model.heads} is not a multiple of model.kv_heads {model.kv_heads}"
         )
-    if config.model.hidden_size % config.model.heads:
+    if model.hidden_size % model.heads:
         raise ConfigError(
-            f"model.hidden_size {config.model.hidden_size} is not a multiple of model.heads {config.model.heads}"
+            f"model.hidden_size {model.hidden_size} is not a multiple of model.heads {model.heads}"
         )
     return config
 
 
-def read_recipe(path: str | Path) -> dict[str, Any]:
+def read_recipe(path: str | Path) -> Values:
     """Read a recipe: a path, or the name of one that comes with the package ('demo').
 
     `base: NAME` lays it over another recipe: mappings are merged, everything else is replaced.
@@ -202,6 +218,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     recipe = _read_one(path)
     chain = [str(path)]
     while (base := recipe.pop("base", None)) is not None:
+        # a recipe that stands on itself, directly or not, would be read for ever
         if not isinstance(base, str) or base in chain:
             raise ConfigError(
                 f"{chain[-1]}: base: expected the name of another recipe, found {base!r}"
@@ -211,19 +228,22 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     return recipe
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    both = {
-        k: _merged(below[k], v)
-        for k, v in above.items()
-        if isinstance(v, dict) and isinstance(below.get(k), dict)
-    }
+def _merged(below: Values, above: Values) -> Values:
+    """Return `below` with `above` laid over it, mappings inside them likewise."""
+    both: Values = {}
+    for key, value in above.items():
+        other = below.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            both[key] = _merged(other, value)
     return below | above | both
 
 
-def _read_one(path: str | Path) -> dict[str, Any]:
-    found = next((p for p in (Path(path), RECIPES / f"{path}.yaml") if p.is_file()), None)
+def _read_one(path: str | Path) -> Values:
+    places = (Path(path), RECIPES / f"{path}.yaml")
+    found = next((place for place in places if place.is_file()), None)
     if found is None:
-        known = sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml"))
+        files = RECIPES.rglob("*.yaml")
+        known = sorted(str(file.relative_to(RECIPES).with_suffix("")) for file in files)
         raise ConfigError(f"no recipe at {path}; give a file, or one of: {', '.join(known)}")
     try:
         text = found.read_text(encoding="utf-8")
@@ -235,10 +255,12 @@ def _read_one(path: str | Path) -> dict[str, Any]:
     return recipe
 
 
-def _stage_settings(layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Take `stages` out of recipe and overrides (stages.moe.training.lr=1e-3 holds for one stage)
-    and return them as one."""
-    stages: dict[str, Any] = {}
+def _stage_settings(layers: list[Values]) -> Values:
+    """Take `stages` out of recipe and overrides and return them as one.
+
+    An override `stages.moe.training.lr=1e-3` holds for that stage alone.
+    """
+    stages: Values = {}
     for layer in layers:
         given = layer.pop("stages", {})
         if not isinstance(given, dict):
@@ -247,11 +269,20 @@ def _stage_settings(layers: list[dict[str, Any]]) -> dict[str, Any]:
     for name, settings in stages.items():
         if name not in STAGES:
             raise ConfigError(f"unknown key stages.{name}{nearest(str(name), STAGES)}")
+        # also those of the other stages: a mistake is told at once, not when its stage comes
         _apply(Config(), settings, f"stages.{name}")
     return stages
 
 
-def load_config(recipe: str | Path = "demo", overrides: typing.Sequence[str] = ()) -> Config:
+def _chosen_stage(values: Values, overrides: list[Values]) -> str:
+    given = [layer["stage"] for layer in (values, *overrides) if "stage" in layer]
+    stage = given[-1] if given else Config.stage
+    if not isinstance(stage, str):
+        raise ConfigError(f"stage: expected one of {', '.join(STAGES)}, found {stage!r}")
+    return stage
+
+
+def load_config(recipe: str | Path = "demo", overrides: Sequence[str] = ()) -> Config:
     """Read a recipe, choose its stage, lay the overrides over it, and check the result.
 
     Raises:
@@ -260,18 +291,14 @@ def load_config(recipe: str | Path = "demo", overrides: typing.Sequence[str] = (
     values = read_recipe(recipe)
     parsed = [parse_override(text) for text in overrides]
     stages = _stage_settings([values, *parsed])
-    chosen = next(
-        (o["stage"] for o in reversed(parsed) if "stage" in o), values.get("stage", Config.stage)
-    )
-    if not isinstance(chosen, str):
-        raise ConfigError(f"stage: expected one of {', '.join(STAGES)}, found {chosen!r}")
+    chosen = _chosen_stage(values, parsed)
     config = Config()
     for layer in (values, stages.get(chosen, {}), *parsed):
         _apply(config, layer, "")
     return validate(config)
 
 
-def as_dict(config: Any) -> dict[str, Any]:
+def as_dict(config: Config) -> dict[str, Any]:
     """Return a configuration as plain nested dictionaries."""
     return dataclasses.asdict(config)
 

@@ -28,7 +28,7 @@ from nexus_ds.command_lines import (
 )
 from nexus_ds.config import as_dict, load_config, parse_yaml
 from nexus_ds.errors import CheckpointError, ConfigError, OutputExistsError
-from nexus_ds.settings import STAGES, Config
+from nexus_ds.settings import SETTINGS, STAGES, Config, that_change
 
 # What train.py calls its stages, in the order of a run. A recipe says `extend` for the finetune of
 # an extended model; here that is the word for appending the expert.
@@ -44,12 +44,6 @@ STARTS = {
     MOE: "what nexus-ds upcycle wrote",
     FINETUNE: "what nexus-ds extend wrote",
 }
-HARMLESS = (
-    "pipeline.parallel_branches",
-    "data.workers",
-    "training.log_every",
-    "training.keep_last",
-)
 
 
 @dataclass(frozen=True)
@@ -196,20 +190,8 @@ def resolve(config: Config) -> Config:
 def shared_overrides(overrides: Sequence[str]) -> list[str]:
     """Return those of a stage's overrides that hold for the whole run, so that earlier stages get
     them too."""
-    shared = (
-        "pipeline.",
-        "data.path",
-        "data.max_bytes",
-        "data.sequence_length",
-        "data.on_bad_row",
-        "data.workers",
-        "data.bos",
-        "model.",
-        "seed",
-        "router.",
-    )
-    own = ("stage", "branch", "output", "name", "model.path", "model.tokenizer")
-    return [o for o in overrides if o.startswith(shared) and o.partition("=")[0] not in own]
+    shared = {key for key, rule in SETTINGS.items() if rule.scope == "run"}
+    return [override for override in overrides if override.partition("=")[0] in shared]
 
 
 def check_domains(config: Config) -> None:
@@ -376,7 +358,7 @@ def _differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") ->
         name, a, b = f"{prefix}{key}", then.get(key), now[key]
         if isinstance(b, dict) and isinstance(a, dict):
             found += _differences(a, b, f"{name}.")
-        elif a != b and name not in HARMLESS:
+        elif a != b and name not in that_change("nothing"):
             found.append(f"{name}: {a!r} there, {b!r} here")
     return found
 

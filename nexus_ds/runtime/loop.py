@@ -29,7 +29,7 @@ from nexus_ds.checkpoint.records import ExpertRecord, TrainStep, is_nexus
 from nexus_ds.checkpoint.sidecar import content_fingerprint, read_sidecar
 from nexus_ds.checkpoint.tokenizer import check_tokenizer
 from nexus_ds.command_lines import next_evaluation
-from nexus_ds.config import as_dict, dump
+from nexus_ds.config import dump, get_key
 from nexus_ds.data.corpora import TokenFile, open_source, token_files, windows
 from nexus_ds.data.mixture import Sampler, cycle_slots, domain_weights
 from nexus_ds.data.sources import Source
@@ -62,25 +62,10 @@ from nexus_ds.runtime.ranks import on_rank_0
 from nexus_ds.runtime.schedule import learning_rate, tokens_per_step, total_steps
 from nexus_ds.runtime.signals import StopRequest
 from nexus_ds.runtime.tally import Routing, Tally
-from nexus_ds.settings import Config
+from nexus_ds.settings import Config, that_change
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# Settings of `training` that may change between a training state and its resumption: the course
-# stays the same.
-FREE = ("keep_last", "micro_batch_size", "activation_checkpointing")
-# Settings of `model` that a new model's shapes do not say, or not all.
-NEW_MODEL = (
-    "hidden_size",
-    "layers",
-    "heads",
-    "kv_heads",
-    "ffn_size",
-    "max_positions",
-    "rope_theta",
-    "tied_embeddings",
-)
 
 
 @dataclass
@@ -316,23 +301,13 @@ class Run:
     def _identity(self) -> dict[str, Any]:
         """Return the settings and data on which the course of the run depends; the layout is not
         among them."""
-        flat = as_dict(self.config)
+        path = self.config.model.path
+        keys = that_change("course")
+        if not path:
+            keys += that_change("new model")
         kept = {
-            **{
-                f"training.{k}": v
-                for k, v in flat["training"].items()
-                if k not in FREE and not k.endswith("every")
-            },
-            **{f"router.{k}": flat["router"][k] for k in ("lr_scale", "load_balance", "z_loss")},
-            "seed": self.config.seed,
-            "model at the start": content_fingerprint(Path(flat["model"]["path"]))
-            if flat["model"]["path"]
-            else "new",
-            "model.dtype": self.config.model.dtype,
-            **(
-                {} if flat["model"]["path"] else {f"model.{k}": flat["model"][k] for k in NEW_MODEL}
-            ),
-            "data.sequence_length": self.config.data.sequence_length,
+            **{key: get_key(self.config, key) for key in keys},
+            "model at the start": content_fingerprint(Path(path)) if path else "new",
             "data.weights": self.data.weights,
             "data fingerprint": {name: file.fingerprint for name, file in self.data.files.items()},
         }

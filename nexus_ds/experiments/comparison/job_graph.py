@@ -20,8 +20,10 @@ from nexus_ds.experiments.comparison.jobs import WORK, Job, identity
 from nexus_ds.experiments.comparison.methods import Extension, Method
 from nexus_ds.experiments.comparison.recipe_reader import RecipeReader, training_tokens
 from nexus_ds.outputs import new_file, write_text
-from nexus_ds.pipeline import HARMLESS
-from nexus_ds.settings import Config
+from nexus_ds.settings import (
+    Config,
+    that_change,
+)
 
 
 @dataclass
@@ -164,7 +166,7 @@ def _plain(value: object) -> object:
 def _without_harmless(config: Config) -> dict[str, Any]:
     """Return the settings on which a result depends."""
     values = as_dict(config)
-    for key in HARMLESS:
+    for key in that_change("nothing"):
         section, _, name = key.partition(".")
         values[section].pop(name, None)
     return values
