@@ -1,7 +1,7 @@
 """Train a dense branch, an upcycled or an extended model: one loop over the DeepSpeed engine.
 
-    deepspeed nexus_ds/train.py --deepspeed ds_configs/z3.json [--config RECIPE.yaml]
-    [section.key=value ...]
+    deepspeed nexus_ds/train.py --deepspeed ds_configs/z3.json \\
+        [--config RECIPE.yaml] [section.key=value ...]
 
 Also under torchrun, srun (one task a rank) and plain python (one rank). Without --config it runs
 the demo recipe and makes whatever its stage needs. An interrupted run goes on from its last
@@ -24,10 +24,14 @@ if __name__ == "__main__":
 
 import argparse
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 
+from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.command_lines import next_evaluation
 from nexus_ds.config import dump, load_config
+from nexus_ds.data.corpora import open_source
+from nexus_ds.data.tokenizer import train_tokenizer
 from nexus_ds.errors import CheckpointError, NexusError, OutputExistsError
 from nexus_ds.launch import adopt_launcher, end, first_rank, rank_name
 from nexus_ds.local_runner import run_steps
@@ -46,7 +50,10 @@ from nexus_ds.pipeline import (
 from nexus_ds.settings import Config
 from nexus_ds.words import parse_words
 
-WAIT_MINUTES = 240.0  # other ranks wait this long while rank 0 makes what is missing
+# Other ranks wait this long while rank 0 makes what is missing.
+WAIT_MINUTES = 240.0
+# Text of a domain that a tokenizer is trained on, where data.max_bytes sets no limit.
+TOKENIZER_BYTES = 4_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,55 +71,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _prepare(config: Config, args: argparse.Namespace) -> None:
-    """On rank 0: make the inputs of this stage that are missing (the demo's own, or a recipe's
-    earlier stages)."""
-    from nexus_ds.data.corpora import open_source
-    from nexus_ds.data.tokenizer import train_tokenizer
+def _make_tokenizer(config: Config) -> None:
+    pipe, data = config.pipeline, config.data
+    source = open_source(data.path)
+    limit = data.max_bytes or TOKENIZER_BYTES
+    domains = pipe.tokenizer_domains or pipe.domains or data.domains
+    documents = chain.from_iterable(
+        source.documents(domain, "train", data.on_bad_row, limit) for domain in domains
+    )
+    texts = (document.text for document in documents)
+    train_tokenizer(texts, pipe.vocabulary, Path(config.model.tokenizer))
 
-    where = places(config)
+
+def _prepare(config: Config, args: argparse.Namespace) -> None:
+    """On rank 0: make what this stage starts from, if it is missing and the run makes it."""
+    start = Path(config.model.path)
     if config.stage == SEED:
         if not config.model.path and not Path(config.model.tokenizer).exists():
-            source = open_source(config.data.path)
-            limit = config.data.max_bytes or 4_000_000
-            domains = (
-                config.pipeline.tokenizer_domains or config.pipeline.domains or config.data.domains
-            )
-            texts = (
-                d.text
-                for name in domains
-                for d in source.documents(name, "train", config.data.on_bad_row, limit)
-            )
-            train_tokenizer(texts, config.pipeline.vocabulary, Path(config.model.tokenizer))
+            _make_tokenizer(config)
         return
-    if (
-        Path(config.model.path).exists()
-        or Path(config.model.path).parent.absolute() != where.run.absolute()
-    ):
+    # A model elsewhere is the user's; that it is missing is told when it is read.
+    if start.exists() or start.parent.absolute() != places(config).run.absolute():
         return
-    plan = steps(
-        config, args.config, shared_overrides(args.overrides), ranks=1, ds_config=args.deepspeed
-    )
+    overrides = shared_overrides(args.overrides)
+    plan = steps(config, args.config, overrides, ranks=1, ds_config=args.deepspeed)
     run_steps(needed_for(plan, trained_step(config)), config.pipeline.parallel_branches)
 
 
 def _check_dense(path: Path) -> None:
-    """Refuse a dense model that could never become an expert, as `upcycle` would after all the
-    training.
+    """Refuse a dense model that can't become an expert, as `upcycle` would after all the training.
 
-    Families that scale or cap their logits would besides be trained with another loss than their
-    own.
+    Families that scale or cap their logits would besides be trained with another loss than theirs.
     """
+    # not at the top: it imports torch, for which `train --help` doesn't wait
     from nexus_ds.checkpoint.families import open_dense
-    from nexus_ds.checkpoint.records import is_nexus
 
     if path.is_dir() and not is_nexus(path):
         open_dense(path)
 
 
 def _finished(config: Config) -> bool:
-    """Return whether this very run is done already; OutputExistsError if something else stands in
-    its place."""
+    """Return whether this very run is done; OutputExistsError if something else is in its place."""
     out = Path(config.output)
     if not out.exists():
         return False
@@ -140,21 +139,20 @@ def run(args: argparse.Namespace) -> int:
     rank = here.rank
     if _finished(config):
         if rank == 0:
-            print(
-                f"{config.output} is finished already; next: {next_evaluation(config.output, config.data)}"
-            )
+            following = next_evaluation(config.output, config.data)
+            print(f"{config.output} is finished already; next: {following}")
         return 0
     with held(Path(config.output + ".training")) if rank == 0 else nullcontext():
         if rank == 0:
             _prepare(config, args)
+        # Not at the top: it imports DeepSpeed, and what is wrong above is told without it.
         from nexus_ds.runtime.loop import train
 
         return train(config, args.deepspeed, here, WAIT_MINUTES)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run as a file under a launcher; a user's mistake is one line of rank 0, a lost rank's error
-    that rank's."""
+    """Run as a file under a launcher; a user's mistake is one line, which names a rank above 0."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n", 1)[0])
     add_arguments(parser)
     args = parse_words(parser, argv)
@@ -162,11 +160,7 @@ def main(argv: list[str] | None = None) -> int:
         return run(args)
     except (NexusError, OSError) as error:
         speaker = "" if first_rank() else f"rank {rank_name()}: "
-        print(
-            f"train.py: {speaker}{error}",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"train.py: {speaker}{error}", file=sys.stderr, flush=True)
         return 1
 
 

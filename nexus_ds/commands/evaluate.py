@@ -25,9 +25,11 @@ from nexus_ds.report.evaluation import (
     SUMMARY,
     perplexity_table,
     routing_table,
+    write_evaluation,
 )
 from nexus_ds.report.page import text_table
 from nexus_ds.report.summary import Measured, ModelTasks, Setup, Summary, compared, summarise
+from nexus_ds.report.task_tables import task_table
 
 # checkpoint.inspection and evaluation/ import torch: functions below import them, so that
 # `evaluate --help` waits for nothing.
@@ -200,7 +202,6 @@ def measure(
     """Score every checkpoint and return the summary."""
     from nexus_ds.checkpoint.inspection import describe
     from nexus_ds.evaluation.perplexity import cosines, score, window_length
-    from nexus_ds.report.summary import Measured
 
     facts = [describe(path) for path in args.checkpoint]
     _check_compared(dict(zip(names, facts, strict=True)), args.before, limit)
@@ -230,7 +231,6 @@ def measure(
 def measure_tasks(args: argparse.Namespace, names: list[str]) -> dict[str, ModelTasks]:
     """Return each checkpoint's groups, mean and tasks in per cent, and what was not run, and why."""
     from nexus_ds.evaluation.tasks import run_tasks, task_groups
-    from nexus_ds.report.summary import ModelTasks
 
     groups = task_groups(args.tasks)
     # of the paper's groups what can't be run is left out; what was asked for by name has to run
@@ -254,8 +254,6 @@ def measure_tasks(args: argparse.Namespace, names: list[str]) -> dict[str, Model
 
 def _show(summary: Summary, args: argparse.Namespace) -> None:
     """Print the tables, the warnings, what was written and what to type next."""
-    from nexus_ds.report.task_tables import task_table
-
     print("perplexity (lower is better)")
     print(text_table(perplexity_table(summary)))
     change = summary.change
@@ -289,9 +287,6 @@ def run(args: argparse.Namespace) -> int:
         new_directory(args.out) as folder,
         tempfile.TemporaryDirectory(prefix="nexus-ds-") as scratch,
     ):
-        from nexus_ds.evaluation.tasks import require_harness, task_groups
-        from nexus_ds.report.evaluation import write_evaluation
-
         if args.tasks:
             from nexus_ds.evaluation.tasks import require_harness, task_groups
 
