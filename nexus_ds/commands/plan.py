@@ -1,13 +1,13 @@
 """The verb `plan`: memory, traffic and time of every layout, before anything is queued.
 
-Not covered: tensor and pipeline parallelism, other jobs on the same nodes, the time that reading
-text takes.
+Not covered: tensor and pipeline parallelism, other jobs on the same nodes, reading text.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,11 @@ from nexus_ds.command_lines import typed_training
 from nexus_ds.config import load_config
 from nexus_ds.errors import ConfigError, LayoutError
 from nexus_ds.outputs import refuse_existing, write_json
+from nexus_ds.pipeline import typed_training
+from nexus_ds.planning import assumptions
+from nexus_ds.planning.units import bits, parse_bytes, short
+from nexus_ds.report.page import Table, text_table
+from nexus_ds.runtime.schedule import tokens_per_step, total_steps
 from nexus_ds.settings import Config
 
 if TYPE_CHECKING:
@@ -22,7 +27,11 @@ if TYPE_CHECKING:
     from nexus_ds.planning.layout import Machine
     from nexus_ds.planning.sizes import Sizes
 
-SHOWN = 12  # layouts in the table; --json has all
+# The other modules of planning/ read a checkpoint's sizes with checkpoint/, which imports torch:
+# functions below import them, so that `plan --help` waits for nothing.
+
+# Layouts in the table; --json has all.
+SHOWN = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,20 +79,23 @@ def machine_of(args: argparse.Namespace) -> Machine:
         ConfigError: a size or speed that can't be read.
         LayoutError: GPUs that don't spread over the nodes.
     """
-    from nexus_ds.planning.assumptions import DEFAULT_GPU_LINK, DEFAULT_LINK, DEFAULT_TFLOPS
     from nexus_ds.planning.layout import Machine
-    from nexus_ds.planning.units import parse_bytes
 
-    tflops = DEFAULT_TFLOPS if args.gpu_tflops is None else args.gpu_tflops
+    tflops = assumptions.DEFAULT_TFLOPS if args.gpu_tflops is None else args.gpu_tflops
     if not tflops > 0:
         raise ConfigError(f"--gpu-tflops: expected a number above 0, found {tflops}")
+
+    def given(text: str | None, option: str, default: float) -> float:
+        return parse_bytes(text, option) if text else default
+
     return Machine(
         gpus=args.gpus,
         gpu_memory=parse_bytes(args.gpu_memory, "--gpu-memory"),
         nodes=args.nodes,
-        host_memory=parse_bytes(args.host_memory, "--host-memory") if args.host_memory else 0.0,
-        link=parse_bytes(args.link, "--link") if args.link else DEFAULT_LINK,
-        gpu_link=parse_bytes(args.gpu_link, "--gpu-link") if args.gpu_link else DEFAULT_GPU_LINK,
+        # 0: not checked
+        host_memory=given(args.host_memory, "--host-memory", 0.0),
+        link=given(args.link, "--link", assumptions.DEFAULT_LINK),
+        gpu_link=given(args.gpu_link, "--gpu-link", assumptions.DEFAULT_GPU_LINK),
         tflops=tflops,
     )
 
@@ -113,17 +125,16 @@ def collect(
     Raises:
         LayoutError: the batch does not divide over the GPUs.
     """
-    from nexus_ds.planning import assumptions, choose
+    from nexus_ds.planning import choose
     from nexus_ds.planning.layout import deepspeed_json
     from nexus_ds.planning.links import LinkAdvice
     from nexus_ds.planning.memory import disk
-    from nexus_ds.runtime.schedule import tokens_per_step, total_steps
 
+    training, data = config.training, config.data
     found = choose.candidates(sizes, machine, config)
-    best, width = found[0], choose.WIDTH[config.model.dtype]
-    tokens = total_steps(config.training, config.data) * tokens_per_step(
-        config.training, config.data
-    )
+    best = found[0]
+    tokens = total_steps(training, data) * tokens_per_step(training, data)
+    kept = disk(sizes, choose.WIDTH[config.model.dtype], training.keep_last)
     plan: dict[str, Any] = {
         "parameters": sizes.counts(),
         "machine": vars(machine).copy(),
@@ -133,15 +144,13 @@ def collect(
             "tokens_per_step": best.step.tokens,
             "dtype": config.model.dtype,
         },
-        "disk_bytes": {
-            name: round(value)
-            for name, value in disk(sizes, width, config.training.keep_last).items()
-        },
+        "disk_bytes": {name: round(size) for name, size in kept.items()},
         "layouts": [candidate.to_json(tokens) for candidate in found],
         "best": None,
         "one_more_expert": None,
         "links": LinkAdvice(sizes, machine, config).to_json(),
-        "estimated": "bytes of the CUDA context and allocator, and all seconds, are estimates from `assumptions`",
+        "estimated": "bytes of the CUDA context and allocator, and all seconds, are estimates from "
+        "`assumptions`",
         "assumptions": assumptions.table(),
     }
     if best.fits:
@@ -160,43 +169,31 @@ def collect(
     return plan
 
 
-def _table(layouts: list[dict[str, Any]]) -> str:
-    from nexus_ds.planning.units import short
-    from nexus_ds.report.page import Table, text_table
+# Heading of each column, and how a layout's value is shown.
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "layout": lambda layout: layout["name"],
+    "micro": lambda layout: str(layout["micro_batch_size"]),
+    "checkpoint": lambda layout: _yes(layout["activation_checkpointing"] != "none"),
+    "GPU GB": lambda layout: f"{layout['gpu_bytes'] / 1e9:.1f}",
+    "node GB": lambda layout: f"{layout['host_bytes'] / 1e9:.0f}",
+    "GPU link B": lambda layout: short(layout["gpu_link_bytes_per_step"]),
+    "node link B": lambda layout: short(layout["node_link_bytes_per_step"]),
+    "s/step": lambda layout: f"{layout['step_seconds']:.3g}",
+    "tok/s": lambda layout: f"{layout['tokens_per_second']:,.0f}",
+    "days": lambda layout: f"{layout['days']:.3g}",
+    "fits": lambda layout: _yes(layout["fits"]),
+}
 
-    header = [
-        "layout",
-        "micro",
-        "checkpoint",
-        "GPU GB",
-        "node GB",
-        "GPU link B",
-        "node link B",
-        "s/step",
-        "tok/s",
-        "days",
-        "fits",
-    ]
-    rows = [
-        [
-            c["name"],
-            str(c["micro_batch_size"]),
-            "no" if c["activation_checkpointing"] == "none" else "yes",
-            f"{c['gpu_bytes'] / 1e9:.1f}",
-            f"{c['host_bytes'] / 1e9:.0f}",
-            short(c["gpu_link_bytes_per_step"]),
-            short(c["node_link_bytes_per_step"]),
-            f"{c['step_seconds']:.3g}",
-            f"{c['tokens_per_second']:,.0f}",
-            f"{c['days']:.3g}",
-            "yes" if c["fits"] else "no",
-        ]
-        for c in layouts[:SHOWN]
-    ]
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _table(layouts: list[dict[str, Any]]) -> str:
+    rows = [[shown(layout) for shown in COLUMNS.values()] for layout in layouts[:SHOWN]]
+    text = text_table(Table(header=list(COLUMNS), rows=rows))
     more = len(layouts) - SHOWN
-    return text_table(Table(header=header, rows=rows)) + (
-        f"\n({more} more with --json)" if more > 0 else ""
-    )
+    return f"{text}\n({more} more with --json)" if more > 0 else text
 
 
 def _parts(values: dict[str, float], unit: float = 1e9, form: str = ".2f") -> str:
@@ -209,47 +206,61 @@ def _more(plan: dict[str, Any]) -> str:
     fits = "still fits" if then["fits"] else "no longer fits: plan again with stage=extend"
     if not now["fits"]:
         fits = "does not fit either"
+
+    def added(key: str) -> float:
+        return then[key] - now[key]
+
+    # fp32 master weights and both moments of AdamW
     state = plan["assumptions"]["ADAM_BYTES"] * then["parameters"]
     return (
         f"one more expert: {then['parameters'] / 1e6:+,.0f}M parameters, "
-        f"{(then['gpu_bytes'] - now['gpu_bytes']) / 1e9:+.2f} GB a GPU, "
-        f"{(then['host_bytes'] - now['host_bytes']) / 1e9:+.1f} GB a node, {state / 1e9:+.1f} GB a training state, "
-        f"{then['step_seconds'] - now['step_seconds']:+.2f} s a step; the layout above {fits}"
+        f"{added('gpu_bytes') / 1e9:+.2f} GB a GPU, {added('host_bytes') / 1e9:+.1f} GB a node, "
+        f"{state / 1e9:+.1f} GB a training state, {added('step_seconds'):+.2f} s a step; "
+        f"the layout above {fits}"
     )
 
 
 def _links(advice: dict[str, Any]) -> str:
     """Return, in one line, whether expert parallelism pays on the link, and where that changes."""
-    from nexus_ds.planning.units import bits
-
     words = {"expert_parallel": "expert parallelism", "zero_only": "ZeRO alone"}
     better, other = sorted(words, key=lambda way: way != advice["use"])
+    fast, slow = advice[better], advice[other]
     line = (
-        f"links: at {bits(advice['link'])} between {advice['between']} {words[better]} is the faster: "
-        f"{advice[better]['name']} {advice[better]['step_seconds']:.3g} s a step, {advice[other]['name']} "
-        f"{advice[other]['step_seconds']:.3g} s"
+        f"links: at {bits(advice['link'])} between {advice['between']} {words[better]} is the "
+        f"faster: {fast['name']} {fast['step_seconds']:.3g} s a step, "
+        f"{slow['name']} {slow['step_seconds']:.3g} s"
     )
     if not advice["flips"]:
-        return line + "; so it is from 10 Mb to 10 Tb"
-    return line + "".join(
-        f"; above {bits(f['link'])} {words[f['on_faster_links']]}" for f in advice["flips"]
-    )
+        return f"{line}; so it is from 10 Mb to 10 Tb"
+    for flip in advice["flips"]:
+        line += f"; above {bits(flip['link'])} {words[flip['on_faster_links']]}"
+    return line
+
+
+def _size_lines(plan: dict[str, Any]) -> list[str]:
+    """Return the lines about the model, the run and its disk space."""
+    counts, run = plan["parameters"], plan["run"]
+    millions = {name: f"{count / 1e6:,.0f}M" for name, count in counts.items()}
+    disk = {name: f"{size / 1e9:,.1f} GB" for name, size in plan["disk_bytes"].items()}
+    return [
+        f"parameters: {millions['total']}, {millions['active']} active; "
+        f"one expert {millions['one_expert']}; P adds {millions['projection']} in training",
+        f"run: stage {run['stage']}, {run['tokens'] / 1e9:,.3g}B tokens, "
+        f"{run['tokens_per_step']:,} a step, {run['dtype']}",
+        f"disk: {disk['state']} a training state, {disk['states']} with those that are kept, "
+        f"{disk['export']} the finished checkpoint",
+    ]
 
 
 def describe(plan: dict[str, Any]) -> str:
     """Return the plan as text."""
-    counts, disk, run = plan["parameters"], plan["disk_bytes"], plan["run"]
-    best, first = plan["best"], plan["layouts"][0]
+    first = plan["layouts"][0]
     lines = [
-        f"parameters: {counts['total'] / 1e6:,.0f}M, {counts['active'] / 1e6:,.0f}M active; one expert "
-        f"{counts['one_expert'] / 1e6:,.0f}M; P adds {counts['projection'] / 1e6:,.0f}M in training",
-        f"run: stage {run['stage']}, {run['tokens'] / 1e9:,.3g}B tokens, {run['tokens_per_step']:,} a step, {run['dtype']}",
-        f"disk: {disk['state'] / 1e9:,.1f} GB a training state, {disk['states'] / 1e9:,.1f} GB with those that are kept, "
-        f"{disk['export'] / 1e9:,.1f} GB the finished checkpoint",
+        *_size_lines(plan),
         "",
         _table(plan["layouts"]),
         "",
-        f"{'fastest that fits' if best else 'nothing fits; nearest'}: {first['name']}",
+        f"{'fastest that fits' if plan['best'] else 'nothing fits; nearest'}: {first['name']}",
         f"GB a GPU: {_parts(first['gpu'])}",
         f"GB a node: {_parts(first['host'])}",
         f"seconds a step: {_parts(first['seconds'], 1, '.3g')}",
@@ -258,12 +269,36 @@ def describe(plan: dict[str, Any]) -> str:
         lines.append(_more(plan))
     if plan["links"]:
         lines.append(_links(plan["links"]))
-    machine = plan["machine"]
+    assumed = plan["assumptions"]
     lines.append(
-        f"estimated, not measured: all seconds ({machine['tflops']:g} TFLOPS at {plan['assumptions']['MFU']:.0%}, links at "
-        f"{plan['assumptions']['LINK_EFFICIENCY']:.0%}, see nexus_ds/planning/assumptions.py), CUDA context and allocator"
+        f"estimated, not measured: all seconds ({plan['machine']['tflops']:g} TFLOPS at "
+        f"{assumed['MFU']:.0%}, links at {assumed['LINK_EFFICIENCY']:.0%}, see "
+        "nexus_ds/planning/assumptions.py), CUDA context and allocator"
     )
     return "\n".join(lines)
+
+
+def _check_file(out: Path | None) -> None:
+    if out is None:
+        return
+    if out.is_dir():
+        raise ConfigError(
+            f"--write: {out} is a directory; name a file, for example {out / 'ds.json'}"
+        )
+    refuse_existing(out)
+
+
+def _write(out: Path, plan: dict[str, Any]) -> None:
+    """Write the DeepSpeed JSON; LayoutError if no layout fits, so that no job starts with it."""
+    if plan["best"]:
+        write_json(out, plan["best"]["deepspeed"])
+        return
+    nearest = plan["layouts"][0]
+    raise LayoutError(
+        f"no layout fits, so {out} was not written: {nearest['name']} comes nearest with "
+        f"{nearest['gpu_bytes'] / 1e9:.1f} GB a GPU and {nearest['host_bytes'] / 1e9:.0f} GB a "
+        "node; use more GPUs or shorter sequences, or look at the table without --write"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -271,28 +306,16 @@ def run(args: argparse.Namespace) -> int:
     from nexus_ds.planning.sizes import sizes_of
 
     config = load_config(args.config, args.overrides)
-    if args.write:
-        if args.write.is_dir():
-            raise ConfigError(
-                f"--write: {args.write} is a directory; name a file, for example {args.write / 'ds.json'}"
-            )
-        refuse_existing(args.write)
+    _check_file(args.write)
     machine = machine_of(args)
     plan = collect(args, config, sizes_of(config), machine)
-    best = plan["best"]
-    if args.write and not best:
-        nearest = plan["layouts"][0]
-        raise LayoutError(
-            f"no layout fits, so {args.write} was not written: {nearest['name']} comes nearest with "
-            f"{nearest['gpu_bytes'] / 1e9:.1f} GB a GPU and {nearest['host_bytes'] / 1e9:.0f} GB a node; use more GPUs or "
-            "shorter sequences, or look at the table without --write"
-        )
     if args.write:
-        write_json(args.write, best["deepspeed"])
+        _write(args.write, plan)
     if args.json:
         print(json.dumps(plan, indent=2, ensure_ascii=False))
         return 0
     print(describe(plan))
+    best = plan["best"]
     if not best:
         print(
             "next: try more GPUs, a smaller data.sequence_length, or --host-memory of a larger node"
