@@ -80,7 +80,7 @@ def _module(verb: str) -> ModuleType:
 
 
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
-    """Return the parser; of the verbs, the chosen one alone is imported and declares its options."""
+    """Return the parser; the chosen verb alone is imported and declares its options."""
     parser = argparse.ArgumentParser(
         prog="nexus-ds",
         description="One mixture-of-experts out of several dense models, and more experts later.",

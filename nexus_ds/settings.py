@@ -1,4 +1,4 @@
-"""All settings of a run: for each its type, default and bounds, what changes with it, and its scope.
+"""All settings of a run: type, default and bounds of each, what changes with it, its scope.
 
 A setting's row of the table SETTINGS stands at its field. Everything that treats some settings
 unlike others (what an interrupted run may resume with, what a finished stage may differ in, what

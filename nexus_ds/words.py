@@ -1,4 +1,4 @@
-"""The words that a user types: settings among options, and the known word nearest to an unknown one.
+"""The words that a user types: settings among options, and the known word nearest to a wrong one.
 
 Not covered: what the words of a setting mean (`config`).
 """

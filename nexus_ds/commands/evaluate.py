@@ -229,7 +229,7 @@ def measure(
 
 
 def measure_tasks(args: argparse.Namespace, names: list[str]) -> dict[str, ModelTasks]:
-    """Return each checkpoint's groups, mean and tasks in per cent, and what was not run, and why."""
+    """Return each checkpoint's groups, mean and tasks in per cent, and what was not run and why."""
     from nexus_ds.evaluation.tasks import run_tasks, task_groups
 
     groups = task_groups(args.tasks)

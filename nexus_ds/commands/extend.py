@@ -130,7 +130,7 @@ def _describe(
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check everything, write the checkpoint under a temporary name, refit its router, rename, score.
+    """Check everything, write the checkpoint in a temporary place, refit, rename, score.
 
     lambda is --lambda, else `pipeline.merge_weight` of a recipe given with --config, else k/(n+k).
 

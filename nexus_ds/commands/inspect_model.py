@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from nexus_ds.report.page import Table, text_table
 
-LISTS = ("experts", "lineage")  # shown below the facts
+# Shown below the other facts, a line for each entry.
+LISTS = ("experts", "lineage")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,20 +33,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def flat(facts: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return nested facts as one level of texts: {'parameters': {'total': 5}} becomes
-    {'parameters.total': '5'}."""
+    """Return nested facts as one level of texts.
+
+    {'parameters': {'total': 5}} becomes {'parameters.total': '5'}.
+    """
     result: dict[str, str] = {}
     for key, value in facts.items():
+        name = prefix + key
         if isinstance(value, dict):
-            result |= flat(value, f"{prefix}{key}.")
+            result |= flat(value, f"{name}.")
         elif key == "lineage":
-            result[prefix + key] = " > ".join(str(step.get("verb", "?")) for step in value)
+            verbs = [str(step.get("verb", "?")) for step in value]
+            result[name] = " > ".join(verbs)
         elif key == "experts":
-            result[prefix + key] = ", ".join(
-                f"{expert['name']} {expert['sha256'][:8]}" for expert in value
-            )
+            experts = [f"{expert['name']} {expert['sha256'][:8]}" for expert in value]
+            result[name] = ", ".join(experts)
+        # a bool is an int to Python, but has no thousands
+        elif type(value) is int:
+            result[name] = f"{value:,}"
         elif value is not None:
-            result[prefix + key] = f"{value:,}" if type(value) is int else str(value)
+            result[name] = str(value)
     return result
 
 
@@ -54,24 +62,30 @@ def describe_text(facts: dict[str, Any]) -> str:
     width = max(map(len, lines))
     text = [f"{name.ljust(width)}  {value}" for name, value in lines.items()]
     for index, expert in enumerate(facts.get("experts", [])):
-        text.append(
-            f"expert {index}: {expert['name']} (domain {expert['domain']}) from {expert['source']}, "
-            f"sha256 {expert['sha256'][:12]}"
-        )
-    for index, step in enumerate(facts.get("lineage", [])):
+        origin = f"{expert['source']}, sha256 {expert['sha256'][:12]}"
+        text.append(f"expert {index}: {expert['name']} (domain {expert['domain']}) from {origin}")
+    for number, step in enumerate(facts.get("lineage", []), 1):
         settings = {key: value for key, value in step.items() if key != "verb"}
-        text.append(
-            f"step {index + 1}: {step.get('verb', '?')} {json.dumps(settings, ensure_ascii=False)}"
-        )
+        details = json.dumps(settings, ensure_ascii=False)
+        text.append(f"step {number}: {step.get('verb', '?')} {details}")
     return "\n".join(text)
 
 
 def differences(all_info: Sequence[dict[str, Any]]) -> tuple[list[list[str]], list[str]]:
-    """Return rows [fact, value of the first, of the second, ...] of what differs, and the names of
-    what is equal."""
+    """Return what differs and the names of what is equal.
+
+    Args:
+        all_info: facts of each checkpoint.
+
+    Returns:
+        Rows [name, value of the first, of the second, ...], and names.
+    """
     flats = [flat(facts) for facts in all_info]
-    keys = [key for key in dict.fromkeys(k for f in flats for k in f) if key != "directory"]
-    rows, equal = [], []
+    keys = dict.fromkeys(chain.from_iterable(flats))
+    # always differs, and heads the columns
+    keys.pop("directory", None)
+    rows: list[list[str]] = []
+    equal: list[str] = []
     for key in keys:
         values = [f.get(key, "–") for f in flats]
         if len(set(values)) == 1:

@@ -15,7 +15,6 @@ from nexus_ds.command_lines import typed_training
 from nexus_ds.config import load_config
 from nexus_ds.errors import ConfigError, LayoutError
 from nexus_ds.outputs import refuse_existing, write_json
-from nexus_ds.pipeline import typed_training
 from nexus_ds.planning import assumptions
 from nexus_ds.planning.units import bits, parse_bytes, short
 from nexus_ds.report.page import Table, text_table
