@@ -1,8 +1,8 @@
 """Typed configuration: YAML recipes, dotted overrides, unknown keys refused with a hint.
 
 A recipe is a file with the sections of `settings` plus `stages`: for each stage of the pipeline
-(seed, branch, moe, extend) the settings that differ. `load_config(recipe, overrides)` lays the stage's
-settings over the common ones and the command line's `section.key=value` over both.
+(seed, branch, moe, extend) the settings that differ. `load_config(recipe, overrides)` lays the
+stage's settings over the common ones and the command line's `section.key=value` over both.
 """
 
 from __future__ import annotations

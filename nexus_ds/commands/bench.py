@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nexus_ds.errors import ConfigError
 from nexus_ds.experiments.benchmarks import data_speed, gpu
@@ -21,11 +22,38 @@ from nexus_ds.report.evaluation import write_csv
 if TYPE_CHECKING:
     import torch
 
+    from nexus_ds.experiments.benchmarks.layer_speed import Speed
     from nexus_ds.experiments.benchmarks.models import Shape
+    from nexus_ds.experiments.benchmarks.scaling import Point
 
 # layer_speed, scaling, models and slow_links import torch; the options of `bench` are declared
 # without them, so that `bench --help` waits for nothing.
 SIZES = ("hidden", "layers", "heads", "ffn", "vocabulary", "experts", "top_k", "batch", "length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What `bench train` found, in the order of its JSON."""
+
+    machine: dict[str, str | int]
+    dtype: str
+    baseline: str
+    parts: list[str]
+    """Of a step, in the order in which they are shown."""
+    rows: list[Speed]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """What `bench growth` found, in the order of its JSON."""
+
+    machine: dict[str, str | int]
+    dtype: str
+    model: str
+    rows: list[Point]
+    exponents: dict[str, dict[str, float]]
+    """By quantity: `seconds`, and `peak_bytes` where memory was measured."""
+    router: dict[str, float]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -167,7 +195,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _train(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
+def _train(args: argparse.Namespace, shape: Shape) -> Comparison:
     from nexus_ds.experiments.benchmarks import layer_speed
     from nexus_ds.experiments.benchmarks.models import VARIANTS
     from nexus_ds.experiments.benchmarks.parts import STEP_PARTS
@@ -183,56 +211,57 @@ def _train(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     results, reading = layer_speed.measure(names, shape, device, dtype, args.rounds, _say)
     speeds = layer_speed.summary(results, reading, shape, baseline, device)
     seen = {part for speed in speeds for part in speed.shares}
-    parts = [part for part in STEP_PARTS if part in seen]
-    return {
-        "machine": layer_speed.machine(device),
-        "dtype": str(dtype),
-        "baseline": baseline,
-        "parts": parts,
-        "rows": [speed.to_json() for speed in speeds],
-    }
+    return Comparison(
+        machine=layer_speed.machine(device),
+        dtype=str(dtype),
+        baseline=baseline,
+        parts=[part for part in STEP_PARTS if part in seen],
+        rows=speeds,
+    )
 
 
-def _growth(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
+def _growth(args: argparse.Namespace, shape: Shape) -> Growth:
     from nexus_ds.experiments.benchmarks import layer_speed, scaling
 
     (model,) = _known("--model", [args.model])
     device, dtype = _place(args)
     rows = scaling.sweep(shape, model, device, dtype, args.rounds, _say)
     rows += scaling.router_sweep(shape, device, dtype, args.rounds, _say)
-    return {
-        "machine": layer_speed.machine(device),
-        "dtype": str(dtype),
-        "model": model,
-        "rows": [point.to_json() for point in rows],
-        "exponents": scaling.exponents(rows),
-        "router": scaling.router_law(rows),
-    }
+    return Growth(
+        machine=layer_speed.machine(device),
+        dtype=str(dtype),
+        model=model,
+        rows=rows,
+        exponents=scaling.exponents(rows),
+        router=scaling.router_law(rows),
+    )
 
 
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    flat = {key: value for key, value in row.items() if not isinstance(value, dict | list)}
-    return flat | {f"share {part}": share for part, share in row.get("shares", {}).items()}
+def _flat(row: Speed | Point) -> dict[str, object]:
+    """Return a row of the CSV: numbers and words, and the shares of a step each on its own."""
+    values = row.to_json()
+    shares = values.get("shares", {})
+    flat = {key: value for key, value in values.items() if not isinstance(value, dict | list)}
+    if isinstance(shares, dict):
+        flat |= {f"share {part}": share for part, share in shares.items()}
+    return flat
 
 
-def _write(out: Path, what: str, found: dict[str, Any]) -> None:
-    from nexus_ds.experiments.benchmarks.layer_speed import Speed
-    from nexus_ds.experiments.benchmarks.scaling import Point
-
-    about = {key: value for key, value in found.items() if key != "rows"}
+def _write(out: Path, what: str, found: Comparison | Growth, about: dict[str, object]) -> None:
+    """Write a line of JSON for each row, with all that holds for every row; the CSV; a figure."""
+    common = {**about, **asdict(found)}
+    del common["rows"]
     with new_directory(out) as folder:
-        lines = [json.dumps({**row, **about}) for row in found["rows"]]
+        lines = [json.dumps({**row.to_json(), **common}) for row in found.rows]
         write_text(folder / f"{what}.jsonl", "\n".join(lines) + "\n")
-        flat = [_flat(row) for row in found["rows"]]
-        keys = list(dict.fromkeys(key for row in flat for key in row))
+        flat = [_flat(row) for row in found.rows]
+        keys = list(dict.fromkeys(chain.from_iterable(flat)))
         cells = [[row.get(key, "") for key in keys] for row in flat]
         write_csv(folder / f"{what}.csv", keys, cells)
-        if what == "train":
-            speeds = [Speed(**row) for row in found["rows"]]
-            speed_bars(speeds, found["parts"], found["baseline"], folder / "train.png")
+        if isinstance(found, Comparison):
+            speed_bars(found.rows, found.parts, found.baseline, folder / "train.png")
         else:
-            points = [Point(**row) for row in found["rows"]]
-            growth_curves(points, found["exponents"], folder / "growth.png")
+            growth_curves(found.rows, found.exponents, folder / "growth.png")
 
 
 def _aligned(grid: list[list[str]]) -> str:
@@ -246,45 +275,44 @@ def _aligned(grid: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def _speed_cells(row: dict[str, Any]) -> list[str]:
+def _speed_cells(row: Speed) -> list[str]:
     cells = [
-        row["model"],
-        f"{row['tokens_per_second']:,.0f}",
-        f"{row['ratio']:.3f}",
-        f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}",
-        f"{row['parameters'] / 1e6:,.1f}M",
-        f"{row['optimizer_seconds'] * 1e3:,.1f} ms",
-        f"{row['active_tflops']:.3g}",
+        row.model,
+        f"{row.tokens_per_second:,.0f}",
+        f"{row.ratio:.3f}",
+        f"{row.ratio_low:.2f}-{row.ratio_high:.2f}",
+        f"{row.parameters / 1e6:,.1f}M",
+        f"{row.optimizer_seconds * 1e3:,.1f} ms",
+        f"{row.active_tflops:.3g}",
     ]
     # Only of GPUs whose peak is known.
-    return [*cells, f"{row['mfu']:.1%}"] if row["mfu"] else cells
+    return [*cells, f"{row.mfu:.1%}"] if row.mfu else cells
 
 
-def describe_train(found: dict[str, Any]) -> str:
+def describe_train(found: Comparison) -> str:
     """Return the comparison as text."""
-    rows, parts = found["rows"], found["parts"]
     header = ["model", "tokens/s", "ratio", "range", "params", "AdamW", "TFLOPS"]
-    if rows[0]["mfu"]:
+    if found.rows[0].mfu:
         header.append("MFU")
-    speeds = [header, *map(_speed_cells, rows)]
-    shares = [["share of the step", *parts]]
-    for row in rows:
-        cells = [f"{row['shares'][part]:.2%}" if part in row["shares"] else "" for part in parts]
-        shares.append([row["model"], *cells])
+    speeds = [header, *map(_speed_cells, found.rows)]
+    shares = [["share of the step", *found.parts]]
+    for row in found.rows:
+        cells = [f"{row.shares[p]:.2%}" if p in row.shares else "" for p in found.parts]
+        shares.append([row.model, *cells])
     return f"{_aligned(speeds)}\n\n{_aligned(shares)}"
 
 
-def describe_growth(found: dict[str, Any]) -> str:
+def describe_growth(found: Growth) -> str:
     """Return the sweeps and their exponents as text."""
     grid = [["quantity", "x", "ms a step", "peak MB"]]
-    for row in found["rows"]:
-        peak = f"{row['peak_bytes'] / 1e6:,.0f}" if row["peak_bytes"] else ""
-        grid.append([row["quantity"], str(row["x"]), f"{row['seconds'] * 1e3:,.2f}", peak])
+    for row in found.rows:
+        peak = f"{row.peak_bytes / 1e6:,.0f}" if row.peak_bytes else ""
+        grid.append([row.quantity, str(row.x), f"{row.seconds * 1e3:,.2f}", peak])
     fits = [["exponent", "time", "memory"]]
-    for quantity, fitted in found["exponents"].items():
+    for quantity, fitted in found.exponents.items():
         memory = f"{fitted['peak_bytes']:.2f}" if "peak_bytes" in fitted else ""
         fits.append([quantity, f"{fitted['seconds']:.2f}", memory])
-    router = _router_line(found["router"])
+    router = _router_line(found.router)
     return f"{_aligned(grid)}\n\n{_aligned(fits)}\n{router}"
 
 
@@ -313,19 +341,17 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         refuse_existing(args.out)
     shape = _shape(args)
-    measure, describe = (
-        (_train, describe_train) if args.what == "train" else (_growth, describe_growth)
-    )
-    found = {"preset": args.preset, "shape": asdict(shape), **measure(args, shape)}
+    found = _train(args, shape) if args.what == "train" else _growth(args, shape)
+    about: dict[str, object] = {"preset": args.preset, "shape": asdict(shape)}
     if args.out:
-        _write(args.out, args.what, found)
+        _write(args.out, args.what, found, about)
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps({**about, **asdict(found)}))
         return 0
-    machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
-    what = f"{args.what}, preset {args.preset}, {shape.tokens} tokens a step, {found['dtype']}"
+    machine = ", ".join(f"{key} {value}" for key, value in found.machine.items())
+    what = f"{args.what}, preset {args.preset}, {shape.tokens} tokens a step, {found.dtype}"
     print(f"{what}; {machine}")
-    print(describe(found))
+    print(describe_train(found) if isinstance(found, Comparison) else describe_growth(found))
     if args.out:
         print(f"wrote {args.out}; next: open {args.out / (args.what + '.png')}")
     else:
