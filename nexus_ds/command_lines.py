@@ -83,6 +83,12 @@ def upcycle_words(
     return [*words, "--domains", str(embeddings), "--data", data.path]
 
 
+def typed_upcycling(seed: str, experts: Mapping[str, Path], embeddings: Path) -> str:
+    """Return a call of `upcycle` for a person to complete, quoted for a shell."""
+    words = ["nexus-ds", "upcycle", "--seed", seed, *_expert_words(experts)]
+    return shlex.join([*words, "--domains", str(embeddings), "--out", "DIR"])
+
+
 def extend_words(
     checkpoint: Path, experts: Mapping[str, Path], embeddings: Path, data: DataConfig
 ) -> list[str]:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
-from nexus_ds.command_lines import typed_training
+from nexus_ds.command_lines import typed_training, typed_upcycling
 from nexus_ds.data.clusters import Discovery, corpus_files
 from nexus_ds.data.domains import (
     DomainEmbeddings,
@@ -111,21 +110,25 @@ def run(args: argparse.Namespace) -> int:
             "domains": {name: found.to_json() for name, found in domains.items()},
         }
         write_json(folder / FACTS, facts)
-    first = clusters.names[0]
-    settings = [
-        "stage=branch",
-        f"branch={first}",
-        "model.path=SEED",
-        f"data.path={args.out}",
-        f"output=branches/{first}",
-    ]
-    command = typed_training(["--config", "own", *settings])
+    command = _branch_training(clusters.names[0], args.out)
     result = facts | {"out": str(args.out), "next": command}
     if args.json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
     else:
         print(_text(result, embeddings))
     return 0
+
+
+def _branch_training(domain: str, data: Path) -> str:
+    """Return the command, quoted for a shell, that trains a domain's branch."""
+    settings = [
+        "stage=branch",
+        f"branch={domain}",
+        "model.path=SEED",
+        f"data.path={data}",
+        f"output=branches/{domain}",
+    ]
+    return typed_training(["--config", "own", *settings])
 
 
 def _text(result: dict[str, Any], embeddings: DomainEmbeddings) -> str:
@@ -153,22 +156,13 @@ def _text(result: dict[str, Any], embeddings: DomainEmbeddings) -> str:
         )
     if result["skipped"]:
         lines.append(f"{result['skipped']} damaged rows skipped")
-    experts = [
-        word for name in result["domains"] for word in ("--expert", f"{name}=branches/{name}")
-    ]
-    embedded = f"{result['out']}/{EMBEDDINGS}"
-    upcycle = [
-        "nexus-ds",
-        "upcycle",
-        "--seed",
-        "SEED",
-        *experts,
-        "--domains",
-        embedded,
-        "--out",
-        "DIR",
-    ]
-    lines.append(f"wrote {result['out']}: folders for --data, {embedded} for --domains")
-    lines.append(f"next, for the branch of each domain: {result['next']}")
-    lines.append(f"then: {shlex.join(upcycle)}")
-    return "\n".join(lines)
+    experts = {name: Path("branches", name) for name in result["domains"]}
+    embedded = Path(result["out"], EMBEDDINGS)
+    return "\n".join(
+        [
+            *lines,
+            f"wrote {result['out']}: folders for --data, {embedded} for --domains",
+            f"next, for the branch of each domain: {result['next']}",
+            f"then: {typed_upcycling('SEED', experts, embedded)}",
+        ]
+    )

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from pathlib import Path
 
+from nexus_ds.command_lines import typed_upcycling
 from nexus_ds.data.domains import (
     DomainEmbeddings,
     SentenceEncoder,
@@ -113,19 +113,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"cosines between domains ({embeddings.encoder}, {embeddings.dimension} dimensions):")
     print(cosine_table(embeddings))
     print(f"wrote {args.out}")
-    experts = [word for name in embeddings.names for word in ("--expert", f"{name}=DIR")]
-    upcycle = [
-        "nexus-ds",
-        "upcycle",
-        "--seed",
-        "DIR",
-        *experts,
-        "--domains",
-        str(args.out),
-        "--out",
-        "DIR",
-    ]
-    print(f"next: {shlex.join(upcycle)}")
+    experts = dict.fromkeys(embeddings.names, Path("DIR"))
+    print(f"next: {typed_upcycling('DIR', experts, args.out)}")
     return 0
 
 

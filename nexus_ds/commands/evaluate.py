@@ -82,6 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "fp32", "stored"),
         help="auto: fp32 on a CPU, the stored dtype on a GPU",
     )
+    _add_task_options(parser)
+    _add_other_options(parser)
+
+
+def _add_task_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks",
         default="",
@@ -99,6 +104,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task-limit", type=int, default=0, metavar="N", help="examples of each task; 0: all"
     )
+
+
+def _add_other_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--before",
         default="",

@@ -71,6 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="linear routers only: keep the old rows and add random ones, or reset all rows "
         "(the paper's baseline)",
     )
+    _add_router_options(parser)
+
+
+def _add_router_options(parser: argparse.ArgumentParser) -> None:
+    """Declare how the router is refitted, and what is said of the result."""
     parser.add_argument(
         "--config", metavar="RECIPE", default=None, help="recipe with the router's settings"
     )
