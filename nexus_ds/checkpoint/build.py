@@ -91,7 +91,7 @@ def new_dense(model: ModelConfig, vocabulary: int, eos: int, seed: int) -> Any:
     )
 
 
-def _empty_skeleton(directory: Path, config_json: ConfigJson, dtype: torch.dtype) -> Any:
+def empty_skeleton(directory: Path, config_json: ConfigJson, dtype: torch.dtype) -> Any:
     """Return a Qwen2-MoE without feed-forward blocks.
 
     It is on the meta device, but for its rotary buffers: they are computed, not read.
@@ -114,7 +114,7 @@ def _empty_skeleton(directory: Path, config_json: ConfigJson, dtype: torch.dtype
     return model
 
 
-def _fill(model: Any, prefix: str, reader: TensorReader, dtype: torch.dtype) -> None:
+def fill(model: Any, prefix: str, reader: TensorReader, dtype: torch.dtype) -> None:
     """Read every tensor under `prefix` that stands outside the MoE blocks."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     for name in names:

@@ -44,7 +44,7 @@ class Look(TypedDict):
     linewidth: float
 
 
-def _new(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure of `width` x `height` inches.
 
     No global state knows it, so nothing has to be closed.
@@ -58,7 +58,8 @@ def _new(width: float, height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, out: Path) -> Path:
+def save_figure(figure: Figure, out: Path) -> Path:
+    """Write a figure as PNG, its folder too; return the path."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     # No date or version in the file: equal numbers give equal bytes.
@@ -133,7 +134,7 @@ def shown_layers(layers: Sequence[int]) -> list[int]:
 
 def _frame_own(axes: Axes, domains: Sequence[str], own: Sequence[str]) -> None:
     """Frame the cells of each domain's own experts."""
-    # Imported here: see `_new`.
+    # Imported here: see `new_figure`.
     from matplotlib.patches import Rectangle
 
     for row, domain in enumerate(domains):
@@ -178,7 +179,7 @@ def routing_heatmap(
     lines = math.ceil(len(panels) / columns)
     width = 1.3 + 0.62 * len(experts)
     height = 1.3 + 0.42 * len(domains)
-    figure = _new(max(6.0, columns * width + 0.8), max(3.2, lines * height + 0.6))
+    figure = new_figure(max(6.0, columns * width + 0.8), max(3.2, lines * height + 0.6))
     grid = figure.subplots(lines, columns, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
@@ -193,7 +194,7 @@ def routing_heatmap(
     figure.supylabel("domain of the text", fontsize=10)
     # All panels have one scale, so the last one's image stands for all.
     figure.colorbar(image, ax=grid, label="share of tokens", shrink=0.8)
-    return _save(figure, out)
+    return save_figure(figure, out)
 
 
 def cosine_pair(
@@ -215,7 +216,7 @@ def cosine_pair(
         title: heading of the figure.
     """
     side = 1.6 + 0.62 * len(names)
-    figure = _new(max(7.0, 2 * side + 1.2), max(3.4, 0.5 * len(names) + 2.0))
+    figure = new_figure(max(7.0, 2 * side + 1.2), max(3.4, 0.5 * len(names) + 2.0))
     grid = figure.subplots(1, 2, squeeze=False)
     for axes, values, name in zip(grid.flat, (before, after), titles, strict=True):
         image = _heat(axes, np.asarray(values), names, names, COSINES)
@@ -224,7 +225,7 @@ def cosine_pair(
     grid[0, 0].set_ylabel("domain of the expert", fontsize=9)
     figure.suptitle(title, fontsize=11)
     figure.colorbar(image, ax=grid, label="cosine", shrink=0.85)
-    return _save(figure, out)
+    return save_figure(figure, out)
 
 
 # Bars ---------------------------------------------------------------------------------------------
@@ -252,7 +253,7 @@ def perplexity_bars(
     else:
         figure = _panelled_bars(table, models, domains)
     figure.suptitle(title, fontsize=11)
-    return _save(figure, out)
+    return save_figure(figure, out)
 
 
 def _style(model: int) -> Look:
@@ -275,7 +276,7 @@ def _label(value: float) -> str:
 
 def _grouped_bars(table: np.ndarray, models: Sequence[str], domains: Sequence[str]) -> Figure:
     """Draw upright bars of `table` [models, D], a group a domain."""
-    figure = _new(max(6.5, 1.4 + 0.42 * table.size + 0.3 * len(domains)), 4.4)
+    figure = new_figure(max(6.5, 1.4 + 0.42 * table.size + 0.3 * len(domains)), 4.4)
     axes = figure.subplots()
     width = 0.84 / len(models)
     middle = (len(models) - 1) / 2
@@ -299,7 +300,7 @@ def _panelled_bars(table: np.ndarray, models: Sequence[str], domains: Sequence[s
     """Draw lying bars of `table` [models, D], a panel a domain, the models' names at the left."""
     columns = min(3, len(domains))
     lines = math.ceil(len(domains) / columns)
-    figure = _new(1.6 + 2.9 * columns, 0.7 + lines * (0.75 + 0.27 * len(models)))
+    figure = new_figure(1.6 + 2.9 * columns, 0.7 + lines * (0.75 + 0.27 * len(models)))
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for axes in grid.flat[len(domains) :]:
         axes.set_axis_off()
@@ -356,7 +357,7 @@ def line_plot(
 
     Few points are marked, points that are not finite left out.
     """
-    figure = _new(7.5, 4.4)
+    figure = new_figure(7.5, 4.4)
     axes = figure.subplots()
     for number, (name, (xs, ys)) in enumerate(series.items()):
         pairs = zip(xs, ys, strict=True)
@@ -382,4 +383,4 @@ def line_plot(
     axes.spines[["top", "right"]].set_visible(False)
     if len(series) > 1:
         axes.legend(fontsize=9, frameon=False)
-    return _save(figure, out)
+    return save_figure(figure, out)

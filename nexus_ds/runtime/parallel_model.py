@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from nexus_ds.checkpoint.build import DTYPES, NexusParts, _empty_skeleton, _fill, load_stock
+from nexus_ds.checkpoint.build import DTYPES, NexusParts, empty_skeleton, fill, load_stock
 from nexus_ds.checkpoint.sidecar import verify_expert_embeddings
 from nexus_ds.model.experts import FeedForward
 from nexus_ds.runtime.nexus_moe import NexusMoE, NexusRouter, Placement
@@ -89,21 +89,21 @@ def load_nexus(
         CheckpointError: damaged, incomplete, or with a trained gate of the shared expert.
     """
     parts = NexusParts(directory, dtype)
-    model = _empty_skeleton(directory, parts.config, dtype)
+    model = empty_skeleton(directory, parts.config, dtype)
     tied = model.config.tie_word_embeddings
-    _fill(model, "model.embed_tokens.", parts.reader, dtype)
+    fill(model, "model.embed_tokens.", parts.reader, dtype)
     if tied:
         # Before the embedding is partitioned: both names must be of one parameter by then.
         model.tie_weights()
     partition(model.model.embed_tokens)
     for index, layer in enumerate(model.model.layers):
-        _fill(model, f"model.layers.{index}.", parts.reader, dtype)
+        fill(model, f"model.layers.{index}.", parts.reader, dtype)
         layer.mlp = _nexus_block(parts, index, placement, router, grouped_mm)
         partition(layer)
-    _fill(model, "model.norm.", parts.reader, dtype)
+    fill(model, "model.norm.", parts.reader, dtype)
     partition(model.model.norm)
     if not tied:
-        _fill(model, "lm_head.", parts.reader, dtype)
+        fill(model, "lm_head.", parts.reader, dtype)
         partition(model.lm_head)
     return model
 

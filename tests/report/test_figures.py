@@ -14,7 +14,7 @@ DOMAINS, EXPERTS = ["a", "b", "c"], ["a", "b"]
 def drawn(monkeypatch):
     """The texts of every figure that is saved, and its axes."""
     seen = []
-    save = figures._save
+    save = figures.save_figure
 
     def keep(figure, out):
         from matplotlib.text import Text
@@ -23,7 +23,7 @@ def drawn(monkeypatch):
         seen.append((figure, [text.get_text() for text in figure.findobj(Text)]))
         return save(figure, out)
 
-    monkeypatch.setattr(figures, "_save", keep)
+    monkeypatch.setattr(figures, "save_figure", keep)
     return seen
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nexus_ds.report.figures import COLOURS, HATCHES, LINES, _new, _save
+from nexus_ds.report.figures import COLOURS, HATCHES, LINES, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,14 +30,14 @@ def speed_bars(rows: Sequence[Speed], parts: Sequence[str], baseline: str, out: 
         baseline: the model that others are compared with.
         out: PNG file to write.
     """
-    figure = _new(11.0, 1.6 + 0.45 * len(rows))
+    figure = new_figure(11.0, 1.6 + 0.45 * len(rows))
     left, right = figure.subplots(1, 2, sharey=True)
     _draw_ratios(left, rows)
     left.set_xlabel(f"tokens/s over {baseline} (median and range of rounds)")
     _draw_shares(right, rows, parts)
     right.set_xlabel("share of a step with optimizer and data")
     figure.suptitle("Training speed and where a step's time goes", fontsize=11)
-    return _save(figure, out)
+    return save_figure(figure, out)
 
 
 def _draw_ratios(axes: Axes, rows: Sequence[Speed]) -> None:
@@ -84,7 +84,7 @@ def growth_curves(
         exponents: fitted, for the legend: {quantity: {"seconds": a, "peak_bytes": a}}.
         out: PNG file to write.
     """
-    figure = _new(11.0, 4.8)
+    figure = new_figure(11.0, 4.8)
     time, memory = figure.subplots(1, 2)
     for number, (quantity, fitted) in enumerate(exponents.items()):
         mine = [row for row in rows if row.quantity == quantity]
@@ -103,7 +103,7 @@ def growth_curves(
     _finish_curves(memory, "peak memory, MB")
     title = "Cost of a training step as work grows (quantity ^ fitted exponent)"
     figure.suptitle(title, fontsize=11)
-    return _save(figure, out)
+    return save_figure(figure, out)
 
 
 def _finish_curves(axes: Axes, label: str) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nexus_ds.report.figures import COLOURS, LINES, _new, _save
+from nexus_ds.report.figures import COLOURS, LINES, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,7 +68,7 @@ def paired_dots(
         ignore: differences below it, in either direction, lie in a grey band.
     """
     rows = list(dict.fromkeys(row for panel in panels.values() for row in panel))
-    figure = _new(2.6 + 4.4 * len(panels), 1.3 + 0.3 * len(rows))
+    figure = new_figure(2.6 + 4.4 * len(panels), 1.3 + 0.3 * len(rows))
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)
     for axes, (name, panel) in zip(grid.flat, panels.items(), strict=True):
         axes.axvspan(-ignore, ignore, color="#d9d9d9", linewidth=0)
@@ -82,7 +82,7 @@ def paired_dots(
     grid[0, 0].set_ylim(len(rows) - 0.4, -0.6)
     figure.suptitle(title, fontsize=11)
     figure.supxlabel(xlabel, fontsize=10)
-    return _save(figure, out)
+    return save_figure(figure, out)
 
 
 def _dots(axes: Axes, row: int, values: Sequence[float]) -> None:
@@ -163,7 +163,7 @@ def levels(
     """
     series = list(dict.fromkeys(name for panel in panels.values() for name in panel))
     legend_lines = (len(series) + 2) // 3
-    figure = _new(1.4 + 4.6 * len(panels), 4.4 + 0.2 * legend_lines)
+    figure = new_figure(1.4 + 4.6 * len(panels), 4.4 + 0.2 * legend_lines)
     grid = figure.subplots(1, len(panels), squeeze=False)
     for axes, (panel, curves) in zip(grid.flat, panels.items(), strict=True):
         _curves(axes, curves, series, joined=not names)
@@ -181,7 +181,7 @@ def levels(
     _legend(figure, list(grid.flat))
     grid[0, 0].set_ylabel(ylabel)
     figure.suptitle(title, fontsize=11)
-    return _save(figure, out)
+    return save_figure(figure, out)
 
 
 def _curves(
@@ -261,7 +261,7 @@ def quality_compute(
 
     Compute of 0 stands at the left edge.
     """
-    figure = _new(8.6, max(4.2, 1.4 + 0.27 * len(points)))
+    figure = new_figure(8.6, max(4.2, 1.4 + 0.27 * len(points)))
     axes = figure.subplots()
     positive = [level.x for level in points.values() if level.x > 0] or [1.0]
     highest = max(positive)
@@ -286,7 +286,7 @@ def quality_compute(
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    return _save(figure, out)
+    return save_figure(figure, out)
 
 
 def _power_axis(axes: Axes, few: bool) -> None:

@@ -19,9 +19,9 @@ def drawn(monkeypatch):
     def keep(figure, out):
         figure.canvas.draw()
         seen.append(figure)
-        return figures._save(figure, out)
+        return figures.save_figure(figure, out)
 
-    monkeypatch.setattr(seed_figures, "_save", keep)
+    monkeypatch.setattr(seed_figures, "save_figure", keep)
     return seen
 
 
