@@ -388,14 +388,14 @@ FAULTS = (
         "experiments/comparison/recipe_reader.py",
         "token_flops(sizes, config.data",
         "token_flops(replace(sizes, experts=0), config.data",
-        "experiments/comparison/test_build.py",
+        "experiments/comparison/test_method_jobs.py",
     ),
     Fault(
         "the budget has one branch",
         "experiments/comparison/recipe_reader.py",
         "(branch, len(branch.pipeline.domains))",
         "(branch, 1)",
-        "experiments/comparison/test_build.py",
+        "experiments/comparison/test_method_jobs.py",
     ),
     Fault(
         "untrained is trained",

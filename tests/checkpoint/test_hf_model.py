@@ -1,8 +1,6 @@
 """The transformers model of routers that read running means: same numbers, and who refuses it."""
 
 import json
-import subprocess
-import sys
 
 import oracle
 import pytest
@@ -113,35 +111,6 @@ def test_saving_and_loading_keeps_the_model(tmp_path, served):
     again = load_stock(tmp_path / "again", torch.float32).eval()
     with torch.no_grad():
         assert torch.equal(again(input_ids=TOKENS).logits, served(input_ids=TOKENS).logits)
-
-
-LOAD = """
-import sys
-from transformers import AutoModelForCausalLM
-if sys.argv[2] == "hf":
-    import nexus_ds.hf
-model, report = AutoModelForCausalLM.from_pretrained(
-    sys.argv[1], local_files_only=True, output_loading_info=True
-)
-assert not report["missing_keys"] and not report["unexpected_keys"], report
-print(type(model).__name__)
-"""
-
-
-@pytest.mark.slow
-def test_transformers_alone_refuses_it_by_name_and_one_import_makes_it_load(context_dir):
-    def load(how):
-        return subprocess.run(
-            [sys.executable, "-c", LOAD, str(context_dir), how],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-
-    alone = load("alone")
-    assert alone.returncode and "nexus_moe" in alone.stderr
-    assert load("hf").stdout.strip() == "NexusMoeForCausalLM"
 
 
 def test_a_sidecar_that_contradicts_the_model_type(context_dir, tmp_path):

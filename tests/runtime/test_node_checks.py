@@ -1,13 +1,10 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from nexus_ds.config import load_config
 from nexus_ds.errors import ConfigError, LayoutError
-from nexus_ds.launch import Position, free_port
+from nexus_ds.launch import Position
 from nexus_ds.pipeline import resolve
 from nexus_ds.runtime import node_checks
 
@@ -123,91 +120,3 @@ def test_too_little_disk_is_named_with_both_amounts(tmp_path):
     [found] = node_checks.disk_problems(tmp_path, 10**18)
     assert found.startswith(f"{tmp_path}: ") and "1e+03 PB" not in found
     assert "free, 1e+06 TB will be written" in found and "training.keep_last" in found
-
-
-def start(rank, world, port, run, wrapper=(), wait=20, **env):
-    """Start one rank of `nexus-ds preflight`; two ranks are two nodes."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "NEXUS_"))}
-    position = {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "SLURMD_NODENAME": f"n{rank + 1}",
-        "NEXUS_NODES": "n1 n2",
-        "SLURM_JOB_ID": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [
-        *wrapper,
-        sys.executable,
-        "-m",
-        "nexus_ds",
-        "preflight",
-        f"--wait={wait}",
-        "moe",
-        f"pipeline.run={run}",
-    ]
-    return subprocess.Popen(
-        command,
-        env={**clean, **position, **env},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def outcome(processes):
-    found = [process.communicate(timeout=90) for process in processes]
-    return [p.returncode for p in processes], [out for out, _ in found], [err for _, err in found]
-
-
-@pytest.mark.slow
-def test_two_ranks_meet_and_reduce(tmp_path):
-    port = free_port()
-    codes, out, err = outcome([start(rank, 2, port, tmp_path / "run") for rank in range(2)])
-    assert codes == [0, 0], err
-    assert out[0].startswith("preflight: 2 ranks, 1 a node, on CPUs; torch ") and out[1] == ""
-    assert "shared folder: same; all-reduce of 4 MiB: " in out[0]
-    assert list((tmp_path / "run").iterdir()) == []
-
-
-@pytest.mark.slow
-def test_a_problem_of_one_node_ends_all_with_its_name(tmp_path):
-    port = free_port()
-    second = start(1, 2, port, tmp_path, SLURM_GPUS_ON_NODE="4", DS_ACCELERATOR="")
-    codes, _, err = outcome([start(0, 2, port, tmp_path), second])
-    assert codes == [1, 1]
-    assert "nexus-ds preflight: n2: the job has 4 GPUs on this node, torch sees 0" in err[0]
-
-
-@pytest.mark.slow
-def test_a_rank_that_never_comes_is_named(tmp_path):
-    process = start(0, 2, free_port(), tmp_path, wait=3)
-    codes, _, err = outcome([process])
-    assert codes == [1]
-    assert "n2: rank 1 did not come to 127.0.0.1:" in err[0] and "within 3 s" in err[0]
-
-
-@pytest.mark.slow
-def test_a_folder_that_is_not_shared_is_named(tmp_path):
-    """The second node has something else mounted where the run should be."""
-    wrapper = (
-        "unshare",
-        "--mount",
-        "sh",
-        "-c",
-        'mount -t tmpfs none "$0" && exec "$@"',
-        str(tmp_path),
-    )
-    if os.geteuid() != 0 or subprocess.run([*wrapper, "true"], capture_output=True).returncode:
-        pytest.skip("mounting in a namespace of its own is not allowed here")
-    port = free_port()
-    codes, _, err = outcome([start(0, 2, port, tmp_path), start(1, 2, port, tmp_path, wrapper)])
-    assert codes == [1, 1]
-    assert (
-        f"n2: {tmp_path} is not the folder that rank 0 sees" in err[0]
-        and "mount it on all nodes" in err[0]
-    )
