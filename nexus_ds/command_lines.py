@@ -27,6 +27,7 @@ EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 def program(words: Sequence[str]) -> list[str]:
     """Return the command that runs a verb in a process of its own."""
+    # Not the script `nexus-ds`, which another environment on the path may have too.
     return [sys.executable, "-m", "nexus_ds", *words]
 
 
@@ -69,7 +70,10 @@ def _expert_words(experts: Mapping[str, Path]) -> list[str]:
 
 
 def upcycle_words(
-    seed: Path, experts: Mapping[str, Path], embeddings: Path, data: DataConfig
+    seed: Path,
+    experts: Mapping[str, Path],
+    embeddings: Path,
+    data: DataConfig,
 ) -> list[str]:
     """Return the call of `upcycle`, all but --out and the recipe.
 
@@ -79,26 +83,44 @@ def upcycle_words(
         embeddings: what `embed` wrote for their domains.
         data: where the router's warm start reads text.
     """
-    words = ["upcycle", "--seed", str(seed), *_expert_words(experts)]
-    return [*words, "--domains", str(embeddings), "--data", data.path]
+    options = {"--domains": embeddings, "--data": data.path}
+    return [
+        "upcycle",
+        *_options({"--seed": seed}),
+        *_expert_words(experts),
+        *_options(options),
+    ]
 
 
 def typed_upcycling(seed: str, experts: Mapping[str, Path], embeddings: Path) -> str:
     """Return a call of `upcycle` for a person to complete, quoted for a shell."""
-    words = ["nexus-ds", "upcycle", "--seed", seed, *_expert_words(experts)]
-    return shlex.join([*words, "--domains", str(embeddings), "--out", "DIR"])
+    # The place is a person's to choose.
+    options = {"--domains": embeddings, "--out": "DIR"}
+    words = ["upcycle", *_options({"--seed": seed}), *_expert_words(experts)]
+    return shlex.join(["nexus-ds", *words, *_options(options)])
 
 
 def extend_words(
-    checkpoint: Path, experts: Mapping[str, Path], embeddings: Path, data: DataConfig
+    checkpoint: Path,
+    experts: Mapping[str, Path],
+    embeddings: Path,
+    data: DataConfig,
 ) -> list[str]:
     """Return the call of `extend`, all but --out and the recipe; see `upcycle_words`."""
-    words = ["extend", "--checkpoint", str(checkpoint), *_expert_words(experts)]
-    return [*words, "--domains", str(embeddings), "--data", data.path]
+    options = {"--domains": embeddings, "--data": data.path}
+    return [
+        "extend",
+        *_options({"--checkpoint": checkpoint}),
+        *_expert_words(experts),
+        *_options(options),
+    ]
 
 
 def evaluate_words(
-    config: Config, models: Mapping[str, Path], domains: Sequence[str], cache: Path
+    config: Config,
+    models: Mapping[str, Path],
+    domains: Sequence[str],
+    cache: Path,
 ) -> list[str]:
     """Return the call of `evaluate`, all but --out, on the windows that training validates on.
 
@@ -130,16 +152,24 @@ def train_words(recipe: str, overrides: Sequence[str], ds_json: str = "") -> lis
 
 
 def train_command(
-    recipe: str, overrides: Sequence[str], ranks: int, ds_json: str = ""
+    recipe: str,
+    overrides: Sequence[str],
+    ranks: int,
+    ds_json: str = "",
 ) -> list[str]:
     """Return the command that trains one stage on `ranks` ranks of this machine."""
     words = [str(TRAIN), *train_words(recipe, overrides, ds_json)]
     if ranks == 1:
         return [sys.executable, *words]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    # Two runs side by side on one machine would meet at the launcher's default port.
-    launcher += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    return [*launcher, *words]
+    # As a module: the `deepspeed` on the path may be that of another environment.
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    options = {
+        "--num_gpus": ranks,
+        "--master_addr": "127.0.0.1",
+        # Two runs side by side on one machine would meet at the launcher's default port.
+        "--master_port": free_port(),
+    }
+    return [*launcher, *_options(options), *words]
 
 
 def _typed(short: str, path: Path) -> str:
@@ -160,17 +190,28 @@ def typed_training(
     return shlex.join([*launcher, script, "--deepspeed", deepspeed, *words])
 
 
-def next_training(out: Path, data: str, recipe: str, stage: str) -> str:
+def next_training(
+    out: Path,
+    data: str,
+    recipe: str,
+    stage: str,
+) -> str:
     """Return the command, quoted for a shell, that trains a checkpoint which `upcycle` or `extend`
     has made."""
-    settings = [f"stage={stage}", f"model.path={out}", f"data.path={data}", f"output={out}-trained"]
+    settings = [
+        f"stage={stage}",
+        f"model.path={out}",
+        f"data.path={data}",
+        f"output={out}-trained",
+    ]
     return typed_training(train_words(recipe, settings))
 
 
 def next_evaluation(out: Path | str, data: DataConfig) -> str:
     """Return the command, quoted for a shell, that scores a checkpoint as it was trained."""
-    words = ["--checkpoint", str(out), "--data", data.path, *no_bos(data)]
-    return shlex.join(["nexus-ds", "evaluate", *words, "--out", f"{out}-report"])
+    read = _options({"--checkpoint": out, "--data": data.path})
+    written = _options({"--out": f"{out}-report"})
+    return shlex.join(["nexus-ds", "evaluate", *read, *no_bos(data), *written])
 
 
 def next_words(checkpoint: Path) -> str:

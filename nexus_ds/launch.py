@@ -123,7 +123,11 @@ def adopt_launcher() -> Position:
         env.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     if "RANK" not in env:
         local = env["SLURM_LOCALID"] if here.world > 1 else "0"
-        env.update(RANK=str(here.rank), LOCAL_RANK=local, WORLD_SIZE=str(here.world))
+        env.update(
+            RANK=str(here.rank),
+            LOCAL_RANK=local,
+            WORLD_SIZE=str(here.world),
+        )
         env["LOCAL_WORLD_SIZE"] = str(here.local_world)
     return here
 

@@ -24,6 +24,7 @@ from nexus_ds.outputs import exit_on_signals
 from nexus_ds.pipeline import Step
 from nexus_ds.progress import duration, say
 
+# Unnoticed beside tasks of seconds to hours, and next to no CPU time.
 POLL_SECONDS = 0.05
 
 
@@ -118,6 +119,7 @@ class Runner:
         under_way = [running.task for running in self.running.values()]
         left = [*self.waiting, *under_way]
         done = f"{self.total - len(left)}/{self.total}"
+        # Before the first is done there is no pace to tell the rest by.
         if len(left) == self.total:
             return f"[{done}]"
         undone = sum(task.cost for task in left)
@@ -132,26 +134,29 @@ class Runner:
             # Before it starts: its own messages may stand in the same log.
             self.on_start(task)
             self.waiting.remove(task)
+            # The lowest that is free, since a slot stands for a device.
             slot = next(s for s in range(self.slots) if s not in self.running)
             process = task.start(slot)
             self.running[slot] = _Running(task, process, time.monotonic())
 
     def _is_lost(self, task: Task) -> bool:
         """Return whether what a task needs has failed; then it is one of the failed ones too."""
-        lost = next((need for need in task.needs if need in self.failed), None)
-        if lost is None:
+        lost = [need for need in task.needs if need in self.failed]
+        if not lost:
             return False
         self.waiting.remove(task)
-        self.failed[task.output] = f"needs {self._names[lost]}, which failed"
+        self.failed[task.output] = f"needs {self._names[lost[0]]}, which failed"
         return True
 
     def _can_start(self, task: Task) -> bool:
         if any(need in self._unmade for need in task.needs):
             return False
+        # It takes all devices, so a neighbour would share one with it.
         if task.wide:
             return not self.running
         beside_wide = any(running.task.wide for running in self.running.values())
-        return len(self.running) < self.slots and not beside_wide
+        has_slot = len(self.running) < self.slots
+        return has_slot and not beside_wide
 
     def _collect(self) -> None:
         for slot, running in list(self.running.items()):
@@ -159,7 +164,8 @@ class Runner:
             if code is None:
                 continue
             del self.running[slot]
-            task, seconds = running.task, time.monotonic() - running.since
+            task = running.task
+            seconds = time.monotonic() - running.since
             # Exit code 0 is not enough: what comes next would wait for a file that isn't there.
             if code == 0 and task.output.exists():
                 self._unmade.discard(task.output)

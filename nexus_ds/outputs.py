@@ -95,7 +95,12 @@ def naming(path: Path, size: int | None = None) -> Iterator[None]:
         raise OSError(error.errno, reason, str(path)) from error
 
 
-def write_at(descriptor: int, position: int, data: memoryview, path: Path) -> None:
+def write_at(
+    descriptor: int,
+    position: int,
+    data: memoryview,
+    path: Path,
+) -> None:
     """Write all of `data` (bytes).
 
     One call of the system writes at most 2 GiB, and less where a limit or quota is near.

@@ -28,7 +28,14 @@ from nexus_ds.command_lines import (
 )
 from nexus_ds.config import as_dict, load_config, parse_yaml
 from nexus_ds.errors import CheckpointError, ConfigError, OutputExistsError
-from nexus_ds.settings import SETTINGS, STAGES, Config, that_change
+from nexus_ds.settings import (
+    SETTINGS,
+    STAGES,
+    Config,
+    DataConfig,
+    ModelConfig,
+    that_change,
+)
 
 # What train.py calls its stages, in the order of a run. A recipe says `extend` for the finetune of
 # an extended model; here that is the word for appending the expert.
@@ -120,8 +127,12 @@ def checkpoint_domains(path: str) -> tuple[list[str], list[str]]:
         raise CheckpointError(
             f"{directory / SIDECAR} is damaged ({error}); restore it from where it came"
         ) from error
-    domains = [(expert.name in last, expert.domain) for expert in manifest.experts]
-    return [d for is_new, d in domains if not is_new], [d for is_new, d in domains if is_new]
+    old: list[str] = []
+    new: list[str] = []
+    for expert in manifest.experts:
+        group = new if expert.name in last else old
+        group.append(expert.domain)
+    return old, new
 
 
 def stage_places(config: Config) -> tuple[Path | None, Path]:
@@ -145,34 +156,8 @@ def resolve(config: Config) -> Config:
     Domains come from the settings, else from the checkpoint that `model.path` names, else from the
     pipeline's.
     """
-    where = places(config)
-    pipe = config.pipeline
-    old, new = checkpoint_domains(config.model.path)
-    if not old:
-        old, new = pipe.domains, pipe.new_domains
     path, output = stage_places(config)
-    # Without a given checkpoint the mixture is what upcycle makes, before anything is added.
-    domains = {
-        SEED: pipe.seed_domains or old,
-        BRANCH: [config.branch],
-        MOE: old + new if config.model.path else old,
-        FINETUNE: old + new,
-    }[config.stage]
-    model = replace(
-        config.model,
-        path=config.model.path or str(path or ""),
-        tokenizer=config.model.tokenizer or str(where.tokenizer),
-    )
-    # A given checkpoint brings its own.
-    if config.stage != SEED and config.model.path and not config.model.tokenizer:
-        model.tokenizer = config.model.path
-    data = replace(
-        config.data,
-        domains=config.data.domains or domains,
-        validation_domains=config.data.validation_domains or old + new or domains,
-        new_domains=config.data.new_domains or (new if config.stage == FINETUNE else []),
-        cache=config.data.cache or str(where.tokens),
-    )
+    data = _resolved_data(config)
     if not data.domains:
         raise ConfigError(
             "no domains to train on; set pipeline.domains or data.domains to folders of data.path"
@@ -182,8 +167,45 @@ def resolve(config: Config) -> Config:
         config,
         name=config.name or name,
         output=config.output or str(output),
-        model=model,
+        model=_resolved_model(config, path),
         data=data,
+    )
+
+
+def _resolved_model(config: Config, start: Path | None) -> ModelConfig:
+    """Return where a stage finds its model and its tokenizer."""
+    given = config.model
+    tokenizer = given.tokenizer or str(places(config).tokenizer)
+    # A given checkpoint brings its own.
+    if config.stage != SEED and given.path and not given.tokenizer:
+        tokenizer = given.path
+    path = given.path or str(start or "")
+    return replace(given, path=path, tokenizer=tokenizer)
+
+
+def _resolved_data(config: Config) -> DataConfig:
+    """Return what a stage reads, with its domains and its cache."""
+    pipe = config.pipeline
+    given = config.data
+    old, new = checkpoint_domains(config.model.path)
+    if not old:
+        old, new = pipe.domains, pipe.new_domains
+    # Without a given checkpoint the mixture is what upcycle makes, before anything is added.
+    by_stage = {
+        SEED: pipe.seed_domains or old,
+        BRANCH: [config.branch],
+        MOE: old + new if config.model.path else old,
+        FINETUNE: old + new,
+    }
+    domains = by_stage[config.stage]
+    # Only a finetune replays: elsewhere a domain that was added later is one like the others.
+    added = new if config.stage == FINETUNE else []
+    return replace(
+        given,
+        domains=given.domains or domains,
+        validation_domains=given.validation_domains or old + new or domains,
+        new_domains=given.new_domains or added,
+        cache=given.cache or str(places(config).tokens),
     )
 
 
@@ -266,6 +288,7 @@ class _Steps:
     ds_config: str
 
     def _train(self, stage: str, *settings: str) -> list[str]:
+        # After those of the user, who may have named the stage that is asked for in the end.
         overrides = [*self.overrides, f"stage={stage}", *settings]
         if stage in WIDE_STAGES:
             return train_command(self.recipe, overrides, self.ranks, self.ds_config)
@@ -307,6 +330,7 @@ class _Steps:
         experts = {domain: where.branch(domain) for domain in domains}
         words = extend_words(where.nexus, experts, where.new_domains, self.config.data)
         share = self.config.pipeline.merge_weight
+        # Unset, `extend` takes the paper's 1/(n+1), and it alone knows n.
         if share is not None:
             words += ["--lambda", str(share)]
         command = self._verb_with_recipe(words, where.extension)
@@ -318,7 +342,11 @@ class _Steps:
 
 
 def steps(
-    config: Config, recipe: str, overrides: Sequence[str], ranks: int, ds_config: str = ""
+    config: Config,
+    recipe: str,
+    overrides: Sequence[str],
+    ranks: int,
+    ds_config: str = "",
 ) -> list[Step]:
     """Return the stages of the run in order.
 
@@ -354,12 +382,14 @@ def evaluation_step(config: Config, plan: list[Step], command: list[str]) -> Ste
 
 def _differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     found = []
-    for key in now:
-        name, a, b = f"{prefix}{key}", then.get(key), now[key]
-        if isinstance(b, dict) and isinstance(a, dict):
-            found += _differences(a, b, f"{name}.")
-        elif a != b and name not in that_change("nothing"):
-            found.append(f"{name}: {a!r} there, {b!r} here")
+    # Settings that only the older file has are gone from the program: nothing reads them.
+    for key, here in now.items():
+        name = f"{prefix}{key}"
+        there = then.get(key)
+        if isinstance(here, dict) and isinstance(there, dict):
+            found += _differences(there, here, f"{name}.")
+        elif there != here and name not in that_change("nothing"):
+            found.append(f"{name}: {there!r} there, {here!r} here")
     return found
 
 
@@ -378,7 +408,9 @@ def check_made(plan: list[Step], recipe: str, overrides: Sequence[str]) -> None:
             words.append(f"branch={json.dumps(domain)}")
         now = as_dict(resolve(load_config(recipe, words)))
         then = parse_yaml(saved.read_text(encoding="utf-8"), str(saved))
-        different = _differences(then if isinstance(then, dict) else {}, now)
+        # An empty file differs in everything: the stage is not taken for this one.
+        known = then if isinstance(then, dict) else {}
+        different = _differences(known, now)
         if different:
             raise OutputExistsError(
                 f"{step.output} was made with other settings ({'; '.join(different[:4])}); give "
@@ -391,6 +423,7 @@ def needed_for(plan: list[Step], name: str) -> list[Step]:
     by_name = {step.name: step for step in plan}
     wanted: set[str] = set()
 
+    # What is there is not looked behind: its own needs may have been removed since.
     def visit(current: str) -> None:
         for other in by_name[current].needs:
             if other not in wanted and not by_name[other].output.exists():

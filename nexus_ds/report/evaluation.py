@@ -211,7 +211,9 @@ def perplexity_table(summary: Summary) -> Table:
         whole = math.exp(min(700.0, mean_loss))
         rows.append([model, *[values.get(domain) for domain in domains], whole])
     return Table(
-        header=["model", *domains, "all"], rows=rows, best="min" if len(rows) > 1 else None
+        header=["model", *domains, "all"],
+        rows=rows,
+        best="min" if len(rows) > 1 else None,
     )
 
 
@@ -247,7 +249,12 @@ def _change_section(summary: Summary) -> list[Section]:
     ]
 
 
-def model_sections(name: str, file: str, entry: ModelEntry, folder: Path) -> list[Section]:
+def model_sections(
+    name: str,
+    file: str,
+    entry: ModelEntry,
+    folder: Path,
+) -> list[Section]:
     """Return the sections about one model.
 
     Its figures are those that `draw_models` has put into `folder` under `file`.

@@ -53,7 +53,12 @@ def new_figure(width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as NewFigure
 
-    figure = NewFigure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    figure = NewFigure(
+        figsize=(width, height),
+        dpi=DPI,
+        layout="constrained",
+        facecolor="white",
+    )
     FigureCanvasAgg(figure)
     return figure
 
@@ -99,7 +104,13 @@ def _heat(
     size: float = 9.0,
 ) -> AxesImage:
     """Draw `values` [rows, columns] with a number in every cell; `size` is that of the letters."""
-    image = axes.imshow(values, cmap=scale.colours, vmin=scale.low, vmax=scale.high, aspect="auto")
+    image = axes.imshow(
+        values,
+        cmap=scale.colours,
+        vmin=scale.low,
+        vmax=scale.high,
+        aspect="auto",
+    )
     axes.set_xticks(
         range(len(columns)),
         columns,
@@ -144,7 +155,14 @@ def _frame_own(axes: Axes, domains: Sequence[str], own: Sequence[str]) -> None:
                 # touch.
                 corner = (column - 0.47, row - 0.46)
                 axes.add_patch(
-                    Rectangle(corner, 0.94, 0.92, fill=False, edgecolor=FRAME, linewidth=1.8)
+                    Rectangle(
+                        corner,
+                        0.94,
+                        0.92,
+                        fill=False,
+                        edgecolor=FRAME,
+                        linewidth=1.8,
+                    )
                 )
 
 
@@ -193,7 +211,12 @@ def routing_heatmap(
     figure.supxlabel("routed expert", fontsize=10)
     figure.supylabel("domain of the text", fontsize=10)
     # All panels have one scale, so the last one's image stands for all.
-    figure.colorbar(image, ax=grid, label="share of tokens", shrink=0.8)
+    figure.colorbar(
+        image,
+        ax=grid,
+        label="share of tokens",
+        shrink=0.8,
+    )
     return save_figure(figure, out)
 
 
@@ -224,7 +247,12 @@ def cosine_pair(
         axes.set_xlabel("domain of the expert", fontsize=9)
     grid[0, 0].set_ylabel("domain of the expert", fontsize=9)
     figure.suptitle(title, fontsize=11)
-    figure.colorbar(image, ax=grid, label="cosine", shrink=0.85)
+    figure.colorbar(
+        image,
+        ax=grid,
+        label="cosine",
+        shrink=0.85,
+    )
     return save_figure(figure, out)
 
 

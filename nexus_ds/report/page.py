@@ -248,7 +248,12 @@ def _section(number: int, section: Section) -> str:
     return "\n".join([*parts, "</section>"])
 
 
-def write_page(out: Path, title: str, intro: str, sections: Sequence[Section]) -> None:
+def write_page(
+    out: Path,
+    title: str,
+    intro: str,
+    sections: Sequence[Section],
+) -> None:
     """Write one HTML file that needs nothing else; an existing `out` is replaced in one step.
 
     Raises:

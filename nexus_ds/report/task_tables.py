@@ -40,7 +40,11 @@ def task_table(tasks: Mapping[str, ModelTasks]) -> Table:
             row.append(None if score is None else Spread(score, errors[group], 1))
         row.append(Spread(entry.mean, _error_of_mean(list(errors.values())), 1))
         rows.append(row)
-    return Table(header=["model", *groups, "mean"], rows=rows, best="max")
+    return Table(
+        header=["model", *groups, "mean"],
+        rows=rows,
+        best="max",
+    )
 
 
 def _group_error(entry: ModelTasks, group: str) -> float | None:
@@ -64,8 +68,16 @@ def task_sections(tasks: Mapping[str, ModelTasks]) -> list[Section]:
     if not tasks:
         return []
     sections = [
-        Section(title="Tasks", text=READING, table=task_table(tasks)),
-        Section(title="Each task", text=READING_EACH, table=_each_task(tasks)),
+        Section(
+            title="Tasks",
+            text=READING,
+            table=task_table(tasks),
+        ),
+        Section(
+            title="Each task",
+            text=READING_EACH,
+            table=_each_task(tasks),
+        ),
     ]
     left_out: dict[str, str] = {}
     for entry in tasks.values():
@@ -73,7 +85,11 @@ def task_sections(tasks: Mapping[str, ModelTasks]) -> list[Section]:
     if left_out:
         table = Table(header=["task", "why"], rows=[[task, why] for task, why in left_out.items()])
         sections.append(
-            Section(title="Tasks that were not run", text=READING_LEFT_OUT, table=table)
+            Section(
+                title="Tasks that were not run",
+                text=READING_LEFT_OUT,
+                table=table,
+            )
         )
     return sections
 

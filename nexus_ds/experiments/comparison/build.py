@@ -27,19 +27,30 @@ def additions(config: Config) -> dict[str, list[list[str]]]:
     new = config.pipeline.new_domains
     if config.compare.adding == "each" or len(new) < 2:
         return {domain: [[domain]] for domain in new}
+    # The rows' names are read again by `report_tables.new_domains`.
     if config.compare.adding == "together":
         return {"+".join(new): [new]}
     return {", then ".join(new): [[domain] for domain in new]}
 
 
-def _add_method(found: Comparison, variant: str, jobs: CaseJobs, method: Method) -> None:
+def _add_method(
+    found: Comparison,
+    variant: str,
+    jobs: CaseJobs,
+    method: Method,
+) -> None:
     for row, made in rows(jobs, method).items():
         key = (variant, row)
         _, by_seed = found.contenders.setdefault(key, (method, {}))
         by_seed[jobs.case.seed] = made
 
 
-def _add_extension(found: Comparison, variant: str, jobs: CaseJobs, extension: Extension) -> None:
+def _add_extension(
+    found: Comparison,
+    variant: str,
+    jobs: CaseJobs,
+    extension: Extension,
+) -> None:
     config = jobs.config(FINETUNE)
     for row, groups in additions(config).items():
         key = (variant, extension.name, row)
@@ -57,6 +68,7 @@ def build(recipe: str, overrides: Sequence[str], out: Path) -> Comparison:
     config = builder.reader.config(MOE, Case(0))
     if not config.pipeline.domains:
         raise ConfigError("pipeline.domains is empty; name the domains of the upcycled experts")
+    # Before any job is collected: a misspelt name is cheap to find here.
     methods = chosen_methods(config.compare.contenders)
     extensions = chosen_extensions(config.compare.extensions)
     # The recipe as it stands is the variant without a name.

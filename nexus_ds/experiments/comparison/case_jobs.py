@@ -79,7 +79,13 @@ class CaseJobs:
         words = (WORK, "tokenizer", arguments)
         return self.builder.add(Job("tokenizer", out, words))
 
-    def train(self, name: str, config: Config, start: Path | None, domains: list[str]) -> Path:
+    def train(
+        self,
+        name: str,
+        config: Config,
+        start: Path | None,
+        domains: list[str],
+    ) -> Path:
         """Add a training on `domains`; `config` still has the recipe's own paths."""
         # The recipe's own seed: whatever a variant changes, its models share their words.
         recipe_seed = self.builder.reader.config(SEED, Case(self.case.seed))

@@ -39,13 +39,17 @@ def window_losses(directory: Path, windows_WT: np.ndarray, batch: int = 8) -> Te
     model = load_model(directory, "auto")
     parts = []
     for start in range(0, len(windows_WT), batch):
-        part = np.ascontiguousarray(windows_WT[start : start + batch], dtype=np.int64)
-        tokens = torch.from_numpy(part).to(model.device)
+        some_WT = windows_WT[start : start + batch]
+        # Token files are mapped from disk in a type that torch's cross-entropy does not take.
+        part_WT = np.ascontiguousarray(some_WT, dtype=np.int64)
+        tokens = torch.from_numpy(part_WT).to(model.device)
         inputs = tokens[:, :-1]
         targets = tokens[:, 1:]
         output = model(input_ids=inputs, use_cache=False)
         logits_WTV = output.logits.float()
-        losses_WT = F.cross_entropy(logits_WTV.transpose(1, 2), targets, reduction="none")
+        # Classes come second there.
+        logits_WVT = logits_WTV.transpose(1, 2)
+        losses_WT = F.cross_entropy(logits_WVT, targets, reduction="none")
         parts.append(losses_WT.cpu())
     return torch.cat(parts)
 
@@ -58,4 +62,7 @@ def ensemble_losses(models: Sequence[Path], windows: Mapping[str, np.ndarray]) -
     losses_WT = posterior_loss(torch.stack(members))
     counts = [len(of_domain) for of_domain in windows.values()]
     parts = losses_WT.split(counts)
-    return {domain: float(part.mean()) for domain, part in zip(windows, parts, strict=True)}
+    found = {}
+    for domain, part_WT in zip(windows, parts, strict=True):
+        found[domain] = float(part_WT.mean())
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -19,7 +20,8 @@ from nexus_ds.settings import Config
 def extended(jobs: CaseJobs, extension: Extension, added: list[list[str]]) -> Made:
     """Return a mixture that was extended by each group of domains in turn, and finetuned after
     each."""
-    base = next(method for method in METHODS if method.name == extension.starts_from)
+    methods = {method.name: method for method in METHODS}
+    base = methods[extension.starts_from]
     # The mixture that is extended is the method's own, whatever the extension changes.
     made = mixture(jobs, base)
     own = jobs.with_settings(extension.settings)
@@ -27,8 +29,8 @@ def extended(jobs: CaseJobs, extension: Extension, added: list[list[str]]) -> Ma
     for group in added:
         known += group
         made = _extended_once(own, extension, made, group, known)
-    experts = [domain for group in added for domain in group]
-    return replace(made, experts=tuple(experts))
+    experts = tuple(itertools.chain.from_iterable(added))
+    return replace(made, experts=experts)
 
 
 def _extended_once(
@@ -64,6 +66,7 @@ def _finetune(config: Config, group: list[str]) -> tuple[Config, dict[int, int]]
     """Return the settings of a finetune, and the tokens of each budget by the step that ends it."""
     size = tokens_per_step(config.training, config.data)
     budgets = sorted(config.compare.budgets) or [config.training.tokens]
+    # Whole steps, at least one: a budget may be smaller than a batch.
     steps = [max(1, round(budget / size)) for budget in budgets]
     training = replace(
         config.training,

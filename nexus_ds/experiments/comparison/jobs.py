@@ -140,7 +140,13 @@ class Pool(Runner):
     `failed` says afterwards what could not be made, and why.
     """
 
-    def __init__(self, jobs: Mapping[Path, Job], logs: Path, slots: int, gpus: int = 0) -> None:
+    def __init__(
+        self,
+        jobs: Mapping[Path, Job],
+        logs: Path,
+        slots: int,
+        gpus: int = 0,
+    ) -> None:
         self.logs = logs
         self.gpus = gpus
         self.there = sum(job.output.exists() for job in jobs.values())

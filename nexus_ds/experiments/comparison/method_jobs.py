@@ -38,7 +38,11 @@ def _seed_row(jobs: CaseJobs) -> dict[str, Made]:
 
 def _union_row(jobs: CaseJobs) -> dict[str, Made]:
     model = jobs.union()
-    made = Made(start=jobs.seed_model(), model=model, members=(model,))
+    made = Made(
+        start=jobs.seed_model(),
+        model=model,
+        members=(model,),
+    )
     return {"union": made}
 
 
@@ -47,10 +51,10 @@ def _all_branches(jobs: CaseJobs) -> dict[str, Path]:
 
 
 def _branch_rows(jobs: CaseJobs) -> dict[str, Made]:
-    models = _all_branches(jobs)
-    return {
-        f"branch {domain}": Made(model=model, members=(model,)) for domain, model in models.items()
-    }
+    found = {}
+    for domain, model in _all_branches(jobs).items():
+        found[f"branch {domain}"] = Made(model=model, members=(model,))
+    return found
 
 
 def _ensemble_row(jobs: CaseJobs) -> dict[str, Made]:
@@ -64,8 +68,13 @@ def _average_row(jobs: CaseJobs) -> dict[str, Made]:
     models = [jobs.seed_model(), *members]
     needs = jobs.builder.ours(models)
     mean = jobs.work("average", "average", {"models": models}, needs)
+    # Nothing is trained, so no log has its losses.
     scores = jobs.score("average", [mean])
-    made = Made(model=mean, scores=scores, members=(mean, *members))
+    made = Made(
+        model=mean,
+        scores=scores,
+        members=(mean, *members),
+    )
     return {"average": made}
 
 
@@ -109,6 +118,7 @@ def _from_copies(jobs: CaseJobs) -> _Parts:
 
 
 def _from_nothing(jobs: CaseJobs) -> _Parts:
+    # The file's name follows from its text: what says nothing of sizes would change it.
     sizes = replace(jobs.config(SEED), compare=CompareConfig())
     name = f"seed{jobs.case.seed}-random-{identity(dump(sizes))}"
     file = jobs.builder.config_file(name, sizes)
@@ -118,6 +128,7 @@ def _from_nothing(jobs: CaseJobs) -> _Parts:
         given = {"config": file, "tokenizer": words, "number": number}
         return jobs.work(f"random-{number}", "random_dense", given, (words,))
 
+    # Each has a number of its own, or equal experts would have to part in training first.
     shared = random_model(0)
     routed = {}
     domains = jobs.config(MOE).pipeline.domains
@@ -142,11 +153,13 @@ def mixture(jobs: CaseJobs, method: Method) -> Made:
     parts = PARTS[method.routed](jobs)
     embedded = jobs.embeddings(config.pipeline.domains)
     # A seed may be several of them.
-    needs = tuple(dict.fromkeys([parts.shared, *parts.routed.values(), embedded]))
+    read = [parts.shared, *parts.routed.values(), embedded]
+    needs = tuple(dict.fromkeys(read))
+    words = upcycle_words(parts.shared, parts.routed, embedded, config.data)
     start = jobs.builder.add_mixture(
         method.name,
         f"upcycle {method.name}",
-        upcycle_words(parts.shared, parts.routed, embedded, config.data),
+        words,
         router_settings(config, jobs.builder.cache),
         needs,
     )

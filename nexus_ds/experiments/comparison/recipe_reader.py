@@ -69,8 +69,10 @@ def _background(config: Config) -> list[str]:
     """Return the seed's domains that never get an expert, where the warm start reads such text."""
     if config.router.warm_start not in CHUNK_WARM_STARTS:
         return []
-    experts = (*config.pipeline.domains, *config.pipeline.new_domains)
-    without_expert = [d for d in config.pipeline.seed_domains if d not in experts]
+    pipe = config.pipeline
+    # New domains get theirs later.
+    experts = (*pipe.domains, *pipe.new_domains)
+    without_expert = [domain for domain in pipe.seed_domains if domain not in experts]
     return config.router.fit_background or without_expert
 
 
@@ -113,9 +115,11 @@ class RecipeReader:
         branch = self.config(BRANCH, case, "branch=any")
         moe = self.config(MOE, case)
         work = [(branch, len(branch.pipeline.domains)), (moe, 1)]
-        return sum(
-            times * training_tokens(config) * self.flops_per_token(config) for config, times in work
-        )
+        total = 0.0
+        for config, times in work:
+            tokens = times * training_tokens(config)
+            total += tokens * self.flops_per_token(config)
+        return total
 
     def with_whole_budget(self, config: Config, case: Case) -> Config:
         """Return the settings with as many tokens as the whole budget pays for."""

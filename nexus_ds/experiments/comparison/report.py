@@ -117,7 +117,12 @@ def _not_run(results: Results) -> Table | None:
     lines: list[list[Cell]] = [[item.name, item.why] for item in results.not_run]
     told = {item.name for item in results.not_run}
 
-    def add(name: str, title: str, added: str, measured: set[str]) -> None:
+    def add(
+        name: str,
+        title: str,
+        added: str,
+        measured: set[str],
+    ) -> None:
         lost = [seed for seed in map(str, results.seeds) if seed not in measured]
         if lost and name not in told and title not in told:
             what = f"{title}, adding {added}" if added else title
@@ -174,20 +179,38 @@ def _upcycling_sections(results: Results, folder: Path) -> list[Section]:
             table=quality_table(results),
             figure=draw_differences(results, folder / "differences.png"),
         ),
-        Section(title="Perplexity by domain", text=READING["domains"], table=domain_table(results)),
+        Section(
+            title="Perplexity by domain",
+            text=READING["domains"],
+            table=domain_table(results),
+        ),
     ]
     starts = start_table(results)
     if starts is not None:
         sections.append(
-            Section(title="Before training, and after", text=READING["starts"], table=starts)
+            Section(
+                title="Before training, and after",
+                text=READING["starts"],
+                table=starts,
+            )
         )
     tasks = task_table(results)
     if tasks is not None:
-        sections.append(Section(title="Tasks", text=READING["tasks"], table=tasks))
+        sections.append(
+            Section(
+                title="Tasks",
+                text=READING["tasks"],
+                table=tasks,
+            )
+        )
     figure = draw_compute(results, folder / "compute.png")
     if figure is not None:
         sections.append(
-            Section(title="Quality against compute", text=READING["compute"], figure=figure)
+            Section(
+                title="Quality against compute",
+                text=READING["compute"],
+                figure=figure,
+            )
         )
     return sections
 
@@ -221,7 +244,13 @@ def _routing_sections(results: Results, folder: Path) -> list[Section]:
     sections = []
     own = own_table(results)
     if own is not None:
-        sections.append(Section(title="Own-domain share", text=READING["own"], table=own))
+        sections.append(
+            Section(
+                title="Own-domain share",
+                text=READING["own"],
+                table=own,
+            )
+        )
     models = _shown_models(results)
     draw_models(models, folder)
     for name, file in file_names(list(models)).items():
@@ -274,10 +303,20 @@ def _end_sections(results: Results) -> list[Section]:
     sections = []
     missing = _not_run(results)
     if missing is not None:
-        sections.append(Section(title="Not run", text=READING["missing"], table=missing))
+        sections.append(
+            Section(
+                title="Not run",
+                text=READING["missing"],
+                table=missing,
+            )
+        )
     return [
         *sections,
-        Section(title="What the contenders are", text=READING["about"], table=_about(results)),
+        Section(
+            title="What the contenders are",
+            text=READING["about"],
+            table=_about(results),
+        ),
         Section(
             title="Settings, and how to repeat this",
             text=READING["settings"],

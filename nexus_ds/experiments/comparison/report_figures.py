@@ -91,7 +91,10 @@ def draw_compute(results: Results, out: Path) -> Path | None:
 
 
 def _levels_csv(
-    out: Path, row: str, x: str, panels: Mapping[str, Mapping[str, Sequence[Level]]]
+    out: Path,
+    row: str,
+    x: str,
+    panels: Mapping[str, Mapping[str, Sequence[Level]]],
 ) -> None:
     rows = []
     for panel, series in panels.items():

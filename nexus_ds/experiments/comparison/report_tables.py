@@ -25,8 +25,14 @@ from nexus_ds.experiments.comparison.seed_figures import short_count
 from nexus_ds.report.page import Cell, Spread, Table
 from nexus_ds.report.paired import paired, spread
 
+# The package's own before the paper's: what is asked first is whether its defaults hold.
 REFERENCES = ("nexus", "nexus_context", "nexus_paper")
-EXTENSION_REFERENCES = ("nexus_refit", "nexus_append", "nexus_contrastive", "nexus_zero_shot")
+EXTENSION_REFERENCES = (
+    "nexus_refit",
+    "nexus_append",
+    "nexus_contrastive",
+    "nexus_zero_shot",
+)
 LETTERS = "kMGTPEZ"
 """Of powers of 1000."""
 
@@ -38,16 +44,27 @@ AnyRow = TypeVar("AnyRow", MethodRow, ExtensionRow)
 
 def methods_of(results: Results, variant: str | None = "") -> list[MethodRow]:
     """Return the methods of one variant that at least one seed measured (None: of all variants)."""
-    rows = [row for row in results.methods if variant is None or row.variant == variant]
-    return [row for row in rows if row.losses(results.domains.old)]
+    old = results.domains.old
+    found = []
+    for row in results.methods:
+        chosen = variant is None or row.variant == variant
+        if chosen and row.losses(old):
+            found.append(row)
+    return found
 
 
 def extensions_of(
     results: Results, added: str | None = None, variant: str | None = ""
 ) -> list[ExtensionRow]:
     """Return the extensions that were measured, of one addition and one variant (None: of all)."""
-    rows = [row for row in results.extensions if variant is None or row.variant == variant]
-    return [row for row in rows if row.budgets and (added is None or row.added == added)]
+    found = []
+    for row in results.extensions:
+        chosen = variant is None or row.variant == variant
+        same_addition = added is None or row.added == added
+        # Without a budget its finetune left no validation: there is nothing to show.
+        if chosen and same_addition and row.budgets:
+            found.append(row)
+    return found
 
 
 def additions(results: Results) -> list[str]:
@@ -60,15 +77,18 @@ def new_domains(results: Results, added: str) -> list[str]:
     # A domain's own name may have a plus in it.
     if added in results.domains.scored:
         return [added]
-    turns = added.split(", then ")
-    return [name for turn in turns for name in turn.split("+")]
+    names = []
+    for turn in added.split(", then "):
+        names += turn.split("+")
+    return names
 
 
 def reference(rows: Sequence[AnyRow], names: Sequence[str]) -> AnyRow | None:
     """Return the row that the others are compared with: the first of `names` that is there."""
     # Backwards, so that of several rows of one name the first stays.
     found = {row.name: row for row in reversed(rows)}
-    return next((found[name] for name in names if name in found), None)
+    there = [found[name] for name in names if name in found]
+    return there[0] if there else None
 
 
 def method_reference(rows: Sequence[MethodRow]) -> MethodRow | None:
@@ -83,8 +103,10 @@ def extension_reference(rows: Sequence[ExtensionRow]) -> ExtensionRow | None:
 
 def counterpart(rows: Sequence[AnyRow], changed: AnyRow) -> AnyRow | None:
     """Return the same method or extension with the recipe as it stands."""
-    same = (row for row in rows if not row.variant and row.unchanged == changed.unchanged)
-    return next(same, None)
+    for row in rows:
+        if not row.variant and row.unchanged == changed.unchanged:
+            return row
+    return None
 
 
 def variants_of(results: Results) -> list[str]:
@@ -120,8 +142,16 @@ def unit_of(values: Iterable[float | None], largest: str) -> tuple[float, str]:
 
 def flops_ratio(row: MethodRow | ExtensionRow, base: MethodRow | ExtensionRow) -> float | None:
     """Return the training FLOPs of a row as a multiple of another's."""
-    mine, others = row.compute.training_flops, base.compute.training_flops
-    return mine / others if mine is not None and others else None
+    mine = row.compute.training_flops
+    others = base.compute.training_flops
+    # The seed model was not trained here: it costs 0, and nothing is a multiple of that.
+    if mine is None or not others:
+        return None
+    return mine / others
+
+
+def _scaled(value: float | None, unit: float) -> float | None:
+    return None if value is None else value / unit
 
 
 def _compute_columns(
@@ -129,47 +159,50 @@ def _compute_columns(
 ) -> tuple[list[str], list[list[Cell]]]:
     """Return the heads and, for each row, the cells of what it cost."""
     costs = [row.compute for row in rows]
-    flops, flops_unit = unit_of([cost.training_flops for cost in costs], "Z")
-    tokens, tokens_unit = unit_of([cost.training_tokens for cost in costs], "G")
-    sizes, sizes_unit = unit_of([cost.total for cost in costs], "G")
+    flops, flops_letter = unit_of([cost.training_flops for cost in costs], "Z")
+    tokens, tokens_letter = unit_of([cost.training_tokens for cost in costs], "G")
+    # One unit for both columns of sizes, so that active parameters are seen as a part of all.
+    sizes, sizes_letter = unit_of([cost.total for cost in costs], "G")
+    ratio_head = "×" if base is None else f"× {base.label}'s"
     heads = [
-        f"training {flops_unit}FLOP",
-        "×" if base is None else f"× {base.label}'s",
-        f"{tokens_unit} tokens",
-        f"{sizes_unit} active",
-        f"{sizes_unit} total",
+        f"training {flops_letter}FLOP",
+        ratio_head,
+        f"{tokens_letter} tokens",
+        f"{sizes_letter} active",
+        f"{sizes_letter} total",
         "seconds",
     ]
-
-    def scaled(value: float | None, unit: float) -> float | None:
-        return None if value is None else value / unit
-
     cells: list[list[Cell]] = []
-    for row in rows:
-        cost = row.compute
-        cells.append(
-            [
-                scaled(cost.training_flops, flops),
-                None if base is None else flops_ratio(row, base),
-                scaled(cost.training_tokens, tokens),
-                scaled(cost.active, sizes),
-                scaled(cost.total, sizes),
-                scaled(cost.seconds, 1.0),
-            ]
-        )
+    for row, cost in zip(rows, costs, strict=True):
+        line: list[Cell] = [_scaled(cost.training_flops, flops)]
+        line.append(None if base is None else flops_ratio(row, base))
+        line.append(_scaled(cost.training_tokens, tokens))
+        line.append(_scaled(cost.active, sizes))
+        line.append(_scaled(cost.total, sizes))
+        line.append(_scaled(cost.seconds, 1.0))
+        cells.append(line)
+    # Below 1000 a unit has no letter, and its space is left over.
     return [head.strip() for head in heads], cells
 
 
 def difference(values: Mapping[str, float], base: Mapping[str, float]) -> list[Cell]:
     """Return the cells of a paired difference: its spread, and in how many seeds it is below 0."""
     found = paired(values, base)
-    return [found.spread, found.agreement] if found else [None, None]
+    if found is None:
+        return [None, None]
+    return [found.spread, found.agreement]
+
+
+def _head_of_difference(base: AnyRow | None) -> str:
+    return f"minus {base.label if base else 'the reference'}"
 
 
 def _perplexity(losses: Mapping[str, float]) -> Spread | None:
     """Return perplexity over seeds, with as many decimals as its size deserves."""
-    # below the largest float
-    found = {seed: math.exp(min(700.0, loss)) for seed, loss in losses.items()}
+    found = {}
+    for seed, loss in losses.items():
+        # below the largest float
+        found[seed] = math.exp(min(700.0, loss))
     mean = max(found.values(), default=0.0)
     digits = 2
     if mean >= 10:
@@ -184,21 +217,14 @@ def _perplexity(losses: Mapping[str, float]) -> Spread | None:
 
 def quality_table(results: Results) -> Table:
     """Return loss on the old domains, paired difference to Nexus, and cost of every method."""
-    rows, old = methods_of(results), results.domains.old
+    old = results.domains.old
+    rows = methods_of(results)
     base = method_reference(rows)
     compute_heads, compute = _compute_columns(rows, base)
-    header = [
-        "contender",
-        "loss, old domains",
-        f"minus {base.label if base else 'the reference'}",
-        "seeds lower",
-        "own share",
-        "gate",
-        *compute_heads,
-    ]
     lines: list[list[Cell]] = []
     for row, costs in zip(rows, compute, strict=True):
         losses = row.losses(old)
+        # To itself it has no difference: the cells stay empty.
         compared_with = base.losses(old) if base and base is not row else {}
         own = spread(row.own_shares(), 2)
         gate = spread(row.gates(), 2)
@@ -212,7 +238,22 @@ def quality_table(results: Results) -> Table:
                 *costs,
             ]
         )
-    return Table(header=header, rows=lines, best="min", only=["loss, old domains"])
+    header = [
+        "contender",
+        "loss, old domains",
+        _head_of_difference(base),
+        "seeds lower",
+        "own share",
+        "gate",
+        *compute_heads,
+    ]
+    # Of shares, gates and costs neither the lowest nor the highest is the best.
+    return Table(
+        header=header,
+        rows=lines,
+        best="min",
+        only=["loss, old domains"],
+    )
 
 
 def start_table(results: Results) -> Table | None:
@@ -225,16 +266,24 @@ def start_table(results: Results) -> Table | None:
     for row in methods_of(results):
         after = row.seeds
         before = {seed: scores.untrained for seed, scores in after.items() if scores.untrained}
+        # What was never trained, a mean of models say, has no before.
         if not mean_losses(before, old):
             continue
         line: list[Cell] = [row.title]
         for side in (before, after):
-            line += [spread(mean_losses(side, old)), spread(own_shares(side), 2)]
+            losses = mean_losses(side, old)
+            shares = own_shares(side)
+            line += [spread(losses), spread(shares, 2)]
         lines.append(line)
     if not lines:
         return None
     header = ["contender", "loss before", "own share before", "loss after", "own share after"]
-    return Table(header=header, rows=lines, best="min", only=["loss before", "loss after"])
+    return Table(
+        header=header,
+        rows=lines,
+        best="min",
+        only=["loss before", "loss after"],
+    )
 
 
 def _domain_heads(results: Results) -> dict[str, str]:
@@ -252,8 +301,16 @@ def domain_table(results: Results) -> Table:
     heads = _domain_heads(results)
     lines: list[list[Cell]] = []
     for row in methods_of(results):
-        lines.append([row.title, *[_perplexity(row.losses([domain])) for domain in heads]])
-    return Table(header=["contender", *heads.values()], rows=lines, best="min")
+        line: list[Cell] = [row.title]
+        for domain in heads:
+            losses = row.losses([domain])
+            line.append(_perplexity(losses))
+        lines.append(line)
+    return Table(
+        header=["contender", *heads.values()],
+        rows=lines,
+        best="min",
+    )
 
 
 def _groups_of(rows: Sequence[MethodRow]) -> list[str]:
@@ -277,11 +334,26 @@ def task_table(results: Results) -> Table | None:
     lines: list[list[Cell]] = []
     for row in rows:
         columns = [_group_scores(row.seeds, group) for group in groups]
+        line: list[Cell] = [row.title]
+        line += [spread(column, 1) for column in columns]
+        line.append(spread(_means_of(columns), 1))
+        lines.append(line)
+    return Table(
+        header=["contender", *groups, "mean of the groups"],
+        rows=lines,
+        best="max",
+    )
+
+
+def _means_of(columns: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean over columns by seed."""
+    means = {}
+    for seed in columns[0]:
         # A mean over some of the groups would be one over easier or harder tasks.
-        whole = [seed for seed in row.seeds if all(seed in column for column in columns)]
-        mean = {seed: sum(column[seed] for column in columns) / len(columns) for seed in whole}
-        lines.append([row.title, *[spread(column, 1) for column in columns], spread(mean, 1)])
-    return Table(header=["contender", *groups, "mean of the groups"], rows=lines, best="max")
+        if all(seed in column for column in columns):
+            scores = [column[seed] for column in columns]
+            means[seed] = sum(scores) / len(scores)
+    return means
 
 
 def _group_scores(seeds: Mapping[str, SeedScores], group: str) -> dict[str, float]:
@@ -297,18 +369,30 @@ def own_table(results: Results) -> Table | None:
     lines: list[list[Cell]] = []
     for row in methods_of(results, variant=None):
         shares = [_own_shares_of(row.seeds, domain) for domain in old]
-        if any(shares):
-            mean = spread(row.own_shares(), 2)
-            lines.append([row.title, *[spread(found, 2) for found in shares], mean])
+        # A dense model sends its tokens nowhere.
+        if not any(shares):
+            continue
+        line: list[Cell] = [row.title]
+        line += [spread(found, 2) for found in shares]
+        line.append(spread(row.own_shares(), 2))
+        lines.append(line)
     if not lines:
         return None
-    return Table(header=["contender", *old, "mean"], rows=lines, best="max")
+    return Table(
+        header=["contender", *old, "mean"],
+        rows=lines,
+        best="max",
+    )
 
 
 def _own_shares_of(seeds: Mapping[str, SeedScores], domain: str) -> dict[str, float]:
     """Return the share of one domain's tokens at its own expert by seed."""
-    routing = {seed: (scores.routing or {}).get(domain, {}) for seed, scores in seeds.items()}
-    return present({seed: shares.get(domain) for seed, shares in routing.items()})
+    found: dict[str, float | None] = {}
+    for seed, scores in seeds.items():
+        routing = scores.routing or {}
+        # An expert is called as its domain.
+        found[seed] = routing.get(domain, {}).get(domain)
+    return present(found)
 
 
 # Extensions ---------------------------------------------------------------------------------------
@@ -351,10 +435,12 @@ def extension_table(results: Results, added: str, new: bool) -> Table:
     last = budgets[-1]
     base = extension_reference(rows)
     compute_heads, compute = _compute_columns(rows, base)
-    shown_costs = (0, 2) if new else ()  # operations and tokens
+    # Operations and tokens, once: the table of the old domains stands beside that of the new ones.
+    shown_costs = (0, 2) if new else ()
     lines: list[list[Cell]] = []
     for row, costs in zip(rows, compute, strict=True):
-        line: list[Cell] = [row.title, spread(starting_losses(results, row, domains))]
+        start = starting_losses(results, row, domains)
+        line: list[Cell] = [row.title, spread(start)]
         line += [spread(row.losses(domains, budget)) for budget in budgets]
         compared_with = base.losses(domains, last) if base and base is not row else {}
         line += difference(row.losses(domains, last), compared_with)
@@ -365,11 +451,16 @@ def extension_table(results: Results, added: str, new: bool) -> Table:
         "extension",
         "mixture before",
         *heads,
-        f"minus {base.label if base else 'the reference'}",
+        _head_of_difference(base),
         "seeds lower",
         *[compute_heads[column] for column in shown_costs],
     ]
-    return Table(header=header, rows=lines, best="min", only=heads)
+    return Table(
+        header=header,
+        rows=lines,
+        best="min",
+        only=heads,
+    )
 
 
 def share_table(results: Results, added: str) -> Table:
@@ -380,8 +471,10 @@ def share_table(results: Results, added: str) -> Table:
     """
     rows = extensions_of(results, added)
     budgets = budgets_of(rows)
+    # The three stand side by side: what a new expert gets is worth little if the others lose it.
     columns = [("share", ExtensionRow.shares, budget) for budget in budgets]
     columns += [("leak", ExtensionRow.leaks, budget) for budget in budgets]
+    # Of one budget, both ends are the same.
     ends = dict.fromkeys((budgets[0], budgets[-1]))
     columns += [("own share", ExtensionRow.own_shares, budget) for budget in ends]
     heads = [f"{name} at {short_count(float(budget))}" for name, _, budget in columns]
@@ -394,6 +487,29 @@ def share_table(results: Results, added: str) -> Table:
 
 # Changed settings ---------------------------------------------------------------------------------
 
+VARIANT_HEAD = [
+    "setting",
+    "contender",
+    "loss, old domains",
+    "minus the recipe",
+    "seeds lower",
+    "own share",
+    "gate",
+]
+EXTENSION_VARIANT_HEAD = [
+    "setting",
+    "extension",
+    "added",
+    "loss, new",
+    "minus the recipe",
+    "lower",
+    "loss, old",
+    "minus the recipe",
+    "lower",
+    "share before finetune",
+    "leak before finetune",
+]
+
 
 def variant_table(results: Results) -> Table | None:
     """Return what each changed setting does to each method (paper Figure 7).
@@ -404,29 +520,22 @@ def variant_table(results: Results) -> Table | None:
     changed = list(varied(results))
     rows = [row for row in methods_of(results, variant=None) if row.name in changed]
     lines: list[list[Cell]] = []
+    # All rows of one method together, its unchanged one among them.
     for row in sorted(rows, key=lambda row: changed.index(row.name)):
         same = counterpart(results.methods, row) if row.variant else None
         losses = row.losses(old)
+        unchanged = same.losses(old) if same else {}
         lines.append(
             [
                 row.variant or "as the recipe stands",
                 row.label,
                 spread(losses),
-                *difference(losses, same.losses(old) if same else {}),
+                *difference(losses, unchanged),
                 spread(row.own_shares(), 2),
                 spread(row.gates(), 2),
             ]
         )
-    header = [
-        "setting",
-        "contender",
-        "loss, old domains",
-        "minus the recipe",
-        "seeds lower",
-        "own share",
-        "gate",
-    ]
-    return Table(header=header, rows=lines) if lines else None
+    return Table(header=VARIANT_HEAD, rows=lines) if lines else None
 
 
 def extension_variant_table(results: Results) -> Table | None:
@@ -439,21 +548,10 @@ def extension_variant_table(results: Results) -> Table | None:
         line: list[Cell] = [row.variant, row.label, row.added]
         for domains in (new_domains(results, row.added), results.domains.old):
             losses = row.losses(domains, last)
+            unchanged = same.losses(domains, last) if same else {}
             line.append(spread(losses))
-            line += difference(losses, same.losses(domains, last) if same else {})
-        line += [spread(row.shares(first), 2), spread(row.leaks(first), 2)]
+            line += difference(losses, unchanged)
+        line.append(spread(row.shares(first), 2))
+        line.append(spread(row.leaks(first), 2))
         lines.append(line)
-    header = [
-        "setting",
-        "extension",
-        "added",
-        "loss, new",
-        "minus the recipe",
-        "lower",
-        "loss, old",
-        "minus the recipe",
-        "lower",
-        "share before finetune",
-        "leak before finetune",
-    ]
-    return Table(header=header, rows=lines) if lines else None
+    return Table(header=EXTENSION_VARIANT_HEAD, rows=lines) if lines else None

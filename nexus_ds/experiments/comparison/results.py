@@ -39,9 +39,12 @@ def records(model: Path) -> list[Json]:
 
     Of a step that was repeated after a stop the last one counts.
     """
-    text = (Path(f"{model}.training") / "metrics.jsonl").read_text(encoding="utf-8")
-    found = [json.loads(line) for line in text.splitlines()]
-    return list({(record["kind"], record["step"]): record for record in found}.values())
+    file = Path(f"{model}.training") / "metrics.jsonl"
+    latest: dict[tuple[str, int], Json] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        latest[record["kind"], record["step"]] = record
+    return list(latest.values())
 
 
 def _rounded(loss: Mapping[str, float]) -> dict[str, float]:
@@ -69,8 +72,11 @@ def trained(model: Path) -> SeedScores:
     logged = _of_kind(found, "train")
     # A dense training has no router, and logs an empty one.
     router = logged[-1]["router"] if logged else None
-    last = _validation(scored[-1], gate=router["gate"] if router else None)
-    return SeedScores(**vars(last), untrained=_validation(scored[0]))
+    # The gate is logged in training alone: that of the last steps is nearest to the end.
+    gate = router["gate"] if router else None
+    first = _validation(scored[0])
+    last = _validation(scored[-1], gate)
+    return SeedScores(**vars(last), untrained=first)
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -80,9 +86,13 @@ def _mean(values: Sequence[float]) -> float | None:
 def _budget(record: Json, new: Sequence[str], old: Sequence[str]) -> BudgetScores:
     """Return one validation of an extension: `new` are its experts, `old` the domains before."""
     routing: Shares = record["routing"]
-    kept = [routing[domain][domain] for domain in old if domain in routing]
-    found = [routing[domain][domain] for domain in new if domain in routing]
-    leaked = [sum(routing[domain][expert] for expert in new) for domain in old if domain in routing]
+    old_texts = {domain: routing[domain] for domain in old if domain in routing}
+    new_texts = {domain: routing[domain] for domain in new if domain in routing}
+    kept = [shares[domain] for domain, shares in old_texts.items()]
+    found = [shares[domain] for domain, shares in new_texts.items()]
+    leaked = []
+    for shares in old_texts.values():
+        leaked.append(sum(shares[expert] for expert in new))
     return BudgetScores(
         loss=_rounded(record["loss"]),
         routing=routing,
@@ -96,9 +106,10 @@ def budgets(made: Made, old: list[str]) -> dict[str, BudgetScores]:
     """Return an extension's losses and shares after each budget, in finetune tokens."""
     assert made.model is not None
     found = {}
-    for record in records(made.model):
-        if record["kind"] == "validation" and record["step"] in made.steps:
-            tokens = made.steps[record["step"]]
+    for record in _of_kind(records(made.model), "validation"):
+        # Budgets are whole steps, and steps between them are validated as well.
+        tokens = made.steps.get(record["step"])
+        if tokens is not None:
             found[str(tokens)] = _budget(record, made.experts, old)
     return found
 
@@ -115,9 +126,11 @@ def compute(comparison: Comparison, made: Made) -> Compute:
     """Return what a model cost: of its trainings, and of its parameters."""
     jobs = comparison.builder.jobs
     # A branch may be a member twice, but was trained once; a checkpoint that was given has no job.
-    needed = [jobs[path] for path in dict.fromkeys(made.members) if path in jobs]
+    members = dict.fromkeys(made.members)
+    needed = [jobs[path] for path in members if path in jobs]
     # Every method starts from the seed model, so its own training makes no difference.
     costs = [job for job in needed if not job.output.name.startswith("seed-")]
+    # An ensemble is all its members, and each reads every token.
     models = [made.model] if made.model else list(made.members)
     counts = [describe(path)["parameters"] for path in models]
     return Compute(
@@ -158,7 +171,10 @@ def _made(seeds: Mapping[int, Made]) -> dict[int, Made]:
 
 
 def _method_row(
-    comparison: Comparison, key: tuple[str, str], method: Method, seeds: Mapping[int, Made]
+    comparison: Comparison,
+    key: tuple[str, str],
+    method: Method,
+    seeds: Mapping[int, Made],
 ) -> MethodRow | None:
     """Return a method's row, None if no seed was made; `key` is variant and name of the row."""
     done = _made(seeds)
@@ -172,6 +188,7 @@ def _method_row(
         variant=variant,
         about=method.about,
         group=method.group,
+        # Seeds cost the same: the first that was made stands for all.
         compute=compute(comparison, next(iter(done.values()))),
         seeds={str(seed): _scores(made) for seed, made in done.items()},
     )
@@ -196,6 +213,7 @@ def _extension_row(
         about=extension.about,
         added=added,
         starts_from=extension.starts_from,
+        # Seeds cost the same: the first that was made stands for all.
         compute=compute(comparison, next(iter(done.values()))),
         seeds={str(seed): budgets(made, old) for seed, made in done.items()},
     )
@@ -213,11 +231,29 @@ def _machine() -> str:
 def _not_run(comparison: Comparison, failed: Mapping[Path, str]) -> list[NotRun]:
     jobs = comparison.builder.jobs
     found = [NotRun(jobs[path].name, why) for path, why in failed.items()]
-    run = {method.name for method, _ in comparison.contenders.values()}
-    found += [NotRun(m.label, "not asked for") for m in METHODS if m.name not in run]
-    extended = {extension.name for extension, _ in comparison.extensions.values()}
-    left_out = [extension for extension in EXTENSIONS if extension.name not in extended]
-    return found + [NotRun(f"extension: {e.label}", "not asked for") for e in left_out]
+    # A table from which a method is missing must not look as if there were no such method.
+    methods = {method.name for method, _ in comparison.contenders.values()}
+    for method in METHODS:
+        if method.name not in methods:
+            found.append(NotRun(method.label, "not asked for"))
+    extensions = {extension.name for extension, _ in comparison.extensions.values()}
+    for extension in EXTENSIONS:
+        if extension.name not in extensions:
+            found.append(NotRun(f"extension: {extension.label}", "not asked for"))
+    return found
+
+
+def _domains(config: Config) -> Domains:
+    """Return the recipe's domains by role."""
+    old = config.pipeline.domains
+    new = config.pipeline.new_domains
+    mixture = moe_domains(config)
+    return Domains(
+        old=old,
+        pretraining=[domain for domain in mixture if domain not in old],
+        new=new,
+        scored=list(dict.fromkeys([*mixture, *new])),
+    )
 
 
 def collect(
@@ -236,25 +272,24 @@ def collect(
         evaluations: entries of summary.json by the model's name, for figures layer by layer.
         seconds: how long the comparison took.
     """
-    old, new = config.pipeline.domains, config.pipeline.new_domains
-    mixture = moe_domains(config)
+    domains = _domains(config)
     methods = [_method_row(comparison, key, *row) for key, row in comparison.contenders.items()]
-    extensions = [
-        _extension_row(comparison, key, *row, old) for key, row in comparison.extensions.items()
-    ]
+    extensions = []
+    for key, row in comparison.extensions.items():
+        extensions.append(_extension_row(comparison, key, *row, domains.old))
+    text = Text(
+        config.data.path,
+        config.training.eval_windows,
+        config.data.sequence_length,
+    )
     return Results(
         recipe=comparison.builder.recipe,
         overrides=list(comparison.builder.overrides),
         seeds=config.compare.seeds,
         seconds=round(seconds, 1),
         machine=_machine(),
-        data=Text(config.data.path, config.training.eval_windows, config.data.sequence_length),
-        domains=Domains(
-            old=old,
-            pretraining=[domain for domain in mixture if domain not in old],
-            new=new,
-            scored=list(dict.fromkeys([*mixture, *new])),
-        ),
+        data=text,
+        domains=domains,
         methods=[row for row in methods if row is not None],
         extensions=[row for row in extensions if row is not None],
         evaluations=evaluations,

@@ -121,7 +121,12 @@ def _difference_axis(axes: Axes, values: Sequence[float], near: float) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def _ticks(low: float, high: float, near: float, furthest: float) -> list[float]:
+def _ticks(
+    low: float,
+    high: float,
+    near: float,
+    furthest: float,
+) -> list[float]:
     """Return 1 and 3 times powers of ten from `near` to `furthest` on both sides, within the axis.
 
     Where those are too many to be read, the powers of ten alone.
@@ -169,7 +174,13 @@ def levels(
         _curves(axes, curves, series, joined=not names)
         if lines and panel in lines:
             level = lines[panel]
-            axes.axhline(level, color=DARK, linestyle=":", linewidth=1.4, label="before")
+            axes.axhline(
+                level,
+                color=DARK,
+                linestyle=":",
+                linewidth=1.4,
+                label="before",
+            )
         if names:
             _name_places(axes, names)
         else:
@@ -185,7 +196,10 @@ def levels(
 
 
 def _curves(
-    axes: Axes, curves: Mapping[str, Sequence[Level]], series: Sequence[str], joined: bool
+    axes: Axes,
+    curves: Mapping[str, Sequence[Level]],
+    series: Sequence[str],
+    joined: bool,
 ) -> None:
     """Draw one panel; each series has its look and its shift in every panel."""
     xs = [level.x for points in curves.values() for level in points]
@@ -200,7 +214,12 @@ def _curves(
 
 
 def _curve(
-    axes: Axes, points: Sequence[Level], name: str, number: int, shift: float, joined: bool
+    axes: Axes,
+    points: Sequence[Level],
+    name: str,
+    number: int,
+    shift: float,
+    joined: bool,
 ) -> None:
     """Draw one series, moved by `shift` so that error bars don't cover one another."""
     axes.errorbar(
@@ -255,7 +274,12 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
 
 
 def quality_compute(
-    points: Mapping[str, Level], out: Path, *, title: str, xlabel: str, ylabel: str
+    points: Mapping[str, Level],
+    out: Path,
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
 ) -> Path:
     """Draw quality (y, lower is better) against compute (x, logarithmic), with names.
 

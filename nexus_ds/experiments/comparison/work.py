@@ -34,7 +34,12 @@ TOKENIZER_BYTES = 4_000_000
 
 
 def tokenizer(
-    out: str, data: str, domains: list[str], vocabulary: int, max_bytes: int, on_bad_row: str
+    out: str,
+    data: str,
+    domains: list[str],
+    vocabulary: int,
+    max_bytes: int,
+    on_bad_row: str,
 ) -> None:
     """Train the tokenizer that all contenders share."""
     source = open_source(data)
@@ -51,7 +56,12 @@ def average(out: str, models: list[str]) -> None:
     average_dense([Path(model) for model in models], Path(out))
 
 
-def random_dense(out: str, config: str, tokenizer: str, number: int) -> None:
+def random_dense(
+    out: str,
+    config: str,
+    tokenizer: str,
+    number: int,
+) -> None:
     """Write a dense model of the recipe's sizes with random weights; only its FFNs depend on
     `number`.
 
@@ -71,7 +81,12 @@ def random_dense(out: str, config: str, tokenizer: str, number: int) -> None:
         copy_tokenizer(Path(tokenizer), directory)
 
 
-def embedding(out: str, source: str, change: str, seed: int) -> None:
+def embedding(
+    out: str,
+    source: str,
+    change: str,
+    seed: int,
+) -> None:
     """Write domain embeddings that are worse than they could be; see `compare.embedding`."""
     given = read_domain_embeddings(Path(source))
     normal = np.random.default_rng(seed).standard_normal(given.vectors.shape)
