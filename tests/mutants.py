@@ -400,8 +400,8 @@ FAULTS = (
     Fault(
         "untrained is trained",
         "experiments/comparison/results.py",
-        "untrained=_validation(scored[0])",
-        "untrained=_validation(scored[-1])",
+        "first = _validation(scored[0])",
+        "first = _validation(scored[-1])",
         "commands/test_compare.py",
     ),
     Fault(

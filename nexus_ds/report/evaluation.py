@@ -106,7 +106,8 @@ def _draw_routing(routing: RoutingEntry, name: str, out: Path) -> None:
     for (i, d, e), value in np.ndenumerate(share_LDE):
         rows.append((routing.layers[i], domains[d], routing.experts[e], value))
     for domain, shares in routing.mean_share.items():
-        rows += [("mean", domain, expert, share) for expert, share in shares.items()]
+        for expert, share in shares.items():
+            rows.append(("mean", domain, expert, share))
     write_csv(out.with_suffix(".csv"), ("layer", "domain", "expert", "share"), rows)
 
 
@@ -120,9 +121,9 @@ def _draw_cosines(
 ) -> None:
     """Draw one pair of tables, the numbers as CSV beside it."""
     figures.cosine_pair(before_EE, after_EE, names, out, titles=titles, title=title)
-    rows = [
-        (names[i], names[j], value, after_EE[i, j]) for (i, j), value in np.ndenumerate(before_EE)
-    ]
+    rows = []
+    for (i, j), before in np.ndenumerate(before_EE):
+        rows.append((names[i], names[j], before, after_EE[i, j]))
     write_csv(out.with_suffix(".csv"), ("expert", "other", "before", "after"), rows)
 
 
@@ -203,7 +204,10 @@ def draw_models(models: Mapping[str, ModelEntry], folder: Path) -> None:
 
 def perplexity_table(summary: Summary) -> Table:
     """Return perplexity by model (rows) and domain (columns), and e to the mean of the losses."""
-    domains = list(dict.fromkeys(d for values in summary.perplexity.values() for d in values))
+    found: dict[str, None] = {}
+    for values in summary.perplexity.values():
+        found |= dict.fromkeys(values)
+    domains = list(found)
     rows: list[list[Cell]] = []
     for model, values in summary.perplexity.items():
         mean_loss = fmean(summary.loss[model].values())
@@ -222,8 +226,11 @@ def routing_table(routing: RoutingEntry) -> Table:
     gate_D = np.array(routing.gate_by_layer).mean(axis=0)
     rows: list[list[Cell]] = []
     for d, (domain, shares) in enumerate(routing.mean_share.items()):
-        rows.append([domain, *shares.values(), routing.own_share.get(domain), float(gate_D[d])])
-    return Table(header=["text of", *routing.experts, "own expert", "mean gate"], rows=rows)
+        # Text of a domain without an expert has no share of its own.
+        own = routing.own_share.get(domain)
+        rows.append([domain, *shares.values(), own, float(gate_D[d])])
+    header = ["text of", *routing.experts, "own expert", "mean gate"]
+    return Table(header=header, rows=rows)
 
 
 def _perplexity_section(summary: Summary, folder: Path) -> Section:
@@ -285,18 +292,20 @@ def model_sections(
     return sections
 
 
+CHECKPOINT_HEAD = [
+    "model",
+    "kind",
+    "family",
+    "dtype",
+    "experts",
+    "top-k",
+    "parameters",
+    "active per token",
+    "tokens/s",
+]
+
+
 def _checkpoint_section(summary: Summary) -> Section:
-    header = [
-        "model",
-        "kind",
-        "family",
-        "dtype",
-        "experts",
-        "top-k",
-        "parameters",
-        "active per token",
-        "tokens/s",
-    ]
     rows: list[list[Cell]] = []
     for name, entry in summary.models.items():
         info = entry.info
@@ -306,6 +315,7 @@ def _checkpoint_section(summary: Summary) -> Section:
                 info["kind"],
                 info["family"],
                 info["dtype"],
+                # A dense model has none, which is a dash and not a count.
                 info["routed_experts"] or None,
                 info.get("top_k"),
                 *info["parameters"].values(),
@@ -315,7 +325,7 @@ def _checkpoint_section(summary: Summary) -> Section:
     return Section(
         title="Checkpoints",
         text=READING["checkpoints"],
-        table=Table(header=header, rows=rows),
+        table=Table(header=CHECKPOINT_HEAD, rows=rows),
     )
 
 

@@ -121,10 +121,12 @@ def _heat(
     )
     axes.set_yticks(range(len(rows)), rows, fontsize=size)
     for (row, column), value in np.ndenumerate(values):
+        # A cosine of -0.001 is not worth a minus.
+        text = f"{value:.2f}".replace("-0.00", "0.00")
         axes.text(
             column,
             row,
-            f"{value:.2f}".replace("-0.00", "0.00"),
+            text,
             ha="center",
             va="center",
             fontsize=size,
@@ -140,7 +142,8 @@ def shown_layers(layers: Sequence[int]) -> list[int]:
     """
     if len(layers) <= MAX_PANELS:
         return list(range(len(layers)))
-    return sorted({round(i) for i in np.linspace(0, len(layers) - 1, MAX_PANELS)})
+    places = np.linspace(0, len(layers) - 1, MAX_PANELS)
+    return sorted({round(place) for place in places})
 
 
 def _frame_own(axes: Axes, domains: Sequence[str], own: Sequence[str]) -> None:
@@ -166,6 +169,24 @@ def _frame_own(axes: Axes, domains: Sequence[str], own: Sequence[str]) -> None:
                 )
 
 
+def _panel_grid(panels: int, rows: int, cells: int) -> tuple[Figure, np.ndarray]:
+    """Return a figure and its axes for heatmaps of `rows` x `cells`; what is left over is empty."""
+    # Four panels make a square; three in a row with one below would not.
+    columns = 2 if panels == 4 else min(3, panels)
+    lines = math.ceil(panels / columns)
+    # Inches of one panel: its names and, for each cell, room for "0.00".
+    panel_width = 1.3 + 0.62 * cells
+    panel_height = 1.3 + 0.42 * rows
+    # The title and the bar of colours need their room beside the smallest panels too.
+    width = max(6.0, columns * panel_width + 0.8)
+    height = max(3.2, lines * panel_height + 0.6)
+    figure = new_figure(width, height)
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes in grid.flat[panels:]:
+        axes.set_axis_off()
+    return figure, grid
+
+
 def routing_heatmap(
     share: np.ndarray,
     domains: Sequence[str],
@@ -189,23 +210,15 @@ def routing_heatmap(
     """
     layers = range(len(share)) if layers is None else layers
     own = experts if own is None else own
+    # The mean first: where layers differ little it says all there is.
     panels = {"mean over layers": share.mean(axis=0)}
     for place in shown_layers(layers):
         panels[f"layer {layers[place]}"] = share[place]
-    # Four panels make a square; three in a row with one below would not.
-    columns = 2 if len(panels) == 4 else min(3, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    width = 1.3 + 0.62 * len(experts)
-    height = 1.3 + 0.42 * len(domains)
-    figure = new_figure(max(6.0, columns * width + 0.8), max(3.2, lines * height + 0.6))
-    grid = figure.subplots(lines, columns, squeeze=False)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
+    figure, grid = _panel_grid(len(panels), len(domains), len(experts))
     for axes, (name, values) in zip(grid.flat, panels.items(), strict=False):
         image = _heat(axes, values, domains, experts, SHARES, size=8.5)
-        axes.set_title(
-            name, fontsize=10, fontweight="normal" if axes is not grid.flat[0] else "bold"
-        )
+        is_mean = axes is grid.flat[0]
+        axes.set_title(name, fontsize=10, fontweight="bold" if is_mean else "normal")
         _frame_own(axes, domains, own)
     figure.suptitle(f"{title} (share of tokens; frame: the domain's own expert)", fontsize=11)
     figure.supxlabel("routed expert", fontsize=10)
@@ -239,7 +252,9 @@ def cosine_pair(
         title: heading of the figure.
     """
     side = 1.6 + 0.62 * len(names)
-    figure = new_figure(max(7.0, 2 * side + 1.2), max(3.4, 0.5 * len(names) + 2.0))
+    width = max(7.0, 2 * side + 1.2)
+    height = max(3.4, 0.5 * len(names) + 2.0)
+    figure = new_figure(width, height)
     grid = figure.subplots(1, 2, squeeze=False)
     for axes, values, name in zip(grid.flat, (before, after), titles, strict=True):
         image = _heat(axes, np.asarray(values), names, names, COSINES)
@@ -271,8 +286,12 @@ def perplexity_bars(
     domain.
     """
     models = list(perplexity)
-    domains = list(dict.fromkeys(domain for values in perplexity.values() for domain in values))
+    found: dict[str, None] = {}
+    for values in perplexity.values():
+        found |= dict.fromkeys(values)
+    domains = list(found)
     rows = []
+    # NaN draws no bar, which is right where a model was not scored.
     for values in perplexity.values():
         rows.append([values.get(domain, math.nan) for domain in domains])
     table = np.array(rows)
@@ -287,6 +306,7 @@ def perplexity_bars(
 def _style(model: int) -> Look:
     """Return the look of model number `model`: colours first, hatches when they are used up."""
     hatch = HATCHES[model // len(COLOURS) % len(HATCHES)]
+    # The frame is the colour of a hatch too: dark hatches would hide the fill.
     return {
         "color": COLOURS[model % len(COLOURS)],
         "hatch": hatch,
@@ -304,14 +324,18 @@ def _label(value: float) -> str:
 
 def _grouped_bars(table: np.ndarray, models: Sequence[str], domains: Sequence[str]) -> Figure:
     """Draw upright bars of `table` [models, D], a group a domain."""
-    figure = new_figure(max(6.5, 1.4 + 0.42 * table.size + 0.3 * len(domains)), 4.4)
+    figure_width = 1.4 + 0.42 * table.size + 0.3 * len(domains)
+    figure = new_figure(max(6.5, figure_width), 4.4)
     axes = figure.subplots()
+    # Groups stand 1 apart; what is left of it keeps them from touching.
     width = 0.84 / len(models)
     middle = (len(models) - 1) / 2
     for m, (model, values) in enumerate(zip(models, table, strict=True)):
-        places = np.arange(len(domains)) + (m - middle) * width
+        shift = (m - middle) * width
+        places = np.arange(len(domains)) + shift
         bars = axes.bar(places, values, width * 0.94, label=model, **_style(m))
-        axes.bar_label(bars, [_label(value) for value in values], padding=2, fontsize=8)
+        labels = [_label(value) for value in values]
+        axes.bar_label(bars, labels, padding=2, fontsize=8)
     _value_axis(axes, table)
     axes.set_xticks(range(len(domains)), domains, fontsize=10)
     axes.set_xlabel("domain of the text")
@@ -328,7 +352,9 @@ def _panelled_bars(table: np.ndarray, models: Sequence[str], domains: Sequence[s
     """Draw lying bars of `table` [models, D], a panel a domain, the models' names at the left."""
     columns = min(3, len(domains))
     lines = math.ceil(len(domains) / columns)
-    figure = new_figure(1.6 + 2.9 * columns, 0.7 + lines * (0.75 + 0.27 * len(models)))
+    width = 1.6 + 2.9 * columns
+    panel_height = 0.75 + 0.27 * len(models)
+    figure = new_figure(width, 0.7 + lines * panel_height)
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for axes in grid.flat[len(domains) :]:
         axes.set_axis_off()
@@ -360,7 +386,9 @@ def _value_axis(axes: Axes, table: np.ndarray) -> None:
     # On a linear scale bars below an eighth of the highest could hardly be told apart.
     if low > 0 and high / low >= 8:
         axes.set_yscale("log")
-        axes.set_ylim(max(1.0, low / 2), high * (high / low) ** 0.2)
+        # No perplexity is below 1. Above, a fifth of the axis's length is for the numbers.
+        headroom = (high / low) ** 0.2
+        axes.set_ylim(max(1.0, low / 2), high * headroom)
         axes.set_ylabel("perplexity per token (log scale)")
     else:
         axes.set_ylim(0, high * 1.18)
@@ -369,6 +397,32 @@ def _value_axis(axes: Axes, table: np.ndarray) -> None:
 
 
 # Curves -------------------------------------------------------------------------------------------
+
+
+def _line(
+    axes: Axes,
+    name: str,
+    number: int,
+    xs: Sequence[float],
+    ys: Sequence[float],
+) -> None:
+    """Draw curve number `number`, in its colour and its kind of line."""
+    points = []
+    for x, y in zip(xs, ys, strict=True):
+        if math.isfinite(x) and math.isfinite(y):
+            points.append((x, y))
+    # Marks on a long curve would run together into a thick one.
+    marked = len(points) <= 12
+    axes.plot(
+        [x for x, _ in points],
+        [y for _, y in points],
+        label=name,
+        linewidth=1.8,
+        color=COLOURS[number % len(COLOURS)],
+        linestyle=LINES[number % len(LINES)],
+        marker="o" if marked else None,
+        markersize=5,
+    )
 
 
 def line_plot(
@@ -388,18 +442,7 @@ def line_plot(
     figure = new_figure(7.5, 4.4)
     axes = figure.subplots()
     for number, (name, (xs, ys)) in enumerate(series.items()):
-        pairs = zip(xs, ys, strict=True)
-        points = [(x, y) for x, y in pairs if math.isfinite(x) and math.isfinite(y)]
-        axes.plot(
-            [x for x, _ in points],
-            [y for _, y in points],
-            label=name,
-            linewidth=1.8,
-            color=COLOURS[number % len(COLOURS)],
-            linestyle=LINES[number % len(LINES)],
-            marker="o" if len(points) <= 12 else None,
-            markersize=5,
-        )
+        _line(axes, name, number, xs, ys)
     if log_x:
         axes.set_xscale("log")
     if log_y:

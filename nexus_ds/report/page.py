@@ -69,8 +69,12 @@ class Spread:
         return self.mean
 
     def __str__(self) -> str:
-        shown = f"{self.mean:{'+' if self.signed else ''},.{self.digits}f}"
-        return shown if self.deviation is None else f"{shown} ± {self.deviation:,.{self.digits}f}"
+        sign = "+" if self.signed else ""
+        shown = f"{self.mean:{sign},.{self.digits}f}"
+        if self.deviation is None:
+            return shown
+        # As many decimals as the mean, so that both can be read against one another.
+        return f"{shown} ± {self.deviation:,.{self.digits}f}"
 
 
 Cell = str | int | float | Spread | None
@@ -129,9 +133,11 @@ def best_cells(table: Table) -> set[tuple[int, int]]:
     """Return the (row, column) places of `table.rows` that are bold; the first column never is."""
     if table.best is None:
         return set()
-    columns = [
-        c for c, name in enumerate(table.header) if c > 0 and (not table.only or name in table.only)
-    ]
+    columns = []
+    for c, name in enumerate(table.header):
+        compared = not table.only or name in table.only
+        if c > 0 and compared:
+            columns.append(c)
     rows = range(len(table.rows))
     lines: Iterable[list[tuple[int, int]]]
     if table.along == "column":
@@ -155,11 +161,11 @@ def _best_of(table: Table, line: Iterable[tuple[int, int]]) -> set[tuple[int, in
     top = choose(float(value) for value in numbers.values() if value is not None)
     # What is shown decides about ties: two equal numbers of which one is bold would puzzle the
     # reader.
-    return {
-        place
-        for place, value in numbers.items()
-        if format_cell(value) == format_cell(_as(value, top))
-    }
+    best = set()
+    for place, value in numbers.items():
+        if format_cell(value) == format_cell(_as(value, top)):
+            best.add(place)
+    return best
 
 
 def _as(like: Cell, number: float) -> Cell:
@@ -170,7 +176,9 @@ def _as(like: Cell, number: float) -> Cell:
 
 def text_table(table: Table) -> str:
     """Return the table as aligned plain text for a terminal, numbers to the right."""
-    grid = [list(table.header), *[[format_cell(cell) for cell in row] for row in table.rows]]
+    grid = [list(table.header)]
+    for row in table.rows:
+        grid.append([format_cell(cell) for cell in row])
     widths = [max(len(line[c]) for line in grid) for c in range(len(table.header))]
     lines = []
     for first, *others in grid:
@@ -227,6 +235,7 @@ def _figure(path: Path, title: str) -> str:
         raise DataError(
             f"{path}: the figure of section {title!r} is not a PNG file; save it as PNG"
         )
+    # In the page itself: it is sent around as one file.
     source = base64.b64encode(data).decode("ascii")
     return f'<figure><img alt="{html.escape(title)}" src="data:image/png;base64,{source}"></figure>'
 
@@ -260,6 +269,7 @@ def write_page(
         DataError: a figure that is missing or no PNG, or a table row whose length differs from the
             header's.
     """
+    # By number: titles repeat and may hold any character.
     links = [f'<a href="#s{n}">{html.escape(s.title)}</a> ' for n, s in enumerate(sections)]
     heading = html.escape(title)
     lines = [

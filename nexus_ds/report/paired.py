@@ -97,8 +97,10 @@ class Paired:
         values = self.by_seed.values()
         below = all(value < 0 for value in values)
         above = all(value > 0 for value in values)
-        if not (below or above) or abs(statistics.fmean(values)) < LEAST:
+        one_sign = below or above
+        if not one_sign or abs(statistics.fmean(values)) < LEAST:
             return "open"
+        # Two seeds share a sign by chance every second time.
         if len(values) < ENOUGH:
             return "lower" if below else "higher"
         return "better" if below else "worse"
@@ -106,7 +108,10 @@ class Paired:
 
 def paired(values: Mapping[str, float], reference: Mapping[str, float]) -> Paired | None:
     """Return `values` minus `reference` over the seeds that both have; None if there are none."""
-    common = {seed: value - reference[seed] for seed, value in values.items() if seed in reference}
+    common = {}
+    for seed, value in values.items():
+        if seed in reference:
+            common[seed] = value - reference[seed]
     return Paired(common) if common else None
 
 
@@ -142,7 +147,10 @@ class Difference:
     @property
     def noise(self) -> float:
         """How far the interval of CONFIDENCE reaches to each side; infinite for one window."""
-        return quantile(self.freedom) * self.error if self.freedom > 0 else math.inf
+        # NaN times infinity would be NaN, which no comparison finds too wide.
+        if self.freedom <= 0:
+            return math.inf
+        return quantile(self.freedom) * self.error
 
 
 def standard_error(values: Values) -> float:
@@ -169,7 +177,8 @@ def standard_error(values: Values) -> float:
     bounds = [count * group // groups for group in range(groups + 1)]
     sums = []
     for start, end in itertools.pairwise(bounds):
-        sums.append(math.fsum(value - mean for value in numbers[start:end]))
+        stretch = numbers[start:end]
+        sums.append(math.fsum(value - mean for value in stretch))
     squares = math.fsum(deviation * deviation for deviation in sums)
     return math.sqrt(groups / (groups - 1) * squares) / count
 
@@ -181,7 +190,9 @@ def over_windows(before: Values, after: Values) -> Difference:
         before, after: [W] nats per token in the order of the text, at least one.
     """
     # What makes a window easy or hard for both models cancels in the pair.
-    values = [float(b) - float(a) for a, b in zip(before, after, strict=True)]
+    values = []
+    for old, new in zip(before, after, strict=True):
+        values.append(float(new) - float(old))
     freedom = min(len(values), GROUPS) - 1
     return Difference(statistics.fmean(values), standard_error(values), freedom)
 
@@ -193,10 +204,13 @@ def mean_difference(parts: Sequence[Difference]) -> Difference:
     of freedom (sum e_i²)² / sum(e_i⁴ / freedom_i).
     """
     mean = statistics.fmean(part.mean for part in parts)
+    # One part of unknown noise makes that of the whole unknown.
     if any(part.freedom == 0 for part in parts):
         return Difference(mean, math.nan, 0)
     variances = [part.error**2 for part in parts]
-    fourth = sum(v**2 / part.freedom for v, part in zip(variances, parts, strict=True))
+    fourth = 0.0
+    for variance, part in zip(variances, parts, strict=True):
+        fourth += variance**2 / part.freedom
     freedom = float(sum(part.freedom for part in parts))
     # Without noise in any part it would be 0 / 0.
     if fourth > 0:

@@ -24,6 +24,7 @@ from nexus_ds.report.paired import number
 from nexus_ds.report.verdict import Verdict, judge
 
 if TYPE_CHECKING:
+    import numpy as np
     from _typeshed import DataclassInstance
 
     from nexus_ds.evaluation.perplexity import Cosines, Routing, Scores
@@ -86,8 +87,13 @@ class RoutingEntry:
 
     def to_json(self) -> dict[str, object]:
         """Return the entry's keys in the file."""
+        # The file's key is older than the field's name.
         renamed = {"mean_share": "routing"}
         return {renamed.get(key, key): value for key, value in vars(self).items()}
+
+
+def _as_list(array: np.ndarray | None) -> list[list[float]] | None:
+    return None if array is None else array.tolist()
 
 
 @dataclass(frozen=True)
@@ -107,10 +113,13 @@ class CosineEntry:
     @classmethod
     def of(cls, cosines: Cosines) -> CosineEntry:
         """Return what was measured."""
-        before = (cosines.embeddings, cosines.inputs)
-        embeddings, inputs = (None if array is None else array.tolist() for array in before)
-        rows, centred_rows = cosines.rows.tolist(), cosines.centred_rows.tolist()
-        return cls(cosines.names, embeddings, inputs, rows, centred_rows)
+        return cls(
+            names=cosines.names,
+            embeddings=_as_list(cosines.embeddings),
+            inputs=_as_list(cosines.inputs),
+            rows=cosines.rows.tolist(),
+            centred_rows=cosines.centred_rows.tolist(),
+        )
 
 
 @dataclass(frozen=True)
@@ -127,6 +136,7 @@ class ModelEntry:
     @classmethod
     def from_json(cls, value: Json) -> ModelEntry:
         """Return what `to_json` gave."""
+        # A router's keys lie flat among the entry's own: any of them tells that there is one.
         routing = RoutingEntry.from_json(value) if "share_by_layer" in value else None
         found = value.get("cosine")
         cosine = None if found is None else from_keys(CosineEntry, found)
@@ -218,13 +228,16 @@ class Summary:
     @property
     def routing(self) -> dict[str, dict[str, float]]:
         """Share by domain and expert of the routed model; empty without one."""
-        routing = self.models[self.routed_model].routing if self.routed_model is not None else None
+        if self.routed_model is None:
+            return {}
+        routing = self.models[self.routed_model].routing
         return {} if routing is None else routing.mean_share
 
     @property
     def tokens_per_second(self) -> float:
         """Speed of the routed model, of the last model without one."""
-        name = list(self.models)[-1] if self.routed_model is None else self.routed_model
+        last = list(self.models)[-1]
+        name = self.routed_model or last
         return self.models[name].tokens_per_second
 
     @property
@@ -264,6 +277,7 @@ class Summary:
             "warnings": self.warnings,
             "models": {name: entry.to_json() for name, entry in self.models.items()},
         }
+        # Most evaluations run none, and then there is no key.
         if self.tasks:
             summary["tasks"] = {name: entry.to_json() for name, entry in self.tasks.items()}
         return summary
@@ -272,7 +286,8 @@ class Summary:
 def _read_change(
     change: Json, window_loss: Mapping[str, Mapping[str, list[float]]] | None
 ) -> BeforeAfter:
-    before, after = change["before"], change["after"]
+    before = change["before"]
+    after = change["after"]
     verdict = None
     # The losses by window are in the file in full, so the verdict follows from them; what the file
     # says of it is for other readers.
@@ -321,7 +336,8 @@ def compared(infos: Mapping[str, Json], before: str = "") -> tuple[str, str] | N
     if before:
         pair = [before, list(infos)[-1]]
     else:
-        pair = [name for name, info in infos.items() if info["routed_experts"]][-2:]
+        mixtures = [name for name, info in infos.items() if info["routed_experts"]]
+        pair = mixtures[-2:]
     if len(pair) < 2:
         return None
     first, last = pair
@@ -338,7 +354,9 @@ def _change(
     if pair is None:
         return None
     first, last = (measured[name].scores for name in pair)
-    ratio = {domain: last.perplexity[domain] / value for domain, value in first.perplexity.items()}
+    ratio = {}
+    for domain, perplexity in first.perplexity.items():
+        ratio[domain] = last.perplexity[domain] / perplexity
     verdict = judge(first.window_loss, last.window_loss, limit)
     return BeforeAfter(*pair, ratio, verdict)
 
@@ -348,6 +366,7 @@ def _saturation(name: str, routing: Routing) -> list[str]:
     found = routing.saturated()
     if not found:
         return []
+    # One line a model: the worst place stands for all of them.
     layer, domain, gate = max(found, key=lambda place: place[2])
     return [
         f"{name}: the router is saturated in {len(found)} of {routing.gate.size} places "
@@ -374,16 +393,18 @@ def summarise(
         ConfigError: as `compared`.
     """
     scores = {name: part.scores for name, part in measured.items()}
-    routings = {name: part.routing for name, part in scores.items() if part.routing is not None}
+    mixtures: list[str] = []
     warnings: list[str] = []
-    for name, routing in routings.items():
-        warnings += _saturation(name, routing)
+    for name, part in scores.items():
+        if part.routing is not None:
+            mixtures.append(name)
+            warnings += _saturation(name, part.routing)
     return Summary(
         setup=setup,
         perplexity={name: part.perplexity for name, part in scores.items()},
         loss={name: part.loss for name, part in scores.items()},
         window_loss={name: _listed(part) for name, part in scores.items()},
-        routed_model=list(routings)[-1] if routings else None,
+        routed_model=mixtures[-1] if mixtures else None,
         change=_change(measured, before, limit),
         warnings=warnings,
         models={name: part.entry() for name, part in measured.items()},

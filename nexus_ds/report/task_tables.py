@@ -30,7 +30,10 @@ READING_LEFT_OUT = (
 
 def task_table(tasks: Mapping[str, ModelTasks]) -> Table:
     """Return scores by model (rows) and group (columns) and their mean, ± one standard error."""
-    groups = list(dict.fromkeys(group for entry in tasks.values() for group in entry.groups))
+    found: dict[str, None] = {}
+    for entry in tasks.values():
+        found |= dict.fromkeys(entry.groups)
+    groups = list(found)
     rows: list[list[Cell]] = []
     for model, entry in tasks.items():
         errors = {group: _group_error(entry, group) for group in entry.groups}
@@ -38,7 +41,9 @@ def task_table(tasks: Mapping[str, ModelTasks]) -> Table:
         for group in groups:
             score = entry.groups.get(group)
             row.append(None if score is None else Spread(score, errors[group], 1))
-        row.append(Spread(entry.mean, _error_of_mean(list(errors.values())), 1))
+        # Of the groups, as the mean is: a group of many tasks counts no more than another.
+        error = _error_of_mean(list(errors.values()))
+        row.append(Spread(entry.mean, error, 1))
         rows.append(row)
     return Table(
         header=["model", *groups, "mean"],
@@ -48,7 +53,8 @@ def task_table(tasks: Mapping[str, ModelTasks]) -> Table:
 
 
 def _group_error(entry: ModelTasks, group: str) -> float | None:
-    return _error_of_mean([task.stderr for task in entry.tasks.values() if task.group == group])
+    of_group = [task for task in entry.tasks.values() if task.group == group]
+    return _error_of_mean([task.stderr for task in of_group])
 
 
 def _error_of_mean(errors: Sequence[float | None]) -> float | None:

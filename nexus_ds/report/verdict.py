@@ -98,6 +98,7 @@ def parse_limit(text: str | None) -> float | None:
 
 def percent(change: float, error: float = math.nan) -> str:
     """Return a change as people read it: 0.08 is +8.0 %, or +8.0 ± 0.5 % with a standard error."""
+    # Rounded to nothing, a change has no direction to warn of.
     shown = f"{100 * change:+.1f}".replace("-0.0", "+0.0")
     return f"{shown} %" if math.isnan(error) else f"{shown} ± {100 * error:.1f} %"
 
@@ -129,7 +130,9 @@ class Change:
     @property
     def interval(self) -> tuple[float, float]:
         """Where the change lies with CONFIDENCE; all above -1 for one window."""
-        mean, noise = self.difference.mean, self.difference.noise
+        # That of the loss, carried over: around the ratio itself it would not be symmetric.
+        mean = self.difference.mean
+        noise = self.difference.noise
         return math.expm1(mean - noise), math.expm1(mean + noise)
 
     @property
@@ -137,7 +140,9 @@ class Change:
         """Better, same, worse, or open: one window alone tells nothing about its noise."""
         if self.difference.freedom == 0:
             return "open"
-        if abs(self.change) <= self.same or abs(self.difference.mean) <= self.difference.noise:
+        too_small = abs(self.change) <= self.same
+        in_the_noise = abs(self.difference.mean) <= self.difference.noise
+        if too_small or in_the_noise:
             return "same"
         return "worse" if self.change > 0 else "better"
 
@@ -201,8 +206,13 @@ class Verdict:
         """
         if self.limit is not None:
             return []
-        same = {name: change for name, change in self.domains.items() if change.verdict == "same"}
-        return [name for name, c in same.items() if c.difference.noise > math.log1p(c.same)]
+        found = []
+        for name, change in self.domains.items():
+            # Noise is in nats, so the bound has to be as well.
+            bound = math.log1p(change.same)
+            if change.verdict == "same" and change.difference.noise > bound:
+                found.append(name)
+        return found
 
     def _listed(self, domains: Sequence[str]) -> str:
         return ", ".join(f"{domain} ({self.domains[domain].shown()})" for domain in domains)
@@ -223,6 +233,7 @@ class Verdict:
         for domain, gap in gaps.items():
             difference = self.domains[domain].difference
             reach = (quantile(difference.freedom) + z) * difference.error
+            # A change right at the limit is on neither side of it, with any number of windows.
             times.append((reach / gap) ** 2 if gap else math.inf)
         if max(times) > FURTHEST:
             return f"not even {FURTHEST} times as many windows"
@@ -254,10 +265,11 @@ class Verdict:
 
     def table(self, before: str = "before", after: str = "after") -> Table:
         """Return the table; `before` and `after` name the models, ± is one standard error."""
-        rows: list[list[Cell]] = [
-            [name, c.before, c.after, c.shown(), _nats(c.difference), c.verdict]
-            for name, c in {**self.domains, ALL: self.all}.items()
-        ]
+        rows: list[list[Cell]] = []
+        for name, change in {**self.domains, ALL: self.all}.items():
+            line: list[Cell] = [name, change.before, change.after]
+            line += [change.shown(), _nats(change.difference), change.verdict]
+            rows.append(line)
         return Table(
             header=["perplexity of", before, after, "change", "in nats", "verdict"], rows=rows
         )
@@ -331,8 +343,12 @@ def judge(
     changes = {}
     for domain, loss_W in before.items():
         difference = over_windows(loss_W, after[domain])
-        perplexities = _perplexity([loss_W]), _perplexity([after[domain]])
-        changes[domain] = Change(*perplexities, difference, same)
+        changes[domain] = Change(
+            before=_perplexity([loss_W]),
+            after=_perplexity([after[domain]]),
+            difference=difference,
+            same=same,
+        )
     whole = Change(
         before=_perplexity(list(before.values())),
         after=_perplexity([after[domain] for domain in before]),

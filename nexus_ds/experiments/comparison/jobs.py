@@ -71,6 +71,7 @@ def identity(*parts: object, without: str = "") -> str:
         text = json.dumps(parts, sort_keys=True, default=str).replace(without, "")
     else:
         text = json.dumps(parts)
+    # Enough for the hundreds of jobs of a comparison, and short in a path.
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -100,9 +101,11 @@ def _run_words(words: tuple[str, ...], log: Path, environment: Mapping[str, str]
 
     # OMP_NUM_THREADS comes too late for a process that is forked with torch in it.
     torch.set_num_threads(1)
-    module, arguments = "nexus_ds.__main__", list(words)
+    module = "nexus_ds.__main__"
+    arguments = list(words)
     if words[0] == WORK:
-        module, arguments = WORK, list(words[1:])
+        module = WORK
+        arguments = list(words[1:])
     sys.exit(importlib.import_module(module).main(arguments))
 
 

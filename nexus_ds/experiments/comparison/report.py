@@ -115,6 +115,7 @@ def _file(name: str) -> str:
 def _not_run(results: Results) -> Table | None:
     """Return what is missing: what was not run, failed, or lacks some seeds."""
     lines: list[list[Cell]] = [[item.name, item.why] for item in results.not_run]
+    # One line each: why it failed says more than that its seeds are missing.
     told = {item.name for item in results.not_run}
 
     def add(
@@ -151,7 +152,8 @@ def _command(results: Results) -> str:
 
 
 def _settings(results: Results) -> Table:
-    data, domains = results.data, results.domains
+    data = results.data
+    domains = results.domains
     minutes = None if results.seconds is None else results.seconds / 60
     windows = "?" if data.windows is None else data.windows
     length = "?" if data.length is None else data.length
@@ -260,8 +262,14 @@ def _routing_sections(results: Results, folder: Path) -> list[Section]:
 
 def _shown_models(results: Results) -> dict[str, ModelEntry]:
     """Return the evaluations whose figures are drawn, by the label of the method or extension."""
-    labels = {f"extended: {row.name}": row.title for row in results.extensions if not row.variant}
-    labels |= {row.name: row.title for row in results.methods if not row.variant}
+    labels = {}
+    # A variant's row has the same name, and would take the label.
+    for extension in results.extensions:
+        if not extension.variant:
+            labels[f"extended: {extension.name}"] = extension.title
+    for method in results.methods:
+        if not method.variant:
+            labels[method.name] = method.title
     models = {}
     for name in SHOWN:
         if name not in results.evaluations:
@@ -352,7 +360,9 @@ def _flat(cell: Cell, wide: bool) -> list[str | int | float | None]:
 def _write_table(table: Table, out: Path) -> None:
     """Write a table as CSV with full numbers; a column with a mean over seeds becomes two."""
     columns = range(len(table.header))
-    wide = [any(isinstance(row[c], Spread) for row in table.rows) for c in columns]
+    wide = []
+    for c in columns:
+        wide.append(any(isinstance(row[c], Spread) for row in table.rows))
     header: list[str] = []
     for name, double in zip(table.header, wide, strict=True):
         header += [name, f"{name} (deviation)"] if double else [name]

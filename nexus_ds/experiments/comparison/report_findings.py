@@ -93,8 +93,13 @@ def _minus_each(
     base: Mapping[str, float], others: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Paired]:
     """Return losses by seed of `base` minus those of each other, by label."""
-    found = {name: paired(base, losses) for name, losses in others.items()}
-    return {name: value for name, value in found.items() if value is not None}
+    found = {}
+    for name, losses in others.items():
+        value = paired(base, losses)
+        # Without a common seed nothing can be said.
+        if value is not None:
+            found[name] = value
+    return found
 
 
 def _cost(row: MethodRow, base: MethodRow) -> str:
@@ -109,7 +114,8 @@ def _upcycling(results: Results) -> list[str]:
     # A branch serves its own domain; its loss over all of them is in the tables and makes no
     # finding.
     rows = [row for row in methods_of(results) if not row.name.startswith("branch")]
-    old, base = results.domains.old, method_reference(rows)
+    old = results.domains.old
+    base = method_reference(rows)
     if base is None:
         return ["No Nexus mixture was measured, so nothing is said about upcycling."]
     rivals = [row for row in rows if row is not base]
@@ -158,7 +164,8 @@ def _found_at_once(rows: Sequence[ExtensionRow], added: str) -> list[str]:
     """Say where the new domain's tokens go when its expert embedding is P(d) and nothing else."""
     sentences = []
     for row in rows:
-        share, leak = spread(row.shares("0"), 2), spread(row.leaks("0"), 2)
+        share = spread(row.shares("0"), 2)
+        leak = spread(row.leaks("0"), 2)
         if row.name in SMALL_ZERO_SHOT and share is not None:
             tail = f" and {leak} of the old domains' tokens" if leak is not None else ""
             sentences.append(

@@ -25,7 +25,10 @@ Shares = Mapping[str, Mapping[str, float]]
 
 def _numbers(values: Json | None) -> dict[str, float]:
     """Return the finite numbers among `values`."""
-    return present({name: number(value) for name, value in (values or {}).items()})
+    found = {}
+    for name, value in (values or {}).items():
+        found[name] = number(value)
+    return present(found)
 
 
 def present(values: Mapping[str, float | None]) -> dict[str, float]:
@@ -92,6 +95,7 @@ class SeedScores(Validation):
 
     def to_json(self) -> dict[str, object]:
         """Return the keys of one seed in the file; what was not trained has a loss and no more."""
+        # What was only scored has neither routing nor gate, and nulls would say "not measured".
         found: dict[str, object] = {"loss": self.loss}
         if self.untrained is not None:
             found = super().to_json() | {"untrained": self.untrained.to_json()}
@@ -203,6 +207,7 @@ class Row:
 
 def _row(value: Json) -> dict[str, str]:
     """Return the texts that every row has."""
+    # The one text that a row can't do without: the others are for people.
     name = value["name"]
     return {
         "name": name,
@@ -338,7 +343,11 @@ def _budgets(scores: Json) -> dict[str, BudgetScores]:
 
 def budgets_of(rows: Sequence[ExtensionRow]) -> list[str]:
     """Return the finetune budgets of extensions in order, '0' (before any) first."""
-    found = {budget for row in rows for scores in row.seeds.values() for budget in scores}
+    found: set[str] = set()
+    for row in rows:
+        for scores in row.seeds.values():
+            found |= set(scores)
+    # As numbers: as text "100000" would come before "25000".
     return sorted(found, key=float)
 
 
@@ -355,7 +364,11 @@ class Text:
     @classmethod
     def from_json(cls, value: Json) -> Text:
         """Return the dataclass of the file's `data`."""
-        return cls(value.get("path"), value.get("windows"), value.get("length"))
+        return cls(
+            path=value.get("path"),
+            windows=value.get("windows"),
+            length=value.get("length"),
+        )
 
 
 @dataclass(frozen=True)
@@ -373,8 +386,13 @@ class Domains:
     @classmethod
     def from_json(cls, value: Json) -> Domains:
         """Return the dataclass of the file's `domains`."""
-        pretraining, new = value.get("pretraining") or [], value.get("new") or []
-        return cls(list(value["old"]), pretraining, new, value["scored"])
+        # Without the others there is a comparison all the same, without these two none.
+        return cls(
+            old=list(value["old"]),
+            pretraining=value.get("pretraining") or [],
+            new=value.get("new") or [],
+            scored=value["scored"],
+        )
 
 
 @dataclass(frozen=True)
@@ -408,8 +426,12 @@ class Results:
     @classmethod
     def from_json(cls, value: Json) -> Results:
         """Return what `to_json` gave; KeyError without a recipe, seeds or domains."""
-        evaluations = value.get("evaluations") or {}
-        variants = value.get("variants") or {}
+        evaluations = {}
+        for name, entry in (value.get("evaluations") or {}).items():
+            evaluations[name] = ModelEntry.from_json(entry)
+        variants = {}
+        for name, found in (value.get("variants") or {}).items():
+            variants[name] = (found or {}).get("overrides") or []
         return cls(
             recipe=value["recipe"],
             overrides=value.get("overrides") or [],
@@ -420,10 +442,8 @@ class Results:
             domains=Domains.from_json(value["domains"]),
             methods=[MethodRow.from_json(row) for row in value.get("contenders") or []],
             extensions=[ExtensionRow.from_json(row) for row in value.get("extensions") or []],
-            evaluations={name: ModelEntry.from_json(entry) for name, entry in evaluations.items()},
-            variants={
-                name: (found or {}).get("overrides") or [] for name, found in variants.items()
-            },
+            evaluations=evaluations,
+            variants=variants,
             not_run=[NotRun(row["name"], row["why"]) for row in value.get("not_run") or []],
         )
 
@@ -437,6 +457,7 @@ class Results:
             "machine": self.machine,
             "data": vars(self.data),
             "domains": vars(self.domains),
+            # Named as in the recipe's `compare` section.
             "contenders": [row.to_json() for row in self.methods],
             "extensions": [row.to_json() for row in self.extensions],
             "evaluations": {name: entry.to_json() for name, entry in self.evaluations.items()},

@@ -67,22 +67,44 @@ def paired_dots(
         xlabel: name of the axis.
         ignore: differences below it, in either direction, lie in a grey band.
     """
-    rows = list(dict.fromkeys(row for panel in panels.values() for row in panel))
-    figure = new_figure(2.6 + 4.4 * len(panels), 1.3 + 0.3 * len(rows))
+    rows = _names_in(panels)
+    width = 2.6 + 4.4 * len(panels)
+    height = 1.3 + 0.3 * len(rows)
+    figure = new_figure(width, height)
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)
     for axes, (name, panel) in zip(grid.flat, panels.items(), strict=True):
-        axes.axvspan(-ignore, ignore, color="#d9d9d9", linewidth=0)
-        axes.axvline(0, color=DARK, linewidth=1)
-        for row, values in panel.items():
-            _dots(axes, rows.index(row), values)
-        every = [value for values in panel.values() for value in values]
-        _difference_axis(axes, every, near=max(ignore, 1e-3))
+        _dot_panel(axes, panel, rows, ignore)
         axes.set_title(name, fontsize=10)
     grid[0, 0].set_yticks(range(len(rows)), rows, fontsize=9)
+    # Downwards, so that the first row is at the top as in a table.
     grid[0, 0].set_ylim(len(rows) - 0.4, -0.6)
     figure.suptitle(title, fontsize=11)
     figure.supxlabel(xlabel, fontsize=10)
     return save_figure(figure, out)
+
+
+def _names_in(panels: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """Return the rows or series of all panels, each once, in order."""
+    found: dict[str, None] = {}
+    for panel in panels.values():
+        found |= dict.fromkeys(panel)
+    return list(found)
+
+
+def _dot_panel(
+    axes: Axes,
+    panel: Mapping[str, Sequence[float]],
+    rows: Sequence[str],
+    ignore: float,
+) -> None:
+    axes.axvspan(-ignore, ignore, color="#d9d9d9", linewidth=0)
+    axes.axvline(0, color=DARK, linewidth=1)
+    every: list[float] = []
+    for row, values in panel.items():
+        _dots(axes, rows.index(row), values)
+        every += values
+    # Without a band the axis must still be linear somewhere: a logarithm has no zero.
+    _difference_axis(axes, every, near=max(ignore, 1e-3))
 
 
 def _dots(axes: Axes, row: int, values: Sequence[float]) -> None:
@@ -106,8 +128,10 @@ def _difference_axis(axes: Axes, values: Sequence[float], near: float) -> None:
     """Choose a scale that is linear up to `near` and marks powers of ten beyond."""
     low = min([*values, -near])
     high = max([*values, near])
-    furthest = max([abs(value) for value in values] or [near]) * 1.3
+    distances = [abs(value) for value in values]
+    furthest = max(distances or [near]) * 1.3
     margin = 1.15
+    # Nearer together they can all be read on one linear scale.
     if furthest > 8 * near:
         margin = 1.5
         axes.set_xscale("symlog", linthresh=near, linscale=0.5)
@@ -140,7 +164,12 @@ def _ticks(
     ticks = [*below, 0.0, *above]
     if len(ticks) <= 9:
         return ticks
-    return [tick for tick in ticks if tick == 0 or f"{abs(tick):.0e}"[0] == "1"]
+    return [tick for tick in ticks if tick == 0 or _leading_digit(tick) == "1"]
+
+
+def _leading_digit(value: float) -> str:
+    # Through text, since 3 * 10**-3 / 10**-3 need not be 3 in floating point.
+    return f"{abs(value):.0e}"[0]
 
 
 # Levels -------------------------------------------------------------------------------------------
@@ -166,33 +195,39 @@ def levels(
         names: of the x positions 0, 1, …; then points are drawn, not curves.
         lines: by panel, a level that is dashed, for instance that before an extension.
     """
-    series = list(dict.fromkeys(name for panel in panels.values() for name in panel))
+    series = _names_in(panels)
     legend_lines = (len(series) + 2) // 3
-    figure = new_figure(1.4 + 4.6 * len(panels), 4.4 + 0.2 * legend_lines)
+    width = 1.4 + 4.6 * len(panels)
+    height = 4.4 + 0.2 * legend_lines
+    figure = new_figure(width, height)
     grid = figure.subplots(1, len(panels), squeeze=False)
+    dashed = lines or {}
     for axes, (panel, curves) in zip(grid.flat, panels.items(), strict=True):
         _curves(axes, curves, series, joined=not names)
-        if lines and panel in lines:
-            level = lines[panel]
-            axes.axhline(
-                level,
-                color=DARK,
-                linestyle=":",
-                linewidth=1.4,
-                label="before",
-            )
-        if names:
-            _name_places(axes, names)
-        else:
-            _count_places(axes, curves)
+        _level_axes(axes, curves, names, dashed.get(panel))
         axes.set_xlabel(xlabel)
         axes.set_title(panel, fontsize=10)
-        axes.grid(axis="y", alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
     _legend(figure, list(grid.flat))
     grid[0, 0].set_ylabel(ylabel)
     figure.suptitle(title, fontsize=11)
     return save_figure(figure, out)
+
+
+def _level_axes(
+    axes: Axes,
+    curves: Mapping[str, Sequence[Level]],
+    names: Sequence[str],
+    before: float | None,
+) -> None:
+    """Dress one panel of levels: its dashed line, if any, and its places."""
+    if before is not None:
+        axes.axhline(before, color=DARK, linestyle=":", linewidth=1.4, label="before")
+    if names:
+        _name_places(axes, names)
+    else:
+        _count_places(axes, curves)
+    axes.grid(axis="y", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _curves(
@@ -202,15 +237,19 @@ def _curves(
     joined: bool,
 ) -> None:
     """Draw one panel; each series has its look and its shift in every panel."""
-    xs = [level.x for points in curves.values() for level in points]
+    xs: list[float] = []
+    for points in curves.values():
+        xs += [level.x for level in points]
     # Beside names, which stand 1 apart, all series together keep clear of the next name.
     step = 0.7 / max(1, len(series))
+    # On a curve less will do, and more would shift its budgets.
     if joined and xs:
         step = (max(xs) - min(xs)) / 150
     middle = (len(series) - 1) / 2
     for name, points in curves.items():
         number = series.index(name)
-        _curve(axes, points, name, number, shift=(number - middle) * step, joined=joined)
+        shift = (number - middle) * step
+        _curve(axes, points, name, number, shift, joined)
 
 
 def _curve(
@@ -249,15 +288,21 @@ def _name_places(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _count_places(axes: Axes, curves: Mapping[str, Sequence[Level]]) -> None:
-    ticks = sorted({level.x for points in curves.values() for level in points})
+    places: set[float] = set()
+    for points in curves.values():
+        places |= {level.x for level in points}
+    ticks = sorted(places)
+    # Named where something was scored, not at round numbers between.
     if ticks:
-        axes.set_xticks(ticks, [short_count(tick) for tick in ticks], fontsize=9)
+        names = [short_count(tick) for tick in ticks]
+        axes.set_xticks(ticks, names, fontsize=9)
 
 
 def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
     """Draw one legend of all panels, each name once."""
     handles = {}
     for axes in panels:
+        # A series has one look in all panels, so any of its handles will do.
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles[label] = handle
     figure.legend(
@@ -289,20 +334,12 @@ def quality_compute(
     axes = figure.subplots()
     positive = [level.x for level in points.values() if level.x > 0] or [1.0]
     highest = max(positive)
+    # Where what needs no training stands: a logarithmic axis has no zero.
     edge = min(positive) / 3
     axes.set_xscale("log")
     axes.set_xlim(edge / 1.3, highest * 1.5)
     for number, level in enumerate(points.values()):
-        axes.errorbar(
-            max(level.x, edge),
-            level.mean,
-            yerr=level.deviation or 0.0,
-            color=COLOURS[number % len(COLOURS)],
-            marker=MARKERS[number % len(MARKERS)],
-            markersize=7,
-            capsize=2,
-            linestyle="none",
-        )
+        _point(axes, level, number, edge)
     _name_points(axes, points, edge)
     _power_axis(axes, few=highest / edge < 1000)
     axes.set_xlabel(xlabel)
@@ -311,6 +348,25 @@ def quality_compute(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     return save_figure(figure, out)
+
+
+def _point(
+    axes: Axes,
+    level: Level,
+    number: int,
+    edge: float,
+) -> None:
+    """Draw point number `number`; none stands left of `edge`."""
+    axes.errorbar(
+        max(level.x, edge),
+        level.mean,
+        yerr=level.deviation or 0.0,
+        color=COLOURS[number % len(COLOURS)],
+        marker=MARKERS[number % len(MARKERS)],
+        markersize=7,
+        capsize=2,
+        linestyle="none",
+    )
 
 
 def _power_axis(axes: Axes, few: bool) -> None:
@@ -332,7 +388,9 @@ def _name_points(axes: Axes, points: Mapping[str, Level], edge: float) -> None:
     heights = _apart([points[name].mean for name in order], gap)
     # Where many means lie close together, their column of names is higher than they are.
     middle = (min(heights) + max(heights)) / 2
-    axes.set_ylim(min(low, 2 * middle - max(heights)), max(high, *heights) + (high - low) * 0.02)
+    bottom = min(low, 2 * middle - max(heights))
+    top = max(high, *heights) + (high - low) * 0.02
+    axes.set_ylim(bottom, top)
     for name, height in zip(order, heights, strict=True):
         level = points[name]
         zero = " (no training)" if level.x <= 0 else ""
@@ -365,7 +423,9 @@ def _apart(values: Sequence[float], gap: float) -> list[float]:
     for _ in range(200):
         moved = False
         for i in range(len(places) - 1):
-            short = gap - (places[i + 1] - places[i])
+            distance = places[i + 1] - places[i]
+            short = gap - distance
+            # Rounding alone must not keep it going.
             if short > 1e-9 * gap:
                 places[i] -= short / 2
                 places[i + 1] += short / 2
