@@ -277,19 +277,24 @@ def model_sections(
             )
         )
     if entry.has_embeddings:
-        sections += [
-            Section(
-                title=f"Domains before and after the projection: {name}",
-                text=READING["cosine"],
-                figure=folder / f"cosine-{file}.png",
-            ),
-            Section(
-                title=f"The same with the mean removed: {name}",
-                text=READING["centred"],
-                figure=folder / f"cosine-{file}-centred.png",
-            ),
-        ]
+        sections += _cosine_sections(name, file, folder)
     return sections
+
+
+def _cosine_sections(name: str, file: str, folder: Path) -> list[Section]:
+    # Both: a router may look unspecialised only for what all its rows have in common.
+    return [
+        Section(
+            title=f"Domains before and after the projection: {name}",
+            text=READING["cosine"],
+            figure=folder / f"cosine-{file}.png",
+        ),
+        Section(
+            title=f"The same with the mean removed: {name}",
+            text=READING["centred"],
+            figure=folder / f"cosine-{file}-centred.png",
+        ),
+    ]
 
 
 CHECKPOINT_HEAD = [

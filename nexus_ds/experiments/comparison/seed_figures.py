@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 MARKERS = "osD^vPX*<>hp"
 DARK = "#444444"
 """Of lines that a value is read against."""
+# From a name to its point: pale, so that points and error bars stay in front.
+POINTER = {
+    "arrowstyle": "-",
+    "color": "#b0b0b0",
+    "linewidth": 0.7,
+    "shrinkB": 4,
+    "relpos": (0, 0.5),
+}
 
 
 def short_count(value: float) -> str:
@@ -403,13 +411,7 @@ def _name_points(axes: Axes, points: Mapping[str, Level], edge: float) -> None:
             fontsize=9,
             color="#222222",
             annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": "#b0b0b0",
-                "linewidth": 0.7,
-                "shrinkB": 4,
-                "relpos": (0, 0.5),
-            },
+            arrowprops=POINTER,
         )
 
 
