@@ -67,3 +67,10 @@ def test_what_looks_at_files_alone_waits_for_no_numpy_either(words, tmp_path):
     (tmp_path / "logs" / "recipe.yaml").write_text("base: demo\n")
     words = [word.replace("RUN", str(tmp_path)) for word in words]
     assert not (HEAVY | {"numpy"}) & imported(tmp_path, *words)
+
+
+@pytest.mark.parametrize("more", [[], ["stage=extend", "pipeline.new_domains=news"]])
+def test_a_recipe_is_planned_without_torch(more, tmp_path):
+    words = ["plan", "--gpus", "8", "--gpu-memory", "80GB", "--write", "ds.json", *more]
+    assert not HEAVY & imported(tmp_path, *words)
+    assert (tmp_path / "ds.json").is_file()

@@ -9,25 +9,22 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nexus_ds.command_lines import typed_training
 from nexus_ds.config import load_config
 from nexus_ds.errors import ConfigError, LayoutError
 from nexus_ds.outputs import refuse_existing, write_json
-from nexus_ds.planning import assumptions
+from nexus_ds.planning import assumptions, choose
+from nexus_ds.planning.choose import Candidate
+from nexus_ds.planning.layout import Machine, deepspeed_json
+from nexus_ds.planning.links import LinkAdvice
+from nexus_ds.planning.memory import disk
+from nexus_ds.planning.sizes import Sizes, sizes_of
 from nexus_ds.planning.units import bits, parse_bytes, short
 from nexus_ds.report.page import Table, text_table
 from nexus_ds.runtime.schedule import tokens_per_step, total_steps
 from nexus_ds.settings import Config
-
-if TYPE_CHECKING:
-    from nexus_ds.planning.choose import Candidate
-    from nexus_ds.planning.layout import Machine
-    from nexus_ds.planning.sizes import Sizes
-
-# The other modules of planning/ read a checkpoint's sizes with checkpoint/, which imports torch:
-# functions below import them, so that `plan --help` waits for nothing.
 
 # Layouts in the table; --json has all.
 SHOWN = 12
@@ -78,8 +75,6 @@ def machine_of(args: argparse.Namespace) -> Machine:
         ConfigError: a size or speed that can't be read.
         LayoutError: GPUs that don't spread over the nodes.
     """
-    from nexus_ds.planning.layout import Machine
-
     tflops = assumptions.DEFAULT_TFLOPS if args.gpu_tflops is None else args.gpu_tflops
     if not tflops > 0:
         raise ConfigError(f"--gpu-tflops: expected a number above 0, found {tflops}")
@@ -124,11 +119,6 @@ def collect(
     Raises:
         LayoutError: the batch does not divide over the GPUs.
     """
-    from nexus_ds.planning import choose
-    from nexus_ds.planning.layout import deepspeed_json
-    from nexus_ds.planning.links import LinkAdvice
-    from nexus_ds.planning.memory import disk
-
     training, data = config.training, config.data
     found = choose.candidates(sizes, machine, config)
     best = found[0]
@@ -302,8 +292,6 @@ def _write(out: Path, plan: dict[str, Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; with --write, write the DeepSpeed JSON of the fastest layout that fits."""
-    from nexus_ds.planning.sizes import sizes_of
-
     config = load_config(args.config, args.overrides)
     _check_file(args.write)
     machine = machine_of(args)

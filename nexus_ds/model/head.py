@@ -19,19 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nexus_ds.model.chunks import chunk_tokens
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-CHUNK_ELEMENTS = 2**27
-"""Logits that stand in memory at once.
-
-512 tokens of 256k: enough for a GPU's matrix products to be bound by arithmetic.
-"""
-
-
-def chunk_tokens(vocabulary: int) -> int:
-    """Return the tokens of a chunk."""
-    return max(1, CHUNK_ELEMENTS // vocabulary)
 
 
 def _score(

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from nexus_ds.model.head import chunk_tokens
+from nexus_ds.model.chunks import chunk_tokens
 from nexus_ds.planning import assumptions as assume
 from nexus_ds.planning.layout import Layout, largest_gathered, live_elements
 from nexus_ds.planning.sizes import KINDS, Parameter, Sizes

@@ -13,23 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from nexus_ds.checkpoint.families import (
-    FAMILIES,
-    MIXTURES,
-    SIZES,
-    ConfigJson,
-    DenseSettings,
-    settings,
-)
-from nexus_ds.checkpoint.loading import read_config
-from nexus_ds.checkpoint.qwen2_moe import UNIFORM
-from nexus_ds.checkpoint.sidecar import read_sidecar
-from nexus_ds.errors import CheckpointError, ConfigError, UnsupportedModelError
-from nexus_ds.model.context import CONTEXT_MODEL
+from nexus_ds.errors import ConfigError
 from nexus_ds.settings import Config
 
 KINDS = ("matrices", "vectors", "router", "experts")
-MIXTURE_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 ACTIVATION_INPUTS = {"swiglu": 2, "gelu": 1, "relu": 1, "linear": 1}
 
 
@@ -150,74 +137,29 @@ def _projection(config: Config, hidden: int, embedding_size: int) -> tuple[int, 
     return maps
 
 
-def _check_form(found: ConfigJson, where: str) -> None:
-    """Refuse a Qwen2-MoE that is not counted by one layer times their number.
+def _of_checkpoint(directory: Path) -> Sizes:
+    """Return the sizes of a dense, Nexus or stock Qwen2-MoE checkpoint."""
+    # config.json means what transformers' own classes read in it, and they import torch; a recipe
+    # without a checkpoint is planned without either
+    from nexus_ds.planning.stored_model import read_model
 
-    That is one whose layers are not all alike, or whose shared expert has another width than the
-    routed ones.
-    """
-    form = UNIFORM | found
-    expected = UNIFORM | {"shared_expert_intermediate_size": found["moe_intermediate_size"]}
-    for key, value in expected.items():
-        if form.get(key) != value:
-            raise CheckpointError(
-                f"{where}: {key} is {form.get(key)!r}; "
-                f"plan needs a Qwen2-MoE that has {value!r} there"
-            )
-
-
-def _read(found: ConfigJson, where: str) -> DenseSettings:
-    """Return a config.json in the normal form that training reads it in (`families.settings`)."""
-    kind = found.get("model_type")
-    if kind not in (*FAMILIES, *MIXTURES):
-        raise UnsupportedModelError(
-            f"{where}: model_type {kind!r} can't be planned; "
-            f"plan knows {', '.join(FAMILIES)}, Nexus and Qwen2-MoE checkpoints"
-        )
-    needed = (*SIZES, *MIXTURE_SIZES) if kind in MIXTURES else SIZES
-    for key in needed:
-        value = found.get(key)
-        if type(value) is not int or value <= 0:
-            raise CheckpointError(
-                f"{where}: {key} is {value!r}, expected a number above 0; "
-                "plan needs a dense model, a Nexus or a Qwen2-MoE checkpoint"
-            )
-    if kind in MIXTURES:
-        _check_form(found, where)
-    return settings(found, where)
-
-
-def _of_checkpoint(config: Config, directory: Path) -> Sizes:
-    """Return the sizes of a dense, Nexus or stock Qwen2-MoE checkpoint; P's are read from the
-    sidecar where there is one."""
-    from nexus_ds.checkpoint.records import is_nexus
-
-    found = read_config(directory)
-    read = _read(found, str(directory / "config.json"))
-    moe = found["model_type"] in MIXTURES
-    maps: tuple[int, ...] = ()
-    shared = True
-    if is_nexus(directory):
-        sidecar = read_sidecar(directory)
-        # a linear router has no P
-        if sidecar.projections:
-            maps = tuple(weight.numel() for weight in sidecar.projections[0].values())
-        shared = sidecar.shared_expert == "seed"
+    model = read_model(directory)
+    dense = model.dense
     return Sizes(
-        vocabulary=read.vocabulary,
-        hidden=read.hidden_size,
-        layers=read.layers,
-        heads=read.heads,
-        kv_heads=read.kv_heads,
-        head_size=read.head_dim,
-        ffn=read.ffn_size,
-        tied=read.tied_embeddings,
-        qkv_bias=read.qkv_bias,
-        context=found["model_type"] == CONTEXT_MODEL,
-        shared=shared,
-        experts=found["num_experts"] if moe else 0,
-        top_k=found["num_experts_per_tok"] if moe else 1,
-        projection=maps,
+        vocabulary=dense.vocabulary,
+        hidden=dense.hidden_size,
+        layers=dense.layers,
+        heads=dense.heads,
+        kv_heads=dense.kv_heads,
+        head_size=dense.head_dim,
+        ffn=dense.ffn_size,
+        tied=dense.tied_embeddings,
+        qkv_bias=dense.qkv_bias,
+        context=model.context,
+        shared=model.shared,
+        experts=model.experts,
+        top_k=model.top_k,
+        projection=model.projection,
     )
 
 
@@ -232,7 +174,7 @@ def sizes_of(config: Config) -> Sizes:
         UnsupportedModelError: `model.path` is of a family that can't be trained here.
     """
     if config.model.path:
-        return _of_checkpoint(config, Path(config.model.path))
+        return _of_checkpoint(Path(config.model.path))
     model, pipe = config.model, config.pipeline
     experts = 0
     if config.stage in ("moe", "extend"):

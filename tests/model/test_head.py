@@ -10,7 +10,7 @@ import torch
 from conftest import moe_model
 
 from nexus_ds.experiments.benchmarks.scaling import Memory
-from nexus_ds.model import head
+from nexus_ds.model import chunks
 from nexus_ds.model.head import LossHead, next_token_loss, use_loss_head
 
 VOCABULARY = 50
@@ -47,7 +47,7 @@ def gradients(model, scale):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("chunk", [1, 5, 21, 1000])
 def test_loss_and_gradients_equal_the_plain_ones(monkeypatch, chunk, tied):
-    monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk * VOCABULARY)
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", chunk * VOCABULARY)
     expected, found = (gradients(model, 0.25) for model in pair(torch.float32, tied))
     assert float(abs(found[0] - expected[0])) <= 1e-6 * float(expected[0])
     assert torch.allclose(found[1], expected[1], rtol=1e-6, atol=0)
@@ -57,7 +57,7 @@ def test_loss_and_gradients_equal_the_plain_ones(monkeypatch, chunk, tied):
 
 
 def test_bf16_gradients_are_as_near_to_fp32_as_the_plain_ones(monkeypatch):
-    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 8 * VOCABULARY)
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 8 * VOCABULARY)
     exact = gradients(pair(torch.bfloat16)[0].float(), 1.0)[2]
     plain, chunked = (gradients(model, 1.0)[2] for model in pair(torch.bfloat16))
     for name in (
