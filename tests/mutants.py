@@ -155,8 +155,8 @@ FAULTS = (
     Fault(
         "rows that are NaN agree",
         "checkpoint/sidecar.py",
-        "if not difference <= EMBEDDING_TOLERANCE[stored.dtype]",
-        "if difference > EMBEDDING_TOLERANCE[stored.dtype]",
+        "if not difference <= tolerance",
+        "if difference > tolerance",
     ),
     Fault(
         "removing keeps the first rows",
@@ -208,8 +208,8 @@ FAULTS = (
     Fault(
         "a leak is the expert's own share",
         "evaluation/perplexity.py",
-        "if domain != self.expert_domains[column]",
-        "if domain == self.expert_domains[column]",
+        "if domain != own]",
+        "if domain == own]",
     ),
     Fault(
         "top-2 counts one idle expert more",
@@ -370,8 +370,8 @@ FAULTS = (
     Fault(
         "a small domain has no validation text",
         "data/clusters.py",
-        "% (self.every if block else 2)",
-        "% self.every",
+        "from_bytes(digest) % places",
+        "from_bytes(digest) % self.every",
     ),
     Fault(
         "rows are numbered within their table", "data/hub.py", "{start + int(row)}", "{int(row)}"
@@ -477,14 +477,14 @@ FAULTS = (
     Fault(
         "a part of a block counts twice",
         "experiments/benchmarks/parts.py",
-        "block - sum(known.get(part, 0.0) for part in BLOCK_PARTS)",
+        "block - sum(inside)",
         "block",
     ),
     Fault(
         "slower is faster",
         "experiments/benchmarks/layer_speed.py",
-        "sorted(b / r for b, r in",
-        "sorted(r / b for b, r in",
+        "base / own for base, own in",
+        "own / base for base, own in",
     ),
     Fault(
         "links have no delay",

@@ -40,7 +40,10 @@ def _place(cache: Path, texts: Sequence[str], revision: str) -> Path:
 
 
 def embed_chunks(
-    texts: Mapping[str, Sequence[str]], encoder: str, revision: str, cache: Path
+    texts: Mapping[str, Sequence[str]],
+    encoder: str,
+    revision: str,
+    cache: Path,
 ) -> dict[str, Tensor]:
     """Return for each domain the unit-norm embeddings [N, M] fp32 of its chunks.
 
@@ -54,14 +57,10 @@ def embed_chunks(
         ConfigError: no such encoder on this machine.
         IncompatibleModelsError: it has other weights.
     """
-    found = weights_hash(encoder_directory(encoder))
-    if found != revision:
-        raise IncompatibleModelsError(
-            f"the encoder {encoder} has the revision {found[:12]}, the domain embeddings were "
-            f"made with {revision[:12]}; set pipeline.encoder to the one that made them"
-        )
+    _check_revision(encoder, revision)
     places = {domain: _place(cache, chunks, revision) for domain, chunks in texts.items()}
     missing = [domain for domain, path in places.items() if not path.is_file()]
+    # loading the encoder takes seconds, which a repeated warm start doesn't pay
     if missing:
         model = SentenceEncoder(encoder)
         total = sum(len(texts[domain]) for domain in missing)
@@ -70,6 +69,16 @@ def embed_chunks(
                 vectors_NM = _embedded(texts[domain], model, progress)
                 _write(places[domain], vectors_NM)
     return {domain: load_file(path)["vectors"] for domain, path in places.items()}
+
+
+def _check_revision(encoder: str, revision: str) -> None:
+    # of the weights: a name says little of what lies on this machine
+    found = weights_hash(encoder_directory(encoder))
+    if found != revision:
+        raise IncompatibleModelsError(
+            f"the encoder {encoder} has the revision {found[:12]}, the domain embeddings were "
+            f"made with {revision[:12]}; set pipeline.encoder to the one that made them"
+        )
 
 
 def _embedded(chunks: Sequence[str], encoder: SentenceEncoder, progress: Progress) -> Tensor:

@@ -27,6 +27,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -36,6 +37,9 @@ from nexus_ds.data.sources import SPLITS
 from nexus_ds.errors import ConfigError, DataError
 from nexus_ds.outputs import create
 from nexus_ds.progress import Progress
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
 
 # sklearn takes a second to load, which other verbs should not pay: it is imported where it works.
 
@@ -91,7 +95,11 @@ class Words:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         self.counter = TfidfVectorizer(
-            sublinear_tf=True, min_df=RARE, max_df=COMMON, max_features=VOCABULARY
+            # a word that a document has fifty times says little more than one it has twice
+            sublinear_tf=True,
+            min_df=RARE,
+            max_df=COMMON,
+            max_features=VOCABULARY,
         )
         self.reduction = None
         try:
@@ -99,15 +107,19 @@ class Words:
         except ValueError:
             # too few documents, or hardly a word in them
             return
+        # one document, or one word, has no directions to tell apart
         if min(found_DV.shape) > 1:
             size = min(WORD_FEATURES, *found_DV.shape)
-            self.reduction = TruncatedSVD(size, random_state=seed).fit(found_DV)
+            reduction = TruncatedSVD(size, random_state=seed)
+            self.reduction = reduction.fit(found_DV)
 
     def vectors(self, texts: Sequence[str]) -> np.ndarray:
         """Return the unit vectors [D, F - M] of documents; zeros for one without known words."""
         if self.reduction is None:
             return np.zeros((len(texts), 1))
-        return unit(self.reduction.transform(self.counter.transform(texts)))
+        found_DV = self.counter.transform(texts)
+        reduced = self.reduction.transform(found_DV)
+        return unit(reduced)
 
 
 @dataclass
@@ -132,7 +144,8 @@ def nearest(vectors_DF: np.ndarray, centres_NF: np.ndarray) -> np.ndarray:
     """Return for each vector the number [D] of the centre that is nearest."""
     # |v - c|^2 = |v|^2 - 2 (v c - |c|^2 / 2): the nearest centre has the largest bracket
     half_norm_N = (centres_NF**2).sum(axis=1) / 2
-    return np.argmax(vectors_DF @ centres_NF.T - half_norm_N, axis=1)
+    bracket_DN = vectors_DF @ centres_NF.T - half_norm_N
+    return np.argmax(bracket_DN, axis=1)
 
 
 def fit_clusters(texts: Sequence[str], vectors_DF: np.ndarray, count: int, seed: int) -> Clusters:
@@ -150,11 +163,7 @@ def fit_clusters(texts: Sequence[str], vectors_DF: np.ndarray, count: int, seed:
     centres_NF = _k_means(vectors_DF, count, seed)
     labels_D = nearest(vectors_DF, centres_NF)
     sizes_N = np.bincount(labels_D, minlength=count)
-    if sizes_N.min() < 2:
-        raise DataError(
-            f"one of the {count} domains has {sizes_N.min()} of the {len(texts)} sampled "
-            "documents, expected two or more; ask for fewer domains or a larger sample"
-        )
+    _check_sizes(sizes_N, len(texts))
     order_N = np.argsort(-sizes_N, kind="stable")
     # the inverse permutation: a domain's old number to its place in the order
     labels_D = np.argsort(order_N)[labels_D]
@@ -167,11 +176,26 @@ def fit_clusters(texts: Sequence[str], vectors_DF: np.ndarray, count: int, seed:
     )
 
 
+def _check_sizes(sizes_N: np.ndarray, documents: int) -> None:
+    smallest = sizes_N.min()
+    # a domain needs one document to train on and one to validate with
+    if smallest < 2:
+        raise DataError(
+            f"one of the {len(sizes_N)} domains has {smallest} of the {documents} sampled "
+            "documents, expected two or more; ask for fewer domains or a larger sample"
+        )
+
+
 def _k_means(vectors_DF: np.ndarray, count: int, seed: int) -> np.ndarray:
     from sklearn.cluster import KMeans, MiniBatchKMeans
 
     kind = KMeans if len(vectors_DF) < LARGE else MiniBatchKMeans
-    model = kind(n_clusters=count, init="k-means++", n_init=STARTS, random_state=seed)
+    model = kind(
+        n_clusters=count,
+        init="k-means++",
+        n_init=STARTS,
+        random_state=seed,
+    )
     model.fit(vectors_DF)
     return np.asarray(model.cluster_centers_)
 
@@ -179,11 +203,14 @@ def _k_means(vectors_DF: np.ndarray, count: int, seed: int) -> np.ndarray:
 def _silhouette(vectors_DF: np.ndarray, labels_D: np.ndarray, seed: int) -> float:
     from sklearn.metrics import silhouette_score
 
-    chosen = np.random.default_rng(seed).permutation(len(labels_D))[:SILHOUETTE_SAMPLE]
-    if len(set(labels_D[chosen])) < 2:
+    order_D = np.random.default_rng(seed).permutation(len(labels_D))
+    chosen = order_D[:SILHOUETTE_SAMPLE]
+    labels = labels_D[chosen]
+    if len(set(labels)) < 2:
         # of two domains one is so small that it fell through
         return 0.0
-    return float(silhouette_score(vectors_DF[chosen], labels_D[chosen], metric="cosine"))
+    score = silhouette_score(vectors_DF[chosen], labels, metric="cosine")
+    return float(score)
 
 
 def distinctive_words(texts: Sequence[str], labels_D: np.ndarray, count: int) -> list[list[str]]:
@@ -208,17 +235,29 @@ def distinctive_words(texts: Sequence[str], labels_D: np.ndarray, count: int) ->
         # no word of three letters in any document
         return [[] for _ in range(count)]
     vocabulary = counter.get_feature_names_out()
-    # the mean of a sparse matrix is a matrix, not an array
-    everywhere_V = np.asarray(present_DV.mean(axis=0)).ravel()
+    everywhere_V = _column_means(present_DV)
     found = []
     for cluster in range(count):
-        mine_DV = present_DV[np.flatnonzero(labels_D == cluster)]
-        here_V = np.asarray(mine_DV.mean(axis=0)).ravel()
-        # a word that is nowhere here scores 0 log(..), not NaN
-        score_V = here_V * np.log(np.maximum(here_V, 1e-12) / everywhere_V)
+        mine_D = np.flatnonzero(labels_D == cluster)
+        here_V = _column_means(present_DV[mine_D])
+        score_V = _divergence(here_V, everywhere_V)
+        # stable: of words that score alike the first in the alphabet, on any machine
         best = np.argsort(-score_V, kind="stable")[:KEPT_WORDS]
         found.append([str(vocabulary[v]) for v in best if score_V[v] > 0])
     return found
+
+
+def _divergence(here_V: np.ndarray, everywhere_V: np.ndarray) -> np.ndarray:
+    """Return the term p log(p / q) [V] of each word."""
+    # a word that is nowhere here scores 0 log(..), not NaN
+    ratio_V = np.maximum(here_V, 1e-12) / everywhere_V
+    return here_V * np.log(ratio_V)
+
+
+def _column_means(present_DV: csr_matrix) -> np.ndarray:
+    """Return the share [V] of documents that have each word."""
+    # the mean of a sparse matrix is a matrix, not an array
+    return np.asarray(present_DV.mean(axis=0)).ravel()
 
 
 def domain_names(words: Sequence[Sequence[str]]) -> list[str]:
@@ -229,7 +268,9 @@ def domain_names(words: Sequence[Sequence[str]]) -> list[str]:
     taken: set[str] = set()
     names = []
     for number, best in enumerate(words, start=1):
-        free = (word for word in best if word not in taken and SAFE_WORD.fullmatch(word))
+        # names become folders: letters of ASCII alone, whatever the text is written in
+        safe = (word for word in best if SAFE_WORD.fullmatch(word))
+        free = (word for word in safe if word not in taken)
         chosen = list(islice(free, NAME_WORDS))
         taken.update(chosen)
         names.append("-".join(chosen) or f"domain-{number}")
@@ -253,11 +294,14 @@ class _Domain:
 
     def _split(self) -> str:
         """Return where the next document goes: one of each block is drawn for validation."""
-        block, place = divmod(sum(self.counts.values()), self.every)
+        documents = sum(self.counts.values())
+        block, place = divmod(documents, self.every)
+        # \0 stands in no name, so two different triples never make one key
         key = f"{self.seed}\0{self.name}\0{block}".encode()
         digest = hashlib.blake2b(key, digest_size=8).digest()
         # among the first block's first two, so that a domain of two has one in each split
-        drawn = int.from_bytes(digest) % (self.every if block else 2)
+        places = self.every if block else 2
+        drawn = int.from_bytes(digest) % places
         return "validation" if place == drawn else "train"
 
     def add(self, document: Document) -> None:
@@ -350,7 +394,8 @@ class Discovery:
         """Return the features [D, F] of documents: embedding and words, with the same weight."""
         known = self._embedded(documents)
         embedded_DM = np.array([known[document.where] for document in documents])
-        words = self.words.vectors([document.text[:READ] for document in documents])
+        read = [document.text[:READ] for document in documents]
+        words = self.words.vectors(read)
         # both are unit vectors, so neither outweighs the other
         return np.concatenate([embedded_DM, words], axis=1)
 
@@ -372,7 +417,8 @@ class Discovery:
                 progress.advance(len(batch))
         texts = [document.text for document in sample]
         self.words = Words(texts, self.seed)
-        return fit_clusters(texts, self._features(sample), count, self.seed)
+        features_DF = self._features(sample)
+        return fit_clusters(texts, features_DF, count, self.seed)
 
     def write(self, clusters: Clusters, out: Path) -> dict[str, Written]:
         """Read the corpus again and write each document into its domain's folder.
@@ -388,20 +434,21 @@ class Discovery:
         with ExitStack() as stack, Progress("assign", self.documents, "doc") as progress:
             domains = [self._open(stack, out / name) for name in clusters.names]
             for batch in _batches(self._read(bad_rows)):
-                numbers = clusters.nearest(self._features(batch))
+                features_DF = self._features(batch)
+                numbers = clusters.nearest(features_DF)
                 for document, number in zip(batch, numbers, strict=True):
                     domains[number].add(document)
                 progress.advance(len(batch))
         self.skipped = bad_rows.count
-        return {
-            domain.name: Written(
+        written = {}
+        for domain, words in zip(domains, clusters.words, strict=True):
+            written[domain.name] = Written(
                 train=domain.counts["train"],
                 validation=domain.counts["validation"],
                 bytes=domain.size,
                 words=words[:SHOWN_WORDS],
             )
-            for domain, words in zip(domains, clusters.words, strict=True)
-        }
+        return written
 
     def _open(self, stack: ExitStack, folder: Path) -> _Domain:
         folder.mkdir()

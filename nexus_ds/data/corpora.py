@@ -131,11 +131,14 @@ def _batches(documents: Iterator[tuple[str, Document]]) -> Batches:
 def _existing(path: Path) -> TokenFile | None:
     """Return the token file at `path` if its manifest is there and agrees with it."""
     try:
-        manifest = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        text = path.with_suffix(".json").read_text(encoding="utf-8")
+        manifest = json.loads(text)
         size = path.stat().st_size
+    # none yet, or one of a process that was killed: it is made again
     except (OSError, ValueError):
         return None
-    if size != manifest["tokens"] * np.dtype(manifest["dtype"]).itemsize:
+    width = np.dtype(manifest["dtype"]).itemsize
+    if size != manifest["tokens"] * width:
         return None
     return TokenFile(
         path,
@@ -309,12 +312,18 @@ def token_files(
             # others may have made some
             missing = [job for job in jobs if _existing(job.path) is None]
             maker.make_all(missing, workers)
+    return _made(jobs, cache)
+
+
+def _made(jobs: Sequence[_Job], cache: Path) -> dict[str, TokenFile]:
+    """Return the token files of jobs that are done; DataError for those that are gone."""
     files: dict[str, TokenFile] = {}
     for job in jobs:
         file = _existing(job.path)
         if file is not None:
             files[job.domain] = file
-    gone = [domain for domain in domains if domain not in files]
+    # somebody emptied the cache meanwhile
+    gone = [job.domain for job in jobs if job.domain not in files]
     if gone:
         raise DataError(
             f"{cache}: token files of {', '.join(gone)} vanished while they were made; run again"
@@ -344,5 +353,7 @@ def windows(token_file: TokenFile, count: int, length: int, seed: int | None = N
     if seed is None:
         chosen = np.arange(count) * blocks // count
     else:
-        chosen = np.sort(np.random.default_rng(seed).choice(blocks, size=count, replace=False))
+        drawn = np.random.default_rng(seed).choice(blocks, size=count, replace=False)
+        # a disk reads forward faster
+        chosen = np.sort(drawn)
     return np.stack([token_file.block(int(index), length) for index in chosen])

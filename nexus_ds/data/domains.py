@@ -104,11 +104,16 @@ class Encoder(Protocol):
 
 def unit(vectors: np.ndarray) -> np.ndarray:
     """Return `vectors` [..., M] scaled to norm 1 over the last axis."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    # a vector of zeros stays one, instead of turning into NaN
+    return vectors / np.maximum(norms, 1e-12)
 
 
 def sample_documents(
-    documents: Iterator[Document], count: int, seed: int, domain: str
+    documents: Iterator[Document],
+    count: int,
+    seed: int,
+    domain: str,
 ) -> list[Document]:
     """Return `count` of `documents` chosen uniformly, without holding more than `count` of them.
 
@@ -120,9 +125,12 @@ def sample_documents(
     kept: list[tuple[int, int, Document]] = []
     for position, document in enumerate(documents):
         key = f"{seed}\0{domain}\0{position}".encode()
-        item = (-int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()), -position, document)
+        digest = hashlib.blake2b(key, digest_size=8).digest()
+        rank = -int.from_bytes(digest)
+        item = (rank, -position, document)
         if len(kept) < count:
             heapq.heappush(kept, item)
+        # without the document, which can't be compared
         elif item[:2] > kept[0][:2]:
             heapq.heapreplace(kept, item)
     return [document for _, _, document in sorted(kept, key=lambda item: -item[1])]
@@ -136,19 +144,26 @@ def document_vectors(texts: Sequence[str], encoder: Encoder, windows: int) -> np
     pieces = [encoder.windows(text, windows) for text in texts]
     # all windows of all documents at once: the encoder is fastest with full batches
     encoded_WM = encoder.encode(list(chain.from_iterable(pieces)))
-    bounds = np.cumsum([len(document) for document in pieces])[:-1]
+    counts = [len(document) for document in pieces]
+    bounds = np.cumsum(counts)[:-1]
     parts = np.split(encoded_WM.astype(np.float64), bounds)
-    return np.stack([unit(part_WM.mean(axis=0)) for part_WM in parts])
+    # each document counts the same, however many windows it has
+    means = [part_WM.mean(axis=0) for part_WM in parts]
+    return np.stack([unit(mean_M) for mean_M in means])
 
 
 def _mean_of(
-    documents: list[Document], encoder: Encoder, windows: int, progress: Progress
+    documents: list[Document],
+    encoder: Encoder,
+    windows: int,
+    progress: Progress,
 ) -> np.ndarray:
     """Return the [M] float32 mean of the unit-norm embeddings of `documents`."""
     rows: list[np.ndarray] = []
     for start in range(0, len(documents), ENCODE_BATCH):
         batch = documents[start : start + ENCODE_BATCH]
-        rows.append(document_vectors([document.text for document in batch], encoder, windows))
+        texts = [document.text for document in batch]
+        rows.append(document_vectors(texts, encoder, windows))
         progress.advance(len(batch))
     return np.concatenate(rows).mean(axis=0).astype(np.float32)
 
@@ -312,7 +327,10 @@ class SentenceEncoder:
 
     def _first_window(self, text: str) -> list[str]:
         offsets = self.model.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            text,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            verbose=False,
         )
         spans = offsets["offset_mapping"]
         pieces = []
@@ -327,8 +345,10 @@ class SentenceEncoder:
         size = self.max_tokens * CHARACTERS_PER_TOKEN
         # tokenising a whole book for four windows would be the slowest step
         if len(text) > limit * size:
-            starts = [i * (len(text) - size) // max(limit - 1, 1) for i in range(limit)]
-            return [self._first_window(text[start : start + size])[0] for start in starts]
+            gaps = max(limit - 1, 1)
+            starts = [i * (len(text) - size) // gaps for i in range(limit)]
+            parts = [text[start : start + size] for start in starts]
+            return [self._first_window(part)[0] for part in parts]
         pieces = self._first_window(text)
         kept = min(limit, len(pieces))
         return [pieces[i * len(pieces) // kept] for i in range(kept)]
@@ -336,7 +356,10 @@ class SentenceEncoder:
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Return [W, M] float32 unit-norm embeddings of `texts`."""
         encoded = self.model.encode(
-            list(texts), batch_size=16, normalize_embeddings=True, show_progress_bar=False
+            list(texts),
+            batch_size=16,
+            normalize_embeddings=True,
+            show_progress_bar=False,
         )
         return np.asarray(encoded, dtype=np.float32)
 
@@ -388,8 +411,10 @@ def read_domain_embeddings(path: Path) -> DomainEmbeddings:
         raise DataError(
             f"{path} holds {', '.join(names) or 'nothing'}, not domain embeddings; {remedy}"
         )
+    # a missing or an unknown key is a TypeError, text that is no JSON a ValueError
     try:
-        embeddings = DomainEmbeddings(vectors=vectors, **json.loads(metadata[METADATA_KEY]))
+        about = json.loads(metadata[METADATA_KEY])
+        embeddings = DomainEmbeddings(vectors=vectors, **about)
     except (TypeError, ValueError) as error:
         raise DataError(
             f"{path}: its description of the domains is damaged ({error}); {remedy}"

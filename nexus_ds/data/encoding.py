@@ -276,7 +276,10 @@ class _Team:
 
 
 def _in_order(
-    batches: Batches, threads: ThreadPoolExecutor, pack: Callable[[list[str]], Packed], ahead: int
+    batches: Batches,
+    threads: ThreadPoolExecutor,
+    pack: Callable[[list[str]], Packed],
+    ahead: int,
 ) -> Iterator[tuple[str, Packed]]:
     """Yield results in the order of the batches, at most `ahead` of which are under way."""
     waiting: deque[tuple[str, Future[Packed]]] = deque()

@@ -41,8 +41,11 @@ def _hashers(key: str) -> list[hashlib.blake2b]:
     """Return the keyed hashes of the half-rounds of a permutation."""
     found = []
     for half in range(2 * ROUNDS):
-        half_key = hashlib.blake2b(f"{half} {key}".encode(), digest_size=16).digest()
-        found.append(hashlib.blake2b(key=half_key, digest_size=8))
+        # blake2b takes keys of 64 bytes at most, and a domain's name may be longer
+        text = f"{half} {key}".encode()
+        half_key = hashlib.blake2b(text, digest_size=16).digest()
+        hasher = hashlib.blake2b(key=half_key, digest_size=8)
+        found.append(hasher)
     return found
 
 
@@ -68,8 +71,11 @@ def permuted(index: int, size: int, key: str) -> int:
     while True:
         row, column = divmod(index, columns)
         for first, second in zip(hashers[::2], hashers[1::2], strict=True):
-            row = (row + _keyed(first, column)) % rows
-            column = (column + _keyed(second, row)) % columns
+            # each half moves by what the other says, so the step can be undone: a permutation
+            row += _keyed(first, column)
+            row %= rows
+            column += _keyed(second, row)
+            column %= columns
         index = row * columns + column
         if index < size:
             return index
@@ -103,6 +109,7 @@ def domain_weights(mixture: DataConfig, tokens: Mapping[str, int]) -> dict[str, 
             "add text or leave it out of data.domains"
         )
     shares = _shares(mixture, tokens)
+    # explicit weights may miss 1 by SUM_ERROR
     total = sum(shares.values())
     return {domain: share / total for domain, share in shares.items()}
 
@@ -172,10 +179,13 @@ def _replay(new: list[str], share: float, domains: list[str]) -> dict[str, float
 
 def slots(weights: Mapping[str, float], length: int) -> dict[str, int]:
     """Share `length` slots by largest remainder; every domain gets at least one."""
-    counts = {domain: max(int(weight * length), 1) for domain, weight in weights.items()}
+    exact = {domain: weight * length for domain, weight in weights.items()}
+    counts = {domain: max(int(share), 1) for domain, share in exact.items()}
+    # a slot given to a domain that has less than one by right may leave none
     left = max(length - sum(counts.values()), 0)
     # those that lost most by rounding come first; the sort is stable, so ties keep their order
-    for domain in sorted(weights, key=lambda name: counts[name] - weights[name] * length)[:left]:
+    gained = {domain: counts[domain] - exact[domain] for domain in weights}
+    for domain in sorted(weights, key=gained.__getitem__)[:left]:
         counts[domain] += 1
     return counts
 
@@ -204,8 +214,11 @@ def cycle_slots(weights: Mapping[str, float]) -> dict[str, int]:
 def _meets(counts: Mapping[str, int], weights: Mapping[str, float]) -> bool:
     """Return whether slots agree with weights."""
     total = sum(counts.values())
-    errors = {domain: abs(counts[domain] / total - weight) for domain, weight in weights.items()}
-    return all(errors[domain] <= SLOT_ERROR * weight for domain, weight in weights.items())
+    for domain, weight in weights.items():
+        error = abs(counts[domain] / total - weight)
+        if error > SLOT_ERROR * weight:
+            return False
+    return True
 
 
 # Samples ------------------------------------------------------------------------------------------
@@ -239,7 +252,11 @@ class Sampler:
     """
 
     def __init__(
-        self, files: Mapping[str, TokenFile], weights: Mapping[str, float], length: int, seed: int
+        self,
+        files: Mapping[str, TokenFile],
+        weights: Mapping[str, float],
+        length: int,
+        seed: int,
     ) -> None:
         if set(files) != set(weights):
             raise ConfigError(
@@ -269,23 +286,28 @@ class Sampler:
         cycle, position = divmod(i, self.cycle)
         slot = permuted(position, self.cycle, f"{self.seed} cycle {cycle}")
         domain = bisect_right(self.ends, slot)
-        start = self.ends[domain] - self.counts[domain]
-        occurrence = cycle * self.counts[domain] + slot - start
+        count = self.counts[domain]
+        start = self.ends[domain] - count
+        # the domain's own numbering, over all cycles: none is drawn twice in an epoch
+        occurrence = cycle * count + slot - start
         blocks = self.blocks[domain]
         epoch, place = divmod(occurrence, blocks)
-        return domain, permuted(place, blocks, f"{self.seed} {self.domains[domain]} {epoch}")
+        key = f"{self.seed} {self.domains[domain]} {epoch}"
+        return domain, permuted(place, blocks, key)
 
     def sample(self, i: int) -> Sample:
         """Return sample `i`."""
         domain, block = self.locate(i)
-        return Sample(domain, block, self.files[domain].block(block, self.length))
+        tokens = self.files[domain].block(block, self.length)
+        return Sample(domain, block, tokens)
 
     __getitem__ = sample
 
     def epochs(self, samples: int) -> dict[str, float]:
         """Return how often the first `samples` samples go through each domain's text, about."""
+        cycles = samples / self.cycle
         passed = zip(self.domains, self.counts, self.blocks, strict=True)
-        return {domain: samples * count / self.cycle / blocks for domain, count, blocks in passed}
+        return {domain: cycles * count / blocks for domain, count, blocks in passed}
 
     def fingerprint(self) -> str:
         """Return the sha256 over all that decides sample i: text, mixture, length and seed."""

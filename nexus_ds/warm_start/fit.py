@@ -75,7 +75,10 @@ def _new_layer(config: PretrainedConfig, layer: int) -> nn.Module:
 
 
 def _load_layer(
-    config: PretrainedConfig, reader: TensorReader, layer: int, dtype: torch.dtype
+    config: PretrainedConfig,
+    reader: TensorReader,
+    layer: int,
+    dtype: torch.dtype,
 ) -> Any:
     """Return one decoder layer with its weights, on the device."""
     prefix = f"model.layers.{layer}."
@@ -83,15 +86,19 @@ def _load_layer(
     state = {name.removeprefix(prefix): reader.read(name) for name in names}
 
     def stacked(part: str) -> Tensor:
-        names = [expert_name(layer, expert, part) for expert in range(config.num_experts)]
-        return torch.stack([state.pop(name.removeprefix(prefix)) for name in names])
+        experts = range(config.num_experts)
+        names = [expert_name(layer, expert, part) for expert in experts]
+        keys = [name.removeprefix(prefix) for name in names]
+        return torch.stack([state.pop(key) for key in keys])
 
     # transformers stacks the experts of a layer, and gate_proj on up_proj: [E, 2F, H]
-    gate_up_EFH = torch.cat([stacked("gate_proj"), stacked("up_proj")], dim=1)
-    state["mlp.experts.gate_up_proj"] = gate_up_EFH
+    gate_EFH = stacked("gate_proj")
+    up_EFH = stacked("up_proj")
+    state["mlp.experts.gate_up_proj"] = torch.cat([gate_EFH, up_EFH], dim=1)
     state["mlp.experts.down_proj"] = stacked("down_proj")
     block = _new_layer(config, layer)
     placed = {name: tensor.to(device(), dtype) for name, tensor in state.items()}
+    # assigned: copies into the meta device would be lost
     block.load_state_dict(placed, assign=True)
     return block.eval()
 
@@ -104,7 +111,8 @@ def _attend(block: Any, hidden_NSH: Tensor, rotary: tuple[Tensor, Tensor]) -> tu
         attention_mask=None,
     )
     residual_NSH = hidden_NSH + attended_NSH
-    return residual_NSH, block.post_attention_layernorm(residual_NSH)
+    x_NSH = block.post_attention_layernorm(residual_NSH)
+    return residual_NSH, x_NSH
 
 
 class _Stream:
@@ -121,10 +129,12 @@ class _Stream:
         self.config._attn_implementation = "sdpa"
         self.config._experts_implementation = "eager"
         self.dtype = torch.float32
-        embeddings_VH = self.reader.read("model.embed_tokens.weight").to(self.dtype)
-        self.hidden_NSH = F.embedding(tokens_NS, embeddings_VH)
+        embeddings_VH = self.reader.read("model.embed_tokens.weight")
+        # In main memory, of which there is more than on a device: batches of it visit that.
+        self.hidden_NSH = F.embedding(tokens_NS, embeddings_VH.to(self.dtype))
         positions_1S = torch.arange(tokens_NS.shape[1])[None]
-        cos, sin = Qwen2MoeRotaryEmbedding(self.config)(self.hidden_NSH, positions_1S)
+        rotary = Qwen2MoeRotaryEmbedding(self.config)
+        cos, sin = rotary(self.hidden_NSH, positions_1S)
         self.rotary = cos.to(device()), sin.to(device())
 
     def _batches(self) -> list[slice]:
@@ -141,8 +151,10 @@ class _Stream:
 
     def store(self, name: str, tensor: Tensor) -> Tensor:
         """Overwrite a tensor of the checkpoint; return it as read back, in this stream's dtype."""
-        overwrite(self.reader.info(name), tensor.cpu())
-        return tensor.to(self.stored_dtype(name)).to(device(), self.dtype)
+        info = self.reader.info(name)
+        overwrite(info, tensor.cpu())
+        rounded = tensor.to(self.stored_dtype(name))
+        return rounded.to(device(), self.dtype)
 
     @torch.no_grad()
     def attend(self, block: Any) -> Tensor:
@@ -163,7 +175,11 @@ class _Stream:
 
     @torch.no_grad()
     def feed_forward(
-        self, block: Any, x_TH: Tensor, embeddings_EH: Tensor, mean_H: Tensor | None
+        self,
+        block: Any,
+        x_TH: Tensor,
+        embeddings_EH: Tensor,
+        mean_H: Tensor | None,
     ) -> None:
         """Advance the states past the layer's MoE block, routed by `embeddings_EH`."""
         x_NSH = x_TH.view(self.hidden_NSH.shape)
@@ -215,19 +231,24 @@ def _read(sidecar: Sidecar, text: FitText, start: str, length: int) -> _Reading:
     experts = _with_text(sidecar, text, start)
     known = [sidecar.experts[index].domain for index in experts]
     background = [domain for domain in text.windows if domain not in known]
-    windows = [text.windows[domain][:, :length] for domain in known + background]
+    ordered = known + background
+    windows = [text.windows[domain][:, :length] for domain in ordered]
     labelled = windows[: len(known)]
     tokens_of = torch.tensor([window.numel() for window in labelled])
+    experts_L = torch.tensor(experts).repeat_interleave(tokens_of)
+    labels_L = torch.arange(len(known)).repeat_interleave(tokens_of)
     inputs_EM = chunks_NM = None
     if sidecar.router.kind == "nexus":
-        inputs_EM = sidecar.domain_inputs()[experts].to(device())
+        all_inputs = sidecar.domain_inputs()
+        inputs_EM = all_inputs[experts].to(device())
     if text.chunks:
-        vectors_NM = torch.cat([text.chunks[domain] for domain in known + background])
+        vectors = [text.chunks[domain] for domain in ordered]
+        vectors_NM = torch.cat(vectors)
         chunks_NM = sidecar.inputs_of(vectors_NM).to(device())
     return _Reading(
         tokens_NS=torch.cat(windows),
-        experts_L=torch.tensor(experts).repeat_interleave(tokens_of).to(device()),
-        labels_L=torch.arange(len(known)).repeat_interleave(tokens_of).to(device()),
+        experts_L=experts_L.to(device()),
+        labels_L=labels_L.to(device()),
         inputs_EM=inputs_EM,
         chunks_NM=chunks_NM,
     )
@@ -239,8 +260,9 @@ def _read(sidecar: Sidecar, text: FitText, start: str, length: int) -> _Reading:
 def _share(features_TH: Tensor, experts_L: Tensor, embeddings_EH: Tensor) -> float:
     """Return the share of the labelled tokens whose first choice is their domain's expert."""
     features_LH = features_TH[: len(experts_L)]
-    chosen_L = F.linear(features_LH, embeddings_EH.to(features_LH)).argmax(-1)
-    return float((chosen_L == experts_L).float().mean())
+    logits_LE = F.linear(features_LH, embeddings_EH.to(features_LH))
+    own_L = logits_LE.argmax(-1) == experts_L
+    return float(own_L.float().mean())
 
 
 @dataclass(frozen=True)
@@ -262,27 +284,35 @@ class _WarmStart:
         """
         block = stream.load(layer)
         x_TH = stream.attend(block)
-        old_EH = block.mlp.gate.weight.detach().clone()
+        gate = block.mlp.gate
+        old_EH = gate.weight.detach().clone()
         mean_H = None
         if self.sidecar.router.input == "context":
-            mean_H = block.mlp.gate.mean.detach().clone()
+            mean_H = gate.mean.detach().clone()
         experts_L = self.reading.experts_L
-        before = _share(stream.features(x_TH, mean_H), experts_L, old_EH)
+        features_TH = stream.features(x_TH, mean_H)
+        before = _share(features_TH, experts_L, old_EH)
 
+        # embeddings that stay were fitted to the mean that is there
         keeps_old = self.kept > 0 and self.config.warm_start in KEEPING
         if mean_H is not None and not keeps_old:
             mean_H = self._new_mean(stream, layer, x_TH)
-        features_TH = stream.features(x_TH, mean_H)
-        new_EH = self._start(layer, features_TH, old_EH, stream.stored_dtype(gate_name(layer)))
+            features_TH = stream.features(x_TH, mean_H)
+        name = gate_name(layer)
+        dtype = stream.stored_dtype(name)
+        new_EH = self._start(layer, features_TH, old_EH, dtype)
         # As stored: later layers, like every later reader, see rounded embeddings.
-        new_EH = stream.store(gate_name(layer), new_EH)
+        new_EH = stream.store(name, new_EH)
+        after = _share(features_TH, experts_L, new_EH)
         stream.feed_forward(block, x_TH, new_EH, mean_H)
-        return before, _share(features_TH, experts_L, new_EH)
+        return before, after
 
     def _new_mean(self, stream: _Stream, layer: int, x_TH: Tensor) -> Tensor:
         """Store and return the mean [H] of the normalised running means of this text."""
-        normed_TH = stream.features(x_TH, torch.zeros_like(x_TH[0]))
-        return stream.store(mean_name(layer), normed_TH.mean(0))
+        zeros_H = torch.zeros_like(x_TH[0])
+        normed_TH = stream.features(x_TH, zeros_H)
+        mean_H = normed_TH.mean(0)
+        return stream.store(mean_name(layer), mean_H)
 
     def _start(self, layer: int, features_TH: Tensor, old_EH: Tensor, dtype: torch.dtype) -> Tensor:
         """Return one layer's expert embeddings [E, H].
@@ -293,19 +323,23 @@ class _WarmStart:
         generator = layer_generator(self.seed, layer)
         features = Features(features_TH, reading.labels_L, reading.inputs_EM, reading.chunks_NM)
         if self.sidecar.router.kind == "linear":
-            return warm_start_embeddings(
-                old_EH.float(), features, self.config, self.kept, generator
-            )
+            old_EH = old_EH.float()
+            return warm_start_embeddings(old_EH, features, self.config, self.kept, generator)
         projection = load_projection(self.sidecar, layer).to(features_TH.device)
         warm_start_projection(projection, features, self.config, generator)
-        state = projection.state_dict()
-        fitted = {name: tensor.detach().cpu() for name, tensor in state.items()}
+        fitted = {}
+        for name, tensor in projection.state_dict().items():
+            fitted[name] = tensor.detach().cpu()
         self.sidecar.projections[layer] = fitted
         return expert_embeddings(self.sidecar, layer, dtype)
 
 
 def fit_router(
-    directory: Path, text: FitText, config: RouterConfig, seed: int, kept: int = 0
+    directory: Path,
+    text: FitText,
+    config: RouterConfig,
+    seed: int,
+    kept: int = 0,
 ) -> FitReport:
     """Start the routers of a Nexus checkpoint in place: stored embeddings and sidecar.
 
@@ -324,9 +358,7 @@ def fit_router(
     sidecar = read_sidecar(directory)
     check_start(start, sidecar.router.kind, sidecar.router.projection)
     settings = transformers_config(directory)
-    length = min(window.shape[1] for window in text.windows.values())
-    if getattr(settings, "use_sliding_window", False):
-        length = min(length, settings.sliding_window)
+    length = _length(text, settings)
     reading = _read(sidecar, text, start, length)
     warm_start = _WarmStart(sidecar, reading, config, seed, kept)
     stream = _Stream(directory, reading.tokens_NS)
@@ -348,11 +380,26 @@ def fit_router(
     )
 
 
+def _length(text: FitText, settings: PretrainedConfig) -> int:
+    """Return the tokens of every window that are read."""
+    lengths = [window.shape[1] for window in text.windows.values()]
+    # No layer here applies a sliding window; windows that fit into it don't need one.
+    if getattr(settings, "use_sliding_window", False):
+        lengths.append(settings.sliding_window)
+    return min(lengths)
+
+
 def _nearest(sidecar: Sidecar, text: FitText, chunks_NM: Tensor | None) -> dict[str, float]:
     """Return for each domain without text the cosine of what P reads of it to the nearest chunk."""
     if chunks_NM is None:
         return {}
-    cosines_EN = unit(sidecar.domain_inputs()) @ unit(chunks_NM.cpu()).T
+    inputs_EM = unit(sidecar.domain_inputs())
+    chunks_NM = unit(chunks_NM.cpu())
+    cosines_EN = inputs_EM @ chunks_NM.T
     nearest_E = cosines_EN.amax(1).tolist()
-    pairs = zip(sidecar.experts, nearest_E, strict=True)
-    return {expert.domain: cosine for expert, cosine in pairs if expert.domain not in text.windows}
+    found = {}
+    for expert, cosine in zip(sidecar.experts, nearest_E, strict=True):
+        # text of its own says more of a domain than the nearest chunk of others
+        if expert.domain not in text.windows:
+            found[expert.domain] = cosine
+    return found

@@ -96,7 +96,11 @@ def read_fit_text(
 
 
 def _windows(
-    source: Path, positions: int, data: str, config: Config, domains: list[str]
+    source: Path,
+    positions: int,
+    data: str,
+    config: Config,
+    domains: list[str],
 ) -> dict[str, Tensor]:
     """Return windows [count, length] of each domain, from all over the text that is tokenised."""
     router = config.router
@@ -128,7 +132,10 @@ def _windows(
 
 
 def _embedded(
-    sidecar: Sidecar, source: Path, found: dict[str, Tensor], config: Config
+    sidecar: Sidecar,
+    source: Path,
+    found: dict[str, Tensor],
+    config: Config,
 ) -> dict[str, Tensor]:
     """Return the embeddings [n, M] fp32 of windows of text.
 

@@ -95,15 +95,20 @@ def temperature(x_LH: Tensor, labels_L: Tensor, embeddings_EH: Tensor) -> float:
     step = max(1, len(x_LH) // JUDGED_TOKENS)
     logits_nE = F.linear(x_LH[::step], embeddings_EH)
     labels_n = labels_L[::step]
-    losses = [float(F.cross_entropy(logits_nE * factor, labels_n)) for factor in TEMPERATURES]
-    return TEMPERATURES[losses.index(min(losses))]
+    losses = []
+    for factor in TEMPERATURES:
+        loss = F.cross_entropy(logits_nE * factor, labels_n)
+        losses.append(float(loss))
+    best = losses.index(min(losses))
+    return TEMPERATURES[best]
 
 
 def means(x_TH: Tensor, groups_T: Tensor, count: int) -> Tensor:
     """Return the mean [count, H] of each group's inputs; NaN for a group without tokens."""
     sums_GH = torch.zeros(count, x_TH.shape[1], device=x_TH.device)
     sums_GH.index_add_(0, groups_T, x_TH)
-    return sums_GH / torch.bincount(groups_T, minlength=count)[:, None]
+    counts_G = torch.bincount(groups_T, minlength=count)
+    return sums_GH / counts_G[:, None]
 
 
 def whitener(x_TH: Tensor) -> Tensor:
@@ -127,10 +132,15 @@ def ridge_embeddings(x_LH: Tensor, labels_L: Tensor, experts: int) -> Tensor:
     This is DUME's way.
     """
     moments_HH = x_LH.T @ x_LH
-    targets_HE = x_LH.T @ F.one_hot(labels_L, experts).to(x_LH)
-    solution_HE = torch.linalg.solve(moments_HH + _penalty(moments_HH, RIDGE), targets_HE)
+    one_hot_LE = F.one_hot(labels_L, experts).to(x_LH)
+    targets_HE = x_LH.T @ one_hot_LE
+    # without a penalty, directions that no token has would have no solution
+    penalised_HH = moments_HH + _penalty(moments_HH, RIDGE)
+    solution_HE = torch.linalg.solve(penalised_HH, targets_HE)
     embeddings_EH = solution_HE.T.contiguous()
-    return embeddings_EH * temperature(x_LH, labels_L, embeddings_EH)
+    # regression finds directions; how sharp a softmax over them is it leaves open
+    factor = temperature(x_LH, labels_L, embeddings_EH)
+    return embeddings_EH * factor
 
 
 def hidden_mean_embeddings(x_LH: Tensor, labels_L: Tensor, old_EH: Tensor, kept: int) -> Tensor:
@@ -144,8 +154,10 @@ def hidden_mean_embeddings(x_LH: Tensor, labels_L: Tensor, old_EH: Tensor, kept:
         return means_EH
     kept_EH = old_EH[:kept]
     common_H = means_EH[:kept].mean(0)
-    directions_EH = F.normalize(means_EH[kept:] - common_H, dim=-1)
-    new_EH = directions_EH * kept_EH.norm(dim=-1).mean()
+    own_EH = means_EH[kept:] - common_H
+    directions_EH = F.normalize(own_EH, dim=-1)
+    norm = kept_EH.norm(dim=-1).mean()
+    new_EH = directions_EH * norm
     return torch.cat([kept_EH, new_EH])
 
 
@@ -165,15 +177,17 @@ def warm_start_embeddings(
         kept: older experts, which `hidden_mean` leaves as they are.
         generator: draws the tokens of each step of `label_fit`.
     """
+    x_LH, labels_L = features.x_LH, features.labels_L
     if config.warm_start == "ridge":
-        return ridge_embeddings(features.x_LH, features.labels_L, len(old_EH))
+        return ridge_embeddings(x_LH, labels_L, len(old_EH))
     if config.warm_start == "hidden_mean":
-        return hidden_mean_embeddings(features.x_LH, features.labels_L, old_EH, kept)
+        return hidden_mean_embeddings(x_LH, labels_L, old_EH, kept)
     embeddings_EH = nn.Parameter(old_EH.clone())
     lr = config.fit_lr or DEFAULT_LR["linear"]
     optimizer = torch.optim.AdamW([embeddings_EH], lr=lr, weight_decay=0.0)
     for _ in range(config.fit_steps):
-        _step(optimizer, _label_loss(features, embeddings_EH, generator))
+        loss = _label_loss(features, embeddings_EH, generator)
+        _step(optimizer, loss)
     return embeddings_EH.detach()
 
 
@@ -195,13 +209,16 @@ def warm_start_projection(
     if config.warm_start == "closed_form":
         _closed_form(projection, features)
         return
-    optimizer = _adamw(projection, config.fit_lr or DEFAULT_LR["nexus"])
+    lr = config.fit_lr or DEFAULT_LR["nexus"]
+    optimizer = _adamw(projection, lr)
     if config.warm_start == "chunks":
         _fit_chunks(projection, features, optimizer, config.fit_steps, generator)
         return
     assert features.inputs_EM is not None
     for _ in range(config.fit_steps):
-        _step(optimizer, _label_loss(features, projection(features.inputs_EM), generator))
+        embeddings_EH = projection(features.inputs_EM)
+        loss = _label_loss(features, embeddings_EH, generator)
+        _step(optimizer, loss)
 
 
 def _adamw(projection: Projection, lr: float) -> torch.optim.Optimizer:
@@ -235,14 +252,20 @@ def _chunk_loss(features: Features, projection: Projection, generator: torch.Gen
     """
     x_TH, chunks_CM = features.x_TH, features.chunks_CM
     assert chunks_CM is not None
-    length = len(x_TH) // len(chunks_CM)
-    picked_c = torch.randperm(len(chunks_CM), generator=generator)[:CHUNKS_PER_STEP]
-    offsets = torch.randint(length, (len(picked_c), TOKENS_PER_CHUNK), generator=generator)
+    chunks = len(chunks_CM)
+    length = len(x_TH) // chunks
+    place = x_TH.device
+    # Drawn on the CPU and then moved: the same chunks and tokens whatever the device.
+    order_C = torch.randperm(chunks, generator=generator)
+    picked_c = order_C[:CHUNKS_PER_STEP]
+    drawn = (len(picked_c), TOKENS_PER_CHUNK)
+    offsets = torch.randint(length, drawn, generator=generator)
     tokens = picked_c[:, None] * length + offsets
-    tokens_n = tokens.flatten().to(x_TH.device)
-    own_c = torch.arange(len(picked_c), device=x_TH.device)
+    tokens_n = tokens.flatten().to(place)
+    own_c = torch.arange(len(picked_c), device=place)
     own_n = own_c.repeat_interleave(TOKENS_PER_CHUNK)
-    embeddings_cH = projection(chunks_CM[picked_c.to(x_TH.device)])
+    inputs_cM = chunks_CM[picked_c.to(place)]
+    embeddings_cH = projection(inputs_cM)
     logits_nc = F.linear(x_TH[tokens_n], embeddings_cH)
     return F.cross_entropy(logits_nc, own_n)
 
@@ -256,14 +279,26 @@ def _fit_chunks(
 ) -> None:
     """Fit P to whitened inputs by chunks, and by the labels of the domains."""
     assert features.inputs_EM is not None
+    # the whitening of an earlier fit, if any: this one is of other text
     projection.fold(None)
     white_HH = whitener(features.x_TH)
-    whitened = replace(features, x_TH=features.x_TH @ white_HH)
+    whitened_TH = features.x_TH @ white_HH
+    whitened = replace(features, x_TH=whitened_TH)
     for _ in range(steps):
         chunk_loss = _chunk_loss(whitened, projection, generator)
-        label_loss = _label_loss(whitened, projection(features.inputs_EM), generator)
+        embeddings_EH = projection(features.inputs_EM)
+        label_loss = _label_loss(whitened, embeddings_EH, generator)
         _step(optimizer, chunk_loss + label_loss)
     _finish(projection, white_HH, features)
+
+
+def _chunk_means(x_TH: Tensor, chunks: int) -> Tensor:
+    """Return the mean input [C, H] of each window."""
+    # windows are of one length, and follow each other
+    length = len(x_TH) // chunks
+    chunk_C = torch.arange(chunks, device=x_TH.device)
+    chunk_T = chunk_C.repeat_interleave(length)
+    return means(x_TH, chunk_T, chunks)
 
 
 @torch.no_grad()
@@ -278,19 +313,21 @@ def _closed_form(projection: Projection, features: Features) -> None:
     chunks, domains = len(chunks_CM), len(inputs_EM)
     white_HH = whitener(x_TH)
 
-    length = len(x_TH) // chunks
-    chunk_T = torch.arange(chunks, device=x_TH.device).repeat_interleave(length)
-    chunk_means_CH = means(x_TH, chunk_T, chunks)
+    chunk_means_CH = _chunk_means(x_TH, chunks)
     domain_means_EH = means(features.x_LH, features.labels_L, domains)
+    means_GH = torch.cat([chunk_means_CH, domain_means_EH])
     # Less what is common to all text: it decides nothing.
-    targets_GH = torch.cat([chunk_means_CH, domain_means_EH]) - domain_means_EH.mean(0)
+    targets_GH = means_GH - domain_means_EH.mean(0)
+    whitened_GH = targets_GH @ white_HH
     samples_GM = torch.cat([chunks_CM, inputs_EM])
     weights_G1 = torch.ones(chunks + domains, 1, device=x_TH.device)
+    # whatever their numbers: all domains together against all chunks together
     weights_G1[chunks:] = DOMAIN_WEIGHT * chunks / domains
 
     moments_MM = samples_GM.T @ (weights_G1 * samples_GM)
-    products_MH = samples_GM.T @ (weights_G1 * (targets_GH @ white_HH))
-    map_MH = torch.linalg.solve(moments_MM + _penalty(moments_MM, CHUNK_RIDGE), products_MH)
+    products_MH = samples_GM.T @ (weights_G1 * whitened_GH)
+    penalised_MM = moments_MM + _penalty(moments_MM, CHUNK_RIDGE)
+    map_MH = torch.linalg.solve(penalised_MM, products_MH)
     projection.maps[0].weight.copy_(map_MH.T)
     _finish(projection, white_HH, features)
 
@@ -301,4 +338,5 @@ def _finish(projection: Projection, white_HH: Tensor, features: Features) -> Non
     assert features.inputs_EM is not None
     projection.fold(white_HH)
     embeddings_EH = projection(features.inputs_EM)
-    projection.scale_output(temperature(features.x_LH, features.labels_L, embeddings_EH))
+    factor = temperature(features.x_LH, features.labels_L, embeddings_EH)
+    projection.scale_output(factor)
