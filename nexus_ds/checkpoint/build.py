@@ -45,7 +45,11 @@ def transformers_config(directory: Path) -> Any:
     from transformers import AutoConfig
 
     know_model_type(directory)
-    return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    return AutoConfig.from_pretrained(
+        directory,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
 
 
 def load_stock(directory: Path, dtype: torch.dtype) -> Any:
@@ -72,23 +76,23 @@ def new_dense(model: ModelConfig, vocabulary: int, eos: int, seed: int) -> Any:
     """Return a new Llama (fp32) with the sizes of the recipe, initialised under `seed`."""
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.ffn_size,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads or model.heads,
+        max_position_embeddings=model.max_positions,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        tie_word_embeddings=model.tied_embeddings,
+        # Llama's own default is an id of its own vocabulary
+        bos_token_id=None,
+        eos_token_id=eos,
+    )
     # the weights depend on the seed alone, not on what was drawn before
     set_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=model.hidden_size,
-            intermediate_size=model.ffn_size,
-            num_hidden_layers=model.layers,
-            num_attention_heads=model.heads,
-            num_key_value_heads=model.kv_heads or model.heads,
-            max_position_embeddings=model.max_positions,
-            rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-            tie_word_embeddings=model.tied_embeddings,
-            bos_token_id=None,
-            eos_token_id=eos,
-        )
-    )
+    return LlamaForCausalLM(config)
 
 
 def empty_skeleton(directory: Path, config_json: ConfigJson, dtype: torch.dtype) -> Any:
@@ -107,15 +111,18 @@ def empty_skeleton(directory: Path, config_json: ConfigJson, dtype: torch.dtype)
         model = Qwen2MoeForCausalLM._from_config(config, dtype=dtype)
     config.num_experts = experts
     model.config.num_experts = experts
+    decoder = model.model
     # its frequencies are buffers that no file has: made once more, off the meta device
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    for layer in model.model.layers:
+    rotary = type(decoder.rotary_emb)
+    decoder.rotary_emb = rotary(config)
+    for layer in decoder.layers:
         layer.mlp = nn.Identity()
     return model
 
 
 def fill(model: Any, prefix: str, reader: TensorReader, dtype: torch.dtype) -> None:
     """Read every tensor under `prefix` that stands outside the MoE blocks."""
+
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     for name in names:
         if not name.startswith(prefix):
@@ -125,8 +132,9 @@ def fill(model: Any, prefix: str, reader: TensorReader, dtype: torch.dtype) -> N
                 f"tensor {name} is missing; expected every weight of {model.config.model_type}"
             )
         owner, _, last = name.rpartition(".")
-        weight = nn.Parameter(reader.read(name).to(dtype))
-        model.get_submodule(owner).register_parameter(last, weight)
+        module = model.get_submodule(owner)
+        weight = reader.read(name).to(dtype)
+        module.register_parameter(last, nn.Parameter(weight))
 
 
 class NexusParts:
@@ -165,7 +173,8 @@ class NexusParts:
             weight = self.reader.read(name).to(self.dtype)
             # exact: the scale is a power of two
             weight = weight / self.stored[name].scale
-            getattr(ffn, part).weight = nn.Parameter(weight)
+            linear = getattr(ffn, part)
+            linear.weight = nn.Parameter(weight)
         return ffn
 
     def projection(self, layer: int) -> tuple[Projection | None, Tensor | None]:

@@ -117,7 +117,10 @@ class ContextRouter(Qwen2MoeTopKRouter):
 
     @contextmanager
     def reading(
-        self, length: int, valid_BS: Tensor | None = None, memory: Any = None
+        self,
+        length: int,
+        valid_BS: Tensor | None = None,
+        memory: Any = None,
     ) -> Iterator[None]:
         """Say what is read inside the context.
 

@@ -39,6 +39,7 @@ def count_parameters(reader: TensorReader, config: ConfigJson) -> dict[str, int]
     Active counts, of the routed experts, the top-k that a token visits. Tied embeddings count once,
     also where both are on disk.
     """
+    # a file that says so and has only a head counts that
     tied = bool(config.get("tie_word_embeddings")) and EMBEDDING in reader
     total = 0
     routed = 0
@@ -46,20 +47,24 @@ def count_parameters(reader: TensorReader, config: ConfigJson) -> dict[str, int]
     for name in reader.names():
         if tied and name == HEAD:
             continue
-        size = math.prod(reader.info(name).shape)
+        shape = reader.info(name).shape
+        size = math.prod(shape)
         total += size
         expert = ROUTED.search(name)
         if expert:
             routed += size
             experts.add(int(expert[1]))
+    if not experts:
+        return {"total": total, "active": total}
     top_k = int(config.get("num_experts_per_tok", 1))
     # experts of one model are of one size
-    idle = routed * (len(experts) - top_k) // len(experts) if experts else 0
+    idle = routed * (len(experts) - top_k) // len(experts)
     return {"total": total, "active": total - idle}
 
 
 def _rows(directory: Path, kind: str) -> str:
     """Return what the router's rows are, for people; damaged ones are told of, not refused."""
+    # whoever inspects a damaged checkpoint wants to see the rest of it too
     try:
         verify_expert_embeddings(directory)
     except CheckpointError as error:
@@ -77,11 +82,12 @@ def _gates(reader: TensorReader, layers: int) -> str:
 
 def _nexus_info(directory: Path, reader: TensorReader, config: ConfigJson) -> dict[str, Any]:
     sidecar = read_sidecar(directory)
+    router, encoder = sidecar.router, sidecar.encoder
     total, active = parameter_counts(config, sidecar.shared_expert == "seed")
     return {
         "experts": [vars(expert).copy() for expert in sidecar.experts],
-        "router": vars(sidecar.router) | {"rows": _rows(directory, sidecar.router.kind)},
-        "encoder": None if sidecar.encoder is None else vars(sidecar.encoder).copy(),
+        "router": vars(router) | {"rows": _rows(directory, router.kind)},
+        "encoder": None if encoder is None else vars(encoder).copy(),
         "lineage": [step.entry() for step in sidecar.lineage],
         "shared_expert": sidecar.shared_expert,
         "shared_expert_gate": _gates(reader, config["num_hidden_layers"]),
@@ -103,6 +109,7 @@ def _moe_info(config: ConfigJson) -> dict[str, Any]:
 
 
 def _tokenizer(directory: Path) -> str:
+    # a model without one can be looked at all the same
     try:
         return read_tokenizer(directory).fingerprint
     except (CheckpointError, UnsupportedModelError):
@@ -116,13 +123,28 @@ def _sequence_length(directory: Path) -> int | None:
         return None
     # written by this program, but a checkpoint from elsewhere may have a file of this name
     saved = parse_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path))
-    data = saved.get("data") if isinstance(saved, dict) else None
-    length = data.get("sequence_length") if isinstance(data, dict) else None
+    if not isinstance(saved, dict):
+        return None
+    data = saved.get("data")
+    if not isinstance(data, dict):
+        return None
+    length = data.get("sequence_length")
     return length if type(length) is int and length > 0 else None
 
 
 def _kind(config: ConfigJson) -> str:
     return "mixture of experts" if config.get("num_experts") else "dense"
+
+
+def _stored_info(reader: TensorReader, config: ConfigJson) -> dict[str, Any]:
+    """Return what the headers of the model's files say."""
+    tensors = [reader.info(name) for name in reader.names()]
+    dtypes = {tensor.dtype for tensor in tensors}
+    return {
+        "dtype": "+".join(sorted(dtypes)),
+        "parameters": count_parameters(reader, config),
+        "bytes": sum(tensor.end - tensor.start for tensor in tensors),
+    }
 
 
 def describe(directory: Path) -> dict[str, Any]:
@@ -139,21 +161,18 @@ def describe(directory: Path) -> dict[str, Any]:
     reader = TensorReader(directory)
     config = as_stored(config, reader)
     nexus = is_nexus(directory)
-    tensors = [reader.info(name) for name in reader.names()]
-    sizes = {ours: config.get(theirs) for ours, theirs in SIZES.items()}
-    dtypes = {tensor.dtype for tensor in tensors}
     info: dict[str, Any] = {
         "directory": str(directory),
         "kind": "Nexus" if nexus else _kind(config),
         "family": config.get("model_type", "unknown"),
-        "dtype": "+".join(sorted(dtypes)),
-        "parameters": count_parameters(reader, config),
-        "bytes": sum(tensor.end - tensor.start for tensor in tensors),
-        **sizes,
+        **_stored_info(reader, config),
+        **{ours: config.get(theirs) for ours, theirs in SIZES.items()},
         "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
         **_moe_info(config),
         "sequence_length": _sequence_length(directory),
         "tokenizer": _tokenizer(directory),
     }
     # a Nexus checkpoint's own counts take the place of those above
-    return info | _nexus_info(directory, reader, config) if nexus else info
+    if nexus:
+        info |= _nexus_info(directory, reader, config)
+    return info

@@ -75,6 +75,7 @@ def _dtype(directory: Path, precision: str, place: torch.device) -> torch.dtype 
 
 def _said(error: Exception) -> str:
     """Return an error of transformers as one line of bearable length."""
+    # its messages can list every tensor of a model
     return " ".join(str(error).split())[:300]
 
 
@@ -132,6 +133,7 @@ def load_model(directory: Path, precision: str = "auto") -> Any:
             output_loading_info=True,
         )
     except (*LOAD_ERRORS, StrictDataclassError) as error:
+        # so that a damaged file is told like any other, without a traceback
         raise CheckpointError(
             f"{directory}: transformers can't load this checkpoint: {_said(error)}"
         ) from error

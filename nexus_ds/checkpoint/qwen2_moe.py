@@ -162,7 +162,10 @@ def stored(config: ConfigJson) -> dict[str, Stored]:
     for name, weight in dense_weights(sizes).items():
         if not weight.part:
             table[name] = Stored(
-                role=Role.DENSE, shape=weight.shape, layer=weight.layer, dense_name=name
+                role=Role.DENSE,
+                shape=weight.shape,
+                layer=weight.layer,
+                dense_name=name,
             )
             continue
         # the first part opens the layer's block
@@ -208,7 +211,10 @@ def check_shared_gates(reader: TensorReader, layers: int) -> None:
 
 
 def moe_config(
-    dense_config: ConfigJson, experts: int, top_k: int, router_input: str = "token"
+    dense_config: ConfigJson,
+    experts: int,
+    top_k: int,
+    router_input: str = "token",
 ) -> ConfigJson:
     """Return the complete config.json of the Qwen2-MoE that a dense model's branches become.
 

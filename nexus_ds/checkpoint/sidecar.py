@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import platform
+import re
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -41,6 +42,8 @@ from nexus_ds.model.router import Projection, condition, expert_embeddings_in
 from nexus_ds.outputs import new_file, write_json
 
 ROUTER = "nexus_router.safetensors"
+LAYER_TENSOR = re.compile(r"layers\.(?P<layer>\d+)\.(?P<own>.+)")
+"""Name of a tensor of one layer's P."""
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of a weight file that `content_fingerprint` reads
 EMBEDDING_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
 """Largest difference of stored and recomputed expert embeddings, relative to the largest entry.
@@ -86,8 +89,12 @@ def _sidecar_tensors(sidecar: Sidecar) -> dict[str, Tensor]:
     for layer, state in enumerate(sidecar.projections):
         for name, tensor in state.items():
             tensors[f"layers.{layer}.{name}"] = tensor
-    plain = {name: tensor.detach().float() for name, tensor in tensors.items()}
-    return {name: tensor.cpu().contiguous() for name, tensor in plain.items()}
+    plain = {}
+    for name, tensor in tensors.items():
+        # fp32 whatever the model is in: its rows are recomputed from these
+        full = tensor.detach().float()
+        plain[name] = full.cpu().contiguous()
+    return plain
 
 
 def _fail(where: Path, what: str) -> NoReturn:
@@ -117,7 +124,7 @@ def check_sidecar(sidecar: Sidecar, where: Path) -> None:
     if bool(sidecar.projections) != (router.kind == "nexus"):
         _fail(where, f"a {router.kind} router with {len(sidecar.projections)} projections")
     for name, tensor in _sidecar_tensors(sidecar).items():
-        odd = int((~torch.isfinite(tensor)).sum())
+        odd = tensor.numel() - int(torch.isfinite(tensor).sum())
         if odd:
             _fail(where, f"{name} holds {odd} values that are not finite")
     for layer in range(len(sidecar.projections)):
@@ -126,26 +133,30 @@ def check_sidecar(sidecar: Sidecar, where: Path) -> None:
 
 def write_sidecar(directory: Path, sidecar: Sidecar) -> None:
     """Write or replace the sidecar's two files; CheckpointError if its parts contradict others."""
-    check_sidecar(sidecar, Path(directory))
+    directory = Path(directory)
+    check_sidecar(sidecar, directory)
+    tensors = _sidecar_tensors(sidecar)
+    with new_file(directory / ROUTER, overwrite=True) as temporary:
+        write_tensors(temporary, tensors)
     # nexus.json comes last: it is what makes a directory a Nexus checkpoint.
-    with new_file(Path(directory) / ROUTER, overwrite=True) as temporary:
-        write_tensors(temporary, _sidecar_tensors(sidecar))
-    write_json(Path(directory) / SIDECAR, manifest_json(sidecar))
+    write_json(directory / SIDECAR, manifest_json(sidecar))
 
 
 def _projections(reader: TensorReader) -> list[dict[str, Tensor]]:
     """Return the states of all layers' projections."""
     layers: dict[int, dict[str, Tensor]] = {}
     for name in reader.names():
-        words = name.split(".", 2)
-        if words[0] == "layers" and len(words) == 3 and words[1].isdigit():
-            layers.setdefault(int(words[1]), {})[words[2]] = reader.read(name)
-    if sorted(layers) != list(range(len(layers))):
+        # layers.3.maps.0.weight
+        found = LAYER_TENSOR.fullmatch(name)
+        if found:
+            state = layers.setdefault(int(found["layer"]), {})
+            state[found["own"]] = reader.read(name)
+    numbers = sorted(layers)
+    if numbers != list(range(len(layers))):
         raise CheckpointError(
-            f"{reader.directory / ROUTER}: projections of layers {sorted(layers)}, "
-            "expected all from 0"
+            f"{reader.directory / ROUTER}: projections of layers {numbers}, expected all from 0"
         )
-    return [layers[layer] for layer in range(len(layers))]
+    return [layers[layer] for layer in numbers]
 
 
 def read_sidecar(directory: Path) -> Sidecar:
@@ -177,13 +188,15 @@ def _check_against_config(directory: Path, sidecar: Sidecar) -> None:
     }
     # A linear router's sidecar knows nothing of layers and their width.
     if sidecar.projections:
+        last_map = load_projection(sidecar, 0).maps[-1]
         pairs["num_hidden_layers"] = len(sidecar.projections)
-        pairs["hidden_size"] = load_projection(sidecar, 0).maps[-1].out_features
+        pairs["hidden_size"] = last_map.out_features
     reads_context = sidecar.router.input == "context"
     pairs["model_type"] = CONTEXT_MODEL if reads_context else "qwen2_moe"
-    for key, found in pairs.items():
-        if config.get(key) != found:
-            _fail(directory, f"config.json has {key} {config.get(key)!r}, {SIDECAR} says {found}")
+    for key, expected in pairs.items():
+        found = config.get(key)
+        if found != expected:
+            _fail(directory, f"config.json has {key} {found!r}, {SIDECAR} says {expected}")
 
 
 def content_fingerprint(directory: Path) -> str:
@@ -196,7 +209,8 @@ def content_fingerprint(directory: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(directory).iterdir()):
         if path.name in ("config.json", SIDECAR, ROUTER):
-            digest.update(path.name.encode() + path.read_bytes())
+            content = path.read_bytes()
+            digest.update(path.name.encode() + content)
         elif path.suffix == ".safetensors":
             _add_samples(digest, path)
     return digest.hexdigest()
@@ -208,7 +222,8 @@ def _add_samples(digest: hashlib._Hash, path: Path) -> None:
     digest.update(f"{path.name} {size}".encode())
     with path.open("rb") as file:
         for part in range(SAMPLES):
-            file.seek(size * part // SAMPLES)
+            start = size * part // SAMPLES
+            file.seek(start)
             digest.update(file.read(SAMPLE_BYTES))
 
 
@@ -227,7 +242,8 @@ def new_projection(router: RouterRecord, embedding_size: int, hidden_size: int) 
 def load_projection(sidecar: Sidecar, layer: int, where: Path = Path(SIDECAR)) -> Projection:
     """Return P of one layer in fp32; CheckpointError if its weights are of another form."""
     router = sidecar.router
-    state = sidecar.projections[layer]
+    stored = sidecar.projections[layer]
+    state = {name: tensor.float() for name, tensor in stored.items()}
     width = sidecar.vectors.shape[1]
     maps = 1 if router.projection == "linear" else router.depth
     last = state.get(f"maps.{maps - 1}.weight")
@@ -235,7 +251,8 @@ def load_projection(sidecar: Sidecar, layer: int, where: Path = Path(SIDECAR)) -
     hidden = last.shape[0] if last is not None and last.ndim == 2 else 1
     try:
         projection = new_projection(router, width, hidden)
-        projection.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+        projection.load_state_dict(state)
+    # torch's own word for weights that don't fit
     except (RuntimeError, ConfigError) as error:
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         raise CheckpointError(
@@ -271,16 +288,19 @@ def verify_expert_embeddings(directory: Path) -> None:
     sidecar = read_sidecar(directory)
     _, reader = open_moe(directory)
     for layer in range(len(sidecar.projections)):
-        stored = reader.read(gate_name(layer))
-        expected = expert_embeddings(sidecar, layer, stored.dtype)
-        scale = expected.float().abs().max().clamp_min(1e-30)
-        largest = (stored.float() - expected.float()).abs().max()
+        name = gate_name(layer)
+        stored = reader.read(name)
+        tolerance = EMBEDDING_TOLERANCE[stored.dtype]
+        expected = expert_embeddings(sidecar, layer, stored.dtype).float()
+        # rows of zeros, as a P of zeros gives them, have no relative error
+        scale = expected.abs().max().clamp_min(1e-30)
+        largest = (stored.float() - expected).abs().max()
         difference = float(largest / scale)
         # "not <=" is true of NaN as well.
-        if not difference <= EMBEDDING_TOLERANCE[stored.dtype]:
+        if not difference <= tolerance:
             raise CheckpointError(
-                f"{directory}: {gate_name(layer)} differs from P(D) of {ROUTER} by "
+                f"{directory}: {name} differs from P(D) of {ROUTER} by "
                 f"{difference:.1e} of its largest entry, expected at most "
-                f"{EMBEDDING_TOLERANCE[stored.dtype]:.1e}; model and sidecar are not "
+                f"{tolerance:.1e}; model and sidecar are not "
                 "of one training, restore both from the same checkpoint"
             )

@@ -100,6 +100,7 @@ def _entry(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
         )
     start, end = offsets
     expected = tensor_bytes(dtype, shape)
+    # also where end < start: a negative size is never what a shape needs
     if end - start != expected:
         raise CheckpointError(
             f"{where}: {end - start} bytes at [{start}, {end}), expected {expected} "
@@ -139,11 +140,13 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     """
     size = file.stat().st_size
     text = _read_header_bytes(file, size)
+    # the format asks for it: JSON alone would allow spaces before
     if text[:1] != b"{":
         raise CheckpointError(
             f"{file} is not a safetensors file: its header does not start with '{{'"
         )
     header = parse_json_object(text, f"{file}: the header")
+    # the one entry that is no tensor
     header.pop("__metadata__", None)
     data_start = 8 + len(text)
     infos = {name: _entry(file, name, entry, data_start) for name, entry in header.items()}
@@ -158,9 +161,8 @@ def _check_cover(file: Path, infos: dict[str, TensorInfo], data_start: int, size
     """
     position = data_start
     # By the end too: an empty tensor may begin where another one does.
-    names = sorted(infos, key=lambda name: (infos[name].start, infos[name].end))
-    for name in names:
-        info = infos[name]
+    ordered = sorted(infos.items(), key=lambda item: (item[1].start, item[1].end))
+    for name, info in ordered:
         if info.start != position:
             kind = "overlaps another one" if info.start < position else "leaves a gap before it"
             raise CheckpointError(
@@ -177,11 +179,13 @@ def _check_cover(file: Path, infos: dict[str, TensorInfo], data_start: int, size
 def _weight_map(directory: Path) -> dict[str, str]:
     """Return the file of each tensor of a sharded model, as its index has it."""
     weight_map = read_json_object(directory, INDEX).get("weight_map")
-    if isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values()):
-        return weight_map
-    raise CheckpointError(
-        f"{directory / INDEX}: expected a weight_map from tensor names to file names"
-    )
+    where = directory / INDEX
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{where}: expected a weight_map from tensor names to file names")
+    # JSON's keys are texts in any case, its values may be anything
+    if not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{where}: expected a weight_map from tensor names to file names")
+    return weight_map
 
 
 def _read_shard(directory: Path, shard: str) -> dict[str, TensorInfo]:
@@ -226,6 +230,7 @@ def _indexed(directory: Path) -> dict[str, TensorInfo]:
 def _locate(directory: Path) -> dict[str, TensorInfo]:
     """Return the tensors of a model directory, single file or sharded."""
     require_directory(directory)
+    # where both are there, transformers reads the single file too
     if (directory / SINGLE).exists():
         return read_header(confined(directory, SINGLE))
     if (directory / INDEX).exists():
@@ -261,7 +266,12 @@ def header_of(
     position = 0
     for name, (dtype, shape) in plan.items():
         end = position + tensor_bytes(dtype, shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            # counted from the end of the header, whose length nobody knows yet
+            "data_offsets": [position, end],
+        }
         offsets[name] = position, end
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()

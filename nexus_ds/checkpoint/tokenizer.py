@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -79,8 +79,10 @@ class TokenizerMeaning:
     @cached_property
     def fingerprint(self) -> str:
         """A sha256 over ids, splitting and roles."""
+        # sorted: the order of a vocabulary's entries in its file means nothing
         facts = [sorted(self.tokens.items()), self.splitting, self.roles]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        text = json.dumps(facts, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def size(self) -> int:
@@ -90,14 +92,17 @@ class TokenizerMeaning:
     def difference(self, other: TokenizerMeaning) -> str | None:
         """Return None where the same text becomes the same ids, else the first differences."""
         ids = sorted(self.tokens.keys() | other.tokens.keys())
-        different = [index for index in ids if self.tokens.get(index) != other.tokens.get(index)]
+        here, there = self.tokens.get, other.tokens.get
+        different = [index for index in ids if here(index) != there(index)]
         if different:
-            pairs = [
-                f"{index} {_shown(self.tokens.get(index))} / {_shown(other.tokens.get(index))}"
-                for index in different[:SHOWN]
-            ]
+            pairs = []
+            for index in different[:SHOWN]:
+                pairs.append(f"{index} {_shown(here(index))} / {_shown(there(index))}")
             return f"{len(different)} of {len(ids)} tokens differ, the first: {'; '.join(pairs)}"
-        names = [name for name, part in self.splitting.items() if part != other.splitting[name]]
+        names = []
+        for name, part in self.splitting.items():
+            if part != other.splitting[name]:
+                names.append(name)
         return self._other_split(other, names) if names else None
 
     def _other_split(self, other: TokenizerMeaning, names: list[str]) -> str | None:
@@ -119,8 +124,9 @@ class TokenizerMeaning:
         return None
 
     def _split(self, text: str) -> list[str]:
+        backend = self.tokenizer.backend_tokenizer
         try:
-            return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).tokens
+            return backend.encode(text, add_special_tokens=False).tokens
         # The library has no narrower type for a vocabulary of words without one for the unknown.
         except Exception:
             return []
@@ -129,7 +135,9 @@ class TokenizerMeaning:
         """Yield odd text, then all tokens, some at a time, side by side and apart."""
         yield from ODD_TEXT
         backend = self.tokenizer.backend_tokenizer
-        pieces = backend.decode_batch([[i] for i in sorted(self.tokens)], skip_special_tokens=False)
+        # each id on its own: some decoders join or strip what stands side by side
+        single = [[index] for index in sorted(self.tokens)]
+        pieces = backend.decode_batch(single, skip_special_tokens=False)
         for start in range(0, len(pieces), PROBE_TOKENS):
             some = pieces[start : start + PROBE_TOKENS]
             yield "".join(some)
@@ -244,10 +252,12 @@ def check_tokenizer(directory: Path, vocabulary: int) -> None:
         UnsupportedModelError: a tokenizer that would run code of its own.
     """
     meaning = read_tokenizer(directory)
+    # a model may embed more: many are padded to a round number
     if meaning.size > vocabulary:
+        last = meaning.size - 1
         raise IncompatibleModelsError(
-            f"{directory}: the tokenizer has token ids up to {meaning.size - 1} "
-            f"({meaning.tokens[meaning.size - 1]!r}), the model embeds {vocabulary}; "
+            f"{directory}: the tokenizer has token ids up to {last} "
+            f"({meaning.tokens[last]!r}), the model embeds {vocabulary}; "
             "give the tokenizer that the model was trained with"
         )
 
@@ -257,8 +267,10 @@ def check_tokenizer(directory: Path, vocabulary: int) -> None:
 
 def _template_files(directory: Path) -> list[str]:
     """Return the names of the files of chat templates that are there."""
-    more = sorted(f"{TEMPLATES}/{path.name}" for path in (directory / TEMPLATES).glob("*.jinja"))
-    return [*(name for name in TEMPLATE_FILES if (directory / name).is_file()), *more]
+    single = [name for name in TEMPLATE_FILES if (directory / name).is_file()]
+    # a folder lists its files in any order
+    more = sorted(path.name for path in (directory / TEMPLATES).glob("*.jinja"))
+    return [*single, *(f"{TEMPLATES}/{name}" for name in more)]
 
 
 def chat_templates(directory: Path) -> dict[str, Any]:
@@ -297,15 +309,7 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     source = Path(source)
     out = Path(out)
     meaning = read_tokenizer(source)
-    names = {
-        *VOCABULARY_FILES,
-        *meaning.tokenizer.vocab_files_names.values(),
-        *_template_files(source),
-    }
-    for name in sorted(names):
-        if (source / name).is_file():
-            (out / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(confined(source, name), out / name)
+    _copy_files(source, out, meaning.tokenizer.vocab_files_names.values())
     # The first is the cheap proof; files that differ may still mean the same.
     if same_tokenizer_files(source, out) or _means(out, meaning):
         return
@@ -316,6 +320,16 @@ def copy_tokenizer(source: Path, out: Path) -> None:
             "config.json; save it with tokenizer_class PreTrainedTokenizerFast in "
             "tokenizer_config.json"
         )
+
+
+def _copy_files(source: Path, out: Path, more: Iterable[str]) -> None:
+    """Copy what is there of the usual files, of templates, and of the `more` that a class reads."""
+    names = {*VOCABULARY_FILES, *_template_files(source), *more}
+    for name in sorted(names):
+        if (source / name).is_file():
+            # templates may lie in a folder of their own
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(confined(source, name), out / name)
 
 
 def _means(directory: Path, meaning: TokenizerMeaning) -> bool:
@@ -333,6 +347,7 @@ def _write_for_any_class(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     config = _optional_json(out, CONFIG)
     for role in (*ROLES, "pad_token"):
         token = getattr(tokenizer, role)
+        # its old class may have known them without being told
         if token is not None and not config.get(role):
             config[role] = str(token)
     write_json(out / CONFIG, config | {"tokenizer_class": "PreTrainedTokenizerFast"})

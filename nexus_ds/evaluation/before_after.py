@@ -27,7 +27,12 @@ class BeforeAfter:
     """
 
     def __init__(
-        self, checkpoint: Path, data: str, domains: Sequence[str], count: int, bos: bool = True
+        self,
+        checkpoint: Path,
+        data: str,
+        domains: Sequence[str],
+        count: int,
+        bos: bool = True,
     ) -> None:
         """Read the text and score the checkpoint as it is.
 
@@ -48,23 +53,30 @@ class BeforeAfter:
         try:
             self.windows = _windows(checkpoint, data, domains, count, bos)
         except DataError as error:
+            # who asked for a table may not know that it needs text of the old domains too
             raise DataError(
                 f"{error}\nThe table before and after reads validation text of "
                 f"{', '.join(domains)} (looked for in {data}): give --data DIR with a folder for "
                 "each, or name those that are there with --scored A,B"
             ) from error
-        self.before = score(checkpoint, self.windows, label="before").window_loss
+        scores = score(checkpoint, self.windows, label="before")
+        self.before = scores.window_loss
 
     def after(self, checkpoint: Path) -> dict[str, np.ndarray]:
         """Return the loss [W] of the changed checkpoint by domain, nats per token of each window.
 
         Its tokenizer must be the same: the windows are.
         """
-        return score(checkpoint, self.windows, label="after").window_loss
+        scores = score(checkpoint, self.windows, label="after")
+        return scores.window_loss
 
 
 def _windows(
-    checkpoint: Path, data: str, domains: Sequence[str], count: int, bos: bool
+    checkpoint: Path,
+    data: str,
+    domains: Sequence[str],
+    count: int,
+    bos: bool,
 ) -> dict[str, np.ndarray]:
     """Return `count` windows [W, S+1] of each domain, of the length that the checkpoint reads."""
     length = window_length(0, [describe(checkpoint)])
@@ -86,10 +98,13 @@ def chosen(text: str, checkpoint: Path, new: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: a domain that `text` names twice.
     """
-    domains = [name.strip() for name in text.split(",") if name.strip()]
+    words = [name.strip() for name in text.split(",")]
+    domains = [name for name in words if name]
     if len(set(domains)) != len(domains):
         raise ConfigError(f"--scored names a domain twice: {', '.join(domains)}; name each once")
     if domains:
         return domains
-    old = [expert.domain for expert in read_manifest(checkpoint).experts]
+    manifest = read_manifest(checkpoint)
+    old = [expert.domain for expert in manifest.experts]
+    # each once, in this order: several experts may be of one domain
     return list(dict.fromkeys([*old, *new]))

@@ -67,8 +67,10 @@ class Routing:
     def mean_share(self) -> dict[str, dict[str, float]]:
         """Return share[domain][expert], the mean over layers."""
         mean_DE = self.share.mean(axis=0).tolist()
-        rows = zip(self.domains, mean_DE, strict=True)
-        return {domain: dict(zip(self.experts, mean_E, strict=True)) for domain, mean_E in rows}
+        shares = {}
+        for domain, mean_E in zip(self.domains, mean_DE, strict=True):
+            shares[domain] = dict(zip(self.experts, mean_E, strict=True))
+        return shares
 
     def own_share(self) -> dict[str, float]:
         """Return the share of each domain's tokens at its own expert, mean over layers.
@@ -96,7 +98,8 @@ class Routing:
             )
         column = self.experts.index(expert)
         if domains is None:
-            domains = [domain for domain in self.domains if domain != self.expert_domains[column]]
+            own = self.expert_domains[column]
+            domains = [domain for domain in self.domains if domain != own]
         unknown = [domain for domain in domains if domain not in self.domains]
         if unknown:
             raise ConfigError(
@@ -106,15 +109,15 @@ class Routing:
         if not domains:
             return math.nan
         rows = [self.domains.index(domain) for domain in domains]
-        return float(self.share[:, rows, column].mean())
+        shares_LD = self.share[:, rows, column]
+        return float(shares_LD.mean())
 
     def saturated(self) -> list[tuple[int, str, float]]:
         """Return (layer, domain, mean gate) wherever the mean gate is above SATURATED."""
         found = []
         for layer, gate_D in zip(self.layers, self.gate, strict=True):
-            for domain, gate in zip(self.domains, gate_D.tolist(), strict=True):
-                if gate > SATURATED:
-                    found.append((layer, domain, gate))
+            pairs = zip(self.domains, gate_D.tolist(), strict=True)
+            found += [(layer, domain, gate) for domain, gate in pairs if gate > SATURATED]
         return found
 
 
@@ -142,7 +145,9 @@ class Scores:
     @property
     def perplexity(self) -> dict[str, float]:
         """exp(loss) of each domain, kept below the largest float."""
-        return {domain: math.exp(min(loss, 700.0)) for domain, loss in self.loss.items()}
+        # exp(709.8) is the largest float
+        bounded = {domain: min(loss, 700.0) for domain, loss in self.loss.items()}
+        return {domain: math.exp(loss) for domain, loss in bounded.items()}
 
 
 def window_length(asked: int, models: Sequence[Mapping[str, Any]]) -> int:
@@ -157,22 +162,27 @@ def window_length(asked: int, models: Sequence[Mapping[str, Any]]) -> int:
     """
     if asked:
         return asked
-    trained = [int(model["sequence_length"]) for model in models if model["sequence_length"]]
-    limits = [int(model["max_positions"]) for model in models if model["max_positions"]]
-    return min([*(trained or [DEFAULT_LENGTH]), *limits])
+    # a model that was trained elsewhere doesn't tell its length
+    trained = [model["sequence_length"] for model in models if model["sequence_length"]]
+    limits = [model["max_positions"] for model in models if model["max_positions"]]
+    lengths = trained or [DEFAULT_LENGTH]
+    return min(int(length) for length in [*lengths, *limits])
 
 
 def expert_names(directory: Path, count: int) -> tuple[list[str], list[str]]:
     """Return names and domains of `count` routed experts; without sidecar expert_0 .. and ""."""
     if not is_nexus(directory):
-        return [f"expert_{index}" for index in range(count)], [""] * count
+        numbered = [f"expert_{index}" for index in range(count)]
+        return numbered, [""] * count
     experts = read_sidecar(directory).experts
     if len(experts) != count:
         raise CheckpointError(
             f"{directory}: the model has {count} routed experts, nexus.json names {len(experts)}; "
             "they belong to different checkpoints, make the directory again"
         )
-    return [expert.name for expert in experts], [expert.domain for expert in experts]
+    names = [expert.name for expert in experts]
+    domains = [expert.domain for expert in experts]
+    return names, domains
 
 
 class RoutingMeter:
@@ -200,10 +210,12 @@ class RoutingMeter:
         """Keep what was counted since the last call, and begin anew; without routers do nothing."""
         if not self.layers:
             return
-        counts_LE = torch.stack([self.counts[layer] for layer in self.layers]).cpu().numpy()
+        counts = torch.stack([self.counts[layer] for layer in self.layers])
+        counts_LE = counts.cpu().numpy()
+        slots_L1 = counts_LE.sum(axis=1, keepdims=True)
+        self.shares.append(counts_LE / slots_L1)
         sums_L = np.array([float(self.gate_sums[layer]) for layer in self.layers])
         tokens_L = np.array([self.tokens[layer] for layer in self.layers])
-        self.shares.append(counts_LE / counts_LE.sum(axis=1, keepdims=True))
         self.gates.append(sums_L / tokens_L)
         self._forget()
 
@@ -231,13 +243,15 @@ class RoutingMeter:
             # transformers 5: (logits, gate values, indices)
             logits_TE, _, chosen_TK = output
             # Sums stay on the device: to ask for them here would wait for it at every layer.
-            slots_E = torch.bincount(chosen_TK.reshape(-1), minlength=logits_TE.shape[-1])
-            gate_T = logits_TE.float().softmax(dim=-1).amax(dim=-1)
+            tokens, experts = logits_TE.shape
+            slots_E = torch.bincount(chosen_TK.reshape(-1), minlength=experts)
+            probability_TE = logits_TE.float().softmax(dim=-1)
+            gate_T = probability_TE.amax(dim=-1)
             # In fp32, sums over millions of tokens would lose digits.
             gate_sum = gate_T.sum(dtype=torch.float64)
             self.counts[layer] = self.counts.get(layer, 0) + slots_E
             self.gate_sums[layer] = self.gate_sums.get(layer, 0) + gate_sum
-            self.tokens[layer] += len(logits_TE)
+            self.tokens[layer] += tokens
 
         return count
 
@@ -259,18 +273,23 @@ def batch_loss(model: PreTrainedModel, tokens_WS: Tensor) -> Tensor:
     output = model.base_model(input_ids=inputs_WS, use_cache=False)
     hidden_TH = output.last_hidden_state.flatten(0, 1)
     head = model.get_output_embeddings()
-    step = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    vocabulary = head.weight.shape[0]
+    step = max(1, LOGITS_AT_ONCE // vocabulary)
     losses = []
     for start in range(0, len(hidden_TH), step):
         part = slice(start, start + step)
         logits_tV = head(hidden_TH[part]).float()
-        losses.append(F.cross_entropy(logits_tV, targets_T[part], reduction="none"))
+        losses_t = F.cross_entropy(logits_tV, targets_T[part], reduction="none")
+        losses.append(losses_t)
     losses_WS = torch.cat(losses).view(inputs_WS.shape)
     return losses_WS.sum(dim=1, dtype=torch.float64)
 
 
 def _check_windows(
-    windows: Mapping[str, np.ndarray], vocabulary: int, positions: int, model_dir: Path
+    windows: Mapping[str, np.ndarray],
+    vocabulary: int,
+    positions: int,
+    model_dir: Path,
 ) -> None:
     """Refuse text that this model can't read, before a second of work."""
     if not windows:
@@ -281,9 +300,11 @@ def _check_windows(
                 f"domain {domain!r}: found windows of shape {tokens.shape}, "
                 "expected [windows, length + 1] with at least one window of two tokens"
             )
-        if tokens.min() < 0 or tokens.max() >= vocabulary:
+        smallest, largest = tokens.min(), tokens.max()
+        # a GPU would end such a lookup with an assertion that names nothing
+        if smallest < 0 or largest >= vocabulary:
             raise DataError(
-                f"domain {domain!r}: found token ids from {tokens.min()} to {tokens.max()}, "
+                f"domain {domain!r}: found token ids from {smallest} to {largest}, "
                 f"{model_dir} knows 0 to {vocabulary - 1}; "
                 "tokenise the text with this model's own tokenizer"
             )
@@ -302,13 +323,17 @@ def _on_device(tokens_WS: np.ndarray, model: PreTrainedModel) -> Tensor:
 
 
 def _score_domain(
-    model: PreTrainedModel, tokens_WS: np.ndarray, batch: int, progress: Progress
+    model: PreTrainedModel,
+    tokens_WS: np.ndarray,
+    batch: int,
+    progress: Progress,
 ) -> np.ndarray:
     """Return the loss (nats per token, float64 [W]) of each of the windows [W, S+1]."""
     found = []
     for start in range(0, len(tokens_WS), batch):
         part = _on_device(tokens_WS[start : start + batch], model)
-        found.append(batch_loss(model, part).cpu().numpy())
+        loss_w = batch_loss(model, part)
+        found.append(loss_w.cpu().numpy())
         progress.advance(len(part))
     length = tokens_WS.shape[1] - 1
     return np.concatenate(found) / length
@@ -351,9 +376,7 @@ def score(
     positions = int(config.get("max_position_embeddings") or 0)
     _check_windows(windows, int(config.get("vocab_size", 0)), positions, model_dir)
     model = load_model(model_dir, precision)
-    # One pass uncounted: the first one pays for allocation and kernel selection.
-    some_WS = next(iter(windows.values()))[:1]
-    batch_loss(model, _on_device(some_WS, model))
+    _warm_up(model, windows)
     title = f"score {label or model_dir.name}"
     count = sum(len(tokens_WS) for tokens_WS in windows.values())
     loss: dict[str, np.ndarray] = {}
@@ -366,10 +389,17 @@ def score(
     # The first token of a window is an input only.
     tokens = {domain: tokens_WS[:, 1:].size for domain, tokens_WS in windows.items()}
     routing = _routing(model_dir, list(windows), meter) if meter.layers else None
+    # a clock of coarse steps may see no time pass over a few windows
     tokens_per_second = sum(tokens.values()) / max(seconds, 1e-9)
     scores = Scores(loss, tokens, tokens_per_second, routing)
     _check_losses(scores.loss, model_dir)
     return scores
+
+
+def _warm_up(model: PreTrainedModel, windows: Mapping[str, np.ndarray]) -> None:
+    """Do one pass uncounted: the first one pays for allocation and kernel selection."""
+    some_WS = next(iter(windows.values()))[:1]
+    batch_loss(model, _on_device(some_WS, model))
 
 
 def _routing(model_dir: Path, domains: list[str], meter: RoutingMeter) -> Routing:
@@ -414,6 +444,7 @@ def cosines(directory: Path) -> Cosines:
     reader = TensorReader(directory)
     layers = int(config.get("num_hidden_layers", 0))
     names = [gate_name(layer) for layer in range(layers)]
+    # a Qwen2-MoE of another form may have dense layers in between
     weights = [reader.read(name).float() for name in names if name in reader]
     if not weights:
         raise CheckpointError(
@@ -425,12 +456,12 @@ def cosines(directory: Path) -> Cosines:
         sidecar = read_sidecar(directory)
         embeddings = cosine_matrix(sidecar.vectors)
         inputs = cosine_matrix(sidecar.domain_inputs())
+    centred = [weight_EH - weight_EH.mean(0) for weight_EH in weights]
+    names, _ = expert_names(directory, len(weights[0]))
     return Cosines(
-        names=expert_names(directory, len(weights[0]))[0],
+        names=names,
         embeddings=embeddings,
         inputs=inputs,
         rows=np.stack([cosine_matrix(weight_EH) for weight_EH in weights]),
-        centred_rows=np.stack(
-            [cosine_matrix(weight_EH - weight_EH.mean(0)) for weight_EH in weights]
-        ),
+        centred_rows=np.stack([cosine_matrix(weight_EH) for weight_EH in centred]),
     )

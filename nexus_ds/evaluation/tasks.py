@@ -175,11 +175,16 @@ def _open_harness(
     manager = _manager(task_path, names)
     model = load_model(checkpoint, precision)
     tokenizer = open_tokenizer(checkpoint)
-    return _Harness(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch), manager, limit)
+    # the model and not its path: lm-eval would load it by its own rules, without our checks
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+    return _Harness(wrapped, manager, limit)
 
 
 def _run_all(
-    harness: _Harness, groups: Mapping[str, Sequence[str]], strict: bool, label: str
+    harness: _Harness,
+    groups: Mapping[str, Sequence[str]],
+    strict: bool,
+    label: str,
 ) -> TaskScores:
     """Run the tasks of all groups; the scores of groups are still missing."""
     scores = TaskScores()
@@ -234,13 +239,15 @@ class _Harness:
             said = ", ".join(map(str, result)) or f"nothing itself; it stands for {parts}"
             raise ConfigError(f"task {task}: reports {said}; expected one of {', '.join(METRICS)}")
         metric, value, error = score
+        # a task that stands for several has an entry for each of them
+        samples = [count["effective"] for count in found["n-samples"].values()]
         return {
             "group": group,
             "metric": metric,
             "score": value,
             "stderr": error,
             "shots": max(found["n-shot"].values()),
-            "examples": sum(count["effective"] for count in found["n-samples"].values()),
+            "examples": sum(samples),
         }
 
     def _evaluate(self, task: str) -> dict[str, Any]:
