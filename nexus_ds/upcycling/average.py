@@ -29,27 +29,32 @@ def average_dense(models: Sequence[Path], out: Path) -> None:
         CheckpointError: NaN, infinite or all-zero weights.
     """
     opened = [open_dense(path) for path in models]
-    first = opened[0].reader
-    for other in opened[1:]:
-        _check_shapes(opened[0], other)
-    infos = {name: first.info(name) for name in first.names()}
+    first, *others = opened
+    # before gigabytes are written
+    for other in others:
+        _check_shapes(first, other)
+    names = first.reader.names()
+    infos = {name: first.reader.info(name) for name in names}
     plan = {name: (info.dtype, info.shape) for name, info in infos.items()}
+    # where weights are bad, messages name the model by its folder
+    readers = [(f"model {model.directory.name}", model.reader) for model in opened]
     tensors: dict[str, Blend | Tensor] = {}
     for name in plan:
-        parts = [Part(f"model {model.directory.name}", model.reader, name) for model in opened]
+        parts = [Part(who, reader, name) for who, reader in readers]
         tensors[name] = mean_of(parts)
+    config = both_ropes(first.config)
     with new_directory(out) as directory:
         write_tensors(directory, plan, tensors, "average")
-        write_json(directory / "config.json", both_ropes(opened[0].config))
+        write_json(directory / "config.json", config)
         copy_tokenizer(models[0], directory)
 
 
 def _check_shapes(first: DenseModel, other: DenseModel) -> None:
     """Raise IncompatibleModelsError unless `other` has all tensors of `first`, in their shapes."""
-
+    theirs = other.reader
     for name in first.reader.names():
         shape = first.reader.info(name).shape
-        if name not in other.reader or other.reader.info(name).shape != shape:
+        if name not in theirs or theirs.info(name).shape != shape:
             raise IncompatibleModelsError(
                 f"{other.directory} can't be averaged with {first.directory}: {name} differs; "
                 "average models of one seed"

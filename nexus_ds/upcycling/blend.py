@@ -40,6 +40,7 @@ from nexus_ds.errors import CheckpointError, ConfigError, IncompatibleModelsErro
 from nexus_ds.outputs import write_json
 from nexus_ds.progress import Progress
 
+# no biases: not every family has them
 ATTENTION = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
 # of each attention matrix of so many layers, by `check_related`
 SAMPLED_LAYERS, SAMPLED_VALUES = 3, 1 << 18
@@ -119,7 +120,8 @@ def _flat(settings: Mapping[str, object]) -> dict[str, str]:
     flat: dict[str, str] = {}
     for key, value in settings.items():
         if isinstance(value, dict):
-            flat |= {f"{key}.{inner}": str(item) for inner, item in sorted(value.items())}
+            for inner, item in sorted(value.items()):
+                flat[f"{key}.{inner}"] = str(item)
         elif isinstance(value, tuple):
             flat[key] = "".join(str(item)[0] for item in value)
         else:
@@ -173,13 +175,26 @@ def _relation(a: TensorReader, b: TensorReader, names: Sequence[str]) -> float:
     cosines = []
     for name in names:
         rows, width = a.info(name).shape
-        count = min(rows, max(1, SAMPLED_VALUES // width))
+        wanted = max(1, SAMPLED_VALUES // width)
+        count = min(rows, wanted)
         start = (rows - count) // 2
-        x = a.read_rows(name, start, start + count).double().flatten()
-        y = b.read_rows(name, start, start + count).double().flatten()
-        cosines.append(x @ y / (x.norm() * y.norm()))
+        stop = start + count
+        x = a.read_rows(name, start, stop).double().flatten()
+        y = b.read_rows(name, start, stop).double().flatten()
+        norms = x.norm() * y.norm()
+        cosines.append(x @ y / norms)
     # the median: one matrix that training has turned does not decide
     return float(torch.stack(cosines).nanmedian())
+
+
+def _sampled_names(layers: int) -> list[str]:
+    """Return the names of the attention matrices that are compared."""
+    # a model of fewer layers has all of them sampled, each once
+    picked = {layers * part // SAMPLED_LAYERS for part in range(SAMPLED_LAYERS)}
+    names = []
+    for layer in sorted(picked):
+        names += [f"model.layers.{layer}.self_attn.{part}" for part in ATTENTION]
+    return names
 
 
 def check_related(origin: str, reader: TensorReader, models: Mapping[str, DenseModel]) -> None:
@@ -196,10 +211,9 @@ def check_related(origin: str, reader: TensorReader, models: Mapping[str, DenseM
     Raises:
         IncompatibleModelsError: names each unrelated expert and its cosine.
     """
+    # their sizes were compared before: any one's layers are everyone's
     layers = next(iter(models.values())).settings.layers
-    # a model of fewer layers has all of them sampled, each once
-    picked = sorted({layers * part // SAMPLED_LAYERS for part in range(SAMPLED_LAYERS)})
-    names = [f"model.layers.{layer}.self_attn.{part}" for layer in picked for part in ATTENTION]
+    names = _sampled_names(layers)
     unrelated = []
     for name, model in models.items():
         cosine = _relation(reader, model.reader, names)
@@ -239,14 +253,21 @@ def check_tokenizers(reference: Path, others: Mapping[str, Path]) -> None:
         other = read_tokenizer(directory)
         difference = own.difference(other)
         if difference:
-            raise IncompatibleModelsError(
-                f"the tokenizer of expert {name} ({directory}) is not that of {reference}: "
-                f"{difference}; experts of one model must be trained on one tokenizer. "
-                "If no text of this one held what differs, copy the tokenizer files of "
-                f"{reference} over those in {directory}"
-            )
-        for note in (*_role_notes(own, other), *_template_notes(reference, directory)):
+            raise _other_tokenizer(name, directory, reference, difference)
+        notes = [*_role_notes(own, other), *_template_notes(reference, directory)]
+        for note in notes:
             print(f"note: expert {name}: {note}", file=sys.stderr, flush=True)
+
+
+def _other_tokenizer(
+    name: str, directory: Path, reference: Path, difference: str
+) -> IncompatibleModelsError:
+    return IncompatibleModelsError(
+        f"the tokenizer of expert {name} ({directory}) is not that of {reference}: "
+        f"{difference}; experts of one model must be trained on one tokenizer. "
+        "If no text of this one held what differs, copy the tokenizer files of "
+        f"{reference} over those in {directory}"
+    )
 
 
 def _role_notes(own: TokenizerMeaning, other: TokenizerMeaning) -> list[str]:
@@ -260,8 +281,11 @@ def _role_notes(own: TokenizerMeaning, other: TokenizerMeaning) -> list[str]:
 
 
 def _template_notes(reference: Path, directory: Path) -> list[str]:
-    own, other = chat_templates(reference), chat_templates(directory)
-    if not other or list(own.values()) == list(other.values()):
+    own = chat_templates(reference)
+    other = chat_templates(directory)
+    # the texts alone: the same template may lie in either of two files
+    same = list(own.values()) == list(other.values())
+    if not other or same:
         return []
     kept = f"that of {reference}" if own else "none"
     return [
@@ -286,7 +310,11 @@ def encoder_record(embeddings: DomainEmbeddings, names: Iterable[str]) -> Encode
     """Return what the sidecar keeps of the encoder."""
     fewest = min(embeddings.documents.get(name, 0) for name in names)
     return EncoderRecord(
-        embeddings.encoder, embeddings.revision, embeddings.dimension, fewest, True
+        embeddings.encoder,
+        embeddings.revision,
+        embeddings.dimension,
+        fewest,
+        True,
     )
 
 
@@ -318,12 +346,17 @@ class _Health:
 
     def see(self, rows: Tensor) -> None:
         """Count values of one slice."""
-        self.bad += int(rows.numel() - torch.isfinite(rows).sum())
+        finite = int(torch.isfinite(rows).sum())
+        self.bad += rows.numel() - finite
         self.nonzero = self.nonzero or bool(rows.any())
 
 
 def _blend_rows(
-    blend: Blend, health: Sequence[_Health], start: int, stop: int, dtype: torch.dtype
+    blend: Blend,
+    health: Sequence[_Health],
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return rows [start, stop) of a blend in `dtype`.
 
@@ -348,7 +381,8 @@ def _write_blend(writer: TensorWriter, name: str, blend: Blend, dtype: torch.dty
     """Stream one tensor, a slice of rows at a time; values are checked on the way."""
     health = [_Health() for _ in blend.parts]
     result = _Health()
-    for start, stop in row_slices(writer.plan[name][1]):
+    _, shape = writer.plan[name]
+    for start, stop in row_slices(shape):
         rows = _blend_rows(blend, health, start, stop, dtype)
         result.see(rows)
         writer.write_rows(name, start, rows)
@@ -356,9 +390,9 @@ def _write_blend(writer: TensorWriter, name: str, blend: Blend, dtype: torch.dty
         _check_values(part, seen.bad, seen.nonzero)
     # parts that are finite can overflow in the sum, doubled, or in a narrower dtype
     if result.bad:
+        who = blend.parts[0].who
         raise CheckpointError(
-            f"{name}: {result.bad} values overflow {dtype}; "
-            f"{blend.parts[0].who} has weights too large"
+            f"{name}: {result.bad} values overflow {dtype}; {who} has weights too large"
         )
 
 

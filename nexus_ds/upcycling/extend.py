@@ -104,7 +104,8 @@ def extended(
     check_encoder(old, embeddings)
     vectors = domain_vectors(embeddings, experts)
     models = open_fitting(mixture, experts)
-    total = merge_share(len(old.experts), len(models), share)
+    before = len(old.experts)
+    total = merge_share(before, len(models), share)
     step = ExtendStep(
         checkpoint=portable(checkpoint),
         experts=list(models),
@@ -115,11 +116,12 @@ def extended(
     )
     sidecar = _extended_sidecar(old, models, vectors, step)
     target = mixture.target(len(sidecar.experts))
-    places = {name: number for number, name in enumerate(models, start=len(old.experts))}
+    # behind the old ones, whose numbers and rows stay
+    places = {name: number for number, name in enumerate(models, start=before)}
 
     def embeddings_of(layer: int) -> Tensor:
         rows = _extended_embeddings(mixture.reader, sidecar, layer, config, linear_init)
-        check_expert_embeddings(rows, len(old.experts), layer)
+        check_expert_embeddings(rows, before, layer)
         return rows
 
     return NewModel(
@@ -129,13 +131,16 @@ def extended(
         branched_tensors(target, mixture.reader, models, places, total, embeddings_of),
         sidecar,
         checkpoint,
-        kept=len(old.experts),
+        kept=before,
         cast=casts(models, mixture.dtype),
     )
 
 
 def _extended_sidecar(
-    old: Sidecar, models: Mapping[str, DenseModel], vectors: Tensor, step: ExtendStep
+    old: Sidecar,
+    models: Mapping[str, DenseModel],
+    vectors: Tensor,
+    step: ExtendStep,
 ) -> Sidecar:
     """Return the new mixture's sidecar; `vectors` are the new domains' embeddings [k, m].
 
@@ -245,8 +250,10 @@ def branched_tensors(
             return embeddings(entry.layer)
         if entry.role is Role.DENSE:
             parts = [Part("checkpoint", reader, name, 1.0 - share)]
+            # lambda is the share of all new models together
+            each = share / len(new)
             for who, branch in new.values():
-                parts.append(Part(who, branch, entry.dense_name, share / len(new)))
+                parts.append(Part(who, branch, entry.dense_name, each))
             return Blend(parts)
         if entry.role is Role.ROUTED and entry.expert in new:
             who, branch = new[entry.expert]
@@ -257,7 +264,11 @@ def branched_tensors(
 
 
 def _extended_embeddings(
-    reader: TensorReader, sidecar: Sidecar, layer: int, config: Config, linear_init: str
+    reader: TensorReader,
+    sidecar: Sidecar,
+    layer: int,
+    config: Config,
+    linear_init: str,
 ) -> Tensor:
     """Return the router's weight [n + k, h] of one layer; `sidecar` is the new one."""
     stored_rows = reader.read(gate_name(layer))
@@ -265,8 +276,8 @@ def _extended_embeddings(
     if sidecar.router.kind == "nexus":
         # The old rows as they are stored: recomputing them in a larger matrix product could change
         # the last bit.
-        fresh = expert_embeddings(sidecar, layer, stored_rows.dtype)[old:]
-        return torch.cat([stored_rows, fresh])
+        computed = expert_embeddings(sidecar, layer, stored_rows.dtype)
+        return torch.cat([stored_rows, computed[old:]])
     router = config.router
     total = len(sidecar.experts)
     generator = layer_generator(config.seed, layer)
@@ -277,8 +288,14 @@ def _extended_embeddings(
         fresh = domain_expert_embeddings(inputs, hidden_size, layer, 1.0)[old:]
     else:
         fresh = torch.empty(total - old, hidden_size).normal_(generator=generator)
+    return _as_long(fresh, stored_rows)
+
+
+def _as_long(fresh: Tensor, stored_rows: Tensor) -> Tensor:
+    """Return the stored rows [n, h] and behind them fresh ones [k, h] of their mean norm."""
     # As long as the old rows are: scores are products with them, and a longer row would draw tokens
     # by its length alone.
     norm = stored_rows.float().norm(dim=-1).mean()
-    fresh = fresh / fresh.norm(dim=-1, keepdim=True) * norm
-    return torch.cat([stored_rows, fresh.to(stored_rows.dtype)])
+    directions = fresh / fresh.norm(dim=-1, keepdim=True)
+    fresh = (directions * norm).to(stored_rows.dtype)
+    return torch.cat([stored_rows, fresh])

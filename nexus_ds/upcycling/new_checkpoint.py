@@ -109,7 +109,11 @@ class NewModel:
         return read_fit_text(self.sidecar, self.source, positions, self.kept, data, config, switch)
 
     def write(
-        self, directory: Path, text: FitText | None, router: RouterConfig, seed: int
+        self,
+        directory: Path,
+        text: FitText | None,
+        router: RouterConfig,
+        seed: int,
     ) -> FitReport | None:
         """Write the checkpoint into an empty directory that is not yet renamed, and start its
         router.
@@ -133,10 +137,7 @@ class NewModel:
         # the warm start reads the checkpoint as anybody does: it has to be whole by now
         if text is not None:
             report = fit_router(directory, text, router, seed, self.kept)
-            # not self.sidecar: P is another one since
-            fitted = read_sidecar(directory)
-            fitted.lineage[-1] = dataclasses.replace(fitted.lineage[-1], fit=report)
-            write_sidecar(directory, fitted)
+            _record_fit(directory, report)
         # what every reader will check first
         verify_expert_embeddings(directory)
         return report
@@ -158,9 +159,10 @@ class NewModel:
     def describe(self, out: Path, report: FitReport | None) -> str:
         """Return the summary as lines for people."""
         facts = self.summary(out, report)
-        total, active = facts["parameters"]["total"], facts["parameters"]["active"]
+        parameters, experts = facts["parameters"], facts["experts"]
+        total, active = parameters["total"], parameters["active"]
         lines = [
-            f"wrote {out}: {len(facts['experts'])} experts ({', '.join(facts['experts'])}), "
+            f"wrote {out}: {len(experts)} experts ({', '.join(experts)}), "
             f"top-{facts['top_k']}, {facts['router']} router, {facts['dtype']}, "
             f"{total:,} parameters, {active:,} of them active per token"
         ]
@@ -174,6 +176,14 @@ class NewModel:
         return "\n".join(lines)
 
 
+def _record_fit(directory: Path, report: FitReport) -> None:
+    """Note in the last step of a checkpoint's lineage what the warm start has done."""
+    # read again: P is another one than before the fit
+    sidecar = read_sidecar(directory)
+    sidecar.lineage[-1] = dataclasses.replace(sidecar.lineage[-1], fit=report)
+    write_sidecar(directory, sidecar)
+
+
 def _fit_lines(report: FitReport) -> list[str]:
     """Return what a warm start has done, as lines for people."""
     start = report.start.replace("_", " ")
@@ -183,11 +193,13 @@ def _fit_lines(report: FitReport) -> list[str]:
         f"{report.before:.2f} -> {report.after:.2f}"
     ]
     for domain, cosine in report.nearest.items():
-        doubt = ": P has seen nothing like it, its row may not find its text"
-        lines.append(
+        line = (
             f"cosine of {domain} to the nearest chunk of the text that P was fitted to: "
-            f"{cosine:.2f}{doubt if cosine < FAMILIAR else ''}"
+            f"{cosine:.2f}"
         )
+        if cosine < FAMILIAR:
+            line += ": P has seen nothing like it, its row may not find its text"
+        lines.append(line)
     return lines
 
 
@@ -207,9 +219,8 @@ def casts(models: Mapping[str, DenseModel], dtype: str) -> dict[str, str]:
 
     `dtype` is as safetensors names it, the dtypes returned are as transformers does.
     """
-    return {
-        name: MODEL_DTYPES[model.dtype] for name, model in models.items() if model.dtype != dtype
-    }
+    other = {name: model.dtype for name, model in models.items() if model.dtype != dtype}
+    return {name: MODEL_DTYPES[found] for name, found in other.items()}
 
 
 def as_written(target: ConfigJson, dtype: str) -> ConfigJson:

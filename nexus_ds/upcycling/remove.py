@@ -17,7 +17,7 @@ from torch import Tensor
 from nexus_ds.checkpoint.families import ConfigJson
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, check_shared_gates, expert_name, stored
 from nexus_ds.checkpoint.records import RemoveStep
-from nexus_ds.checkpoint.sidecar import versions
+from nexus_ds.checkpoint.sidecar import Sidecar, versions
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.errors import ConfigError
 from nexus_ds.upcycling.blend import Blend, Part, portable
@@ -36,8 +36,26 @@ def reduced(checkpoint: Path, names: Sequence[str]) -> NewModel:
             its shared expert's gate.
     """
     mixture = open_old(checkpoint)
-    check_shared_gates(mixture.reader, mixture.config["num_hidden_layers"])
+    layers = mixture.config["num_hidden_layers"]
+    check_shared_gates(mixture.reader, layers)
     old = mixture.sidecar
+    kept = _kept(old, names)
+    step = RemoveStep(checkpoint=portable(checkpoint), experts=list(names))
+    # the centre stays: P was trained on embeddings that it was taken from
+    sidecar = dataclasses.replace(
+        old,
+        experts=[old.experts[index] for index in kept],
+        lineage=[*old.lineage, step],
+        versions=versions(),
+        vectors=old.vectors[kept],
+    )
+    target = mixture.target(len(kept))
+    tensors = _reduced_tensors(target, mixture.reader, kept)
+    return NewModel("remove", target, mixture.dtype, tensors, sidecar, checkpoint)
+
+
+def _kept(old: Sidecar, names: Sequence[str]) -> list[int]:
+    """Return the numbers of the experts that stay; ConfigError as in `reduced`."""
     known = [expert.name for expert in old.experts]
     for name in names:
         if name not in known:
@@ -45,24 +63,14 @@ def reduced(checkpoint: Path, names: Sequence[str]) -> NewModel:
                 f"--expert {name}: the checkpoint has {', '.join(known)}; name one of these"
             )
     kept = [index for index, name in enumerate(known) if name not in names]
-    if len(kept) < old.router.top_k or not kept:
+    top_k = old.router.top_k
+    # the top-k of fewer experts does not exist
+    if len(kept) < top_k or not kept:
         raise ConfigError(
-            f"{len(kept)} experts would be left, but each token goes to {old.router.top_k}; "
+            f"{len(kept)} experts would be left, but each token goes to {top_k}; "
             "keep at least as many"
         )
-    sidecar = dataclasses.replace(
-        old,
-        experts=[old.experts[index] for index in kept],
-        lineage=[
-            *old.lineage,
-            RemoveStep(checkpoint=portable(checkpoint), experts=list(names)),
-        ],
-        versions=versions(),
-        vectors=old.vectors[kept],
-    )
-    target = mixture.target(len(kept))
-    tensors = _reduced_tensors(target, mixture.reader, kept)
-    return NewModel("remove", target, mixture.dtype, tensors, sidecar, checkpoint)
+    return kept
 
 
 def _reduced_tensors(
@@ -74,7 +82,9 @@ def _reduced_tensors(
         if entry.role is Role.ROUTER:
             return reader.read(name)[kept]
         if entry.role is Role.ROUTED:
-            old_name = expert_name(entry.layer, kept[entry.expert], entry.part)
+            # those behind a gap move up
+            old_number = kept[entry.expert]
+            old_name = expert_name(entry.layer, old_number, entry.part)
             return Blend([Part("checkpoint", reader, old_name)])
         return copy_of(reader, name, entry)
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nexus_ds.checkpoint.families import DenseModel
 from nexus_ds.checkpoint.qwen2_moe import gate_name
-from nexus_ds.checkpoint.records import ReplaceStep
+from nexus_ds.checkpoint.records import ExpertRecord, ReplaceStep
 from nexus_ds.checkpoint.sidecar import Sidecar, expert_embeddings, versions
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.data.domains import DomainEmbeddings
@@ -76,13 +77,12 @@ def replaced(
         router=config.router,
         seed=config.seed,
     )
-    records = list(old.experts)
-    for name, place in places.items():
-        record = expert_record(name, models[name])
-        # the domain stays what it was: text and evaluation are found by it
-        records[place] = dataclasses.replace(record, domain=records[place].domain)
     sidecar = dataclasses.replace(
-        old, experts=records, lineage=[*old.lineage, step], versions=versions(), vectors=vectors
+        old,
+        experts=_records(old, models, places),
+        lineage=[*old.lineage, step],
+        versions=versions(),
+        vectors=vectors,
     )
     target = mixture.target(len(old.experts))
 
@@ -112,11 +112,25 @@ def _places(sidecar: Sidecar, experts: Mapping[str, Path]) -> dict[str, int]:
     return {name: known.index(name) for name in experts}
 
 
+def _records(
+    old: Sidecar, models: Mapping[str, DenseModel], places: Mapping[str, int]
+) -> list[ExpertRecord]:
+    """Return the records of all experts, those at `places` of their new models."""
+    records = list(old.experts)
+    for name, place in places.items():
+        record = expert_record(name, models[name])
+        # the domain stays what it was: text and evaluation are found by it
+        domain = records[place].domain
+        records[place] = dataclasses.replace(record, domain=domain)
+    return records
+
+
 def _vectors(
     sidecar: Sidecar, places: Mapping[str, int], embeddings: DomainEmbeddings | None
 ) -> Tensor:
     """Return the domain embeddings [n, m] of the new mixture."""
     vectors = sidecar.vectors.clone()
+    # without new ones the text is taken for the old one's, and so is its place in P's input
     if embeddings is not None:
         check_encoder(sidecar, embeddings)
         vectors[list(places.values())] = domain_vectors(embeddings, places)
@@ -133,5 +147,7 @@ def _embeddings(reader: TensorReader, old: Sidecar, new: Sidecar, layer: int) ->
     if new.router.kind != "nexus" or not bool(changed.any()):
         return stored
     fresh = expert_embeddings(new, layer, stored.dtype)
-    check_expert_embeddings(torch.cat([stored, fresh[changed]]), len(stored), layer)
+    # as if they were appended: what they replace may be among the largest
+    compared = torch.cat([stored, fresh[changed]])
+    check_expert_embeddings(compared, len(stored), layer)
     return torch.where(changed[:, None], fresh, stored)

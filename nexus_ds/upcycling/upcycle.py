@@ -16,6 +16,7 @@ from torch import Tensor
 from nexus_ds.checkpoint.families import (
     ConfigJson,
     DenseModel,
+    DenseSettings,
     open_dense,
 )
 from nexus_ds.checkpoint.qwen2_moe import (
@@ -62,7 +63,10 @@ from nexus_ds.warm_start.methods import check_start
 
 
 def upcycled(
-    seed: Path, experts: Mapping[str, Path], embeddings: DomainEmbeddings, config: Config
+    seed: Path,
+    experts: Mapping[str, Path],
+    embeddings: DomainEmbeddings,
+    config: Config,
 ) -> NewModel:
     """Describe the mixture of a seed and its dense branches (paper section 2.1); nothing is
     written.
@@ -95,14 +99,18 @@ def upcycled(
         )
     base = open_dense(seed)
     models = open_all(experts)
-    check_alike({name: traits(model) for name, model in ({"seed": base} | models).items()})
+    every = {"seed": base} | models
+    check_alike({name: traits(model) for name, model in every.items()})
     check_related(f"the seed {seed}", base.reader, models)
     check_tokenizers(seed, experts)
     check_tokenizer(seed, base.settings.vocabulary)
     # only to refuse one that asks for code, before anything is written; `write` reads it again
     read_generation_config(seed)
     step = UpcycleStep(
-        seed_model=portable(seed), family=base.family, router=config.router, seed=config.seed
+        seed_model=portable(seed),
+        family=base.family,
+        router=config.router,
+        seed=config.seed,
     )
     sidecar = _upcycled_sidecar(models, embeddings, vectors, config, step)
     router = config.router
@@ -120,17 +128,20 @@ def upcycled(
 
 
 def _domain_vectors(
-    seed: Path, experts: Mapping[str, Path], embeddings: DomainEmbeddings, config: Config
+    seed: Path,
+    experts: Mapping[str, Path],
+    embeddings: DomainEmbeddings,
+    config: Config,
 ) -> Tensor:
     """Return the domain embeddings [n, m].
 
     The seed as an expert has no domain: where rows are free, it gets the mean of the others'.
     """
-    others = [
-        name
-        for name, path in experts.items()
-        if name in embeddings.names or Path(path) != Path(seed)
-    ]
+    others = []
+    for name, path in experts.items():
+        is_seed = Path(path) == Path(seed)
+        if name in embeddings.names or not is_seed:
+            others.append(name)
     if config.router.kind == "nexus" or not others:
         return domain_vectors(embeddings, experts)
     vectors = domain_vectors(embeddings, others)
@@ -147,15 +158,13 @@ def _upcycled_sidecar(
 ) -> Sidecar:
     """Return the sidecar of a new mixture, with a freshly initialised P for each layer."""
     router = config.router
+    # RouterRecord has some of the router's settings, by the same names
+    fields = [field.name for field in dataclasses.fields(RouterRecord)]
+    embedded = [name for name in models if name in embeddings.names]
     sidecar = Sidecar(
         experts=[expert_record(name, model) for name, model in models.items()],
-        router=RouterRecord(
-            **{
-                field.name: getattr(router, field.name)
-                for field in dataclasses.fields(RouterRecord)
-            }
-        ),
-        encoder=encoder_record(embeddings, [name for name in models if name in embeddings.names]),
+        router=RouterRecord(**{name: getattr(router, name) for name in fields}),
+        encoder=encoder_record(embeddings, embedded),
         lineage=[step],
         versions=versions(),
         vectors=vectors,
@@ -163,17 +172,24 @@ def _upcycled_sidecar(
         shared_expert=config.model.shared_expert,
     )
     sizes = next(iter(models.values())).settings
-    for layer in range(sizes.layers if router.kind == "nexus" else 0):
-        projection = new_projection(sidecar.router, vectors.shape[1], sizes.hidden_size)
-        init_projection(
-            projection,
-            sidecar.domain_inputs(),
-            router.init,
-            router.init_norm,
-            layer_generator(config.seed, layer),
-        )
-        sidecar.projections.append(projection.state_dict())
+    if router.kind == "nexus":
+        sidecar.projections = _new_projections(sidecar, sizes, config)
     return sidecar
+
+
+def _new_projections(
+    sidecar: Sidecar, sizes: DenseSettings, config: Config
+) -> list[dict[str, Tensor]]:
+    """Return the state of a freshly initialised P for each layer."""
+    router = config.router
+    inputs = sidecar.domain_inputs()
+    states = []
+    for layer in range(sizes.layers):
+        projection = new_projection(sidecar.router, inputs.shape[1], sizes.hidden_size)
+        generator = layer_generator(config.seed, layer)
+        init_projection(projection, inputs, router.init, router.init_norm, generator)
+        states.append(projection.state_dict())
+    return states
 
 
 def _upcycled_tensors(
@@ -196,7 +212,7 @@ def _upcycled_tensors(
             case Role.SHARED:
                 if sidecar.shared_expert == "none":
                     return torch.zeros(entry.shape)
-                return Blend([Part("seed", seed.reader, entry.dense_name)], scale=entry.scale)
+                return _of_seed(seed, entry)
             case Role.SHARED_GATE:
                 assert entry.fill is not None
                 return torch.full(entry.shape, entry.fill)
@@ -209,8 +225,18 @@ def _upcycled_tensors(
     return {name: source(entry) for name, entry in stored(target).items()}
 
 
+def _of_seed(seed: DenseModel, entry: Stored) -> Blend:
+    """Return a tensor of the shared expert: the seed's, as it is stored."""
+    # the scale makes good what the gate takes; a power of two, so no bit is lost
+    part = Part("seed", seed.reader, entry.dense_name)
+    return Blend([part], scale=entry.scale)
+
+
 def _expert_embeddings(
-    entry: Stored, sidecar: Sidecar, config: Config, dtype: torch.dtype
+    entry: Stored,
+    sidecar: Sidecar,
+    config: Config,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return the router's weight [n, h] of one layer before any warm start that reads text."""
     router = config.router
