@@ -89,7 +89,8 @@ class Figures:
         )
 
     def _speed(self, rounds: list[Seconds]) -> float:
-        return self.megabytes / statistics.median(seconds.wall for seconds in rounds)
+        walls = [seconds.wall for seconds in rounds]
+        return self.megabytes / statistics.median(walls)
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,9 @@ def _timed(action: Callable[[], object]) -> Seconds:
     wall = time.perf_counter()
     cpu = _cpu()
     action()
-    return Seconds(time.perf_counter() - wall, _cpu() - cpu)
+    wall = time.perf_counter() - wall
+    cpu = _cpu() - cpu
+    return Seconds(wall, cpu)
 
 
 def measure(
@@ -177,7 +180,8 @@ def measure(
         say: gets a line of progress now and then.
     """
     backend = load_tokenizer(tokenizer).backend()
-    figures = Figures(sum(len(text.encode()) for text in texts) / 1e6, cores())
+    size = sum(len(text.encode()) for text in texts)
+    figures = Figures(size / 1e6, cores())
     # the tokenizer alone may use all cores; the pipeline's processes turn its threads off
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     with tempfile.TemporaryDirectory() as folder:
@@ -261,17 +265,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", default="demo", help="folder of domains, hub:NAME[#COLUMN], or demo (default)"
     )
     parser.add_argument(
-        "--domains", default="", metavar="A,B", help="domains whose text is taken (all)"
+        "--domains",
+        default="",
+        metavar="A,B",
+        help="domains whose text is taken (all)",
     )
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="tokenizer (default: one trained on the text)"
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="tokenizer (default: one trained on the text)",
     )
     parser.add_argument(
-        "--megabytes", type=float, default=64.0, metavar="N", help="text, repeated if short (64)"
+        "--megabytes",
+        type=float,
+        default=64.0,
+        metavar="N",
+        help="text, repeated if short (64)",
     )
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="repetitions (5)")
     parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes (0: one a CPU core)"
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes (0: one a CPU core)",
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
@@ -287,9 +305,9 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     domains = [name for name in args.domains.split(",") if name] or source.domains()
     require_domains(source, domains)
     share = int(args.megabytes * 1e6 / len(domains)) + 1
-    documents = chain.from_iterable(
-        source.documents(name, "train", max_bytes=share) for name in domains
-    )
+    # a domain after the other, each read when its turn comes
+    each = (source.documents(name, "train", max_bytes=share) for name in domains)
+    documents = chain.from_iterable(each)
     texts = gather((document.text for document in documents), args.megabytes)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = args.tokenizer or Path(folder) / "tokenizer"

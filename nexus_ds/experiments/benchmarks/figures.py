@@ -46,9 +46,17 @@ def _draw_ratios(axes: Axes, rows: Sequence[Speed]) -> None:
     # matplotlib wants lengths of the whiskers, not their ends
     below = [row.ratio - row.ratio_low for row in rows]
     above = [row.ratio_high - row.ratio for row in rows]
-    axes.barh(places, ratios, xerr=[below, above], color=COLOURS[0], error_kw={"capsize": 3})
+    axes.barh(
+        places,
+        ratios,
+        xerr=[below, above],
+        color=COLOURS[0],
+        error_kw={"capsize": 3},
+    )
     for place, value in enumerate(ratios):
-        axes.text(0.02, place, f"{value:.2f}", va="center", color="white", fontsize=9)
+        label = f"{value:.2f}"
+        # inside the bar: at its end a whisker would cross the number
+        axes.text(0.02, place, label, va="center", color="white", fontsize=9)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks(places, [row.model for row in rows])
     axes.invert_yaxis()
@@ -59,19 +67,28 @@ def _draw_shares(axes: Axes, rows: Sequence[Speed], parts: Sequence[str]) -> Non
     start = [0.0] * len(rows)
     for number, part in enumerate(parts):
         # noise of the clock can make a small remainder negative
-        values = [max(0.0, row.shares.get(part, 0.0)) for row in rows]
+        found = [row.shares.get(part, 0.0) for row in rows]
+        values = [max(0.0, share) for share in found]
+        # a hatch tells apart what shares a colour
+        turn, colour = divmod(number, len(COLOURS))
         axes.barh(
             places,
             values,
             left=start,
             label=part,
-            color=COLOURS[number % len(COLOURS)],
-            hatch=HATCHES[number // len(COLOURS) % len(HATCHES)],
+            color=COLOURS[colour],
+            hatch=HATCHES[turn % len(HATCHES)],
             edgecolor="white",
             linewidth=0.4,
         )
         start = [a + b for a, b in zip(start, values, strict=True)]
-    axes.legend(fontsize=8, ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(
+        fontsize=8,
+        ncols=1,
+        # beside the picture: bars fill all of it
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+    )
 
 
 def growth_curves(
@@ -89,21 +106,29 @@ def growth_curves(
     for number, (quantity, fitted) in enumerate(exponents.items()):
         mine = [row for row in rows if row.quantity == quantity]
         xs = [row.x for row in mine]
-        look: dict[str, Any] = {
-            "color": COLOURS[number % len(COLOURS)],
-            "linestyle": LINES[number % len(LINES)],
-            "marker": MARKERS[number % len(MARKERS)],
-        }
+        seconds = [row.seconds for row in mine]
+        look = _look(number)
         label = f"{quantity} ^ {fitted['seconds']:.2f}"
-        time.plot(xs, [row.seconds for row in mine], label=label, **look)
+        time.plot(xs, seconds, label=label, **look)
+        # not of the router alone, whose memory is not measured
         if "peak_bytes" in fitted:
+            megabytes = [row.peak_bytes / 1e6 for row in mine]
             label = f"{quantity} ^ {fitted['peak_bytes']:.2f}"
-            memory.plot(xs, [row.peak_bytes / 1e6 for row in mine], label=label, **look)
+            memory.plot(xs, megabytes, label=label, **look)
     _finish_curves(time, "seconds")
     _finish_curves(memory, "peak memory, MB")
     title = "Cost of a training step as work grows (quantity ^ fitted exponent)"
     figure.suptitle(title, fontsize=11)
     return save_figure(figure, out)
+
+
+def _look(number: int) -> dict[str, Any]:
+    """Return how a curve is drawn, so that curves differ without colour too."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": LINES[number % len(LINES)],
+        "marker": MARKERS[number % len(MARKERS)],
+    }
 
 
 def _finish_curves(axes: Axes, label: str) -> None:

@@ -424,7 +424,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="models and text that make gpu-kit wrote (default: made first)",
     )
     parser.add_argument(
-        "--seconds", type=float, default=SECONDS, metavar="N", help="in all (%(default)s)"
+        "--seconds",
+        type=float,
+        default=SECONDS,
+        metavar="N",
+        help="in all (%(default)s)",
     )
     parser.add_argument(
         "--small", action="store_true", help="tiny sizes, also without a GPU: a rehearsal"

@@ -79,7 +79,8 @@ def device_here() -> torch.device:
 def seconds_of(action: Callable[[], object], device: torch.device, repeat: int = 3) -> float:
     """Return the median seconds of an action that was done once before."""
     action()
-    return statistics.median(timed(action, device) for _ in range(repeat))
+    seconds = [timed(action, device) for _ in range(repeat)]
+    return statistics.median(seconds)
 
 
 def random_tokens(shape: Shape, device: torch.device) -> torch.Tensor:
@@ -92,7 +93,8 @@ def random_tokens(shape: Shape, device: torch.device) -> torch.Tensor:
 def tflops(shape: Shape, seconds: float) -> float:
     """Return TFLOPS of the active parameters in a forward and backward pass of `seconds`."""
     per_token, _ = token_flops(shape.sizes(), shape.length)
-    return shape.tokens * per_token / seconds / 1e12
+    flops = shape.tokens * per_token
+    return flops / seconds / 1e12
 
 
 # Steps --------------------------------------------------------------------------------------------
@@ -104,19 +106,30 @@ def machine(small: bool) -> Iterator[Figures]:
     found: Figures = {**layer_speed.machine(device)}
     found["triton"] = importlib.util.find_spec("triton") is not None
     yield found
-    width = 64 if small else 8192
-    a = torch.randn(width, width, device=device, dtype=torch.bfloat16)
-    b = torch.randn(width, width, device=device, dtype=torch.bfloat16)
-    took = seconds_of(partial(torch.mm, a, b), device, 10)
-    found["matrix product TFLOPS"] = 2 * width**3 / took / 1e12
-    size = 1 << 16 if small else 1 << 30
-    source = torch.empty(size, device=device, dtype=torch.uint8)
-    took = seconds_of(source.clone, device, 10)
-    # each byte is read and written
-    found["copy GB/s"] = 2 * size / took / GB
+    found["matrix product TFLOPS"] = _product_tflops(64 if small else 8192, device)
+    found["copy GB/s"] = _copy_speed(1 << 16 if small else 1 << 30, device)
     if device.type == "cuda":
         found |= _cuda_facts(device)
     yield found
+
+
+def _product_tflops(width: int, device: torch.device) -> float:
+    """Return TFLOPS of a product of two square matrices in bf16."""
+    a = torch.randn(width, width, device=device, dtype=torch.bfloat16)
+    b = torch.randn(width, width, device=device, dtype=torch.bfloat16)
+    product = partial(torch.mm, a, b)
+    took = seconds_of(product, device, 10)
+    flops = 2 * width**3
+    return flops / took / 1e12
+
+
+def _copy_speed(size: int, device: torch.device) -> float:
+    """Return the GB/s at which the device copies `size` bytes of its own memory."""
+    source = torch.empty(size, device=device, dtype=torch.uint8)
+    took = seconds_of(source.clone, device, 10)
+    # each byte is read and written
+    moved = 2 * size
+    return moved / took / GB
 
 
 def _cuda_facts(device: torch.device) -> Figures:
@@ -145,7 +158,9 @@ def profiled(model: nn.Module, tokens_BS: torch.Tensor, device: torch.device) ->
         train_step(model, tokens_BS)
         synchronize(device)
     order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(recorded.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=70))
+    averages = recorded.key_averages()
+    # for whoever reads the log: the figures below don't say which kernel is slow
+    print(averages.table(sort_by=order, row_limit=40, max_name_column_width=70))
     return count_events(recorded.events() or ())
 
 
@@ -183,9 +198,10 @@ def step_figures(model: nn.Module, shape: Shape, device: torch.device) -> Figure
     Where the host waits for the device within the pass, its time has the device's in it.
     """
     tokens_BS = random_tokens(shape, device)
-    took = seconds_of(partial(train_step, model, tokens_BS), device)
+    action = partial(train_step, model, tokens_BS)
+    took = seconds_of(action, device)
     started = time.perf_counter()
-    train_step(model, tokens_BS)
+    action()
     launched = time.perf_counter() - started
     synchronize(device)
     peak = layer_speed.peak_tflops(device)
@@ -263,31 +279,42 @@ def peak_memory(small: bool, stage: str, checkpointing: str, micro: str) -> Iter
         micro: sequences a forward pass.
     """
     shape = replace(SMALL if small else PRESETS["470m"], batch=int(micro))
-    layout = Layout(
-        stage=int(stage),
-        offload="none",
-        expert=1,
-        world=1,
-        micro=shape.batch,
-        accumulation=1,
-        checkpointing=checkpointing,
-    )
+    layout = _one_rank(int(stage), shape.batch, checkpointing)
     planned = memory(shape.sizes(), layout, 2, shape.length, 1).gpu
     total = sum(planned.values())
-    estimated = sum(size for name, size in planned.items() if name.endswith(ESTIMATED))
-    found: Figures = {"planned tensors GB": (total - estimated) / GB, "planned GB": total / GB}
+    estimated = [size for name, size in planned.items() if name.endswith(ESTIMATED)]
+    found: Figures = {
+        "planned tensors GB": (total - sum(estimated)) / GB,
+        "planned GB": total / GB,
+    }
     yield found
     step = _engine_step(shape, layout)
     device = device_here()
+    _forget_the_start(device)
+    found["ms"] = 1e3 * seconds_of(step, device)
+    if device.type == "cuda":
+        found |= _peaks(device, total)
+    yield found
+
+
+def _one_rank(stage: int, micro: int, checkpointing: str) -> Layout:
+    return Layout(
+        stage=stage,
+        offload="none",
+        expert=1,
+        world=1,
+        micro=micro,
+        accumulation=1,
+        checkpointing=checkpointing,
+    )
+
+
+def _forget_the_start(device: torch.device) -> None:
     # `plan` counts the run and not its start, which holds the model twice.
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    found["ms"] = 1e3 * seconds_of(step, device)
-    if device.type == "cuda":
-        found |= _peaks(device, total)
-    yield found
 
 
 def _peaks(device: torch.device, planned: float) -> Figures:
@@ -312,7 +339,8 @@ def _engine_step(shape: Shape, layout: Layout) -> Callable[[], None]:
     _, batch = check_layout(values, config, 1, 1, shape.experts)
     model = build("nexus-grouped", shape, internals.device(), torch.bfloat16)
     if layout.stage == 3:
-        internals.partitioner(deepspeed_config(values, config, batch))(model)
+        partition = internals.partitioner(deepspeed_config(values, config, batch))
+        partition(model)
     engine = start_engine(model, values, config, batch)
     tokens_BS = random_tokens(shape, engine.device)
     engine.train()
@@ -333,7 +361,8 @@ def large(small: bool) -> Iterator[Figures]:
     device = device_here()
     shape = SMALL if small else LARGE
     model = build("nexus-grouped", shape, device, torch.bfloat16)
-    found: Figures = {"parameters": sum(p.numel() for p in model.parameters())}
+    parameters = sum(p.numel() for p in model.parameters())
+    found: Figures = {"parameters": parameters}
     for batch in (1, 2):
         at = replace(shape, batch=batch)
         if device.type == "cuda":
@@ -397,9 +426,10 @@ def _write_text(out: Path, domain: str) -> list[str]:
     found: dict[str, list[str]] = {}
     for split, limit in TEXT_BYTES.items():
         documents = source.documents(domain, split, "error", limit)
-        found[split] = [document.text[:DOCUMENT_CHARACTERS] for document in documents]
-        lines = [json.dumps({"text": text}) + "\n" for text in found[split]]
-        write_text(out / f"{split}.jsonl", "".join(lines))
+        texts = [document.text[:DOCUMENT_CHARACTERS] for document in documents]
+        rows = [json.dumps({"text": text}) for text in texts]
+        write_text(out / f"{split}.jsonl", "\n".join(rows) + "\n")
+        found[split] = texts
     return found["train"]
 
 
@@ -421,7 +451,8 @@ def add_noise(model: nn.Module, generator: torch.Generator) -> None:
     """Move every weight by noise of BRANCH_NOISE times their mean size, in place."""
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        parameter.add_(BRANCH_NOISE * parameter.abs().mean() * noise)
+        size = BRANCH_NOISE * parameter.abs().mean()
+        parameter.add_(size * noise)
 
 
 STEPS: dict[str, Callable[..., Iterator[Figures]]] = {

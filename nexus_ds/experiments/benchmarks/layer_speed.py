@@ -165,7 +165,12 @@ class Batches:
         ids = np.random.default_rng(0).integers(self.shape.vocabulary, size=tokens)
         ids.astype(dtype).tofile(path)
         file = TokenFile(
-            path=path, dtype=dtype, tokens=tokens, documents=1, skipped=0, fingerprint=""
+            path=path,
+            dtype=dtype,
+            tokens=tokens,
+            documents=1,
+            skipped=0,
+            fingerprint="",
         )
         self.sampler = Sampler({"random": file}, {"random": 1.0}, self.shape.length, 0)
         return self
@@ -175,9 +180,11 @@ class Batches:
 
     def read(self) -> Tensor:
         """Return the next batch [B, S+1] on the device."""
-        samples = [self.sampler.sample(self.next + i).tokens for i in range(self.shape.batch)]
+        start = self.next
         self.next += self.shape.batch
-        return torch.from_numpy(np.stack(samples)).to(self.device)
+        samples = [self.sampler.sample(i) for i in range(start, self.next)]
+        tokens_BS = np.stack([sample.tokens for sample in samples])
+        return torch.from_numpy(tokens_BS).to(self.device)
 
 
 def train_step(model: nn.Module, tokens_BS: Tensor) -> Tensor:
@@ -195,7 +202,9 @@ def _train_steps(model: nn.Module, tokens_BS: Tensor, count: int) -> None:
 
 def _steps_of(model: nn.Module, tokens_BS: Tensor, device: torch.device) -> int:
     """Return how many steps fill BUSY_SECONDS."""
-    return max(1, round(BUSY_SECONDS / timed(partial(train_step, model, tokens_BS), device)))
+    action = partial(train_step, model, tokens_BS)
+    once = timed(action, device)
+    return max(1, round(BUSY_SECONDS / once))
 
 
 def optimizer_seconds(model: nn.Module, device: torch.device) -> float:
@@ -203,7 +212,8 @@ def optimizer_seconds(model: nn.Module, device: torch.device) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
     # the first allocates the moments
     optimizer.step()
-    return statistics.median(timed(optimizer.step, device) for _ in range(OPTIMIZER_STEPS))
+    seconds = [timed(optimizer.step, device) for _ in range(OPTIMIZER_STEPS)]
+    return statistics.median(seconds)
 
 
 def part_shares(
@@ -217,7 +227,8 @@ def part_shares(
     steps = max(PART_STEPS, _steps_of(model, tokens_BS, device))
     # what was counted so far goes
     clock.seconds()
-    total = timed(partial(_train_steps, model, tokens_BS, steps), device)
+    action = partial(_train_steps, model, tokens_BS, steps)
+    total = timed(action, device)
     found = shares(clock.seconds(), total)
     clock.remove()
     return found, total / steps
@@ -249,7 +260,10 @@ def measure(
         contest = []
         for name in names:
             say(f"building {name}")
-            contest.append(_Entry(name, build(name, shape, device, dtype), tokens_BS, device))
+            model = build(name, shape, device, dtype)
+            contest.append(_Entry(name, model, tokens_BS, device))
+        # or the last one would stay in memory after its turn
+        del model
         reading = []
         for turn in range(rounds):
             say(f"round {turn + 1} of {rounds}")
@@ -258,8 +272,10 @@ def measure(
             batches.read()
             synchronize(device)
             reading.append(time.perf_counter() - started)
-            for place in range(len(contest)):
-                contest[(turn + place) % len(contest)].run()
+            # another one begins each round: who runs first finds other caches and clocks
+            first = turn % len(contest)
+            for entry in [*contest[first:], *contest[:first]]:
+                entry.run()
     data_seconds = statistics.median(reading)
     say("shares of the step")
     found = []
@@ -275,7 +291,11 @@ class _Entry:
     """One model that is timed, and what it took so far."""
 
     def __init__(
-        self, name: str, model: nn.Module, tokens_BS: Tensor, device: torch.device
+        self,
+        name: str,
+        model: nn.Module,
+        tokens_BS: Tensor,
+        device: torch.device,
     ) -> None:
         self.model = model
         self.tokens_BS = tokens_BS
@@ -313,8 +333,10 @@ class _Entry:
 
 def ratio(result: Measured, baseline: Measured) -> Ratio:
     """Return the speed of `result` over that of `baseline`, round by round."""
-    ratios = sorted(b / r for b, r in zip(baseline.seconds, result.seconds, strict=True))
-    return Ratio(statistics.median(ratios), ratios[0], ratios[-1])
+    rounds = zip(baseline.seconds, result.seconds, strict=True)
+    # within a round both met the same noise
+    ratios = [base / own for base, own in rounds]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
 
 def peak_tflops(device: torch.device) -> float | None:
@@ -324,7 +346,11 @@ def peak_tflops(device: torch.device) -> float | None:
 
 
 def summary(
-    results: list[Measured], data: float, shape: Shape, baseline: str, device: torch.device
+    results: list[Measured],
+    data: float,
+    shape: Shape,
+    baseline: str,
+    device: torch.device,
 ) -> list[Speed]:
     """Return one row for each model.
 
@@ -336,7 +362,8 @@ def summary(
         device: where they computed.
     """
     base = next(result for result in results if result.name == baseline)
-    flops = shape.tokens * token_flops(shape.sizes(), shape.length)[0]
+    per_token, _ = token_flops(shape.sizes(), shape.length)
+    flops = shape.tokens * per_token
     peak = peak_tflops(device)
     rows = []
     for result in results:

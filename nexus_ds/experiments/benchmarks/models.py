@@ -76,10 +76,24 @@ class Shape:
 
 PRESETS = {
     "tiny": Shape(
-        hidden=96, layers=3, heads=3, ffn=256, vocabulary=2048, experts=4, batch=8, length=128
+        hidden=96,
+        layers=3,
+        heads=3,
+        ffn=256,
+        vocabulary=2048,
+        experts=4,
+        batch=8,
+        length=128,
     ),
     "cpu": Shape(
-        hidden=512, layers=4, heads=8, ffn=1408, vocabulary=8192, experts=4, batch=8, length=256
+        hidden=512,
+        layers=4,
+        heads=8,
+        ffn=1408,
+        vocabulary=8192,
+        experts=4,
+        batch=8,
+        length=256,
     ),
     "470m": Shape(
         hidden=1024,
@@ -161,16 +175,20 @@ def _transformers(parts: Parts, shape: Shape, *, implementation: str) -> nn.Modu
     with torch.device("meta"):
         block = Qwen2MoeSparseMoeBlock(config)
     # transformers stacks gate over up: [E, 2F, H]
-    gate_up = [torch.cat([e.gate_proj.weight, e.up_proj.weight]) for e in parts.experts]
+    gate_up = []
+    for expert in parts.experts:
+        both = torch.cat([expert.gate_proj.weight, expert.up_proj.weight])
+        gate_up.append(both)
     block.experts.gate_up_proj = _copied(torch.stack(gate_up))
-    down = [e.down_proj.weight for e in parts.experts]
+    down = [expert.down_proj.weight for expert in parts.experts]
     block.experts.down_proj = _copied(torch.stack(down))
     embeddings_EH = parts.expert_embeddings()
     block.gate.weight = _copied(embeddings_EH)
-    block.shared_expert.gate_proj.weight = _copied(parts.shared.gate_proj.weight)
-    block.shared_expert.up_proj.weight = _copied(parts.shared.up_proj.weight)
+    own, shared = block.shared_expert, parts.shared
+    own.gate_proj.weight = _copied(shared.gate_proj.weight)
+    own.up_proj.weight = _copied(shared.up_proj.weight)
     # A gate of zeros halves the shared expert (sigmoid(0) = 1/2): its output is doubled.
-    block.shared_expert.down_proj.weight = _copied(2 * parts.shared.down_proj.weight)
+    own.down_proj.weight = _copied(2 * shared.down_proj.weight)
     block.shared_expert_gate.weight = _copied(torch.zeros_like(embeddings_EH[:1]))
     return block
 
@@ -187,13 +205,16 @@ class _Native(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         routed, balance, _ = self.moe(x)
-        return attach_loss(routed, LOAD_BALANCE * balance, 1.0) + self.shared_expert(x)
+        shared = self.shared_expert(x)
+        return attach_loss(routed, LOAD_BALANCE * balance, 1.0) + shared
 
 
 def _dense(parts: Parts, shape: Shape) -> nn.Module:
     weight = parts.shared.down_proj.weight
+    # as wide as all that a token visits: the shared expert and top-k others
     width = shape.ffn * (1 + shape.top_k)
-    return FeedForward(shape.hidden, width).to(weight.device, weight.dtype)
+    dense = FeedForward(shape.hidden, width)
+    return dense.to(weight.device, weight.dtype)
 
 
 VARIANTS: dict[str, Callable[[Parts, Shape], nn.Module]] = {
@@ -242,9 +263,12 @@ def _parts(shape: Shape, layer: int, dtype: torch.dtype, inputs_EM: Tensor) -> P
     torch.manual_seed(layer)
     experts = [FeedForward(shape.hidden, shape.ffn).to(dtype) for _ in range(shape.experts)]
     shared = FeedForward(shape.hidden, shape.ffn).to(dtype)
+    # on the CPU, where its generator draws
     projection = Projection(shape.embedding, shape.hidden).cpu()
-    init_projection(projection, inputs_EM.cpu(), "balanced", 0.5, layer_generator(0, layer))
-    return Parts(experts, shared, projection.to(inputs_EM.device, dtype), inputs_EM)
+    generator = layer_generator(0, layer)
+    init_projection(projection, inputs_EM.cpu(), "balanced", 0.5, generator)
+    projection = projection.to(inputs_EM.device, dtype)
+    return Parts(experts, shared, projection, inputs_EM)
 
 
 def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

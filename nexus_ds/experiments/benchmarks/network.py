@@ -119,7 +119,11 @@ def sent() -> int:
 
 
 def run_ranks(
-    module: str, arguments: list[str], world: int, timeout: float, delay: float = 0.0
+    module: str,
+    arguments: list[str],
+    world: int,
+    timeout: float,
+    delay: float = 0.0,
 ) -> None:
     """Run `python -m module arguments` as `world` ranks on limited links.
 
@@ -141,7 +145,11 @@ def run_ranks(
     words = [*_own_namespace(), *program, str(world), str(delay), module, *arguments]
     try:
         done = subprocess.run(
-            words, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout
+            words,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=timeout,
         )
     except subprocess.TimeoutExpired as error:
         raise LayoutError(

@@ -89,6 +89,17 @@ def _learns(value: object) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
+def _stamped(output: Any, border: _Border) -> Any:
+    """Return what a module returned, with a stamp on it."""
+    if isinstance(output, Tensor):
+        return _Stamp.apply(output, border)
+    # a router returns several; its gate values are the last that learn
+    learning = [i for i, value in enumerate(output) if _learns(value)]
+    last = learning[-1]
+    marked = _Stamp.apply(output[last], border)
+    return (*output[:last], marked, *output[last + 1 :])
+
+
 class PartClock:
     """Adds up the time that modules of a model take; `watch` names them, `seconds` reads the clock.
 
@@ -123,18 +134,16 @@ class PartClock:
         ) -> tuple[tuple[object, ...], dict[str, object]]:
             # transformers passes hidden states by position to some modules, by name to others
             values = [*args, *options.values()]
-            first = next(i for i, value in enumerate(values) if _learns(value))
+            learning = [i for i, value in enumerate(values) if _learns(value)]
+
+            first = learning[0]
             values[first] = _Stamp.apply(values[first], entry)
-            positional = tuple(values[: len(args)])
-            return positional, dict(zip(options, values[len(args) :], strict=True))
+            positional = values[: len(args)]
+            named = zip(options, values[len(args) :], strict=True)
+            return tuple(positional), dict(named)
 
         def after(_: nn.Module, __: object, output: Any) -> Any:
-            if isinstance(output, Tensor):
-                return _Stamp.apply(output, exit_)
-            # a router returns several; its gate values are the last that learn
-            last = max(i for i, value in enumerate(output) if _learns(value))
-            marked = _Stamp.apply(output[last], exit_)
-            return (*output[:last], marked, *output[last + 1 :])
+            return _stamped(output, exit_)
 
         self.handles += [
             module.register_forward_pre_hook(before, with_kwargs=True),
@@ -149,6 +158,7 @@ class PartClock:
     def seconds(self) -> dict[str, float]:
         """Return seconds by part since the last call."""
         if self.device.type == "cuda":
+            # an event has no time before the GPU has passed it
             torch.cuda.synchronize(self.device)
         found: dict[str, float] = {}
         begun: dict[str, Moment] = {}
@@ -164,6 +174,7 @@ class PartClock:
 
 def _find(block: nn.Module, paths: tuple[str, ...]) -> nn.Module | None:
     for path in paths:
+        # torch has no way to ask whether there is one
         try:
             return block.get_submodule(path)
         except AttributeError:
@@ -197,6 +208,7 @@ def shares(seconds: dict[str, float], total: float) -> dict[str, float]:
     known = dict(seconds)
     block = known.pop("block", None)
     if block is not None:
-        known["dispatch"] = block - sum(known.get(part, 0.0) for part in BLOCK_PARTS)
+        inside = [known.get(part, 0.0) for part in BLOCK_PARTS]
+        known["dispatch"] = block - sum(inside)
     known["rest"] = total - sum(known.values())
     return {part: known[part] / total for part in PARTS if part in known}

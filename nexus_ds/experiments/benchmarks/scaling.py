@@ -106,12 +106,15 @@ class Memory:
 
     def _status(self, key: str) -> int:
         """Return bytes; /proc counts in KiB."""
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        for line in status.splitlines():
             if line.startswith(f"{key}:"):
-                return int(line.split()[1]) * 1024
+                _, kibibytes, _ = line.split()
+                return int(kibibytes) * 1024
         raise OSError(f"/proc/self/status has no line {key}")
 
     def __enter__(self) -> Memory:
+        # models of earlier measurements refer to themselves, and would be freed while this runs
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -126,9 +129,12 @@ class Memory:
 
     def __exit__(self, *_: object) -> None:
         if self.device.type == "cuda":
-            self.bytes = torch.cuda.max_memory_allocated(self.device) - self.before
+            peak = torch.cuda.max_memory_allocated(self.device)
         elif PEAK_RESET.exists():
-            self.bytes = self._status("VmHWM") - self.before
+            peak = self._status("VmHWM")
+        else:
+            return
+        self.bytes = peak - self.before
 
 
 def repeated(action: Callable[[], object], device: torch.device, rounds: int) -> float:
@@ -143,16 +149,24 @@ def repeated(action: Callable[[], object], device: torch.device, rounds: int) ->
         for _ in range(count):
             action()
 
-    return statistics.median(timed(turn, device) / count for _ in range(rounds))
+    seconds = [timed(turn, device) for _ in range(rounds)]
+    # the median: another job on the machine slows single rounds
+    return statistics.median(seconds) / count
 
 
 def _measured(
-    shape: Shape, variant: str, device: torch.device, dtype: torch.dtype, rounds: int
+    shape: Shape,
+    variant: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
 ) -> tuple[float, float]:
     """Return the seconds of a step and its peak memory in bytes."""
     with Memory(device) as memory, Batches(shape, device) as batches:
         model = build(variant, shape, device, dtype)
-        seconds = repeated(partial(train_step, model, batches.read()), device, rounds)
+        tokens_BS = batches.read()
+        action = partial(train_step, model, tokens_BS)
+        seconds = repeated(action, device, rounds)
     return seconds, float(memory.bytes)
 
 
@@ -174,7 +188,8 @@ def sweep(
     for quantity, values in SWEEPS.items():
         start = base
         if quantity == "top_k":
-            start = replace(base, experts=max(base.experts, CHOICE))
+            experts = max(base.experts, CHOICE)
+            start = replace(base, experts=experts)
         for x in values:
             say(f"{quantity} {x}")
             shape = replace(start, **{quantity: x})
@@ -184,29 +199,50 @@ def sweep(
 
 
 def router_seconds(
-    shape: Shape, tokens: int, device: torch.device, dtype: torch.dtype, rounds: int
+    shape: Shape,
+    tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
 ) -> float:
     """Return seconds of one layer's router (P, scores, losses), forward and backward."""
     torch.manual_seed(0)
-    vectors_EM = torch.randn(shape.experts, shape.embedding)
-    inputs_EM = nn.functional.normalize(vectors_EM, dim=-1).to(device)
-    projection = Projection(shape.embedding, shape.hidden).to(device, dtype)
-    place = Placement(shape.experts)
-    router = NexusRouter(shape.hidden, place, shape.top_k, projection, inputs_EM, LOAD_BALANCE)
-    router.to(device).train()
+    router = _router(shape, device, dtype)
     x_TH = torch.randn(tokens, shape.hidden, device=device, dtype=dtype, requires_grad=True)
 
     def action() -> None:
         router.zero_grad(set_to_none=True)
         x_TH.grad = None
-        router(x_TH)[0].sum().backward()
+        scores, *_ = router(x_TH)
+        scores.sum().backward()
 
     synchronize(device)
     return repeated(action, device, rounds)
 
 
+def _router(shape: Shape, device: torch.device, dtype: torch.dtype) -> NexusRouter:
+    """Return a random router in training mode."""
+    vectors_EM = torch.randn(shape.experts, shape.embedding)
+    inputs_EM = nn.functional.normalize(vectors_EM, dim=-1)
+    projection = Projection(shape.embedding, shape.hidden)
+    router = NexusRouter(
+        shape.hidden,
+        Placement(shape.experts),
+        shape.top_k,
+        projection.to(device, dtype),
+        inputs_EM.to(device),
+        LOAD_BALANCE,
+    )
+    # in training it adds the balancing loss, which is part of its cost
+    return router.to(device).train()
+
+
 def router_sweep(
-    base: Shape, device: torch.device, dtype: torch.dtype, rounds: int, say: Callable[[str], None]
+    base: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
+    say: Callable[[str], None],
 ) -> list[Point]:
     """Return the router's seconds in one layer over ROUTER_SWEEPS.
 
@@ -216,8 +252,11 @@ def router_sweep(
     for quantity, values in ROUTER_SWEEPS.items():
         for x in values:
             say(f"router: {quantity} {x}")
-            shape = replace(base, experts=x) if quantity == "experts" else base
-            tokens = x if quantity == "tokens" else ROUTER_TOKENS
+            shape, tokens = base, ROUTER_TOKENS
+            if quantity == "experts":
+                shape = replace(base, experts=x)
+            else:
+                tokens = x
             seconds = router_seconds(shape, tokens, device, dtype, rounds)
             rows.append(Point(f"router {quantity}", x, seconds, 0.0))
     return rows
@@ -226,11 +265,15 @@ def router_sweep(
 def exponents(rows: list[Point]) -> dict[str, dict[str, float]]:
     """Return for each quantity the exponents of time and (where measured) memory."""
     found = {}
+    # each once, in the order in which they were changed
     for quantity in dict.fromkeys(row.quantity for row in rows):
         mine = [row for row in rows if row.quantity == quantity]
         xs = [float(row.x) for row in mine]
-        found[quantity] = {"seconds": exponent(xs, [row.seconds for row in mine])}
-        if all(row.peak_bytes > 0 for row in mine):
-            peaks = [row.peak_bytes for row in mine]
-            found[quantity]["peak_bytes"] = exponent(xs, peaks)
+        seconds = [row.seconds for row in mine]
+        peaks = [row.peak_bytes for row in mine]
+        fitted = {"seconds": exponent(xs, seconds)}
+        # a 0 was not measured, and has no logarithm
+        if min(peaks) > 0:
+            fitted["peak_bytes"] = exponent(xs, peaks)
+        found[quantity] = fitted
     return found

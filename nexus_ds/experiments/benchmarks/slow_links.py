@@ -166,7 +166,11 @@ def measure(links: LinkRun, which: list[Way] | None = None) -> list[StepTime]:
 def expected(links: LinkRun, speed: float, expert: int, tflops: float) -> traffic.Step:
     """Return what `plan` expects of a step, every rank a node of its own."""
     machine = Machine(
-        gpus=links.ranks, nodes=links.ranks, gpu_memory=1.0, link=speed, tflops=tflops
+        gpus=links.ranks,
+        nodes=links.ranks,
+        gpu_memory=1.0,
+        link=speed,
+        tflops=tflops,
     )
     return traffic.step(links.sizes(), links.layout(expert), machine, WIDTH, links.length)
 

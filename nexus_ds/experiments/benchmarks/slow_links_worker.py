@@ -101,9 +101,11 @@ def start(links: LinkRun, way: Way) -> internals.Engine:
     values: dict[str, Any] = {"zero_optimization": zero}
     check_layout(values, config, world, world, links.experts)
     batch = Batch(links.batch, 1)
-    model = random_llama(links, Placement(links.experts, way.expert, rank % way.expert))
+    where = Placement(links.experts, way.expert, rank % way.expert)
+    model = random_llama(links, where)
     if links.stage == 3:
-        internals.partitioner(deepspeed_config(values, config, batch))(model)
+        partition = internals.partitioner(deepspeed_config(values, config, batch))
+        partition(model)
     engine = start_engine(model, values, config, batch)
     if not way.overlap:
         # DeepSpeed's own forward pass, in which nothing overlaps
@@ -158,21 +160,27 @@ class Figures(NamedTuple):
 def step(engine: internals.Engine, tokens_BS: Tensor, waits: Waits) -> Figures:
     """Do one step on token ids [B, S+1]; return what it took."""
     dist.barrier()
-    sent = network.sent()
+    sent_before = network.sent()
     waits.seconds = 0.0
     started = time.perf_counter()
-    engine.backward(next_token_loss(engine, tokens_BS)[0])
+    loss, _ = next_token_loss(engine, tokens_BS)
+    engine.backward(loss)
     engine.step()
     # a step is over when the slowest rank is through
     dist.barrier()
-    return Figures(time.perf_counter() - started, waits.seconds, network.sent() - sent)
+    seconds = time.perf_counter() - started
+    sent = network.sent() - sent_before
+    return Figures(seconds, waits.seconds, sent)
 
 
 def collectives(engine: internals.Engine, tokens_BS: Tensor, waits: Waits) -> int:
     """Do one step; return the collectives of this rank, without the barriers around the step."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    # gloo works on the CPU, and the profiler sees each collective there by its name
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
         step(engine, tokens_BS, waits)
-    names = [event.name for event in profile.events() if event.name.startswith("gloo:")]
+    every = [event.name for event in profile.events()]
+    names = [name for name in every if name.startswith("gloo:")]
     return len(names) - names.count("gloo:barrier")
 
 
@@ -206,7 +214,9 @@ def main() -> None:
     values = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     network.join(position().rank)
     internals.start(TIMEOUT_MINUTES)
-    found = measure(LinkRun(**values["links"]), [Way(**way) for way in values["ways"]])
+    links = LinkRun(**values["links"])
+    ways = [Way(**way) for way in values["ways"]]
+    found = measure(links, ways)
     if dist.get_rank() == 0:
         steps = [asdict(step_time) for step_time in found]
         Path(values["out"]).write_text(json.dumps(steps), encoding="utf-8")
