@@ -64,7 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_model_arguments(train, preset="cpu", rounds=5)
     train.add_argument(
-        "--baseline", default="dense", metavar="MODEL", help="what ratios are taken against (dense)"
+        "--baseline",
+        default="dense",
+        metavar="MODEL",
+        help="what ratios are taken against (dense)",
     )
     train.add_argument("--models", default="", metavar="A,B,...", help="only these (all)")
     scaling = commands.add_parser(
@@ -72,7 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_model_arguments(scaling, preset="tiny", rounds=3)
     scaling.add_argument(
-        "--model", default="nexus-loop", metavar="MODEL", help="what is grown (nexus-loop)"
+        "--model",
+        default="nexus-loop",
+        metavar="MODEL",
+        help="what is grown (nexus-loop)",
     )
     data = commands.add_parser("data", help=data_speed.HELP)
     data_speed.add_arguments(data)
@@ -88,24 +94,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpu.add_arguments(everything)
 
 
+# Of `train` and `growth`: both build models of one shape.
 def _add_model_arguments(command: argparse.ArgumentParser, preset: str, rounds: int) -> None:
     command.add_argument(
-        "--preset", default=preset, metavar="NAME", help=f"sizes: tiny, cpu or 470m ({preset})"
+        "--preset",
+        default=preset,
+        metavar="NAME",
+        help=f"sizes: tiny, cpu or 470m ({preset})",
     )
     command.add_argument(
-        "--device", default="cpu", metavar="cpu|cuda", help="where to compute (cpu)"
+        "--device",
+        default="cpu",
+        metavar="cpu|cuda",
+        help="where to compute (cpu)",
     )
     command.add_argument(
-        "--dtype", default="", metavar="fp32|bf16", help="fp32 on a CPU, bf16 on a GPU"
+        "--dtype",
+        default="",
+        metavar="fp32|bf16",
+        help="fp32 on a CPU, bf16 on a GPU",
     )
     command.add_argument(
-        "--rounds", type=int, default=rounds, metavar="N", help=f"repetitions ({rounds})"
+        "--rounds",
+        type=int,
+        default=rounds,
+        metavar="N",
+        help=f"repetitions ({rounds})",
     )
     for size in SIZES:
         option = _option(size)
         command.add_argument(option, type=int, metavar="N", help=argparse.SUPPRESS)
     command.add_argument(
-        "--out", type=Path, metavar="DIR", help="write JSONL, CSV and a figure there"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="write JSONL, CSV and a figure there",
     )
     command.add_argument("--json", action="store_true", help="print everything as JSON")
 
@@ -132,7 +155,11 @@ def add_links_arguments(parser: argparse.ArgumentParser) -> None:
         ("steps", 5, "timed steps at each speed"),
     ):
         parser.add_argument(
-            f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})"
+            f"--{name}",
+            type=int,
+            default=default,
+            metavar="N",
+            help=f"{text} (default: {default})",
         )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
@@ -176,6 +203,7 @@ def _place(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
         raise ConfigError(
             "--device cuda: torch finds no CUDA device on this machine; use --device cpu"
         )
+    # what training uses there: few CPUs compute in bf16 faster than in fp32
     dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype: unknown value {dtype!r}; expected {' or '.join(DTYPES)}")
@@ -203,8 +231,10 @@ def _train(args: argparse.Namespace, shape: Shape) -> Comparison:
     (baseline,) = _known("--baseline", [args.baseline])
     asked = [name for name in args.models.split(",") if name]
     names = _known("--models", asked or list(VARIANTS))
+    # ratios need it, whatever was asked for
     if baseline not in names:
         names = [baseline, *names]
+    # deepspeed.moe has top-1 and top-2 gates alone
     if shape.top_k > 2:
         names = [name for name in names if not name.startswith("deepspeed")]
     device, dtype = _place(args)
@@ -255,6 +285,7 @@ def _write(out: Path, what: str, found: Comparison | Growth, about: dict[str, ob
         lines = [json.dumps({**row.to_json(), **common}) for row in found.rows]
         write_text(folder / f"{what}.jsonl", "\n".join(lines) + "\n")
         flat = [_flat(row) for row in found.rows]
+        # models have different parts of a step: the columns are all that any has
         keys = list(dict.fromkeys(chain.from_iterable(flat)))
         cells = [[row.get(key, "") for key in keys] for row in flat]
         write_csv(folder / f"{what}.csv", keys, cells)
@@ -294,12 +325,21 @@ def describe_train(found: Comparison) -> str:
     header = ["model", "tokens/s", "ratio", "range", "params", "AdamW", "TFLOPS"]
     if found.rows[0].mfu:
         header.append("MFU")
-    speeds = [header, *map(_speed_cells, found.rows)]
+    speeds = [header]
     shares = [["share of the step", *found.parts]]
     for row in found.rows:
-        cells = [f"{row.shares[p]:.2%}" if p in row.shares else "" for p in found.parts]
-        shares.append([row.model, *cells])
+        speeds.append(_speed_cells(row))
+        shares.append(_share_cells(row, found.parts))
     return f"{_aligned(speeds)}\n\n{_aligned(shares)}"
+
+
+def _share_cells(row: Speed, parts: list[str]) -> list[str]:
+    cells = [row.model]
+    for part in parts:
+        share = row.shares.get(part)
+        # a dense model has no router: nothing, not 0 %
+        cells.append("" if share is None else f"{share:.2%}")
+    return cells
 
 
 def describe_growth(found: Growth) -> str:
@@ -317,11 +357,13 @@ def describe_growth(found: Growth) -> str:
 
 
 def _router_line(law: dict[str, float]) -> str:
-    few = f"{law['token_seconds_few'] * 1e6:.2f} µs a token for {law['few_tokens']:,} tokens"
-    many = f"{law['token_seconds_many'] * 1e6:.2f} for {law['many_tokens']:,}"
-    expert = (
-        f"{law['expert_seconds'] * 1e3:+.3f} ms an expert on {law['fixed_seconds'] * 1e3:.2f} ms"
-    )
+    few_microseconds = law["token_seconds_few"] * 1e6
+    few = f"{few_microseconds:.2f} µs a token for {law['few_tokens']:,} tokens"
+    many_microseconds = law["token_seconds_many"] * 1e6
+    many = f"{many_microseconds:.2f} for {law['many_tokens']:,}"
+    expert_ms = law["expert_seconds"] * 1e3
+    fixed_ms = law["fixed_seconds"] * 1e3
+    expert = f"{expert_ms:+.3f} ms an expert on {fixed_ms:.2f} ms"
     fit = f"correlation with a straight line {law['correlation']:.2f}"
     return f"router of a layer with P: {few}, {many}; {expert} ({fit})"
 
@@ -336,8 +378,14 @@ def run(args: argparse.Namespace) -> int:
         from nexus_ds.experiments.benchmarks import slow_links
 
         return slow_links.run(args)
+    return _run_models(args)
+
+
+def _run_models(args: argparse.Namespace) -> int:
+    """Run `bench train` or `bench growth`."""
     if args.rounds < 1:
         raise ConfigError(f"--rounds: expected a number above 0, found {args.rounds}")
+    # before minutes of measuring
     if args.out:
         refuse_existing(args.out)
     shape = _shape(args)

@@ -54,7 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="recipe file or name (compare-tiny)",
     )
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="directory of the comparison"
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="directory of the comparison",
     )
     parser.add_argument("--data", metavar="DIR", help="folder of domains (default: the recipe's)")
     parser.add_argument("--domains", metavar="A,B", help="domains of the upcycled experts")
@@ -73,7 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print results.json instead of tables")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings laid over the recipe"
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings laid over the recipe",
     )
 
 
@@ -85,7 +92,8 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
         "pipeline.new_domains": args.new_domain and f"[{args.new_domain}]",
         "compare.seeds": args.seeds and f"[{args.seeds}]",
     }
-    return [f"{key}={value}" for key, value in pairs.items() if value] + list(args.overrides)
+    given = [f"{key}={value}" for key, value in pairs.items() if value]
+    return [*given, *args.overrides]
 
 
 def _evaluations(comparison: Comparison, out: Path) -> dict[str, Path]:
@@ -137,7 +145,8 @@ def _tasks(comparison: Comparison, config: Config, out: Path) -> None:
 
 def _show_plan(comparison: Comparison) -> None:
     jobs = comparison.builder.jobs.values()
-    print("\n".join(job.command() for job in jobs))
+    for job in jobs:
+        print(job.command())
     flops = sum(job.flops for job in jobs)
     tokens = sum(job.tokens for job in jobs)
     print(f"# {len(jobs)} jobs, {tokens:,} training tokens, {flops:.2e} floating-point operations")
@@ -172,7 +181,9 @@ def _report(
 
 
 def _show(results: Results, out: Path) -> None:
-    print(terminal_tables(results) + "\n\n" + "\n".join(verdict(results)))
+    print(f"{terminal_tables(results)}\n")
+    for sentence in verdict(results):
+        print(sentence)
     took = duration(results.seconds or 0.0)
     print(f"\nreport: {out / 'report.html'}, {out / RESULTS}; {took}")
 
@@ -203,6 +214,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = _evaluations(comparison, args.out)
     _tasks(comparison, config, args.out)
     if args.dry_run:
+        # the printed commands read them
         builder.write_configs()
         _show_plan(comparison)
         return 0
@@ -210,6 +222,7 @@ def run(args: argparse.Namespace) -> int:
     gpus = devices()
     slots = args.jobs or gpus or len(os.sched_getaffinity(0))
     logs = args.out / "logs"
+    # two comparisons in one folder would run the same jobs
     with held(args.out):
         builder.write_configs()
         pool = Pool(builder.jobs, logs, slots, gpus)
@@ -221,10 +234,14 @@ def run(args: argparse.Namespace) -> int:
     else:
         _show(results, args.out)
     if pool.failed:
-        first, why = next(iter(pool.failed.items()))
-        raise NexusError(
-            f"{len(pool.failed)} jobs failed, first {builder.jobs[first].name}: {why}; "
-            f"the rest is in {args.out}, logs in {logs}; the same command again makes what is "
-            "missing"
-        )
+        raise _failure(pool, builder.jobs, args.out, logs)
     return 0
+
+
+def _failure(pool: Pool, jobs: Mapping[Path, Job], out: Path, logs: Path) -> NexusError:
+    """Return what is told of failed jobs; by now the page shows what the others found."""
+    first, why = next(iter(pool.failed.items()))
+    return NexusError(
+        f"{len(pool.failed)} jobs failed, first {jobs[first].name}: {why}; "
+        f"the rest is in {out}, logs in {logs}; the same command again makes what is missing"
+    )

@@ -58,16 +58,13 @@ Curve = dict[str, dict[str, float]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument(
-        "--data", metavar="DIR", help="folder of domains (default: text that lies on this machine)"
-    )
-    parser.add_argument("--domains", metavar="A,B", help="domains of the upcycled experts")
-    parser.add_argument(
-        "--new-domain", metavar="E", help="domain of the expert that is added later"
-    )
+    _add_data_options(parser)
     parser.add_argument("--out", metavar="DIR", help="directory of the run (default: the recipe's)")
     parser.add_argument(
-        "--config", metavar="RECIPE", default="demo", help="recipe file or name (default: demo)"
+        "--config",
+        metavar="RECIPE",
+        default="demo",
+        help="recipe file or name (default: demo)",
     )
     parser.add_argument(
         "--ranks",
@@ -79,12 +76,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="print summary.json instead of the table"
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings laid over the recipe"
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings laid over the recipe",
+    )
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Declare what the demo is made of."""
+    parser.add_argument(
+        "--data", metavar="DIR", help="folder of domains (default: text that lies on this machine)"
+    )
+    parser.add_argument("--domains", metavar="A,B", help="domains of the upcycled experts")
+    parser.add_argument(
+        "--new-domain", metavar="E", help="domain of the expert that is added later"
     )
 
 
 def overrides_of(args: argparse.Namespace) -> list[str]:
     """Return the options as overrides of the recipe, the user's own last."""
+    # the recipe's domains are those of the demo's own text
     if args.data and not (args.domains and args.new_domain):
         raise ConfigError("--data needs --domains A,B,.. and --new-domain E: folders of the data")
     pairs = {
@@ -93,7 +105,8 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
         "pipeline.new_domains": args.new_domain and f"[{args.new_domain}]",
         "pipeline.run": args.out,
     }
-    return [f"{key}={value}" for key, value in pairs.items() if value] + list(args.overrides)
+    given = [f"{key}={value}" for key, value in pairs.items() if value]
+    return [*given, *args.overrides]
 
 
 def evaluated(config: Config) -> dict[str, Path]:
@@ -143,10 +156,12 @@ def _mean_log(perplexity: dict[str, float], domains: list[str]) -> float:
 def _against(other: str, summary: Summary, domains: list[str]) -> str:
     """Return how Nexus compares with a model that had no training on the mixture."""
     before = _mean_log(summary.perplexity[other], domains)
-    difference = _mean_log(summary.perplexity[NEXUS], domains) - before
-    word = "lower" if difference < 0 else "HIGHER"
+    after = _mean_log(summary.perplexity[NEXUS], domains)
+    # of logarithms: the ratio of geometric means, which no single domain decides
+    change = math.expm1(after - before)
+    word = "lower" if change < 0 else "HIGHER"
     return (
-        f"On the upcycled domains Nexus has {abs(math.expm1(difference)):.0%} {word} perplexity "
+        f"On the upcycled domains Nexus has {abs(change):.0%} {word} perplexity "
         f"than the {other} (which had no training on the mixture)."
     )
 
@@ -154,7 +169,8 @@ def _against(other: str, summary: Summary, domains: list[str]) -> str:
 def _own_share(summary: Summary, domains: list[str]) -> str:
     routing = summary.models[NEXUS].routing
     assert routing is not None, "Nexus is a mixture"
-    share = sum(routing.own_share[domain] for domain in domains) / len(domains)
+    shares = [routing.own_share[domain] for domain in domains]
+    share = sum(shares) / len(domains)
     chance = 1 / len(domains)
     return f"{share:.0%} of a domain's tokens go to its own expert (chance: {chance:.0%})."
 
@@ -162,11 +178,14 @@ def _own_share(summary: Summary, domains: list[str]) -> str:
 def _extension(summary: Summary, old: list[str], new: list[str]) -> str:
     before = summary.perplexity[NEXUS]
     after = summary.perplexity[EXTENDED]
-    gain = math.exp(_mean_log(after, new) - _mean_log(before, new))
-    cost = math.expm1(_mean_log(after, old) - _mean_log(before, old))
+    on_new = _mean_log(after, new) - _mean_log(before, new)
+    on_old = _mean_log(after, old) - _mean_log(before, old)
+    gain = math.exp(on_new)
+    cost = math.expm1(on_old)
+    word = "rose" if cost > 0 else "fell"
     return (
         f"With the expert for {', '.join(new)} its perplexity is {gain:.2f} of what it was; the "
-        f"older domains {'rose' if cost > 0 else 'fell'} by {abs(cost):.1%} on average."
+        f"older domains {word} by {abs(cost):.1%} on average."
     )
 
 
@@ -184,8 +203,12 @@ def findings(summary: Summary, config: Config) -> list[str]:
 def _extension_section(summary: Summary, curve: Curve, figures: Path) -> Section:
     """Draw the finetune's curve and write its numbers; return the section of the page."""
     budgets = [int(tokens) for tokens in curve]
-    domains = list(next(iter(curve.values())))
-    lines = {d: (budgets, [row[d] for row in curve.values()]) for d in domains}
+    points = list(curve.values())
+    domains = list(points[0])
+    lines = {}
+    for domain in domains:
+        perplexities = [point[domain] for point in points]
+        lines[domain] = (budgets, perplexities)
     figure = figures / "extension.png"
     line_plot(
         lines,
@@ -253,7 +276,9 @@ def _ranks(asked: int, batch: int) -> int:
     """Return the ranks of the mixture's stages: as many as there are devices, or 2, if the batch
     (sequences a step) divides over them."""
     most = devices() or 2
-    ranks = asked or max(r for r in range(1, most + 1) if batch % r == 0)
+    # sequences are dealt out whole
+    dividing = [ranks for ranks in range(1, most + 1) if batch % ranks == 0]
+    ranks = asked or max(dividing)
     if ranks < 1 or batch % ranks:
         raise ConfigError(
             f"--ranks {ranks}: training.batch_size {batch} does not divide over them; "
@@ -265,6 +290,7 @@ def _ranks(asked: int, batch: int) -> int:
 def _make_missing(config: Config, plan: list[Step]) -> None:
     """Run the stages that are missing, then what is made of all models."""
     where = places(config)
+    # outputs appear whole or not at all: what is there is done
     missing = [step for step in plan if not step.output.exists()]
     run_steps(missing, config.pipeline.parallel_branches)
     if not where.average.exists():
@@ -291,7 +317,9 @@ def run(args: argparse.Namespace) -> int:
     require_domains(source, [*pipe.domains, *pipe.new_domains])
     ranks = _ranks(args.ranks, config.training.batch_size)
     plan = steps(config, args.config, overrides, ranks, str(DS_JSON))
+    # what is there was made with the same settings, or the page would mix two runs
     check_made(plan, args.config, overrides)
+    # two demos in one folder would make the same stages
     with held(places(config).run):
         _make_missing(config, plan)
         content = report(config, args, time.monotonic() - started)

@@ -39,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a .jsonl[.gz|.zst] file, or a folder of them (at any depth; labels are not read)",
     )
     parser.add_argument(
-        "--domains", required=True, type=int, metavar="N", help="how many domains to find"
+        "--domains",
+        required=True,
+        type=int,
+        metavar="N",
+        help="how many domains to find",
     )
     parser.add_argument(
         "--out",
@@ -72,10 +76,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one document of N of each domain is set aside for validation (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of sample, k-means and validation split"
+        "--seed",
+        type=int,
+        default=0,
+        help="of sample, k-means and validation split",
     )
     parser.add_argument(
-        "--on-bad-row", choices=("error", "skip"), default="error", help="what a damaged line does"
+        "--on-bad-row",
+        choices=("error", "skip"),
+        default="error",
+        help="what a damaged line does",
     )
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
 
@@ -87,10 +97,17 @@ def run(args: argparse.Namespace) -> int:
             f"--domains {args.domains}, --sample {args.sample}, --documents {args.documents}: "
             "expected at least 2, 1 and 1"
         )
+    # before anything is read, which takes minutes
     refuse_existing(args.out)
     files = corpus_files(args.data)
     encoder = SentenceEncoder(args.encoder)
-    work = Discovery(files, encoder, seed=args.seed, every=args.every, on_bad_row=args.on_bad_row)
+    work = Discovery(
+        files,
+        encoder,
+        seed=args.seed,
+        every=args.every,
+        on_bad_row=args.on_bad_row,
+    )
     clusters = work.fit(args.domains, args.sample)
     with new_directory(args.out) as folder:
         domains = work.write(clusters, folder)
@@ -131,21 +148,20 @@ def _branch_training(domain: str, data: Path) -> str:
     return typed_training(["--config", "own", *settings])
 
 
+def _domain_table(domains: dict[str, dict[str, Any]]) -> Table:
+    rows: list[list[Cell]] = []
+    for name, found in domains.items():
+        megabytes = f"{found['bytes'] / 1e6:.2f}"
+        words = " ".join(found["words"])
+        rows.append([name, found["train"], found["validation"], megabytes, words])
+    header = ["domain", "train", "validation", "MB", "words that set it apart"]
+    return Table(header=header, rows=rows)
+
+
 def _text(result: dict[str, Any], embeddings: DomainEmbeddings) -> str:
     """Return the answer as lines for people."""
-    rows: list[list[Cell]] = [
-        [
-            name,
-            found["train"],
-            found["validation"],
-            f"{found['bytes'] / 1e6:.2f}",
-            " ".join(found["words"]),
-        ]
-        for name, found in result["domains"].items()
-    ]
-    header = ["domain", "train", "validation", "MB", "words that set it apart"]
     lines = [
-        text_table(Table(header=header, rows=rows)),
+        text_table(_domain_table(result["domains"])),
         f"silhouette {result['silhouette']:.3f} (1: islands, 0: a cloud that was cut); "
         "compare other --domains N",
     ]

@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", required=True, help="folder of domains, hub:NAME[#COLUMN], or demo"
     )
     parser.add_argument(
-        "--out", required=True, type=Path, help="file to write (safetensors); must not exist"
+        "--out",
+        required=True,
+        type=Path,
+        help="file to write (safetensors); must not exist",
     )
     parser.add_argument(
         "--encoder",
@@ -58,7 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="windows of a long document that are averaged at most (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the sample (default: %(default)s)"
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the sample (default: %(default)s)",
     )
     parser.add_argument(
         "--max-bytes",
@@ -77,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Embed the domains, write the file, print the cosines between them."""
+    # before anything is read, which takes minutes
     refuse_existing(args.out)
     if args.documents < 1 or args.windows < 1:
         raise ConfigError(
@@ -88,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
     # before the encoder is loaded, which takes seconds
     require_domains(source, domains)
     encoder = SentenceEncoder(args.encoder)
+    # two of them on one file would embed the same text twice
     with held(args.out):
         embeddings = embed_domains(
             source,
@@ -102,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
         write_domain_embeddings(args.out, embeddings)
     pairs = near_duplicates(embeddings)
     for first, second, cosine in pairs:
+        # on stderr: with --json, stdout is for programs
         print(
             f"warning: {first} and {second} are nearly the same text (cosine {cosine:.3f}); "
             "a router can hardly tell their experts apart",

@@ -52,7 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder with <domain>/validation.jsonl[.gz|.zst], hub:NAME, or demo",
     )
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="new directory of the results"
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="new directory of the results",
     )
     parser.add_argument(
         "--name",
@@ -61,10 +65,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="name of each --checkpoint in the results, in order",
     )
     parser.add_argument(
-        "--domains", default="", metavar="A,B", help="domains to score (default: all of the data's)"
+        "--domains",
+        default="",
+        metavar="A,B",
+        help="domains to score (default: all of the data's)",
     )
     parser.add_argument(
-        "--windows", type=int, default=48, metavar="N", help="windows of text per domain (48)"
+        "--windows",
+        type=int,
+        default=48,
+        metavar="N",
+        help="windows of text per domain (48)",
     )
     parser.add_argument(
         "--length",
@@ -74,7 +85,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens a window; 0: as the models were trained, else 128",
     )
     parser.add_argument(
-        "--batch", type=int, default=8, metavar="N", help="windows a forward pass (8)"
+        "--batch",
+        type=int,
+        default=8,
+        metavar="N",
+        help="windows a forward pass (8)",
     )
     parser.add_argument(
         "--precision",
@@ -102,7 +117,11 @@ def _add_task_options(parser: argparse.ArgumentParser) -> None:
         "and the Python functions that they name are run",
     )
     parser.add_argument(
-        "--task-limit", type=int, default=0, metavar="N", help="examples of each task; 0: all"
+        "--task-limit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="examples of each task; 0: all",
     )
 
 
@@ -116,10 +135,16 @@ def _add_other_options(parser: argparse.ArgumentParser) -> None:
     )
     before_after.add_limit(parser, "the page")
     parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help="where token files are kept (default: nowhere)"
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="where token files are kept (default: nowhere)",
     )
     parser.add_argument(
-        "--on-bad-row", default="error", choices=("error", "skip"), help="what a damaged line does"
+        "--on-bad-row",
+        default="error",
+        choices=("error", "skip"),
+        help="what a damaged line does",
     )
     parser.add_argument(
         "--no-bos",
@@ -205,7 +230,10 @@ def _check_compared(facts: dict[str, dict[str, Any]], before: str, limit: float 
 
 
 def measure(
-    args: argparse.Namespace, names: list[str], cache: Path, limit: float | None = None
+    args: argparse.Namespace,
+    names: list[str],
+    cache: Path,
+    limit: float | None = None,
 ) -> Summary:
     """Score every checkpoint and return the summary."""
     from nexus_ds.checkpoint.inspection import describe
@@ -290,6 +318,7 @@ def run(args: argparse.Namespace) -> int:
     _check_numbers(args)
     limit = before_after.parse_limit(args.limit)
     names = model_names(args.checkpoint, args.name)
+    # before anything is scored, which takes minutes
     refuse_existing(args.out)
     with (
         new_directory(args.out) as folder,

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     parser.add_argument(
-        "--checkpoint", metavar="DIR", required=True, help="Nexus checkpoint to extend"
+        "--checkpoint",
+        metavar="DIR",
+        required=True,
+        help="Nexus checkpoint to extend",
     )
     parser.add_argument(
         "--expert",
@@ -54,7 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--replace where the expert's text is the old one",
     )
     parser.add_argument(
-        "--out", metavar="DIR", required=True, help="new directory of the extended checkpoint"
+        "--out",
+        metavar="DIR",
+        required=True,
+        help="new directory of the extended checkpoint",
     )
     parser.add_argument(
         "--lambda",
@@ -77,7 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_router_options(parser: argparse.ArgumentParser) -> None:
     """Declare how the router is refitted, and what is said of the result."""
     parser.add_argument(
-        "--config", metavar="RECIPE", default=None, help="recipe with the router's settings"
+        "--config",
+        metavar="RECIPE",
+        default=None,
+        help="recipe with the router's settings",
     )
     parser.add_argument(
         "--data",
@@ -117,6 +126,7 @@ def _describe(
     from nexus_ds.upcycling.replace import replaced
 
     share = args.share
+    # of a recipe that was asked for: the default one is for the router's settings alone
     if share is None and args.config:
         share = config.pipeline.merge_weight
     if args.replace and args.linear_init != "keep":
@@ -153,6 +163,7 @@ def run(args: argparse.Namespace) -> int:
     experts = parse_experts(args.expert)
     limit = before_after.parse_limit(args.limit)
     refuse_existing(out)
+    # last, so that the option holds against an override
     cold = ["router.warm_start=none"] if args.no_refit else []
     config = load_config(args.config or "demo", ["stage=extend", *args.overrides, *cold])
     embeddings = read_domain_embeddings(Path(args.domains)) if args.domains else None
@@ -166,13 +177,16 @@ def run(args: argparse.Namespace) -> int:
         )
     text = model.fit_text(data, config, "--no-refit")
     scored = None
+    checkpoint = Path(args.checkpoint)
     if scores:
         # the old model is scored first: text that can't be read is told before anything is written
-        domains = chosen(args.scored, Path(args.checkpoint), list(experts))
-        scored = BeforeAfter(Path(args.checkpoint), data, domains, args.windows, config.data.bos)
+        domains = chosen(args.scored, checkpoint, list(experts))
+        scored = BeforeAfter(checkpoint, data, domains, args.windows, config.data.bos)
     with new_directory(out) as directory:
         report = model.write(directory, text, config.router, config.seed)
-    verdict = before_after.judge(scored.before, scored.after(out), limit) if scored else None
+    verdict = None
+    if scored:
+        verdict = before_after.judge(scored.before, scored.after(out), limit)
     command = next_training(out, data or "DIR", args.config or "demo", "extend")
     if args.json:
         result = model.summary(out, report) | {

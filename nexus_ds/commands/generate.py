@@ -19,17 +19,31 @@ from nexus_ds.errors import ConfigError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
     parser.add_argument(
-        "--checkpoint", required=True, type=Path, metavar="DIR", help="dense or Nexus checkpoint"
+        "--checkpoint",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="dense or Nexus checkpoint",
     )
     parser.add_argument("prompt", help="text to continue")
     parser.add_argument(
-        "--tokens", type=int, default=40, metavar="N", help="most tokens to add (40)"
+        "--tokens",
+        type=int,
+        default=40,
+        metavar="N",
+        help="most tokens to add (40)",
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0: always the likeliest token (default)"
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0: always the likeliest token (default)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the draws at a temperature above 0"
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the draws at a temperature above 0",
     )
     parser.add_argument(
         "--precision",
@@ -50,7 +64,12 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def continue_prompt(
-    model: Any, tokenizer: Any, prompt: str, tokens: int, temperature: float, seed: int
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    seed: int,
 ) -> tuple[str, int]:
     """Return the text that transformers' model adds to `prompt`, and its number of tokens.
 
@@ -65,6 +84,7 @@ def continue_prompt(
     length = ids_1T.shape[1]
     if not length:
         raise ConfigError("the prompt has no token; write at least one word")
+    # a GPU would say no more than that an index was out of bounds
     largest = int(ids_1T.max())
     rows = model.get_input_embeddings().num_embeddings
     if largest >= rows:
@@ -72,6 +92,7 @@ def continue_prompt(
             f"the prompt has the token id {largest}, the model embeds {rows}; "
             "give the checkpoint the tokenizer that it was trained with"
         )
+    # not every family has positions that end
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and length >= limit:
         raise ConfigError(f"the prompt has {length} tokens, the model reads {limit}; shorten it")

@@ -23,7 +23,11 @@ LISTS = ("experts", "lineage")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
     parser.add_argument(
-        "directories", nargs="+", type=Path, metavar="DIR", help="dense or Nexus checkpoint"
+        "directories",
+        nargs="+",
+        type=Path,
+        metavar="DIR",
+        help="dense or Nexus checkpoint",
     )
     parser.add_argument(
         "--json",
@@ -43,6 +47,7 @@ def flat(facts: dict[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict):
             result |= flat(value, f"{name}.")
         elif key == "lineage":
+            # another program's steps may have no verb
             verbs = [str(step.get("verb", "?")) for step in value]
             result[name] = " > ".join(verbs)
         elif key == "experts":
@@ -58,17 +63,30 @@ def flat(facts: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 def describe_text(facts: dict[str, Any]) -> str:
     """Return the facts of one checkpoint as lines of text."""
-    lines = flat({key: value for key, value in facts.items() if key not in LISTS})
+    short = {key: value for key, value in facts.items() if key not in LISTS}
+    lines = flat(short)
     width = max(map(len, lines))
     text = [f"{name.ljust(width)}  {value}" for name, value in lines.items()]
+    # from 0: messages and tensor names count experts so
     for index, expert in enumerate(facts.get("experts", [])):
-        origin = f"{expert['source']}, sha256 {expert['sha256'][:12]}"
-        text.append(f"expert {index}: {expert['name']} (domain {expert['domain']}) from {origin}")
+        text.append(f"expert {index}: {_expert_text(expert)}")
     for number, step in enumerate(facts.get("lineage", []), 1):
-        settings = {key: value for key, value in step.items() if key != "verb"}
-        details = json.dumps(settings, ensure_ascii=False)
-        text.append(f"step {number}: {step.get('verb', '?')} {details}")
+        text.append(f"step {number}: {_step_text(step)}")
     return "\n".join(text)
+
+
+def _expert_text(expert: dict[str, str]) -> str:
+    domain = expert["domain"]
+    # enough to tell files apart, and to search for
+    sha256 = expert["sha256"][:12]
+    return f"{expert['name']} (domain {domain}) from {expert['source']}, sha256 {sha256}"
+
+
+def _step_text(step: dict[str, Any]) -> str:
+    verb = step.get("verb", "?")
+    settings = {key: value for key, value in step.items() if key != "verb"}
+    details = json.dumps(settings, ensure_ascii=False)
+    return f"{verb} {details}"
 
 
 def differences(all_info: Sequence[dict[str, Any]]) -> tuple[list[list[str]], list[str]]:
@@ -87,7 +105,8 @@ def differences(all_info: Sequence[dict[str, Any]]) -> tuple[list[list[str]], li
     rows: list[list[str]] = []
     equal: list[str] = []
     for key in keys:
-        values = [f.get(key, "–") for f in flats]
+        # a dense model has no experts to speak of, a mixture has
+        values = [facts.get(key, "–") for facts in flats]
         if len(set(values)) == 1:
             equal.append(key)
         else:
@@ -101,12 +120,15 @@ def run(args: argparse.Namespace) -> int:
     from nexus_ds.checkpoint.inspection import describe
 
     facts = [describe(directory) for directory in args.directories]
+    alone = len(facts) == 1
     if args.json:
-        print(json.dumps(facts[0] if len(facts) == 1 else facts, indent=2, ensure_ascii=False))
-    elif len(facts) == 1:
+        answer = facts[0] if alone else facts
+        print(json.dumps(answer, indent=2, ensure_ascii=False))
+    elif alone:
         print(describe_text(facts[0]))
     else:
         rows, equal = differences(facts)
-        print(text_table(Table(header=["differs", *map(str, args.directories)], rows=rows)))
+        header = ["differs", *map(str, args.directories)]
+        print(text_table(Table(header=header, rows=rows)))
         print(f"equal: {', '.join(equal)}")
     return 0

@@ -33,13 +33,23 @@ SHOWN = 12
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
     parser.add_argument(
-        "--config", metavar="RECIPE", default="demo", help="recipe file or name (default: demo)"
+        "--config",
+        metavar="RECIPE",
+        default="demo",
+        help="recipe file or name (default: demo)",
     )
     parser.add_argument(
-        "--gpus", type=int, required=True, metavar="N", help="GPUs of all nodes together"
+        "--gpus",
+        type=int,
+        required=True,
+        metavar="N",
+        help="GPUs of all nodes together",
     )
     parser.add_argument(
-        "--gpu-memory", required=True, metavar="SIZE", help="of one GPU, for example 24GB or 80GiB"
+        "--gpu-memory",
+        required=True,
+        metavar="SIZE",
+        help="of one GPU, for example 24GB or 80GiB",
     )
     parser.add_argument("--nodes", type=int, default=1, metavar="M", help="nodes (default: 1)")
     parser.add_argument(
@@ -54,7 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host-memory", metavar="SIZE", help="main memory of a node (default: not checked)"
     )
     parser.add_argument(
-        "--gpu-tflops", type=float, metavar="X", help="a GPU's peak in dense bf16 (default: 100)"
+        "--gpu-tflops",
+        type=float,
+        metavar="X",
+        help="a GPU's peak in dense bf16 (default: 100)",
     )
     parser.add_argument(
         "--write",
@@ -64,7 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings laid over the recipe"
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings laid over the recipe",
     )
 
 
@@ -112,7 +128,10 @@ def command(args: argparse.Namespace, candidate: Candidate, machine: Machine, ds
 
 
 def collect(
-    args: argparse.Namespace, config: Config, sizes: Sizes, machine: Machine
+    args: argparse.Namespace,
+    config: Config,
+    sizes: Sizes,
+    machine: Machine,
 ) -> dict[str, Any]:
     """Return the whole plan as JSON.
 
@@ -149,6 +168,7 @@ def collect(
             "deepspeed": deepspeed_json(sizes, best.layout),
             "command": command(args, best, machine, str(args.write or "ds.json")),
         }
+    # a dense model has no place for one
     if sizes.experts:
         more = choose.one_more_expert(sizes, machine, config, best)
         plan["one_more_expert"] = {
@@ -293,6 +313,7 @@ def _write(out: Path, plan: dict[str, Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the plan; with --write, write the DeepSpeed JSON of the fastest layout that fits."""
     config = load_config(args.config, args.overrides)
+    # before layouts are tried: a taken file is told at once
     _check_file(args.write)
     machine = machine_of(args)
     plan = collect(args, config, sizes_of(config), machine)

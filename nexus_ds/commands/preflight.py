@@ -22,7 +22,10 @@ STAGES = (*TRAINED, *MADE_BY_VERBS)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
     parser.add_argument(
-        "--config", metavar="RECIPE", default="demo", help="recipe file or name (default: demo)"
+        "--config",
+        metavar="RECIPE",
+        default="demo",
+        help="recipe file or name (default: demo)",
     )
     parser.add_argument(
         "--deepspeed",
@@ -39,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("name", metavar="STAGE", choices=STAGES, help="stage that is about to run")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings laid over the recipe"
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings laid over the recipe",
     )
 
 

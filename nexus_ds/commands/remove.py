@@ -20,7 +20,11 @@ from nexus_ds.settings import RouterConfig
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
     parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", type=Path, help="Nexus checkpoint"
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        type=Path,
+        help="Nexus checkpoint",
     )
     parser.add_argument(
         "--expert",
@@ -64,7 +68,11 @@ def run(args: argparse.Namespace) -> int:
     with new_directory(args.out) as directory:
         # nothing is fitted, so neither the router's settings nor the seed matter
         model.write(directory, None, RouterConfig(), 0)
-    verdict = before_after.judge(scored.before, scored.after(args.out), limit) if scored else None
+    verdict = None
+    if scored:
+        # the checkpoint under its final name, as whoever uses it will read it
+        after = scored.after(args.out)
+        verdict = before_after.judge(scored.before, after, limit)
     command = _evaluation(args)
     if args.json:
         result = model.summary(args.out, None) | {

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import time
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TypedDict
 
@@ -84,7 +85,10 @@ class TrainRecord(TypedDict):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
     parser.add_argument(
-        "run", type=Path, metavar="RUN", help="directory of the run (pipeline.run of its recipe)"
+        "run",
+        type=Path,
+        metavar="RUN",
+        help="directory of the run (pipeline.run of its recipe)",
     )
     parser.add_argument("--json", action="store_true", help="print a list of stages as JSON")
 
@@ -165,7 +169,10 @@ def template_of(stage: str) -> str:
 
 
 def job_of(
-    step: Step, config: Config, recorded: dict[str, list[str]], known: dict[str, Job] | None
+    step: Step,
+    config: Config,
+    recorded: dict[str, list[str]],
+    known: dict[str, Job] | None,
 ) -> Job | None:
     """Return the newest job of a stage, None if none was submitted."""
     identities = recorded.get(template_of(step.name), [])
@@ -235,13 +242,19 @@ def training(step: Step) -> StageStatus | None:
     # A training that was resumed may have written a step twice.
     if len(records) > 1 and done > records[-2]["step"]:
         before = records[-2]
-        pace = (last["time"] - before["time"]) / (done - before["step"])
-        found.detail += f", ETA {duration(max(0.0, pace * (total - done)))}"
+        seconds = last["time"] - before["time"]
+        pace = seconds / (done - before["step"])
+        # nodes' clocks differ: time may seem to run backwards
+        left = max(0.0, pace * (total - done))
+        found.detail += f", ETA {duration(left)}"
     return found
 
 
 def _grows(path: Path) -> bool:
-    return path.is_file() and time.time() - path.stat().st_mtime < QUIET_SECONDS
+    if not path.is_file():
+        return False
+    quiet = time.time() - path.stat().st_mtime
+    return quiet < QUIET_SECONDS
 
 
 def _queued(job: Job) -> str:
@@ -300,13 +313,15 @@ def survey(run: Path) -> list[StageStatus]:
     config = run_config(run)
     found = plan(config)
     recorded = recorded_jobs(run)
-    known = queue([identity for identities in recorded.values() for identity in identities])
+    # one question for all jobs: SLURM's controller serves a whole cluster
+    known = queue(list(chain.from_iterable(recorded.values())))
     result: dict[str, StageStatus] = {}
     for step in found:
         job = job_of(step, config, recorded, known)
         seen = judge(step, job, run, known is not None)
         needed = [other.name for other in needed_for(found, step.name)]
-        _judge_by_others(seen, [result[name] for name in needed if name in result])
+        before = [result[name] for name in needed if name in result]
+        _judge_by_others(seen, before)
         result[step.name] = seen
     return list(result.values())
 

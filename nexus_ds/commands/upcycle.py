@@ -33,13 +33,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a dense branch; NAME is also its domain, a row of --domains (repeat for each expert)",
     )
     parser.add_argument(
-        "--domains", metavar="FILE", required=True, help="domain embeddings, from nexus-ds embed"
+        "--domains",
+        metavar="FILE",
+        required=True,
+        help="domain embeddings, from nexus-ds embed",
     )
     parser.add_argument(
-        "--out", metavar="DIR", required=True, help="new directory of the Nexus checkpoint"
+        "--out",
+        metavar="DIR",
+        required=True,
+        help="new directory of the Nexus checkpoint",
     )
     parser.add_argument(
-        "--config", metavar="RECIPE", default="demo", help="recipe with the router's settings"
+        "--config",
+        metavar="RECIPE",
+        default="demo",
+        help="recipe with the router's settings",
     )
     parser.add_argument(
         "--data", metavar="DIR", help="text for the router's warm start; default: what was embedded"
@@ -71,10 +80,12 @@ def run(args: argparse.Namespace) -> int:
 
     out = Path(args.out)
     refuse_existing(out)
+    # last, so that the option holds against an override
     cold = ["router.warm_start=none"] if args.no_warm_start else []
     config = load_config(args.config, ["stage=moe", *args.overrides, *cold])
     embeddings = read_domain_embeddings(Path(args.domains))
     model = upcycled(Path(args.seed), parse_experts(args.expert), embeddings, config)
+    # the embeddings' own record of where their text lies
     data = args.data or embeddings.data
     text = model.fit_text(data, config, "--no-warm-start")
     with new_directory(out) as directory:
