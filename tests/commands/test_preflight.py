@@ -1,4 +1,4 @@
-"""The verb `preflight` as two nodes run it: what they agree on, and who is named when they don't."""
+"""The verb `preflight` as two nodes run it: what they agree on, and who is named if they don't."""
 
 import argparse
 import os

@@ -72,8 +72,10 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 JobCompType=jobcomp/none
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=01:00:00 State=UP PriorityTier=10 PreemptMode=OFF
-PartitionName=low Nodes=ALL MaxTime=INFINITE DefaultTime=01:00:00 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=01:00:00 \\
+  State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=low Nodes=ALL MaxTime=INFINITE DefaultTime=01:00:00 \\
+  State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 """
 
 
@@ -83,7 +85,8 @@ def obstacle():
         return "starting SLURM daemons needs root"
     missing = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
     if missing:
-        return f"no {', '.join(missing)} on this machine; on Debian as root: make test-slurm installs SLURM"
+        found = ", ".join(missing)
+        return f"no {found} on this machine; on Debian as root: make test-slurm installs SLURM"
     probe = subprocess.run(["unshare", "--uts", "true"], capture_output=True, text=True)
     if probe.returncode:
         return f"no UTS namespaces for emulated nodes: {probe.stderr.strip()}"
@@ -111,7 +114,8 @@ def install():
                 text=True,
             )
             if done.returncode:
-                return f"apt-get {command[0]} failed: {done.stderr.strip().splitlines()[-1:] or done.returncode}"
+                last = done.stderr.strip().splitlines()[-1:]
+                return f"apt-get {command[0]} failed: {last or done.returncode}"
     finally:
         if own:
             POLICY.unlink()
@@ -163,7 +167,8 @@ class Cluster:
         for path in devices:
             os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         rows = [
-            f"NodeName={node} NodeHostname={node} NodeAddr=127.0.0.1 Port={port} CPUs=16 Boards=1 SocketsPerBoard=1 "
+            f"NodeName={node} NodeHostname={node} NodeAddr=127.0.0.1 Port={port} "
+            "CPUs=16 Boards=1 SocketsPerBoard=1 "
             f"CoresPerSocket=16 ThreadsPerCore=1 RealMemory=100000 Gres=gpu:{GPUS} State=UNKNOWN"
             for node, port in zip(NODES, ports[1:], strict=True)
         ]

@@ -203,8 +203,8 @@ def test_a_failing_requeue_keeps_the_state_and_says_so(shell, tmp_path):
     code, output, _ = shell("seed", path, MAX_STALLED="3")
     assert code == 1
     assert (
-        "'scontrol requeue 7_0' failed; the state of step 0 is kept: submit the same job again to go on"
-        in output
+        "'scontrol requeue 7_0' failed; the state of step 0 is kept: submit the same job again "
+        "to go on" in output
     )
 
 

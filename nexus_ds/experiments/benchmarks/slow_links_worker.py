@@ -110,7 +110,8 @@ def start(links: LinkRun, way: Way) -> internals.Engine:
     if not way.overlap:
         # DeepSpeed's own forward pass, in which nothing overlaps
         for layer in moe_layers(engine.module):
-            layer.forward = MethodType(internals.AutoEPMoELayer.forward, layer)  # type: ignore[method-assign]
+            plain = MethodType(internals.AutoEPMoELayer.forward, layer)
+            layer.forward = plain  # type: ignore[method-assign]
     set_learning_rate(engine, LEARNING_RATE)
     engine.train()
     return engine

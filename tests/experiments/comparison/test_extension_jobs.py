@@ -1,4 +1,4 @@
-"""From a trained mixture to one with more experts: in turn, with replayed text, budget by budget."""
+"""From a trained mixture to one with more experts: in turn, with replayed text, by budget."""
 
 from pathlib import Path
 

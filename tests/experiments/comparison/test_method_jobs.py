@@ -1,4 +1,4 @@
-"""From the models that become experts to a row: what each method is put together from, and costs."""
+"""From models that become experts to a row: what a method is put together from, and costs."""
 
 import pytest
 from made_up_jobs import jobs, made
