@@ -73,8 +73,8 @@ def random_dense(
     size = vocabulary_size(words)
     model = new_dense(settings.model, size, words.eos_token_id, settings.seed)
     generator = layer_generator(settings.seed, number)
-    for name, parameter in model.named_parameters():
-        if ".mlp." in name:
+    for layer in model.model.layers:
+        for parameter in layer.mlp.parameters():
             parameter.data.normal_(0.0, model.config.initializer_range, generator=generator)
     with new_directory(Path(out)) as directory:
         model.to(DTYPES[settings.model.dtype]).save_pretrained(directory)
