@@ -44,3 +44,7 @@ class LayoutError(NexusError):
 
 class TrainingError(NexusError):
     """A run that can't go on: no progress, losses that are not numbers, lost ranks."""
+
+
+class InsufficientMemoryError(NexusError):
+    """Work that does not fit into memory in the smallest pieces there are."""

@@ -3,7 +3,7 @@
 Nothing leaves the machine, no code of the checkpoint is run, no tensor is initialised at random: a
 checkpoint whose tensors don't fit its configuration is refused.
 
-Not covered: models larger than one device, quantised weights, training (see build.py).
+Not covered: models larger than one device (`pieces`), quantised weights, training (see build.py).
 """
 
 from __future__ import annotations
@@ -65,12 +65,17 @@ def know_model_type(directory: Path) -> None:
         register()
 
 
-def _dtype(directory: Path, precision: str, place: torch.device) -> torch.dtype | str:
+def computed_dtype(precision: str, place: torch.device) -> torch.dtype | None:
+    """Return the dtype that a model computes in on a device; None: the stored one.
+
+    Raises:
+        ConfigError: unknown precision.
+    """
     if precision not in PRECISIONS:
         raise ConfigError(f"precision: unknown value {precision!r}; known: {', '.join(PRECISIONS)}")
     if precision == "fp32" or (precision == "auto" and place.type == "cpu"):
         return torch.float32
-    return "auto"
+    return None
 
 
 def _said(error: Exception) -> str:
@@ -97,12 +102,29 @@ def _check_loaded(directory: Path, info: Mapping[str, Iterable[object]]) -> None
             )
 
 
-def load_model(directory: Path, precision: str = "auto") -> Any:
-    """Return a causal language model of stock transformers, in eval mode, on the GPU if any.
+def verified(directory: Path) -> None:
+    """Check what transformers trusts or can't tell.
+
+    Raises:
+        CheckpointError: damaged, incomplete or pickled files; router rows that differ from P(D) of
+            the sidecar.
+        UnsupportedModelError: a configuration that asks for code of the checkpoint or of a hub.
+    """
+    know_model_type(directory)
+    # checks headers, ranges and paths, which transformers trusts
+    TensorReader(directory)
+    # rows that P(D) does not give are another model's, or damaged: transformers can't tell
+    if is_nexus(directory):
+        verify_expert_embeddings(directory)
+
+
+def load_model(directory: Path, precision: str = "auto", place: torch.device | None = None) -> Any:
+    """Return a causal language model of stock transformers, in eval mode.
 
     Args:
         directory: a dense or a Nexus checkpoint.
         precision: fp32, stored (the dtype on disk), or auto: fp32 on a CPU, stored on a GPU.
+        place: device; default the GPU if any.
 
     Raises:
         CheckpointError: damaged, incomplete or pickled files; router rows that differ from P(D) of
@@ -111,14 +133,9 @@ def load_model(directory: Path, precision: str = "auto") -> Any:
         ConfigError: unknown precision.
     """
     directory = Path(directory)
-    place = device()
-    dtype = _dtype(directory, precision, place)
-    know_model_type(directory)
-    # checks headers, ranges and paths, which transformers trusts
-    TensorReader(directory)
-    # rows that P(D) does not give are another model's, or damaged: transformers can't tell
-    if is_nexus(directory):
-        verify_expert_embeddings(directory)
+    place = place or device()
+    dtype = computed_dtype(precision, place) or "auto"
+    verified(directory)
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 

@@ -112,7 +112,7 @@ def test_code_beside_a_model_is_not_run_even_where_its_hooks_are_not_seen(
         auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
     )
     monkeypatch.setattr(loading, "know_model_type", lambda directory: None)
-    monkeypatch.setattr(loading, "_dtype", lambda *arguments: torch.float32)
+    monkeypatch.setattr(loading, "computed_dtype", lambda *arguments: torch.float32)
     with pytest.raises(CheckpointError, match="custom code which must be executed"):
         load_model(copy)
     assert not canary.exists()

@@ -1,0 +1,144 @@
+"""What a model takes to run without being trained, by its sizes: whole, or layer by layer.
+
+Weights, one layer's activations, a slice of the logits. No torch here: `plan` asks, too.
+Units: bytes; `width` is bytes of an element in the precision that is computed in.
+Not covered: CUDA's context (free memory is told without it), training (`planning.memory`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+MARGIN = 0.9
+"""Share of the free memory that is planned with: allocators lose 5-10% between blocks."""
+LOGITS_AT_ONCE = 1 << 24
+"""Logits that scoring makes at once: 64 MiB in fp32, whatever the vocabulary."""
+LOGITS_BYTES = 12
+"""Of a logit at the peak of the cross-entropy: in the model's precision, in fp32, and its
+log-probability."""
+HIDDEN_COPIES = 8
+"""Of a token's hidden state in a layer's forward pass: residual, norm, queries, attention's result,
+the routed tokens in the order of experts and back."""
+DISK_SPEED = 1e9
+"""Bytes a second that a checkpoint is read with: an NVMe disk, or a network file system at its
+best; the page cache is several times faster."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a model takes to run, by its sizes."""
+
+    weights: float
+    """All of them, in the precision that is computed in."""
+    layer: float
+    """Of the largest layer."""
+    outside: float
+    """Of embeddings, head and last norm."""
+    token: float
+    """Of a token in a forward pass through one layer."""
+    hidden: float
+    """Of a token's hidden state."""
+    cache: float
+    """Of a token's keys and values in all layers."""
+    vocabulary: int
+    """Logits of a token."""
+    active: float
+    """Parameters that a token is multiplied with."""
+    stored: float
+    """Of the files."""
+
+    @property
+    def loading(self) -> float:
+        """Main memory while transformers loads all weights: a layer's experts are stacked anew."""
+        return self.weights + self.layer
+
+    def with_cache(self) -> Need:
+        """Return the need of generation, which keeps each token's keys and values."""
+        return replace(self, token=self.token + self.cache)
+
+    def working(self, rows: int, length: int) -> float:
+        """Return bytes beside the weights of a pass over `rows` sequences."""
+        logits = min(LOGITS_AT_ONCE, rows * length * self.vocabulary)
+        return rows * length * self.token + logits * LOGITS_BYTES
+
+    def whole(self, rows: int, length: int) -> float:
+        """Return the peak on the device with all weights on it."""
+        return self.weights + self.working(rows, length)
+
+    def streamed(self, rows: int, length: int) -> float:
+        """Return the peak on the device with one layer's weights, and another's on their way."""
+        return self.outside + self.layer + self.working(rows, length)
+
+    def waiting(self, sequences: int, length: int) -> float:
+        """Return main memory of the hidden states between two layers, before and after."""
+        return 2 * sequences * length * self.hidden
+
+    def flops(self, tokens: float) -> float:
+        """Return the arithmetic of a forward pass: a product and a sum a parameter."""
+        return 2 * self.active * tokens
+
+
+def per_token(
+    *, width: int, hidden: int, keys: int, inner: int, visited: int, layers: int
+) -> dict[str, float]:
+    """Return the fields of `Need` that are of a token.
+
+    Args:
+        width: bytes of an element.
+        hidden: size of a hidden state.
+        keys: width of keys, and of values.
+        inner: width of a feed-forward network.
+        visited: routed experts that a token goes to; 0: a dense model.
+        layers: of the model.
+    """
+    # gate, up and their product: of the shared expert, and of each that a token visits
+    token = HIDDEN_COPIES * hidden + 3 * inner * (1 + visited)
+    return {
+        "token": float(token * width),
+        "hidden": float(hidden * width),
+        "cache": float(2 * keys * layers * width),
+    }
+
+
+# The way -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model is run."""
+
+    streamed: bool
+    """Layer by layer; else it is loaded whole."""
+    rows: int
+    """Sequences at once in a layer."""
+
+    def smaller(self) -> Way | None:
+        """Return the way with the next smaller pieces; None: there are no smaller ones."""
+        if self.rows > 1:
+            return replace(self, rows=self.rows // 2)
+        return None if self.streamed else Way(streamed=True, rows=1)
+
+    def __str__(self) -> str:
+        rows = f"{self.rows} sequence{'s' if self.rows > 1 else ''} at once"
+        return f"{'layer by layer' if self.streamed else 'whole'}, {rows}"
+
+
+def way(need: Need, rows: int, length: int, room: float, host: float) -> Way:
+    """Return the way with the largest pieces that are planned to fit.
+
+    Args:
+        need: of the model.
+        rows: sequences at once that were asked for.
+        length: tokens of each.
+        room: free bytes on the device.
+        host: free bytes of main memory, through which the weights come.
+    """
+    fits = need.whole(1, length) <= MARGIN * room and need.loading <= MARGIN * host
+    # A model that fits whole in no batch starts with the whole batch again, layer by layer.
+    choice = Way(streamed=not fits, rows=rows)
+    while True:
+        planned = need.streamed if choice.streamed else need.whole
+        smaller = choice.smaller()
+        if planned(choice.rows, length) <= MARGIN * room or smaller is None:
+            return choice
+        choice = smaller

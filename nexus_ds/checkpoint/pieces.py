@@ -1,0 +1,200 @@
+"""A model in as many pieces as memory asks for: whole, in smaller batches, or layer by layer.
+
+`planned_way` decides by sizes before anything is loaded; `in_pieces` goes on in smaller pieces
+where memory runs out all the same. Both say on stderr what they do.
+
+Not covered: what the sizes are (`needs`), memory of other processes that grows meanwhile.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from nexus_ds.checkpoint.families import EMBEDDING, HEAD, ConfigJson
+from nexus_ds.checkpoint.loading import computed_dtype, load_model, read_config, verified
+from nexus_ds.checkpoint.needs import DISK_SPEED, Need, Way, per_token, way
+from nexus_ds.checkpoint.room import host_room, is_out_of_memory, room_on
+from nexus_ds.checkpoint.streaming import LAYERS, streamed_model
+from nexus_ds.checkpoint.tensors import DTYPES, TensorReader
+from nexus_ds.errors import InsufficientMemoryError
+from nexus_ds.progress import duration, say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Result = TypeVar("Result")
+
+LONG = 120.0
+"""Seconds of computing on a CPU above which the time is said before it starts."""
+
+
+def need_of(directory: Path, precision: str, place: torch.device) -> Need:
+    """Return what a checkpoint takes on a device; only headers and config.json are read.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: damaged files.
+    """
+    reader = TensorReader(directory)
+    config = read_config(directory)
+    chosen = computed_dtype(precision, place)
+    elements: dict[str, int] = {}
+    sizes: dict[str, float] = {}
+    stored = 0
+    for name in reader.names():
+        info = reader.info(name)
+        count = torch.Size(info.shape).numel()
+        # model.layers.7.mlp...: the first three parts name the layer
+        part = ".".join(name.split(".")[:3]) if name.startswith(LAYERS) else ""
+        elements[part] = elements.get(part, 0) + count
+        width = (chosen or DTYPES[info.dtype]).itemsize
+        sizes[part] = sizes.get(part, 0.0) + count * width
+        stored += info.end - info.start
+    width = (chosen or DTYPES[reader.info(reader.names()[0]).dtype]).itemsize
+    layers = [size for part, size in sizes.items() if part]
+    embedding = reader.info(EMBEDDING).shape if EMBEDDING in reader else (0, 0)
+    lookup = 0 if HEAD not in reader else embedding[0] * embedding[1]
+    return Need(
+        weights=sum(sizes.values()),
+        layer=max(layers, default=0.0),
+        outside=sizes.get("", 0.0),
+        active=sum(elements.values()) - lookup - _idle(config),
+        stored=stored,
+        vocabulary=_number(config, "vocab_size"),
+        **_per_token(config, width),
+    )
+
+
+def _number(config: ConfigJson, *names: str) -> int:
+    """Return the first of these settings that is a number, else 0."""
+    found = [config[name] for name in names if type(config.get(name)) is int]
+    return found[0] if found else 0
+
+
+def _idle(config: ConfigJson) -> int:
+    """Return the parameters of routed experts that a token does not visit."""
+    expert = 3 * _number(config, "hidden_size") * _number(config, "moe_intermediate_size")
+    unvisited = _number(config, "num_experts") - _number(config, "num_experts_per_tok")
+    return max(0, unvisited) * expert * _number(config, "num_hidden_layers")
+
+
+def _per_token(config: ConfigJson, width: int) -> dict[str, float]:
+    heads = _number(config, "num_attention_heads")
+    hidden = _number(config, "hidden_size")
+    return per_token(
+        width=width,
+        hidden=hidden,
+        keys=(_number(config, "head_dim") or hidden // max(1, heads))
+        * (_number(config, "num_key_value_heads") or heads),
+        inner=_number(config, "moe_intermediate_size", "intermediate_size"),
+        visited=_number(config, "num_experts_per_tok"),
+        layers=_number(config, "num_hidden_layers"),
+    )
+
+
+# The way -----------------------------------------------------------------------------------------
+
+
+def planned_way(
+    need: Need, places: Sequence[torch.device], rows: int, length: int, label: str
+) -> Way:
+    """Return the way that is planned on each of some devices; say it if it isn't the one asked for.
+
+    Args:
+        need: of the model.
+        places: devices, each of which gets all of it.
+        rows, length: sequences at once that were asked for, and their tokens.
+        label: of the work.
+    """
+    room = min(room_on(place) for place in places)
+    if places[0].type == "cpu":
+        room //= len(places)
+    chosen = way(need, rows, length, room, host_room())
+    if chosen != Way(streamed=False, rows=rows):
+        say(
+            f"{label}: whole it takes {need.whole(rows, length) / 1e9:.2f} GB, free on "
+            f"{places[0]} are {room / 1e9:.2f} GB; it runs {chosen}"
+        )
+    return chosen
+
+
+def open_way(directory: Path, precision: str, place: torch.device, chosen: Way) -> PreTrainedModel:
+    """Return a checkpoint's model as a way asks for it, in eval mode.
+
+    Raises:
+        CheckpointError, UnsupportedModelError, ConfigError: as `load_model`.
+    """
+    if not chosen.streamed:
+        return load_model(directory, precision, place)
+    verified(directory)
+    return streamed_model(directory, computed_dtype(precision, place), place, chosen.rows)
+
+
+def in_pieces(label: str, chosen: Way, work: Callable[[Way], Result]) -> Result:
+    """Return what `work` returns; where memory runs out, let it begin anew in smaller pieces.
+
+    Raises:
+        InsufficientMemoryError: one sequence through one layer is too much.
+    """
+    while True:
+        try:
+            return work(chosen)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            said = " ".join(str(error).split())[:200]
+        # Out of the handler: there, the error's traceback still holds what has to be freed.
+        smaller = chosen.smaller()
+        if smaller is None:
+            raise InsufficientMemoryError(
+                f"{label}: memory ran out with one layer and one sequence at a time ({said}); "
+                "give shorter sequences, or run it where there is more memory"
+            )
+        say(f"{label}: memory ran out ({chosen}); it goes on {smaller}")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        chosen = smaller
+
+
+# The time ----------------------------------------------------------------------------------------
+
+
+def cpu_speed() -> float:
+    """Return floating-point operations a second of this process's threads, by a short product."""
+    a = torch.ones(512, 512)
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        torch.mm(a, a)
+        best = min(best, time.perf_counter() - started)
+    return 2 * 512**3 / max(best, 1e-9)
+
+
+def warn_of_time(label: str, need: Need, tokens: int, place: torch.device, reads: int = 0) -> bool:
+    """Say how long a CPU will take, where that is minutes; return whether it was said.
+
+    Args:
+        label: of the work.
+        need: of the model.
+        tokens: that go through it.
+        place: where it computes.
+        reads: times that the checkpoint is read, layer by layer.
+    """
+    if place.type != "cpu":
+        return False
+    seconds = need.flops(tokens) / cpu_speed() + reads * need.stored / DISK_SPEED
+    if seconds <= LONG:
+        return False
+    threads = torch.get_num_threads()
+    say(
+        f"{label}: no GPU; {need.active / 1e9:.1f}B active parameters and {tokens:,} tokens "
+        f"take about {duration(seconds)} on {threads} of {os.cpu_count()} CPU threads"
+    )
+    return True

@@ -1,0 +1,65 @@
+"""What a model takes, and the largest pieces of it that fit."""
+
+from dataclasses import replace
+
+import pytest
+
+from nexus_ds.checkpoint.needs import Need, Way, per_token, way
+
+ALL = 1e18
+
+
+@pytest.fixture
+def need():
+    return Need(
+        weights=1000.0,
+        layer=100.0,
+        outside=50.0,
+        token=1.0,
+        hidden=2.0,
+        cache=3.0,
+        active=600.0,
+        stored=500.0,
+        vocabulary=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("room", "host", "expected"),
+    [
+        (ALL, ALL, Way(False, 8)),
+        # 1000 + 4 rows of 10 tokens, but not 8
+        (1045 / 0.9, ALL, Way(False, 4)),
+        (1009 / 0.9, ALL, Way(True, 8)),
+        # one layer and what is outside, and two rows
+        (175 / 0.9, ALL, Way(True, 2)),
+        (10.0, ALL, Way(True, 1)),
+        # the device has room, main memory none to load it through
+        (ALL, 1050 / 0.9, Way(True, 8)),
+    ],
+)
+def test_the_largest_pieces_that_fit_are_taken(need, room, host, expected):
+    assert way(need, 8, 10, room, host) == expected
+
+
+def test_logits_are_made_in_slices(need):
+    few, many = replace(need, vocabulary=31), replace(need, vocabulary=10**6)
+    assert few.working(2, 10) == 20 + 20 * 31 * 12
+    assert many.working(2, 10) == 20 + (1 << 24) * 12
+
+
+def test_pieces_become_smaller_to_the_last():
+    found = [Way(False, 5)]
+    while (smaller := found[-1].smaller()) is not None:
+        found.append(smaller)
+    assert [str(way) for way in found] == [
+        "whole, 5 sequences at once",
+        "whole, 2 sequences at once",
+        "whole, 1 sequence at once",
+        "layer by layer, 1 sequence at once",
+    ]
+
+
+def test_a_token_takes_its_states_and_its_cache():
+    found = per_token(width=2, hidden=8, keys=4, inner=20, visited=1, layers=3)
+    assert found == {"token": 2 * (8 * 8 + 3 * 20 * 2), "hidden": 16, "cache": 2 * 4 * 3 * 2}

@@ -1,0 +1,95 @@
+"""Whole, smaller batches, layer by layer: planned by sizes, and mended where memory runs out."""
+
+import pytest
+import torch
+from conftest import make_nexus
+
+from nexus_ds.checkpoint import pieces
+from nexus_ds.checkpoint.inspection import describe
+from nexus_ds.checkpoint.needs import Need, Way
+from nexus_ds.checkpoint.pieces import in_pieces, need_of, planned_way, warn_of_time
+from nexus_ds.checkpoint.tensors import TensorReader
+from nexus_ds.errors import InsufficientMemoryError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def need():
+    return Need(
+        weights=1000.0,
+        layer=100.0,
+        outside=50.0,
+        token=1.0,
+        hidden=2.0,
+        cache=3.0,
+        active=600.0,
+        stored=500.0,
+        vocabulary=0,
+    )
+
+
+def test_what_runs_out_begins_anew_in_smaller_pieces(capsys):
+    tried = []
+
+    def work(way):
+        tried.append(way)
+        if not way.streamed:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "done"
+
+    assert in_pieces("score m", Way(False, 4), work) == "done"
+    assert tried == [Way(False, 4), Way(False, 2), Way(False, 1), Way(True, 1)]
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == (
+        "score m: memory ran out (whole, 1 sequence at once); it goes on layer by layer, "
+        "1 sequence at once"
+    )
+
+
+def test_nothing_smaller_is_an_error_and_other_errors_pass():
+    def fail(way):
+        raise MemoryError("no more")
+
+    with pytest.raises(
+        InsufficientMemoryError, match=r"m: memory ran out with one layer .*\(no more\); give short"
+    ):
+        in_pieces("m", Way(True, 1), fail)
+    with pytest.raises(ZeroDivisionError):
+        in_pieces("m", Way(False, 8), lambda way: 1 / 0)
+
+
+def test_the_way_is_said_where_it_is_not_the_one_asked_for(need, monkeypatch, capsys):
+    monkeypatch.setattr(pieces, "host_room", lambda: 10**9)
+    monkeypatch.setattr(pieces, "room_on", lambda place: 10**9)
+    assert planned_way(need, [CPU], 8, 10, "score m") == Way(False, 8)
+    assert not capsys.readouterr().err
+    # two copies on one machine share its memory
+    monkeypatch.setattr(pieces, "room_on", lambda place: 1500)
+    assert planned_way(need, [CPU], 8, 10, "score m") == Way(False, 8)
+    assert planned_way(need, [CPU, CPU], 8, 10, "score m") == Way(True, 8)
+    assert "score m: whole it takes 0.00 GB, free on cpu are 0.00 GB" in capsys.readouterr().err
+
+
+def test_sizes_are_read_off_the_files(tmp_path):
+    make_nexus(tmp_path / "m")
+    facts = describe(tmp_path / "m")
+    found = need_of(tmp_path / "m", "fp32", CPU)
+    reader = TensorReader(tmp_path / "m")
+    infos = [reader.info(name) for name in reader.names()]
+    assert found.weights == sum(4 * torch.Size(info.shape).numel() for info in infos)
+    assert found.stored == sum(info.end - info.start for info in infos)
+    assert found.outside + 2 * found.layer == found.weights
+    assert found.active == facts["parameters"]["active"]
+    assert need_of(tmp_path / "m", "stored", CPU).weights == found.stored
+
+
+def test_only_long_work_on_a_cpu_is_told_of(need, monkeypatch, capsys):
+    monkeypatch.setattr(pieces, "cpu_speed", lambda: 1200.0)
+    assert not warn_of_time("m", need, 100, CPU)
+    assert not warn_of_time("m", need, 10**6, torch.device("cuda"))
+    assert not capsys.readouterr().err
+    assert warn_of_time("m", need, 1000, CPU)
+    said = capsys.readouterr().err
+    assert "m: no GPU; 0.0B active parameters and 1,000 tokens take about 16m40s on 1 of " in said
+    assert pieces.cpu_speed() > 0
