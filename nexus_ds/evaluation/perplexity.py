@@ -12,35 +12,34 @@ downstream tasks.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
-from nexus_ds.checkpoint.loading import load_model, read_config
+from nexus_ds.checkpoint.loading import read_config
+from nexus_ds.checkpoint.needs import Way
+from nexus_ds.checkpoint.pieces import (
+    in_pieces,
+    need_of,
+    open_way,
+    planned_way,
+    warn_of_time,
+)
 from nexus_ds.checkpoint.qwen2_moe import gate_name
 from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.checkpoint.sidecar import read_sidecar
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.errors import CheckpointError, ConfigError, DataError
+from nexus_ds.evaluation.passes import Passed, all_places, cut, sequences_at_once, timed_passes
 from nexus_ds.model.router import SATURATED
-from nexus_ds.progress import Progress
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 DEFAULT_LENGTH = 128  # tokens of a window
-LOGITS_AT_ONCE = 1 << 24  # fp32 numbers: 64 MiB of logits, whatever the vocabulary
-# Of a module: itself, what it was given, what it returned.
-Hook = Callable[[nn.Module, object, tuple[Tensor, ...]], None]
 
 
 @dataclass
@@ -185,106 +184,6 @@ def expert_names(directory: Path, count: int) -> tuple[list[str], list[str]]:
     return names, domains
 
 
-class RoutingMeter:
-    """Counts routed tokens at a model's routers: `with RoutingMeter(model) as meter: ...`.
-
-    It is stock transformers that is measured, so its modules are found by their names.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        modules = dict(model.named_modules())
-        self.routers: dict[int, nn.Module] = {}
-        for layer in range(model.config.num_hidden_layers):
-            name = gate_name(layer).removesuffix(".weight")
-            if name in modules:
-                self.routers[layer] = modules[name]
-        self.layers = list(self.routers)
-        self.handles: list[RemovableHandle] = []
-        self.shares: list[np.ndarray] = []
-        """[L, E] for each `take`: shares of the routed slots."""
-        self.gates: list[np.ndarray] = []
-        """[L] for each `take`: mean probability of the first choice."""
-        self._forget()
-
-    def take(self) -> None:
-        """Keep what was counted since the last call, and begin anew; without routers do nothing."""
-        if not self.layers:
-            return
-        counts = torch.stack([self.counts[layer] for layer in self.layers])
-        counts_LE = counts.cpu().numpy()
-        slots_L1 = counts_LE.sum(axis=1, keepdims=True)
-        self.shares.append(counts_LE / slots_L1)
-        sums_L = np.array([float(self.gate_sums[layer]) for layer in self.layers])
-        tokens_L = np.array([self.tokens[layer] for layer in self.layers])
-        self.gates.append(sums_L / tokens_L)
-        self._forget()
-
-    def _forget(self) -> None:
-        self.counts: dict[int, Tensor] = {}
-        self.gate_sums: dict[int, Tensor] = {}
-        self.tokens: dict[int, int] = dict.fromkeys(self.layers, 0)
-
-    def __enter__(self) -> RoutingMeter:
-        for layer, module in self.routers.items():
-            self.handles.append(module.register_forward_hook(self._hook(layer)))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        while self.handles:
-            self.handles.pop().remove()
-
-    def _hook(self, layer: int) -> Hook:
-        def count(module: nn.Module, inputs: object, output: tuple[Tensor, ...]) -> None:
-            # transformers 5: (logits, gate values, indices)
-            logits_TE, _, chosen_TK = output
-            # Sums stay on the device: to ask for them here would wait for it at every layer.
-            tokens, experts = logits_TE.shape
-            slots_E = torch.bincount(chosen_TK.reshape(-1), minlength=experts)
-            probability_TE = logits_TE.float().softmax(dim=-1)
-            gate_T = probability_TE.amax(dim=-1)
-            # In fp32, sums over millions of tokens would lose digits.
-            gate_sum = gate_T.sum(dtype=torch.float64)
-            self.counts[layer] = self.counts.get(layer, 0) + slots_E
-            self.gate_sums[layer] = self.gate_sums.get(layer, 0) + gate_sum
-            self.tokens[layer] += tokens
-
-        return count
-
-
-@torch.inference_mode()
-def batch_loss(model: PreTrainedModel, tokens_WS: Tensor) -> Tensor:
-    """Return the next-token cross-entropy (nats, float64 [W]) of each window, summed over tokens.
-
-    The logits are made in slices of LOGITS_AT_ONCE numbers and scored in fp32: a large vocabulary
-    costs no memory.
-
-    Args:
-        model: as transformers loads it.
-        tokens_WS: token ids [W, S+1]: S inputs and their S targets.
-    """
-    inputs_WS = tokens_WS[:, :-1]
-    targets_T = tokens_WS[:, 1:].reshape(-1)
-    # Without the output layer, which would make the logits of all tokens at once.
-    output = model.base_model(input_ids=inputs_WS, use_cache=False)
-    hidden_TH = output.last_hidden_state.flatten(0, 1)
-    head = model.get_output_embeddings()
-    vocabulary = head.weight.shape[0]
-    step = max(1, LOGITS_AT_ONCE // vocabulary)
-    losses = []
-    for start in range(0, len(hidden_TH), step):
-        part = slice(start, start + step)
-        logits_tV = head(hidden_TH[part]).float()
-        losses_t = F.cross_entropy(logits_tV, targets_T[part], reduction="none")
-        losses.append(losses_t)
-    losses_WS = torch.cat(losses).view(inputs_WS.shape)
-    return losses_WS.sum(dim=1, dtype=torch.float64)
-
-
 def _check_windows(
     windows: Mapping[str, np.ndarray],
     vocabulary: int,
@@ -316,29 +215,6 @@ def _check_windows(
             )
 
 
-def _on_device(tokens_WS: np.ndarray, model: PreTrainedModel) -> Tensor:
-    # The windows may be a view of a memory-mapped file, of any integer type.
-    tokens = np.ascontiguousarray(tokens_WS, dtype=np.int64)
-    return torch.from_numpy(tokens).to(model.device)
-
-
-def _score_domain(
-    model: PreTrainedModel,
-    tokens_WS: np.ndarray,
-    batch: int,
-    progress: Progress,
-) -> np.ndarray:
-    """Return the loss (nats per token, float64 [W]) of each of the windows [W, S+1]."""
-    found = []
-    for start in range(0, len(tokens_WS), batch):
-        part = _on_device(tokens_WS[start : start + batch], model)
-        loss_w = batch_loss(model, part)
-        found.append(loss_w.cpu().numpy())
-        progress.advance(len(part))
-    length = tokens_WS.shape[1] - 1
-    return np.concatenate(found) / length
-
-
 def _check_losses(loss: Mapping[str, float], model_dir: Path) -> None:
     bad = [domain for domain, value in loss.items() if not math.isfinite(value)]
     if bad:
@@ -355,8 +231,12 @@ def score(
     batch: int = 8,
     precision: str = "auto",
     label: str = "",
+    places: Sequence[torch.device] | None = None,
 ) -> Scores:
     """Score a checkpoint on fixed windows of each domain.
+
+    A model that does not fit is run in smaller batches, then layer by layer: the numbers are the
+    same, and stderr says so.
 
     Args:
         model_dir: a dense or Nexus checkpoint.
@@ -364,10 +244,13 @@ def score(
         batch: windows a forward pass.
         precision: auto (fp32 on a CPU, the stored dtype on a GPU), fp32, or stored.
         label: what the progress line calls the model; default its directory's name.
+        places: devices, each with a copy of the model and a share of the batches; default all GPUs
+            of this machine, else the CPU.
 
     Raises:
         CheckpointError: a checkpoint that can't be loaded, or whose loss is not a number.
         DataError: no windows, or token ids and lengths that the model doesn't know.
+        InsufficientMemoryError: one window through one layer is too much.
     """
     model_dir = Path(model_dir)
     if batch < 1:
@@ -375,39 +258,55 @@ def score(
     config = read_config(model_dir)
     positions = int(config.get("max_position_embeddings") or 0)
     _check_windows(windows, int(config.get("vocab_size", 0)), positions, model_dir)
-    model = load_model(model_dir, precision)
-    _warm_up(model, windows)
     title = f"score {label or model_dir.name}"
-    count = sum(len(tokens_WS) for tokens_WS in windows.values())
-    loss: dict[str, np.ndarray] = {}
-    started = time.perf_counter()
-    with RoutingMeter(model) as meter, Progress(title, count, "window") as progress:
-        for domain, tokens_WS in windows.items():
-            loss[domain] = _score_domain(model, tokens_WS, batch, progress)
-            meter.take()
-    seconds = time.perf_counter() - started
+    # More copies of the model than batches would have nothing to do.
+    places = list(places or all_places())[: len(cut(windows, batch))]
+    need = need_of(model_dir, precision, places[0])
+    longest = max(tokens_WS.shape[1] - 1 for tokens_WS in windows.values())
+    chosen = planned_way(need, places, batch, longest, title)
     # The first token of a window is an input only.
     tokens = {domain: tokens_WS[:, 1:].size for domain, tokens_WS in windows.items()}
-    routing = _routing(model_dir, list(windows), meter) if meter.layers else None
-    # a clock of coarse steps may see no time pass over a few windows
-    tokens_per_second = sum(tokens.values()) / max(seconds, 1e-9)
-    scores = Scores(loss, tokens, tokens_per_second, routing)
+    reads = len(windows) if chosen.streamed else 0
+    warn_of_time(title, need, sum(tokens.values()), places[0], reads)
+
+    def work(way: Way) -> tuple[list[Passed], float]:
+        size = sequences_at_once(need, way, longest)
+        models = [open_way(model_dir, precision, place, way) for place in places]
+        return timed_passes(models, places, cut(windows, size), way, title)
+
+    passes, seconds = in_pieces(title, chosen, work)
+    loss = {
+        domain: np.concatenate([found.loss_W for found in passes if found.domain == domain])
+        for domain in windows
+    }
+    routing = _routing(model_dir, list(windows), passes)
+    scores = Scores(loss, tokens, sum(tokens.values()) / max(seconds, 1e-9), routing)
     _check_losses(scores.loss, model_dir)
     return scores
 
 
-def _warm_up(model: PreTrainedModel, windows: Mapping[str, np.ndarray]) -> None:
-    """Do one pass uncounted: the first one pays for allocation and kernel selection."""
-    some_WS = next(iter(windows.values()))[:1]
-    batch_loss(model, _on_device(some_WS, model))
+def _routing(model_dir: Path, domains: list[str], passes: Sequence[Passed]) -> Routing | None:
+    """Return the routing of each domain; None of a model without routers.
 
-
-def _routing(model_dir: Path, domains: list[str], meter: RoutingMeter) -> Routing:
-    """Return the routing of the domains that a meter has taken, one after the other."""
-    share_LDE = np.stack(meter.shares, axis=1)
-    gate_LD = np.stack(meter.gates, axis=1)
+    Passes are summed in the order of the windows, whichever device made them: the sums are the
+    same with any number of devices.
+    """
+    routed = {
+        domain: [found.routed for found in passes if found.domain == domain and found.routed]
+        for domain in domains
+    }
+    layers = next(iter(routed.values()))
+    if not layers:
+        return None
+    counts = [np.sum([part.counts_LE for part in parts], axis=0) for parts in routed.values()]
+    gates = [
+        sum(part.gate_sums_L for part in parts) / sum(part.tokens for part in parts)
+        for parts in routed.values()
+    ]
+    share_LDE = np.stack([part / part.sum(axis=1, keepdims=True) for part in counts], axis=1)
     experts, expert_domains = expert_names(model_dir, share_LDE.shape[2])
-    return Routing(domains, experts, expert_domains, meter.layers, share_LDE, gate_LD)
+    numbers = layers[0].layers
+    return Routing(domains, experts, expert_domains, numbers, share_LDE, np.stack(gates, axis=1))
 
 
 def cosine_matrix(vectors_EM: Tensor) -> np.ndarray:

@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from nexus_ds.checkpoint.loading import load_model
+from nexus_ds.checkpoint.loading import device, read_config
+from nexus_ds.checkpoint.pieces import need_of, open_way, planned_way
 from nexus_ds.data.offline import stay_offline
 from nexus_ds.data.tokenizer import open_tokenizer
 from nexus_ds.errors import ConfigError
@@ -37,6 +38,7 @@ PAPER = {
     "code": ("mbpp", "humaneval"),
 }
 SHOTS = {"mmlu": 5}  # of lm-eval's tasks; all else as the task says
+LONGEST = 2048  # tokens that lm-eval gives a model at once, at most
 METRICS = ("acc_norm", "acc", "exact_match", "contains", "f1", "pass@1", "pass_at_1")
 """Shares of 1 that count as a task's score; the first that a task reports."""
 CONSENT = "HF_ALLOW_CODE_EVAL"
@@ -173,10 +175,14 @@ def _open_harness(
     names = frozenset(task for tasks in groups.values() for task in tasks)
     # Before the model: an unreadable folder of tasks shows at once.
     manager = _manager(task_path, names)
-    model = load_model(checkpoint, precision)
+    place = device()
+    need = need_of(checkpoint, precision, place).with_cache()
+    longest = int(read_config(checkpoint).get("max_position_embeddings") or LONGEST)
+    chosen = planned_way(need, [place], batch, min(longest, LONGEST), f"tasks {checkpoint.name}")
+    model = open_way(checkpoint, precision, place, chosen)
     tokenizer = open_tokenizer(checkpoint)
     # the model and not its path: lm-eval would load it by its own rules, without our checks
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=chosen.rows)
     return _Harness(wrapped, manager, limit)
 
 

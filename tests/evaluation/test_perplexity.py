@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nexus_ds.errors import CheckpointError, ConfigError, DataError
-from nexus_ds.evaluation import perplexity
+from nexus_ds.evaluation import passes
 from nexus_ds.evaluation.perplexity import (
     DEFAULT_LENGTH,
     Routing,
@@ -49,7 +49,7 @@ def test_loss_is_that_of_transformers(kind, request):
 def test_loss_does_not_depend_on_batch_and_slices(dense_dir, monkeypatch):
     whole = score(dense_dir, some_windows(), batch=5).loss
     # 7 tokens a slice: the last slice is a partial one
-    monkeypatch.setattr(perplexity, "LOGITS_AT_ONCE", 7 * 31)
+    monkeypatch.setattr(passes, "LOGITS_AT_ONCE", 7 * 31)
     assert score(dense_dir, some_windows(), batch=3).loss == pytest.approx(whole, abs=1e-6)
 
 
