@@ -1,6 +1,8 @@
 """The verb `generate`: continue a prompt with any checkpoint, dense or Nexus.
 
-Not covered: chat templates, batches, streaming, serving.
+A model that does not fit runs layer by layer, with the same tokens: every token then reads the
+whole checkpoint.
+Not covered: chat templates, batches, text as it comes, serving.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 
 from nexus_ds.data.tokenizer import open_tokenizer
 from nexus_ds.errors import ConfigError
+from nexus_ds.progress import Progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +66,22 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
+class _Counted:
+    """What transformers calls a streamer: it gets the prompt, then each token, then the end."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.begun = False
+
+    def put(self, value: object) -> None:
+        """Count a token, but not the prompt."""
+        self.progress.advance(int(self.begun))
+        self.begun = True
+
+    def end(self) -> None:
+        """Do nothing: the progress line ends with its context."""
+
+
 def continue_prompt(
     model: Any,
     tokenizer: Any,
@@ -70,6 +89,7 @@ def continue_prompt(
     tokens: int,
     temperature: float,
     seed: int,
+    progress: Progress | None = None,
 ) -> tuple[str, int]:
     """Return the text that transformers' model adds to `prompt`, and its number of tokens.
 
@@ -111,25 +131,51 @@ def continue_prompt(
             attention_mask=torch.ones_like(ids_1T),
             max_new_tokens=room,
             pad_token_id=padding,
+            streamer=_Counted(progress) if progress else None,
             **choice,
         )
     added_T = output_1T[0, length:]
     return tokenizer.decode(added_T, skip_special_tokens=True), len(added_T)
 
 
+def _generated(args: argparse.Namespace) -> tuple[str, int, float]:
+    """Return the text that is added, its tokens, and the seconds that it took."""
+    # not at the top: they import torch, for which `generate --help` doesn't wait
+    from nexus_ds.checkpoint.loading import device
+    from nexus_ds.checkpoint.needs import Way
+    from nexus_ds.checkpoint.pieces import (
+        in_pieces,
+        need_of,
+        open_way,
+        planned_way,
+        warn_of_time,
+    )
+
+    tokenizer = open_tokenizer(args.checkpoint)
+    place = device()
+    need = need_of(args.checkpoint, args.precision, place).with_cache()
+    length = len(tokenizer(args.prompt).input_ids) + args.tokens
+    chosen = planned_way(need, [place], 1, length, "generate")
+    slow = warn_of_time("generate", need, length, place, args.tokens if chosen.streamed else 0)
+
+    def work(way: Way) -> tuple[str, int, float]:
+        model = open_way(args.checkpoint, args.precision, place, way)
+        started = time.perf_counter()
+        asked = (args.prompt, args.tokens, args.temperature, args.seed)
+        if not (slow or way.streamed):
+            return *continue_prompt(model, tokenizer, *asked), time.perf_counter() - started
+        with Progress("generate", args.tokens, "tokens") as progress:
+            found = continue_prompt(model, tokenizer, *asked, progress)
+        return *found, time.perf_counter() - started
+
+    return in_pieces("generate", chosen, work)
+
+
 def run(args: argparse.Namespace) -> int:
     """Load, generate, print."""
-    # not at the top: it imports torch, for which `generate --help` doesn't wait
-    from nexus_ds.checkpoint.loading import load_model
-
     _check(args)
-    tokenizer = open_tokenizer(args.checkpoint)
-    model = load_model(args.checkpoint, args.precision)
-    started = time.perf_counter()
-    text, count = continue_prompt(
-        model, tokenizer, args.prompt, args.tokens, args.temperature, args.seed
-    )
-    speed = count / max(time.perf_counter() - started, 1e-9)
+    text, count, seconds = _generated(args)
+    speed = count / max(seconds, 1e-9)
     if args.json:
         answer = {"prompt": args.prompt, "text": text, "tokens": count, "tokens_per_second": speed}
         print(json.dumps(answer, ensure_ascii=False))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import add_token
 
+from nexus_ds.checkpoint import pieces
 from nexus_ds.commands import generate
 from nexus_ds.errors import ConfigError
 
@@ -77,3 +78,18 @@ def test_tokens_beyond_the_embedding_are_refused(nexus_dir, tmp_path, capsys):
 def test_bad_options(dense_dir, capsys, words, message):
     with pytest.raises(ConfigError, match=message):
         run(capsys, dense_dir, *words)
+
+
+def test_a_model_that_does_not_fit_gives_the_same_text_layer_by_layer(
+    nexus_dir, monkeypatch, capsys
+):
+    words = ["tree leaf", "--tokens", "6"]
+    whole = run(capsys, nexus_dir, *words)
+    monkeypatch.setattr(pieces, "room_on", lambda place: 1)
+    parser = argparse.ArgumentParser()
+    generate.add_arguments(parser)
+    assert generate.run(parser.parse_args(["--checkpoint", str(nexus_dir), *words])) == 0
+    found = capsys.readouterr()
+    assert found.out == whole
+    assert "generate: whole it takes" in found.err and "it runs layer by layer" in found.err
+    assert "generate: 6/6 tokens" in found.err
