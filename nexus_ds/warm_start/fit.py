@@ -7,8 +7,9 @@ own-domain share from 0.37 to 0.57 for nexus and linear routers alike; without t
 an appended P(d_new) hardly finds its expert.
 
 Shapes: N windows, S tokens a window, T = N*S tokens, L of them of domains with an expert, E routed
-experts, H hidden size, M width of an embedding. The states of all windows stay in host memory; a
-layer and the states of its router's input are on the device.
+experts, H hidden size, M width of an embedding. The states of all windows stay in host memory, and
+what a router reads of them too, where it would take much of the device; a layer is on the device,
+with a few windows at a time.
 Not covered: windows longer than a sliding attention window (they are cut to it).
 """
 
@@ -25,8 +26,10 @@ from torch import Tensor, nn
 
 from nexus_ds.checkpoint.build import transformers_config
 from nexus_ds.checkpoint.loading import device
-from nexus_ds.checkpoint.qwen2_moe import expert_name, gate_name, mean_name
+from nexus_ds.checkpoint.pieces import need_of, warn_of_time
+from nexus_ds.checkpoint.qwen2_moe import gate_name, mean_name
 from nexus_ds.checkpoint.records import FitReport
+from nexus_ds.checkpoint.room import room_on
 from nexus_ds.checkpoint.sidecar import (
     Sidecar,
     expert_embeddings,
@@ -34,7 +37,8 @@ from nexus_ds.checkpoint.sidecar import (
     read_sidecar,
     write_sidecar,
 )
-from nexus_ds.checkpoint.tensors import DTYPES, TensorReader, overwrite
+from nexus_ds.checkpoint.streaming import LayerReader
+from nexus_ds.checkpoint.tensors import DTYPES, overwrite
 from nexus_ds.errors import DataError
 from nexus_ds.model.context import CONTEXT_MODEL, context
 from nexus_ds.model.router import layer_generator, unit
@@ -44,6 +48,8 @@ from nexus_ds.warm_start.fit_text import FitText
 from nexus_ds.warm_start.methods import (
     Features,
     check_start,
+    mean,
+    parts,
     warm_start_embeddings,
     warm_start_projection,
 )
@@ -55,6 +61,7 @@ if TYPE_CHECKING:
 KEEPING = ("label_fit", "hidden_mean")
 ITERATIVE = ("label_fit", "chunks")
 LAYER_BATCH = 8  # windows a forward pass
+FEATURES_SHARE = 0.25  # of the device's free memory, for what a router reads of all windows
 
 
 # The checkpoint, layer by layer -------------------------------------------------------------------
@@ -74,45 +81,20 @@ def _new_layer(config: PretrainedConfig, layer: int) -> nn.Module:
         return kind(config, layer)
 
 
-def _load_layer(
-    config: PretrainedConfig,
-    reader: TensorReader,
-    layer: int,
-    dtype: torch.dtype,
-) -> Any:
-    """Return one decoder layer with its weights, on the device."""
-    prefix = f"model.layers.{layer}."
-    names = [name for name in reader.names() if name.startswith(prefix)]
-    state = {name.removeprefix(prefix): reader.read(name) for name in names}
-
-    def stacked(part: str) -> Tensor:
-        experts = range(config.num_experts)
-        names = [expert_name(layer, expert, part) for expert in experts]
-        keys = [name.removeprefix(prefix) for name in names]
-        return torch.stack([state.pop(key) for key in keys])
-
-    # transformers stacks the experts of a layer, and gate_proj on up_proj: [E, 2F, H]
-    gate_EFH = stacked("gate_proj")
-    up_EFH = stacked("up_proj")
-    state["mlp.experts.gate_up_proj"] = torch.cat([gate_EFH, up_EFH], dim=1)
-    state["mlp.experts.down_proj"] = stacked("down_proj")
-    block = _new_layer(config, layer)
-    placed = {name: tensor.to(device(), dtype) for name, tensor in state.items()}
-    # assigned: copies into the meta device would be lost
-    block.load_state_dict(placed, assign=True)
-    return block.eval()
-
-
-def _attend(block: Any, hidden_NSH: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the residual stream after attention and the router's input, both [N, S, H]."""
+def _attend(block: Any, hidden_NSH: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the residual stream [N, S, H] after attention."""
     attended_NSH, _ = block.self_attn(
         hidden_states=block.input_layernorm(hidden_NSH),
         position_embeddings=rotary,
         attention_mask=None,
     )
-    residual_NSH = hidden_NSH + attended_NSH
-    x_NSH = block.post_attention_layernorm(residual_NSH)
-    return residual_NSH, x_NSH
+    return hidden_NSH + attended_NSH
+
+
+def _place_for(size: int) -> torch.device:
+    """Return the device if `size` bytes are a small part of its free memory, else the CPU."""
+    place = device()
+    return place if size <= FEATURES_SHARE * room_on(place) else torch.device("cpu")
 
 
 class _Stream:
@@ -122,13 +104,14 @@ class _Stream:
         # transformers is imported here: the fit is one of few things that need it.
         from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeRotaryEmbedding
 
-        self.reader = TensorReader(directory)
         self.config = transformers_config(directory)
         # A layer on its own has no attention chosen for it, and the eager one is not causal without
         # a mask.
         self.config._attn_implementation = "sdpa"
         self.config._experts_implementation = "eager"
         self.dtype = torch.float32
+        self.layers = LayerReader(directory, self.config, self.dtype, device())
+        self.reader = self.layers.tensors
         embeddings_VH = self.reader.read("model.embed_tokens.weight")
         # In main memory, of which there is more than on a device: batches of it visit that.
         self.hidden_NSH = F.embedding(tokens_NS, embeddings_VH.to(self.dtype))
@@ -143,7 +126,9 @@ class _Stream:
 
     def load(self, layer: int) -> Any:
         """Return one layer with its weights, on the device."""
-        return _load_layer(self.config, self.reader, layer, self.dtype)
+        block = _new_layer(self.config, layer)
+        self.layers.fill(block, layer)
+        return block.eval()
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Return the dtype that a tensor has in the checkpoint."""
@@ -157,41 +142,47 @@ class _Stream:
         return rounded.to(device(), self.dtype)
 
     @torch.no_grad()
-    def attend(self, block: Any) -> Tensor:
-        """Advance the states past the layer's attention; return the router's input [T, H]."""
-        inputs = []
+    def attend(self, block: Any) -> None:
+        """Advance the states past the layer's attention."""
         for batch in self._batches():
             hidden_nSH = self.hidden_NSH[batch].to(device())
-            residual_nSH, x_nSH = _attend(block, hidden_nSH, self.rotary)
+            residual_nSH = _attend(block, hidden_nSH, self.rotary)
             self.hidden_NSH[batch] = residual_nSH.cpu()
-            inputs.append(x_nSH)
-        return torch.cat(inputs).flatten(0, 1)
 
-    def features(self, x_TH: Tensor, mean_H: Tensor | None) -> Tensor:
-        """Return what a router scores [T, H]: its input, or its running mean less `mean_H`."""
-        if mean_H is None:
-            return x_TH
-        return context(x_TH, self.hidden_NSH.shape[1], mean_H)
+    def _inputs(self, block: Any, batch: slice) -> Tensor:
+        """Return what the layer's MoE block reads of some windows [n, S, H], after `attend`."""
+        # Made anew where it is needed: a norm is cheaper than memory for all windows.
+        return block.post_attention_layernorm(self.hidden_NSH[batch].to(device()))
 
     @torch.no_grad()
-    def feed_forward(
-        self,
-        block: Any,
-        x_TH: Tensor,
-        embeddings_EH: Tensor,
-        mean_H: Tensor | None,
-    ) -> None:
+    def features(self, block: Any, mean_H: Tensor | None) -> Tensor:
+        """Return what a router scores [T, H]: its input, or its running mean less `mean_H`.
+
+        On the device where there is much room for it, else in main memory.
+        """
+        place = _place_for(self.hidden_NSH.nbytes)
+        features_NSH = torch.empty_like(self.hidden_NSH, device=place)
+        for batch in self._batches():
+            x_nSH = self._inputs(block, batch)
+            if mean_H is not None:
+                x_tH = x_nSH.flatten(0, 1)
+                x_nSH = context(x_tH, x_nSH.shape[1], mean_H).view_as(x_nSH)
+            features_NSH[batch] = x_nSH
+        return features_NSH.flatten(0, 1)
+
+    @torch.no_grad()
+    def feed_forward(self, block: Any, embeddings_EH: Tensor, mean_H: Tensor | None) -> None:
         """Advance the states past the layer's MoE block, routed by `embeddings_EH`."""
-        x_NSH = x_TH.view(self.hidden_NSH.shape)
         gate = block.mlp.gate
         gate.weight = nn.Parameter(embeddings_EH, requires_grad=False)
         reading = nullcontext()
         if mean_H is not None:
             gate.mean = nn.Parameter(mean_H, requires_grad=False)
-            reading = gate.reading(x_NSH.shape[1])
+            reading = gate.reading(self.hidden_NSH.shape[1])
         with reading:
             for batch in self._batches():
-                self.hidden_NSH[batch] += block.mlp(x_NSH[batch]).cpu()
+                x_nSH = self._inputs(block, batch)
+                self.hidden_NSH[batch] += block.mlp(x_nSH).cpu()
 
 
 # The text -----------------------------------------------------------------------------------------
@@ -260,9 +251,12 @@ def _read(sidecar: Sidecar, text: FitText, start: str, length: int) -> _Reading:
 def _share(features_TH: Tensor, experts_L: Tensor, embeddings_EH: Tensor) -> float:
     """Return the share of the labelled tokens whose first choice is their domain's expert."""
     features_LH = features_TH[: len(experts_L)]
-    logits_LE = F.linear(features_LH, embeddings_EH.to(features_LH))
-    own_L = logits_LE.argmax(-1) == experts_L
-    return float(own_L.float().mean())
+    embeddings_EH = embeddings_EH.to(experts_L.device, features_TH.dtype)
+    own = 0.0
+    for part, features_tH in parts(features_LH, experts_L.device):
+        chosen_t = F.linear(features_tH, embeddings_EH).argmax(-1)
+        own += float((chosen_t == experts_L[part]).sum())
+    return own / len(experts_L)
 
 
 @dataclass(frozen=True)
@@ -283,36 +277,35 @@ class _WarmStart:
             The own-domain share before and after.
         """
         block = stream.load(layer)
-        x_TH = stream.attend(block)
+        stream.attend(block)
         gate = block.mlp.gate
         old_EH = gate.weight.detach().clone()
         mean_H = None
         if self.sidecar.router.input == "context":
             mean_H = gate.mean.detach().clone()
         experts_L = self.reading.experts_L
-        features_TH = stream.features(x_TH, mean_H)
+        features_TH = stream.features(block, mean_H)
         before = _share(features_TH, experts_L, old_EH)
 
         # embeddings that stay were fitted to the mean that is there
         keeps_old = self.kept > 0 and self.config.warm_start in KEEPING
         if mean_H is not None and not keeps_old:
-            mean_H = self._new_mean(stream, layer, x_TH)
-            features_TH = stream.features(x_TH, mean_H)
+            mean_H = self._new_mean(stream, layer, block)
+            features_TH = stream.features(block, mean_H)
         name = gate_name(layer)
         dtype = stream.stored_dtype(name)
         new_EH = self._start(layer, features_TH, old_EH, dtype)
         # As stored: later layers, like every later reader, see rounded embeddings.
         new_EH = stream.store(name, new_EH)
         after = _share(features_TH, experts_L, new_EH)
-        stream.feed_forward(block, x_TH, new_EH, mean_H)
+        stream.feed_forward(block, new_EH, mean_H)
         return before, after
 
-    def _new_mean(self, stream: _Stream, layer: int, x_TH: Tensor) -> Tensor:
+    def _new_mean(self, stream: _Stream, layer: int, block: Any) -> Tensor:
         """Store and return the mean [H] of the normalised running means of this text."""
-        zeros_H = torch.zeros_like(x_TH[0])
-        normed_TH = stream.features(x_TH, zeros_H)
-        mean_H = normed_TH.mean(0)
-        return stream.store(mean_name(layer), mean_H)
+        zeros_H = torch.zeros_like(block.mlp.gate.mean)
+        normed_TH = stream.features(block, zeros_H)
+        return stream.store(mean_name(layer), mean(normed_TH, device()))
 
     def _start(self, layer: int, features_TH: Tensor, old_EH: Tensor, dtype: torch.dtype) -> Tensor:
         """Return one layer's expert embeddings [E, H].
@@ -325,7 +318,7 @@ class _WarmStart:
         if self.sidecar.router.kind == "linear":
             old_EH = old_EH.float()
             return warm_start_embeddings(old_EH, features, self.config, self.kept, generator)
-        projection = load_projection(self.sidecar, layer).to(features_TH.device)
+        projection = load_projection(self.sidecar, layer).to(device())
         warm_start_projection(projection, features, self.config, generator)
         fitted = {}
         for name, tensor in projection.state_dict().items():
@@ -361,6 +354,8 @@ def fit_router(
     length = _length(text, settings)
     reading = _read(sidecar, text, start, length)
     warm_start = _WarmStart(sidecar, reading, config, seed, kept)
+    need = need_of(directory, "fp32", device())
+    warn_of_time(f"warm start {start}", need, reading.tokens_NS.numel(), device())
     stream = _Stream(directory, reading.tokens_NS)
     layers = settings.num_hidden_layers
     before = after = 0.0

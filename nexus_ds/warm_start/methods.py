@@ -18,6 +18,7 @@ Not covered: where the inputs come from (`fit`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +32,7 @@ from nexus_ds.settings import CHUNK_WARM_STARTS, RouterConfig
 DEFAULT_LR = {"nexus": 1e-3, "linear": 5e-3}
 # Of a fixed length, relative to P's: its logarithm has far to go.
 NORM_LR = 20.0
+SLICE_TOKENS = 1 << 15  # on the device at once: 0.3 GB at H = 2560
 TOKENS_PER_STEP = 4096
 CHUNKS_PER_STEP = 512  # that compete for a token
 TOKENS_PER_CHUNK = 8  # and step
@@ -50,7 +52,8 @@ class Features:
     """What the router of one layer reads of text, and what is known of that text.
 
     The first L of the T tokens are of domains that have an expert. The others are background: they
-    show P more directions, and are nobody's. All on one device, fp32.
+    show P more directions, and are nobody's. All fp32 and on one device, but `x_TH` may be in main
+    memory: a slice of it or some of its rows come to the device.
     """
 
     x_TH: Tensor
@@ -62,10 +65,47 @@ class Features:
     chunks_CM: Tensor | None = None
     """What P reads of each window's own embedding, for `chunks` and `closed_form`."""
 
+    white_HH: Tensor | None = None
+    """What `rows` are multiplied with; None: nothing."""
+
     @property
     def x_LH(self) -> Tensor:
         """The inputs that have a label."""
         return self.x_TH[: len(self.labels_L)]
+
+    @property
+    def place(self) -> torch.device:
+        """Where is computed."""
+        return self.labels_L.device
+
+    def rows(self, picked_n: Tensor) -> Tensor:
+        """Return some tokens' inputs [n, H], whitened if they are to be, where is computed."""
+        x_nH = self.x_TH[picked_n.to(self.x_TH.device)].to(self.place)
+        return x_nH if self.white_HH is None else x_nH @ self.white_HH
+
+
+def parts(x_TH: Tensor, place: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of SLICE_TOKENS tokens, and their inputs on a device."""
+    for start in range(0, len(x_TH), SLICE_TOKENS):
+        part = slice(start, start + SLICE_TOKENS)
+        yield part, x_TH[part].to(place)
+
+
+def mean(x_TH: Tensor, place: torch.device) -> Tensor:
+    """Return the mean [H] of all inputs, on a device."""
+    sum_H = torch.zeros(x_TH.shape[1], dtype=torch.float64, device=place)
+    for _, x_tH in parts(x_TH, place):
+        sum_H += x_tH.sum(0, dtype=torch.float64)
+    return (sum_H / len(x_TH)).float()
+
+
+def moments(x_TH: Tensor, place: torch.device) -> Tensor:
+    """Return the sum [H, H] of x x^T over all inputs, on a device."""
+    hidden = x_TH.shape[1]
+    moments_HH = torch.zeros(hidden, hidden, device=place)
+    for _, x_tH in parts(x_TH, place):
+        moments_HH += x_tH.T @ x_tH
+    return moments_HH
 
 
 def check_start(start: str, kind: str, projection: str) -> None:
@@ -93,7 +133,8 @@ def temperature(x_LH: Tensor, labels_L: Tensor, embeddings_EH: Tensor) -> float:
     Among powers of 2^(1/4); on every so many tokens, JUDGED_TOKENS of them or a few more.
     """
     step = max(1, len(x_LH) // JUDGED_TOKENS)
-    logits_nE = F.linear(x_LH[::step], embeddings_EH)
+    x_nH = x_LH[::step].to(labels_L.device)
+    logits_nE = F.linear(x_nH, embeddings_EH)
     labels_n = labels_L[::step]
     losses = []
     for factor in TEMPERATURES:
@@ -105,15 +146,17 @@ def temperature(x_LH: Tensor, labels_L: Tensor, embeddings_EH: Tensor) -> float:
 
 def means(x_TH: Tensor, groups_T: Tensor, count: int) -> Tensor:
     """Return the mean [count, H] of each group's inputs; NaN for a group without tokens."""
-    sums_GH = torch.zeros(count, x_TH.shape[1], device=x_TH.device)
-    sums_GH.index_add_(0, groups_T, x_TH)
+    place = groups_T.device
+    sums_GH = torch.zeros(count, x_TH.shape[1], device=place)
+    for part, x_tH in parts(x_TH, place):
+        sums_GH.index_add_(0, groups_T[part], x_tH)
     counts_G = torch.bincount(groups_T, minlength=count)
     return sums_GH / counts_G[:, None]
 
 
-def whitener(x_TH: Tensor) -> Tensor:
+def whitener(x_TH: Tensor, place: torch.device) -> Tensor:
     """Return the symmetric W [H, H] that makes the second moments of x W the identity (ZCA)."""
-    moments_HH = x_TH.T @ x_TH / len(x_TH)
+    moments_HH = moments(x_TH, place) / len(x_TH)
     values_H, vectors_HH = torch.linalg.eigh(moments_HH)
     # Directions without variance would be blown up to the noise that they hold.
     scales_H = (values_H + WHITEN * values_H.mean()).sqrt()
@@ -131,9 +174,12 @@ def ridge_embeddings(x_LH: Tensor, labels_L: Tensor, experts: int) -> Tensor:
 
     This is DUME's way.
     """
-    moments_HH = x_LH.T @ x_LH
-    one_hot_LE = F.one_hot(labels_L, experts).to(x_LH)
-    targets_HE = x_LH.T @ one_hot_LE
+    place = labels_L.device
+    moments_HH = moments(x_LH, place)
+    # The inputs' product with one-hot labels is their sum a label.
+    counts_E1 = torch.bincount(labels_L, minlength=experts)[:, None]
+    sums_EH = means(x_LH, labels_L, experts) * counts_E1
+    targets_HE = sums_EH.nan_to_num().T
     # without a penalty, directions that no token has would have no solution
     penalised_HH = moments_HH + _penalty(moments_HH, RIDGE)
     solution_HE = torch.linalg.solve(penalised_HH, targets_HE)
@@ -236,12 +282,12 @@ def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 def _label_loss(features: Features, embeddings_EH: Tensor, generator: torch.Generator) -> Tensor:
     """Return the cross-entropy of softmax(x E^T) against the labels of some tokens."""
-    x_LH = features.x_LH
-    count = min(TOKENS_PER_STEP, len(x_LH))
+    labelled = len(features.labels_L)
+    count = min(TOKENS_PER_STEP, labelled)
     # Drawn on the CPU and then moved: the same tokens whatever the device.
-    picked_n = torch.randint(len(x_LH), (count,), generator=generator)
-    picked_n = picked_n.to(x_LH.device)
-    logits_nE = F.linear(x_LH[picked_n], embeddings_EH)
+    picked_n = torch.randint(labelled, (count,), generator=generator)
+    logits_nE = F.linear(features.rows(picked_n), embeddings_EH)
+    picked_n = picked_n.to(features.place)
     return F.cross_entropy(logits_nE, features.labels_L[picked_n])
 
 
@@ -254,19 +300,19 @@ def _chunk_loss(features: Features, projection: Projection, generator: torch.Gen
     assert chunks_CM is not None
     chunks = len(chunks_CM)
     length = len(x_TH) // chunks
-    place = x_TH.device
+    place = features.place
     # Drawn on the CPU and then moved: the same chunks and tokens whatever the device.
     order_C = torch.randperm(chunks, generator=generator)
     picked_c = order_C[:CHUNKS_PER_STEP]
     drawn = (len(picked_c), TOKENS_PER_CHUNK)
     offsets = torch.randint(length, drawn, generator=generator)
     tokens = picked_c[:, None] * length + offsets
-    tokens_n = tokens.flatten().to(place)
+    x_nH = features.rows(tokens.flatten())
     own_c = torch.arange(len(picked_c), device=place)
     own_n = own_c.repeat_interleave(TOKENS_PER_CHUNK)
     inputs_cM = chunks_CM[picked_c.to(place)]
     embeddings_cH = projection(inputs_cM)
-    logits_nc = F.linear(x_TH[tokens_n], embeddings_cH)
+    logits_nc = F.linear(x_nH, embeddings_cH)
     return F.cross_entropy(logits_nc, own_n)
 
 
@@ -281,9 +327,9 @@ def _fit_chunks(
     assert features.inputs_EM is not None
     # the whitening of an earlier fit, if any: this one is of other text
     projection.fold(None)
-    white_HH = whitener(features.x_TH)
-    whitened_TH = features.x_TH @ white_HH
-    whitened = replace(features, x_TH=whitened_TH)
+    white_HH = whitener(features.x_TH, features.place)
+    # whitened as they are drawn: all of them at once would be there twice
+    whitened = replace(features, white_HH=white_HH)
     for _ in range(steps):
         chunk_loss = _chunk_loss(whitened, projection, generator)
         embeddings_EH = projection(features.inputs_EM)
@@ -292,11 +338,11 @@ def _fit_chunks(
     _finish(projection, white_HH, features)
 
 
-def _chunk_means(x_TH: Tensor, chunks: int) -> Tensor:
+def _chunk_means(x_TH: Tensor, chunks: int, place: torch.device) -> Tensor:
     """Return the mean input [C, H] of each window."""
     # windows are of one length, and follow each other
     length = len(x_TH) // chunks
-    chunk_C = torch.arange(chunks, device=x_TH.device)
+    chunk_C = torch.arange(chunks, device=place)
     chunk_T = chunk_C.repeat_interleave(length)
     return means(x_TH, chunk_T, chunks)
 
@@ -311,16 +357,16 @@ def _closed_form(projection: Projection, features: Features) -> None:
     x_TH, chunks_CM, inputs_EM = features.x_TH, features.chunks_CM, features.inputs_EM
     assert chunks_CM is not None and inputs_EM is not None
     chunks, domains = len(chunks_CM), len(inputs_EM)
-    white_HH = whitener(x_TH)
+    white_HH = whitener(x_TH, features.place)
 
-    chunk_means_CH = _chunk_means(x_TH, chunks)
+    chunk_means_CH = _chunk_means(x_TH, chunks, features.place)
     domain_means_EH = means(features.x_LH, features.labels_L, domains)
     means_GH = torch.cat([chunk_means_CH, domain_means_EH])
     # Less what is common to all text: it decides nothing.
     targets_GH = means_GH - domain_means_EH.mean(0)
     whitened_GH = targets_GH @ white_HH
     samples_GM = torch.cat([chunks_CM, inputs_EM])
-    weights_G1 = torch.ones(chunks + domains, 1, device=x_TH.device)
+    weights_G1 = torch.ones(chunks + domains, 1, device=features.place)
     # whatever their numbers: all domains together against all chunks together
     weights_G1[chunks:] = DOMAIN_WEIGHT * chunks / domains
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 from conftest import DOMAINS, WORDS
 
+from nexus_ds.checkpoint import pieces
 from nexus_ds.checkpoint.build import load_stock
 from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings
 from nexus_ds.errors import DataError
 from nexus_ds.settings import RouterConfig
+from nexus_ds.warm_start import fit, methods
 from nexus_ds.warm_start.fit import fit_router
 from nexus_ds.warm_start.fit_text import FitText
 
@@ -89,3 +91,42 @@ def test_a_domain_without_text_is_named(checkpoint, windows):
         "expected text of every expert's domain",
     ):
         fit_router(checkpoint, windows, RouterConfig(), seed=0)
+
+
+@pytest.mark.parametrize("kind", ["nexus_dir", "context_dir"])
+@pytest.mark.parametrize("start", ["label_fit", "chunks"])
+def test_windows_in_slices_give_the_same_router(
+    kind, start, request, tmp_path, windows, monkeypatch
+):
+    """One window of a layer and seven tokens of a router at once, or all of them."""
+    generator = torch.Generator().manual_seed(1)
+    if start == "chunks":
+        windows.chunks = {d: torch.randn(6, 8, generator=generator) for d in DOMAINS}
+    rows = []
+    for batch, tokens in ((1, 7), (8, 1 << 30)):
+        copy = tmp_path / f"{batch}"
+        shutil.copytree(request.getfixturevalue(kind), copy)
+        monkeypatch.setattr(fit, "LAYER_BATCH", batch)
+        monkeypatch.setattr(methods, "SLICE_TOKENS", tokens)
+        config = RouterConfig(fit_steps=5, warm_start=start)
+        report = fit_router(copy, windows, config, seed=0)
+        model = load_stock(copy, torch.float32)
+        rows.append([layer.mlp.gate.weight for layer in model.model.layers])
+        if kind == "context_dir":
+            rows[-1] += [layer.mlp.gate.mean for layer in model.model.layers]
+        rows[-1].append(torch.tensor(report.after))
+    for sliced, whole in zip(*rows, strict=True):
+        assert torch.allclose(sliced, whole, rtol=1e-3, atol=1e-3)
+
+
+def test_features_stay_in_main_memory_where_they_would_take_much_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(fit, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(fit, "room_on", lambda place: 100)
+    assert fit._place_for(25).type == "cuda" and fit._place_for(26).type == "cpu"
+
+
+def test_hours_on_a_cpu_are_told_of_before_they_begin(checkpoint, windows, monkeypatch, capsys):
+    monkeypatch.setattr(pieces, "cpu_speed", lambda: 1000.0)
+    fit_router(checkpoint, windows, RouterConfig(fit_steps=1), seed=0)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("warm start label_fit: no GPU; 0.0B active parameters and 360 tokens")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from nexus_ds.errors import ConfigError
 from nexus_ds.model.router import Projection, init_projection, layer_generator, unit
 from nexus_ds.settings import RouterConfig
+from nexus_ds.warm_start import methods
 from nexus_ds.warm_start.methods import (
     Features,
     check_start,
@@ -165,7 +166,7 @@ def test_starts_are_deterministic():
 
 def test_the_whitener_makes_second_moments_the_identity():
     features, _, _ = world()
-    white = features.x_TH @ whitener(features.x_TH)
+    white = features.x_TH @ whitener(features.x_TH, features.place)
     assert torch.allclose(white.T @ white / len(white), torch.eye(HIDDEN), atol=0.05)
 
 
@@ -243,3 +244,62 @@ def test_ridge_is_the_normal_equations_solution_up_to_the_temperature():
 def test_starts_that_a_router_cannot_have_are_refused(start, kind, form, message):
     with pytest.raises(ConfigError, match=message):
         check_start(start, kind, form)
+
+
+@pytest.fixture
+def in_slices(monkeypatch):
+    """Return a function that computes something with slices of 37 tokens, then with all at once."""
+
+    def both(work):
+        found = []
+        for size in (37, 1 << 30):
+            monkeypatch.setattr(methods, "SLICE_TOKENS", size)
+            found.append(work())
+        return found
+
+    return both
+
+
+def test_moments_and_means_add_up_over_slices(in_slices):
+    """Slices change nothing but the order of sums; the right sides are made of all tokens."""
+    features, _, _ = world(background=1)
+    x_TH, place = features.x_TH, features.place
+    groups_T = torch.arange(len(x_TH)) % 5
+    one_hot_T5 = F.one_hot(groups_T, 5).float()
+    expected = {
+        methods.moments: x_TH.T @ x_TH,
+        methods.mean: x_TH.mean(0),
+    }
+    for function, whole in expected.items():
+        for found in in_slices(lambda function=function: function(x_TH, place)):
+            assert torch.allclose(found, whole, rtol=1e-5, atol=1e-4)
+    for found in in_slices(lambda: means(x_TH, groups_T, 5)):
+        assert torch.allclose(found, one_hot_T5.T @ x_TH / one_hot_T5.sum(0)[:, None], atol=1e-4)
+
+
+@pytest.mark.parametrize("start", ["label_fit", "chunks", "closed_form"])
+def test_a_projection_started_in_slices_is_the_same(in_slices, start):
+    features, topics, _ = world(background=1)
+    config = RouterConfig(warm_start=start, fit_steps=20, projection="linear")
+
+    def started():
+        projection = Projection(WIDTH, HIDDEN, form="linear")
+        init_projection(projection, topics, "balanced", 0.5, layer_generator(0, 0))
+        warm_start_projection(projection, features, config, draws())
+        return projection(topics).detach()
+
+    sliced, whole = in_slices(started)
+    assert torch.allclose(sliced, whole, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("start", ["label_fit", "hidden_mean", "ridge"])
+def test_rows_started_in_slices_are_the_same(in_slices, start):
+    features, _, _ = world()
+    config = RouterConfig(kind="linear", warm_start=start, fit_steps=20)
+    old_EH = torch.zeros(DOMAINS, HIDDEN)
+
+    def started():
+        return warm_start_embeddings(old_EH, features, config, 0, draws())
+
+    sliced, whole = in_slices(started)
+    assert torch.allclose(sliced, whole, rtol=1e-3, atol=1e-4)
