@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from nexus_ds.planning.links import LinkAdvice
 from nexus_ds.planning.memory import disk
 from nexus_ds.planning.sizes import Sizes, sizes_of
 from nexus_ds.planning.units import bits, parse_bytes, short
+from nexus_ds.planning.verbs import Verb, assumed, verbs
+from nexus_ds.progress import duration
 from nexus_ds.report.page import Table, text_table
 from nexus_ds.runtime.schedule import tokens_per_step, total_steps
 from nexus_ds.settings import Config
@@ -74,6 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="write the DeepSpeed JSON of the fastest layout that fits",
+    )
+    parser.add_argument(
+        "--verbs",
+        action="store_true",
+        help="memory and time of every other verb at this size, instead of training's layouts",
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument(
@@ -310,9 +318,49 @@ def _write(out: Path, plan: dict[str, Any]) -> None:
     )
 
 
+# Heading of each column of --verbs, and how a verb's value is shown.
+VERB_COLUMNS: dict[str, Callable[[Verb], str]] = {
+    "verb": lambda verb: verb.name,
+    "model": lambda verb: verb.model,
+    "GPU GB": lambda verb: f"{verb.gpu_bytes / 1e9:.1f}",
+    "host GB": lambda verb: f"{verb.host_bytes / 1e9:.1f}",
+    "time": lambda verb: duration(verb.seconds),
+    "on CPUs": lambda verb: duration(verb.cpu_seconds),
+    "how": lambda verb: verb.how,
+    "for": lambda verb: verb.sizes,
+}
+
+
+def _run_verbs(args: argparse.Namespace, config: Config) -> int:
+    """Print what the verbs take, as text or JSON."""
+    if args.write:
+        raise ConfigError("--write is a training layout's DeepSpeed JSON; leave --verbs out")
+    machine = machine_of(args)
+    sizes = sizes_of(config)
+    tokens = total_steps(config.training, config.data) * tokens_per_step(
+        config.training, config.data
+    )
+    found = verbs(config, sizes, machine, choose.WIDTH[config.model.dtype], tokens)
+    if args.json:
+        answer = {"verbs": [asdict(verb) for verb in found], "assumptions": assumed()}
+        print(json.dumps(answer, indent=2))
+        return 0
+    rows = [[shown(verb) for shown in VERB_COLUMNS.values()] for verb in found]
+    print(text_table(Table(header=list(VERB_COLUMNS), rows=rows)))
+    print(
+        "counted: bytes of weights, activations and hidden states, without CUDA's context of "
+        f"{assumptions.CONTEXT_BYTES / 1e9:.1f} GB\nestimated, not measured: all times ("
+        + ", ".join(f"{name} {value:g}" for name, value in assumed().items())
+        + "; see nexus_ds/planning/verbs.py)"
+    )
+    return 0
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the plan; with --write, write the DeepSpeed JSON of the fastest layout that fits."""
     config = load_config(args.config, args.overrides)
+    if args.verbs:
+        return _run_verbs(args, config)
     # before layouts are tried: a taken file is told at once
     _check_file(args.write)
     machine = machine_of(args)

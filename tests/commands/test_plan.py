@@ -183,3 +183,17 @@ def test_an_existing_file_is_not_overwritten(tmp_path, capsys):
     assert main([*TINY, "--write", str(out)]) == 1
     assert "exists already" in capsys.readouterr().err
     assert out.read_text() == "mine"
+
+
+def test_the_verbs_are_printed_as_a_table_and_as_json(capsys):
+    words = [*LARGE, "--verbs"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    for part in ("evaluate", "extended", "layer by layer", "on CPUs", "estimated, not measured"):
+        assert part in text
+    plan = planned(capsys, *words)
+    assert plan["assumptions"]["FORWARD_USE"] == 0.3
+    row = next(verb for verb in plan["verbs"] if verb["name"] == "evaluate")
+    assert row["gpu_bytes"] > 18e9 and row["how"] == "whole"
+    assert main([*words, "--write", "ds.json"]) == 1
+    assert "--write is a training layout's DeepSpeed JSON" in capsys.readouterr().err

@@ -1,0 +1,321 @@
+"""What each verb that touches a model or its text takes: memory of a GPU, of the host, and time.
+
+Sizes are counted as the verbs hold them: dense models and mixtures are written tensor by tensor,
+routers are fitted a layer at a time, scores and text come from a model that is whole on the GPU
+where it fits, else layer by layer (`checkpoint.needs` decides for both, the verb and this). Speeds
+are estimates, named below.
+
+Units: bytes, seconds; `width` is bytes of an element on disk.
+Not covered: training (`memory`, `traffic`), downloads, starting Python and CUDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from nexus_ds.checkpoint.needs import DISK_SPEED, MARGIN, Need, Way, per_token, way
+from nexus_ds.errors import ConfigError
+from nexus_ds.planning import assumptions as assume
+from nexus_ds.planning.layout import Machine
+from nexus_ds.planning.memory import FP32, disk
+from nexus_ds.planning.sizes import Sizes
+from nexus_ds.settings import CHUNK_WARM_STARTS, Config
+
+# Sizes that the verbs take where no option says otherwise ----------------------------------------
+
+WINDOWS = 48
+"""Windows of text a domain that `evaluate` and the tables before and after score (--windows)."""
+BATCH = 8
+"""Windows of a forward pass (--batch)."""
+PROMPT = 128
+"""Tokens of a prompt."""
+ADDED = 40
+"""Tokens that `generate` adds (--tokens)."""
+FIT_LENGTH = 512
+"""Tokens of a window that a warm start reads, at most."""
+PROBE = 128
+"""Tokens on which an export is checked."""
+
+# Estimates ---------------------------------------------------------------------------------------
+
+FORWARD_USE = 0.3
+"""Share of a GPU's peak in bf16 that a forward pass reaches."""
+FP32_SHARE = 0.25
+"""Peak in fp32 over that in bf16: routers are fitted in fp32."""
+GPU_MEMORY_SPEED = 8e11
+"""Bytes a second that a GPU reads its own memory with: between a 3090 (9.4e11) and an A100 (2e12),
+at what single tokens reach of it."""
+CPU_MEMORY_SPEED = 4e10
+"""The same of a host: two channels of DDR4."""
+CPU_FLOPS = 2e11
+"""Operations a second of a host in fp32: 8 cores with AVX2 at half of their peak."""
+ENCODED_PER_SECOND = 100.0
+"""Windows of text that the sentence encoder embeds in a second on a host."""
+TOKENISED_PER_SECOND = 5e5
+"""Tokens that one process makes of text in a second."""
+TOKENISERS = 8
+"""Processes that make tokens, where data.workers does not say."""
+TEXT_BYTES = 1e9
+"""Main memory of a process that reads text: libraries, encoder or tokenizer, a batch of it."""
+COPY_BYTES = 64e6
+"""Of what is written, in memory at once: slices of rows of all branches, and the mean of them."""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What one verb takes."""
+
+    name: str
+    model: str
+    """Which model it is about."""
+    how: str
+    """whole, layer by layer, a tensor at a time, or text."""
+    gpu_bytes: float
+    """Peak on one GPU, without CUDA's context."""
+    host_bytes: float
+    """Peak of main memory."""
+    seconds: float
+    """On all GPUs of a node, where the verb uses them, else on one."""
+    cpu_seconds: float
+    """The same without a GPU."""
+    sizes: str
+    """For how much text, how many files: what it was counted for."""
+
+
+def need_of_sizes(sizes: Sizes, width: int) -> Need:
+    """Return what a model takes to run without training, from its sizes (`pieces.need_of` reads
+    the same off a checkpoint)."""
+    counts = sizes.counts()
+    embedding = sizes.vocabulary * sizes.hidden
+    outside = embedding * (1 if sizes.tied else 2) + sizes.hidden
+    return Need(
+        weights=float(width * counts["total"]),
+        layer=width * (counts["total"] - outside) / sizes.layers,
+        outside=float(width * outside),
+        active=float(counts["active"] - (0 if sizes.tied else embedding)),
+        stored=float(width * counts["total"]),
+        vocabulary=sizes.vocabulary,
+        **per_token(
+            width=width,
+            hidden=sizes.hidden,
+            keys=sizes.kv_width,
+            inner=sizes.ffn,
+            visited=sizes.top_k if sizes.experts else 0,
+            layers=sizes.layers,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """The verbs about one model."""
+
+    name: str
+    sizes: Sizes
+    config: Config
+    machine: Machine
+    width: int
+
+    @property
+    def need(self) -> Need:
+        return need_of_sizes(self.sizes, self.width)
+
+    @property
+    def written(self) -> float:
+        """Bytes of the checkpoint, P included."""
+        return disk(self.sizes, self.width, 0)["export"]
+
+    @property
+    def dense(self) -> float:
+        """Bytes of one dense model that is an expert."""
+        counts = self.sizes.counts()
+        return float(self.width * counts["dense"])
+
+    @property
+    def length(self) -> int:
+        return self.config.data.sequence_length
+
+    def _speed(self) -> float:
+        return self.machine.tflops * 1e12 * FORWARD_USE
+
+    def _way(self, need: Need, rows: int, length: int) -> Way:
+        room = self.machine.gpu_memory - assume.CONTEXT_BYTES
+        # Main memory that nobody told of is not checked.
+        host = self.machine.host_memory or need.loading / MARGIN
+        return way(need, rows, length, room, host)
+
+    def scored(self, name: str, times: int = 1) -> Verb:
+        """Return `evaluate`, or a table before and after."""
+        need, domains = self.need, max(1, self.sizes.experts)
+        chosen = self._way(need, BATCH, self.length)
+        planned = need.streamed if chosen.streamed else need.whole
+        tokens = WINDOWS * domains * self.length
+        # Streamed, it is read once a domain; whole, once a GPU, from the page cache but for one.
+        reads = domains if chosen.streamed else 1
+        waits = need.waiting(WINDOWS, self.length)
+        gpus = self.machine.local
+        computing = need.flops(tokens) / (self._speed() * gpus)
+        fp32 = need_of_sizes(self.sizes, FP32)
+        return Verb(
+            name,
+            self.name,
+            "layer by layer" if chosen.streamed else "whole",
+            planned(chosen.rows, self.length),
+            TEXT_BYTES + (waits + need.outside if chosen.streamed else need.loading),
+            times * (computing + reads * need.stored / DISK_SPEED),
+            times * (fp32.flops(tokens) / CPU_FLOPS + need.stored / DISK_SPEED),
+            f"{domains} x {WINDOWS} windows of {self.length}, {chosen.rows} at once",
+        )
+
+    def generated(self) -> Verb:
+        """Return `generate`."""
+        need, length = self.need.with_cache(), PROMPT + ADDED
+        chosen = self._way(need, 1, length)
+        planned = need.streamed if chosen.streamed else need.whole
+        # Each token reads the active weights once; streamed, all of them from the files.
+        one = need.stored / DISK_SPEED if chosen.streamed else need.active * self.width
+        seconds = ADDED * (one if chosen.streamed else one / GPU_MEMORY_SPEED)
+        return Verb(
+            "generate",
+            self.name,
+            "layer by layer" if chosen.streamed else "whole",
+            planned(1, length),
+            TEXT_BYTES + (need.outside if chosen.streamed else need.loading),
+            seconds + (0.0 if chosen.streamed else need.stored / DISK_SPEED),
+            need.flops(length) / CPU_FLOPS
+            + ADDED * need.active * FP32 / CPU_MEMORY_SPEED
+            + need.stored / DISK_SPEED,
+            f"{PROMPT} tokens and {ADDED} more",
+        )
+
+    def fitted(self) -> tuple[float, float, float, float, str]:
+        """Return GPU and host bytes, seconds with a GPU and without, and sizes of the warm start.
+
+        The hidden states of all windows and what a router reads of them are in main memory.
+        """
+        router = self.config.router
+        need = need_of_sizes(self.sizes, FP32)
+        if router.warm_start in ("none", "embedding"):
+            return 0.0, 0.0, 0.0, 0.0, "no text"
+        windows = router.fit_windows
+        if router.warm_start in CHUNK_WARM_STARTS:
+            windows = router.fit_chunks
+        length = min(FIT_LENGTH, self.length)
+        tokens = windows * length * max(1, self.sizes.experts)
+        flops = need.flops(tokens)
+        read = need.stored * self.width / FP32 / DISK_SPEED
+        return (
+            need.layer + need.working(BATCH, length),
+            need.waiting(1, tokens) + need.outside,
+            flops / (self._speed() * FP32_SHARE) + read,
+            flops / CPU_FLOPS + read,
+            f"{router.warm_start} on {tokens:,} tokens",
+        )
+
+    def made(self, name: str, read: float, refit: bool) -> Verb:
+        """Return a verb that writes a checkpoint out of `read` bytes of others."""
+        gpu, host, seconds, cpu_seconds, sizes = self.fitted()
+        moved = (read + self.written) / DISK_SPEED
+        copied = f"{(read + self.written) / 1e9:.0f} GB read and written"
+        # P of all layers is read and written whole
+        projections = float(FP32 * self.sizes.counts()["projection"])
+        copying = TEXT_BYTES + COPY_BYTES + 2 * projections
+        if not refit:
+            how = "a tensor at a time"
+            return Verb(name, self.name, how, 0.0, copying, moved, moved, copied)
+        return Verb(
+            name,
+            self.name,
+            "layer by layer",
+            gpu,
+            max(copying, TEXT_BYTES + projections + host),
+            moved + seconds,
+            moved + cpu_seconds,
+            f"{copied}; {sizes}",
+        )
+
+    def exported(self) -> Verb:
+        """Return the export of a trained model, and its check on a few tokens."""
+        need = self.need
+        moved = 2 * self.written / DISK_SPEED
+        return Verb(
+            "export",
+            self.name,
+            "a tensor at a time",
+            need.streamed(1, PROBE),
+            TEXT_BYTES + need.outside + 2 * need.layer / max(1, self.sizes.experts),
+            moved + need.flops(PROBE) / self._speed(),
+            moved + need.flops(PROBE) / CPU_FLOPS,
+            f"written, read again, {PROBE} tokens checked, beside the training's own memory",
+        )
+
+
+def _text(config: Config, tokens: float) -> Iterator[Verb]:
+    """Yield the verbs that read text, without the model."""
+    pipe, processes = config.pipeline, config.data.workers or TOKENISERS
+    windows = 2 * pipe.embedding_documents * max(1, len(pipe.domains))
+    encoding = windows / ENCODED_PER_SECOND
+    sizes = f"{windows:,} windows of {len(pipe.domains)} domains"
+    yield Verb("embed", "encoder", "text", 0.0, TEXT_BYTES, encoding, encoding, sizes)
+    seconds = tokens / (TOKENISED_PER_SECOND * processes)
+    sizes = f"{tokens / 1e9:.3g}B tokens, {processes} processes"
+    host = TEXT_BYTES * processes
+    yield Verb("tokens", "tokenizer", "text", 0.0, host, seconds, seconds, sizes)
+
+
+def verbs(config: Config, sizes: Sizes, machine: Machine, width: int, tokens: float) -> list[Verb]:
+    """Return what the verbs take for a mixture, and for it with the recipe's new experts (or one).
+
+    Args:
+        config: a recipe.
+        sizes: of its mixture.
+        machine: what it runs on.
+        width: bytes of an element on disk.
+        tokens: of text that are tokenised for its training.
+
+    Raises:
+        ConfigError: a dense model.
+    """
+    if not sizes.experts:
+        raise ConfigError(
+            f"plan --verbs is about a mixture, stage={config.stage} is a dense model; "
+            "leave the stage out, or give stage=moe"
+        )
+    more = len(config.pipeline.new_domains) or 1
+    # The sizes of that stage have the new experts already.
+    if config.stage == "extend" and not config.model.path:
+        sizes = replace(sizes, experts=sizes.experts - more)
+    base = _Planner("mixture", sizes, config, machine, width)
+    larger = replace(sizes, experts=sizes.experts + more)
+    grown = _Planner("extended", larger, config, machine, width)
+    branches = (sizes.experts + 1) * base.dense
+    return [
+        *_text(config, tokens),
+        base.made("upcycle", branches, refit=True),
+        base.exported(),
+        base.scored("evaluate"),
+        base.generated(),
+        grown.made("extend", base.written + more * base.dense, refit=True),
+        grown.scored("extend --verdict", times=2),
+        grown.exported(),
+        grown.scored("evaluate"),
+        grown.generated(),
+        base.made("remove", grown.written, refit=False),
+    ]
+
+
+def assumed() -> dict[str, float]:
+    """Return the estimates that the times and a few sizes rest on, by name."""
+    return {
+        "FORWARD_USE": FORWARD_USE,
+        "FP32_SHARE": FP32_SHARE,
+        "GPU_MEMORY_SPEED": GPU_MEMORY_SPEED,
+        "CPU_MEMORY_SPEED": CPU_MEMORY_SPEED,
+        "CPU_FLOPS": CPU_FLOPS,
+        "DISK_SPEED": DISK_SPEED,
+        "ENCODED_PER_SECOND": ENCODED_PER_SECOND,
+        "TOKENISED_PER_SECOND": TOKENISED_PER_SECOND,
+        "TEXT_BYTES": TEXT_BYTES,
+        "COPY_BYTES": COPY_BYTES,
+    }

@@ -1,0 +1,109 @@
+"""What the verbs take: sizes as the verbs themselves find them, ways by the same rule, and
+estimates that are followed."""
+
+from dataclasses import asdict, fields
+
+import pytest
+import torch
+from conftest import make_nexus
+
+from nexus_ds.checkpoint.pieces import need_of
+from nexus_ds.config import load_config
+from nexus_ds.errors import ConfigError
+from nexus_ds.planning import verbs as planning
+from nexus_ds.planning.layout import Machine
+from nexus_ds.planning.sizes import sizes_of
+from nexus_ds.planning.verbs import assumed, need_of_sizes, verbs
+
+
+def planned(memory, *overrides, gpus=1, host=0.0):
+    config = load_config("nexus-2.8b", list(overrides))
+    machine = Machine(
+        gpus=gpus,
+        gpu_memory=memory,
+        nodes=1,
+        host_memory=host,
+        link=1e9,
+        gpu_link=1e9,
+        tflops=100.0,
+    )
+    return verbs(config, sizes_of(config), machine, 2, 1e9)
+
+
+def of(found, name, model="mixture"):
+    return next(verb for verb in found if (verb.name, verb.model) == (name, model))
+
+
+def test_sizes_are_those_that_a_checkpoint_has(tmp_path):
+    """`plan` counts what `evaluate` finds in the files."""
+    make_nexus(tmp_path / "m")
+    config = load_config("demo", [f"model.path={tmp_path / 'm'}"])
+    counted = asdict(need_of_sizes(sizes_of(config), 4))
+    read = asdict(need_of(tmp_path / "m", "fp32", torch.device("cpu")))
+    assert counted == pytest.approx(read)
+
+
+def test_at_24_gb_the_mixture_is_whole_and_the_extended_one_is_streamed():
+    found = planned(24e9)
+    whole, streamed = of(found, "evaluate"), of(found, "evaluate", "extended")
+    assert whole.how == "whole" and 18.2e9 < whole.gpu_bytes < 21e9
+    assert streamed.how == "layer by layer" and streamed.gpu_bytes < 6e9
+    assert of(found, "generate", "extended").how == "layer by layer"
+    assert of(planned(80e9), "evaluate", "extended").how == "whole"
+
+
+def test_every_verb_that_touches_a_model_is_there_and_has_its_numbers():
+    found = planned(24e9)
+    names = {verb.name for verb in found}
+    assert names == {
+        "embed",
+        "tokens",
+        "upcycle",
+        "export",
+        "evaluate",
+        "generate",
+        "extend",
+        "extend --verdict",
+        "remove",
+    }
+    for verb in found:
+        assert verb.host_bytes > 0 and verb.seconds > 0 and verb.cpu_seconds > 0 and verb.sizes
+    # written layer by layer: never a whole model in main memory
+    assert all(of(found, name).host_bytes < 10e9 for name in ("upcycle", "export", "remove"))
+
+
+def test_more_gpus_score_faster_and_a_small_host_streams():
+    one, eight = (of(planned(80e9, gpus=count), "evaluate") for count in (1, 8))
+    assert eight.seconds < one.seconds
+    assert of(planned(80e9, host=10e9), "evaluate").how == "layer by layer"
+
+
+def test_warm_starts_by_chunks_hold_their_states_in_main_memory():
+    few = of(planned(24e9), "upcycle")
+    many = of(planned(24e9, "router.warm_start=chunks"), "upcycle")
+    # hidden states and what the router reads: 512 windows of 512 tokens of 4 domains, 2560 wide
+    states = 2 * 512 * 512 * 4 * 2560 * 4
+    assert states < many.host_bytes < states + 5e9
+    assert many.gpu_bytes == few.gpu_bytes < 5e9
+    cold = of(planned(24e9, "router.warm_start=none"), "upcycle")
+    assert "no text" in cold.sizes and cold.gpu_bytes == 0
+
+
+def test_the_stage_extend_is_the_same_mixture_and_a_dense_one_is_refused():
+    assert [verb.gpu_bytes for verb in planned(24e9, "stage=extend")] == [
+        verb.gpu_bytes for verb in planned(24e9)
+    ]
+    with pytest.raises(ConfigError, match="plan --verbs is about a mixture, stage=seed is a dense"):
+        planned(24e9, "stage=seed")
+
+
+@pytest.mark.parametrize("name", sorted(assumed()))
+def test_every_estimate_changes_something(name, monkeypatch):
+    def numbers():
+        found = planned(24e9) + planned(80e9)
+        keys = [field.name for field in fields(found[0])]
+        return [getattr(verb, key) for verb in found for key in keys]
+
+    before = numbers()
+    monkeypatch.setattr(planning, name, getattr(planning, name) * 2)
+    assert numbers() != before
