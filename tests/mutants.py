@@ -206,6 +206,24 @@ FAULTS = (
         "            trust_remote_code=True,",
     ),
     Fault(
+        "a streamed layer keeps its weights",
+        "checkpoint/streaming.py",
+        '            block.to("meta")',
+        "            pass",
+    ),
+    Fault(
+        "page cache counts as taken memory",
+        "checkpoint/room.py",
+        "limit - usage + int(",
+        "limit - usage + 0 * int(",
+    ),
+    Fault(
+        "what is loaded is not asked of main memory",
+        "checkpoint/needs.py",
+        " and need.loading <= MARGIN * host",
+        "",
+    ),
+    Fault(
         "a leak is the expert's own share",
         "evaluation/perplexity.py",
         "if domain != own]",
@@ -223,6 +241,12 @@ FAULTS = (
         "vectors[list(places.values())] =",
         "vectors[: len(places)] =",
         "upcycling/test_replace.py",
+    ),
+    Fault(
+        "means forget all but the last slice",
+        "warm_start/methods.py",
+        "        sum_H += x_tH.sum(",
+        "        sum_H = x_tH.sum(",
     ),
     Fault(
         "whitening divides twice",
