@@ -297,8 +297,8 @@ FAULTS = (
     Fault(
         "tokens count for a neighbour's domain",
         "runtime/tally.py",
-        "domain_B.repeat_interleave(length)",
-        "domain_B.repeat(length)",
+        "selected_TK.view(sequences, -1, 1)",
+        "selected_TK.view(-1, sequences, 1).transpose(0, 1)",
     ),
     Fault(
         "weight decay may change on resume",

@@ -1,8 +1,8 @@
 """What micro-batches tell of losses and routing, summed on the device over a stretch of steps.
 
-Shapes: B sequences, S tokens of one, T = B S tokens, D domains, E routed experts, K chosen ones a
-token, N = T K assignments. Sums are float64: a log interval may hold more tokens than float32
-counts exactly (2^24).
+Shapes: B sequences, S tokens of one, D domains, E routed experts, K chosen ones a token, N = S K
+assignments of a sequence, L layers. Sums are float64: a log interval may hold more tokens than
+float32 counts exactly (2^24).
 Not covered: when a stretch begins and ends, and where its numbers go (`loop`, `metrics`).
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nexus_ds.runtime.nexus_moe import NexusMoE
+from nexus_ds.runtime.nexus_moe import NexusMoE, RouterStatistics
 from nexus_ds.runtime.ranks import all_reduce_sum
 
 Routing = dict[str, dict[str, float]]
@@ -37,6 +37,11 @@ class RouterNumbers:
     """Share of the assignments at the expert that has the most."""
 
 
+def _seen(layer: NexusMoE) -> RouterStatistics:
+    assert layer.router.latest is not None, "the layer has had no forward pass"
+    return layer.router.latest
+
+
 class Tally:
     """Sums over a stretch of batches: loss and tokens per domain, routing per domain and expert.
 
@@ -48,6 +53,8 @@ class Tally:
 
     def __init__(self, domains: int, experts: int, device: torch.device) -> None:
         self.experts = experts
+        self.domain_D1 = torch.arange(domains, device=device)[:, None]
+        self.expert_E = torch.arange(experts, device=device)
         self.loss_D = torch.zeros(domains, dtype=torch.float64, device=device)
         self.tokens_D = torch.zeros_like(self.loss_D)
         # A dense model has one column, which nothing is added to.
@@ -63,25 +70,29 @@ class Tally:
             domain_B: index of each sequence's domain, int64.
             layers: whose routers have just seen these tokens.
         """
-        length = losses_BS.shape[1]
-        tokens_B = torch.full_like(domain_B, length, dtype=torch.float64)
+        # Sums over what is compared, not additions at an index: those are atomic on a GPU, slow
+        # where as many meet as here, and in no certain order.
+        mine_DB = self.domain_D1 == domain_B
         loss_B = losses_BS.detach().double().sum(1)
-        self.loss_D.index_add_(0, domain_B, loss_B)
-        self.tokens_D.index_add_(0, domain_B, tokens_B)
-        domain_T = domain_B.repeat_interleave(length)
-        for layer in layers:
-            self._add_routing(layer, domain_T)
+        self.loss_D += torch.where(mine_DB, loss_B, 0.0).sum(1)
+        self.tokens_D += mine_DB.sum(1) * losses_BS.shape[1]
+        if layers:
+            self._add_routing([_seen(layer) for layer in layers], mine_DB)
 
-    def _add_routing(self, layer: NexusMoE, domain_T: Tensor) -> None:
-        seen = layer.router.latest
-        assert seen is not None, "the layer has had no forward pass"
-        # One scatter into the flattened table: (domain, expert) is domain * E + expert.
-        cell_N = (domain_T[:, None] * self.experts + seen.selected_TK).flatten()
-        one_N = torch.ones_like(cell_N, dtype=torch.float64)
-        self.routed_DE.view(-1).scatter_add_(0, cell_N, one_N)
-        gate = seen.gate_T1.mean()
-        values_4 = torch.stack([seen.load_balance, seen.z, gate, torch.ones_like(gate)])
-        self.router_4 += values_4.double()
+    def _add_routing(self, seen: list[RouterStatistics], mine_DB: Tensor) -> None:
+        """Add what the routers of all layers, L of them, did in one pass."""
+        sequences = mine_DB.shape[1]
+        counts = []
+        for router in seen:
+            chosen_BN1 = router.selected_TK.view(sequences, -1, 1)
+            counts.append((chosen_BN1 == self.expert_E).sum(1))
+        count_BE = torch.stack(counts).sum(0)
+        self.routed_DE += torch.where(mine_DB[:, :, None], count_BE, 0).sum(1)
+        balance_L = torch.stack([router.load_balance for router in seen])
+        z_L = torch.stack([router.z for router in seen])
+        gate_L = torch.stack([router.gate_T1 for router in seen]).mean(1)
+        self.router_4[:3] += torch.stack([balance_L, z_L, gate_L]).double().sum(1)
+        self.router_4[3] += len(seen)
 
     def reduced(self) -> Tally:
         """Sum over all ranks (all must call); return self."""

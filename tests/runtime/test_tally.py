@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nexus_ds.runtime.tally import Tally
 
@@ -64,3 +65,55 @@ def test_a_tally_of_a_dense_model_has_no_routing():
     tally.add(torch.ones(1, 4), torch.tensor([1]), [])
     assert tally.losses(["a", "b"]) == {"b": 1.0}
     assert tally.router() is None and tally.routing(["a", "b"], []) == {}
+
+
+class Operations(TorchDispatchMode):
+    """Notes the names of operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def operations(layers):
+    """Return the operations with which a tally adds a pass through so many layers."""
+    tally = Tally(2, 4, torch.device("cpu"))
+    routed = passed([[0, 3], [3, 1], [2, 0], [2, 3]], [0.5] * 4, 1.0, 1.0)
+    with Operations() as noted:
+        tally.add(torch.ones(2, 2), torch.tensor([1, 0]), [routed] * layers)
+    return noted.names
+
+
+def test_nothing_is_added_at_an_index():
+    """On a GPU that is atomic: slow where a batch of tokens meets in a few cells, and in no certain
+    order."""
+    added = [name for name in operations(3) if "scatter" in name or "index" in name]
+    assert not added
+
+
+def test_a_layer_more_costs_two_operations_and_views():
+    views = {"view", "_unsafe_view", "unsqueeze", "select", "slice", "alias"}
+    one, three = ([n for n in operations(k) if n not in views] for k in (1, 3))
+    assert (len(three) - len(one)) / 2 <= 2
+
+
+def test_sums_stay_exact_beyond_what_fp32_counts():
+    """As many tokens as fp32 counts are there already; then losses without a sum in fp32."""
+    tally = Tally(1, 2, torch.device("cpu"))
+    tally.tokens_D += 2.0**24
+    tally.routed_DE += 2.0**24
+    losses = torch.full((1, 3), 1 + 2.0**-23)
+    tally.add(losses, torch.tensor([0]), [passed([[1]] * 3, [0.5] * 3, 1.0, 1.0)])
+    assert tally.tokens_D.tolist() == [2.0**24 + 3]
+    assert tally.routed_DE.tolist() == [[2.0**24, 2.0**24 + 3]]
+    assert tally.loss_D.tolist() == [3 * (1 + 2.0**-23)]
+
+
+def test_a_loss_that_is_no_number_stays_its_own_domains():
+    tally = Tally(2, 0, torch.device("cpu"))
+    tally.add(torch.tensor([[torch.inf], [2.0]]), torch.tensor([1, 0]), [])
+    assert tally.losses(["a", "b"]) == {"a": 2.0, "b": torch.inf}
