@@ -1,8 +1,4 @@
-"""The one door to DeepSpeed, and what ranks on GPUs need, shown without one.
-
-Tensors on the meta device stand for those on a GPU. They have no values; that all tensors of an
-operation are on one device is what is looked at, as CUDA would.
-"""
+"""The one door to DeepSpeed, and what ranks on GPUs need, shown on a pretend one."""
 
 import ast
 from pathlib import Path
@@ -11,22 +7,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_nexus
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from pretend import GPU, TwoDevices, gpu, module_to_gpu, on_device
 
 from nexus_ds.checkpoint.build import load_stock
 from nexus_ds.checkpoint.sidecar import read_sidecar, write_sidecar
-from nexus_ds.model.experts import RoutedExperts, _SwiGLUExperts
 from nexus_ds.model.head import next_token_loss, use_loss_head
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.engine import Batch, moe_layers, start_engine
 from nexus_ds.runtime.nexus_moe import NexusMoE, NexusRouter, Placement
 from nexus_ds.runtime.parallel_model import load_nexus
-from nexus_ds.runtime.tally import Tally
 from nexus_ds.settings import Config, RouterConfig
 
 PACKAGE = Path(internals.__file__).parents[1]
-GPU = torch.device("meta")
 FORMS = ("nexus", "context", "linear")
 
 
@@ -66,33 +58,10 @@ def test_the_layer_and_the_router_are_deepspeeds(nexus_dir):
 # A GPU that is not there --------------------------------------------------------------------------
 
 
-class OneDevice(TorchDispatchMode):
-    """Fails where an operation other than a copy meets tensors on two devices."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return True  # transformers asks whether positions follow each other
-        out = func(*args, **(kwargs or {}))
-        met = {
-            t.device.type for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)
-        }
-        assert len(met) <= 1 or "copy" in str(func), (
-            f"{func}: expected all tensors on one device, found {sorted(met)}"
-        )
-        return out
-
-
 @pytest.fixture
-def gpu(monkeypatch):
-    """This rank's device is the one that stands for a GPU; each expert gets as many rows, since
-    counts have no values."""
-
-    def even(self, x_NH, counts_E):
-        counts = [len(x_NH) // len(counts_E)] * len(counts_E)
-        return _SwiGLUExperts.apply(x_NH, self.w1, self.w2, self.w3, counts)
-
+def rank(monkeypatch):
+    """This rank's device is the pretend one."""
     monkeypatch.setattr(internals, "device", lambda: GPU)
-    monkeypatch.setattr(RoutedExperts, "forward", even)
 
 
 @pytest.fixture(params=FORMS)
@@ -109,53 +78,49 @@ def model(request, tmp_path):
     )
 
 
-def parameters_to_device(model):
-    """Move what ZeRO-3 moves: parameters, and nothing else."""
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            module.register_parameter(name, torch.nn.Parameter(parameter.data.to(GPU)))
-    model.tie_weights()
-
-
 def pass_and_back(model):
     model.train()
     use_loss_head(model)
-    layers, tokens_BS = moe_layers(model), torch.zeros(2, 13, dtype=torch.long, device=GPU)
-    with OneDevice():
-        loss, losses_BS = next_token_loss(model, tokens_BS)
-        Tally(3, 3, GPU).add(losses_BS, torch.zeros(2, dtype=torch.long, device=GPU), layers)
-        loss.backward()
-    return loss
+    loss, _ = next_token_loss(model, torch.zeros(2, 13, dtype=torch.long, device=GPU))
+    loss.backward()
 
 
-def test_a_pass_forward_and_backward_needs_nothing_from_another_device(gpu, model):
-    parameters_to_device(model)
-    internals.buffers_to_device(model)
-    assert pass_and_back(model).device == GPU
-    assert {p.grad.device for p in model.parameters()} == {GPU}
+def test_a_pass_needs_nothing_from_another_device_once_the_buffers_have_moved(rank, model):
+    """ZeRO-3 has moved the parameters, and nothing else."""
+    module_to_gpu(model, buffers=False)
+    with gpu():
+        internals.buffers_to_device(model)
+        pass_and_back(model)
+    assert all(on_device(parameter.grad) for parameter in model.parameters())
 
 
-def test_a_buffer_left_behind_is_seen(gpu, model):
+@pytest.mark.parametrize("model", [form for form in FORMS if form != "linear"], indirect=True)
+def test_a_buffer_left_behind_is_seen(rank, model):
     """What the test above is worth: without its buffers there the model can't make one forward
-    pass."""
-    parameters_to_device(model)
-    with pytest.raises(
-        AssertionError, match=r"expected all tensors on one device, found \['cpu', 'meta'\]"
-    ):
+    pass. (A linear router reads one under expert parallelism alone.)"""
+    module_to_gpu(model, buffers=False)
+    with gpu(), pytest.raises(TwoDevices):
         pass_and_back(model)
 
 
-def test_an_engine_gets_a_model_with_all_its_buffers_on_the_device(gpu, model, monkeypatch):
-    """DeepSpeed is left out: of a partitioned model it moves no buffer."""
+@pytest.fixture
+def start(monkeypatch):
+    """Return a function that starts an engine around a model, without DeepSpeed's own part."""
     monkeypatch.setattr(
         internals.deepspeed,
         "initialize",
         lambda model, **rest: (SimpleNamespace(module=model), None, None, None),
     )
-    model.model.register_buffer("later", torch.zeros(2), persistent=False)
     config = Config()
     config.model.dtype = "fp32"
-    started = start_engine(model, {"zero_optimization": {"stage": 3}}, config, Batch(1, 1)).module
+    zero = {"zero_optimization": {"stage": 3}}
+    return lambda model: start_engine(model, zero, config, Batch(1, 1)).module
+
+
+def test_an_engine_gets_a_model_with_all_its_buffers_on_the_device(rank, model, start):
+    """Of a partitioned model DeepSpeed itself moves no buffer."""
+    model.model.register_buffer("later", torch.zeros(2), persistent=False)
+    started = start(model)
     found = {name: buffer.device for name, buffer in started.named_buffers()}
     assert set(found.values()) == {GPU}
     ends = {name.rpartition(".")[2] for name in found}
@@ -163,7 +128,7 @@ def test_an_engine_gets_a_model_with_all_its_buffers_on_the_device(gpu, model, m
     assert ("domain_inputs" in ends) == (moe_layers(model)[0].router.projection is not None)
 
 
-def test_a_dense_models_buffers_move_too(gpu, dense_dir):
+def test_a_dense_models_buffers_move_too(rank, dense_dir):
     model = load_stock(dense_dir, torch.float32)
     internals.buffers_to_device(model)
     assert {buffer.device for buffer in model.buffers()} == {GPU}
