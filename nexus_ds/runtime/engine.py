@@ -18,6 +18,7 @@ from torch import nn
 from nexus_ds.errors import ConfigError, LayoutError
 from nexus_ds.model.head import use_loss_head
 from nexus_ds.runtime import deepspeed_internals as internals
+from nexus_ds.runtime.attention import attend_whole_windows
 from nexus_ds.runtime.deepspeed_internals import DeepSpeedConfig, Engine, full_shape
 from nexus_ds.runtime.nexus_moe import NexusMoE, Placement
 from nexus_ds.settings import Config, ParallelConfig, TrainingConfig
@@ -300,6 +301,7 @@ def start_engine(
         layer.router.loss_scale = 1.0 / batch.accumulation
     linear = bool(layers) and layers[0].router.projection is None
     use_loss_head(model)
+    attend_whole_windows(model)
     groups = parameter_groups(model, config.training, 1.0 if linear else config.router.lr_scale)
     internals.buffers_to_device(model)
     engine = internals.initialize(model, groups, deepspeed_config(values, config, batch))

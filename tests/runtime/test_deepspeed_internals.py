@@ -13,6 +13,7 @@ from nexus_ds.checkpoint.build import load_stock
 from nexus_ds.checkpoint.sidecar import read_sidecar, write_sidecar
 from nexus_ds.model.head import next_token_loss, use_loss_head
 from nexus_ds.runtime import deepspeed_internals as internals
+from nexus_ds.runtime.attention import WHOLE_WINDOWS
 from nexus_ds.runtime.engine import Batch, moe_layers, start_engine
 from nexus_ds.runtime.nexus_moe import NexusMoE, NexusRouter, Placement
 from nexus_ds.runtime.parallel_model import load_nexus
@@ -115,6 +116,10 @@ def start(monkeypatch):
     config.model.dtype = "fp32"
     zero = {"zero_optimization": {"stage": 3}}
     return lambda model: start_engine(model, zero, config, Batch(1, 1)).module
+
+
+def test_an_engine_gets_a_model_that_asks_for_no_mask(model, start):
+    assert start(model).config._attn_implementation == WHOLE_WINDOWS
 
 
 def test_an_engine_gets_a_model_with_all_its_buffers_on_the_device(rank, model, start):
