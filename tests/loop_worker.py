@@ -23,17 +23,17 @@ class Watched(loop.Run):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.seen = {"samples": [], "groups": []}
+        self.seen = {"samples": [[] for _ in range(self.total)], "groups": []}
         draw = self.data.sampler.sample
+        size = self.config.training.batch_size
 
         def sample(number):
-            self.seen["samples"][-1].append(number)
+            self.seen["samples"][number // size].append(number)
             return draw(number)
 
         self.data.sampler.sample = sample
 
     def _step(self, step, tally):
-        self.seen["samples"].append([])
         norm = super()._step(step, tally)
         keys = ("lr", "lr_scale", "weight_decay")
         groups = self.engine.optimizer.param_groups

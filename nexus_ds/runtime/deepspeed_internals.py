@@ -156,6 +156,16 @@ def device() -> torch.device:
     return torch.device(name)
 
 
+def to_device(tensor: Tensor) -> Tensor:
+    """Return a tensor of the host on this rank's device; the host does not wait for the copy.
+
+    A device copies by itself out of pinned memory alone. torch keeps that until it has been read.
+    """
+    if on_cpu():
+        return tensor
+    return tensor.pin_memory().to(device(), non_blocking=True)
+
+
 def device_with_room(size: int) -> torch.device:
     """Return this rank's device if another `size` bytes fit on it twice, else the CPU."""
     if not on_cpu() and torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < 2 * size:
@@ -476,7 +486,8 @@ def all_reduce_max(value: float) -> float:
     """Return the largest `value` over all ranks."""
     if not dist.is_initialized():
         return value
-    tensor = torch.tensor([value], dtype=torch.float64, device="cpu" if on_cpu() else device())
+    # Filled where it is: a number that is copied there would be waited for.
+    tensor = torch.full((1,), value, dtype=torch.float64, device=device())
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return float(tensor.item())
 

@@ -68,6 +68,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+MicroBatch = tuple[Tensor, Tensor]
+"""Token windows [B, S+1] and domain indices [B], int64, on the device."""
+
+
 @dataclass
 class Data:
     """What a run reads."""
@@ -272,6 +276,9 @@ class Run:
         NexusError: see `resolve`, `check`, `read_data` and `load`, in this order.
     """
 
+    ahead: tuple[int, int, MicroBatch] | None = None
+    """Step and part of the micro-batch that was made ahead, and it."""
+
     def __init__(self, config: Config, ds_json: str, here: Position) -> None:
         self.config = config
         self.rank = here.rank
@@ -313,7 +320,7 @@ class Run:
         }
         return json.loads(json.dumps(kept))
 
-    def _batch(self, step: int, part: int) -> tuple[Tensor, Tensor]:
+    def _batch(self, step: int, part: int) -> MicroBatch:
         """Return token windows [B, S+1] and domain indices [B] of one micro-batch, int64.
 
         The ids of a step's samples depend on the step alone, not on ranks or passes: a run may be
@@ -325,7 +332,23 @@ class Run:
         samples = [self.data.sampler.sample(first + i) for i in range(micro)]
         tokens_BS = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
         domain_B = torch.tensor([sample.domain_index for sample in samples])
-        return tokens_BS.to(self.device), domain_B.to(self.device)
+        return internals.to_device(tokens_BS), internals.to_device(domain_B)
+
+    def _take(self, step: int, part: int) -> MicroBatch:
+        """Return a micro-batch: the one that was made ahead, or at the start a new one."""
+        ahead = self.ahead
+        self.ahead = None
+        if ahead is not None and ahead[:2] == (step, part):
+            return ahead[2]
+        return self._batch(step, part)
+
+    def _make_next(self, step: int, part: int) -> None:
+        """Make the micro-batch that follows this one, while the device is at work on this one."""
+        part += 1
+        if part == self.batch.accumulation:
+            step, part = step + 1, 0
+        if step < self.total:
+            self.ahead = step, part, self._batch(step, part)
 
     def _step(self, step: int, tally: Tally) -> float:
         """Do one optimizer step; return the gradient norm before clipping.
@@ -336,10 +359,12 @@ class Run:
         self.engine.train()
         set_learning_rate(self.engine, learning_rate(step, self.config.training, self.config.data))
         for part in range(self.batch.accumulation):
-            tokens_BS, domain_B = self._batch(step, part)
+            tokens_BS, domain_B = self._take(step, part)
             loss, losses_BS = next_token_loss(self.engine, tokens_BS)
             tally.add(losses_BS, domain_B, self.layers)
             self.engine.backward(loss)
+            # Before the step: at its end the host waits until the device is done.
+            self._make_next(step, part)
             self.engine.step()
         norm = self.engine.get_global_grad_norm()
         if norm is None or not math.isfinite(float(norm)):
@@ -394,7 +419,7 @@ class Run:
             idle = len(mine_BS) == 0
             if idle:
                 mine_BS = windows_NS[:1]
-            _, losses_BS = next_token_loss(self.engine, mine_BS.to(self.device))
+            _, losses_BS = next_token_loss(self.engine, internals.to_device(mine_BS))
             if not idle:
                 domain_B = torch.full((len(mine_BS),), domain, device=self.device)
                 tally.add(losses_BS, domain_B, self.layers)

@@ -261,7 +261,7 @@ def bare(training, rank=0, world=1, **more):
     run = object.__new__(Run)
     run.config, run.rank, run.world, run.device = Config(), rank, world, torch.device("cpu")
     run.config.training, run.config.data.sequence_length = training, LENGTH
-    run.batch, run.layers = split_batch(training, world), []
+    run.batch, run.layers, run.total = split_batch(training, world), [], training.steps
     run.data = SimpleNamespace(sampler=Numbers())
     vars(run).update(more)
     return run
