@@ -122,9 +122,11 @@ class RoutingMeter:
         def count(module: nn.Module, inputs: object, output: tuple[Tensor, ...]) -> None:
             # transformers 5: (logits, gate values, indices)
             logits_TE, _, chosen_TK = output
-            # Sums stay on the device: to ask for them here would wait for it at every layer.
+            # Sums stay on the device: to ask for them here would wait for it at every layer, and
+            # so would bincount, which reads how long its result has to be.
             tokens, experts = logits_TE.shape
-            slots_E = torch.bincount(chosen_TK.reshape(-1), minlength=experts)
+            expert_E = torch.arange(experts, device=chosen_TK.device)
+            slots_E = (chosen_TK.reshape(-1, 1) == expert_E).sum(0)
             probability_TE = logits_TE.float().softmax(dim=-1)
             gate_T = probability_TE.amax(dim=-1)
             # In fp32, sums over millions of tokens would lose digits.

@@ -136,10 +136,12 @@ def temperature(x_LH: Tensor, labels_L: Tensor, embeddings_EH: Tensor) -> float:
     x_nH = x_LH[::step].to(labels_L.device)
     logits_nE = F.linear(x_nH, embeddings_EH)
     labels_n = labels_L[::step]
-    losses = []
+    found = []
     for factor in TEMPERATURES:
         loss = F.cross_entropy(logits_nE * factor, labels_n)
-        losses.append(float(loss))
+        found.append(loss)
+    # Read at once: on a GPU each reading waits for it.
+    losses = torch.stack(found).tolist()
     best = losses.index(min(losses))
     return TEMPERATURES[best]
 

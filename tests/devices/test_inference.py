@@ -1,0 +1,118 @@
+"""Scoring, generation and the export's check on a pretend GPU: results of the CPU, and waits."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_nexus
+from pretend import GPU, gpu, module_to_gpu, on_device, to_gpu, unwatched
+
+from nexus_ds.checkpoint.loading import load_model
+from nexus_ds.checkpoint.records import TrainStep
+from nexus_ds.commands.generate import continue_prompt
+from nexus_ds.data.tokenizer import open_tokenizer
+from nexus_ds.evaluation import perplexity
+from nexus_ds.model.head import use_loss_head
+from nexus_ds.runtime import deepspeed_internals as internals
+from nexus_ds.runtime import export as exporting
+from nexus_ds.runtime.attention import attend_whole_windows
+from nexus_ds.runtime.nexus_moe import Placement
+from nexus_ds.runtime.parallel_model import load_nexus
+from nexus_ds.settings import Config, RouterConfig
+
+LAYERS = 2
+FORMS = {"token": {}, "context": {"router_input": "context", "row_norm": "fixed"}}
+
+
+@pytest.fixture(params=["dense", *FORMS])
+def checkpoint(request, tmp_path, dense_dir):
+    if request.param == "dense":
+        return dense_dir
+    return make_nexus(tmp_path / "nexus", top_k=2, **FORMS[request.param])
+
+
+def load_there(directory, precision="auto"):
+    with unwatched():
+        return module_to_gpu(load_model(directory, precision))
+
+
+def test_scoring_waits_for_a_batch_of_windows_and_not_for_its_layers(checkpoint, monkeypatch):
+    random = np.random.default_rng(0)
+    windows = {name: random.integers(0, 31, (4, 13)) for name in ("alpha", "beta")}
+    expected = perplexity.score(checkpoint, windows, batch=2)
+    monkeypatch.setattr(perplexity, "load_model", load_there)
+    with gpu() as watch:
+        found = perplexity.score(checkpoint, windows, batch=2)
+    for name in windows:
+        assert found.window_loss[name] == pytest.approx(expected.window_loss[name], rel=1e-5)
+    if expected.routing is not None:
+        assert np.array_equal(found.routing.share, expected.routing.share)
+    own = {wait: n for wait, n in watch.waits.items() if wait.startswith("perplexity.")}
+    batches = 2 * 2
+    assert own.pop("perplexity._on_device: to device") == batches + 1  # one uncounted before
+    assert own.pop("perplexity._score_domain: to host") == batches
+    # What routers did is read once a domain: counts together, gates layer by layer.
+    routers = LAYERS if expected.routing is not None else 0
+    assert sum(own.values()) == 2 * (1 + routers if routers else 0)
+    # The rest is transformers' own: whether texts are packed, for each kind of mask.
+    rest = {wait.split(".")[0] for wait in watch.waits} - {"perplexity"}
+    assert rest <= {"masking_utils"}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_generation(checkpoint, temperature):
+    """Greedy text is the CPU's; a device draws with a generator of its own.
+
+    Waits are a few at the start, and one a token, for whether it ends the text: transformers'.
+    """
+    tokenizer = open_tokenizer(checkpoint)
+    here = load_model(checkpoint)
+    expected = continue_prompt(here, tokenizer, "tree leaf root", 6, temperature, 0)
+    there = load_there(checkpoint)
+    waits, made = [], []
+    for tokens in (1, 6):
+        with gpu() as watch:
+            found = continue_prompt(there, tokenizer, "tree leaf root", tokens, temperature, 0)
+        waits.append(sum(watch.waits.values()))
+        made.append(found[1])
+    assert temperature or found == expected
+    assert waits[1] - waits[0] == made[1] - made[0] and waits[0] < 20
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_exports_check(form, tmp_path, alone, monkeypatch):
+    """One rank; what is gathered on the device is written, read again, and compared there."""
+    source = make_nexus(tmp_path / "source", **FORMS[form])
+    model = load_nexus(source, torch.float32, Placement(3), RouterConfig(), False)
+    use_loss_head(model)
+    attend_whole_windows(model)
+    module_to_gpu(model)
+    monkeypatch.setattr(internals, "device", lambda: GPU)
+    seen = []
+    load = exporting.load_stock
+
+    def load_there(directory, dtype):
+        with unwatched():
+            stock = module_to_gpu(load(directory, dtype))
+        seen.append(stock)
+        stock.to = lambda place: stock
+        return stock
+
+    monkeypatch.setattr(exporting, "load_stock", load_there)
+    config = Config()
+    config.model.path = config.model.tokenizer = str(source)
+
+    class Engine(SimpleNamespace):
+        def __call__(self, **inputs):
+            return self.module(**inputs)
+
+    engine = Engine(module=model, device=GPU)
+    step = TrainStep(stage="moe", steps=1, tokens=1, mixture={})
+    probe_BS = to_gpu(torch.arange(24).view(2, 12))
+    with gpu():
+        difference = exporting.export(
+            engine, config, torch.float32, tmp_path / "out", probe_BS, step
+        )
+    assert seen and all(on_device(parameter) for parameter in seen[0].parameters())
+    assert difference < 1e-5

@@ -1,0 +1,99 @@
+"""Every warm start on a pretend GPU: the shares of the CPU, one device, and what is waited for.
+
+These run once, over some thousand tokens; a wait a step is borne where drawing the same tokens on
+any device asks for it. What must not come back is a wait for each number that is looked at.
+"""
+
+import pytest
+import torch
+from conftest import DOMAINS, make_linear, make_nexus
+from pretend import GPU, gpu
+
+from nexus_ds.checkpoint.qwen2_moe import gate_name
+from nexus_ds.checkpoint.sidecar import expert_embeddings, read_sidecar, write_sidecar
+from nexus_ds.checkpoint.tensors import TensorReader, overwrite
+from nexus_ds.model.router import Projection
+from nexus_ds.settings import RouterConfig
+from nexus_ds.warm_start import fit
+from nexus_ds.warm_start.fit_text import FitText
+
+CONTEXT = {"router_input": "context", "row_norm": "fixed"}
+LAYERS, STEPS, WINDOWS, BATCHES = 2, 3, 4, 2
+TEMPERATURE = {"methods.temperature: to host": LAYERS}
+WHITENED = {"methods.whitener: value": LAYERS}
+LABELS = {"methods._label_loss: to device": STEPS * LAYERS}
+# What `methods` waits for; how the layers are read and run is the same for all.
+CASES = {
+    ("label_fit", "nexus"): LABELS,
+    ("label_fit", "context"): LABELS,
+    ("label_fit", "linear"): LABELS,
+    ("hidden_mean", "linear"): {"methods.means: size": LAYERS},
+    ("ridge", "linear"): {"methods.ridge_embeddings: value": LAYERS, **TEMPERATURE},
+    # which chunks, and their tokens, twice
+    ("chunks", "nexus"): {
+        **WHITENED,
+        **LABELS,
+        **TEMPERATURE,
+        "methods._chunk_loss: to device": 2 * STEPS * LAYERS,
+    },
+    ("chunks", "context"): {
+        **WHITENED,
+        **LABELS,
+        **TEMPERATURE,
+        "methods._chunk_loss: to device": 2 * STEPS * LAYERS,
+    },
+    ("closed_form", "straight"): {
+        **WHITENED,
+        **TEMPERATURE,
+        "methods.means: size": 2 * LAYERS,
+        "methods._closed_form: value": LAYERS,
+    },
+}
+
+
+def straight(out):
+    """Save a mixture whose P is one matrix, as `closed_form` wants it."""
+    sidecar = read_sidecar(make_nexus(out))
+    sidecar.router.projection, sidecar.router.depth = "linear", 1
+    torch.manual_seed(0)
+    reader = TensorReader(out)
+    for layer in range(LAYERS):
+        weights = Projection(8, 16, depth=1, form="linear").state_dict()
+        sidecar.projections[layer] = weights
+        rows = expert_embeddings(sidecar, layer, torch.float32)
+        overwrite(reader.info(gate_name(layer)), rows)
+    write_sidecar(out, sidecar)
+    return out
+
+
+def checkpoint(kind, out):
+    if kind == "straight":
+        return straight(out)
+    make = make_linear if kind == "linear" else make_nexus
+    return make(out, **(CONTEXT if kind == "context" else {}))
+
+
+def text(start):
+    generator = torch.Generator().manual_seed(0)
+    windows = {name: torch.randint(31, (WINDOWS, 12), generator=generator) for name in DOMAINS}
+    chunks = {}
+    if start in ("chunks", "closed_form"):
+        chunks = {name: torch.randn(WINDOWS, 8, generator=generator) for name in DOMAINS}
+    return FitText(windows, chunks)
+
+
+@pytest.mark.parametrize(("start", "kind"), CASES)
+def test_a_warm_start(start, kind, tmp_path, monkeypatch):
+    config = RouterConfig(warm_start=start, fit_steps=STEPS)
+    expected = fit.fit_router(checkpoint(kind, tmp_path / "cpu"), text(start), config, seed=0)
+    copy = checkpoint(kind, tmp_path / "gpu")
+    monkeypatch.setattr(fit, "device", lambda: GPU)
+    with gpu() as watch:
+        found = fit.fit_router(copy, text(start), config, seed=0)
+    assert (found.before, found.after) == pytest.approx((expected.before, expected.after), abs=1e-6)
+    waits = {wait: n for wait, n in watch.waits.items() if wait.startswith("methods.")}
+    assert waits == CASES[start, kind]
+    # The states of all windows are the host's: each batch of them comes and goes.
+    assert watch.waits["fit.attend: to host"] == watch.waits["fit.attend: to device"]
+    assert watch.waits["fit.attend: to host"] == LAYERS * BATCHES
+    assert watch.waits["fit._share: value"] == 2 * LAYERS
