@@ -147,6 +147,28 @@ def local_rank(env: Mapping[str, str] = os.environ) -> int:
     return int(env.get("LOCAL_RANK", "0"))
 
 
+def device_number(visible: int, env: Mapping[str, str] = os.environ) -> int:
+    """Return the number of this rank's device among the `visible` ones.
+
+    A rank that sees one alone (srun's --gpus-per-task, --gpu-bind=single) has that one, whatever
+    its own number.
+    """
+    return 0 if visible == 1 else local_rank(env)
+
+
+def has_own_gpu(env: Mapping[str, str] = os.environ) -> bool:
+    """Return whether SLURM lets each rank see one GPU alone (--gpus-per-task, --gpu-bind)."""
+    bound = env.get("SLURM_GPU_BIND", "").startswith(("single", "per_task"))
+    return bound or bool(env.get("SLURM_GPUS_PER_TASK"))
+
+
+def tell_device_number(visible: int) -> int:
+    """Return `device_number`, and leave it where DeepSpeed looks for it: in LOCAL_RANK."""
+    number = device_number(visible)
+    os.environ["LOCAL_RANK"] = str(number)
+    return number
+
+
 def array_task(env: Mapping[str, str] = os.environ) -> str:
     """Return the index of this task of a SLURM array as it stands there; '' outside of one."""
     return env.get("SLURM_ARRAY_TASK_ID", "")

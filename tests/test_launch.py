@@ -215,3 +215,27 @@ def test_what_slurm_gave_the_job():
         "",
     )
     assert launch.job_name({}).isdecimal()
+
+
+@pytest.mark.parametrize(("visible", "number"), [(8, 3), (4, 3), (1, 0), (2, 3)])
+def test_a_rank_that_sees_one_gpu_has_that_one(environment, visible, number):
+    """Too few are left to fail: two ranks would share one in silence."""
+    environment({"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "8"})
+    assert launch.device_number(visible) == number
+    assert launch.os.environ["LOCAL_RANK"] == "3"
+    assert launch.tell_device_number(visible) == number
+    assert launch.os.environ["LOCAL_RANK"] == str(number)  # where DeepSpeed reads it
+
+
+@pytest.mark.parametrize(
+    ("env", "own"),
+    [
+        ({}, False),
+        ({"SLURM_GPUS_PER_TASK": "1"}, True),
+        ({"SLURM_GPU_BIND": "single:1"}, True),
+        ({"SLURM_GPU_BIND": "per_task:1"}, True),
+        ({"SLURM_GPU_BIND": "none"}, False),
+    ],
+)
+def test_what_tells_that_each_rank_sees_a_gpu_of_its_own(env, own):
+    assert launch.has_own_gpu(env) == own

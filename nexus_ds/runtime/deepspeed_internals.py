@@ -50,7 +50,7 @@ from deepspeed.utils import groups, safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from nexus_ds.errors import ConfigError, LayoutError
-from nexus_ds.launch import local_rank
+from nexus_ds.launch import device_number, tell_device_number
 from nexus_ds.words import nearest
 
 __all__ = [
@@ -152,8 +152,10 @@ def on_cpu() -> bool:
 
 def device() -> torch.device:
     """Return this rank's device."""
-    name = "cpu" if on_cpu() else get_accelerator().device_name(local_rank())
-    return torch.device(name)
+    if on_cpu():
+        return torch.device("cpu")
+    number = device_number(get_accelerator().device_count())
+    return torch.device(get_accelerator().device_name(number))
 
 
 def to_device(tensor: Tensor) -> Tensor:
@@ -187,7 +189,8 @@ def start(timeout_minutes: float) -> None:
     if on_cpu():
         deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
     else:
-        get_accelerator().set_device(local_rank())
+        accelerator = get_accelerator()
+        accelerator.set_device(tell_device_number(accelerator.device_count()))
     deepspeed.init_distributed(
         dist_backend="gloo" if on_cpu() else None,
         verbose=False,

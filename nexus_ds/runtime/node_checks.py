@@ -27,7 +27,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from nexus_ds.errors import ConfigError, NexusError
-from nexus_ds.launch import Position, allotted_gpus, allotted_memory, job_name
+from nexus_ds.launch import Position, allotted_gpus, allotted_memory, has_own_gpu, job_name
 from nexus_ds.planning import memory as space
 from nexus_ds.planning.layout import Layout, share_of
 from nexus_ds.planning.sizes import Sizes, sizes_of
@@ -83,6 +83,9 @@ def device_problems(here: Position, visible: int, env: Mapping[str, str]) -> lis
     if env.get("DS_ACCELERATOR") == "cpu":
         return []
     requested = allotted_gpus(env)
+    if visible == 1 and has_own_gpu(env):
+        # Every rank of the node sees another one.
+        visible = here.local_world
     if visible < requested:
         return [
             f"the job has {requested} GPUs on this node, torch sees {visible}: driver, container "
@@ -371,8 +374,11 @@ def all_reduce_seconds(meeting: Meeting, cuda: bool) -> float:
     import torch.distributed as dist
 
     here = meeting.here
-    device = torch.device("cuda", here.rank % here.local_world) if cuda else torch.device("cpu")
+    device = torch.device("cpu")
     if cuda:
+        # A rank that sees one GPU alone has that one.
+        number = here.rank % here.local_world % torch.cuda.device_count()
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     try:
         dist.init_process_group(

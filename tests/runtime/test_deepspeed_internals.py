@@ -56,6 +56,34 @@ def test_the_layer_and_the_router_are_deepspeeds(nexus_dir):
     assert issubclass(NexusRouter, internals.TokenChoiceTopKRouter)
 
 
+class Accelerator:
+    """Stands for DeepSpeed's of a machine with GPUs; notes which one is taken."""
+
+    def __init__(self, count):
+        self.count, self.taken = count, None
+
+    def device_count(self):
+        return self.count
+
+    def set_device(self, number):
+        self.taken = number
+
+    def device_name(self, number=None):
+        return "cuda" if number is None else f"cuda:{number}"
+
+
+@pytest.mark.parametrize(("visible", "number"), [(4, 3), (1, 0)])
+def test_a_rank_takes_the_gpu_that_it_sees(monkeypatch, visible, number):
+    """srun's --gpus-per-task lets every rank see one, which is cuda:0 to each of them."""
+    there = Accelerator(visible)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(internals, "get_accelerator", lambda: there)
+    monkeypatch.setattr(internals.deepspeed, "init_distributed", lambda **settings: None)
+    internals.start(1)
+    assert there.taken == number
+    assert internals.device() == torch.device("cuda", number)
+
+
 # A GPU that is not there --------------------------------------------------------------------------
 
 

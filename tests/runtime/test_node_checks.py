@@ -21,6 +21,8 @@ HERE = Position(0, 4, 2, "n1")
         (0, {"SLURM_GPUS_ON_NODE": "2"}, "the job has 2 GPUs on this node, torch sees 0"),
         (1, {"SLURM_GPUS_ON_NODE": "2"}, "the job has 2 GPUs on this node, torch sees 1"),
         (1, {}, "2 ranks share 1 GPUs; submit with --ntasks-per-node=1"),
+        (1, {"SLURM_GPUS_ON_NODE": "2", "SLURM_GPUS_PER_TASK": "1"}, ""),
+        (1, {"SLURM_GPUS_ON_NODE": "2", "SLURM_GPU_BIND": "single:1"}, ""),
         (8, {"SLURM_GPUS_ON_NODE": "8"}, "8 GPUs for 2 ranks; submit with --ntasks-per-node=8"),
     ],
 )
