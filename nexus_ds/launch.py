@@ -169,6 +169,16 @@ def tell_device_number(visible: int) -> int:
     return number
 
 
+def let_memory_grow() -> None:
+    """Have torch's memory on a GPU grow piece by piece, unless the user chose otherwise.
+
+    Rows of a new size in every pass would break it into pieces that nothing fits into, and the
+    plan does not count those. To be called before torch looks: before its first use of a device.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def array_task(env: Mapping[str, str] = os.environ) -> str:
     """Return the index of this task of a SLURM array as it stands there; '' outside of one."""
     return env.get("SLURM_ARRAY_TASK_ID", "")

@@ -33,7 +33,7 @@ from nexus_ds.config import dump, load_config
 from nexus_ds.data.corpora import open_source
 from nexus_ds.data.tokenizer import train_tokenizer
 from nexus_ds.errors import CheckpointError, NexusError, OutputExistsError
-from nexus_ds.launch import adopt_launcher, end, first_rank, rank_name
+from nexus_ds.launch import adopt_launcher, end, first_rank, let_memory_grow, rank_name
 from nexus_ds.local_runner import run_steps
 from nexus_ds.outputs import held
 from nexus_ds.pipeline import (
@@ -125,6 +125,7 @@ def _finished(config: Config) -> bool:
 
 def run(args: argparse.Namespace) -> int:
     """Train one stage; return the exit code."""
+    let_memory_grow()
     given = load_config(args.config, args.overrides)
     if given.model.path and not Path(given.model.path).is_dir():
         raise CheckpointError(

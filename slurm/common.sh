@@ -7,6 +7,8 @@ MAX_STALLED=${MAX_STALLED:-3} # starts in a row without progress before a job gi
 CONTAINER=()                  # put before every python; see site.example.sh for these three
 SRUN_FLAGS=()
 SBATCH_FLAGS=() BRANCH_FLAGS=() WIDE_FLAGS=()
+# The plan counts on it: rows of every size would break a GPU's memory into pieces otherwise.
+[ -n "${PYTORCH_CUDA_ALLOC_CONF+set}" ] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF-expandable_segments:True}
 template='' job=${SLURM_JOB_ID:-none} stopping='' child='' code=0 output=''
 
 say() { printf '%s [%s, job %s, start %s] %s\n' "$(date +%FT%T)" "$template" "$job" \

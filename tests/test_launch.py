@@ -4,6 +4,8 @@ same."""
 import ast
 import random
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -239,3 +241,50 @@ def test_a_rank_that_sees_one_gpu_has_that_one(environment, visible, number):
 )
 def test_what_tells_that_each_rank_sees_a_gpu_of_its_own(env, own):
     assert launch.has_own_gpu(env) == own
+
+
+CHOICES = [
+    ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+    ({"PYTORCH_ALLOC_CONF": ""}, {"PYTORCH_ALLOC_CONF": ""}),
+    ({"PYTORCH_CUDA_ALLOC_CONF": "a:1"}, {"PYTORCH_CUDA_ALLOC_CONF": "a:1"}),
+]
+
+
+def choices(env):
+    return {name: value for name, value in env.items() if name.endswith("_ALLOC_CONF")}
+
+
+@pytest.mark.parametrize(("given", "expected"), CHOICES)
+def test_memory_grows_in_pieces_unless_the_user_chose_otherwise(monkeypatch, given, expected):
+    monkeypatch.setattr(launch.os, "environ", dict(given))
+    launch.let_memory_grow()
+    assert launch.os.environ == expected
+
+
+@pytest.mark.parametrize(("given", "expected"), CHOICES)
+def test_so_it_is_in_every_job(given, expected):
+    common = Path(__file__).parents[1] / "slurm" / "common.sh"
+    command = f"source {common} && exec env"
+    env = {"PATH": launch.os.environ["PATH"], **given}
+    told = subprocess.run(
+        ["bash", "-c", command], env=env, check=True, capture_output=True, text=True
+    )
+    assert choices(dict(line.split("=", 1) for line in told.stdout.splitlines())) == expected
+
+
+def test_a_training_says_how_memory_grows_before_it_loads_torch():
+    """torch reads it once."""
+    program = (
+        "import os, sys\n"
+        "from nexus_ds import train\n"
+        "def load(*args):\n"
+        "    print(os.environ['PYTORCH_ALLOC_CONF'], 'torch' in sys.modules)\n"
+        "    sys.exit()\n"
+        "train.load_config = load\n"
+        "train.main([])\n"
+    )
+    kept = {n: v for n, v in launch.os.environ.items() if not choices({n: v})}
+    told = subprocess.run(
+        [sys.executable, "-c", program], env=kept, check=True, capture_output=True, text=True
+    )
+    assert told.stdout.split() == ["expandable_segments:True", "False"]
