@@ -551,6 +551,27 @@ FAULTS = (
         "pace * (total - done)",
         "pace * total",
     ),
+    # waits, and devices, on the pretend GPU
+    Fault(
+        "the host waits for its tokens to be copied",
+        "runtime/deepspeed_internals.py",
+        "tensor.pin_memory().to(device(), non_blocking=True)",
+        "tensor.to(device())",
+        "devices/test_training.py -k copies_its",
+    ),
+    Fault(
+        "order is counted on the host",
+        "model/experts.py",
+        "torch.arange(len(self.order_N), device=self.order_N.device)",
+        "torch.arange(len(self.order_N))",
+        "devices/test_training.py -k loop_over",
+    ),
+    Fault(
+        "a rank that sees one GPU wants another",
+        "launch.py",
+        "return 0 if visible == 1 else local_rank(env)",
+        "return local_rank(env)",
+    ),
     # slurm
     Fault(
         "one task too many",
