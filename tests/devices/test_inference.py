@@ -13,6 +13,7 @@ from nexus_ds.checkpoint.records import TrainStep
 from nexus_ds.commands.generate import continue_prompt
 from nexus_ds.data.tokenizer import open_tokenizer
 from nexus_ds.evaluation import perplexity
+from nexus_ds.experiments.comparison import ensemble
 from nexus_ds.model.head import use_loss_head
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime import export as exporting
@@ -58,6 +59,17 @@ def test_scoring_waits_for_a_batch_of_windows_and_not_for_its_layers(checkpoint,
     # The rest is transformers' own: whether texts are packed, for each kind of mask.
     rest = {wait.split(".")[0] for wait in watch.waits} - {"perplexity"}
     assert rest <= {"masking_utils"}
+
+
+def test_an_ensemble_scores_batch_by_batch(dense_dir, monkeypatch):
+    windows = np.random.default_rng(0).integers(0, 31, (4, 13))
+    expected = ensemble.window_losses(dense_dir, windows, batch=2)
+    monkeypatch.setattr(ensemble, "load_model", load_there)
+    with gpu() as watch:
+        found = ensemble.window_losses(dense_dir, windows, batch=2)
+    torch.testing.assert_close(found, expected)
+    own = {wait: n for wait, n in watch.waits.items() if wait.startswith("ensemble.")}
+    assert own == {"ensemble.window_losses: to device": 2, "ensemble.window_losses: to host": 2}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
