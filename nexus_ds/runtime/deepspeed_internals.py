@@ -51,6 +51,7 @@ from torch import Tensor, nn
 
 from nexus_ds.errors import ConfigError, LayoutError
 from nexus_ds.launch import device_number, tell_device_number
+from nexus_ds.runtime import ranks
 from nexus_ds.words import nearest
 
 __all__ = [
@@ -176,14 +177,16 @@ def device_with_room(size: int) -> torch.device:
 
 
 def start(timeout_minutes: float) -> None:
-    """Join the process group of the launcher's variables, without them a group of one rank.
+    """Join the process group of the launcher's variables, and the store where its ranks meet.
 
-    The variables are LOCAL_RANK, RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+    The variables are LOCAL_RANK, RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. The limit is that
+    of every collective, and of the ranks' coming where they have not met before.
     On CPU no extension is compiled: the shared-memory collective costs minutes and a compiler at
     the first start and leaves a file in /dev/shm behind; gloo does the same work.
     `__compatible_ops__` is the documented place to say so.
     """
     check_version()
+    ranks.join(60 * timeout_minutes)
     # torch renamed collectives that DeepSpeed 0.19.8 calls by their old names
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if on_cpu():

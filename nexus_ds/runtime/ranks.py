@@ -1,23 +1,67 @@
 """Work that may fail on one rank: all learn of it and raise the same error, so that none waits.
 
-Not covered: ranks that die; the collective that the others wait in ends with them.
+The ranks meet at torch's key-value store and not in a collective: there a GPU would spin while rank
+0 tokenises or verifies, and the collectives' limit would be too short for it. So they may meet
+before there is a process group.
+Not covered: ranks that die or stand still; `watchdog` ends the others.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch.distributed as dist
 from torch import Tensor
 
-from nexus_ds.errors import CheckpointError, NexusError
+from nexus_ds.errors import CheckpointError, NexusError, TrainingError
+from nexus_ds.launch import Position, position
+from nexus_ds.progress import duration, say
 
 Result = TypeVar("Result")
+Outcome = tuple[str, object]
+"""What is wrong ('' for nothing), and the result."""
+SAY_SECONDS = 60.0  # between two lines of who is waited for
+LONGEST_PAUSE = 0.5  # seconds between two looks into the store
+
+
+class _Meeting:
+    """The store that the ranks share, and how often they met there."""
+
+    store: dist.Store | None = None
+    calls = itertools.count()
+
+
+def join(seconds: float) -> dist.Store:
+    """Return the store at which the ranks of a job meet, by the launcher's variables.
+
+    All ranks must call; a process keeps its store. Rank 0 serves it, under torchrun its agent does.
+
+    Args:
+        seconds: that this rank waits for the server, and rank 0 for the others.
+
+    Raises:
+        TrainingError: they did not come.
+    """
+    if _Meeting.store is None:
+        try:
+            _Meeting.store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        except RuntimeError as error:
+            raise TrainingError(
+                f"the ranks did not meet within {duration(seconds)} ({str(error).splitlines()[0]});"
+                " look at the log of the one that is missing, or for a firewall"
+            ) from error
+    return _Meeting.store
 
 
 def together(action: Callable[[], Result]) -> list[Result]:
     """Run `action` on this rank and return the results of all ranks. All must call.
+
+    Results are what JSON can hold. How long they may take is the watchdog's to say.
 
     Raises:
         CheckpointError: it failed with an OSError or NexusError on some rank; the same message on
@@ -30,8 +74,7 @@ def together(action: Callable[[], Result]) -> list[Result]:
     except (OSError, NexusError) as error:
         # An exception without a text must count as one all the same.
         problem = str(error) or repr(error)
-    outcomes: list[tuple[str, Result | None]] = [("", None)] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (problem, result))
+    outcomes = _exchanged((problem, result), position())
     problems = [problem for problem, _ in outcomes if problem]
     if problems:
         raise CheckpointError(problems[0])
@@ -44,8 +87,47 @@ def on_rank_0(action: Callable[[], Result]) -> Result:
     Raises:
         CheckpointError: as `together`.
     """
-    results = together(lambda: action() if dist.get_rank() == 0 else None)
+    results = together(lambda: action() if position().rank == 0 else None)
     return cast(Result, results[0])
+
+
+def _exchanged(mine: Outcome, here: Position) -> list[Outcome]:
+    """Return the outcomes of all ranks in their order."""
+    if here.world == 1:
+        return [mine]
+    store = _Meeting.store
+    assert store is not None, "ranks.join comes first"
+    number = next(_Meeting.calls)
+    keys = [f"together/{number}/{rank}" for rank in range(here.world)]
+    read = [f"{key}/read" for key in keys]
+    store.set(keys[here.rank], json.dumps(mine))
+    _wait(store, keys, here)
+    found = [tuple(json.loads(told)) for told in store.multi_get(keys)]
+    store.set(read[here.rank], "")
+    if here.rank == 0:
+        # The store ends with this process, which what it has just read may tell to end.
+        _wait(store, read, here)
+        for key in keys + read:
+            store.delete_key(key)
+    return found
+
+
+def _wait(store: dist.Store, keys: list[str], here: Position) -> None:
+    """Wait until all keys are there; the first rank that can says who is missing."""
+    started = said = time.monotonic()
+    pause = 1e-3
+    # Not `store.wait`, which holds up signals and writes a warning of its own at each try.
+    while not store.check(keys):
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+        now = time.monotonic()
+        if now - said < SAY_SECONDS:
+            continue
+        said = now
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        if missing and here.rank == (1 if 0 in missing else 0):
+            names = ", ".join(map(str, missing[:8]))
+            say(f"waiting for rank {names}, {duration(now - started)} now")
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ from launch import start_ranks
 RANK = """
 import torch.distributed as dist
 from nexus_ds.errors import CheckpointError
-from nexus_ds.runtime.ranks import on_rank_0, together
+from nexus_ds.runtime.ranks import join, on_rank_0, together
 
+join(60)
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 assert together(lambda: rank * 10) == [0, 10]
