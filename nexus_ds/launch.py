@@ -22,6 +22,9 @@ from nexus_ds.errors import ConfigError, LayoutError
 # Exit code of a training or a stage that a signal stopped in order: its state is saved, and the
 # same command goes on. slurm/common.sh requeues a job by it (EX_TEMPFAIL of sysexits.h).
 EXIT_STOPPED = 75
+# Of the ranks of a training that lost another one, or make no progress (EX_UNAVAILABLE of
+# sysexits.h). No order to go on: slurm/common.sh requeues the job only if it got further.
+EXIT_LOST = 69
 # What makes a process a rank; a launch inside of a launch must not inherit it. torch reads the
 # first six.
 LAUNCH_VARIABLES = (

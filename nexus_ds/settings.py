@@ -605,6 +605,15 @@ class ParallelConfig:
     grouped_mm: bool | None = setting(None, changes="execution")
     """Grouped matrix products for the experts; empty: on CUDA devices."""
 
+    # Above the first step of any recipe with all that is compiled there; a seized cluster waits it.
+    timeout_minutes: float = setting(
+        15.0,
+        changes="nothing",
+        between=(0.02, 1440),
+    )
+    """Minutes without progress after which a run ends: of a collective, of a rank's own work
+    between two of them, or without a word from a rank. Making and saving things takes its time."""
+
 
 @dataclass(kw_only=True)
 class CompareConfig:

@@ -23,7 +23,8 @@ if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(_HERE))
 
 import argparse
-from contextlib import nullcontext
+import traceback
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 
@@ -50,8 +51,6 @@ from nexus_ds.pipeline import (
 from nexus_ds.settings import Config
 from nexus_ds.words import parse_words
 
-# Other ranks wait this long while rank 0 makes what is missing.
-WAIT_MINUTES = 240.0
 # Text of a domain that a tokenizer is trained on, where data.max_bytes sets no limit.
 TOKENIZER_BYTES = 4_000_000
 
@@ -137,19 +136,23 @@ def run(args: argparse.Namespace) -> int:
     if config.model.path:
         _check_dense(Path(config.model.path))
     here = adopt_launcher()
-    rank = here.rank
     if _finished(config):
-        if rank == 0:
+        if here.rank == 0:
             following = next_evaluation(config.output, config.data)
             print(f"{config.output} is finished already; next: {following}")
         return 0
-    with held(Path(config.output + ".training")) if rank == 0 else nullcontext():
-        if rank == 0:
-            _prepare(config, args)
-        # Not at the top: it imports DeepSpeed, and what is wrong above is told without it.
+    # Not at the top: it imports torch, and what is wrong above is told without it.
+    from nexus_ds.runtime import ranks, watchdog
+
+    with ExitStack() as stack:
+        stack.enter_context(watchdog.watched(here, config.parallel.timeout_minutes))
+        ranks.on_rank_0(lambda: stack.enter_context(held(Path(config.output + ".training"))))
+        watchdog.at("making what this stage starts from", minutes=watchdog.PREPARING)
+        ranks.on_rank_0(lambda: _prepare(config, args))
+        # Here, since it imports DeepSpeed: what is wrong with the inputs is told without it.
         from nexus_ds.runtime.loop import train
 
-        return train(config, args.deepspeed, here, WAIT_MINUTES)
+        return train(config, args.deepspeed, here)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -162,6 +165,10 @@ def main(argv: list[str] | None = None) -> int:
     except (NexusError, OSError) as error:
         speaker = "" if first_rank() else f"rank {rank_name()}: "
         print(f"train.py: {speaker}{error}", file=sys.stderr, flush=True)
+        return 1
+    except Exception:
+        # Not left to the interpreter, whose teardown waits for the threads of lost collectives.
+        traceback.print_exc()
         return 1
 
 

@@ -50,7 +50,7 @@ class Watched(loop.Run):
 def main():
     config = resolve(load_config("demo", sys.argv[2:]))
     loop.Run = Watched
-    return loop.train(config, "", position(), 2)
+    return loop.train(config, "", position())
 
 
 if __name__ == "__main__":

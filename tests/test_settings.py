@@ -28,6 +28,7 @@ CHANGES = {
     """,
     "nothing": """
         pipeline.parallel_branches data.workers training.log_every training.keep_last
+        parallel.timeout_minutes
     """,
 }
 RUN = """

@@ -42,7 +42,7 @@ from nexus_ds.outputs import write_text
 from nexus_ds.planning.memory import disk
 from nexus_ds.planning.sizes import sizes_of
 from nexus_ds.runtime import deepspeed_internals as internals
-from nexus_ds.runtime import states
+from nexus_ds.runtime import states, watchdog
 from nexus_ds.runtime.deepspeed_internals import DeepSpeedConfig
 from nexus_ds.runtime.engine import (
     Batch,
@@ -58,7 +58,7 @@ from nexus_ds.runtime.export import export
 from nexus_ds.runtime.metrics import Metrics, Values
 from nexus_ds.runtime.nexus_moe import Placement
 from nexus_ds.runtime.parallel_model import Partition, keep_whole, load_for_training
-from nexus_ds.runtime.ranks import on_rank_0
+from nexus_ds.runtime.ranks import on_rank_0, together
 from nexus_ds.runtime.schedule import learning_rate, tokens_per_step, total_steps
 from nexus_ds.runtime.signals import StopRequest
 from nexus_ds.runtime.tally import Routing, Tally
@@ -66,6 +66,8 @@ from nexus_ds.settings import Config, that_change
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+COLLECTIVE_MARGIN = 1.0  # minutes that a collective may wait longer than the watchdog
 
 
 MicroBatch = tuple[Tensor, Tensor]
@@ -283,12 +285,18 @@ class Run:
         self.config = config
         self.rank = here.rank
         self.world = here.world
+        watchdog.at("the checks of the recipe")
         layout = resolve(config, ds_json, here)
         check(config)
         on_rank_0(lambda: check_room(config))
+        watchdog.at("the text", minutes=watchdog.PREPARING)
         self.data = read_data(config, Path(config.model.tokenizer))
         torch.manual_seed(config.seed)
+        watchdog.at("the loading of the model", minutes=watchdog.SAVING)
         model = load(config, layout)
+        # Disks differ in speed, and whoever is first would wait for the last in a collective.
+        together(lambda: None)
+        watchdog.at("the start of the engine")
         self.engine = start_engine(model, layout.values, config, layout.batch)
 
         self.batch = layout.batch
@@ -359,12 +367,15 @@ class Run:
         self.engine.train()
         set_learning_rate(self.engine, learning_rate(step, self.config.training, self.config.data))
         for part in range(self.batch.accumulation):
+            watchdog.at("the forward pass", step + 1)
             tokens_BS, domain_B = self._take(step, part)
             loss, losses_BS = next_token_loss(self.engine, tokens_BS)
             tally.add(losses_BS, domain_B, self.layers)
+            watchdog.at("the backward pass", step + 1)
             self.engine.backward(loss)
             # Before the step: at its end the host waits until the device is done.
             self._make_next(step, part)
+            watchdog.at("the optimizer's update", step + 1)
             self.engine.step()
         norm = self.engine.get_global_grad_norm()
         if norm is None or not math.isfinite(float(norm)):
@@ -414,6 +425,7 @@ class Run:
         batch = max(1, self.batch.micro)
         rounds = math.ceil(len(windows_NS) / (batch * self.world))
         for turn in range(rounds):
+            watchdog.at("validation")
             start = (turn * self.world + self.rank) * batch
             mine_BS = windows_NS[start : start + batch]
             idle = len(mine_BS) == 0
@@ -476,6 +488,7 @@ class Run:
 
     def save(self, step: int) -> None:
         """Save a training state."""
+        watchdog.at("the saving of the state", step, watchdog.SAVING)
         states.save(
             self.engine,
             self.work / "states",
@@ -541,6 +554,7 @@ class Run:
         )
         out = Path(self.config.output)
         dtype = DTYPES[self.config.model.dtype]
+        watchdog.at("the export", self.total, watchdog.SAVING)
         difference = export(self.engine, self.config, dtype, out, probe_BS, step)
         if not self.config.training.save_every:
             states.remove(self.work / "states")
@@ -550,23 +564,24 @@ class Run:
         metrics.say(f"next: {next_evaluation(out, self.config.data)}")
 
 
-def train(config: Config, ds_json: str, here: Position, wait_minutes: float) -> int:
+def train(config: Config, ds_json: str, here: Position) -> int:
     """Train `config` on this rank.
 
     Args:
         config: the run's configuration, with all paths.
         ds_json: path of the DeepSpeed JSON; '' for the recipe's ZeRO stage.
         here: this rank.
-        wait_minutes: that a rank waits for the others; rank 0 may be tokenising meanwhile.
 
     Returns:
         The exit code: 0 finished, EXIT_STOPPED stopped by a signal with its state saved.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    internals.start(wait_minutes)
+    # The watchdog speaks first: it knows more.
+    internals.start(config.parallel.timeout_minutes + COLLECTIVE_MARGIN)
     # Before the data is read: a signal that comes early is not lost.
     stop = StopRequest()
     run = Run(config, ds_json, here)
+    watchdog.at("the reading of the state", minutes=watchdog.SAVING)
     first, messages = states.resume(run.engine, run.work / "states", run.description)
     messages = run.data.messages + messages
     on_first = here.rank == 0
@@ -582,6 +597,7 @@ def train(config: Config, ds_json: str, here: Position, wait_minutes: float) -> 
         if finished:
             run.validate(run.total, metrics)
             run.finish(metrics)
+    watchdog.at("the end")
     dist.barrier()
     dist.destroy_process_group()
     return 0 if finished else EXIT_STOPPED

@@ -462,7 +462,7 @@ VERDICTS = (
         "rope_theta=5000.0 tied_embeddings=false",
     ),
     ("model", BEFORE, (), "shared_expert=none"),
-    ("parallel", SPEED, (), "expert=1 zero_stage=3 grouped_mm=true"),
+    ("parallel", SPEED, (), "expert=1 zero_stage=3 grouped_mm=true timeout_minutes=20"),
 )
 CHANGES = [
     (f"{section}.{word}", verdict, both)

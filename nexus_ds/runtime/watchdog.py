@@ -1,0 +1,398 @@
+"""A rank that dies or stands still ends the run: who it was, at what, and the stacks of the others.
+
+The main thread says at each step of its work what it is at (`at`). A thread of each rank tells that
+to rank 0, over a connection of its own and many times within the limit. Rank 0 judges:
+
+    a connection closes without a farewell      its process was killed: at once
+    nothing is heard for most of the limit      its process stands still, or its node is lost
+    what it is at has not changed for the limit its main thread is stuck, or waits for one that is
+
+and tells all, which write their stacks and end with EXIT_LOST. The others judge rank 0 likewise.
+Torch's store would not do: its client waits for ever for a server that stands still, and nobody
+learns from it that a process is gone. A job that is suspended as a whole (SIGSTOP to all, and on)
+is not ended: the time in which this thread did not run counts for nobody.
+Not covered: a main thread that keeps the interpreter's lock in a single rank (its stack is written,
+but nothing ends it); a process that can't die, since its driver hangs.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypedDict
+
+from nexus_ds.errors import TrainingError
+from nexus_ds.launch import EXIT_LOST, Position, meeting_point
+from nexus_ds.progress import duration, say
+from nexus_ds.runtime import ranks
+
+# Minutes that the main thread may be at one thing, where that is long by nature: making text and
+# earlier stages, and reading, saving and verifying what is as large as the model.
+PREPARING = 24 * 60.0
+SAVING = 4 * 60.0
+BEATS = 40  # within the limit
+LONGEST_BEAT = 5.0  # seconds
+# Of the limit: less than 1, so that who stands still is found before those that wait for it.
+SILENCE = 0.75
+LOOK_SECONDS = 0.25  # between two looks whether the run is over
+# That an error waits for a judgement: mostly it is the loss of another rank that caused it.
+JUDGEMENT_SECONDS = 6.0
+GREETING_SECONDS = 10.0  # that a connection may take to say whose it is
+# That the others wait, once a rank has said farewell because of an error, for errors of their own:
+# mostly it is the same one.
+FAREWELL_SECONDS = 5.0
+
+
+class Beat(TypedDict, total=False):
+    """What is sent, one JSON object a line; each is of one kind."""
+
+    phase: str
+    step: int
+    number: int
+    patience: float
+    age: float
+    where: str
+    left: str
+    """A farewell: why this rank ends, '' when it is done."""
+    end: str
+    """The judgement: all end."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a main thread is at."""
+
+    phase: str
+    step: int
+    """Optimizer step; 0: none."""
+    number: int
+    """How many places it was at before."""
+    patience: float
+    """Seconds that it may stay there; 0: the limit."""
+    age: float = 0.0
+    """Seconds that it has been there."""
+    where: str = ""
+    """Function and line that runs."""
+
+    def __str__(self) -> str:
+        step = f" of step {self.step}" if self.step else ""
+        where = f" ({self.where})" if self.where else ""
+        return f"{self.phase}{step}, for {duration(self.age)}{where}"
+
+
+class _Main:
+    """What this process's main thread is at; written by it alone."""
+
+    place = Place("the start", 0, 0, 0.0)
+    since = time.monotonic()
+
+
+def at(phase: str, step: int = 0, minutes: float = 0.0) -> None:
+    """Say what the main thread does from now on.
+
+    Args:
+        phase: in words.
+        step: optimizer step, 0 for none.
+        minutes: that it may take; 0: the limit of the run.
+    """
+    # In this order: the thread may find the new time with the old place, but not the reverse.
+    _Main.since = time.monotonic()
+    _Main.place = Place(phase, step, _Main.place.number + 1, 60 * minutes)
+
+
+@dataclass
+class Link:
+    """The connection to another rank, and what is known of it."""
+
+    connection: socket.socket
+    heard: float
+    """When it last spoke, of the monotonic clock."""
+    place: Place = Place("the start", 0, 0, 0.0)
+    left: str | None = None
+    closed: bool = False
+    received: bytes = b""
+
+    def send(self, beat: Beat) -> None:
+        """Send what fits into the connection's buffer; who does not read it is found silent."""
+        try:
+            self.connection.send(json.dumps(beat).encode() + b"\n")
+        except BlockingIOError:
+            return
+        except OSError:
+            self.closed = True
+
+    def receive(self, now: float) -> str:
+        """Take in what has come; return a judgement that was among it, else ''."""
+        try:
+            data = self.connection.recv(1 << 16)
+        except BlockingIOError:
+            return ""
+        except OSError:
+            data = b""
+        if data:
+            self.heard = now
+        else:
+            self.closed = True
+        *lines, self.received = (self.received + data).split(b"\n")
+        ends = [self._take(line) for line in lines]
+        return next((end for end in ends if end), "")
+
+    def _take(self, line: bytes) -> str:
+        try:
+            beat: Beat = json.loads(line)
+        except ValueError:
+            return ""  # torn, since this rank stood still and the buffers were full
+        if "phase" in beat:
+            self.place = Place(**beat)  # type: ignore[misc]
+        self.left = beat.get("left", self.left)
+        return beat.get("end", "")
+
+    def trouble(self, now: float, limit: float, grace: float = FAREWELL_SECONDS) -> str:
+        """Return what is wrong with the process at the other end, '' for nothing.
+
+        Args:
+            now: of the monotonic clock.
+            limit: seconds.
+            grace: seconds that an error over there has to become one here.
+        """
+        silent = now - self.heard
+        where = f"; last heard {duration(silent)} ago, in {self.place}"
+        if self.left is not None:
+            # Done, or soon told of the error by its own message.
+            failed = self.left and silent > grace
+            return f"ended with an error: {self.left}" if failed else ""
+        if self.closed:
+            return f"was lost: its process is gone{where}"
+        if silent > SILENCE * limit:
+            return f"is silent: its process stands still, or its node is lost{where}"
+        return ""
+
+
+def stuck(places: dict[int, Place], limit: float) -> str:
+    """Return who makes no progress, '' if all do.
+
+    The others soon wait for the one that stands still, so that all look alike: the ranks that have
+    come least far are named first, and of these the ones that do what few do.
+
+    Args:
+        places: of the ranks.
+        limit: seconds that each may be at one thing, unless it has its own patience.
+    """
+    if not any(place.age > (place.patience or limit) for place in places.values()):
+        return ""
+    doing = Counter(place.where for place in places.values())
+    order = sorted(places, key=lambda rank: (places[rank].number, doing[places[rank].where]))
+    told = [f"rank {rank} in {places[rank]}" for rank in order[:8]]
+    more = f" and {len(order) - 8} more" if len(order) > 8 else ""
+    return f"no progress: {'; '.join(told)}{more} (the least far first)"
+
+
+def _where() -> str:
+    """Return the function and line that the main thread runs."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if frame is None:
+        return ""
+    code = frame.f_code
+    return f"{code.co_name}, {Path(code.co_filename).name}:{frame.f_lineno}"
+
+
+class Watchdog:
+    """This rank's thread.
+
+    Args:
+        here: this rank.
+        links: by rank; rank 0 has one to each, the others one to rank 0.
+        limit: seconds.
+    """
+
+    def __init__(self, here: Position, links: dict[int, Link], limit: float) -> None:
+        self.here = here
+        self.links = links
+        self.limit = limit
+        self.beat = min(limit / BEATS, LONGEST_BEAT)
+        self.woke = time.monotonic()
+        self.forgiven = self.woke
+        """Time before this counts for nobody."""
+        self.grace = FAREWELL_SECONDS
+        self._leaving = threading.Event()
+        self._selector = selectors.DefaultSelector()
+        for link in links.values():
+            link.connection.setblocking(False)
+            self._selector.register(link.connection, selectors.EVENT_READ, link)
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def await_judgement(self) -> None:
+        """Wait with an error that the loss of another rank may have caused; end here if it did."""
+        self.grace = 0.0
+        if self.links:
+            time.sleep(JUDGEMENT_SECONDS)
+
+    def leave(self, reason: str) -> None:
+        """Say farewell, '' when all is done, and end the thread."""
+        self._leaving.set()
+        self._thread.join()
+        for link in self.links.values():
+            link.send({"left": reason})
+            link.connection.close()
+        self._selector.close()
+
+    def _run(self) -> None:
+        try:
+            while not self._leaving.is_set():
+                # By a thread of its own that needs no lock of the interpreter: for a main thread
+                # that keeps it, so that this one does not run.
+                faulthandler.dump_traceback_later(self.limit, file=2)
+                judgement = self._listen(time.monotonic() + self.beat)
+                judgement = judgement or self._judged(time.monotonic())
+                if judgement:
+                    self._end(judgement)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _listen(self, until: float) -> str:
+        """Tell what this rank is at and hear the others; return a judgement from elsewhere."""
+        mine = vars(self._mine(time.monotonic()))
+        for link in self.links.values():
+            link.send(mine)  # type: ignore[arg-type]
+        while (left := until - time.monotonic()) > 0:
+            if self._leaving.wait(0.0 if self.links else left):
+                return ""
+            for key, _ in self._selector.select(min(left, LOOK_SECONDS)):
+                speaker: Link = key.data
+                if judgement := speaker.receive(time.monotonic()):
+                    return judgement
+                if speaker.closed:
+                    self._selector.unregister(speaker.connection)
+                    return ""  # to be judged at once
+        return ""
+
+    def _mine(self, now: float) -> Place:
+        age = now - max(_Main.since, self.forgiven)
+        return replace(_Main.place, age=age, where=_where())
+
+    def _judged(self, now: float) -> str:
+        """Return this rank's own judgement, '' if all is well."""
+        if now - self.woke > self.limit / 2:
+            # This thread did not run: the job was suspended, and the others as well.
+            self.forgiven = now
+            for link in self.links.values():
+                link.heard = now
+        self.woke = now
+        for rank, link in self.links.items():
+            if trouble := link.trouble(now, self.limit, self.grace):
+                return f"rank {rank} {trouble}"
+        if self.here.rank:
+            return ""
+        places = {0: self._mine(now)}
+        for rank, link in self.links.items():
+            if link.left is None:
+                age = link.place.age + now - link.heard
+                places[rank] = replace(link.place, age=age)
+        return stuck(places, self.limit)
+
+    def _end(self, judgement: str) -> None:
+        for link in self.links.values():
+            link.send({"end": judgement})
+        mine = self._mine(time.monotonic())
+        say(f"train.py: rank {self.here.rank}, in {mine}: {judgement}; this rank ends, its stacks:")
+        # Of the process, not of a test that catches what is printed.
+        faulthandler.dump_traceback(2, all_threads=True)
+        # Without any teardown: the main thread may be in a collective that never returns.
+        os._exit(EXIT_LOST)
+
+
+def _greeted(server: socket.socket, secret: str) -> tuple[int, socket.socket] | None:
+    """Return the next rank that connects; None if it was somebody else."""
+    connection, _ = server.accept()
+    connection.settimeout(GREETING_SECONDS)
+    try:
+        with connection.makefile("rb") as stream:
+            told = json.loads(stream.readline(1 << 10))
+        if told["secret"] == secret:
+            return int(told["rank"]), connection
+    except (OSError, ValueError, TypeError, KeyError):
+        pass  # a scanner of ports, or a rank that died on the way, which is found missing
+    connection.close()
+    return None
+
+
+def _accept(here: Position, limit: float) -> dict[int, socket.socket]:
+    """Return the connections of all other ranks to rank 0."""
+    secret = secrets.token_hex(16)
+    found: dict[int, socket.socket] = {}
+    deadline = time.monotonic() + limit
+    dual = socket.has_dualstack_ipv6()
+    with socket.create_server(
+        ("", 0),
+        family=socket.AF_INET6 if dual else socket.AF_INET,
+        backlog=here.world,
+        dualstack_ipv6=dual,
+    ) as server:
+        ranks.join(60 * PREPARING).set("watchdog", json.dumps([server.getsockname()[1], secret]))
+        while len(found) < here.world - 1:
+            server.settimeout(max(0.01, deadline - time.monotonic()))
+            greeted = _greeted(server, secret)
+            if greeted:
+                found[greeted[0]] = greeted[1]
+    return found
+
+
+def _connect(here: Position, limit: float) -> dict[int, Link]:
+    """Return this rank's links; TrainingError if the ranks don't reach each other."""
+    ranks.join(60 * PREPARING)
+    try:
+        if here.rank == 0:
+            connections = _accept(here, limit)
+        else:
+            port, secret = json.loads(ranks.join(0.0).get("watchdog"))
+            connection = socket.create_connection((meeting_point(here)[0], port), timeout=limit)
+            greeting = json.dumps({"rank": here.rank, "secret": secret})
+            connection.sendall(greeting.encode() + b"\n")
+            connections = {0: connection}
+    except OSError as error:
+        raise TrainingError(
+            f"rank {here.rank}: no connection between the ranks within {duration(limit)} ({error});"
+            " look at the log of the one that is missing, or for a firewall"
+        ) from error
+    now = time.monotonic()
+    for connection in connections.values():
+        # A judgement must be on its way before the process ends.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return {rank: Link(connection, now) for rank, connection in connections.items()}
+
+
+@contextmanager
+def watched(here: Position, minutes: float) -> Iterator[None]:
+    """Watch this run inside the context. All ranks must enter; they meet at the store.
+
+    Args:
+        here: this rank.
+        minutes: the limit.
+
+    Raises:
+        TrainingError: the ranks do not meet.
+    """
+    limit = 60 * minutes
+    at("the start")
+    dog = Watchdog(here, _connect(here, limit) if here.world > 1 else {}, limit)
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, RuntimeError):
+            dog.await_judgement()
+        dog.leave(str(error) or repr(error))
+        raise
+    dog.leave("")

@@ -1,0 +1,284 @@
+"""A rank that dies or stands still ends the run in time, named with what it was at; nothing else
+does."""
+
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from launch import fork_ranks, start_ranks
+from test_train import TRAIN, Z3, settings
+
+from nexus_ds.launch import EXIT_LOST, Position
+from nexus_ds.runtime import watchdog
+from nexus_ds.runtime.watchdog import Link, Place, Watchdog, stuck
+
+WORKER = Path(__file__).parents[1] / "watchdog_worker.py"
+LIMIT = 4.0  # seconds
+SLACK = 20.0  # of a machine with too few cores for its work
+
+
+# The judgement ------------------------------------------------------------------------------------
+
+
+def place(number=0, age=0.0, patience=0.0, step=7):
+    return Place("the forward pass", step, number, patience, age)
+
+
+def test_who_came_least_far_is_named_first():
+    assert stuck({0: place(age=9.9), 1: place(age=9.9)}, 10) == ""
+    assert stuck({0: place(8, age=10.1), 1: place(7, age=4), 2: place(8, age=9)}, 10) == (
+        "no progress: rank 1 in the forward pass of step 7, for 4s; rank 0 in the forward pass of "
+        "step 7, for 10s; rank 2 in the forward pass of step 7, for 9s (the least far first)"
+    )
+
+
+def test_what_is_long_by_nature_has_its_own_limit():
+    assert stuck({0: place(age=99, patience=100)}, 10) == ""
+    assert "rank 0 in" in stuck({0: place(age=101, patience=100, step=0)}, 10)
+
+
+def test_of_those_that_came_equally_far_the_one_that_does_something_else_is_named_first():
+    waiting = replace(place(age=11), where="all_reduce")
+    places = {0: waiting, 1: waiting, 2: replace(waiting, where="read"), 3: waiting}
+    assert "no progress: rank 2 in the forward pass of step 7, for 11s (read); rank 0" in stuck(
+        places, 10
+    )
+
+
+def test_many_ranks_are_not_all_named():
+    said = stuck({rank: place(rank, age=11) for rank in range(64)}, 10)
+    assert said.count("rank ") == 8 and "and 56 more" in said
+
+
+@pytest.fixture
+def link():
+    mine, theirs = socket.socketpair()
+    mine.setblocking(False)
+    yield Link(mine, heard=0.0), Link(theirs, heard=0.0)
+    mine.close()
+    theirs.close()
+
+
+def test_a_link_is_in_trouble_when_it_is_silent_or_closed(link):
+    mine, theirs = link
+    theirs.send(vars(place(3)))
+    assert mine.receive(100.0) == "" and mine.place == place(3)
+    assert mine.trouble(107.0, 10) == ""
+    assert mine.trouble(108.0, 10) == (
+        "is silent: its process stands still, or its node is lost; last heard 8s ago, in the "
+        "forward pass of step 7, for 0s"
+    )
+    theirs.connection.close()
+    assert mine.receive(101.0) == ""
+    assert mine.trouble(101.0, 10).startswith("was lost: its process is gone; last heard 1s ago")
+
+
+def test_who_said_farewell_is_not_lost_and_an_error_has_a_moment_to_be_everybodys(link):
+    mine, theirs = link
+    theirs.send({"left": ""})
+    theirs.connection.close()
+    mine.receive(100.0)
+    mine.receive(100.0)
+    assert mine.closed and mine.trouble(10_000.0, 10) == ""
+    mine.left = "no space"
+    assert mine.trouble(100.0 + watchdog.FAREWELL_SECONDS, 10) == ""
+    assert mine.trouble(101.0 + watchdog.FAREWELL_SECONDS, 10) == "ended with an error: no space"
+
+
+def test_a_torn_line_is_skipped_and_half_a_one_waited_for(link):
+    mine, theirs = link
+    theirs.connection.send(b'ase": "x"}\n{"end": ')
+    assert mine.receive(1.0) == ""
+    theirs.connection.send(b'"all end"}\n')
+    assert mine.receive(1.0) == "all end"
+
+
+# The thread ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def dog(rank, links, limit, monkeypatch):
+    """A watchdog whose process does not end: it tells with which code it would."""
+    ended = []
+
+    def leave(code):
+        ended.append(code)
+        dog._leaving.set()
+
+    monkeypatch.setattr(watchdog.os, "_exit", leave)
+    watchdog.at("a test")
+    dog = Watchdog(Position(rank, len(links) + 1, 1, "node"), links, limit)
+    yield dog, ended
+    with suppress(OSError):
+        dog.leave("")
+
+
+def until(condition, seconds=SLACK):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_single_rank_that_is_stuck_ends_with_its_stack(monkeypatch, capfd):
+    with dog(0, {}, 0.5, monkeypatch) as (_, ended):
+        until(lambda: ended)
+    said = capfd.readouterr().err
+    assert ended == [EXIT_LOST]
+    assert re.search(
+        r"train.py: rank 0, in a test, for \ds \(.*\): no progress: rank 0 in a test", said
+    )
+    assert "in until" in said, "the stack of the main thread"
+
+
+def test_a_single_rank_that_goes_on_is_left_alone(monkeypatch, capfd):
+    with dog(0, {}, 2.0, monkeypatch) as (_, ended):
+        for step in range(40):
+            watchdog.at("a test", step)
+            time.sleep(0.1)
+    assert ended == [] and capfd.readouterr().err == ""
+    assert "watchdog" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_time_in_which_the_whole_job_stood_still_counts_for_nobody(monkeypatch):
+    mine, theirs = socket.socketpair()
+    with dog(0, {1: Link(mine, time.monotonic())}, 60.0, monkeypatch) as (found, _):
+        later = time.monotonic() + 1000
+        assert found._judged(later) == ""
+        assert "rank 1 is silent" in found._judged(later + 29) + found._judged(later + 58)
+    theirs.close()
+
+
+def test_a_judgement_of_rank_0_reaches_the_others(monkeypatch, capfd):
+    mine, theirs = socket.socketpair()
+    with dog(2, {0: Link(mine, time.monotonic())}, 60.0, monkeypatch) as (_, ended):
+        theirs.sendall(b'{"end": "rank 1 was lost"}\n')
+        until(lambda: ended)
+    said = capfd.readouterr().err
+    assert re.search(
+        r"train.py: rank 2, in a test, for 0s \(.*\): rank 1 was lost; this rank", said
+    )
+    theirs.close()
+
+
+# Real ranks ---------------------------------------------------------------------------------------
+
+
+def launched(what, world=3):
+    ranks = fork_ranks([WORKER, LIMIT, what], world)
+    if what == "go":
+        until(lambda: all("going" in Path(rank.out).read_text() for rank in ranks), 120)
+    return ranks
+
+
+def ended(ranks):
+    """Return what each rank said and its exit code."""
+    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    return said, [rank.returncode for rank in ranks]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_ends_the_others_at_once(victim):
+    ranks = launched("go")
+    os.kill(ranks[victim].pid, signal.SIGKILL)
+    since = time.monotonic()
+    said, codes = ended(ranks)
+    assert time.monotonic() - since < SLACK
+    assert codes == [-signal.SIGKILL if rank == victim else EXIT_LOST for rank in range(3)], said
+    for rank in {0, 1, 2} - {victim}:
+        assert f"rank {victim} was lost: its process is gone; last heard 0s ago, in" in said[rank]
+        assert re.search(
+            r"train.py: rank \d, in a pass of step \d+, for \ds \(.*\): rank", said[rank]
+        )
+        assert "in main" in said[rank] and "Traceback" not in said[rank]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_stands_still_ends_the_run_within_the_limit(victim):
+    ranks = launched("go")
+    os.kill(ranks[victim].pid, signal.SIGSTOP)
+    since = time.monotonic()
+    others = [rank for index, rank in enumerate(ranks) if index != victim]
+    said, codes = ended(others)
+    assert LIMIT / 2 < time.monotonic() - since < LIMIT + SLACK
+    assert codes == [EXIT_LOST] * 2, said
+    assert all(f"rank {victim} is silent: its process stands still" in text for text in said)
+    os.kill(ranks[victim].pid, signal.SIGCONT)
+    _, [code] = ended([ranks[victim]])
+    assert code not in (0, 1), "it goes on alone"
+
+
+@pytest.mark.slow
+def test_a_rank_whose_main_thread_is_stuck_is_named_and_shows_where():
+    said, codes = ended(launched("stuck"))
+    assert codes == [EXIT_LOST] * 3, said
+    named = (
+        r"no progress: rank 1 in a pass of step 5, for \ds \(sleep_for_ever, watchdog_worker.py:"
+    )
+    assert all(re.search(named, text) for text in said), said
+    assert "in sleep_for_ever" in said[1] and "in sleep_for_ever" not in said[0] + said[2]
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_alone_is_told_by_the_others():
+    said, codes = ended(launched("error"))
+    assert codes == [EXIT_LOST, 1, EXIT_LOST], said
+    assert "NEXUS a row is damaged" in said[1]
+    assert all("rank 1 ended with an error: a row is damaged" in said[rank] for rank in (0, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["done", "late"])
+def test_a_run_in_order_ends_without_a_word(what):
+    said, codes = ended(launched(what))
+    assert codes == [0, 0, 0] and said == ["going\ndone\n"] * 3
+
+
+@pytest.mark.slow
+def test_a_job_that_is_suspended_as_a_whole_goes_on():
+    ranks = launched("go")
+    for number, seconds in ((signal.SIGSTOP, 2 * LIMIT), (signal.SIGCONT, 2.0)):
+        for rank in ranks:
+            os.kill(rank.pid, number)
+        time.sleep(seconds)
+    os.kill(ranks[0].pid, signal.SIGKILL)
+    said, codes = ended(ranks)
+    assert codes == [-signal.SIGKILL, EXIT_LOST, EXIT_LOST]
+    assert all("rank 0 was lost" in text for text in said[1:]), "they were at work again"
+
+
+@pytest.mark.slow
+def test_a_training_whose_rank_stands_still_ends_and_keeps_its_state(
+    tmp_path, nexus_dir, text_folder
+):
+    """SIGSTOP of one of two ranks, by train.py itself; nobody noticed before for four hours."""
+    more = ("training.steps=100000", "training.save_every=2", "training.log_every=1")
+    words = settings(
+        nexus_dir, text_folder, tmp_path / "out", *more, "parallel.timeout_minutes=0.2"
+    )
+    ranks = start_ranks([TRAIN, "--deepspeed", Z3, "--config", "demo", *words], 2)
+    states = tmp_path / "out.training" / "states"
+    until(lambda: (states / "latest").exists() or ranks[0].poll() is not None, 240)
+    ranks[1].send_signal(signal.SIGSTOP)
+    since = time.monotonic()
+    said = ranks[0].communicate(timeout=240)[0]
+    assert time.monotonic() - since < 12 + SLACK
+    ranks[1].kill()
+    ranks[1].communicate(timeout=60)
+    assert ranks[0].returncode == EXIT_LOST, said
+    place = r"in the [\w ']+ of step \d+, for \d+s \(.*\)"
+    judged = (
+        f"rank 0, {place}: rank 1 is silent: its process stands still, .* {place}; this rank ends"
+    )
+    assert re.search(judged, said), said
+    assert "in _step" in said or "in save" in said
+    assert list(states.glob("step_*"))
