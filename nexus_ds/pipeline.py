@@ -1,6 +1,6 @@
 """The stages of a whole run, where each one lives, and the command that makes it.
 
-    <run>/tokenizer  seed  branches/<domain>  domains.safetensors  upcycled  nexus
+    <run>/tokenizer  tokens.json  seed  branches/<domain>  domains.safetensors  upcycled  nexus
           domains-new.safetensors  extension  extended  report
 A stage is done when its output exists. `train.py` asks for what its own stage needs, `demo` for
 everything.
@@ -44,6 +44,8 @@ SEED, BRANCH, MOE, FINETUNE = STAGES
 TRAINED = {"seed": SEED, "branch": BRANCH, "moe": MOE, "extended": FINETUNE}
 # Steps that a verb of their own makes.
 MADE_BY_VERBS = ("embed", "upcycle", "extend", "evaluate")
+# The step that tokenises the text of all steps that train, and needs no GPU.
+TOKENS = "tokens"
 # That train a mixture-of-experts, on all devices and with DS_JSON unless another is given.
 WIDE_STAGES = (MOE, FINETUNE)
 STARTS = {
@@ -61,6 +63,8 @@ class Places:
     tokenizer: Path
     tokens: Path
     """Tokenized text, shared by all stages."""
+    tokenised: Path
+    """The list of it, there when all of it is."""
     seed: Path
     domains: Path
     """Domain embeddings of the upcycled experts."""
@@ -102,6 +106,7 @@ def places(config: Config) -> Places:
         run=run,
         tokenizer=run / "tokenizer",
         tokens=run / "tokens",
+        tokenised=run / "tokens.json",
         seed=run / "seed",
         domains=run / "domains.safetensors",
         upcycled=run / "upcycled",
@@ -300,8 +305,12 @@ class _Steps:
     def _verb_with_recipe(self, words: list[str], out: Path) -> list[str]:
         return [*self._verb(words, out), "--config", self.recipe, *self.overrides]
 
+    def tokens(self) -> Step:
+        words = ["stage", f"--config={self.recipe}", TOKENS, *self.overrides]
+        return Step(TOKENS, places(self.config).tokenised, program(words))
+
     def seed(self) -> Step:
-        return Step("seed", places(self.config).seed, self._train(SEED))
+        return Step("seed", places(self.config).seed, self._train(SEED), (TOKENS,))
 
     def branches(self, domains: list[str]) -> list[Step]:
         found = []
@@ -360,6 +369,7 @@ def steps(
     pipe = config.pipeline
     make = _Steps(config, recipe, tuple(overrides), ranks, ds_config)
     plan = [
+        make.tokens(),
         make.seed(),
         *make.branches([*pipe.domains, *pipe.new_domains]),
         make.embed("embed", pipe.domains, where.domains),
@@ -393,6 +403,15 @@ def _differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") ->
     return found
 
 
+def trained_config(step: Step, recipe: str, overrides: Sequence[str]) -> Config:
+    """Return the settings, with all paths, of a step that trains."""
+    kind, _, domain = step.name.partition(":")
+    words = [*overrides, f"stage={TRAINED[kind]}"]
+    if domain:
+        words.append(f"branch={json.dumps(domain)}")
+    return resolve(load_config(recipe, words))
+
+
 def check_made(plan: list[Step], recipe: str, overrides: Sequence[str]) -> None:
     """Raise OutputExistsError for a trained stage that is there and would now be another.
 
@@ -402,11 +421,7 @@ def check_made(plan: list[Step], recipe: str, overrides: Sequence[str]) -> None:
         saved = step.output / "training.yaml"
         if not saved.is_file():
             continue
-        kind, _, domain = step.name.partition(":")
-        words = [*overrides, f"stage={TRAINED[kind]}"]
-        if domain:
-            words.append(f"branch={json.dumps(domain)}")
-        now = as_dict(resolve(load_config(recipe, words)))
+        now = as_dict(trained_config(step, recipe, overrides))
         then = parse_yaml(saved.read_text(encoding="utf-8"), str(saved))
         # An empty file differs in everything: the stage is not taken for this one.
         known = then if isinstance(then, dict) else {}

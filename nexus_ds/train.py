@@ -25,14 +25,12 @@ if __name__ == "__main__":
 import argparse
 import traceback
 from contextlib import ExitStack
-from itertools import chain
 from pathlib import Path
 
 from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.command_lines import next_evaluation
 from nexus_ds.config import dump, load_config
-from nexus_ds.data.corpora import open_source
-from nexus_ds.data.tokenizer import train_tokenizer
+from nexus_ds.data.preparation import make_tokenizer
 from nexus_ds.errors import CheckpointError, NexusError, OutputExistsError
 from nexus_ds.launch import adopt_launcher, end, first_rank, let_memory_grow, rank_name
 from nexus_ds.local_runner import run_steps
@@ -51,9 +49,6 @@ from nexus_ds.pipeline import (
 from nexus_ds.settings import Config
 from nexus_ds.words import parse_words
 
-# Text of a domain that a tokenizer is trained on, where data.max_bytes sets no limit.
-TOKENIZER_BYTES = 4_000_000
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
@@ -70,24 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _make_tokenizer(config: Config) -> None:
-    pipe, data = config.pipeline, config.data
-    source = open_source(data.path)
-    limit = data.max_bytes or TOKENIZER_BYTES
-    domains = pipe.tokenizer_domains or pipe.domains or data.domains
-    documents = chain.from_iterable(
-        source.documents(domain, "train", data.on_bad_row, limit) for domain in domains
-    )
-    texts = (document.text for document in documents)
-    train_tokenizer(texts, pipe.vocabulary, Path(config.model.tokenizer))
-
-
 def _prepare(config: Config, args: argparse.Namespace) -> None:
     """On rank 0: make what this stage starts from, if it is missing and the run makes it."""
     start = Path(config.model.path)
+    make_tokenizer(config)
     if config.stage == SEED:
-        if not config.model.path and not Path(config.model.tokenizer).exists():
-            _make_tokenizer(config)
         return
     # A model elsewhere is the user's; that it is missing is told when it is read.
     if start.exists() or start.parent.absolute() != places(config).run.absolute():

@@ -14,9 +14,9 @@ from pathlib import Path
 from nexus_ds.command_lines import DS_JSON
 from nexus_ds.config import load_config
 from nexus_ds.launch import meeting_point, position
-from nexus_ds.pipeline import BRANCH, MADE_BY_VERBS, MOE, TRAINED, WIDE_STAGES, resolve
+from nexus_ds.pipeline import BRANCH, MADE_BY_VERBS, MOE, TOKENS, TRAINED, WIDE_STAGES, resolve
 
-STAGES = (*TRAINED, *MADE_BY_VERBS)
+STAGES = (TOKENS, *TRAINED, *MADE_BY_VERBS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

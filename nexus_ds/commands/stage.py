@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,11 +23,12 @@ from nexus_ds.config import dump, load_config
 from nexus_ds.errors import ConfigError, NexusError
 from nexus_ds.launch import EXIT_STOPPED, array_task, first_rank
 from nexus_ds.local_runner import run_steps
-from nexus_ds.outputs import Ended, exit_on_signals, new_file, write_text
+from nexus_ds.outputs import Ended, exit_on_signals, new_file, write_json, write_text
 from nexus_ds.pipeline import (
     BRANCH,
     MADE_BY_VERBS,
     MOE,
+    TOKENS,
     TRAINED,
     WIDE_STAGES,
     Step,
@@ -38,11 +39,12 @@ from nexus_ds.pipeline import (
     places,
     shared_overrides,
     steps,
+    trained_config,
 )
 from nexus_ds.progress import say
 from nexus_ds.settings import Config
 
-STAGES = (*TRAINED, *MADE_BY_VERBS)
+STAGES = (TOKENS, *TRAINED, *MADE_BY_VERBS)
 SHOWN = ("logs", "output", "branches", "extension")
 
 
@@ -203,18 +205,43 @@ def _only_one(path: Path) -> Iterator[None]:
 
 def make(todo: list[str], found: list[Step], config: Config) -> int:
     """Run stages and what they need, if missing; return 0, or EXIT_STOPPED after a signal."""
+
+    def all_of_them() -> None:
+        for name in todo:
+            step = next(s for s in found if s.name == name)
+            if not step.output.exists():
+                run_steps([*needed_for(found, name), step], config.pipeline.parallel_branches)
+
+    return _until_a_signal(all_of_them)
+
+
+def _until_a_signal(work: Callable[[], None]) -> int:
+    """Do `work`; return 0, or EXIT_STOPPED after a signal."""
     try:
         with exit_on_signals():
-            for name in todo:
-                step = next(s for s in found if s.name == name)
-                if step.output.exists():
-                    continue
-                run_steps([*needed_for(found, name), step], config.pipeline.parallel_branches)
+            work()
     except Ended:
-        # The stages that ran have saved their state or removed what was unfinished.
+        # What ran has saved its state or removed what was unfinished.
         say("nexus-ds stage: stopped by a signal; start the same command again to go on")
         return EXIT_STOPPED
     return 0
+
+
+def make_tokens(step: Step, found: list[Step], args: argparse.Namespace) -> int:
+    """Tokenise what the steps that are not done yet will train on, in this process.
+
+    Done are the domains whose files are there: after a signal the others are made.
+
+    Returns:
+        0, or EXIT_STOPPED after a signal.
+    """
+    # not at the top: it imports numpy, for which a job script's question does not wait
+    from nexus_ds.data.preparation import tokenise
+
+    overrides = shared_overrides(args.overrides)
+    trained = [s for s in found if s.name.partition(":")[0] in TRAINED and not s.output.exists()]
+    configs = [trained_config(other, args.config, overrides) for other in trained]
+    return _until_a_signal(lambda: write_json(step.output, tokenise(configs)))
 
 
 def train(config: Config, args: argparse.Namespace) -> NoReturn:
@@ -243,13 +270,18 @@ def run(args: argparse.Namespace) -> int:
     found = plan(config, args)
     names = names_of(args.name, config)
     targets = chosen(found, names)
-    if args.name in MADE_BY_VERBS:
-        code = make(names, found, config)
+    if args.name not in TRAINED:
+        if args.name == TOKENS and not targets[0].output.exists():
+            code = make_tokens(targets[0], found, args)
+        else:
+            code = make(names, found, config)
         if code == 0:
             print(f"finished: {', '.join(str(step.output) for step in targets)}")
         return code
     # A given checkpoint needs no earlier stage. Other ranks wait in train.py for what rank 0 makes.
-    missing = [] if config.model.path else needed_for(found, names[0])
+    # A training tokenises its own text, which is less than that of the run.
+    needed = [] if config.model.path else needed_for(found, names[0])
+    missing = [step for step in needed if step.name != TOKENS]
     if missing and first_rank() and not targets[0].output.exists():
         with _only_one(places(config).run / "logs" / ".making"):
             code = make([step.name for step in missing], found, config)

@@ -30,8 +30,9 @@ from nexus_ds.checkpoint.sidecar import content_fingerprint, read_sidecar
 from nexus_ds.checkpoint.tokenizer import check_tokenizer
 from nexus_ds.command_lines import next_evaluation
 from nexus_ds.config import dump, get_key
-from nexus_ds.data.corpora import TokenFile, open_source, token_files, windows
+from nexus_ds.data.corpora import TokenFile, open_source, windows
 from nexus_ds.data.mixture import Sampler, cycle_slots, domain_weights
+from nexus_ds.data.preparation import tokenised
 from nexus_ds.data.sources import Source
 from nexus_ds.data.tokenizer import open_tokenizer, vocabulary_size
 from nexus_ds.errors import CheckpointError, ConfigError, DataError, TrainingError
@@ -123,17 +124,7 @@ def _tokenised(
     """Return the token file of each domain. Rank 0 makes what is missing, the others wait."""
 
     def make() -> dict[str, TokenFile]:
-        return token_files(
-            source,
-            domains,
-            split,
-            tokenizer,
-            Path(config.data.cache),
-            workers=config.data.workers,
-            max_bytes=config.data.max_bytes,
-            on_bad_row=config.data.on_bad_row,
-            bos=config.data.bos,
-        )
+        return tokenised(config.data, source, domains, split, tokenizer)
 
     on_rank_0(lambda: len(make()))
     return make()

@@ -1,13 +1,21 @@
 import argparse
 import json
+import os
+import signal
+import time
+from pathlib import Path
 
 import pytest
+from conftest import WORDS, save_tokenizer
 
 from nexus_ds.__main__ import main
 from nexus_ds.commands import stage
 from nexus_ds.config import load_config
+from nexus_ds.data import corpora, preparation
+from nexus_ds.data.preparation import tokenised
 from nexus_ds.errors import ConfigError
-from nexus_ds.pipeline import check_domains, shared_overrides
+from nexus_ds.launch import EXIT_STOPPED
+from nexus_ds.pipeline import check_domains, resolve, shared_overrides
 
 
 def args(name, *overrides, **more):
@@ -59,6 +67,7 @@ def test_outputs_are_where_the_pipeline_puts_them(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
     run = f"pipeline.run={tmp_path}"
     names = {
+        "tokens": "tokens.json",
         "seed": "seed",
         "branch": "branches/docs",
         "embed": "domains-new.safetensors",
@@ -167,6 +176,74 @@ def test_a_finished_stage_is_left_alone(tmp_path, capsys):
     assert main(["stage", "--config=demo", "upcycle", f"pipeline.run={tmp_path}"]) == 0
     assert capsys.readouterr().out == f"finished: {tmp_path / 'upcycled'}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["upcycled"]  # nor is what it was made of
+
+
+@pytest.fixture
+def run_of_text(tmp_path, text_folder):
+    """The words of a run on tiny text: two domains, and one that comes later."""
+    return [
+        f"pipeline.run={tmp_path / 'run'}",
+        "pipeline.domains=[alpha,beta]",
+        "pipeline.new_domains=[gamma]",
+        "pipeline.vocabulary=300",
+        f"data.path={text_folder}",
+    ]
+
+
+def test_the_stage_tokens_makes_all_that_trainings_read(tmp_path, run_of_text, monkeypatch, capsys):
+    """Once, in one pass: what a training then asks for is there."""
+    assert main(["stage", "--config=demo", "tokens", *run_of_text]) == 0
+    run = tmp_path / "run"
+    assert capsys.readouterr().out == f"finished: {run / 'tokens.json'}\n"
+    made = json.loads((run / "tokens.json").read_text())
+    names = [Path(path).name.rpartition("-")[0] for path in made]
+    domains = ("alpha", "beta", "gamma")
+    assert names == [f"{name}-{split}" for split in ("validation", "train") for name in domains]
+    assert all(Path(path).stat().st_size == 2 * tokens for path, tokens in made.items())
+    monkeypatch.setattr(corpora._Maker, "make_all", lambda *_: pytest.fail("tokenised again"))
+    for words in (["stage=seed"], ["stage=branch", "branch=gamma"], ["stage=moe"]):
+        config = resolve(load_config("demo", [*run_of_text, *words]))
+        source = corpora.open_source(config.data.path)
+        tokenizer = Path(config.model.tokenizer)
+        for split, domains in zip(
+            ("train", "validation"),
+            (config.data.domains, config.data.validation_domains),
+            strict=True,
+        ):
+            files = tokenised(config.data, source, domains, split, tokenizer)
+            assert {str(file.path) for file in files.values()} <= set(made)
+    assert main(["stage", "--config=demo", "tokens", *run_of_text]) == 0
+
+
+def test_stages_that_are_done_need_no_text(tmp_path, run_of_text):
+    for name in ("seed", "branches/alpha", "branches/beta", "nexus", "extended"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    save_tokenizer(tmp_path / "run" / "tokenizer", WORDS)
+    assert main(["stage", "--config=demo", "tokens", *run_of_text]) == 0
+    made = json.loads((tmp_path / "run" / "tokens.json").read_text())
+    # the branch of gamma is left: it scores all domains
+    names = [Path(path).name.rpartition("-")[0] for path in made]
+    scored = [f"{name}-validation" for name in ("alpha", "beta", "gamma")]
+    assert names == [*scored, "gamma-train"]
+
+
+def test_a_signal_stops_the_tokenising_in_order(tmp_path, run_of_text, monkeypatch, capsys):
+    def tokenise(configs):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(10)
+
+    monkeypatch.setattr(preparation, "tokenise", tokenise)
+    assert main(["stage", "--config=demo", "tokens", *run_of_text]) == EXIT_STOPPED
+    assert "start the same command again to go on" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "tokens.json").exists()
+
+
+def test_a_training_does_not_wait_for_the_text_of_others(monkeypatch, run_of_text):
+    trained = []
+    monkeypatch.setattr(stage, "train", lambda config, options: trained.append(options.name))
+    monkeypatch.setattr(stage, "make", lambda *given: pytest.fail("made an earlier stage"))
+    stage.run(args("seed", *run_of_text, show=None))
+    assert trained == ["seed"]
 
 
 def test_an_unknown_recipe_is_one_line(capsys):
