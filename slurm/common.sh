@@ -6,7 +6,7 @@ set -uo pipefail
 MAX_STALLED=${MAX_STALLED:-3} # starts in a row without progress before a job gives up
 CONTAINER=()                  # put before every python; see site.example.sh for these three
 SRUN_FLAGS=()
-SBATCH_FLAGS=() BRANCH_FLAGS=() WIDE_FLAGS=()
+SBATCH_FLAGS=() CPU_FLAGS=() BRANCH_FLAGS=() WIDE_FLAGS=()
 # The plan counts on it: rows of every size would break a GPU's memory into pieces otherwise.
 [ -n "${PYTORCH_CUDA_ALLOC_CONF+set}" ] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF-expandable_segments:True}
 template='' job=${SLURM_JOB_ID:-none} stopping='' child='' code=0 output=''
@@ -89,8 +89,9 @@ launch() {
   child=''
 }
 
-# What a stage has reached: its saved states; with the scope of a whole run also its finished models.
-marks() { (cd -- "$1" 2>/dev/null && find . -maxdepth 4 \( -path '*/states/step_*' -o -name 'model*.safetensors' \) \
+# What a stage has reached: its saved states; with the scope of a whole run also its finished models and token files.
+marks() { (cd -- "$1" 2>/dev/null && find . -maxdepth 4 \
+  \( -path '*/states/step_*' -o -name 'model*.safetensors' -o -path './tokens/*.json' \) \
   ! -path '*/.*/*' ! -path '*/partial/*' -prune | sort); }
 
 digest() { cksum <<<"$1" | tr ' ' -; }

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The whole run as jobs that wait for each other, the map of the project:
 #
-#   seed -> dense_branch (array) -+-> upcycle -> finetune -> evaluate
-#                          embed -+
+#   tokens -> seed -> dense_branch (array) -+-> upcycle -> finetune -> evaluate
+#                                    embed -+
 #
 #   slurm/pipeline.sh [RECIPE] [section.key=value ...]      then: nexus-ds status RUN
 set -euo pipefail
@@ -30,7 +30,8 @@ submit() {
   echo "$id"
 }
 
-seed=$(submit seed "${WIDE_FLAGS[@]}")
+tokens=$(submit tokens "${CPU_FLAGS[@]}")
+seed=$(submit seed "${WIDE_FLAGS[@]}" --dependency="afterok:$tokens")
 branches=$(submit dense_branch "${BRANCH_FLAGS[@]}" --array="0-$((count - 1))" --dependency="afterok:$seed")
 embed=$(submit embed "${BRANCH_FLAGS[@]}")
 last=$(submit upcycle "${WIDE_FLAGS[@]}" --dependency="afterok:$branches:$embed")

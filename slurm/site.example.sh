@@ -3,8 +3,10 @@
 
 # export SBATCH_ACCOUNT=my-project SBATCH_PARTITION=gpu SBATCH_TIMELIMIT=12:00:00
 
-# For slurm/pipeline.sh: options of all jobs, of jobs with one rank, and of jobs that train on many.
+# For slurm/pipeline.sh: options of all jobs, of the one that tokenises on CPUs, of jobs with one rank, and of jobs that
+# train on many.
 # SBATCH_FLAGS=(--mail-type=FAIL)
+# CPU_FLAGS=(--partition=cpu --cpus-per-task=32)
 # BRANCH_FLAGS=(--gpus-per-node=1 --cpus-per-task=8)
 # WIDE_FLAGS=(--nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8)
 

@@ -27,6 +27,7 @@ from nexus_ds.settings import Config
 
 # template: the stages that its job makes, in order
 TEMPLATES = {
+    "tokens": ("tokens",),
     "seed": ("seed",),
     "dense_branch": ("branch:",),
     "embed": ("embed", "embed:new"),

@@ -178,7 +178,8 @@ def test_table_and_json(run, capsys):
     )
     assert main(["status", str(run), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert rows[0] | {"detail": ""} == {
+    assert rows[0]["stage"] == "tokens"
+    assert rows[1] | {"detail": ""} == {
         "stage": "seed",
         "state": "running",
         "detail": "",

@@ -11,7 +11,7 @@ import pytest
 
 from slurm.rig import REPO, clean_environment
 
-TEMPLATES = ("seed", "dense_branch", "embed", "upcycle", "finetune", "evaluate")
+TEMPLATES = ("tokens", "seed", "dense_branch", "embed", "upcycle", "finetune", "evaluate")
 EVIL = (
     "x$(touch canary)",
     "x`touch canary`",
@@ -134,10 +134,7 @@ def test_pipeline_submits_words_and_never_sbatch_lines(shell, tmp_path, word):
     code, output, calls = shell("pipeline", path, f"name={json.dumps(word)}")
     assert code == 0, output
     submitted = [call for call in calls if call[0] == "sbatch"]
-    assert [call[-3] for call in submitted] == [
-        f"slurm/{name}.sh"
-        for name in ("seed", "dense_branch", "embed", "upcycle", "finetune", "evaluate")
-    ]
+    assert [call[-3] for call in submitted] == [f"slurm/{name}.sh" for name in TEMPLATES]
     for call in submitted:
         options = call[1:-3]
         assert call[-2:] == [path, f"name={json.dumps(word)}"]
@@ -148,8 +145,9 @@ def test_pipeline_submits_words_and_never_sbatch_lines(shell, tmp_path, word):
         ), name
         log = next(option for option in options if option.startswith("--output="))
         assert log.startswith(f"--output={str(run).replace('%', '%%')}/logs/")
-    assert "--array=0-2" in submitted[1] and "--dependency=afterok:7" in submitted[1]
-    assert "--dependency=afterok:7:7" in submitted[3]
+    assert "--dependency=afterok:7" in submitted[1]
+    assert "--array=0-2" in submitted[2] and "--dependency=afterok:7" in submitted[2]
+    assert "--dependency=afterok:7:7" in submitted[4]
     assert all("--kill-on-invalid-dep=yes" in call for call in submitted)
     assert canaries(tmp_path) == []
 

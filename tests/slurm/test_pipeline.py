@@ -11,7 +11,7 @@ import pytest
 
 from slurm.rig import REPO, TINY
 
-TEMPLATES = ("seed", "dense_branch", "embed", "upcycle", "finetune", "evaluate")
+TEMPLATES = ("tokens", "seed", "dense_branch", "embed", "upcycle", "finetune", "evaluate")
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
@@ -25,10 +25,10 @@ def test_the_whole_pipeline_runs_as_jobs(slurm, whole_run):
     assert (whole_run / "report" / "report.html").is_file()
     assert (whole_run / "extended" / "nexus.json").is_file()
     lines = slurm.status(whole_run).splitlines()
-    assert [line.split()[1] for line in lines[:-1]] == ["finished"] * 13, lines
+    assert [line.split()[1] for line in lines[:-1]] == ["finished"] * 14, lines
     logs = sorted(path.name for path in (whole_run / "logs").glob("*.log"))
     assert len([name for name in logs if name.startswith("dense_branch-")]) == 5  # a real array
-    assert len(logs) == 10, logs
+    assert len(logs) == 11, logs
     log = next((whole_run / "logs").glob("upcycle-*.log")).read_text()
     assert "on node1, node2: 4 ranks" in log
     assert "4 ranks, expert parallel 2, ZeRO stage 3" in log
