@@ -6,8 +6,7 @@ the CUDA process and its allocator take is estimated.
 
 Units: bytes wherever nothing else is said; `width` is bytes of an element in the working precision
 (bf16 2, fp32 4); master weights, moments and norms are fp32, 4 bytes.
-Not covered: memory of other processes on the node, peaks while a checkpoint is loaded (a layer at a
-time).
+Not covered: memory of other processes on the node.
 """
 
 from __future__ import annotations
@@ -306,6 +305,26 @@ def _update(sizes: Sizes, layout: Layout, width: int) -> float:
     return (FP32 + width) * largest
 
 
+def loading(sizes: Sizes, layout: Layout, width: int) -> float:
+    """Return bytes of a rank's model in main memory, at most, on its way to the GPU.
+
+    A mixture is read a layer at a time, its experts once more as their stack, a dense model whole.
+    ZeRO-1/2 then flatten a group of the
+    optimizer after the other, on the CPU where the GPU has no room for it twice: all of its
+    parameters there and the flat copy.
+    """
+    own = _own(sizes, layout)
+    if not sizes.experts:
+        read = float(_elements(own) * (FP32 if sizes.new else width))
+    else:
+        layer = _elements(p for p in own if p.layer == 0)
+        read = float(width * max(2 * layer, sizes.vocabulary * sizes.hidden))
+    if layout.stage == 3:
+        return read
+    found = groups(own, assume.EXPERT_GROUP_ELEMENTS)
+    return max(read, 2.0 * width * max(map(_elements, found)))
+
+
 # All together ------------------------------------------------------------------------------------
 
 
@@ -353,6 +372,11 @@ def memory(sizes: Sizes, layout: Layout, width: int, length: int, local: int) ->
         # the first node reads back all that was written
         "check of the export": float(width * sizes.counts()["total"]),
     }
+    # at the start, when nothing is exported yet
+    start = local * loading(sizes, layout, width)
+    if start > host["check of the export"]:
+        del host["check of the export"]
+        host["model on its way to the GPU"] = start
     return Memory(_above_zero(gpu), _above_zero(host))
 
 

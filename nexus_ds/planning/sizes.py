@@ -54,6 +54,8 @@ class Sizes:
     """Whether routers read running means, less a vector that is trained."""
     shared: bool = True
     """Whether the shared expert computes something; without one it is zeros."""
+    new: bool = False
+    """Whether it is drawn before training, in fp32, instead of read."""
 
     @property
     def expert(self) -> int:
@@ -204,4 +206,5 @@ def sizes_of(config: Config) -> Sizes:
         projection=_projection(config, model.hidden_size, pipe.embedding_size) if experts else (),
         context=bool(experts) and config.router.input == "context",
         shared=not experts or model.shared_expert == "seed",
+        new=config.stage == "seed",
     )

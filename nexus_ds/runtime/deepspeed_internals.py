@@ -169,6 +169,11 @@ def to_device(tensor: Tensor) -> Tensor:
     return tensor.pin_memory().to(device(), non_blocking=True)
 
 
+def to_device(module: nn.Module) -> None:
+    """Move a module to this rank's device; what is there already stays."""
+    module.to(device())
+
+
 def device_with_room(size: int) -> torch.device:
     """Return this rank's device if another `size` bytes fit on it twice, else the CPU."""
     if not on_cpu() and torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < 2 * size:

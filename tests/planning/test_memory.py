@@ -370,6 +370,24 @@ GOLDEN = {
 }
 
 
+# Bytes of a rank's model on its way to the GPU. ZeRO-1/2: the largest group, the matrices, and the
+# flat copy of it; ZeRO-3: a dense model whole, of a mixture a layer and once more.
+LAYER = 8_912_896 + 2 * 1_024 + 1_835_008  # without experts
+LOADED = {
+    "ZeRO-1, dense": 2 * 2 * MATRICES,
+    "ZeRO-1, mixture, recomputed, fp32": 2 * 4 * MATRICES,
+    "ZeRO-1 on one GPU: its update is the peak": 2 * 4 * MATRICES,
+    "ZeRO-1, mixture, expert parallel, optimizer on the CPU": 2 * 2 * MATRICES,
+    "ZeRO-2, dense": 2 * 2 * MATRICES,
+    "ZeRO-2, mixture, expert parallel, accumulated": 2 * 2 * MATRICES,
+    "ZeRO-2, mixture, optimizer on the CPU, accumulated": 2 * 2 * MATRICES,
+    "ZeRO-3, dense": 2 * DENSE_MODEL,
+    "ZeRO-3, mixture, fp32": 2 * 4 * (LAYER + 4 * 6_291_456),
+    "ZeRO-3, mixture, expert parallel, optimizer on the CPU": 2 * 2 * (LAYER + 2 * 6_291_456),
+    "ZeRO-3, mixture, all on the CPU": 2 * 2 * (LAYER + 4 * 6_291_456),
+}
+
+
 @pytest.mark.parametrize("case", GOLDEN)
 def test_a_plan_is_the_sum_that_is_made_by_hand(case):
     sizes, changes, width, gpu, rank, export = GOLDEN[case]
@@ -386,10 +404,32 @@ def test_a_plan_is_the_sum_that_is_made_by_hand(case):
         "allocator (estimated)": 0.06 * sum(gpu.values()),
         "CUDA context (estimated)": 1.2e9,
     }
-    host = {"processes (estimated)": given["world"] * 4e9, "check of the export": export}
+    start = given["world"] * LOADED[case]
+    host = {"processes (estimated)": given["world"] * 4e9}
+    host |= {"model on its way to the GPU": start} if start > export else {"check": export}
     if rank:
         host["states"] = given["world"] * rank * 1.15  # what pinned blocks lose
     assert planned.gpu == pytest.approx(gpu, rel=1e-9)
     assert planned.host == pytest.approx(host, rel=1e-9)
     assert planned.gpu_bytes == pytest.approx(sum(gpu.values()))
     assert planned.host_bytes == pytest.approx(sum(host.values()))
+
+
+def test_the_larger_of_the_start_and_the_export_counts_and_a_new_model_is_drawn_in_fp32():
+    def host(sizes, stage, width=2):
+        layout = Layout(
+            stage=stage,
+            offload="none",
+            expert=1,
+            world=1,
+            micro=1,
+            accumulation=1,
+            checkpointing="none",
+        )
+        return memory(sizes, layout, width, length=512, local=1).host
+
+    new = replace(HAND_DENSE, new=True)
+    assert host(new, 3)["model on its way to the GPU"] == 4 * DENSE_MODEL
+    assert host(HAND_DENSE, 3)["check of the export"] == 2 * DENSE_MODEL
+    # many layers make the mixture larger than two of them
+    assert "check of the export" in host(replace(HAND, layers=8), 3)
