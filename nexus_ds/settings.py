@@ -469,7 +469,9 @@ class TrainingConfig:
         changes="execution",
         at_least=0,
     )
-    """Sequences per rank and forward pass; 0: the whole of a rank's share at once."""
+    """Sequences per rank and forward pass; 0: what `plan` says is fastest of what fits the GPU, on
+    CPUs the whole of a rank's share. The load-balancing loss is one of a micro-batch: another
+    number balances over another number of tokens."""
 
     # Warm-up, peak and end of the cosine are the paper's (section 4.1), and so is the anneal.
     lr: float = setting(
@@ -535,10 +537,11 @@ class TrainingConfig:
     )
     """Largest norm of the gradient over all parameters; 0: no clipping."""
 
-    activation_checkpointing: Literal["none", "reentrant", "non_reentrant"] = setting(
-        "none", changes="execution"
+    activation_checkpointing: Literal["auto", "none", "reentrant", "non_reentrant"] = setting(
+        "auto", changes="execution"
     )
-    """none | reentrant | non_reentrant."""
+    """auto: none, but non_reentrant where only that fits the GPU or where `plan` says that larger
+    micro-batches make up for it | none | reentrant | non_reentrant."""
 
     log_every: int = setting(
         10,
@@ -600,7 +603,12 @@ class ParallelConfig:
         changes="execution",
         between=(0, 3),
     )
-    """ZeRO stage of runs that the demo and the recipes start without a --deepspeed file."""
+    """ZeRO stage of runs that are started without a --deepspeed file; 0: on GPUs what `plan` says
+    is fastest of what fits, offload to the CPU included, on CPUs 2."""
+
+    # The plan's estimates can be wrong on a GPU that was never measured.
+    check_memory: bool = setting(True, changes="nothing")
+    """Whether training on GPUs refuses to start with what `plan` says can't fit them."""
 
     grouped_mm: bool | None = setting(None, changes="execution")
     """Grouped matrix products for the experts; empty: on CUDA devices."""

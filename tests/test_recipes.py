@@ -11,6 +11,10 @@ import pytest
 from nexus_ds.__main__ import main
 from nexus_ds.config import RECIPES, load_config, read_recipe
 from nexus_ds.experiments.comparison.build import build
+from nexus_ds.planning import fitting
+from nexus_ds.planning.layout import Machine
+from nexus_ds.planning.sizes import sizes_of
+from nexus_ds.settings import STAGES
 
 NAMES = sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml"))
 COMPARED = [name for name in NAMES if "compare" in read_recipe(name)]
@@ -78,6 +82,51 @@ def test_recipes_for_clusters_can_be_planned(name, capsys):
     assert main(["plan", "--config", name, *words]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["layouts"][0]["fits"] and plan["run"]["tokens"] > 1e10
+
+
+MACHINES = {
+    "8 x 24 GB": Machine(gpus=8, gpu_memory=24e9, host_memory=512e9),
+    "8 x 80 GB": Machine(gpus=8, gpu_memory=80e9, host_memory=1e12),
+    "4 x 8 x 24 GB": Machine(gpus=32, nodes=4, gpu_memory=24e9, host_memory=512e9, link=25e9 / 8),
+}
+# for your own models: nothing can be planned without one
+PLANNED = [name for name in NAMES if name.partition("/")[0] not in ("own", "own-context")]
+# one of each size: other recipes differ in what planning doesn't read
+SIZES = {}
+for _name in PLANNED:
+    _values = {
+        key: value for key, value in read_recipe(_name).items() if key not in ("compare", "name")
+    }
+    SIZES.setdefault(json.dumps(_values, sort_keys=True), []).append(_name)
+
+
+def stages_of(name):
+    """Yield the configuration of each training stage of a recipe."""
+    for stage in STAGES:
+        words = [f"stage={stage}", *(["branch=any"] if stage == "branch" else [])]
+        if not load_config(name).pipeline.domains:
+            words.append("pipeline.domains=[a,b,c]")
+        yield load_config(name, words)
+
+
+@pytest.mark.parametrize("names", SIZES.values(), ids=lambda names: names[0])
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("ds_json", ["", "z3"])
+def test_every_stage_of_every_recipe_fits_or_is_told_what_does(names, machine, ds_json):
+    there = MACHINES[machine]
+    for config in stages_of(names[0]):
+        # the demo's batch of 8 sequences is one for a workstation
+        if config.training.batch_size % there.gpus:
+            config.training.batch_size = there.gpus
+        zero = {"stage": 3} if ds_json else fitting.zero_of(config)
+        sizes = sizes_of(config)
+        found = fitting.fitted(sizes, there, config, zero)
+        if not found.fits:
+            said = fitting.refusal(sizes, there, config, found)
+            assert "what fits is ZeRO-" in said and "training.micro_batch_size=" in said
+            # nothing but the large mixture on small cards, and then under a JSON alone
+            assert sizes.counts()["total"] > 9e9 and there.gpu_memory == 24e9 and ds_json
+            assert there.nodes == 1, "four nodes hold it"
 
 
 def test_the_recipe_of_one_gpu_is_planned_on_one(capsys):

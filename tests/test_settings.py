@@ -29,6 +29,7 @@ CHANGES = {
     "nothing": """
         pipeline.parallel_branches data.workers training.log_every training.keep_last
         parallel.timeout_minutes
+        parallel.check_memory
     """,
 }
 RUN = """

@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     address, port = meeting_point(here)
     try:
         # Only what trains needs devices and memory.
-        needs = partial(needs_of, config, here, ds_json) if args.name in TRAINED else Needs
+        planned = partial(needs_of, config, here, ds_json)
+        needs = planned if args.name in TRAINED else lambda gpu, host: Needs()
         line = check(Path(config.pipeline.run), here, address, port, args.wait, needs)
     except PreflightError as error:
         if str(error):

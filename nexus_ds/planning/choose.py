@@ -85,10 +85,10 @@ def candidates(sizes: Sizes, machine: Machine, config: Config) -> list[Candidate
     Raises:
         LayoutError: the batch does not divide over the GPUs.
     """
-    return sorted((min(cuts, key=_rank) for cuts in judged(sizes, machine, config)), key=_rank)
+    return sorted((min(cuts, key=order) for cuts in judged(sizes, machine, config)), key=order)
 
 
-def _rank(candidate: Candidate) -> tuple[bool, float]:
+def order(candidate: Candidate) -> tuple[bool, float]:
     """Return what puts the better candidate first."""
     if candidate.fits:
         return False, candidate.step.step_seconds

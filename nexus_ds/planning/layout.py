@@ -113,11 +113,22 @@ def share_of(training: TrainingConfig, world: int) -> int:
     return share
 
 
-def layouts(sizes: Sizes, training: TrainingConfig, world: int) -> Iterator[list[Layout]]:
-    """Yield, for each ZeRO stage, offload and expert-parallel size, its ways to cut the batch.
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """What of a layout is there before a batch is cut; names as in `Layout`."""
 
-    A micro-batch or a kind of checkpointing that the configuration sets is kept. Parameters go to
-    the CPU under ZeRO-3 only.
+    stage: int
+    offload: str
+    expert: int
+
+
+def cuts(training: TrainingConfig, world: int, spread: Spread) -> list[Layout]:
+    """Return all ways to cut a batch.
+
+    A micro-batch or a kind of checkpointing that the configuration sets is kept.
+
+    Raises:
+        LayoutError: the batch does not come out even.
     """
     share = share_of(training, world)
     if training.micro_batch_size:
@@ -125,25 +136,36 @@ def layouts(sizes: Sizes, training: TrainingConfig, world: int) -> Iterator[list
     else:
         micros = [n for n in divisors(share) if n <= LARGEST_MICRO]
     chosen = training.activation_checkpointing
-    kinds = ("none", "non_reentrant") if chosen == "none" else (chosen,)
-    # a dense model has one way to place experts, and so has one GPU
-    parallel = [n for n in divisors(world) if n <= max(sizes.experts, 1)]
+    kinds = ("none", "non_reentrant") if chosen == "auto" else (chosen,)
+    return [
+        Layout(
+            **vars(spread),
+            world=world,
+            micro=micro,
+            accumulation=share // micro,
+            checkpointing=kind,
+        )
+        for micro, kind in product(micros, kinds)
+    ]
+
+
+def spreads() -> Iterator[tuple[int, str]]:
+    """Yield each ZeRO stage with each offload that it has."""
     for stage in (1, 2, 3):
         # DeepSpeed takes offload_param under ZeRO-3 only
-        offloads = OFFLOADS if stage == 3 else OFFLOADS[:2]
-        for offload, expert in product(offloads, parallel):
-            yield [
-                Layout(
-                    stage=stage,
-                    offload=offload,
-                    expert=expert,
-                    world=world,
-                    micro=micro,
-                    accumulation=share // micro,
-                    checkpointing=kind,
-                )
-                for micro, kind in product(micros, kinds)
-            ]
+        yield from product([stage], OFFLOADS if stage == 3 else OFFLOADS[:2])
+
+
+def layouts(sizes: Sizes, training: TrainingConfig, world: int) -> Iterator[list[Layout]]:
+    """Yield, for each ZeRO stage, offload and expert-parallel size, its ways to cut the batch.
+
+    Raises:
+        LayoutError: the batch does not come out even.
+    """
+    # a dense model has one way to place experts, and so has one GPU
+    parallel = [n for n in divisors(world) if n <= max(sizes.experts, 1)]
+    for (stage, offload), expert in product(spreads(), parallel):
+        yield cuts(training, world, Spread(stage=stage, offload=offload, expert=expert))
 
 
 def largest_gathered(sizes: Sizes, layout: Layout) -> int:

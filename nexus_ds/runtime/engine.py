@@ -17,6 +17,7 @@ from torch import nn
 
 from nexus_ds.errors import ConfigError, LayoutError
 from nexus_ds.model.head import use_loss_head
+from nexus_ds.planning.fitting import DEFAULT_STAGE, offload_of
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.attention import attend_whole_windows
 from nexus_ds.runtime.deepspeed_internals import DeepSpeedConfig, Engine, full_shape
@@ -89,10 +90,16 @@ class Batch:
     """Sequences of one rank and forward pass."""
     accumulation: int
     """Forward passes of a rank in one optimizer step."""
+    checkpointing: str = "none"
+    """What the backward pass makes of activations: none | reentrant | non_reentrant."""
 
 
 def split_batch(training: TrainingConfig, world: int) -> Batch:
-    """Cut training.batch_size over ranks and passes; LayoutError if it does not come out even."""
+    """Cut training.batch_size over ranks and passes, where no memory is known.
+
+    Raises:
+        LayoutError: it does not come out even.
+    """
     share, rest = divmod(training.batch_size, world)
     if rest:
         raise LayoutError(
@@ -105,7 +112,8 @@ def split_batch(training: TrainingConfig, world: int) -> Batch:
             f"a rank's {share} sequences a step are not a multiple of training.micro_batch_size "
             f"{micro}; change one of them"
         )
-    return Batch(micro, share // micro)
+    kind = training.activation_checkpointing
+    return Batch(micro, share // micro, "none" if kind == "auto" else kind)
 
 
 def expert_parallel_size(
@@ -143,7 +151,8 @@ def read_deepspeed_json(path: Path | None, parallel: ParallelConfig) -> DeepSpee
         ConfigError: no such file, no JSON, or keys that don't belong there.
     """
     if path is None:
-        return {"zero_optimization": {"stage": parallel.zero_stage}}
+        stage = parallel.zero_stage
+        return {"zero_optimization": {"stage": stage} if stage else {}}
     if not path.is_file():
         raise ConfigError(f"no DeepSpeed configuration at {path}; the project's are in ds_configs/")
     try:
@@ -177,7 +186,7 @@ def check_layout(
         ConfigError: keys that DeepSpeed does not know.
     """
     zero = values.setdefault("zero_optimization", {})
-    stage = zero.setdefault("stage", config.parallel.zero_stage)
+    stage = zero.setdefault("stage", config.parallel.zero_stage or DEFAULT_STAGE)
     internals.check_zero_section(zero)
     if stage == 0:
         raise LayoutError(
@@ -218,7 +227,7 @@ def _check_offload(zero: DeepSpeedConfig, stage: int) -> None:
 def deepspeed_config(values: DeepSpeedConfig, config: Config, batch: Batch) -> DeepSpeedConfig:
     """Complete a DeepSpeed JSON that `check_layout` accepted with what the recipe decides."""
     training = config.training
-    offload = "offload_optimizer" in values["zero_optimization"]
+    offload = offload_of(values["zero_optimization"]) != "none"
     adam = {
         "lr": training.lr,
         "betas": [training.beta1, training.beta2],
@@ -294,8 +303,8 @@ def start_engine(
     Returns:
         The DeepSpeed engine; its optimizer's groups carry `lr_scale`.
     """
-    if config.training.activation_checkpointing != "none":
-        _checkpoint_activations(model, config.training.activation_checkpointing == "reentrant")
+    if batch.checkpointing != "none":
+        _checkpoint_activations(model, batch.checkpointing == "reentrant")
     layers = moe_layers(model)
     for layer in layers:
         layer.router.loss_scale = 1.0 / batch.accumulation

@@ -8,6 +8,7 @@ Not covered: choosing what to train (train.py) and saving (states, export).
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -35,13 +36,15 @@ from nexus_ds.data.mixture import Sampler, cycle_slots, domain_weights
 from nexus_ds.data.preparation import tokenised
 from nexus_ds.data.sources import Source
 from nexus_ds.data.tokenizer import open_tokenizer, vocabulary_size
-from nexus_ds.errors import CheckpointError, ConfigError, DataError, TrainingError
+from nexus_ds.errors import CheckpointError, ConfigError, DataError, LayoutError, TrainingError
 from nexus_ds.launch import EXIT_STOPPED, Position
 from nexus_ds.model.head import next_token_loss
 from nexus_ds.model.router import SATURATED
 from nexus_ds.outputs import write_text
+from nexus_ds.planning.fitting import fitted, refusal, zero_of
+from nexus_ds.planning.layout import Machine, deepspeed_json
 from nexus_ds.planning.memory import disk
-from nexus_ds.planning.sizes import sizes_of
+from nexus_ds.planning.sizes import Sizes, sizes_of
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime import states, watchdog
 from nexus_ds.runtime.deepspeed_internals import DeepSpeedConfig
@@ -58,6 +61,7 @@ from nexus_ds.runtime.engine import (
 from nexus_ds.runtime.export import export
 from nexus_ds.runtime.metrics import Metrics, Values
 from nexus_ds.runtime.nexus_moe import Placement
+from nexus_ds.runtime.node_checks import gpu_memory, host_memory, machine_of
 from nexus_ds.runtime.parallel_model import Partition, keep_whole, load_for_training
 from nexus_ds.runtime.ranks import on_rank_0, together
 from nexus_ds.runtime.schedule import learning_rate, tokens_per_step, total_steps
@@ -194,6 +198,48 @@ def resolve(config: Config, ds_json: str, here: Position) -> RunLayout:
     return RunLayout(values, stage, batch, experts, where)
 
 
+def machine_here(here: Position) -> Machine | None:
+    """Return what all ranks have of memory, the least of each kind; None on CPUs. All must call."""
+    if internals.on_cpu():
+        return None
+    found = together(lambda: (gpu_memory(), host_memory(os.environ)))
+    gpu, host = (min(kind) for kind in zip(*found, strict=True))
+    return machine_of(here, gpu, host)
+
+
+def sizes_here(config: Config) -> Sizes:
+    """Return the sizes of what is trained; a new model's vocabulary is its tokenizer's."""
+    sizes = sizes_of(config)
+    if config.model.path:
+        return sizes
+    words = vocabulary_size(open_tokenizer(Path(config.model.tokenizer)))
+    return dataclasses.replace(sizes, vocabulary=words)
+
+
+def fit(config: Config, ds_json: str, layout: RunLayout, machine: Machine) -> RunLayout:
+    """Return the layout with the batch cut so that it fits the GPUs; with all of ZeRO where the
+    recipe leaves it open.
+
+    What the DeepSpeed JSON does not say becomes what the plan counts on. The same on all ranks.
+
+    Raises:
+        LayoutError: the plan says that it can't fit, and `parallel.check_memory` stands.
+    """
+    sizes = sizes_here(config)
+    given = layout.values["zero_optimization"] if ds_json else zero_of(config)
+    found = fitted(sizes, machine, config, given)
+    if config.parallel.check_memory and not found.fits:
+        raise LayoutError(refusal(sizes, machine, config, found))
+    chosen = found.layout
+    zero = deepspeed_json(sizes, chosen)["zero_optimization"] | given
+    return dataclasses.replace(
+        layout,
+        values=layout.values | {"zero_optimization": zero},
+        stage=chosen.stage,
+        batch=Batch(chosen.micro, chosen.accumulation, chosen.checkpointing),
+    )
+
+
 def check(config: Config) -> None:
     """Refuse text and model that don't go together, before the text is tokenised, maybe for hours.
 
@@ -254,6 +300,9 @@ def load(config: Config, layout: RunLayout) -> PreTrainedModel:
     if layout.stage == 3:
         complete = deepspeed_config(layout.values, config, layout.batch)
         partition = internals.partitioner(complete)
+    elif not internals.on_cpu():
+        # Part by part: main memory would hold the whole model once a rank.
+        partition = internals.to_device
     return load_for_training(config, layout.placement, grouped, partition)
 
 
@@ -266,7 +315,7 @@ class Run:
         here: this rank.
 
     Raises:
-        NexusError: see `resolve`, `check`, `read_data` and `load`, in this order.
+        NexusError: see `resolve`, `check`, `fit`, `read_data` and `load`, in this order.
     """
 
     ahead: tuple[int, int, MicroBatch] | None = None
@@ -280,6 +329,9 @@ class Run:
         layout = resolve(config, ds_json, here)
         check(config)
         on_rank_0(lambda: check_room(config))
+        machine = machine_here(here)
+        if machine:
+            layout = fit(config, ds_json, layout, machine)
         watchdog.at("the text", minutes=watchdog.PREPARING)
         self.data = read_data(config, Path(config.model.tokenizer))
         torch.manual_seed(config.seed)
@@ -604,5 +656,6 @@ def describe(run: Run, first: int) -> str:
     tokens = tokens_per_step(config.training, config.data)
     return (
         f"{config.name}: {nexus} ({kind}), {run.total} steps of {tokens} tokens ({mixture}); "
-        f"{run.description['layout']}, {config.model.dtype}{start}"
+        f"{run.description['layout']}, micro-batch {run.batch.micro} x {run.batch.accumulation}, "
+        f"activation checkpointing {run.batch.checkpointing}, {config.model.dtype}{start}"
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -28,9 +29,11 @@ from packaging.requirements import Requirement
 
 from nexus_ds.errors import ConfigError, NexusError
 from nexus_ds.launch import Position, allotted_gpus, allotted_memory, has_own_gpu, job_name
-from nexus_ds.planning import memory as space
-from nexus_ds.planning.layout import Layout, share_of
-from nexus_ds.planning.sizes import Sizes, sizes_of
+from nexus_ds.planning import fitting
+from nexus_ds.planning.choose import WIDTH
+from nexus_ds.planning.layout import Machine
+from nexus_ds.planning.memory import disk
+from nexus_ds.planning.sizes import sizes_of
 from nexus_ds.settings import Config
 
 COMPARED = ("torch", "deepspeed", "transformers", "safetensors", "numpy")
@@ -105,7 +108,7 @@ def device_problems(here: Position, visible: int, env: Mapping[str, str]) -> lis
 
 
 def read_zero(config: Config, ds_json: str) -> Mapping[str, Any]:
-    """Return what a DeepSpeed JSON says of ZeRO, without one the recipe's stage.
+    """Return what a DeepSpeed JSON says of ZeRO, without one the recipe's stage, if it has one.
 
     Training itself checks the file; importing what does that would take seconds here.
 
@@ -113,34 +116,15 @@ def read_zero(config: Config, ds_json: str) -> Mapping[str, Any]:
         ConfigError: no such file, or no JSON object.
     """
     if not ds_json:
-        return {"stage": config.parallel.zero_stage}
+        return fitting.zero_of(config)
+    stage = config.parallel.zero_stage or fitting.DEFAULT_STAGE
     try:
         values = json.loads(Path(ds_json).read_text(encoding="utf-8"))
-        return dict(values.get("zero_optimization", {}))
+        return {"stage": stage} | values.get("zero_optimization", {})
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"{ds_json}: no DeepSpeed configuration ({error}); the project's are in ds_configs/"
         ) from error
-
-
-def layout_of(config: Config, here: Position, sizes: Sizes, zero: Mapping[str, Any]) -> Layout:
-    """Return how the stage will be spread over the ranks."""
-    dividing = [n for n in range(1, here.local_world + 1) if here.world % n == 0]
-    automatic = max((n for n in dividing if n <= sizes.experts), default=1)
-    offload = "optimizer" if "offload_optimizer" in zero else "none"
-    if "offload_param" in zero:
-        offload += "+parameters"
-    share = share_of(config.training, here.world)
-    micro = config.training.micro_batch_size or share
-    return Layout(
-        stage=zero.get("stage", config.parallel.zero_stage),
-        offload=offload,
-        expert=config.parallel.expert or automatic,
-        world=here.world,
-        micro=micro,
-        accumulation=share // micro,
-        checkpointing=config.training.activation_checkpointing,
-    )
 
 
 @dataclass(frozen=True)
@@ -152,6 +136,8 @@ class Needs:
     """Of one GPU."""
     host: float = 0.0
     """Of a node's main memory."""
+    problem: str = ""
+    """Why the stage can't start with the memory that is there, '' if it can."""
 
 
 @dataclass(frozen=True)
@@ -170,10 +156,23 @@ class Report:
         return cls(**value | {"needs": Needs(**value["needs"])})
 
 
-def needs_of(config: Config, here: Position, ds_json: str) -> Needs:
+def machine_of(here: Position, gpu: float, host: float) -> Machine:
+    """Return the job's GPUs; bytes of `gpu` of each, of `host` of a node, 0 for what is unknown."""
+    nodes = here.world // here.local_world
+    return Machine(gpus=here.world, nodes=nodes, gpu_memory=gpu or math.inf, host_memory=host)
+
+
+def needs_of(config: Config, here: Position, ds_json: str, gpu: float, host: float) -> Needs:
     """Plan a training stage.
 
     A checkpoint that the job has yet to make is planned from the recipe's sizes.
+
+    Args:
+        config: of the stage.
+        here: this rank.
+        ds_json: path of the DeepSpeed JSON; '' for the recipe's ZeRO stage.
+        gpu: bytes of a GPU; 0: not known.
+        host: bytes of the node's main memory; 0: not known.
 
     Raises:
         NexusError: a layout, checkpoint or DeepSpeed JSON that can't be used.
@@ -181,37 +180,13 @@ def needs_of(config: Config, here: Position, ds_json: str) -> Needs:
     if config.model.path and not Path(config.model.path).exists():
         config = replace(config, model=replace(config.model, path=""))
     sizes = sizes_of(config)
-    width = 2 if config.model.dtype == "bf16" else 4
-    layout = layout_of(config, here, sizes, read_zero(config, ds_json))
-    planned = space.memory(sizes, layout, width, config.data.sequence_length, here.local_world)
-    on_disk = space.disk(sizes, width, config.training.keep_last)["total"]
-    return Needs(on_disk, planned.gpu_bytes, planned.host_bytes)
-
-
-def memory_problems(needs: Needs, gpu: float, host: float) -> list[str]:
-    """Compare what is planned with the memory that is there.
-
-    Args:
-        needs: of the stage.
-        gpu: bytes of a GPU; 0: not known.
-        host: bytes of the node's main memory; 0: not known.
-    """
-    advice = (
-        "see nexus-ds plan for a layout that fits (more ranks, offload, a smaller "
-        "training.micro_batch_size)"
-    )
-    found = []
-    if gpu and needs.gpu > gpu:
-        found.append(
-            f"a rank is planned to need {size(needs.gpu)} of GPU memory, "
-            f"a GPU has {size(gpu)}; {advice}"
-        )
-    if host and needs.host > host:
-        found.append(
-            f"{size(needs.host)} of main memory are planned, "
-            f"the job has {size(host)} here; {advice}"
-        )
-    return found
+    machine = machine_of(here, gpu, host)
+    found = fitting.fitted(sizes, machine, config, read_zero(config, ds_json))
+    problem = ""
+    if config.parallel.check_memory and not found.fits:
+        problem = fitting.refusal(sizes, machine, config, found)
+    on_disk = disk(sizes, WIDTH[config.model.dtype], config.training.keep_last)["total"]
+    return Needs(on_disk, found.memory.gpu_bytes, found.memory.host_bytes, problem)
 
 
 def host_memory(env: Mapping[str, str]) -> float:
@@ -406,23 +381,27 @@ def all_reduce_seconds(meeting: Meeting, cuda: bool) -> float:
     return seconds
 
 
-def local_report(run: Path, here: Position, visible: int, plan: Callable[[], Needs]) -> Report:
+def local_report(
+    run: Path, here: Position, visible: int, plan: Callable[[float, float], Needs]
+) -> Report:
     """Return what this rank says of its node.
 
     Args:
         run: folder of the run; made if it is not there.
         here: this rank.
         visible: GPUs that torch sees.
-        plan: returns what the stage will take.
+        plan: returns what the stage will take, of the bytes of a GPU and of the node; 0: not known.
     """
     problems = version_problems() + device_problems(here, visible, os.environ)
     needs = Needs()
     try:
         run.mkdir(parents=True, exist_ok=True)
-        needs = plan()
+        # the plan is one for GPUs
+        memory = (gpu_memory(), host_memory(os.environ)) if visible else (0.0, 0.0)
+        needs = plan(*memory)
         problems += disk_problems(run, needs.disk)
-        if visible:  # the plan is one for GPUs
-            problems += memory_problems(needs, gpu_memory(), host_memory(os.environ))
+        if needs.problem:
+            problems.append(needs.problem)
     except OSError as error:
         problems.append(f"can't use {run}: {error.strerror}")
     except NexusError as error:
@@ -435,7 +414,8 @@ def gpu_memory() -> float:
     """Return the memory of this rank's GPU in bytes."""
     import torch
 
-    return float(torch.cuda.get_device_properties(0).total_memory)
+    device = torch.cuda.current_device()
+    return float(torch.cuda.get_device_properties(device).total_memory)
 
 
 def agree(meeting: Meeting, report: Report) -> list[str]:
@@ -461,7 +441,12 @@ def agree(meeting: Meeting, report: Report) -> list[str]:
 
 
 def check(
-    run: Path, here: Position, address: str, port: int, seconds: float, plan: Callable[[], Needs]
+    run: Path,
+    here: Position,
+    address: str,
+    port: int,
+    seconds: float,
+    plan: Callable[[float, float], Needs],
 ) -> str:
     """Run all checks on this rank; return what was found, in one line.
 
@@ -470,7 +455,7 @@ def check(
         here: this rank.
         address, port: where rank 0 serves the store.
         seconds: that a rank waits for the others.
-        plan: returns what the stage will take.
+        plan: see `local_report`.
 
     Raises:
         PreflightError: on rank 0 with every problem of all nodes; elsewhere with an empty message.

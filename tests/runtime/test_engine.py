@@ -20,6 +20,7 @@ from nexus_ds.runtime.engine import (
     placement,
     read_deepspeed_json,
     set_learning_rate,
+    split_batch,
     start_engine,
 )
 from nexus_ds.runtime.nexus_moe import Placement
@@ -236,7 +237,7 @@ def test_the_routers_losses_are_scaled_as_the_main_loss_is(monkeypatch, nexus_di
     assert [layer.router.loss_scale for layer in moe_layers(model)] == [1 / accumulation] * 2
 
 
-@pytest.mark.parametrize("kind", ["none", "reentrant", "non_reentrant"])
+@pytest.mark.parametrize("kind", ["auto", "none", "reentrant", "non_reentrant"])
 def test_activation_checkpointing_is_of_the_kind_that_is_asked_for(monkeypatch, nexus_dir, kind):
     given, used = {}, config()
     used.training.activation_checkpointing = kind
@@ -245,9 +246,9 @@ def test_activation_checkpointing_is_of_the_kind_that_is_asked_for(monkeypatch, 
     monkeypatch.setattr(
         model, "gradient_checkpointing_enable", lambda **values: given.update(values)
     )
-    start_engine(model, {"zero_optimization": {"stage": 2}}, used, Batch(1, 1))
+    start_engine(model, {"zero_optimization": {"stage": 2}}, used, split_batch(used.training, 8))
     wanted = {"gradient_checkpointing_kwargs": {"use_reentrant": kind == "reentrant"}}
-    assert given == ({} if kind == "none" else wanted)
+    assert given == ({} if kind in ("auto", "none") else wanted)
 
 
 def test_the_recipes_training_reaches_deepspeed():

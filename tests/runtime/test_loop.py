@@ -19,14 +19,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nexus_ds.config import _apply, parse_override
 from nexus_ds.data.mixture import Sample
-from nexus_ds.errors import CheckpointError, NexusError, TrainingError
+from nexus_ds.errors import CheckpointError, LayoutError, NexusError, TrainingError
 from nexus_ds.evaluation.perplexity import score
 from nexus_ds.launch import Position
+from nexus_ds.planning.layout import Machine
 from nexus_ds.planning.memory import disk
 from nexus_ds.planning.sizes import sizes_of
+from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime import loop, portable_state, states
 from nexus_ds.runtime.engine import Batch, split_batch
-from nexus_ds.runtime.loop import Run, RunLayout, load, read_data
+from nexus_ds.runtime.loop import Run, RunLayout, fit, load, machine_here, read_data, resolve
+from nexus_ds.runtime.nexus_moe import Placement
 from nexus_ds.settings import (
     Config,
     DataConfig,
@@ -462,7 +465,12 @@ VERDICTS = (
         "rope_theta=5000.0 tied_embeddings=false",
     ),
     ("model", BEFORE, (), "shared_expert=none"),
-    ("parallel", SPEED, (), "expert=1 zero_stage=3 grouped_mm=true timeout_minutes=20"),
+    (
+        "parallel",
+        SPEED,
+        (),
+        "expert=1 zero_stage=3 grouped_mm=true timeout_minutes=20 check_memory=false",
+    ),
 )
 CHANGES = [
     (f"{section}.{word}", verdict, both)
@@ -569,3 +577,73 @@ def _now(state):
 
 def test_a_state_of_before_a_setting_was_recorded_goes_on():
     states._compare({"step": 3, "config": {}, "parameters": {}}, {"config": {"model.heads": 2}}, {})
+
+
+# The memory of the machine ------------------------------------------------------------------------
+
+
+def fitted_layout(nexus_dir, *words, ds_json="", memory=80e9):
+    """Return the layout of a run of two ranks on GPUs of `memory` bytes."""
+    config = Config()
+    for word in (f"model.path={nexus_dir}", f"model.tokenizer={nexus_dir}", *words):
+        _apply(config, parse_override(word), "")
+    here = Position(0, 2, 2, "n1")
+    layout = resolve(config, ds_json, here)
+    return fit(config, ds_json, layout, Machine(gpus=2, gpu_memory=memory))
+
+
+def test_a_micro_batch_of_0_is_what_fits_the_gpus(nexus_dir):
+    large = fitted_layout(nexus_dir, "training.batch_size=64", "data.sequence_length=4096")
+    assert large.batch == Batch(32, 1, "none")
+    words = ("training.batch_size=64", "data.sequence_length=4096")
+    small = fitted_layout(nexus_dir, *words, memory=1.5e9)
+    assert small.batch.micro < 32 and small.batch.micro * small.batch.accumulation == 32
+    # a run that is cut otherwise goes on: its states know no batch
+    set_by_hand = fitted_layout(nexus_dir, *words, "training.micro_batch_size=8")
+    assert set_by_hand.batch == Batch(8, 4, "none")
+
+
+def test_what_cannot_fit_is_refused_unless_that_is_switched_off(nexus_dir):
+    with pytest.raises(LayoutError, match=r"a GPU has 1 GB; .*parallel.check_memory=false starts"):
+        fitted_layout(nexus_dir, memory=1e9)
+    assert fitted_layout(nexus_dir, "parallel.check_memory=false", memory=1e9).batch.micro == 1
+
+
+def test_zero_is_what_was_planned_where_it_is_left_open(nexus_dir, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": 7}}')
+    zero = fitted_layout(nexus_dir, ds_json=str(path)).values["zero_optimization"]
+    assert zero["stage"] == 3 and zero["reduce_bucket_size"] == 7
+    assert zero["stage3_max_live_parameters"] < 1e9, "DeepSpeed's own number"
+    chosen = fitted_layout(nexus_dir, "parallel.zero_stage=0")
+    zero = chosen.values["zero_optimization"]
+    assert (chosen.stage, zero["reduce_bucket_size"]) == (zero["stage"], 50_000_000)
+    assert "offload_optimizer" not in zero
+    # settled by the recipe
+    assert fitted_layout(nexus_dir, "parallel.zero_stage=1").stage == 1
+
+
+def test_the_least_memory_of_all_ranks_counts_and_cpus_have_none(monkeypatch):
+    here = Position(0, 4, 2, "n1")
+    assert machine_here(here) is None
+    monkeypatch.setattr(internals, "on_cpu", lambda: False)
+    monkeypatch.setattr(loop, "together", lambda ask: [(25e9, 64e9), (24e9, 128e9)])
+    assert machine_here(here) == Machine(gpus=4, nodes=2, gpu_memory=24e9, host_memory=64e9)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_model_goes_to_the_gpu_part_by_part_under_zero_1_and_2(monkeypatch, nexus_dir, stage):
+    config = Config()
+    config.model.path, config.model.dtype = str(nexus_dir), "fp32"
+    moved = []
+
+    def to_device(module):
+        moved.append(sum(p.numel() for p in module.parameters()))
+
+    monkeypatch.setattr(internals, "on_cpu", lambda: False)
+    monkeypatch.setattr(internals, "to_device", to_device)
+    where = Placement(3)
+    layout = RunLayout({}, stage=stage, batch=Batch(1, 1), experts=[], placement=where)
+    model = load(config, layout)
+    assert len(moved) == model.config.num_hidden_layers + 2
+    assert sum(moved) == sum(p.numel() for p in model.parameters())

@@ -59,10 +59,9 @@ def test_absent_ranks_are_named_with_their_nodes(monkeypatch):
     ]
 
 
-def needs(*overrides, ds_json="", ranks=2):
-    return node_checks.needs_of(
-        resolve(load_config("demo", overrides)), Position(0, ranks, ranks, "n1"), ds_json
-    )
+def needs(*overrides, ds_json="", ranks=2, gpu=0.0, host=0.0):
+    config = resolve(load_config("demo", overrides))
+    return node_checks.needs_of(config, Position(0, ranks, ranks, "n1"), ds_json, gpu, host)
 
 
 def test_what_a_new_model_takes():
@@ -100,16 +99,21 @@ def test_a_batch_that_does_not_divide_is_found_before_training():
 
 
 def test_memory_against_the_plan():
-    planned = node_checks.Needs(0, 50e9, 100e9)
-    assert node_checks.memory_problems(planned, 80e9, 200e9) == []
-    assert node_checks.memory_problems(planned, 0, 0) == []
-    gpu, host = node_checks.memory_problems(planned, 24e9, 64e9)
-    assert gpu.startswith(
-        "a rank is planned to need 50 GB of GPU memory, a GPU has 24 GB; see nexus-ds plan"
-    )
-    assert host.startswith(
-        "100 GB of main memory are planned, the job has 64 GB here; see nexus-ds plan"
-    )
+    assert needs(gpu=80e9, host=200e9).problem == needs().problem == ""
+    assert "of GPU memory, a GPU has 1 GB; nothing fits" in needs(gpu=1e9).problem
+    # the processes alone take 8 GB
+    host = needs(gpu=80e9, host=4e9)
+    assert "of main memory are planned for a node, it has 4 GB; nothing fits 2" in host.problem
+    assert needs("parallel.check_memory=false", gpu=1e9).problem == ""
+
+
+def test_a_stage_that_is_left_open_is_planned():
+    big = ("model.hidden_size=2048", "model.heads=16", "model.ffn_size=8192", "model.layers=24")
+    assert needs(*big, gpu=24e9, host=500e9).problem
+    assert needs(*big, "parallel.zero_stage=0", gpu=24e9, host=500e9).problem == ""
+    # a DeepSpeed JSON decides; one without a stage means 2
+    z3 = str(REPO / "ds_configs" / "z3.json")
+    assert needs(*big, "parallel.zero_stage=0", ds_json=z3, gpu=24e9, host=500e9).problem
 
 
 def test_the_job_s_memory_is_its_request():

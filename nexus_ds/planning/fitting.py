@@ -1,0 +1,153 @@
+"""A run on the machine that it finds: the cut of its batch that fits, or why none does and what
+would.
+
+Deterministic: every rank that is given the same machine finds the same.
+Not covered: memory that other processes hold, links other than the plan's defaults, bucket sizes
+that a DeepSpeed JSON sets itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from nexus_ds.errors import LayoutError
+from nexus_ds.planning import choose
+from nexus_ds.planning.choose import Candidate
+from nexus_ds.planning.layout import Layout, Machine, Spread, cuts, divisors, spreads
+from nexus_ds.planning.sizes import Sizes
+from nexus_ds.planning.units import short
+from nexus_ds.settings import Config
+
+DEFAULT_STAGE = 2
+"""ZeRO stage of `parallel.zero_stage: 0` where nothing is planned."""
+MOST_TIMES = 64
+"""The largest multiple of a machine in which a remedy is looked for."""
+OVERRIDE = "parallel.check_memory=false starts all the same"
+
+
+def zero_of(config: Config) -> dict[str, Any]:
+    """Return `zero_optimization` of a run without a DeepSpeed JSON; nothing where plan chooses."""
+    stage = config.parallel.zero_stage
+    return {"stage": stage} if stage else {}
+
+
+def offload_of(zero: Mapping[str, Any]) -> str:
+    """Return the offload of a DeepSpeed JSON's `zero_optimization` as a layout names it."""
+    found = ["optimizer", "parameters"]
+    keys = ("offload_optimizer", "offload_param")
+    devices = [(zero.get(key) or {}).get("device", "none") for key in keys]
+    return "+".join(name for name, on in zip(found, devices, strict=True) if on != "none") or "none"
+
+
+def expert_parallel(config: Config, sizes: Sizes, machine: Machine) -> int:
+    """Return parallel.expert, for 0 the largest useful size inside one node."""
+    dividing = [n for n in divisors(machine.local) if n <= sizes.experts]
+    return config.parallel.expert or max(dividing, default=1)
+
+
+def fitted(sizes: Sizes, machine: Machine, config: Config, zero: Mapping[str, Any]) -> Candidate:
+    """Return the fastest layout that fits of those that recipe and JSON leave open.
+
+    Where none fits it is the one that needs least of a GPU.
+
+    Args:
+        sizes: of the model.
+        machine: what there is; `math.inf` for a GPU memory that is not known.
+        config: the run's.
+        zero: `zero_optimization` of the DeepSpeed JSON; without a stage all are open.
+
+    Raises:
+        LayoutError: the batch does not divide over the GPUs.
+    """
+    expert = expert_parallel(config, sizes, machine)
+    ways = spreads()
+    if "stage" in zero:
+        ways = iter([(zero["stage"], offload_of(zero))])
+    found = [
+        choose.judge(sizes, layout, machine, config)
+        for stage, offload in ways
+        for layout in cuts(
+            config.training, machine.gpus, Spread(stage=stage, offload=offload, expert=expert)
+        )
+    ]
+    return min(found, key=choose.order)
+
+
+# Refusals -----------------------------------------------------------------------------------------
+
+
+def refusal(sizes: Sizes, machine: Machine, config: Config, found: Candidate) -> str:
+    """Return one sentence: what a layout needs, what there is, and what to change."""
+    needs = found.memory
+    lacking = []
+    if needs.gpu_bytes > machine.gpu_memory:
+        lacking.append(
+            f"a rank is planned to need {short(needs.gpu_bytes)}B of GPU memory, "
+            f"a GPU has {short(machine.gpu_memory)}B"
+        )
+    if machine.host_memory and needs.host_bytes > machine.host_memory:
+        lacking.append(
+            f"{short(needs.host_bytes)}B of main memory are planned for a node, "
+            f"it has {short(machine.host_memory)}B"
+        )
+    return (
+        f"{found.layout.name}, {_cut(found.layout)}: {', and '.join(lacking)}; "
+        f"{remedy(sizes, machine, config)}; {OVERRIDE}"
+    )
+
+
+def _cut(layout: Layout) -> str:
+    return f"micro-batch {layout.micro}, activation checkpointing {layout.checkpointing}"
+
+
+def _best(sizes: Sizes, machine: Machine, config: Config) -> Candidate | None:
+    """Return the fastest of all layouts that fit; None where none does."""
+    try:
+        found = choose.candidates(sizes, machine, config)[0]
+    except LayoutError:
+        # this many GPUs don't divide the batch
+        return None
+    return found if found.fits else None
+
+
+def remedy(sizes: Sizes, machine: Machine, config: Config) -> str:
+    """Return what to change so that a run fits: what `plan` proposes for these GPUs, else more
+    memory a node, else more GPUs."""
+    free = replace(
+        config,
+        training=replace(config.training, micro_batch_size=0, activation_checkpointing="auto"),
+    )
+    best = _best(sizes, machine, free)
+    if best:
+        return f"what fits is {_proposal(best)}"
+    ways = []
+    best = _best(sizes, replace(machine, host_memory=0.0), free)
+    if best:
+        ways.append(
+            f"with {short(best.memory.host_bytes)}B of main memory a node {_proposal(best)}"
+        )
+    times = 2
+    while times <= MOST_TIMES:
+        more = replace(machine, gpus=times * machine.gpus, nodes=times * machine.nodes)
+        best = _best(sizes, more, free)
+        if best:
+            ways.append(f"on {more.gpus} GPUs {_proposal(best)}")
+            break
+        times *= 2
+    if ways:
+        return f"nothing fits {machine.gpus} such GPUs; what fits is {', or '.join(ways)}"
+    return (
+        f"nothing fits {machine.gpus} such GPUs nor {MOST_TIMES} times as many; use GPUs with more "
+        "memory, or lower data.sequence_length"
+    )
+
+
+def _proposal(best: Candidate) -> str:
+    """Return a layout as settings, and how its DeepSpeed JSON comes about."""
+    layout = best.layout
+    return (
+        f"{layout.name} with {' '.join(layout.overrides)} (nexus-ds plan --write ds.json writes "
+        "its DeepSpeed JSON, for --deepspeed)"
+    )
