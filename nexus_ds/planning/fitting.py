@@ -22,6 +22,8 @@ from nexus_ds.settings import Config
 
 DEFAULT_STAGE = 2
 """ZeRO stage of `parallel.zero_stage: 0` where nothing is planned."""
+SPARE = 0.05
+"""Share of a GPU that a run leaves free, if it can, where it chooses: the plan's own error."""
 MOST_TIMES = 64
 """The largest multiple of a machine in which a remedy is looked for."""
 OVERRIDE = "parallel.check_memory=false starts all the same"
@@ -50,7 +52,8 @@ def expert_parallel(config: Config, sizes: Sizes, machine: Machine) -> int:
 def fitted(sizes: Sizes, machine: Machine, config: Config, zero: Mapping[str, Any]) -> Candidate:
     """Return the fastest layout that fits of those that recipe and JSON leave open.
 
-    Where none fits it is the one that needs least of a GPU.
+    It leaves SPARE of a GPU free unless nothing fits then. Where none fits at all
+    it is the one that needs least of a GPU.
 
     Args:
         sizes: of the model.
@@ -65,14 +68,20 @@ def fitted(sizes: Sizes, machine: Machine, config: Config, zero: Mapping[str, An
     ways = spreads()
     if "stage" in zero:
         ways = iter([(zero["stage"], offload_of(zero))])
-    found = [
-        choose.judge(sizes, layout, machine, config)
+    open_layouts = [
+        layout
         for stage, offload in ways
         for layout in cuts(
             config.training, machine.gpus, Spread(stage=stage, offload=offload, expert=expert)
         )
     ]
-    return min(found, key=choose.order)
+    spared = replace(machine, gpu_memory=machine.gpu_memory * (1 - SPARE))
+    for there in (spared, machine):
+        judged = [choose.judge(sizes, layout, there, config) for layout in open_layouts]
+        found = min(judged, key=choose.order)
+        if found.fits:
+            break
+    return found
 
 
 # Refusals -----------------------------------------------------------------------------------------
