@@ -67,9 +67,10 @@ OVERLAP = 0.5
 the shared expert."""
 GPU_ADAM_PER_SECOND = 1.5e10
 """Parameters a GPU's fused AdamW updates in a second: 30 bytes each at about 450 GB/s."""
-CPU_ADAM_PER_SECOND = 5e8
-"""Parameters a node's CPUs update in a second with torch's AdamW: about 100 bytes each at 50
-GB/s."""
+CPU_ADAM_PER_SECOND = 1e9
+"""Parameters a node's CPUs update in a second: 52 bytes each (gradient to fp32, norm, clipping,
+torch's fused AdamW, master to bf16) at 50 GB/s. One core of an EPYC alone did 0.68e9
+(tests/adam_speed.py); main memory limits more of them."""
 DEFAULT_TFLOPS = 100.0
 """Peak of a GPU in dense bf16 where --gpu-tflops is not given: between an RTX 3090 (71) and a 4090
 (165)."""

@@ -169,7 +169,7 @@ def to_device(tensor: Tensor) -> Tensor:
     return tensor.pin_memory().to(device(), non_blocking=True)
 
 
-def to_device(module: nn.Module) -> None:
+def module_to_device(module: nn.Module) -> None:
     """Move a module to this rank's device; what is there already stays."""
     module.to(device())
 

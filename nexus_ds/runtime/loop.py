@@ -41,7 +41,7 @@ from nexus_ds.launch import EXIT_STOPPED, Position
 from nexus_ds.model.head import next_token_loss
 from nexus_ds.model.router import SATURATED
 from nexus_ds.outputs import write_text
-from nexus_ds.planning.fitting import fitted, refusal, zero_of
+from nexus_ds.planning.fitting import fitted, offload_of, refusal, zero_of
 from nexus_ds.planning.layout import Machine, deepspeed_json
 from nexus_ds.planning.memory import disk
 from nexus_ds.planning.sizes import Sizes, sizes_of
@@ -63,7 +63,7 @@ from nexus_ds.runtime.metrics import Metrics, Values
 from nexus_ds.runtime.nexus_moe import Placement
 from nexus_ds.runtime.node_checks import gpu_memory, host_memory, machine_of
 from nexus_ds.runtime.parallel_model import Partition, keep_whole, load_for_training
-from nexus_ds.runtime.ranks import on_rank_0, together
+from nexus_ds.runtime.ranks import on_rank_0, together, use_cores
 from nexus_ds.runtime.schedule import learning_rate, tokens_per_step, total_steps
 from nexus_ds.runtime.signals import StopRequest
 from nexus_ds.runtime.tally import Routing, Tally
@@ -240,6 +240,21 @@ def fit(config: Config, ds_json: str, layout: RunLayout, machine: Machine) -> Ru
     )
 
 
+def fit_here(config: Config, ds_json: str, layout: RunLayout, here: Position) -> RunLayout:
+    """Return the layout as it fits this machine, on CPUs as it is. All must call.
+
+    Raises:
+        LayoutError: see `fit`.
+    """
+    machine = machine_here(here)
+    if machine is None:
+        return layout
+    layout = fit(config, ds_json, layout, machine)
+    if offload_of(layout.values["zero_optimization"]) != "none":
+        use_cores()
+    return layout
+
+
 def check(config: Config) -> None:
     """Refuse text and model that don't go together, before the text is tokenised, maybe for hours.
 
@@ -302,7 +317,7 @@ def load(config: Config, layout: RunLayout) -> PreTrainedModel:
         partition = internals.partitioner(complete)
     elif not internals.on_cpu():
         # Part by part: main memory would hold the whole model once a rank.
-        partition = internals.to_device
+        partition = internals.module_to_device
     return load_for_training(config, layout.placement, grouped, partition)
 
 
@@ -329,9 +344,7 @@ class Run:
         layout = resolve(config, ds_json, here)
         check(config)
         on_rank_0(lambda: check_room(config))
-        machine = machine_here(here)
-        if machine:
-            layout = fit(config, ds_json, layout, machine)
+        layout = fit_here(config, ds_json, layout, here)
         watchdog.at("the text", minutes=watchdog.PREPARING)
         self.data = read_data(config, Path(config.model.tokenizer))
         torch.manual_seed(config.seed)

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import platform
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -128,6 +131,19 @@ def _wait(store: dist.Store, keys: list[str], here: Position) -> None:
         if missing and here.rank == (1 if 0 in missing else 0):
             names = ", ".join(map(str, missing[:8]))
             say(f"waiting for rank {names}, {duration(now - started)} now")
+
+
+def use_cores() -> None:
+    """Let this rank's tensors on the host be computed by all cores that are its own. All must call.
+
+    Cores are shared evenly with the ranks of its node that may run on the same ones; torchrun's
+    OMP_NUM_THREADS=1 would leave an offloaded optimizer to one core a rank, the deepspeed launcher
+    would give each rank all of them.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    mine = [platform.node(), cores]
+    everyone = together(lambda: mine)
+    torch.set_num_threads(max(1, len(cores) // everyone.count(mine)))
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

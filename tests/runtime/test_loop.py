@@ -28,7 +28,16 @@ from nexus_ds.planning.sizes import sizes_of
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime import loop, portable_state, states
 from nexus_ds.runtime.engine import Batch, split_batch
-from nexus_ds.runtime.loop import Run, RunLayout, fit, load, machine_here, read_data, resolve
+from nexus_ds.runtime.loop import (
+    Run,
+    RunLayout,
+    fit,
+    fit_here,
+    load,
+    machine_here,
+    read_data,
+    resolve,
+)
 from nexus_ds.runtime.nexus_moe import Placement
 from nexus_ds.settings import (
     Config,
@@ -641,9 +650,26 @@ def test_a_model_goes_to_the_gpu_part_by_part_under_zero_1_and_2(monkeypatch, ne
         moved.append(sum(p.numel() for p in module.parameters()))
 
     monkeypatch.setattr(internals, "on_cpu", lambda: False)
-    monkeypatch.setattr(internals, "to_device", to_device)
+    monkeypatch.setattr(internals, "module_to_device", to_device)
     where = Placement(3)
     layout = RunLayout({}, stage=stage, batch=Batch(1, 1), experts=[], placement=where)
     model = load(config, layout)
     assert len(moved) == model.config.num_hidden_layers + 2
     assert sum(moved) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "calls"), [("z3", 0), ("z3_offload", 1)])
+def test_an_offloaded_optimizer_has_the_cores_of_the_host(monkeypatch, nexus_dir, name, calls):
+    used = []
+    monkeypatch.setattr(loop, "use_cores", lambda: used.append(name))
+    monkeypatch.setattr(loop, "machine_here", lambda here: Machine(gpus=2, gpu_memory=80e9))
+    config = Config()
+    config.model.path = config.model.tokenizer = str(nexus_dir)
+    here = Position(0, 2, 2, "n1")
+    ds_json = str(Path(__file__).parents[2] / "ds_configs" / f"{name}.json")
+    layout = fit_here(config, ds_json, resolve(config, ds_json, here), here)
+    assert layout.batch == Batch(4, 1, "none") and len(used) == calls
+    # CPUs that train keep their threads, and a rank's share as it was
+    monkeypatch.setattr(loop, "machine_here", lambda here: None)
+    layout = resolve(config, ds_json, here)
+    assert fit_here(config, ds_json, layout, here) is layout and len(used) == calls

@@ -27,6 +27,29 @@ dist.destroy_process_group()
 """
 
 
+CORES = """
+import os
+import torch
+import torch.distributed as dist
+from nexus_ds.runtime import ranks
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+# three ranks share four cores of a node, another has two of its own
+os.sched_getaffinity = lambda _: {8, 9} if rank == 3 else {0, 1, 2, 3}
+ranks.use_cores()
+print(torch.get_num_threads(), flush=True)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_cores_are_shared_with_the_ranks_that_may_run_on_the_same_ones():
+    ranks = start_ranks(["-c", CORES], 4)
+    assert [rank.communicate(timeout=60)[0].strip() for rank in ranks] == ["1", "1", "1", "2"]
+
+
 @pytest.mark.slow
 def test_a_rank_ends_with_its_own_code_whatever_the_teardown_does():
     teardown = (
