@@ -673,3 +673,15 @@ def test_an_offloaded_optimizer_has_the_cores_of_the_host(monkeypatch, nexus_dir
     monkeypatch.setattr(loop, "machine_here", lambda here: None)
     layout = resolve(config, ds_json, here)
     assert fit_here(config, ds_json, layout, here) is layout and len(used) == calls
+
+
+def test_the_first_line_says_how_the_batch_was_cut():
+    run = bare(
+        TrainingConfig(batch_size=8, micro_batch_size=2, activation_checkpointing="reentrant"),
+        experts=[],
+        total=3,
+        description={"layout": "1 ranks"},
+    )
+    run.data.weights = {"a": 1.0}
+    said = loop.describe(run, 0)
+    assert said.endswith("; 1 ranks, micro-batch 2 x 4, activation checkpointing reentrant, bf16")
