@@ -42,22 +42,28 @@ def test_scoring_waits_for_a_batch_of_windows_and_not_for_its_layers(checkpoint,
     random = np.random.default_rng(0)
     windows = {name: random.integers(0, 31, (4, 13)) for name in ("alpha", "beta")}
     expected = perplexity.score(checkpoint, windows, batch=2)
-    monkeypatch.setattr(perplexity, "load_model", load_there)
+    open_here = perplexity.open_way
+
+    def open_there(*args):
+        with unwatched():
+            return module_to_gpu(open_here(*args))
+
+    monkeypatch.setattr(perplexity, "open_way", open_there)
     with gpu() as watch:
         found = perplexity.score(checkpoint, windows, batch=2)
     for name in windows:
         assert found.window_loss[name] == pytest.approx(expected.window_loss[name], rel=1e-5)
     if expected.routing is not None:
         assert np.array_equal(found.routing.share, expected.routing.share)
-    own = {wait: n for wait, n in watch.waits.items() if wait.startswith("perplexity.")}
-    batches = 2 * 2
-    assert own.pop("perplexity._on_device: to device") == batches + 1  # one uncounted before
-    assert own.pop("perplexity._score_domain: to host") == batches
-    # What routers did is read once a domain: counts together, gates layer by layer.
-    routers = LAYERS if expected.routing is not None else 0
-    assert sum(own.values()) == 2 * (1 + routers if routers else 0)
+    passes = 2 * 2 + 1  # one uncounted before
+    expected_waits = {"passes.on_device: to device": passes, "passes.run: to host": passes}
+    if found.routing is not None:
+        # What routers did: counts of all layers, and gates.
+        expected_waits["passes.take: to host"] = 2 * passes
+    own = {wait: n for wait, n in watch.waits.items() if wait.startswith("passes.")}
+    assert own == expected_waits
     # The rest is transformers' own: whether texts are packed, for each kind of mask.
-    rest = {wait.split(".")[0] for wait in watch.waits} - {"perplexity"}
+    rest = {wait.split(".")[0] for wait in watch.waits} - {"passes"}
     assert rest <= {"masking_utils"}
 
 

@@ -21,27 +21,32 @@ CONTEXT = {"router_input": "context", "row_norm": "fixed"}
 LAYERS, STEPS, WINDOWS, BATCHES = 2, 3, 4, 2
 TEMPERATURE = {"methods.temperature: to host": LAYERS}
 WHITENED = {"methods.whitener: value": LAYERS}
-LABELS = {"methods._label_loss: to device": STEPS * LAYERS}
+# Which tokens, for their labels and for their inputs.
+LABELS = {
+    "methods._label_loss: to device": STEPS * LAYERS,
+    "methods.rows: to device": STEPS * LAYERS,
+}
+CHUNKS = {
+    **WHITENED,
+    **LABELS,
+    **TEMPERATURE,
+    "methods._chunk_loss: to device": STEPS * LAYERS,
+    "methods.rows: to device": 2 * STEPS * LAYERS,
+}
 # What `methods` waits for; how the layers are read and run is the same for all.
 CASES = {
     ("label_fit", "nexus"): LABELS,
     ("label_fit", "context"): LABELS,
     ("label_fit", "linear"): LABELS,
     ("hidden_mean", "linear"): {"methods.means: size": LAYERS},
-    ("ridge", "linear"): {"methods.ridge_embeddings: value": LAYERS, **TEMPERATURE},
-    # which chunks, and their tokens, twice
-    ("chunks", "nexus"): {
-        **WHITENED,
-        **LABELS,
+    ("ridge", "linear"): {
+        "methods.means: size": LAYERS,
+        "methods.ridge_embeddings: size": LAYERS,
+        "methods.ridge_embeddings: value": LAYERS,
         **TEMPERATURE,
-        "methods._chunk_loss: to device": 2 * STEPS * LAYERS,
     },
-    ("chunks", "context"): {
-        **WHITENED,
-        **LABELS,
-        **TEMPERATURE,
-        "methods._chunk_loss: to device": 2 * STEPS * LAYERS,
-    },
+    ("chunks", "nexus"): CHUNKS,
+    ("chunks", "context"): CHUNKS,
     ("closed_form", "straight"): {
         **WHITENED,
         **TEMPERATURE,

@@ -78,6 +78,7 @@ def test_a_rank_takes_the_gpu_that_it_sees(monkeypatch, visible, number):
     there = Accelerator(visible)
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(internals, "get_accelerator", lambda: there)
+    monkeypatch.setattr(internals.ranks, "join", lambda seconds: None)
     monkeypatch.setattr(internals.deepspeed, "init_distributed", lambda **settings: None)
     internals.start(1)
     assert there.taken == number
