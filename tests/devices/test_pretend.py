@@ -44,6 +44,7 @@ WAITING = {
     "value ": lambda t: bool((t > 0).any()),
     "size": lambda t: t[t > 2],
     "size ": lambda t: torch.bincount(t.long().flatten(), minlength=9),
+    "size  ": lambda t: t[0].repeat_interleave(t[0].long()),
     "to host": lambda t: t.cpu(),
     "to host ": lambda t: t.tolist(),
     "to device": lambda t: HOST.to(GPU),
@@ -68,6 +69,7 @@ def test_a_copy_from_pinned_memory_and_work_on_the_device_are_not_waited_for(the
         out = torch.empty(2, 2, device=GPU)
         torch.mm(copied, there.T, out=out)
         out[1:].mul_(2)
+        out[0].repeat_interleave(torch.ones_like(out[0]).long(), output_size=2)
         total = out.sum() + torch.full((), 1.0, device=GPU)
     assert not watch.waits
     product = HOST @ HOST.T
