@@ -613,7 +613,7 @@ class ParallelConfig:
     grouped_mm: bool | None = setting(None, changes="execution")
     """Grouped matrix products for the experts; empty: on CUDA devices."""
 
-    # Above the first step of any recipe with all that is compiled there; a seized cluster waits it.
+    # Longer than a first step, in which kernels are compiled; a cluster that hangs costs as much.
     timeout_minutes: float = setting(
         15.0,
         changes="nothing",

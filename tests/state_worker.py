@@ -18,8 +18,8 @@ from parity import batches, start, train_step
 from nexus_ds.checkpoint.build import DTYPES
 from nexus_ds.checkpoint.records import TrainStep
 from nexus_ds.errors import NexusError
-from nexus_ds.launch import end
-from nexus_ds.runtime import states
+from nexus_ds.launch import end, position
+from nexus_ds.runtime import states, watchdog
 from nexus_ds.runtime.export import export
 
 
@@ -65,7 +65,9 @@ def main():
 
 if __name__ == "__main__":
     try:
-        main()
+        # Who waits at the store for a rank that was killed learns of it by the watchdog alone.
+        with watchdog.watched(position(), 2):
+            main()
     except NexusError as error:
         print(f"NEXUS {type(error).__name__}: {error}", flush=True)
         end(1)
