@@ -321,6 +321,36 @@ FAULTS = (
         "sorted(files)[:: max(of, 1)]",
     ),
     Fault(
+        "a farewell is a loss",
+        "runtime/watchdog.py",
+        "if self.left is not None:",
+        "if self.left:",
+    ),
+    Fault(
+        "a rank that stands still has all the time",
+        "runtime/watchdog.py",
+        "silent > SILENCE * limit",
+        "silent > 60 * limit",
+    ),
+    Fault(
+        "the farthest is named first",
+        "runtime/watchdog.py",
+        "(places[rank].number, doing",
+        "(-places[rank].number, doing",
+    ),
+    Fault(
+        "a suspended job is ended",
+        "runtime/watchdog.py",
+        "self.forgiven = now\n",
+        "return 'rank 1 is silent'\n",
+    ),
+    Fault(
+        "domains that are only scored are not tokenised",
+        "data/preparation.py",
+        "(data.domains, data.validation_domains)",
+        "(data.domains, data.domains)",
+    ),
+    Fault(
         "P is among the matrices",
         "runtime/engine.py",
         'kind = "router"',
