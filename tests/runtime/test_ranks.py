@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 from nexus_ds.runtime import ranks
 
+ranks.join(60)
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 # three ranks share four cores of a node, another has two of its own
