@@ -608,7 +608,8 @@ class ParallelConfig:
 
     # The plan's estimates can be wrong on a GPU that was never measured.
     check_memory: bool = setting(True, changes="nothing")
-    """Whether training on GPUs refuses to start with what `plan` says can't fit them."""
+    """Whether training refuses to start with what `plan` says can't fit the GPUs, or, on CPUs, with
+    model states that can't fit the main memory."""
 
     grouped_mm: bool | None = setting(None, changes="execution")
     """Grouped matrix products for the experts; empty: on CUDA devices."""

@@ -16,6 +16,7 @@ from nexus_ds.errors import LayoutError
 from nexus_ds.planning import choose
 from nexus_ds.planning.choose import Candidate
 from nexus_ds.planning.layout import Layout, Machine, Spread, cuts, divisors, spreads
+from nexus_ds.planning.memory import model_states
 from nexus_ds.planning.sizes import Sizes
 from nexus_ds.planning.units import short
 from nexus_ds.settings import Config
@@ -37,10 +38,14 @@ def zero_of(config: Config) -> dict[str, Any]:
 
 def offload_of(zero: Mapping[str, Any]) -> str:
     """Return the offload of a DeepSpeed JSON's `zero_optimization` as a layout names it."""
-    found = ["optimizer", "parameters"]
-    keys = ("offload_optimizer", "offload_param")
-    devices = [(zero.get(key) or {}).get("device", "none") for key in keys]
-    return "+".join(name for name, on in zip(found, devices, strict=True) if on != "none") or "none"
+
+    def there(key: str) -> bool:
+        return (zero.get(key) or {}).get("device", "none") != "none"
+
+    # Parameters alone are planned as if they stayed on the GPU: at most too much.
+    if not there("offload_optimizer"):
+        return "none"
+    return "optimizer+parameters" if there("offload_param") else "optimizer"
 
 
 def expert_parallel(config: Config, sizes: Sizes, machine: Machine) -> int:
@@ -82,6 +87,29 @@ def fitted(sizes: Sizes, machine: Machine, config: Config, zero: Mapping[str, An
         if found.fits:
             break
     return found
+
+
+def host_refusal(sizes: Sizes, layout: Layout, local: int, memory: float, width: int) -> str:
+    """Return why a run on CPUs can't fit for certain, '' where it may.
+
+    Only weights, gradients and optimizer states count, which are known exactly.
+
+    Args:
+        sizes: of the model.
+        layout: how it is spread.
+        local: ranks of this node.
+        memory: bytes of its main memory.
+        width: bytes of an element in the working precision.
+    """
+    states = model_states(sizes, layout, width)
+    needed = local * (states.gpu + states.host)
+    if needed <= memory:
+        return ""
+    return (
+        f"weights, gradients and optimizer states of {local} ranks on this node take "
+        f"{short(needed)}B of main memory, it has {short(memory)}B; use more nodes, ZeRO-3 "
+        f"(ds_configs/z3.json), or a smaller model; {OVERRIDE}"
+    )
 
 
 # Refusals -----------------------------------------------------------------------------------------

@@ -41,8 +41,8 @@ from nexus_ds.launch import EXIT_STOPPED, Position
 from nexus_ds.model.head import next_token_loss
 from nexus_ds.model.router import SATURATED
 from nexus_ds.outputs import write_text
-from nexus_ds.planning.fitting import fitted, offload_of, refusal, zero_of
-from nexus_ds.planning.layout import Machine, deepspeed_json
+from nexus_ds.planning.fitting import fitted, host_refusal, offload_of, refusal, zero_of
+from nexus_ds.planning.layout import Layout, Machine, deepspeed_json
 from nexus_ds.planning.memory import disk
 from nexus_ds.planning.sizes import Sizes, sizes_of
 from nexus_ds.runtime import deepspeed_internals as internals
@@ -240,14 +240,36 @@ def fit(config: Config, ds_json: str, layout: RunLayout, machine: Machine) -> Ru
     )
 
 
+def check_host(config: Config, layout: RunLayout, here: Position) -> None:
+    """Refuse a run on CPUs whose model states alone exceed this node's main memory.
+
+    Raises:
+        LayoutError: with the bytes that are needed and there.
+    """
+    planned = Layout(
+        stage=layout.stage,
+        offload=offload_of(layout.values["zero_optimization"]),
+        expert=layout.expert_parallel,
+        world=here.world,
+        **vars(layout.batch),
+    )
+    width = DTYPES[config.model.dtype].itemsize
+    memory = host_memory(os.environ)
+    problem = host_refusal(sizes_here(config), planned, here.local_world, memory, width)
+    if problem:
+        raise LayoutError(problem)
+
+
 def fit_here(config: Config, ds_json: str, layout: RunLayout, here: Position) -> RunLayout:
     """Return the layout as it fits this machine, on CPUs as it is. All must call.
 
     Raises:
-        LayoutError: see `fit`.
+        LayoutError: see `fit` and `check_host`.
     """
     machine = machine_here(here)
     if machine is None:
+        if config.parallel.check_memory:
+            check_host(config, layout, here)
         return layout
     layout = fit(config, ds_json, layout, machine)
     if offload_of(layout.values["zero_optimization"]) != "none":

@@ -101,6 +101,7 @@ def test_an_offload_that_is_switched_off_is_none():
     assert fitting.offload_of({"offload_optimizer": {"device": "none"}}) == "none"
     assert fitting.offload_of({"offload_optimizer": None}) == "none"
     assert fitting.offload_of({"offload_optimizer": {"device": "cpu"}}) == "optimizer"
+    assert fitting.offload_of({"offload_param": {"device": "cpu"}}) == "none"
 
 
 def test_a_refusal_says_what_fits_instead():

@@ -685,3 +685,21 @@ def test_the_first_line_says_how_the_batch_was_cut():
     run.data.weights = {"a": 1.0}
     said = loop.describe(run, 0)
     assert said.endswith("; 1 ranks, micro-batch 2 x 4, activation checkpointing reentrant, bf16")
+
+
+def test_on_cpus_states_that_exceed_the_main_memory_are_refused(monkeypatch, nexus_dir):
+    config = Config()
+    config.model.path = config.model.tokenizer = str(nexus_dir)
+    here = Position(0, 2, 2, "n1")
+    trained = sizes_of(config).counts()["trained"]
+
+    def start(memory):
+        monkeypatch.setattr(loop, "host_memory", lambda env: memory)
+        return fit_here(config, "", resolve(config, "", here), here)
+
+    # bf16 weights on both ranks, masters and moments once
+    assert start(20.0 * trained).batch == Batch(4, 1, "none")
+    with pytest.raises(LayoutError, match=r"states of 2 ranks on this node take .*B of main mem"):
+        start(15.0 * trained)
+    config.parallel.check_memory = False
+    assert start(0.0)
