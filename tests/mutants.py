@@ -260,7 +260,31 @@ FAULTS = (
         "if info.start != position:",
         "if info.start < position:",
     ),
+    Fault(
+        "a run fills its GPU to the brim",
+        "planning/fitting.py",
+        "machine.gpu_memory * (1 - SPARE)",
+        "machine.gpu_memory",
+    ),
+    Fault(
+        "a DeepSpeed JSON's stage is not kept",
+        "planning/fitting.py",
+        'if "stage" in zero:',
+        "if False:",
+    ),
     # nexus_ds/runtime
+    Fault(
+        "the rank with most memory decides",
+        "runtime/loop.py",
+        "(min(kind) for kind in",
+        "(max(kind) for kind in",
+    ),
+    Fault(
+        "an offloaded optimizer goes a tensor at a time",
+        "runtime/engine.py",
+        "if offload or not internals.on_cpu():",
+        "if not internals.on_cpu():",
+    ),
     Fault(
         "the loop is a step late in the schedule",
         "runtime/loop.py",

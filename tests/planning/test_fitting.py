@@ -76,6 +76,13 @@ def test_an_open_stage_takes_what_fits():
     assert fitting.zero_of(config("parallel.zero_stage=0")) == {}
 
 
+def test_a_batch_is_cut_smaller_rather_than_fill_the_gpu():
+    kept = "training.activation_checkpointing=none"
+    needed = fitted(SERVER, Z3, "training.micro_batch_size=4", kept).memory.gpu_bytes
+    assert fitted(replace(SERVER, gpu_memory=1.01 * needed), Z3, kept).layout.micro == 2
+    assert fitted(replace(SERVER, gpu_memory=1.06 * needed), Z3, kept).layout.micro == 4
+
+
 def test_the_spare_is_used_where_nothing_fits_without_it():
     words = ("training.micro_batch_size=2", "training.activation_checkpointing=none")
     needed = fitted(SERVER, Z3, *words).memory.gpu_bytes
