@@ -101,8 +101,8 @@ def _part_of(value: object, count: int, part: slice, place: torch.device) -> obj
         return tuple(_part_of(item, count, part, place) for item in value)
     if not isinstance(value, Tensor):
         return value
-    # What is the same for all sequences has one row, or no such dimension.
-    if value.ndim and value.shape[0] == count:
+    # What is the same for all sequences has one row; a vector is of tokens.
+    if value.ndim > 1 and value.shape[0] == count:
         value = value[part]
     return value.to(place)
 

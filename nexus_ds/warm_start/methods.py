@@ -146,14 +146,18 @@ def temperature(x_LH: Tensor, labels_L: Tensor, embeddings_EH: Tensor) -> float:
     return TEMPERATURES[best]
 
 
+def sums(x_TH: Tensor, groups_T: Tensor, count: int) -> Tensor:
+    """Return the sum [count, H] of each group's inputs, where the groups are."""
+    sums_GH = torch.zeros(count, x_TH.shape[1], device=groups_T.device)
+    for part, x_tH in parts(x_TH, groups_T.device):
+        sums_GH.index_add_(0, groups_T[part], x_tH)
+    return sums_GH
+
+
 def means(x_TH: Tensor, groups_T: Tensor, count: int) -> Tensor:
     """Return the mean [count, H] of each group's inputs; NaN for a group without tokens."""
-    place = groups_T.device
-    sums_GH = torch.zeros(count, x_TH.shape[1], device=place)
-    for part, x_tH in parts(x_TH, place):
-        sums_GH.index_add_(0, groups_T[part], x_tH)
     counts_G = torch.bincount(groups_T, minlength=count)
-    return sums_GH / counts_G[:, None]
+    return sums(x_TH, groups_T, count) / counts_G[:, None]
 
 
 def whitener(x_TH: Tensor, place: torch.device) -> Tensor:
@@ -176,12 +180,9 @@ def ridge_embeddings(x_LH: Tensor, labels_L: Tensor, experts: int) -> Tensor:
 
     This is DUME's way.
     """
-    place = labels_L.device
-    moments_HH = moments(x_LH, place)
-    # The inputs' product with one-hot labels is their sum a label.
-    counts_E1 = torch.bincount(labels_L, minlength=experts)[:, None]
-    sums_EH = means(x_LH, labels_L, experts) * counts_E1
-    targets_HE = sums_EH.nan_to_num().T
+    moments_HH = moments(x_LH, labels_L.device)
+    # the inputs' product with one-hot labels
+    targets_HE = sums(x_LH, labels_L, experts).T
     # without a penalty, directions that no token has would have no solution
     penalised_HH = moments_HH + _penalty(moments_HH, RIDGE)
     solution_HE = torch.linalg.solve(penalised_HH, targets_HE)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nexus_ds.checkpoint.loading import load_model
-from nexus_ds.checkpoint.streaming import LayerReader, streamed_model
+from nexus_ds.checkpoint.streaming import LayerReader, _in_slices, streamed_model
 from nexus_ds.checkpoint.tensors import TensorReader, write_tensors
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
@@ -50,6 +50,22 @@ def test_padding_is_known_to_the_slices(context_dir, tokens):
         )
     assert torch.allclose(whole[3, 4:], cut[3, 4:], atol=1e-6)
     assert torch.allclose(whole[:3], cut[:3], atol=1e-6)
+
+
+def test_only_what_is_of_sequences_is_cut():
+    """As many sequences as tokens: a vector of tokens stays whole, and so do masks for all."""
+    seen = []
+
+    def layer(hidden_BSH, **kwargs):
+        seen.append({name: value.shape for name, value in kwargs.items()})
+        return hidden_BSH
+
+    each, shared = torch.ones(4, 4, 2), torch.ones(1, 4, 2)
+    cut = _in_slices(layer, 3, CPU)
+    assert torch.equal(cut(each, tokens=torch.ones(4), rotary=shared, mask=each), each)
+    assert seen == [
+        {"tokens": (4,), "rotary": (1, 4, 2), "mask": (count, 4, 2)} for count in (3, 1)
+    ]
 
 
 def test_a_layer_is_in_memory_only_while_it_computes(nexus_dir, tokens, monkeypatch):
