@@ -181,6 +181,11 @@ def device_with_room(size: int) -> torch.device:
     return device()
 
 
+def empty_cache() -> None:
+    """Hand the GPU memory that nothing uses back to the driver, whose numbers count it as taken."""
+    get_accelerator().empty_cache()
+
+
 def start(timeout_minutes: float) -> None:
     """Join the process group of the launcher's variables, and the store where its ranks meet.
 

@@ -1,6 +1,6 @@
 """The finished checkpoint out of a running engine.
 
-It is gathered layer by layer, written by rank 0, and verified by reloading.
+It is gathered layer by layer, written by rank 0, read back and compared (`export_check`).
 
 Shapes: E routed experts, H hidden size, F inner width.
 Not covered: consolidating a training state without an engine.
@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nexus_ds.checkpoint.build import load_stock
 from nexus_ds.checkpoint.families import FFN_PARTS, HEAD, ConfigJson, both_ropes
 from nexus_ds.checkpoint.qwen2_moe import (
     Stored,
@@ -45,6 +44,14 @@ from nexus_ds.errors import CheckpointError
 from nexus_ds.outputs import new_directory, refuse_existing, write_text
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.engine import full_shape, moe_layers
+from nexus_ds.runtime.export_check import (
+    Agreement,
+    Seen,
+    check_computes,
+    check_written,
+    held_hashes,
+    observe,
+)
 from nexus_ds.runtime.nexus_moe import NexusMoE
 from nexus_ds.runtime.portable_state import STACKED
 from nexus_ds.runtime.ranks import on_rank_0, together
@@ -54,9 +61,6 @@ Write = Callable[[str, Tensor], None]
 Plan = dict[str, tuple[str, tuple[int, ...]]]
 """dtype, as safetensors names it, and shape of each tensor by name."""
 TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-# quantile of the tokens that has to be within the tolerance; why not all in bf16: `_verify`
-JUDGED = {torch.float32: 1.0, torch.bfloat16: 0.9}
 
 
 def _dense_part(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -217,34 +221,6 @@ def _write_config(model: Any, source: Path | None, dtype: torch.dtype, directory
         shutil.copyfile(source / "generation_config.json", directory / "generation_config.json")
 
 
-def _verify(directory: Path, dtype: torch.dtype, tokens_BS: Tensor, logits_BSV: Tensor) -> float:
-    """Reload in plain transformers; return the largest difference of logits from the engine's.
-
-    In bf16 a token whose two best experts are nearly equal may take the other one in another
-    kernel: one token in ten may differ by more than rounding. Weights in the wrong place change
-    nearly all of them.
-    """
-    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    device = internals.device_with_room(size)
-    model = load_stock(directory, dtype).to(device).eval()
-    with torch.no_grad():
-        output = model(input_ids=tokens_BS.to(device), use_cache=False)
-    reloaded_BSV = output.logits.float().to(logits_BSV.device)
-    scale = logits_BSV.abs().max().clamp_min(1e-9)
-    worst_BS = (reloaded_BSV - logits_BSV).abs().amax(-1)
-    token_T = (worst_BS / scale).flatten()
-    difference = float(token_T.max())
-    judged = float(token_T.quantile(JUDGED[dtype]))
-    # "not <=": NaN is no agreement
-    if not judged <= TOLERANCE[dtype]:
-        raise CheckpointError(
-            f"the exported model does not compute what was trained: "
-            f"logits differ by {judged:.1e} of the largest, expected at most "
-            f"{TOLERANCE[dtype]:.0e}; nothing was exported, the training state is kept"
-        )
-    return difference
-
-
 def export(
     engine: Any,
     config: Config,
@@ -252,7 +228,7 @@ def export(
     out: Path,
     probe_BS: Tensor,
     step: Step,
-) -> float:
+) -> Agreement:
     """Write the trained model to `out` (rank 0) as a dense or Nexus checkpoint and verify it. All
     ranks must call.
 
@@ -261,31 +237,51 @@ def export(
         config: its configuration; `model.path` is where tokenizer, config and sidecar come from.
         dtype: working dtype, also on disk.
         out: new directory.
-        probe_BS: token ids whose logits must survive; the same on all ranks.
+        probe_BS: token ids, of which the first are computed once more; the same on all ranks.
         step: what this run was, for the sidecar's lineage.
 
     Returns:
-        Largest relative difference of the logits, the same on all ranks.
+        How near the written model is to the engine's, the same on all ranks.
 
     Raises:
-        CheckpointError: the reloaded model computes something else, or it could not be written.
-            `out` is not made; all ranks raise.
+        CheckpointError: a tensor on disk is not the engine's, the reloaded model computes something
+            else, or it could not be written. `out` is not made; all ranks raise.
     """
     # first, on all ranks alike: nobody computes for a directory that can't be made
     on_rank_0(lambda: refuse_existing(out))
     engine.module.eval()
-    with torch.no_grad():
-        logits_BSV = engine(input_ids=probe_BS, use_cache=False).logits.float()
+    seen = observe(engine, probe_BS)
 
-    def write_and_verify() -> float:
+    def write_and_verify() -> Agreement:
         if dist.get_rank() != 0:
-            _write(engine.module, config, dtype, None, step)
-            return 0.0
+            return _write_and_verify(engine.module, config, dtype, None, step, seen)
         with new_directory(out) as directory:
-            _write(engine.module, config, dtype, directory, step)
-            return _verify(directory, dtype, probe_BS, logits_BSV)
+            return _write_and_verify(engine.module, config, dtype, directory, step, seen)
 
     return together(write_and_verify)[0]
+
+
+def _write_and_verify(
+    model: Any,
+    config: Config,
+    dtype: torch.dtype,
+    directory: Path | None,
+    step: Step,
+    seen: Seen,
+) -> Agreement:
+    """Write on the rank with a `directory` and verify there; the others gather along."""
+    # Each phase ends together: who goes on alone after a failure leaves the others waiting.
+    together(lambda: _write(model, config, dtype, directory, step))
+    hashes = together(lambda: held_hashes(model, _table(model), dtype))
+
+    def verify() -> Agreement:
+        if directory is None:
+            return Agreement()
+        held = {name: value for own in hashes for name, value in own.items()}
+        check_written(directory, dtype, held)
+        return check_computes(directory, dtype, seen)
+
+    return together(verify)[0]
 
 
 def _write(

@@ -623,7 +623,7 @@ class Run:
         """
         self.save(self.total)
         windows_NS = torch.from_numpy(next(iter(self.data.validation.values())))
-        probe_BS = windows_NS[:2, :-1].to(self.device)
+        probe_BS = windows_NS[:1, :-1].to(self.device)
         step = TrainStep(
             stage=self.config.stage,
             steps=self.total,
@@ -633,12 +633,13 @@ class Run:
         out = Path(self.config.output)
         dtype = DTYPES[self.config.model.dtype]
         watchdog.at("the export", self.total, watchdog.SAVING)
-        difference = export(self.engine, self.config, dtype, out, probe_BS, step)
+        found = export(self.engine, self.config, dtype, out, probe_BS, step)
         if not self.config.training.save_every:
             states.remove(self.work / "states")
         metrics.say(
-            f"wrote {out} (reloaded in plain transformers: logits differ by {difference:.1e})"
+            f"wrote {out} (reloaded in plain transformers: logits differ by {found.logits:.1e})"
         )
+        metrics.say(f"export checked: {found.describe()}")
         metrics.say(f"next: {next_evaluation(out, self.config.data)}")
 
 
