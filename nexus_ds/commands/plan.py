@@ -18,6 +18,7 @@ from nexus_ds.errors import ConfigError, LayoutError
 from nexus_ds.outputs import refuse_existing, write_json
 from nexus_ds.planning import assumptions, choose
 from nexus_ds.planning.choose import Candidate
+from nexus_ds.planning.export import export_check
 from nexus_ds.planning.layout import Machine, deepspeed_json
 from nexus_ds.planning.links import LinkAdvice
 from nexus_ds.planning.memory import disk
@@ -150,7 +151,8 @@ def collect(
     found = choose.candidates(sizes, machine, config)
     best = found[0]
     tokens = total_steps(training, data) * tokens_per_step(training, data)
-    kept = disk(sizes, choose.WIDTH[config.model.dtype], training.keep_last)
+    width = choose.WIDTH[config.model.dtype]
+    kept = disk(sizes, width, training.keep_last)
     plan: dict[str, Any] = {
         "parameters": sizes.counts(),
         "machine": vars(machine).copy(),
@@ -161,6 +163,7 @@ def collect(
             "dtype": config.model.dtype,
         },
         "disk_bytes": {name: round(size) for name, size in kept.items()},
+        "export_check": export_check(sizes, width).to_json(),
         "layouts": [candidate.to_json(tokens) for candidate in found],
         "best": None,
         "one_more_expert": None,
@@ -257,6 +260,7 @@ def _links(advice: dict[str, Any]) -> str:
 def _size_lines(plan: dict[str, Any]) -> list[str]:
     """Return the lines about the model, the run and its disk space."""
     counts, run = plan["parameters"], plan["run"]
+    check = plan["export_check"]
     millions = {name: f"{count / 1e6:,.0f}M" for name, count in counts.items()}
     disk = {name: f"{size / 1e9:,.1f} GB" for name, size in plan["disk_bytes"].items()}
     return [
@@ -266,6 +270,9 @@ def _size_lines(plan: dict[str, Any]) -> list[str]:
         f"{run['tokens_per_step']:,} a step, {run['dtype']}",
         f"disk: {disk['state']} a training state, {disk['states']} with those that are kept, "
         f"{disk['export']} the finished checkpoint",
+        f"check of the finished checkpoint: {check['gpu_bytes'] / 1e9:.2f} GB of the first GPU "
+        f"when training's activations are gone, {check['host_bytes'] / 1e9:.2f} GB of main "
+        f"memory, about {check['seconds']:,.0f} s (estimated)",
     ]
 
 

@@ -27,6 +27,10 @@ PERSISTENT_ELEMENTS = 100_000
 LOGITS_BYTES = 8
 """Bytes of a logit at the peak of the cross-entropy: itself and its log-probability, both fp32
 (`head._score`)."""
+PROBE_TOKENS = 128
+"""Tokens that are computed out of a finished checkpoint (`runtime/export_check.py`)."""
+PROBE_LOGITS = 6
+"""Copies of their logits in main memory there: two rows, three times over, in fp32."""
 
 # Choices in the DeepSpeed JSON that the plan writes ---------------------------------------------
 
@@ -71,6 +75,9 @@ CPU_ADAM_PER_SECOND = 1e9
 """Parameters a node's CPUs update in a second: 52 bytes each (gradient to fp32, norm, clipping,
 torch's fused AdamW, master to bf16) at 50 GB/s. One core of an EPYC alone did 0.68e9
 (tests/adam_speed.py); main memory limits more of them."""
+EXPORT_CHECK_PER_SECOND = 2e8
+"""Bytes of a finished checkpoint that one thread compares in a second: hashed in the engine and on
+disk, read once more for the probe; 3e8 were measured on an EPYC core with SHA instructions."""
 DEFAULT_TFLOPS = 100.0
 """Peak of a GPU in dense bf16 where --gpu-tflops is not given: between an RTX 3090 (71) and a 4090
 (165)."""

@@ -18,6 +18,7 @@ from functools import lru_cache
 
 from nexus_ds.model.chunks import chunk_tokens
 from nexus_ds.planning import assumptions as assume
+from nexus_ds.planning.export import export_check
 from nexus_ds.planning.layout import Layout, largest_gathered, live_elements
 from nexus_ds.planning.sizes import KINDS, Parameter, Sizes
 
@@ -369,8 +370,8 @@ def memory(sizes: Sizes, layout: Layout, width: int, length: int, local: int) ->
     host = {
         "processes (estimated)": local * assume.PROCESS_BYTES,
         "states": local * pinned,
-        # the first node reads back all that was written
-        "check of the export": float(width * sizes.counts()["total"]),
+        # of the first node: a tensor at a time
+        "check of the export": export_check(sizes, width).host_bytes,
     }
     # at the start, when nothing is exported yet
     start = local * loading(sizes, layout, width)

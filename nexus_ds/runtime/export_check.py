@@ -31,6 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nexus_ds.checkpoint.families import EMBEDDING, HEAD
 from nexus_ds.checkpoint.loading import LOAD_ERRORS
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, gate_name
 from nexus_ds.checkpoint.records import is_nexus
@@ -470,16 +471,22 @@ def _cores_for(device: torch.device, engine: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _room(reader: TensorReader, logits_SV: Tensor) -> int:
-    """Return bytes that the pass holds at once: the largest layer, what is outside of the layers,
-    and the logits of both rows, three times over in fp32."""
+def bytes_at_once(reader: TensorReader, logits: int) -> int:
+    """Return bytes that the pass holds on the device at once (`planning/export.py` plans the same).
+
+    Args:
+        reader: of the checkpoint; its largest layer, the last norm and the output layer are held.
+        logits: bytes of those of both rows.
+    """
     sizes: dict[str, int] = {}
     for name in reader.names():
         info = reader.info(name)
-        place = ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else ""
+        # "model.layers.3" of what stands in a layer
+        place = ".".join(name.split(".")[:3]) if name.startswith(LAYERS) else name
         sizes[place] = sizes.get(place, 0) + info.end - info.start
-    outside = sizes.pop("", 0)
-    return outside + max(sizes.values(), default=0) + 6 * logits_SV.numel() * logits_SV.itemsize
+    head = sizes[HEAD] if HEAD in sizes else sizes[EMBEDDING]
+    layers = [size for place, size in sizes.items() if place.startswith(LAYERS)]
+    return head + sizes["model.norm.weight"] + max(layers, default=0) + logits
 
 
 @torch.no_grad()
@@ -500,13 +507,18 @@ def check_computes(directory: Path, dtype: torch.dtype, seen: Seen) -> Agreement
     # what training has freed is the allocator's still, and the driver's numbers don't show it
     gc.collect()
     internals.empty_cache()
-    device = internals.device_with_room(_room(TensorReader(directory), seen.logits_SV))
+    logits = 2 * seen.logits_SV.numel() * dtype.itemsize
+    room = bytes_at_once(TensorReader(directory), logits)
+    device = internals.device_with_room(room)
     comparison = _Comparison(seen, BOUNDS[dtype])
-    tokens_2S = seen.tokens_1S.to(device).expand(2, -1)
+    # the streamed model stands on the CPU, whatever its layers compute on
+    tokens_2S = seen.tokens_1S.cpu().expand(2, -1)
     comparison.found.device = str(device)
     with _cores_for(device, seen.logits_SV.device):
         try:
-            model = streamed_model(directory, dtype, device)
+            model: Any = streamed_model(directory, dtype, device)
+            # a loop over the experts: grouped kernels of some GPUs take TF32 for fp32
+            model.config._experts_implementation = "eager"
             comparison.watch(model)
             logits_2SV = model(input_ids=tokens_2S, use_cache=False).logits
         except LOAD_ERRORS as error:

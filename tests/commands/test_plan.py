@@ -48,6 +48,9 @@ def test_the_json_has_the_promised_keys(capsys):
         assert layout["step_seconds"] == pytest.approx(sum(layout["seconds"].values()))
         assert layout["node_link_bytes_per_step"] > 0
     assert plan["run"]["tokens"] == pytest.approx(41e9, rel=1e-3)  # 40B and the anneal
+    # one layer of 20 and the embedding, not the 18 GB of the checkpoint
+    check = plan["export_check"]
+    assert check["gpu_bytes"] < 4e9 and check["host_bytes"] < 3e9 and 60 < check["seconds"] < 120
     assert plan["best"]["name"] == plan["layouts"][0]["name"]
     assert plan["one_more_expert"]["parameters"] == 20 * 3 * 2560 * 10304
 
@@ -59,6 +62,8 @@ def test_the_text_says_what_fits_what_is_estimated_and_what_to_type(capsys):
         "parameters: 9,093M, 4,345M active",
         "fastest that fits: ZeRO-3",
         "GB a training state",
+        "check of the finished checkpoint: ",
+        "when training's activations are gone, ",
         "activations",
         "one more expert: +1,583M parameters",
         "estimated, not measured: all seconds",

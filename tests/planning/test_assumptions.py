@@ -7,6 +7,7 @@ import pytest
 from nexus_ds.commands import plan
 from nexus_ds.config import load_config
 from nexus_ds.planning import assumptions, choose
+from nexus_ds.planning.export import export_check
 from nexus_ds.planning.sizes import sizes_of
 
 RUNS = (  # between them every part of the plan is there
@@ -35,8 +36,10 @@ def planned():
     found = []
     for args in map(parser.parse_args, RUNS):
         config = load_config(args.config, args.overrides)
-        layouts = choose.candidates(sizes_of(config), plan.machine_of(args), config)
+        sizes = sizes_of(config)
+        layouts = choose.candidates(sizes, plan.machine_of(args), config)
         found.append([candidate.to_json(tokens=10**9) for candidate in layouts])
+        found.append([export_check(sizes, 2).to_json()])
     return found
 
 

@@ -157,7 +157,6 @@ ROUTER = 3_670_016  # 2 layers x (384 x 2048 + 1024^2)
 # 2 layers x 4 experts x 6,291,456; a rank holds half of them under expert parallel 2
 EXPERTS = 50_331_648
 # in the checkpoint instead of P: 2 layers x 1024 x (4 experts + the shared expert's gate)
-ROWS = 10_240
 DENSE_MODEL, MIXTURE = 50_598_912, 104_600_576  # all that is trained
 # A token's activations in one layer, bytes in bf16 (in fp32):
 # - two norms, each an fp32 copy and two results: 2 x (4 + 2 x 2) x 1024 = 16,384 (24,576);
@@ -183,7 +182,7 @@ HAND = Sizes(
 HAND_DENSE = replace(HAND, experts=0, projection=())
 LOGITS = "logits and gradient of the output layer"
 # what it is: sizes, layout, bytes of an element, bytes on a GPU by part, bytes of a rank in main
-# memory, of the export's check
+# memory
 GOLDEN = {
     "ZeRO-1, dense": (
         HAND_DENSE,
@@ -198,7 +197,6 @@ GOLDEN = {
             LOGITS: 8 * 8_388 * 16_000 + 2 * WORDS,
         },
         0,
-        2 * DENSE_MODEL,
     ),
     "ZeRO-1, mixture, recomputed, fp32": (
         HAND,
@@ -214,7 +212,6 @@ GOLDEN = {
             "backward pass of a layer": 16_384 * 92_388 * 1.5,
         },
         0,
-        4 * (MIXTURE - ROUTER + ROWS),
     ),
     "ZeRO-1 on one GPU: its update is the peak": (
         HAND_DENSE,
@@ -228,7 +225,6 @@ GOLDEN = {
             "gradients of the update": (4 + 4) * MATRICES,  # in fp32 and flat, of the largest group
         },
         0,
-        4 * DENSE_MODEL,
     ),
     "ZeRO-1, mixture, expert parallel, optimizer on the CPU": (
         HAND,
@@ -245,7 +241,6 @@ GOLDEN = {
         # masters and moments, fp32 gradients, new weights: of a quarter of all but the experts, of
         # half of its own experts
         (12 + 4 + 2) * (54_268_928 / 4 + EXPERTS / 2 / 2),
-        2 * (MIXTURE - ROUTER + ROWS),
     ),
     "ZeRO-2, dense": (
         HAND_DENSE,
@@ -263,7 +258,6 @@ GOLDEN = {
             LOGITS: 8 * 1_024 * 16_000 + 2 * WORDS,
         },
         0,
-        2 * DENSE_MODEL,
     ),
     "ZeRO-2, mixture, expert parallel, accumulated": (
         HAND,
@@ -282,7 +276,6 @@ GOLDEN = {
             LOGITS: 8 * 1_024 * 16_000 + 2 * WORDS,
         },
         0,
-        2 * (MIXTURE - ROUTER + ROWS),
     ),
     "ZeRO-2, mixture, optimizer on the CPU, accumulated": (
         HAND,
@@ -298,7 +291,6 @@ GOLDEN = {
         },
         # and the sum of the passes' gradients
         (12 + 4 + 2 + 2) * MIXTURE / 4,
-        2 * (MIXTURE - ROUTER + ROWS),
     ),
     "ZeRO-3, dense": (
         HAND_DENSE,
@@ -316,7 +308,6 @@ GOLDEN = {
             LOGITS: 8 * 1_024 * 16_000 + 2 * WORDS,
         },
         0,
-        2 * DENSE_MODEL,
     ),
     "ZeRO-3, mixture, fp32": (
         HAND,
@@ -334,7 +325,6 @@ GOLDEN = {
             LOGITS: 8 * 1_024 * 16_000 + 4 * WORDS,
         },
         0,
-        4 * (MIXTURE - ROUTER + ROWS),
     ),
     "ZeRO-3, mixture, expert parallel, optimizer on the CPU": (
         HAND,
@@ -350,7 +340,6 @@ GOLDEN = {
             LOGITS: 8 * 1_024 * 16_000 + 2 * WORDS,
         },
         (12 + 4 + 2) * (54_268_928 / 4 + EXPERTS / 2 / 2),
-        2 * (MIXTURE - ROUTER + ROWS),
     ),
     "ZeRO-3, mixture, all on the CPU": (
         HAND,
@@ -365,7 +354,6 @@ GOLDEN = {
             LOGITS: 8 * 1_024 * 16_000 + 2 * WORDS,
         },
         (12 + 4 + 2 + 2) * MIXTURE / 4,
-        2 * (MIXTURE - ROUTER + ROWS),
     ),
 }
 
@@ -390,7 +378,7 @@ LOADED = {
 
 @pytest.mark.parametrize("case", GOLDEN)
 def test_a_plan_is_the_sum_that_is_made_by_hand(case):
-    sizes, changes, width, gpu, rank, export = GOLDEN[case]
+    sizes, changes, width, gpu, rank = GOLDEN[case]
     given = {
         "offload": "none",
         "expert": 1,
@@ -406,7 +394,8 @@ def test_a_plan_is_the_sum_that_is_made_by_hand(case):
     }
     start = given["world"] * LOADED[case]
     host = {"processes (estimated)": given["world"] * 4e9}
-    host |= {"model on its way to the GPU": start} if start > export else {"check": export}
+    # more than the check of the export, everywhere
+    host |= {"model on its way to the GPU": start}
     if rank:
         host["states"] = given["world"] * rank * 1.15  # what pinned blocks lose
     assert planned.gpu == pytest.approx(gpu, rel=1e-9)
