@@ -26,6 +26,7 @@ from nexus_ds.checkpoint.records import TrainStep
 from nexus_ds.checkpoint.sidecar import expert_embeddings, read_sidecar, write_sidecar
 from nexus_ds.checkpoint.tensors import TensorReader, overwrite
 from nexus_ds.errors import CheckpointError
+from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime import export as exporting
 from nexus_ds.runtime.export import export
 from nexus_ds.runtime.export_check import (
@@ -33,6 +34,8 @@ from nexus_ds.runtime.export_check import (
     PROBE_TOKENS,
     Seen,
     _Comparison,
+    _cores_for,
+    bytes_at_once,
     check_computes,
     check_written,
     held_hashes,
@@ -236,6 +239,31 @@ def test_another_configuration_computes_something_else(tmp_path, mixtures):
         (wrong / "config.json").write_text(json.dumps(config | {key: value}))
         with pytest.raises(CheckpointError, match=said):
             check_computes(wrong, BF16, seen)
+
+
+def test_the_device_is_asked_for_a_layers_room_when_training_has_let_go_of_it(
+    monkeypatch, mixtures
+):
+    seen, asked = observe(engine_of(mixtures[BF16], BF16), probe()), []
+    monkeypatch.setattr(internals, "empty_cache", lambda: asked.append("freed"))
+    monkeypatch.setattr(
+        internals, "device_with_room", lambda size: asked.append(size) or torch.device("cpu")
+    )
+    check_computes(mixtures[BF16], BF16, seen)
+    room = bytes_at_once(TensorReader(mixtures[BF16]), seen.logits_SV.numel())
+    assert asked == ["freed", room]
+    whole = sum(path.stat().st_size for path in mixtures[BF16].glob("*.safetensors"))
+    assert room - 24 * seen.logits_SV.numel() < 0.6 * whole  # of 4 layers and the embedding
+
+
+def test_a_pass_that_had_to_leave_the_gpu_has_half_of_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    cpu, gpu, before = torch.device("cpu"), torch.device("cuda"), torch.get_num_threads()
+    with _cores_for(cpu, gpu):
+        assert torch.get_num_threads() == max(before, 3)
+    for device, engine in ((cpu, cpu), (gpu, gpu)):
+        with _cores_for(device, engine):
+            assert torch.get_num_threads() == before
 
 
 def kernels_differ():
