@@ -40,8 +40,6 @@ CASES = {
     ("label_fit", "linear"): LABELS,
     ("hidden_mean", "linear"): {"methods.means: size": LAYERS},
     ("ridge", "linear"): {
-        "methods.means: size": LAYERS,
-        "methods.ridge_embeddings: size": LAYERS,
         "methods.ridge_embeddings: value": LAYERS,
         **TEMPERATURE,
     },
