@@ -48,9 +48,9 @@ def test_the_json_has_the_promised_keys(capsys):
         assert layout["step_seconds"] == pytest.approx(sum(layout["seconds"].values()))
         assert layout["node_link_bytes_per_step"] > 0
     assert plan["run"]["tokens"] == pytest.approx(41e9, rel=1e-3)  # 40B and the anneal
-    # one layer of 20 and the embedding, not the 18 GB of the checkpoint
+    # a layer and the embedding, not the 18 GB of the checkpoint
     check = plan["export_check"]
-    assert check["gpu_bytes"] < 4e9 and check["host_bytes"] < 3e9 and 60 < check["seconds"] < 120
+    assert check["gpu_bytes"] < 4e9 and check["host_bytes"] < 4e9 and 60 < check["seconds"] < 120
     assert plan["best"]["name"] == plan["layouts"][0]["name"]
     assert plan["one_more_expert"]["parameters"] == 20 * 3 * 2560 * 10304
 

@@ -419,6 +419,8 @@ def test_the_larger_of_the_start_and_the_export_counts_and_a_new_model_is_drawn_
 
     new = replace(HAND_DENSE, new=True)
     assert host(new, 3)["model on its way to the GPU"] == 4 * DENSE_MODEL
-    assert host(HAND_DENSE, 3)["check of the export"] == 2 * DENSE_MODEL
-    # many layers make the mixture larger than two of them
-    assert "check of the export" in host(replace(HAND, layers=8), 3)
+    # the embedding, a tensor of its size, and six copies of the logits of 128 tokens
+    check = 2 * 2 * WORDS + 6 * 4 * 128 * 16_000
+    assert host(HAND_DENSE, 3)["check of the export"] == check
+    # more layers make the check longer and not larger
+    assert "check of the export" not in host(replace(HAND, layers=8), 3)

@@ -250,10 +250,10 @@ def test_the_device_is_asked_for_a_layers_room_when_training_has_let_go_of_it(
         internals, "device_with_room", lambda size: asked.append(size) or torch.device("cpu")
     )
     check_computes(mixtures[BF16], BF16, seen)
-    room = bytes_at_once(TensorReader(mixtures[BF16]), seen.logits_SV.numel())
+    room = bytes_at_once(TensorReader(mixtures[BF16]), 4 * seen.logits_SV.numel())
     assert asked == ["freed", room]
     whole = sum(path.stat().st_size for path in mixtures[BF16].glob("*.safetensors"))
-    assert room - 24 * seen.logits_SV.numel() < 0.6 * whole  # of 4 layers and the embedding
+    assert room - 4 * seen.logits_SV.numel() < 0.6 * whole  # of 4 layers and the embedding
 
 
 def test_a_pass_that_had_to_leave_the_gpu_has_half_of_the_cores(monkeypatch):
