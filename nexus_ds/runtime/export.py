@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ from nexus_ds.runtime.portable_state import STACKED
 from nexus_ds.runtime.ranks import on_rank_0, together
 from nexus_ds.settings import Config
 
+Found = dict[str, Any]
+"""The fields of an `Agreement`."""
 Write = Callable[[str, Tensor], None]
 Plan = dict[str, tuple[str, tuple[int, ...]]]
 """dtype, as safetensors names it, and shape of each tensor by name."""
@@ -252,13 +254,13 @@ def export(
     engine.module.eval()
     seen = observe(engine, probe_BS)
 
-    def write_and_verify() -> Agreement:
+    def write_and_verify() -> Found:
         if dist.get_rank() != 0:
             return _write_and_verify(engine.module, config, dtype, None, step, seen)
         with new_directory(out) as directory:
             return _write_and_verify(engine.module, config, dtype, directory, step, seen)
 
-    return together(write_and_verify)[0]
+    return Agreement(**together(write_and_verify)[0])
 
 
 def _write_and_verify(
@@ -268,18 +270,19 @@ def _write_and_verify(
     directory: Path | None,
     step: Step,
     seen: Seen,
-) -> Agreement:
+) -> Found:
     """Write on the rank with a `directory` and verify there; the others gather along."""
     # Each phase ends together: who goes on alone after a failure leaves the others waiting.
     together(lambda: _write(model, config, dtype, directory, step))
     hashes = together(lambda: held_hashes(model, _table(model), dtype))
 
-    def verify() -> Agreement:
+    def verify() -> Found:
         if directory is None:
-            return Agreement()
+            return {}
         held = {name: value for own in hashes for name, value in own.items()}
         check_written(directory, dtype, held)
-        return check_computes(directory, dtype, seen)
+        # as plain values: ranks tell each other in JSON
+        return asdict(check_computes(directory, dtype, seen))
 
     return together(verify)[0]
 
