@@ -612,7 +612,8 @@ class ParallelConfig:
     model states that can't fit the main memory."""
 
     grouped_mm: bool | None = setting(None, changes="execution")
-    """Grouped matrix products for the experts; empty: on CUDA devices."""
+    """Grouped matrix products for the experts; empty: in bf16 on GPUs that have a kernel for them
+    (compute capability 8.x, 9.x, 10.x), else one expert after the other."""
 
     # Longer than a first step, in which kernels are compiled; a cluster that hangs costs as much.
     timeout_minutes: float = setting(

@@ -96,14 +96,20 @@ FAULTS = (
     Fault(
         "each pass has the whole of the router's losses",
         "runtime/nexus_moe.py",
-        "total, self.loss_scale)",
-        "total, 1.0)",
+        "load_balance, self.loss_scale * self.load_balance)",
+        "load_balance, self.load_balance)",
     ),
     Fault(
-        "balance sees first choices alone",
+        "balance counts a token's choices as one",
         "model/losses.py",
-        "selected_TK.reshape(-1)",
-        "selected_TK[:, 0]",
+        "(tokens * top_k)",
+        "tokens",
+    ),
+    Fault(
+        "a spare row is an expert's own",
+        "runtime/nexus_moe.py",
+        "counts_E + 1)",
+        "counts_E)",
     ),
     Fault("z-loss squares the mean", "model/losses.py", ".square().mean()", ".mean().square()"),
     Fault(

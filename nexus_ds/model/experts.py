@@ -11,11 +11,31 @@ Not covered: choosing experts (NexusRouter), rows that travel between ranks, sec
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+GROUPED_KERNELS = {8: "triton", 9: "torch", 10: "torch"}
+"""Major compute capability of NVIDIA's GPUs: whose kernel makes grouped products fast there.
+
+torch's (CUTLASS) is for 9.x and 10.x; on every other GPU the same call is one product a group and a
+copy of their ends to the host each time (GroupedBlas.cpp, `_scaled_mm_allowed_device`). DeepSpeed
+has a Triton kernel for 8.x. 12.x (RTX 50, RTX PRO) has neither, and 7.x no bf16.
+"""
+
+
+def grouped_kernel(capability: tuple[int, int] | None, triton: bool) -> str | None:
+    """Return whose grouped products are fast on a device; None: the loop over experts is faster.
+
+    Args:
+        capability: compute capability of a CUDA device; None for a CPU.
+        triton: whether DeepSpeed's Triton kernel can be had.
+    """
+    kernel = GROUPED_KERNELS.get(capability[0]) if capability else None
+    return None if kernel == "triton" and not triton else kernel
 
 
 class FeedForward(nn.Module):
@@ -33,19 +53,46 @@ class FeedForward(nn.Module):
         return self.down_proj(gate * self.up_proj(x))
 
 
-class _Reorder(torch.autograd.Function):
-    """Rows in another order; indexing's own gradient would be added row by row, this is a copy."""
+class _Dispatch(torch.autograd.Function):
+    """Rows of tokens in another order; indexing's own gradient would be added row by row.
+
+    This one is a copy, and of several rows of one token their sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, token_N: Tensor, inverse_N: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(inverse_N)
+        ctx.top_k = top_k
+        # Spare rows copy a token's. Where none has come to this rank, there is none to copy.
+        rows_TH = x_TH if len(x_TH) else x_TH.new_zeros(1, x_TH.shape[1])
+        return rows_TH.index_select(0, token_N)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse_N,) = ctx.saved_tensors
+        (gradient_NH,) = gradients
+        gradient_NH = gradient_NH.index_select(0, inverse_N)
+        if ctx.top_k > 1:
+            gradient_NH = gradient_NH.unflatten(0, (-1, ctx.top_k)).sum(1)
+        return gradient_NH, None, None, None
+
+
+class _Restore(torch.autograd.Function):
+    """Rows in the order of tokens again; spare rows are left behind, and get zeros back."""
 
     @staticmethod
     def forward(ctx: Any, rows_NH: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_N)
-        return rows_NH.index_select(0, order_N)
+        ctx.save_for_backward(order_N, inverse_N)
+        return rows_NH.index_select(0, inverse_N)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (inverse_N,) = ctx.saved_tensors
+        order_N, inverse_N = ctx.saved_tensors
         (gradient_NH,) = gradients
-        return gradient_NH.index_select(0, inverse_N), None, None
+        if len(order_N) == len(inverse_N):
+            return gradient_NH.index_select(0, order_N), None, None
+        all_NH = gradient_NH.new_zeros(len(order_N), gradient_NH.shape[1])
+        return all_NH.index_copy_(0, inverse_N, gradient_NH), None, None
 
 
 class ExpertOrder:
@@ -53,20 +100,34 @@ class ExpertOrder:
 
     Args:
         slots_TK: the place of each chosen expert; rows are ordered by it.
+        spare: this many experts, the first ones, get one row more, which copies some token's and
+            whose output goes nowhere: a kernel may need each expert to have a row.
     """
 
-    def __init__(self, slots_TK: Tensor) -> None:
-        self.top_k = slots_TK.shape[1]
+    def __init__(self, slots_TK: Tensor, spare: int = 0) -> None:
+        tokens, self.top_k = slots_TK.shape
+        slots_N = slots_TK.reshape(-1)
+        chosen = len(slots_N)
+        if spare:
+            slots_N = torch.cat([slots_N, torch.arange(spare, device=slots_N.device)])
         # Stable, so that the order of rows, and of the sums over them, is always the same.
-        self.order_N = torch.argsort(slots_TK.reshape(-1), stable=True)
-        positions_N = torch.arange(len(self.order_N), device=self.order_N.device)
-        self.inverse_N = torch.empty_like(self.order_N)
-        self.inverse_N[self.order_N] = positions_N
+        self.order_N = torch.argsort(slots_N, stable=True)
+        inverse_N = torch.empty_like(self.order_N)
+        inverse_N[self.order_N] = torch.arange(len(self.order_N), device=self.order_N.device)
+        self.inverse_N = inverse_N[:chosen]
+        self.token_N = self.order_N
+        if self.top_k > 1:
+            self.token_N = self.token_N // self.top_k
+        if spare:
+            self.token_N = self.token_N.clamp_max(max(tokens, 1) - 1)
 
     def dispatch(self, x_TH: Tensor) -> Tensor:
-        """Return the tokens' rows [N, H] in the order of their experts."""
-        rows_NH = x_TH if self.top_k == 1 else x_TH.repeat_interleave(self.top_k, 0)
-        return _Reorder.apply(rows_NH, self.order_N, self.inverse_N)
+        """Return the tokens' rows [N, H] in the order of their experts, spare ones among them."""
+        return _Dispatch.apply(x_TH, self.token_N, self.inverse_N, self.top_k)
+
+    def restore(self, rows_NH: Tensor) -> Tensor:
+        """Return outputs in the order of the tokens' choices again, without the spare ones."""
+        return _Restore.apply(rows_NH, self.order_N, self.inverse_N)
 
     def combine(self, rows_NH: Tensor, gate_TK: Tensor) -> Tensor:
         """Return the sum over a token's experts of gate value times output row, [T, H].
@@ -76,7 +137,7 @@ class ExpertOrder:
             gate_TK: fp32; products and sums are fp32 too, the result has the rows' dtype.
         """
         dtype = rows_NH.dtype
-        rows_NH = _Reorder.apply(rows_NH, self.inverse_N, self.order_N)
+        rows_NH = self.restore(rows_NH)
         if self.top_k == 1:
             return (rows_NH * gate_TK).to(dtype)
         rows_TKH = rows_NH.view(*gate_TK.shape, -1)
@@ -142,6 +203,70 @@ class _SwiGLUExperts(torch.autograd.Function):
         return dx_NH, dw1_EFH, dw2_EHF, dw3_EFH, None
 
 
+class GroupedProducts(NamedTuple):
+    """A kernel's two products over stretches of rows that end at `ends_E`, int32 on the device."""
+
+    by_weights: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """(rows [N, X], weights [E, X, Y], ends) -> [N, Y]: each stretch by its expert's weight."""
+    by_rows: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """(rows [N, X], rows [N, Y], ends) -> [E, X, Y]: a stretch of one by that of the other."""
+
+
+def _torch_by_weights(rows_NX: Tensor, weights_EXY: Tensor, ends_E: Tensor) -> Tensor:
+    return F.grouped_mm(rows_NX, weights_EXY, offs=ends_E)
+
+
+def _torch_by_rows(rows_NX: Tensor, rows_NY: Tensor, ends_E: Tensor) -> Tensor:
+    return F.grouped_mm(rows_NX.T, rows_NY, offs=ends_E)
+
+
+TORCH_PRODUCTS = GroupedProducts(_torch_by_weights, _torch_by_rows)
+
+
+class _GroupedSwiGLU(torch.autograd.Function):
+    """The same in grouped products, which read the ends of the stretches on the device.
+
+    Every expert has a row: of one without, torch's kernels leave the weight's gradient unwritten on
+    some GPUs (pytorch issue 172439).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NH: Tensor,
+        w1_EFH: Tensor,
+        w2_EHF: Tensor,
+        w3_EFH: Tensor,
+        ends_E: Tensor,
+        products: GroupedProducts,
+    ) -> Tensor:
+        by_weights = products.by_weights
+        gate_NF = by_weights(x_NH, w1_EFH.mT, ends_E)
+        up_NF = by_weights(x_NH, w3_EFH.mT, ends_E)
+        inner_NF = F.silu(gate_NF).mul_(up_NF)
+        ctx.products = products
+        ctx.save_for_backward(x_NH, gate_NF, up_NF, w1_EFH, w2_EHF, w3_EFH, ends_E)
+        return by_weights(inner_NF, w2_EHF.mT, ends_E)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
+        (dy_NH,) = gradients
+        by_weights, by_rows = ctx.products
+        x_NH, gate_NF, up_NF, w1_EFH, w2_EHF, w3_EFH, ends_E = ctx.saved_tensors
+        silu_NF = F.silu(gate_NF)
+        dw2_EHF = by_rows(dy_NH, silu_NF * up_NF, ends_E)
+        # From here on silu_NF and dinner_NF are overwritten: their memory is used again.
+        dinner_NF = by_weights(dy_NH, w2_EHF, ends_E)
+        dup_NF = silu_NF.mul_(dinner_NF)
+        dsilu_NF = dinner_NF.mul_(up_NF)
+        dgate_NF = torch.ops.aten.silu_backward(dsilu_NF, gate_NF)
+        dw1_EFH = by_rows(dgate_NF, x_NH, ends_E)
+        dw3_EFH = by_rows(dup_NF, x_NH, ends_E)
+        dx_NH = by_weights(dgate_NF, w1_EFH, ends_E)
+        dx_NH += by_weights(dup_NF, w3_EFH, ends_E)
+        return dx_NH, dw1_EFH, dw2_EHF, dw3_EFH, None, None
+
+
 def _stretches(counts: list[int]) -> list[tuple[int, slice]]:
     """Return (expert, its rows) for each expert that has any."""
     found = []
@@ -154,15 +279,17 @@ def _stretches(counts: list[int]) -> list[tuple[int, slice]]:
 
 
 class RoutedExperts(nn.Module):
-    """A rank's experts, one after the other, each on its stretch of rows.
+    """A rank's experts, each on its stretch of rows.
 
     Args:
         stacked: a module whose parameters w1, w3 [E, F, H] and w2 [E, H, F] are taken over as they
             are.
+        products: grouped ones, without a wait for the counts; None: one expert after the other.
     """
 
-    def __init__(self, stacked: nn.Module) -> None:
+    def __init__(self, stacked: nn.Module, products: GroupedProducts | None = None) -> None:
         super().__init__()
+        self.products = products
         for name in ("w1", "w2", "w3"):
             setattr(self, name, getattr(stacked, name))
 
@@ -170,9 +297,14 @@ class RoutedExperts(nn.Module):
         """Return expert outputs [N, H] of rows ordered by expert.
 
         Args:
-            x_NH: rows; those beyond the sum of the counts belong to nobody and give zeros.
-            counts_E: rows of each expert.
+            x_NH: rows; those beyond the sum of the counts belong to nobody and give zeros. Grouped
+                products allow none.
+            counts_E: rows of each expert; for grouped products none is 0.
         """
+        weights = (self.w1, self.w2, self.w3)
+        if self.products is not None:
+            ends_E = torch.cumsum(counts_E, 0, dtype=torch.int32)
+            return _GroupedSwiGLU.apply(x_NH, *weights, ends_E, self.products)
         # Lengths of slices: known on the host, which waits here for the routing.
         counts = counts_E.tolist()
-        return _SwiGLUExperts.apply(x_NH, self.w1, self.w2, self.w3, counts)
+        return _SwiGLUExperts.apply(x_NH, *weights, counts)

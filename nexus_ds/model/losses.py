@@ -12,20 +12,22 @@ import torch
 from torch import Tensor
 
 
-def load_balancing_loss(probabilities_TE: Tensor, selected_TK: Tensor) -> Tensor:
+def load_balancing_loss(probabilities_TE: Tensor, counts_E: Tensor, top_k: int) -> Tensor:
     """Return E * sum_i f_i P_i (Fedus et al. 2022), scalar fp32, without a coefficient.
 
-    1 when routing is uniform, E when one expert takes all with p = 1. f_i is the share of the T*K
+    1 when routing is uniform, E when one expert takes all with p = 1. f_i is the share of all
     assignments that go to expert i (no gradient), P_i the mean probability of expert i.
+
+    Args:
+        probabilities_TE: fp32.
+        counts_E: assignments to each expert, integers.
+        top_k: assignments of each token.
     """
-    experts = probabilities_TE.shape[1]
-    assigned = selected_TK.reshape(-1)
-    ones = probabilities_TE.new_ones(assigned.numel())
-    # scatter_add, unlike bincount, waits for no GPU
-    counts_E = probabilities_TE.new_zeros(experts).scatter_add_(0, assigned, ones)
-    f_E = counts_E / assigned.numel()
-    p_E = probabilities_TE.mean(0)
-    return experts * torch.sum(f_E * p_E)
+    tokens, experts = probabilities_TE.shape
+    # Exact: fp32 counts to 2^24, and no rank makes as many assignments in one pass.
+    assigned_E = counts_E.to(probabilities_TE.dtype)
+    f_times_p = torch.dot(assigned_E, probabilities_TE.mean(0))
+    return f_times_p * (experts / (tokens * top_k))
 
 
 def router_z_loss(logits_TE: Tensor) -> Tensor:

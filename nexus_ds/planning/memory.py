@@ -215,9 +215,8 @@ def layer_activations(sizes: Sizes, width: int, imbalance: float = 1.0) -> float
     dense = norms + attention + ffn
     if not sizes.experts:
         return dense
-    # In fp32 experts run one after the other and keep half: SiLU and product are made again
-    # (nexus_ds/model/experts.py).
-    inner = ffn if width == 2 else ffn / 2
+    # Experts keep half: SiLU and product are made again (nexus_ds/model/experts.py).
+    inner = ffn / 2
     # beside it the row that goes in and the row that comes out
     routed = sizes.top_k * (inner + 2 * width * sizes.hidden) * imbalance
     # scores and probabilities of the experts, and indices of those that were chosen

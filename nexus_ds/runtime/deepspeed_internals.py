@@ -38,10 +38,9 @@ from deepspeed.module_inject.auto_ep_layer import (
     AutoEPMoELayer,
     SplitPlan,
     compute_split_plan,
-    permute_by_local_expert,
-    unpermute_by_local_expert,
 )
 from deepspeed.moe.ep_count import count_tokens_per_expert
+from deepspeed.moe.ep_experts import GroupedExperts
 from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 from deepspeed.moe.layer import MoE
 from deepspeed.runtime import compiler
@@ -51,14 +50,13 @@ from torch import Tensor, nn
 
 from nexus_ds.errors import ConfigError, LayoutError
 from nexus_ds.launch import device_number, tell_device_number
+from nexus_ds.model.experts import TORCH_PRODUCTS, GroupedProducts
 from nexus_ds.runtime import ranks
 from nexus_ds.words import nearest
 
 __all__ = [
     "AutoEPMoELayer",
     "count_tokens_per_expert",
-    "permute_by_local_expert",
-    "unpermute_by_local_expert",
 ]
 
 
@@ -172,6 +170,18 @@ def to_device(tensor: Tensor) -> Tensor:
 def module_to_device(module: nn.Module) -> None:
     """Move a module to this rank's device; what is there already stays."""
     module.to(device())
+
+
+def capability() -> tuple[int, int] | None:
+    """Return the compute capability of this rank's GPU; None for a CPU or another maker's GPU."""
+    if on_cpu() or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(device())
+
+
+def has_triton_kernel() -> bool:
+    """Return whether DeepSpeed takes its Triton kernel for grouped products on this device."""
+    return get_accelerator().prefer_triton_grouped_mm()
 
 
 def device_with_room(size: int) -> torch.device:
@@ -356,6 +366,29 @@ class DeepSpeedMoE(AutoEPMoELayer):
             ep_group=self.ep_group,
             num_tokens_per_expert=counts_E,
         )
+
+
+def grouped_products(experts: nn.Module) -> GroupedProducts:
+    """Return the products of DeepSpeed's Triton kernel where its experts chose it, else torch's."""
+    if not experts.use_triton_grouped_mm:
+        return TORCH_PRODUCTS
+    # by its path: the package has a function of the module's name
+    kernel = importlib.import_module("deepspeed.ops.triton_ops.group_gemm_triton")
+
+    def by_rows(rows_NX: Tensor, rows_NY: Tensor, ends_E: Tensor) -> Tensor:
+        return kernel._grouped_dw(rows_NX, rows_NY, ends_E, len(ends_E))
+
+    return GroupedProducts(kernel._group_gemm, by_rows)
+
+
+def looped_experts(stacked: nn.Module) -> nn.Module:
+    """Return DeepSpeed's own loop over stacked weights w1, w2, w3, for comparisons of speed."""
+    count, ffn_size, hidden_size = stacked.get_parameter("w1").shape
+    with torch.device("meta"):
+        experts = GroupedExperts(hidden_size, ffn_size, count, use_grouped_mm=False)
+    for name in STACKED:
+        setattr(experts, name, getattr(stacked, name))
+    return experts
 
 
 def capacity_moe(

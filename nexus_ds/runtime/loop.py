@@ -38,6 +38,7 @@ from nexus_ds.data.sources import Source
 from nexus_ds.data.tokenizer import open_tokenizer, vocabulary_size
 from nexus_ds.errors import CheckpointError, ConfigError, DataError, LayoutError, TrainingError
 from nexus_ds.launch import EXIT_STOPPED, Position
+from nexus_ds.model.experts import grouped_kernel
 from nexus_ds.model.head import next_token_loss
 from nexus_ds.model.router import SATURATED
 from nexus_ds.outputs import write_text
@@ -321,6 +322,16 @@ def check_room(config: Config) -> None:
         )
 
 
+def grouped_products(config: Config) -> bool:
+    """Return whether the experts compute in grouped products: the setting, or what is fast here."""
+    if config.parallel.grouped_mm is not None:
+        return config.parallel.grouped_mm
+    # In fp32 the kernels of older GPUs compute in TF32, and the export would not equal the engine.
+    if config.model.dtype != "bf16":
+        return False
+    return grouped_kernel(internals.capability(), internals.has_triton_kernel()) is not None
+
+
 def load(config: Config, layout: RunLayout) -> PreTrainedModel:
     """Return the model that trains: read from `model.path`, or new with the sizes of the recipe."""
     if not config.model.path:
@@ -328,11 +339,6 @@ def load(config: Config, layout: RunLayout) -> PreTrainedModel:
         vocabulary = vocabulary_size(tokenizer)
         model = new_dense(config.model, vocabulary, tokenizer.eos_token_id, config.seed)
         return model.to(DTYPES[config.model.dtype])
-    grouped = config.parallel.grouped_mm
-    if grouped is None:
-        # In fp32 the kernels of older GPUs compute in TF32, and the export would not equal the
-        # engine.
-        grouped = config.model.dtype == "bf16" and not internals.on_cpu()
     partition: Partition = keep_whole
     if layout.stage == 3:
         complete = deepspeed_config(layout.values, config, layout.batch)
@@ -340,7 +346,7 @@ def load(config: Config, layout: RunLayout) -> PreTrainedModel:
     elif not internals.on_cpu():
         # Part by part: main memory would hold the whole model once a rank.
         partition = internals.module_to_device
-    return load_for_training(config, layout.placement, grouped, partition)
+    return load_for_training(config, layout.placement, grouped_products(config), partition)
 
 
 class Run:
@@ -562,7 +568,8 @@ class Run:
         if router is None:
             return {}
         own = self.own_share(tally.routing(self.domains, self.experts))
-        return asdict(router) | {"own_share": float("nan") if own is None else own}
+        computed = {name: value for name, value in asdict(router).items() if value is not None}
+        return computed | {"own_share": float("nan") if own is None else own}
 
     def save(self, step: int) -> None:
         """Save a training state."""

@@ -23,9 +23,8 @@ from nexus_ds.runtime.deepspeed_internals import (
     DeepSpeedMoE,
     DeepSpeedRouter,
     count_tokens_per_expert,
+    grouped_products,
     mark_replicated,
-    permute_by_local_expert,
-    unpermute_by_local_expert,
 )
 from nexus_ds.runtime.exchange import Exchange
 
@@ -85,8 +84,8 @@ class RouterStatistics:
     """Largest probability of each token, fp32."""
     load_balance: Tensor
     """Unit load-balancing loss, scalar."""
-    z: Tensor
-    """Unit z-loss, scalar."""
+    z: Tensor | None
+    """Unit z-loss, scalar; None where its coefficient is 0: nobody asked for it."""
 
 
 class NexusRouter(DeepSpeedRouter):
@@ -128,6 +127,7 @@ class NexusRouter(DeepSpeedRouter):
         self.length = 0  # of the texts; set in each pass of the layer, so in a recomputed one too
         slots_E = torch.tensor([placement.slot(e) for e in range(placement.experts)])
         self.register_buffer("slot_of_expert", slots_E, persistent=False)
+        self.in_order = placement.ep_size == 1
         self.load_balance = load_balance
         self.z_loss = z_loss
         self.loss_scale = 1.0
@@ -152,27 +152,35 @@ class NexusRouter(DeepSpeedRouter):
         logits_TE = self.logits(x)
         p_TE = F.softmax(logits_TE.float(), dim=-1)
         gate_TK, chosen_TK = torch.topk(p_TE, self.top_k, dim=-1)
-        load_balance = load_balancing_loss(p_TE, chosen_TK)
-        z = router_z_loss(logits_TE)
+        counts_E = count_tokens_per_expert(chosen_TK, p_TE.shape[1])
+        load_balance = load_balancing_loss(p_TE, counts_E, self.top_k)
+        z = router_z_loss(logits_TE) if self.z_loss else None
         self.latest = RouterStatistics(
             selected_TK=chosen_TK.detach(),
             gate_T1=gate_TK[:, 0].detach(),
             load_balance=load_balance.detach(),
-            z=z.detach(),
+            z=None if z is None else z.detach(),
         )
         if torch.is_grad_enabled() and self.training:
-            total = self.load_balance * load_balance
-            if self.z_loss:
-                total = total + self.z_loss * z
             # Read off the layer after the pass, a loss would have no gradient under re-entrant
             # activation checkpointing, and nothing would say so.
-            gate_TK = attach_loss(gate_TK, total, self.loss_scale)
+            gate_TK = attach_loss(gate_TK, load_balance, self.loss_scale * self.load_balance)
+            if z is not None:
+                gate_TK = attach_loss(gate_TK, z, self.loss_scale * self.z_loss)
         # Serving rounds the gate to the compute dtype before it multiplies; training does the same
         # or routes differ.
         gate_TK = gate_TK.to(x.dtype).float()
+        return gate_TK, *self._in_slots(chosen_TK, counts_E)
+
+    def _in_slots(self, chosen_TK: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the chosen experts' slots [T, K] and the rows of each slot [slots]."""
+        # One rank has its experts in their own order, and no vacant slot among them.
+        if self.in_order:
+            return chosen_TK, counts_E
         assert isinstance(self.slot_of_expert, Tensor)
-        slots_TK = self.slot_of_expert[chosen_TK]
-        return gate_TK, slots_TK, count_tokens_per_expert(slots_TK, self.num_experts)
+        counts_S = counts_E.new_zeros(self.num_experts)
+        counts_S.index_copy_(0, self.slot_of_expert, counts_E)
+        return self.slot_of_expert[chosen_TK], counts_S
 
 
 class _Source(nn.Module):
@@ -235,25 +243,37 @@ class NexusMoE(DeepSpeedMoE):
         self.router = router
         mark_replicated(router)
         self.grouped_mm = grouped_mm
-        if not grouped_mm:
-            self.experts = RoutedExperts(self.experts)
+        products = grouped_products(self.experts) if grouped_mm else None
+        self.experts = RoutedExperts(self.experts, products)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the shared expert's output plus the gated routed ones, [B, S, H]."""
         self.router.length = hidden_states.shape[-2]
-        # The kernel of a GPU wants groups of padded sizes, which DeepSpeed's own pass makes.
-        if self.ep_size == 1 and self.grouped_mm and hidden_states.is_cuda:
-            return super().forward(hidden_states)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         gate_TK, slots_TK, counts_E = self.router(x_TH)
-        order = ExpertOrder(slots_TK)
-        rows_NH = order.dispatch(x_TH)
         if self.ep_size == 1:
-            routed_NH = self.experts(rows_NH, counts_E)
+            order, routed_NH = self._routed(x_TH, slots_TK, counts_E)
             shared_TH = self.shared_experts(x_TH)
         else:
-            routed_NH, shared_TH = self._all_to_all(x_TH, rows_NH, counts_E)
+            order = ExpertOrder(slots_TK)
+            routed_NH, shared_TH = self._all_to_all(x_TH, order.dispatch(x_TH), counts_E)
         return (order.combine(routed_NH, gate_TK) + shared_TH).view_as(hidden_states)
+
+    def _routed(
+        self, x_TH: Tensor, slots_TK: Tensor, counts_E: Tensor
+    ) -> tuple[ExpertOrder, Tensor]:
+        """Return an order of rows and, in that order, the outputs of this rank's experts.
+
+        Args:
+            x_TH: tokens, or rows that were sent here (then K is 1).
+            slots_TK: the places of their experts on this rank.
+            counts_E: rows of each.
+        """
+        if not self.grouped_mm:
+            order = ExpertOrder(slots_TK)
+            return order, self.experts(order.dispatch(x_TH), counts_E)
+        order = ExpertOrder(slots_TK, spare=self.num_local_experts)
+        return order, self.experts(order.dispatch(x_TH), counts_E + 1)
 
     def _all_to_all(self, x_TH: Tensor, rows_NH: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
         """Return outputs of the routed experts [N, H], by all-to-all, and of the shared one [T, H].
@@ -272,12 +292,24 @@ class NexusMoE(DeepSpeedMoE):
         inner_TF = F.silu(shared.gate_proj(x_TH)) * shared.up_proj(x_TH)
         arrived_NH = there.wait(sent_NH)
 
-        # From the order of the senders to that of the experts, padded for the kernel, and back.
-        rows, index, counts, number = permute_by_local_expert(
-            arrived_NH, plan.local_counts_by_source
-        )
-        outputs_NH = unpermute_by_local_expert(self.experts(rows, counts), index, number)
+        # From the order of the senders to that of the experts, and back.
+        slots_N1 = _slots_of_arrivals(plan.local_counts_by_source, len(arrived_NH))
+        local_counts_E = plan.local_counts_by_source.sum(0, dtype=torch.int32)
+        order, outputs_NH = self._routed(arrived_NH, slots_N1, local_counts_E)
 
-        sent_NH = back.start(outputs_NH)
+        sent_NH = back.start(order.restore(outputs_NH))
         shared_TH = shared.down_proj(inner_TF)
         return back.wait(sent_NH), shared_TH
+
+
+def _slots_of_arrivals(counts_RE: Tensor, rows: int) -> Tensor:
+    """Return the local slots [N, 1] of rows ordered by sending rank and, of each, by expert.
+
+    Args:
+        counts_RE: rows from each of the R ranks of the group for each expert of this one.
+        rows: their sum N; told, since asking the device for it would wait.
+    """
+    ranks, experts = counts_RE.shape
+    slot_RE = torch.arange(experts, device=counts_RE.device).repeat(ranks)
+    slots_N = slot_RE.repeat_interleave(counts_RE.flatten(), output_size=rows)
+    return slots_N[:, None]

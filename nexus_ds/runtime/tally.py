@@ -8,6 +8,7 @@ Not covered: when a stretch begins and ends, and where its numbers go (`loop`, `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,8 +28,8 @@ class RouterNumbers:
 
     load_balance: float
     """Unit load-balancing loss; 1 where tokens are spread evenly."""
-    z: float
-    """Unit z-loss."""
+    z: float | None
+    """Unit z-loss; None where its coefficient is 0, so that no router computes it."""
     gate: float
     """Largest probability of a token."""
     load_min: float
@@ -89,7 +90,8 @@ class Tally:
         count_BE = torch.stack(counts).sum(0)
         self.routed_DE += torch.where(mine_DB[:, :, None], count_BE, 0).sum(1)
         balance_L = torch.stack([router.load_balance for router in seen])
-        z_L = torch.stack([router.z for router in seen])
+        computed = [router.z for router in seen if router.z is not None]
+        z_L = torch.stack(computed) if computed else torch.full_like(balance_L, math.nan)
         gate_L = torch.stack([router.gate_T1 for router in seen]).mean(1)
         self.router_4[:3] += torch.stack([balance_L, z_L, gate_L]).double().sum(1)
         self.router_4[3] += len(seen)
@@ -119,7 +121,7 @@ class Tally:
         share_E = count_E / count_E.sum().clamp_min(1)
         return RouterNumbers(
             load_balance=balance / passes,
-            z=z / passes,
+            z=None if math.isnan(z) else z / passes,
             gate=gate / passes,
             load_min=float(share_E.min()),
             load_max=float(share_E.max()),

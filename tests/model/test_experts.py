@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nexus_ds.model.experts import ExpertOrder, RoutedExperts
+from nexus_ds.model.experts import TORCH_PRODUCTS, ExpertOrder, RoutedExperts, grouped_kernel
 
-E, F_SIZE, H = 3, 12, 8
+E, F_SIZE, H = 3, 16, 8  # grouped products want rows of 16 bytes
 
 
 class Stacked(nn.Module):
@@ -87,3 +87,52 @@ def test_rows_go_to_their_experts_and_back(top_k):
     found = torch.autograd.grad((out * weight).sum(), (x, gate))
     for a, b in zip(found, torch.autograd.grad((by_hand * weight).sum(), (x, gate)), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_grouped_products_equal_the_loop_where_an_expert_has_no_token(tokens, top_k, dtype):
+    """Spare rows give each expert one, and leave no trace in outputs and gradients."""
+    slots_TK = torch.tensor([[2, 0], [2, 2], [0, 2], [2, 0], [0, 0]])[:tokens, :top_k]
+    counts_E = torch.bincount(slots_TK.flatten(), minlength=E).int()
+    assert counts_E[1] == 0
+    x_TH = torch.randn(5, H, generator=torch.Generator().manual_seed(1)).to(dtype)[:tokens]
+    weight_NH = torch.randn(tokens * top_k, H, generator=torch.Generator().manual_seed(2)).to(dtype)
+    found = []
+    for grouped in (False, True):
+        stacked, tokens_TH = Stacked(dtype), x_TH.clone().requires_grad_()
+        order = ExpertOrder(slots_TK, spare=E if grouped else 0)
+        experts = RoutedExperts(stacked, TORCH_PRODUCTS if grouped else None)
+        rows_NH = experts(order.dispatch(tokens_TH), counts_E + 1 if grouped else counts_E)
+        out_NH = order.restore(rows_NH)
+        assert len(rows_NH) == len(out_NH) + E * grouped
+        (out_NH * weight_NH).sum().backward()
+        gradients = [w.grad for w in (stacked.w1, stacked.w2, stacked.w3)]
+        found.append([out_NH.detach(), tokens_TH.grad, *gradients])
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for looped, in_groups in zip(*found, strict=True):
+        assert looped.shape == in_groups.shape
+        torch.testing.assert_close(in_groups, looped, rtol=1e-5, atol=tolerance)
+    assert not found[1][2][1].any()
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "expected"),
+    [
+        ((7, 5), True, None),
+        ((8, 0), True, "triton"),
+        ((8, 6), True, "triton"),
+        ((8, 9), True, "triton"),
+        ((8, 6), False, None),
+        ((9, 0), False, "torch"),
+        ((9, 0), True, "torch"),
+        ((10, 0), False, "torch"),
+        ((12, 0), True, None),
+        ((12, 0), False, None),
+        (None, False, None),
+    ],
+    ids=str,
+)
+def test_grouped_products_are_taken_where_a_kernel_is_fast(capability, triton, expected):
+    assert grouped_kernel(capability, triton) == expected

@@ -162,8 +162,8 @@ DENSE_MODEL, MIXTURE = 50_598_912, 104_600_576  # all that is trained
 # - two norms, each an fp32 copy and two results: 2 x (4 + 2 x 2) x 1024 = 16,384 (24,576);
 # - attention: q, output, k and v, 2 x 2 x (1024 + 256) + 4 a head = 5,184 (10,304);
 # - feed-forward: gate, SiLU, up, product: 4 x 2 x 2048 = 16,384 (32,768);
-# - a routed expert the same (in fp32 half of it) and 2 x 2 x 1024 for its rows: 20,480 (24,576),
-#   1.25 times as much where the busiest rank has more;
+# - a routed expert half of it and 2 x 2 x 1024 for its rows: 12,288 (24,576), 1.25 times as much
+#   where the busiest rank has more;
 # - scores and indices: 16 x 4 + 100.
 # Outside the layers: (4 + 2 x 2) x 1024 = 8,192 (12,288).
 # Logits: 8 bytes each, of at most 2^27 // 16,000 = 8,388 tokens.
@@ -235,7 +235,7 @@ GOLDEN = {
             "gradients": 2 * (MIXTURE - EXPERTS / 2),
             "gradient buckets": 2 * 50_000_000,
             "offload buffer": 2 * WORDS,
-            "activations": 1_024 * (2 * 63_716 + 8_192),
+            "activations": 1_024 * (2 * 53_476 + 8_192),
             LOGITS: 8 * 1_024 * 16_000 + 2 * WORDS,
         },
         # masters and moments, fp32 gradients, new weights: of a quarter of all but the experts, of
@@ -272,7 +272,7 @@ GOLDEN = {
             "gradient buckets": 2 * 2 * 50_000_000,
             "gradients in transit": 2 * WORDS
             + 2 * (8_912_896 + WORDS + 2 * 1_024 + 1_835_008 + 3 * 4_194_304),
-            "activations": 1_024 * (2 * 63_716 + 8_192),
+            "activations": 1_024 * (2 * 53_476 + 8_192),
             LOGITS: 8 * 1_024 * 16_000 + 2 * WORDS,
         },
         0,
@@ -286,7 +286,7 @@ GOLDEN = {
             "gradient buckets": 2 * 2 * 50_000_000,
             "gradients in transit": 2 * WORDS,
             "offload buffer": 2 * WORDS,
-            "activations": 1_024 * (2 * 58_596 + 8_192),
+            "activations": 1_024 * (2 * 50_404 + 8_192),
             LOGITS: 8 * 1_024 * 16_000 + 2 * WORDS,
         },
         # and the sum of the passes' gradients
@@ -336,7 +336,7 @@ GOLDEN = {
             # two experts are fewer than the words
             "gathered parameters": 2 * (2 * 50_000_000 + WORDS),
             "gradients in transit": 2 * 2 * WORDS,
-            "activations": 1_024 * (2 * 63_716 + 8_192),
+            "activations": 1_024 * (2 * 53_476 + 8_192),
             LOGITS: 8 * 1_024 * 16_000 + 2 * WORDS,
         },
         (12 + 4 + 2) * (54_268_928 / 4 + EXPERTS / 2 / 2),
@@ -350,7 +350,7 @@ GOLDEN = {
             "gradient buckets": 2 * 50_000_000,
             "gathered parameters": 2 * (2 * 50_000_000 + 4 * 6_291_456),
             "gradients in transit": 2 * 2 * 4 * 6_291_456,
-            "activations": 1_024 * (2 * 58_596 + 8_192),
+            "activations": 1_024 * (2 * 50_404 + 8_192),
             LOGITS: 8 * 1_024 * 16_000 + 2 * WORDS,
         },
         (12 + 4 + 2 + 2) * MIXTURE / 4,

@@ -1,6 +1,7 @@
 """The one door to DeepSpeed, and what ranks on GPUs need, shown on a pretend one."""
 
 import ast
+import importlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from pretend import GPU, TwoDevices, gpu, module_to_gpu, on_device
 
 from nexus_ds.checkpoint.build import load_stock
 from nexus_ds.checkpoint.sidecar import read_sidecar, write_sidecar
+from nexus_ds.model.experts import TORCH_PRODUCTS
 from nexus_ds.model.head import next_token_loss, use_loss_head
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.attention import WHOLE_WINDOWS
@@ -83,6 +85,22 @@ def test_a_rank_takes_the_gpu_that_it_sees(monkeypatch, visible, number):
     internals.start(1)
     assert there.taken == number
     assert internals.device() == torch.device("cuda", number)
+@pytest.mark.parametrize("triton", [False, True])
+def test_grouped_products_are_those_of_the_kernel_that_deepspeed_chose(triton, monkeypatch):
+    """DeepSpeed's Triton kernel needs a GPU: torch's products stand for its two functions."""
+    kernel = importlib.import_module("deepspeed.ops.triton_ops.group_gemm_triton")
+    by_weights, by_rows = TORCH_PRODUCTS
+    monkeypatch.setattr(kernel, "_group_gemm", by_weights)
+    monkeypatch.setattr(kernel, "_grouped_dw", lambda a, b, ends, experts: by_rows(a, b, ends))
+    chosen = internals.grouped_products(SimpleNamespace(use_triton_grouped_mm=triton))
+    assert (chosen is TORCH_PRODUCTS) != triton
+    rows_NX = torch.randn(6, 4)
+    ends_E = torch.tensor([2, 6], dtype=torch.int32)
+    found = chosen.by_rows(rows_NX, rows_NX, ends_E)
+    torch.testing.assert_close(found[1], rows_NX[2:].T @ rows_NX[2:])
+    weights_EXY = torch.randn(2, 4, 8)
+    found = chosen.by_weights(rows_NX, weights_EXY, ends_E)
+    torch.testing.assert_close(found[:2], rows_NX[:2] @ weights_EXY[0])
 
 
 # A GPU that is not there --------------------------------------------------------------------------

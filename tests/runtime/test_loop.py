@@ -33,6 +33,7 @@ from nexus_ds.runtime.loop import (
     RunLayout,
     fit,
     fit_here,
+    grouped_products,
     load,
     machine_here,
     read_data,
@@ -401,6 +402,25 @@ def test_what_can_be_told_in_seconds_is_told_before_the_text_is_read(
     config = made(nexus_dir, tmp_path / "no-text", tmp_path / "tokens", "parallel.expert=1", *words)
     with pytest.raises(NexusError, match=re.escape(message)):
         Run(config, str(ds_json), Position(0, ranks, ranks, "here"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "asked", "expected"),
+    [
+        ((9, 0), "bf16", None, True),
+        ((12, 0), "bf16", None, False),
+        ((12, 0), "bf16", True, True),
+        ((9, 0), "bf16", False, False),
+        ((9, 0), "fp32", None, False),
+        (None, "bf16", None, False),
+    ],
+)
+def test_experts_compute_in_groups_where_that_is_fast_or_asked_for(
+    capability, dtype, asked, expected, monkeypatch
+):
+    monkeypatch.setattr(loop.internals, "capability", lambda: capability)
+    config = Config(model=ModelConfig(dtype=dtype), parallel=ParallelConfig(grouped_mm=asked))
+    assert grouped_products(config) is expected
 
 
 def test_a_run_without_room_for_its_first_state_is_refused_before_the_text_is_read(

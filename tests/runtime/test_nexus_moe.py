@@ -5,7 +5,7 @@ import oracle
 import pytest
 import torch
 
-from nexus_ds.runtime.nexus_moe import Placement
+from nexus_ds.runtime.nexus_moe import Placement, _slots_of_arrivals
 from nexus_ds.runtime.parallel_model import load_nexus
 from nexus_ds.settings import RouterConfig
 
@@ -73,6 +73,42 @@ def test_a_layer_that_is_not_trained_carries_no_losses(nexus_dir):
     layer, _ = layers(nexus_dir, torch.float32)
     (layer.eval()(hidden(torch.float32)) * 0).sum().backward()
     assert all(not parameter.grad.any() for parameter in layer.router.parameters())
+
+
+def test_a_z_loss_that_weighs_nothing_is_not_computed(nexus_dir, monkeypatch):
+    layer, _ = layers(nexus_dir, torch.float32)
+    layer.router.z_loss = 0.0
+    monkeypatch.setattr("nexus_ds.runtime.nexus_moe.router_z_loss", None)
+    layer(hidden(torch.float32)).sum().backward()
+    assert layer.router.latest.z is None
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_grouped_products_and_the_loop_are_one_layer(nexus_dir, grouped):
+    """The loop is held to the oracle by tests/runtime/test_parity.py; here an expert gets no token.
+
+    Its gradient is zero all the same: torch's grouped products would leave it unwritten on a GPU.
+    """
+    looped, _ = layers(nexus_dir, torch.float32)
+    model = load_nexus(nexus_dir, torch.float32, Placement(3), COEFFICIENTS, grouped)
+    layer = model.model.layers[0].mlp.train()
+    x_BSH = hidden(torch.float32)[:1, :2]
+    outputs = []
+    for each in (looped, layer):
+        out_BSH = each(x_BSH)
+        (out_BSH**2).sum().backward()
+        outputs.append(out_BSH.detach())
+    torch.testing.assert_close(*outputs)
+    for found, expected in zip(layer.parameters(), looped.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-6)
+    unused = set(range(3)) - set(layer.router.latest.selected_TK.flatten().tolist())
+    assert unused and not layer.experts.w2.grad[list(unused)].any()
+
+
+def test_rows_that_arrive_are_known_by_sender_and_expert():
+    """Two ranks sent 2 + 1 and 0 + 3 rows for this rank's two experts."""
+    slots_N1 = _slots_of_arrivals(torch.tensor([[2, 1], [0, 3]]), 6)
+    assert slots_N1.flatten().tolist() == [0, 0, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("experts", [1, 3, 4, 5, 7])

@@ -16,7 +16,7 @@ def passed(selected, gate, balance, z):
         selected_TK=torch.tensor(selected),
         gate_T1=torch.tensor(gate),
         load_balance=torch.tensor(balance),
-        z=torch.tensor(z),
+        z=None if z is None else torch.tensor(z),
     )
     return SimpleNamespace(router=SimpleNamespace(latest=seen))
 
@@ -49,6 +49,12 @@ def test_a_tally_keeps_domains_and_experts_apart():
     assert tally.losses(names) == {"a": 8.0, "c": 2.0}
     assert tally.routing(names, experts)["a"] == pytest.approx({"x": 2 / 9, "y": 3 / 9, "z": 4 / 9})
     assert tally.router().load_balance == pytest.approx(2.5)
+
+
+def test_a_z_loss_that_no_router_computed_has_no_number():
+    tally = Tally(1, 2, torch.device("cpu"))
+    tally.add(torch.ones(1, 2), torch.tensor([0]), [passed([[0], [1]], [0.5, 0.5], 1.0, None)])
+    assert tally.router().z is None and tally.router().load_balance == 1.0
 
 
 def test_a_tally_counts_both_choices_of_a_token():

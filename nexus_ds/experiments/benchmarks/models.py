@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from nexus_ds.model.head import use_loss_head
 from nexus_ds.model.losses import attach_loss
 from nexus_ds.model.router import Projection, init_projection, layer_generator
 from nexus_ds.planning.sizes import Sizes
-from nexus_ds.runtime.deepspeed_internals import AutoEPMoELayer, capacity_moe
+from nexus_ds.runtime.deepspeed_internals import AutoEPMoELayer, capacity_moe, looped_experts
 from nexus_ds.runtime.nexus_moe import NexusMoE, NexusRouter, Placement
 
 if TYPE_CHECKING:
@@ -150,11 +150,8 @@ class _AutoEP(nn.Module):
 
     def __init__(self, parts: Parts, shape: Shape) -> None:
         super().__init__()
-        # built for grouped_mm, the layer keeps DeepSpeed's experts; these are then told to loop
-        layer = _nexus(parts, shape, grouped_mm=True)
-        experts: Any = layer.experts
-        experts.use_grouped_mm = False
-        self.layer = layer
+        self.layer = _nexus(parts, shape, grouped_mm=False)
+        self.layer.experts = looped_experts(self.layer.experts)
 
     def forward(self, x: Tensor) -> Tensor:
         return AutoEPMoELayer.forward(self.layer, x)
