@@ -543,6 +543,11 @@ class TrainingConfig:
     """auto: none, but non_reentrant where only that fits the GPU or where `plan` says that larger
     micro-batches make up for it | none | reentrant | non_reentrant."""
 
+    # On a GPU half of a step is passes over fp32 logits that one kernel saves.
+    loss_kernel: Literal["auto", "eager", "compiled"] = setting("auto", changes="execution")
+    """How the output layer's logits become losses: auto (compiled on GPUs; eager, with a warning,
+    where that fails) | eager | compiled (one kernel, a fourth of the memory)."""
+
     log_every: int = setting(
         10,
         changes="nothing",

@@ -11,6 +11,7 @@ pass through one forward pass.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,31 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nexus_ds.errors import ConfigError
 from nexus_ds.model.chunks import chunk_tokens
+from nexus_ds.model.scoring import Score, compiled_score, score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def _score(
-    hidden_cH: Tensor, weight_VH: Tensor, targets_c: Tensor, learn: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the losses [c] of a chunk and their gradient by its logits [c, V].
-
-    The gradient of cross-entropy is softmax(logits) - one_hot(target). Without `learn` the second
-    result means nothing.
-    """
-    targets_c1 = targets_c[:, None]
-    # The logits have no name: one would keep them until the end.
-    log_p_cV = F.log_softmax((hidden_cH @ weight_VH.T).float(), dim=-1)
-    losses_c = -log_p_cV.gather(1, targets_c1)[:, 0]
-    if not learn:
-        return losses_c, log_p_cV
-    # In place: a second tensor as wide as the vocabulary would double the memory of a chunk.
-    error_cV = log_p_cV.exp_()
-    minus_1_c1 = error_cV.new_full((1, 1), -1.0).expand_as(targets_c1)
-    error_cV.scatter_add_(1, targets_c1, minus_1_c1)
-    return losses_c, error_cV.to(hidden_cH.dtype)
 
 
 class _MeanLoss(torch.autograd.Function):
@@ -51,15 +33,23 @@ class _MeanLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, learn: bool
+        ctx: Any,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        targets_T: Tensor,
+        score: Score,
+        chunk: int,
+        learn: bool,
     ) -> tuple[Tensor, Tensor]:
         losses_T = torch.empty(len(targets_T), dtype=torch.float32, device=hidden_TH.device)
         hidden_grad_TH = torch.empty_like(hidden_TH) if learn else None
+        # In bf16 it is rounded once a chunk. In fp32 it would take another 2 bytes an element (0.5
+        # GB at 256k x 1024) and its own traffic; larger chunks round it less often for nothing.
         weight_grad_VH = torch.zeros_like(weight_VH) if learn else None
-        chunk = chunk_tokens(len(weight_VH))
         for first in range(0, len(targets_T), chunk):
             rows = slice(first, first + chunk)
-            losses_T[rows], error_cV = _score(hidden_TH[rows], weight_VH, targets_T[rows], learn)
+            # The logits have no name: one would keep them until the end.
+            losses_T[rows], error_cV = score(hidden_TH[rows] @ weight_VH.T, targets_T[rows], learn)
             if hidden_grad_TH is not None and weight_grad_VH is not None:
                 torch.mm(error_cV, weight_VH, out=hidden_grad_TH[rows])
                 weight_grad_VH.addmm_(error_cV.T, hidden_TH[rows])
@@ -71,12 +61,12 @@ class _MeanLoss(torch.autograd.Function):
         return losses_T.mean(), losses_T
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         hidden_grad_TH, weight_grad_VH = ctx.saved_tensors
         # The gradients were made for the sum of the losses; the engine's factor comes with the
         # gradient of their mean. In place: a second backward pass is not covered.
         share = gradients[0] / len(hidden_grad_TH)
-        return hidden_grad_TH.mul_(share), weight_grad_VH.mul_(share), None, None
+        return hidden_grad_TH.mul_(share), weight_grad_VH.mul_(share), None, None, None, None
 
 
 class LossHead(nn.Module):
@@ -84,11 +74,15 @@ class LossHead(nn.Module):
 
     Args:
         weight_VH: the parameter, shared with the embedding where the two are tied.
+        kernel: auto | eager | compiled; auto: compiled on GPUs, and eager, with a warning, where
+            that fails.
     """
 
-    def __init__(self, weight_VH: nn.Parameter) -> None:
+    def __init__(self, weight_VH: nn.Parameter, kernel: str = "auto") -> None:
         super().__init__()
         self.weight = weight_VH
+        self.kernel = kernel
+        self.compiled: Score | None = None
         self.targets_BS: Tensor | None = None
         self.losses_BS: Tensor | None = None
         """Cross-entropy of each token of the last pass inside `scoring`, fp32, without gradient."""
@@ -103,21 +97,51 @@ class LossHead(nn.Module):
             self.targets_BS = None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return logits, or inside `scoring` the mean loss."""
+        """Return logits, or inside `scoring` the mean loss.
+
+        Raises:
+            ConfigError: the kernel is `compiled`, and torch.compile fails.
+        """
         if self.targets_BS is None:
             return F.linear(hidden, self.weight)
         learn = torch.is_grad_enabled()
         hidden_TH = hidden.flatten(0, -2)
         targets_T = self.targets_BS.reshape(-1)
-        mean, losses_T = _MeanLoss.apply(hidden_TH, self.weight, targets_T, learn)
+        score, chunk = self._score(hidden_TH)
+        mean, losses_T = _MeanLoss.apply(hidden_TH, self.weight, targets_T, score, chunk, learn)
         self.losses_BS = losses_T.view(self.targets_BS.shape)
         return mean
 
+    def _score(self, hidden_TH: Tensor) -> tuple[Score, int]:
+        """Return how a chunk is scored, and its tokens; compile at the first pass."""
+        vocabulary = len(self.weight)
+        if self.kernel == "auto" and not hidden_TH.is_cuda:
+            self.kernel = "eager"
+        if self.kernel == "eager":
+            return score, chunk_tokens(vocabulary)
+        chunk = chunk_tokens(vocabulary, hidden_TH.element_size())
+        if self.compiled is None:
+            rows = min(chunk, len(hidden_TH))
+            try:
+                self.compiled = compiled_score(rows, vocabulary, hidden_TH.dtype, hidden_TH.device)
+            except ConfigError as error:
+                if self.kernel == "compiled":
+                    raise
+                warnings.warn(f"{error}; until then the loss is slower", stacklevel=2)
+                self.kernel = "eager"
+                return self._score(hidden_TH)
+        return self.compiled, chunk
 
-def use_loss_head(model: PreTrainedModel) -> None:
-    """Put a LossHead in place of a model's output layer; one with a bias stays as it is."""
+
+def use_loss_head(model: PreTrainedModel, kernel: str = "auto") -> None:
+    """Put a LossHead in place of a model's output layer; one with a bias stays as it is.
+
+    Args:
+        model: a transformers model.
+        kernel: how a chunk of logits is scored, see LossHead.
+    """
     if isinstance(model.lm_head, nn.Linear) and model.lm_head.bias is None:
-        model.lm_head = LossHead(model.lm_head.weight)
+        model.lm_head = LossHead(model.lm_head.weight, kernel)
 
 
 def next_token_loss(model: Any, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ PERSISTENT_ELEMENTS = 100_000
 """ZeRO-3 keeps smaller parameters whole on every rank, as ds_configs/z3.json says."""
 LOGITS_BYTES = 8
 """Bytes of a logit at the peak of the cross-entropy: itself and its log-probability, both fp32
-(`head._score`)."""
+(`scoring.score`)."""
 PROBE_TOKENS = 128
 """Tokens that are computed out of a finished checkpoint (`runtime/export_check.py`)."""
 PROBE_LOGITS = 6

@@ -310,7 +310,7 @@ def start_engine(
     for layer in layers:
         layer.router.loss_scale = 1.0 / batch.accumulation
     linear = bool(layers) and layers[0].router.projection is None
-    use_loss_head(model)
+    use_loss_head(model, config.training.loss_kernel)
     attend_whole_windows(model)
     groups = parameter_groups(model, config.training, 1.0 if linear else config.router.lr_scale)
     internals.buffers_to_device(model)

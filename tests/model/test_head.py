@@ -9,9 +9,11 @@ import pytest
 import torch
 from conftest import moe_model
 
+from nexus_ds.errors import ConfigError
 from nexus_ds.experiments.benchmarks.scaling import Memory
 from nexus_ds.model import chunks
 from nexus_ds.model.head import LossHead, next_token_loss, use_loss_head
+from nexus_ds.model.scoring import _losses_and_gradient, score
 
 VOCABULARY = 50
 
@@ -93,6 +95,60 @@ def test_outside_of_scoring_there_are_logits_and_without_gradients_none_are_made
         losses, next_token_loss(plain, windows())[1], rtol=1e-6
     )
     assert model(input_ids=inputs).logits.shape == (3, 21, VOCABULARY)
+
+
+def test_a_compiled_kernel_takes_longer_chunks_and_gives_the_same(monkeypatch):
+    """2 bytes a logit where the plain way takes 8: four times the tokens, in the same memory."""
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 4 * VOCABULARY)
+    plain, model = pair(torch.bfloat16)
+    model.lm_head.kernel = "compiled"
+    asked, lengths = [], []
+
+    def in_place(logits_cV, targets_c, learn):
+        assert learn
+        lengths.append(len(logits_cV))
+        return _losses_and_gradient(logits_cV, targets_c), logits_cV
+
+    def compiled(*sizes):
+        asked.append(sizes)
+        return in_place
+
+    monkeypatch.setattr(head, "compiled_score", compiled)
+    expected, found = gradients(plain, 1.0), gradients(model, 1.0)
+    assert asked == [(16, VOCABULARY, torch.bfloat16, torch.device("cpu"))]
+    assert lengths == [16, 16, 16, 15]
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-5)
+    for name, gradient in expected[2].items():
+        assert float((found[2][name] - gradient).norm() / gradient.norm()) <= 2e-2, name
+
+
+class OnGPU:
+    """What the head asks of hidden states, as a GPU's would answer."""
+
+    is_cuda = True
+    dtype = torch.bfloat16
+    device = torch.device("cpu")
+
+    def __len__(self):
+        return 4
+
+    def element_size(self):
+        return 2
+
+
+def test_a_compiler_that_fails_is_said_and_only_what_asks_for_it_stops(monkeypatch):
+    def failing(*_):
+        raise ConfigError("training.loss_kernel: torch.compile failed: no Triton")
+
+    monkeypatch.setattr(head, "compiled_score", failing)
+    weight_VH = torch.nn.Parameter(torch.zeros(5, 2))
+    on_cpu = LossHead(weight_VH)
+    assert on_cpu._score(torch.zeros(4, 2))[0] is score
+    with pytest.warns(UserWarning, match="no Triton; until then the loss is slower"):
+        chosen = LossHead(weight_VH)._score(OnGPU())
+    assert chosen == (score, chunks.chunk_tokens(5))
+    with pytest.raises(ConfigError, match="no Triton"):
+        LossHead(weight_VH, "compiled")._score(OnGPU())
 
 
 def test_an_output_layer_with_a_bias_is_left_alone():

@@ -85,6 +85,8 @@ def test_a_rank_takes_the_gpu_that_it_sees(monkeypatch, visible, number):
     internals.start(1)
     assert there.taken == number
     assert internals.device() == torch.device("cuda", number)
+
+
 @pytest.mark.parametrize("triton", [False, True])
 def test_grouped_products_are_those_of_the_kernel_that_deepspeed_chose(triton, monkeypatch):
     """DeepSpeed's Triton kernel needs a GPU: torch's products stand for its two functions."""
