@@ -548,6 +548,11 @@ class TrainingConfig:
     """How the output layer's logits become losses: auto (compiled on GPUs; eager, with a warning,
     where that fails) | eager | compiled (one kernel, a fourth of the memory)."""
 
+    # Stage 1 and offload have other optimizers in DeepSpeed, whose fp32 sums were not read.
+    gradient_dtype: Literal["model", "fp32"] = setting("model", changes="execution")
+    """What the passes of a step are summed in: model: the working precision | fp32 (ZeRO 2 or 3,
+    without offload): 2 bytes more for each gradient that a rank keeps."""
+
     log_every: int = setting(
         10,
         changes="nothing",

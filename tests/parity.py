@@ -139,6 +139,8 @@ def run(checkpoint, out, words):
     """Train one layout and write what rank 0 saw."""
     engine, config, batch, options = start(checkpoint, words)
     data = batches(engine.module.config.vocab_size, config.training.batch_size)
+    if "same" in options:  # one window for all passes and ranks
+        data = data[:, :1].expand_as(data)
     losses, norms, first = [], [], {}
     for step in range(int(options.get("steps", STEPS))):
         keep = (lambda: first.update(gradients(engine))) if step == 0 else None

@@ -70,7 +70,7 @@ def fitted(sizes: Sizes, machine: Machine, config: Config, zero: Mapping[str, An
         LayoutError: the batch does not divide over the GPUs.
     """
     expert = expert_parallel(config, sizes, machine)
-    ways = spreads()
+    ways = spreads(config.training.gradient_dtype)
     if "stage" in zero:
         ways = iter([(zero["stage"], offload_of(zero))])
     open_layouts = [

@@ -64,6 +64,8 @@ class Layout:
     accumulation: int
     """Forward passes a step."""
     checkpointing: str
+    gradient_dtype: str = "model"
+    """What gradients are summed in: model | fp32."""
 
     @property
     def replicas(self) -> int:
@@ -144,16 +146,21 @@ def cuts(training: TrainingConfig, world: int, spread: Spread) -> list[Layout]:
             micro=micro,
             accumulation=share // micro,
             checkpointing=kind,
+            gradient_dtype=training.gradient_dtype,
         )
         for micro, kind in product(micros, kinds)
     ]
 
 
-def spreads() -> Iterator[tuple[int, str]]:
-    """Yield each ZeRO stage with each offload that it has."""
+def spreads(gradient_dtype: str) -> Iterator[tuple[int, str]]:
+    """Yield each ZeRO stage with each offload that it has, given what gradients are summed in."""
     for stage in (1, 2, 3):
         # DeepSpeed takes offload_param under ZeRO-3 only
-        yield from product([stage], OFFLOADS if stage == 3 else OFFLOADS[:2])
+        offloads: tuple[str, ...] = OFFLOADS if stage == 3 else OFFLOADS[:2]
+        if gradient_dtype == "fp32":
+            # what `train` takes (runtime/engine.py)
+            offloads = () if stage == 1 else OFFLOADS[:1]
+        yield from product([stage], offloads)
 
 
 def layouts(sizes: Sizes, training: TrainingConfig, world: int) -> Iterator[list[Layout]]:
@@ -164,7 +171,7 @@ def layouts(sizes: Sizes, training: TrainingConfig, world: int) -> Iterator[list
     """
     # a dense model has one way to place experts, and so has one GPU
     parallel = [n for n in divisors(world) if n <= max(sizes.experts, 1)]
-    for (stage, offload), expert in product(spreads(), parallel):
+    for (stage, offload), expert in product(spreads(training.gradient_dtype), parallel):
         yield cuts(training, world, Spread(stage=stage, offload=offload, expert=expert))
 
 

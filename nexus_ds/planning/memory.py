@@ -161,11 +161,14 @@ def model_states(sizes: Sizes, layout: Layout, width: int) -> States:
     persistent = _elements(p for p in own if p.elements <= assume.PERSISTENT_ELEMENTS)
     if layout.stage == 3:
         weights = width * (share + persistent)
-        gradients = width * share
+        gradients = gradient_width(layout, width) * share
     else:
         weights = float(width * _elements(own))
         kept = _elements(own) if layout.stage == 1 else kept_gradients(own, layout)
         gradients = float(width * kept)
+        if gradient_width(layout, width) > width:
+            # ZeRO-2 then sums them in its own part of each group, and nowhere else
+            gradients = FP32 * share
     optimizer = assume.ADAM_BYTES * share
     if layout.offload == "none":
         return States(weights, gradients, optimizer, host=0.0)
@@ -178,6 +181,11 @@ def model_states(sizes: Sizes, layout: Layout, width: int) -> States:
         weights = float(width * persistent)
         host += width * share
     return States(weights, gradients, optimizer=0.0, host=host)
+
+
+def gradient_width(layout: Layout, width: int) -> int:
+    """Return bytes of an element of the gradients that a rank sums over the passes of a step."""
+    return FP32 if layout.gradient_dtype == "fp32" else width
 
 
 def _offloaded_beside_adam(layout: Layout, width: int) -> int:
@@ -281,7 +289,8 @@ def buffers(sizes: Sizes, layout: Layout, width: int) -> dict[str, float]:
         found["gradients in transit"] = 2 * width * max(gathered, experts)
     elif layout.stage == 2:
         found["gradients in transit"] = width * largest
-        if layout.accumulation > 1 and layout.offload == "none":
+        in_place = gradient_width(layout, width) > width
+        if layout.accumulation > 1 and layout.offload == "none" and not in_place:
             # of this pass, beside the sum
             found["gradients in transit"] += width * kept_gradients(own, layout)
     if layout.offload != "none" and layout.stage < 3:
@@ -302,6 +311,9 @@ def _update(sizes: Sizes, layout: Layout, width: int) -> float:
     if layout.stage == 3:
         # it goes through a group in pieces
         largest = min(largest, assume.SUB_GROUP_ELEMENTS)
+    if gradient_width(layout, width) > width:
+        # ZeRO-2 has summed them where the update reads them; ZeRO-3 copies them flat
+        return 0.0 if layout.stage == 2 else FP32 * largest
     return (FP32 + width) * largest
 
 

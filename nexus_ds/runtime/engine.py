@@ -58,6 +58,7 @@ OWNED_KEYS = {
     "bf16": "model.dtype",
     "fp16": "model.dtype (fp32 or bf16)",
     "expert_parallel": "parallel.expert",
+    "data_types": "training.gradient_dtype",
 }
 
 # Keys of `zero_optimization` whose other values can't train or can't be saved exactly: the one
@@ -195,6 +196,7 @@ def check_layout(
         )
     _check_refused(zero)
     _check_offload(zero, stage)
+    _check_gradients(zero, stage, config.training)
     if experts:
         expert_parallel_size(config.parallel, experts, world, local_world)
     return stage, split_batch(config.training, world)
@@ -224,6 +226,23 @@ def _check_offload(zero: DeepSpeedConfig, stage: int) -> None:
         )
 
 
+def _check_gradients(zero: DeepSpeedConfig, stage: int, training: TrainingConfig) -> None:
+    """Raise LayoutError for fp32 gradients where no ZeRO optimizer of ours sums them."""
+    if training.gradient_dtype != "fp32":
+        return
+    if stage == 1:
+        # DeepSpeed then takes its BF16_Optimizer, whose states `fragments` does not know.
+        raise LayoutError(
+            "training.gradient_dtype fp32 needs ZeRO stage 2 or 3, this is stage 1; use "
+            "ds_configs/z2.json, or training.gradient_dtype=model"
+        )
+    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+        raise LayoutError(
+            "training.gradient_dtype fp32 is not supported with zero_optimization."
+            "offload_optimizer; remove one of them"
+        )
+
+
 def deepspeed_config(values: DeepSpeedConfig, config: Config, batch: Batch) -> DeepSpeedConfig:
     """Complete a DeepSpeed JSON that `check_layout` accepted with what the recipe decides."""
     training = config.training
@@ -249,9 +268,15 @@ def deepspeed_config(values: DeepSpeedConfig, config: Config, batch: Batch) -> D
         "gradient_clipping": training.clip,
         "optimizer": {"type": "AdamW", "params": adam},
         "bf16": {"enabled": config.model.dtype == "bf16"},
+        "data_types": {"grad_accum_dtype": _gradient_dtype(config)},
         # The run has a log of its own.
         "steps_per_print": values.get("steps_per_print", 10**9),
     }
+
+
+def _gradient_dtype(config: Config) -> str | None:
+    """Return DeepSpeed's name of the dtype that gradients are summed in; None: the weights'."""
+    return "fp32" if config.training.gradient_dtype == "fp32" else None
 
 
 def parameter_groups(

@@ -42,6 +42,14 @@ def test_batches_are_cut_evenly_and_settings_of_the_recipe_stay():
     assert {(w.micro, w.checkpointing) for w in kept} == {(2, "reentrant")}
 
 
+def test_fp32_gradients_are_planned_where_train_takes_them():
+    found = all_layouts(SMALL, gradient_dtype="fp32")
+    assert {(w.stage, w.offload, w.gradient_dtype) for w in found} == {
+        (2, "none", "fp32"),
+        (3, "none", "fp32"),
+    }
+
+
 @pytest.mark.parametrize(
     "layout", all_layouts(SMALL), ids=lambda w: f"{w.name} micro {w.micro} {w.checkpointing}"
 )

@@ -35,6 +35,7 @@ class Case:
     group: int = 0
     """Elements at which groups of experts are cut; 0: DeepSpeed's own number, far above these
     models."""
+    gradients: str = "model"
 
     @property
     def id(self):
@@ -45,8 +46,11 @@ class Case:
             "": self.checkpointing,
             "group": self.group,
             "persist": self.persistent,
+            "gradients_": self.gradients,
         }
-        parts += [f"{name}{value}" for name, value in more.items() if value not in ("none", 0, 1)]
+        parts += [
+            f"{name}{value}" for name, value in more.items() if value not in ("none", 0, 1, "model")
+        ]
         return "-".join(parts)
 
     def layout(self):
@@ -58,6 +62,7 @@ class Case:
             micro=MICRO,
             accumulation=self.accumulation,
             checkpointing=self.checkpointing,
+            gradient_dtype=self.gradients,
         )
 
 
@@ -77,6 +82,8 @@ FULL = [
     Case(1, 2, "fp32", checkpointing="non_reentrant"),
     Case(2, 2, "bf16", checkpointing="reentrant", accumulation=2),
     Case(2, 2, "bf16", offload="optimizer", accumulation=2),
+    Case(2, 2, "bf16", accumulation=2, gradients="fp32"),
+    Case(3, 2, "bf16", accumulation=2, gradients="fp32"),
     Case(1, 1, "fp32", offload="optimizer"),
     Case(3, 2, "bf16", offload="optimizer"),
     Case(3, 1, "bf16", offload="optimizer+parameters"),
@@ -103,6 +110,7 @@ def check(case, tmp_path, monkeypatch):
         f"training.batch_size={WORLD * MICRO * case.accumulation}",
         f"training.micro_batch_size={MICRO}",
         f"training.activation_checkpointing={case.checkpointing}",
+        f"training.gradient_dtype={case.gradients}",
     ]
     options = [f"group={case.group}"] if case.group else []
     command = [WORKER, checkpoint, tmp_path / "out", json.dumps(values), *options, *words]

@@ -122,6 +122,35 @@ def test_a_layout_that_cannot_run_is_refused_in_one_sentence(zero, changes, worl
     assert "\n" not in str(found.value)
 
 
+@pytest.mark.parametrize(
+    ("zero", "message"),
+    [
+        ({"stage": 1}, r"gradient_dtype fp32 needs ZeRO stage 2 or 3, this is stage 1; use ds_con"),
+        (
+            {"stage": 3, "offload_optimizer": {"device": "cpu"}},
+            r"fp32 is not supported with zero_optimization\.offload_optimizer; remove one of them",
+        ),
+    ],
+)
+def test_fp32_gradients_are_refused_where_deepspeed_does_not_sum_them_so(zero, message):
+    asked = config()
+    asked.training.gradient_dtype = "fp32"
+    with pytest.raises(LayoutError, match=message):
+        check_layout({"zero_optimization": zero}, asked, 2, 2, 4)
+
+
+def test_the_json_leaves_the_gradients_dtype_to_the_recipe(tmp_path):
+    for dtype, expected in (("model", None), ("fp32", "fp32")):
+        asked = config()
+        asked.training.gradient_dtype = dtype
+        complete = deepspeed_config({"zero_optimization": {"stage": 2}}, asked, Batch(1, 1))
+        assert complete["data_types"] == {"grad_accum_dtype": expected}
+    path = tmp_path / "z.json"
+    path.write_text(json.dumps({"data_types": {"grad_accum_dtype": "fp32"}}))
+    with pytest.raises(ConfigError, match=r"data_types is set by the recipe \(training\.gradient_"):
+        read_deepspeed_json(path, Config().parallel)
+
+
 def test_misspelt_keys_are_found_at_both_levels(tmp_path):
     with pytest.raises(
         ConfigError, match=r"unknown key zero_optimization.overlap_com, did you mean overlap_comm\?"

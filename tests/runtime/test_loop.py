@@ -463,7 +463,7 @@ VERDICTS = (
         SPEED,
         (),
         "micro_batch_size=4 activation_checkpointing=reentrant loss_kernel=eager "
-        "log_every=5 eval_every=5 save_every=5 keep_last=3",
+        "gradient_dtype=fp32 log_every=5 eval_every=5 save_every=5 keep_last=3",
     ),
     ("router", REFUSED, (), "lr_scale=0.5 load_balance=0.2 z_loss=0.02"),
     (

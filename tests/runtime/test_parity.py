@@ -265,6 +265,43 @@ def test_losses_and_gradients_equal_the_reference_in_every_layout(case, launches
     check(case, *launches(case, FULL))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_of_many_passes_are_summed_in_fp32_where_asked_for(stage, tmp_path):
+    """32 passes over one window: their mean is the gradient of one pass, bit by bit in fp32.
+
+    In bf16 what each pass adds is rounded to the sum's resolution.
+    """
+    checkpoint = make_nexus(tmp_path / "nexus", names=[f"domain{i}" for i in range(4)])
+    layouts = {"once": ("model", 1), "model": ("model", 32), "fp32": ("fp32", 32)}
+    runs = [
+        {
+            "checkpoint": str(checkpoint),
+            "out": str(tmp_path / name),
+            "words": [
+                "same=1",
+                "steps=1",
+                f"stage={stage}",
+                f"accumulation={passes}",
+                f"training.batch_size={2 * passes}",
+                f"training.gradient_dtype={dtype}",
+                "model.dtype=bf16",
+            ],
+        }
+        for name, (dtype, passes) in layouts.items()
+    ]
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    finish(fork_ranks([WORKER, tmp_path / "runs.json"], 2))
+    found = {name: torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in layouts}
+    worst = {"model": 0.0, "fp32": 0.0}
+    for name, once in found["once"].items():
+        for dtype in worst:
+            distance = float((found[dtype][name] - once).norm() / once.norm())
+            worst[dtype] = max(worst[dtype], distance)
+    print(f"ZeRO-{stage}: largest distance of a summed gradient {worst}")
+    assert worst["fp32"] < 1e-6 < 5e-3 < worst["model"]
+
+
 def starve(checkpoint):
     """Give all experts one and the same domain embedding: every token ties, and all go to the same
     experts for ever."""
