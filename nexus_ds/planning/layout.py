@@ -175,8 +175,25 @@ def layouts(sizes: Sizes, training: TrainingConfig, world: int) -> Iterator[list
         yield cuts(training, world, Spread(stage=stage, offload=offload, expert=expert))
 
 
+def leaf_elements() -> int:
+    """Return the elements of the largest decoder layer that ZeRO-3 gathers at once.
+
+    One hook a layer costs the host less than one for each of its modules (docs/performance.md), and
+    that many elements may be gathered ahead anyway.
+    """
+    return 2 * assumptions.PREFETCH_ELEMENTS
+
+
 def largest_gathered(sizes: Sizes, layout: Layout) -> int:
-    """Return elements of the largest module that ZeRO-3 makes whole at once.
+    """Return elements of the most that ZeRO-3 makes whole at once: a small layer, or a module."""
+    own = sizes.parameters(layout.slots(sizes))
+    layer = sum(p.elements for p in own if p.layer == 0)
+    module = largest_module(sizes, layout)
+    return max(module, layer) if layer <= leaf_elements() else module
+
+
+def largest_module(sizes: Sizes, layout: Layout) -> int:
+    """Return elements of the largest module that ZeRO-3 gathers or reduces by itself.
 
     A module is gathered with all of its own parameters: a layer's experts together, anything else
     matrix by matrix. Experts that one rank holds alone are whole already.

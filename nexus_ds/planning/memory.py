@@ -19,7 +19,7 @@ from functools import lru_cache
 from nexus_ds.model.chunks import chunk_tokens
 from nexus_ds.planning import assumptions as assume
 from nexus_ds.planning.export import export_check
-from nexus_ds.planning.layout import Layout, largest_gathered, live_elements
+from nexus_ds.planning.layout import Layout, largest_gathered, largest_module, live_elements
 from nexus_ds.planning.sizes import KINDS, Parameter, Sizes
 
 FP32 = 4
@@ -286,7 +286,8 @@ def buffers(sizes: Sizes, layout: Layout, width: int) -> dict[str, float]:
         # a layer's experts get their gradients together
         experts = _elements(p for p in own if p.kind == "experts" and p.layer == 0)
         # whole, and the copy that is reduced
-        found["gradients in transit"] = 2 * width * max(gathered, experts)
+        in_transit = max(largest_module(sizes, layout), experts)
+        found["gradients in transit"] = 2 * width * in_transit
     elif layout.stage == 2:
         found["gradients in transit"] = width * largest
         in_place = gradient_width(layout, width) > width

@@ -45,7 +45,7 @@ from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 from deepspeed.moe.layer import MoE
 from deepspeed.runtime import compiler
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.utils import groups, safe_get_full_fp32_param
+from deepspeed.utils import groups, safe_get_full_fp32_param, set_z3_leaf_module
 from torch import Tensor, nn
 
 from nexus_ds.errors import ConfigError, LayoutError
@@ -496,6 +496,14 @@ def buffers_to_device(model: nn.Module) -> None:
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device())
+
+
+def gather_at_once(module: nn.Module) -> None:
+    """Let ZeRO-3 gather a module's parameters, its parts' among them, in front of the module.
+
+    Its parts then have no hooks of their own, which cost the host more than a small layer's pass.
+    """
+    set_z3_leaf_module(module, True)
 
 
 def release_memory() -> None:

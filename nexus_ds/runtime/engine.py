@@ -8,6 +8,7 @@ Not covered: pipeline, tensor and sequence parallelism; fp16.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 from nexus_ds.errors import ConfigError, LayoutError
 from nexus_ds.model.head import use_loss_head
 from nexus_ds.planning.fitting import DEFAULT_STAGE, offload_of
+from nexus_ds.planning.layout import leaf_elements
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.attention import attend_whole_windows
 from nexus_ds.runtime.deepspeed_internals import DeepSpeedConfig, Engine, full_shape
@@ -338,10 +340,20 @@ def start_engine(
     use_loss_head(model, config.training.loss_kernel)
     attend_whole_windows(model)
     groups = parameter_groups(model, config.training, 1.0 if linear else config.router.lr_scale)
+    if values["zero_optimization"]["stage"] == 3:
+        _gather_layers_at_once(model)
     internals.buffers_to_device(model)
     engine = internals.initialize(model, groups, deepspeed_config(values, config, batch))
     internals.release_memory()  # what DeepSpeed copied on the way to its partitions
     return engine
+
+
+def _gather_layers_at_once(model: PreTrainedModel) -> None:
+    """Give ZeRO-3 one hook a decoder layer, where a layer is small enough to be whole at once."""
+    for layer in model.get_submodule("model.layers").children():
+        elements = sum(math.prod(full_shape(p)) for p in layer.parameters())
+        if elements <= leaf_elements():
+            internals.gather_at_once(layer)
 
 
 def _checkpoint_activations(model: PreTrainedModel, reentrant: bool) -> None:

@@ -5,7 +5,15 @@ from plan_models import OTHER, SMALL
 
 from nexus_ds.config import load_config
 from nexus_ds.errors import LayoutError
-from nexus_ds.planning.layout import Layout, Machine, deepspeed_json, largest_gathered, layouts
+from nexus_ds.planning import assumptions
+from nexus_ds.planning.layout import (
+    Layout,
+    Machine,
+    deepspeed_json,
+    largest_gathered,
+    largest_module,
+    layouts,
+)
 from nexus_ds.planning.sizes import Sizes
 from nexus_ds.runtime.engine import check_layout
 from nexus_ds.settings import TrainingConfig
@@ -65,7 +73,7 @@ def test_train_takes_every_layouts_json_and_overrides(layout):
     )
 
 
-def test_a_layers_experts_are_gathered_together_unless_a_rank_holds_them_alone():
+def test_a_layers_experts_are_gathered_together_unless_a_rank_holds_them_alone(monkeypatch):
     def layout(expert):
         return Layout(
             stage=3,
@@ -77,9 +85,14 @@ def test_a_layers_experts_are_gathered_together_unless_a_rank_holds_them_alone()
             checkpointing="none",
         )
 
+    assert largest_module(SMALL, layout(1)) == 4 * SMALL.expert
+    assert largest_module(SMALL, layout(2)) == 2 * SMALL.expert
+    assert largest_module(SMALL, layout(4)) == SMALL.vocabulary * SMALL.hidden
+    # all of a layer at once, where that is little: attention, norms, P, experts, the shared one
+    layer = 4 * 128**2 + 2 * 128 + sum(SMALL.projection) + 5 * SMALL.expert
+    assert largest_gathered(SMALL, layout(1)) == layer
+    monkeypatch.setattr(assumptions, "PREFETCH_ELEMENTS", layer // 2 - 1)
     assert largest_gathered(SMALL, layout(1)) == 4 * SMALL.expert
-    assert largest_gathered(SMALL, layout(2)) == 2 * SMALL.expert
-    assert largest_gathered(SMALL, layout(4)) == SMALL.vocabulary * SMALL.hidden
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_one_that_does():

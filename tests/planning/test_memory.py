@@ -162,6 +162,7 @@ WORDS = 16_384_000  # embedding, and output layer: 16,000 x 1024
 MATRICES = 50_593_792
 VECTORS = 5_120  # 2 norms a layer and the last: 5 x 1024; the only ones below ZeRO-3's 100,000
 ROUTER = 3_670_016  # 2 layers x (384 x 2048 + 1024^2)
+LAYER = 8_912_896 + 2_048 + 1_835_008  # without routed experts: matrices, norms, P
 # 2 layers x 4 experts x 6,291,456; a rank holds half of them under expert parallel 2
 EXPERTS = 50_331_648
 # in the checkpoint instead of P: 2 layers x 1024 x (4 experts + the shared expert's gate)
@@ -326,8 +327,8 @@ GOLDEN = {
             "gradients": 4 * MIXTURE / 4,
             "optimizer states": 12 * MIXTURE / 4,
             "gradient buckets": 4 * 50_000_000,
-            # a layer's experts are gathered together
-            "gathered parameters": 4 * (2 * 50_000_000 + 4 * 6_291_456),
+            # a layer at once; of its gradients the experts' come together
+            "gathered parameters": 4 * (2 * 50_000_000 + LAYER + 4 * 6_291_456),
             "gradients in transit": 2 * 4 * 4 * 6_291_456,
             "activations": 1_024 * (2 * 92_388 + 12_288),
             LOGITS: 8 * 1_024 * 16_000 + 4 * WORDS,
@@ -341,8 +342,8 @@ GOLDEN = {
         {
             "weights": 2 * (54_268_928 / 4 + EXPERTS / 2 / 2 + VECTORS),
             "gradient buckets": 2 * 50_000_000,
-            # two experts are fewer than the words
-            "gathered parameters": 2 * (2 * 50_000_000 + WORDS),
+            # a layer with two experts is more than the words
+            "gathered parameters": 2 * (2 * 50_000_000 + LAYER + 2 * 6_291_456),
             "gradients in transit": 2 * 2 * WORDS,
             "activations": 1_024 * (2 * 53_476 + 8_192),
             LOGITS: 8 * 1_024 * 16_000 + 2 * WORDS,
@@ -356,7 +357,7 @@ GOLDEN = {
         {
             "weights": 2 * VECTORS,
             "gradient buckets": 2 * 50_000_000,
-            "gathered parameters": 2 * (2 * 50_000_000 + 4 * 6_291_456),
+            "gathered parameters": 2 * (2 * 50_000_000 + LAYER + 4 * 6_291_456),
             "gradients in transit": 2 * 2 * 4 * 6_291_456,
             "activations": 1_024 * (2 * 50_404 + 8_192),
             LOGITS: 8 * 1_024 * 16_000 + 2 * WORDS,

@@ -151,6 +151,17 @@ def test_the_json_leaves_the_gradients_dtype_to_the_recipe(tmp_path):
         read_deepspeed_json(path, Config().parallel)
 
 
+@pytest.mark.parametrize(("stage", "room", "expected"), [(3, 10**8, 2), (3, 10, 0), (2, 10**8, 0)])
+def test_zero_3_gathers_small_layers_at_once(stage, room, expected, dense_dir, monkeypatch):
+    model = load_stock(dense_dir, torch.float32)
+    found = []
+    monkeypatch.setattr("nexus_ds.runtime.engine.leaf_elements", lambda: room)
+    monkeypatch.setattr(internals, "gather_at_once", found.append)
+    monkeypatch.setattr(internals, "initialize", lambda model, *_: model)
+    start_engine(model, {"zero_optimization": {"stage": stage}}, config(), Batch(1, 1))
+    assert found == list(model.model.layers)[:expected]
+
+
 def test_misspelt_keys_are_found_at_both_levels(tmp_path):
     with pytest.raises(
         ConfigError, match=r"unknown key zero_optimization.overlap_com, did you mean overlap_comm\?"
