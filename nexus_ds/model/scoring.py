@@ -90,7 +90,10 @@ def compiled_score(rows: int, vocabulary: int, dtype: torch.dtype, device: torch
     try:
         compiled(logits_cV, targets_c, False)
         compiled(logits_cV, targets_c, True)
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except torch.OutOfMemoryError:
+        raise
+    # Of several classes; Dynamo's own are of this one.
+    except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"training.loss_kernel: torch.compile failed: {reason}; expected a compiler (Triton "

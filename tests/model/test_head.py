@@ -11,7 +11,7 @@ from conftest import moe_model
 
 from nexus_ds.errors import ConfigError
 from nexus_ds.experiments.benchmarks.scaling import Memory
-from nexus_ds.model import chunks
+from nexus_ds.model import chunks, head
 from nexus_ds.model.head import LossHead, next_token_loss, use_loss_head
 from nexus_ds.model.scoring import _losses_and_gradient, score
 
