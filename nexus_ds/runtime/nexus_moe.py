@@ -309,7 +309,7 @@ def _slots_of_arrivals(counts_RE: Tensor, rows: int) -> Tensor:
         counts_RE: rows from each of the R ranks of the group for each expert of this one.
         rows: their sum N; told, since asking the device for it would wait.
     """
-    ranks, experts = counts_RE.shape
-    slot_RE = torch.arange(experts, device=counts_RE.device).repeat(ranks)
-    slots_N = slot_RE.repeat_interleave(counts_RE.flatten(), output_size=rows)
-    return slots_N[:, None]
+    ends = torch.cumsum(counts_RE.flatten(), 0)
+    row_N1 = torch.arange(rows, device=counts_RE.device)[:, None]
+    # The stretch of a row is the first that ends behind it.
+    return torch.searchsorted(ends, row_N1, right=True) % counts_RE.shape[1]
