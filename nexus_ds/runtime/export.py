@@ -43,6 +43,7 @@ from nexus_ds.config import dump
 from nexus_ds.errors import CheckpointError
 from nexus_ds.outputs import new_directory, refuse_existing, write_text
 from nexus_ds.runtime import deepspeed_internals as internals
+from nexus_ds.runtime.deepspeed_internals import Engine
 from nexus_ds.runtime.engine import full_shape, moe_layers
 from nexus_ds.runtime.export_check import (
     Agreement,
@@ -224,7 +225,7 @@ def _write_config(model: Any, source: Path | None, dtype: torch.dtype, directory
 
 
 def export(
-    engine: Any,
+    engine: Engine,
     config: Config,
     dtype: torch.dtype,
     out: Path,

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,9 @@ from nexus_ds.runtime.deepspeed_internals import Engine
 from nexus_ds.runtime.engine import moe_layers
 from nexus_ds.runtime.nexus_moe import NexusMoE
 from nexus_ds.runtime.portable_state import STACKED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Hook = Callable[..., object]
 """What torch calls before or after a module."""
@@ -95,7 +98,8 @@ class _Held:
     def mixture(self) -> None:
         """Hash a mixture: each entry of the table once."""
         for name, entry in self.table.items():
-            block: Any = self.blocks[entry.layer] if entry.layer >= 0 else None
+            # any block for what stands outside of the layers: none is asked
+            block = self.blocks[entry.layer]
             if entry.role is Role.DENSE:
                 # an output layer that is tied stands under the embedding's name alone
                 self._keep(name, self.parameters[name])
@@ -340,7 +344,7 @@ class _Comparison:
         """Whether a token's route in the last layer was the engine's, given the engine's states."""
         self.given_2SH: Tensor = torch.empty(0)
 
-    def watch(self, model: Any) -> None:
+    def watch(self, model: PreTrainedModel) -> None:
         """Put hooks into the model, before its first pass."""
         for index, layer in enumerate(model.model.layers):
             layer.register_forward_pre_hook(self._giver(index))
@@ -516,7 +520,7 @@ def check_computes(directory: Path, dtype: torch.dtype, seen: Seen) -> Agreement
     comparison.found.device = str(device)
     with _cores_for(device, seen.logits_SV.device):
         try:
-            model: Any = streamed_model(directory, dtype, device)
+            model = streamed_model(directory, dtype, device)
             # a loop over the experts: grouped kernels of some GPUs take TF32 for fp32
             model.config._experts_implementation = "eager"
             comparison.watch(model)
