@@ -24,12 +24,12 @@ CHANGES = {
     """,
     "execution": """
         training.micro_batch_size training.activation_checkpointing training.eval_every
-        training.save_every parallel.expert parallel.zero_stage parallel.grouped_mm
+        training.save_every training.gradient_dtype training.loss_kernel
+        parallel.expert parallel.zero_stage parallel.grouped_mm
     """,
     "nothing": """
         pipeline.parallel_branches data.workers training.log_every training.keep_last
-        parallel.timeout_minutes
-        parallel.check_memory
+        parallel.timeout_minutes parallel.check_memory
     """,
 }
 RUN = """

@@ -44,7 +44,12 @@ def test_a_stage_that_trains_is_asked_for_its_needs(name, stage, ds_json, monkey
 
 def test_a_stage_that_only_writes_needs_neither_devices_nor_memory(monkeypatch):
     asked = []
-    monkeypatch.setattr(node_checks, "check", lambda *given: asked.append(given[-1]()) or "")
+
+    def check(*given):
+        asked.append(given[-1](0.0, 0.0))
+        return ""
+
+    monkeypatch.setattr(node_checks, "check", check)
     monkeypatch.setattr(node_checks, "needs_of", pytest.fail)
     assert preflight.run(ask("upcycle")) == 0
     assert asked == [node_checks.Needs()]
