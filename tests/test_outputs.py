@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -173,7 +174,9 @@ def test_a_temporary_file_that_was_taken_for_a_leftover_is_made_again(tmp_path: 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 @pytest.mark.parametrize("kind", ["directory", "file"])
 def test_a_signal_leaves_nothing_behind(tmp_path: Path, number: signal.Signals, kind: str):
-    process = start(tmp_path / "out", kind)
+    # Tests that are started under nohup would hand their ignored SIGHUP down.
+    heeding = partial(signal.signal, number, signal.SIG_DFL)
+    process = start(tmp_path / "out", kind, preexec_fn=heeding)
     process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode == 128 + number
