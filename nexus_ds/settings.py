@@ -609,7 +609,7 @@ class ParallelConfig:
 
     # Stage 3 gathers all weights for every pass: worth it only where 2 does not fit.
     zero_stage: int = setting(
-        2,
+        0,
         changes="execution",
         between=(0, 3),
     )
