@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class _Running:
     """Of the monotonic clock, seconds."""
 
 
-class Runner:
+class Runner(ABC):
     """Runs the tasks that are missing, at most one a slot; says what starts and what ends.
 
     Its `on_` methods speak, and one decides what a failure means: raise an error, and the others
@@ -86,17 +87,17 @@ class Runner:
         self._cost = sum(task.cost for task in self.waiting)
         self._started = time.monotonic()
 
+    @abstractmethod
     def on_start(self, task: Task) -> None:
         """Say that a task starts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def on_success(self, task: Task, seconds: float) -> None:
         """Say that a task is done, after `seconds`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def on_failure(self, task: Task, code: int, seconds: float) -> str:
         """Return why a task failed, or raise."""
-        raise NotImplementedError
 
     def run(self) -> None:
         """Run everything that is missing."""

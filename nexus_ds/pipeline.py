@@ -46,6 +46,8 @@ TRAINED = {"seed": SEED, "branch": BRANCH, "moe": MOE, "extended": FINETUNE}
 MADE_BY_VERBS = ("embed", "upcycle", "extend", "evaluate")
 # The step that tokenises the text of all steps that train, and needs no GPU.
 TOKENS = "tokens"
+# Kinds of steps: what `stage` makes and `preflight` checks; a branch is named by its domain.
+STEP_KINDS = (TOKENS, *TRAINED, *MADE_BY_VERBS)
 # That train a mixture-of-experts, on all devices and with DS_JSON unless another is given.
 WIDE_STAGES = (MOE, FINETUNE)
 STARTS = {

@@ -28,3 +28,28 @@ def parse_words(parser: argparse.ArgumentParser, words: Sequence[str] | None) ->
     if left:
         args.overrides = [*args.overrides, *left]
     return args
+
+
+def add_stage_arguments(
+    parser: argparse.ArgumentParser, stages: Sequence[str], stage_help: str
+) -> None:
+    """Declare what names one stage of a recipe's run: `stage` makes it, `preflight` checks it."""
+    parser.add_argument(
+        "--config",
+        metavar="RECIPE",
+        default="demo",
+        help="recipe file or name (default: demo)",
+    )
+    parser.add_argument(
+        "--deepspeed",
+        metavar="JSON",
+        default="",
+        help="for moe and extended (default: the project's z3)",
+    )
+    parser.add_argument("name", metavar="STAGE", choices=stages, help=stage_help)
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings laid over the recipe",
+    )

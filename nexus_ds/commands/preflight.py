@@ -14,38 +14,19 @@ from pathlib import Path
 from nexus_ds.command_lines import DS_JSON
 from nexus_ds.config import load_config
 from nexus_ds.launch import meeting_point, position
-from nexus_ds.pipeline import BRANCH, MADE_BY_VERBS, MOE, TOKENS, TRAINED, WIDE_STAGES, resolve
-
-STAGES = (TOKENS, *TRAINED, *MADE_BY_VERBS)
+from nexus_ds.pipeline import BRANCH, MOE, STEP_KINDS, TRAINED, WIDE_STAGES, resolve
+from nexus_ds.words import add_stage_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument(
-        "--config",
-        metavar="RECIPE",
-        default="demo",
-        help="recipe file or name (default: demo)",
-    )
-    parser.add_argument(
-        "--deepspeed",
-        metavar="JSON",
-        default="",
-        help="for moe and extended (default: the project's z3)",
-    )
+    add_stage_arguments(parser, STEP_KINDS, "stage that is about to run")
     parser.add_argument(
         "--wait",
         type=float,
         default=60.0,
         metavar="S",
         help="seconds to wait for ranks (default: 60)",
-    )
-    parser.add_argument("name", metavar="STAGE", choices=STAGES, help="stage that is about to run")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.key=value",
-        help="settings laid over the recipe",
     )
 
 

@@ -26,8 +26,8 @@ from nexus_ds.local_runner import run_steps
 from nexus_ds.outputs import Ended, exit_on_signals, new_file, write_json, write_text
 from nexus_ds.pipeline import (
     BRANCH,
-    MADE_BY_VERBS,
     MOE,
+    STEP_KINDS,
     TOKENS,
     TRAINED,
     WIDE_STAGES,
@@ -43,34 +43,16 @@ from nexus_ds.pipeline import (
 )
 from nexus_ds.progress import say
 from nexus_ds.settings import Config
+from nexus_ds.words import add_stage_arguments
 
-STAGES = (TOKENS, *TRAINED, *MADE_BY_VERBS)
 SHOWN = ("logs", "output", "branches", "extension")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument(
-        "--config",
-        metavar="RECIPE",
-        default="demo",
-        help="recipe file or name (default: demo)",
-    )
-    parser.add_argument(
-        "--deepspeed",
-        metavar="JSON",
-        default="",
-        help="for moe and extended (default: the project's z3)",
-    )
+    add_stage_arguments(parser, STEP_KINDS, " | ".join(STEP_KINDS))
     parser.add_argument(
         "--show", choices=SHOWN, help="print one fact for a job script and do nothing else"
-    )
-    parser.add_argument("name", metavar="STAGE", choices=STAGES, help=" | ".join(STAGES))
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.key=value",
-        help="settings laid over the recipe",
     )
 
 
