@@ -8,13 +8,13 @@ limit=30 # MB
 pip=("$python" -m pip --quiet --disable-pip-version-check)
 rm -rf "$out"
 mkdir -p "$out/wheels"
-# DeepSpeed and its pure dependencies as they are pinned or installed here; of them pydantic-core alone is compiled.
+# DeepSpeed and its dependencies as they are pinned or installed here; of them pydantic-core and zstandard are compiled.
 pins() { "$python" -c 'import sys; from importlib.metadata import version as v; print(*(f"{n}=={v(n)}" for n in sys.argv[1:]))' "$@"; }
 # DeepSpeed comes as source only; without its operators nothing is compiled, and the wheel is for every python.
 DS_BUILD_OPS=0 "${pip[@]}" wheel --no-deps --no-build-isolation --wheel-dir "$out/wheels" $(pins deepspeed)
 platforms=(--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64)
 "${pip[@]}" download --no-deps --only-binary=:all: --python-version "$version" --implementation cp "${platforms[@]}" \
-  --dest "$out/wheels" $(pins hjson pydantic pydantic-core annotated-types typing-inspection typing-extensions)
+  --dest "$out/wheels" $(pins hjson pydantic pydantic-core annotated-types typing-inspection typing-extensions zstandard)
 "$python" -m nexus_ds.experiments.benchmarks.gpu_steps inputs "$out/inputs"
 cp "$here/gpu_check.sh" "$out/"
 size=$(du -sm "$out" | cut -f 1)
