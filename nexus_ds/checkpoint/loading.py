@@ -84,8 +84,16 @@ def _said(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _check_loaded(directory: Path, info: Mapping[str, Iterable[object]]) -> None:
-    """Refuse what transformers would mend with random numbers or drop in silence."""
+def check_loaded(directory: Path, info: Mapping[str, Iterable[object]]) -> None:
+    """Refuse what transformers would mend with random numbers or drop in silence.
+
+    Args:
+        directory: of the checkpoint.
+        info: names by kind of trouble, as transformers' `output_loading_info` has them.
+
+    Raises:
+        CheckpointError: there are such names.
+    """
     troubles = {
         "missing_keys": "are missing",
         "unexpected_keys": "are not known to the model's family",
@@ -155,5 +163,5 @@ def load_model(directory: Path, precision: str = "auto", place: torch.device | N
             f"{directory}: transformers can't load this checkpoint: {_said(error)}"
         ) from error
     model, info = loaded
-    _check_loaded(directory, info)
+    check_loaded(directory, info)
     return model.to(place).eval()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from nexus_ds.checkpoint.build import fill, transformers_config
 from nexus_ds.checkpoint.families import EMBEDDING, FAMILIES, HEAD, MIXTURES
+from nexus_ds.checkpoint.loading import check_loaded
 from nexus_ds.checkpoint.qwen2_moe import expert_name
 from nexus_ds.checkpoint.tensors import DTYPES, TensorReader
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 Forward = Callable[..., Tensor]
 LAYERS = "model.layers."
+FREQUENCIES = "rotary_emb.inv_freq"
+"""Of RoPE, in each layer of older files; transformers reads over them."""
 
 
 class LayerReader:
@@ -56,7 +59,11 @@ class LayerReader:
             CheckpointError: tensors that the layer does not have, or lacks.
         """
         prefix = f"{LAYERS}{layer}."
-        names = [name for name in self.tensors.names() if name.startswith(prefix)]
+        names = [
+            name
+            for name in self.tensors.names()
+            if name.startswith(prefix) and not name.endswith(FREQUENCIES)
+        ]
         state = self._stacked(layer) if self.experts else {}
         routed = f"{prefix}mlp.experts."
         for name in names:
@@ -163,6 +170,39 @@ def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+def _stored_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Return what a model has in files, with its shape: experts one by one, not stacked."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, weight in model.state_dict().items():
+        owner, _, last = name.rpartition(".")
+        if not owner.endswith("mlp.experts"):
+            shapes[name] = tuple(weight.shape)
+            continue
+        experts, height, width = weight.shape
+        parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+        for expert in range(experts):
+            for part in parts:
+                shapes[f"{owner}.{expert}.{part}.weight"] = (height // len(parts), width)
+    if model.config.tie_word_embeddings:
+        shapes.pop(HEAD, None)
+    return shapes
+
+
+def _check_tensors(model: PreTrainedModel, tensors: TensorReader) -> None:
+    """Refuse files that are not exactly a model's, as `load_model` does: before they are read."""
+    expected = _stored_shapes(model)
+    found = {
+        name: tensors.info(name).shape for name in tensors.names() if not name.endswith(FREQUENCIES)
+    }
+    both = expected.keys() & found.keys()
+    info = {
+        "missing_keys": expected.keys() - found.keys(),
+        "unexpected_keys": found.keys() - expected.keys(),
+        "mismatched_keys": [name for name in both if expected[name] != found[name]],
+    }
+    check_loaded(tensors.directory, info)
+
+
 def _generation_settings(model: PreTrainedModel, directory: Path) -> None:
     """Take over the checkpoint's generation_config.json, as transformers does."""
     if (directory / "generation_config.json").is_file():
@@ -186,7 +226,7 @@ def streamed_model(
 
     Raises:
         UnsupportedModelError: a family whose layers are not known here.
-        CheckpointError: a tensor is missing.
+        CheckpointError: tensors other than those of its config.json.
     """
     config = transformers_config(directory)
     kind = config.model_type
@@ -201,6 +241,8 @@ def streamed_model(
     # A tied head that has a tensor of its own all the same is none (see `families.as_stored`).
     config.tie_word_embeddings = config.tie_word_embeddings and HEAD not in tensors
     model = _skeleton(config, dtype)
+    # A stack would take one row for all, and a layer too many would be left out.
+    _check_tensors(model, tensors)
     for name in ("model.embed_tokens", "model.norm", "lm_head"):
         if name != "lm_head" or not config.tie_word_embeddings:
             fill(model, name, tensors, dtype)

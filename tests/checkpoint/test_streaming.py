@@ -96,20 +96,61 @@ def test_the_stored_precision_and_generation_settings_are_kept(nexus_dir, tmp_pa
         assert torch.equal(streamed(input_ids=tokens).logits, whole)
 
 
-def test_a_missing_and_a_surplus_tensor_are_named(nexus_dir, tmp_path, tokens):
-    shutil.copytree(nexus_dir, tmp_path / "copy")
-    reader = TensorReader(nexus_dir)
-    tensors = {name: reader.read(name) for name in reader.names()}
-    name = "model.layers.1.input_layernorm.weight"
-    for old, new in ((name, None), (None, "model.layers.1.odd.weight")):
-        changed = {key: value for key, value in tensors.items() if key != old}
-        if new:
-            changed[new] = tensors[name]
-        write_tensors(tmp_path / "copy" / "model.safetensors", changed)
-        model = streamed_model(tmp_path / "copy", torch.float32, CPU)
-        odd = (old or new).removeprefix("model.layers.1.")
-        with pytest.raises(CheckpointError, match=f"layer 1 lacks or should not have '{odd}'"):
-            model(input_ids=tokens)
+@pytest.fixture
+def changed(plain_moe_dir, tmp_path):
+    """Return a function that copies a mixture with another tensor under a name; None: without."""
+
+    def copy(name, shape):
+        shutil.copytree(plain_moe_dir, tmp_path / "copy")
+        reader = TensorReader(plain_moe_dir)
+        tensors = {key: reader.read(key) for key in reader.names() if key != name}
+        if shape is not None:
+            tensors[name] = torch.ones(shape)
+        write_tensors(tmp_path / "copy" / "model.safetensors", tensors)
+        return tmp_path / "copy"
+
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [
+        ("model.layers.1.input_layernorm.weight", None, "are missing"),
+        ("model.layers.1.mlp.experts.3.up_proj.weight", None, "are missing"),
+        ("model.layers.1.odd.weight", (2,), "are not known"),
+        ("model.odd.weight", (2,), "are not known"),
+        ("model.layers.2.input_layernorm.weight", (16,), "are not known"),
+        ("model.layers.0.mlp.experts.4.up_proj.weight", (24, 16), "are not known"),
+        # a row for all rows of the stack, and an embedding that is too short
+        ("model.layers.0.mlp.experts.1.gate_proj.weight", (1, 16), "have another shape"),
+        ("model.embed_tokens.weight", (3, 16), "have another shape"),
+    ],
+)
+def test_other_tensors_than_those_of_the_model_are_refused(changed, name, shape, said):
+    """Before anything is computed, as where the model is loaded whole."""
+    directory = changed(name, shape)
+    with pytest.raises(CheckpointError):
+        load_model(directory)
+    with pytest.raises(CheckpointError, match=f"1 tensors {said}.*, the first: '{name}'; expected"):
+        streamed_model(directory, torch.float32, CPU)
+
+
+def test_frequencies_of_older_files_are_passed_over(changed, plain_moe_dir, tokens):
+    directory = changed("model.layers.0.self_attn.rotary_emb.inv_freq", (4,))
+    models = streamed_model(directory, torch.float32, CPU), load_model(plain_moe_dir)
+    with torch.inference_mode():
+        old, new = (model(input_ids=tokens).logits for model in models)
+    assert torch.equal(old, new)
+
+
+def test_a_layer_without_its_tensor_is_not_filled(nexus_dir):
+    """A warm start fills layers without a model around them."""
+    model = streamed_model(nexus_dir, torch.float32, CPU)
+    block = model.model.layers[1]
+    block.register_parameter("odd", torch.nn.Parameter(torch.ones(2)))
+    reader = LayerReader(nexus_dir, model.config, torch.float32, CPU)
+    with pytest.raises(CheckpointError, match="layer 1 lacks or should not have 'odd'"):
+        reader.fill(block, 1)
 
 
 def test_an_unknown_family_is_refused(tmp_path):

@@ -234,7 +234,7 @@ def test_another_configuration_computes_something_else(tmp_path, mixtures):
         ("rms_norm_eps", 0.5, "of layer 0"),
         ("norm_topk_prob", True, "layer 0 differs"),
         ("hidden_act", "gelu", "layer 0 differs"),
-        ("num_experts", 5, "transformers can't load it|no tensor"),
+        ("num_experts", 5, "tensors are missing"),
     ):
         (wrong / "config.json").write_text(json.dumps(config | {key: value}))
         with pytest.raises(CheckpointError, match=said):
