@@ -115,7 +115,8 @@ def _part_of(value: object, count: int, part: slice, place: torch.device) -> obj
 
 
 def _in_slices(forward: Forward, rows: int, place: torch.device) -> Forward:
-    """Return a layer's forward pass, `rows` sequences at a time; states go in and out as they lie.
+    """Return a forward pass of a layer or norm, `rows` sequences at a time; states go in and out
+    as they lie.
 
     With a cache all sequences go at once: it keeps them together.
     """
@@ -252,7 +253,9 @@ def streamed_model(
         model.lm_head.weight = nn.Parameter(embeddings.detach(), requires_grad=False)
     for layer, block in enumerate(model.model.layers):
         _streamed(block, layer, reader, rows)
-    _placed(model.model.norm, place)
+    # It, too, is given all sequences that wait: at once, they would be on the device together.
+    norm = model.model.norm.to(place)
+    norm.forward = _in_slices(norm.forward, rows, place)
     _placed(model.lm_head, place)
     _generation_settings(model, directory)
     return model.eval()

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeRMSNorm
 
 from nexus_ds.checkpoint.loading import load_model
 from nexus_ds.checkpoint.streaming import LayerReader, _in_slices, streamed_model
@@ -37,6 +38,22 @@ def test_greedy_tokens_are_those_of_the_whole_model(kind, request, tokens):
     asked = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
     found = [model.generate(tokens[:2], **asked) for model in models]
     assert torch.equal(*found) and found[0].shape[1] > 12
+
+
+def test_no_module_is_given_more_sequences_than_asked_for(nexus_dir, tokens, monkeypatch):
+    """The last norm neither: what waits for it may be more than a device holds."""
+    forward, seen = Qwen2MoeRMSNorm.forward, []
+
+    def watched(self, states):
+        seen.append(len(states))
+        return forward(self, states)
+
+    monkeypatch.setattr(Qwen2MoeRMSNorm, "forward", watched)
+    streamed = streamed_model(nexus_dir, torch.float32, CPU, rows=2)
+    with torch.inference_mode():
+        streamed.base_model(input_ids=tokens, use_cache=False)
+    # two norms in each of two layers, and the last one
+    assert seen == [2, 2, 2, 2, 1, 1] * 2 + [2, 2, 1]
 
 
 def test_padding_is_known_to_the_slices(context_dir, tokens):
