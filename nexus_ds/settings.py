@@ -604,8 +604,8 @@ class ParallelConfig:
         changes="execution",
         at_least=0,
     )
-    """Ranks that share one set of routed experts (expert parallelism); a divisor of the number of
-    ranks."""
+    """Ranks that share one set of routed experts (expert parallelism), a divisor of the number of
+    ranks; 0: the largest useful size inside one node."""
 
     # Stage 3 gathers all weights for every pass: worth it only where 2 does not fit.
     zero_stage: int = setting(
