@@ -79,7 +79,8 @@ def test_an_open_stage_takes_what_fits():
 def test_a_batch_is_cut_smaller_rather_than_fill_the_gpu():
     kept = "training.activation_checkpointing=none"
     needed = fitted(SERVER, Z3, "training.micro_batch_size=4", kept).memory.gpu_bytes
-    assert fitted(replace(SERVER, gpu_memory=1.01 * needed), Z3, kept).layout.micro == 2
+    # 5% of 1.05 times the memory: 1.04 lacks little
+    assert fitted(replace(SERVER, gpu_memory=1.04 * needed), Z3, kept).layout.micro == 2
     assert fitted(replace(SERVER, gpu_memory=1.06 * needed), Z3, kept).layout.micro == 4
 
 
