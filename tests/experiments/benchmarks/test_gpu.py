@@ -169,10 +169,28 @@ def test_the_limits_fit_into_eight_minutes_and_the_most_valuable_comes_first(tmp
     assert "--small" not in words
 
 
-def test_every_gpu_test_is_in_one_of_the_steps():
+def picked(which, names):
+    """Return the names that `pytest -k` picks by an expression of words, and, or, not."""
+    words = set(re.findall(r"\w+", which)) - {"and", "or", "not"}
+    return [
+        name for name in names if eval(which, {}, {word: word in name.lower() for word in words})
+    ]
+
+
+def test_every_gpu_test_is_in_one_of_the_steps(tmp_path):
     tree = ast.parse((REPOSITORY / "tests" / "gpu" / "test_gpu.py").read_text())
     tests = [node.name for node in tree.body if getattr(node, "name", "").startswith("test_")]
-    assert len(tests) == 4 and sum("comparison" in name for name in tests) == 1
+    assert len(tests) == 4
+    commands = [
+        step.command
+        for wave in waves(tmp_path, tmp_path, small=False, make=True)
+        for step in wave
+        if "pytest" in step.command
+    ]
+    assert all(command[-1] == "tests/gpu" for command in commands)
+    chosen = [picked(command[command.index("-k") + 1], tests) for command in commands]
+    assert sorted(name for names in chosen for name in names) == sorted(tests)
+    assert [len(names) for names in chosen] == [3, 1]
 
 
 def test_the_environment_of_a_step_is_this_checkout_without_a_launchers_variables(monkeypatch):
