@@ -66,7 +66,7 @@ def run(parts, *extra, experts=None, seed="seed", warm=False):
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_parameter_counts(parts, capsys, top_k):
     """Fact 12: total - active = (n - k) FFN stacks."""
-    run(parts, f"router.top_k={top_k}", "--json")
+    assert run(parts, f"router.top_k={top_k}", "--json") == 0
     result = json.loads(capsys.readouterr().out)
     count = result["parameters"]
     ffn_stack = sum(
@@ -82,7 +82,7 @@ def test_parameter_counts(parts, capsys, top_k):
 
 
 def test_the_directory_is_complete(parts, capsys):
-    run(parts)
+    assert run(parts) == 0
     printed = capsys.readouterr().out
     assert (
         "wrote" in printed

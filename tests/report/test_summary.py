@@ -158,6 +158,17 @@ def test_what_is_read_is_what_was_written(with_tasks):
     assert isinstance(again.tasks["after"], ModelTasks)
 
 
+@pytest.mark.parametrize("said", [{}, {"tasks": {}}, {"tasks": None}])
+def test_without_downstream_tasks_there_are_none_and_no_section_tells_of_them(
+    summary, said, tmp_path
+):
+    assert "tasks" not in summary
+    again = Summary.from_json(summary | said)
+    assert again.tasks == {} and "tasks" not in again.to_json()
+    sections = evaluation_sections(again, tmp_path)
+    assert sections and not any("ask" in section.title for section in sections)
+
+
 def test_keys_that_are_not_known_are_ignored(summary):
     """The demo adds `findings`, `seconds` and `extension`."""
     again = Summary.from_json(summary | {"findings": ["good"]})
