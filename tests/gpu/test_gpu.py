@@ -14,7 +14,6 @@ from launch import clean_environment, finish, start_ranks
 from test_train import settings
 
 from nexus_ds.__main__ import main
-from nexus_ds.commands.bench import describe_train
 from nexus_ds.experiments.benchmarks.gpu import LAUNCHER
 from nexus_ds.launch import free_port
 from nexus_ds.runtime.nexus_moe import Placement
@@ -92,7 +91,7 @@ def test_the_export_equals_the_engine(tmp_path, text_folder):
     assert difference <= 1e-2
 
 
-def test_the_comparison_at_the_size_of_the_470m_recipe(capsys):
+def test_the_comparison_at_the_size_of_the_470m_recipe(tmp_path, capsys):
     """Prints the table; MFU counts active parameters. Two mixtures and the dense model, so that 80
     GB suffice.
 
@@ -105,16 +104,17 @@ def test_the_comparison_at_the_size_of_the_470m_recipe(capsys):
         "--device=cuda",
         "--models=nexus-grouped,transformers-grouped",
         "--rounds=3",
+        f"--out={tmp_path / 'speed'}",
     ]
-    assert main(["bench", "train", *words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    rows = {row["model"]: row for row in found["rows"]}
+    assert main(["bench", "train", *words]) == 0
     with capsys.disabled():
-        print("\n" + describe_train(found))
+        print("\n" + capsys.readouterr().out)
+    lines = (tmp_path / "speed" / "train.jsonl").read_text().splitlines()
+    rows = {row["model"]: row for row in map(json.loads, lines)}
     assert rows["nexus-grouped"]["loss"] == pytest.approx(
         rows["transformers-grouped"]["loss"], abs=0.05
     )
     assert rows["nexus-grouped"]["shares"]["router"] < 0.1
     if any(row["mfu"] is None for row in rows.values()):
-        pytest.skip(f"the peak of {found['machine']['device']} is not known, so no MFU")
+        pytest.skip("the peak of this GPU is not known, so no MFU")
     assert 0 < rows["nexus-grouped"]["mfu"] < 1
