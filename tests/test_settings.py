@@ -25,6 +25,7 @@ CHANGES = {
     "execution": """
         training.micro_batch_size training.activation_checkpointing training.eval_every
         training.save_every training.gradient_dtype training.loss_kernel
+        training.layer_kernels
         parallel.expert parallel.zero_stage parallel.grouped_mm
     """,
     "nothing": """

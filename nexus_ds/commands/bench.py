@@ -69,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="what ratios are taken against (dense)",
     )
-    train.add_argument("--models", default="", metavar="A,B,...", help="only these (all)")
+    train.add_argument(
+        "--models", default="", metavar="A,B,...", help="only these (default: all uncompiled)"
+    )
     scaling = commands.add_parser(
         "growth", help="step time and memory against experts, top-k, layers and sequence"
     )
@@ -211,11 +213,12 @@ def _place(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
 
 
 def _known(option: str, names: list[str]) -> list[str]:
-    from nexus_ds.experiments.benchmarks.models import VARIANTS
+    from nexus_ds.experiments.benchmarks.models import COMPILED, VARIANTS
 
+    known = [*VARIANTS, *COMPILED]
     for name in names:
-        if name not in VARIANTS:
-            raise ConfigError(f"{option}: unknown model {name!r}; expected {', '.join(VARIANTS)}")
+        if name not in known:
+            raise ConfigError(f"{option}: unknown model {name!r}; expected {', '.join(known)}")
     return names
 
 

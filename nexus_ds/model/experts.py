@@ -12,6 +12,7 @@ Not covered: choosing experts (NexusRouter), rows that travel between ranks, sec
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -223,6 +224,40 @@ def _torch_by_rows(rows_NX: Tensor, rows_NY: Tensor, ends_E: Tensor) -> Tensor:
 TORCH_PRODUCTS = GroupedProducts(_torch_by_weights, _torch_by_rows)
 
 
+def _inner(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+    return F.silu(gate_NF) * up_NF
+
+
+def _inner_gradients(
+    gate_NF: Tensor, up_NF: Tensor, dinner_NF: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    silu_NF = F.silu(gate_NF)
+    inner_NF = silu_NF * up_NF
+    dup_NF = silu_NF * dinner_NF
+    dgate_NF = torch.ops.aten.silu_backward(dinner_NF * up_NF, gate_NF)
+    return inner_NF, dup_NF, dgate_NF
+
+
+class Elementwise(NamedTuple):
+    """What stands between the grouped products."""
+
+    inner: Callable[[Tensor, Tensor], Tensor]
+    """(gate [N, F], up [N, F]) -> silu(gate) * up."""
+    gradients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    """(gate, up, gradient of the inner ones) -> the inner ones again, gradients of up and gate."""
+
+
+EAGER = Elementwise(_inner, _inner_gradients)
+
+
+@cache
+def compiled_elementwise() -> Elementwise:
+    """Return the same, compiled at its first use: each is one kernel."""
+    # For any number of rows: under expert parallelism each rank and pass has its own.
+    inner = torch.compile(_inner, dynamic=True)
+    return Elementwise(inner, torch.compile(_inner_gradients, dynamic=True))
+
+
 class _GroupedSwiGLU(torch.autograd.Function):
     """The same in grouped products, which read the ends of the stretches on the device.
 
@@ -239,32 +274,31 @@ class _GroupedSwiGLU(torch.autograd.Function):
         w3_EFH: Tensor,
         ends_E: Tensor,
         products: GroupedProducts,
+        elementwise: Elementwise,
     ) -> Tensor:
         by_weights = products.by_weights
         gate_NF = by_weights(x_NH, w1_EFH.mT, ends_E)
         up_NF = by_weights(x_NH, w3_EFH.mT, ends_E)
-        inner_NF = F.silu(gate_NF).mul_(up_NF)
         ctx.products = products
+        ctx.elementwise = elementwise
         ctx.save_for_backward(x_NH, gate_NF, up_NF, w1_EFH, w2_EHF, w3_EFH, ends_E)
-        return by_weights(inner_NF, w2_EHF.mT, ends_E)
+        return by_weights(elementwise.inner(gate_NF, up_NF), w2_EHF.mT, ends_E)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dy_NH,) = gradients
         by_weights, by_rows = ctx.products
         x_NH, gate_NF, up_NF, w1_EFH, w2_EHF, w3_EFH, ends_E = ctx.saved_tensors
-        silu_NF = F.silu(gate_NF)
-        dw2_EHF = by_rows(dy_NH, silu_NF * up_NF, ends_E)
-        # From here on silu_NF and dinner_NF are overwritten: their memory is used again.
         dinner_NF = by_weights(dy_NH, w2_EHF, ends_E)
-        dup_NF = silu_NF.mul_(dinner_NF)
-        dsilu_NF = dinner_NF.mul_(up_NF)
-        dgate_NF = torch.ops.aten.silu_backward(dsilu_NF, gate_NF)
+        inner_NF, dup_NF, dgate_NF = ctx.elementwise.gradients(gate_NF, up_NF, dinner_NF)
+        dw2_EHF = by_rows(dy_NH, inner_NF, ends_E)
+        # else they would be there beside the gradients of the weights
+        del inner_NF, dinner_NF
         dw1_EFH = by_rows(dgate_NF, x_NH, ends_E)
         dw3_EFH = by_rows(dup_NF, x_NH, ends_E)
         dx_NH = by_weights(dgate_NF, w1_EFH, ends_E)
         dx_NH += by_weights(dup_NF, w3_EFH, ends_E)
-        return dx_NH, dw1_EFH, dw2_EHF, dw3_EFH, None, None
+        return dx_NH, dw1_EFH, dw2_EHF, dw3_EFH, None, None, None
 
 
 def _stretches(counts: list[int]) -> list[tuple[int, slice]]:
@@ -290,6 +324,7 @@ class RoutedExperts(nn.Module):
     def __init__(self, stacked: nn.Module, products: GroupedProducts | None = None) -> None:
         super().__init__()
         self.products = products
+        self.elementwise = EAGER
         for name in ("w1", "w2", "w3"):
             setattr(self, name, getattr(stacked, name))
 
@@ -304,7 +339,7 @@ class RoutedExperts(nn.Module):
         weights = (self.w1, self.w2, self.w3)
         if self.products is not None:
             ends_E = torch.cumsum(counts_E, 0, dtype=torch.int32)
-            return _GroupedSwiGLU.apply(x_NH, *weights, ends_E, self.products)
+            return _GroupedSwiGLU.apply(x_NH, *weights, ends_E, self.products, self.elementwise)
         # Lengths of slices: known on the host, which waits here for the routing.
         counts = counts_E.tolist()
         return _SwiGLUExperts.apply(x_NH, *weights, counts)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nexus_ds.errors import ConfigError
+from nexus_ds.model.compiler import saying_why
 
 Score = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 """(logits [c, V], targets [c], whether to learn) -> (losses [c] fp32, gradient [c, V]).
@@ -87,16 +87,7 @@ def compiled_score(rows: int, vocabulary: int, dtype: torch.dtype, device: torch
     # As many rows as will come: how a kernel is laid out depends on what it saw first.
     logits_cV = torch.zeros(rows, vocabulary, dtype=dtype, device=device)
     targets_c = torch.zeros(rows, dtype=torch.int64, device=device)
-    try:
+    with saying_why("training.loss_kernel"):
         compiled(logits_cV, targets_c, False)
         compiled(logits_cV, targets_c, True)
-    except torch.OutOfMemoryError:
-        raise
-    # Of several classes; Dynamo's own are of this one.
-    except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(
-            f"training.loss_kernel: torch.compile failed: {reason}; expected a compiler (Triton "
-            "for GPUs, g++ for CPUs): install it, or set training.loss_kernel=eager"
-        ) from error
     return compiled

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from nexus_ds.errors import ConfigError, LayoutError
+from nexus_ds.model.compiled import compile_layers
+from nexus_ds.model.compiler import check_compiler
 from nexus_ds.model.head import use_loss_head
 from nexus_ds.planning.fitting import DEFAULT_STAGE, offload_of
 from nexus_ds.planning.layout import leaf_elements
@@ -339,13 +342,46 @@ def start_engine(
     linear = bool(layers) and layers[0].router.projection is None
     use_loss_head(model, config.training.loss_kernel)
     attend_whole_windows(model)
+    stage = values["zero_optimization"]["stage"]
+    if wants_compiled(config.training.layer_kernels, stage, internals.device()):
+        compile_layers(model)
     groups = parameter_groups(model, config.training, 1.0 if linear else config.router.lr_scale)
-    if values["zero_optimization"]["stage"] == 3:
+    if stage == 3:
         _gather_layers_at_once(model)
     internals.buffers_to_device(model)
     engine = internals.initialize(model, groups, deepspeed_config(values, config, batch))
     internals.release_memory()  # what DeepSpeed copied on the way to its partitions
     return engine
+
+
+def wants_compiled(kernels: str, stage: int, device: torch.device) -> bool:
+    """Return whether layers are compiled; a warning says why not where `auto` would have it.
+
+    Args:
+        kernels: training.layer_kernels.
+        stage: of ZeRO.
+        device: where the model computes.
+
+    Raises:
+        ConfigError: compiled, but the compiler fails.
+        LayoutError: compiled under ZeRO-3.
+    """
+    name = "training.layer_kernels"
+    if kernels == "compiled" and stage == 3:
+        raise LayoutError(
+            f"{name}: found compiled and ZeRO stage 3; expected stage 1 or 2, or {name}=eager"
+        )
+    if kernels == "compiled":
+        check_compiler(device, name)
+        return True
+    if kernels == "eager" or stage == 3 or device.type == "cpu":
+        return False
+    try:
+        check_compiler(device, name)
+    except ConfigError as error:
+        warnings.warn(f"{error}; until then a step is slower", stacklevel=2)
+        return False
+    return True
 
 
 def _gather_layers_at_once(model: PreTrainedModel) -> None:

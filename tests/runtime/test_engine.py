@@ -11,6 +11,7 @@ from conftest import make_linear
 from nexus_ds.checkpoint.build import load_stock, new_dense
 from nexus_ds.errors import ConfigError, LayoutError
 from nexus_ds.runtime import deepspeed_internals as internals
+from nexus_ds.runtime import engine as engine_module
 from nexus_ds.runtime.engine import (
     Batch,
     check_layout,
@@ -22,6 +23,7 @@ from nexus_ds.runtime.engine import (
     set_learning_rate,
     split_batch,
     start_engine,
+    wants_compiled,
 )
 from nexus_ds.runtime.nexus_moe import Placement
 from nexus_ds.runtime.parallel_model import load_nexus
@@ -351,3 +353,38 @@ def test_attention_is_torchs_scaled_dot_product_by_default(nexus_dir):
     nexus = load_nexus(nexus_dir, torch.float32, Placement(3), Config().router, False)
     assert nexus.config._attn_implementation == "sdpa"
     assert new_dense(Config().model, 50, 0, 0).config._attn_implementation == "sdpa"
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("kernels", "stage", "device", "expected"),
+    [
+        ("auto", 2, CPU, False),
+        ("auto", 1, GPU, True),
+        ("auto", 3, GPU, False),
+        ("eager", 2, GPU, False),
+        ("compiled", 2, CPU, True),
+    ],
+)
+def test_which_layers_are_compiled(kernels, stage, device, expected, monkeypatch):
+    monkeypatch.setattr(engine_module, "check_compiler", lambda *_: None)
+    assert wants_compiled(kernels, stage, device) is expected
+
+
+def test_compiled_layers_are_not_for_zero_3():
+    expected = r"^training\.layer_kernels: found compiled and ZeRO stage 3; expected stage 1 or 2"
+    with pytest.raises(LayoutError, match=expected):
+        wants_compiled("compiled", 3, GPU)
+
+
+def test_without_a_compiler_auto_warns_and_only_what_asks_for_it_stops(monkeypatch):
+    def failing(device, setting):
+        raise ConfigError(f"{setting}: torch.compile failed")
+
+    monkeypatch.setattr(engine_module, "check_compiler", failing)
+    with pytest.warns(UserWarning, match="layer_kernels: .*; until then a step is slower"):
+        assert wants_compiled("auto", 2, GPU) is False
+    with pytest.raises(ConfigError, match=r"layer_kernels: torch\.compile failed"):
+        wants_compiled("compiled", 2, CPU)

@@ -34,7 +34,7 @@ from nexus_ds.data.domains import DomainEmbeddings, unit, write_domain_embedding
 from nexus_ds.data.tokenizer import open_tokenizer, train_tokenizer, vocabulary_size
 from nexus_ds.experiments.benchmarks import layer_speed
 from nexus_ds.experiments.benchmarks.layer_speed import synchronize, timed, train_step
-from nexus_ds.experiments.benchmarks.models import PRESETS, Shape, build
+from nexus_ds.experiments.benchmarks.models import COMPILED, PRESETS, Shape, build
 from nexus_ds.launch import adopt_launcher, end
 from nexus_ds.model.head import next_token_loss
 from nexus_ds.outputs import new_directory, write_text
@@ -62,6 +62,7 @@ LARGE = Shape(
 )
 """The 9.1B mixture of the recipe nexus-2.8b."""
 COMPARED = ("dense", "nexus-grouped", "transformers-grouped")
+COMPARED_ON_GPU = (*COMPARED, *COMPILED)
 TEXT_BYTES = {"train": 350_000, "validation": 60_000}  # of a domain
 DOCUMENT_CHARACTERS = 8_000
 EMBEDDING = 384  # width of a domain's vector
@@ -242,7 +243,8 @@ def speed(small: bool) -> Iterator[Figures]:
     device = device_here()
     shape = SMALL if small else PRESETS["470m"]
     rounds = 1 if small else 3
-    results, data = layer_speed.measure(COMPARED, shape, device, torch.bfloat16, rounds, _say)
+    names = COMPARED if small else COMPARED_ON_GPU
+    results, data = layer_speed.measure(names, shape, device, torch.bfloat16, rounds, _say)
     found: Figures = {}
     for row in layer_speed.summary(results, data, shape, "dense", device):
         found[row.model] = {

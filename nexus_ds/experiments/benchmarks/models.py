@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nexus_ds.errors import ConfigError
+from nexus_ds.model.compiled import compile_layers
 from nexus_ds.model.experts import FeedForward
 from nexus_ds.model.head import use_loss_head
 from nexus_ds.model.losses import attach_loss
@@ -229,6 +230,11 @@ without dropped tokens; deepspeed-drop: with its defaults, where tokens beyond a
 are dropped (less work)."""
 
 
+COMPILED = {"dense-compiled": "dense", "nexus-compiled": "nexus-grouped"}
+"""Variants with compiled layers (training.layer_kernels), which want a compiler: name to the same
+without."""
+
+
 def skeleton_config(shape: Shape) -> Qwen2MoeConfig:
     """Return the transformers configuration that all variants share."""
     from transformers import Qwen2MoeConfig
@@ -272,7 +278,7 @@ def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
     """Return one variant with its random weights, in training mode.
 
     Args:
-        name: of VARIANTS.
+        name: of VARIANTS or COMPILED.
         shape: its sizes.
         device: where it computes.
         dtype: working dtype.
@@ -291,6 +297,8 @@ def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
         layers = cast(nn.ModuleList, model.get_submodule("model.layers"))
         for index, layer in enumerate(layers):
             parts = _parts(shape, index, dtype, inputs_EM)
-            layer.mlp = VARIANTS[name](parts, shape)
+            layer.mlp = VARIANTS[COMPILED.get(name, name)](parts, shape)
     use_loss_head(model)
+    if name in COMPILED:
+        compile_layers(model)
     return model.train()
