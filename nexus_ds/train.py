@@ -85,7 +85,7 @@ def _check_dense(path: Path) -> None:
     Families that scale or cap their logits would besides be trained with another loss than theirs.
     """
     # not at the top: it imports torch, for which `train --help` doesn't wait
-    from nexus_ds.checkpoint.families import open_dense
+    from nexus_ds.checkpoint.dense import open_dense
 
     if path.is_dir() and not is_nexus(path):
         open_dense(path)

@@ -321,7 +321,7 @@ def save_branch(checkpoint: Path, out: Path, seed=0, dtype=torch.float32):
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    from nexus_ds.checkpoint.families import settings
+    from nexus_ds.checkpoint.dense_settings import settings
     from nexus_ds.checkpoint.qwen2_moe import Role, open_moe, stored
     from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nexus_ds.checkpoint.families import FFN_PARTS, ConfigJson, settings
+from nexus_ds.checkpoint.config_json import ConfigJson
+from nexus_ds.checkpoint.dense_settings import settings
+from nexus_ds.checkpoint.families.record import FFN_PARTS
 from nexus_ds.checkpoint.loading import know_model_type, quiet_transformers
 from nexus_ds.checkpoint.qwen2_moe import (
     check_shared_gates,

@@ -28,8 +28,9 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import (
     Qwen2MoeTopKRouter,
 )
 
+from nexus_ds.checkpoint.config_json import CONTEXT_MODEL
 from nexus_ds.errors import UnsupportedModelError
-from nexus_ds.model.context import CONTEXT_MODEL, context_of, running_mean
+from nexus_ds.model.context import context_of, running_mean
 
 
 class _Sum:

@@ -10,8 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from nexus_ds.checkpoint.families import EMBEDDING, HEAD, ConfigJson, as_stored
-from nexus_ds.checkpoint.loading import read_config
+from nexus_ds.checkpoint.config_json import ConfigJson, read_config
+from nexus_ds.checkpoint.dense import as_stored
+from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.qwen2_moe import check_shared_gates, parameter_counts
 from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
-from nexus_ds.checkpoint.families import ConfigJson, refuse_hooks, refuse_other_weights
+from nexus_ds.checkpoint.config_json import (
+    CONTEXT_MODEL,
+    read_config,
+)
 from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.checkpoint.sidecar import verify_expert_embeddings
-from nexus_ds.checkpoint.tensors import TensorReader, read_json_object, require_directory
+from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.errors import CheckpointError, ConfigError
-from nexus_ds.model.context import CONTEXT_MODEL
 
 PRECISIONS = ("auto", "fp32", "stored")
 # What transformers raises for damaged or contradictory files: it has no type of its own for them.
@@ -37,20 +39,6 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def read_config(directory: Path) -> ConfigJson:
-    """Return config.json of a checkpoint.
-
-    Raises:
-        CheckpointError: no such directory, no valid config.json.
-        UnsupportedModelError: an adapter, or a configuration that asks for code of the checkpoint
-            or of a hub.
-    """
-    refuse_other_weights(Path(directory))
-    config = read_json_object(require_directory(Path(directory)), "config.json")
-    refuse_hooks(config, str(Path(directory) / "config.json"))
-    return config
 
 
 def know_model_type(directory: Path) -> None:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from nexus_ds.checkpoint.families import EMBEDDING, HEAD, ConfigJson
-from nexus_ds.checkpoint.loading import computed_dtype, load_model, read_config, verified
+from nexus_ds.checkpoint.config_json import ConfigJson, read_config
+from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
+from nexus_ds.checkpoint.loading import computed_dtype, load_model, verified
 from nexus_ds.checkpoint.needs import DISK_SPEED, Need, Way, per_token, way
 from nexus_ds.checkpoint.room import host_room, is_out_of_memory, room_on
 from nexus_ds.checkpoint.streaming import LAYERS, streamed_model

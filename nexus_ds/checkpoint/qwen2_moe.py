@@ -19,33 +19,25 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from nexus_ds.checkpoint.families import (
-    FFN_PARTS,
-    MIXTURES,
+from nexus_ds.checkpoint.config_json import (
+    CONTEXT_MODEL,
     ConfigJson,
-    DenseWeight,
-    as_stored,
-    both_ropes,
-    check_tensors,
-    dense_weights,
-    own_config,
     positive,
     refuse_hooks,
     refuse_in_any_form,
     refuse_other_weights,
-    settings,
 )
+from nexus_ds.checkpoint.dense import as_stored, check_tensors
+from nexus_ds.checkpoint.dense_settings import MIXTURES, UNIFORM, both_ropes, filled, settings
+from nexus_ds.checkpoint.families.record import FFN_PARTS, DenseWeight, dense_weights
 from nexus_ds.checkpoint.tensors import TensorReader, read_json_object, require_directory
 from nexus_ds.errors import CheckpointError
-from nexus_ds.model.context import CONTEXT_MODEL
 
 SHARED_GATE_FILL = 2.0**-60
 """Weight of the shared expert's gate: its sigmoid is exactly 1/2, and llama.cpp's silu(x)/x stays
 finite, as it would not with 0."""
 TRAINED_GATE = 1e-9
 """A gate above this was trained: no longer the constant, in whatever dtype it was stored."""
-UNIFORM = {"decoder_sparse_step": 1, "mlp_only_layers": []}
-"""Keys of a config.json by which every layer has experts; also what transformers fills in."""
 # The gate value is the raw probability: renormalised top-1 would be 1 and teach nothing.
 FORM = {"norm_topk_prob": False, **UNIFORM}
 
@@ -226,7 +218,7 @@ def moe_config(
             model_type.
     """
     sizes = settings(dense_config)
-    own = own_config(dense_config)
+    own = filled(dense_config)
     context = router_input == "context"
     config: ConfigJson = {
         "architectures": ["NexusMoeForCausalLM" if context else "Qwen2MoeForCausalLM"],
@@ -248,11 +240,11 @@ def moe_config(
         "router_aux_loss_coef": 0.0,
         "hidden_act": "silu",
         "rms_norm_eps": sizes.norm_eps,
-        "max_position_embeddings": own.max_position_embeddings,
+        "max_position_embeddings": own["max_position_embeddings"],
         "rope_parameters": dict(sizes.rope),
         "qkv_bias": sizes.qkv_bias,
-        "attention_dropout": own.attention_dropout or 0.0,
-        "initializer_range": own.initializer_range,
+        "attention_dropout": own["attention_dropout"] or 0.0,
+        "initializer_range": own["initializer_range"],
         "tie_word_embeddings": sizes.tied_embeddings,
         "use_sliding_window": sizes.sliding_window is not None,
         "sliding_window": sizes.sliding_window,
@@ -262,7 +254,7 @@ def moe_config(
     # transformers would take a null as the size itself
     if dense_config.get("head_dim") is not None:
         config["head_dim"] = sizes.head_dim
-    tokens = {key: getattr(own, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    tokens = {key: own[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return both_ropes(config | tokens)
 
 

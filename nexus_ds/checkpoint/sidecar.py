@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from nexus_ds import __version__
+from nexus_ds.checkpoint.config_json import CONTEXT_MODEL
 from nexus_ds.checkpoint.json_files import read_json_object
 from nexus_ds.checkpoint.qwen2_moe import gate_name, open_moe
 from nexus_ds.checkpoint.records import (
@@ -37,7 +38,6 @@ from nexus_ds.checkpoint.records import (
 )
 from nexus_ds.checkpoint.tensors import TensorReader, write_tensors
 from nexus_ds.errors import CheckpointError, ConfigError
-from nexus_ds.model.context import CONTEXT_MODEL
 from nexus_ds.model.router import Projection, condition, expert_embeddings_in
 from nexus_ds.outputs import new_file, write_json
 

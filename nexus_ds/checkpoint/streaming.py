@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from nexus_ds.checkpoint.build import fill, transformers_config
-from nexus_ds.checkpoint.families import EMBEDDING, FAMILIES, HEAD, MIXTURES
+from nexus_ds.checkpoint.dense_settings import MIXTURES
+from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
+from nexus_ds.checkpoint.families.table import FAMILIES
 from nexus_ds.checkpoint.loading import check_loaded
 from nexus_ds.checkpoint.qwen2_moe import expert_name
 from nexus_ds.checkpoint.tensors import DTYPES, TensorReader

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nexus_ds.checkpoint.families import refuse_hooks
+from nexus_ds.checkpoint.config_json import refuse_hooks
 from nexus_ds.checkpoint.json_files import confined, read_json_object, require_directory
 from nexus_ds.data.encoding import beginning
 from nexus_ds.data.tokenizer import open_tokenizer

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nexus_ds.checkpoint.loading import read_config
+from nexus_ds.checkpoint.config_json import read_config
 from nexus_ds.checkpoint.needs import Way
 from nexus_ds.checkpoint.pieces import (
     in_pieces,

@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from nexus_ds.checkpoint.loading import device, read_config
+from nexus_ds.checkpoint.config_json import read_config
+from nexus_ds.checkpoint.loading import device
 from nexus_ds.checkpoint.pieces import need_of, open_way, planned_way
 from nexus_ds.data.offline import stay_offline
 from nexus_ds.data.tokenizer import open_tokenizer

@@ -15,8 +15,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CONTEXT_MODEL = "nexus_moe"
-"""`model_type` of checkpoints with this input: a stock Qwen2-MoE would route by single tokens."""
 EPS = 1e-6
 
 

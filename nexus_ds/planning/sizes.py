@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nexus_ds.errors import ConfigError
+from nexus_ds.planning.stored_model import read_model
 from nexus_ds.settings import Config
 
 KINDS = ("matrices", "vectors", "router", "experts")
@@ -141,10 +142,6 @@ def _projection(config: Config, hidden: int, embedding_size: int) -> tuple[int, 
 
 def _of_checkpoint(directory: Path) -> Sizes:
     """Return the sizes of a dense, Nexus or stock Qwen2-MoE checkpoint."""
-    # config.json means what transformers' own classes read in it, and they import torch; a recipe
-    # without a checkpoint is planned without either
-    from nexus_ds.planning.stored_model import read_model
-
     model = read_model(directory)
     dense = model.dense
     return Sizes(

@@ -8,20 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nexus_ds.checkpoint.families import (
-    FAMILIES,
-    MIXTURES,
-    SIZES,
-    ConfigJson,
-    DenseSettings,
-    settings,
-)
-from nexus_ds.checkpoint.loading import read_config
-from nexus_ds.checkpoint.qwen2_moe import UNIFORM
+from nexus_ds.checkpoint.config_json import CONTEXT_MODEL, ConfigJson, read_config
+from nexus_ds.checkpoint.dense_settings import MIXTURES, SIZES, UNIFORM, settings
+from nexus_ds.checkpoint.families.record import DenseSettings
+from nexus_ds.checkpoint.families.table import FAMILIES
 from nexus_ds.checkpoint.records import is_nexus
-from nexus_ds.checkpoint.sidecar import read_sidecar
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
-from nexus_ds.model.context import CONTEXT_MODEL
 
 MIXTURE_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
@@ -94,6 +86,9 @@ def read_model(directory: Path) -> StoredModel:
     maps: tuple[int, ...] = ()
     shared = True
     if is_nexus(directory):
+        # it reads P's tensors, and so imports torch, which a dense model is planned without
+        from nexus_ds.checkpoint.sidecar import read_sidecar
+
         sidecar = read_sidecar(directory)
         # a linear router has no P
         if sidecar.projections:

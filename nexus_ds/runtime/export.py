@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nexus_ds.checkpoint.families import FFN_PARTS, HEAD, ConfigJson, both_ropes
+from nexus_ds.checkpoint.config_json import ConfigJson
+from nexus_ds.checkpoint.dense_settings import both_ropes
+from nexus_ds.checkpoint.families.record import FFN_PARTS, HEAD
 from nexus_ds.checkpoint.qwen2_moe import (
     Stored,
     expert_name,

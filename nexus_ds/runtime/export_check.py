@@ -31,7 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_ds.checkpoint.families import EMBEDDING, HEAD
+from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.loading import LOAD_ERRORS
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, gate_name
 from nexus_ds.checkpoint.records import is_nexus

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nexus_ds.checkpoint.build import DTYPES, new_dense
-from nexus_ds.checkpoint.loading import read_config
+from nexus_ds.checkpoint.config_json import read_config
 from nexus_ds.checkpoint.records import ExpertRecord, TrainStep, is_nexus
 from nexus_ds.checkpoint.sidecar import content_fingerprint, read_sidecar
 from nexus_ds.checkpoint.tokenizer import check_tokenizer

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nexus_ds.checkpoint.families import DenseModel, both_ropes, open_dense
+from nexus_ds.checkpoint.dense import DenseModel, open_dense
+from nexus_ds.checkpoint.dense_settings import both_ropes
 from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.errors import IncompatibleModelsError
 from nexus_ds.outputs import new_directory, write_json

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nexus_ds.checkpoint.families import ConfigJson, DenseModel, refuse_hooks
+from nexus_ds.checkpoint.config_json import ConfigJson, refuse_hooks
+from nexus_ds.checkpoint.dense import DenseModel
 from nexus_ds.checkpoint.qwen2_moe import stored
 from nexus_ds.checkpoint.records import EncoderRecord, ExpertRecord
 from nexus_ds.checkpoint.tensors import (

@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nexus_ds.checkpoint.families import ConfigJson, DenseModel, settings
+from nexus_ds.checkpoint.config_json import ConfigJson
+from nexus_ds.checkpoint.dense import DenseModel
+from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, check_shared_gates, gate_name, stored
 from nexus_ds.checkpoint.records import ExtendStep
 from nexus_ds.checkpoint.sidecar import Sidecar, expert_embeddings, versions

@@ -15,13 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from nexus_ds.checkpoint.families import (
-    MODEL_DTYPES,
-    ConfigJson,
-    DenseModel,
-    both_ropes,
-    open_dense,
-)
+from nexus_ds.checkpoint.config_json import ConfigJson
+from nexus_ds.checkpoint.dense import MODEL_DTYPES, DenseModel, open_dense
+from nexus_ds.checkpoint.dense_settings import both_ropes
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, gate_name, open_moe, parameter_counts
 from nexus_ds.checkpoint.records import FitReport
 from nexus_ds.checkpoint.sidecar import (

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nexus_ds.checkpoint.families import ConfigJson
+from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, check_shared_gates, expert_name, stored
 from nexus_ds.checkpoint.records import RemoveStep
 from nexus_ds.checkpoint.sidecar import Sidecar, versions

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nexus_ds.checkpoint.families import DenseModel
+from nexus_ds.checkpoint.dense import DenseModel
 from nexus_ds.checkpoint.qwen2_moe import gate_name
 from nexus_ds.checkpoint.records import ExpertRecord, ReplaceStep
 from nexus_ds.checkpoint.sidecar import Sidecar, expert_embeddings, versions

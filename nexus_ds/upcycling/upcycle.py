@@ -13,12 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nexus_ds.checkpoint.families import (
-    ConfigJson,
-    DenseModel,
-    DenseSettings,
-    open_dense,
-)
+from nexus_ds.checkpoint.config_json import ConfigJson
+from nexus_ds.checkpoint.dense import DenseModel, open_dense
+from nexus_ds.checkpoint.families.record import DenseSettings
 from nexus_ds.checkpoint.qwen2_moe import (
     Role,
     Stored,

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_ds.checkpoint.build import transformers_config
+from nexus_ds.checkpoint.config_json import CONTEXT_MODEL
 from nexus_ds.checkpoint.loading import device
 from nexus_ds.checkpoint.pieces import need_of, warn_of_time
 from nexus_ds.checkpoint.qwen2_moe import gate_name, mean_name
@@ -40,7 +41,7 @@ from nexus_ds.checkpoint.sidecar import (
 from nexus_ds.checkpoint.streaming import LayerReader
 from nexus_ds.checkpoint.tensors import DTYPES, overwrite
 from nexus_ds.errors import DataError
-from nexus_ds.model.context import CONTEXT_MODEL, context
+from nexus_ds.model.context import context
 from nexus_ds.model.router import layer_generator, unit
 from nexus_ds.progress import Progress
 from nexus_ds.settings import CHUNK_WARM_STARTS, RouterConfig

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nexus_ds.checkpoint import loading
-from nexus_ds.checkpoint.loading import load_model, read_config
+from nexus_ds.checkpoint.config_json import read_config
+from nexus_ds.checkpoint.loading import load_model
 from nexus_ds.data.tokenizer import open_tokenizer
 from nexus_ds.errors import CheckpointError, ConfigError, UnsupportedModelError
 

@@ -12,7 +12,7 @@ from nexus_ds.checkpoint.qwen2_moe import Role, stored
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.config import load_config
 from nexus_ds.upcycling.upcycle import upcycled
-from tests.checkpoint.test_families import dense, embeddings
+from tests.checkpoint.test_dense import dense, embeddings
 
 NAMES = ("a", "b", "c")
 FORMS = {

@@ -11,7 +11,7 @@ import torch
 from conftest import add_token, of_another_origin, save_branch, train_shared_gates
 from safetensors.torch import load_file, save_file
 
-from nexus_ds.checkpoint.families import FFN_PARTS, dense_ffn_name
+from nexus_ds.checkpoint.families.record import FFN_PARTS, dense_ffn_name
 from nexus_ds.checkpoint.qwen2_moe import expert_name, gate_name
 from nexus_ds.checkpoint.records import RouterRecord
 from nexus_ds.checkpoint.sidecar import (

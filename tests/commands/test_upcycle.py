@@ -25,7 +25,7 @@ from branches import (
 from conftest import add_token
 from launch import clean_environment, file_modes, umask
 
-from nexus_ds.checkpoint.families import FFN_PARTS, dense_ffn_name
+from nexus_ds.checkpoint.families.record import FFN_PARTS, dense_ffn_name
 from nexus_ds.checkpoint.inspection import describe
 from nexus_ds.checkpoint.qwen2_moe import gate_name, mean_name
 from nexus_ds.checkpoint.sidecar import expert_embeddings, read_sidecar, verify_expert_embeddings

@@ -8,7 +8,7 @@ import torch
 from branches import LAYERS, NAMES, make_parts, stock, tensors_of, upcycle
 from safetensors.torch import save_file
 
-from nexus_ds.checkpoint.families import FFN_PARTS, dense_ffn_name
+from nexus_ds.checkpoint.families.record import FFN_PARTS, dense_ffn_name
 from nexus_ds.checkpoint.qwen2_moe import expert_name
 from nexus_ds.checkpoint.records import FitReport
 from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings

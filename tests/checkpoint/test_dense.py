@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nexus_ds.checkpoint import families, qwen2_moe
+from nexus_ds.checkpoint import dense as on_disk
+from nexus_ds.checkpoint import dense_settings, qwen2_moe
 from nexus_ds.checkpoint.inspection import describe
 from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import CheckpointError, NexusError, UnsupportedModelError
@@ -162,15 +163,15 @@ def test_older_keys_mean_the_same(dense_dir):
         "torch_dtype": "bfloat16",
     }
     old.pop("dtype", None)
-    assert families.settings(old) == families.settings(new)
+    assert dense_settings.settings(old) == dense_settings.settings(new)
     assert qwen2_moe.moe_config(old, 2, 1)["dtype"] == "bfloat16"
     mistral = {
         k: v for k, v in config.items() if k not in ("sliding_window", "num_key_value_heads")
     }
     mistral |= {"model_type": "mistral", "num_attention_heads": 8, "hidden_size": 64}
     assert (
-        families.settings(mistral).kv_heads == 8
-        and families.settings(mistral).sliding_window == 4096
+        dense_settings.settings(mistral).kv_heads == 8
+        and dense_settings.settings(mistral).sliding_window == 4096
     )
 
 
@@ -184,12 +185,12 @@ def test_written_configurations_say_their_rope_in_both_spellings(kind, tmp_path,
     scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
     mixture = qwen2_moe.moe_config(plain, 2, 1)
     context = qwen2_moe.moe_config(plain, 2, 1, "context")
-    for config in (mixture, context, families.both_ropes(plain)):
+    for config in (mixture, context, dense_settings.both_ropes(plain)):
         assert (
             config["rope_parameters"] == extra["rope_parameters"] and config["rope_theta"] == 500.0
         )
         assert config.get("rope_scaling") == (scaling if kind == "llama3-rope" else None)
-        assert families.settings(config).rope == families.settings(plain).rope
+        assert dense_settings.settings(config).rope == dense_settings.settings(plain).rope
 
 
 def test_branches_whose_stretched_rope_depends_on_other_positions_differ(dense_dir):
@@ -197,7 +198,7 @@ def test_branches_whose_stretched_rope_depends_on_other_positions_differ(dense_d
     dynamic = config | {"rope_parameters": dict(rope_type="dynamic", rope_theta=9.0, factor=2.0)}
     for plain, equal in ((config, True), (dynamic, False)):
         longer = plain | {"max_position_embeddings": 128}
-        assert (families.settings(plain) == families.settings(longer)) == equal
+        assert (dense_settings.settings(plain) == dense_settings.settings(longer)) == equal
 
 
 def changed(source, out, **keys):
@@ -245,7 +246,7 @@ def changed(source, out, **keys):
 )
 def test_refuses_by_name(keys, words, tmp_path, dense_dir):
     with pytest.raises(UnsupportedModelError) as caught:
-        families.open_dense(changed(dense_dir, tmp_path / "m", **keys))
+        on_disk.open_dense(changed(dense_dir, tmp_path / "m", **keys))
     assert all(word in str(caught.value) for word in words), caught.value
 
 
@@ -253,7 +254,7 @@ def test_refuses_by_name(keys, words, tmp_path, dense_dir):
     "keys", [dict(attn_implementation="sdpa"), dict(trust_remote_code=False), dict(auto_map=None)]
 )
 def test_harmless_keys_pass(keys, tmp_path, dense_dir):
-    assert families.open_dense(changed(dense_dir, tmp_path / "m", **keys)).family == "llama"
+    assert on_disk.open_dense(changed(dense_dir, tmp_path / "m", **keys)).family == "llama"
 
 
 @pytest.mark.parametrize(
@@ -269,7 +270,7 @@ def test_harmless_keys_pass(keys, tmp_path, dense_dir):
 )
 def test_sizes_must_be_numbers(keys, message, tmp_path, dense_dir):
     with pytest.raises(CheckpointError, match=message):
-        families.open_dense(changed(dense_dir, tmp_path / "m", **keys))
+        on_disk.open_dense(changed(dense_dir, tmp_path / "m", **keys))
 
 
 def with_tensors(source, out, change):
@@ -283,12 +284,12 @@ def with_tensors(source, out, change):
 def test_tensors_are_held_against_the_configuration(tmp_path, dense_dir):
     name = "model.layers.1.mlp.up_proj.weight"
     with pytest.raises(CheckpointError, match=rf"1 missing: {name}"):
-        families.open_dense(with_tensors(dense_dir, tmp_path / "missing", lambda t: t.pop(name)))
+        on_disk.open_dense(with_tensors(dense_dir, tmp_path / "missing", lambda t: t.pop(name)))
     with pytest.raises(CheckpointError, match=r"1 unknown: model.surprise"):
         extra = {"model.surprise": torch.zeros(1)}
-        families.open_dense(with_tensors(dense_dir, tmp_path / "extra", lambda t: t.update(extra)))
+        on_disk.open_dense(with_tensors(dense_dir, tmp_path / "extra", lambda t: t.update(extra)))
     with pytest.raises(CheckpointError, match=r"up_proj.weight \(2, 3\), expected \(24, 16\)"):
-        families.open_dense(
+        on_disk.open_dense(
             with_tensors(
                 dense_dir, tmp_path / "shape", lambda t: t.update({name: torch.ones(2, 3)})
             )
@@ -297,18 +298,18 @@ def test_tensors_are_held_against_the_configuration(tmp_path, dense_dir):
         UnsupportedModelError, match=r"no place for model.layers.0.self_attn.o_proj.bias"
     ):
         bias = {"model.layers.0.self_attn.o_proj.bias": torch.zeros(16)}
-        families.open_dense(with_tensors(dense_dir, tmp_path / "bias", lambda t: t.update(bias)))
+        on_disk.open_dense(with_tensors(dense_dir, tmp_path / "bias", lambda t: t.update(bias)))
     with pytest.raises(
         UnsupportedModelError, match=r"several dtypes: BF16 .* F32 .*save the model in one"
     ):
-        families.open_dense(
+        on_disk.open_dense(
             with_tensors(
                 dense_dir, tmp_path / "mixed", lambda t: t.update({name: t[name].bfloat16()})
             )
         )
     with pytest.raises(UnsupportedModelError, match=r"weights are F16 .*fp32 or bf16"):
         half = lambda t: t.update({k: v.half() for k, v in t.items()})  # noqa: E731
-        families.open_dense(with_tensors(dense_dir, tmp_path / "half", half))
+        on_disk.open_dense(with_tensors(dense_dir, tmp_path / "half", half))
 
 
 def test_a_tied_models_repeated_head_and_old_buffers_are_ignored(tmp_path, dense_dir):
@@ -316,13 +317,13 @@ def test_a_tied_models_repeated_head_and_old_buffers_are_ignored(tmp_path, dense
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
 
-    model = families.open_dense(with_tensors(dense_dir, tmp_path / "m", repeat))
+    model = on_disk.open_dense(with_tensors(dense_dir, tmp_path / "m", repeat))
     assert model.settings.tied_embeddings
 
 
 def test_a_hub_name_is_no_directory(tmp_path):
     with pytest.raises(CheckpointError, match="nothing is downloaded"):
-        families.open_dense(tmp_path / "meta-llama" / "Llama-2-7b")
+        on_disk.open_dense(tmp_path / "meta-llama" / "Llama-2-7b")
 
 
 # Odd files ----------------------------------------------------------------------------------------

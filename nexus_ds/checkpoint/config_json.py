@@ -1,0 +1,146 @@
+"""A model's config.json before anything is known of its family; without torch.
+
+Not covered: what its sizes mean (`dense_settings`), the headers of weight files (`tensors`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nexus_ds.checkpoint.json_files import read_json_object, require_directory
+from nexus_ds.errors import CheckpointError, UnsupportedModelError
+
+ConfigJson = dict[str, Any]
+"""A config.json as it was parsed: the keys are transformers', `settings` checks what is used."""
+
+CONTEXT_MODEL = "nexus_moe"
+"""`model_type` of checkpoints whose router reads a running mean (`router.input: context`): a stock
+Qwen2-MoE would route by single tokens."""
+ADAPTER = "adapter_config.json"
+ELSEWHERE = ("transformers_weights", "configuration_files")
+"""Keys by which transformers reads other files than model.safetensors and config.json."""
+HOOKS = (  # keys of a configuration that make transformers run code that is not its own
+    "auto_map",
+    "trust_remote_code",
+    "custom_pipelines",
+    "custom_generate",
+    "_attn_implementation_internal",
+    "_experts_implementation_internal",
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "_experts_implementation",
+    "kernel_config",
+)
+HARMLESS = (
+    "eager",
+    "sdpa",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flex_attention",
+    "grouped_mm",
+    "batched_mm",
+)
+"""Implementations that transformers itself carries; anything else may be the name of a kernel on a
+hub."""
+
+
+def _walk(value: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yield (dotted path, key, value) of every key in nested JSON."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield f"{path}{key}", key, item
+            yield from _walk(item, f"{path}{key}.")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _walk(item, f"{path}{index}.")
+
+
+def refuse_hooks(config: ConfigJson, where: str) -> None:
+    """Raise UnsupportedModelError for keys, at any depth, that ask for code of the checkpoint."""
+    for path, key, value in _walk(config):
+        if key not in HOOKS or value in (None, False):
+            continue
+        if key.endswith("_implementation") and value in HARMLESS:
+            continue
+        raise UnsupportedModelError(
+            f"{where}: {path} = {str(value)[:100]!r} asks for code that is not part of "
+            "transformers; such code is never run. "
+            "Remove the key if the model is one of the known families"
+        )
+
+
+def positive(config: ConfigJson, key: str, where: str) -> int:
+    """Return a size of a config.json; CheckpointError unless it is a number above 0."""
+    value = config.get(key)
+    # not isinstance: JSON's true is an int to Python
+    if type(value) is not int or value <= 0:
+        raise CheckpointError(f"{where}: {key} is {value!r}, expected a number above 0")
+    return value
+
+
+def refuse_in_any_form(config: ConfigJson, where: str) -> None:
+    """Raise UnsupportedModelError for what neither a dense model nor a mixture may have."""
+    for key in ELSEWHERE:
+        if config.get(key):
+            raise UnsupportedModelError(
+                f"{where}: {key} is set, so transformers reads other files than this program; "
+                "save the model again"
+            )
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise UnsupportedModelError(
+            f"{where}: hidden_act {config['hidden_act']!r}; only silu (SwiGLU) is supported"
+        )
+    if config.get("is_causal", True) is not True:
+        raise UnsupportedModelError(
+            f"{where}: is_causal is {config['is_causal']!r}: "
+            "attention to later tokens can't be expressed as Qwen2-MoE"
+        )
+    for key in ("text_config", "decoder", "generator", "text_encoder"):
+        if config.get(key):
+            raise UnsupportedModelError(
+                f"{where}: {key} is set, it wraps a model within a model; "
+                "save the language model on its own first"
+            )
+
+
+def refuse_other_weights(directory: Path) -> None:
+    """Raise UnsupportedModelError where other weights than model.safetensors decide.
+
+    Those are an adapter's, or shards that ranks have saved.
+    """
+    shards = sorted(path.name for path in directory.glob("shard-*-model-*-of-*.safetensors"))
+    if shards:
+        raise UnsupportedModelError(
+            f"{directory} holds shards that ranks have saved ({shards[0]}), "
+            "which transformers reads before model.safetensors: "
+            "save the model whole, or remove them"
+        )
+    if not (directory / ADAPTER).is_file():
+        return
+    adapter = read_json_object(directory, ADAPTER)
+    # foreign text in a message: cut to a bearable length
+    kind = str(adapter.get("peft_type") or "?")[:200]
+    base = str(adapter.get("base_model_name_or_path") or "?")[:200]
+    raise UnsupportedModelError(
+        f"{directory} holds an adapter ({ADAPTER}: {kind} of {base}), not a whole model: "
+        "merge it first, with peft's AutoPeftModelForCausalLM.from_pretrained(DIR)"
+        ".merge_and_unload().save_pretrained(OUT), save the tokenizer there too, and give OUT; "
+        f"if the weights beside it are merged already, remove {ADAPTER}"
+    )
+
+
+def read_config(directory: Path) -> ConfigJson:
+    """Return config.json of a checkpoint.
+
+    Raises:
+        CheckpointError: no such directory, no valid config.json.
+        UnsupportedModelError: an adapter, or a configuration that asks for code of the checkpoint
+            or of a hub.
+    """
+    refuse_other_weights(Path(directory))
+    config = read_json_object(require_directory(Path(directory)), "config.json")
+    refuse_hooks(config, str(Path(directory) / "config.json"))
+    return config

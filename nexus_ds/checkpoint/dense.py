@@ -1,0 +1,158 @@
+"""A dense model on disk: its tensors held against its config.json, no weight in memory.
+
+`open_dense` refuses by name what can't become an expert.
+Not covered: quantised models, fp16 weights, tied weights other than the embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nexus_ds.checkpoint.config_json import ConfigJson, read_config
+from nexus_ds.checkpoint.dense_settings import refuse_unsupported, settings
+from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD, DenseSettings, dense_weights
+from nexus_ds.checkpoint.tensors import DTYPES, TensorReader, row_slices
+from nexus_ds.errors import CheckpointError, UnsupportedModelError
+
+MODEL_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
+# Endings of the names of weights that some model of a known family may have, and a Qwen2-MoE can't.
+HOMELESS = ("o_proj.bias", "mlp.down_proj.bias", "q_norm.weight")
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """A dense model on disk, its configuration and headers checked; no weight is in memory."""
+
+    directory: Path
+    config: ConfigJson
+    """config.json as it stands on disk, but for `tie_word_embeddings`, which is as the file of
+    weights has it."""
+    family: str
+    """A key of FAMILIES."""
+    reader: TensorReader
+    dtype: str
+    """Of all weights, as safetensors names it: F32 | BF16."""
+    settings: DenseSettings
+
+    def ffn_names(self) -> list[str]:
+        """Return the names of all FFN weights."""
+        return [name for name, weight in dense_weights(self.settings).items() if weight.part]
+
+
+def as_stored(config: ConfigJson, reader: TensorReader) -> ConfigJson:
+    """Return config.json with embeddings tied only if no other head is in the file.
+
+    A head that differs from the embeddings is what transformers computes with, whatever
+    config.json says.
+    """
+    if not config.get("tie_word_embeddings") or not {EMBEDDING, HEAD} <= set(reader.names()):
+        return config
+    embedding, head = reader.info(EMBEDDING), reader.info(HEAD)
+    same = embedding.shape == head.shape and embedding.dtype == head.dtype
+    # a slice of rows at a time: whole, both may be larger than memory
+    equal = same and all(
+        torch.equal(reader.read_rows(EMBEDDING, *rows), reader.read_rows(HEAD, *rows))
+        for rows in row_slices(head.shape)
+    )
+    return config if equal else config | {"tie_word_embeddings": False}
+
+
+def check_tensors(reader: TensorReader, shapes: dict[str, tuple[int, ...]], tied: bool) -> str:
+    """Check names, shapes and dtypes of a model's tensors against its configuration.
+
+    Args:
+        reader: the model's tensors.
+        shapes: what the configuration makes of them.
+        tied: whether the embeddings are the head, too.
+
+    Returns:
+        The one dtype of all, as safetensors names it.
+
+    Raises:
+        UnsupportedModelError: weights that a Qwen2-MoE has no place for, or of several or of other
+            dtypes.
+        CheckpointError: tensors that are missing, unknown or of another shape.
+    """
+    _check_names(reader, shapes, tied)
+    wrong = []
+    for name, shape in shapes.items():
+        found = reader.info(name).shape
+        if found != shape:
+            wrong.append(f"{name} {found}, expected {shape}")
+    if wrong:
+        raise CheckpointError(
+            f"{reader.directory}: {len(wrong)} tensors have another shape than config.json says: "
+            f"{'; '.join(wrong[:5])}"
+        )
+    return _one_dtype(reader, shapes)
+
+
+def _check_names(reader: TensorReader, shapes: Mapping[str, object], tied: bool) -> None:
+    where = reader.directory
+    # A tied model may repeat its head, and older files hold RoPE's frequencies: transformers reads
+    # neither.
+    ignored = {HEAD} if tied else set()
+    extra = []
+    for name in reader.names():
+        if name not in shapes and name not in ignored and not name.endswith("rotary_emb.inv_freq"):
+            extra.append(name)
+    homeless = [name for name in extra if name.endswith(HOMELESS)]
+    if homeless:
+        raise UnsupportedModelError(
+            f"{where}: a Qwen2-MoE has no place for {homeless[0]} and {len(homeless) - 1} like it"
+        )
+    missing = [name for name in shapes if name not in reader]
+    parts = []
+    for kind, names in (("missing", missing), ("unknown", extra)):
+        if names:
+            parts.append(f"{len(names)} {kind}: {', '.join(names[:5])}")
+    if parts:
+        raise CheckpointError(
+            f"{where}: the tensors are not those of its config.json; {'; '.join(parts)}"
+        )
+
+
+def _one_dtype(reader: TensorReader, names: Iterable[str]) -> str:
+    where = reader.directory
+    dtypes = {reader.info(name).dtype: name for name in names}
+    if len(dtypes) > 1:
+        listed = ", ".join(f"{dtype} ({name})" for dtype, name in sorted(dtypes.items()))
+        raise UnsupportedModelError(
+            f"{where}: weights of several dtypes: {listed}; save the model in one, fp32 or bf16"
+        )
+    dtype = next(iter(dtypes))
+    if dtype not in MODEL_DTYPES:
+        raise UnsupportedModelError(
+            f"{where}: weights are {dtype} ({DTYPES[dtype]}); save the model in fp32 or bf16 first"
+        )
+    return dtype
+
+
+def open_dense(directory: Path) -> DenseModel:
+    """Open a dense model and check that it can become an expert.
+
+    Its config.json and tensor headers alone are read.
+
+    Raises:
+        CheckpointError: not a model directory, damaged, or its tensors are not those that
+            config.json describes.
+        UnsupportedModelError: a family, bias, activation, dtype or code hook that a Qwen2-MoE can't
+            express.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    where = str(directory / "config.json")
+    refuse_unsupported(config, where)
+    reader = TensorReader(directory)
+    config = as_stored(config, reader)
+    normal = settings(config, where)
+    dtype = check_tensors(
+        reader,
+        {name: weight.shape for name, weight in dense_weights(normal).items()},
+        normal.tied_embeddings,
+    )
+    return DenseModel(directory, config, config["model_type"], reader, dtype, normal)

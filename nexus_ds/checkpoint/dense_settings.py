@@ -1,0 +1,293 @@
+"""config.json of a dense family, or of the mixture that it became, in one normal form; no torch.
+
+What a key means, what holds where it is missing, and which of two that contradict each other
+decides, is as transformers' own classes have it: tests hold this module to them.
+Not covered: RoPE that covers part of a head or differs between layers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+from nexus_ds.checkpoint.config_json import (
+    CONTEXT_MODEL,
+    ConfigJson,
+    positive,
+    refuse_in_any_form,
+)
+from nexus_ds.checkpoint.families.qwen2 import QWEN2
+from nexus_ds.checkpoint.families.record import FULL, SLIDING, DenseSettings, Family
+from nexus_ds.checkpoint.families.table import FAMILIES
+from nexus_ds.errors import CheckpointError, UnsupportedModelError
+
+
+def _alternating(config: ConfigJson) -> list[str]:
+    """Return the kinds of layers that a Qwen2-MoE has which does not list them."""
+    first = config["max_window_layers"] if config.get("use_sliding_window") else 0
+    layers = range(config["num_hidden_layers"])
+    return [SLIDING if layer < first and layer % 2 == 0 else FULL for layer in layers]
+
+
+_MIXTURE = Family(
+    name="qwen2_moe",
+    defaults=QWEN2.defaults | {"num_key_value_heads": 16, "qkv_bias": True},
+    kinds=_alternating,
+    window_switch="use_sliding_window",
+    nulls=(),
+    qkv_bias=None,
+    ffn_size="moe_intermediate_size",
+)
+MIXTURES = ("qwen2_moe", CONTEXT_MODEL)
+"""`model_type` of what dense families become."""
+UNIFORM = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+"""Keys of a mixture's config.json by which every layer has experts; also what transformers fills
+in."""
+_READABLE = FAMILIES | dict.fromkeys(MIXTURES, _MIXTURE)
+
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+)
+MOST_LAYERS = 10_000
+DEFAULTS: ConfigJson = {
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+"""What every class of transformers takes where neither config.json nor the family says more."""
+ROPES: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+"""Kinds of RoPE and the keys that each needs."""
+STRETCHED = ("dynamic", "yarn", "longrope")
+"""Kinds of RoPE whose frequencies depend on max_position_embeddings."""
+POSITIONED = ("yarn", "longrope", "llama3")
+"""Kinds of RoPE that know how many positions the model was first trained on."""
+REASONS = {
+    "qwen3": "its attention norms q and k (q_norm, k_norm)",
+    "qwen3_moe": "it is a mixture already, and its attention norms q and k",
+    "olmo2": "it norms after attention and FFN, and norms q and k",
+    "olmo": "its norms have no weights",
+    "gemma": "its norms add 1 to their weights and its embeddings are scaled",
+    "gemma2": "its norms add 1 to their weights, and it has norms after attention and FFN",
+    "gemma3": "its norms add 1 to their weights, and it has norms after attention and FFN",
+    "gemma3_text": "its norms add 1 to their weights, and it has norms after attention and FFN",
+    "cohere": "its attention and FFN stand side by side",
+    "cohere2": "its attention and FFN stand side by side",
+    "phi3": "its projections are fused",
+    "mixtral": "it is a mixture already",
+    "qwen2_moe": "it is a mixture already",
+    "gpt2": "it has biases and learned positions",
+    "granite": "its embeddings, attention, residuals and logits are scaled",
+}
+
+
+def family_of(config: ConfigJson) -> Family:
+    """Return how a config.json of a `model_type` among FAMILIES and MIXTURES is read."""
+    family = _READABLE[config["model_type"]]
+    if family.with_layer_types and "layer_types" in config:
+        return family.with_layer_types
+    return family
+
+
+def filled(config: ConfigJson) -> ConfigJson:
+    """Return a config.json of a known family with what transformers takes for missing keys."""
+    return DEFAULTS | family_of(config).defaults | config
+
+
+def _number(config: ConfigJson, key: str, where: str) -> float:
+    value = config[key]
+    # transformers takes a whole number for RoPE's base, and refuses it for an epsilon
+    fraction = key.endswith("_eps")
+    if type(value) not in (float, float if fraction else int) or not value > 0:
+        kind = "fraction" if fraction else "number"
+        raise CheckpointError(f"{where}: {key} is {value!r}, expected a {kind} above 0")
+    return float(value)
+
+
+def _heads(config: ConfigJson, family: Family, where: str) -> None:
+    """Put the sizes of attention heads into a filled config.json that leaves them open."""
+    heads = config["num_attention_heads"]
+    implied = {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads}
+    for key, value in implied.items():
+        if key not in config or (config[key] is None and key in family.nulls):
+            config[key] = value
+        positive(config, key, where)
+
+
+def _stated_rope(config: ConfigJson) -> ConfigJson:
+    """Return rope_parameters with what stands beside it, as transformers puts them together."""
+    rope = copy.deepcopy(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    rope.setdefault("rope_theta", config["rope_theta"])
+    kind = rope.pop("type", "default")
+    rope.setdefault("rope_type", kind)
+    if rope["rope_type"] in POSITIONED:
+        key = "original_max_position_embeddings"
+        rope.setdefault(key, config["max_position_embeddings"])
+        # The one that stands outside decides: transformers reads it last.
+        if key in config:
+            rope[key] = config[key]
+    return rope
+
+
+def _rope(config: ConfigJson, where: str) -> ConfigJson:
+    """Return rope_parameters in today's form, whatever form config.json has."""
+    rope = _stated_rope(config)
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise UnsupportedModelError(
+            f"{where}: RoPE that differs between layers can't be expressed as Qwen2-MoE"
+        )
+    kind = rope["rope_type"]
+    if kind not in ROPES:
+        raise UnsupportedModelError(
+            f"{where}: RoPE of type {kind!r} can't be expressed as Qwen2-MoE; "
+            f"known: {', '.join(ROPES)}"
+        )
+    missing = [key for key in ROPES[kind] if key not in rope]
+    if missing:
+        raise CheckpointError(
+            f"{where}: RoPE of type {kind!r} needs {', '.join(missing)}; "
+            "mend rope_parameters, or fetch or save the model again"
+        )
+    # Older files say it beside rope_parameters; a null there means the default, all of the head.
+    stated = rope.pop("partial_rotary_factor", None)
+    part = stated or config.get("partial_rotary_factor") or 1.0
+    if part != 1.0:
+        raise UnsupportedModelError(
+            f"{where}: partial_rotary_factor can't be expressed as Qwen2-MoE"
+        )
+    return rope | {"rope_theta": _number(rope, "rope_theta", where)}
+
+
+def _windows(config: ConfigJson, family: Family, where: str) -> tuple[int | None, tuple[str, ...]]:
+    """Return the width of sliding-window attention and each layer's kind of attention.
+
+    The width is in tokens; None where no layer has a window.
+    """
+    layers = config["num_hidden_layers"]
+    full = (FULL,) * layers
+    if family.kinds is None:
+        return None, full
+    if family.window_switch and not config[family.window_switch]:
+        config = config | {"sliding_window": None}
+    listed = config.get("layer_types") if family.listed else None
+    types = tuple(family.kinds(config) if listed is None else listed)
+    if len(types) != layers or not set(types) <= {FULL, SLIDING}:
+        raise UnsupportedModelError(
+            f"{where}: layer_types {list(types)!r} can't be expressed as Qwen2-MoE"
+        )
+    if SLIDING not in types:
+        return None, full
+    window = config["sliding_window"]
+    if type(window) is not int or window <= 0:
+        raise CheckpointError(
+            f"{where}: sliding_window is {window!r}, but layers have sliding-window attention; "
+            "expected a number above 0"
+        )
+    return window, types
+
+
+def settings(config: ConfigJson, where: str = "config.json") -> DenseSettings:
+    """Return what a config.json of a known family, or of their mixture, says in one normal form.
+
+    Args:
+        config: of a `model_type` among FAMILIES and MIXTURES.
+        where: start of the messages.
+
+    Raises:
+        CheckpointError: sizes that are missing or no numbers, anything else that transformers can't
+            read.
+        UnsupportedModelError: RoPE or attention that can't be expressed.
+    """
+    for key in SIZES:
+        positive(config, key, where)
+    # a false number would fill the memory with layers' names before a tensor is missed
+    if config["num_hidden_layers"] > MOST_LAYERS:
+        raise CheckpointError(
+            f"{where}: num_hidden_layers is {config['num_hidden_layers']}, "
+            f"expected at most {MOST_LAYERS}"
+        )
+    family = family_of(config)
+    values = filled(config)
+    _heads(values, family, where)
+    for key in ("max_position_embeddings", family.ffn_size):
+        positive(values, key, where)
+    window, types = _windows(values, family, where)
+    rope = _rope(values, where)
+    stretched = rope["rope_type"] in STRETCHED
+    return DenseSettings(
+        hidden_size=values["hidden_size"],
+        layers=values["num_hidden_layers"],
+        heads=values["num_attention_heads"],
+        kv_heads=values["num_key_value_heads"],
+        head_dim=values["head_dim"],
+        ffn_size=values[family.ffn_size],
+        vocabulary=values["vocab_size"],
+        rope=rope,
+        rope_positions=values["max_position_embeddings"] if stretched else None,
+        norm_eps=_number(values, "rms_norm_eps", where),
+        tied_embeddings=bool(values["tie_word_embeddings"]),
+        qkv_bias=values["qkv_bias"] if family.qkv_bias is None else family.qkv_bias,
+        sliding_window=window,
+        layer_types=types,
+    )
+
+
+def both_ropes(config: ConfigJson) -> ConfigJson:
+    """Return a config.json that says its RoPE in both spellings of transformers.
+
+    That of transformers before 5 is rope_theta and, where frequencies are scaled, rope_scaling;
+    without them such a version reads the base as 10000. Today's transformers, which takes
+    rope_scaling before rope_parameters, reads the same from either.
+    """
+    rope = dict(settings(config).rope)
+    older: ConfigJson = {"rope_theta": rope["rope_theta"]}
+    if rope["rope_type"] != "default":
+        older["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    kept = {key: value for key, value in config.items() if key != "rope_scaling"}
+    return kept | {"rope_parameters": rope} | older
+
+
+def refuse_unsupported(config: ConfigJson, where: str) -> None:
+    """Raise UnsupportedModelError for what a Qwen2-MoE can't express, by name."""
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        unknown = "its computation is not known to be the same"
+        if isinstance(config.get("text_config"), dict):
+            inner = config["text_config"].get("model_type")
+            unknown = (
+                f"it wraps a language model ({inner!r}), which has to be saved on its own first"
+            )
+        reason = REASONS.get(str(family), unknown)
+        raise UnsupportedModelError(
+            f"{where}: model_type {family!r} can't become a Qwen2-MoE: {reason}; "
+            f"supported: {', '.join(FAMILIES)}"
+        )
+    biases = {
+        "attention_bias": "a bias in o_proj (o_proj.bias)",
+        "mlp_bias": "biases in the FFN",
+    }
+    for key, what in biases.items():
+        if config.get(key):
+            raise UnsupportedModelError(
+                f"{where}: {key} is set, but a Qwen2-MoE has no place for {what}"
+            )
+    for key in ("quantization_config", "per_layer_config"):
+        if config.get(key):
+            raise UnsupportedModelError(
+                f"{where}: {key} is set; save the model unquantised and uniform first"
+            )
+    refuse_in_any_form(config, where)

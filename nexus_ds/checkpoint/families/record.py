@@ -1,0 +1,131 @@
+"""What a dense family is to this program: a `Family`, one file beside this one for each.
+
+`DenseSettings` is the normal form of its config.json, `dense_weights` the table of its tensors.
+Without torch: planning and inspection read a model's sizes here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from nexus_ds.checkpoint.config_json import ConfigJson
+
+FFN_PARTS = ("gate_proj", "up_proj", "down_proj")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+LayerKinds = Callable[[ConfigJson], Sequence[str]]
+"""Each layer's kind of attention, where config.json does not list them."""
+
+
+def windows_everywhere(config: ConfigJson) -> Sequence[str]:
+    """Return sliding-window attention for all layers if there is a window, else none."""
+    kind = FULL if config.get("sliding_window") is None else SLIDING
+    return [kind] * config["num_hidden_layers"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How one family's config.json and weights are read."""
+
+    name: str
+    """`model_type`."""
+    defaults: ConfigJson
+    """What transformers' class takes for keys that config.json leaves out."""
+    nulls: tuple[str, ...] = ("num_key_value_heads", "head_dim")
+    """Keys that may be null: as many as attention heads, as wide as the rest leaves."""
+    kinds: LayerKinds | None = None
+    """None: no layer of this family has a window, whatever config.json says."""
+    listed: bool = True
+    """Whether `layer_types` of config.json decides before `kinds`."""
+    window_switch: str = ""
+    """Key without which `sliding_window` counts for nothing; empty: there is none."""
+    qkv_bias: bool | None = False
+    """Whether q, k and v have biases; None: the configuration's own `qkv_bias` decides."""
+    ffn_size: str = "intermediate_size"
+    """Key of the inner width of what becomes an expert."""
+    with_layer_types: Family | None = None
+    """What transformers reads the file as instead where it has `layer_types`."""
+
+
+def dense_ffn_name(layer: int, part: str) -> str:
+    """Return the name of a dense model's FFN weight."""
+    return f"model.layers.{layer}.mlp.{part}.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseSettings:
+    """What a dense model computes, or a mixture outside of its experts, in one normal form.
+
+    Two models whose settings are equal can be averaged and can share experts.
+    """
+
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn_size: int
+    """Inner width of one FFN: the dense model's, or one expert's."""
+    vocabulary: int
+    rope: ConfigJson
+    """`rope_parameters` in today's form."""
+    rope_positions: int | None
+    """max_position_embeddings where RoPE's frequencies depend on it (`STRETCHED`)."""
+    norm_eps: float
+    tied_embeddings: bool
+    qkv_bias: bool
+    sliding_window: int | None
+    """In tokens; None: full attention in all layers."""
+    layer_types: tuple[str, ...]
+    """For each layer full_attention | sliding_attention."""
+
+    @property
+    def query_width(self) -> int:
+        """Width of the queries of all heads together."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Width of the keys, and of the values, of all heads together."""
+        return self.kv_heads * self.head_dim
+
+
+class DenseWeight(NamedTuple):
+    """One weight of a dense model: its shape and its place."""
+
+    shape: tuple[int, ...]
+    layer: int = -1
+    """-1: outside of the layers."""
+    part: str = ""
+    """Of the FFN: one of FFN_PARTS; empty for all other weights."""
+
+
+def _layer_weights(settings: DenseSettings, layer: int) -> Iterator[tuple[str, DenseWeight]]:
+    hidden, queries, keys = settings.hidden_size, settings.query_width, settings.kv_width
+    prefix = f"model.layers.{layer}."
+    yield prefix + "input_layernorm.weight", DenseWeight((hidden,), layer)
+    for part, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+        yield f"{prefix}self_attn.{part}.weight", DenseWeight((rows, hidden), layer)
+        if settings.qkv_bias:
+            yield f"{prefix}self_attn.{part}.bias", DenseWeight((rows,), layer)
+    yield prefix + "self_attn.o_proj.weight", DenseWeight((hidden, queries), layer)
+    yield prefix + "post_attention_layernorm.weight", DenseWeight((hidden,), layer)
+    for part in FFN_PARTS:
+        inward = (settings.ffn_size, hidden)
+        shape = (hidden, settings.ffn_size) if part == "down_proj" else inward
+        yield dense_ffn_name(layer, part), DenseWeight(shape, layer, part)
+
+
+def dense_weights(settings: DenseSettings) -> dict[str, DenseWeight]:
+    """Return all weights of a dense model by name, in file order."""
+    vocabulary = DenseWeight((settings.vocabulary, settings.hidden_size))
+    weights = {EMBEDDING: vocabulary}
+    for layer in range(settings.layers):
+        weights.update(_layer_weights(settings, layer))
+    weights["model.norm.weight"] = DenseWeight((settings.hidden_size,))
+    if not settings.tied_embeddings:
+        weights[HEAD] = vocabulary
+    return weights

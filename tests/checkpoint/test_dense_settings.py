@@ -1,0 +1,125 @@
+"""config.json in one normal form, held to what transformers' own classes read in the same file."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from nexus_ds.checkpoint.dense_settings import filled, settings
+from nexus_ds.checkpoint.families.table import FAMILIES
+from nexus_ds.errors import CheckpointError
+
+SIZES = dict(
+    hidden_size=64, intermediate_size=40, num_hidden_layers=4, num_attention_heads=8, vocab_size=31
+)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=8)
+SPELLINGS = {  # of one config.json; what a family does not know it leaves out of account
+    "nothing but sizes": {},
+    "new": dict(rope_parameters=dict(rope_type="default", rope_theta=500.0)),
+    "old": dict(rope_theta=500.0),
+    "old, scaled": dict(rope_theta=9.0, rope_scaling=dict(type="linear", factor=2.0)),
+    "both": dict(rope_parameters=dict(rope_type="default", rope_theta=5.0), rope_scaling=YARN),
+    "null": dict(rope_theta=500.0, rope_scaling=None, rope_parameters=None),
+    "base in two places": dict(rope_theta=7.0, rope_parameters=dict(rope_theta=500.0)),
+    "positions outside": dict(rope_scaling=YARN, original_max_position_embeddings=16),
+    "positions missing": dict(
+        rope_scaling=dict(type="longrope", short_factor=[1.5] * 4, long_factor=[2.5] * 4)
+    ),
+    "heads": dict(num_key_value_heads=2, head_dim=16),
+    "no head_dim": dict(num_key_value_heads=2),
+    "no key-value heads": dict(num_key_value_heads=None),
+    "tied": dict(tie_word_embeddings=True),
+    "a window": dict(sliding_window=6),
+    "a window in use": dict(sliding_window=6, use_sliding_window=True, max_window_layers=2),
+    "no window": dict(sliding_window=None, use_sliding_window=True),
+    "null head_dim": dict(head_dim=None),
+    "whole numbers": dict(rope_theta=500),
+    "a whole epsilon": dict(rms_norm_eps=1),
+}
+REFUSED = {  # what transformers refuses, or can't compute with
+    "a whole epsilon": (*FAMILIES, "qwen2_moe"),
+    "no key-value heads": ("mistral", "qwen2_moe"),
+    "no window": ("qwen2_moe",),
+    "null head_dim": ("qwen2", "qwen2_moe"),
+}
+
+
+def own_config(config):
+    """Return what transformers makes of a config.json; models are built from RoPE standardised once
+    more."""
+    values = copy.deepcopy({key: value for key, value in config.items() if key != "model_type"})
+    found = CONFIG_MAPPING[config["model_type"]](**values)
+    found.standardize_rope_params()
+    return found
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen2_moe"])
+def test_a_configuration_means_what_transformers_reads_in_it(family, spelling):
+    config = dict(model_type=family, **SIZES, **SPELLINGS[spelling])
+    if family == "qwen2_moe":
+        config["moe_intermediate_size"] = 40
+    if family in REFUSED.get(spelling, ()):
+        with pytest.raises(CheckpointError):
+            settings(config)
+        return
+    own, found = own_config(config), settings(config)
+    assert found.hidden_size == own.hidden_size and found.layers == own.num_hidden_layers
+    assert found.kv_heads == own.num_key_value_heads
+    assert found.head_dim == (getattr(own, "head_dim", None) or own.hidden_size // 8)
+    assert found.norm_eps == own.rms_norm_eps
+    assert found.tied_embeddings is own.tie_word_embeddings
+    rope = {key: value for key, value in own.rope_parameters.items() if key != "type"}
+    assert rope.pop("partial_rotary_factor", 1.0) == 1.0
+    assert found.rope == rope
+    if found.rope_positions is not None:
+        assert found.rope_positions == own.max_position_embeddings
+    types = getattr(own, "layer_types", None)
+    if family == "mistral":
+        types = ["full_attention" if own.sliding_window is None else "sliding_attention"] * 4
+    assert list(found.layer_types) == (types or ["full_attention"] * 4)
+    slides = "sliding_attention" in found.layer_types
+    assert found.sliding_window == (own.sliding_window if slides else None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_file_leaves_out_is_what_transformers_takes(family):
+    config = dict(model_type=family, **SIZES)
+    own, found = own_config(config), filled(config)
+    assert FAMILIES[family].defaults.keys() <= found.keys()
+    for key, value in found.items():
+        # these are answered by `settings`, of several keys together
+        if key not in ("rope_theta", "sliding_window", "num_key_value_heads", "head_dim"):
+            assert getattr(own, key) == value, key
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (dict(rms_norm_eps=1), "rms_norm_eps is 1, expected a fraction above 0"),
+        (dict(num_key_value_heads="x"), "num_key_value_heads is 'x', expected a number above 0"),
+        (
+            dict(rope_scaling=dict(type="llama3", factor=2.0)),
+            "m: RoPE of type 'llama3' needs low_freq_factor, high_freq_factor; mend",
+        ),
+    ],
+)
+def test_what_transformers_can_not_read_is_named(keys, message):
+    with pytest.raises(CheckpointError, match=message):
+        settings(dict(model_type="llama", **SIZES, **keys), "m")
+
+
+def test_a_dense_model_is_planned_without_torch(dense_dir):
+    said = (
+        "import json, sys; from pathlib import Path\n"
+        "from nexus_ds.planning.stored_model import read_model\n"
+        f"model = read_model(Path({str(dense_dir)!r}))\n"
+        "heavy = sorted({'torch', 'transformers'} & sys.modules.keys())\n"
+        "print(json.dumps([model.dense.hidden_size, heavy]))"
+    )
+    run = [sys.executable, "-c", said]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=60, check=False)
+    assert json.loads(done.stdout) == [16, []], done.stderr
