@@ -46,6 +46,12 @@ class Need:
     """Parameters that a token is multiplied with."""
     stored: float
     """Of the files."""
+    width: float
+    """Of an element that is computed in."""
+    at_once: float = LOGITS_AT_ONCE
+    """Logits that are made at once, at most."""
+    logit: float = LOGITS_BYTES
+    """Of one of them, at the peak."""
 
     @property
     def loading(self) -> float:
@@ -56,10 +62,18 @@ class Need:
         """Return the need of generation, which keeps each token's keys and values."""
         return replace(self, token=self.token + self.cache)
 
+    def with_all_logits(self) -> Need:
+        """Return the need of code that asks for the logits of all tokens, and makes logarithms of
+        their probabilities beside them: lm-eval."""
+        return replace(self, at_once=float("inf"), logit=2 * self.width)
+
+    def logits(self, rows: int, length: int) -> float:
+        """Return bytes of the logits, at most, that are made at once of `rows` sequences."""
+        return min(self.at_once, rows * length * self.vocabulary) * self.logit
+
     def working(self, rows: int, length: int) -> float:
         """Return bytes beside the weights of a pass over `rows` sequences."""
-        logits = min(LOGITS_AT_ONCE, rows * length * self.vocabulary)
-        return rows * length * self.token + logits * LOGITS_BYTES
+        return rows * length * self.token + self.logits(rows, length)
 
     def whole(self, rows: int, length: int) -> float:
         """Return the peak on the device with all weights on it."""
@@ -94,6 +108,7 @@ def per_token(
     # gate, up and their product: of the shared expert, and of each that a token visits
     token = HIDDEN_COPIES * hidden + 3 * inner * (1 + visited)
     return {
+        "width": float(width),
         "token": float(token * width),
         "hidden": float(hidden * width),
         "cache": float(2 * keys * layers * width),

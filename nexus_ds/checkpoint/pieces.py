@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 LONG = 120.0
-"""Seconds of computing on a CPU above which the time is said before it starts."""
+"""Seconds of slow work above which the time is said before it starts."""
 
 
 def need_of(directory: Path, precision: str, place: torch.device) -> Need:
@@ -179,7 +179,9 @@ def cpu_speed() -> float:
 
 
 def warn_of_time(label: str, need: Need, tokens: int, place: torch.device, reads: int = 0) -> bool:
-    """Say how long a CPU will take, where that is minutes; return whether it was said.
+    """Say how long work will take that is slow by its kind, where that is minutes.
+
+    That is computing on a CPU, and reading a checkpoint again and again.
 
     Args:
         label: of the work.
@@ -187,15 +189,23 @@ def warn_of_time(label: str, need: Need, tokens: int, place: torch.device, reads
         tokens: that go through it.
         place: where it computes.
         reads: times that the checkpoint is read, layer by layer.
+
+    Returns:
+        Whether it was said.
     """
-    if place.type != "cpu":
-        return False
-    seconds = need.flops(tokens) / cpu_speed() + reads * need.stored / DISK_SPEED
+    reading = reads * need.stored / DISK_SPEED
+    computing = need.flops(tokens) / cpu_speed() if place.type == "cpu" else 0.0
+    seconds = computing + reading
     if seconds <= LONG:
         return False
-    threads = torch.get_num_threads()
-    say(
-        f"{label}: no GPU; {need.active / 1e9:.1f}B active parameters and {tokens:,} tokens "
-        f"take about {duration(seconds)} on {threads} of {os.cpu_count()} CPU threads"
-    )
+    size = f"{need.active / 1e9:.1f}B active parameters and {tokens:,} tokens"
+    if place.type == "cpu":
+        threads = f"{torch.get_num_threads()} of {os.cpu_count()} CPU threads"
+        said = f"no GPU; {size} take about {duration(seconds)} on {threads}"
+    else:
+        said = (
+            f"layer by layer; {reads:,} times {need.stored / 1e9:.1f} GB are read, which takes "
+            f"about {duration(seconds)}"
+        )
+    say(f"{label}: {said}")
     return True

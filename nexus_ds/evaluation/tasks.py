@@ -18,14 +18,18 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Protocol, TextIO, TypedDict
+
+import torch
 
 from nexus_ds.checkpoint.config_json import read_config
 from nexus_ds.checkpoint.loading import device
-from nexus_ds.checkpoint.pieces import need_of, open_way, planned_way
+from nexus_ds.checkpoint.needs import Need, Way
+from nexus_ds.checkpoint.pieces import in_pieces, need_of, open_way, planned_way, warn_of_time
+from nexus_ds.checkpoint.room import is_out_of_memory
 from nexus_ds.data.offline import stay_offline
 from nexus_ds.data.tokenizer import open_tokenizer
 from nexus_ds.errors import ConfigError
@@ -39,7 +43,9 @@ PAPER = {
     "code": ("mbpp", "humaneval"),
 }
 SHOTS = {"mmlu": 5}  # of lm-eval's tasks; all else as the task says
-LONGEST = 2048  # tokens that lm-eval gives a model at once, at most
+LONGEST = 2048  # tokens of a request that memory is planned for; hardly any is longer
+SAMPLED = 100  # requests whose tokens are counted, at most, for a forecast
+REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 METRICS = ("acc_norm", "acc", "exact_match", "contains", "f1", "pass@1", "pass_at_1")
 """Shares of 1 that count as a task's score; the first that a task reports."""
 CONSENT = "HF_ALLOW_CODE_EVAL"
@@ -126,7 +132,7 @@ def run_tasks(
     strict: bool = True,
     label: str = "",
 ) -> TaskScores:
-    """Run tasks on a checkpoint.
+    """Run tasks on a checkpoint; where memory runs out, those that are left in smaller pieces.
 
     Args:
         checkpoint: dense or Nexus.
@@ -142,6 +148,7 @@ def run_tasks(
     Raises:
         ConfigError: lm-eval is missing, no such folder, a task that can't be run, or none that can.
         CheckpointError: a checkpoint that can't be loaded.
+        InsufficientMemoryError: one request through one layer is too much.
     """
     require_harness()
     if task_path is not None and not task_path.is_dir():
@@ -149,9 +156,22 @@ def run_tasks(
             f"--task-path {task_path}: no such folder; expected one with tasks of lm-eval as YAML"
         )
     stay_offline()
+    names = [(group, task) for group, tasks in groups.items() for task in tasks]
+    # Before the model: an unreadable folder of tasks shows at once.
+    manager = _manager(task_path, frozenset(task for _, task in names))
+    title = f"tasks {label or checkpoint.name}"
+    place = device()
+    need = need_of(checkpoint, precision, place).with_cache().with_all_logits()
+    positions = int(read_config(checkpoint).get("max_position_embeddings") or LONGEST)
+    chosen = planned_way(need, [place], batch, min(positions, LONGEST), title)
+    scores = TaskScores()
+
+    def work(way: Way) -> None:
+        opened = _open_model(checkpoint, precision, _Forecast(title, need, place, way))
+        _run_all(_Harness(opened, manager, limit), names, scores, strict, title)
+
     with _quiet():
-        harness = _open_harness(checkpoint, groups, task_path, limit, batch, precision)
-        scores = _run_all(harness, groups, strict, label or checkpoint.name)
+        in_pieces(title, chosen, work)
     if not scores.tasks:
         reasons = [f"{task}: {why}" for task, why in scores.not_run.items()]
         raise ConfigError("none of the tasks could be run:\n" + "\n".join(reasons))
@@ -162,42 +182,24 @@ def run_tasks(
     return scores
 
 
-def _open_harness(
-    checkpoint: Path,
-    groups: Mapping[str, Sequence[str]],
-    task_path: Path | None,
-    limit: int,
-    batch: int,
-    precision: str,
-) -> _Harness:
-    # lm-eval is optional, see `require_harness`.
-    from lm_eval.models.huggingface import HFLM
-
-    names = frozenset(task for tasks in groups.values() for task in tasks)
-    # Before the model: an unreadable folder of tasks shows at once.
-    manager = _manager(task_path, names)
-    place = device()
-    need = need_of(checkpoint, precision, place).with_cache()
-    longest = int(read_config(checkpoint).get("max_position_embeddings") or LONGEST)
-    chosen = planned_way(need, [place], batch, min(longest, LONGEST), f"tasks {checkpoint.name}")
-    model = open_way(checkpoint, precision, place, chosen)
-    tokenizer = open_tokenizer(checkpoint)
-    # the model and not its path: lm-eval would load it by its own rules, without our checks
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=chosen.rows)
-    return _Harness(wrapped, manager, limit)
-
-
 def _run_all(
     harness: _Harness,
-    groups: Mapping[str, Sequence[str]],
+    names: Sequence[tuple[str, str]],
+    scores: TaskScores,
     strict: bool,
-    label: str,
-) -> TaskScores:
-    """Run the tasks of all groups; the scores of groups are still missing."""
-    scores = TaskScores()
-    names = [(group, task) for group, tasks in groups.items() for task in tasks]
-    with Progress(f"tasks {label}", len(names), "task") as progress:
-        for group, task in names:
+    title: str,
+) -> None:
+    """Add the scores of all tasks that are not in `scores` yet; those of groups are still missing.
+
+    What was done before memory ran out stays done.
+    """
+    left = [
+        (group, task)
+        for group, task in names
+        if task not in scores.tasks and task not in scores.not_run
+    ]
+    with Progress(title, len(left), "task") as progress:
+        for group, task in left:
             try:
                 scores.tasks[task] = harness.run(group, task)
             except ConfigError as error:
@@ -205,7 +207,80 @@ def _run_all(
                     raise
                 scores.not_run[task] = str(error).removeprefix(f"task {task}: ")
             progress.advance()
-    return scores
+
+
+# lm-eval's model ---------------------------------------------------------------------------------
+
+
+class _Request(Protocol):
+    """What lm-eval asks a model."""
+
+    args: tuple[object, ...]
+    """Text, and what should follow: text, or a dict with what to generate."""
+
+
+Answer = Callable[[Sequence[_Request]], object]
+
+
+@dataclass
+class _Forecast:
+    """Says before a task's requests are answered how long that will take, where it is long."""
+
+    title: str
+    need: Need
+    place: torch.device
+    way: Way
+    # `_evaluate` leaves lm-eval none.
+    stderr: TextIO = field(default_factory=lambda: sys.stderr)
+
+    def before(self, answer: Answer, tokens: Callable[[str], int], added: int) -> Answer:
+        """Return `answer` with a forecast before.
+
+        Args:
+            answer: what answers requests.
+            tokens: the number of them in a text.
+            added: tokens that are generated for a request that does not say how many.
+        """
+
+        def run(requests: Sequence[_Request]) -> object:
+            self._say(requests, tokens, added)
+            return answer(requests)
+
+        return run
+
+    def _say(self, requests: Sequence[_Request], tokens: Callable[[str], int], added: int) -> None:
+        # Reading every text twice would be a wait of its own.
+        sample = requests[:: len(requests) // SAMPLED + 1]
+        total = passes = 0
+        for request in sample:
+            texts = [part for part in request.args if isinstance(part, str)]
+            settings = [part for part in request.args if isinstance(part, dict)]
+            more = sum(int(part.get("max_gen_toks", added)) for part in settings)
+            total += tokens("".join(texts)) + more
+            passes += max(1, more)
+        share = len(requests) / max(1, len(sample))
+        reads = round(share * passes / self.way.rows) if self.way.streamed else 0
+        with contextlib.redirect_stderr(self.stderr):
+            warn_of_time(self.title, self.need, round(share * total), self.place, reads)
+
+
+def _open_model(checkpoint: Path, precision: str, forecast: _Forecast) -> object:
+    """Return lm-eval's model of a checkpoint."""
+    # lm-eval is optional, see `require_harness`.
+    from lm_eval.models.huggingface import HFLM
+
+    way = forecast.way
+    model = open_way(checkpoint, precision, forecast.place, way)
+    tokenizer = open_tokenizer(checkpoint)
+    # the model and not its path: lm-eval would load it by its own rules, without our checks
+    opened = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=way.rows)
+    for kind in REQUESTS:
+        answer = getattr(opened, kind)
+        told = forecast.before(
+            answer, lambda text: len(tokenizer(text).input_ids), opened.max_gen_toks
+        )
+        setattr(opened, kind, told)
+    return opened
 
 
 @functools.cache
@@ -277,6 +352,9 @@ class _Harness:
                 )
         # of lm-eval, of `datasets`, of a task's own code: they have no type in common
         except Exception as error:
+            # not the task's fault: smaller pieces help
+            if is_out_of_memory(error):
+                raise
             raise ConfigError(f"task {task}: {_reason(error)}") from error
 
 

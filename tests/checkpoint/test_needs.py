@@ -21,6 +21,7 @@ def need():
         active=600.0,
         stored=500.0,
         vocabulary=0,
+        width=2.0,
     )
 
 
@@ -46,6 +47,8 @@ def test_logits_are_made_in_slices(need):
     few, many = replace(need, vocabulary=31), replace(need, vocabulary=10**6)
     assert few.working(2, 10) == 20 + 20 * 31 * 12
     assert many.working(2, 10) == 20 + (1 << 24) * 12
+    # lm-eval has no slices: logits and their log-probabilities, two bytes each
+    assert many.with_all_logits().working(2, 10) == 20 + 20 * 10**6 * 2 * 2
 
 
 def test_pieces_become_smaller_to_the_last():
@@ -62,4 +65,5 @@ def test_pieces_become_smaller_to_the_last():
 
 def test_a_token_takes_its_states_and_its_cache():
     found = per_token(width=2, hidden=8, keys=4, inner=20, visited=1, layers=3)
-    assert found == {"token": 2 * (8 * 8 + 3 * 20 * 2), "hidden": 16, "cache": 2 * 4 * 3 * 2}
+    token = 2 * (8 * 8 + 3 * 20 * 2)
+    assert found == {"width": 2, "token": token, "hidden": 16, "cache": 2 * 4 * 3 * 2}

@@ -26,6 +26,7 @@ def need():
         active=600.0,
         stored=500.0,
         vocabulary=0,
+        width=2.0,
     )
 
 
@@ -84,7 +85,7 @@ def test_sizes_are_read_off_the_files(tmp_path):
     assert need_of(tmp_path / "m", "stored", CPU).weights == found.stored
 
 
-def test_only_long_work_on_a_cpu_is_told_of(need, monkeypatch, capsys):
+def test_only_long_work_that_is_slow_by_its_kind_is_told_of(need, monkeypatch, capsys):
     monkeypatch.setattr(pieces, "cpu_speed", lambda: 1200.0)
     assert not warn_of_time("m", need, 100, CPU)
     assert not warn_of_time("m", need, 10**6, torch.device("cuda"))
@@ -93,3 +94,8 @@ def test_only_long_work_on_a_cpu_is_told_of(need, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "m: no GPU; 0.0B active parameters and 1,000 tokens take about 16m40s on 1 of " in said
     assert pieces.cpu_speed() > 0
+    monkeypatch.setattr(pieces, "DISK_SPEED", 500.0)
+    assert not warn_of_time("m", need, 1000, torch.device("cuda"), reads=120)
+    assert warn_of_time("m", need, 1000, torch.device("cuda"), reads=121)
+    said = capsys.readouterr().err
+    assert said == "m: layer by layer; 121 times 0.0 GB are read, which takes about 2m01s\n"

@@ -3,10 +3,19 @@ tiny model."""
 
 import importlib.util
 import json
+import sys
+import types
+from typing import NamedTuple
 
 import pytest
+import torch
 
+from nexus_ds.checkpoint import pieces
+from nexus_ds.checkpoint.needs import LOGITS_AT_ONCE, Way
+from nexus_ds.checkpoint.pieces import open_way
+from nexus_ds.data.tokenizer import open_tokenizer
 from nexus_ds.errors import ConfigError
+from nexus_ds.evaluation import tasks
 from nexus_ds.evaluation.tasks import (
     PAPER,
     TaskScores,
@@ -109,6 +118,146 @@ def test_a_real_task_on_dense_and_mixture(dense_dir, nexus_dir, task_folder):
     assert (
         run_tasks(dense_dir, {"sea": ("wet",)}, task_folder, limit=6).tasks["wet"]["examples"] == 6
     )
+
+
+class Requests(NamedTuple):
+    """As lm-eval asks: what follows, or what to generate."""
+
+    args: tuple
+
+
+class MadeUpModel:
+    """Where lm-eval's model would be: a pass over the words of the first request."""
+
+    max_gen_toks = 7
+
+    def __init__(self, pretrained, tokenizer, batch_size):
+        self.pretrained, self.tokenizer, self.batch_size = pretrained, tokenizer, batch_size
+
+    def loglikelihood(self, requests):
+        ids_1T = self.tokenizer("".join(requests[0].args), return_tensors="pt").input_ids
+        self.pretrained(ids_1T.expand(self.batch_size, -1))
+
+    def loglikelihood_rolling(self, requests):
+        raise NotImplementedError
+
+    def generate_until(self, requests):
+        return [""] * len(requests)
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """lm-eval with the tasks `wet` and `dry`, which find nothing out; the answer tells how often
+    each was begun."""
+    begun = {"wet": 0, "dry": 0}
+
+    class Manager:
+        all_tasks = ("wet", "dry")
+
+        def __init__(self, **options):
+            pass
+
+    def simple_evaluate(model, tasks, limit, **options):
+        begun[tasks[0]] += 1
+        model.loglikelihood([Requests(("ship sail", " wind"))] * 300)
+        model.generate_until([Requests(("ship", {"until": ["x"]}))] * 10)
+        model.generate_until([Requests(("ship", {"max_gen_toks": 3}))] * 10)
+        result = {"acc,none": 0.5}
+        return {
+            "results": {tasks[0]: result},
+            "n-samples": {tasks[0]: {"effective": 3}},
+            "n-shot": {tasks[0]: 0},
+        }
+
+    found = {
+        "lm_eval": {"simple_evaluate": simple_evaluate},
+        "lm_eval.tasks": {"TaskManager": Manager},
+        "lm_eval.models": {},
+        "lm_eval.models.huggingface": {"HFLM": MadeUpModel},
+    }
+    for name, members in found.items():
+        module = types.ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(tasks, "require_harness", lambda: None)
+    tasks._manager.cache_clear()
+    yield begun
+    tasks._manager.cache_clear()
+
+
+GROUPS = {"sea": ("wet",), "land": ("dry",)}
+
+
+def test_tasks_go_on_in_smaller_pieces_where_memory_runs_out(
+    made_up, nexus_dir, monkeypatch, capsys
+):
+    """It is no fault of the task, and what was done before stays done."""
+
+    def opened(directory, precision, place, way):
+        model = open_way(directory, precision, place, way)
+
+        def fail(module, inputs):
+            if made_up["dry"] and len(inputs[0]) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        model.register_forward_pre_hook(fail)
+        return model
+
+    monkeypatch.setattr(tasks, "open_way", opened)
+    scores = run_tasks(nexus_dir, GROUPS, batch=8, strict=False, label="m")
+    assert scores.groups == {"sea": 50.0, "land": 50.0} and not scores.not_run
+    assert made_up == {"wet": 1, "dry": 3}
+    said = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
+    assert said == [
+        "tasks m: memory ran out (whole, 8 sequences at once); it goes on whole, "
+        "4 sequences at once",
+        "tasks m: memory ran out (whole, 4 sequences at once); it goes on whole, "
+        "2 sequences at once",
+    ]
+
+
+def test_tasks_are_planned_with_the_logits_of_all_tokens(made_up, nexus_dir, monkeypatch):
+    asked = []
+
+    def planned(need, places, rows, length, label):
+        asked.append((need.logits(rows, length), rows * length * need.vocabulary))
+        return Way(streamed=False, rows=1)
+
+    monkeypatch.setattr(tasks, "planned_way", planned)
+    run_tasks(nexus_dir, GROUPS, batch=20_000)
+    # fp32 on a CPU: logits, and logarithms of probabilities
+    ((found, logits),) = asked
+    assert found == 8 * logits and logits > LOGITS_AT_ONCE
+
+
+def test_a_task_that_takes_long_says_so_before(made_up, nexus_dir, monkeypatch, capsys):
+    monkeypatch.setattr(pieces, "cpu_speed", lambda: 1.0)
+    monkeypatch.setattr(tasks, "planned_way", lambda *asked: Way(streamed=True, rows=2))
+    asked = []
+    stock = pieces.warn_of_time
+    monkeypatch.setattr(tasks, "warn_of_time", lambda *args: asked.append(args) or stock(*args))
+    run_tasks(nexus_dir, {"sea": ("wet",)}, label="m")
+    tokens = len(open_tokenizer(nexus_dir)("ship sail wind").input_ids)
+    one = len(open_tokenizer(nexus_dir)("ship").input_ids)
+    # tokens, and readings of the checkpoint: one a pass of two sequences, and one a token generated
+    assert [(args[2], args[4]) for args in asked] == [
+        (300 * tokens, 150),
+        (10 * (one + 7), 35),
+        (10 * (one + 3), 15),
+    ]
+    said = capsys.readouterr().err
+    assert f"tasks m: no GPU; 0.0B active parameters and {300 * tokens:,} tokens take" in said
+
+
+@needs_harness
+def test_lm_evals_own_requests_are_counted(nexus_dir, task_folder, monkeypatch, capsys):
+    monkeypatch.setattr(pieces, "cpu_speed", lambda: 1.0)
+    run_tasks(nexus_dir, {"sea": ("wet",)}, task_folder, label="m")
+    count = sum(
+        len(open_tokenizer(nexus_dir)(f"ship sail {word}").input_ids)
+        for word in ("wind", "moss", "lemma")
+    )
+    assert f"parameters and {12 * count} tokens take about" in capsys.readouterr().err
 
 
 @needs_harness
