@@ -48,3 +48,7 @@ class TrainingError(NexusError):
 
 class InsufficientMemoryError(NexusError):
     """Work that does not fit into memory in the smallest pieces there are."""
+
+
+class LoadingMemoryError(NexusError):
+    """A model whose weights do not fit whole."""

@@ -24,7 +24,7 @@ from nexus_ds.checkpoint.needs import DISK_SPEED, Need, Way, per_token, way
 from nexus_ds.checkpoint.room import host_room, is_out_of_memory, room_on
 from nexus_ds.checkpoint.streaming import LAYERS, streamed_model
 from nexus_ds.checkpoint.tensors import DTYPES, TensorReader
-from nexus_ds.errors import InsufficientMemoryError
+from nexus_ds.errors import InsufficientMemoryError, LoadingMemoryError
 from nexus_ds.progress import duration, say
 
 if TYPE_CHECKING:
@@ -130,9 +130,18 @@ def open_way(directory: Path, precision: str, place: torch.device, chosen: Way) 
 
     Raises:
         CheckpointError, UnsupportedModelError, ConfigError: as `load_model`.
+        LoadingMemoryError: whole, the weights are too much.
     """
     if not chosen.streamed:
-        return load_model(directory, precision, place)
+        try:
+            return load_model(directory, precision, place)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise LoadingMemoryError(
+                f"{directory}: memory ran out while the weights were loaded ({_said(error)}); "
+                "run it layer by layer, or where there is more memory"
+            ) from error
     verified(directory)
     return streamed_model(directory, computed_dtype(precision, place), place, chosen.rows)
 
@@ -140,16 +149,21 @@ def open_way(directory: Path, precision: str, place: torch.device, chosen: Way) 
 def in_pieces(label: str, chosen: Way, work: Callable[[Way], Result]) -> Result:
     """Return what `work` returns; where memory runs out, let it begin anew in smaller pieces.
 
+    Weights that could not be loaded are not loaded whole again, whatever the batch. Layer by layer,
+    the batch is the first one again: the weights that it had no room beside are gone.
+
     Raises:
         InsufficientMemoryError: one sequence through one layer is too much.
     """
+    rows = chosen.rows
     while True:
         try:
             return work(chosen)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            said = " ".join(str(error).split())[:200]
+            too_heavy = isinstance(error, LoadingMemoryError)
+            said = _said(error)
         # Out of the handler: there, the error's traceback still holds what has to be freed.
         smaller = chosen.smaller()
         if smaller is None:
@@ -157,11 +171,17 @@ def in_pieces(label: str, chosen: Way, work: Callable[[Way], Result]) -> Result:
                 f"{label}: memory ran out with one layer and one sequence at a time ({said}); "
                 "give shorter sequences, or run it where there is more memory"
             )
+        if too_heavy or smaller.streamed > chosen.streamed:
+            smaller = Way(streamed=True, rows=rows)
         say(f"{label}: memory ran out ({chosen}); it goes on {smaller}")
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         chosen = smaller
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 # The time ----------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ from conftest import make_nexus
 from nexus_ds.checkpoint import pieces
 from nexus_ds.checkpoint.inspection import describe
 from nexus_ds.checkpoint.needs import Need, Way
-from nexus_ds.checkpoint.pieces import in_pieces, need_of, planned_way, warn_of_time
+from nexus_ds.checkpoint.pieces import in_pieces, need_of, open_way, planned_way, warn_of_time
 from nexus_ds.checkpoint.tensors import TensorReader
-from nexus_ds.errors import InsufficientMemoryError
+from nexus_ds.errors import CheckpointError, InsufficientMemoryError, LoadingMemoryError
 
 CPU = torch.device("cpu")
 
@@ -40,12 +40,45 @@ def test_what_runs_out_begins_anew_in_smaller_pieces(capsys):
         return "done"
 
     assert in_pieces("score m", Way(False, 4), work) == "done"
-    assert tried == [Way(False, 4), Way(False, 2), Way(False, 1), Way(True, 1)]
+    # without the weights, there may be room for the whole batch
+    assert tried == [Way(False, 4), Way(False, 2), Way(False, 1), Way(True, 4)]
     said = capsys.readouterr().err.splitlines()
     assert said[-1] == (
         "score m: memory ran out (whole, 1 sequence at once); it goes on layer by layer, "
-        "1 sequence at once"
+        "4 sequences at once"
     )
+
+
+@pytest.mark.parametrize("said", [MemoryError("no more"), CheckpointError("can't load")])
+def test_weights_that_do_not_fit_are_loaded_whole_only_once(nexus_dir, monkeypatch, said):
+    """transformers' own error of a lack of memory is told as one of the checkpoint."""
+    tried = []
+
+    def load(*asked):
+        tried.append("whole")
+        raise said from torch.OutOfMemoryError("CUDA out of memory")
+
+    def work(way):
+        open_way(nexus_dir, "auto", CPU, way)
+        tried.append(way)
+        if way.rows > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "done"
+
+    monkeypatch.setattr(pieces, "load_model", load)
+    assert in_pieces("m", Way(False, 8), work) == "done"
+    assert tried == ["whole", Way(True, 8), Way(True, 4), Way(True, 2)]
+    with pytest.raises(LoadingMemoryError, match=r"were loaded \(.*\); run it layer by layer, or"):
+        open_way(nexus_dir, "auto", CPU, Way(False, 8))
+
+
+def test_a_checkpoint_that_is_damaged_is_no_lack_of_memory(nexus_dir, monkeypatch):
+    def load(*asked):
+        raise CheckpointError("damaged")
+
+    monkeypatch.setattr(pieces, "load_model", load)
+    with pytest.raises(CheckpointError, match="damaged"):
+        open_way(nexus_dir, "auto", CPU, Way(False, 8))
 
 
 def test_nothing_smaller_is_an_error_and_other_errors_pass():
