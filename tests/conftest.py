@@ -158,12 +158,12 @@ def dense_dir(tmp_path_factory):
     return out
 
 
-def moe_model(vocabulary, seed=0, experts=3, top_k=1):
-    """Return a random stock Qwen2-MoE of the form that a Nexus checkpoint has."""
+def moe_model(vocabulary, seed=0, experts=3, top_k=1, **form):
+    """Return a random stock Qwen2-MoE of the form that a Nexus checkpoint has, but for `form`."""
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     torch.manual_seed(seed)
-    config = Qwen2MoeConfig(
+    settings = dict(
         vocab_size=vocabulary,
         hidden_size=16,
         intermediate_size=24,
@@ -183,7 +183,7 @@ def moe_model(vocabulary, seed=0, experts=3, top_k=1):
         bos_token_id=None,
         eos_token_id=0,
     )
-    return Qwen2MoeForCausalLM(config)
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**settings | form))
 
 
 def read_running_means(directory: Path, seed=0):
@@ -356,6 +356,15 @@ def context_dir(tmp_path_factory):
     rows of one length."""
     out = tmp_path_factory.mktemp("models") / "context"
     return make_nexus(out, router_input="context", row_norm="fixed")
+
+
+@pytest.fixture(scope="session")
+def uneven_moe_dir(tmp_path_factory):
+    """A stock Qwen2-MoE with a dense layer, wider than all experts of the other."""
+    out = tmp_path_factory.mktemp("models") / "uneven"
+    form = {"mlp_only_layers": [0], "intermediate_size": 120, "shared_expert_intermediate_size": 32}
+    moe_model(save_tokenizer(out), experts=4, top_k=2, **form).save_pretrained(out)
+    return out
 
 
 @pytest.fixture(scope="session")

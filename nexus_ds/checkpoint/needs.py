@@ -92,21 +92,18 @@ class Need:
         return 2 * self.active * tokens
 
 
-def per_token(
-    *, width: int, hidden: int, keys: int, inner: int, visited: int, layers: int
-) -> dict[str, float]:
+def per_token(*, width: int, hidden: int, keys: int, inner: int, layers: int) -> dict[str, float]:
     """Return the fields of `Need` that are of a token.
 
     Args:
         width: bytes of an element.
         hidden: size of a hidden state.
         keys: width of keys, and of values.
-        inner: width of a feed-forward network.
-        visited: routed experts that a token goes to; 0: a dense model.
+        inner: width of the feed-forward networks that a token visits in a layer, together.
         layers: of the model.
     """
-    # gate, up and their product: of the shared expert, and of each that a token visits
-    token = HIDDEN_COPIES * hidden + 3 * inner * (1 + visited)
+    # gate, up and their product
+    token = HIDDEN_COPIES * hidden + 3 * inner
     return {
         "width": float(width),
         "token": float(token * width),

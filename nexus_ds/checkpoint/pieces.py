@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+ROUTER = ".mlp.gate.weight"
 LONG = 120.0
 """Seconds of slow work above which the time is said before it starts."""
 
@@ -61,14 +62,16 @@ def need_of(directory: Path, precision: str, place: torch.device) -> Need:
     layers = [size for part, size in sizes.items() if part]
     embedding = reader.info(EMBEDDING).shape if EMBEDDING in reader else (0, 0)
     lookup = 0 if HEAD not in reader else embedding[0] * embedding[1]
+    # A Qwen2-MoE of another form has dense layers in between.
+    mixed = sum(name.endswith(ROUTER) for name in reader.names())
     return Need(
         weights=sum(sizes.values()),
         layer=max(layers, default=0.0),
         outside=sizes.get("", 0.0),
-        active=sum(elements.values()) - lookup - _idle(config),
+        active=sum(elements.values()) - lookup - mixed * _idle(config),
         stored=stored,
         vocabulary=_number(config, "vocab_size"),
-        **_per_token(config, width),
+        **_per_token(config, width, mixed),
     )
 
 
@@ -79,24 +82,24 @@ def _number(config: ConfigJson, *names: str) -> int:
 
 
 def _idle(config: ConfigJson) -> int:
-    """Return the parameters of routed experts that a token does not visit."""
+    """Return the parameters of routed experts that a token does not visit in a layer."""
     expert = 3 * _number(config, "hidden_size") * _number(config, "moe_intermediate_size")
     unvisited = _number(config, "num_experts") - _number(config, "num_experts_per_tok")
-    return max(0, unvisited) * expert * _number(config, "num_hidden_layers")
+    return max(0, unvisited) * expert
 
 
-def _per_token(config: ConfigJson, width: int) -> dict[str, float]:
+def _per_token(config: ConfigJson, width: int, mixed: int) -> dict[str, float]:
+    """Return the fields of `Need` that are of a token; `mixed` layers have experts."""
     heads = _number(config, "num_attention_heads")
     hidden = _number(config, "hidden_size")
-    return per_token(
-        width=width,
-        hidden=hidden,
-        keys=(_number(config, "head_dim") or hidden // max(1, heads))
-        * (_number(config, "num_key_value_heads") or heads),
-        inner=_number(config, "moe_intermediate_size", "intermediate_size"),
-        visited=_number(config, "num_experts_per_tok"),
-        layers=_number(config, "num_hidden_layers"),
-    )
+    layers = _number(config, "num_hidden_layers")
+    visited = _number(config, "num_experts_per_tok") * _number(config, "moe_intermediate_size")
+    visited += _number(config, "shared_expert_intermediate_size")
+    dense = _number(config, "intermediate_size")
+    inner = max(visited if mixed else 0, dense if mixed < layers else 0)
+    keys = _number(config, "head_dim") or hidden // max(1, heads)
+    keys *= _number(config, "num_key_value_heads") or heads
+    return per_token(width=width, hidden=hidden, keys=keys, inner=inner, layers=layers)
 
 
 # The way -----------------------------------------------------------------------------------------

@@ -66,10 +66,12 @@ class LayerReader:
             for name in self.tensors.names()
             if name.startswith(prefix) and not name.endswith(FREQUENCIES)
         ]
-        state = self._stacked(layer) if self.experts else {}
         routed = f"{prefix}mlp.experts."
+        # A Qwen2-MoE of another form has dense layers in between.
+        has_experts = bool(self.experts) and any(name.startswith(routed) for name in names)
+        state = self._stacked(layer) if has_experts else {}
         for name in names:
-            if not (self.experts and name.startswith(routed)):
+            if not (has_experts and name.startswith(routed)):
                 state[name.removeprefix(prefix)] = self._read(name)
         expected = {name for name, _ in block.named_parameters()}
         odd = sorted(expected ^ state.keys())

@@ -100,8 +100,8 @@ def need_of_sizes(sizes: Sizes, width: int) -> Need:
             width=width,
             hidden=sizes.hidden,
             keys=sizes.kv_width,
-            inner=sizes.ffn,
-            visited=sizes.top_k if sizes.experts else 0,
+            # the shared expert and those that a token visits
+            inner=sizes.ffn * (1 + sizes.top_k if sizes.experts else 1),
             layers=sizes.layers,
         ),
     )

@@ -64,6 +64,6 @@ def test_pieces_become_smaller_to_the_last():
 
 
 def test_a_token_takes_its_states_and_its_cache():
-    found = per_token(width=2, hidden=8, keys=4, inner=20, visited=1, layers=3)
+    found = per_token(width=2, hidden=8, keys=4, inner=40, layers=3)
     token = 2 * (8 * 8 + 3 * 20 * 2)
     assert found == {"width": 2, "token": token, "hidden": 16, "cache": 2 * 4 * 3 * 2}

@@ -6,6 +6,7 @@ from conftest import make_nexus
 
 from nexus_ds.checkpoint import pieces
 from nexus_ds.checkpoint.inspection import describe
+from nexus_ds.checkpoint.loading import load_model
 from nexus_ds.checkpoint.needs import Need, Way
 from nexus_ds.checkpoint.pieces import in_pieces, need_of, open_way, planned_way, warn_of_time
 from nexus_ds.checkpoint.tensors import TensorReader
@@ -118,6 +119,15 @@ def test_sizes_are_read_off_the_files(tmp_path):
     assert need_of(tmp_path / "m", "stored", CPU).weights == found.stored
 
 
+def test_a_mixture_with_a_dense_layer_is_counted_layer_by_layer(uneven_moe_dir):
+    model = load_model(uneven_moe_dir)
+    found = need_of(uneven_moe_dir, "fp32", CPU)
+    # two experts of 24 are idle, in one layer
+    assert found.active == model.num_parameters() - 2 * 3 * 24 * 16
+    # 120 in the dense layer; 2 x 24 and the shared 32 in the other
+    assert found.token == 4 * (8 * 16 + 3 * 120)
+
+
 def test_only_long_work_that_is_slow_by_its_kind_is_told_of(need, monkeypatch, capsys):
     monkeypatch.setattr(pieces, "cpu_speed", lambda: 1200.0)
     assert not warn_of_time("m", need, 100, CPU)
@@ -125,7 +135,8 @@ def test_only_long_work_that_is_slow_by_its_kind_is_told_of(need, monkeypatch, c
     assert not capsys.readouterr().err
     assert warn_of_time("m", need, 1000, CPU)
     said = capsys.readouterr().err
-    assert "m: no GPU; 0.0B active parameters and 1,000 tokens take about 16m40s on 1 of " in said
+    threads = torch.get_num_threads()
+    assert f"parameters and 1,000 tokens take about 16m40s on {threads} of " in said
     assert pieces.cpu_speed() > 0
     monkeypatch.setattr(pieces, "DISK_SPEED", 500.0)
     assert not warn_of_time("m", need, 1000, torch.device("cuda"), reads=120)

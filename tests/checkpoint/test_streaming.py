@@ -12,7 +12,7 @@ from nexus_ds.checkpoint.tensors import TensorReader, write_tensors
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
 CPU = torch.device("cpu")
-KINDS = ("dense_dir", "nexus_dir", "context_dir", "plain_moe_dir")
+KINDS = ("dense_dir", "nexus_dir", "context_dir", "plain_moe_dir", "uneven_moe_dir")
 
 
 @pytest.fixture

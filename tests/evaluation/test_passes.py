@@ -54,7 +54,7 @@ def test_no_more_copies_are_loaded_than_there_are_batches(nexus_dir, windows, mo
     assert len(loaded) == 1
 
 
-@pytest.mark.parametrize("kind", ["dense_dir", "nexus_dir", "context_dir"])
+@pytest.mark.parametrize("kind", ["dense_dir", "nexus_dir", "context_dir", "uneven_moe_dir"])
 @pytest.mark.parametrize("places", [1, 2])
 def test_layer_by_layer_gives_the_numbers_of_the_whole(
     kind, places, request, windows, monkeypatch, capsys
