@@ -28,7 +28,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
@@ -126,12 +126,9 @@ class Link:
 
     def send(self, beat: Beat) -> None:
         """Send what fits into the connection's buffer; who does not read it is found silent."""
-        try:
+        # That the other end is gone is for `receive` to find: its farewell may lie there unread.
+        with suppress(OSError):
             self.connection.send(json.dumps(beat).encode() + b"\n")
-        except BlockingIOError:
-            return
-        except OSError:
-            self.closed = True
 
     def receive(self, now: float) -> str:
         """Take in what has come; return a judgement that was among it, else ''."""
@@ -256,7 +253,9 @@ class Watchdog:
                 # that keeps it, so that this one does not run.
                 faulthandler.dump_traceback_later(self.limit, file=2)
                 judgement = self._listen(time.monotonic() + self.beat)
-                judgement = judgement or self._judged(time.monotonic())
+                # Who leaves has nobody to lose any more: the others leave as well.
+                if not judgement and not self._leaving.is_set():
+                    judgement = self._judged(time.monotonic())
                 if judgement:
                     self._end(judgement)
         finally:

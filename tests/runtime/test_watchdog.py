@@ -168,6 +168,29 @@ def test_a_judgement_of_rank_0_reaches_the_others(monkeypatch, capfd):
     theirs.close()
 
 
+def test_a_farewell_that_lies_unread_counts_although_sending_fails(monkeypatch, capfd):
+    """Many ranks end at once: rank 0 writes to some whose last words it has yet to read."""
+    links = {}
+    for rank in (1, 2, 3):
+        mine, theirs = socket.socketpair()
+        theirs.sendall(b'{"left": ""}\n')
+        theirs.close()
+        links[rank] = Link(mine, time.monotonic())
+    with dog(0, links, 60.0, monkeypatch) as (_, ended):
+        until(lambda: ended or all(link.closed for link in links.values()))
+    assert ended == [] and capfd.readouterr().err == ""
+    assert [link.left for link in links.values()] == [""] * 3
+
+
+def test_who_leaves_judges_nobody_any_more(monkeypatch):
+    mine, theirs = socket.socketpair()
+    monkeypatch.setattr(Watchdog, "_listen", lambda self, until: self._leaving.set() or "")
+    with dog(0, {1: Link(mine, 0.0, closed=True)}, 60.0, monkeypatch) as (found, ended):
+        found._thread.join(SLACK)
+    assert ended == []
+    theirs.close()
+
+
 # Real ranks ---------------------------------------------------------------------------------------
 
 
