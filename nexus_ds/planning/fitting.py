@@ -15,7 +15,7 @@ from typing import Any
 from nexus_ds.errors import LayoutError
 from nexus_ds.planning import choose
 from nexus_ds.planning.choose import Candidate
-from nexus_ds.planning.layout import Layout, Machine, Spread, cuts, divisors, spreads
+from nexus_ds.planning.layout import Layout, Machine, Spread, cuts, expert_parallel, spreads
 from nexus_ds.planning.memory import model_states
 from nexus_ds.planning.sizes import Sizes
 from nexus_ds.planning.units import short
@@ -48,12 +48,6 @@ def offload_of(zero: Mapping[str, Any]) -> str:
     return "optimizer+parameters" if there("offload_param") else "optimizer"
 
 
-def expert_parallel(config: Config, sizes: Sizes, machine: Machine) -> int:
-    """Return parallel.expert, for 0 the largest useful size inside one node."""
-    dividing = [n for n in divisors(machine.local) if n <= sizes.experts]
-    return config.parallel.expert or max(dividing, default=1)
-
-
 def fitted(sizes: Sizes, machine: Machine, config: Config, zero: Mapping[str, Any]) -> Candidate:
     """Return the fastest layout that fits of those that recipe and JSON leave open.
 
@@ -69,7 +63,7 @@ def fitted(sizes: Sizes, machine: Machine, config: Config, zero: Mapping[str, An
     Raises:
         LayoutError: the batch does not divide over the GPUs.
     """
-    expert = expert_parallel(config, sizes, machine)
+    expert = expert_parallel(config.parallel, sizes.experts, machine.local)
     ways = spreads(config.training.gradient_dtype)
     if "stage" in zero:
         ways = iter([(zero["stage"], offload_of(zero))])

@@ -13,7 +13,7 @@ from itertools import product
 from nexus_ds.errors import LayoutError
 from nexus_ds.planning import assumptions
 from nexus_ds.planning.sizes import Sizes
-from nexus_ds.settings import TrainingConfig
+from nexus_ds.settings import ParallelConfig, TrainingConfig
 
 OFFLOADS = ("none", "optimizer", "optimizer+parameters")
 LARGEST_MICRO = 64
@@ -95,6 +95,15 @@ class Layout:
 def divisors(number: int) -> list[int]:
     """Return all divisors, ascending."""
     return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def expert_parallel(parallel: ParallelConfig, experts: int, local: int) -> int:
+    """Return parallel.expert, or for 0 the largest useful size inside a node of `local` ranks.
+
+    Rows for experts travel at every layer: between nodes only where somebody asks for it. Groups
+    are of ranks in a row, so that those of a size that does not divide a node would span two.
+    """
+    return parallel.expert or max(n for n in divisors(local) if n <= max(experts, 1))
 
 
 def share_of(training: TrainingConfig, world: int) -> int:

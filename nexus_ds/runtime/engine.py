@@ -22,7 +22,7 @@ from nexus_ds.model.compiled import compile_layers
 from nexus_ds.model.compiler import check_compiler
 from nexus_ds.model.head import use_loss_head
 from nexus_ds.planning.fitting import DEFAULT_STAGE, offload_of
-from nexus_ds.planning.layout import leaf_elements
+from nexus_ds.planning.layout import expert_parallel, leaf_elements
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.attention import attend_whole_windows
 from nexus_ds.runtime.deepspeed_internals import DeepSpeedConfig, Engine, full_shape
@@ -130,16 +130,14 @@ def expert_parallel_size(
     Raises:
         LayoutError: parallel.expert does not divide the ranks.
     """
-    if not parallel.expert:
-        # Rows for experts travel at every layer: between nodes only where somebody asks for it.
-        dividing = [size for size in range(1, local_world + 1) if world % size == 0]
-        return max(size for size in dividing if size <= experts)
-    if world % parallel.expert:
+    # torchrun may have fewer ranks on another node
+    size = expert_parallel(parallel, experts, math.gcd(world, local_world))
+    if world % size:
         raise LayoutError(
-            f"parallel.expert {parallel.expert} does not divide {world} ranks; use a divisor of "
-            f"{world}, or 0 for automatic"
+            f"parallel.expert {size} does not divide {world} ranks; use a divisor of {world}, or 0 "
+            "for automatic"
         )
-    return parallel.expert
+    return size
 
 
 def placement(

@@ -64,6 +64,8 @@ def test_what_the_recipe_sets_stays():
     assert fitted(SERVER, Z3, "training.micro_batch_size=2").layout.micro == 2
     assert fitted(SERVER, Z3, "parallel.expert=2").layout.expert == 2
     assert fitted(SERVER, Z3).layout.expert == 4  # as many as experts, inside a node
+    six_a_node = Machine(gpus=12, nodes=2, gpu_memory=80e9)
+    assert fitted(six_a_node, Z3, "training.batch_size=96").layout.expert == 3
     with pytest.raises(LayoutError, match="does not divide over 7 GPUs"):
         fitted(Machine(gpus=7, gpu_memory=80e9), Z3)
 

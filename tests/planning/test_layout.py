@@ -10,13 +10,14 @@ from nexus_ds.planning.layout import (
     Layout,
     Machine,
     deepspeed_json,
+    expert_parallel,
     largest_gathered,
     largest_module,
     layouts,
 )
 from nexus_ds.planning.sizes import Sizes
 from nexus_ds.runtime.engine import check_layout
-from nexus_ds.settings import TrainingConfig
+from nexus_ds.settings import ParallelConfig, TrainingConfig
 
 DENSE = Sizes(
     vocabulary=100, hidden=32, layers=2, heads=4, kv_heads=4, head_size=8, ffn=64, tied=True
@@ -41,6 +42,13 @@ def test_every_stage_offload_and_expert_parallel_size_is_there():
 def test_a_dense_model_has_no_expert_parallelism_and_experts_bound_it():
     assert {w.expert for w in all_layouts(DENSE)} == {1}
     assert {w.expert for w in all_layouts(OTHER)} == {1, 2}  # three experts
+
+
+def test_automatic_groups_of_experts_divide_a_node():
+    sizes = {local: expert_parallel(ParallelConfig(expert=0), 4, local) for local in (1, 4, 6, 8)}
+    assert sizes == {1: 1, 4: 4, 6: 3, 8: 4}
+    assert expert_parallel(ParallelConfig(expert=0), 0, 8) == 1, "a dense model"
+    assert expert_parallel(ParallelConfig(expert=8), 4, 4) == 8
 
 
 def test_batches_are_cut_evenly_and_settings_of_the_recipe_stay():

@@ -185,6 +185,9 @@ def test_automatic_expert_parallelism_stays_within_a_node():
     assert placement(parallel, 4, 5, 16, 8).ep_size == 4
     assert placement(parallel, 8, 5, 16, 4).ep_size == 4
     assert placement(parallel, 3, 0, 4, 4).ep_size == 2
+    # 4 divides the ranks, but a group of 4 would have ranks on both nodes
+    assert placement(parallel, 4, 0, 12, 6).ep_size == 3
+    assert placement(parallel, 4, 0, 6, 4).ep_size == 2, "4 ranks on one node, 2 on the other"
 
 
 def names_of(model, groups):
