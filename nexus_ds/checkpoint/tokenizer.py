@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from nexus_ds.checkpoint.config_json import refuse_hooks
 from nexus_ds.checkpoint.json_files import confined, read_json_object, require_directory
 from nexus_ds.data.encoding import beginning
-from nexus_ds.data.tokenizer import open_tokenizer
+from nexus_ds.data.tokenizer import ANY_CLASS, CONFIG, EXTRA, for_any_class, open_tokenizer
 from nexus_ds.errors import CheckpointError, IncompatibleModelsError
 from nexus_ds.outputs import write_json
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-CONFIG = "tokenizer_config.json"
 VOCABULARY_FILES = (
     "tokenizer.json",
     CONFIG,
@@ -298,9 +297,9 @@ def chat_templates(directory: Path) -> dict[str, Any]:
 def copy_tokenizer(source: Path, out: Path) -> None:
     """Copy the tokenizer's files from one model directory into another, where it means the same.
 
-    transformers picks the class that reads them by config.json of that directory, too: where the
-    copied files would be read in another way than in `source`, they are written so that any class
-    reads them right.
+    transformers picks the class that reads them by config.json of that directory, too, and its
+    versions 4 and 5 differ in what some classes do: where the copied files might be read in another
+    way than in `source`, they are written so that both versions, and any class, read them right.
 
     Raises:
         CheckpointError: no tokenizer there, or one whose files lie outside its directory.
@@ -311,7 +310,7 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     meaning = read_tokenizer(source)
     _copy_files(source, out, meaning.tokenizer.vocab_files_names.values())
     # The first is the cheap proof; files that differ may still mean the same.
-    if same_tokenizer_files(source, out) or _means(out, meaning):
+    if _is_for_any_class(out) and (same_tokenizer_files(source, out) or _means(out, meaning)):
         return
     _write_for_any_class(meaning.tokenizer, out)
     if not _means(out, meaning):
@@ -340,14 +339,15 @@ def _means(directory: Path, meaning: TokenizerMeaning) -> bool:
         return False
 
 
+def _is_for_any_class(directory: Path) -> bool:
+    config = _optional_json(directory, CONFIG)
+    said = config.get("tokenizer_class") == ANY_CLASS and "model_input_names" in config
+    whole = (directory / "tokenizer.json").is_file()
+    return whole and said and not isinstance(config.get(EXTRA), list)
+
+
 def _write_for_any_class(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write tokenizer.json, and the class that reads it as it is into tokenizer_config.json."""
     definition = tokenizer.backend_tokenizer.to_str(pretty=True)
     (out / "tokenizer.json").write_text(definition, encoding="utf-8")
-    config = _optional_json(out, CONFIG)
-    for role in (*ROLES, "pad_token"):
-        token = getattr(tokenizer, role)
-        # its old class may have known them without being told
-        if token is not None and not config.get(role):
-            config[role] = str(token)
-    write_json(out / CONFIG, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    write_json(out / CONFIG, for_any_class(tokenizer, _optional_json(out, CONFIG)))

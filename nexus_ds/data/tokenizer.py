@@ -6,13 +6,14 @@ tokenizer.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from nexus_ds.data.offline import stay_offline
 from nexus_ds.errors import CheckpointError, ConfigError, DataError
-from nexus_ds.outputs import new_directory
+from nexus_ds.outputs import new_directory, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 MODEL_MAX_LENGTH = 1 << 20  # the model's max_position_embeddings is the real limit
 SMALLEST_VOCABULARY = 257  # 256 bytes and END_OF_TEXT
+CONFIG = "tokenizer_config.json"
+ANY_CLASS = "PreTrainedTokenizerFast"
+"""The class that transformers 4 and 5 know and that takes tokenizer.json as it stands. Others have
+ideas of their own of it: a Llama's puts a beginning before a text in 4 where it does not in 5, and
+the class that 5 writes for it (TokenizersBackend) is unknown to 4."""
+EXTRA = "extra_special_tokens"  # a list in transformers 5, which 4 does not load
 
 
 def open_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
@@ -84,6 +91,32 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
+def for_any_class(
+    tokenizer: PreTrainedTokenizerFast, config: dict[str, object]
+) -> dict[str, object]:
+    """Return a tokenizer_config.json with which transformers 4 and 5 read a tokenizer.json alike.
+
+    Args:
+        tokenizer: as transformers 5 loads it.
+        config: what its tokenizer_config.json says.
+    """
+    found = {key: value for key, value in config.items() if key != EXTRA or isinstance(value, dict)}
+    if tokenizer.extra_special_tokens:
+        # the name of both for more tokens without a role
+        found["additional_special_tokens"] = [
+            str(token) for token in tokenizer.extra_special_tokens
+        ]
+    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = getattr(tokenizer, key)
+        # its old class may have known them without being told
+        if token is not None and not found.get(key):
+            found[key] = str(token)
+    # Unsaid, 4 would return token types, which a decoder does not take.
+    for key in ("model_input_names", "padding_side", "clean_up_tokenization_spaces"):
+        found.setdefault(key, getattr(tokenizer, key))
+    return found | {"tokenizer_class": ANY_CLASS}
+
+
 def train_tokenizer(texts: Iterator[str], vocabulary: int, out: Path) -> None:
     """Train a byte-level BPE on `texts` and write it as `AutoTokenizer` loads it offline.
 
@@ -133,10 +166,13 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int, out: Path) -> None:
     if not seen:
         raise DataError("no text to train a tokenizer on; check the data's path and domains")
     with new_directory(out) as temporary:
-        PreTrainedTokenizerFast(
+        finished = PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
             eos_token=END_OF_TEXT,
             pad_token=END_OF_TEXT,
             model_max_length=MODEL_MAX_LENGTH,
             clean_up_tokenization_spaces=False,
-        ).save_pretrained(temporary)
+        )
+        finished.save_pretrained(temporary)
+        saved = json.loads((temporary / CONFIG).read_text(encoding="utf-8"))
+        write_json(temporary / CONFIG, for_any_class(finished, saved))

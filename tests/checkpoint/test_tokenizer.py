@@ -422,7 +422,14 @@ def test_every_file_of_a_tokenizer_is_taken_along(fast_dir, tmp_path):
     out.mkdir()
     (out / "config.json").write_text('{"model_type": "qwen2"}')
     copy_tokenizer(source, out)
-    assert files_of(out) == files_of(source)
+    # what its own class read, for the class that transformers 4 and 5 know
+    before, after = files_of(source), files_of(out)
+    assert before.keys() == after.keys()
+    assert [name for name in FILES if before[name] != after[name]] == ["tokenizer_config.json"]
+    # and once it is written so it stays as it is, byte by byte
+    (tmp_path / "again").mkdir()
+    copy_tokenizer(out, tmp_path / "again")
+    assert files_of(tmp_path / "again") == {n: b for n, b in after.items() if n != "config.json"}
 
 
 def test_files_of_other_names_are_taken_along(tmp_path):
@@ -436,7 +443,8 @@ def test_files_of_other_names_are_taken_along(tmp_path):
     )
     (tmp_path / "out").mkdir()
     copy_tokenizer(tmp_path / "source", tmp_path / "out")
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "source")
+    source, out = files_of(tmp_path / "source"), files_of(tmp_path / "out")
+    assert out["vocab.txt"] == source["vocab.txt"] and "tokenizer.json" in out
     (tmp_path / "source" / "vocab.txt").rename(tmp_path / "elsewhere.txt")
     (tmp_path / "source" / "vocab.txt").symlink_to(tmp_path / "elsewhere.txt")
     with pytest.raises(CheckpointError, match=r"'vocab.txt' lies outside the model's directory"):
@@ -468,4 +476,38 @@ def test_a_tokenizer_means_the_same_beside_the_config_of_a_mixture(tmp_path, con
     assert (after.eos_token_id, read_tokenizer(out).fingerprint) == (
         0,
         read_tokenizer(source).fingerprint,
+    )
+
+
+def test_a_copy_names_a_class_and_keys_that_transformers_4_knows(tmp_path):
+    """transformers 5 saves its own class, and tokens without a role as a list."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    train_tokenizer(iter(sentences(1, 50)), SIZE, source)
+    tokenizer = open_tokenizer(source)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<law>"]})
+    tokenizer.padding_side = "left"
+    tokenizer.save_pretrained(source)
+    saved = json.loads((source / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "TokenizersBackend"
+    assert saved["extra_special_tokens"] == ["<law>"]
+    out.mkdir()
+    copy_tokenizer(source, out)
+    written = json.loads((out / "tokenizer_config.json").read_text())
+    assert "extra_special_tokens" not in written
+    assert written["additional_special_tokens"] == ["<law>"]
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["model_input_names"] == ["input_ids", "attention_mask"]
+    assert (written["padding_side"], written["eos_token"]) == ("left", "<|endoftext|>")
+    assert read_tokenizer(out).fingerprint == read_tokenizer(source).fingerprint
+    assert open_tokenizer(out).extra_special_tokens == ["<law>"]
+
+
+def test_a_trained_tokenizer_is_copied_as_it_is(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    train_tokenizer(iter(sentences(1, 50)), SIZE, source)
+    out.mkdir()
+    copy_tokenizer(source, out)
+    assert files_of(out) == files_of(source)
+    assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == (
+        "PreTrainedTokenizerFast"
     )
