@@ -221,7 +221,7 @@ def load(directory, dtype, coefficients):
         for path in sorted(directory.glob("model*.safetensors"))
         for n, t in load_file(path).items()
     }
-    router_file = load_file(directory / "nexus_router.safetensors")
+    router_file = load_file(directory / "nexus" / "nexus_router.safetensors")
     for index, block in enumerate(model.model.layers):
         block.mlp = _layer(disk, router_file, record, index, dtype, coefficients)
     return model

@@ -2,11 +2,13 @@
 
     config.json, model*.safetensors, tokenizer    what transformers, vLLM and llama.cpp read
     nexus.json                                    experts, router, encoder, lineage, versions
-    nexus_router.safetensors                      domain embeddings, their centre, P of each layer
+    nexus/nexus_router.safetensors                domain embeddings, their centre, P of each layer
                                                   (fp32)
 
-The expert embeddings in the model file are P(D) in the model's dtype: redundant, and checked by
-`verify_expert_embeddings`.
+The router's file has a folder of its own because vLLM and SGLang load all *.safetensors that lie
+beside model.safetensors as weights of the model; where it lies beside it, as it first did, it is
+read all the same. The expert embeddings in the model file are P(D) in the model's dtype: redundant,
+and checked by `verify_expert_embeddings`.
 Not covered: the model file itself (`qwen2_moe`, `tensors`), nexus.json on its own (`records`),
 tokenizers (`tokenizer`), training states (`runtime.states`).
 """
@@ -41,7 +43,9 @@ from nexus_ds.errors import CheckpointError, ConfigError
 from nexus_ds.model.router import Projection, condition, expert_embeddings_in
 from nexus_ds.outputs import new_file, write_json
 
-ROUTER = "nexus_router.safetensors"
+ROUTER = "nexus/nexus_router.safetensors"
+ROUTER_BEFORE = "nexus_router.safetensors"
+"""Where the first checkpoints have it."""
 LAYER_TENSOR = re.compile(r"layers\.(?P<layer>\d+)\.(?P<own>.+)")
 """Name of a tensor of one layer's P."""
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of a weight file that `content_fingerprint` reads
@@ -138,8 +142,21 @@ def write_sidecar(directory: Path, sidecar: Sidecar) -> None:
     tensors = _sidecar_tensors(sidecar)
     with new_file(directory / ROUTER, overwrite=True) as temporary:
         write_tensors(temporary, tensors)
+    # not a second one, which might be of another training
+    (directory / ROUTER_BEFORE).unlink(missing_ok=True)
     # nexus.json comes last: it is what makes a directory a Nexus checkpoint.
     write_json(directory / SIDECAR, manifest_json(sidecar))
+
+
+def _router_name(directory: Path) -> str:
+    """Return where a checkpoint has its router's file, from its directory."""
+    before = (directory / ROUTER_BEFORE).exists()
+    if before and (directory / ROUTER).exists():
+        raise CheckpointError(
+            f"{directory} has both {ROUTER} and {ROUTER_BEFORE}, expected one of them; "
+            "remove the one that is not of this model"
+        )
+    return ROUTER_BEFORE if before else ROUTER
 
 
 def _projections(reader: TensorReader) -> list[dict[str, Tensor]]:
@@ -167,7 +184,7 @@ def read_sidecar(directory: Path) -> Sidecar:
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
-    reader = TensorReader.of_file(directory, ROUTER)
+    reader = TensorReader.of_file(directory, _router_name(directory))
     sidecar = Sidecar(
         **vars(manifest),
         vectors=reader.read("vectors"),
@@ -207,8 +224,9 @@ def content_fingerprint(directory: Path) -> str:
     who means to deceive.
     """
     digest = hashlib.sha256()
-    for path in sorted(Path(directory).iterdir()):
-        if path.name in ("config.json", SIDECAR, ROUTER):
+    directory = Path(directory)
+    for path in [*sorted(directory.iterdir()), *directory.glob(ROUTER)]:
+        if path.name in ("config.json", SIDECAR, ROUTER_BEFORE):
             content = path.read_bytes()
             digest.update(path.name.encode() + content)
         elif path.suffix == ".safetensors":

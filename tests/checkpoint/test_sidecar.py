@@ -13,6 +13,7 @@ from nexus_ds.checkpoint.qwen2_moe import gate_name
 from nexus_ds.checkpoint.records import SIDECAR, RemoveStep, is_nexus
 from nexus_ds.checkpoint.sidecar import (
     ROUTER,
+    ROUTER_BEFORE,
     expert_embeddings,
     read_sidecar,
     verify_expert_embeddings,
@@ -184,12 +185,37 @@ def test_missing_parts(copied, dense_dir, nexus_dir):
     ):
         read_sidecar(dense_dir)
     (copied / ROUTER).unlink()
-    with pytest.raises(CheckpointError, match=r"has no nexus_router.safetensors"):
+    with pytest.raises(CheckpointError, match=r"has no nexus/nexus_router.safetensors"):
         read_sidecar(copied)
     sidecar = read_sidecar(nexus_dir)
     with pytest.raises(CheckpointError, match="3 experts but"):
         write_sidecar(copied, dataclasses.replace(sidecar, vectors=sidecar.vectors[:2]))
     assert not (copied / ROUTER).exists()
+
+
+def test_no_loader_of_weights_finds_the_routers_file(nexus_dir):
+    """vLLM and SGLang load every *.safetensors beside config.json, and enter no folder."""
+    assert (nexus_dir / ROUTER).is_file()
+    assert [path.name for path in nexus_dir.glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_a_router_in_its_old_place_is_read_and_moved_by_the_next_writer(nexus_dir, copied):
+    shutil.move(copied / ROUTER, copied / ROUTER_BEFORE)
+    (copied / ROUTER).parent.rmdir()
+    old, new = read_sidecar(copied), read_sidecar(nexus_dir)
+    assert torch.equal(old.vectors, new.vectors)
+    verify_expert_embeddings(copied)
+    first = sidecar_module.content_fingerprint(copied)
+    edit_tensors(copied / ROUTER_BEFORE, lambda t: t["vectors"].view(-1)[:1].add_(1))
+    assert sidecar_module.content_fingerprint(copied) != first
+    write_sidecar(copied, new)
+    assert (copied / ROUTER).is_file() and not (copied / ROUTER_BEFORE).exists()
+
+
+def test_two_router_files_are_one_too_many(copied):
+    shutil.copy(copied / ROUTER, copied / ROUTER_BEFORE)
+    with pytest.raises(CheckpointError, match=r"has both .* and .*; remove the one that is not of"):
+        read_sidecar(copied)
 
 
 def test_a_linear_router_keeps_its_rows_in_the_model(nexus_dir, copied):

@@ -97,8 +97,11 @@ def test_the_directory_is_complete(parts, capsys):
         "tokenizer_config.json",
         "generation_config.json",
         "nexus.json",
-        "nexus_router.safetensors",
+        "nexus",
     }
+    assert [path.name for path in (parts / "out" / "nexus").iterdir()] == [
+        "nexus_router.safetensors"
+    ]
     sidecar = read_sidecar(parts / "out")
     assert [(e.name, e.domain, e.source) for e in sidecar.experts] == [(n, n, n) for n in NAMES]
     assert len({e.sha256 for e in sidecar.experts}) == 3
@@ -411,8 +414,10 @@ def test_every_file_may_be_read_by_those_whom_the_umask_allows(parts, text_folde
         embed(parts / "domains.safetensors", NAMES, text_folder)
         assert run(parts, warm=True) == 0
     assert {"nexus_router.safetensors", "model.safetensors", "nexus.json", "tokenizer.json"} <= {
-        path.name for path in (parts / "out").iterdir()
+        path.name for path in (parts / "out").rglob("*")
     }
+    folder = parts / "out" / "nexus"
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~mask
     assert file_modes(parts / "out") == file_modes(parts / "domains.safetensors") == {mode}
 
 
