@@ -262,7 +262,7 @@ FAULTS = (
     ),
     Fault(
         "gaps in a weight file pass",
-        "checkpoint/tensors.py",
+        "checkpoint/headers.py",
         "if info.start != position:",
         "if info.start < position:",
     ),

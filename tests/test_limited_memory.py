@@ -15,8 +15,9 @@ import torch
 from conftest import save_branch, save_tokenizer
 from large import make_large
 
+from nexus_ds.checkpoint.headers import sha256_of_tensors
 from nexus_ds.checkpoint.sidecar import read_sidecar
-from nexus_ds.checkpoint.tensors import TensorReader, sha256_of_tensors
+from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.data.domains import DomainEmbeddings, write_domain_embeddings
 
 WORKER = Path(__file__).parent / "limited_worker.py"

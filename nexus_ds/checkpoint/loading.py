@@ -14,10 +14,7 @@ from typing import Any
 
 import torch
 
-from nexus_ds.checkpoint.config_json import (
-    CONTEXT_MODEL,
-    read_config,
-)
+from nexus_ds.checkpoint.config_json import CONTEXT_MODEL, read_config
 from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.checkpoint.sidecar import verify_expert_embeddings
 from nexus_ds.checkpoint.tensors import TensorReader

@@ -1,32 +1,30 @@
-"""Safetensors in and out, one tensor or one slice of rows at a time.
+"""Safetensors in and out as torch's tensors, one tensor or one slice of rows at a time.
 
-A file is 8 bytes of header length (little endian), a JSON header, then the tensors' bytes. Reading
-goes through `os.preadv` into fresh tensors, not through mmap, so that memory is what the caller
-holds and nothing more.
-Nothing here unpickles: files of another kind are refused by name and by content, and paths in an
-index stay inside the model's directory.
+`headers` says where they lie. Reading fills fresh tensors, without mmap, so that memory is what the
+caller holds and nothing more.
 Not covered: big-endian machines, packed 4- and 6-bit types, two writers of one directory.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
 import torch
 
-from nexus_ds.checkpoint.json_files import (
-    confined,
-    parse_json_object,
-    read_json_object,
-    require_directory,
+from nexus_ds.checkpoint.headers import (
+    INDEX,
+    SINGLE,
+    Headers,
+    Plan,
+    TensorInfo,
+    header_of,
+    read_into,
+    tensor_bytes,
 )
 from nexus_ds.errors import CheckpointError
 from nexus_ds.outputs import create, naming, write_at, write_json
@@ -46,203 +44,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 METADATA = {"format": "pt"}  # without it, transformers does not know whose tensors these are
-MAX_HEADER = 100_000_000  # bytes; the format's own limit
-SLICE = 1 << 22  # elements that `row_slices` allows at once
-CHUNK = 1 << 23  # bytes that are hashed at once
-
-
-Plan = Mapping[str, tuple[str, tuple[int, ...]]]
-"""What a file will hold: for each tensor its dtype, as safetensors names it, and its shape."""
-
-
-class TensorInfo(NamedTuple):
-    """Where a tensor lies."""
-
-    dtype: str
-    """As safetensors names it."""
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-    """Its first byte in the file."""
-    end: int
-    """The byte after its last one."""
-
-
-def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
-    """Return the size of a tensor in bytes."""
-    return math.prod(shape) * DTYPES[dtype].itemsize
-
-
-def _is_sizes(value: object) -> bool:
-    # type and not isinstance: JSON's true is an int to Python.
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-
-def _entry(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
-    """Check one entry of a header and return where its tensor lies."""
-    where = f"{file}: tensor {name!r}"
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(
-            f"{where}: expected dtype, shape and data_offsets in the header, "
-            f"found {str(entry)[:200]}"
-        )
-    dtype = entry["dtype"]
-    shape = entry["shape"]
-    offsets = entry["data_offsets"]
-    if dtype not in DTYPES:
-        raise CheckpointError(f"{where}: unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
-        raise CheckpointError(
-            f"{where}: shape {str(shape)[:100]} or data_offsets {str(offsets)[:100]} are no sizes"
-        )
-    start, end = offsets
-    expected = tensor_bytes(dtype, shape)
-    # also where end < start: a negative size is never what a shape needs
-    if end - start != expected:
-        raise CheckpointError(
-            f"{where}: {end - start} bytes at [{start}, {end}), expected {expected} "
-            f"for {dtype} {tuple(shape)}; the file is damaged, fetch or save it again"
-        )
-    return TensorInfo(dtype, tuple(shape), file, data_start + start, data_start + end)
-
-
-def _read_header_bytes(file: Path, size: int) -> bytes:
-    """Return the JSON header of a safetensors file of `size` bytes."""
-    with file.open("rb") as stream:
-        lead = stream.read(8)
-        length = int.from_bytes(lead, "little")
-        # Read as a header's length, the first eight bytes of a pickle are more than any file has;
-        # without that, a header of 640 bytes would start like a pickle too.
-        if length > size and (lead[:2] == b"PK" or lead[:1] == b"\x80"):
-            raise CheckpointError(
-                f"{file} is a pickle under the name of a safetensors file; it is not opened, "
-                "since a pickle can run code. Save the model with safetensors"
-            )
-        if len(lead) < 8 or length > min(MAX_HEADER, size - 8):
-            raise CheckpointError(
-                f"{file} is not a safetensors file: its header would have {length} bytes "
-                f"in a file of {size} (limit {MAX_HEADER}); "
-                "it is cut off or of another kind, fetch or save it again"
-            )
-        return stream.read(length)
-
-
-def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Return where each tensor of one safetensors file lies, every claim of the header checked.
-
-    Raises:
-        CheckpointError: not safetensors (a renamed pickle for instance), oversized header, doubled
-            names, unknown dtypes, byte ranges that overlap, leave gaps, or do not end at the end of
-            the file.
-    """
-    size = file.stat().st_size
-    text = _read_header_bytes(file, size)
-    # the format asks for it: JSON alone would allow spaces before
-    if text[:1] != b"{":
-        raise CheckpointError(
-            f"{file} is not a safetensors file: its header does not start with '{{'"
-        )
-    header = parse_json_object(text, f"{file}: the header")
-    # the one entry that is no tensor
-    header.pop("__metadata__", None)
-    data_start = 8 + len(text)
-    infos = {name: _entry(file, name, entry, data_start) for name, entry in header.items()}
-    _check_cover(file, infos, data_start, size)
-    return infos
-
-
-def _check_cover(file: Path, infos: dict[str, TensorInfo], data_start: int, size: int) -> None:
-    """Raise CheckpointError unless the tensors cover a file's data without gap or overlap.
-
-    Else bytes could hide between them, or one tensor's be read as another's.
-    """
-    position = data_start
-    # By the end too: an empty tensor may begin where another one does.
-    ordered = sorted(infos.items(), key=lambda item: (item[1].start, item[1].end))
-    for name, info in ordered:
-        if info.start != position:
-            kind = "overlaps another one" if info.start < position else "leaves a gap before it"
-            raise CheckpointError(
-                f"{file}: tensor {name!r} {kind}; the file is damaged, fetch or save it again"
-            )
-        position = info.end
-    if position != size:
-        raise CheckpointError(
-            f"{file} has {size} bytes, its header describes {position}; "
-            "the file is cut off or damaged, fetch or save it again"
-        )
-
-
-def _weight_map(directory: Path) -> dict[str, str]:
-    """Return the file of each tensor of a sharded model, as its index has it."""
-    weight_map = read_json_object(directory, INDEX).get("weight_map")
-    where = directory / INDEX
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{where}: expected a weight_map from tensor names to file names")
-    # JSON's keys are texts in any case, its values may be anything
-    if not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{where}: expected a weight_map from tensor names to file names")
-    return weight_map
-
-
-def _read_shard(directory: Path, shard: str) -> dict[str, TensorInfo]:
-    file = confined(directory, shard)
-    if not shard.endswith(".safetensors"):
-        raise CheckpointError(
-            f"{directory / INDEX}: shard {shard!r} is not a .safetensors file; only these are read"
-        )
-    if not file.is_file():
-        raise CheckpointError(
-            f"{directory}: the shard {shard!r} of {INDEX} is missing; fetch or save the model again"
-        )
-    return read_header(file)
-
-
-def _indexed(directory: Path) -> dict[str, TensorInfo]:
-    """Return the tensors of a sharded model, index and shards checked against each other."""
-    weight_map = _weight_map(directory)
-    infos: dict[str, TensorInfo] = {}
-    for shard in sorted(set(weight_map.values())):
-        for name, info in _read_shard(directory, shard).items():
-            if name in infos:
-                raise CheckpointError(
-                    f"{directory}: tensor {name!r} is in {infos[name].file.name} and in {shard}; "
-                    "expected one"
-                )
-            if weight_map.get(name) != shard:
-                raise CheckpointError(
-                    f"{directory}: tensor {name!r} is in {shard}, "
-                    f"{INDEX} says {weight_map.get(name)!r}"
-                )
-            infos[name] = info
-    missing = [name for name in weight_map if name not in infos]
-    if missing:
-        raise CheckpointError(
-            f"{directory}: {len(missing)} tensors of {INDEX} are in no shard, "
-            f"the first: {missing[0]!r}"
-        )
-    return infos
-
-
-def _locate(directory: Path) -> dict[str, TensorInfo]:
-    """Return the tensors of a model directory, single file or sharded."""
-    require_directory(directory)
-    # where both are there, transformers reads the single file too
-    if (directory / SINGLE).exists():
-        return read_header(confined(directory, SINGLE))
-    if (directory / INDEX).exists():
-        return _indexed(directory)
-    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
-    if pickles:
-        raise CheckpointError(
-            f"{directory} holds only {', '.join(pickles[:5])}: pickled weights are not read, "
-            "since a pickle can run code. "
-            f"Save the model with safetensors ({SINGLE}, or shards with {INDEX})"
-        )
-    raise CheckpointError(f"{directory} has no weights; expected {SINGLE}, or shards with {INDEX}")
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -250,37 +52,6 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     contiguous = tensor.detach().cpu().contiguous()
     # numpy has no bf16 and no fp8, but bytes are bytes.
     return contiguous.reshape(-1).view(torch.uint8).numpy().data
-
-
-def header_of(
-    plan: Plan, metadata: dict[str, str] | None = None
-) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """Return what a safetensors file begins with, and the bytes [start, end) of each tensor in it.
-
-    Args:
-        plan: the tensors, in the order of the file.
-        metadata: transformers asks for {"format": "pt"}.
-    """
-    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
-    offsets: dict[str, tuple[int, int]] = {}
-    position = 0
-    for name, (dtype, shape) in plan.items():
-        end = position + tensor_bytes(dtype, shape)
-        header[name] = {
-            "dtype": dtype,
-            "shape": list(shape),
-            # counted from the end of the header, whose length nobody knows yet
-            "data_offsets": [position, end],
-        }
-        offsets[name] = position, end
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    # Padded, so that the tensors' bytes are aligned for whoever maps the file into memory.
-    text += b" " * (-len(text) % 8)
-    lead = len(text).to_bytes(8, "little") + text
-    first = len(lead)
-    ranges = {name: (first + start, first + end) for name, (start, end) in offsets.items()}
-    return lead, ranges
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -295,47 +66,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             stream.write(_bytes_of(tensor))
 
 
-class TensorReader:
-    """All tensors of a model directory: a single model.safetensors, or an index with its shards.
-
-    Opening reads the headers only. Each read opens its file anew, so no descriptor is held.
-
-    Raises:
-        CheckpointError: see `read_header`; also missing shards, tensors that stand in two shards,
-            index entries that lead out of the directory or nowhere, and directories with pickled
-            weights only.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = Path(directory)
-        self._infos = _locate(self.directory)
-
-    @classmethod
-    def of_file(cls, directory: Path, name: str) -> TensorReader:
-        """Open one safetensors file of a directory; CheckpointError if it is missing or damaged."""
-        reader = cls.__new__(cls)
-        reader.directory = Path(directory)
-        file = confined(reader.directory, name)
-        if not file.is_file():
-            raise CheckpointError(f"{directory} has no {name}; the checkpoint is incomplete")
-        reader._infos = read_header(file)
-        return reader
-
-    def names(self) -> list[str]:
-        """Return the names of all tensors, sorted."""
-        return sorted(self._infos)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._infos
-
-    def info(self, name: str) -> TensorInfo:
-        """Return where a tensor lies; CheckpointError if there is none of this name."""
-        if name not in self._infos:
-            raise CheckpointError(
-                f"{self.directory}: no tensor {name!r} among its {len(self._infos)}; "
-                "the model is incomplete"
-            )
-        return self._infos[name]
+class TensorReader(Headers):
+    """All tensors of a model directory, as torch has them; see `Headers`."""
 
     def read(self, name: str) -> torch.Tensor:
         """Return a whole tensor, in its stored dtype and shape."""
@@ -357,26 +89,8 @@ class TensorReader:
     def _read(self, info: TensorInfo, start: int, shape: tuple[int, ...]) -> torch.Tensor:
         tensor = torch.empty(shape, dtype=DTYPES[info.dtype])
         view = _bytes_of(tensor)
-        with info.file.open("rb", buffering=0) as stream:
-            done = 0
-            # One call reads at most 2 GiB.
-            while done < len(view):
-                count = os.preadv(stream.fileno(), [view[done:]], start + done)
-                if not count:
-                    raise CheckpointError(
-                        f"{info.file} ends at byte {start + done}; it was cut off while it was read"
-                    )
-                done += count
+        read_into(info.file, start, view)
         return tensor
-
-
-def row_slices(shape: tuple[int, ...], limit: int = SLICE) -> Iterator[tuple[int, int]]:
-    """Yield [start, stop) ranges of the leading dimension: `limit` elements at most, or one row."""
-    rows = shape[0] if shape else 1
-    row_size = max(1, math.prod(shape[1:]))
-    step = max(1, limit // row_size)
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
 
 
 def _shards(plan: Plan, limit: int) -> list[list[str]]:
@@ -558,21 +272,3 @@ def overwrite(info: TensorInfo, tensor: torch.Tensor) -> None:
     data = _bytes_of(tensor.to(DTYPES[info.dtype]))
     with info.file.open("r+b", buffering=0) as stream:
         write_at(stream.fileno(), info.start, data, info.file)
-
-
-def sha256_of_tensors(reader: TensorReader, names: Iterable[str]) -> str:
-    """Return a hash over names, dtypes, shapes and bytes of some tensors, in any order."""
-    digest = hashlib.sha256()
-    for name in sorted(set(names)):
-        info = reader.info(name)
-        digest.update(f"{name}\n{info.dtype}\n{info.shape}\n".encode())
-        with info.file.open("rb", buffering=0) as stream:
-            stream.seek(info.start)
-            left = info.end - info.start
-            while left:
-                chunk = stream.read(min(CHUNK, left))
-                if not chunk:
-                    raise CheckpointError(f"{info.file} was cut off while it was read")
-                digest.update(chunk)
-                left -= len(chunk)
-    return digest.hexdigest()

@@ -24,8 +24,9 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 
+from nexus_ds.checkpoint.headers import header_of
 from nexus_ds.checkpoint.qwen2_moe import expert_name
-from nexus_ds.checkpoint.tensors import DTYPE_NAMES, TensorReader, header_of
+from nexus_ds.checkpoint.tensors import DTYPE_NAMES, TensorReader
 from nexus_ds.errors import CheckpointError
 from nexus_ds.outputs import naming, write_at
 from nexus_ds.runtime import deepspeed_internals as internals

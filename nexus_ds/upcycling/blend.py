@@ -19,16 +19,11 @@ from torch import Tensor
 
 from nexus_ds.checkpoint.config_json import ConfigJson, refuse_hooks
 from nexus_ds.checkpoint.dense import DenseModel
+from nexus_ds.checkpoint.headers import row_slices, sha256_of_tensors
+from nexus_ds.checkpoint.json_files import read_json_object
 from nexus_ds.checkpoint.qwen2_moe import stored
 from nexus_ds.checkpoint.records import EncoderRecord, ExpertRecord
-from nexus_ds.checkpoint.tensors import (
-    DTYPES,
-    TensorReader,
-    TensorWriter,
-    read_json_object,
-    row_slices,
-    sha256_of_tensors,
-)
+from nexus_ds.checkpoint.tensors import DTYPES, TensorReader, TensorWriter
 from nexus_ds.checkpoint.tokenizer import (
     TokenizerMeaning,
     chat_templates,

@@ -12,6 +12,7 @@ from conftest import add_token, of_another_origin, save_branch, train_shared_gat
 from safetensors.torch import load_file, save_file
 
 from nexus_ds.checkpoint.families.record import FFN_PARTS, dense_ffn_name
+from nexus_ds.checkpoint.headers import sha256_of_tensors
 from nexus_ds.checkpoint.qwen2_moe import expert_name, gate_name
 from nexus_ds.checkpoint.records import RouterRecord
 from nexus_ds.checkpoint.sidecar import (
@@ -20,7 +21,7 @@ from nexus_ds.checkpoint.sidecar import (
     verify_expert_embeddings,
     write_sidecar,
 )
-from nexus_ds.checkpoint.tensors import TensorReader, sha256_of_tensors
+from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.commands import extend
 from nexus_ds.data.domains import DomainEmbeddings, write_domain_embeddings
 from nexus_ds.errors import (

@@ -12,7 +12,7 @@ import torch
 from launch import file_limit, finish, start_ranks
 from saved_states import KINDS, RANK_0, RANK_1, WORKER, copy_step, flip
 
-from nexus_ds.checkpoint.tensors import header_of
+from nexus_ds.checkpoint.headers import header_of
 from nexus_ds.errors import CheckpointError
 from nexus_ds.runtime import portable_state, states
 from nexus_ds.runtime.portable_state import StateFiles

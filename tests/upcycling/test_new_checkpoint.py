@@ -9,10 +9,11 @@ from branches import LAYERS, NAMES, make_parts, stock, tensors_of, upcycle
 from safetensors.torch import save_file
 
 from nexus_ds.checkpoint.families.record import FFN_PARTS, dense_ffn_name
+from nexus_ds.checkpoint.headers import sha256_of_tensors
 from nexus_ds.checkpoint.qwen2_moe import expert_name
 from nexus_ds.checkpoint.records import FitReport
 from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings
-from nexus_ds.checkpoint.tensors import TensorReader, sha256_of_tensors
+from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.errors import CheckpointError
 from nexus_ds.upcycling.new_checkpoint import open_old
 

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from branches import LAYERS, NAMES, branch, embed, make_parts, stock, tensors_of, upcycle
 
 from nexus_ds.checkpoint.families.record import FFN_PARTS, dense_ffn_name
+from nexus_ds.checkpoint.headers import sha256_of_tensors
 from nexus_ds.checkpoint.qwen2_moe import expert_name, gate_name, shared_gate_name, shared_name
 from nexus_ds.checkpoint.sidecar import expert_embeddings, read_sidecar, verify_expert_embeddings
-from nexus_ds.checkpoint.tensors import TensorReader, sha256_of_tensors
+from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.errors import DataError
 
 
