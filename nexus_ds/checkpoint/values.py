@@ -1,0 +1,120 @@
+"""Values of stored tensors as numpy has them, whole or sampled; without torch.
+
+bf16 has no type in numpy: it is the upper half of an fp32, which is exact. Sums are in float64.
+Not covered: fp8 and integers, which no weight of a known family has (`SAMPLED` has the dtypes).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from nexus_ds.checkpoint.headers import ITEM_BYTES, Headers, read_into
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+SAMPLES, SAMPLE_VALUES = 4, 1 << 13
+"""Pieces of a tensor that a sample has, evenly spaced, and values of each."""
+
+
+def decoded(data: bytes | bytearray | np.ndarray, dtype: str) -> np.ndarray:
+    """Return stored bytes as numbers [N]: float32, or float64 of F64.
+
+    Args:
+        data: whole elements, little endian.
+        dtype: one of FLOATS, as safetensors names it.
+    """
+    if dtype == "BF16":
+        halves = np.frombuffer(data, "<u2").astype(np.uint32)
+        return (halves << 16).view(np.float32)
+    kind = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]
+    found = np.frombuffer(data, kind)
+    return found.astype(np.float32) if dtype == "F16" else found
+
+
+def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    """Return fp32 numbers rounded to nearest even, as a tensor of `dtype` (F32 | BF16) holds them.
+
+    They stay fp32 in numpy; NaN stays NaN.
+    """
+    if dtype == "F32":
+        return np.asarray(x, np.float32)
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    # half of what is cut off, and one less where the last kept bit is even
+    up = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return np.where(np.isnan(x), np.float32(np.nan), up.view(np.float32))
+
+
+def read_values(reader: Headers, name: str) -> np.ndarray:
+    """Return a whole tensor in its shape; float32, or float64 of F64."""
+    info = reader.info(name)
+    data = np.empty(info.end - info.start, np.uint8)
+    read_into(info.file, info.start, data.data)
+    return decoded(data, info.dtype).reshape(info.shape)
+
+
+def read_rows(reader: Headers, name: str, start: int, stop: int) -> np.ndarray:
+    """Return rows [start, stop) of a tensor's leading dimension; float32, or float64 of F64."""
+    info = reader.info(name)
+    shape = (stop - start, *info.shape[1:])
+    row = (info.end - info.start) // max(info.shape[0], 1)
+    data = np.empty(row * (stop - start), np.uint8)
+    read_into(info.file, info.start + row * start, data.data)
+    return decoded(data, info.dtype).reshape(shape)
+
+
+def sample(reader: Headers, name: str) -> np.ndarray:
+    """Return some values [N] of a tensor, of all of it where it is small; the same places always.
+
+    SAMPLES pieces of SAMPLE_VALUES, evenly spaced, the first and the last values among them.
+    """
+    info = reader.info(name)
+    count = math.prod(info.shape)
+    if count <= SAMPLES * SAMPLE_VALUES:
+        return read_values(reader, name).reshape(-1)
+    item = ITEM_BYTES[info.dtype]
+    data = np.empty((SAMPLES, SAMPLE_VALUES * item), np.uint8)
+    for index, piece in enumerate(data):
+        start = (count - SAMPLE_VALUES) * index // (SAMPLES - 1)
+        read_into(info.file, info.start + start * item, piece.data)
+    return decoded(data.reshape(-1), info.dtype)
+
+
+@dataclass
+class Comparison:
+    """Sums over values of two tensors, or of several pairs of them."""
+
+    dot: float = 0.0
+    first: float = 0.0
+    """Of squares of the first's values."""
+    second: float = 0.0
+    apart: float = 0.0
+    """Of squares of the differences."""
+
+    def add(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Count values of two tensors, of one shape."""
+        x, y = a.astype(np.float64), b.astype(np.float64)
+        self.dot += float(x @ y)
+        self.first += float(x @ x)
+        self.second += float(y @ y)
+        self.apart += float((y - x) @ (y - x))
+
+    def join(self, other: Comparison) -> None:
+        """Count what another one has counted."""
+        self.dot += other.dot
+        self.first += other.first
+        self.second += other.second
+        self.apart += other.apart
+
+    @property
+    def cosine(self) -> float:
+        """1: the same direction, 0: unrelated; NaN where one has only zeros, or non-numbers."""
+        norms = float(np.sqrt(self.first) * np.sqrt(self.second))
+        return self.dot / norms if norms else float("nan")
+
+    @property
+    def distance(self) -> float:
+        """Of the second from the first, relative to the first's length; NaN where that is 0."""
+        length = float(np.sqrt(self.first))
+        return float(np.sqrt(self.apart)) / length if length else float("nan")
