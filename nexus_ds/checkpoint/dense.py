@@ -15,7 +15,8 @@ import torch
 from nexus_ds.checkpoint.config_json import ConfigJson, read_config
 from nexus_ds.checkpoint.dense_settings import refuse_unsupported, settings
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD, DenseSettings, dense_weights
-from nexus_ds.checkpoint.tensors import DTYPES, TensorReader, row_slices
+from nexus_ds.checkpoint.headers import row_slices
+from nexus_ds.checkpoint.tensors import DTYPES, TensorReader
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
 MODEL_DTYPES = {"F32": "float32", "BF16": "bfloat16"}

@@ -30,7 +30,8 @@ from nexus_ds.checkpoint.config_json import (
 from nexus_ds.checkpoint.dense import as_stored, check_tensors
 from nexus_ds.checkpoint.dense_settings import MIXTURES, UNIFORM, both_ropes, filled, settings
 from nexus_ds.checkpoint.families.record import FFN_PARTS, DenseWeight, dense_weights
-from nexus_ds.checkpoint.tensors import TensorReader, read_json_object, require_directory
+from nexus_ds.checkpoint.json_files import read_json_object, require_directory
+from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.errors import CheckpointError
 
 SHARED_GATE_FILL = 2.0**-60
