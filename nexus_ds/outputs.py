@@ -1,11 +1,13 @@
 """New output directories and files: whole or not at all, and never over something else.
 
-They are written under a temporary name and renamed when they are whole.
+They are written under a temporary name, flushed to the disk, and renamed when they are whole, so
+that a loss of power leaves all or nothing too, and whoever removes something older afterwards
+removes nothing that is needed.
 
 An output has one writer at a time (`held`). The lock is the kernel's, so that it goes with its
 process, however that ends, and what a killed writer left under a temporary name is removed by the
-next one. Every file of an output may be read by those whom the umask allows (0666 & ~umask),
-whoever wrote it. A failed write names the file, also where the system does not.
+next one of any output beside it. Every file of an output may be read by those whom the umask allows
+(0666 & ~umask), whoever wrote it. A failed write names the file, also where the system does not.
 Not covered: two writers on two machines whose shared file system has no locks (NFS without a lock
 service, Lustre mounted without `flock`): there each believes that it is alone. A machine that is
 lost may keep its lock on NFS for a while; the message names the file to remove.
@@ -18,6 +20,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -37,8 +40,19 @@ if TYPE_CHECKING:
 
 # Bytes that are written at once: tensors are, and network file systems pay by the call.
 BUFFER = 1 << 20
-# What SLURM, a terminal that is closed, and `kill` send; Ctrl-C is KeyboardInterrupt already.
-ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# All that end a process unless it is asked: what SLURM, a terminal that is closed, limits of CPU
+# time and `kill` send. Ctrl-C is KeyboardInterrupt already.
+ENDING = (
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGQUIT,
+    signal.SIGXCPU,
+)
+TEMPORARY = re.compile(r"\..+\.tmp-[0-9]+")
+# File systems that can't flush a folder, as some of network shares, say so by one of these.
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
 class Ended(SystemExit):
@@ -51,19 +65,25 @@ class Ended(SystemExit):
 
 @contextmanager
 def exit_on_signals() -> Iterator[None]:
-    """Inside, SIGTERM, SIGHUP and SIGUSR1 raise `Ended`, so that `finally` removes what is
-    unfinished.
+    """Inside, the signals of ENDING raise `Ended`, so that `finally` removes what is unfinished.
 
     What was ignored (nohup) or has a handler already is left alone. Further signals don't disturb
-    the clearing up.
+    the clearing up, nor does a second Ctrl-C.
     """
     # Python lets no other thread set handlers.
     on_main = threading.current_thread() is threading.main_thread()
-    mine = [number for number in ENDING if on_main and signal.getsignal(number) is signal.SIG_DFL]
+    usual = dict.fromkeys(ENDING, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
+    mine = {
+        number: handler
+        for number, handler in usual.items()
+        if on_main and signal.getsignal(number) is handler
+    }
 
     def leave(number: int, frame: FrameType | None) -> None:
         for other in mine:
             signal.signal(other, signal.SIG_IGN)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         raise Ended(number)
 
     for number in mine:
@@ -71,8 +91,8 @@ def exit_on_signals() -> Iterator[None]:
     try:
         yield
     finally:
-        for number in mine:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in mine.items():
+            signal.signal(number, handler)
 
 
 # Writing ----------------------------------------------------------------------------------------
@@ -138,6 +158,23 @@ def write_text(path: Path, text: str) -> None:
         stream.write(text.encode("utf-8"))
 
 
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's entries, to the disk.
+
+    Raises:
+        OSError: the disk has lost what was written; it names the file.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with naming(path):
+            os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
 # One writer -------------------------------------------------------------------------------------
 
 
@@ -187,20 +224,25 @@ def _temporary(out: Path) -> Path:
     return out.parent / f".{out.name}.tmp-{os.getpid()}"
 
 
-def _left(out: Path) -> list[Path]:
-    """Return all temporary files and directories of `out`, of whatever process."""
-    start = f".{out.name}.tmp-"
+def _temporaries(folder: Path) -> list[Path]:
+    """Return all temporary files and directories in a folder, of whatever output and process."""
     try:
-        names = os.listdir(out.parent)
+        names = os.listdir(folder)
     except PermissionError:
         # A folder that may be written and not listed.
         return []
-    found = []
-    for name in names:
-        # What begins alike may be another output's.
-        if name.startswith(start) and name.removeprefix(start).isdecimal():
-            found.append(out.parent / name)
-    return found
+    return [folder / name for name in names if TEMPORARY.fullmatch(name)]
+
+
+def _left(out: Path) -> list[Path]:
+    """Return all temporary files and directories of `out`, of whatever process."""
+    # What begins alike may be another output's.
+    start = f".{out.name}.tmp-"
+    return [
+        path
+        for path in _temporaries(out.parent)
+        if path.name.startswith(start) and path.name.removeprefix(start).isdecimal()
+    ]
 
 
 def _remove_if_dead(path: Path) -> None:
@@ -222,6 +264,29 @@ def _remove_if_dead(path: Path) -> None:
         return
 
 
+def _remove_beside(out: Path) -> None:
+    """Remove what killed writers of other outputs in the same folder left: whole models, maybe.
+
+    Only a folder whose lock file is there, names its writer, and is free: anything else may be
+    alive, or somebody else's.
+    """
+    for left in _temporaries(out.parent):
+        name, _, process = left.name.removeprefix(".").rpartition(".tmp-")
+        if left.is_symlink() or not left.is_dir():
+            continue
+        lock = out.parent / f".{name}.lock"
+        with suppress(OSError), lock.open("r+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if file.read().startswith(f"process {process} on ") and _is_at(file, lock):
+                # Renamed, since the next writer of that output is refused as long as the lock is
+                # held here. Whoever is killed from here on leaves something of his own.
+                mine = _temporary(out)
+                left.rename(mine)
+                lock.unlink()
+                file.close()
+                shutil.rmtree(mine, ignore_errors=True)
+
+
 @contextmanager
 def held(out: Path) -> Iterator[None]:
     """Be the only process that writes `out` inside the context.
@@ -238,6 +303,7 @@ def held(out: Path) -> Iterator[None]:
         if locked:
             for left in _left(out):
                 _remove_if_dead(left)
+            _remove_beside(out)
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         holder = f"process {os.getpid()} on {socket.gethostname()} since {since}"
@@ -279,22 +345,25 @@ def _temporary_directory(out: Path) -> Iterator[Path]:
         if out.is_dir():
             out.rmdir()
         temporary.rename(out)
+        sync(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _share(directory: Path) -> None:
-    """Give every file the mode that the umask gives.
+    """Give every file the mode that the umask gives, and flush all to the disk.
 
     Some libraries write files that their owner alone can read.
     """
     usual = stat.S_IMODE(directory.stat().st_mode) & 0o666
-    for path in directory.rglob("*"):
+    for path in [*directory.rglob("*"), directory]:
         # The target of a link is not this output's.
-        if path.is_symlink() or not path.is_file():
+        if path.is_symlink():
             continue
-        if stat.S_IMODE(path.stat().st_mode) != usual:
+        if path.is_file() and stat.S_IMODE(path.stat().st_mode) != usual:
             path.chmod(usual)
+        if path.is_file() or path.is_dir():
+            sync(path)
 
 
 def _start_file(path: Path) -> BinaryIO:
@@ -323,7 +392,9 @@ def new_file(out: Path, overwrite: bool = False) -> Iterator[Path]:
     with _start_file(temporary):
         try:
             yield temporary
+            sync(temporary)
             os.replace(temporary, out)
+            sync(out.parent)
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -1,8 +1,10 @@
+import errno
 import fcntl
 import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from functools import partial
@@ -14,6 +16,7 @@ from launch import file_limit, file_modes, umask
 from nexus_ds.__main__ import main
 from nexus_ds.errors import OutputBusyError, OutputExistsError
 from nexus_ds.outputs import (
+    ENDING,
     Ended,
     create,
     exit_on_signals,
@@ -117,6 +120,29 @@ def test_what_a_killed_writer_left_goes_with_the_next_one(other: subprocess.Pope
     assert names(tmp_path) == ["out"]
 
 
+def test_what_a_killed_writer_left_goes_with_the_next_one_of_another_output(
+    other: subprocess.Popen, tmp_path: Path
+):
+    """Else a model that nobody wants any more would stay for ever."""
+    with new_directory(tmp_path / "else"):
+        assert f".out.tmp-{other.pid}" in names(tmp_path)  # alive
+    end(other)
+    with held(tmp_path / "else.training"):
+        assert names(tmp_path) == [".else.training.lock", "else"]
+
+
+def test_leftovers_that_no_lock_tells_of_stay(tmp_path: Path):
+    """They may be anybody's."""
+    for number in (1, 2, 3):
+        (tmp_path / f".their.tmp-{number}").mkdir()
+    (tmp_path / ".their.lock").write_text("process 2 on here\n")
+    (tmp_path / ".link.tmp-7").symlink_to(tmp_path / ".their.tmp-1")
+    (tmp_path / ".link.lock").write_text("process 7 on here\n")
+    with held(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == [".link.lock", ".link.tmp-7", ".their.tmp-1", ".their.tmp-3"]
+
+
 def test_leftovers_of_others_stay(tmp_path: Path):
     # of out.tmp-1, of nobody, of outer
     kept = [".out.tmp-1.tmp-23", ".out.tmp-keep", ".outer.tmp-4", "out.tmp-5"]
@@ -168,10 +194,66 @@ def test_a_temporary_file_that_was_taken_for_a_leftover_is_made_again(tmp_path: 
     assert (tmp_path / "out").read_text() == "1\n"
 
 
+# The disk ---------------------------------------------------------------------------------------
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch):
+    """What a loss of power takes can't be tried here; what is asked of the kernel can be seen."""
+    seen = []
+
+    def noted(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        seen.append((path.name, (tmp_path / "out").exists()))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with new_directory(tmp_path / "out") as made:
+        (made / "model").write_text("whole")
+        (made / "parts").mkdir()
+        (made / "parts" / "one").write_text("whole")
+        (made / "elsewhere").symlink_to("/dev/null")
+    temporary = f".out.tmp-{os.getpid()}"
+    before = {"model", "parts", "one", temporary}
+    assert {name for name, there in seen if not there} == before
+    assert seen[-1] == (tmp_path.name, True)
+    assert seen[-2][0] == temporary  # the folder itself after all that it names
+    seen.clear()
+    write_json(tmp_path / "figures.json", 1)
+    assert [name for name, _ in seen] == [f".figures.json.tmp-{os.getpid()}", tmp_path.name]
+
+
+def test_a_disk_that_loses_what_was_written_is_told_and_the_old_file_stays(
+    tmp_path: Path, monkeypatch
+):
+    write_json(tmp_path / "out", "old")
+
+    def lost(descriptor: int) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "fsync", lost)
+    with pytest.raises(OSError, match=r"quota exceeded: free [\d,]+: '.*/\.out\.tmp-\d+'"):
+        write_json(tmp_path / "out", "new")
+    assert (tmp_path / "out").read_text() == '"old"\n'
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_share_that_can_not_flush_folders_does_without(tmp_path: Path, monkeypatch):
+    fsync = os.fsync
+
+    def files_alone(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_alone)
+    with new_directory(tmp_path / "out") as made:
+        (made / "model").write_text("whole")
+    assert names(tmp_path) == ["out"]
+
+
 # Signals ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("number", ENDING)
 @pytest.mark.parametrize("kind", ["directory", "file"])
 def test_a_signal_leaves_nothing_behind(tmp_path: Path, number: signal.Signals, kind: str):
     # Tests that are started under nohup would hand their ignored SIGHUP down.
@@ -205,6 +287,16 @@ def test_a_second_signal_does_not_disturb_the_clearing_up_and_handlers_come_back
             cleared = True
     assert (cleared, ended.value.code, ended.value.signal) == (True, 143, "SIGTERM")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_second_ctrl_c_does_not_disturb_the_clearing_up_either(tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt), exit_on_signals(), new_directory(tmp_path / "out"):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+    assert names(tmp_path) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # Modes ------------------------------------------------------------------------------------------

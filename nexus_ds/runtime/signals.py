@@ -8,16 +8,21 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
+from nexus_ds.outputs import ENDING
 from nexus_ds.runtime.deepspeed_internals import all_reduce_max
 
 
 class StopRequest:
-    """Remembers SIGTERM, SIGINT and SIGUSR1 sent to this rank; the step at hand ends in order."""
+    """Remembers Ctrl-C and the signals of ENDING sent to this rank; the step at hand ends in order.
+
+    SIGUSR1, among them, is what `sbatch --signal` sends ahead of a time limit.
+    """
 
     def __init__(self) -> None:
         self.received = 0
-        # SIGUSR1 is what `sbatch --signal` sends ahead of a time limit.
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        # What nohup has let it ignore stays so.
+        ignored = [number for number in ENDING if signal.getsignal(number) is signal.SIG_IGN]
+        for number in {*ENDING, signal.SIGINT}.difference(ignored):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

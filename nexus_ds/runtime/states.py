@@ -26,7 +26,7 @@ from typing import Any, TypedDict
 import torch.distributed as dist
 
 from nexus_ds.errors import CheckpointError
-from nexus_ds.outputs import create, new_file, write_text
+from nexus_ds.outputs import create, new_file, sync, write_text
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime import portable_state
 from nexus_ds.runtime.deepspeed_internals import Engine
@@ -249,15 +249,6 @@ def resume(engine: Engine, states: Path, description: Description) -> tuple[int,
 # Saving -------------------------------------------------------------------------------------------
 
 
-def _sync(directory: Path) -> None:
-    """Flush a directory's entries to the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _start(states: Path, partial: Path, needed: int) -> None:
     """Make an empty folder for a state of `needed` bytes; CheckpointError if there is no room."""
     shutil.rmtree(partial, ignore_errors=True)
@@ -285,11 +276,11 @@ def _commit(states: Path, partial: Path, manifest: Manifest) -> None:
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
-    _sync(partial)
+    sync(partial)
     _fault("before_rename", step)
     shutil.rmtree(final, ignore_errors=True)  # only a damaged one can be there
     os.rename(partial, final)
-    _sync(states)
+    sync(states)
     _fault("after_rename", step)
     with new_file(states / "latest", overwrite=True) as temporary:
         write_text(temporary, final.name + "\n")

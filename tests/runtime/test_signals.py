@@ -8,12 +8,17 @@ import pytest
 from nexus_ds.runtime import signals
 from nexus_ds.runtime.signals import StopRequest
 
-ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ASKING = (
+    *(signal.SIGTERM, signal.SIGUSR1, signal.SIGINT),
+    *(signal.SIGHUP, signal.SIGUSR2, signal.SIGQUIT, signal.SIGXCPU),
+)
 
 
 @pytest.fixture
 def request_():
     before = {number: signal.getsignal(number) for number in ASKING}
+    # Tests that are started under nohup ignore it.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield StopRequest()
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -36,3 +41,10 @@ def test_what_another_rank_got_counts_here(request_, monkeypatch):
     os.kill(os.getpid(), signal.SIGUSR1)
     request_.agreed()
     assert told == [0.0, float(signal.SIGUSR1)]
+
+
+def test_what_nohup_ignores_stays_ignored(request_):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    StopRequest()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert request_.received == 0
