@@ -1,7 +1,7 @@
 """Training states: portable files under a manifest, committed by rename, verified before reading.
 
     states/step_12/    a file of each rank that saved, and manifest.json (step, layout,
-                       configuration, parameters, size and sha256 of each file)
+                       configuration, parameters, size and sha256 of each file, and its own hash)
     states/latest      the name of the newest state, replaced in one step; for people, nothing
                        follows it
     states/partial/    a state that is being saved, or whose saving was interrupted
@@ -21,7 +21,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch.distributed as dist
 
@@ -32,9 +32,10 @@ from nexus_ds.runtime import portable_state
 from nexus_ds.runtime.deepspeed_internals import Engine
 from nexus_ds.runtime.portable_state import FileEntry
 from nexus_ds.runtime.ranks import on_rank_0, together
+from nexus_ds.sealed import read_sealed, seal
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2  # 1 had no hash of itself
 BYTES = 12  # of a parameter in a state: fp32 and two moments
 
 
@@ -80,29 +81,22 @@ def read_manifest(directory: Path) -> Manifest:
         CheckpointError: it is missing, damaged or not of this kind.
     """
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        known = _is_manifest(manifest)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        value = read_sealed(directory / MANIFEST)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{MANIFEST}: {error!r}") from error
-    if not known:
+    if value.get("format") != FORMAT:
         raise CheckpointError(
-            f"{MANIFEST}: found another format, expected format {FORMAT} of a training state"
+            f"{MANIFEST}: found format {value.get('format')!r}, expected format {FORMAT} of a "
+            "training state"
         )
-    return manifest
-
-
-def _is_manifest(value: Any) -> bool:
-    """Return whether parsed JSON is a manifest; KeyError or TypeError where parts are missing."""
-    mappings = (value[key] for key in ("files", "parameters", "config"))
-    if value["format"] != FORMAT or not all(isinstance(mapping, dict) for mapping in mappings):
-        return False
-    for name, entry in value["files"].items():
+    manifest = cast(Manifest, value)
+    if directory.name != f"step_{manifest['step']}":
+        raise CheckpointError(f"{MANIFEST}: found that of step {manifest['step']}")
+    for name in manifest["files"]:
         # A name with a folder in it would lead out of the state's own.
         if Path(name).name != name or not name.endswith(".safetensors"):
-            return False
-        if not isinstance(entry["size"], int) or not isinstance(entry["sha256"], str):
-            return False
-    return isinstance(value["step"], int)
+            raise CheckpointError(f"{MANIFEST}: {name!r} is not the name of a rank's file")
+    return manifest
 
 
 def _size_problem(directory: Path, name: str, entry: FileEntry) -> str:
@@ -269,7 +263,7 @@ def _commit(states: Path, partial: Path, manifest: Manifest) -> None:
     itself before `latest` tells of it, so that a loss of power leaves the old state or the new one.
     """
     step = manifest["step"]
-    text = json.dumps(manifest, indent=1) + "\n"
+    text = seal(cast(dict[str, object], manifest))
     final = states / f"step_{step}"
     _fault("before_manifest", step)
     with create(partial / MANIFEST) as file:

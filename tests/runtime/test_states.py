@@ -17,6 +17,7 @@ from nexus_ds.errors import CheckpointError
 from nexus_ds.runtime import portable_state, states
 from nexus_ds.runtime.portable_state import StateFiles
 from nexus_ds.runtime.states import damage, newest_good, read_manifest, steps_saved
+from nexus_ds.sealed import read_sealed, seal
 
 # Damage -------------------------------------------------------------------------------------------
 
@@ -25,12 +26,43 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-5])
 
 
+def edit(**values):
+    """Return what writes a manifest anew, with its hash, but with other values."""
+
+    def rewrite(path):
+        path.write_text(seal(read_sealed(path) | values))
+
+    return rewrite
+
+
 DAMAGES = {
     "flipped": (flip, RANK_1, f"{RANK_1}: found sha256 "),
     "truncated": (truncate, RANK_1, f"{RANK_1}: found "),
     "missing": (Path.unlink, RANK_1, f"{RANK_1}: not there"),
     "no manifest": (Path.unlink, "manifest.json", "manifest.json: FileNotFoundError"),
-    "half a manifest": (truncate, "manifest.json", "manifest.json: JSONDecodeError"),
+    "half a manifest": (truncate, "manifest.json", "manifest.json: ValueError('not valid JSON"),
+    "a flipped manifest": (flip, "manifest.json", "manifest.json: ValueError("),
+    "another step": (edit(step=5), "manifest.json", "manifest.json: found that of step 5"),
+    "edited": (
+        lambda path: path.write_text(path.read_text().replace('"step": 6', '"step": 66')),
+        "manifest.json",
+        "manifest.json: ValueError('found sha256 ",
+    ),
+    **{
+        f"{value!r} for {key}": (
+            lambda path, key=key, value=value: path.write_text(
+                json.dumps(json.loads(path.read_text()) | {key: value})
+            ),
+            "manifest.json",
+            "manifest.json: ValueError('found sha256 ",
+        )
+        for key, value in [("files", []), ("optimizer_step", "6"), ("config", None)]
+    },
+    "nested": (
+        lambda path: path.write_text("[" * 20_000),
+        "manifest.json",
+        "manifest.json: ValueError('not valid JSON (maximum recursion",
+    ),
 }
 
 
@@ -61,17 +93,19 @@ def test_ranks_share_the_hashing_and_leave_no_file_out(tmp_path, world):
         name: {"size": 100, "sha256": hashlib.sha256(data).hexdigest()}
         for name, data in files.items()
     }
-    manifest = {"format": 1, "step": 4, "parameters": {}, "config": {}, "files": entries}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    folder = tmp_path / "step_4"
+    folder.mkdir()
+    manifest = {"format": 2, "step": 4, "parameters": {}, "config": {}, "files": entries}
+    (folder / "manifest.json").write_text(seal(manifest))
     for name, data in files.items():
-        (tmp_path / name).write_bytes(data)
-    assert [damage(tmp_path, rank, world) for rank in range(world)] == [""] * world
+        (folder / name).write_bytes(data)
+    assert [damage(folder, rank, world) for rank in range(world)] == [""] * world
     for name, data in files.items():
-        flip(tmp_path / name)
-        found = [damage(tmp_path, rank, world) for rank in range(world)]
+        flip(folder / name)
+        found = [damage(folder, rank, world) for rank in range(world)]
         assert sorted(map(bool, found)) == [False] * (world - 1) + [True]
         assert next(filter(None, found)).startswith(f"{name}: found sha256 ")
-        (tmp_path / name).write_bytes(data)
+        (folder / name).write_bytes(data)
 
 
 @pytest.mark.slow
@@ -116,13 +150,15 @@ def test_a_run_whose_states_are_gone_does_not_start_over_silently(saved, alone):
 
 @pytest.mark.slow
 def test_a_manifest_leads_nowhere_else(saved):
-    manifest = json.loads((saved / "step_6" / "manifest.json").read_text())
-    manifest["files"]["../step_4/" + RANK_1] = manifest["files"].pop(RANK_1)
-    (saved / "step_6" / "manifest.json").write_text(json.dumps(manifest))
-    assert (
-        damage(saved / "step_6")
-        == "manifest.json: found another format, expected format 1 of a training state"
-    )
+    path = saved / "step_6" / "manifest.json"
+    files = read_sealed(path)["files"]
+    files["../step_4/" + RANK_1] = files.pop(RANK_1)
+    edit(files=files)(path)
+    said = f"manifest.json: '../step_4/{RANK_1}' is not the name of a rank's file"
+    assert damage(saved / "step_6") == said
+    edit(format=1)(path)
+    said = "manifest.json: found format 1, expected format 2 of a training state"
+    assert damage(saved / "step_6") == said
     (saved / "step_4" / RANK_1).rename(saved / "moved")
     (saved / "step_4" / RANK_1).symlink_to(saved / "moved")
     assert damage(saved / "step_4") == f"{RANK_1}: not there"
