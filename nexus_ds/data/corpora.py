@@ -3,7 +3,8 @@
 A token file is a binary file of token ids of one domain and split, each document opened by what the
 tokenizer puts before a text (BOS, or nothing) and closed by the end-of-text token; a manifest
 beside it says from what it was made, and a fingerprint of text, tokenizer and settings is part of
-its name. Blocks of any length are slices of that file, so packing costs nothing.
+its name. Blocks of any length are slices of that file, so packing costs nothing. The manifest has a
+hash of the ids, by which whoever asks for the file finds out whether they still are what was made.
 
 Not covered: shuffling documents (blocks are permuted when they are drawn, see mixture.py), masking
 attention between documents of a block, removing token files that are no longer used.
@@ -13,16 +14,16 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypedDict, cast
 
 import numpy as np
 
@@ -30,8 +31,9 @@ from nexus_ds.data.encoding import Batches, Packed, Tokenizer, cores, load_token
 from nexus_ds.data.rows import BadRows, Document
 from nexus_ds.data.sources import SPLITS, Source, open_source, passes, read, require_domains
 from nexus_ds.errors import ConfigError, DataError
-from nexus_ds.outputs import create, new_file, write_json
-from nexus_ds.progress import Progress
+from nexus_ds.outputs import create, new_file, write_text
+from nexus_ds.progress import Progress, say
+from nexus_ds.sealed import read_sealed, seal
 
 __all__ = [
     "Document",
@@ -128,17 +130,45 @@ def _batches(documents: Iterator[tuple[str, Document]]) -> Batches:
     yield from batches.items()
 
 
-def _existing(path: Path) -> TokenFile | None:
-    """Return the token file at `path` if its manifest is there and agrees with it."""
+class _Skipped(TypedDict):
+    """Damaged rows that were left out."""
+
+    count: int
+    first: list[str]
+
+
+class _Manifest(TypedDict):
+    """What lies beside a token file."""
+
+    domain: str
+    split: str
+    dtype: str
+    tokens: int
+    documents: int
+    skipped: _Skipped
+    max_bytes: int
+    fingerprint: str
+    sha256: str
+    """Of the ids, as they were handed to the system."""
+
+
+def _manifest(path: Path) -> _Manifest | None:
+    """Return the manifest of the token file at `path` if it is one and agrees with the file's size.
+
+    None yet, one of a process that was killed, one that a disk has damaged: it is made again.
+    """
     try:
-        text = path.with_suffix(".json").read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        size = path.stat().st_size
-    # none yet, or one of a process that was killed: it is made again
+        manifest = cast(_Manifest, read_sealed(path.with_suffix(".json")))
+        width = np.dtype(manifest["dtype"]).itemsize
+        return manifest if path.stat().st_size == manifest["tokens"] * width else None
     except (OSError, ValueError):
         return None
-    width = np.dtype(manifest["dtype"]).itemsize
-    if size != manifest["tokens"] * width:
+
+
+def _existing(path: Path) -> TokenFile | None:
+    """Return the token file at `path` if its manifest is there and agrees with it."""
+    manifest = _manifest(path)
+    if manifest is None:
         return None
     return TokenFile(
         path,
@@ -148,6 +178,36 @@ def _existing(path: Path) -> TokenFile | None:
         skipped=manifest["skipped"]["count"],
         fingerprint=manifest["fingerprint"],
     )
+
+
+def _damage(path: Path) -> str:
+    """Return what is wrong with the ids of a token file; '' for nothing, or where there is none."""
+    manifest = _manifest(path)
+    if manifest is None:
+        return ""
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found == manifest["sha256"]:
+        return ""
+    return f"{path}: found sha256 {found[:12]}, expected {manifest['sha256'][:12]}"
+
+
+def _drop_damaged(paths: Sequence[Path], cache: Path) -> None:
+    """Make token files whose ids are not what was written count as missing, and say so.
+
+    A flipped id would train like any other. Files are read side by side, each by a thread.
+    """
+    with ThreadPoolExecutor(cores()) as threads:
+        found = zip(paths, threads.map(_damage, paths), strict=True)
+        damaged = [path for path, problem in found if problem]
+    if not damaged:
+        return
+    with _locked(cache):
+        for path in damaged:
+            # Another process may have made it again.
+            if problem := _damage(path):
+                say(f"{problem}; the file is damaged and is made again")
+                path.with_suffix(".json").unlink()
 
 
 @dataclass
@@ -162,11 +222,13 @@ class _Job:
     tokens: int = 0
     documents: int = 0
     bad_rows: BadRows = field(default_factory=BadRows)
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    """Of the ids."""
 
     def finish(self, dtype: str, split: str, max_bytes: int) -> None:
         """Write the manifest, which makes the token file valid, and tell of damaged rows."""
         bad = self.bad_rows
-        manifest = {
+        manifest: _Manifest = {
             "domain": self.domain,
             "split": split,
             "dtype": dtype,
@@ -175,8 +237,10 @@ class _Job:
             "skipped": {"count": bad.count, "first": bad.messages},
             "max_bytes": max_bytes,
             "fingerprint": self.fingerprint,
+            "sha256": self.digest.hexdigest(),
         }
-        write_json(self.path.with_suffix(".json"), manifest)
+        with new_file(self.path.with_suffix(".json"), overwrite=True) as temporary:
+            write_text(temporary, seal(cast(dict[str, object], manifest)))
         if bad.count:
             what = f"{self.domain}/{split}: {bad.count} damaged rows skipped"
             print(f"{what}, first: {bad.messages[0]}", file=sys.stderr)
@@ -236,6 +300,7 @@ class _Maker:
             progress = stack.enter_context(Progress(label, total, "kB"))
             for domain, part in pack(_counted(_batches(documents), progress)):
                 streams[domain].write(part.ids)
+                named[domain].digest.update(part.ids)
                 named[domain].tokens += part.tokens
                 named[domain].documents += part.documents
             progress.advance(max(total - progress.done, 0))
@@ -270,8 +335,9 @@ def token_files(
     max_bytes: int = 0,
     on_bad_row: str = "error",
     bos: bool = True,
+    verify: bool = True,
 ) -> dict[str, TokenFile]:
-    """Return the token file of each domain, tokenising what is not in the cache yet.
+    """Return the token file of each domain, tokenising what is not in the cache yet, or damaged.
 
     Any number of processes may ask for the same files at the same time: one makes them, the others
     wait and read.
@@ -288,6 +354,8 @@ def token_files(
             all. Validation text is always used whole.
         on_bad_row: error | skip (counted in the manifest and on stderr).
         bos: whether documents begin as the tokenizer begins a text.
+        verify: whether the ids of files that are there are read and hashed; False where another
+            process of this run has just done it.
 
     Raises:
         ConfigError: an unknown split or `on_bad_row`.
@@ -303,6 +371,8 @@ def token_files(
     cap = max_bytes if split == "train" else 0
     maker = _Maker(source, split, tokenizer, cap, on_bad_row)
     jobs = [maker.job(domain, Path(cache)) for domain in domains]
+    if verify:
+        _drop_damaged([job.path for job in jobs], Path(cache))
     if any(_existing(job.path) is None for job in jobs):
         require_domains(source, domains)
         with _locked(Path(cache)):

@@ -37,9 +37,14 @@ def make_tokenizer(config: Config) -> None:
 
 
 def tokenised(
-    data: DataConfig, source: Source, domains: Sequence[str], split: str, tokenizer: Path
+    data: DataConfig,
+    source: Source,
+    domains: Sequence[str],
+    split: str,
+    tokenizer: Path,
+    verify: bool = True,
 ) -> dict[str, TokenFile]:
-    """Return the token file of each domain, made if it is missing; see `token_files`."""
+    """Return the token file of each domain, made if it is missing or damaged; see `token_files`."""
     return token_files(
         source,
         domains,
@@ -50,6 +55,7 @@ def tokenised(
         max_bytes=data.max_bytes,
         on_bad_row=data.on_bad_row,
         bos=data.bos,
+        verify=verify,
     )
 
 

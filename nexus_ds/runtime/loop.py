@@ -126,13 +126,16 @@ def read_data(config: Config, tokenizer: Path) -> Data:
 def _tokenised(
     config: Config, source: Source, domains: list[str], split: str, tokenizer: Path
 ) -> dict[str, TokenFile]:
-    """Return the token file of each domain. Rank 0 makes what is missing, the others wait."""
+    """Return the token file of each domain.
 
-    def make() -> dict[str, TokenFile]:
-        return tokenised(config.data, source, domains, split, tokenizer)
+    Rank 0 verifies what is there and makes what is missing, the others wait.
+    """
 
-    on_rank_0(lambda: len(make()))
-    return make()
+    def make(verify: bool) -> dict[str, TokenFile]:
+        return tokenised(config.data, source, domains, split, tokenizer, verify)
+
+    on_rank_0(lambda: len(make(verify=True)))
+    return make(verify=False)
 
 
 def _windows_of(domain: str, there: int, config: Config) -> int:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import multiprocessing
 import os
@@ -129,8 +130,51 @@ def test_a_damaged_cache_is_made_again(corpus: Path, tokenizer_dir: Path, tmp_pa
     content = first.path.read_bytes()
     first.path.write_bytes(content[:-2])
     assert ask().path.read_bytes() == content
-    first.path.with_suffix(".json").write_text("{")
+    manifest = first.path.with_suffix(".json")
+    sound = json.loads(manifest.read_text())
+    wrong = ["{", "null", "[" * 100_000, json.dumps(sound | {"dtype": []})]
+    wrong += [json.dumps({key: sound[key] for key in sound if key != gone}) for gone in sound]
+    for text in wrong:
+        manifest.write_text(text)
+        assert corpora._existing(first.path) is None, text[:300]
     assert ask().path.read_bytes() == content
+    assert json.loads(manifest.read_text()) == sound
+
+
+@pytest.mark.parametrize("harm", ["one bit", "all ids alike", "an id beyond the vocabulary"])
+def test_ids_that_are_not_what_was_made_are_named_and_made_again(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path, capsys, harm: str
+):
+    """The size is right, and each of them would train, or end on a GPU with an assertion."""
+
+    def ask(**options: object) -> TokenFile:
+        source = open_source(str(corpus))
+        return token_files(
+            source, ["alpha"], "train", tokenizer_dir, tmp_path / "cache", **options
+        )["alpha"]
+
+    path = ask().path
+    content = path.read_bytes()
+    harmed = bytearray(content)
+    if harm == "one bit":
+        harmed[len(harmed) // 2 & ~1] ^= 1
+    elif harm == "all ids alike":
+        harmed[::2] = bytes([5]) * (len(harmed) // 2)
+        harmed[1::2] = bytes(len(harmed) // 2)
+    else:
+        harmed[-1] = 255
+    path.write_bytes(harmed)
+    capsys.readouterr()
+    assert ask(verify=False).path.read_bytes() == harmed
+    assert ask().path.read_bytes() == content
+    said = capsys.readouterr().err
+    hashes = [hashlib.sha256(data).hexdigest()[:12] for data in (harmed, content)]
+    assert said.startswith(
+        f"{path}: found sha256 {hashes[0]}, expected {hashes[1]}; the file is damaged and is made "
+        "again\n"
+    )
+    assert ask().path.read_bytes() == content
+    assert capsys.readouterr().err == ""
 
 
 def test_damaged_rows_stop_or_are_counted(
