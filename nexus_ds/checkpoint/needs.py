@@ -34,6 +34,8 @@ class Need:
     """Of the largest layer."""
     outside: float
     """Of embeddings, head and last norm."""
+    resident: float
+    """Of these, what computes where the layers do: on a GPU all but the embeddings."""
     token: float
     """Of a token in a forward pass through one layer."""
     hidden: float
@@ -80,8 +82,14 @@ class Need:
         return self.weights + self.working(rows, length)
 
     def streamed(self, rows: int, length: int) -> float:
-        """Return the peak on the device with one layer's weights, and another's on their way."""
-        return self.outside + self.layer + self.working(rows, length)
+        """Return the peak on the device with the weights of one layer at a time."""
+        return self.resident + self.layer + self.working(rows, length)
+
+    def beside(self, sequences: int, length: int) -> float:
+        """Return main memory of a model that is streamed to a GPU: what is outside of the layers,
+        states between two of them, and logits, which come back."""
+        logits = self.logits(sequences, length)
+        return self.outside + self.waiting(sequences, length) + logits
 
     def waiting(self, sequences: int, length: int) -> float:
         """Return main memory of the hidden states between two layers, before and after."""
@@ -143,14 +151,15 @@ def way(need: Need, rows: int, length: int, room: float, host: float) -> Way:
         rows: sequences at once that were asked for.
         length: tokens of each.
         room: free bytes on the device.
-        host: free bytes of main memory, through which the weights come.
+        host: free bytes of main memory, through which weights come, and where states wait.
     """
     fits = need.whole(1, length) <= MARGIN * room and need.loading <= MARGIN * host
     # A model that fits whole in no batch starts with the whole batch again, layer by layer.
     choice = Way(streamed=not fits, rows=rows)
-    while True:
+    while (smaller := choice.smaller()) is not None:
         planned = need.streamed if choice.streamed else need.whole
-        smaller = choice.smaller()
-        if planned(choice.rows, length) <= MARGIN * room or smaller is None:
-            return choice
+        beside = need.beside(choice.rows, length) if choice.streamed else 0.0
+        if planned(choice.rows, length) <= MARGIN * room and beside <= MARGIN * host:
+            break
         choice = smaller
+    return choice

@@ -60,14 +60,17 @@ def need_of(directory: Path, precision: str, place: torch.device) -> Need:
         stored += info.end - info.start
     width = (chosen or DTYPES[reader.info(reader.names()[0]).dtype]).itemsize
     layers = [size for part, size in sizes.items() if part]
-    embedding = reader.info(EMBEDDING).shape if EMBEDDING in reader else (0, 0)
-    lookup = 0 if HEAD not in reader else embedding[0] * embedding[1]
+    embedding = torch.Size(reader.info(EMBEDDING).shape).numel() if EMBEDDING in reader else 0
+    # A tied one is multiplied with, and then there are two of it where the layers compute on a GPU.
+    lookup = embedding if HEAD in reader else 0
+    resident = sizes.get("", 0.0) - (lookup * width if place.type != "cpu" else 0)
     # A Qwen2-MoE of another form has dense layers in between.
     mixed = sum(name.endswith(ROUTER) for name in reader.names())
     return Need(
         weights=sum(sizes.values()),
         layer=max(layers, default=0.0),
         outside=sizes.get("", 0.0),
+        resident=resident,
         active=sum(elements.values()) - lookup - mixed * _idle(config),
         stored=stored,
         vocabulary=_number(config, "vocab_size"),

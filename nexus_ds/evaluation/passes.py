@@ -34,7 +34,7 @@ from nexus_ds.progress import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Of the free main memory, for hidden states that wait between two layers.
+# Of the main memory that a streamed model leaves, for hidden states that wait between two layers.
 WAITING_SHARE = 0.25
 # Of a module: itself, what it was given, what it returned.
 Hook = Callable[[nn.Module, object, tuple[Tensor, ...]], None]
@@ -200,12 +200,21 @@ def cut(windows: Mapping[str, np.ndarray], size: int) -> list[Unit]:
     ]
 
 
-def sequences_at_once(need: Need, way: Way, length: int) -> int:
+def sequences_at_once(need: Need, way: Way, length: int, places: Sequence[torch.device]) -> int:
     """Return the windows of a pass: of a streamed model, which is read anew in each, as many as
-    may wait in main memory."""
+    may wait in main memory, in which each device's copy has its own and is itself.
+
+    Args:
+        need: of the model.
+        way: that it is about to be opened in.
+        length: tokens of a window.
+        places: devices.
+    """
     if not way.streamed:
         return way.rows
-    fit = int(WAITING_SHARE * MARGIN * host_room() / need.waiting(1, length))
+    held = need.streamed if places[0].type == "cpu" else need.beside
+    free = MARGIN * host_room() / len(places) - held(way.rows, length)
+    fit = int(WAITING_SHARE * free / need.waiting(1, length))
     # Whole batches: the sums of a pass are then made of the same parts as those of a whole model.
     return max(way.rows, fit // way.rows * way.rows)
 

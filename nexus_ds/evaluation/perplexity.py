@@ -270,7 +270,7 @@ def score(
     warn_of_time(title, need, sum(tokens.values()), places[0], reads)
 
     def work(way: Way) -> tuple[list[Passed], float]:
-        size = sequences_at_once(need, way, longest)
+        size = sequences_at_once(need, way, longest, places)
         models = [open_way(model_dir, precision, place, way) for place in places]
         return timed_passes(models, places, cut(windows, size), way, title)
 

@@ -93,6 +93,7 @@ def need_of_sizes(sizes: Sizes, width: int) -> Need:
         weights=float(width * counts["total"]),
         layer=width * (counts["total"] - outside) / sizes.layers,
         outside=float(width * outside),
+        resident=float(width * (embedding + sizes.hidden)),
         active=float(counts["active"] - (0 if sizes.tied else embedding)),
         stored=float(width * counts["total"]),
         vocabulary=sizes.vocabulary,
@@ -153,7 +154,6 @@ class _Planner:
         tokens = WINDOWS * domains * self.length
         # Streamed, it is read once a domain; whole, once a GPU, from the page cache but for one.
         reads = domains if chosen.streamed else 1
-        waits = need.waiting(WINDOWS, self.length)
         gpus = self.machine.local
         computing = need.flops(tokens) / (self._speed() * gpus)
         fp32 = need_of_sizes(self.sizes, FP32)
@@ -162,7 +162,7 @@ class _Planner:
             self.name,
             "layer by layer" if chosen.streamed else "whole",
             planned(chosen.rows, self.length),
-            TEXT_BYTES + (waits + need.outside if chosen.streamed else need.loading),
+            TEXT_BYTES + (need.beside(WINDOWS, self.length) if chosen.streamed else need.loading),
             times * (computing + reads * need.stored / DISK_SPEED),
             times * (fp32.flops(tokens) / CPU_FLOPS + need.stored / DISK_SPEED),
             f"{domains} x {WINDOWS} windows of {self.length}, {chosen.rows} at once",
@@ -181,7 +181,7 @@ class _Planner:
             self.name,
             "layer by layer" if chosen.streamed else "whole",
             planned(1, length),
-            TEXT_BYTES + (need.outside if chosen.streamed else need.loading),
+            TEXT_BYTES + (need.beside(1, length) if chosen.streamed else need.loading),
             seconds + (0.0 if chosen.streamed else need.stored / DISK_SPEED),
             need.flops(length) / CPU_FLOPS
             + ADDED * need.active * FP32 / CPU_MEMORY_SPEED

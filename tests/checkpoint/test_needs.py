@@ -15,6 +15,7 @@ def need():
         weights=1000.0,
         layer=100.0,
         outside=50.0,
+        resident=30.0,
         token=1.0,
         hidden=2.0,
         cache=3.0,
@@ -32,8 +33,10 @@ def need():
         # 1000 + 4 rows of 10 tokens, but not 8
         (1045 / 0.9, ALL, Way(False, 4)),
         (1009 / 0.9, ALL, Way(True, 8)),
-        # one layer and what is outside, and two rows
-        (175 / 0.9, ALL, Way(True, 2)),
+        # one layer and what is on the device besides, and two rows
+        (155 / 0.9, ALL, Way(True, 2)),
+        # what is outside, and the states of two rows before a layer and after
+        (ALL, 135 / 0.9, Way(True, 2)),
         (10.0, ALL, Way(True, 1)),
         # the device has room, main memory none to load it through
         (ALL, 1050 / 0.9, Way(True, 8)),
@@ -49,6 +52,12 @@ def test_logits_are_made_in_slices(need):
     assert many.working(2, 10) == 20 + (1 << 24) * 12
     # lm-eval has no slices: logits and their log-probabilities, two bytes each
     assert many.with_all_logits().working(2, 10) == 20 + 20 * 10**6 * 2 * 2
+
+
+def test_logits_of_a_streamed_model_come_back_to_main_memory(need):
+    many = replace(need, vocabulary=1000).with_all_logits()
+    assert many.beside(2, 10) == 50 + 2 * 20 * 2 + 20 * 1000 * 4
+    assert way(many, 8, 10, 1e6, 1000.0) == Way(True, 1)
 
 
 def test_pieces_become_smaller_to_the_last():

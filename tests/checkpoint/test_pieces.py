@@ -21,6 +21,7 @@ def need():
         weights=1000.0,
         layer=100.0,
         outside=50.0,
+        resident=30.0,
         token=1.0,
         hidden=2.0,
         cache=3.0,

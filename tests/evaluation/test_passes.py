@@ -107,9 +107,22 @@ def test_windows_are_cut_in_order(windows):
 
 
 def test_a_streamed_pass_takes_what_may_wait_in_memory(monkeypatch):
-    need = Need(**dict.fromkeys(Need.__annotations__, 1) | {"hidden": 10.0})
-    # 2 x 10 bytes a token, 100 tokens a window; a quarter of 0.9 of it
-    monkeypatch.setattr(passes, "host_room", lambda: 2000 * 50 / (0.25 * 0.9))
-    assert sequences_at_once(need, Way(streamed=True, rows=8), 100) == 48
-    assert sequences_at_once(need, Way(streamed=True, rows=64), 100) == 64
-    assert sequences_at_once(need, Way(streamed=False, rows=8), 100) == 8
+    sizes = dict.fromkeys(Need.__annotations__, 0.0)
+    need = Need(**sizes | {"hidden": 10.0, "layer": 5e4, "outside": 7e4, "resident": 2e4})
+    gpu = torch.device("cuda")
+
+    def windows(room, rows, *places):
+        monkeypatch.setattr(passes, "host_room", lambda: room / 0.9)
+        return sequences_at_once(need, Way(streamed=True, rows=rows), 100, places)
+
+    # 2 x 10 bytes a token, 100 tokens a window: a quarter of what the model leaves
+    states = 2000 * 50 / 0.25
+    assert windows(7e4 + states, 8, CPU) == 48
+    # on a GPU main memory holds the embeddings, and the states of the rows that compute
+    assert windows(7e4 + 8 * 2000 + states, 8, gpu) == 48
+    assert windows(7e4 + 64 * 2000 + states, 64, gpu) == 64
+    # two devices share it
+    assert windows(2 * (7e4 + 8 * 2000 + states), 8, gpu, gpu) == 48
+    assert windows(7e4 + 8 * 2000 + states, 8, gpu, gpu) < 24
+    assert windows(1.0, 8, CPU) == 8
+    assert sequences_at_once(need, Way(streamed=False, rows=8), 100, [CPU]) == 8
