@@ -86,7 +86,8 @@ class Verb:
 def need_of_sizes(sizes: Sizes, width: int) -> Need:
     """Return what a model takes to run without training, from its sizes (`pieces.need_of` reads
     the same off a checkpoint)."""
-    counts = sizes.counts()
+    # A shared expert that is switched off is zeros, which transformers multiplies with, too.
+    counts = replace(sizes, shared=True).counts()
     embedding = sizes.vocabulary * sizes.hidden
     outside = embedding * (1 if sizes.tied else 2) + sizes.hidden
     return Need(

@@ -1,11 +1,11 @@
 """What the verbs take: sizes as the verbs themselves find them, ways by the same rule, and
 estimates that are followed."""
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
-from conftest import make_nexus
+from conftest import moe_model, save_tokenizer
 
 from nexus_ds.checkpoint.pieces import need_of
 from nexus_ds.config import load_config
@@ -34,13 +34,36 @@ def of(found, name, model="mixture"):
     return next(verb for verb in found if (verb.name, verb.model) == (name, model))
 
 
-def test_sizes_are_those_that_a_checkpoint_has(tmp_path):
-    """`plan` counts what `evaluate` finds in the files."""
-    make_nexus(tmp_path / "m")
-    config = load_config("demo", [f"model.path={tmp_path / 'm'}"])
-    counted = asdict(need_of_sizes(sizes_of(config), 4))
-    read = asdict(need_of(tmp_path / "m", "fp32", torch.device("cpu")))
+def both_needs(directory, *overrides):
+    """Return what `plan` counts of a checkpoint, and what `evaluate` finds in its files."""
+    config = load_config("demo", [f"model.path={directory}", *overrides])
+    counted = need_of_sizes(sizes_of(config), 4)
+    return asdict(counted), asdict(need_of(directory, "fp32", torch.device("cuda")))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_sizes_are_those_that_a_checkpoint_has(tmp_path, tied):
+    out = tmp_path / "m"
+    form = {"tie_word_embeddings": tied, "num_hidden_layers": 3}
+    moe_model(save_tokenizer(out), experts=4, top_k=2, **form).save_pretrained(out)
+    counted, read = both_needs(out)
     assert counted == pytest.approx(read)
+    words = 4 * 16 * read["vocabulary"]
+    assert read["resident"] == words + 4 * 16
+    assert read["outside"] == read["resident"] + (0 if tied else words)
+
+
+@pytest.mark.parametrize("kind", ["nexus_dir", "dense_dir", "context_dir"])
+def test_sizes_of_every_kind_are_those_that_a_checkpoint_has(kind, request):
+    directory = request.getfixturevalue(kind)
+    stage = ["stage=seed"] if kind == "dense_dir" else []
+    counted, read = both_needs(directory, *stage)
+    assert counted == pytest.approx(read)
+
+
+def test_a_shared_expert_of_zeros_is_computed(tmp_path):
+    sizes = sizes_of(load_config("nexus-2.8b"))
+    assert need_of_sizes(replace(sizes, shared=False), 2) == need_of_sizes(sizes, 2)
 
 
 def test_at_24_gb_the_mixture_is_whole_and_the_extended_one_is_streamed():
