@@ -45,7 +45,6 @@ begin() {
   # The last task of an array has the id of the whole array, and a requeue of that id would restart all of them.
   if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
   logs=$(ask logs seed) || die "the recipe can't be used (see above)"
-  run=${logs%/logs}
   local log=$logs/$template-$job.log
   if ! [ /proc/self/fd/1 -ef "$log" ]; then
     echo "log: $log"
@@ -89,20 +88,13 @@ launch() {
   child=''
 }
 
-# What a stage has reached: its saved states; with the scope of a whole run also its finished models and token files.
-marks() { (cd -- "$1" 2>/dev/null && find . -maxdepth 4 \
-  \( -path '*/states/step_*' -o -name 'model*.safetensors' -o -path './tokens/*.json' \) \
-  ! -path '*/.*/*' ! -path '*/partial/*' -prune | sort); }
-
-digest() { cksum <<<"$1" | tr ' ' -; }
-
-# settle STAGE SCOPE: after a step without output. Requeues what was interrupted, or crashed after progress; ends the job.
+# settle STAGE: after a step without output. Requeues what was interrupted, or crashed after progress; ends the job.
 settle() {
-  local stage=$1 record=$logs/.progress-$job-$1 now step last=none stalled=0 state
-  now=$(marks "$2")
-  step=$(sed -n 's/.*step_//p' <<<"$now" | sort -n | tail -n 1)
-  now=$(digest "$now")
-  if [ -f "$record" ]; then read -r last stalled <"$record"; fi
+  local stage=$1 record=$logs/.progress-$job-$1 now step last stalled state
+  read -r stalled last <"$record"
+  # What the stage, and what it has to make first, have reached; other jobs of the run don't count.
+  now=$(ask progress "$1") || { say "how far $1 is can't be told (see above): counted as no progress"; now=$last; }
+  step=${now##* }
   stalled=$([ "$now" = "$last" ] && echo $((stalled + 1)) || echo 0)
   # 75: stopped in order by a signal; 138 and 143: USR1 or TERM before the ranks listened.
   case $stopping$code in
@@ -117,7 +109,7 @@ settle() {
     say "interrupted at step ${step:-0} of $stage; ${state#JobState=}, so SLURM decides what follows"
     exit 75
   fi
-  printf '%s %s\n' "$now" "$stalled" >"$record"
+  printf '%s %s\n' "$stalled" "$now" >"$record"
   say "$stage is not finished (exit $code, last state: step ${step:-0}): requeue"
   scontrol requeue "$job" ||
     die "'scontrol requeue $job' failed; the state of step ${step:-0} is kept: submit the same job again to go on"
@@ -125,43 +117,46 @@ settle() {
   exit 75
 }
 
-# started STAGE SCOPE: note what there is before the first start, so that a start without progress can be told.
+# started STAGE: note what there is before a step, so that one without progress can be told.
 started() {
-  local record=$logs/.progress-$job-$1
-  [ -f "$record" ] || printf '%s 0\n' "$(digest "$(marks "$2")")" >"$record"
+  local record=$logs/.progress-$job-$1 now last=''
+  now=$(ask progress "$1") || die "the recipe can't be used (see above)"
+  if [ -f "$record" ]; then read -r _ last <"$record"; fi
+  # What a start made that nobody settled, for its node was lost, is progress too.
+  [ "$now" = "$last" ] || printf '0 %s\n' "$now" >"$record"
 }
 
 # preflight STAGE: checks on all ranks before the expensive part.
 preflight() {
   output=$(ask output "$1") || die "the recipe can't be used (see above)"
   [ ! -e "$output" ] || return 0
-  started "$1" "$output.training"
+  started "$1"
   launch -- preflight --config="$recipe" --deepspeed="${NEXUS_DEEPSPEED:-}" "$1" "${settings[@]}"
   if [ "$code$stopping" = 1 ]; then die "preflight failed; nothing was started"; fi
-  [ "$code" = 0 ] || settle "$1" "$output.training"
+  [ "$code" = 0 ] || settle "$1"
 }
 
 # alone STAGE: make a stage, and what it needs, with one process on the first node.
 alone() {
   output=$(ask output "$1") || die "the recipe can't be used (see above)"
   if [ -e "$output" ]; then say "$1 is finished already"; return 0; fi
-  started "$1" "$run"
+  started "$1"
   say "stage $1"
   [ -n "$stopping" ] ||
     launch --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" \
       -- stage --config="$recipe" "$1" "${settings[@]}"
-  [ -e "$output" ] || settle "$1" "$run"
+  [ -e "$output" ] || settle "$1"
 }
 
 # ranks STAGE: train a stage on all ranks.
 ranks() {
   output=$(ask output "$1") || die "the recipe can't be used (see above)"
-  started "$1" "$output.training"
+  started "$1"
   say "stage $1"
   # srun does not inherit --cpus-per-task
   [ -n "$stopping" ] ||
     SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} launch -- stage --config="$recipe" --deepspeed="${NEXUS_DEEPSPEED:-}" "$1" "${settings[@]}"
-  [ -e "$output" ] || settle "$1" "$output.training"
+  [ -e "$output" ] || settle "$1"
   # Above 128: a signal met ranks that were done. The output appears by a rename, as a whole.
   [ "$code" = 0 ] || [ "$code" -gt 128 ] || die "$1: exit $code, although $output is there; see above"
   say "stage $1 is finished"

@@ -45,7 +45,7 @@ from nexus_ds.progress import say
 from nexus_ds.settings import Config
 from nexus_ds.words import add_stage_arguments
 
-SHOWN = ("logs", "output", "branches", "extension")
+SHOWN = ("logs", "output", "progress", "branches", "extension")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,8 +145,31 @@ def chosen(found: list[Step], names: list[str]) -> list[Step]:
     return [by_name[name] for name in names]
 
 
+def missing(config: Config, found: list[Step], names: list[str]) -> list[Step]:
+    """Return the steps of these names that are not done, behind what has to be made before them.
+
+    A given checkpoint needs no earlier stage. A training tokenises its own text, which is less than
+    that of the run.
+    """
+    trained = names[0].partition(":")[0] in TRAINED
+    before = [] if trained and config.model.path else needed_for(found, names[0])
+    needed = [step for step in before if not (trained and step.name == TOKENS)]
+    return needed + [step for step in chosen(found, names) if not step.output.exists()]
+
+
+def _reached(step: Step, config: Config) -> int:
+    """Return the optimizer step of the newest saved state, or how many token files are made."""
+    if step.name == TOKENS:
+        cache = Path(config.data.cache or places(config).tokens)
+        return len(list(cache.glob("*.json")))
+    states = Path(f"{step.output}.training/states").glob("step_*")
+    numbers = [path.name.removeprefix("step_") for path in states]
+    return max((int(number) for number in numbers if number.isdigit()), default=0)
+
+
 def show(what: str, config: Config, args: argparse.Namespace) -> str:
-    """Return one fact as one line: `logs` (made if missing), `output`, `branches`, `extension`."""
+    """Return one fact as one line: `logs` (made if missing), `output`, `progress` (names of what is
+    missing and how far each is), `branches`, `extension`."""
     run = places(config).run.absolute()
     if what == "logs":
         (run / "logs").mkdir(parents=True, exist_ok=True)
@@ -157,6 +180,9 @@ def show(what: str, config: Config, args: argparse.Namespace) -> str:
     elif what == "output":
         targets = chosen(plan(config, args), names_of(args.name, config))
         line = str(targets[-1].output.absolute())
+    elif what == "progress":
+        steps_left = missing(config, plan(config, args), names_of(args.name, config))
+        line = " ".join(f"{step.name} {_reached(step, config)}" for step in steps_left)
     elif what == "branches":
         line = str(len(_domains(config)))
     else:
@@ -260,13 +286,11 @@ def run(args: argparse.Namespace) -> int:
         if code == 0:
             print(f"finished: {', '.join(str(step.output) for step in targets)}")
         return code
-    # A given checkpoint needs no earlier stage. Other ranks wait in train.py for what rank 0 makes.
-    # A training tokenises its own text, which is less than that of the run.
-    needed = [] if config.model.path else needed_for(found, names[0])
-    missing = [step for step in needed if step.name != TOKENS]
-    if missing and first_rank() and not targets[0].output.exists():
+    # other ranks wait in train.py for what rank 0 makes
+    needed = [step.name for step in missing(config, found, names) if step not in targets]
+    if needed and first_rank() and not targets[0].output.exists():
         with _only_one(places(config).run / "logs" / ".making"):
-            code = make([step.name for step in missing], found, config)
+            code = make(needed, found, config)
         if code:
             return code
     train(config, args)

@@ -93,6 +93,29 @@ def test_shown_facts(tmp_path):
     assert stage.show("extension", config, options) == "no"
 
 
+def test_progress_is_of_the_stage_and_of_what_it_makes_first(tmp_path):
+    run = tmp_path / "run"
+
+    def progress(name, *words):
+        options = args(name, f"pipeline.run={run}", "pipeline.domains=[docs,law]", *words)
+        return stage.show("progress", stage._config(options), options)
+
+    assert progress("embed") == "embed 0 embed:new 0"
+    (run / "domains.safetensors").mkdir(parents=True)
+    assert progress("embed") == "embed:new 0"
+    for name in ("step_8", "step_40", "partial"):
+        (run / "seed.training" / "states" / name).mkdir(parents=True)
+    assert progress("seed") == "seed 40", "a training tokenises for itself"
+    assert progress("upcycle") == "tokens 0 seed 40 branch:docs 0 branch:law 0 upcycle 0"
+    assert progress("branch", "branch=law", "model.path=elsewhere") == "branch:law 0"
+    (run / "tokens").mkdir()
+    (run / "tokens" / "docs-train.json").touch()
+    assert progress("tokens") == "tokens 1"
+    assert progress("tokens", f"data.cache={tmp_path}") == "tokens 0"
+    (run / "upcycled").mkdir()
+    assert progress("upcycle") == "tokens 1 seed 40 branch:docs 0 branch:law 0"
+
+
 def test_a_path_with_a_newline_is_refused_before_a_shell_sees_it(tmp_path):
     options = args("seed", "pipeline.run=" + json.dumps(f"{tmp_path}/a\nb"))
     with pytest.raises(ConfigError, match="control character"):

@@ -42,6 +42,9 @@ def shell(tmp_path):
     for name in ("srun", "scontrol", "sbatch"):
         (programs / name).write_text(FAKE.format(python=sys.executable))
         (programs / name).chmod(0o755)
+    # of a job that waits for SLURM to end it
+    (programs / "sleep").write_text("#!/bin/sh\n")
+    (programs / "sleep").chmod(0o755)
     notes = tmp_path / "notes"
 
     def run(script, *arguments, repository=REPO, **more):
@@ -204,6 +207,68 @@ def test_a_failing_requeue_keeps_the_state_and_says_so(shell, tmp_path):
         "'scontrol requeue 7_0' failed; the state of step 0 is kept: submit the same job again "
         "to go on" in output
     )
+
+
+def failing(tmp_path, made, code=1):
+    """Let the fake srun end with `code` after somebody made a file of the run."""
+    path = tmp_path / "run" / made
+    srun = (
+        '#!/bin/sh\ncase "$*" in *preflight*) exit 0;; esac\n'
+        f'mkdir -p "{path.parent}"; touch "{path}"\nexit {code}\n'
+    )
+    (tmp_path / "bin" / "srun").write_text(srun)
+
+
+OTHERS = ("seed.training/states/step_7", "branches/docs/model.safetensors")
+
+
+@pytest.mark.parametrize("made", OTHERS)
+@pytest.mark.parametrize("template", ["embed", "tokens", "evaluate", "dense_branch"])
+def test_progress_of_other_jobs_requeues_no_failure(shell, tmp_path, template, made):
+    run = tmp_path / "run"
+    for there in ("seed", "upcycled", "nexus", "extension", "extended"):
+        (run / there).mkdir(parents=True)
+    failing(tmp_path, made)
+    code, output, calls = shell(template, recipe(tmp_path / "recipe.yaml"), MAX_STALLED="3")
+    assert (run / made).exists()
+    assert code == 1 and "without progress; its message stands above" in output, output
+    assert not any("requeue" in call for call in calls)
+
+
+OWN = {
+    "seed": "seed.training/states/step_7",
+    "tokens": "tokens/docs-train.json",
+    "embed": "domains.safetensors",
+    "dense_branch": "branches/python.training/states/step_7",
+    # of the seed, which this job makes first
+    "upcycle": "seed.training/states/step_7",
+}
+
+
+@pytest.mark.parametrize("template", OWN)
+def test_a_failure_after_progress_is_requeued(shell, tmp_path, template):
+    failing(tmp_path, OWN[template])
+    code, output, calls = shell(template, recipe(tmp_path / "recipe.yaml"), MAX_STALLED="3")
+    assert code == 75 and "is not finished (exit 1" in output, output
+    assert ["scontrol", "requeue", "7_0"] in calls
+    # and once more, without any
+    code, output, calls = shell(template, recipe(tmp_path / "recipe.yaml"), MAX_STALLED="3")
+    assert code == 1 and "without progress" in output, output
+    assert ["scontrol", "requeue", "7_0"] not in calls
+
+
+def test_what_a_lost_start_made_counts_for_that_start_alone(shell, tmp_path):
+    """A node was lost after progress, so that nobody noted it; the next start fails at once."""
+    failing(tmp_path, "seed.training/config.yaml", code=75)
+    words = ("seed", recipe(tmp_path / "recipe.yaml"))
+    for _ in range(2):
+        code, output, _ = shell(*words, MAX_STALLED="3")
+        assert code == 75, output
+    (tmp_path / "run" / "seed.training" / "states" / "step_7").mkdir(parents=True)
+    for expected in (75, 75, 1):
+        code, output, _ = shell(*words, MAX_STALLED="3")
+        assert code == expected, output
+    assert "no progress in 3 starts at step 7 of seed" in output
 
 
 def test_a_template_outside_of_a_job_says_how_to_submit_it(shell, tmp_path):
