@@ -589,6 +589,15 @@ class TrainingConfig:
     )
     """Steps between two training states; 0: one, at the end of an interrupted run."""
 
+    # One bad document must not end a run; several in a row are a run that went astray.
+    bad_batches: int = setting(
+        3,
+        changes="nothing",
+        positive=True,
+    )
+    """Batches in a row whose loss or gradient is not a number that end a run; fewer are left out,
+    without an update, and named in the log."""
+
     # One could be damaged by the very crash that it is needed after.
     keep_last: int = setting(
         2,

@@ -30,6 +30,7 @@ CHANGES = {
     """,
     "nothing": """
         pipeline.parallel_branches data.workers training.log_every training.keep_last
+        training.bad_batches
         parallel.timeout_minutes parallel.check_memory
     """,
 }

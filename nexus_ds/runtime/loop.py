@@ -48,6 +48,7 @@ from nexus_ds.planning.memory import disk
 from nexus_ds.planning.sizes import Sizes, sizes_of
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime import states, watchdog
+from nexus_ds.runtime.bad_batches import BadBatches
 from nexus_ds.runtime.deepspeed_internals import DeepSpeedConfig
 from nexus_ds.runtime.engine import (
     Batch,
@@ -390,6 +391,7 @@ class Run:
         self.layers = moe_layers(self.engine.module)
         self.device = self.engine.device
         self.work = Path(config.output + ".training")
+        self.bad = BadBatches(config, self.data.sampler)
         self.domains = list(self.data.files)
         self.experts = [expert.name for expert in layout.experts]
         self.expert_domains = [expert.domain for expert in layout.experts]
@@ -445,19 +447,21 @@ class Run:
         if step < self.total:
             self.ahead = step, part, self._batch(step, part)
 
-    def _step(self, step: int, tally: Tally) -> float:
+    def _step(self, step: int, tally: Tally) -> float | None:
         """Do one optimizer step; return the gradient norm before clipping.
 
-        Raises:
-            TrainingError: the norm is not finite, so that the weights are not either.
+        None says that it is not finite: then nothing was updated, and `tally` is as it was.
         """
         self.engine.train()
+        before = tally.copies()
+        self.bad.start()
         set_learning_rate(self.engine, learning_rate(step, self.config.training, self.config.data))
         for part in range(self.batch.accumulation):
             watchdog.at("the forward pass", step + 1)
             tokens_BS, domain_B = self._take(step, part)
             loss, losses_BS = next_token_loss(self.engine, tokens_BS)
             tally.add(losses_BS, domain_B, self.layers)
+            self.bad.see(losses_BS)
             watchdog.at("the backward pass", step + 1)
             self.engine.backward(loss)
             # Before the step: at its end the host waits until the device is done.
@@ -466,14 +470,38 @@ class Run:
             self.engine.step()
         norm = self.engine.get_global_grad_norm()
         if norm is None or not math.isfinite(float(norm)):
-            saved = states.steps_saved(self.work / "states")
-            last = f"step {saved[-1]}" if saved else "none"
-            raise TrainingError(
-                f"the gradient norm is {norm} at step {step + 1} (samples from "
-                f"{step * self.config.training.batch_size}); stopped, last training state: {last}; "
-                "lower training.lr, or look at these samples"
-            )
+            tally.back_to(before)
+            return None
         return float(norm)
+
+    def _leave_out(self, step: int, metrics: Metrics) -> None:
+        """Tell of a step that updated nothing. All ranks must call.
+
+        Raises:
+            TrainingError: too many in a row; the state behind them is saved.
+        """
+        watchdog.at("the naming of a bad batch", step + 1, watchdog.SAVING)
+        share = self.batch.micro * self.batch.accumulation
+        first = step * self.config.training.batch_size + self.rank * share
+        what = self.bad.named(range(first, first + share))
+        self.bad.next(bad=True)
+        count, limit = self.bad.in_a_row, self.config.training.bad_batches
+        metrics.log(
+            "left out",
+            step + 1,
+            {"in_a_row": count, "what": what},
+            f"step {step + 1} left out, nothing was updated ({count} in a row, {limit} end the "
+            f"run): {what}",
+        )
+        if count < limit:
+            return
+        self.save(step + 1)
+        raise TrainingError(
+            f"{count} batches in a row without a finite gradient, the last at step {step + 1} "
+            f"({what}); stopped. The weights are those of step {step + 1 - count}, saved with the "
+            "place behind these batches: lower training.lr or mend this text, then start the same "
+            "command again, which goes on behind them; training.bad_batches allows more"
+        )
 
     @torch.no_grad()
     def validate(self, step: int, metrics: Metrics) -> None:
@@ -534,6 +562,8 @@ class Run:
     ) -> None:
         """Log a stretch of `steps` optimizer steps that took `seconds`. All ranks must call."""
         tally.reduced()
+        if tally.is_empty():
+            return  # all of it was left out
         training, data = self.config.training, self.config.data
         loss = tally.mean_loss()
         domain_losses = tally.losses(self.domains)
@@ -577,6 +607,9 @@ class Run:
     def save(self, step: int) -> None:
         """Save a training state."""
         watchdog.at("the saving of the state", step, watchdog.SAVING)
+        if not internals.optimizer_step(self.engine):
+            # No step has updated anything yet, so there may be no moments to save.
+            internals.set_optimizer_step(self.engine, 0)
         states.save(
             self.engine,
             self.work / "states",
@@ -593,10 +626,16 @@ class Run:
         """
         training = self.config.training
         tally = self._tally()
+        norm = math.nan
         since = first
         started = time.monotonic()
         for step in range(first, self.total):
-            norm = self._step(step, tally)
+            found = self._step(step, tally)
+            if found is None:
+                self._leave_out(step, metrics)
+            else:
+                self.bad.next(bad=False)
+                norm = found
             metrics.advance()
             done = step + 1
             if done % training.log_every == 0 or done == self.total:

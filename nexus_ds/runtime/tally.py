@@ -96,11 +96,27 @@ class Tally:
         self.router_4[:3] += torch.stack([balance_L, z_L, gate_L]).double().sum(1)
         self.router_4[3] += len(seen)
 
+    def _sums(self) -> tuple[Tensor, ...]:
+        return self.loss_D, self.tokens_D, self.routed_DE, self.router_4
+
+    def copies(self) -> list[Tensor]:
+        """Return what was summed so far, for `back_to`."""
+        return [tensor.clone() for tensor in self._sums()]
+
+    def back_to(self, copies: Sequence[Tensor]) -> None:
+        """Forget what was added since `copies` were taken."""
+        for tensor, kept in zip(self._sums(), copies, strict=True):
+            tensor.copy_(kept)
+
     def reduced(self) -> Tally:
         """Sum over all ranks (all must call); return self."""
-        for tensor in (self.loss_D, self.tokens_D, self.routed_DE, self.router_4):
+        for tensor in self._sums():
             all_reduce_sum(tensor)
         return self
+
+    def is_empty(self) -> bool:
+        """Return whether nothing was added that stayed."""
+        return not self.tokens_D.any()
 
     def losses(self, names: Sequence[str]) -> dict[str, float]:
         """Return the mean loss per domain that was seen, nats a token."""

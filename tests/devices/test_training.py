@@ -22,6 +22,7 @@ from nexus_ds.data.mixture import Sample
 from nexus_ds.model.head import next_token_loss, use_loss_head
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.attention import attend_whole_windows
+from nexus_ds.runtime.bad_batches import BadBatches
 from nexus_ds.runtime.engine import Batch, moe_layers
 from nexus_ds.runtime.loop import Run
 from nexus_ds.runtime.nexus_moe import Placement
@@ -263,6 +264,7 @@ def run(tmp_path):
         engine=Engine(model),
         layers=moe_layers(model),
         domains=["alpha", "beta", "gamma"],
+        bad=BadBatches(config, None),
         experts=["alpha", "beta", "gamma"],
         expert_domains=["alpha", "beta", "gamma"],
         data=SimpleNamespace(sampler=Samples(), validation={"alpha": windows, "beta": windows}),

@@ -3,6 +3,7 @@ what a resume refuses."""
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nexus_ds.config import _apply, parse_override
 from nexus_ds.data.mixture import Sample
-from nexus_ds.errors import CheckpointError, LayoutError, NexusError, TrainingError
+from nexus_ds.errors import CheckpointError, LayoutError, NexusError
 from nexus_ds.evaluation.perplexity import score
 from nexus_ds.launch import Position
 from nexus_ds.planning.layout import Machine
@@ -27,6 +28,7 @@ from nexus_ds.planning.memory import disk
 from nexus_ds.planning.sizes import sizes_of
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime import loop, portable_state, states
+from nexus_ds.runtime.bad_batches import BadBatches
 from nexus_ds.runtime.engine import Batch, split_batch
 from nexus_ds.runtime.loop import (
     Run,
@@ -276,6 +278,7 @@ def bare(training, rank=0, world=1, **more):
     run.config.training, run.config.data.sequence_length = training, LENGTH
     run.batch, run.layers, run.total = split_batch(training, world), [], training.steps
     run.data = SimpleNamespace(sampler=Numbers())
+    run.bad = BadBatches(run.config, run.data.sampler)
     vars(run).update(more)
     return run
 
@@ -339,21 +342,21 @@ def test_a_step_has_its_own_rate_and_goes_through_all_passes():
 
 
 @pytest.mark.parametrize("norm", [None, float("nan"), float("inf")])
-def test_a_norm_that_is_no_number_stops_the_run_and_names_step_samples_and_state(norm, tmp_path):
+def test_a_step_whose_norm_is_no_number_counts_nowhere(norm):
     run = bare(
-        TrainingConfig(steps=4, batch_size=4),
-        engine=Engine(norm),
-        experts=[],
-        domains=list("abc"),
-        work=tmp_path,
+        TrainingConfig(steps=4, batch_size=4), engine=Engine(), experts=[], domains=list("abc")
     )
-    (tmp_path / "states" / "step_2").mkdir(parents=True)
-    message = (
-        rf"the gradient norm is {norm} at step 4 \(samples from 12\); stopped, "
-        "last training state: step 2; lower"
-    )
-    with pytest.raises(TrainingError, match=message):
-        run._step(3, run._tally())
+    tally = run._tally()
+    run._step(0, tally)
+    before = tally.copies()
+    run.engine.norm = norm
+    assert run._step(1, tally) is None
+    assert all(map(torch.equal, tally.copies(), before))
+
+
+def test_a_stretch_that_was_left_out_is_not_logged(capsys):
+    run = bare(TrainingConfig(steps=4, batch_size=4), experts=[], domains=list("abc"))
+    run.log(1, run._tally(), math.nan, 1.0, 1, None)
 
 
 def test_the_own_share_is_that_of_each_experts_domain():
@@ -463,7 +466,7 @@ VERDICTS = (
         SPEED,
         (),
         "micro_batch_size=4 activation_checkpointing=reentrant loss_kernel=eager "
-        "gradient_dtype=fp32 log_every=5 eval_every=5 save_every=5 keep_last=3",
+        "gradient_dtype=fp32 log_every=5 eval_every=5 save_every=5 keep_last=3 bad_batches=5",
     ),
     ("router", REFUSED, (), "lr_scale=0.5 load_balance=0.2 z_loss=0.02"),
     (
