@@ -33,6 +33,9 @@ VERBS = {
         "commands.discover", "cluster text without labels into domains for the pipeline"
     ),
     "embed": Verb("commands.embed", "embed each domain's training text with a sentence encoder"),
+    "card": Verb(
+        "commands.card", "make the domain card of a dense model, with which it can become an expert"
+    ),
     "upcycle": Verb(
         "commands.upcycle", "make one mixture-of-experts out of a seed and its dense branches"
     ),

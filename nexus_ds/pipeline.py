@@ -370,17 +370,20 @@ def steps(
     where = places(config)
     pipe = config.pipeline
     make = _Steps(config, recipe, tuple(overrides), ranks, ds_config)
+    # Before the branches, whose cards take from there what is there.
+    embeds = [make.embed("embed", pipe.domains, where.domains)]
+    if pipe.new_domains:
+        embeds.append(make.embed("embed:new", pipe.new_domains, where.new_domains))
     plan = [
         make.tokens(),
         make.seed(),
+        *embeds,
         *make.branches([*pipe.domains, *pipe.new_domains]),
-        make.embed("embed", pipe.domains, where.domains),
         make.upcycle(),
         make.trained_mixture("moe", where.nexus, "upcycle"),
     ]
     if pipe.new_domains:
         plan += [
-            make.embed("embed:new", pipe.new_domains, where.new_domains),
             make.extend(),
             make.trained_mixture("extended", where.extended, "extend"),
         ]

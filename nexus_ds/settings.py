@@ -128,6 +128,10 @@ class PipelineConfig:
     )
     """Documents of each domain that are embedded."""
 
+    # A branch without one needs its text again before it can become an expert elsewhere.
+    card: bool = setting(True, changes="execution")
+    """Whether the training of a branch leaves a domain card in its directory."""
+
     # That of MiniLM, the default encoder.
     embedding_size: int = setting(
         384,
@@ -163,6 +167,10 @@ class ModelConfig:
         scope="stage",
     )
     """Directory of the tokenizer; empty: the checkpoint's own."""
+
+    license: str = setting("", changes="execution")
+    """License of what is trained, in the hub's words (apache-2.0), for its cards; empty: the
+    start's own, if that says one."""
 
     dtype: Literal["fp32", "bf16"] = setting("bf16", changes="course")
     """Working precision; fp32 master weights and optimizer states are kept either way."""
@@ -433,8 +441,14 @@ class RouterConfig:
     """Windows of text per domain that `chunks` and `closed_form` see; each is embedded."""
 
     fit_background: list[str] = setting([], changes="inputs")
-    """Domains without an expert, such as the seed's pretraining text, whose windows these two see
-    as well."""
+    """Domains without an expert, such as the seed's pretraining text: windows that these two see as
+    well, and that `fit_text: background` chooses from."""
+
+    # Own text says more; who has it need not look for what resembles it.
+    fit_text: Literal["own", "background"] = setting("own", changes="inputs")
+    """What a warm start reads for each expert's domain: own: its text | background: those windows
+    of `fit_background` whose own embeddings are nearest to the domain's; no text of a domain is
+    needed."""
 
 
 @dataclass(kw_only=True)

@@ -20,6 +20,7 @@ from launch import clean_environment
 from safetensors.torch import load_file, save_file
 
 from nexus_ds.__main__ import VERBS, build_parser, main
+from nexus_ds.checkpoint.cards import read_card
 from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings
 from nexus_ds.config import get_key, load_config, read_recipe
 from nexus_ds.data.tokenizer import train_tokenizer
@@ -174,6 +175,8 @@ def test_the_branch_that_was_lacking_is_trained(done):
         load_file(done / "models" / name / "model.safetensors") for name in ("seed", "law")
     )
     assert seed.keys() == law.keys()
+    card = read_card(done / "models/law")
+    assert (card.domain, card.text_documents, len(card.embedding)) == ("law", 60, 384)
     name = "model.layers.0.mlp.gate_proj.weight"
     assert 0 < (law[name].float() - seed[name].float()).abs().max() < 0.02  # four steps of 1e-3
 

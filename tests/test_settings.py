@@ -27,6 +27,7 @@ CHANGES = {
         training.save_every training.gradient_dtype training.loss_kernel
         training.layer_kernels
         parallel.expert parallel.zero_stage parallel.grouped_mm
+        pipeline.card model.license
     """,
     "nothing": """
         pipeline.parallel_branches data.workers training.log_every training.keep_last

@@ -34,6 +34,8 @@ class ExpertRecord:
     """Path of the dense model as it was given; of an absolute path the last part."""
     sha256: str
     """Of the dense model's FFN tensors, see `tensors.sha256_of_tensors`."""
+    license: str = ""
+    """Of the dense model, as its card says it; empty: not said."""
 
 
 @dataclass
@@ -323,14 +325,16 @@ def is_nexus(directory: Path) -> bool:
 def _record(cls: type[Record], value: object, where: str) -> Record:
     """Build a record from JSON, refusing missing, unknown and mistyped fields."""
     hints = get_type_hints(cls)
-    if not isinstance(value, dict) or set(value) != set(hints):
+    # what an older version did not write yet has a default
+    required = {name for name in hints if not hasattr(cls, name)}
+    if not isinstance(value, dict) or not required <= set(value) <= set(hints):
         found = sorted(value) if isinstance(value, dict) else type(value).__name__
         raise CheckpointError(
             f"{where}: found {found}, expected {sorted(hints)}; the sidecar is damaged"
         )
     for name, kind in hints.items():
         # type and not isinstance: JSON's true is an int to Python.
-        if type(value[name]) is not kind:
+        if name in value and type(value[name]) is not kind:
             raise CheckpointError(
                 f"{where}.{name}: found {value[name]!r}, expected {kind.__name__}"
             )

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 
 from nexus_ds.command_lines import next_training
 from nexus_ds.config import load_config
-from nexus_ds.data.domains import DomainEmbeddings, read_domain_embeddings
+from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import new_directory, refuse_existing
 from nexus_ds.report import verdict as before_after
 from nexus_ds.settings import Config
 
 if TYPE_CHECKING:
+    from nexus_ds.checkpoint.cards import DomainCard
     from nexus_ds.upcycling.new_checkpoint import NewModel
 
 # evaluation/ and upcycling/ import torch: functions below import them, so that `extend --help`
@@ -42,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=DIR",
         required=True,
         action="append",
-        help="a new dense branch; NAME is also its domain, a row of --domains "
-        "(repeat for each expert)",
+        help="a new dense branch; NAME is also its domain, a row of --domains, unless its domain "
+        "card names another (repeat for each expert)",
     )
     parser.add_argument(
         "--replace",
@@ -53,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--domains",
         metavar="FILE",
-        help="embeddings of the new domains, from the checkpoint's encoder; may be left out with "
-        "--replace where the expert's text is the old one",
+        help="embeddings of the new domains, from the checkpoint's encoder; default: the domain "
+        "cards in the branches' directories; with --replace and no card the text is the old one",
     )
     parser.add_argument(
         "--out",
@@ -119,12 +120,14 @@ def _describe(
     args: argparse.Namespace,
     experts: dict[str, Path],
     embeddings: DomainEmbeddings | None,
+    cards: dict[str, DomainCard],
     config: Config,
 ) -> NewModel:
     """Return the new mixture; lambda is --lambda, else that of --config's recipe, else k/(n+k)."""
     from nexus_ds.upcycling.extend import extended
     from nexus_ds.upcycling.replace import replaced
 
+    checkpoint = Path(args.checkpoint)
     share = args.share
     # of a recipe that was asked for: the default one is for the router's settings alone
     if share is None and args.config:
@@ -135,13 +138,21 @@ def _describe(
             "with --replace the rows stay"
         )
     if args.replace:
-        return replaced(Path(args.checkpoint), experts, embeddings, config, share)
-    if embeddings is None:
-        raise ConfigError(
-            "--domains FILE is missing: the embeddings of the new domains "
-            "(make it with nexus-ds embed)"
-        )
-    return extended(Path(args.checkpoint), experts, embeddings, config, share, args.linear_init)
+        return replaced(checkpoint, experts, embeddings, config, share, cards)
+    assert embeddings is not None
+    return extended(checkpoint, experts, embeddings, config, share, args.linear_init, cards)
+
+
+def _embedded(
+    args: argparse.Namespace, experts: dict[str, Path]
+) -> tuple[DomainEmbeddings | None, dict[str, DomainCard]]:
+    """Return the new domains' embeddings and the cards that they come from; None where the text of
+    experts that are replaced is the old one."""
+    from nexus_ds.checkpoint.cards import embeddings_for, has_card
+
+    if args.replace and not args.domains and not any(map(has_card, experts.values())):
+        return None, {}
+    return embeddings_for(args.domains, experts)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -166,8 +177,8 @@ def run(args: argparse.Namespace) -> int:
     # last, so that the option holds against an override
     cold = ["router.warm_start=none"] if args.no_refit else []
     config = load_config(args.config or "demo", ["stage=extend", *args.overrides, *cold])
-    embeddings = read_domain_embeddings(Path(args.domains)) if args.domains else None
-    model = _describe(args, experts, embeddings, config)
+    embeddings, cards = _embedded(args, experts)
+    model = _describe(args, experts, embeddings, cards, config)
     data = args.data or (embeddings.data if embeddings else "")
     scores = args.verdict or limit is not None
     if not data and (scores or config.router.warm_start != "none"):

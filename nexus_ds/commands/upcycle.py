@@ -13,7 +13,6 @@ from pathlib import Path
 
 from nexus_ds.command_lines import next_training
 from nexus_ds.config import load_config
-from nexus_ds.data.domains import read_domain_embeddings
 from nexus_ds.outputs import new_directory, refuse_existing
 
 
@@ -30,13 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=DIR",
         required=True,
         action="append",
-        help="a dense branch; NAME is also its domain, a row of --domains (repeat for each expert)",
+        help="a dense branch; NAME is also its domain, a row of --domains, unless its domain card "
+        "names another (repeat for each expert)",
     )
     parser.add_argument(
         "--domains",
         metavar="FILE",
-        required=True,
-        help="domain embeddings, from nexus-ds embed",
+        help="domain embeddings, from nexus-ds embed; default: the domain cards in the branches' "
+        "directories",
     )
     parser.add_argument(
         "--out",
@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="recipe with the router's settings",
     )
     parser.add_argument(
-        "--data", metavar="DIR", help="text for the router's warm start; default: what was embedded"
+        "--data",
+        metavar="DIR",
+        help="text for the router's warm start; default: what was embedded for --domains",
     )
     parser.add_argument("--no-warm-start", action="store_true", help="router.warm_start=none")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -74,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
         ConfigError, DataError: options, recipe, domain embeddings or text.
         OutputExistsError: --out is taken. In all cases --out is not made.
     """
-    # not at the top: both import torch, for which `upcycle --help` doesn't wait
+    # not at the top: they import torch, for which `upcycle --help` doesn't wait
+    from nexus_ds.checkpoint.cards import embeddings_for
     from nexus_ds.upcycling.blend import parse_experts
     from nexus_ds.upcycling.upcycle import upcycled
 
@@ -83,14 +86,17 @@ def run(args: argparse.Namespace) -> int:
     # last, so that the option holds against an override
     cold = ["router.warm_start=none"] if args.no_warm_start else []
     config = load_config(args.config, ["stage=moe", *args.overrides, *cold])
-    embeddings = read_domain_embeddings(Path(args.domains))
-    model = upcycled(Path(args.seed), parse_experts(args.expert), embeddings, config)
+    seed = Path(args.seed)
+    experts = parse_experts(args.expert)
+    bare = seed if config.router.kind == "linear" else None
+    embeddings, cards = embeddings_for(args.domains, experts, bare)
+    model = upcycled(seed, experts, embeddings, config, cards)
     # the embeddings' own record of where their text lies
     data = args.data or embeddings.data
     text = model.fit_text(data, config, "--no-warm-start")
     with new_directory(out) as directory:
         report = model.write(directory, text, config.router, config.seed)
-    command = next_training(out, data, args.config, "moe")
+    command = next_training(out, data or "DIR", args.config, "moe")
     if args.json:
         print(json.dumps(model.summary(out, report) | {"next": command}, indent=2))
     else:

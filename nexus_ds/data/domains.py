@@ -19,7 +19,7 @@ import heapq
 import importlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -70,6 +70,10 @@ class DomainEmbeddings:
     """Seed of the sample of documents."""
     data: str
     """The text's source as given (`--data`)."""
+    text_documents: dict[str, int] = field(default_factory=dict)
+    """Documents that each domain's sample was drawn from; empty where they were not counted."""
+    text_bytes: dict[str, int] = field(default_factory=dict)
+    """UTF-8 bytes of the same."""
 
     @property
     def dimension(self) -> int:
@@ -152,6 +156,21 @@ def document_vectors(texts: Sequence[str], encoder: Encoder, windows: int) -> np
     return np.stack([unit(mean_M) for mean_M in means])
 
 
+class _Counted:
+    """Documents on their way through, counted."""
+
+    def __init__(self, documents: Iterator[Document]) -> None:
+        self.documents = documents
+        self.seen = 0
+        self.size = 0
+
+    def __iter__(self) -> Iterator[Document]:
+        for document in self.documents:
+            self.seen += 1
+            self.size += len(document.text.encode(errors="replace"))
+            yield document
+
+
 def _mean_of(
     documents: list[Document],
     encoder: Encoder,
@@ -205,11 +224,15 @@ def embed_domains(
         )
     rows: list[np.ndarray] = []
     counts: dict[str, int] = {}
+    seen: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     with Progress("embed", documents * len(domains), "doc") as progress:
         for domain in domains:
-            texts = source.documents(domain, "train", on_bad_row=on_bad_row, max_bytes=max_bytes)
-            sample = sample_documents(texts, documents, seed, domain)
+            texts = _Counted(source.documents(domain, "train", on_bad_row, max_bytes))
+            sample = sample_documents(iter(texts), documents, seed, domain)
             counts[domain] = len(sample)
+            seen[domain] = texts.seen
+            sizes[domain] = texts.size
             rows.append(_mean_of(sample, encoder, windows, progress))
             progress.advance(documents - len(sample))
     return DomainEmbeddings(
@@ -222,6 +245,8 @@ def embed_domains(
         documents=counts,
         seed=seed,
         data=source.name,
+        text_documents=seen,
+        text_bytes=sizes,
     )
 
 

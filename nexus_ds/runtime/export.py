@@ -46,6 +46,7 @@ from nexus_ds.errors import CheckpointError
 from nexus_ds.outputs import new_directory, refuse_existing, write_text
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.deepspeed_internals import Engine
+from nexus_ds.runtime.domain_card import place_card, wants_card
 from nexus_ds.runtime.engine import full_shape, moe_layers
 from nexus_ds.runtime.export_check import (
     Agreement,
@@ -305,3 +306,5 @@ def _write(
         write_sidecar(directory, replace(sidecar, lineage=lineage, versions=versions()))
     copy_tokenizer(Path(config.model.tokenizer or config.model.path), directory)
     write_text(directory / "training.yaml", dump(config))
+    if wants_card(config):
+        place_card(config, directory)

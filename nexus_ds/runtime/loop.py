@@ -50,6 +50,7 @@ from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime import states, watchdog
 from nexus_ds.runtime.bad_batches import BadBatches
 from nexus_ds.runtime.deepspeed_internals import DeepSpeedConfig
+from nexus_ds.runtime.domain_card import prepare_card, wants_card
 from nexus_ds.runtime.engine import (
     Batch,
     check_layout,
@@ -379,6 +380,9 @@ class Run:
         layout = fit_here(config, ds_json, layout, here)
         watchdog.at("the text", minutes=watchdog.PREPARING)
         self.data = read_data(config, Path(config.model.tokenizer))
+        self.work = Path(config.output + ".training")
+        if wants_card(config):
+            on_rank_0(lambda: prepare_card(config, self.data.weights, self.work))
         torch.manual_seed(config.seed)
         watchdog.at("the loading of the model", minutes=watchdog.SAVING)
         model = load(config, layout)
@@ -390,7 +394,6 @@ class Run:
         self.batch = layout.batch
         self.layers = moe_layers(self.engine.module)
         self.device = self.engine.device
-        self.work = Path(config.output + ".training")
         self.bad = BadBatches(config, self.data.sampler)
         self.domains = list(self.data.files)
         self.experts = [expert.name for expert in layout.experts]

@@ -17,10 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nexus_ds.checkpoint.cards import DomainCard, check_card, ffn_sha256
 from nexus_ds.checkpoint.config_json import ConfigJson, refuse_hooks
 from nexus_ds.checkpoint.dense import DenseModel
 from nexus_ds.checkpoint.headers import row_slices, sha256_of_tensors
 from nexus_ds.checkpoint.json_files import read_json_object
+from nexus_ds.checkpoint.model_card import stated_license
 from nexus_ds.checkpoint.qwen2_moe import stored
 from nexus_ds.checkpoint.records import EncoderRecord, ExpertRecord
 from nexus_ds.checkpoint.tensors import DTYPES, TensorReader, TensorWriter
@@ -314,10 +316,67 @@ def encoder_record(embeddings: DomainEmbeddings, names: Iterable[str]) -> Encode
     )
 
 
-def expert_record(name: str, model: DenseModel) -> ExpertRecord:
-    """Return what the sidecar keeps of an expert, with the hash of its FFN tensors."""
-    sha256 = sha256_of_tensors(model.reader, model.ffn_names())
-    return ExpertRecord(name, name, portable(model.directory), sha256)
+def expert_records(
+    models: Mapping[str, DenseModel],
+    cards: Mapping[str, DomainCard] | None,
+    old: Sequence[ExpertRecord] = (),
+) -> list[ExpertRecord]:
+    """Return what the sidecar keeps of experts, with the hashes of their FFN tensors.
+
+    Args:
+        models: by the experts' names.
+        cards: that say which domains these are; an expert without one is named by its domain.
+        old: experts that stay beside them.
+
+    Raises:
+        DataError: a card of other weights.
+        CheckpointError: a card whose domain can't be a folder's name.
+        ConfigError: a domain that another expert has.
+    """
+    taken = {expert.domain: expert.name for expert in old}
+    records = []
+    for name, model in models.items():
+        sha256 = sha256_of_tensors(model.reader, model.ffn_names())
+        domain = name
+        card = cards.get(name) if cards else None
+        if card:
+            check_card(name, card, sha256)
+            domain = card.domain
+        # a card comes from elsewhere, and names a folder of text
+        if not EXPERT_NAME.fullmatch(domain):
+            raise CheckpointError(
+                f"expert {name}: the domain {domain[:100]!r} of its card is no name of one; "
+                "expected letters, digits, '_', '.', '-'"
+            )
+        if domain in taken:
+            raise ConfigError(
+                f"expert {name} is of the domain {domain}, as the expert {taken[domain]} is; "
+                "expected a domain of its own: give it another name in the domain card"
+            )
+        taken[domain] = name
+        source = portable(model.directory)
+        records.append(ExpertRecord(name, domain, source, sha256, stated_license(model.directory)))
+    return records
+
+
+def note_other_seeds(seed: DenseModel, cards: Mapping[str, DomainCard]) -> None:
+    """Say on stderr which cards name another seed than the one that is given.
+
+    Not refused: a seed that was saved in another dtype is another by its hash alone, and
+    `check_related` tells those that are others by their weights.
+    """
+    known = {name: card.seed_sha256 for name, card in cards.items() if card.seed_sha256}
+    if not known:
+        return
+    own = ffn_sha256(seed)
+    for name, sha256 in known.items():
+        if sha256 != own:
+            print(
+                f"note: expert {name}: its card names another seed (FFN sha256 {sha256[:12]}) "
+                f"than {seed.directory} ({own[:12]}); their weights are related all the same",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _check_values(part: Part, bad: int, nonzero: bool) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nexus_ds.checkpoint.cards import DomainCard
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel
 from nexus_ds.checkpoint.dense_settings import settings
@@ -33,7 +34,7 @@ from nexus_ds.upcycling.blend import (
     check_related,
     check_tokenizers,
     domain_vectors,
-    expert_record,
+    expert_records,
     portable,
     read_generation_config,
 )
@@ -77,6 +78,7 @@ def extended(
     config: Config,
     share: float | None = None,
     linear_init: str = "keep",
+    cards: Mapping[str, DomainCard] | None = None,
 ) -> NewModel:
     """Describe a mixture with further experts appended (paper section 2.3); nothing is written.
 
@@ -93,10 +95,11 @@ def extended(
         config: `router.warm_start`, `router.init`, `router.init_norm` for linear rows, and `seed`.
         share: lambda, the total share of the new experts; see `merge_share`.
         linear_init: keep | reset, for a linear router.
+        cards: of the new experts, where the embeddings are theirs.
 
     Raises:
-        ConfigError: an expert's name that is taken, lambda outside [0, 1].
-        DataError: a domain that was not embedded.
+        ConfigError: an expert's name or domain that is taken, lambda outside [0, 1].
+        DataError: a domain that was not embedded, a card of other weights.
         CheckpointError, UnsupportedModelError, IncompatibleModelsError: models that can't be put
             together, or embeddings of another encoder.
     """
@@ -116,7 +119,7 @@ def extended(
         router=config.router,
         seed=config.seed,
     )
-    sidecar = _extended_sidecar(old, models, vectors, step)
+    sidecar = _extended_sidecar(old, models, cards, vectors, step)
     target = mixture.target(len(sidecar.experts))
     # behind the old ones, whose numbers and rows stay
     places = {name: number for number, name in enumerate(models, start=before)}
@@ -141,6 +144,7 @@ def extended(
 def _extended_sidecar(
     old: Sidecar,
     models: Mapping[str, DenseModel],
+    cards: Mapping[str, DomainCard] | None,
     vectors: Tensor,
     step: ExtendStep,
 ) -> Sidecar:
@@ -148,7 +152,7 @@ def _extended_sidecar(
 
     The centre stays: the old experts' embeddings were computed with it, and P was trained on it.
     """
-    records = [expert_record(name, model) for name, model in models.items()]
+    records = expert_records(models, cards, old.experts)
     return dataclasses.replace(
         old,
         experts=[*old.experts, *records],

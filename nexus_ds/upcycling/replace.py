@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nexus_ds.checkpoint.cards import DomainCard
 from nexus_ds.checkpoint.dense import DenseModel
 from nexus_ds.checkpoint.qwen2_moe import gate_name
 from nexus_ds.checkpoint.records import ExpertRecord, ReplaceStep
@@ -23,7 +24,7 @@ from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import ConfigError
 from nexus_ds.settings import Config
-from nexus_ds.upcycling.blend import domain_vectors, expert_record, portable
+from nexus_ds.upcycling.blend import domain_vectors, expert_records, portable
 from nexus_ds.upcycling.extend import (
     branched_tensors,
     check_encoder,
@@ -40,6 +41,7 @@ def replaced(
     embeddings: DomainEmbeddings | None,
     config: Config,
     share: float | None = None,
+    cards: Mapping[str, DomainCard] | None = None,
 ) -> NewModel:
     """Describe a mixture with some of its experts replaced; nothing is written.
 
@@ -56,6 +58,7 @@ def replaced(
         config: recorded with the lineage.
         share: lambda, the total share of the new branches; default k/n, what k of n experts have by
             right.
+        cards: of the new models, where the embeddings are theirs.
 
     Raises:
         ConfigError: a name that no expert has, lambda outside [0, 1].
@@ -79,7 +82,7 @@ def replaced(
     )
     sidecar = dataclasses.replace(
         old,
-        experts=_records(old, models, places),
+        experts=_records(old, models, places, cards),
         lineage=[*old.lineage, step],
         versions=versions(),
         vectors=vectors,
@@ -113,12 +116,15 @@ def _places(sidecar: Sidecar, experts: Mapping[str, Path]) -> dict[str, int]:
 
 
 def _records(
-    old: Sidecar, models: Mapping[str, DenseModel], places: Mapping[str, int]
+    old: Sidecar,
+    models: Mapping[str, DenseModel],
+    places: Mapping[str, int],
+    cards: Mapping[str, DomainCard] | None,
 ) -> list[ExpertRecord]:
     """Return the records of all experts, those at `places` of their new models."""
     records = list(old.experts)
-    for name, place in places.items():
-        record = expert_record(name, models[name])
+    for record in expert_records(models, cards):
+        place = places[record.name]
         # the domain stays what it was: text and evaluation are found by it
         domain = records[place].domain
         records[place] = dataclasses.replace(record, domain=domain)

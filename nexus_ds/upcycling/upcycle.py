@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nexus_ds.checkpoint.cards import DomainCard
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel, open_dense
 from nexus_ds.checkpoint.families.record import DenseSettings
@@ -49,8 +50,9 @@ from nexus_ds.upcycling.blend import (
     check_tokenizers,
     domain_vectors,
     encoder_record,
-    expert_record,
+    expert_records,
     mean_of,
+    note_other_seeds,
     portable,
     read_generation_config,
     traits,
@@ -64,6 +66,7 @@ def upcycled(
     experts: Mapping[str, Path],
     embeddings: DomainEmbeddings,
     config: Config,
+    cards: Mapping[str, DomainCard] | None = None,
 ) -> NewModel:
     """Describe the mixture of a seed and its dense branches (paper section 2.1); nothing is
     written.
@@ -78,11 +81,12 @@ def upcycled(
             one of them.
         embeddings: rows of (at least) these domains; free rows do without that of the seed.
         config: `router`, `model.shared_expert` and `seed`.
+        cards: of the experts, where the embeddings are theirs.
 
     Raises:
         ConfigError: top-k larger than the number of experts, a warm start that the router can't
-            have.
-        DataError: a domain that was not embedded.
+            have, two experts of one domain.
+        DataError: a domain that was not embedded, a card of other weights.
         CheckpointError, UnsupportedModelError, IncompatibleModelsError: models that can't be put
             together.
     """
@@ -99,6 +103,7 @@ def upcycled(
     every = {"seed": base} | models
     check_alike({name: traits(model) for name, model in every.items()})
     check_related(f"the seed {seed}", base.reader, models)
+    note_other_seeds(base, cards or {})
     check_tokenizers(seed, experts)
     check_tokenizer(seed, base.settings.vocabulary)
     # only to refuse one that asks for code, before anything is written; `write` reads it again
@@ -109,7 +114,7 @@ def upcycled(
         router=config.router,
         seed=config.seed,
     )
-    sidecar = _upcycled_sidecar(models, embeddings, vectors, config, step)
+    sidecar = _upcycled_sidecar(models, embeddings, cards, vectors, config, step)
     router = config.router
     form = moe_config(base.config, len(models), router.top_k, router.input)
     target = as_written(form, base.dtype)
@@ -149,6 +154,7 @@ def _domain_vectors(
 def _upcycled_sidecar(
     models: dict[str, DenseModel],
     embeddings: DomainEmbeddings,
+    cards: Mapping[str, DomainCard] | None,
     vectors: Tensor,
     config: Config,
     step: Step,
@@ -159,7 +165,7 @@ def _upcycled_sidecar(
     fields = [field.name for field in dataclasses.fields(RouterRecord)]
     embedded = [name for name in models if name in embeddings.names]
     sidecar = Sidecar(
-        experts=[expert_record(name, model) for name, model in models.items()],
+        experts=expert_records(models, cards),
         router=RouterRecord(**{name: getattr(router, name) for name in fields}),
         encoder=encoder_record(embeddings, embedded),
         lineage=[step],

@@ -372,7 +372,7 @@ def fit_router(
         after=after / layers,
         steps=config.fit_steps if start in ITERATIVE else 0,
         start=start,
-        nearest=_nearest(sidecar, text, reading.chunks_NM),
+        nearest=text.nearest or _nearest(sidecar, text, reading.chunks_NM),
     )
 
 

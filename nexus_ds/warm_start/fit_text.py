@@ -6,7 +6,7 @@ Not covered: what is done with it (`fit`).
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,9 @@ from nexus_ds.data.chunks import embed_chunks
 from nexus_ds.data.corpora import open_source, token_files, windows
 from nexus_ds.data.encoding import beginning
 from nexus_ds.data.tokenizer import open_tokenizer
-from nexus_ds.errors import CheckpointError, DataError
-from nexus_ds.settings import CHUNK_WARM_STARTS, Config
+from nexus_ds.errors import CheckpointError, ConfigError, DataError
+from nexus_ds.model.router import unit
+from nexus_ds.settings import CHUNK_WARM_STARTS, Config, RouterConfig
 from nexus_ds.warm_start.methods import check_start
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ class FitText:
     chunks: dict[str, Tensor]
     """For each domain the embeddings [n, M] fp32 of its windows; empty for starts that need
     none."""
+    nearest: dict[str, float] = field(default_factory=dict)
+    """For each domain whose text background stands for: cosine of its embedding to the nearest
+    window's."""
 
 
 def read_fit_text(
@@ -60,14 +64,16 @@ def read_fit_text(
         source: directory with the tokenizer.
         positions: tokens that the model reads at most.
         kept: experts that were there before an extension, 0 at upcycling: `chunks` and
-            `closed_form` read only their text, and that of `router.fit_background`.
+            `closed_form` read only their text, and that of `router.fit_background`. With
+            `router.fit_text: background` no start reads text of an expert.
         data: folder of domains or other source.
         config: `router`, `pipeline.encoder`, `data.cache`, `data.sequence_length`, `data.workers`,
             `data.on_bad_row`, `data.bos`.
         switch: the option that does without the start, for the message.
 
     Raises:
-        ConfigError: a start that this router can't have, no encoder on this machine.
+        ConfigError: a start that this router can't have, no encoder on this machine, nothing that
+            says where the text is.
         DataError: the text is gone, lacks a domain, is damaged or too short.
         IncompatibleModelsError: an encoder other than that of the domain embeddings.
         CheckpointError: the sidecar names no encoder.
@@ -77,22 +83,86 @@ def read_fit_text(
     check_start(start, sidecar.router.kind, sidecar.router.projection)
     if start in NO_TEXT:
         return None
+    if not data:
+        raise ConfigError(
+            "nothing says where the text of the router's warm start is: give --data DIR, "
+            f"or {switch} to read none"
+        )
     embedded = start in CHUNK_WARM_STARTS
+    stand_in = config.router.fit_text == "background"
     read = list(domains)
     background: list[str] = []
     if embedded:
         read = domains[: kept or None]
         background = [name for name in config.router.fit_background if name not in domains]
+    if stand_in:
+        read, background = [], _background(config)
+    wanted = [*read, *background]
     try:
-        found = _windows(source, positions, data, config, read + background)
+        found = _windows(source, positions, data, config, wanted, embedded or stand_in)
     except DataError as error:
-        setting = "router.fit_chunks" if embedded else "router.fit_windows"
+        setting = "router.fit_chunks" if embedded or stand_in else "router.fit_windows"
         raise DataError(
             f"{error}\nThe router's warm start reads training text of "
-            f"{', '.join(domains + background)} (looked for in {data}): "
+            f"{', '.join(wanted)} (looked for in {data}): "
             f"give --data DIR with a folder for each, lower {setting}, or {switch} to go without it"
         ) from error
-    return FitText(found, _embedded(sidecar, source, found, config) if embedded else {})
+    if not embedded and not stand_in:
+        return FitText(found, {})
+    vectors = _embedded(sidecar, source, found, config)
+    if stand_in:
+        return stand_ins(sidecar, found, vectors, config.router)
+    return FitText(found, vectors)
+
+
+def _background(config: Config) -> list[str]:
+    names = list(config.router.fit_background)
+    if not names:
+        raise ConfigError(
+            "router.fit_text background reads text of domains without an expert, and "
+            "router.fit_background names none; give router.fit_background=[A,B], folders of --data"
+        )
+    return names
+
+
+def stand_ins(
+    sidecar: Sidecar,
+    windows: dict[str, Tensor],
+    vectors: dict[str, Tensor],
+    router: RouterConfig,
+) -> FitText:
+    """Return background text in the place of the experts' own.
+
+    Each expert gets the `router.fit_windows` windows whose embeddings are nearer to its domain's
+    than to the next one's by most: what all domains have in common belongs to none.
+
+    Args:
+        sidecar: whose experts.
+        windows: background token ids [n, S] by domain.
+        vectors: their embeddings [n, M].
+        router: `warm_start` and `fit_windows`.
+    """
+    pool_NS = torch.cat(list(windows.values()))
+    pool_NM = torch.cat(list(vectors.values()))
+    inputs_EM = unit(sidecar.domain_inputs())
+    cosines_EN = inputs_EM @ unit(sidecar.inputs_of(pool_NM)).T
+    found = FitText({}, {})
+    left_N = torch.ones(len(pool_NS), dtype=torch.bool)
+    for number, expert in enumerate(sidecar.experts):
+        margin_N = cosines_EN[number].clone()
+        others_EN = torch.cat([cosines_EN[:number], cosines_EN[number + 1 :]])
+        if len(others_EN):
+            margin_N -= others_EN.amax(0)
+        picked_n = margin_N.topk(min(router.fit_windows, len(margin_N))).indices
+        left_N[picked_n] = False
+        found.windows[expert.domain] = pool_NS[picked_n]
+        found.chunks[expert.domain] = pool_NM[picked_n]
+        found.nearest[expert.domain] = float(cosines_EN[number].amax())
+    if router.warm_start not in CHUNK_WARM_STARTS:
+        return FitText(found.windows, {}, found.nearest)
+    # these starts read text of no domain too; no domain has this name
+    found.windows[""], found.chunks[""] = pool_NS[left_N], pool_NM[left_N]
+    return found
 
 
 def _windows(
@@ -101,10 +171,11 @@ def _windows(
     data: str,
     config: Config,
     domains: list[str],
+    embedded: bool,
 ) -> dict[str, Tensor]:
     """Return windows [count, length] of each domain, from all over the text that is tokenised."""
     router = config.router
-    if router.warm_start in CHUNK_WARM_STARTS:
+    if embedded:
         count = router.fit_chunks
         least = CHUNK_BYTES
     else:

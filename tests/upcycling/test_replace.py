@@ -224,6 +224,6 @@ def test_adding_still_needs_embeddings(parts):
         f"delta={parts / 'beta'}",
     ]
     with pytest.raises(
-        ConfigError, match="--domains FILE is missing: the embeddings of the new domains"
+        ConfigError, match=r"no domain card \(domain_card.json\) of delta .*give --domains FILE"
     ):
         extend.run(parser.parse_args(words))

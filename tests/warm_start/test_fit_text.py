@@ -84,3 +84,45 @@ def test_what_is_missing_is_said(nexus_dir, text_folder):
         read(nexus_dir, text_folder, chunks, "router.fit_chunks=4", sidecar=bare)
     with pytest.raises(ConfigError, match="closed_form needs a linear P"):
         read(nexus_dir, text_folder, "router.warm_start=closed_form")
+
+
+# Background in the place of the experts' text -----------------------------------------------------
+
+
+def test_background_windows_go_to_the_nearest_domain(nexus_dir):
+    """By how much nearer they are than to the next domain, not by their length or direction."""
+    sidecar = read_sidecar(nexus_dir)
+    inputs = sidecar.vectors
+    # of each domain one window and one half way to the first: the first is nobody's best
+    vectors = {"web": torch.cat([inputs, inputs + inputs[:1]]), "news": -inputs}
+    windows = {name: torch.arange(3 * len(v)).view(-1, 3) for name, v in vectors.items()}
+    for start in ("label_fit", "chunks"):
+        words = ["router.fit_windows=1", f"router.warm_start={start}"]
+        router = load_config("demo", words).router
+        found = fit_text.stand_ins(sidecar, windows, vectors, router)
+        assert [found.windows[name].tolist() for name in DOMAINS] == windows["web"][
+            :3, None
+        ].tolist()
+        assert found.nearest == pytest.approx(dict.fromkeys(DOMAINS, 1.0))
+        left = len(vectors["web"]) + len(vectors["news"]) - len(DOMAINS)
+        assert (len(found.chunks), len(found.windows)) == (
+            (0, 3) if start == "label_fit" else (4, 4)
+        )
+        assert start == "label_fit" or len(found.windows[""]) == len(found.chunks[""]) == left
+
+
+def test_background_is_all_that_is_read(nexus_dir, text_folder, embedded, tmp_path):
+    words = ["router.fit_text=background", "router.fit_chunks=9", "router.fit_windows=2"]
+    (tmp_path / "web").symlink_to(text_folder / "gamma")
+    text = read(nexus_dir, tmp_path, *words, "router.fit_background=[web]")
+    assert list(embedded["texts"]) == ["web"] and len(embedded["texts"]["web"]) == 9
+    assert list(text.windows) == list(DOMAINS) == list(text.nearest)
+    with pytest.raises(ConfigError, match=r"fit_background names none; give router.fit_back"):
+        read(nexus_dir, tmp_path, *words)
+    with pytest.raises(DataError, match=r"reads training text of zoo .*lower router.fit_chunks"):
+        read(nexus_dir, tmp_path, *words, "router.fit_background=[zoo]")
+
+
+def test_a_place_that_nobody_names(nexus_dir):
+    with pytest.raises(ConfigError, match=r"nothing says where .* give --data DIR, or --cold to"):
+        read(nexus_dir, "")

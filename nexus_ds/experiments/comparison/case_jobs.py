@@ -102,7 +102,7 @@ class CaseJobs:
             cache=str(self.builder.cache),
         )
         # What a training does not read must not change its name; no run has these paths.
-        pipeline = PipelineConfig(run=str(self.builder.out / "none"))
+        pipeline = PipelineConfig(run=str(self.builder.out / "none"), card=False)
         settled = replace(
             config,
             model=model,
