@@ -11,10 +11,11 @@ Not covered: training (`memory`, `traffic`), downloads, starting Python and CUDA
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from nexus_ds.checkpoint.needs import DISK_SPEED, MARGIN, Need, Way, per_token, way
+from nexus_ds.checkpoint.needs import DISK_SPEED, Need, Way, per_token, way
 from nexus_ds.errors import ConfigError
 from nexus_ds.planning import assumptions as assume
 from nexus_ds.planning.layout import Machine
@@ -144,7 +145,7 @@ class _Planner:
     def _way(self, need: Need, rows: int, length: int) -> Way:
         room = self.machine.gpu_memory - assume.CONTEXT_BYTES
         # Main memory that nobody told of is not checked.
-        host = self.machine.host_memory or need.loading / MARGIN
+        host = self.machine.host_memory or math.inf
         return way(need, rows, length, room, host)
 
     def scored(self, name: str, times: int = 1) -> Verb:

@@ -16,18 +16,14 @@ from nexus_ds.planning.sizes import sizes_of
 from nexus_ds.planning.verbs import assumed, need_of_sizes, verbs
 
 
+def machine(memory, gpus=1, host=0.0):
+    speeds = {"link": 1e9, "gpu_link": 1e9, "tflops": 100.0}
+    return Machine(gpus=gpus, gpu_memory=memory, nodes=1, host_memory=host, **speeds)
+
+
 def planned(memory, *overrides, gpus=1, host=0.0):
     config = load_config("nexus-2.8b", list(overrides))
-    machine = Machine(
-        gpus=gpus,
-        gpu_memory=memory,
-        nodes=1,
-        host_memory=host,
-        link=1e9,
-        gpu_link=1e9,
-        tflops=100.0,
-    )
-    return verbs(config, sizes_of(config), machine, 2, 1e9)
+    return verbs(config, sizes_of(config), machine(memory, gpus, host), 2, 1e9)
 
 
 def of(found, name, model="mixture"):
@@ -99,6 +95,14 @@ def test_more_gpus_score_faster_and_a_small_host_streams():
     one, eight = (of(planned(80e9, gpus=count), "evaluate") for count in (1, 8))
     assert eight.seconds < one.seconds
     assert of(planned(80e9, host=10e9), "evaluate").how == "layer by layer"
+
+
+def test_main_memory_that_nobody_told_of_never_streams():
+    """At some sizes what is loaded, over the margin and times the margin, is less than itself."""
+    config = load_config("nexus-2.8b")
+    for ffn in range(4096, 6144, 64):
+        found = verbs(config, replace(sizes_of(config), layers=5, ffn=ffn), machine(200e9), 2, 1e9)
+        assert of(found, "evaluate").how == of(found, "generate").how == "whole"
 
 
 def test_warm_starts_by_chunks_hold_their_states_in_main_memory():
