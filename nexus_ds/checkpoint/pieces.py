@@ -20,7 +20,7 @@ import torch
 from nexus_ds.checkpoint.config_json import ConfigJson, read_config
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.loading import computed_dtype, load_model, verified
-from nexus_ds.checkpoint.needs import DISK_SPEED, Need, Way, per_token, way
+from nexus_ds.checkpoint.needs import DISK_SPEED, MARGIN, Need, Way, per_token, way
 from nexus_ds.checkpoint.room import host_room, is_out_of_memory, room_on
 from nexus_ds.checkpoint.streaming import LAYERS, streamed_model
 from nexus_ds.checkpoint.tensors import DTYPES, TensorReader
@@ -122,11 +122,16 @@ def planned_way(
     room = min(room_on(place) for place in places)
     if places[0].type == "cpu":
         room //= len(places)
-    chosen = way(need, rows, length, room, host_room())
+    host = host_room()
+    chosen = way(need, rows, length, room, host)
     if chosen != Way(streamed=False, rows=rows):
+        takes, where, free = need.whole(rows, length), str(places[0]), room
+        # Smaller batches would do on the device, but weights come through main memory.
+        if chosen.streamed and need.whole(1, length) <= MARGIN * room:
+            takes, where, free = need.loading, "the CPU, through which weights come,", host
         say(
-            f"{label}: whole it takes {need.whole(rows, length) / 1e9:.2f} GB, free on "
-            f"{places[0]} are {room / 1e9:.2f} GB; it runs {chosen}"
+            f"{label}: whole it takes {takes / 1e9:.2f} GB, free on {where} are "
+            f"{free / 1e9:.2f} GB; it runs {chosen}"
         )
     return chosen
 

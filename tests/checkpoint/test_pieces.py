@@ -1,5 +1,7 @@
 """Whole, smaller batches, layer by layer: planned by sizes, and mended where memory runs out."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import make_nexus
@@ -105,6 +107,27 @@ def test_the_way_is_said_where_it_is_not_the_one_asked_for(need, monkeypatch, ca
     assert planned_way(need, [CPU], 8, 10, "score m") == Way(False, 8)
     assert planned_way(need, [CPU, CPU], 8, 10, "score m") == Way(True, 8)
     assert "score m: whole it takes 0.00 GB, free on cpu are 0.00 GB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("room", "host", "said"),
+    [
+        (5e8, 1e12, "whole it takes 1.02 GB, free on cuda are 0.50 GB; it runs layer by layer"),
+        (1.13e9, 1e12, "whole it takes 1.02 GB, free on cuda are 1.13 GB; it runs whole, 1 "),
+        (
+            1e12,
+            9e8,
+            "whole it takes 1.10 GB, free on the CPU, through which weights come, are 0.90 GB; "
+            "it runs layer by layer, 2 sequences",
+        ),
+    ],
+)
+def test_what_is_short_is_named(monkeypatch, capsys, need, room, host, said):
+    need = replace(need, weights=1e9, layer=1e8, token=1e6)
+    monkeypatch.setattr(pieces, "host_room", lambda: host)
+    monkeypatch.setattr(pieces, "room_on", lambda place: room)
+    planned_way(need, [torch.device("cuda")], 2, 10, "m")
+    assert said in capsys.readouterr().err
 
 
 def test_sizes_are_read_off_the_files(tmp_path):
