@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from nexus_ds.checkpoint.needs import DISK_SPEED, Need, Way, per_token, way
 from nexus_ds.errors import ConfigError
 from nexus_ds.planning import assumptions as assume
+from nexus_ds.planning.export import export_check
 from nexus_ds.planning.layout import Machine
 from nexus_ds.planning.memory import FP32, disk
 from nexus_ds.planning.sizes import Sizes
@@ -35,8 +36,6 @@ ADDED = 40
 """Tokens that `generate` adds (--tokens)."""
 FIT_LENGTH = 512
 """Tokens of a window that a warm start reads, at most."""
-PROBE = 128
-"""Tokens on which an export is checked."""
 
 # Estimates ---------------------------------------------------------------------------------------
 
@@ -239,17 +238,18 @@ class _Planner:
 
     def exported(self) -> Verb:
         """Return the export of a trained model, and its check on a few tokens."""
-        need = self.need
-        moved = 2 * self.written / DISK_SPEED
+        check = export_check(self.sizes, self.width)
+        seconds = self.written / DISK_SPEED + check.seconds
         return Verb(
             "export",
             self.name,
             "a tensor at a time",
-            need.streamed(1, PROBE),
-            TEXT_BYTES + need.outside + 2 * need.layer / max(1, self.sizes.experts),
-            moved + need.flops(PROBE) / self._speed(),
-            moved + need.flops(PROBE) / CPU_FLOPS,
-            f"written, read again, {PROBE} tokens checked, beside the training's own memory",
+            check.gpu_bytes,
+            TEXT_BYTES + check.host_bytes,
+            seconds,
+            seconds + self.need.flops(assume.PROBE_TOKENS) / CPU_FLOPS,
+            f"written, read again, {assume.PROBE_TOKENS} tokens checked, beside the training's own "
+            "memory",
         )
 
 

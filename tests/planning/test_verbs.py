@@ -11,7 +11,9 @@ from nexus_ds.checkpoint.pieces import need_of
 from nexus_ds.config import load_config
 from nexus_ds.errors import ConfigError
 from nexus_ds.planning import verbs as planning
+from nexus_ds.planning.export import export_check
 from nexus_ds.planning.layout import Machine
+from nexus_ds.planning.memory import disk
 from nexus_ds.planning.sizes import sizes_of
 from nexus_ds.planning.verbs import assumed, need_of_sizes, verbs
 
@@ -89,6 +91,16 @@ def test_every_verb_that_touches_a_model_is_there_and_has_its_numbers():
         assert verb.host_bytes > 0 and verb.seconds > 0 and verb.cpu_seconds > 0 and verb.sizes
     # written layer by layer: never a whole model in main memory
     assert all(of(found, name).host_bytes < 10e9 for name in ("upcycle", "export", "remove"))
+
+
+def test_the_check_of_an_export_is_planned_once():
+    """`plan` without --verbs tells the same of it."""
+    sizes = sizes_of(load_config("nexus-2.8b"))
+    check, verb = export_check(sizes, 2), of(planned(24e9), "export")
+    assert verb.gpu_bytes == check.gpu_bytes
+    assert verb.host_bytes == check.host_bytes + planning.TEXT_BYTES
+    written = disk(sizes, 2, 0)["export"]
+    assert verb.seconds == pytest.approx(check.seconds + written / planning.DISK_SPEED)
 
 
 def test_more_gpus_score_faster_and_a_small_host_streams():
