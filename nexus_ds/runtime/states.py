@@ -282,11 +282,12 @@ def _commit(states: Path, partial: Path, manifest: Manifest) -> None:
 
 
 def _retain(states: Path, step: int, keep_last: int) -> None:
-    """Delete all but the newest states.
+    """Delete all but the newest states up to `step`, which was just saved.
 
-    Nothing goes while one of those that stay is not whole: it could be the last good one.
+    Nothing goes while one of those that stay is not whole: it could be the last good one. Newer
+    ones are damaged, for the run fell back behind them; they would take the places of good ones.
     """
-    folders = [states / f"step_{number}" for number in steps_saved(states)]
+    folders = [states / f"step_{number}" for number in steps_saved(states) if number <= step]
     if any(damage(folder, share=0, of=0) for folder in folders[-keep_last:]):
         return
     for folder in folders[:-keep_last]:

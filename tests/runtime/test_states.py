@@ -213,6 +213,27 @@ def test_old_states_go_only_while_the_newer_ones_are_whole(saved, alone):
     assert steps_saved(saved) == [4]
 
 
+def kept(folder, step, keep_last):
+    """Let retention follow the saving of `step`; return the steps that are left."""
+    states._retain(folder, step, keep_last)
+    return steps_saved(folder)
+
+
+def test_a_state_that_was_just_written_stays_beside_newer_ones_that_are_damaged(tmp_path, alone):
+    """The run fell back behind them by their hashes, which retention does not compute."""
+    for step in (1, 2, 3, 4, 6):
+        folder = tmp_path / f"step_{step}"
+        folder.mkdir()
+        (folder / RANK_0).write_bytes(b"x")
+        files = {RANK_0: {"size": 1, "sha256": "another"}}
+        manifest = {"format": states.FORMAT, "step": step, "files": files}
+        (folder / states.MANIFEST).write_text(seal(manifest))
+        assert damage(folder, share=0, of=0) == "" != damage(folder, share=0, of=1)
+    assert kept(tmp_path, 3, 2) == [2, 3, 4, 6]
+    assert kept(tmp_path, 3, 1) == [3, 4, 6]
+    assert kept(tmp_path, 6, 2) == [4, 6]
+
+
 def test_a_file_shorter_than_its_header_says_does_not_count(tmp_path):
     (tmp_path / RANK_0).write_bytes(b"x" * 1000)
     portable_state._check_size(tmp_path / RANK_0, 1000)
