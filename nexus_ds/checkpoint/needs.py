@@ -23,6 +23,24 @@ DISK_SPEED = 1e9
 """Bytes a second that a checkpoint is read with: an NVMe disk, or a network file system at its
 best; the page cache is several times faster."""
 
+# Sizes that verbs take where nothing says otherwise; `plan` counts with them, too -----------------
+
+WINDOWS = 48
+"""Windows of text a domain that are scored."""
+BATCH = 8
+"""Windows of a forward pass that scores."""
+ADDED = 40
+"""Tokens that `generate` adds."""
+FIT_LENGTH = 512
+"""Tokens of a window that a warm start reads, at most."""
+FIT_BATCH = 8
+"""Windows of a warm start's forward pass through a layer."""
+FEATURES_SHARE = 0.25
+"""Of a device's free memory, in which a warm start keeps what a router reads of all windows."""
+PROBE_TOKENS = 128
+"""Tokens that are computed out of a finished checkpoint: enough for every expert to be asked, too
+few for the check to take long even on a CPU."""
+
 
 @dataclass(frozen=True)
 class Need:
@@ -118,6 +136,16 @@ def per_token(*, width: int, hidden: int, keys: int, inner: int, layers: int) ->
         "hidden": float(hidden * width),
         "cache": float(2 * keys * layers * width),
     }
+
+
+def features_fit(size: float, room: float) -> bool:
+    """Return whether a warm start keeps what a router reads of all windows on a device.
+
+    Args:
+        size: bytes of it.
+        room: free bytes on the device.
+    """
+    return size <= FEATURES_SHARE * room
 
 
 # The way -----------------------------------------------------------------------------------------

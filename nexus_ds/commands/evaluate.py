@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from nexus_ds.checkpoint.needs import BATCH, WINDOWS
 from nexus_ds.command_lines import next_words
 from nexus_ds.data.corpora import Source, open_source, token_files, windows
 from nexus_ds.errors import ConfigError
@@ -73,9 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--windows",
         type=int,
-        default=48,
+        default=WINDOWS,
         metavar="N",
-        help="windows of text per domain (48)",
+        help="windows of text per domain (default: %(default)s)",
     )
     parser.add_argument(
         "--length",
@@ -87,9 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch",
         type=int,
-        default=8,
+        default=BATCH,
         metavar="N",
-        help="windows a forward pass (8)",
+        help="windows a forward pass (default: %(default)s)",
     )
     parser.add_argument(
         "--precision",

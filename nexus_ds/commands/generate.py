@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nexus_ds.checkpoint.needs import ADDED
 from nexus_ds.data.tokenizer import open_tokenizer
 from nexus_ds.errors import ConfigError
 from nexus_ds.progress import Progress
@@ -32,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens",
         type=int,
-        default=40,
+        default=ADDED,
         metavar="N",
-        help="most tokens to add (40)",
+        help="most tokens to add (default: %(default)s)",
     )
     parser.add_argument(
         "--temperature",

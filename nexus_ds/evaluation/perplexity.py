@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nexus_ds.checkpoint.config_json import read_config
-from nexus_ds.checkpoint.needs import Way
+from nexus_ds.checkpoint.needs import BATCH, Way
 from nexus_ds.checkpoint.pieces import (
     in_pieces,
     need_of,
@@ -228,7 +228,7 @@ def _check_losses(loss: Mapping[str, float], model_dir: Path) -> None:
 def score(
     model_dir: Path,
     windows: Mapping[str, np.ndarray],
-    batch: int = 8,
+    batch: int = BATCH,
     precision: str = "auto",
     label: str = "",
     places: Sequence[torch.device] | None = None,

@@ -27,7 +27,7 @@ import torch
 
 from nexus_ds.checkpoint.config_json import read_config
 from nexus_ds.checkpoint.loading import device
-from nexus_ds.checkpoint.needs import Need, Way
+from nexus_ds.checkpoint.needs import BATCH, Need, Way
 from nexus_ds.checkpoint.pieces import in_pieces, need_of, open_way, planned_way, warn_of_time
 from nexus_ds.checkpoint.room import is_out_of_memory
 from nexus_ds.data.offline import stay_offline
@@ -127,7 +127,7 @@ def run_tasks(
     task_path: Path | None = None,
     *,
     limit: int = 0,
-    batch: int = 8,
+    batch: int = BATCH,
     precision: str = "auto",
     strict: bool = True,
     label: str = "",

@@ -9,6 +9,9 @@ Not covered: differences between kinds of GPUs other than memory, arithmetic and
 
 from __future__ import annotations
 
+# The table has it, too.
+from nexus_ds.checkpoint.needs import PROBE_TOKENS as PROBE_TOKENS
+
 # Facts ------------------------------------------------------------------------------------------
 
 ADAM_BYTES = 12
@@ -27,8 +30,6 @@ PERSISTENT_ELEMENTS = 100_000
 LOGITS_BYTES = 8
 """Bytes of a logit at the peak of the cross-entropy: itself and its log-probability, both fp32
 (`scoring.score`)."""
-PROBE_TOKENS = 128
-"""Tokens that are computed out of a finished checkpoint (`runtime/export_check.py`)."""
 PROBE_LOGITS = 6
 """Copies of their logits in main memory there: two rows, three times over, in fp32."""
 

@@ -15,7 +15,18 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from nexus_ds.checkpoint.needs import DISK_SPEED, Need, Way, per_token, way
+from nexus_ds.checkpoint.needs import (
+    ADDED,
+    BATCH,
+    DISK_SPEED,
+    FIT_BATCH,
+    FIT_LENGTH,
+    WINDOWS,
+    Need,
+    Way,
+    per_token,
+    way,
+)
 from nexus_ds.errors import ConfigError
 from nexus_ds.planning import assumptions as assume
 from nexus_ds.planning.export import export_check
@@ -24,18 +35,8 @@ from nexus_ds.planning.memory import FP32, disk
 from nexus_ds.planning.sizes import Sizes
 from nexus_ds.settings import CHUNK_WARM_STARTS, Config
 
-# Sizes that the verbs take where no option says otherwise ----------------------------------------
-
-WINDOWS = 48
-"""Windows of text a domain that `evaluate` and the tables before and after score (--windows)."""
-BATCH = 8
-"""Windows of a forward pass (--batch)."""
 PROMPT = 128
 """Tokens of a prompt."""
-ADDED = 40
-"""Tokens that `generate` adds (--tokens)."""
-FIT_LENGTH = 512
-"""Tokens of a window that a warm start reads, at most."""
 
 # Estimates ---------------------------------------------------------------------------------------
 
@@ -207,7 +208,7 @@ class _Planner:
         flops = need.flops(tokens)
         read = need.stored * self.width / FP32 / DISK_SPEED
         return (
-            need.layer + need.working(BATCH, length),
+            need.layer + need.working(FIT_BATCH, length),
             need.waiting(1, tokens) + need.outside,
             flops / (self._speed() * FP32_SHARE) + read,
             flops / CPU_FLOPS + read,
@@ -309,15 +310,6 @@ def verbs(config: Config, sizes: Sizes, machine: Machine, width: int, tokens: fl
 
 def assumed() -> dict[str, float]:
     """Return the estimates that the times and a few sizes rest on, by name."""
-    return {
-        "FORWARD_USE": FORWARD_USE,
-        "FP32_SHARE": FP32_SHARE,
-        "GPU_MEMORY_SPEED": GPU_MEMORY_SPEED,
-        "CPU_MEMORY_SPEED": CPU_MEMORY_SPEED,
-        "CPU_FLOPS": CPU_FLOPS,
-        "DISK_SPEED": DISK_SPEED,
-        "ENCODED_PER_SECOND": ENCODED_PER_SECOND,
-        "TOKENISED_PER_SECOND": TOKENISED_PER_SECOND,
-        "TEXT_BYTES": TEXT_BYTES,
-        "COPY_BYTES": COPY_BYTES,
-    }
+    # read anew at every call: tests change the module's numbers
+    named = {name: value for name, value in globals().items() if name.isupper()}
+    return {name: value for name, value in named.items() if isinstance(value, float)}

@@ -28,6 +28,7 @@ from pathlib import Path
 from statistics import NormalDist, fmean
 from typing import TYPE_CHECKING
 
+from nexus_ds.checkpoint.needs import WINDOWS
 from nexus_ds.errors import ConfigError
 from nexus_ds.report.page import Cell, Spread, Table, text_table
 from nexus_ds.report.paired import (
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 SAME = 0.01  # change of perplexity, in either direction, that is called the same however sure it is
 EXIT_WORSE = 3  # 1 is a mistake, 2 argparse's
-WINDOWS = 48
 FURTHEST = 100  # times as many windows: what needs more is too near to the limit to be told
 # chance with which the advised number of windows decides, if the change is as it was estimated
 POWER = 0.8

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.loading import LOAD_ERRORS
+from nexus_ds.checkpoint.needs import PROBE_TOKENS
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, gate_name
 from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.checkpoint.sidecar import Sidecar, expert_embeddings, read_sidecar
@@ -219,8 +220,6 @@ def _compare(expected: Mapping[str, str], found: Mapping[str, str]) -> None:
 
 # A pass of few tokens ----------------------------------------------------------------------------
 
-PROBE_TOKENS = 128
-"""Enough for every expert to be asked, too few for the check to take long even on a CPU."""
 MOST_FLIPS = 0.5
 """Share of a layer's tokens that may take another expert, each of them near a tie: where rounding
 decides for more, the layer's experts would not have been compared."""

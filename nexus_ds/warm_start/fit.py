@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from nexus_ds.checkpoint.build import transformers_config
 from nexus_ds.checkpoint.config_json import CONTEXT_MODEL
 from nexus_ds.checkpoint.loading import device
+from nexus_ds.checkpoint.needs import FIT_BATCH, features_fit
 from nexus_ds.checkpoint.pieces import need_of, warn_of_time
 from nexus_ds.checkpoint.qwen2_moe import gate_name, mean_name
 from nexus_ds.checkpoint.records import FitReport
@@ -61,8 +62,6 @@ if TYPE_CHECKING:
 # Warm starts that keep the old expert embeddings in an extension, and so what these are fitted to.
 KEEPING = ("label_fit", "hidden_mean")
 ITERATIVE = ("label_fit", "chunks")
-LAYER_BATCH = 8  # windows a forward pass
-FEATURES_SHARE = 0.25  # of the device's free memory, for what a router reads of all windows
 
 
 # The checkpoint, layer by layer -------------------------------------------------------------------
@@ -95,7 +94,7 @@ def _attend(block: Any, hidden_NSH: Tensor, rotary: tuple[Tensor, Tensor]) -> Te
 def _place_for(size: int) -> torch.device:
     """Return the device if `size` bytes are a small part of its free memory, else the CPU."""
     place = device()
-    return place if size <= FEATURES_SHARE * room_on(place) else torch.device("cpu")
+    return place if features_fit(size, room_on(place)) else torch.device("cpu")
 
 
 class _Stream:
@@ -122,8 +121,8 @@ class _Stream:
         self.rotary = cos.to(device()), sin.to(device())
 
     def _batches(self) -> list[slice]:
-        starts = range(0, len(self.hidden_NSH), LAYER_BATCH)
-        return [slice(start, start + LAYER_BATCH) for start in starts]
+        starts = range(0, len(self.hidden_NSH), FIT_BATCH)
+        return [slice(start, start + FIT_BATCH) for start in starts]
 
     def load(self, layer: int) -> Any:
         """Return one layer with its weights, on the device."""

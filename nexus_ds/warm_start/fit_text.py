@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nexus_ds.checkpoint.needs import FIT_LENGTH
 from nexus_ds.checkpoint.sidecar import Sidecar
 from nexus_ds.data.chunks import embed_chunks
 from nexus_ds.data.corpora import open_source, token_files, windows
@@ -26,7 +27,6 @@ from nexus_ds.warm_start.methods import check_start
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-LENGTH = 512  # tokens of a window at most
 BYTES_PER_TOKEN = 16  # of text that is tokenised: several times what a token takes
 # Of a domain's text that is tokenised at least; chunks come from all over it.
 LEAST_BYTES = 1 << 16
@@ -181,7 +181,7 @@ def _windows(
     else:
         count = router.fit_windows
         least = LEAST_BYTES
-    length = min(config.data.sequence_length, positions, LENGTH)
+    length = min(config.data.sequence_length, positions, FIT_LENGTH)
     with tempfile.TemporaryDirectory() as cache:
         files = token_files(
             open_source(data),

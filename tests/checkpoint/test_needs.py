@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from nexus_ds.checkpoint.needs import Need, Way, per_token, way
+from nexus_ds.checkpoint.needs import Need, Way, features_fit, per_token, way
 
 ALL = 1e18
 
@@ -76,3 +76,7 @@ def test_a_token_takes_its_states_and_its_cache():
     found = per_token(width=2, hidden=8, keys=4, inner=40, layers=3)
     token = 2 * (8 * 8 + 3 * 20 * 2)
     assert found == {"width": 2, "token": token, "hidden": 16, "cache": 2 * 4 * 3 * 2}
+
+
+def test_a_warm_start_keeps_a_quarter_of_the_device_for_features():
+    assert features_fit(25.0, 100.0) and not features_fit(26.0, 100.0)

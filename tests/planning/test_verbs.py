@@ -1,6 +1,7 @@
 """What the verbs take: sizes as the verbs themselves find them, ways by the same rule, and
 estimates that are followed."""
 
+import argparse
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import moe_model, save_tokenizer
 
 from nexus_ds.checkpoint.pieces import need_of
+from nexus_ds.commands import evaluate, extend, generate
 from nexus_ds.config import load_config
 from nexus_ds.errors import ConfigError
 from nexus_ds.planning import verbs as planning
@@ -134,6 +136,20 @@ def test_the_stage_extend_is_the_same_mixture_and_a_dense_one_is_refused():
     ]
     with pytest.raises(ConfigError, match="plan --verbs is about a mixture, stage=seed is a dense"):
         planned(24e9, "stage=seed")
+
+
+def test_plan_counts_with_the_sizes_that_verbs_take():
+    parsers = {}
+    for verb in (evaluate, extend, generate):
+        parsers[verb] = argparse.ArgumentParser()
+        verb.add_arguments(parsers[verb])
+    found = planned(80e9)
+    windows = of(found, "evaluate").sizes
+    default = parsers[evaluate].get_default
+    assert windows == f"4 x {default('windows')} windows of 2048, {default('batch')} at once"
+    assert parsers[extend].get_default("windows") == default("windows")
+    added = parsers[generate].get_default("tokens")
+    assert of(found, "generate").sizes == f"{planning.PROMPT} tokens and {added} more"
 
 
 @pytest.mark.parametrize("name", sorted(assumed()))

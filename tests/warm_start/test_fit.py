@@ -106,7 +106,7 @@ def test_windows_in_slices_give_the_same_router(
     for batch, tokens in ((1, 7), (8, 1 << 30)):
         copy = tmp_path / f"{batch}"
         shutil.copytree(request.getfixturevalue(kind), copy)
-        monkeypatch.setattr(fit, "LAYER_BATCH", batch)
+        monkeypatch.setattr(fit, "FIT_BATCH", batch)
         monkeypatch.setattr(methods, "SLICE_TOKENS", tokens)
         config = RouterConfig(fit_steps=5, warm_start=start)
         report = fit_router(copy, windows, config, seed=0)
