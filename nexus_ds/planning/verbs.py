@@ -24,6 +24,7 @@ from nexus_ds.checkpoint.needs import (
     WINDOWS,
     Need,
     Way,
+    features_fit,
     per_token,
     way,
 )
@@ -194,7 +195,7 @@ class _Planner:
     def fitted(self) -> tuple[float, float, float, float, str]:
         """Return GPU and host bytes, seconds with a GPU and without, and sizes of the warm start.
 
-        The hidden states of all windows and what a router reads of them are in main memory.
+        The hidden states of all windows are in main memory.
         """
         router = self.config.router
         need = need_of_sizes(self.sizes, FP32)
@@ -207,9 +208,16 @@ class _Planner:
         tokens = windows * length * max(1, self.sizes.experts)
         flops = need.flops(tokens)
         read = need.stored * self.width / FP32 / DISK_SPEED
+        # No logits are made. What a router reads of all windows is where there is room for it.
+        states = tokens * need.hidden
+        computing = need.layer + FIT_BATCH * length * need.token
+        on_gpu = features_fit(states, self.machine.gpu_memory - assume.CONTEXT_BYTES - need.layer)
+        # At first the embedding lies beside the states, as stored and in fp32.
+        embedding = need.vocabulary * need.hidden * (1 + self.width / FP32)
+        beside = max(states + embedding, states if on_gpu else 2 * states)
         return (
-            need.layer + need.working(FIT_BATCH, length),
-            need.waiting(1, tokens) + need.outside,
+            computing + (states if on_gpu else 0.0),
+            beside,
             flops / (self._speed() * FP32_SHARE) + read,
             flops / CPU_FLOPS + read,
             f"{router.warm_start} on {tokens:,} tokens",
@@ -305,6 +313,7 @@ def verbs(config: Config, sizes: Sizes, machine: Machine, width: int, tokens: fl
         grown.scored("evaluate"),
         grown.generated(),
         base.made("remove", grown.written, refit=False),
+        grown.scored("remove --data", times=2),
     ]
 
 

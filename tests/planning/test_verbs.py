@@ -88,6 +88,7 @@ def test_every_verb_that_touches_a_model_is_there_and_has_its_numbers():
         "extend",
         "extend --verdict",
         "remove",
+        "remove --data",
     }
     for verb in found:
         assert verb.host_bytes > 0 and verb.seconds > 0 and verb.cpu_seconds > 0 and verb.sizes
@@ -125,7 +126,17 @@ def test_warm_starts_by_chunks_hold_their_states_in_main_memory():
     # hidden states and what the router reads: 512 windows of 512 tokens of 4 domains, 2560 wide
     states = 2 * 512 * 512 * 4 * 2560 * 4
     assert states < many.host_bytes < states + 5e9
-    assert many.gpu_bytes == few.gpu_bytes < 5e9
+    # a layer in fp32 and the activations of 8 windows; no logits
+    sizes = sizes_of(load_config("nexus-2.8b"))
+    need = need_of_sizes(sizes, 4)
+    assert many.gpu_bytes == need.layer + 8 * 512 * need.token < 4e9
+    # few windows: what a router reads of them is on the GPU, and not in main memory
+    tokens = load_config("nexus-2.8b").router.fit_windows * 512 * 4
+    assert few.gpu_bytes == many.gpu_bytes + tokens * need.hidden
+    words = sizes.vocabulary * 2560 * (2 + 4)
+    projections = 4 * sizes.counts()["projection"]
+    held = planning.TEXT_BYTES + projections + tokens * need.hidden + words
+    assert few.host_bytes == held
     cold = of(planned(24e9, "router.warm_start=none"), "upcycle")
     assert "no text" in cold.sizes and cold.gpu_bytes == 0
 
