@@ -332,6 +332,7 @@ VERB_COLUMNS: dict[str, Callable[[Verb], str]] = {
     "GPU GB": lambda verb: f"{verb.gpu_bytes / 1e9:.1f}",
     "host GB": lambda verb: f"{verb.host_bytes / 1e9:.1f}",
     "time": lambda verb: duration(verb.seconds),
+    "CPU GB": lambda verb: f"{verb.cpu_bytes / 1e9:.1f}",
     "on CPUs": lambda verb: duration(verb.cpu_seconds),
     "how": lambda verb: verb.how,
     "for": lambda verb: verb.sizes,

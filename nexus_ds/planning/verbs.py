@@ -79,8 +79,10 @@ class Verb:
     """Peak of main memory."""
     seconds: float
     """On all GPUs of a node, where the verb uses them, else on one."""
+    cpu_bytes: float
+    """Peak of main memory without a GPU: everything is computed there, in fp32."""
     cpu_seconds: float
-    """The same without a GPU."""
+    """Time without a GPU."""
     sizes: str
     """For how much text, how many files: what it was counted for."""
 
@@ -149,6 +151,23 @@ class _Planner:
         host = self.machine.host_memory or math.inf
         return way(need, rows, length, room, host)
 
+    def _on_cpu(self, need: Need, rows: int, length: int, sequences: int) -> tuple[Way, float]:
+        """Return how a model is run without a GPU, and the main memory of that.
+
+        Args:
+            need: in fp32, with the embeddings outside.
+            rows, length: sequences at once that are asked for, and their tokens.
+            sequences: whose states wait between two layers, where it is streamed.
+        """
+        need = replace(need, resident=need.outside)
+        host = self.machine.host_memory or math.inf
+        chosen = way(need, rows, length, host, host)
+        if chosen.streamed:
+            held = need.streamed(chosen.rows, length) + need.waiting(sequences, length)
+        else:
+            held = max(need.loading, need.whole(chosen.rows, length))
+        return chosen, TEXT_BYTES + held
+
     def scored(self, name: str, times: int = 1) -> Verb:
         """Return `evaluate`, or a table before and after."""
         need, domains = self.need, max(1, self.sizes.experts)
@@ -160,6 +179,8 @@ class _Planner:
         gpus = self.machine.local
         computing = need.flops(tokens) / (self._speed() * gpus)
         fp32 = need_of_sizes(self.sizes, FP32)
+        on_cpu, cpu_bytes = self._on_cpu(fp32, BATCH, self.length, WINDOWS)
+        cpu_reads = domains if on_cpu.streamed else 1
         return Verb(
             name,
             self.name,
@@ -167,7 +188,8 @@ class _Planner:
             planned(chosen.rows, self.length),
             TEXT_BYTES + (need.beside(WINDOWS, self.length) if chosen.streamed else need.loading),
             times * (computing + reads * need.stored / DISK_SPEED),
-            times * (fp32.flops(tokens) / CPU_FLOPS + need.stored / DISK_SPEED),
+            cpu_bytes,
+            times * (fp32.flops(tokens) / CPU_FLOPS + cpu_reads * need.stored / DISK_SPEED),
             f"{domains} x {WINDOWS} windows of {self.length}, {chosen.rows} at once",
         )
 
@@ -179,28 +201,32 @@ class _Planner:
         # Each token reads the active weights once; streamed, all of them from the files.
         one = need.stored / DISK_SPEED if chosen.streamed else need.active * self.width
         seconds = ADDED * (one if chosen.streamed else one / GPU_MEMORY_SPEED)
+        fp32 = need_of_sizes(self.sizes, FP32).with_cache()
+        on_cpu, cpu_bytes = self._on_cpu(fp32, 1, length, 1)
+        read = need.stored / DISK_SPEED
+        cpu_one = read if on_cpu.streamed else need.active * FP32 / CPU_MEMORY_SPEED
         return Verb(
             "generate",
             self.name,
             "layer by layer" if chosen.streamed else "whole",
             planned(1, length),
             TEXT_BYTES + (need.beside(1, length) if chosen.streamed else need.loading),
-            seconds + (0.0 if chosen.streamed else need.stored / DISK_SPEED),
-            need.flops(length) / CPU_FLOPS
-            + ADDED * need.active * FP32 / CPU_MEMORY_SPEED
-            + need.stored / DISK_SPEED,
+            seconds + (0.0 if chosen.streamed else read),
+            cpu_bytes,
+            need.flops(length) / CPU_FLOPS + ADDED * cpu_one + (0.0 if on_cpu.streamed else read),
             f"{PROMPT} tokens and {ADDED} more",
         )
 
-    def fitted(self) -> tuple[float, float, float, float, str]:
-        """Return GPU and host bytes, seconds with a GPU and without, and sizes of the warm start.
+    def fitted(self) -> tuple[float, float, float, float, float, str]:
+        """Return GPU and host bytes and seconds, host bytes and seconds without a GPU, and sizes of
+        the warm start.
 
         The hidden states of all windows are in main memory.
         """
         router = self.config.router
         need = need_of_sizes(self.sizes, FP32)
         if router.warm_start in ("none", "embedding"):
-            return 0.0, 0.0, 0.0, 0.0, "no text"
+            return 0.0, 0.0, 0.0, 0.0, 0.0, "no text"
         windows = router.fit_windows
         if router.warm_start in CHUNK_WARM_STARTS:
             windows = router.fit_chunks
@@ -219,13 +245,14 @@ class _Planner:
             computing + (states if on_gpu else 0.0),
             beside,
             flops / (self._speed() * FP32_SHARE) + read,
+            max(states + embedding, 2 * states + computing),
             flops / CPU_FLOPS + read,
             f"{router.warm_start} on {tokens:,} tokens",
         )
 
     def made(self, name: str, read: float, refit: bool) -> Verb:
         """Return a verb that writes a checkpoint out of `read` bytes of others."""
-        gpu, host, seconds, cpu_seconds, sizes = self.fitted()
+        gpu, host, seconds, cpu_host, cpu_seconds, sizes = self.fitted()
         moved = (read + self.written) / DISK_SPEED
         copied = f"{(read + self.written) / 1e9:.0f} GB read and written"
         # P of all layers is read and written whole
@@ -233,7 +260,7 @@ class _Planner:
         copying = TEXT_BYTES + COPY_BYTES + 2 * projections
         if not refit:
             how = "a tensor at a time"
-            return Verb(name, self.name, how, 0.0, copying, moved, moved, copied)
+            return Verb(name, self.name, how, 0.0, copying, moved, copying, moved, copied)
         return Verb(
             name,
             self.name,
@@ -241,6 +268,7 @@ class _Planner:
             gpu,
             max(copying, TEXT_BYTES + projections + host),
             moved + seconds,
+            max(copying, TEXT_BYTES + projections + cpu_host),
             moved + cpu_seconds,
             f"{copied}; {sizes}",
         )
@@ -256,6 +284,7 @@ class _Planner:
             check.gpu_bytes,
             TEXT_BYTES + check.host_bytes,
             seconds,
+            TEXT_BYTES + check.host_bytes + check.gpu_bytes,
             seconds + self.need.flops(assume.PROBE_TOKENS) / CPU_FLOPS,
             f"written, read again, {assume.PROBE_TOKENS} tokens checked, beside the training's own "
             "memory",
@@ -268,11 +297,11 @@ def _text(config: Config, tokens: float) -> Iterator[Verb]:
     windows = 2 * pipe.embedding_documents * max(1, len(pipe.domains))
     encoding = windows / ENCODED_PER_SECOND
     sizes = f"{windows:,} windows of {len(pipe.domains)} domains"
-    yield Verb("embed", "encoder", "text", 0.0, TEXT_BYTES, encoding, encoding, sizes)
+    yield Verb("embed", "encoder", "text", 0.0, TEXT_BYTES, encoding, TEXT_BYTES, encoding, sizes)
     seconds = tokens / (TOKENISED_PER_SECOND * processes)
     sizes = f"{tokens / 1e9:.3g}B tokens, {processes} processes"
     host = TEXT_BYTES * processes
-    yield Verb("tokens", "tokenizer", "text", 0.0, host, seconds, seconds, sizes)
+    yield Verb("tokens", "tokenizer", "text", 0.0, host, seconds, host, seconds, sizes)
 
 
 def verbs(config: Config, sizes: Sizes, machine: Machine, width: int, tokens: float) -> list[Verb]:

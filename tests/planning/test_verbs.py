@@ -120,6 +120,21 @@ def test_main_memory_that_nobody_told_of_never_streams():
         assert of(found, "evaluate").how == of(found, "generate").how == "whole"
 
 
+def test_without_a_gpu_main_memory_holds_the_model_in_fp32():
+    sizes = sizes_of(load_config("nexus-2.8b"))
+    need = need_of_sizes(sizes, 4)
+    found = planned(24e9)
+    assert of(found, "evaluate").cpu_bytes == planning.TEXT_BYTES + need.whole(8, 2048)
+    small = planned(24e9, host=24e9)
+    one = of(small, "generate").cpu_bytes
+    assert need.outside + need.layer < one < 10e9
+    # every token reads the files
+    assert of(small, "generate").cpu_seconds > of(found, "generate").cpu_seconds
+    assert of(small, "evaluate").cpu_seconds > of(found, "evaluate").cpu_seconds
+    for verb in found:
+        assert verb.cpu_bytes >= verb.host_bytes or verb.how == "whole"
+
+
 def test_warm_starts_by_chunks_hold_their_states_in_main_memory():
     few = of(planned(24e9), "upcycle")
     many = of(planned(24e9, "router.warm_start=chunks"), "upcycle")
