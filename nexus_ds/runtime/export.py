@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from nexus_ds.checkpoint.tensors import TensorWriter
 from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.config import dump
 from nexus_ds.errors import CheckpointError
-from nexus_ds.outputs import new_directory, refuse_existing, write_text
+from nexus_ds.outputs import new_directory, write_text
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.deepspeed_internals import Engine
 from nexus_ds.runtime.domain_card import place_card, wants_card
@@ -253,18 +254,17 @@ def export(
         CheckpointError: a tensor on disk is not the engine's, the reloaded model computes something
             else, or it could not be written. `out` is not made; all ranks raise.
     """
-    # first, on all ranks alike: nobody computes for a directory that can't be made
-    on_rank_0(lambda: refuse_existing(out))
-    engine.module.eval()
-    seen = observe(engine, probe_BS)
-
-    def write_and_verify() -> Found:
-        if dist.get_rank() != 0:
-            return _write_and_verify(engine.module, config, dtype, None, step, seen)
-        with new_directory(out) as directory:
-            return _write_and_verify(engine.module, config, dtype, directory, step, seen)
-
-    return Agreement(**together(write_and_verify)[0])
+    made: list[Path] = []
+    with ExitStack() as stack:
+        # First: nobody computes for a directory that can't be made. Entered and left while all
+        # meet, since rank 0 can fail at both.
+        on_rank_0(lambda: made.append(stack.enter_context(new_directory(out))))
+        engine.module.eval()
+        seen = observe(engine, probe_BS)
+        directory = made[0] if made else None
+        found = _write_and_verify(engine.module, config, dtype, directory, step, seen)
+        on_rank_0(stack.close)
+    return Agreement(**found)
 
 
 def _write_and_verify(

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from launch import start_ranks
 from safetensors.torch import load_file, save_file
 
 from nexus_ds.checkpoint.build import load_stock, new_dense
@@ -102,3 +103,62 @@ def test_embeddings_are_tied_where_the_model_ties_them(tmp_path, dense_dir):
         ]
         is False
     )
+
+
+RANK = """
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from nexus_ds.config import Config
+from nexus_ds.errors import CheckpointError
+from nexus_ds.launch import position
+from nexus_ds.runtime import export
+from nexus_ds.runtime.ranks import join, together
+
+@contextmanager
+def failing(out):
+    with real(out) as directory:
+        if fails == "entering":
+            raise OSError(28, "No space left on device", str(directory))
+        yield directory
+        if fails == "leaving":
+            raise OSError(5, "Input/output error", str(directory))
+
+join(60)
+dist.init_process_group("gloo")
+out = Path(sys.argv[1]) / "model"
+real, export.new_directory = export.new_directory, failing
+export.observe = lambda engine, probe_BS: None
+export._write_and_verify = lambda *given: together(lambda: {"tokens": 3})[0]
+engine = SimpleNamespace(module=torch.nn.Linear(1, 1))
+for fails in ("entering", "leaving", "never"):
+    try:
+        given = (engine, Config(), torch.float32, out, torch.zeros(1, 4), None)
+        print(fails, export.export(*given).tokens, flush=True)
+    except CheckpointError as error:
+        print(fails, str(error).partition(":")[0], flush=True)
+    # the ranks are still in step, and see the directory if it was made
+    assert together(lambda: position().rank) == [0, 1]
+    assert out.exists() == (fails == "never")
+    found = [path.name for path in out.parent.iterdir() if path.suffix != ".lock"]
+    assert found == (["model"] if fails == "never" else []), found
+    together(lambda: None)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_what_fails_around_the_writing_on_rank_0_is_told_to_all(tmp_path):
+    ranks = start_ranks(["-c", RANK, tmp_path], 2)
+    said = [rank.communicate(timeout=60)[0].splitlines() for rank in ranks]
+    expected = [
+        "entering [Errno 28] No space left on device",
+        "leaving [Errno 5] Input/output error",
+        "never 3",
+    ]
+    assert said == [expected] * 2 and [rank.returncode for rank in ranks] == [0, 0]
