@@ -147,7 +147,8 @@ def rank_name(env: Mapping[str, str] = os.environ) -> str:
 
 def local_rank(env: Mapping[str, str] = os.environ) -> int:
     """Return this rank's number on its node, which is that of its device."""
-    return int(env.get("LOCAL_RANK", "0"))
+    # srun's own, where nobody has called `adopt_launcher`
+    return int(env.get("LOCAL_RANK") or env.get("SLURM_LOCALID") or "0")
 
 
 def device_number(visible: int, env: Mapping[str, str] = os.environ) -> int:

@@ -28,7 +28,14 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from nexus_ds.errors import ConfigError, NexusError
-from nexus_ds.launch import Position, allotted_gpus, allotted_memory, has_own_gpu, job_name
+from nexus_ds.launch import (
+    Position,
+    allotted_gpus,
+    allotted_memory,
+    device_number,
+    has_own_gpu,
+    job_name,
+)
 from nexus_ds.planning import fitting
 from nexus_ds.planning.choose import WIDTH
 from nexus_ds.planning.layout import Machine
@@ -351,10 +358,7 @@ def all_reduce_seconds(meeting: Meeting, cuda: bool) -> float:
     here = meeting.here
     device = torch.device("cpu")
     if cuda:
-        # A rank that sees one GPU alone has that one.
-        number = here.rank % here.local_world % torch.cuda.device_count()
-        device = torch.device("cuda", number)
-        torch.cuda.set_device(device)
+        device = torch.device("cuda", torch.cuda.current_device())
     try:
         dist.init_process_group(
             "nccl" if cuda else "gloo",
@@ -464,6 +468,9 @@ def check(
 
     started = time.monotonic()
     visible = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+    if visible:
+        # Else every rank would ask the first GPU. Too many ranks for the GPUs are reported below.
+        torch.cuda.set_device(device_number(visible) % visible)
     report = local_report(run, here, visible, plan)
     meeting = Meeting(here, address, port, seconds)
     shared = [f"{here.node}: {problem}" for problem in folder_problems(meeting, run)]

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from nexus_ds.config import load_config
 from nexus_ds.errors import ConfigError, LayoutError
@@ -126,3 +127,21 @@ def test_too_little_disk_is_named_with_both_amounts(tmp_path):
     [found] = node_checks.disk_problems(tmp_path, 10**18)
     assert found.startswith(f"{tmp_path}: ") and "1e+03 PB" not in found
     assert "free, 1e+06 TB will be written" in found and "training.keep_last" in found
+
+
+@pytest.mark.parametrize(("local", "visible", "number"), [("3", 4, 3), ("3", 1, 0), ("3", 2, 1)])
+def test_each_rank_asks_its_own_gpu(tmp_path, monkeypatch, local, visible, number):
+    """As srun starts it: nothing but SLURM's own variables tell which one that is."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setenv("SLURM_LOCALID", local)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+
+    def local_report(*given):
+        raise ConfigError(f"asks {chosen}")
+
+    monkeypatch.setattr(node_checks, "local_report", local_report)
+    with pytest.raises(ConfigError, match=rf"asks \[{number}\]"):
+        node_checks.check(tmp_path, HERE, "127.0.0.1", 1, 1.0, lambda gpu, host: None)
