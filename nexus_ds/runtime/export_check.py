@@ -461,13 +461,13 @@ def _within(what: str, found: float, bound: float) -> None:
 
 @contextmanager
 def _cores_for(device: torch.device, engine: torch.device) -> Iterator[None]:
-    """Let a pass that had to leave the GPU use half of the node's cores.
+    """Let a pass that had to leave the GPU use half of the cores that this rank may run on.
 
     Launchers leave one thread a rank; the others' ranks only wait meanwhile.
     """
     threads = torch.get_num_threads()
     if device != engine and device.type == "cpu":
-        torch.set_num_threads(max(threads, (os.cpu_count() or 1) // 2))
+        torch.set_num_threads(max(threads, len(os.sched_getaffinity(0)) // 2))
     try:
         yield
     finally:

@@ -257,7 +257,7 @@ def test_the_device_is_asked_for_a_layers_room_when_training_has_let_go_of_it(
 
 
 def test_a_pass_that_had_to_leave_the_gpu_has_half_of_the_cores(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
     cpu, gpu, before = torch.device("cpu"), torch.device("cuda"), torch.get_num_threads()
     with _cores_for(cpu, gpu):
         assert torch.get_num_threads() == max(before, 3)
