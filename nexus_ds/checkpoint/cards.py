@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
@@ -56,6 +56,19 @@ class DomainCard:
     """Of this model's own, so that a card is not taken for another's; empty: not checked."""
     embedding: list[float]
     """Mean of the documents' vectors of length one; neither normalised nor centred."""
+
+
+@dataclass(frozen=True)
+class Packages:
+    """What is known of branches besides their weights."""
+
+    cards: Mapping[str, DomainCard] = field(default_factory=dict)
+    """Of the experts whose embeddings come from there."""
+    base: Path | None = None
+    """Model that adapters among them are merged into; None: the one that they name."""
+
+
+NO_PACKAGES = Packages()
 
 
 def ffn_sha256(model: DenseModel) -> str:

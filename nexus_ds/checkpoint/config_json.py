@@ -126,7 +126,8 @@ def refuse_other_weights(directory: Path) -> None:
     base = str(adapter.get("base_model_name_or_path") or "?")[:200]
     raise UnsupportedModelError(
         f"{directory} holds an adapter ({ADAPTER}: {kind} of {base}), not a whole model: "
-        "merge it first, with peft's AutoPeftModelForCausalLM.from_pretrained(DIR)"
+        "as --expert NAME=DIR of upcycle and extend it is merged, without a model beside it; for "
+        "all else merge it first, with peft's AutoPeftModelForCausalLM.from_pretrained(DIR)"
         ".merge_and_unload().save_pretrained(OUT), save the tokenizer there too, and give OUT; "
         f"if the weights beside it are merged already, remove {ADAPTER}"
     )

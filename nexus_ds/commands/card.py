@@ -20,7 +20,12 @@ from nexus_ds.outputs import held
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("directory", metavar="DIR", type=Path, help="dense model, gets the card")
+    parser.add_argument(
+        "directory",
+        metavar="DIR",
+        type=Path,
+        help="dense model, or adapter of --seed-model; gets the card",
+    )
     parser.add_argument(
         "--data", required=True, help="folder of domains, hub:NAME[#COLUMN], or demo"
     )
@@ -82,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
     """
     # not at the top: they import torch, for which `card --help` doesn't wait
     from nexus_ds.checkpoint import cards
+    from nexus_ds.checkpoint.adapters import open_branch
     from nexus_ds.checkpoint.dense import open_dense
     from nexus_ds.checkpoint.model_card import stated_license
 
@@ -93,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             f"--documents {args.documents} and --windows {args.windows}: expected numbers above 0"
         )
     # what is wrong with the models or the text is told before the encoder is loaded
-    model = open_dense(args.directory)
+    model = open_branch(args.directory, args.seed_model)
     seed = open_dense(args.seed_model) if args.seed_model else None
     source = open_source(args.data)
     require_domains(source, [args.domain])

@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=DIR",
         required=True,
         action="append",
-        help="a new dense branch; NAME is also its domain, a row of --domains, unless its domain "
-        "card names another (repeat for each expert)",
+        help="a new dense branch, or a LoRA adapter; NAME is also its domain, a row of --domains, "
+        "unless its domain card names another (repeat for each expert)",
     )
     parser.add_argument(
         "--replace",
@@ -56,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="embeddings of the new domains, from the checkpoint's encoder; default: the domain "
         "cards in the branches' directories; with --replace and no card the text is the old one",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="DIR",
+        help="dense model that adapters are merged into; default: the one that they name",
     )
     parser.add_argument(
         "--out",
@@ -124,10 +129,12 @@ def _describe(
     config: Config,
 ) -> NewModel:
     """Return the new mixture; lambda is --lambda, else that of --config's recipe, else k/(n+k)."""
+    from nexus_ds.checkpoint.cards import Packages
     from nexus_ds.upcycling.extend import extended
     from nexus_ds.upcycling.replace import replaced
 
     checkpoint = Path(args.checkpoint)
+    packages = Packages(cards, Path(args.base) if args.base else None)
     share = args.share
     # of a recipe that was asked for: the default one is for the router's settings alone
     if share is None and args.config:
@@ -138,9 +145,9 @@ def _describe(
             "with --replace the rows stay"
         )
     if args.replace:
-        return replaced(checkpoint, experts, embeddings, config, share, cards)
+        return replaced(checkpoint, experts, embeddings, config, share, packages)
     assert embeddings is not None
-    return extended(checkpoint, experts, embeddings, config, share, args.linear_init, cards)
+    return extended(checkpoint, experts, embeddings, config, share, args.linear_init, packages)
 
 
 def _embedded(

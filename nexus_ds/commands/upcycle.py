@@ -29,14 +29,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=DIR",
         required=True,
         action="append",
-        help="a dense branch; NAME is also its domain, a row of --domains, unless its domain card "
-        "names another (repeat for each expert)",
+        help="a dense branch, or a LoRA adapter; NAME is also its domain, a row of --domains, "
+        "unless its domain card names another (repeat for each expert)",
     )
     parser.add_argument(
         "--domains",
         metavar="FILE",
         help="domain embeddings, from nexus-ds embed; default: the domain cards in the branches' "
         "directories",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="DIR",
+        help="dense model that adapters are merged into; default: the one that they name",
     )
     parser.add_argument(
         "--out",
@@ -77,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         OutputExistsError: --out is taken. In all cases --out is not made.
     """
     # not at the top: they import torch, for which `upcycle --help` doesn't wait
-    from nexus_ds.checkpoint.cards import embeddings_for
+    from nexus_ds.checkpoint.cards import Packages, embeddings_for
     from nexus_ds.upcycling.blend import parse_experts
     from nexus_ds.upcycling.upcycle import upcycled
 
@@ -90,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
     experts = parse_experts(args.expert)
     bare = seed if config.router.kind == "linear" else None
     embeddings, cards = embeddings_for(args.domains, experts, bare)
-    model = upcycled(seed, experts, embeddings, config, cards)
+    base = Path(args.base) if args.base else None
+    model = upcycled(seed, experts, embeddings, config, Packages(cards, base))
     # the embeddings' own record of where their text lies
     data = args.data or embeddings.data
     text = model.fit_text(data, config, "--no-warm-start")

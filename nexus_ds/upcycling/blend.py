@@ -318,7 +318,7 @@ def encoder_record(embeddings: DomainEmbeddings, names: Iterable[str]) -> Encode
 
 def expert_records(
     models: Mapping[str, DenseModel],
-    cards: Mapping[str, DomainCard] | None,
+    cards: Mapping[str, DomainCard],
     old: Sequence[ExpertRecord] = (),
 ) -> list[ExpertRecord]:
     """Return what the sidecar keeps of experts, with the hashes of their FFN tensors.
@@ -338,7 +338,7 @@ def expert_records(
     for name, model in models.items():
         sha256 = sha256_of_tensors(model.reader, model.ffn_names())
         domain = name
-        card = cards.get(name) if cards else None
+        card = cards.get(name)
         if card:
             check_card(name, card, sha256)
             domain = card.domain

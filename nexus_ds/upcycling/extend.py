@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nexus_ds.checkpoint.cards import DomainCard
+from nexus_ds.checkpoint.cards import NO_PACKAGES, Packages
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel
 from nexus_ds.checkpoint.dense_settings import settings
@@ -45,6 +45,7 @@ from nexus_ds.upcycling.new_checkpoint import (
     copy_of,
     open_all,
     open_old,
+    tokenizers,
 )
 
 # norm of a new expert embedding relative to the largest old one's
@@ -78,7 +79,7 @@ def extended(
     config: Config,
     share: float | None = None,
     linear_init: str = "keep",
-    cards: Mapping[str, DomainCard] | None = None,
+    packages: Packages = NO_PACKAGES,
 ) -> NewModel:
     """Describe a mixture with further experts appended (paper section 2.3); nothing is written.
 
@@ -95,7 +96,7 @@ def extended(
         config: `router.warm_start`, `router.init`, `router.init_norm` for linear rows, and `seed`.
         share: lambda, the total share of the new experts; see `merge_share`.
         linear_init: keep | reset, for a linear router.
-        cards: of the new experts, where the embeddings are theirs.
+        packages: what else is known of the new branches.
 
     Raises:
         ConfigError: an expert's name or domain that is taken, lambda outside [0, 1].
@@ -108,7 +109,7 @@ def extended(
     _check_names(old, experts)
     check_encoder(old, embeddings)
     vectors = domain_vectors(embeddings, experts)
-    models = open_fitting(mixture, experts)
+    models = open_fitting(mixture, experts, packages.base)
     before = len(old.experts)
     total = merge_share(before, len(models), share)
     step = ExtendStep(
@@ -119,7 +120,7 @@ def extended(
         router=config.router,
         seed=config.seed,
     )
-    sidecar = _extended_sidecar(old, models, cards, vectors, step)
+    sidecar = _extended_sidecar(old, models, packages, vectors, step)
     target = mixture.target(len(sidecar.experts))
     # behind the old ones, whose numbers and rows stay
     places = {name: number for number, name in enumerate(models, start=before)}
@@ -144,7 +145,7 @@ def extended(
 def _extended_sidecar(
     old: Sidecar,
     models: Mapping[str, DenseModel],
-    cards: Mapping[str, DomainCard] | None,
+    packages: Packages,
     vectors: Tensor,
     step: ExtendStep,
 ) -> Sidecar:
@@ -152,7 +153,7 @@ def _extended_sidecar(
 
     The centre stays: the old experts' embeddings were computed with it, and P was trained on it.
     """
-    records = expert_records(models, cards, old.experts)
+    records = expert_records(models, packages.cards, old.experts)
     return dataclasses.replace(
         old,
         experts=[*old.experts, *records],
@@ -162,8 +163,10 @@ def _extended_sidecar(
     )
 
 
-def open_fitting(mixture: OldModel, experts: Mapping[str, Path]) -> dict[str, DenseModel]:
-    """Open dense models that are to become experts of a mixture.
+def open_fitting(
+    mixture: OldModel, experts: Mapping[str, Path], base: Path | None = None
+) -> dict[str, DenseModel]:
+    """Open dense models, or adapters of `base`, that are to become experts of a mixture.
 
     Raises:
         IncompatibleModelsError: sizes or tokenizers that differ from the checkpoint's, weights that
@@ -173,12 +176,12 @@ def open_fitting(mixture: OldModel, experts: Mapping[str, Path]) -> dict[str, De
     """
     own = settings(mixture.config)
     check_shared_gates(mixture.reader, own.layers)
-    models = open_all(experts)
+    models = open_all(experts, base)
     # Not the family: a mixture is of none, and what it computes stands in the settings.
     others = {name: vars(model.settings) for name, model in models.items()}
     check_alike({"checkpoint": vars(own)} | others)
     check_related(f"the checkpoint {mixture.directory}", mixture.reader, models)
-    check_tokenizers(mixture.directory, experts)
+    check_tokenizers(mixture.directory, tokenizers(models))
     check_tokenizer(mixture.directory, own.vocabulary)
     # only to refuse one that asks for code, before anything is written; `write` reads it again
     read_generation_config(mixture.directory)

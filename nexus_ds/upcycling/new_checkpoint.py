@@ -8,6 +8,7 @@ Not covered: where text and options come from (commands/), how tensors are blend
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
+from nexus_ds.checkpoint.adapters import describe_merge, open_branch, tokenizer_home
 from nexus_ds.checkpoint.config_json import ConfigJson
-from nexus_ds.checkpoint.dense import MODEL_DTYPES, DenseModel, open_dense
+from nexus_ds.checkpoint.dense import MODEL_DTYPES, DenseModel
 from nexus_ds.checkpoint.dense_settings import both_ropes
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, gate_name, open_moe, parameter_counts
 from nexus_ds.checkpoint.records import FitReport
@@ -199,9 +201,24 @@ def _fit_lines(report: FitReport) -> list[str]:
     return lines
 
 
-def open_all(directories: Mapping[str, Path]) -> dict[str, DenseModel]:
-    """Open each expert's dense model; errors: `open_dense`."""
-    return {name: open_dense(directory) for name, directory in directories.items()}
+def open_all(
+    directories: Mapping[str, Path], base: Path | None, seed: Path | None = None
+) -> dict[str, DenseModel]:
+    """Open each expert's dense model, or adapter, and say on stderr what is merged into what.
+
+    Arguments and errors: `open_branch`.
+    """
+    models = {name: open_branch(path, base, seed) for name, path in directories.items()}
+    for name, model in models.items():
+        merged = describe_merge(model)
+        if merged:
+            print(f"note: expert {name}: {merged}", file=sys.stderr, flush=True)
+    return models
+
+
+def tokenizers(models: Mapping[str, DenseModel]) -> dict[str, Path]:
+    """Return the directory of each expert's tokenizer, for `check_tokenizers`."""
+    return {name: tokenizer_home(model) for name, model in models.items()}
 
 
 def copy_of(reader: TensorReader, name: str, entry: Stored) -> Blend:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nexus_ds.checkpoint.cards import DomainCard
+from nexus_ds.checkpoint.cards import NO_PACKAGES, Packages
 from nexus_ds.checkpoint.dense import DenseModel
 from nexus_ds.checkpoint.qwen2_moe import gate_name
 from nexus_ds.checkpoint.records import ExpertRecord, ReplaceStep
@@ -41,7 +41,7 @@ def replaced(
     embeddings: DomainEmbeddings | None,
     config: Config,
     share: float | None = None,
-    cards: Mapping[str, DomainCard] | None = None,
+    packages: Packages = NO_PACKAGES,
 ) -> NewModel:
     """Describe a mixture with some of its experts replaced; nothing is written.
 
@@ -58,7 +58,7 @@ def replaced(
         config: recorded with the lineage.
         share: lambda, the total share of the new branches; default k/n, what k of n experts have by
             right.
-        cards: of the new models, where the embeddings are theirs.
+        packages: what else is known of the new branches.
 
     Raises:
         ConfigError: a name that no expert has, lambda outside [0, 1].
@@ -70,7 +70,7 @@ def replaced(
     old = mixture.sidecar
     places = _places(old, experts)
     vectors = _vectors(old, places, embeddings)
-    models = open_fitting(mixture, experts)
+    models = open_fitting(mixture, experts, packages.base)
     # the number of experts stays: k of n have k / n of the averaged weights by right
     total = merge_share(len(old.experts) - len(models), len(models), share)
     step = ReplaceStep(
@@ -82,7 +82,7 @@ def replaced(
     )
     sidecar = dataclasses.replace(
         old,
-        experts=_records(old, models, places, cards),
+        experts=_records(old, models, places, packages),
         lineage=[*old.lineage, step],
         versions=versions(),
         vectors=vectors,
@@ -119,11 +119,11 @@ def _records(
     old: Sidecar,
     models: Mapping[str, DenseModel],
     places: Mapping[str, int],
-    cards: Mapping[str, DomainCard] | None,
+    packages: Packages,
 ) -> list[ExpertRecord]:
     """Return the records of all experts, those at `places` of their new models."""
     records = list(old.experts)
-    for record in expert_records(models, cards):
+    for record in expert_records(models, packages.cards):
         place = places[record.name]
         # the domain stays what it was: text and evaluation are found by it
         domain = records[place].domain

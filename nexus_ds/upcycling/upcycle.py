@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nexus_ds.checkpoint.cards import DomainCard
+from nexus_ds.checkpoint.cards import NO_PACKAGES, Packages
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel, open_dense
 from nexus_ds.checkpoint.families.record import DenseSettings
@@ -57,7 +57,7 @@ from nexus_ds.upcycling.blend import (
     read_generation_config,
     traits,
 )
-from nexus_ds.upcycling.new_checkpoint import NewModel, as_written, casts, open_all
+from nexus_ds.upcycling.new_checkpoint import NewModel, as_written, casts, open_all, tokenizers
 from nexus_ds.warm_start.methods import check_start
 
 
@@ -66,7 +66,7 @@ def upcycled(
     experts: Mapping[str, Path],
     embeddings: DomainEmbeddings,
     config: Config,
-    cards: Mapping[str, DomainCard] | None = None,
+    packages: Packages = NO_PACKAGES,
 ) -> NewModel:
     """Describe the mixture of a seed and its dense branches (paper section 2.1); nothing is
     written.
@@ -81,7 +81,7 @@ def upcycled(
             one of them.
         embeddings: rows of (at least) these domains; free rows do without that of the seed.
         config: `router`, `model.shared_expert` and `seed`.
-        cards: of the experts, where the embeddings are theirs.
+        packages: what else is known of the branches.
 
     Raises:
         ConfigError: top-k larger than the number of experts, a warm start that the router can't
@@ -99,12 +99,12 @@ def upcycled(
             f"router.top_k is {config.router.top_k}, but there are {len(experts)} experts; lower it"
         )
     base = open_dense(seed)
-    models = open_all(experts)
+    models = open_all(experts, packages.base, seed)
     every = {"seed": base} | models
     check_alike({name: traits(model) for name, model in every.items()})
     check_related(f"the seed {seed}", base.reader, models)
-    note_other_seeds(base, cards or {})
-    check_tokenizers(seed, experts)
+    note_other_seeds(base, packages.cards)
+    check_tokenizers(seed, tokenizers(models))
     check_tokenizer(seed, base.settings.vocabulary)
     # only to refuse one that asks for code, before anything is written; `write` reads it again
     read_generation_config(seed)
@@ -114,7 +114,7 @@ def upcycled(
         router=config.router,
         seed=config.seed,
     )
-    sidecar = _upcycled_sidecar(models, embeddings, cards, vectors, config, step)
+    sidecar = _upcycled_sidecar(models, embeddings, packages, vectors, config, step)
     router = config.router
     form = moe_config(base.config, len(models), router.top_k, router.input)
     target = as_written(form, base.dtype)
@@ -154,7 +154,7 @@ def _domain_vectors(
 def _upcycled_sidecar(
     models: dict[str, DenseModel],
     embeddings: DomainEmbeddings,
-    cards: Mapping[str, DomainCard] | None,
+    packages: Packages,
     vectors: Tensor,
     config: Config,
     step: Step,
@@ -165,7 +165,7 @@ def _upcycled_sidecar(
     fields = [field.name for field in dataclasses.fields(RouterRecord)]
     embedded = [name for name in models if name in embeddings.names]
     sidecar = Sidecar(
-        experts=expert_records(models, cards),
+        experts=expert_records(models, packages.cards),
         router=RouterRecord(**{name: getattr(router, name) for name in fields}),
         encoder=encoder_record(embeddings, embedded),
         lineage=[step],

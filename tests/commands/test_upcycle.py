@@ -24,7 +24,9 @@ from branches import (
 )
 from conftest import add_token
 from launch import clean_environment, file_modes, umask
+from safetensors.torch import save_file
 
+from nexus_ds.__main__ import main
 from nexus_ds.checkpoint.families.record import FFN_PARTS, dense_ffn_name
 from nexus_ds.checkpoint.inspection import describe
 from nexus_ds.checkpoint.qwen2_moe import gate_name, mean_name
@@ -133,15 +135,46 @@ def test_warm_start_raises_the_own_domain_share(parts, capsys, kind):
 # Bad input ----------------------------------------------------------------------------------------
 
 
-def test_an_adapter_is_no_branch(parts):
-    for name in ("model.safetensors", "config.json"):
-        (parts / "beta" / name).unlink()
-    adapter = {"peft_type": "LORA", "base_model_name_or_path": "hub/seed", "r": 4}
-    (parts / "beta" / "adapter_config.json").write_text(json.dumps(adapter))
-    with pytest.raises(
-        UnsupportedModelError,
-        match=r"beta holds an adapter .*LORA of hub/seed.*merge it first, with peft",
-    ):
+def adapter_of_seed(parts, name, **settings):
+    """Put an adapter of the seed's FFN, without a tokenizer, in the place of a branch; return what
+    it makes of one weight."""
+    shutil.rmtree(parts / name)
+    (parts / name).mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": "hub/seed", "r": 2, "lora_alpha": 3}
+    (parts / name / "adapter_config.json").write_text(json.dumps(config | settings))
+    weight = dense_ffn_name(0, "up_proj")
+    base = tensors_of(parts / "seed")[weight]
+    a, b = torch.randn(2, base.shape[1]), torch.randn(base.shape[0], 2)
+    module = f"base_model.model.{weight.removesuffix('.weight')}"
+    matrices = {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    save_file(matrices, parts / name / "adapter_model.safetensors")
+    return (base.double() + 1.5 * (b.double() @ a.double())).float()
+
+
+def test_an_adapter_is_merged_into_its_base(parts, capsys):
+    """Into the seed, whose name it gives; of an extension the base is told."""
+    merged = adapter_of_seed(parts, "beta")
+    assert run(parts) == 0
+    said = capsys.readouterr().err
+    assert f"expert beta: LoRA adapter {parts / 'beta'} merged into {parts / 'seed'}: 1 w" in said
+    out, seed = tensors_of(parts / "out"), tensors_of(parts / "seed")
+    assert torch.equal(out["model.layers.0.mlp.experts.1.up_proj.weight"], merged)
+    other = "model.layers.1.mlp.experts.1.up_proj.weight"
+    assert torch.equal(out[other], seed[dense_ffn_name(1, "up_proj")])
+    words = ["extend", "--checkpoint", str(parts / "out"), "--out", str(parts / "other")]
+    words += ["--replace", "--no-refit", f"--expert=beta={parts / 'beta'}"]
+    assert main(words) == 1
+    assert "give --base DIR, the model that it is to be merged into" in capsys.readouterr().err
+    assert main([*words, "--base", str(parts / "seed")]) == 0
+    records = [read_sidecar(parts / name).experts for name in ("out", "other")]
+    assert records[0] == records[1]
+    wider = tensors_of(parts / "other")
+    assert torch.equal(wider["model.layers.0.mlp.experts.1.up_proj.weight"], merged)
+
+
+def test_an_adapter_that_cannot_be_merged(parts):
+    adapter_of_seed(parts, "beta", use_dora=True)
+    with pytest.raises(UnsupportedModelError, match=r"use_dora .*can't be merged here: merge it"):
         run(parts)
     assert not left_over(parts)
 
