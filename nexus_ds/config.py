@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Hashable, Sequence
@@ -80,11 +80,16 @@ def parse_yaml(text: str, name: str) -> Any:
 def _parsed(text: str, name: str) -> object:
     if len(text) > 1_000_000:
         raise ConfigError(f"{name}: {len(text)} characters; a recipe has at most 1,000,000")
-    loader = _StrictLoader(text)
+    try:
+        # it looks for characters that YAML does not allow
+        loader = _StrictLoader(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not a valid recipe: {error}") from error
     loader.name = name
     try:
         return loader.get_single_data()
-    except yaml.YAMLError as error:
+    # a date that there is none of is a ValueError, brackets within brackets a RecursionError
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{name}: not a valid recipe: {error}") from error
     finally:
         loader.dispose()
@@ -119,7 +124,8 @@ def _coerce_scalar(value: object, annotation: type, key: str) -> object:
     # a bool is an int to Python
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if annotation is float and isinstance(value, int | float) and number:
-        if not math.isfinite(value):
+        # not isfinite, which fails itself for a whole number of a thousand digits
+        if not abs(value) <= sys.float_info.max:
             raise ConfigError(f"{key}: expected a finite number, found {value!r}")
         return float(value)
     # 1e9 is a float to YAML

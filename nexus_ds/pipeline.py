@@ -427,7 +427,8 @@ def check_made(plan: list[Step], recipe: str, overrides: Sequence[str]) -> None:
         if not saved.is_file():
             continue
         now = as_dict(trained_config(step, recipe, overrides))
-        then = parse_yaml(saved.read_text(encoding="utf-8"), str(saved))
+        # what is no text differs in everything, or is told as no YAML
+        then = parse_yaml(saved.read_text(encoding="utf-8", errors="replace"), str(saved))
         # An empty file differs in everything: the stage is not taken for this one.
         known = then if isinstance(then, dict) else {}
         different = _differences(known, now)

@@ -727,6 +727,7 @@ class Config:
         0,
         changes="course",
         scope="run",
+        at_least=0,
     )
     """Seed of weights, sampling and everything else."""
 

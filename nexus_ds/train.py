@@ -97,7 +97,7 @@ def _finished(config: Config) -> bool:
     if not out.exists():
         return False
     saved = out / "training.yaml"
-    if saved.is_file() and saved.read_text(encoding="utf-8") == dump(config):
+    if saved.is_file() and saved.read_bytes() == dump(config).encode():
         return True
     raise OutputExistsError(
         f"{out} exists already and is not the result of this configuration; give output=DIR"

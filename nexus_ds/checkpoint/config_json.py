@@ -72,12 +72,33 @@ def refuse_hooks(config: ConfigJson, where: str) -> None:
         )
 
 
+def refuse_odd_type(config: ConfigJson, where: str) -> None:
+    """Raise CheckpointError for a `model_type` that is there and is not a name."""
+    kind = config.get("model_type")
+    if kind is not None and not isinstance(kind, str):
+        raise CheckpointError(f"{where}: model_type is {str(kind)[:100]}, expected a name")
+
+
 def positive(config: ConfigJson, key: str, where: str) -> int:
     """Return a size of a config.json; CheckpointError unless it is a number above 0."""
     value = config.get(key)
     # not isinstance: JSON's true is an int to Python
     if type(value) is not int or value <= 0:
         raise CheckpointError(f"{where}: {key} is {value!r}, expected a number above 0")
+    return value
+
+
+def count(config: ConfigJson, key: str, where: str, default: int = 0) -> int:
+    """Return a number of things of any config.json; `default` where it says none.
+
+    Raises:
+        CheckpointError: it is no whole number of at least 0.
+    """
+    value = config.get(key)
+    if value is None:
+        return default
+    if type(value) is not int or value < 0:
+        raise CheckpointError(f"{where}: {key} is {value!r}, expected a whole number of at least 0")
     return value
 
 
@@ -143,5 +164,7 @@ def read_config(directory: Path) -> ConfigJson:
     """
     refuse_other_weights(Path(directory))
     config = read_json_object(require_directory(Path(directory)), "config.json")
-    refuse_hooks(config, str(Path(directory) / "config.json"))
+    where = str(Path(directory) / "config.json")
+    refuse_hooks(config, where)
+    refuse_odd_type(config, where)
     return config

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from nexus_ds.checkpoint.config_json import (
     CONTEXT_MODEL,
     ConfigJson,
+    count,
     positive,
     refuse_in_any_form,
+    refuse_odd_type,
 )
 from nexus_ds.checkpoint.families.qwen2 import QWEN2
 from nexus_ds.checkpoint.families.record import FULL, SLIDING, DenseSettings, Family
@@ -143,6 +145,28 @@ def _stated_rope(config: ConfigJson) -> ConfigJson:
     return rope
 
 
+def _check_nested(config: ConfigJson, where: str) -> None:
+    """Raise CheckpointError for a key that is no object, or no list of words, where it has to be.
+
+    A null says as much as a key that is missing.
+    """
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = config.get(key)
+        sound = rope is None or isinstance(rope, dict)
+        kinds = [rope.get(kind) for kind in ("type", "rope_type")] if rope and sound else []
+        if not sound or not all(isinstance(kind, str | None) for kind in kinds):
+            raise CheckpointError(
+                f"{where}: {key} is {str(rope)[:100]}, expected an object that names its rope_type"
+            )
+    count(config, "max_window_layers", where)
+    types = config.get("layer_types")
+    words = types is None or (isinstance(types, list) and all(isinstance(t, str) for t in types))
+    if not words:
+        raise CheckpointError(
+            f"{where}: layer_types is {str(types)[:100]}, expected a word for each layer"
+        )
+
+
 def _rope(config: ConfigJson, where: str) -> ConfigJson:
     """Return rope_parameters in today's form, whatever form config.json has."""
     rope = _stated_rope(config)
@@ -220,6 +244,7 @@ def settings(config: ConfigJson, where: str = "config.json") -> DenseSettings:
             f"{where}: num_hidden_layers is {config['num_hidden_layers']}, "
             f"expected at most {MOST_LAYERS}"
         )
+    _check_nested(config, where)
     family = family_of(config)
     values = filled(config)
     _heads(values, family, where)
@@ -263,6 +288,7 @@ def both_ropes(config: ConfigJson) -> ConfigJson:
 
 def refuse_unsupported(config: ConfigJson, where: str) -> None:
     """Raise UnsupportedModelError for what a Qwen2-MoE can't express, by name."""
+    refuse_odd_type(config, where)
     family = config.get("model_type")
     if family not in FAMILIES:
         unknown = "its computation is not known to be the same"

@@ -87,7 +87,7 @@ def _entry(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
     dtype = entry["dtype"]
     shape = entry["shape"]
     offsets = entry["data_offsets"]
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(f"{where}: unknown dtype {dtype!r}; known: {', '.join(ITEM_BYTES)}")
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(

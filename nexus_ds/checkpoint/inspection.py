@@ -10,8 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from nexus_ds.checkpoint.config_json import ConfigJson, read_config
+from nexus_ds.checkpoint.config_json import ConfigJson, count, read_config
 from nexus_ds.checkpoint.dense import as_stored
+from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.qwen2_moe import check_shared_gates, parameter_counts
 from nexus_ds.checkpoint.records import is_nexus
@@ -57,7 +58,7 @@ def count_parameters(reader: TensorReader, config: ConfigJson) -> dict[str, int]
             experts.add(int(expert[1]))
     if not experts:
         return {"total": total, "active": total}
-    top_k = int(config.get("num_experts_per_tok", 1))
+    top_k = count(config, "num_experts_per_tok", str(reader.directory / "config.json"), 1)
     # experts of one model are of one size
     idle = routed * (len(experts) - top_k) // len(experts)
     return {"total": total, "active": total - idle}
@@ -84,6 +85,7 @@ def _gates(reader: TensorReader, layers: int) -> str:
 def _nexus_info(directory: Path, reader: TensorReader, config: ConfigJson) -> dict[str, Any]:
     sidecar = read_sidecar(directory)
     router, encoder = sidecar.router, sidecar.encoder
+    settings(config, str(directory / "config.json"))  # whose messages have no directory below
     total, active = parameter_counts(config, sidecar.shared_expert == "seed")
     return {
         "experts": [vars(expert).copy() for expert in sidecar.experts],
@@ -97,15 +99,15 @@ def _nexus_info(directory: Path, reader: TensorReader, config: ConfigJson) -> di
     }
 
 
-def _moe_info(config: ConfigJson) -> dict[str, Any]:
-    experts = int(config.get("num_experts", 0))
+def _moe_info(config: ConfigJson, where: str) -> dict[str, Any]:
+    experts = count(config, "num_experts", where)
     if not experts:
         return {"routed_experts": 0}
     return {
         "routed_experts": experts,
-        "top_k": int(config.get("num_experts_per_tok", 0)),
-        "ffn_size": int(config.get("moe_intermediate_size", 0)),
-        "shared_ffn_size": int(config.get("shared_expert_intermediate_size", 0)),
+        "top_k": count(config, "num_experts_per_tok", where),
+        "ffn_size": count(config, "moe_intermediate_size", where),
+        "shared_ffn_size": count(config, "shared_expert_intermediate_size", where),
     }
 
 
@@ -169,7 +171,7 @@ def describe(directory: Path) -> dict[str, Any]:
         **_stored_info(reader, config),
         **{ours: config.get(theirs) for ours, theirs in SIZES.items()},
         "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
-        **_moe_info(config),
+        **_moe_info(config, str(directory / "config.json")),
         "sequence_length": _sequence_length(directory),
         "tokenizer": _tokenizer(directory),
     }

@@ -12,6 +12,8 @@ from typing import Any
 from nexus_ds.errors import CheckpointError
 
 MAX_JSON = 100_000_000  # bytes of an index or configuration
+MAX_DEPTH = 64  # of what lies in each other; whatever walks it afterwards calls itself as deep
+MAX_NUMBER = 1 << 63  # of whole numbers: no size, offset or token is larger
 
 
 def require_directory(directory: Path) -> Path:
@@ -55,10 +57,40 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def _whole_number(digits: str) -> int:
+    """Return a whole number; ValueError for one that is no size of anything."""
+    value = int(digits)
+    if abs(value) >= MAX_NUMBER:
+        raise ValueError(f"the number {digits[:20]}.. is too large")
+    return value
+
+
+def _check_depth(value: object) -> None:
+    """Raise ValueError for JSON that is nested deeper than MAX_DEPTH."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner: list[object] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += item.values()
+            elif isinstance(item, list):
+                inner += item
+        level = [item for item in inner if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"more than {MAX_DEPTH} lists and objects in each other")
+
+
 def parse_json_object(text: bytes, what: str) -> dict[str, Any]:
-    """Parse a JSON object strictly: UTF-8, no doubled names. CheckpointError starts with `what`."""
+    """Parse a JSON object strictly: UTF-8, no doubled names, bounded depth and numbers.
+
+    CheckpointError starts with `what`.
+    """
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_no_doubles)
+        value = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_no_doubles, parse_int=_whole_number
+        )
+        _check_depth(value)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{what} is not valid JSON ({error}); fetch or save it again"

@@ -22,7 +22,21 @@ from nexus_ds.errors import CheckpointError, ConfigError
 
 PRECISIONS = ("auto", "fp32", "stored")
 # What transformers raises for damaged or contradictory files: it has no type of its own for them.
-LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError)
+# What transformers and torch raise for a configuration that no model can be built of: a number too
+# large for its place is an ArithmeticError, a padding token beyond the vocabulary an
+# AssertionError.
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    RuntimeError,
+    ImportError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+)
 
 
 def device() -> torch.device:

@@ -25,6 +25,7 @@ from nexus_ds.checkpoint.config_json import (
     positive,
     refuse_hooks,
     refuse_in_any_form,
+    refuse_odd_type,
     refuse_other_weights,
 )
 from nexus_ds.checkpoint.dense import as_stored, check_tensors
@@ -261,6 +262,7 @@ def moe_config(
 
 def _check_form(config: ConfigJson, where: str) -> None:
     """Raise CheckpointError for a config.json that `moe_config` could not have written."""
+    refuse_odd_type(config, where)
     found = config.get("model_type")
     if found not in MIXTURES:
         raise CheckpointError(
@@ -291,6 +293,14 @@ def open_moe(directory: Path) -> tuple[ConfigJson, TensorReader]:
     refuse_hooks(config, where)
     _check_form(config, where)
     reader = TensorReader(directory)
+    # The table has some names for each expert of each layer: a false number would fill the memory.
+    experts = config["num_experts"] * positive(config, "num_hidden_layers", where)
+    if experts > len(reader.names()):
+        raise CheckpointError(
+            f"{where}: num_experts is {config['num_experts']} in "
+            f"{config['num_hidden_layers']} layers, but the model has {len(reader.names())} "
+            "tensors; the configuration is damaged or of another model"
+        )
     config = as_stored(config, reader)
     # `where` starts the messages: read once here, before the table reads it again
     tied = settings(config, where).tied_embeddings

@@ -371,6 +371,9 @@ def read_manifest(directory: Path) -> Manifest:
         _damaged(where, "lists of experts and lineage")
     if not all(isinstance(entry, dict) for entry in lineage):
         _damaged(where, "a JSON object for each step of the lineage")
+    versions = value.get("versions") or {}
+    if not isinstance(versions, dict) or not all(isinstance(v, str) for v in versions.values()):
+        _damaged(where, "a version, as text, for each package")
     return Manifest(
         experts=[
             _record(ExpertRecord, expert, f"{where}: experts[{index}]")
@@ -379,6 +382,6 @@ def read_manifest(directory: Path) -> Manifest:
         router=_record(RouterRecord, value.get("router"), f"{where}: router"),
         encoder=None if encoder is None else _record(EncoderRecord, encoder, f"{where}: encoder"),
         lineage=[step_of(entry) for entry in lineage],
-        versions=value.get("versions") or {},
+        versions=versions,
         shared_expert=value.get("shared_expert", ""),
     )

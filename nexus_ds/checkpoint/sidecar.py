@@ -268,6 +268,10 @@ def load_projection(sidecar: Sidecar, layer: int, where: Path = Path(SIDECAR)) -
     # Without a last map any size will do: what is there won't fit.
     hidden = last.shape[0] if last is not None and last.ndim == 2 else 1
     try:
+        # Before anything of that size is built.
+        largest = max((size for tensor in state.values() for size in tensor.shape), default=0)
+        if maps != sum(name.startswith("maps.") for name in state) or router.width > largest:
+            raise ConfigError(f"{maps} maps of width {router.width}")
         projection = new_projection(router, width, hidden)
         projection.load_state_dict(state)
     # torch's own word for weights that don't fit

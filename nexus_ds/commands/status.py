@@ -16,7 +16,7 @@ import time
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, TypeGuard
 
 from nexus_ds.config import load_config
 from nexus_ds.errors import ConfigError
@@ -221,11 +221,20 @@ def _training_records(metrics: Path) -> list[TrainRecord]:
     for line in tail(metrics):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # cut off by the tail, or being written
-        if record.get("kind") == "train":
+        if _is_training(record):
             found.append(record)
     return found
+
+
+def _is_training(record: object) -> TypeGuard[TrainRecord]:
+    """Return whether a line of the log tells of training steps; it may be damaged."""
+    if not isinstance(record, dict) or record.get("kind") != "train":
+        return False
+    numbers = [record.get(key) for key in ("step", "loss", "time")]
+    sound = all(isinstance(number, int | float) and abs(number) < 1e15 for number in numbers)
+    return sound and type(numbers[0]) is int
 
 
 def training(step: Step) -> StageStatus | None:

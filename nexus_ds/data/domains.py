@@ -428,7 +428,8 @@ def read_domain_embeddings(path: Path) -> DomainEmbeddings:
             metadata = file.metadata() or {}
             names = list(file.keys())
             vectors = file.get_tensor("vectors") if "vectors" in names else None
-    except SafetensorError as error:
+    # what numpy has no type for is none of the library's own errors
+    except (SafetensorError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise DataError(
             f"{path} is not a safetensors file of domain embeddings ({error}); {remedy}"
         ) from error
@@ -440,12 +441,29 @@ def read_domain_embeddings(path: Path) -> DomainEmbeddings:
     try:
         about = json.loads(metadata[METADATA_KEY])
         embeddings = DomainEmbeddings(vectors=vectors, **about)
-    except (TypeError, ValueError) as error:
+        _check_types(embeddings)
+    except (TypeError, ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: its description of the domains is damaged ({error}); {remedy}"
         ) from error
     _check(path, embeddings)
     return embeddings
+
+
+def _check_types(embeddings: DomainEmbeddings) -> None:
+    """Raise TypeError where a field is not of its type: JSON may have brought anything."""
+    names, documents = embeddings.names, embeddings.documents
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"names are {str(names)[:100]}, expected texts")
+    # type and not isinstance: JSON's true is an int to Python
+    if not isinstance(documents, dict) or any(type(n) is not int for n in documents.values()):
+        raise TypeError(f"documents are {str(documents)[:100]}, expected a number for each domain")
+    expected = {str: ("encoder", "revision", "data"), int: ("max_tokens", "windows", "seed")}
+    for kind, fields in expected.items():
+        for name in fields:
+            value = getattr(embeddings, name)
+            if type(value) is not kind:
+                raise TypeError(f"{name} is {str(value)[:100]}, expected {kind.__name__}")
 
 
 def _check(path: Path, embeddings: DomainEmbeddings) -> None:

@@ -141,7 +141,8 @@ def check_zero_section(values: DeepSpeedConfig) -> None:
     try:
         DeepSpeedZeroConfig(**values)
     except ValueError as error:
-        raise ConfigError(f"zero_optimization: {error}") from error
+        said = " ".join(str(error).split())[:300]  # pydantic writes paragraphs
+        raise ConfigError(f"zero_optimization: {said}") from error
 
 
 def on_cpu() -> bool:

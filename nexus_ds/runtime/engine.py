@@ -7,7 +7,6 @@ Not covered: pipeline, tensor and sequence parallelism; fp16.
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from nexus_ds.errors import ConfigError, LayoutError
+from nexus_ds.checkpoint.json_files import parse_json_object
+from nexus_ds.errors import CheckpointError, ConfigError, LayoutError
 from nexus_ds.model.compiled import compile_layers
 from nexus_ds.model.compiler import check_compiler
 from nexus_ds.model.head import use_loss_head
@@ -160,9 +160,14 @@ def read_deepspeed_json(path: Path | None, parallel: ParallelConfig) -> DeepSpee
     if not path.is_file():
         raise ConfigError(f"no DeepSpeed configuration at {path}; the project's are in ds_configs/")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from error
+        values = parse_json_object(path.read_bytes(), str(path))
+    except CheckpointError as error:  # of a file that is no checkpoint's
+        raise ConfigError(str(error)) from error
+    if not isinstance(values.get("zero_optimization", {}), dict):
+        raise ConfigError(
+            f"{path}: zero_optimization is {str(values['zero_optimization'])[:100]}, expected an "
+            "object"
+        )
     for key in values:
         if key in OWNED_KEYS:
             raise ConfigError(
@@ -192,6 +197,9 @@ def check_layout(
     zero = values.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", config.parallel.zero_stage or DEFAULT_STAGE)
     internals.check_zero_section(zero)
+    # DeepSpeed takes "2" and true for numbers.
+    if type(stage) is not int:
+        raise ConfigError(f"zero_optimization.stage is {stage!r}, expected 1, 2 or 3")
     if stage == 0:
         raise LayoutError(
             "ZeRO stage 0 clips wrongly with expert layers and keeps no masters; use "

@@ -128,7 +128,7 @@ def read_zero(config: Config, ds_json: str) -> Mapping[str, Any]:
     try:
         values = json.loads(Path(ds_json).read_text(encoding="utf-8"))
         return {"stage": stage} | values.get("zero_optimization", {})
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{ds_json}: no DeepSpeed configuration ({error}); the project's are in ds_configs/"
         ) from error
