@@ -24,21 +24,33 @@ def room_of(module):
     return [*module.split("."), "__init__"][1]
 
 
-def imported(path):
-    """Yield line and module of every import of the package's own, deferred ones too."""
+def names_in(node):
+    """Return the modules and members that a statement or call imports, if it does."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"line {node.lineno}: a relative import"
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if called in ("import_module", "__import__"):
+            return [node.args[0].value]
+    return []
+
+
+def imports(path):
+    """Yield line and name of every import, deferred ones and those by function too."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+        for name in names_in(node):
+            yield node.lineno, name
+
+
+def imported(path):
+    """Yield line and module of every import of the package's own."""
+    for line, name in imports(path):
+        if name.split(".")[0] == "nexus_ds":
             # "from nexus_ds.runtime import states" is an import of states
-            inner = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = [name if name in MODULES else node.module for name in inner]
-        else:
-            continue
-        for name in names:
-            if name.split(".")[0] == "nexus_ds":
-                yield node.lineno, name
+            yield line, name if name in MODULES else name.rpartition(".")[0]
 
 
 ARROWS = {
@@ -70,28 +82,50 @@ def test_no_circle_within_a_room():
     assert set(MODULES) - done == set(), "these import each other in a circle, or what does"
 
 
-def test_only_the_runtime_imports_deepspeed():
-    wrong = []
-    for module, path in MODULES.items():
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module]
-            else:
-                continue
-            if any(name.split(".")[0] == "deepspeed" for name in names):
-                wrong += [f"{module}:{node.lineno}"] * (room_of(module) != "runtime")
+def test_only_one_module_imports_deepspeed():
+    wrong = [
+        f"{module}:{line}: {name}"
+        for module, path in MODULES.items()
+        for line, name in imports(path)
+        if name.split(".")[0] == "deepspeed" and module != "nexus_ds.runtime.deepspeed_internals"
+    ]
     assert wrong == []
+
+
+def is_private(name):
+    """Return whether a dotted name has a part with one underscore: _name, _Class, _CONSTANT."""
+    return any(re.match(r"_[A-Za-z]", part) for part in name.split("."))
 
 
 def test_names_of_private_things_stay_in_their_module():
     private = [
-        f"{module}:{node.lineno}: {alias.name}"
+        f"{module}:{line}: {name}"
         for module, path in MODULES.items()
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nexus_ds")
-        for alias in node.names
-        if re.match(r"_[a-z]", alias.name)
+        for line, name in imports(path)
+        if name.startswith("nexus_ds.") and is_private(name)
     ]
     assert private == []
+
+
+def test_every_kind_of_import_is_seen(tmp_path):
+    module = tmp_path / "module.py"
+    module.write_text(
+        "import nexus_ds.words\n"
+        "from nexus_ds.runtime import _Held, states\n"
+        "def late():\n"
+        "    import deepspeed.ops\n"
+        '    importlib.import_module("nexus_ds.config")\n'
+        '    return __import__("deepspeed"), import_module("nexus_ds.errors"), int("3")\n'
+    )
+    found = [name for _, name in imports(module)]
+    assert sorted(found) == [
+        "deepspeed",
+        "deepspeed.ops",
+        "nexus_ds.config",
+        "nexus_ds.errors",
+        "nexus_ds.runtime._Held",
+        "nexus_ds.runtime.states",
+        "nexus_ds.words",
+    ]
+    assert [name for name in found if is_private(name)] == ["nexus_ds.runtime._Held"]
+    assert {name for _, name in imported(module)} >= {"nexus_ds.runtime.states", "nexus_ds.config"}
