@@ -380,6 +380,24 @@ def test_another_expert_is_taken_near_a_tie_alone_and_by_half_of_the_tokens_at_m
         comparison._judge_routes(7, tied_SE, route(0, 0, 0, 1), route(1, 1, 1, 1))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_router_logits_that_are_no_numbers_are_refused(comparison, value):
+    """All comparisons with NaN are false: no route would be far, though none was compared."""
+    logits_SE = torch.ones(4, 3)
+    logits_SE[2, 1] = value
+    same_SE = route(0, 0, 0, 1)
+    with pytest.raises(CheckpointError, match="the router of layer 7 sends 0 of 4 tokens"):
+        comparison._judge_routes(7, logits_SE, same_SE, same_SE)
+
+
+def test_the_last_norm_and_output_layer_have_their_own_bound(comparison):
+    """2% of the largest logit in bf16, given the engine's states."""
+    engine_SV = comparison.seen.logits_SV
+    comparison.judge_logits(torch.stack([moved(engine_SV, 1, 0.019), engine_SV]))
+    with pytest.raises(CheckpointError, match=r"logits differ by 2.1e-02 .*at most 2e-02"):
+        comparison.judge_logits(torch.stack([moved(engine_SV, 1, 0.021), engine_SV]))
+
+
 # The whole export --------------------------------------------------------------------------------
 
 
