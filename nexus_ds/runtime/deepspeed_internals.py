@@ -530,9 +530,9 @@ def full_fp32(parameter: nn.Parameter) -> Tensor:
         return data.detach().to("cpu", torch.float32, copy=True)
 
 
-def expert_parallel_ranks(ep_size: int) -> list[int]:
-    """Return the global ranks of rank 0's expert-parallel group, in expert-parallel order."""
-    return list(range(ep_size))  # DeepSpeed's groups are consecutive ranks
+def wait_for_device() -> None:
+    """Wait until the device has done all that it was told; at once on CPUs."""
+    get_accelerator().synchronize()
 
 
 def expert_parallel_group(layer: AutoEPMoELayer) -> dist.ProcessGroup:

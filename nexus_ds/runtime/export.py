@@ -118,6 +118,9 @@ def _write_experts(index: int, layer: NexusMoE, write: Write) -> None:
                 if place.ep_size > 1:
                     dist.broadcast(matrix, src=owner, group=internals.expert_parallel_group(layer))
                 write(expert_name(index, expert, part), matrix)
+        # NCCL's broadcasts return before they are done: the others would be told all of the model
+        # ahead of rank 0, which writes, and the first to wait for longer than the limit ends all.
+        internals.wait_for_device()
 
 
 def _write_shared(index: int, layer: NexusMoE, table: dict[str, Stored], write: Write) -> None:

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from nexus_ds.checkpoint.build import load_stock, new_dense
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.errors import CheckpointError
-from nexus_ds.runtime.export import _plan, _Sink, _write_config
+from nexus_ds.runtime import deepspeed_internals as internals
+from nexus_ds.runtime.engine import moe_layers
+from nexus_ds.runtime.export import _plan, _Sink, _write_config, _write_experts
 from nexus_ds.runtime.nexus_moe import Placement
 from nexus_ds.runtime.parallel_model import load_nexus
 from nexus_ds.settings import ModelConfig, RouterConfig
@@ -103,6 +105,15 @@ def test_embeddings_are_tied_where_the_model_ties_them(tmp_path, dense_dir):
         ]
         is False
     )
+
+
+def test_owners_of_experts_go_ahead_of_the_writing_by_one_stack(monkeypatch, nexus_dir, alone):
+    placement = Placement(experts=3)
+    model = load_nexus(nexus_dir, torch.float32, placement, RouterConfig(), False)
+    done = []
+    monkeypatch.setattr(internals, "wait_for_device", lambda: done.append("wait"))
+    _write_experts(0, moe_layers(model)[0], lambda name, matrix: done.append("write"))
+    assert done == [*["write"] * 3, "wait"] * 3
 
 
 RANK = """
