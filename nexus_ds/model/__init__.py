@@ -1,1 +1,1 @@
-"""What a Nexus model is made of: router, losses, layers, names, checkpoints."""
+"""What a Nexus model computes, in plain PyTorch: router, losses, experts, loss head, scores."""

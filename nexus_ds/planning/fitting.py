@@ -19,7 +19,7 @@ from nexus_ds.planning.layout import Layout, Machine, Spread, cuts, expert_paral
 from nexus_ds.planning.memory import model_states
 from nexus_ds.planning.sizes import Sizes
 from nexus_ds.planning.units import short
-from nexus_ds.settings import Config
+from nexus_ds.settings import Config, ParallelConfig
 
 DEFAULT_STAGE = 2
 """ZeRO stage of `parallel.zero_stage: 0` where nothing is planned."""
@@ -34,6 +34,11 @@ def zero_of(config: Config) -> dict[str, Any]:
     """Return `zero_optimization` of a run without a DeepSpeed JSON; nothing where plan chooses."""
     stage = config.parallel.zero_stage
     return {"stage": stage} if stage else {}
+
+
+def stage_of(parallel: ParallelConfig) -> int:
+    """Return the ZeRO stage where a DeepSpeed JSON has none, or nothing is planned."""
+    return parallel.zero_stage or DEFAULT_STAGE
 
 
 def offload_of(zero: Mapping[str, Any]) -> str:

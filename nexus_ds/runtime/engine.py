@@ -21,7 +21,7 @@ from nexus_ds.errors import CheckpointError, ConfigError, LayoutError
 from nexus_ds.model.compiled import compile_layers
 from nexus_ds.model.compiler import check_compiler
 from nexus_ds.model.head import use_loss_head
-from nexus_ds.planning.fitting import DEFAULT_STAGE, offload_of
+from nexus_ds.planning.fitting import offload_of, stage_of
 from nexus_ds.planning.layout import expert_parallel, leaf_elements
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.attention import attend_whole_windows
@@ -195,7 +195,7 @@ def check_layout(
         ConfigError: keys that DeepSpeed does not know.
     """
     zero = values.setdefault("zero_optimization", {})
-    stage = zero.setdefault("stage", config.parallel.zero_stage or DEFAULT_STAGE)
+    stage = zero.setdefault("stage", stage_of(config.parallel))
     internals.check_zero_section(zero)
     # DeepSpeed takes "2" and true for numbers.
     if type(stage) is not int:

@@ -706,7 +706,6 @@ def train(config: Config, ds_json: str, here: Position) -> int:
     Returns:
         The exit code: 0 finished, EXIT_STOPPED stopped by a signal with its state saved.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     # The watchdog speaks first: it knows more.
     internals.start(config.parallel.timeout_minutes + COLLECTIVE_MARGIN)
     # Before the data is read: a signal that comes early is not lost.

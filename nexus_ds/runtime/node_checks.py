@@ -124,10 +124,9 @@ def read_zero(config: Config, ds_json: str) -> Mapping[str, Any]:
     """
     if not ds_json:
         return fitting.zero_of(config)
-    stage = config.parallel.zero_stage or fitting.DEFAULT_STAGE
     try:
         values = json.loads(Path(ds_json).read_text(encoding="utf-8"))
-        return {"stage": stage} | values.get("zero_optimization", {})
+        return {"stage": fitting.stage_of(config.parallel)} | values.get("zero_optimization", {})
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{ds_json}: no DeepSpeed configuration ({error}); the project's are in ds_configs/"

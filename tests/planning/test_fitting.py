@@ -12,6 +12,7 @@ from nexus_ds.errors import LayoutError
 from nexus_ds.planning import choose, fitting
 from nexus_ds.planning.layout import Machine
 from nexus_ds.planning.sizes import sizes_of
+from nexus_ds.settings import ParallelConfig
 
 CARDS = Machine(gpus=8, gpu_memory=24e9)
 SERVER = Machine(gpus=8, gpu_memory=80e9)
@@ -76,6 +77,8 @@ def test_an_open_stage_takes_what_fits():
     assert fitted(SERVER, {}).layout.offload == "none"
     assert fitting.zero_of(config("parallel.zero_stage=1")) == {"stage": 1}
     assert fitting.zero_of(config("parallel.zero_stage=0")) == {}
+    stages = {n: fitting.stage_of(ParallelConfig(zero_stage=n)) for n in (0, 1, 3)}
+    assert stages == {0: 2, 1: 1, 3: 3}
 
 
 def test_a_batch_is_cut_smaller_rather_than_fill_the_gpu():
