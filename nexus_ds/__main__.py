@@ -10,6 +10,16 @@ from contextlib import nullcontext
 from types import ModuleType
 from typing import NamedTuple
 
+from nexus_ds.console import (
+    BROKEN_PIPE,
+    INTERRUPTED,
+    answering_ctrl_c,
+    drop_output,
+    flush,
+    speak_any_encoding,
+    tell,
+    unwinding,
+)
 from nexus_ds.errors import NexusError
 from nexus_ds.outputs import Ended, exit_on_signals
 from nexus_ds.words import parse_words
@@ -105,19 +115,35 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     words = sys.argv[1:] if argv is None else argv
     verb = next((word for word in words if not word.startswith("-")), None)
-    args = parse_words(build_parser(verb), words)
+    name = f"nexus-ds {verb}" if verb in VERBS else "nexus-ds"
+    speak_any_encoding()
+    with answering_ctrl_c(name):
+        args = parse_words(build_parser(verb), words)
+        code = _run(args, name)
+    return code
+
+
+def _run(args: argparse.Namespace, name: str) -> int:
+    """Run the verb; say in one line what ended it."""
     try:
-        with nullcontext() if args.verb == "train" else exit_on_signals():
-            return int(_module(args.verb).run(args))
+        # A training saves its state instead of ending in the middle.
+        with unwinding(), nullcontext() if args.verb == "train" else exit_on_signals():
+            code = int(_module(args.verb).run(args))
+        flush()
+        return code
+    except BrokenPipeError:
+        # As `head` does when it has seen enough.
+        drop_output()
+        return BROKEN_PIPE
     except (NexusError, OSError) as error:  # of the operating system: a path, permissions, space
-        print(f"nexus-ds {args.verb}: {error}", file=sys.stderr, flush=True)
+        tell(f"{name}: {error}")
         return 1
     except Ended as ended:
-        print(f"nexus-ds {args.verb}: ended by {ended.signal}", file=sys.stderr, flush=True)
+        tell(f"{name}: ended by {ended.signal}")
         return int(ended.code or 0)
     except KeyboardInterrupt:
-        print(f"nexus-ds {args.verb}: interrupted", file=sys.stderr, flush=True)
-        return 130
+        tell(f"{name}: interrupted")
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

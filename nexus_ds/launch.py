@@ -215,8 +215,10 @@ def end(code: int) -> NoReturn:
     process ("terminate called without an active exception"): the launcher would see SIGABRT of a
     rank that has done its work.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # None where it was closed from the start; the reader of a pipe may have gone.
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
     os._exit(code)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import ExitStack
 
 # As a file, this folder comes first on sys.path and would shadow packages of the same names
 # (evaluate, ...).
@@ -22,9 +23,24 @@ if __name__ == "__main__":
     sys.path[:] = [p for p in sys.path if os.path.abspath(p or ".") != _HERE]
     sys.path.insert(0, os.path.dirname(_HERE))
 
+# Before what takes seconds to import.
+from nexus_ds.console import (
+    BROKEN_PIPE,
+    INTERRUPTED,
+    answering_ctrl_c,
+    speak_any_encoding,
+    tell,
+    unwinding,
+)
+from nexus_ds.launch import adopt_launcher, end, first_rank, let_memory_grow, rank_name
+
+_early = ExitStack()
+if __name__ == "__main__":
+    # One rank says it for all.
+    _early.enter_context(answering_ctrl_c("train.py" if first_rank() else ""))
+
 import argparse
 import traceback
-from contextlib import ExitStack
 from pathlib import Path
 
 from nexus_ds.checkpoint.records import is_nexus
@@ -32,7 +48,6 @@ from nexus_ds.command_lines import next_evaluation
 from nexus_ds.config import dump, load_config
 from nexus_ds.data.preparation import make_tokenizer
 from nexus_ds.errors import CheckpointError, NexusError, OutputExistsError
-from nexus_ds.launch import adopt_launcher, end, first_rank, let_memory_grow, rank_name
 from nexus_ds.local_runner import run_steps
 from nexus_ds.outputs import held
 from nexus_ds.pipeline import (
@@ -141,13 +156,22 @@ def main(argv: list[str] | None = None) -> int:
     """Run as a file under a launcher; a user's mistake is one line, which names a rank above 0."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n", 1)[0])
     add_arguments(parser)
+    speak_any_encoding()
     args = parse_words(parser, argv)
     try:
-        return run(args)
+        with unwinding():
+            return run(args)
+    except BrokenPipeError:
+        return BROKEN_PIPE
     except (NexusError, OSError) as error:
         speaker = "" if first_rank() else f"rank {rank_name()}: "
-        print(f"train.py: {speaker}{error}", file=sys.stderr, flush=True)
+        tell(f"train.py: {speaker}{error}")
         return 1
+    except KeyboardInterrupt:
+        # A training that has begun saves its state instead (runtime/signals).
+        if first_rank():
+            tell("train.py: interrupted")
+        return INTERRUPTED
     except Exception:
         # Not left to the interpreter, whose teardown waits for the threads of lost collectives.
         traceback.print_exc()
@@ -155,4 +179,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end(main())
+    with _early:
+        end(main())

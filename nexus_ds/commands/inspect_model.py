@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from nexus_ds.console import visible
 from nexus_ds.report.page import Table, text_table
 
 # Shown below the other facts, a line for each entry.
@@ -125,10 +126,10 @@ def run(args: argparse.Namespace) -> int:
         answer = facts[0] if alone else facts
         print(json.dumps(answer, indent=2, ensure_ascii=False))
     elif alone:
-        print(describe_text(facts[0]))
+        print(visible(describe_text(facts[0])))
     else:
         rows, equal = differences(facts)
         header = ["differs", *map(str, args.directories)]
-        print(text_table(Table(header=header, rows=rows)))
+        print(visible(text_table(Table(header=header, rows=rows))))
         print(f"equal: {', '.join(equal)}")
     return 0
