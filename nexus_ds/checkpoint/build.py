@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.families.record import FFN_PARTS
+from nexus_ds.checkpoint.forms import PLAIN
 from nexus_ds.checkpoint.loading import know_model_type, quiet_transformers
 from nexus_ds.checkpoint.qwen2_moe import (
     check_shared_gates,
@@ -98,14 +99,28 @@ def new_dense(model: ModelConfig, vocabulary: int, eos: int, seed: int) -> Any:
 
 
 def empty_skeleton(directory: Path, config_json: ConfigJson, dtype: torch.dtype) -> Any:
-    """Return a Qwen2-MoE without feed-forward blocks.
+    """Return the family's own model, or a Qwen2-MoE, without feed-forward blocks.
 
-    It is on the meta device, but for its rotary buffers: they are computed, not read.
+    It is on the meta device, but for its rotary buffers: they are computed, not read. What is on
+    disk, which may be another form of it, stays with it as `config_json`.
     """
+    tied = settings(config_json).tied_embeddings
+    if config_json["model_type"] in PLAIN:
+        model = _empty_qwen2_moe(directory, tied, dtype)
+    else:
+        # imports transformers' modelling code of that family
+        from nexus_ds.checkpoint.native import empty_dense
+
+        model = empty_dense(config_json, tied, dtype)
+    model.config_json = config_json
+    return model
+
+
+def _empty_qwen2_moe(directory: Path, tied: bool, dtype: torch.dtype) -> Any:
     from transformers import Qwen2MoeForCausalLM
 
     config = transformers_config(directory)
-    config.tie_word_embeddings = settings(config_json).tied_embeddings
+    config.tie_word_embeddings = tied
     # Without experts, layers get dense blocks, which are cheap to make; they are dropped below.
     experts = config.num_experts
     config.num_experts = 0

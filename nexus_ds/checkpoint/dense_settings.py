@@ -11,7 +11,6 @@ import copy
 from collections.abc import Mapping
 
 from nexus_ds.checkpoint.config_json import (
-    CONTEXT_MODEL,
     ConfigJson,
     count,
     positive,
@@ -21,6 +20,7 @@ from nexus_ds.checkpoint.config_json import (
 from nexus_ds.checkpoint.families.qwen2 import QWEN2
 from nexus_ds.checkpoint.families.record import FULL, SLIDING, DenseSettings, Family
 from nexus_ds.checkpoint.families.table import FAMILIES
+from nexus_ds.checkpoint.forms import PLAIN, QWEN3_NEXT, as_source
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
 
@@ -40,12 +40,10 @@ _MIXTURE = Family(
     qkv_bias=None,
     ffn_size="moe_intermediate_size",
 )
-MIXTURES = ("qwen2_moe", CONTEXT_MODEL)
-"""`model_type` of what dense families become."""
 UNIFORM = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 """Keys of a mixture's config.json by which every layer has experts; also what transformers fills
 in."""
-_READABLE = FAMILIES | dict.fromkeys(MIXTURES, _MIXTURE)
+_READABLE = FAMILIES | dict.fromkeys(PLAIN, _MIXTURE)
 
 SIZES = (
     "hidden_size",
@@ -79,7 +77,6 @@ STRETCHED = ("dynamic", "yarn", "longrope")
 POSITIONED = ("yarn", "longrope", "llama3")
 """Kinds of RoPE that know how many positions the model was first trained on."""
 REASONS = {
-    "qwen3": "its attention norms q and k (q_norm, k_norm)",
     "qwen3_moe": "it is a mixture already, and its attention norms q and k",
     "olmo2": "it norms after attention and FFN, and norms q and k",
     "olmo": "its norms have no weights",
@@ -98,7 +95,11 @@ REASONS = {
 
 
 def family_of(config: ConfigJson) -> Family:
-    """Return how a config.json of a `model_type` among FAMILIES and MIXTURES is read."""
+    """Return the family of a config.json of a `model_type` among FAMILIES and MIXTURES.
+
+    Of a mixture that is the dense family that it was made of.
+    """
+    config = as_source(config)
     family = _READABLE[config["model_type"]]
     if family.with_layer_types and "layer_types" in config:
         return family.with_layer_types
@@ -106,8 +107,11 @@ def family_of(config: ConfigJson) -> Family:
 
 
 def filled(config: ConfigJson) -> ConfigJson:
-    """Return a config.json of a known family with what transformers takes for missing keys."""
-    return DEFAULTS | family_of(config).defaults | config
+    """Return a config.json with what transformers takes for missing keys.
+
+    That of a mixture as the dense family's, with the mixture's keys.
+    """
+    return DEFAULTS | family_of(config).defaults | as_source(config)
 
 
 def _number(config: ConfigJson, key: str, where: str) -> float:
@@ -244,6 +248,7 @@ def settings(config: ConfigJson, where: str = "config.json") -> DenseSettings:
             f"{where}: num_hidden_layers is {config['num_hidden_layers']}, "
             f"expected at most {MOST_LAYERS}"
         )
+    config = as_source(config, where)
     _check_nested(config, where)
     family = family_of(config)
     values = filled(config)
@@ -266,6 +271,7 @@ def settings(config: ConfigJson, where: str = "config.json") -> DenseSettings:
         norm_eps=_number(values, "rms_norm_eps", where),
         tied_embeddings=bool(values["tie_word_embeddings"]),
         qkv_bias=values["qkv_bias"] if family.qkv_bias is None else family.qkv_bias,
+        qk_norm=family.qk_norm,
         sliding_window=window,
         layer_types=types,
     )
@@ -279,6 +285,9 @@ def both_ropes(config: ConfigJson) -> ConfigJson:
     rope_scaling before rope_parameters, reads the same from either.
     """
     rope = dict(settings(config).rope)
+    # a Qwen3-Next's own default is a quarter of the head
+    if config.get("partial_rotary_factor") is not None:
+        rope["partial_rotary_factor"] = config["partial_rotary_factor"]
     older: ConfigJson = {"rope_theta": rope["rope_theta"]}
     if rope["rope_type"] != "default":
         older["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -311,6 +320,11 @@ def refuse_unsupported(config: ConfigJson, where: str) -> None:
             raise UnsupportedModelError(
                 f"{where}: {key} is set, but a Qwen2-MoE has no place for {what}"
             )
+    if FAMILIES[family].mixture == QWEN3_NEXT and config.get("use_sliding_window"):
+        raise UnsupportedModelError(
+            f"{where}: use_sliding_window is set, but a Qwen3-Next has no sliding windows; "
+            "set it to false if no text is longer than the window"
+        )
     for key in ("quantization_config", "per_layer_config"):
         if config.get(key):
             raise UnsupportedModelError(

@@ -14,7 +14,11 @@ from typing import Any
 
 import torch
 
-from nexus_ds.checkpoint.config_json import CONTEXT_MODEL, read_config
+from nexus_ds.checkpoint.config_json import (
+    CONTEXT_MODEL,
+    read_config,
+)
+from nexus_ds.checkpoint.forms import native_family
 from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.checkpoint.sidecar import verify_expert_embeddings
 from nexus_ds.checkpoint.tensors import TensorReader
@@ -53,11 +57,18 @@ def quiet_transformers() -> None:
 
 
 def know_model_type(directory: Path) -> None:
-    """Make transformers know the model of a checkpoint with the router input `context`.
+    """Make transformers know the model of a checkpoint whose class is defined here.
 
-    All others it knows.
+    That is one with the router input `context`, or of a family's native form.
     """
-    if read_config(directory).get("model_type") == CONTEXT_MODEL:
+    model_type = read_config(directory).get("model_type")
+    family = native_family(model_type)
+    if family:
+        # as below
+        from nexus_ds.checkpoint.native import mixture_classes
+
+        mixture_classes(family)
+    if model_type == CONTEXT_MODEL:
         # imports transformers' modelling code, which most checkpoints don't need yet
         from nexus_ds.checkpoint.hf_model import register
 

@@ -29,11 +29,25 @@ from nexus_ds.checkpoint.config_json import (
     refuse_other_weights,
 )
 from nexus_ds.checkpoint.dense import as_stored, check_tensors
-from nexus_ds.checkpoint.dense_settings import MIXTURES, UNIFORM, both_ropes, filled, settings
-from nexus_ds.checkpoint.families.record import FFN_PARTS, DenseWeight, dense_weights
+from nexus_ds.checkpoint.dense_settings import UNIFORM, both_ropes, family_of, filled, settings
+from nexus_ds.checkpoint.families.record import (
+    FFN_PARTS,
+    DenseSettings,
+    DenseWeight,
+    Family,
+    dense_weights,
+)
+from nexus_ds.checkpoint.forms import (
+    LINEAR_ATTENTION,
+    MIXTURES,
+    NATIVE,
+    QWEN3_NEXT,
+    SOURCE,
+)
 from nexus_ds.checkpoint.json_files import read_json_object, require_directory
+from nexus_ds.checkpoint.qwen3_next import open_reader
 from nexus_ds.checkpoint.tensors import TensorReader
-from nexus_ds.errors import CheckpointError
+from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
 SHARED_GATE_FILL = 2.0**-60
 """Weight of the shared expert's gate: its sigmoid is exactly 1/2, and llama.cpp's silu(x)/x stays
@@ -42,6 +56,14 @@ TRAINED_GATE = 1e-9
 """A gate above this was trained: no longer the constant, in whatever dtype it was stored."""
 # The gate value is the raw probability: renormalised top-1 would be 1 and teach nothing.
 FORM = {"norm_topk_prob": False, **UNIFORM}
+NATIVE_KEYS = (
+    *FORM,
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+)
+"""What a native form says beyond its dense family's config.json."""
 
 
 class Role(Enum):
@@ -210,7 +232,7 @@ def moe_config(
     top_k: int,
     router_input: str = "token",
 ) -> ConfigJson:
-    """Return the complete config.json of the Qwen2-MoE that a dense model's branches become.
+    """Return the complete config.json of the mixture that a dense model's branches become.
 
     Args:
         dense_config: config.json of a model of `families.FAMILIES`.
@@ -218,46 +240,90 @@ def moe_config(
         top_k: routed experts per token.
         router_input: token | context; the latter is no stock Qwen2-MoE and says so by its
             model_type.
+
+    Raises:
+        UnsupportedModelError: a router input that the family's form can't have.
     """
     sizes = settings(dense_config)
-    own = filled(dense_config)
+    family = family_of(dense_config)
     context = router_input == "context"
-    config: ConfigJson = {
-        "architectures": ["NexusMoeForCausalLM" if context else "Qwen2MoeForCausalLM"],
-        "model_type": CONTEXT_MODEL if context else "qwen2_moe",
+    if context and family.mixture != "qwen2_moe":
+        raise UnsupportedModelError(
+            f"router.input=context: a mixture of {family.name} can't be written with it; "
+            "leave it at token"
+        )
+    written = _common(dense_config, sizes) | {
+        "num_experts": experts,
+        "num_experts_per_tok": top_k,
+        "moe_intermediate_size": sizes.ffn_size,
+        "shared_expert_intermediate_size": sizes.ffn_size,
+        **FORM,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.0,
+    }
+    if family.mixture == "qwen2_moe":
+        return both_ropes(written | _as_qwen2_moe(dense_config, sizes, context))
+    if family.mixture == QWEN3_NEXT:
+        return both_ropes(written | _as_qwen3_next(family, sizes))
+    model_type = {"model_type": NATIVE + family.name, "architectures": [NATIVE + family.name]}
+    return dense_config | {key: written[key] for key in NATIVE_KEYS} | model_type
+
+
+def _common(dense_config: ConfigJson, sizes: DenseSettings) -> ConfigJson:
+    """Return what all translated forms say of a dense model."""
+    own = filled(dense_config)
+    tokens = {key: own[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {
         # `torch_dtype` is the key of transformers before 5
         "dtype": dense_config.get("dtype") or dense_config.get("torch_dtype") or "float32",
         "vocab_size": sizes.vocabulary,
         "hidden_size": sizes.hidden_size,
         "intermediate_size": sizes.ffn_size,
-        "moe_intermediate_size": sizes.ffn_size,
-        "shared_expert_intermediate_size": sizes.ffn_size,
         "num_hidden_layers": sizes.layers,
         "num_attention_heads": sizes.heads,
         "num_key_value_heads": sizes.kv_heads,
-        "num_experts": experts,
-        "num_experts_per_tok": top_k,
-        **FORM,
-        "output_router_logits": False,
-        "router_aux_loss_coef": 0.0,
         "hidden_act": "silu",
         "rms_norm_eps": sizes.norm_eps,
         "max_position_embeddings": own["max_position_embeddings"],
         "rope_parameters": dict(sizes.rope),
-        "qkv_bias": sizes.qkv_bias,
         "attention_dropout": own["attention_dropout"] or 0.0,
         "initializer_range": own["initializer_range"],
+        "layer_types": list(sizes.layer_types),
+        "use_cache": True,
+        **tokens,
+    }
+
+
+def _as_qwen2_moe(dense_config: ConfigJson, sizes: DenseSettings, context: bool) -> ConfigJson:
+    config: ConfigJson = {
+        "architectures": ["NexusMoeForCausalLM" if context else "Qwen2MoeForCausalLM"],
+        "model_type": CONTEXT_MODEL if context else "qwen2_moe",
+        "qkv_bias": sizes.qkv_bias,
         "tie_word_embeddings": sizes.tied_embeddings,
         "use_sliding_window": sizes.sliding_window is not None,
         "sliding_window": sizes.sliding_window,
-        "layer_types": list(sizes.layer_types),
-        "use_cache": True,
     }
     # transformers would take a null as the size itself
     if dense_config.get("head_dim") is not None:
         config["head_dim"] = sizes.head_dim
-    tokens = {key: own[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return both_ropes(config | tokens)
+    return config
+
+
+def _as_qwen3_next(family: Family, sizes: DenseSettings) -> ConfigJson:
+    return {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": QWEN3_NEXT,
+        "head_dim": sizes.head_dim,
+        "attention_bias": False,
+        # said beside rope_parameters too, where SGLang and llama.cpp look for it
+        "partial_rotary_factor": 1.0,
+        # SGLang and llama.cpp count layers by it, not by layer_types
+        "full_attention_interval": 1,
+        **LINEAR_ATTENTION,
+        # vLLM never ties a Qwen3-Next: the head is written out
+        "tie_word_embeddings": False,
+        SOURCE: {"model_type": family.name, "tie_word_embeddings": sizes.tied_embeddings},
+    }
 
 
 def _check_form(config: ConfigJson, where: str) -> None:
@@ -269,8 +335,10 @@ def _check_form(config: ConfigJson, where: str) -> None:
             f"{where}: model_type is {found!r}, a Nexus checkpoint has 'qwen2_moe' or "
             f"{CONTEXT_MODEL!r}; give one that nexus-ds upcycle has made"
         )
+    # a Qwen3-Next that does not say otherwise renormalises
+    stated = {} if found == QWEN3_NEXT else FORM
     for key, value in FORM.items():
-        if config.get(key, value) != value:
+        if config.get(key, stated.get(key)) != value:
             raise CheckpointError(
                 f"{where}: {key} is {config.get(key)!r}, a Nexus checkpoint has {value!r}"
             )
@@ -280,10 +348,12 @@ def _check_form(config: ConfigJson, where: str) -> None:
 
 
 def open_moe(directory: Path) -> tuple[ConfigJson, TensorReader]:
-    """Open the Qwen2-MoE part of a Nexus checkpoint: config.json and the checked tensors.
+    """Open the model part of a Nexus checkpoint: config.json and the checked tensors.
+
+    The tensors are under the names of `stored`, whatever the form on disk.
 
     Raises:
-        CheckpointError: not a Qwen2-MoE of the form that `moe_config` describes, or incomplete.
+        CheckpointError: not a mixture of a form that `moe_config` describes, or incomplete.
         UnsupportedModelError: code hooks.
     """
     directory = require_directory(Path(directory))
@@ -292,17 +362,20 @@ def open_moe(directory: Path) -> tuple[ConfigJson, TensorReader]:
     where = str(directory / "config.json")
     refuse_hooks(config, where)
     _check_form(config, where)
-    reader = TensorReader(directory)
+    raw = TensorReader(directory)
     # The table has some names for each expert of each layer: a false number would fill the memory.
     experts = config["num_experts"] * positive(config, "num_hidden_layers", where)
-    if experts > len(reader.names()):
+    if experts > len(raw.names()):
         raise CheckpointError(
             f"{where}: num_experts is {config['num_experts']} in "
-            f"{config['num_hidden_layers']} layers, but the model has {len(reader.names())} "
+            f"{config['num_hidden_layers']} layers, but the model has {len(raw.names())} "
             "tensors; the configuration is damaged or of another model"
         )
-    config = as_stored(config, reader)
     # `where` starts the messages: read once here, before the table reads it again
+    settings(config, where)
+    if config["model_type"] != QWEN3_NEXT:
+        config = as_stored(config, raw)
+    reader = open_reader(directory, config)
     tied = settings(config, where).tied_embeddings
     check_tensors(reader, {name: entry.shape for name, entry in stored(config).items()}, tied)
     return config, reader

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from nexus_ds import __version__
 from nexus_ds.checkpoint.config_json import CONTEXT_MODEL
+from nexus_ds.checkpoint.forms import MIXTURES
 from nexus_ds.checkpoint.json_files import read_json_object
 from nexus_ds.checkpoint.qwen2_moe import gate_name, open_moe
 from nexus_ds.checkpoint.records import (
@@ -209,7 +210,9 @@ def _check_against_config(directory: Path, sidecar: Sidecar) -> None:
         pairs["num_hidden_layers"] = len(sidecar.projections)
         pairs["hidden_size"] = last_map.out_features
     reads_context = sidecar.router.input == "context"
-    pairs["model_type"] = CONTEXT_MODEL if reads_context else "qwen2_moe"
+    known = config.get("model_type")
+    form = known if known in MIXTURES and known != CONTEXT_MODEL else "qwen2_moe"
+    pairs["model_type"] = CONTEXT_MODEL if reads_context else form
     for key, expected in pairs.items():
         found = config.get(key)
         if found != expected:
@@ -225,7 +228,7 @@ def content_fingerprint(directory: Path) -> str:
     """
     digest = hashlib.sha256()
     directory = Path(directory)
-    for path in [*sorted(directory.iterdir()), *directory.glob(ROUTER)]:
+    for path in [*sorted(directory.iterdir()), *sorted(directory.glob("nexus/*"))]:
         if path.name in ("config.json", SIDECAR, ROUTER_BEFORE):
             content = path.read_bytes()
             digest.update(path.name.encode() + content)

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from nexus_ds.checkpoint.build import fill, transformers_config
-from nexus_ds.checkpoint.dense_settings import MIXTURES
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.families.table import FAMILIES
+from nexus_ds.checkpoint.forms import MIXTURES
 from nexus_ds.checkpoint.loading import check_loaded
 from nexus_ds.checkpoint.qwen2_moe import expert_name
 from nexus_ds.checkpoint.tensors import DTYPES, TensorReader
@@ -43,10 +43,14 @@ class LayerReader:
     """Fills decoder layers of transformers with a checkpoint's weights."""
 
     def __init__(
-        self, directory: Path, config: PretrainedConfig, dtype: torch.dtype, place: torch.device
+        self,
+        tensors: TensorReader,
+        config: PretrainedConfig,
+        dtype: torch.dtype,
+        place: torch.device,
     ) -> None:
-        """Open a checkpoint; `dtype` and `place` are those that its layers compute in."""
-        self.tensors = TensorReader(directory)
+        """Read layers of a model of `config`; they compute in `dtype`, on `place`."""
+        self.tensors = tensors
         self.config = config
         self.dtype = dtype
         self.place = place
@@ -242,7 +246,7 @@ def streamed_model(
         )
     tensors = TensorReader(directory)
     dtype = dtype or config.dtype or DTYPES[tensors.info(EMBEDDING).dtype]
-    reader = LayerReader(directory, config, dtype, place)
+    reader = LayerReader(tensors, config, dtype, place)
     # A tied head that has a tensor of its own all the same is none (see `families.as_stored`).
     config.tie_word_embeddings = config.tie_word_embeddings and HEAD not in tensors
     model = _skeleton(config, dtype)

@@ -86,6 +86,10 @@ class TensorReader(Headers):
         first = info.start + start * tensor_bytes(info.dtype, row_shape)
         return self._read(info, first, (stop - start, *row_shape))
 
+    def overwrite(self, name: str, tensor: torch.Tensor) -> None:
+        """Overwrite a tensor in its file; see the function of this name."""
+        overwrite(self.info(name), tensor)
+
     def _read(self, info: TensorInfo, start: int, shape: tuple[int, ...]) -> torch.Tensor:
         tensor = torch.empty(shape, dtype=DTYPES[info.dtype])
         view = _bytes_of(tensor)

@@ -32,9 +32,9 @@ from nexus_ds.checkpoint.pieces import (
     warn_of_time,
 )
 from nexus_ds.checkpoint.qwen2_moe import gate_name
+from nexus_ds.checkpoint.qwen3_next import open_reader
 from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.checkpoint.sidecar import read_sidecar
-from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.errors import CheckpointError, ConfigError, DataError
 from nexus_ds.evaluation.passes import Passed, all_places, cut, sequences_at_once, timed_passes
 from nexus_ds.model.router import SATURATED
@@ -340,7 +340,7 @@ def cosines(directory: Path) -> Cosines:
     """Return the cosines of a Qwen2-MoE checkpoint; CheckpointError if it has no router."""
     directory = Path(directory)
     config = read_config(directory)
-    reader = TensorReader(directory)
+    reader = open_reader(directory, config)
     layers = int(config.get("num_hidden_layers", 0))
     names = [gate_name(layer) for layer in range(layers)]
     # a Qwen2-MoE of another form may have dense layers in between

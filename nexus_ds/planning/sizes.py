@@ -47,6 +47,8 @@ class Sizes:
     ffn: int
     tied: bool
     qkv_bias: bool = False
+    qk_norm: bool = False
+    """Whether the attention norms each head's queries and keys."""
     experts: int = 0
     top_k: int = 1
     projection: tuple[int, ...] = ()
@@ -73,6 +75,12 @@ class Sizes:
         return (*rows, self.hidden) if self.context else rows
 
     @property
+    def norms(self) -> tuple[int, ...]:
+        """Elements of each norm of one layer."""
+        per_head = (self.head_size, self.head_size) if self.qk_norm else ()
+        return (*per_head, self.hidden, self.hidden)
+
+    @property
     def kv_width(self) -> int:
         """Width of keys, and of values."""
         return self.kv_heads * self.head_size
@@ -94,8 +102,8 @@ class Sizes:
                     yield Parameter("experts", experts * self.hidden * self.ffn, layer)
             for _ in range(3):
                 yield Parameter("matrices", self.hidden * self.ffn, layer)
-            for _ in range(2):
-                yield Parameter("vectors", self.hidden, layer)
+            for elements in self.norms:
+                yield Parameter("vectors", elements, layer)
         yield Parameter("vectors", self.hidden, -1)
         if not self.tied:
             yield Parameter("matrices", self.vocabulary * self.hidden, -1)
@@ -154,6 +162,7 @@ def _of_checkpoint(directory: Path) -> Sizes:
         ffn=dense.ffn_size,
         tied=dense.tied_embeddings,
         qkv_bias=dense.qkv_bias,
+        qk_norm=bool(dense.qk_norm),
         context=model.context,
         shared=model.shared,
         experts=model.experts,

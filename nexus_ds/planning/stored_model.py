@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nexus_ds.checkpoint.config_json import CONTEXT_MODEL, ConfigJson, read_config
-from nexus_ds.checkpoint.dense_settings import MIXTURES, SIZES, UNIFORM, settings
+from nexus_ds.checkpoint.dense_settings import SIZES, UNIFORM, settings
 from nexus_ds.checkpoint.families.record import DenseSettings
 from nexus_ds.checkpoint.families.table import FAMILIES
+from nexus_ds.checkpoint.forms import MIXTURES
 from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense_settings import both_ropes
 from nexus_ds.checkpoint.families.record import FFN_PARTS, HEAD
+from nexus_ds.checkpoint.forms import SOURCE
 from nexus_ds.checkpoint.qwen2_moe import (
     Stored,
     expert_name,
@@ -32,6 +33,7 @@ from nexus_ds.checkpoint.qwen2_moe import (
     shared_name,
     stored,
 )
+from nexus_ds.checkpoint.qwen3_next import open_writer
 from nexus_ds.checkpoint.records import Step
 from nexus_ds.checkpoint.sidecar import (
     Sidecar,
@@ -40,7 +42,6 @@ from nexus_ds.checkpoint.sidecar import (
     versions,
     write_sidecar,
 )
-from nexus_ds.checkpoint.tensors import TensorWriter
 from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.config import dump
 from nexus_ds.errors import CheckpointError
@@ -85,7 +86,8 @@ def _own_config(model: Any) -> ConfigJson:
 
 def _table(model: nn.Module) -> dict[str, Stored]:
     """Return what the checkpoint of a Nexus model stores; an empty table for a dense model."""
-    return stored(_own_config(model)) if moe_layers(model) else {}
+    # nn.Module's own type knows no such attribute
+    return stored(getattr(model, "config_json", {})) if moe_layers(model) else {}
 
 
 def _plan(model: nn.Module, dtype: torch.dtype) -> Plan:
@@ -166,10 +168,11 @@ class _Sink:
         directory: Path | None,
         plan: Plan,
         dtype: torch.dtype,
+        config: ConfigJson,
     ) -> None:
         self.dtype = dtype
         self.failure: Exception | None = None
-        self.writer = self._try(lambda: TensorWriter(directory, plan)) if directory else None
+        self.writer = self._try(lambda: open_writer(directory, plan, config)) if directory else None
 
     def _try(self, action: Callable[[], Any]) -> Any:
         try:
@@ -201,8 +204,10 @@ def _write_tensors(
 
     The rank with a `directory` writes; a projection's weights go into `sidecar` on all.
     """
-    sink = _Sink(directory, _plan(model, dtype), dtype)
-    for name, parameter in _dense_part(model).items():
+    sink = _Sink(directory, _plan(model, dtype), dtype, getattr(model, "config_json", {}))
+    # vectors first: a form that translates norms needs them before the matrices behind them
+    parts = sorted(_dense_part(model).items(), key=lambda item: len(full_shape(item[1])) > 1)
+    for name, parameter in parts:
         with internals.gathered(parameter) as data:
             sink.write(name, data)
     table = _table(model)
@@ -222,7 +227,12 @@ def _write_config(model: Any, source: Path | None, dtype: torch.dtype, directory
     else:
         values = _own_config(model) | {"architectures": [type(model).__name__]}
     # as the model in memory does it: the source may say "tied" beside a head of its own
-    values |= {"dtype": name, "tie_word_embeddings": HEAD not in _dense_part(model)}
+    tied = {"tie_word_embeddings": HEAD not in _dense_part(model)}
+    if SOURCE in values:
+        values[SOURCE] = values[SOURCE] | tied
+    else:
+        values |= tied
+    values["dtype"] = name
     # the key of transformers before 5 would contradict
     values.pop("torch_dtype", None)
     values = both_ropes(values)

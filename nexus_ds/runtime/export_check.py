@@ -31,10 +31,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nexus_ds.checkpoint.config_json import read_config
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.loading import LOAD_ERRORS
 from nexus_ds.checkpoint.needs import PROBE_TOKENS
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, gate_name
+from nexus_ds.checkpoint.qwen3_next import open_reader
 from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.checkpoint.sidecar import Sidecar, expert_embeddings, read_sidecar
 from nexus_ds.checkpoint.streaming import LAYERS, streamed_model
@@ -185,7 +187,7 @@ def check_written(directory: Path, dtype: torch.dtype, held: Mapping[str, str]) 
     Raises:
         CheckpointError: with the first tensor that is another, and whose it is.
     """
-    reader = TensorReader(directory)
+    reader = open_reader(directory, read_config(directory))
     found = {name: _hash(reader.read(name), dtype) for name in reader.names()}
     expected = dict(held)
     if is_nexus(directory):

@@ -45,7 +45,7 @@ def average_dense(models: Sequence[Path], out: Path) -> None:
         tensors[name] = mean_of(parts)
     config = both_ropes(first.config)
     with new_directory(out) as directory:
-        write_tensors(directory, plan, tensors, "average")
+        write_tensors(directory, plan, tensors, "average", config)
         write_json(directory / "config.json", config)
         copy_tokenizer(models[0], directory)
 

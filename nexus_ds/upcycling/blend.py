@@ -24,6 +24,7 @@ from nexus_ds.checkpoint.headers import row_slices, sha256_of_tensors
 from nexus_ds.checkpoint.json_files import read_json_object
 from nexus_ds.checkpoint.model_card import stated_license
 from nexus_ds.checkpoint.qwen2_moe import stored
+from nexus_ds.checkpoint.qwen3_next import open_writer
 from nexus_ds.checkpoint.records import EncoderRecord, ExpertRecord
 from nexus_ds.checkpoint.tensors import DTYPES, TensorReader, TensorWriter
 from nexus_ds.checkpoint.tokenizer import (
@@ -432,11 +433,12 @@ def _blend_rows(
     return (total / blend.divisor * blend.scale).to(dtype)
 
 
-def _write_blend(writer: TensorWriter, name: str, blend: Blend, dtype: torch.dtype) -> None:
+def _write_blend(
+    writer: TensorWriter, name: str, shape: tuple[int, ...], blend: Blend, dtype: torch.dtype
+) -> None:
     """Stream one tensor, a slice of rows at a time; values are checked on the way."""
     health = [_Health() for _ in blend.parts]
     result = _Health()
-    _, shape = writer.plan[name]
     for start, stop in row_slices(shape):
         rows = _blend_rows(blend, health, start, stop, dtype)
         result.see(rows)
@@ -456,6 +458,7 @@ def write_tensors(
     plan: dict[str, tuple[str, tuple[int, ...]]],
     tensors: Mapping[str, Blend | Tensor],
     label: str,
+    config: ConfigJson,
 ) -> None:
     """Write the model file(s) of a checkpoint, one slice of one tensor in memory at a time.
 
@@ -464,16 +467,22 @@ def write_tensors(
         plan: dtype, as safetensors names it, and shape of each tensor, in file order.
         tensors: where each comes from.
         label: name in the progress line.
+        config: config.json of the checkpoint, whose form decides how tensors lie in the file.
 
     Raises:
         CheckpointError: NaN, infinite or all-zero weights (names model, tensor and count), no
             space, a tensor that `tensors` lacks.
     """
-    with TensorWriter(directory, plan) as writer, Progress(label, len(plan), "tensors") as progress:
-        for name, (dtype, _) in plan.items():
+    # vectors first: a form that translates norms needs them before the matrices behind them
+    order = sorted(plan.items(), key=lambda item: len(item[1][1]) > 1)
+    with (
+        open_writer(directory, plan, config) as writer,
+        Progress(label, len(plan), "tensors") as progress,
+    ):
+        for name, (dtype, shape) in order:
             tensor = tensors.get(name)
             if isinstance(tensor, Blend):
-                _write_blend(writer, name, tensor, DTYPES[dtype])
+                _write_blend(writer, name, shape, tensor, DTYPES[dtype])
             elif tensor is not None:
                 writer.write(name, tensor.to(DTYPES[dtype]))
             # one that is missing is named by the writer, with the others, as it closes
@@ -497,7 +506,7 @@ def write_model(
     """
     write_json(directory / "config.json", config)
     plan = {name: (dtype, entry.shape) for name, entry in stored(config).items()}
-    write_tensors(directory, plan, tensors, label)
+    write_tensors(directory, plan, tensors, label, config)
 
 
 def read_generation_config(source: Path) -> ConfigJson | None:

@@ -25,11 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_ds.checkpoint.build import transformers_config
-from nexus_ds.checkpoint.config_json import CONTEXT_MODEL
+from nexus_ds.checkpoint.config_json import ConfigJson
+from nexus_ds.checkpoint.forms import PLAIN
 from nexus_ds.checkpoint.loading import device
 from nexus_ds.checkpoint.needs import FIT_BATCH, features_fit
 from nexus_ds.checkpoint.pieces import need_of, warn_of_time
-from nexus_ds.checkpoint.qwen2_moe import gate_name, mean_name
+from nexus_ds.checkpoint.qwen2_moe import gate_name, mean_name, open_moe
 from nexus_ds.checkpoint.records import FitReport
 from nexus_ds.checkpoint.room import room_on
 from nexus_ds.checkpoint.sidecar import (
@@ -40,7 +41,7 @@ from nexus_ds.checkpoint.sidecar import (
     write_sidecar,
 )
 from nexus_ds.checkpoint.streaming import LayerReader
-from nexus_ds.checkpoint.tensors import DTYPES, overwrite
+from nexus_ds.checkpoint.tensors import DTYPES
 from nexus_ds.errors import DataError
 from nexus_ds.model.context import context
 from nexus_ds.model.router import layer_generator, unit
@@ -67,18 +68,21 @@ ITERATIVE = ("label_fit", "chunks")
 # The checkpoint, layer by layer -------------------------------------------------------------------
 
 
-def _new_layer(config: PretrainedConfig, layer: int) -> nn.Module:
-    """Return one decoder layer of stock transformers, without memory for its weights."""
+def _empty_model(directory: Path, config: ConfigJson) -> Any:
+    """Return the mixture as its family's own model, without memory for its weights."""
     # transformers is imported here: the fit is one of few things that need it.
-    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeDecoderLayer
+    from transformers import AutoModelForCausalLM
 
-    from nexus_ds.checkpoint.hf_model import NexusMoeDecoderLayer
+    from nexus_ds.checkpoint.native import empty_mixture
 
-    kind: Any = Qwen2MoeDecoderLayer
-    if config.model_type == CONTEXT_MODEL:
-        kind = NexusMoeDecoderLayer
+    if config["model_type"] not in PLAIN:
+        return empty_mixture(config, False, torch.float32)
+    own = transformers_config(directory)
     with torch.device("meta"):
-        return kind(config, layer)
+        model = AutoModelForCausalLM.from_config(own)
+    rotary = type(model.model.rotary_emb)
+    model.model.rotary_emb = rotary(own)
+    return model
 
 
 def _attend(block: Any, hidden_NSH: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -101,23 +105,20 @@ class _Stream:
     """Hidden states of all windows on their way through a checkpoint."""
 
     def __init__(self, directory: Path, tokens_NS: Tensor) -> None:
-        # transformers is imported here: the fit is one of few things that need it.
-        from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeRotaryEmbedding
-
-        self.config = transformers_config(directory)
+        config_json, self.reader = open_moe(directory)
+        self.model = _empty_model(directory, config_json)
+        self.config = self.model.config
         # A layer on its own has no attention chosen for it, and the eager one is not causal without
         # a mask.
         self.config._attn_implementation = "sdpa"
         self.config._experts_implementation = "eager"
         self.dtype = torch.float32
-        self.layers = LayerReader(directory, self.config, self.dtype, device())
-        self.reader = self.layers.tensors
+        self.layers = LayerReader(self.reader, self.config, self.dtype, device())
         embeddings_VH = self.reader.read("model.embed_tokens.weight")
         # In main memory, of which there is more than on a device: batches of it visit that.
         self.hidden_NSH = F.embedding(tokens_NS, embeddings_VH.to(self.dtype))
         positions_1S = torch.arange(tokens_NS.shape[1])[None]
-        rotary = Qwen2MoeRotaryEmbedding(self.config)
-        cos, sin = rotary(self.hidden_NSH, positions_1S)
+        cos, sin = self.model.model.rotary_emb(self.hidden_NSH, positions_1S)
         self.rotary = cos.to(device()), sin.to(device())
 
     def _batches(self) -> list[slice]:
@@ -126,7 +127,9 @@ class _Stream:
 
     def load(self, layer: int) -> Any:
         """Return one layer with its weights, on the device."""
-        block = _new_layer(self.config, layer)
+        # Taken out of the model: its weights go when the caller is done with it.
+        block = self.model.model.layers[layer]
+        self.model.model.layers[layer] = nn.Identity()
         self.layers.fill(block, layer)
         return block.eval()
 
@@ -136,8 +139,7 @@ class _Stream:
 
     def store(self, name: str, tensor: Tensor) -> Tensor:
         """Overwrite a tensor of the checkpoint; return it as read back, in this stream's dtype."""
-        info = self.reader.info(name)
-        overwrite(info, tensor.cpu())
+        self.reader.overwrite(name, tensor.cpu())
         rounded = tensor.to(self.stored_dtype(name))
         return rounded.to(device(), self.dtype)
 

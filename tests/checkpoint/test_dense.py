@@ -39,6 +39,8 @@ LLAMA3 = dict(
     original_max_position_embeddings=16,
 )
 KINDS = {
+    "qwen3": ("qwen3", dict(head_dim=12)),
+    "qwen3-tied": ("qwen3", dict(tie_word_embeddings=True, head_dim=8)),
     "llama": ("llama", {}),
     "llama-tied": ("llama", dict(tie_word_embeddings=True)),
     "llama-head-dim": ("llama", dict(head_dim=12)),
@@ -214,7 +216,7 @@ def changed(source, out, **keys):
     [
         (dict(attention_bias=True), ["attention_bias", "o_proj.bias"]),
         (dict(mlp_bias=True), ["mlp_bias", "FFN"]),
-        (dict(model_type="qwen3"), ["'qwen3'", "q_norm", "supported: llama, mistral, qwen2"]),
+        (dict(model_type="qwen3", use_sliding_window=True), ["Qwen3-Next has no sliding windows"]),
         (dict(model_type="olmo2"), ["'olmo2'", "norms after attention"]),
         (dict(model_type="gemma2"), ["'gemma2'", "add 1"]),
         (dict(model_type="cohere2"), ["'cohere2'", "side by side"]),

@@ -43,7 +43,7 @@ REFUSED = {  # what transformers refuses, or can't compute with
     "a whole epsilon": (*FAMILIES, "qwen2_moe"),
     "no key-value heads": ("mistral", "qwen2_moe"),
     "no window": ("qwen2_moe",),
-    "null head_dim": ("qwen2", "qwen2_moe"),
+    "null head_dim": ("qwen2", "qwen2_moe", "qwen3"),
 }
 
 

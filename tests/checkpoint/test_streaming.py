@@ -165,7 +165,7 @@ def test_a_layer_without_its_tensor_is_not_filled(nexus_dir):
     model = streamed_model(nexus_dir, torch.float32, CPU)
     block = model.model.layers[1]
     block.register_parameter("odd", torch.nn.Parameter(torch.ones(2)))
-    reader = LayerReader(nexus_dir, model.config, torch.float32, CPU)
+    reader = LayerReader(TensorReader(nexus_dir), model.config, torch.float32, CPU)
     with pytest.raises(CheckpointError, match="layer 1 lacks or should not have 'odd'"):
         reader.fill(block, 1)
 

@@ -46,6 +46,10 @@ class Family:
     """Whether q, k and v have biases; None: the configuration's own `qkv_bias` decides."""
     ffn_size: str = "intermediate_size"
     """Key of the inner width of what becomes an expert."""
+    qk_norm: str = ""
+    """What q_norm and k_norm of the attention go over: each `head`; empty: there are none."""
+    mixture: str = "qwen2_moe"
+    """The form that its mixture has on disk, see `forms`; empty: `nexus_<family>`."""
     with_layer_types: Family | None = None
     """What transformers reads the file as instead where it has `layer_types`."""
 
@@ -77,6 +81,8 @@ class DenseSettings:
     norm_eps: float
     tied_embeddings: bool
     qkv_bias: bool
+    qk_norm: str
+    """As `Family.qk_norm`."""
     sliding_window: int | None
     """In tokens; None: full attention in all layers."""
     layer_types: tuple[str, ...]
@@ -112,6 +118,8 @@ def _layer_weights(settings: DenseSettings, layer: int) -> Iterator[tuple[str, D
         if settings.qkv_bias:
             yield f"{prefix}self_attn.{part}.bias", DenseWeight((rows,), layer)
     yield prefix + "self_attn.o_proj.weight", DenseWeight((hidden, queries), layer)
+    for part in ("q_norm", "k_norm") if settings.qk_norm else ():
+        yield f"{prefix}self_attn.{part}.weight", DenseWeight((settings.head_dim,), layer)
     yield prefix + "post_attention_layernorm.weight", DenseWeight((hidden,), layer)
     for part in FFN_PARTS:
         inward = (settings.ffn_size, hidden)

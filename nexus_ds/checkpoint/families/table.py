@@ -3,7 +3,8 @@
 from nexus_ds.checkpoint.families.llama import LLAMA
 from nexus_ds.checkpoint.families.mistral import MISTRAL
 from nexus_ds.checkpoint.families.qwen2 import QWEN2
+from nexus_ds.checkpoint.families.qwen3 import QWEN3
 
-_ALL = (LLAMA, MISTRAL, QWEN2)
+_ALL = (LLAMA, MISTRAL, QWEN2, QWEN3)
 FAMILIES = {family.name: family for family in _ALL}
 """By `model_type`."""

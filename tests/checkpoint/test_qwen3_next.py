@@ -1,0 +1,330 @@
+"""Qwen3 written as Qwen3-Next: the same numbers out of stock transformers, the same bits back."""
+
+import copy
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nexus_ds.checkpoint import qwen2_moe, qwen3_next
+from nexus_ds.checkpoint.dense import open_dense
+from nexus_ds.checkpoint.inspection import describe
+from nexus_ds.checkpoint.sidecar import verify_expert_embeddings
+from nexus_ds.errors import CheckpointError, UnsupportedModelError
+from nexus_ds.planning.sizes import sizes_of
+from nexus_ds.runtime.nexus_moe import Placement
+from nexus_ds.runtime.parallel_model import load_nexus
+from nexus_ds.settings import Config, RouterConfig
+from nexus_ds.upcycling.extend import extended
+from nexus_ds.upcycling.remove import reduced
+from nexus_ds.upcycling.replace import replaced
+from nexus_ds.upcycling.upcycle import upcycled
+from tests.checkpoint.test_dense import Formula, changed, embeddings, with_tensors
+
+SIZES = dict(
+    vocab_size=31,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=12,
+    max_position_embeddings=64,
+)
+NAMES = ("a", "b", "c")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def trained_looking(model, noise):
+    """Give a model norms from 0.03 to 8, negative and zero ones among them, and matrices that
+    matter; `noise` is what makes it a branch of the others."""
+    base = torch.Generator().manual_seed(0)
+    own = torch.Generator().manual_seed(noise)
+    for name, weight in model.named_parameters():
+        drawn = torch.randn(weight.shape, generator=base)
+        if weight.ndim > 1:
+            drawn *= 1.5 / math.sqrt(weight.shape[-1])
+        else:
+            drawn = torch.exp(drawn * 0.8)
+            if "layernorm" in name or name == "model.norm.weight":
+                drawn[::7] *= -1
+                drawn[1] = 0.0
+        drawn += bool(noise) * 0.1 * drawn.abs().mean() * torch.randn(drawn.shape, generator=own)
+        weight.data.copy_(drawn)
+
+
+@pytest.fixture(scope="module", params=[("fp32", 1, False), ("bf16", 2, True)], ids=str)
+def made(request, tmp_path_factory, dense_dir):
+    """(dtype, top-k, folder of the mixture, folder of seed and branches, the reference)."""
+    kind, top_k, tied = request.param
+    root = tmp_path_factory.mktemp(f"qwen3-{kind}")
+    models = {}
+    for noise, name in enumerate(("seed", *NAMES)):
+        config = AutoConfig.for_model("qwen3", **SIZES, tie_word_embeddings=tied)
+        model = AutoModelForCausalLM.from_config(config).float()
+        trained_looking(model, noise)
+        models[name] = model.to(DTYPES[kind]).eval()
+        model.save_pretrained(root / name)
+        for file in dense_dir.glob("tokenizer*.json"):
+            shutil.copy(file, root / name)
+    config = Config()
+    config.router.top_k, config.router.init_norm = top_k, 0.5
+    branches = {name: root / name for name in NAMES}
+    new = upcycled(root / "seed", branches, embeddings(NAMES), config)
+    (root / "out").mkdir()
+    new.write(root / "out", None, config.router, 0)
+    return DTYPES[kind], top_k, root / "out", root, reference(models, new, top_k)
+
+
+def reference(models, new, top_k):
+    """Return the dense Qwen3 of transformers with averaged weights and the paper's formula."""
+    model = copy.deepcopy(models["seed"])
+    states = [models[name].state_dict() for name in NAMES]
+    mean = {n: torch.stack([s[n].float() for s in states]).mean(0) for n in states[0]}
+    model.load_state_dict(mean)
+    for layer, block in enumerate(model.model.layers):
+        ffns = [models[name].model.layers[layer].mlp for name in NAMES]
+        rows = new.tensors[qwen2_moe.gate_name(layer)].to(model.dtype)
+        block.mlp = Formula(models["seed"].model.layers[layer].mlp, ffns, rows, top_k)
+    return model.eval()
+
+
+def tokens(rows=3, length=24):
+    return torch.randint(31, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def stock(directory, dtype):
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory, local_files_only=True, dtype=dtype, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    assert type(model).__name__ == "Qwen3NextForCausalLM"
+    return model.eval()
+
+
+def difference(a, b):
+    return float((a.float() - b.float()).abs().max() / b.float().abs().max())
+
+
+@torch.no_grad()
+def test_stock_transformers_computes_the_formula(made):
+    """fp32 within twice the noise of the reference's own kernels; bf16 no farther from fp32 than
+    the reference in bf16 is."""
+    dtype, _, out, _, oracle = made
+    model, x = stock(out, dtype), tokens()
+    expected, found = oracle(x).logits, model(x).logits
+    if dtype is torch.float32:
+        assert difference(found, expected) < 5e-6
+    else:
+        exact = in_fp32(oracle)(x).logits
+        own = (expected.float() - exact).abs().median()
+        assert (found.float() - exact).abs().median() < 1.5 * own
+    assert all(len(block.mlp.chosen) > 1 for block in oracle.model.layers)
+    # the comparison can fail
+    for change in (renormalised, a_quarter, without_o_proj, another_norm):
+        model = stock(out, dtype)
+        change(model)
+        assert difference(model(x).logits, expected) > 0.05, change.__name__
+
+
+def in_fp32(oracle):
+    """Return a copy of the reference that computes in fp32 with the same weights."""
+    exact = copy.deepcopy(oracle).float()
+    for layer in exact.model.layers:
+        layer.mlp.rows = layer.mlp.rows.float()
+    return exact
+
+
+def renormalised(model):
+    for layer in model.model.layers:
+        layer.mlp.gate.norm_topk_prob = True
+
+
+def a_quarter(model):
+    config = model.config
+    config.rope_parameters = config.rope_parameters | {"partial_rotary_factor": 0.25}
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model.model.rotary_emb.inv_freq[1:] = 0
+
+
+def without_o_proj(model):
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data /= 2
+
+
+def another_norm(model):
+    for layer in model.model.layers:
+        layer.post_attention_layernorm.weight.data += 1
+
+
+@torch.no_grad()
+def test_with_left_padding_and_with_a_cache_it_is_the_same(made):
+    dtype, _, out, _, oracle = made
+    if dtype is not torch.float32:
+        pytest.skip("rounding hides what is looked for")
+    model, x = stock(out, dtype), tokens()
+    mask = torch.ones_like(x)
+    mask[0, :9] = 0
+    # what a row of padding computes is nobody's: it is left out
+    expected = oracle(x, attention_mask=mask).logits[mask.bool()]
+    found = model(x, attention_mask=mask).logits[mask.bool()]
+    assert difference(found, expected) < 5e-6
+    assert difference(model(x).logits[0, 9:], expected[: 24 - 9]) > 1e-3
+    greedy = dict(attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    texts = [m.generate(x, use_cache=c, **greedy) for m in (oracle, model) for c in (True, False)]
+    assert all(torch.equal(text, texts[0]) for text in texts)
+
+
+def test_it_is_read_back_bit_by_bit(made):
+    """Names, shapes and bits are those of the dense Qwen3, of slices of rows too."""
+    _, _, out, root, _ = made
+    config, reader = qwen2_moe.open_moe(out)
+    table = qwen2_moe.stored(config)
+    assert set(reader.names()) == set(table) and config["model_type"] == "qwen3_next"
+    branches = [load_file(root / name / "model.safetensors") for name in NAMES]
+    for name, entry in table.items():
+        tensor = reader.read(name)
+        assert tensor.shape == entry.shape == reader.info(name).shape, name
+        part = reader.read_rows(name, 1, len(tensor) - 1)
+        assert torch.equal(part, tensor[1:-1]) and not len(reader.read_rows(name, 1, 1)), name
+        if entry.role is qwen2_moe.Role.DENSE:
+            mean = sum(state[name].float() for state in branches) / 3
+            assert torch.equal(tensor, mean.to(tensor.dtype)), name
+        if entry.role is qwen2_moe.Role.ROUTED:
+            assert torch.equal(tensor, branches[entry.expert][entry.dense_name]), name
+    verify_expert_embeddings(out)
+
+
+@torch.no_grad()
+def test_training_computes_the_reference_and_its_gradients(made):
+    """In the family's own form: no gate of zeros, no rescaled columns."""
+    dtype, _, out, _, oracle = made
+    if dtype is not torch.float32:
+        pytest.skip("gradients are compared in fp32")
+    model = load_nexus(out, dtype, Placement(3), RouterConfig(load_balance=0.0), False)
+    assert type(model).__name__ == "Qwen3ForCausalLM"
+    x = tokens()
+    with torch.enable_grad():
+        for one in (model, oracle):
+            one.zero_grad()
+            logits = one(input_ids=x, use_cache=False).logits
+            F.cross_entropy(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten()).backward()
+    own = dict(oracle.named_parameters())
+    compared = 0
+    for name, parameter in model.named_parameters():
+        if ".mlp." in name:
+            continue
+        assert difference(parameter.grad, own[name].grad) < 1e-4, name
+        compared += 1
+    assert compared == 2 * 8 + 3
+
+
+def test_experts_come_and_go(made, tmp_path):
+    """Extension, replacement and removal speak the dense family's names; what is copied keeps its
+    bits."""
+    dtype, _, out, root, _ = made
+    config = Config()
+    more = embeddings((*NAMES, "d"))
+    steps = {
+        "extend": lambda old: extended(old, {"d": root / "a"}, more, config),
+        "replace": lambda old: replaced(old, {"b": root / "a"}, None, config, share=0.0),
+        "remove": lambda old: reduced(old, ["c"]),
+    }
+    old = out
+    for name, step in steps.items():
+        (tmp_path / name).mkdir()
+        step(old).write(tmp_path / name, None, config.router, 0)
+        stock(tmp_path / name, dtype)
+        old = tmp_path / name
+    before, after = (qwen2_moe.open_moe(path)[1] for path in (out, old))
+    norm = "model.layers.0.self_attn.k_norm.weight"
+    assert not torch.equal(before.read(norm), after.read(norm))
+    kept = qwen2_moe.expert_name(1, 0, "up_proj")
+    assert torch.equal(before.read(kept), after.read(kept))
+    moved = after.read(qwen2_moe.expert_name(1, 1, "up_proj"))
+    assert torch.equal(
+        moved, load_file(root / "a" / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
+    )
+    assert describe(old)["experts"][2]["name"] == "d"
+
+
+def test_it_is_counted_as_the_dense_family_counts(made):
+    _, top_k, out, root, _ = made
+    facts = describe(out)
+    config = Config()
+    config.model.path = str(out)
+    counted = sizes_of(config).counts()
+    assert counted["total"] == facts["parameters"]["total"]
+    assert counted["active"] == facts["parameters"]["active"]
+    dense = sum(
+        math.prod(open_dense(root / "a").reader.info(n).shape)
+        for n in open_dense(root / "a").reader.names()
+    )
+    ffn = 2 * 3 * 32 * 40
+    assert facts["parameters"]["active"] == dense + top_k * ffn + 2 * 4 * 32
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.layers.0.self_attn.q_proj.weight", "output gate in .*q_proj.weight is not zero"),
+        ("model.layers.1.input_layernorm.weight", "is not that of nexus/nexus_source.safetensors"),
+        ("model.layers.1.self_attn.q_norm.weight", "is not that of nexus/nexus_source.safetensors"),
+    ],
+)
+def test_what_was_trained_elsewhere_is_named(made, tmp_path, name, message):
+    _, _, out, _, _ = made
+    odd = with_tensors(out, tmp_path / "odd", lambda t: t[name].add_(0.5))
+    with pytest.raises(CheckpointError, match=message):
+        qwen2_moe.open_moe(odd)[1].read(name)
+
+
+def test_a_qwen3_next_of_another_origin_is_refused(made, tmp_path):
+    _, _, out, _, _ = made
+    with pytest.raises(CheckpointError, match="nexus_source is None, expected the dense family"):
+        qwen2_moe.open_moe(changed(out, tmp_path / "other", nexus_source=...))
+    (shutil.copytree(out, tmp_path / "bare") / qwen3_next.NORMS).unlink()
+    with pytest.raises(CheckpointError, match="no nexus/nexus_source"):
+        qwen2_moe.open_moe(tmp_path / "bare")
+    with pytest.raises(
+        CheckpointError, match="norm_topk_prob is None, a Nexus checkpoint has False"
+    ):
+        qwen2_moe.open_moe(changed(out, tmp_path / "silent", norm_topk_prob=...))
+
+
+def test_a_router_that_reads_contexts_is_refused(made):
+    _, _, _, root, _ = made
+    config = Config()
+    config.router.input = "context"
+    with pytest.raises(UnsupportedModelError, match="a mixture of qwen3 can't be written with it"):
+        upcycled(root / "seed", {"a": root / "a"}, embeddings(("a",)), config)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_centred_norms_lose_no_bit(dtype):
+    weight = torch.randn(4096, generator=torch.Generator().manual_seed(0)) ** 3 * 4
+    weight[:3] = torch.tensor([0.0, -1.25, 0.1])
+    weight = weight.to(dtype)
+    stored, powers = qwen3_next.centred(weight)
+    assert torch.equal(((1 + stored.double()) * powers.double()).to(dtype), weight)
+    assert torch.equal(torch.exp2(torch.log2(powers.abs()).round()), powers.abs())
+    # what can stay does: only channels that would lose bits take a power
+    assert powers[:3].tolist() == [1.0, 1.0, 0.0625]
+
+
+@pytest.mark.slow
+def test_stock_transformers_loads_it_without_this_package(made):
+    _, _, out, _, _ = made
+    said = (
+        "import sys; from transformers import AutoModelForCausalLM as A\n"
+        f"model = A.from_pretrained({str(out)!r}, local_files_only=True)\n"
+        "print(model.config.model_type, 'nexus_ds' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["qwen3_next", "False"], done.stderr
