@@ -22,6 +22,21 @@ SIDECAR = "nexus.json"
 FORMAT = 2
 
 Record = TypeVar("Record")
+HUB_CACHE = "models--"  # begins the folder of a model in the cache of the hub
+
+
+def portable(path: str | Path) -> str:
+    """Return a path as it may be recorded: relative ones as given, of an absolute one its name, and
+    of a model in the hub's cache its name there.
+
+    Checkpoints travel: what lies above means nothing elsewhere, and tells of the machine.
+    """
+    path = Path(path)
+    cached = path.parent.parent.name
+    if path.parent.name == "snapshots" and cached.startswith(HUB_CACHE):
+        # models--OWNER--NAME/snapshots/REVISION
+        return cached.removeprefix(HUB_CACHE).replace("--", "/")
+    return path.name if path.is_absolute() else path.as_posix()
 
 
 @dataclass
@@ -91,6 +106,7 @@ class FitReport:
 
 # `lambda` is a word of Python's.
 FILE_KEYS = {"share": "lambda"}
+LEFT_OUT = ("seed_license", "perplexity")  # where they are empty
 FIELDS = {key: name for name, key in FILE_KEYS.items()}
 
 
@@ -122,6 +138,10 @@ class Step:
         fit = values.pop("fit")
         if fit is not None:
             values["fit"] = fit
+        # an older version's entry has none of these, and stays as it is
+        for name in LEFT_OUT:
+            if not values.get(name, True):
+                del values[name]
         return {FILE_KEYS.get(name, name): value for name, value in values.items()}
 
 
@@ -134,6 +154,8 @@ class UpcycleStep(Step):
     family: str
     router: RouterConfig
     seed: int
+    seed_license: str = ""
+    """As its card says it; empty: not said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +168,8 @@ class TrainStep(Step):
     tokens: int
     mixture: dict[str, float]
     """Share of each domain's text in the tokens."""
+    perplexity: dict[str, float] = field(default_factory=dict)
+    """Of each domain's validation text at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,10 +20,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nexus_ds.checkpoint.cards import has_card, read_card
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense_settings import both_ropes
 from nexus_ds.checkpoint.families.record import FFN_PARTS, HEAD
 from nexus_ds.checkpoint.forms import SOURCE
+from nexus_ds.checkpoint.model_card import (
+    ModelCard,
+    dense_card,
+    nexus_card,
+    stated_license,
+    write_model_card,
+)
 from nexus_ds.checkpoint.qwen2_moe import (
     Stored,
     expert_name,
@@ -34,7 +42,7 @@ from nexus_ds.checkpoint.qwen2_moe import (
     stored,
 )
 from nexus_ds.checkpoint.qwen3_next import open_writer
-from nexus_ds.checkpoint.records import Step
+from nexus_ds.checkpoint.records import TrainStep, portable
 from nexus_ds.checkpoint.sidecar import (
     Sidecar,
     expert_embeddings,
@@ -247,7 +255,7 @@ def export(
     dtype: torch.dtype,
     out: Path,
     probe_BS: Tensor,
-    step: Step,
+    step: TrainStep,
 ) -> Agreement:
     """Write the trained model to `out` (rank 0) as a dense or Nexus checkpoint and verify it. All
     ranks must call.
@@ -285,7 +293,7 @@ def _write_and_verify(
     config: Config,
     dtype: torch.dtype,
     directory: Path | None,
-    step: Step,
+    step: TrainStep,
     seen: Seen,
 ) -> Found:
     """Write on the rank with a `directory` and verify there; the others gather along."""
@@ -305,7 +313,7 @@ def _write_and_verify(
 
 
 def _write(
-    model: Any, config: Config, dtype: torch.dtype, directory: Path | None, step: Step
+    model: Any, config: Config, dtype: torch.dtype, directory: Path | None, step: TrainStep
 ) -> None:
     """Gather on all ranks and write the whole checkpoint on the one with a `directory`."""
     source = Path(config.model.path) if config.model.path else None
@@ -316,8 +324,22 @@ def _write(
     _write_config(model, source, dtype, directory)
     if sidecar:
         lineage = [*sidecar.lineage, step]
-        write_sidecar(directory, replace(sidecar, lineage=lineage, versions=versions()))
+        sidecar = replace(sidecar, lineage=lineage, versions=versions())
+        write_sidecar(directory, sidecar)
     copy_tokenizer(Path(config.model.tokenizer or config.model.path), directory)
     write_text(directory / "training.yaml", dump(config))
     if wants_card(config):
         place_card(config, directory)
+    write_model_card(directory, _model_card(config, sidecar, directory, step))
+
+
+def _model_card(
+    config: Config, sidecar: Sidecar | None, directory: Path, step: TrainStep
+) -> ModelCard:
+    """Return the model card of what was written into `directory`."""
+    if sidecar:
+        return nexus_card(sidecar, config.model.license)
+    domain = read_card(directory) if has_card(directory) else None
+    start = config.model.path
+    license_name = config.model.license or (stated_license(Path(start)) if start else "")
+    return dense_card(portable(start) if start else "", license_name, domain, step)

@@ -395,6 +395,8 @@ class Run:
         self.layers = moe_layers(self.engine.module)
         self.device = self.engine.device
         self.bad = BadBatches(config, self.data.sampler)
+        self.perplexity: dict[str, float] = {}
+        """Of each domain, at the last validation."""
         self.domains = list(self.data.files)
         self.experts = [expert.name for expert in layout.experts]
         self.expert_domains = [expert.domain for expert in layout.experts]
@@ -533,6 +535,7 @@ class Run:
             values["own_share"] = own
             line += f" | own-domain share {own:.2f}"
         metrics.log("validation", step, values, line)
+        self.perplexity = perplexity
 
     def _score(self, windows_NS: Tensor, domain: int, tally: Tally) -> None:
         """Add this rank's share of a domain's windows [N, S+1] to `tally`.
@@ -681,6 +684,7 @@ class Run:
             steps=self.total,
             tokens=self.total * tokens_per_step(self.config.training, self.config.data),
             mixture=self.data.weights,
+            perplexity={name: float(f"{x:.6g}") for name, x in self.perplexity.items()},
         )
         out = Path(self.config.output)
         dtype = DTYPES[self.config.model.dtype]

@@ -25,7 +25,7 @@ from nexus_ds.checkpoint.json_files import read_json_object
 from nexus_ds.checkpoint.model_card import stated_license
 from nexus_ds.checkpoint.qwen2_moe import stored
 from nexus_ds.checkpoint.qwen3_next import open_writer
-from nexus_ds.checkpoint.records import EncoderRecord, ExpertRecord
+from nexus_ds.checkpoint.records import EncoderRecord, ExpertRecord, portable
 from nexus_ds.checkpoint.tensors import DTYPES, TensorReader, TensorWriter
 from nexus_ds.checkpoint.tokenizer import (
     TokenizerMeaning,
@@ -103,15 +103,6 @@ def parse_experts(values: Iterable[str]) -> dict[str, Path]:
             )
         experts[name] = Path(directory)
     return experts
-
-
-def portable(path: str | Path) -> str:
-    """Return a path as it may be recorded: relative ones as given, of an absolute one its name.
-
-    Checkpoints travel: what lies above means nothing elsewhere, and tells of the machine.
-    """
-    path = Path(path)
-    return path.name if path.is_absolute() else path.as_posix()
 
 
 def _flat(settings: Mapping[str, object]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel
 from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, check_shared_gates, gate_name, stored
-from nexus_ds.checkpoint.records import ExtendStep
+from nexus_ds.checkpoint.records import ExtendStep, portable
 from nexus_ds.checkpoint.sidecar import Sidecar, expert_embeddings, versions
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.checkpoint.tokenizer import check_tokenizer
@@ -35,7 +35,6 @@ from nexus_ds.upcycling.blend import (
     check_tokenizers,
     domain_vectors,
     expert_records,
-    portable,
     read_generation_config,
 )
 from nexus_ds.upcycling.new_checkpoint import (

@@ -20,6 +20,7 @@ from nexus_ds.checkpoint.adapters import describe_merge, open_branch, tokenizer_
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import MODEL_DTYPES, DenseModel
 from nexus_ds.checkpoint.dense_settings import both_ropes
+from nexus_ds.checkpoint.model_card import nexus_card, write_model_card
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, gate_name, open_moe, parameter_counts
 from nexus_ds.checkpoint.records import FitReport
 from nexus_ds.checkpoint.sidecar import (
@@ -136,6 +137,7 @@ class NewModel:
         if text is not None:
             report = fit_router(directory, text, router, seed, self.kept)
             _record_fit(directory, report)
+        write_model_card(directory, nexus_card(read_sidecar(directory)))
         # what every reader will check first
         verify_expert_embeddings(directory)
         return report

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, check_shared_gates, expert_name, stored
-from nexus_ds.checkpoint.records import RemoveStep
+from nexus_ds.checkpoint.records import RemoveStep, portable
 from nexus_ds.checkpoint.sidecar import Sidecar, versions
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.errors import ConfigError
-from nexus_ds.upcycling.blend import Blend, Part, portable
+from nexus_ds.upcycling.blend import Blend, Part
 from nexus_ds.upcycling.new_checkpoint import NewModel, copy_of, open_old
 
 

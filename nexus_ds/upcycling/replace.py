@@ -18,13 +18,13 @@ from torch import Tensor
 from nexus_ds.checkpoint.cards import NO_PACKAGES, Packages
 from nexus_ds.checkpoint.dense import DenseModel
 from nexus_ds.checkpoint.qwen2_moe import gate_name
-from nexus_ds.checkpoint.records import ExpertRecord, ReplaceStep
+from nexus_ds.checkpoint.records import ExpertRecord, ReplaceStep, portable
 from nexus_ds.checkpoint.sidecar import Sidecar, expert_embeddings, versions
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import ConfigError
 from nexus_ds.settings import Config
-from nexus_ds.upcycling.blend import domain_vectors, expert_records, portable
+from nexus_ds.upcycling.blend import domain_vectors, expert_records
 from nexus_ds.upcycling.extend import (
     branched_tensors,
     check_encoder,

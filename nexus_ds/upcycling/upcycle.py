@@ -17,13 +17,14 @@ from nexus_ds.checkpoint.cards import NO_PACKAGES, Packages
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel, open_dense
 from nexus_ds.checkpoint.families.record import DenseSettings
+from nexus_ds.checkpoint.model_card import stated_license
 from nexus_ds.checkpoint.qwen2_moe import (
     Role,
     Stored,
     moe_config,
     stored,
 )
-from nexus_ds.checkpoint.records import RouterRecord, Step, UpcycleStep
+from nexus_ds.checkpoint.records import RouterRecord, Step, UpcycleStep, portable
 from nexus_ds.checkpoint.sidecar import (
     Sidecar,
     expert_embeddings,
@@ -53,7 +54,6 @@ from nexus_ds.upcycling.blend import (
     expert_records,
     mean_of,
     note_other_seeds,
-    portable,
     read_generation_config,
     traits,
 )
@@ -113,6 +113,7 @@ def upcycled(
         family=base.family,
         router=config.router,
         seed=config.seed,
+        seed_license=stated_license(seed),
     )
     sidecar = _upcycled_sidecar(models, embeddings, packages, vectors, config, step)
     router = config.router

@@ -99,6 +99,7 @@ def test_the_directory_is_complete(parts, capsys):
         "tokenizer_config.json",
         "generation_config.json",
         "nexus.json",
+        "README.md",
         "nexus",
     }
     assert [path.name for path in (parts / "out" / "nexus").iterdir()] == [
