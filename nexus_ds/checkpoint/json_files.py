@@ -14,6 +14,8 @@ from nexus_ds.errors import CheckpointError
 MAX_JSON = 100_000_000  # bytes of an index or configuration
 MAX_DEPTH = 64  # of what lies in each other; whatever walks it afterwards calls itself as deep
 MAX_NUMBER = 1 << 63  # of whole numbers: no size, offset or token is larger
+NO_LIMIT = int(1e30)
+"""What transformers writes for "no limit", as model_max_length of a tokenizer."""
 
 
 def require_directory(directory: Path) -> Path:
@@ -60,7 +62,7 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _whole_number(digits: str) -> int:
     """Return a whole number; ValueError for one that is no size of anything."""
     value = int(digits)
-    if abs(value) >= MAX_NUMBER:
+    if abs(value) >= MAX_NUMBER and value != NO_LIMIT:
         raise ValueError(f"the number {digits[:20]}.. is too large")
     return value
 

@@ -49,3 +49,9 @@ def test_a_name_that_leads_out(tmp_path, name):
     assert confined(model, "config.json") == model / "config.json"
     with pytest.raises(CheckpointError, match="lies outside the model's directory"):
         confined(model, name)
+
+
+def test_only_transformers_word_for_no_limit_is_larger_than_any_size():
+    assert parse_json_object(f'{{"a": {int(1e30)}}}'.encode(), "x") == {"a": int(1e30)}
+    with pytest.raises(CheckpointError, match=r"^x is not valid JSON \(the number 1000"):
+        parse_json_object(f'{{"a": {10**30}}}'.encode(), "x")
