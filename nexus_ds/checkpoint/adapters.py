@@ -17,20 +17,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from nexus_ds.checkpoint.config_json import ADAPTER, ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel, open_dense
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
-from nexus_ds.checkpoint.headers import INDEX, SINGLE, Headers, TensorInfo, row_slices
+from nexus_ds.checkpoint.headers import INDEX, SINGLE, Headers, TensorInfo, row_slices, tensor_bytes
 from nexus_ds.checkpoint.json_files import read_json_object, require_directory
-from nexus_ds.checkpoint.tensors import DTYPES, TensorReader
-from nexus_ds.checkpoint.values import FLOATS, read_rows, read_values
+from nexus_ds.checkpoint.tensors import TensorReader
+from nexus_ds.checkpoint.values import FLOATS, encoded, read_rows, read_values
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -142,7 +141,8 @@ class MergedReader(TensorReader):
     """The tensors of a base as an adapter changes them.
 
     A changed tensor lies in no file as it is: `info` tells its dtype and shape, and no place. Who
-    reads ranges of files takes the base's (`base`) and adds `adapter.rows`.
+    copies ranges of files asks `read_range` instead, or takes the base's (`base`) and adds
+    `adapter.rows`.
     """
 
     def __init__(self, base: TensorReader, directory: Path, adapter: AdapterWeights) -> None:
@@ -169,29 +169,29 @@ class MergedReader(TensorReader):
         """Return the files that the tensors come from."""
         return [*self.base.files(), self.directory / ADAPTER_WEIGHTS]
 
-    def read(self, name: str) -> torch.Tensor:
-        """Return a whole tensor, in its stored dtype and shape."""
-        shape = self.info(name).shape
-        return self.read_rows(name, 0, shape[0]) if shape else self.base.read(name)
-
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return rows [start, stop) of the leading dimension of a tensor that has one."""
-        own = self.base.read_rows(name, start, stop)
+    def read_range(self, name: str, start: int, view: memoryview) -> None:
+        """Fill `view` (bytes) with a tensor's bytes from its byte `start` on, as the file of a
+        merged model would have them."""
         if name not in self.adapter.changes:
-            return own
+            self.base.read_range(name, start, view)
+            return
+        info = self.info(name)
+        width = tensor_bytes(info.dtype, info.shape[1:])
+        end = start + len(view)
+        rows = (-(-end // width) - start // width, *info.shape[1:])
+        for first, stop in row_slices(rows):
+            position = (start // width + first) * width
+            block = self._merged(name, start // width + first, start // width + stop)
+            # a range may begin and end within a row
+            low, high = max(start, position), min(end, position + len(block))
+            view[low - start : high - start] = block[low - position : high - position].data
+
+    def _merged(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Return the bytes of rows [start, stop) of a changed tensor."""
         rows = self.adapter.rows(name, start, stop)
         if not self.adapter.replaces(name):
-            rows = rows + own.double().numpy()
-        return torch.from_numpy(rows.astype(np.float32)).to(DTYPES[self.info(name).dtype])
-
-    def chunks(self, name: str, limit: int = 1 << 23) -> Iterator[bytes]:
-        """Yield the bytes of a tensor as a merged model's file would have them."""
-        if name not in self.adapter.changes:
-            yield from self.base.chunks(name, limit)
-            return
-        for start, stop in row_slices(self.info(name).shape):
-            rows = self.read_rows(name, start, stop).contiguous()
-            yield rows.view(torch.uint8).numpy().tobytes()
+            rows = rows + read_rows(self.base, name, start, stop)
+        return encoded(rows.astype(np.float32), self.info(name).dtype)
 
 
 # Reading an adapter -------------------------------------------------------------------------------

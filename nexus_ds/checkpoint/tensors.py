@@ -23,7 +23,6 @@ from nexus_ds.checkpoint.headers import (
     Plan,
     TensorInfo,
     header_of,
-    read_into,
     tensor_bytes,
 )
 from nexus_ds.errors import CheckpointError
@@ -71,8 +70,7 @@ class TensorReader(Headers):
 
     def read(self, name: str) -> torch.Tensor:
         """Return a whole tensor, in its stored dtype and shape."""
-        info = self.info(name)
-        return self._read(info, info.start, info.shape)
+        return self._read(name, 0, self.info(name).shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return rows [start, stop) of the leading dimension of a tensor that has one."""
@@ -83,17 +81,16 @@ class TensorReader(Headers):
                 f"has no rows [{start}, {stop})"
             )
         row_shape = info.shape[1:]
-        first = info.start + start * tensor_bytes(info.dtype, row_shape)
-        return self._read(info, first, (stop - start, *row_shape))
+        first = start * tensor_bytes(info.dtype, row_shape)
+        return self._read(name, first, (stop - start, *row_shape))
 
     def overwrite(self, name: str, tensor: torch.Tensor) -> None:
         """Overwrite a tensor in its file; see the function of this name."""
         overwrite(self.info(name), tensor)
 
-    def _read(self, info: TensorInfo, start: int, shape: tuple[int, ...]) -> torch.Tensor:
-        tensor = torch.empty(shape, dtype=DTYPES[info.dtype])
-        view = _bytes_of(tensor)
-        read_into(info.file, start, view)
+    def _read(self, name: str, start: int, shape: tuple[int, ...]) -> torch.Tensor:
+        tensor = torch.empty(shape, dtype=DTYPES[self.info(name).dtype])
+        self.read_range(name, start, _bytes_of(tensor))
         return tensor
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nexus_ds.checkpoint.headers import ITEM_BYTES, Headers, read_into
+from nexus_ds.checkpoint.headers import ITEM_BYTES, Headers, tensor_bytes
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 SAMPLES, SAMPLE_VALUES = 4, 1 << 13
@@ -46,11 +46,20 @@ def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
     return np.where(np.isnan(x), np.float32(np.nan), up.view(np.float32))
 
 
+def encoded(x: np.ndarray, dtype: str) -> np.ndarray:
+    """Return the bytes of fp32 numbers as a tensor of `dtype` (F32 | BF16) holds them, rounded to
+    nearest even."""
+    held = rounded(x, dtype).reshape(-1)
+    if dtype == "BF16":
+        return (held.view(np.uint32) >> 16).astype("<u2").view(np.uint8)
+    return held.astype("<f4", copy=False).view(np.uint8)
+
+
 def read_values(reader: Headers, name: str) -> np.ndarray:
     """Return a whole tensor in its shape; float32, or float64 of F64."""
     info = reader.info(name)
-    data = np.empty(info.end - info.start, np.uint8)
-    read_into(info.file, info.start, data.data)
+    data = np.empty(tensor_bytes(info.dtype, info.shape), np.uint8)
+    reader.read_range(name, 0, data.data)
     return decoded(data, info.dtype).reshape(info.shape)
 
 
@@ -58,9 +67,9 @@ def read_rows(reader: Headers, name: str, start: int, stop: int) -> np.ndarray:
     """Return rows [start, stop) of a tensor's leading dimension; float32, or float64 of F64."""
     info = reader.info(name)
     shape = (stop - start, *info.shape[1:])
-    row = (info.end - info.start) // max(info.shape[0], 1)
+    row = tensor_bytes(info.dtype, info.shape[1:])
     data = np.empty(row * (stop - start), np.uint8)
-    read_into(info.file, info.start + row * start, data.data)
+    reader.read_range(name, row * start, data.data)
     return decoded(data, info.dtype).reshape(shape)
 
 
@@ -77,7 +86,7 @@ def sample(reader: Headers, name: str) -> np.ndarray:
     data = np.empty((SAMPLES, SAMPLE_VALUES * item), np.uint8)
     for index, piece in enumerate(data):
         start = (count - SAMPLE_VALUES) * index // (SAMPLES - 1)
-        read_into(info.file, info.start + start * item, piece.data)
+        reader.read_range(name, start * item, piece.data)
     return decoded(data.reshape(-1), info.dtype)
 
 

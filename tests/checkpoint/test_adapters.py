@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from branches import edit_config, stock
@@ -20,6 +21,7 @@ from nexus_ds.checkpoint.config_json import ADAPTER
 from nexus_ds.checkpoint.dense import open_dense
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.headers import sha256_of_tensors
+from nexus_ds.checkpoint.values import sample
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
 ATTENTION = ("self_attn.q_proj", "self_attn.o_proj")
@@ -81,6 +83,13 @@ def test_merged_by_the_formula(tmp_path, dense_dir, modules, dtype):
     for name, tensor in wanted.items():
         assert torch.equal(model.reader.read(name), tensor), name
         assert torch.equal(model.reader.read_rows(name, 3, 9), tensor[3:9])
+        whole = tensor.view(torch.uint8).numpy().tobytes()
+        # from the middle of a row to that of another
+        for start, stop in ((5, 6), (7, len(whole) - 3), (0, len(whole))):
+            data = bytearray(stop - start)
+            model.reader.read_range(name, start, memoryview(data))
+            assert data == whole[start:stop]
+        assert np.array_equal(sample(model.reader, name), tensor.float().flatten().numpy())
     shutil.copytree(base, tmp_path / "merged")
     save_file(wanted, tmp_path / "merged" / "model.safetensors", metadata={"format": "pt"})
     merged = open_dense(tmp_path / "merged")
