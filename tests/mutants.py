@@ -659,6 +659,68 @@ FAULTS = (
         "*138 | *143 |",
         "slurm/test_injection.py -k requeue",
     ),
+    # Packages: cards, adapters, model cards
+    Fault(
+        "a card of other weights is taken",
+        "checkpoint/cards.py",
+        "card.ffn_sha256 != sha256",
+        "card.ffn_sha256 == ''",
+    ),
+    Fault(
+        "cards of different encoders go together",
+        "checkpoint/cards.py",
+        "if len(encoders) > 1:",
+        "if len(encoders) > 99:",
+    ),
+    Fault(
+        "the text of a card that covers several domains is not weighted",
+        "checkpoint/cards.py",
+        "np.float32(share) * embeddings",
+        "np.float32(1.0) * embeddings",
+    ),
+    Fault(
+        "an adapter's rank is not stabilised",
+        "checkpoint/adapters.py",
+        "alpha / math.sqrt(rank) if",
+        "alpha / rank if",
+    ),
+    Fault(
+        "an adapter is merged without the base's own weight",
+        "checkpoint/adapters.py",
+        "rows = rows + read_rows(self.base, name, start, stop)",
+        "rows = 1 * rows",
+    ),
+    Fault(
+        "a merged tensor is placed where the base's lies",
+        "checkpoint/adapters.py",
+        ", start=-1, end=-1)",
+        ")",
+    ),
+    Fault(
+        "an adapter of a tied head is merged",
+        "checkpoint/adapters.py",
+        "if tied and base.settings.tied_embeddings:",
+        "if tied and not base.settings:",
+    ),
+    Fault(
+        "background goes to the farthest domain",
+        "warm_start/fit_text.py",
+        "picked_n = cosines_EN[number].topk(",
+        "picked_n = (-cosines_EN[number]).topk(",
+        "commands/test_card.py",
+    ),
+    Fault(
+        "a license that one part does not state is the whole's",
+        "checkpoint/model_card.py",
+        'if not stated or "" in stated:',
+        "if not stated:",
+    ),
+    Fault(
+        "the embedding of another text is taken for a branch's card",
+        "runtime/domain_card.py",
+        "if same and set(config.data.domains)",
+        "if set(config.data.domains)",
+    ),
 )
 
 
