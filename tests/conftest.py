@@ -186,6 +186,16 @@ def moe_model(vocabulary, seed=0, experts=3, top_k=1, **form):
     return Qwen2MoeForCausalLM(Qwen2MoeConfig(**settings | form))
 
 
+def repeat_head(directory: Path):
+    """Store the tied embeddings of a saved model as its output layer, too, as Nexus checkpoints
+    do."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directory / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
 def read_running_means(directory: Path, seed=0):
     """Turn a saved stock model into one whose routers read running means less a random vector."""
     from safetensors.torch import load_file, save_file
@@ -264,6 +274,8 @@ def make_nexus(out: Path, seed=0, names=DOMAINS, top_k=1, router_input="token", 
         block.mlp.gate.weight.data = expert_embeddings(sidecar, layer, torch.float32)
         block.mlp.shared_expert_gate.weight.data.fill_(SHARED_GATE_FILL)
     model.save_pretrained(out)
+    if router_input == "token":
+        repeat_head(out)
     if router_input == "context":
         read_running_means(out, seed)
     write_sidecar(out, sidecar)

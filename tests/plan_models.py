@@ -2,6 +2,7 @@
 change does not count."""
 
 import torch
+from conftest import repeat_head
 
 from nexus_ds.planning.sizes import Sizes
 
@@ -116,5 +117,7 @@ def make_model(out, sizes):
         block.mlp.gate.weight.data = expert_embeddings(sidecar, index, torch.float32)
         block.mlp.shared_expert_gate.weight.data.fill_(SHARED_GATE_FILL)
     model.save_pretrained(out)
+    if sizes.tied:
+        repeat_head(out)
     write_sidecar(out, sidecar)
     return out

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from nexus_ds.checkpoint.config_json import ConfigJson, read_config
+from nexus_ds.checkpoint.dense import as_stored
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.loading import computed_dtype, load_model, verified
 from nexus_ds.checkpoint.needs import DISK_SPEED, MARGIN, Need, Way, per_token, way
@@ -38,18 +39,23 @@ LONG = 120.0
 
 
 def need_of(directory: Path, precision: str, place: torch.device) -> Need:
-    """Return what a checkpoint takes on a device; only headers and config.json are read.
+    """Return what a checkpoint takes on a device; headers and config.json are read, and of tied
+    embeddings whether they are.
 
     Raises:
         CheckpointError, UnsupportedModelError: damaged files.
     """
     reader = TensorReader(directory)
-    config = read_config(directory)
+    config = as_stored(read_config(directory), reader)
+    # tied, the output layer may stand in the file once more, and is no other
+    again = {HEAD} if config.get("tie_word_embeddings") and EMBEDDING in reader else set()
     chosen = computed_dtype(precision, place)
     elements: dict[str, int] = {}
     sizes: dict[str, float] = {}
     stored = 0
     for name in reader.names():
+        if name in again:
+            continue
         info = reader.info(name)
         count = torch.Size(info.shape).numel()
         # model.layers.7.mlp...: the first three parts name the layer
@@ -62,7 +68,7 @@ def need_of(directory: Path, precision: str, place: torch.device) -> Need:
     layers = [size for part, size in sizes.items() if part]
     embedding = torch.Size(reader.info(EMBEDDING).shape).numel() if EMBEDDING in reader else 0
     # A tied one is multiplied with, and then there are two of it where the layers compute on a GPU.
-    lookup = embedding if HEAD in reader else 0
+    lookup = embedding if HEAD in reader and not again else 0
     resident = sizes.get("", 0.0) - (lookup * width if place.type != "cpu" else 0)
     # A Qwen2-MoE of another form has dense layers in between.
     mixed = sum(name.endswith(ROUTER) for name in reader.names())

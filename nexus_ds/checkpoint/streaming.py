@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from nexus_ds.checkpoint.build import fill, transformers_config
+from nexus_ds.checkpoint.dense import as_stored
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.families.table import FAMILIES
 from nexus_ds.checkpoint.forms import MIXTURES
@@ -200,8 +201,10 @@ def _stored_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 def _check_tensors(model: PreTrainedModel, tensors: TensorReader) -> None:
     """Refuse files that are not exactly a model's, as `load_model` does: before they are read."""
     expected = _stored_shapes(model)
+    # a tied output layer may stand in the file once more
+    passed_over = (FREQUENCIES, HEAD) if model.config.tie_word_embeddings else FREQUENCIES
     found = {
-        name: tensors.info(name).shape for name in tensors.names() if not name.endswith(FREQUENCIES)
+        name: tensors.info(name).shape for name in tensors.names() if not name.endswith(passed_over)
     }
     both = expected.keys() & found.keys()
     info = {
@@ -247,8 +250,9 @@ def streamed_model(
     tensors = TensorReader(directory)
     dtype = dtype or config.dtype or DTYPES[tensors.info(EMBEDDING).dtype]
     reader = LayerReader(tensors, config, dtype, place)
-    # A tied head that has a tensor of its own all the same is none (see `families.as_stored`).
-    config.tie_word_embeddings = config.tie_word_embeddings and HEAD not in tensors
+    # A tied head that has another tensor all the same is none.
+    said = {"tie_word_embeddings": config.tie_word_embeddings}
+    config.tie_word_embeddings = as_stored(said, tensors)["tie_word_embeddings"]
     model = _skeleton(config, dtype)
     # A stack would take one row for all, and a layer too many would be left out.
     _check_tensors(model, tensors)

@@ -134,6 +134,8 @@ class TensorWriter:
         plan: what will be written; its order is that of the files.
         max_shard_bytes: more than this are spread over shards with an index, as transformers does
             it.
+        copies: planned tensors that are written with others, of which they are copies: for each
+            name that of the other.
 
     Used as a context manager it closes itself, and checks that the plan was fulfilled if the block
     ended well.
@@ -148,9 +150,11 @@ class TensorWriter:
         directory: Path,
         plan: Plan,
         max_shard_bytes: int = 4 << 30,
+        copies: Mapping[str, str] | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.plan = plan
+        self._copies = dict(copies or {})
         self._missing = {name: tensor_bytes(*entry) for name, entry in plan.items()}
         """Bytes of each tensor that are still to come."""
         self._places: dict[str, _Place] = {}
@@ -228,10 +232,12 @@ class TensorWriter:
         data = _bytes_of(tensor)
         if self._missing[name] < len(data):
             raise CheckpointError(f"tensor {name!r} was written twice")
-        place = self._places[name]
-        position = place.start + start * tensor_bytes(dtype, shape[1:])
-        write_at(place.descriptor, position, data, place.file)
-        self._missing[name] -= len(data)
+        copies = [copy for copy, source in self._copies.items() if source == name]
+        for each in (name, *copies):
+            place = self._places[each]
+            position = place.start + start * tensor_bytes(dtype, shape[1:])
+            write_at(place.descriptor, position, data, place.file)
+            self._missing[each] -= len(data)
 
     def _close_files(self) -> None:
         while self._descriptors:

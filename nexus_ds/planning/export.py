@@ -61,6 +61,9 @@ def export_check(sizes: Sizes, width: int) -> ExportCheck:
     # the embedding, and beside it one tensor, gathered or read back
     largest = max(words, sizes.hidden * sizes.ffn)
     total = width * sizes.counts()["total"]
+    if sizes.experts and sizes.tied and not sizes.context:
+        # a stock mixture's file has the output layer all the same
+        total += width * words
     return ExportCheck(
         gpu_bytes=float(width * on_device),
         host_bytes=float(2 * width * largest + assume.PROBE_LOGITS * FP32 * logits),

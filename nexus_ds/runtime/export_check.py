@@ -36,7 +36,7 @@ from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.loading import LOAD_ERRORS
 from nexus_ds.checkpoint.needs import PROBE_TOKENS
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, gate_name
-from nexus_ds.checkpoint.qwen3_next import open_reader
+from nexus_ds.checkpoint.qwen3_next import open_reader, repeated
 from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.checkpoint.sidecar import Sidecar, expert_embeddings, read_sidecar
 from nexus_ds.checkpoint.streaming import LAYERS, streamed_model
@@ -85,6 +85,7 @@ class _Held:
         self.blocks: list[Any] = [layer.mlp for layer in model.model.layers]
         self.parameters = dict(model.named_parameters())
         self.table = table
+        self.copies = repeated(model.config_json) if table else {}
         self.dtype = dtype
         self.hashes: dict[str, str] = {}
 
@@ -116,6 +117,9 @@ class _Held:
                 self._keep(name, block.router.mean)
             elif entry.role is Role.ROUTER:
                 self._router(name, entry.layer)
+        for name, source in self.copies.items():
+            if source in self.hashes:
+                self.hashes[name] = self.hashes[source]
         # stack by stack: under ZeRO-3 an expert alone can't be gathered
         for layer, block in enumerate(self.blocks):
             self._experts(layer, block)

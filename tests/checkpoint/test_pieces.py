@@ -1,10 +1,12 @@
 """Whole, smaller batches, layer by layer: planned by sizes, and mended where memory runs out."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import make_nexus
+from safetensors.torch import load_file, save_file
 
 from nexus_ds.checkpoint import pieces
 from nexus_ds.checkpoint.inspection import describe
@@ -135,7 +137,8 @@ def test_sizes_are_read_off_the_files(tmp_path):
     facts = describe(tmp_path / "m")
     found = need_of(tmp_path / "m", "fp32", CPU)
     reader = TensorReader(tmp_path / "m")
-    infos = [reader.info(name) for name in reader.names()]
+    # tied: the output layer is the embeddings, whatever else stands in the file
+    infos = [reader.info(name) for name in reader.names() if name != "lm_head.weight"]
     assert found.weights == sum(4 * torch.Size(info.shape).numel() for info in infos)
     assert found.stored == sum(info.end - info.start for info in infos)
     assert found.outside + 2 * found.layer == found.weights
@@ -167,3 +170,18 @@ def test_only_long_work_that_is_slow_by_its_kind_is_told_of(need, monkeypatch, c
     assert warn_of_time("m", need, 1000, torch.device("cuda"), reads=121)
     said = capsys.readouterr().err
     assert said == "m: layer by layer; 121 times 0.0 GB are read, which takes about 2m01s\n"
+
+
+def test_a_tied_output_layer_that_stands_in_the_file_counts_once(nexus_dir, tmp_path):
+    """And one that differs from the embeddings is what transformers computes with: it counts."""
+    once, other = (shutil.copytree(nexus_dir, tmp_path / name) for name in ("once", "other"))
+    for directory, change in ((once, None), (other, 1.0)):
+        tensors = load_file(directory / "model.safetensors")
+        head = tensors.pop("lm_head.weight")
+        if change:
+            tensors["lm_head.weight"] = head + change
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    place = torch.device("cuda")
+    twice, alone, odd = (need_of(path, "fp32", place) for path in (nexus_dir, once, other))
+    assert twice == alone
+    assert odd.outside == alone.outside + 4 * head.numel()

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from nexus_ds.checkpoint import qwen2_moe
 from nexus_ds.checkpoint.qwen2_moe import Role, stored
+from nexus_ds.checkpoint.qwen3_next import repeated
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.config import load_config
 from nexus_ds.upcycling.upcycle import upcycled
@@ -42,6 +43,9 @@ def mixture(request, tmp_path, dense_dir):
 def test_the_table_has_every_tensor_with_its_shape_and_nothing_else(mixture):
     config, reader = qwen2_moe.open_moe(mixture)
     written = {name: reader.info(name).shape for name in TensorReader(mixture).names()}
+    for copy, source in repeated(config).items():
+        assert torch.equal(reader.read(copy), reader.read(source))
+        del written[copy]
     assert {name: entry.shape for name, entry in stored(config).items()} == written
     total, _ = qwen2_moe.parameter_counts(config)
     assert total == sum(math.prod(shape) for shape in written.values())

@@ -147,3 +147,24 @@ def test_a_file_that_is_written_at_once(tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     with file_limit(100), pytest.raises(OSError, match=FULL.format("some.safetensors")):
         write_tensors(tmp_path / "some.safetensors", tensors)
+
+
+def test_copies_are_written_with_what_they_are_copies_of(tmp_path):
+    shape = ("F32", (4, 2))
+    tensor = torch.arange(8.0).view(4, 2)
+    with TensorWriter(tmp_path, {"a": shape, "b": shape, "c": shape}, copies={"c": "a"}) as writer:
+        writer.write("b", -tensor)
+        writer.write_rows("a", 2, tensor[2:])
+        writer.write_rows("a", 0, tensor[:2])
+    found = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(found["a"], tensor) and torch.equal(found["c"], tensor)
+    assert torch.equal(found["b"], -tensor)
+
+
+def test_a_copy_is_missing_where_its_source_is(tmp_path):
+    shape = ("F32", (4, 2))
+    with (
+        pytest.raises(CheckpointError, match="2 planned tensors were not written"),
+        TensorWriter(tmp_path, {"a": shape, "c": shape}, copies={"c": "a"}) as writer,
+    ):
+        writer.write_rows("a", 0, torch.zeros(2, 2))

@@ -76,7 +76,10 @@ def test_parameter_counts(parts, capsys, top_k):
         for layer in range(2)
         for p in FFN_PARTS
     )
-    assert count["total"] == sum(tensor.numel() for tensor in tensors_of(parts / "out").values())
+    stored = tensors_of(parts / "out")
+    # tied: it stands there twice and is one
+    assert torch.equal(stored.pop("lm_head.weight"), stored["model.embed_tokens.weight"])
+    assert count["total"] == sum(tensor.numel() for tensor in stored.values())
     assert count["total"] - count["active"] == (3 - top_k) * ffn_stack
     assert result["experts"] == list(NAMES) and result["top_k"] == top_k and result["fit"] is None
     assert result["next"].startswith(f"deepspeed {TRAIN} --deepspeed {DS_JSON} --config ")

@@ -35,7 +35,10 @@ def test_the_plan_has_the_tensors_of_the_checkpoint_and_their_shapes(request, ki
         model = load_nexus(directory, torch.float32, Placement(3), RouterConfig(), False)
     stored = TensorReader(directory)
     assert _plan(model, torch.bfloat16) == {
-        name: ("BF16", stored.info(name).shape) for name in stored.names()
+        name: ("BF16", stored.info(name).shape)
+        for name in stored.names()
+        # written with the embeddings, of which it is a copy
+        if name != "lm_head.weight"
     }
 
 

@@ -1,21 +1,33 @@
 """What is told of a new checkpoint, and the one that it is made of."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from branches import LAYERS, NAMES, make_parts, stock, tensors_of, upcycle
+from conftest import save_branch
 from safetensors.torch import save_file
 
 from nexus_ds.checkpoint.families.record import FFN_PARTS, dense_ffn_name
 from nexus_ds.checkpoint.headers import sha256_of_tensors
 from nexus_ds.checkpoint.qwen2_moe import expert_name
 from nexus_ds.checkpoint.records import FitReport
-from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings
+from nexus_ds.checkpoint.sidecar import (
+    ROUTER,
+    ROUTER_BEFORE,
+    read_sidecar,
+    verify_expert_embeddings,
+)
 from nexus_ds.checkpoint.tensors import TensorReader
+from nexus_ds.config import load_config
 from nexus_ds.errors import CheckpointError
+from nexus_ds.upcycling.extend import extended
 from nexus_ds.upcycling.new_checkpoint import open_old
+from nexus_ds.upcycling.remove import reduced
+from nexus_ds.upcycling.replace import replaced
+from tests.checkpoint.test_dense import embeddings
 
 
 @pytest.fixture
@@ -77,3 +89,44 @@ def test_an_old_mixture_is_the_same_with_another_number_of_experts(nexus_dir):
 def test_a_dense_model_is_no_old_mixture(dense_dir):
     with pytest.raises(CheckpointError, match="model_type is 'llama', a Nexus checkpoint has"):
         open_old(dense_dir)
+
+
+def as_first_written(directory):
+    """Give a checkpoint the form of the first ones: RoPE in one spelling, embeddings once, and the
+    router's file beside the model's."""
+    config = json.loads((directory / "config.json").read_text())
+    kept = {key: v for key, v in config.items() if key not in ("rope_theta", "rope_scaling")}
+    (directory / "config.json").write_text(json.dumps(kept))
+    tensors = tensors_of(directory)
+    del tensors["lm_head.weight"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    shutil.move(directory / ROUTER, directory / ROUTER_BEFORE)
+    (directory / ROUTER).parent.rmdir()
+
+
+@pytest.mark.parametrize("verb", ["extend", "replace", "remove"])
+def test_a_checkpoint_of_the_first_form_becomes_one_of_todays(tmp_path, nexus_dir, verb):
+    old = shutil.copytree(nexus_dir, tmp_path / "old")
+    as_first_written(old)
+    save_branch(old, tmp_path / "branch")
+    config = load_config("demo", [])
+    results = []
+    for source in (old, nexus_dir):
+        if verb == "remove":
+            new = reduced(source, ["beta"])
+        else:
+            name = "delta" if verb == "extend" else "beta"
+            make = extended if verb == "extend" else replaced
+            given = embeddings([name])
+            new = make(source, {name: tmp_path / "branch"}, given, config)
+        out = tmp_path / f"out of {source.name}"
+        out.mkdir()
+        new.write(out, None, config.router, 0)
+        results.append(out)
+    first, second = map(tensors_of, results)
+    assert first.keys() == second.keys() and "lm_head.weight" in first
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (results[0] / ROUTER).read_bytes() == (results[1] / ROUTER).read_bytes()
+    assert not (results[0] / ROUTER_BEFORE).exists()
+    said = json.loads((results[0] / "config.json").read_text())
+    assert said["rope_theta"] == said["rope_parameters"]["rope_theta"]

@@ -50,6 +50,8 @@ def test_weights_are_copies_means_and_projections(parts, dtype):
             expected |= {expert_name(layer, i, part): experts[i][name] for i in range(3)}
         expected[gate_name(layer)] = expert_embeddings(sidecar, layer, dtype)
         expected[shared_gate_name(layer)] = torch.full((1, 16), 2.0**-60, dtype=dtype)
+    # tied: the output layer stands there, too
+    expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
     assert set(out) == set(expected)
     for name, tensor in expected.items():
         assert out[name].dtype == dtype
