@@ -147,6 +147,25 @@ FAULTS = (
         "added tokens are not copied", "checkpoint/tokenizer.py", '    "added_tokens.json",\n', ""
     ),
     Fault(
+        "a tied output layer is left to the loader",
+        "checkpoint/qwen3_next.py",
+        "return {HEAD: EMBEDDING} if",
+        "return {} if",
+        "checkpoint/test_qwen2_moe.py",
+    ),
+    Fault(
+        "the router's file lies among the weights",
+        "checkpoint/sidecar.py",
+        'ROUTER = "nexus/nexus_router.safetensors"',
+        'ROUTER = "router.safetensors"',
+    ),
+    Fault(
+        "transformers 4 is told a class of 5",
+        "data/tokenizer.py",
+        'return found | {"tokenizer_class": ANY_CLASS}',
+        "return found",
+    ),
+    Fault(
         "a tokenizer's links are followed",
         "checkpoint/tokenizer.py",
         "copyfile(confined(source, name), ",

@@ -291,6 +291,10 @@ def both_ropes(config: ConfigJson) -> ConfigJson:
     older: ConfigJson = {"rope_theta": rope["rope_theta"]}
     if rope["rope_type"] != "default":
         older["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if rope["rope_type"] == "longrope":
+        # there it is no part of rope_scaling
+        key = "original_max_position_embeddings"
+        older[key] = rope[key]
     kept = {key: value for key, value in config.items() if key != "rope_scaling"}
     return kept | {"rope_parameters": rope} | older
 

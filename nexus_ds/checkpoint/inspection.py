@@ -14,6 +14,7 @@ from nexus_ds.checkpoint.config_json import ConfigJson, count, read_config
 from nexus_ds.checkpoint.dense import as_stored
 from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
+from nexus_ds.checkpoint.older_stacks import unlike_transformers_4
 from nexus_ds.checkpoint.qwen2_moe import check_shared_gates, parameter_counts
 from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings
@@ -95,6 +96,7 @@ def _nexus_info(directory: Path, reader: TensorReader, config: ConfigJson) -> di
         "shared_expert": sidecar.shared_expert,
         "shared_expert_gate": _gates(reader, config["num_hidden_layers"]),
         "parameters": {"total": total, "active": active},
+        "transformers_4": "; ".join(unlike_transformers_4(config)) or "as 5",
         "versions": sidecar.versions,
     }
 

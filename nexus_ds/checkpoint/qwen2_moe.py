@@ -32,6 +32,7 @@ from nexus_ds.checkpoint.dense import as_stored, check_tensors
 from nexus_ds.checkpoint.dense_settings import UNIFORM, both_ropes, family_of, filled, settings
 from nexus_ds.checkpoint.families.record import (
     FFN_PARTS,
+    SLIDING,
     DenseSettings,
     DenseWeight,
     Family,
@@ -303,6 +304,9 @@ def _as_qwen2_moe(dense_config: ConfigJson, sizes: DenseSettings, context: bool)
         "use_sliding_window": sizes.sliding_window is not None,
         "sliding_window": sizes.sliding_window,
     }
+    if sizes.sliding_window is not None:
+        # where flash attention of transformers 4 begins with windows; 5 goes by layer_types
+        config["max_window_layers"] = sizes.layer_types.index(SLIDING)
     # transformers would take a null as the size itself
     if dense_config.get("head_dim") is not None:
         config["head_dim"] = sizes.head_dim

@@ -153,8 +153,7 @@ class TensorWriter:
         copies: Mapping[str, str] | None = None,
     ) -> None:
         self.directory = Path(directory)
-        self.plan = plan
-        self._copies = dict(copies or {})
+        self.plan, self._copies = plan, dict(copies or {})
         self._missing = {name: tensor_bytes(*entry) for name, entry in plan.items()}
         """Bytes of each tensor that are still to come."""
         self._places: dict[str, _Place] = {}

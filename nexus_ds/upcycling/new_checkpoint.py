@@ -21,6 +21,7 @@ from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import MODEL_DTYPES, DenseModel
 from nexus_ds.checkpoint.dense_settings import both_ropes
 from nexus_ds.checkpoint.model_card import nexus_card, write_model_card
+from nexus_ds.checkpoint.older_stacks import unlike_transformers_4
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, gate_name, open_moe, parameter_counts
 from nexus_ds.checkpoint.records import FitReport
 from nexus_ds.checkpoint.sidecar import (
@@ -153,6 +154,7 @@ class NewModel:
             "dtype": MODEL_DTYPES[self.dtype],
             "cast": self.cast,
             "parameters": {"total": total, "active": active},
+            "transformers_4": unlike_transformers_4(self.config),
             "fit": dataclasses.asdict(report) if report else None,
         }
 
@@ -171,6 +173,7 @@ class NewModel:
                 f"expert {name}: weights cast from {dtype} to {facts['dtype']}, "
                 f"the dtype of {self.source}"
             )
+        lines += [f"note: transformers 4: {said}" for said in facts["transformers_4"]]
         if report:
             lines += _fit_lines(report)
         return "\n".join(lines)

@@ -78,3 +78,8 @@ def test_sequence_length_of_the_training(dense_dir, tmp_path):
 def test_no_model(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json"):
         describe(tmp_path)
+
+
+def test_what_transformers_4_makes_of_it_is_told(nexus_dir, context_dir):
+    assert describe(nexus_dir)["transformers_4"] == "as 5"
+    assert describe(context_dir)["transformers_4"].startswith("it has no model of type nexus_moe")

@@ -43,6 +43,9 @@ def mixture(request, tmp_path, dense_dir):
 def test_the_table_has_every_tensor_with_its_shape_and_nothing_else(mixture):
     config, reader = qwen2_moe.open_moe(mixture)
     written = {name: reader.info(name).shape for name in TensorReader(mixture).names()}
+    tied = {"lm_head.weight": "model.embed_tokens.weight"}
+    stock = config["model_type"] == "qwen2_moe"
+    assert repeated(config) == (tied if config["tie_word_embeddings"] and stock else {})
     for copy, source in repeated(config).items():
         assert torch.equal(reader.read(copy), reader.read(source))
         del written[copy]

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from nexus_ds.data.tokenizer import open_tokenizer, train_tokenizer, vocabulary_size
+from nexus_ds.data.tokenizer import (
+    for_any_class,
+    open_tokenizer,
+    train_tokenizer,
+    vocabulary_size,
+)
 from nexus_ds.errors import CheckpointError, ConfigError, DataError, OutputExistsError
 from tests.data.conftest import save_sentencepiece, sentences
 
@@ -127,3 +132,20 @@ def test_the_package_that_reads_sentencepiece_files_is_named(tmp_path: Path):
         "tok: no tokenizer that can be loaded without the packages that read tokenizer.model: "
         "pip install sentencepiece"
     )
+
+
+def test_transformers_4_is_told_a_class_that_it_knows_and_what_a_decoder_takes(tmp_path):
+    train_tokenizer(iter(["some text"]), 300, tmp_path / "t")
+    said = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text())
+    assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert said["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+def test_what_a_configuration_says_is_kept_for_any_class(tmp_path):
+    train_tokenizer(iter(["some text"]), 300, tmp_path / "t")
+    tokenizer = open_tokenizer(tmp_path / "t")
+    named = {"extra_special_tokens": {"image_token": "<i>"}, "padding_side": "left", "x": 1}
+    said = for_any_class(tokenizer, named)
+    assert {key: said[key] for key in named} == named
+    # a list is of transformers 5 alone
+    assert "extra_special_tokens" not in for_any_class(tokenizer, {"extra_special_tokens": ["a"]})
