@@ -66,13 +66,13 @@ def make_parts(folder: Path, dense_dir: Path, text_folder: Path):
     return folder
 
 
-def upcycle(parts, *words, experts=None, seed="seed"):
+def upcycle(parts, *words, experts=None, seed="seed", **options):
     """Write the mixture of a seed and its branches to `out`, without a warm start; return what was
     written."""
     config = load_config(str(parts / "recipe.yaml"), list(words))
     embeddings = read_domain_embeddings(parts / "domains.safetensors")
     branches = experts or {name: parts / name for name in NAMES}
-    new = upcycled(parts / seed, branches, embeddings, config)
+    new = upcycled(parts / seed, branches, embeddings, config, **options)
     with new_directory(parts / "out") as directory:
         new.write(directory, None, config.router, config.seed)
     return new

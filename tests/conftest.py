@@ -335,9 +335,11 @@ def save_branch(checkpoint: Path, out: Path, seed=0, dtype=torch.float32):
 
     from nexus_ds.checkpoint.dense_settings import settings
     from nexus_ds.checkpoint.qwen2_moe import Role, open_moe, stored
+    from nexus_ds.checkpoint.tensors import TensorReader
     from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 
-    config, reader = open_moe(checkpoint)
+    config, _ = open_moe(checkpoint)
+    reader = TensorReader(checkpoint)
     out.mkdir()
     tensors = {
         entry.dense_name: reader.read(name)

@@ -28,7 +28,7 @@ from nexus_ds.checkpoint.dense import DenseModel, open_dense
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.headers import INDEX, SINGLE, Headers, TensorInfo, row_slices, tensor_bytes
 from nexus_ds.checkpoint.json_files import read_json_object, require_directory
-from nexus_ds.checkpoint.tensors import TensorReader
+from nexus_ds.checkpoint.tensors import TensorReader, TranslatedReader
 from nexus_ds.checkpoint.values import FLOATS, encoded, read_rows, read_values
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
@@ -137,7 +137,7 @@ class AdapterWeights:
         return read_values(self.headers, change.inner).astype(np.float64)
 
 
-class MergedReader(TensorReader):
+class MergedReader(TranslatedReader):
     """The tensors of a base as an adapter changes them.
 
     A changed tensor lies in no file as it is: `info` tells its dtype and shape, and no place. Who
@@ -412,7 +412,7 @@ def open_branch(directory: Path, base: Path | None = None, seed: Path | None = N
     whole = open_dense(_base_of(directory, config, base, seed))
     headers = Headers.of_file(directory, ADAPTER_WEIGHTS)
     adapter = AdapterWeights(headers, _changes(headers, whole, config))
-    reader = MergedReader(whole.reader, directory, adapter)
+    reader = MergedReader(TensorReader.of(whole.reader), directory, adapter)
     return dataclasses.replace(whole, directory=directory, reader=reader)
 
 

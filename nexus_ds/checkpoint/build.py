@@ -163,7 +163,8 @@ class NexusParts:
     """
 
     def __init__(self, directory: Path, dtype: torch.dtype) -> None:
-        self.config, self.reader = open_moe(directory)
+        self.config, reader = open_moe(directory)
+        self.reader = TensorReader.of(reader)
         self.sidecar = read_sidecar(directory)
         self.dtype = dtype
         self.experts = len(self.sidecar.experts)

@@ -1,6 +1,6 @@
-"""A dense model on disk: its tensors held against its config.json, no weight in memory.
+"""A dense model on disk: its tensors held against its config.json, no weight in memory, no torch.
 
-`open_dense` refuses by name what can't become an expert.
+`open_dense` refuses by name what can't become an expert, all of it at once.
 Not covered: quantised models, fp16 weights, tied weights other than the embeddings.
 """
 
@@ -10,13 +10,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from nexus_ds.checkpoint.config_json import ConfigJson, read_config
 from nexus_ds.checkpoint.dense_settings import refuse_unsupported, settings
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD, DenseSettings, dense_weights
-from nexus_ds.checkpoint.headers import row_slices
-from nexus_ds.checkpoint.tensors import DTYPES, TensorReader
+from nexus_ds.checkpoint.families.table import FAMILIES
+from nexus_ds.checkpoint.headers import Headers
+from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
 MODEL_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
@@ -34,7 +33,7 @@ class DenseModel:
     weights has it."""
     family: str
     """A key of FAMILIES."""
-    reader: TensorReader
+    reader: Headers
     dtype: str
     """Of all weights, as safetensors names it: F32 | BF16."""
     settings: DenseSettings
@@ -44,7 +43,7 @@ class DenseModel:
         return [name for name, weight in dense_weights(self.settings).items() if weight.part]
 
 
-def as_stored(config: ConfigJson, reader: TensorReader) -> ConfigJson:
+def as_stored(config: ConfigJson, reader: Headers) -> ConfigJson:
     """Return config.json with embeddings tied only if no other head is in the file.
 
     A head that differs from the embeddings is what transformers computes with, whatever
@@ -54,15 +53,13 @@ def as_stored(config: ConfigJson, reader: TensorReader) -> ConfigJson:
         return config
     embedding, head = reader.info(EMBEDDING), reader.info(HEAD)
     same = embedding.shape == head.shape and embedding.dtype == head.dtype
-    # a slice of rows at a time: whole, both may be larger than memory
-    equal = same and all(
-        torch.equal(reader.read_rows(EMBEDDING, *rows), reader.read_rows(HEAD, *rows))
-        for rows in row_slices(head.shape)
-    )
+    # a piece at a time: whole, both may be larger than memory
+    pieces = zip(reader.chunks(EMBEDDING), reader.chunks(HEAD), strict=True) if same else ()
+    equal = same and all(ours == theirs for ours, theirs in pieces)
     return config if equal else config | {"tie_word_embeddings": False}
 
 
-def check_tensors(reader: TensorReader, shapes: dict[str, tuple[int, ...]], tied: bool) -> str:
+def check_tensors(reader: Headers, shapes: dict[str, tuple[int, ...]], tied: bool) -> str:
     """Check names, shapes and dtypes of a model's tensors against its configuration.
 
     Args:
@@ -77,8 +74,23 @@ def check_tensors(reader: TensorReader, shapes: dict[str, tuple[int, ...]], tied
         UnsupportedModelError: weights that a Qwen2-MoE has no place for, or of several or of other
             dtypes.
         CheckpointError: tensors that are missing, unknown or of another shape.
+            Where there are several mistakes, all are told, in an error of the first one's type.
     """
-    _check_names(reader, shapes, tied)
+    problems = Problems()
+    with problems.collected():
+        _check_names(reader, shapes, tied)
+    there = [name for name in shapes if name in reader]
+    with problems.collected():
+        _check_shapes(reader, {name: shapes[name] for name in there})
+    dtype = ""
+    if there:
+        with problems.collected():
+            dtype = _one_dtype(reader, there)
+    problems.refuse()
+    return dtype
+
+
+def _check_shapes(reader: Headers, shapes: Mapping[str, tuple[int, ...]]) -> None:
     wrong = []
     for name, shape in shapes.items():
         found = reader.info(name).shape
@@ -89,10 +101,9 @@ def check_tensors(reader: TensorReader, shapes: dict[str, tuple[int, ...]], tied
             f"{reader.directory}: {len(wrong)} tensors have another shape than config.json says: "
             f"{'; '.join(wrong[:5])}"
         )
-    return _one_dtype(reader, shapes)
 
 
-def _check_names(reader: TensorReader, shapes: Mapping[str, object], tied: bool) -> None:
+def _check_names(reader: Headers, shapes: Mapping[str, object], tied: bool) -> None:
     where = reader.directory
     # A tied model may repeat its head, and older files hold RoPE's frequencies: transformers reads
     # neither.
@@ -117,7 +128,7 @@ def _check_names(reader: TensorReader, shapes: Mapping[str, object], tied: bool)
         )
 
 
-def _one_dtype(reader: TensorReader, names: Iterable[str]) -> str:
+def _one_dtype(reader: Headers, names: Iterable[str]) -> str:
     where = reader.directory
     dtypes = {reader.info(name).dtype: name for name in names}
     if len(dtypes) > 1:
@@ -128,7 +139,7 @@ def _one_dtype(reader: TensorReader, names: Iterable[str]) -> str:
     dtype = next(iter(dtypes))
     if dtype not in MODEL_DTYPES:
         raise UnsupportedModelError(
-            f"{where}: weights are {dtype} ({DTYPES[dtype]}); save the model in fp32 or bf16 first"
+            f"{where}: weights are {dtype}; save the model in fp32 or bf16 first"
         )
     return dtype
 
@@ -143,17 +154,22 @@ def open_dense(directory: Path) -> DenseModel:
             config.json describes.
         UnsupportedModelError: a family, bias, activation, dtype or code hook that a Qwen2-MoE can't
             express.
+            Where there are several mistakes, all are told, in an error of the first one's type.
     """
     directory = Path(directory)
     config = read_config(directory)
     where = str(directory / "config.json")
-    refuse_unsupported(config, where)
-    reader = TensorReader(directory)
-    config = as_stored(config, reader)
-    normal = settings(config, where)
-    dtype = check_tensors(
-        reader,
-        {name: weight.shape for name, weight in dense_weights(normal).items()},
-        normal.tied_embeddings,
-    )
+    problems = Problems()
+    with problems.collected():
+        refuse_unsupported(config, where)
+    # of an unknown family nothing more can be asked
+    if config.get("model_type") not in FAMILIES:
+        problems.refuse()
+    with problems.collected():
+        reader = Headers(directory)
+        config = as_stored(config, reader)
+        normal = settings(config, where)
+        shapes = {name: weight.shape for name, weight in dense_weights(normal).items()}
+        dtype = check_tensors(reader, shapes, normal.tied_embeddings)
+    problems.refuse()
     return DenseModel(directory, config, config["model_type"], reader, dtype, normal)

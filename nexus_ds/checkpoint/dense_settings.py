@@ -21,6 +21,7 @@ from nexus_ds.checkpoint.families.qwen2 import QWEN2
 from nexus_ds.checkpoint.families.record import FULL, SLIDING, DenseSettings, Family
 from nexus_ds.checkpoint.families.table import FAMILIES
 from nexus_ds.checkpoint.forms import PLAIN, QWEN3_NEXT, as_source
+from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
 
@@ -300,8 +301,9 @@ def both_ropes(config: ConfigJson) -> ConfigJson:
 
 
 def refuse_unsupported(config: ConfigJson, where: str) -> None:
-    """Raise UnsupportedModelError for what a Qwen2-MoE can't express, by name."""
+    """Raise UnsupportedModelError for all that a Qwen2-MoE can't express, by name."""
     refuse_odd_type(config, where)
+    problems = Problems()
     family = config.get("model_type")
     if family not in FAMILIES:
         unknown = "its computation is not known to be the same"
@@ -321,17 +323,25 @@ def refuse_unsupported(config: ConfigJson, where: str) -> None:
     }
     for key, what in biases.items():
         if config.get(key):
-            raise UnsupportedModelError(
-                f"{where}: {key} is set, but a Qwen2-MoE has no place for {what}"
+            problems.add(
+                UnsupportedModelError(
+                    f"{where}: {key} is set, but a Qwen2-MoE has no place for {what}"
+                )
             )
     if FAMILIES[family].mixture == QWEN3_NEXT and config.get("use_sliding_window"):
-        raise UnsupportedModelError(
-            f"{where}: use_sliding_window is set, but a Qwen3-Next has no sliding windows; "
-            "set it to false if no text is longer than the window"
+        problems.add(
+            UnsupportedModelError(
+                f"{where}: use_sliding_window is set, but a Qwen3-Next has no sliding windows; "
+                "set it to false if no text is longer than the window"
+            )
         )
     for key in ("quantization_config", "per_layer_config"):
         if config.get(key):
-            raise UnsupportedModelError(
-                f"{where}: {key} is set; save the model unquantised and uniform first"
+            problems.add(
+                UnsupportedModelError(
+                    f"{where}: {key} is set; save the model unquantised and uniform first"
+                )
             )
-    refuse_in_any_form(config, where)
+    with problems.collected():
+        refuse_in_any_form(config, where)
+    problems.refuse()

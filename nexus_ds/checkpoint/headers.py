@@ -326,6 +326,13 @@ class Headers:
         info = self.info(name)
         read_into(info.file, info.start + start, view)
 
+    def items(self, name: str, first: int, count: int) -> bytearray:
+        """Return the bytes of `count` elements of a tensor, counted in the order of the file."""
+        item = ITEM_BYTES[self.info(name).dtype]
+        data = bytearray(count * item)
+        self.read_range(name, first * item, memoryview(data))
+        return data
+
     def chunks(self, name: str, limit: int = CHUNK) -> Iterator[bytes]:
         """Yield the bytes of a tensor, at most `limit` at once."""
         info = self.info(name)

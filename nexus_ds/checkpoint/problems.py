@@ -18,17 +18,23 @@ class Problems:
     def __init__(self) -> None:
         self.found: list[NexusError] = []
 
+    def add(self, error: NexusError) -> None:
+        """Keep a mistake, unless it is there already; several in one are taken apart."""
+        several = error.__cause__
+        if isinstance(several, ExceptionGroup):
+            for one in several.exceptions:
+                assert isinstance(one, NexusError)
+                self.add(one)
+        elif str(error) not in map(str, self.found):
+            self.found.append(error)
+
     @contextmanager
     def collected(self) -> Iterator[None]:
         """Keep a mistake that the block raises, each one where it raises several."""
         try:
             yield
         except NexusError as error:
-            several = error.__cause__
-            if isinstance(several, ExceptionGroup):
-                self.found += [one for one in several.exceptions if isinstance(one, NexusError)]
-            else:
-                self.found.append(error)
+            self.add(error)
 
     def refuse(self) -> None:
         """Raise what was found: a lone mistake as it is, several as one list.

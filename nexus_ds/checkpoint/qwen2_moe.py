@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+import numpy as np
+
 from nexus_ds.checkpoint.config_json import (
     CONTEXT_MODEL,
     ConfigJson,
@@ -45,9 +47,9 @@ from nexus_ds.checkpoint.forms import (
     QWEN3_NEXT,
     SOURCE,
 )
+from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.json_files import read_json_object, require_directory
-from nexus_ds.checkpoint.qwen3_next import open_reader
-from nexus_ds.checkpoint.tensors import TensorReader
+from nexus_ds.checkpoint.values import read_values
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
 SHARED_GATE_FILL = 2.0**-60
@@ -209,7 +211,7 @@ def parameter_counts(config: ConfigJson, shared: bool = True) -> tuple[int, int]
     return total, total - idle
 
 
-def check_shared_gates(reader: TensorReader, layers: int) -> None:
+def check_shared_gates(reader: Headers, layers: int) -> None:
     """Raise CheckpointError unless the shared expert's gate is the constant that the doubled
     down_proj makes up for.
 
@@ -217,7 +219,7 @@ def check_shared_gates(reader: TensorReader, layers: int) -> None:
     or extends it.
     """
     for layer in range(layers):
-        gate = float(reader.read(shared_gate_name(layer)).abs().max())
+        gate = float(np.abs(read_values(reader, shared_gate_name(layer))).max())
         if not gate <= TRAINED_GATE:
             raise CheckpointError(
                 f"{reader.directory}: layer {layer}: the shared expert's gate has weights "
@@ -351,7 +353,7 @@ def _check_form(config: ConfigJson, where: str) -> None:
     refuse_in_any_form(config, where)
 
 
-def open_moe(directory: Path) -> tuple[ConfigJson, TensorReader]:
+def open_moe(directory: Path) -> tuple[ConfigJson, Headers]:
     """Open the model part of a Nexus checkpoint: config.json and the checked tensors.
 
     The tensors are under the names of `stored`, whatever the form on disk.
@@ -366,7 +368,7 @@ def open_moe(directory: Path) -> tuple[ConfigJson, TensorReader]:
     where = str(directory / "config.json")
     refuse_hooks(config, where)
     _check_form(config, where)
-    raw = TensorReader(directory)
+    raw = Headers(directory)
     # The table has some names for each expert of each layer: a false number would fill the memory.
     experts = config["num_experts"] * positive(config, "num_hidden_layers", where)
     if experts > len(raw.names()):
@@ -379,7 +381,12 @@ def open_moe(directory: Path) -> tuple[ConfigJson, TensorReader]:
     settings(config, where)
     if config["model_type"] != QWEN3_NEXT:
         config = as_stored(config, raw)
-    reader = open_reader(directory, config)
+    reader = raw
+    if config["model_type"] == QWEN3_NEXT:
+        # it translates in torch, for which those who look at other forms don't wait
+        from nexus_ds.checkpoint.qwen3_next import open_reader
+
+        reader = open_reader(directory, config)
     tied = settings(config, where).tied_embeddings
     check_tensors(reader, {name: entry.shape for name, entry in stored(config).items()}, tied)
     return config, reader

@@ -33,6 +33,7 @@ from nexus_ds.checkpoint.tensors import (
     TensorInfo,
     TensorReader,
     TensorWriter,
+    TranslatedReader,
     overwrite,
     write_tensors,
 )
@@ -125,7 +126,7 @@ def stored_norms(norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-class SourceReader(TensorReader):
+class SourceReader(TranslatedReader):
     """The tensors of a dense Qwen3, and of experts for it, out of a Qwen3-Next."""
 
     def __init__(self, directory: Path, config: ConfigJson) -> None:

@@ -311,7 +311,8 @@ def verify_expert_embeddings(directory: Path) -> None:
         CheckpointError: those of a layer differ, or the checkpoint is damaged.
     """
     sidecar = read_sidecar(directory)
-    _, reader = open_moe(directory)
+    _, headers = open_moe(directory)
+    reader = TensorReader.of(headers)
     for layer in range(len(sidecar.projections)):
         name = gate_name(layer)
         stored = reader.read(name)

@@ -7,6 +7,7 @@ Not covered: big-endian machines, packed 4- and 6-bit types, two writers of one 
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -68,6 +69,16 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 class TensorReader(Headers):
     """All tensors of a model directory, as torch has them; see `Headers`."""
 
+    @classmethod
+    def of(cls, headers: Headers) -> TensorReader:
+        """Return a reader of what headers describe, without reading them again."""
+        # one that translates what it reads goes on doing so
+        if isinstance(headers, TensorReader):
+            return headers
+        reader = cls.__new__(cls)
+        vars(reader).update(vars(headers))
+        return reader
+
     def read(self, name: str) -> torch.Tensor:
         """Return a whole tensor, in its stored dtype and shape."""
         return self._read(name, 0, self.info(name).shape)
@@ -92,6 +103,18 @@ class TensorReader(Headers):
         tensor = torch.empty(shape, dtype=DTYPES[self.info(name).dtype])
         self.read_range(name, start, _bytes_of(tensor))
         return tensor
+
+
+class TranslatedReader(TensorReader):
+    """A reader whose tensors lie in no file as they are: all that is read goes by `read_rows`."""
+
+    def items(self, name: str, first: int, count: int) -> bytearray:
+        """Return the bytes of `count` elements of a tensor, in the order of its rows."""
+        width = math.prod(self.info(name).shape[1:])
+        start, stop = first // width, -(-(first + count) // width)
+        rows = self.read_rows(name, start, stop).reshape(-1)
+        before = first - start * width
+        return bytearray(_bytes_of(rows[before : before + count]))
 
 
 def _shards(plan: Plan, limit: int) -> list[list[str]]:

@@ -104,6 +104,19 @@ class TokenizerMeaning:
                 names.append(name)
         return self._other_split(other, names) if names else None
 
+    def beyond(self, smaller: TokenizerMeaning) -> str | None:
+        """Return None where this tokenizer is `smaller` with more tokens, else what differs."""
+        here = self.tokens.get
+        different = [i for i, token in smaller.tokens.items() if here(i) != token]
+        if different:
+            pairs = [f"{i} {smaller.tokens[i]!r} / {_shown(here(i))}" for i in different[:SHOWN]]
+            return f"{len(different)} tokens differ, the first: {'; '.join(pairs)}"
+        names = []
+        for name, part in smaller.splitting.items():
+            if not _grew(name, part, self.splitting[name]):
+                names.append(name)
+        return smaller._other_split(self, names) if names else None
+
     def _other_split(self, other: TokenizerMeaning, names: list[str]) -> str | None:
         """Return a sentence with the first text that tokenizers of one vocabulary split apart.
 
@@ -150,6 +163,18 @@ class TokenizerMeaning:
             if there != here:
                 differences.append(f"{role} is {_shown(there)}, not {_shown(here)}")
         return differences
+
+
+def _grew(name: str, part: object, larger: object) -> bool:
+    """Return whether a part of a tokenizer's `splitting` is the same, or the same and more."""
+    if not isinstance(part, list) or not isinstance(larger, list):
+        return part == larger
+    if name == "added tokens":
+        # a text that holds a new one splits anew, all others as before
+        return set(map(json.dumps, part)) <= set(map(json.dumps, larger))
+    if name == "scores":
+        return larger[: len(part)] == part
+    return part == larger
 
 
 def _first_difference(a: list[str], b: list[str]) -> int:

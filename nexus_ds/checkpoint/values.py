@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nexus_ds.checkpoint.headers import ITEM_BYTES, Headers, tensor_bytes
+from nexus_ds.checkpoint.headers import Headers
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 SAMPLES, SAMPLE_VALUES = 4, 1 << 13
@@ -58,19 +58,16 @@ def encoded(x: np.ndarray, dtype: str) -> np.ndarray:
 def read_values(reader: Headers, name: str) -> np.ndarray:
     """Return a whole tensor in its shape; float32, or float64 of F64."""
     info = reader.info(name)
-    data = np.empty(tensor_bytes(info.dtype, info.shape), np.uint8)
-    reader.read_range(name, 0, data.data)
+    data = reader.items(name, 0, math.prod(info.shape))
     return decoded(data, info.dtype).reshape(info.shape)
 
 
 def read_rows(reader: Headers, name: str, start: int, stop: int) -> np.ndarray:
     """Return rows [start, stop) of a tensor's leading dimension; float32, or float64 of F64."""
     info = reader.info(name)
-    shape = (stop - start, *info.shape[1:])
-    row = tensor_bytes(info.dtype, info.shape[1:])
-    data = np.empty(row * (stop - start), np.uint8)
-    reader.read_range(name, row * start, data.data)
-    return decoded(data, info.dtype).reshape(shape)
+    width = math.prod(info.shape[1:])
+    data = reader.items(name, start * width, (stop - start) * width)
+    return decoded(data, info.dtype).reshape(stop - start, *info.shape[1:])
 
 
 def sample(reader: Headers, name: str) -> np.ndarray:
@@ -82,12 +79,9 @@ def sample(reader: Headers, name: str) -> np.ndarray:
     count = math.prod(info.shape)
     if count <= SAMPLES * SAMPLE_VALUES:
         return read_values(reader, name).reshape(-1)
-    item = ITEM_BYTES[info.dtype]
-    data = np.empty((SAMPLES, SAMPLE_VALUES * item), np.uint8)
-    for index, piece in enumerate(data):
-        start = (count - SAMPLE_VALUES) * index // (SAMPLES - 1)
-        reader.read_range(name, start * item, piece.data)
-    return decoded(data.reshape(-1), info.dtype)
+    starts = [(count - SAMPLE_VALUES) * index // (SAMPLES - 1) for index in range(SAMPLES)]
+    pieces = [reader.items(name, start, SAMPLE_VALUES) for start in starts]
+    return decoded(b"".join(pieces), info.dtype)
 
 
 @dataclass

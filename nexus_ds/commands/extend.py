@@ -21,6 +21,7 @@ from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import new_directory, refuse_existing
 from nexus_ds.report import verdict as before_after
 from nexus_ds.settings import Config
+from nexus_ds.upcycling import compatible
 
 if TYPE_CHECKING:
     from nexus_ds.checkpoint.cards import DomainCard
@@ -112,6 +113,7 @@ def _add_router_options(parser: argparse.ArgumentParser) -> None:
         "for all",
     )
     before_after.add_options(parser)
+    compatible.add_options(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument(
         "overrides",
@@ -133,8 +135,9 @@ def _describe(
     from nexus_ds.upcycling.extend import extended
     from nexus_ds.upcycling.replace import replaced
 
-    checkpoint = Path(args.checkpoint)
+    checkpoint, out = Path(args.checkpoint), Path(args.out)
     packages = Packages(cards, Path(args.base) if args.base else None)
+    waived = compatible.waived_by(args)
     share = args.share
     # of a recipe that was asked for: the default one is for the router's settings alone
     if share is None and args.config:
@@ -145,9 +148,10 @@ def _describe(
             "with --replace the rows stay"
         )
     if args.replace:
-        return replaced(checkpoint, experts, embeddings, config, share, packages)
+        return replaced(checkpoint, experts, embeddings, config, share, packages, waived, out)
     assert embeddings is not None
-    return extended(checkpoint, experts, embeddings, config, share, args.linear_init, packages)
+    init = args.linear_init
+    return extended(checkpoint, experts, embeddings, config, share, init, packages, waived, out)
 
 
 def _embedded(

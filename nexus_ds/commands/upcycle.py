@@ -2,7 +2,8 @@
 
 The seed's FFN becomes the shared expert, each branch's FFN a routed expert, everything else the
 mean over the branches.
-Not covered: branches of different seeds, sizes or vocabularies (refused); training (`train`).
+Not covered: branches of different sizes, or whose vocabularies did not only grow (refused);
+training (`train`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from nexus_ds.command_lines import next_training
 from nexus_ds.config import load_config
 from nexus_ds.outputs import new_directory, refuse_existing
+from nexus_ds.upcycling import compatible
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="text for the router's warm start; default: what was embedded for --domains",
     )
+    compatible.add_options(parser)
     parser.add_argument("--no-warm-start", action="store_true", help="router.warm_start=none")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument(
@@ -95,8 +98,9 @@ def run(args: argparse.Namespace) -> int:
     experts = parse_experts(args.expert)
     bare = seed if config.router.kind == "linear" else None
     embeddings, cards = embeddings_for(args.domains, experts, bare)
-    base = Path(args.base) if args.base else None
-    model = upcycled(seed, experts, embeddings, config, Packages(cards, base))
+    packages = Packages(cards, Path(args.base) if args.base else None)
+    waived = compatible.waived_by(args)
+    model = upcycled(seed, experts, embeddings, config, packages, waived, out)
     # the embeddings' own record of where their text lies
     data = args.data or embeddings.data
     text = model.fit_text(data, config, "--no-warm-start")

@@ -9,7 +9,6 @@ than linear ones.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,29 +26,12 @@ from nexus_ds.checkpoint.qwen2_moe import stored
 from nexus_ds.checkpoint.qwen3_next import open_writer
 from nexus_ds.checkpoint.records import EncoderRecord, ExpertRecord, portable
 from nexus_ds.checkpoint.tensors import DTYPES, TensorReader, TensorWriter
-from nexus_ds.checkpoint.tokenizer import (
-    TokenizerMeaning,
-    chat_templates,
-    read_tokenizer,
-    same_tokenizer_files,
-)
 from nexus_ds.command_lines import EXPERT_NAME
 from nexus_ds.data.domains import DomainEmbeddings
-from nexus_ds.errors import CheckpointError, ConfigError, IncompatibleModelsError
+from nexus_ds.errors import CheckpointError, ConfigError
 from nexus_ds.outputs import write_json
 from nexus_ds.progress import Progress
-
-# no biases: not every family has them
-ATTENTION = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
-# of each attention matrix of so many layers, by `check_related`
-SAMPLED_LAYERS, SAMPLED_VALUES = 3, 1 << 18
-UNRELATED = 0.1
-"""Median cosine of attention matrices below which models have nothing to do with each other.
-
-Measured in the demo, whose learning rates are high: branches and their seed 0.94; the trained seed
-and its own random start, a thousand steps before, 0.22; the same and another random start 0 give or
-take 0.01 (0.03 in the smallest models of tests).
-"""
+from nexus_ds.upcycling.compatible import note
 
 
 @dataclass(frozen=True)
@@ -78,6 +60,18 @@ class Blend:
     scale: float = 1.0
 
 
+@dataclass(frozen=True)
+class Stack:
+    """Rows of one tensor from several blends, below each other."""
+
+    pieces: tuple[tuple[int, int, Blend], ...]
+    """(start, stop, blend): rows [start, stop) come from the blend's rows of these numbers."""
+
+
+Source = Blend | Stack | Tensor
+"""Where a tensor of the output comes from."""
+
+
 def mean_of(parts: Sequence[Part]) -> Blend:
     """Return the arithmetic mean of tensors (paper section 2.1)."""
     return Blend(parts, divisor=float(len(parts)))
@@ -103,186 +97,6 @@ def parse_experts(values: Iterable[str]) -> dict[str, Path]:
             )
         experts[name] = Path(directory)
     return experts
-
-
-def _flat(settings: Mapping[str, object]) -> dict[str, str]:
-    """Return settings as texts, RoPE one key a line and layer types as one letter a layer."""
-    flat: dict[str, str] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            for inner, item in sorted(value.items()):
-                flat[f"{key}.{inner}"] = str(item)
-        elif isinstance(value, tuple):
-            flat[key] = "".join(str(item)[0] for item in value)
-        else:
-            flat[key] = str(value)
-    return flat
-
-
-def traits(model: DenseModel) -> dict[str, object]:
-    """Return all that must agree between models that are averaged; a dtype is cast instead."""
-    return {"family": model.family, **vars(model.settings)}
-
-
-def check_alike(models: Mapping[str, Mapping[str, object]]) -> None:
-    """Raise IncompatibleModelsError with one table of all differences among models.
-
-    Args:
-        models: for each model's name its traits.
-    """
-    flat = {name: _flat(settings) for name, settings in models.items()}
-    # in the order in which models first have them: a dict, not a set
-    keys: dict[str, None] = {}
-    for settings in flat.values():
-        keys |= dict.fromkeys(settings)
-    rows = []
-    for key in keys:
-        found = [settings.get(key, "-") for settings in flat.values()]
-        if len(set(found)) > 1:
-            rows.append([key, *found])
-    if rows:
-        raise IncompatibleModelsError(
-            "the models differ where they must agree; use branches of one seed, saved alike:\n"
-            + _columns([["", *flat], *rows])
-        )
-
-
-def _columns(table: Sequence[Sequence[str]]) -> str:
-    """Return rows of equal length as lines whose columns stand below each other."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = []
-    for row in table:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def _relation(a: TensorReader, b: TensorReader, names: Sequence[str]) -> float:
-    """Return the median, over some matrices of two models, of the cosine of their middle rows.
-
-    NaN where none has one: zeros and non-numbers have none, whoever writes the tensors names them.
-    """
-    cosines = []
-    for name in names:
-        rows, width = a.info(name).shape
-        wanted = max(1, SAMPLED_VALUES // width)
-        count = min(rows, wanted)
-        start = (rows - count) // 2
-        stop = start + count
-        x = a.read_rows(name, start, stop).double().flatten()
-        y = b.read_rows(name, start, stop).double().flatten()
-        norms = x.norm() * y.norm()
-        cosines.append(x @ y / norms)
-    # the median: one matrix that training has turned does not decide
-    return float(torch.stack(cosines).nanmedian())
-
-
-def _sampled_names(layers: int) -> list[str]:
-    """Return the names of the attention matrices that are compared."""
-    # a model of fewer layers has all of them sampled, each once
-    picked = {layers * part // SAMPLED_LAYERS for part in range(SAMPLED_LAYERS)}
-    names = []
-    for layer in sorted(picked):
-        names += [f"model.layers.{layer}.self_attn.{part}" for part in ATTENTION]
-    return names
-
-
-def check_related(origin: str, reader: TensorReader, models: Mapping[str, DenseModel]) -> None:
-    """Refuse models of another origin: of the same sizes and tokenizer, but their average is noise.
-
-    Attention matrices tell: they are averaged, and nothing but a common start makes them similar.
-    (Norms are alike in all models.) A few MB of each model are read.
-
-    Args:
-        origin: what the models should descend from, for messages.
-        reader: its weights, dense or of a mixture.
-        models: for each expert's name its dense model.
-
-    Raises:
-        IncompatibleModelsError: names each unrelated expert and its cosine.
-    """
-    # their sizes were compared before: any one's layers are everyone's
-    layers = next(iter(models.values())).settings.layers
-    names = _sampled_names(layers)
-    unrelated = []
-    for name, model in models.items():
-        cosine = _relation(reader, model.reader, names)
-        if cosine < UNRELATED:
-            unrelated.append(f"expert {name} ({model.directory}): cosine {cosine:.2f}")
-    if unrelated:
-        raise IncompatibleModelsError(
-            f"weights that are unrelated to those of {origin}: {'; '.join(unrelated)} "
-            "(median over attention matrices; a branch has about 0.9, "
-            f"expected at least {UNRELATED}). The average of models of different origin is noise, "
-            "even where sizes and tokenizer agree: give branches that were trained from that "
-            "model, or the one that these come from"
-        )
-
-
-def check_tokenizers(reference: Path, others: Mapping[str, Path]) -> None:
-    """Check that ids mean the same to models; say on stderr what is not taken from `others`.
-
-    A token in another role (another end of a document) is a note: `reference`'s is kept. So is a
-    chat template.
-
-    Args:
-        reference: checkpoint whose tokenizer the new one gets.
-        others: for each expert's name its model's directory.
-
-    Raises:
-        IncompatibleModelsError: another vocabulary or another way to split a text; names the first
-            five differences.
-        CheckpointError, UnsupportedModelError: a tokenizer that can't be read.
-    """
-    # read when first needed: equal files are told apart by their hashes alone
-    own = None
-    for name, directory in others.items():
-        if same_tokenizer_files(reference, directory):
-            continue
-        own = own or read_tokenizer(reference)
-        other = read_tokenizer(directory)
-        difference = own.difference(other)
-        if difference:
-            raise _other_tokenizer(name, directory, reference, difference)
-        notes = [*_role_notes(own, other), *_template_notes(reference, directory)]
-        for note in notes:
-            print(f"note: expert {name}: {note}", file=sys.stderr, flush=True)
-
-
-def _other_tokenizer(
-    name: str, directory: Path, reference: Path, difference: str
-) -> IncompatibleModelsError:
-    return IncompatibleModelsError(
-        f"the tokenizer of expert {name} ({directory}) is not that of {reference}: "
-        f"{difference}; experts of one model must be trained on one tokenizer. "
-        "If no text of this one held what differs, copy the tokenizer files of "
-        f"{reference} over those in {directory}"
-    )
-
-
-def _role_notes(own: TokenizerMeaning, other: TokenizerMeaning) -> list[str]:
-    roles = own.other_roles(other)
-    if not roles:
-        return []
-    return [
-        f"{'; '.join(roles)}: every id means the same, and the new checkpoint keeps the latter; "
-        "its tokenizer_config.json can change it"
-    ]
-
-
-def _template_notes(reference: Path, directory: Path) -> list[str]:
-    own = chat_templates(reference)
-    other = chat_templates(directory)
-    # the texts alone: the same template may lie in either of two files
-    same = list(own.values()) == list(other.values())
-    if not other or same:
-        return []
-    kept = f"that of {reference}" if own else "none"
-    return [
-        f"its chat template ({', '.join(other)} in {directory}) is not taken along, "
-        f"the new checkpoint has {kept}: copy it there, as chat_template.jinja, "
-        "to chat as this expert does"
-    ]
 
 
 def domain_vectors(embeddings: DomainEmbeddings, names: Iterable[str]) -> Tensor:
@@ -363,11 +177,9 @@ def note_other_seeds(seed: DenseModel, cards: Mapping[str, DomainCard]) -> None:
     own = ffn_sha256(seed)
     for name, sha256 in known.items():
         if sha256 != own:
-            print(
-                f"note: expert {name}: its card names another seed (FFN sha256 {sha256[:12]}) "
-                f"than {seed.directory} ({own[:12]}); their weights are related all the same",
-                file=sys.stderr,
-                flush=True,
+            note(
+                f"expert {name}: its card names another seed (FFN sha256 {sha256[:12]}) "
+                f"than {seed.directory} ({own[:12]}); their weights are related all the same"
             )
 
 
@@ -425,15 +237,22 @@ def _blend_rows(
 
 
 def _write_blend(
-    writer: TensorWriter, name: str, shape: tuple[int, ...], blend: Blend, dtype: torch.dtype
+    writer: TensorWriter,
+    name: str,
+    shape: tuple[int, ...],
+    blend: Blend,
+    dtype: torch.dtype,
+    first: int = 0,
+    last: int | None = None,
 ) -> None:
-    """Stream one tensor, a slice of rows at a time; values are checked on the way."""
+    """Stream rows [first, last) of one tensor, a slice at a time; values are checked on the way."""
     health = [_Health() for _ in blend.parts]
     result = _Health()
-    for start, stop in row_slices(shape):
-        rows = _blend_rows(blend, health, start, stop, dtype)
+    count = (shape[0] if last is None else last) - first
+    for start, stop in row_slices((count, *shape[1:])):
+        rows = _blend_rows(blend, health, first + start, first + stop, dtype)
         result.see(rows)
-        writer.write_rows(name, start, rows)
+        writer.write_rows(name, first + start, rows)
     for part, seen in zip(blend.parts, health, strict=True):
         _check_values(part, seen.bad, seen.nonzero)
     # parts that are finite can overflow in the sum, doubled, or in a narrower dtype
@@ -447,7 +266,7 @@ def _write_blend(
 def write_tensors(
     directory: Path,
     plan: dict[str, tuple[str, tuple[int, ...]]],
-    tensors: Mapping[str, Blend | Tensor],
+    tensors: Mapping[str, Source],
     label: str,
     config: ConfigJson,
 ) -> None:
@@ -474,6 +293,9 @@ def write_tensors(
             tensor = tensors.get(name)
             if isinstance(tensor, Blend):
                 _write_blend(writer, name, shape, tensor, DTYPES[dtype])
+            elif isinstance(tensor, Stack):
+                for start, stop, blend in tensor.pieces:
+                    _write_blend(writer, name, shape, blend, DTYPES[dtype], start, stop)
             elif tensor is not None:
                 writer.write(name, tensor.to(DTYPES[dtype]))
             # one that is missing is named by the writer, with the others, as it closes
@@ -484,7 +306,7 @@ def write_model(
     directory: Path,
     config: ConfigJson,
     dtype: str,
-    tensors: Mapping[str, Blend | Tensor],
+    tensors: Mapping[str, Source],
     label: str,
 ) -> None:
     """Write config.json and the model file(s) of a Nexus checkpoint.

@@ -18,11 +18,11 @@ from nexus_ds.checkpoint.cards import NO_PACKAGES, Packages
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel
 from nexus_ds.checkpoint.dense_settings import settings
+from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, check_shared_gates, gate_name, stored
 from nexus_ds.checkpoint.records import ExtendStep, portable
 from nexus_ds.checkpoint.sidecar import Sidecar, expert_embeddings, versions
 from nexus_ds.checkpoint.tensors import TensorReader
-from nexus_ds.checkpoint.tokenizer import check_tokenizer
 from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import CheckpointError, ConfigError, IncompatibleModelsError
 from nexus_ds.model.router import domain_expert_embeddings, init_expert_embeddings, layer_generator
@@ -30,22 +30,21 @@ from nexus_ds.settings import Config
 from nexus_ds.upcycling.blend import (
     Blend,
     Part,
-    check_alike,
-    check_related,
-    check_tokenizers,
+    Source,
     domain_vectors,
     expert_records,
-    read_generation_config,
 )
+from nexus_ds.upcycling.branches import Origin, check_branches, open_all
+from nexus_ds.upcycling.compatible import NOTHING, Waived, check_disk
 from nexus_ds.upcycling.new_checkpoint import (
     NewModel,
     OldModel,
+    bytes_of,
     casts,
     copy_of,
-    open_all,
     open_old,
-    tokenizers,
 )
+from nexus_ds.upcycling.same_tokenizers import Alignment, by_row
 
 # norm of a new expert embedding relative to the largest old one's
 LARGEST_EMBEDDING = 100.0
@@ -79,6 +78,8 @@ def extended(
     share: float | None = None,
     linear_init: str = "keep",
     packages: Packages = NO_PACKAGES,
+    waived: Waived = NOTHING,
+    out: Path | None = None,
 ) -> NewModel:
     """Describe a mixture with further experts appended (paper section 2.3); nothing is written.
 
@@ -96,21 +97,31 @@ def extended(
         share: lambda, the total share of the new experts; see `merge_share`.
         linear_init: keep | reset, for a linear router.
         packages: what else is known of the new branches.
+        waived: differences that are no mistake.
+        out: where it will be written, if the disk's room is to be checked.
 
     Raises:
         ConfigError: an expert's name or domain that is taken, lambda outside [0, 1].
         DataError: a domain that was not embedded, a card of other weights.
         CheckpointError, UnsupportedModelError, IncompatibleModelsError: models that can't be put
-            together, or embeddings of another encoder.
+            together, or embeddings of another encoder. All that is wrong is told at once, in one
+            error of the first one's type.
     """
     mixture = open_old(checkpoint)
     old = mixture.sidecar
-    _check_names(old, experts)
-    check_encoder(old, embeddings)
-    vectors = domain_vectors(embeddings, experts)
-    models = open_fitting(mixture, experts, packages.base)
     before = len(old.experts)
-    total = merge_share(before, len(models), share)
+    problems = Problems()
+    with problems.collected():
+        _check_names(old, experts)
+    with problems.collected():
+        check_encoder(old, embeddings)
+    vectors = torch.empty(0)
+    with problems.collected():
+        vectors = domain_vectors(embeddings, experts)
+    total = 0.0
+    with problems.collected():
+        total = merge_share(before, len(experts), share)
+    models, alignment = open_fitting(mixture, experts, packages.base, waived, problems)
     step = ExtendStep(
         checkpoint=portable(checkpoint),
         experts=list(models),
@@ -120,7 +131,9 @@ def extended(
         seed=config.seed,
     )
     sidecar = _extended_sidecar(old, models, packages, vectors, step)
-    target = mixture.target(len(sidecar.experts))
+    target = mixture.target(len(sidecar.experts), alignment)
+    if out:
+        check_disk(out, bytes_of(target, mixture.dtype))
     # behind the old ones, whose numbers and rows stay
     places = {name: number for number, name in enumerate(models, start=before)}
 
@@ -133,9 +146,10 @@ def extended(
         "extend",
         target,
         mixture.dtype,
-        branched_tensors(target, mixture.reader, models, places, total, embeddings_of),
+        branched_tensors(target, mixture.reader, models, places, total, embeddings_of, alignment),
         sidecar,
         checkpoint,
+        alignment.tokenizer if alignment else checkpoint,
         kept=before,
         cast=casts(models, mixture.dtype),
     )
@@ -163,28 +177,35 @@ def _extended_sidecar(
 
 
 def open_fitting(
-    mixture: OldModel, experts: Mapping[str, Path], base: Path | None = None
-) -> dict[str, DenseModel]:
-    """Open dense models, or adapters of `base`, that are to become experts of a mixture.
+    mixture: OldModel,
+    experts: Mapping[str, Path],
+    base: Path | None,
+    waived: Waived,
+    problems: Problems,
+) -> tuple[dict[str, DenseModel], Alignment | None]:
+    """Open dense models, or adapters of `base`, that are to become experts, and check them.
 
-    Raises:
+    Returns:
+        The models by name, and how embeddings are put together where vocabularies may have grown.
+
+    Raises what `problems` has by then:
         IncompatibleModelsError: sizes or tokenizers that differ from the checkpoint's, weights that
             have nothing to do with its own.
         CheckpointError, UnsupportedModelError: models that can't be read or expressed; a checkpoint
             that was trained elsewhere, with its shared expert's gate.
     """
     own = settings(mixture.config)
-    check_shared_gates(mixture.reader, own.layers)
-    models = open_all(experts, base)
-    # Not the family: a mixture is of none, and what it computes stands in the settings.
-    others = {name: vars(model.settings) for name, model in models.items()}
-    check_alike({"checkpoint": vars(own)} | others)
-    check_related(f"the checkpoint {mixture.directory}", mixture.reader, models)
-    check_tokenizers(mixture.directory, tokenizers(models))
-    check_tokenizer(mixture.directory, own.vocabulary)
-    # only to refuse one that asks for code, before anything is written; `write` reads it again
-    read_generation_config(mixture.directory)
-    return models
+    with problems.collected():
+        check_shared_gates(mixture.reader, own.layers)
+    models = open_all(experts, problems, base)
+    # in a mixture without a shared expert zeros stand in its place
+    names = [
+        name for name, entry in stored(mixture.config).items() if entry.role is not Role.SHARED
+    ]
+    origin = Origin("checkpoint", mixture.directory, mixture.reader, own, None, names, True)
+    alignment = check_branches(origin, models, waived, problems)
+    problems.refuse()
+    return models, alignment
 
 
 def check_expert_embeddings(rows: Tensor, old: int, layer: int) -> None:
@@ -240,7 +261,8 @@ def branched_tensors(
     places: Mapping[str, int],
     share: float,
     embeddings: Callable[[int], Tensor],
-) -> dict[str, Blend | Tensor]:
+    alignment: Alignment | None,
+) -> dict[str, Source]:
     """Return the tensors of a mixture that dense models are put into.
 
     Args:
@@ -250,10 +272,14 @@ def branched_tensors(
         places: for each new expert's name its number in the new mixture.
         share: lambda, the total share of the models in all that is averaged.
         embeddings: returns the new router's weight [n, h] of a layer.
+        alignment: how embeddings are put together where vocabularies may have grown.
     """
-    new = {place: (f"expert {name}", models[name].reader) for name, place in places.items()}
+    new = {
+        place: (f"expert {name}", TensorReader.of(models[name].reader))
+        for name, place in places.items()
+    }
 
-    def source(name: str, entry: Stored) -> Blend | Tensor:
+    def source(name: str, entry: Stored) -> Source:
         if entry.role is Role.ROUTER:
             return embeddings(entry.layer)
         if entry.role is Role.DENSE:
@@ -262,7 +288,7 @@ def branched_tensors(
             each = share / len(new)
             for who, branch in new.values():
                 parts.append(Part(who, branch, entry.dense_name, each))
-            return Blend(parts)
+            return by_row(Blend(parts), entry, alignment)
         if entry.role is Role.ROUTED and entry.expert in new:
             who, branch = new[entry.expert]
             return Blend([Part(who, branch, entry.dense_name)])

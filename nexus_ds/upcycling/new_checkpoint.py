@@ -8,21 +8,25 @@ Not covered: where text and options come from (commands/), how tensors are blend
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from nexus_ds.checkpoint.adapters import describe_merge, open_branch, tokenizer_home
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import MODEL_DTYPES, DenseModel
 from nexus_ds.checkpoint.dense_settings import both_ropes
+from nexus_ds.checkpoint.headers import tensor_bytes
 from nexus_ds.checkpoint.model_card import nexus_card, write_model_card
 from nexus_ds.checkpoint.older_stacks import unlike_transformers_4
-from nexus_ds.checkpoint.qwen2_moe import Role, Stored, gate_name, open_moe, parameter_counts
+from nexus_ds.checkpoint.qwen2_moe import (
+    Role,
+    Stored,
+    gate_name,
+    open_moe,
+    parameter_counts,
+    stored,
+)
 from nexus_ds.checkpoint.records import FitReport
 from nexus_ds.checkpoint.sidecar import (
     Sidecar,
@@ -34,7 +38,8 @@ from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.outputs import write_json
 from nexus_ds.settings import Config, RouterConfig
-from nexus_ds.upcycling.blend import Blend, Part, read_generation_config, write_model
+from nexus_ds.upcycling.blend import Blend, Part, Source, read_generation_config, write_model
+from nexus_ds.upcycling.same_tokenizers import Alignment
 from nexus_ds.warm_start.fit import fit_router
 from nexus_ds.warm_start.fit_text import FitText, read_fit_text
 
@@ -57,9 +62,12 @@ class OldModel:
         """Of all weights, as safetensors names it: F32 | BF16."""
         return self.reader.info(gate_name(0)).dtype
 
-    def target(self, experts: int) -> ConfigJson:
-        """Return config.json of the same model with so many routed experts."""
-        return as_written(self.config | {"num_experts": experts}, self.dtype)
+    def target(self, experts: int, alignment: Alignment | None = None) -> ConfigJson:
+        """Return config.json of the same model with so many routed experts, and aligned rows."""
+        changed: ConfigJson = {"num_experts": experts}
+        if alignment:
+            changed["vocab_size"] = alignment.rows
+        return as_written(self.config | changed, self.dtype)
 
 
 def open_old(checkpoint: Path) -> OldModel:
@@ -71,7 +79,7 @@ def open_old(checkpoint: Path) -> OldModel:
     """
     config, reader = open_moe(checkpoint)
     verify_expert_embeddings(checkpoint)
-    return OldModel(checkpoint, config, reader, read_sidecar(checkpoint))
+    return OldModel(checkpoint, config, TensorReader.of(reader), read_sidecar(checkpoint))
 
 
 @dataclass
@@ -83,10 +91,12 @@ class NewModel:
     config: ConfigJson
     dtype: str
     """Of all weights: F32 | BF16."""
-    tensors: dict[str, Blend | Tensor]
+    tensors: dict[str, Source]
     sidecar: Sidecar
     source: Path
-    """Where tokenizer and generation_config.json come from."""
+    """Where generation_config.json comes from."""
+    tokenizer: Path
+    """Where the tokenizer comes from: `source`, unless vocabularies were aligned."""
     kept: int = 0
     """Experts that were there before an extension."""
     cast: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -106,7 +116,9 @@ class NewModel:
         Arguments and errors: `read_fit_text`.
         """
         positions = self.config["max_position_embeddings"]
-        return read_fit_text(self.sidecar, self.source, positions, self.kept, data, config, switch)
+        return read_fit_text(
+            self.sidecar, self.tokenizer, positions, self.kept, data, config, switch
+        )
 
     def write(
         self,
@@ -128,7 +140,7 @@ class NewModel:
             CheckpointError: NaN, infinite or all-zero weights, no space.
         """
         write_model(directory, self.config, self.dtype, self.tensors, self.verb)
-        copy_tokenizer(self.source, directory)
+        copy_tokenizer(self.tokenizer, directory)
         generation = read_generation_config(self.source)
         if generation is not None:
             write_json(directory / "generation_config.json", generation)
@@ -206,24 +218,9 @@ def _fit_lines(report: FitReport) -> list[str]:
     return lines
 
 
-def open_all(
-    directories: Mapping[str, Path], base: Path | None, seed: Path | None = None
-) -> dict[str, DenseModel]:
-    """Open each expert's dense model, or adapter, and say on stderr what is merged into what.
-
-    Arguments and errors: `open_branch`.
-    """
-    models = {name: open_branch(path, base, seed) for name, path in directories.items()}
-    for name, model in models.items():
-        merged = describe_merge(model)
-        if merged:
-            print(f"note: expert {name}: {merged}", file=sys.stderr, flush=True)
-    return models
-
-
-def tokenizers(models: Mapping[str, DenseModel]) -> dict[str, Path]:
-    """Return the directory of each expert's tokenizer, for `check_tokenizers`."""
-    return {name: tokenizer_home(model) for name, model in models.items()}
+def bytes_of(target: ConfigJson, dtype: str) -> int:
+    """Return the bytes of a mixture's weights; `dtype` is as safetensors names it."""
+    return sum(tensor_bytes(dtype, entry.shape) for entry in stored(target).values())
 
 
 def copy_of(reader: TensorReader, name: str, entry: Stored) -> Blend:

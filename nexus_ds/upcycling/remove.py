@@ -12,15 +12,13 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, check_shared_gates, expert_name, stored
 from nexus_ds.checkpoint.records import RemoveStep, portable
 from nexus_ds.checkpoint.sidecar import Sidecar, versions
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.errors import ConfigError
-from nexus_ds.upcycling.blend import Blend, Part
+from nexus_ds.upcycling.blend import Blend, Part, Source
 from nexus_ds.upcycling.new_checkpoint import NewModel, copy_of, open_old
 
 
@@ -51,7 +49,7 @@ def reduced(checkpoint: Path, names: Sequence[str]) -> NewModel:
     )
     target = mixture.target(len(kept))
     tensors = _reduced_tensors(target, mixture.reader, kept)
-    return NewModel("remove", target, mixture.dtype, tensors, sidecar, checkpoint)
+    return NewModel("remove", target, mixture.dtype, tensors, sidecar, checkpoint, checkpoint)
 
 
 def _kept(old: Sidecar, names: Sequence[str]) -> list[int]:
@@ -75,10 +73,10 @@ def _kept(old: Sidecar, names: Sequence[str]) -> list[int]:
 
 def _reduced_tensors(
     target: ConfigJson, reader: TensorReader, kept: Sequence[int]
-) -> dict[str, Blend | Tensor]:
+) -> dict[str, Source]:
     """Return the new mixture's tensors; `kept` are the old numbers of its experts, in order."""
 
-    def source(name: str, entry: Stored) -> Blend | Tensor:
+    def source(name: str, entry: Stored) -> Source:
         if entry.role is Role.ROUTER:
             return reader.read(name)[kept]
         if entry.role is Role.ROUTED:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nexus_ds.checkpoint.cards import NO_PACKAGES, Packages
 from nexus_ds.checkpoint.dense import DenseModel
+from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.checkpoint.qwen2_moe import gate_name
 from nexus_ds.checkpoint.records import ExpertRecord, ReplaceStep, portable
 from nexus_ds.checkpoint.sidecar import Sidecar, expert_embeddings, versions
@@ -25,6 +26,7 @@ from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import ConfigError
 from nexus_ds.settings import Config
 from nexus_ds.upcycling.blend import domain_vectors, expert_records
+from nexus_ds.upcycling.compatible import NOTHING, Waived, check_disk
 from nexus_ds.upcycling.extend import (
     branched_tensors,
     check_encoder,
@@ -32,7 +34,7 @@ from nexus_ds.upcycling.extend import (
     merge_share,
     open_fitting,
 )
-from nexus_ds.upcycling.new_checkpoint import NewModel, casts, open_old
+from nexus_ds.upcycling.new_checkpoint import NewModel, bytes_of, casts, open_old
 
 
 def replaced(
@@ -42,6 +44,8 @@ def replaced(
     config: Config,
     share: float | None = None,
     packages: Packages = NO_PACKAGES,
+    waived: Waived = NOTHING,
+    out: Path | None = None,
 ) -> NewModel:
     """Describe a mixture with some of its experts replaced; nothing is written.
 
@@ -59,20 +63,29 @@ def replaced(
         share: lambda, the total share of the new branches; default k/n, what k of n experts have by
             right.
         packages: what else is known of the new branches.
+        waived: differences that are no mistake.
+        out: where it will be written, if the disk's room is to be checked.
 
     Raises:
         ConfigError: a name that no expert has, lambda outside [0, 1].
         DataError: a domain that was not embedded.
         CheckpointError, UnsupportedModelError, IncompatibleModelsError: models that can't be put
-            together, or embeddings of another encoder.
+            together, or embeddings of another encoder. All that is wrong is told at once, in one
+            error of the first one's type.
     """
     mixture = open_old(checkpoint)
     old = mixture.sidecar
-    places = _places(old, experts)
-    vectors = _vectors(old, places, embeddings)
-    models = open_fitting(mixture, experts, packages.base)
-    # the number of experts stays: k of n have k / n of the averaged weights by right
-    total = merge_share(len(old.experts) - len(models), len(models), share)
+    problems = Problems()
+    places: dict[str, int] = {}
+    vectors = old.vectors
+    with problems.collected():
+        places = _places(old, experts)
+        vectors = _vectors(old, places, embeddings)
+    total = 0.0
+    with problems.collected():
+        # the number of experts stays: k of n have k / n of the averaged weights by right
+        total = merge_share(len(old.experts) - len(experts), len(experts), share)
+    models, alignment = open_fitting(mixture, experts, packages.base, waived, problems)
     step = ReplaceStep(
         checkpoint=portable(checkpoint),
         experts=list(models),
@@ -87,7 +100,9 @@ def replaced(
         versions=versions(),
         vectors=vectors,
     )
-    target = mixture.target(len(old.experts))
+    target = mixture.target(len(old.experts), alignment)
+    if out:
+        check_disk(out, bytes_of(target, mixture.dtype))
 
     def embeddings_of(layer: int) -> Tensor:
         return _embeddings(mixture.reader, old, sidecar, layer)
@@ -96,9 +111,10 @@ def replaced(
         "replace",
         target,
         mixture.dtype,
-        branched_tensors(target, mixture.reader, models, places, total, embeddings_of),
+        branched_tensors(target, mixture.reader, models, places, total, embeddings_of, alignment),
         sidecar,
         checkpoint,
+        alignment.tokenizer if alignment else checkpoint,
         cast=casts(models, mixture.dtype),
     )
 

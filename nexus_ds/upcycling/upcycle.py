@@ -18,6 +18,7 @@ from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel, open_dense
 from nexus_ds.checkpoint.families.record import DenseSettings
 from nexus_ds.checkpoint.model_card import stated_license
+from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.checkpoint.qwen2_moe import (
     Role,
     Stored,
@@ -31,8 +32,7 @@ from nexus_ds.checkpoint.sidecar import (
     new_projection,
     versions,
 )
-from nexus_ds.checkpoint.tensors import DTYPES
-from nexus_ds.checkpoint.tokenizer import check_tokenizer
+from nexus_ds.checkpoint.tensors import DTYPES, TensorReader
 from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import ConfigError
 from nexus_ds.model.router import (
@@ -46,18 +46,17 @@ from nexus_ds.settings import Config
 from nexus_ds.upcycling.blend import (
     Blend,
     Part,
-    check_alike,
-    check_related,
-    check_tokenizers,
+    Source,
     domain_vectors,
     encoder_record,
     expert_records,
     mean_of,
     note_other_seeds,
-    read_generation_config,
-    traits,
 )
-from nexus_ds.upcycling.new_checkpoint import NewModel, as_written, casts, open_all, tokenizers
+from nexus_ds.upcycling.branches import check_branches, open_all, seed_origin
+from nexus_ds.upcycling.compatible import NOTHING, Waived, check_disk
+from nexus_ds.upcycling.new_checkpoint import NewModel, as_written, bytes_of, casts
+from nexus_ds.upcycling.same_tokenizers import Alignment, by_row
 from nexus_ds.warm_start.methods import check_start
 
 
@@ -67,6 +66,8 @@ def upcycled(
     embeddings: DomainEmbeddings,
     config: Config,
     packages: Packages = NO_PACKAGES,
+    waived: Waived = NOTHING,
+    out: Path | None = None,
 ) -> NewModel:
     """Describe the mixture of a seed and its dense branches (paper section 2.1); nothing is
     written.
@@ -82,32 +83,35 @@ def upcycled(
         embeddings: rows of (at least) these domains; free rows do without that of the seed.
         config: `router`, `model.shared_expert` and `seed`.
         packages: what else is known of the branches.
+        waived: differences that are no mistake.
+        out: where it will be written, if the disk's room is to be checked.
 
     Raises:
         ConfigError: top-k larger than the number of experts, a warm start that the router can't
             have, two experts of one domain.
         DataError: a domain that was not embedded, a card of other weights.
         CheckpointError, UnsupportedModelError, IncompatibleModelsError: models that can't be put
-            together.
+            together. All that is wrong is told at once, in one error of the first one's type.
     """
-    # All checks come first, of headers and configurations alone: weights are read as they are
-    # written.
-    check_start(config.router.warm_start, config.router.kind, config.router.projection)
-    vectors = _domain_vectors(seed, experts, embeddings, config)
-    if config.router.top_k > len(experts):
-        raise ConfigError(
-            f"router.top_k is {config.router.top_k}, but there are {len(experts)} experts; lower it"
-        )
-    base = open_dense(seed)
-    models = open_all(experts, packages.base, seed)
-    every = {"seed": base} | models
-    check_alike({name: traits(model) for name, model in every.items()})
-    check_related(f"the seed {seed}", base.reader, models)
+    # All checks come first, of headers and configurations and a sample of the weights: all of them
+    # are read as they are written.
+    problems = Problems()
+    with problems.collected():
+        check_start(config.router.warm_start, config.router.kind, config.router.projection)
+    vectors = torch.empty(0)
+    with problems.collected():
+        vectors = _domain_vectors(seed, experts, embeddings, config)
+    with problems.collected():
+        _check_top_k(config, experts)
+    base, models, alignment = _open_checked(seed, experts, packages, waived, problems)
     note_other_seeds(base, packages.cards)
-    check_tokenizers(seed, tokenizers(models))
-    check_tokenizer(seed, base.settings.vocabulary)
-    # only to refuse one that asks for code, before anything is written; `write` reads it again
-    read_generation_config(seed)
+    router = config.router
+    form = moe_config(base.config, len(models), router.top_k, router.input)
+    if alignment:
+        form["vocab_size"] = alignment.rows
+    target = as_written(form, base.dtype)
+    if out:
+        check_disk(out, bytes_of(target, base.dtype))
     step = UpcycleStep(
         seed_model=portable(seed),
         family=base.family,
@@ -116,18 +120,47 @@ def upcycled(
         seed_license=stated_license(seed),
     )
     sidecar = _upcycled_sidecar(models, embeddings, packages, vectors, config, step)
-    router = config.router
-    form = moe_config(base.config, len(models), router.top_k, router.input)
-    target = as_written(form, base.dtype)
     return NewModel(
         "upcycle",
         target,
         base.dtype,
-        _upcycled_tensors(target, base, models, sidecar, config),
+        _upcycled_tensors(target, base, models, sidecar, config, alignment),
         sidecar,
         seed,
+        alignment.tokenizer if alignment else seed,
         cast=casts(models, base.dtype),
     )
+
+
+def _open_checked(
+    seed: Path,
+    experts: Mapping[str, Path],
+    packages: Packages,
+    waived: Waived,
+    problems: Problems,
+) -> tuple[DenseModel, dict[str, DenseModel], Alignment | None]:
+    """Return the seed, the experts' models, and how their embeddings are put together.
+
+    Raises what `problems` has, if anything.
+    """
+    base = None
+    with problems.collected():
+        base = open_dense(seed)
+    models = open_all(experts, problems, packages.base, seed)
+    alignment = None
+    if base:
+        alignment = check_branches(seed_origin(base), models, waived, problems)
+    problems.refuse()
+    # without it there was a problem
+    assert base is not None
+    return base, models, alignment
+
+
+def _check_top_k(config: Config, experts: Mapping[str, Path]) -> None:
+    if config.router.top_k > len(experts):
+        raise ConfigError(
+            f"router.top_k is {config.router.top_k}, but there are {len(experts)} experts; lower it"
+        )
 
 
 def _domain_vectors(
@@ -202,14 +235,16 @@ def _upcycled_tensors(
     models: dict[str, DenseModel],
     sidecar: Sidecar,
     config: Config,
-) -> dict[str, Blend | Tensor]:
+    alignment: Alignment | None,
+) -> dict[str, Source]:
     """Return where each tensor of the mixture with the config.json `target` comes from."""
-    branches = [(f"expert {name}", model.reader) for name, model in models.items()]
+    branches = [(f"expert {name}", TensorReader.of(model.reader)) for name, model in models.items()]
 
-    def source(entry: Stored) -> Blend | Tensor:
+    def source(entry: Stored) -> Source:
         match entry.role:
             case Role.DENSE:
-                return mean_of([Part(who, reader, entry.dense_name) for who, reader in branches])
+                mean = mean_of([Part(who, reader, entry.dense_name) for who, reader in branches])
+                return by_row(mean, entry, alignment)
             case Role.ROUTED:
                 who, reader = branches[entry.expert]
                 return Blend([Part(who, reader, entry.dense_name)])
@@ -232,7 +267,7 @@ def _upcycled_tensors(
 def _of_seed(seed: DenseModel, entry: Stored) -> Blend:
     """Return a tensor of the shared expert: the seed's, as it is stored."""
     # the scale makes good what the gate takes; a power of two, so no bit is lost
-    part = Part("seed", seed.reader, entry.dense_name)
+    part = Part("seed", TensorReader.of(seed.reader), entry.dense_name)
     return Blend([part], scale=entry.scale)
 
 

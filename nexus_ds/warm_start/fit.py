@@ -41,7 +41,7 @@ from nexus_ds.checkpoint.sidecar import (
     write_sidecar,
 )
 from nexus_ds.checkpoint.streaming import LayerReader
-from nexus_ds.checkpoint.tensors import DTYPES
+from nexus_ds.checkpoint.tensors import DTYPES, TensorReader
 from nexus_ds.errors import DataError
 from nexus_ds.model.context import context
 from nexus_ds.model.router import layer_generator, unit
@@ -105,7 +105,8 @@ class _Stream:
     """Hidden states of all windows on their way through a checkpoint."""
 
     def __init__(self, directory: Path, tokens_NS: Tensor) -> None:
-        config_json, self.reader = open_moe(directory)
+        config_json, reader = open_moe(directory)
+        self.reader = TensorReader.of(reader)
         self.model = _empty_model(directory, config_json)
         self.config = self.model.config
         # A layer on its own has no attention chosen for it, and the eager one is not causal without

@@ -309,7 +309,7 @@ def test_tensors_are_held_against_the_configuration(tmp_path, dense_dir):
                 dense_dir, tmp_path / "mixed", lambda t: t.update({name: t[name].bfloat16()})
             )
         )
-    with pytest.raises(UnsupportedModelError, match=r"weights are F16 .*fp32 or bf16"):
+    with pytest.raises(UnsupportedModelError, match="weights are F16; save the model in fp32"):
         half = lambda t: t.update({k: v.half() for k, v in t.items()})  # noqa: E731
         on_disk.open_dense(with_tensors(dense_dir, tmp_path / "half", half))
 
@@ -674,3 +674,23 @@ def test_a_tied_mixture_keeps_the_head_that_its_file_has(tmp_path, nexus_dir):
         describe(odd)["parameters"]["total"]
         == describe(nexus_dir)["parameters"]["total"] + head.numel()
     )
+
+
+def test_all_mistakes_of_one_model_are_told_at_once(dense_dir, tmp_path):
+    def damage(tensors):
+        del tensors["model.norm.weight"]
+        tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(2, 3)
+        tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(24, 16, dtype=torch.bfloat16)
+
+    with_tensors(dense_dir, tmp_path / "m", damage)
+    changed(tmp_path / "m", tmp_path / "n", mlp_bias=True, hidden_act="gelu")
+    with pytest.raises(UnsupportedModelError) as caught:
+        on_disk.open_dense(tmp_path / "n")
+    said = str(caught.value).splitlines()
+    assert said[0] == "5 things to mend; nothing was written:"
+    for line, expected in zip(
+        said[1:],
+        ("mlp_bias is set", "hidden_act 'gelu'", "1 missing", "(2, 3), expected", "several dtypes"),
+        strict=True,
+    ):
+        assert expected in line

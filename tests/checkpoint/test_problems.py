@@ -31,6 +31,10 @@ def test_several_are_one_list_and_a_list_within_a_list_is_taken_apart():
         outer.refuse()
 
 
+def test_one_that_is_found_twice_is_told_once():
+    assert len(collect(ConfigError("lower it"), ConfigError("lower it")).found) == 1
+
+
 def test_a_fault_of_the_program_is_no_mistake():
     with pytest.raises(RuntimeError), Problems().collected():
         raise RuntimeError

@@ -59,7 +59,7 @@ def test_what_is_stored_is_the_source_times_its_scale_or_a_constant(mixture):
     sources = {n: load_file(mixture.parent / n / "model.safetensors") for n in ("seed", *NAMES)}
     none = json.loads((mixture / "nexus.json").read_text())["shared_expert"] == "none"
     for name, entry in stored(config).items():
-        tensor = reader.read(name)
+        tensor = TensorReader.of(reader).read(name)
         if entry.fill is not None:
             assert entry.role is Role.SHARED_GATE and torch.sigmoid(tensor.sum()) == 0.5
         elif entry.role is Role.ROUTED:

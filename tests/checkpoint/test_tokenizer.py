@@ -15,7 +15,7 @@ from nexus_ds.checkpoint.tokenizer import (
 )
 from nexus_ds.data.tokenizer import open_tokenizer, train_tokenizer
 from nexus_ds.errors import CheckpointError, IncompatibleModelsError, UnsupportedModelError
-from nexus_ds.upcycling.blend import check_tokenizers
+from nexus_ds.upcycling.same_tokenizers import check_tokenizers
 from tests.data.conftest import save_sentencepiece, sentences
 
 SIZE = 300  # of the byte-level tokenizer
@@ -292,7 +292,8 @@ def test_an_expert_of_another_vocabulary_is_refused_with_a_remedy(fast_dir, tmp_
     message = (
         rf"tokenizer of expert law \({other}\) is not that of {fast_dir}: "
         rf"1 of {SIZE + 1} tokens differ, .*; "
-        r"experts of one model must be trained on one tokenizer. If no text .* "
+        r"experts of one model must be trained on one tokenizer. "
+        r"Tokens were only added: --align-vocab .* If no text .* "
         rf"copy the tokenizer files of {fast_dir} over those in {other}"
     )
     with pytest.raises(IncompatibleModelsError, match=message):

@@ -1,23 +1,18 @@
 """What is checked before models are put together, and while their tensors are written."""
 
 import json
-import re
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from branches import (
-    NAMES,
-    edit_config,
     edit_tensors,
     left_over,
     make_parts,
     tensors_of,
     upcycle,
 )
-from conftest import of_another_origin
 from safetensors.torch import save_file
 
 from nexus_ds.errors import CheckpointError, IncompatibleModelsError
@@ -27,77 +22,6 @@ from nexus_ds.errors import CheckpointError, IncompatibleModelsError
 def parts(tmp_path, dense_dir, text_folder):
     """A seed, three branches, domain embeddings and a recipe."""
     return make_parts(tmp_path, dense_dir, text_folder)
-
-
-def test_all_differences_stand_in_one_table(parts):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shutil.rmtree(parts / "beta")
-    other = LlamaConfig(
-        vocab_size=40,
-        hidden_size=12,
-        intermediate_size=20,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-        max_position_embeddings=64,
-        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5},
-        dtype=torch.bfloat16,
-    )
-    LlamaForCausalLM(other).to(torch.bfloat16).save_pretrained(parts / "beta")
-    edit_config(parts / "gamma", model_type="mistral", sliding_window=8)
-    with pytest.raises(IncompatibleModelsError) as caught:
-        upcycle(parts)
-    message = str(caught.value)
-    lines = {line.split()[0]: line.split()[1:] for line in message.splitlines()[2:]}
-    assert message.splitlines()[1].split() == ["seed", *NAMES]
-    assert lines["hidden_size"] == ["16", "16", "12", "16"] and "dtype" not in lines
-    assert lines["rope.rope_theta"] == ["10000.0", "10000.0", "500000.0", "10000.0"]
-    assert lines["rope.factor"] == ["-", "-", "2.0", "-"] and lines["rope.rope_type"][2] == "linear"
-    assert lines["family"] == ["llama", "llama", "llama", "mistral"]
-    assert lines["sliding_window"] == ["None", "None", "None", "8"]
-    wanted = [
-        "layers",
-        "heads",
-        "kv_heads",
-        "head_dim",
-        "ffn_size",
-        "vocabulary",
-        "norm_eps",
-        "tied_embeddings",
-    ]
-    assert set(wanted) <= set(lines) and "qkv_bias" not in lines
-    assert not left_over(parts)
-
-
-def test_branches_of_another_origin_are_named(parts):
-    """Of the seed's sizes and tokenizer, but of another random start: their average with the others
-    is noise."""
-    of_another_origin(parts / "beta")
-    with pytest.raises(IncompatibleModelsError) as caught:
-        upcycle(parts)
-    said = str(caught.value)
-    assert (
-        f"unrelated to those of the seed {parts / 'seed'}: expert beta ({parts / 'beta'}): cosine "
-        in said
-    )
-    assert (
-        "alpha" not in said.replace(str(parts), "")
-        and "give branches that were trained from that model" in said
-    )
-    assert abs(float(re.search(r"cosine (-?\d\.\d\d)", said)[1])) < 0.1
-    assert not left_over(parts)
-
-
-def test_a_seed_of_another_origin_is_unrelated_to_all(parts):
-    of_another_origin(parts / "seed")
-    with pytest.raises(
-        IncompatibleModelsError,
-        match=r"expert alpha .*expert beta .*expert gamma .*the one that these",
-    ):
-        upcycle(parts)
 
 
 def test_other_tokenizer(parts):
