@@ -75,3 +75,8 @@ def test_a_recipe_is_planned_without_torch(more, tmp_path):
     words = ["plan", "--gpus", "8", "--gpu-memory", "80GB", "--write", "ds.json", *more]
     assert not HEAVY & imported(tmp_path, *words)
     assert (tmp_path / "ds.json").is_file()
+
+
+def test_checkpoints_are_inspected_without_torch(nexus_dir, dense_dir, tmp_path):
+    for words in ([str(nexus_dir)], [str(nexus_dir), str(dense_dir), "--json"]):
+        assert not HEAVY & imported(tmp_path, "inspect", *words)

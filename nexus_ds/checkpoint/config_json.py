@@ -168,3 +168,17 @@ def read_config(directory: Path) -> ConfigJson:
     refuse_hooks(config, where)
     refuse_odd_type(config, where)
     return config
+
+
+def read_generation_config(source: Path) -> ConfigJson | None:
+    """Return generation_config.json where there is one.
+
+    Raises:
+        UnsupportedModelError: it asks for code of its own.
+    """
+    name = "generation_config.json"
+    if not (source / name).is_file():
+        return None
+    value = read_json_object(source, name)
+    refuse_hooks(value, str(source / name))
+    return value

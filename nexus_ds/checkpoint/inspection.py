@@ -1,28 +1,40 @@
-"""What a checkpoint is, read from its headers and its sidecar without loading a weight.
+"""What a checkpoint is, read from headers, its sidecar and a sample of bytes; without torch.
 
-Not covered: whether its tensors hold sensible numbers (`evaluate` finds out).
+In a second or two at any size: of the router's rows some layers and columns are compared with P(D)
+(`expert_rows`), of the tokenizer the vocabulary is read (`vocabulary`), no weight in full.
+Not covered: whether all its values are sensible, and all its bytes those that were written
+(`verification`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from pathlib import Path
 from typing import Any
 
-from nexus_ds.checkpoint.config_json import ConfigJson, count, read_config
+import numpy as np
+
+from nexus_ds.checkpoint.config_json import ConfigJson, count, read_config, read_generation_config
 from nexus_ds.checkpoint.dense import as_stored
 from nexus_ds.checkpoint.dense_settings import settings
+from nexus_ds.checkpoint.expert_rows import RouterFile, check_rows, open_router, unit
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
+from nexus_ds.checkpoint.families.table import FAMILIES
+from nexus_ds.checkpoint.forms import MIXTURES, QWEN3_NEXT
+from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.older_stacks import unlike_transformers_4
-from nexus_ds.checkpoint.qwen2_moe import check_shared_gates, parameter_counts
-from nexus_ds.checkpoint.records import is_nexus
-from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings
-from nexus_ds.checkpoint.tensors import TensorReader
-from nexus_ds.checkpoint.tokenizer import read_tokenizer
+from nexus_ds.checkpoint.qwen2_moe import check_shared_gates, gate_name, open_moe, parameter_counts
+from nexus_ds.checkpoint.records import Manifest, is_nexus, read_manifest
+from nexus_ds.checkpoint.tokenizer import chat_templates
+from nexus_ds.checkpoint.values import read_values
+from nexus_ds.checkpoint.vocabulary import read_vocabulary
 from nexus_ds.config import parse_yaml
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
+Facts = dict[str, Any]
+"""JSON."""
 # Of mixtures of any family, which no table describes: most name their experts' weights like this.
 ROUTED = re.compile(r"\.mlp\.experts\.(\d+)\.")
 SIZES = {  # our name: config.json's
@@ -36,7 +48,7 @@ SIZES = {  # our name: config.json's
 }
 
 
-def count_parameters(reader: TensorReader, config: ConfigJson) -> dict[str, int]:
+def count_parameters(reader: Headers, config: ConfigJson) -> dict[str, int]:
     """Return {"total", "active"} of a checkpoint of any family.
 
     Active counts, of the routed experts, the top-k that a token visits. Tied embeddings count once,
@@ -65,17 +77,29 @@ def count_parameters(reader: TensorReader, config: ConfigJson) -> dict[str, int]
     return {"total": total, "active": total - idle}
 
 
-def _rows(directory: Path, kind: str) -> str:
+def _rows(router: RouterFile, weights: Headers, layers: int) -> str:
     """Return what the router's rows are, for people; damaged ones are told of, not refused."""
     # whoever inspects a damaged checkpoint wants to see the rest of it too
     try:
-        verify_expert_embeddings(directory)
+        check = check_rows(router, weights, layers, quick=True)
     except CheckpointError as error:
         return f"DAMAGED: {error}"
-    return "equal to P(D)" if kind == "nexus" else "free"
+    if check.worst:
+        worst = ", ".join(f"layer {layer} by {x:.1e}" for layer, x in check.worst.items())
+        return (
+            f"DAMAGED: rows differ from P(D): {worst} of the largest entry, expected at most "
+            f"{check.tolerance:.1e}; model and sidecar are not of one training"
+        )
+    width = weights.info(gate_name(0)).shape[1]
+    if len(check.layers) == layers and check.columns == width:
+        return "equal to P(D)"
+    return (
+        f"equal to P(D) in {len(check.layers)} of {layers} layers, "
+        f"{check.columns} of {width} columns"
+    )
 
 
-def _gates(reader: TensorReader, layers: int) -> str:
+def _gates(reader: Headers, layers: int) -> str:
     try:
         check_shared_gates(reader, layers)
     except CheckpointError as error:
@@ -83,25 +107,84 @@ def _gates(reader: TensorReader, layers: int) -> str:
     return "constant"
 
 
-def _nexus_info(directory: Path, reader: TensorReader, config: ConfigJson) -> dict[str, Any]:
-    sidecar = read_sidecar(directory)
-    router, encoder = sidecar.router, sidecar.encoder
+def _cosines(rows_EH: np.ndarray) -> np.ndarray:
+    """Return the cosine of each pair of rows [E, E], to three places."""
+    unit_EH = unit(rows_EH.astype(np.float64))
+    return np.round(unit_EH @ unit_EH.T, 3)
+
+
+def _row_facts(weights: Headers, layers: int) -> Facts:
+    """Return lengths and directions of the stored rows, by layer; zeros or damage show as such."""
+    norms, alike = [], []
+    # rows are few: all of them are read, of all layers
+    for layer in range(layers):
+        rows_EH = read_values(weights, gate_name(layer))
+        norms.append([round(float(x), 4) for x in np.sqrt(np.square(rows_EH).sum(-1))])
+        cosines_EE = _cosines(rows_EH)
+        # each row with itself tells nothing
+        others = cosines_EE[~np.eye(len(cosines_EE), dtype=bool)]
+        alike.append(round(float(others.mean()), 3) if len(others) else None)
+    return {"row_norms": norms, "row_cosines": alike}
+
+
+def _router_facts(
+    directory: Path, manifest: Manifest, weights: Headers, layers: int
+) -> tuple[Facts, Facts]:
+    """Return what is known of the router and of the domains that it tells apart."""
+    facts: Facts = vars(manifest.router).copy()
+    names = [expert.domain for expert in manifest.experts]
+    try:
+        router = open_router(directory, manifest)
+    except CheckpointError as error:
+        return facts | {"rows": f"DAMAGED: {error}"}, {}
+    free = manifest.router.kind != "nexus"
+    facts["rows"] = "free" if free else _rows(router, weights, layers)
+    facts |= _row_facts(weights, layers)
+    cosines = dict(zip(names, _cosines(router.vectors_EM).tolist(), strict=True))
+    return facts, {"names": names, "cosines": cosines}
+
+
+def _agreement(manifest: Manifest, config: ConfigJson) -> str:
+    """Return whether sidecar and config.json tell of the same mixture."""
+    said = {
+        "num_experts": len(manifest.experts),
+        "num_experts_per_tok": manifest.router.top_k,
+    }
+    wrong = [
+        f"{key} is {config.get(key)} in config.json, {expected} in the sidecar"
+        for key, expected in said.items()
+        if config.get(key) != expected
+    ]
+    return f"DAMAGED: {'; '.join(wrong)}" if wrong else "sidecar and config.json agree"
+
+
+def _nexus_info(directory: Path, reader: Headers, config: ConfigJson) -> Facts:
+    manifest = read_manifest(directory)
+    encoder = manifest.encoder
     settings(config, str(directory / "config.json"))  # whose messages have no directory below
-    total, active = parameter_counts(config, sidecar.shared_expert == "seed")
+    layers = config["num_hidden_layers"]
+    total, active = parameter_counts(config, manifest.shared_expert == "seed")
+    weights = reader
+    # its rows are stored in other units: this form alone is read as torch translates it
+    if config["model_type"] == QWEN3_NEXT:
+        _, weights = open_moe(directory)
+    router, domains = _router_facts(directory, manifest, weights, layers)
     return {
-        "experts": [vars(expert).copy() for expert in sidecar.experts],
-        "router": vars(router) | {"rows": _rows(directory, router.kind)},
+        "experts": [vars(expert).copy() for expert in manifest.experts],
+        "router": router,
+        "domains": domains,
+        "sidecar": _agreement(manifest, config),
         "encoder": None if encoder is None else vars(encoder).copy(),
-        "lineage": [step.entry() for step in sidecar.lineage],
-        "shared_expert": sidecar.shared_expert,
-        "shared_expert_gate": _gates(reader, config["num_hidden_layers"]),
+        "lineage": [step.entry() for step in manifest.lineage],
+        "shared_expert": manifest.shared_expert,
+        "shared_expert_gate": _gates(reader, layers),
         "parameters": {"total": total, "active": active},
         "transformers_4": "; ".join(unlike_transformers_4(config)) or "as 5",
-        "versions": sidecar.versions,
+        "versions": manifest.versions,
     }
 
 
-def _moe_info(config: ConfigJson, where: str) -> dict[str, Any]:
+def _moe_info(config: ConfigJson, where: str) -> Facts:
     experts = count(config, "num_experts", where)
     if not experts:
         return {"routed_experts": 0}
@@ -113,12 +196,52 @@ def _moe_info(config: ConfigJson, where: str) -> dict[str, Any]:
     }
 
 
-def _tokenizer(directory: Path) -> str:
+def _tokenizer(directory: Path) -> Facts:
+    """Return what the tokenizer's files say; the same fingerprint in whatever form they are."""
     # a model without one can be looked at all the same
     try:
-        return read_tokenizer(directory).fingerprint
-    except (CheckpointError, UnsupportedModelError):
-        return "none"
+        found = read_vocabulary(directory)
+    except CheckpointError as error:
+        return {"form": f"DAMAGED: {error}"}
+    if found is None:
+        return {"form": "none"}
+    facts = {"form": found.form, "tokens": len(found.tokens), "fingerprint": found.fingerprint}
+    return facts | found.roles
+
+
+def _generation(directory: Path) -> Facts | str:
+    try:
+        found = read_generation_config(directory)
+    except (CheckpointError, UnsupportedModelError) as error:
+        return f"REFUSED: {error}"
+    # who wrote it says nothing of what it does
+    return {k: v for k, v in (found or {}).items() if k != "transformers_version"} or "none"
+
+
+def _template(directory: Path) -> str:
+    """Return where the chat templates are, with a hash that tells them apart."""
+    found = chat_templates(directory)
+    texts = [
+        f"{name} {hashlib.sha256(str(t).encode()).hexdigest()[:8]}" for name, t in found.items()
+    ]
+    return ", ".join(texts) or "none"
+
+
+def _computation(config: ConfigJson, where: str) -> Facts:
+    """Return what else decides what a model of a known family computes."""
+    if config.get("model_type") not in (*FAMILIES, *MIXTURES):
+        return {}
+    try:
+        found = settings(config, where)
+    except (CheckpointError, UnsupportedModelError) as error:
+        return {"settings": f"REFUSED: {error}"}
+    return {
+        "head_dim": found.head_dim,
+        "rope": dict(found.rope),
+        "norm_eps": found.norm_eps,
+        "qkv_bias": found.qkv_bias,
+        "sliding_window": found.sliding_window,
+    }
 
 
 def _sequence_length(directory: Path) -> int | None:
@@ -141,7 +264,7 @@ def _kind(config: ConfigJson) -> str:
     return "mixture of experts" if config.get("num_experts") else "dense"
 
 
-def _stored_info(reader: TensorReader, config: ConfigJson) -> dict[str, Any]:
+def _stored_info(reader: Headers, config: ConfigJson) -> Facts:
     """Return what the headers of the model's files say."""
     tensors = [reader.info(name) for name in reader.names()]
     dtypes = {tensor.dtype for tensor in tensors}
@@ -149,10 +272,11 @@ def _stored_info(reader: TensorReader, config: ConfigJson) -> dict[str, Any]:
         "dtype": "+".join(sorted(dtypes)),
         "parameters": count_parameters(reader, config),
         "bytes": sum(tensor.end - tensor.start for tensor in tensors),
+        "files": len(reader.files()),
     }
 
 
-def describe(directory: Path) -> dict[str, Any]:
+def describe(directory: Path) -> Facts:
     """Return the model info of one checkpoint, all of it JSON.
 
     Kind, family, dtype, sizes, parameters; of a Nexus checkpoint also experts and origin.
@@ -163,19 +287,22 @@ def describe(directory: Path) -> dict[str, Any]:
     """
     directory = Path(directory)
     config = read_config(directory)
-    reader = TensorReader(directory)
+    reader = Headers(directory)
     config = as_stored(config, reader)
     nexus = is_nexus(directory)
-    info: dict[str, Any] = {
+    info: Facts = {
         "directory": str(directory),
         "kind": "Nexus" if nexus else _kind(config),
         "family": config.get("model_type", "unknown"),
         **_stored_info(reader, config),
         **{ours: config.get(theirs) for ours, theirs in SIZES.items()},
         "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
+        **_computation(config, str(directory / "config.json")),
         **_moe_info(config, str(directory / "config.json")),
         "sequence_length": _sequence_length(directory),
         "tokenizer": _tokenizer(directory),
+        "chat_template": _template(directory),
+        "generation_config": _generation(directory),
     }
     # a Nexus checkpoint's own counts take the place of those above
     if nexus:

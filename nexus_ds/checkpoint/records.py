@@ -19,6 +19,9 @@ from nexus_ds.errors import CheckpointError
 from nexus_ds.settings import RouterConfig
 
 SIDECAR = "nexus.json"
+ROUTER = "nexus/nexus_router.safetensors"
+ROUTER_BEFORE = "nexus_router.safetensors"
+"""Where the first checkpoints have it."""
 FORMAT = 2
 
 Record = TypeVar("Record")
@@ -367,6 +370,17 @@ def _record(cls: type[Record], value: object, where: str) -> Record:
 
 def _damaged(where: str, expected: str) -> NoReturn:
     raise CheckpointError(f"{where}: expected {expected}; the sidecar is damaged")
+
+
+def router_name(directory: Path) -> str:
+    """Return where a checkpoint has its router's file, from its directory."""
+    before = (directory / ROUTER_BEFORE).exists()
+    if before and (directory / ROUTER).exists():
+        raise CheckpointError(
+            f"{directory} has both {ROUTER} and {ROUTER_BEFORE}, expected one of them; "
+            "remove the one that is not of this model"
+        )
+    return ROUTER_BEFORE if before else ROUTER
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -33,20 +33,20 @@ from nexus_ds.checkpoint.forms import MIXTURES
 from nexus_ds.checkpoint.json_files import read_json_object
 from nexus_ds.checkpoint.qwen2_moe import gate_name, open_moe
 from nexus_ds.checkpoint.records import (
+    ROUTER,
+    ROUTER_BEFORE,
     SIDECAR,
     Manifest,
     RouterRecord,
     manifest_json,
     read_manifest,
+    router_name,
 )
 from nexus_ds.checkpoint.tensors import TensorReader, write_tensors
 from nexus_ds.errors import CheckpointError, ConfigError
 from nexus_ds.model.router import Projection, condition, expert_embeddings_in
 from nexus_ds.outputs import new_file, write_json
 
-ROUTER = "nexus/nexus_router.safetensors"
-ROUTER_BEFORE = "nexus_router.safetensors"
-"""Where the first checkpoints have it."""
 LAYER_TENSOR = re.compile(r"layers\.(?P<layer>\d+)\.(?P<own>.+)")
 """Name of a tensor of one layer's P."""
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of a weight file that `content_fingerprint` reads
@@ -149,17 +149,6 @@ def write_sidecar(directory: Path, sidecar: Sidecar) -> None:
     write_json(directory / SIDECAR, manifest_json(sidecar))
 
 
-def _router_name(directory: Path) -> str:
-    """Return where a checkpoint has its router's file, from its directory."""
-    before = (directory / ROUTER_BEFORE).exists()
-    if before and (directory / ROUTER).exists():
-        raise CheckpointError(
-            f"{directory} has both {ROUTER} and {ROUTER_BEFORE}, expected one of them; "
-            "remove the one that is not of this model"
-        )
-    return ROUTER_BEFORE if before else ROUTER
-
-
 def _projections(reader: TensorReader) -> list[dict[str, Tensor]]:
     """Return the states of all layers' projections."""
     layers: dict[int, dict[str, Tensor]] = {}
@@ -185,7 +174,7 @@ def read_sidecar(directory: Path) -> Sidecar:
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
-    reader = TensorReader.of_file(directory, _router_name(directory))
+    reader = TensorReader.of_file(directory, router_name(directory))
     sidecar = Sidecar(
         **vars(manifest),
         vectors=reader.read("vectors"),

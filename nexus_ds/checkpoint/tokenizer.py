@@ -22,7 +22,7 @@ from nexus_ds.checkpoint.config_json import refuse_hooks
 from nexus_ds.checkpoint.json_files import confined, read_json_object, require_directory
 from nexus_ds.data.encoding import beginning
 from nexus_ds.data.tokenizer import ANY_CLASS, CONFIG, EXTRA, for_any_class, open_tokenizer
-from nexus_ds.errors import CheckpointError, IncompatibleModelsError
+from nexus_ds.errors import CheckpointError, IncompatibleModelsError, UnsupportedModelError
 from nexus_ds.outputs import write_json
 
 if TYPE_CHECKING:
@@ -211,6 +211,17 @@ def read_tokenizer(directory: Path) -> TokenizerMeaning:
     before = "".join(tokens[index] for index in beginning(backend))
     roles["what is put before a text"] = before or None
     return TokenizerMeaning(tokenizer, tokens, _splitting(backend), roles)
+
+
+def tokenizer_fingerprint(directory: Path) -> str:
+    """Return a hash that two models share whose tokenizers make the same ids; "none" without one.
+
+    A model whose tokenizer does not load can be scored on text of another's all the same.
+    """
+    try:
+        return read_tokenizer(directory).fingerprint
+    except (CheckpointError, UnsupportedModelError):
+        return "none"
 
 
 def _splitting(backend: Tokenizer) -> dict[str, object]:

@@ -238,9 +238,13 @@ def measure(
 ) -> Summary:
     """Score every checkpoint and return the summary."""
     from nexus_ds.checkpoint.inspection import describe
+    from nexus_ds.checkpoint.tokenizer import tokenizer_fingerprint
     from nexus_ds.evaluation.perplexity import cosines, score, window_length
 
-    facts = [describe(path) for path in args.checkpoint]
+    # ids decide which windows a model reads, and what they mean only transformers can tell
+    facts = [
+        describe(path) | {"tokenizer": tokenizer_fingerprint(path)} for path in args.checkpoint
+    ]
     _check_compared(dict(zip(names, facts, strict=True)), args.before, limit)
     length = window_length(args.length, facts)
     source = open_source(args.data)

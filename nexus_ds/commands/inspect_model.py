@@ -1,8 +1,9 @@
-"""The verb `inspect`: what a checkpoint is, or how several differ.
+"""The verb `inspect`: what checkpoints are, how they differ and are related, what they can become.
 
+In a second or two and without torch, from headers and a sample of bytes (`checkpoint.relation` and
+`checkpoint.expert_rows` state the bounds).
 A module named inspect would shadow Python's own.
-Not covered: differences between weights; only sizes, experts, router, origin and tokenizer are
-compared.
+Not covered: every byte of the weights (`verify`).
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from nexus_ds.checkpoint.inspection import describe
 from nexus_ds.console import visible
-from nexus_ds.report.page import Table, text_table
+from nexus_ds.report.page import Cell, Table, text_table
+from nexus_ds.upcycling.assessment import assess, related
 
-# Shown below the other facts, a line for each entry.
-LISTS = ("experts", "lineage")
+# Shown below the other facts, on lines of their own.
+APART = ("experts", "lineage", "domains", "relation", "outlook")
+# Of the router, by layer and expert: a line a layer.
+BY_LAYER = ("row_norms", "row_cosines")
+# Not in the table of what differs: they have tables of their own.
+TABLES = (*BY_LAYER, "domains", "relation", "outlook")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="DIR",
-        help="dense or Nexus checkpoint",
+        help="dense or Nexus checkpoint; of several the first is the seed or the mixture to extend",
     )
     parser.add_argument(
         "--json",
@@ -45,6 +52,9 @@ def flat(facts: dict[str, Any], prefix: str = "") -> dict[str, str]:
     result: dict[str, str] = {}
     for key, value in facts.items():
         name = prefix + key
+        # one level of texts has no room for tables
+        if key in TABLES:
+            continue
         if isinstance(value, dict):
             result |= flat(value, f"{name}.")
         elif key == "lineage":
@@ -64,7 +74,7 @@ def flat(facts: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 def describe_text(facts: dict[str, Any]) -> str:
     """Return the facts of one checkpoint as lines of text."""
-    short = {key: value for key, value in facts.items() if key not in LISTS}
+    short = {key: value for key, value in facts.items() if key not in APART}
     lines = flat(short)
     width = max(map(len, lines))
     text = [f"{name.ljust(width)}  {value}" for name, value in lines.items()]
@@ -73,7 +83,26 @@ def describe_text(facts: dict[str, Any]) -> str:
         text.append(f"expert {index}: {_expert_text(expert)}")
     for number, step in enumerate(facts.get("lineage", []), 1):
         text.append(f"step {number}: {_step_text(step)}")
+    text += _router_text(facts)
     return "\n".join(text)
+
+
+def _router_text(facts: dict[str, Any]) -> list[str]:
+    """Return how alike domains are, and how long and alike the router's rows of each layer."""
+    text = []
+    domains = facts.get("domains") or {}
+    if domains:
+        rows = [[name, *cosines] for name, cosines in domains["cosines"].items()]
+        text += ["", text_table(Table(header=["cosine of", *domains["names"]], rows=rows))]
+    router = facts.get("router") or {}
+    if BY_LAYER[0] in router:
+        names = [expert["name"] for expert in facts["experts"]]
+        rows = []
+        for layer, norms in enumerate(router[BY_LAYER[0]]):
+            rows.append([str(layer), *norms, router[BY_LAYER[1]][layer]])
+        header = ["norm of row, layer", *names, "mean cosine"]
+        text += ["", text_table(Table(header=header, rows=rows))]
+    return text
 
 
 def _expert_text(expert: dict[str, str]) -> str:
@@ -115,12 +144,51 @@ def differences(all_info: Sequence[dict[str, Any]]) -> tuple[list[list[str]], li
     return rows, equal
 
 
+def relation_text(all_info: Sequence[dict[str, Any]]) -> list[str]:
+    """Return how each further model is related to the first: in words, by module, by layer."""
+    others = [facts for facts in all_info if "relation" in facts]
+    text = [f"{facts['directory']}: {facts['relation']['says']}" for facts in others]
+    names = [facts["directory"] for facts in others]
+    header = [f"{name} {what}" for name in names for what in ("cosine", "distance")]
+    for title, key in (("module", "modules"), ("layer", "layers")):
+        rows: list[list[Cell]] = []
+        # in the order of the files: a set has none
+        for name in dict.fromkeys(chain.from_iterable(one["relation"][key] for one in others)):
+            cells: list[Cell] = [name]
+            for facts in others:
+                found = facts["relation"][key].get(name, {})
+                # of a layer its attention: it is averaged, and tells of a common start
+                found = found.get("self_attn", {}) if key == "layers" else found
+                cells += [found.get("cosine"), found.get("distance")]
+            rows.append(cells)
+        if rows:
+            text += ["", text_table(Table(header=[title, *header], rows=rows))]
+    return text
+
+
+def outlook_text(outlook: dict[str, Any]) -> list[str]:
+    """Return whether models can be put together, and what stands against it."""
+    possible = "yes" if outlook["possible"] else "no"
+    text = [f"can be put together (as {outlook['as']}): {possible}"]
+    for number, problem in enumerate(outlook["problems"], start=1):
+        text.append(f"{number}. {problem}")
+    return [*text, *(f"note: {one}" for one in outlook["notes"])]
+
+
+def _facts(directories: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return the facts of each checkpoint; of others than the first also how they are related."""
+    first, *others = [describe(directory) for directory in directories]
+    for facts, directory in zip(others, directories[1:], strict=True):
+        facts["relation"] = related(directories[0], directory)
+    outlook = assess(directories)
+    if outlook:
+        first["outlook"] = outlook.as_dict()
+    return [first, *others]
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the facts of one directory, or a table of differences of several."""
-    # not at the top: it imports torch, for which `inspect --help` doesn't wait
-    from nexus_ds.checkpoint.inspection import describe
-
-    facts = [describe(directory) for directory in args.directories]
+    facts = _facts(args.directories)
     alone = len(facts) == 1
     if args.json:
         answer = facts[0] if alone else facts
@@ -131,5 +199,8 @@ def run(args: argparse.Namespace) -> int:
         rows, equal = differences(facts)
         header = ["differs", *map(str, args.directories)]
         print(visible(text_table(Table(header=header, rows=rows))))
-        print(f"equal: {', '.join(equal)}")
+        print(f"equal: {', '.join(equal)}\n")
+        print(visible("\n".join(relation_text(facts))))
+    if not args.json and "outlook" in facts[0]:
+        print(visible("\n" + "\n".join(outlook_text(facts[0]["outlook"]))))
     return 0

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from nexus_ds.checkpoint.cards import DomainCard, check_card, ffn_sha256
-from nexus_ds.checkpoint.config_json import ConfigJson, refuse_hooks
+from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel
 from nexus_ds.checkpoint.headers import row_slices, sha256_of_tensors
-from nexus_ds.checkpoint.json_files import read_json_object
 from nexus_ds.checkpoint.model_card import stated_license
 from nexus_ds.checkpoint.qwen2_moe import stored
 from nexus_ds.checkpoint.qwen3_next import open_writer
@@ -320,17 +319,3 @@ def write_model(
     write_json(directory / "config.json", config)
     plan = {name: (dtype, entry.shape) for name, entry in stored(config).items()}
     write_tensors(directory, plan, tensors, label, config)
-
-
-def read_generation_config(source: Path) -> ConfigJson | None:
-    """Return generation_config.json where there is one.
-
-    Raises:
-        UnsupportedModelError: it asks for code of its own.
-    """
-    name = "generation_config.json"
-    if not (source / name).is_file():
-        return None
-    value = read_json_object(source, name)
-    refuse_hooks(value, str(source / name))
-    return value

@@ -16,17 +16,18 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nexus_ds.checkpoint.config_json import read_generation_config
+from nexus_ds.checkpoint.dense import DenseModel
+from nexus_ds.checkpoint.families.record import DenseSettings, dense_weights
 from nexus_ds.checkpoint.headers import Headers
+from nexus_ds.checkpoint.json_files import read_json_object
+from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.checkpoint.relation import UNRELATED, Relation, relation
 from nexus_ds.checkpoint.values import FLOATS, read_values, sample
 from nexus_ds.errors import CheckpointError, IncompatibleModelsError
-
-if TYPE_CHECKING:
-    from nexus_ds.checkpoint.dense import DenseModel
 
 ATTENTION = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
 SIZES = (
@@ -39,6 +40,7 @@ SIZES = (
     "qkv_bias",
     "qk_norm",
 )
+TIED, POSITIONS = "tie_word_embeddings", "max_position_embeddings"
 SHOWN = 5  # tensors in a message
 REMEDIES = {
     "family": "save all models as one family: `model_type` decides how the weights are read",
@@ -120,6 +122,11 @@ def _flat(settings: Mapping[str, object]) -> dict[str, str]:
 def traits(model: DenseModel) -> dict[str, object]:
     """Return all that must agree between models that are averaged; a dtype is cast instead."""
     return {"family": model.family, **vars(model.settings)}
+
+
+def _settings(model: DenseModel) -> dict[str, object]:
+    """Return what must agree with a mixture, which is of no family."""
+    return vars(model.settings)
 
 
 def differing(models: Mapping[str, Mapping[str, object]]) -> dict[str, list[str]]:
@@ -240,6 +247,7 @@ def check_sample(who: str, reader: Headers, names: Iterable[str]) -> None:
     found = []
     for name in names:
         said = ""
+        # older files hold integers, which are no weights
         if reader.info(name).dtype in FLOATS:
             said = _damage(reader, name)
         if said:
@@ -264,11 +272,98 @@ def _damage(reader: Headers, name: str) -> str:
     return "has only zeros"
 
 
+# All of them --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What branches are put beside: their seed, or the mixture that they are added to."""
+
+    who: str
+    """seed | checkpoint."""
+    directory: Path
+    reader: Headers
+    settings: DenseSettings
+    family: str | None
+    """None of a mixture, which is of none: what it computes stands in the settings."""
+    names: Iterable[str]
+    """Tensors whose values must be sound."""
+    averaged: bool
+    """Whether its own embeddings are part of the new ones."""
+
+    def traits(self) -> dict[str, object]:
+        """Return what branches must agree with."""
+        return ({"family": self.family} if self.family else {}) | vars(self.settings)
+
+
+def seed_origin(model: DenseModel) -> Origin:
+    """Return a seed as what its branches are compared with."""
+    names = dense_weights(model.settings)
+    return Origin("seed", model.directory, model.reader, model.settings, model.family, names, False)
+
+
+def check_models(
+    origin: Origin,
+    models: Mapping[str, DenseModel],
+    problems: Problems,
+    waived: Waived = NOTHING,
+) -> None:
+    """Check all but tokenizers of dense models against what they are put beside.
+
+    Args:
+        origin: their seed or mixture.
+        models: for each expert's name its model.
+        problems: collects what is wrong.
+        waived: differences that are no mistake.
+    """
+    of = traits if origin.family else _settings
+    found = {name: of(model) for name, model in models.items()}
+    # an expert may be of the seed's name
+    who = f"the {origin.who}" if origin.who in models else origin.who
+    with problems.collected():
+        check_alike({who: origin.traits()} | found, waived)
+    with problems.collected():
+        check_related(f"the {origin.who} {origin.directory}", origin.reader, models, waived)
+    with problems.collected():
+        check_sample(origin.who, origin.reader, origin.names)
+    for name, model in models.items():
+        with problems.collected():
+            check_sample(f"expert {name}", model.reader, dense_weights(model.settings))
+    with problems.collected():
+        # only to refuse one that asks for code; who writes reads it again
+        read_generation_config(origin.directory)
+
+
+def difference_notes(origin: Origin, models: Mapping[str, DenseModel]) -> list[str]:
+    """Return what differs in configurations and is carried or left behind all the same."""
+    texts = []
+    own = read_json_object(origin.directory, "config.json")
+    for name, model in models.items():
+        other = model.config
+        # an adapter has none of its own
+        if (model.directory / "config.json").is_file():
+            other = read_json_object(model.directory, "config.json")
+        # lengths that RoPE depends on are compared with the settings
+        if other.get(POSITIONS) != own.get(POSITIONS):
+            texts.append(
+                f"expert {name}: {POSITIONS} is {other.get(POSITIONS)}, the new checkpoint has "
+                f"{own.get(POSITIONS)}, that of {origin.directory}"
+            )
+        if other.get(TIED) and not model.settings.tied_embeddings:
+            texts.append(
+                f"expert {name}: config.json ties the embeddings, but {model.directory} has a head "
+                "of its own: it is taken, as transformers does; tools that go by config.json "
+                "compute something else with that model"
+            )
+    return texts
+
+
 # Disk ---------------------------------------------------------------------------------------------
 
 
 def check_disk(out: Path, needed: int) -> None:
     """Raise CheckpointError where the disk of a new directory has less than `needed` bytes free."""
+    # the folder in which it will be made may not be there yet
     place = Path(out).absolute()
     while not place.exists():
         place = place.parent

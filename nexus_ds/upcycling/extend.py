@@ -34,8 +34,8 @@ from nexus_ds.upcycling.blend import (
     domain_vectors,
     expert_records,
 )
-from nexus_ds.upcycling.branches import Origin, check_branches, open_all
-from nexus_ds.upcycling.compatible import NOTHING, Waived, check_disk
+from nexus_ds.upcycling.branches import check_branches, open_all
+from nexus_ds.upcycling.compatible import NOTHING, Origin, Waived, check_disk
 from nexus_ds.upcycling.new_checkpoint import (
     NewModel,
     OldModel,

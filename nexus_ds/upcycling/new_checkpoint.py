@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nexus_ds.checkpoint.config_json import ConfigJson
+from nexus_ds.checkpoint.config_json import ConfigJson, read_generation_config
 from nexus_ds.checkpoint.dense import MODEL_DTYPES, DenseModel
 from nexus_ds.checkpoint.dense_settings import both_ropes
 from nexus_ds.checkpoint.headers import tensor_bytes
@@ -38,7 +38,7 @@ from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.outputs import write_json
 from nexus_ds.settings import Config, RouterConfig
-from nexus_ds.upcycling.blend import Blend, Part, Source, read_generation_config, write_model
+from nexus_ds.upcycling.blend import Blend, Part, Source, write_model
 from nexus_ds.upcycling.same_tokenizers import Alignment
 from nexus_ds.warm_start.fit import fit_router
 from nexus_ds.warm_start.fit_text import FitText, read_fit_text

@@ -213,14 +213,22 @@ def aligned(models: Sequence[Embedder], others: Sequence[Embedder] = ()) -> Alig
         with problems.collected():
             _check_grown(model, meaning, kept, meanings[largest])
     problems.refuse()
+    # padding counts, too: a head may have been trained on it
     total = max(model.rows for model in models)
+    return Alignment(kept, _counts(models, meanings[len(others) :], total))
+
+
+def _counts(
+    models: Sequence[Embedder], meanings: Sequence[TokenizerMeaning], total: int
+) -> np.ndarray:
+    """Return whether each of `total` rows is taken from each model, [models, V] bool."""
     counts = np.zeros((len(models), total), bool)
-    for row, model, meaning in zip(counts, models, meanings[len(others) :], strict=True):
+    for row, model, meaning in zip(counts, models, meanings, strict=True):
         row[[index for index in meaning.tokens if index < model.rows]] = True
     nobody = np.asarray(~counts.any(axis=0))
     for row, model in zip(counts, models, strict=True):
         row[: model.rows] |= nobody[: model.rows]
-    return Alignment(kept, counts)
+    return counts
 
 
 def _check_grown(

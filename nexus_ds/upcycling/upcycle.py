@@ -53,8 +53,8 @@ from nexus_ds.upcycling.blend import (
     mean_of,
     note_other_seeds,
 )
-from nexus_ds.upcycling.branches import check_branches, open_all, seed_origin
-from nexus_ds.upcycling.compatible import NOTHING, Waived, check_disk
+from nexus_ds.upcycling.branches import check_branches, open_all
+from nexus_ds.upcycling.compatible import NOTHING, Waived, check_disk, seed_origin
 from nexus_ds.upcycling.new_checkpoint import NewModel, as_written, bytes_of, casts
 from nexus_ds.upcycling.same_tokenizers import Alignment, by_row
 from nexus_ds.warm_start.methods import check_start

@@ -6,8 +6,8 @@ from branches import NAMES, edit_config, make_parts
 from nexus_ds.checkpoint.dense import open_dense
 from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.errors import CheckpointError
-from nexus_ds.upcycling.branches import check_branches, open_all, seed_origin
-from nexus_ds.upcycling.compatible import NOTHING
+from nexus_ds.upcycling.branches import check_branches, open_all
+from nexus_ds.upcycling.compatible import NOTHING, seed_origin
 
 
 @pytest.fixture

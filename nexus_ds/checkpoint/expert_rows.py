@@ -1,0 +1,223 @@
+"""P(D) in numpy: whether the router rows that a checkpoint stores are what its sidecar says.
+
+The same function as `model.router.Projection`, for commands that only look. P and D are rounded to
+the model's dtype and so is each step's result, as in training; sums run in another order than
+torch's, so results agree to a unit in the last place or two, far below TOLERANCE.
+Shapes: E routed experts, M width of a domain embedding, H hidden size, C columns that are checked.
+Not covered: linear routers, whose rows are free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nexus_ds.checkpoint.headers import Headers
+from nexus_ds.checkpoint.qwen2_moe import gate_name
+from nexus_ds.checkpoint.records import Manifest, RouterRecord, router_name
+from nexus_ds.checkpoint.values import read_rows, read_values, rounded
+from nexus_ds.errors import CheckpointError
+
+TOLERANCE = {"F32": 1e-4, "BF16": 2.0**-6}
+"""Largest difference of stored and recomputed rows, relative to the largest entry, by dtype."""
+WHOLE = 1 << 22
+"""Bytes of a last map that a quick check reads in full; of a larger one it reads PIECES."""
+PIECES, PIECE = 4, 64  # evenly spaced runs of rows of the last map, and rows of each
+MOST = 1 << 27
+"""Bytes of P that a quick check reads: layers are left out, evenly, until they are fewer."""
+Round = Callable[[np.ndarray], np.ndarray]
+
+_erf = np.vectorize(math.erf, otypes=[np.float32])
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """Return vectors [..., M] scaled to length one; zeros stay zeros."""
+    length = np.sqrt(np.square(x).sum(-1, keepdims=True))
+    return x / np.maximum(length, np.float32(1e-12))
+
+
+def _silu(x: np.ndarray) -> np.ndarray:
+    # exp of a large number is infinite, and the quotient zero, which is right
+    with np.errstate(over="ignore"):
+        return x / (1 + np.exp(-x))
+
+
+def _activated(x: np.ndarray, form: str, at: Round) -> np.ndarray:
+    """Return what stands between two maps, of inputs [E, width]."""
+    match form:
+        case "swiglu":
+            a, b = np.split(x, 2, axis=-1)
+            return at(at(_silu(a)) * b)
+        case "gelu":
+            return at(x * (1 + _erf(x / np.float32(math.sqrt(2)))) / 2)
+        case "relu":
+            return np.maximum(x, 0)
+    return x
+
+
+@dataclass
+class RouterFile:
+    """The projections and domain embeddings of a Nexus checkpoint, on disk."""
+
+    router: RouterRecord
+    reader: Headers
+    vectors_EM: np.ndarray
+    """Raw domain embeddings."""
+    inputs_EM: np.ndarray
+    """What P reads of them."""
+
+    def layer_bytes(self) -> int:
+        """Return the bytes of one layer's P; 0 of a linear router."""
+        names = [name for name in self.reader.names() if name.startswith("layers.0.")]
+        infos = [self.reader.info(name) for name in names]
+        return sum(info.end - info.start for info in infos)
+
+    def rows(
+        self, layer: int, dtype: str, columns: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return columns of P(D) of one layer, as a model of `dtype` computes them.
+
+        Args:
+            layer: number of the layer.
+            dtype: F32 | BF16.
+            columns: numbers [C] of those that are computed, ascending; None: all.
+
+        Returns:
+            The numbers [C], and the rows' values [E, C].
+
+        Raises:
+            CheckpointError: weights that are missing or of another form than nexus.json says.
+        """
+        try:
+            return self._rows(layer, lambda x: rounded(x, dtype), columns)
+        # numpy's own word for shapes that don't fit
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.reader.directory}: P of layer {layer} has not the form that nexus.json "
+                f"says ({error}); the sidecar is damaged"
+            ) from error
+
+    def _rows(
+        self, layer: int, at: Round, columns: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        names = [f"layers.{layer}.maps.{index}.weight" for index in range(self._maps())]
+        fixed = self.router.row_norm == "fixed"
+        x = at(self.inputs_EM)
+        for index, name in enumerate(names):
+            if index > 0:
+                x = _activated(x, self.router.projection, at)
+            last = index == len(names) - 1 and not fixed
+            # the last one may be read in part
+            if not last:
+                x = at(x @ at(read_values(self.reader, name)).T)
+        last_name = names[-1]
+        if fixed:
+            # in fp32: bf16 knows lengths to less than one per cent only
+            length = np.exp(at(read_values(self.reader, f"layers.{layer}.log_norm")))
+            x = at(unit(x) * length)
+            last_name = f"layers.{layer}.out.weight"
+        numbers, weight = self._columns(last_name, columns)
+        return numbers, at(x @ at(weight).T)
+
+    def _maps(self) -> int:
+        return 1 if self.router.projection == "linear" else self.router.depth
+
+    def _columns(self, name: str, columns: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Return rows of a map [H, width]: each gives one column of P(D)."""
+        if columns is None:
+            weight = read_values(self.reader, name)
+            return np.arange(len(weight)), weight
+        # runs of neighbours are read at once
+        runs = np.split(columns, np.flatnonzero(np.diff(columns) != 1) + 1)
+        parts = [read_rows(self.reader, name, int(run[0]), int(run[-1]) + 1) for run in runs]
+        return columns, np.concatenate(parts)
+
+
+def open_router(directory: Path, manifest: Manifest) -> RouterFile:
+    """Open the router's file of a Nexus checkpoint.
+
+    Raises:
+        CheckpointError: missing, damaged, or of other experts than nexus.json's.
+    """
+    reader = Headers.of_file(directory, router_name(Path(directory)))
+    vectors_EM = read_values(reader, "vectors")
+    experts = len(manifest.experts)
+    if vectors_EM.ndim != 2 or len(vectors_EM) != experts:
+        raise CheckpointError(
+            f"{directory}: {experts} experts but domain embeddings of shape {vectors_EM.shape}; "
+            "the sidecar is damaged or of another model, restore it from where it came"
+        )
+    inputs_EM = vectors_EM
+    # as `model.router.condition` does it
+    if manifest.router.centre:
+        inputs_EM = unit(unit(vectors_EM) - read_values(reader, "centre"))
+    return RouterFile(manifest.router, reader, vectors_EM, inputs_EM)
+
+
+def some_columns(width: int, row_bytes: int) -> np.ndarray | None:
+    """Return the columns [C] that a quick check computes; None: all.
+
+    Args:
+        width: of the rows, H.
+        row_bytes: of one row of the last map.
+    """
+    if width * row_bytes <= WHOLE or width <= PIECES * PIECE:
+        return None
+    starts = [(width - PIECE) * index // (PIECES - 1) for index in range(PIECES)]
+    return np.concatenate([np.arange(start, start + PIECE) for start in starts])
+
+
+@dataclass
+class RowsCheck:
+    """How far stored rows are from P(D)."""
+
+    layers: list[int]
+    """Those that were checked."""
+    columns: int
+    """Of each row that were."""
+    worst: dict[int, float]
+    """For each layer that differs too much, by how much of its largest entry."""
+    tolerance: float
+
+
+def check_rows(router: RouterFile, weights: Headers, layers: int, quick: bool) -> RowsCheck:
+    """Compare the rows that a model stores with P(D).
+
+    Args:
+        router: its sidecar's.
+        weights: the model's tensors.
+        layers: of the model.
+        quick: some layers and columns, read in a second at any size; else all of all.
+
+    Raises:
+        CheckpointError: tensors that are missing or of another shape.
+    """
+    picked = list(range(layers))
+    if quick:
+        most = max(2, MOST // max(router.layer_bytes(), 1))
+        picked = sorted({int(x) for x in np.linspace(0, layers - 1, min(layers, most))})
+    info = weights.info(gate_name(0))
+    columns = some_columns(info.shape[1], 4 * info.shape[1]) if quick else None
+    check = RowsCheck(picked, info.shape[1], {}, TOLERANCE.get(info.dtype, 0.0))
+    for layer in picked:
+        numbers, expected = router.rows(layer, info.dtype, columns)
+        # the same for all layers
+        check.columns = len(numbers)
+        difference = _difference(read_values(weights, gate_name(layer)), numbers, expected)
+        # "not <=" is true of NaN as well
+        if not difference <= check.tolerance:
+            check.worst[layer] = difference
+    return check
+
+
+def _difference(stored_EH: np.ndarray, numbers: np.ndarray, expected_EC: np.ndarray) -> float:
+    """Return the largest difference of some columns, relative to the largest entry expected."""
+    if stored_EH.shape[0] != len(expected_EC) or numbers[-1] >= stored_EH.shape[1]:
+        return math.inf
+    # rows of zeros, as a P of zeros gives them, have no relative error
+    scale = max(float(np.abs(expected_EC).max()), 1e-30)
+    return float(np.abs(stored_EH[:, numbers] - expected_EC).max()) / scale
