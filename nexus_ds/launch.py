@@ -140,6 +140,14 @@ def first_rank(env: Mapping[str, str] = os.environ) -> bool:
     return rank_name(env) == "0"
 
 
+def has_launcher(env: Mapping[str, str] = os.environ) -> bool:
+    """Return whether the parent of this process is torchrun's or deepspeed's launcher.
+
+    Under srun it is SLURM's, which ends ranks itself; in a shell the user's.
+    """
+    return "RANK" in env and not env.keys().isdisjoint(("TORCHELASTIC_RUN_ID", "CROSS_RANK"))
+
+
 def rank_name(env: Mapping[str, str] = os.environ) -> str:
     """Return the rank as the launcher wrote it, for a message."""
     return env.get("RANK") or env.get("SLURM_PROCID", "0")

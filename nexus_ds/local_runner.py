@@ -2,7 +2,7 @@
 jobs.
 
 A task starts as soon as what it needs is there and a slot is free; one whose output exists is done.
-The processes end with this one: a signal or an error ends what still runs.
+The processes end with this one: a signal or an error ends what still runs, and so does a kill.
 Not covered: tasks over several machines (slurm/).
 """
 
@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from nexus_ds.children import tied
 from nexus_ds.errors import NexusError
 from nexus_ds.launch import LAUNCH_VARIABLES, devices
 from nexus_ds.outputs import exit_on_signals
@@ -212,7 +213,7 @@ def _start(step: Step, gpus: int, slot: int) -> subprocess.Popen[bytes]:
     own = slot_environment(slot, 0 if step.wide else gpus)
     told = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "true"}
     return subprocess.Popen(
-        step.command,
+        tied(step.command),
         env=inherited | own | told,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL if step.quiet else None,

@@ -24,6 +24,7 @@ if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(_HERE))
 
 # Before what takes seconds to import.
+from nexus_ds.children import tie_to_parent
 from nexus_ds.console import (
     BROKEN_PIPE,
     INTERRUPTED,
@@ -32,7 +33,14 @@ from nexus_ds.console import (
     tell,
     unwinding,
 )
-from nexus_ds.launch import adopt_launcher, end, first_rank, let_memory_grow, rank_name
+from nexus_ds.launch import (
+    adopt_launcher,
+    end,
+    first_rank,
+    has_launcher,
+    let_memory_grow,
+    rank_name,
+)
 
 _early = ExitStack()
 if __name__ == "__main__":
@@ -157,6 +165,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n", 1)[0])
     add_arguments(parser)
     speak_any_encoding()
+    if has_launcher():
+        # One that is killed would leave its ranks behind, at work.
+        tie_to_parent()
     args = parse_words(parser, argv)
     try:
         with unwinding():

@@ -12,7 +12,7 @@ import pytest
 
 from nexus_ds import launch
 from nexus_ds.errors import ConfigError, LayoutError
-from nexus_ds.launch import LAUNCH_VARIABLES, Position, free_port
+from nexus_ds.launch import LAUNCH_VARIABLES, Position, free_port, has_launcher
 from nexus_ds.train import main
 
 # srun of 8 tasks on 2 nodes, nobody asked for --ntasks-per-node; the job itself has more.
@@ -288,3 +288,18 @@ def test_a_training_says_how_memory_grows_before_it_loads_torch():
         [sys.executable, "-c", program], env=kept, check=True, capture_output=True, text=True
     )
     assert told.stdout.split() == ["expandable_segments:True", "False"]
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({"RANK": "1", "TORCHELASTIC_RUN_ID": "none"}, True),
+        ({"RANK": "0", "CROSS_RANK": "0"}, True),
+        # By hand, as the tests start ranks; srun; a shell.
+        ({"RANK": "1", "WORLD_SIZE": "2"}, False),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_ID": "0"}, False),
+        ({}, False),
+    ],
+)
+def test_who_has_a_launcher_that_may_be_killed(env, expected):
+    assert has_launcher(env) is expected

@@ -14,6 +14,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from nexus_ds.children import tied
 from nexus_ds.command_lines import DS_JSON, evaluate_words, next_words, program
 from nexus_ds.config import load_config
 from nexus_ds.data.corpora import open_source, require_domains
@@ -132,7 +133,7 @@ def evaluate(config: Config) -> None:
     if config.pipeline.new_domains:
         words += ["--before", NEXUS]
     command = program([*words, "--out", str(where.report)])
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    done = subprocess.run(tied(command), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     if done.returncode:
         raise NexusError(f"evaluate failed (exit {done.returncode}); its message stands above")
 

@@ -219,6 +219,8 @@ def resume(engine: Engine, states: Path, description: Description) -> tuple[int,
         CheckpointError: all states are damaged, or the state belongs to another configuration or
             model.
     """
+    # As large as a state, and of use to nobody.
+    on_rank_0(lambda: shutil.rmtree(states / "partial", ignore_errors=True))
     step, problems = newest_good(states)
     messages = [f"{problem} - using step {step}" for problem in problems]
     if not step:

@@ -146,7 +146,7 @@ def test_the_evaluation_compares_what_the_headline_compares(config, monkeypatch)
     demo.evaluate(config)
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
-    args = parser.parse_args(given[0][4:])
-    assert given[0][3] == "evaluate" and args.before == "Nexus" and args.name[-1] == demo.EXTENDED
+    args = parser.parse_args(given[0][given[0].index("evaluate") + 1 :])
+    assert args.before == "Nexus" and args.name[-1] == demo.EXTENDED
     assert args.name == list(LOSSES) and args.checkpoint[-1] == places(config).extended
     assert (args.domains, args.windows, args.length) == ("a,b,new", 48, 128)

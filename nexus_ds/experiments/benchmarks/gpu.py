@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from nexus_ds.children import tied
 from nexus_ds.config import load_config
 from nexus_ds.errors import ConfigError, DataError
 from nexus_ds.launch import LAUNCH_VARIABLES, devices, free_port
@@ -246,7 +247,7 @@ class Runner:
         log = self.work / f"{re.sub(r'[^a-z0-9]+', '-', step.name.lower())}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, *step.command],
+                tied([sys.executable, *step.command]),
                 cwd=REPOSITORY,
                 env=environment(),
                 stdin=subprocess.DEVNULL,

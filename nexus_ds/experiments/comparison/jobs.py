@@ -27,6 +27,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NoReturn
 
+from nexus_ds.children import tie_to_parent
 from nexus_ds.command_lines import typed_training
 from nexus_ds.launch import LAUNCH_VARIABLES
 from nexus_ds.local_runner import Runner, Task, slot_environment
@@ -87,6 +88,7 @@ def last_line(log: Path) -> str:
 
 def _run_words(words: tuple[str, ...], log: Path, environment: Mapping[str, str]) -> NoReturn:
     """Run one job in a process of its own, all that it prints in a file."""
+    tie_to_parent()
     with log.open("w", encoding="utf-8") as file:
         # The descriptors, not sys.stdout and sys.stderr: libraries print too.
         os.dup2(file.fileno(), 1)
