@@ -62,6 +62,9 @@ VERBS = {
         "a fair comparison with the alternatives: same data, tokens and seeds, compute beside it",
     ),
     "inspect": Verb("commands.inspect_model", "show what a checkpoint is, or how several differ"),
+    "verify": Verb(
+        "commands.verify", "check a checkpoint's bytes, its router and what it was made of"
+    ),
     "plan": Verb(
         "commands.plan",
         "estimate memory, traffic and time of every layout, "

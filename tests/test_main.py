@@ -80,3 +80,4 @@ def test_a_recipe_is_planned_without_torch(more, tmp_path):
 def test_checkpoints_are_inspected_without_torch(nexus_dir, dense_dir, tmp_path):
     for words in ([str(nexus_dir)], [str(nexus_dir), str(dense_dir), "--json"]):
         assert not HEAVY & imported(tmp_path, "inspect", *words)
+    assert not HEAVY & imported(tmp_path, "verify", str(nexus_dir))

@@ -25,6 +25,7 @@ from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense_settings import both_ropes
 from nexus_ds.checkpoint.families.record import FFN_PARTS, HEAD
 from nexus_ds.checkpoint.forms import SOURCE
+from nexus_ds.checkpoint.hashes import record_hashes
 from nexus_ds.checkpoint.model_card import (
     ModelCard,
     dense_card,
@@ -331,6 +332,9 @@ def _write(
     if wants_card(config):
         place_card(config, directory)
     write_model_card(directory, _model_card(config, sidecar, directory, step))
+    if sidecar:
+        # last: it is of all that stands there
+        record_hashes(directory)
 
 
 def _model_card(

@@ -16,6 +16,7 @@ from typing import Any
 from nexus_ds.checkpoint.config_json import ConfigJson, read_generation_config
 from nexus_ds.checkpoint.dense import MODEL_DTYPES, DenseModel
 from nexus_ds.checkpoint.dense_settings import both_ropes
+from nexus_ds.checkpoint.hashes import record_hashes
 from nexus_ds.checkpoint.headers import tensor_bytes
 from nexus_ds.checkpoint.model_card import nexus_card, write_model_card
 from nexus_ds.checkpoint.older_stacks import unlike_transformers_4
@@ -153,6 +154,8 @@ class NewModel:
         write_model_card(directory, nexus_card(read_sidecar(directory)))
         # what every reader will check first
         verify_expert_embeddings(directory)
+        # last: it is of all that stands there
+        record_hashes(directory)
         return report
 
     def summary(self, out: Path, report: FitReport | None) -> dict[str, Any]:

@@ -1,0 +1,167 @@
+"""Hashes of a finished checkpoint's files, kept in nexus.json, and what differs from them later.
+
+    "files": {"config.json": {"bytes": 731, "sha256": "..."},
+              "model.safetensors": {"bytes": ..., "sha256": "...", "tensors": {NAME: "xxh3-128"}}}
+
+The sha256 is that of `sha256sum`; the hash of each tensor (dtype, shape, bytes) names what a tool
+has changed that wrote the file anew. Any later writing of the sidecar drops them: what they say is
+of one state alone.
+Not covered: somebody who hashes anew; README.md, which people and `evaluate` go on writing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import xxhash
+
+from nexus_ds.checkpoint.headers import CHUNK, TensorInfo, read_header, read_into
+from nexus_ds.checkpoint.json_files import read_json_object
+from nexus_ds.checkpoint.records import SIDECAR
+from nexus_ds.errors import CheckpointError
+from nexus_ds.outputs import write_json
+
+KEY = "files"
+CHANGING = (SIDECAR, "README.md")
+WEIGHTS = ".safetensors"
+SHOWN = 10  # names in a message
+
+
+@dataclass
+class FileHash:
+    """What a file holds."""
+
+    size: int
+    """In bytes."""
+    sha256: str
+    tensors: dict[str, str] = field(default_factory=dict)
+    """Of a weight file's tensors, by name."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Return it as nexus.json has it."""
+        own: dict[str, object] = {"bytes": self.size, "sha256": self.sha256}
+        return own | ({"tensors": self.tensors} if self.tensors else {})
+
+
+def _chunks(path: Path, start: int, end: int) -> Iterator[bytes]:
+    """Yield bytes [start, end) of a file."""
+    while start < end:
+        data = bytearray(min(CHUNK, end - start))
+        read_into(path, start, memoryview(data))
+        yield bytes(data)
+        start += len(data)
+
+
+def hash_of(path: Path) -> FileHash:
+    """Return the hashes of a file, of a weight file also its tensors'; each byte is read once.
+
+    Raises:
+        CheckpointError: a weight file that is none, or damaged.
+    """
+    size = path.stat().st_size
+    whole = hashlib.sha256()
+    found = FileHash(size, "")
+    position = 0
+    # they cover all but the header, without gap or overlap
+    for name, info in _in_order(path):
+        for chunk in _chunks(path, position, info.start):
+            whole.update(chunk)
+        own = xxhash.xxh3_128(f"{info.dtype} {list(info.shape)}".encode())
+        for chunk in _chunks(path, info.start, info.end):
+            whole.update(chunk)
+            own.update(chunk)
+        found.tensors[name] = own.hexdigest()
+        position = info.end
+    for chunk in _chunks(path, position, size):
+        whole.update(chunk)
+    found.sha256 = whole.hexdigest()
+    return found
+
+
+def _in_order(path: Path) -> list[tuple[str, TensorInfo]]:
+    """Return the tensors of a weight file as they lie in it; none of any other file."""
+    infos = read_header(path) if path.suffix == WEIGHTS else {}
+    return sorted(infos.items(), key=lambda item: (item[1].start, item[1].end))
+
+
+def names_of(directory: Path) -> list[str]:
+    """Return the names of all files of a checkpoint that stay as they are, sorted."""
+    paths = [path for path in directory.rglob("*") if path.is_file()]
+    names = [path.relative_to(directory).as_posix() for path in paths]
+    return sorted(name for name in names if name not in CHANGING)
+
+
+def record_hashes(directory: Path) -> None:
+    """Write into nexus.json the hashes of all other files; the last thing done to a checkpoint."""
+    directory = Path(directory)
+    value = read_json_object(directory, SIDECAR)
+    files = {name: hash_of(directory / name).as_dict() for name in names_of(directory)}
+    write_json(directory / SIDECAR, value | {KEY: files})
+
+
+def recorded(directory: Path) -> dict[str, FileHash] | None:
+    """Return the hashes that nexus.json has; None where it was written without.
+
+    Raises:
+        CheckpointError: a damaged record.
+    """
+    value = read_json_object(directory, SIDECAR).get(KEY)
+    if value is None:
+        return None
+    try:
+        return {
+            name: FileHash(entry["bytes"], entry["sha256"], dict(entry.get("tensors", {})))
+            for name, entry in value.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory / SIDECAR}: expected bytes and sha256 of each file under {KEY!r}; "
+            "the sidecar is damaged"
+        ) from error
+
+
+@dataclass
+class Difference:
+    """What is other than it was."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def differences(directory: Path, before: Mapping[str, FileHash]) -> Difference:
+    """Compare a checkpoint's files with their hashes; every byte is read.
+
+    What a tool changed that saved the weights anew is named by tensor, in whatever files they lie.
+    """
+    found = Difference()
+    old_tensors: dict[str, str] = {}
+    new_tensors: dict[str, str] = {}
+    for name, old in before.items():
+        path = directory / name
+        old_tensors |= old.tensors
+        if not path.is_file():
+            if not old.tensors:
+                found.problems.append(f"{name} is missing")
+            continue
+        if not old.tensors and hash_of(path).sha256 != old.sha256:
+            found.problems.append(f"{name} was changed")
+    for name in names_of(directory):
+        if name.endswith(WEIGHTS):
+            new_tensors |= hash_of(directory / name).tensors
+        if name not in before:
+            found.notes.append(f"{name} was added")
+    _compare_tensors(old_tensors, new_tensors, found)
+    return found
+
+
+def _compare_tensors(old: Mapping[str, str], new: Mapping[str, str], found: Difference) -> None:
+    changed = [name for name in old if name in new and new[name] != old[name]]
+    missing = [name for name in old if name not in new]
+    added = [name for name in new if name not in old]
+    for names, said in ((changed, "were changed"), (missing, "are missing"), (added, "were added")):
+        if names:
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            found.problems.append(f"{len(names)} tensors {said}: {', '.join(names[:SHOWN])}{more}")

@@ -1,0 +1,292 @@
+"""Whether a Nexus checkpoint is what was written, and what it was made of; in numpy, every byte.
+
+Files against their hashes, the router's rows against P(D), the shared experts' gates, and with the
+sources at hand the last step that made it: each feed-forward network byte by byte, each average
+computed again.
+Shapes: H hidden size.
+Not covered: weights that were trained since (their hashes tell all there is to tell); averages over
+vocabularies that were aligned (rows that all models have are compared).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from nexus_ds.checkpoint.config_json import ConfigJson
+from nexus_ds.checkpoint.dense import DenseModel, open_dense
+from nexus_ds.checkpoint.expert_rows import check_rows, open_router
+from nexus_ds.checkpoint.hashes import differences, recorded
+from nexus_ds.checkpoint.headers import Headers, row_slices, sha256_of_tensors
+from nexus_ds.checkpoint.problems import Problems
+from nexus_ds.checkpoint.qwen2_moe import Role, Stored, check_shared_gates, open_moe, stored
+from nexus_ds.checkpoint.records import (
+    ExtendStep,
+    Manifest,
+    ReplaceStep,
+    TrainStep,
+    UpcycleStep,
+    read_manifest,
+)
+from nexus_ds.checkpoint.values import read_rows, rounded
+from nexus_ds.errors import CheckpointError, ConfigError
+
+ULP = {"F32": 0.0, "BF16": 2.0**-7}
+"""What rounding to a dtype adds to an average's relative difference, at most."""
+SUMMING = 2.0**-21
+"""Largest difference of an fp32 average, relative to the sum of its parts' sizes: summed here in
+another order and precision."""
+
+
+@dataclass
+class Verification:
+    """What was found."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    checked: list[str] = field(default_factory=list)
+
+
+def verify(directory: Path) -> Verification:
+    """Check a Nexus checkpoint against itself.
+
+    Raises:
+        CheckpointError: no Nexus checkpoint.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    found = Verification()
+    problems = Problems()
+    with problems.collected():
+        _verify_files(directory, found)
+    with problems.collected():
+        config, reader = open_moe(directory)
+        found.checked.append("names, shapes and dtypes of all tensors")
+        with problems.collected():
+            check_shared_gates(reader, config["num_hidden_layers"])
+            found.checked.append("the shared experts' gates are the constant")
+        _verify_rows(directory, manifest, config, reader, found)
+    found.problems += map(str, problems.found)
+    return found
+
+
+def _verify_files(directory: Path, found: Verification) -> None:
+    before = recorded(directory)
+    if before is None:
+        found.notes.append("nexus.json has no hashes: it was written by an older version")
+        return
+    changed = differences(directory, before)
+    found.problems += changed.problems
+    found.notes += changed.notes
+    found.checked.append(f"hashes of {len(before)} files")
+
+
+def _verify_rows(
+    directory: Path,
+    manifest: Manifest,
+    config: ConfigJson,
+    reader: Headers,
+    found: Verification,
+) -> None:
+    if manifest.router.kind != "nexus":
+        found.notes.append("a linear router has free rows: there is no P(D) to compare them with")
+        return
+    router = open_router(directory, manifest)
+    check = check_rows(router, reader, config["num_hidden_layers"], quick=False)
+    for layer, difference in check.worst.items():
+        found.problems.append(
+            f"layer {layer}: the router's rows differ from P(D) by {difference:.1e} of the largest "
+            f"entry, expected at most {check.tolerance:.1e}; model and sidecar are not of one "
+            "training"
+        )
+    found.checked.append(f"rows of {len(check.layers)} layers against P(D)")
+
+
+# Sources ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sources:
+    """The models that the last step put together."""
+
+    base: Headers
+    """The seed's, or the old mixture's tensors."""
+    base_names: Mapping[str, str]
+    """For each expert that the old mixture had, its number there, as text; of an upcycling none."""
+    models: Mapping[str, DenseModel]
+    share: float
+    """Of the new models in all that is averaged; 1 for an upcycling."""
+    upcycled: bool
+    """Whether `base` is a seed's."""
+
+
+def _place(directory: Path, name: str, source: str, given: Mapping[str, Path]) -> Path:
+    """Return where a source is: as given, as recorded, or beside the checkpoint."""
+    places = [given[name]] if name in given else [Path(source), directory.parent / source]
+    for place in places:
+        if place.is_dir():
+            return place
+    raise CheckpointError(
+        f"the source of {name} is not at {places[0]}: give it with --sources {name}=DIR"
+    )
+
+
+PuttingTogether = UpcycleStep | ExtendStep | ReplaceStep
+
+
+def _sources(
+    directory: Path, manifest: Manifest, step: PuttingTogether, given: Mapping[str, Path]
+) -> Sources:
+    """Open what the last step was about.
+
+    Raises:
+        CheckpointError: a source that is not there or is another than recorded.
+    """
+    problems = Problems()
+    models: dict[str, DenseModel] = {}
+    new = [expert.name for expert in manifest.experts]
+    if isinstance(step, ExtendStep | ReplaceStep):
+        new = step.experts
+    for expert in manifest.experts:
+        if expert.name in new:
+            with problems.collected():
+                place = _place(directory, expert.name, expert.source, given)
+                models[expert.name] = _checked_source(place, expert.name, expert.sha256)
+    names: dict[str, str] = {}
+    base = None
+    with problems.collected():
+        if isinstance(step, UpcycleStep):
+            base = open_dense(_place(directory, "seed", step.seed_model, given)).reader
+        else:
+            old = _place(directory, "checkpoint", step.checkpoint, given)
+            _, base = open_moe(old)
+            known = [expert.name for expert in read_manifest(old).experts]
+            names = {name: str(number) for number, name in enumerate(known) if name not in new}
+    problems.refuse()
+    assert base is not None
+    share = 1.0 if isinstance(step, UpcycleStep) else step.share
+    return Sources(base, names, models, share, isinstance(step, UpcycleStep))
+
+
+def _checked_source(place: Path, name: str, sha256: str) -> DenseModel:
+    """Open an expert's dense model; CheckpointError unless its FFNs are those recorded."""
+    # merges adapters in torch, for which a check of hashes does not wait
+    from nexus_ds.checkpoint.adapters import open_branch
+
+    model = open_branch(place)
+    found = sha256_of_tensors(model.reader, model.ffn_names())
+    if found != sha256:
+        raise CheckpointError(
+            f"expert {name}: {place} has feed-forward networks of sha256 {found[:12]}, the "
+            f"checkpoint was made of {sha256[:12]}: it is another model, or was trained since"
+        )
+    return model
+
+
+def verify_sources(directory: Path, given: Mapping[str, Path]) -> Verification:
+    """Check a Nexus checkpoint against the models that its last step put together.
+
+    Args:
+        directory: the checkpoint.
+        given: directories of sources that are not where nexus.json says: by expert's name, and
+            "seed" or "checkpoint".
+
+    Raises:
+        ConfigError: a name that is no source's.
+        CheckpointError: no Nexus checkpoint.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    known = [*(expert.name for expert in manifest.experts), "seed", "checkpoint"]
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"--sources {name}: expected one of {', '.join(known)}")
+    found = Verification()
+    last = manifest.lineage[-1] if manifest.lineage else None
+    if isinstance(last, TrainStep):
+        found.notes.append("trained since it was put together: its weights are no copies any more")
+        return found
+    if not isinstance(last, UpcycleStep | ExtendStep | ReplaceStep):
+        said = last.verb if last else "none"
+        found.notes.append(f"its last step ({said}) put no dense models together: no sources")
+        return found
+    problems = Problems()
+    with problems.collected():
+        sources = _sources(directory, manifest, last, given)
+        config, reader = open_moe(directory)
+        _compare(manifest, config, reader, sources, found)
+    found.problems += map(str, problems.found)
+    return found
+
+
+def _compare(
+    manifest: Manifest,
+    config: ConfigJson,
+    reader: Headers,
+    sources: Sources,
+    found: Verification,
+) -> None:
+    """Compare each tensor with what it was made of."""
+    counts = {"copies": 0, "averages": 0}
+    for name, entry in stored(config).items():
+        parts = _parts(name, entry, manifest, sources)
+        if not parts:
+            continue
+        copied = len(parts) == 1 and parts[0][2] == 1
+        counts["copies" if copied else "averages"] += 1
+        said = _difference(reader, name, parts, entry.scale if _of_seed(entry, sources) else 1.0)
+        if said:
+            found.problems.append(f"{name} {said}")
+    found.checked.append(f"{counts['copies']} tensors that are copies, byte by byte")
+    found.checked.append(f"{counts['averages']} averages, computed again")
+
+
+def _of_seed(entry: Stored, sources: Sources) -> bool:
+    return entry.role is Role.SHARED and sources.upcycled
+
+
+Weighted = tuple[Headers, str, float]
+
+
+def _parts(name: str, entry: Stored, manifest: Manifest, sources: Sources) -> list[Weighted]:
+    """Return the tensors, with weights, that one was made of; none of what is computed."""
+    models = sources.models
+    if entry.role is Role.ROUTED:
+        expert = manifest.experts[entry.expert].name
+        if expert in models:
+            return [(models[expert].reader, entry.dense_name, 1.0)]
+        old = name.replace(f".experts.{entry.expert}.", f".experts.{sources.base_names[expert]}.")
+        return [(sources.base, old, 1.0)]
+    if entry.role is Role.SHARED:
+        if sources.upcycled:
+            own = manifest.shared_expert == "seed"
+            return [(sources.base, entry.dense_name, 1.0)] if own else []
+        return [(sources.base, name, 1.0)]
+    if entry.role is not Role.DENSE:
+        return []
+    each = sources.share / len(models)
+    new = [(model.reader, entry.dense_name, each) for model in models.values()]
+    return new if sources.share == 1.0 else [(sources.base, name, 1.0 - sources.share), *new]
+
+
+def _difference(reader: Headers, name: str, parts: Sequence[Weighted], scale: float) -> str:
+    """Return what is wrong with a tensor; empty where it is what its parts make."""
+    info = reader.info(name)
+    rows = min(info.shape[0], *(one.info(part).shape[0] for one, part, _ in parts))
+    exact = len(parts) == 1 and parts[0][2] == 1.0
+    wrong, worst = 0, 0.0
+    for start, stop in row_slices((rows, *info.shape[1:])):
+        rows_of = [read_rows(one, part, start, stop).astype(np.float64) for one, part, _ in parts]
+        values = [weight * x for x, (_, _, weight) in zip(rows_of, parts, strict=True)]
+        total = np.sum(values, axis=0) * scale
+        expected = rounded(total.astype(np.float32), info.dtype)
+        off = np.abs(read_rows(reader, name, start, stop) - expected)
+        sizes = np.sum(np.abs(values), axis=0)
+        bound = 0.0 if exact else ULP[info.dtype] * np.abs(expected) + SUMMING * sizes
+        wrong += int(np.count_nonzero(~(off <= bound)))
+        worst = max(worst, float(off.max(initial=0)))
+    kind = "the bytes of its source" if exact else "the average of its sources"
+    return f"is not {kind}: {wrong} values differ, by up to {worst:.1e}" if wrong else ""

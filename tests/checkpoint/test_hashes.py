@@ -1,0 +1,109 @@
+"""Hashes of a checkpoint's files: as other tools compute them; what was changed, by name."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nexus_ds.checkpoint.hashes import differences, hash_of, record_hashes, recorded
+from nexus_ds.checkpoint.sidecar import read_sidecar, write_sidecar
+from nexus_ds.errors import CheckpointError
+
+
+@pytest.fixture
+def checkpoint(nexus_dir, tmp_path):
+    """A Nexus checkpoint whose hashes are recorded."""
+    out = tmp_path / "m"
+    shutil.copytree(nexus_dir, out)
+    (out / "README.md").write_text("a card")
+    record_hashes(out)
+    return out
+
+
+def changes(checkpoint):
+    return differences(checkpoint, recorded(checkpoint))
+
+
+def test_hashes_are_those_of_sha256sum(checkpoint):
+    files = json.loads((checkpoint / "nexus.json").read_text())["files"]
+    assert "nexus.json" not in files and "README.md" not in files
+    assert {"config.json", "model.safetensors", "nexus/nexus_router.safetensors"} <= set(files)
+    for name, entry in files.items():
+        content = (checkpoint / name).read_bytes()
+        assert entry["sha256"] == hashlib.sha256(content).hexdigest()
+        assert entry["bytes"] == len(content)
+    tensors = load_file(checkpoint / "model.safetensors")
+    assert set(files["model.safetensors"]["tensors"]) == set(tensors)
+    found = changes(checkpoint)
+    assert not found.problems and not found.notes
+
+
+def test_a_flipped_bit_is_named_by_its_tensor(checkpoint):
+    path = checkpoint / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    [problem] = changes(checkpoint).problems
+    assert problem.startswith("1 tensors were changed: model.")
+
+
+def test_weights_that_were_saved_anew_are_compared_by_tensor(checkpoint):
+    tensors = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    names = sorted(tensors)
+    one = {name: tensors[name] for name in names[:5]}
+    save_file(one, checkpoint / "model-1.safetensors")
+    rest = {name: tensors[name] for name in names[5:]}
+    save_file(rest, checkpoint / "model-2.safetensors")
+    found = changes(checkpoint)
+    assert not found.problems
+    assert found.notes == ["model-1.safetensors was added", "model-2.safetensors was added"]
+    rest[names[5]] = rest[names[5]].bfloat16()
+    rest["new"] = rest.pop(names[6])
+    save_file(rest, checkpoint / "model-2.safetensors")
+    assert changes(checkpoint).problems == [
+        f"1 tensors were changed: {names[5]}",
+        f"1 tensors are missing: {names[6]}",
+        "1 tensors were added: new",
+    ]
+
+
+def test_other_files(checkpoint):
+    (checkpoint / "tokenizer.json").unlink()
+    (checkpoint / "config.json").write_text("{}")
+    (checkpoint / "README.md").write_text("another card")
+    (checkpoint / "more.txt").write_text("more")
+    found = changes(checkpoint)
+    assert found.problems == ["config.json was changed", "tokenizer.json is missing"]
+    assert found.notes == ["more.txt was added"]
+
+
+def test_long_lists_are_cut(checkpoint):
+    tensors = load_file(checkpoint / "model.safetensors")
+    save_file({name: t + 1 for name, t in tensors.items()}, checkpoint / "model.safetensors")
+    [problem] = changes(checkpoint).problems
+    assert problem.endswith(f" and {len(tensors) - 10} more")
+
+
+def test_writing_the_sidecar_drops_what_is_no_longer_true(checkpoint):
+    write_sidecar(checkpoint, read_sidecar(checkpoint))
+    assert recorded(checkpoint) is None
+
+
+def test_a_damaged_record(checkpoint):
+    path = checkpoint / "nexus.json"
+    for files in ([], {"config.json": 3}, {"config.json": {"bytes": 3}}):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"files": files}))
+        with pytest.raises(CheckpointError, match="expected bytes and sha256 of each file"):
+            recorded(checkpoint)
+
+
+def test_empty_tensors_and_files(tmp_path):
+    save_file({"a": torch.zeros(0, 3), "b": torch.ones(2)}, tmp_path / "x.safetensors")
+    content = (tmp_path / "x.safetensors").read_bytes()
+    assert hash_of(tmp_path / "x.safetensors").sha256 == hashlib.sha256(content).hexdigest()
+    (tmp_path / "empty").touch()
+    assert hash_of(tmp_path / "empty").sha256 == hashlib.sha256().hexdigest()

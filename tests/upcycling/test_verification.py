@@ -1,0 +1,157 @@
+"""A checkpoint against what it was made of: upcycled, extended, replaced; each kind of damage."""
+
+import shutil
+
+import pytest
+import torch
+from branches import NAMES, edit_tensors, embed, make_parts, upcycle
+from conftest import train_shared_gates
+
+from nexus_ds.checkpoint.qwen2_moe import expert_name, gate_name, shared_name
+from nexus_ds.checkpoint.records import OtherStep, TrainStep
+from nexus_ds.checkpoint.sidecar import read_sidecar, write_sidecar
+from nexus_ds.config import load_config
+from nexus_ds.data.domains import read_domain_embeddings
+from nexus_ds.errors import ConfigError
+from nexus_ds.outputs import new_directory
+from nexus_ds.upcycling.extend import extended
+from nexus_ds.upcycling.replace import replaced
+from nexus_ds.upcycling.verification import verify, verify_sources
+
+
+@pytest.fixture
+def parts(tmp_path, dense_dir, text_folder):
+    """A seed, three branches, domain embeddings and a recipe."""
+    return make_parts(tmp_path, dense_dir, text_folder)
+
+
+def bf16(parts):
+    for name in ("seed", *NAMES):
+
+        def cast(tensors):
+            tensors.update({key: t.bfloat16() for key, t in tensors.items()})
+
+        edit_tensors(parts / name, cast)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_an_upcycled_checkpoint_is_sound(parts, dtype):
+    if dtype == "BF16":
+        bf16(parts)
+    upcycle(parts)
+    found = verify(parts / "out")
+    assert not found.problems and not found.notes and len(found.checked) == 4
+    found = verify_sources(parts / "out", {})
+    assert not found.problems
+    assert found.checked == [
+        "24 tensors that are copies, byte by byte",
+        f"{2 * 6 + 2} averages, computed again",
+    ]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_an_extended_checkpoint_is_sound(parts, replace):
+    upcycle(parts)
+    config = load_config(str(parts / "recipe.yaml"))
+    embed(parts / "more.safetensors", ("delta", "beta"), "gone", seed=3)
+    embeddings = read_domain_embeddings(parts / "more.safetensors")
+    experts = {"beta" if replace else "delta": parts / "alpha"}
+    make = replaced if replace else extended
+    with new_directory(parts / "wider") as directory:
+        make(parts / "out", experts, embeddings, config).write(directory, None, config.router, 0)
+    assert not verify(parts / "wider").problems
+    assert not verify_sources(parts / "wider", {}).problems
+    edit_tensors(parts / "wider", lambda t: t[expert_name(1, 2, "up_proj")].add_(1))
+    [problem] = verify_sources(parts / "wider", {}).problems
+    assert problem.startswith("model.layers.1.mlp.experts.2.up_proj.weight is not the bytes of")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (expert_name(0, 1, "up_proj"), "is not the bytes of its source: 1 values differ"),
+        (shared_name(1, "down_proj"), "is not the bytes of its source: 1 values differ"),
+        ("model.norm.weight", "is not the average of its sources: 1 values differ"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_a_changed_value_is_named_by_tensor(parts, name, said, dtype):
+    if dtype == "BF16":
+        bf16(parts)
+    upcycle(parts)
+    edit_tensors(parts / "out", lambda t: t[name].view(-1)[:1].mul_(1.05))
+    assert verify(parts / "out").problems == [f"1 tensors were changed: {name}"]
+    [problem] = verify_sources(parts / "out", {}).problems
+    assert problem.startswith(f"{name} {said}")
+
+
+def test_rows_and_gates_without_any_hashes(parts):
+    """What a foreign tool leaves: peft's merged gates, rows of another training."""
+    upcycle(parts)
+    write_sidecar(parts / "out", read_sidecar(parts / "out"))
+    train_shared_gates(parts / "out")
+    edit_tensors(parts / "out", lambda t: t[gate_name(1)][:1].add_(0.3))
+    found = verify(parts / "out")
+    assert found.notes == ["nexus.json has no hashes: it was written by an older version"]
+    gates, rows = found.problems
+    assert "the shared expert's gate has weights" in rows + gates
+    assert "layer 1: the router's rows differ from P(D) by" in rows + gates
+
+
+def test_a_missing_tensor(parts):
+    upcycle(parts)
+    edit_tensors(parts / "out", lambda t: t.pop("model.norm.weight"))
+    hashes, names = verify(parts / "out").problems
+    assert hashes == "1 tensors are missing: model.norm.weight"
+    assert "1 missing: model.norm.weight" in names
+
+
+def test_a_linear_router(parts):
+    upcycle(parts, "router.kind=linear")
+    found = verify(parts / "out")
+    assert not found.problems and "a linear router has free rows" in found.notes[0]
+    assert not verify_sources(parts / "out", {}).problems
+
+
+def test_no_shared_expert(parts):
+    upcycle(parts, "model.shared_expert=none")
+    assert not verify_sources(parts / "out", {}).problems
+
+
+def test_sources_that_are_gone_or_others(parts):
+    upcycle(parts)
+    (parts / "moved").mkdir()
+    shutil.move(parts / "seed", parts / "moved" / "seed")
+    edit_tensors(parts / "beta", lambda t: t["model.layers.0.mlp.up_proj.weight"].add_(1))
+    first, second = verify_sources(parts / "out", {}).problems
+    assert "expert beta: " in first and "it is another model, or was trained since" in first
+    assert "the source of seed is not at seed: give it with --sources seed=DIR" in second
+    where = {"seed": parts / "moved" / "seed", "beta": parts / "alpha"}
+    [problem] = verify_sources(parts / "out", where).problems
+    assert f"expert beta: {parts / 'alpha'} has feed-forward networks of sha256" in problem
+    with pytest.raises(ConfigError, match="--sources delta: expected one of alpha, beta, gamma"):
+        verify_sources(parts / "out", {"delta": parts / "alpha"})
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        (TrainStep(stage="moe", steps=1, tokens=2, mixture={}), "trained since"),
+        (OtherStep(verb="distil", written={"verb": "distil"}), r"its last step (distil) put no"),
+    ],
+)
+def test_steps_that_leave_no_sources(parts, step, said):
+    upcycle(parts)
+    sidecar = read_sidecar(parts / "out")
+    sidecar.lineage.append(step)
+    write_sidecar(parts / "out", sidecar)
+    found = verify_sources(parts / "out", {})
+    assert said in found.notes[0] and not found.problems and not found.checked
+
+
+def test_zero_in_an_average_is_no_excuse(parts):
+    upcycle(parts)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    edit_tensors(parts / "out", lambda t: t[name].copy_(torch.zeros_like(t[name])))
+    [problem] = verify_sources(parts / "out", {}).problems
+    assert problem.startswith(f"{name} is not the average of its sources: 256 values")
