@@ -155,9 +155,10 @@ FAULTS = (
     ),
     Fault(
         "the router's file lies among the weights",
-        "checkpoint/sidecar.py",
+        "checkpoint/records.py",
         'ROUTER = "nexus/nexus_router.safetensors"',
         'ROUTER = "router.safetensors"',
+        "checkpoint/test_sidecar.py",
     ),
     Fault(
         "transformers 4 is told a class of 5",
