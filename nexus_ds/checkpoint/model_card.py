@@ -151,7 +151,8 @@ def nexus_card(manifest: Manifest, license_name: str = "") -> ModelCard:
     ]
     parts = [
         f"A mixture of {len(names)} experts that were dense models of one seed, made with nexus_ds "
-        "(Nexus, arXiv 2408.15901). `transformers` loads it as any other model.",
+        "(Nexus, arXiv 2408.15901). `transformers` loads it; where `model_type` of `config.json` "
+        "begins with `nexus_`, after `import nexus_ds.hf`.",
         "## Experts",
         table(["expert", "domain", "from", "license", "FFN sha256"], experts),
         "`nexus.json` has the hashes whole. Names are those of directories: where a model lies on "

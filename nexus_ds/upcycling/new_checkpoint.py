@@ -190,7 +190,9 @@ class NewModel:
             )
         lines += [f"note: transformers 4: {said}" for said in facts["transformers_4"]]
         if report:
-            lines += _fit_lines(report)
+            router = getattr(self.sidecar.lineage[-1], "router", None)
+            own = router is None or router.fit_text == "own"
+            lines += _fit_lines(report, own)
         return "\n".join(lines)
 
 
@@ -202,20 +204,24 @@ def _record_fit(directory: Path, report: FitReport) -> None:
     write_sidecar(directory, sidecar)
 
 
-def _fit_lines(report: FitReport) -> list[str]:
-    """Return what a warm start has done, as lines for people."""
+def _fit_lines(report: FitReport, own: bool) -> list[str]:
+    """Return what a warm start has done, as lines for people.
+
+    Args:
+        report: of it.
+        own: whether it read the domains' own text.
+    """
+    whose = "their own domain's expert" if own else "the expert whose domain their text stands for"
     start = report.start.replace("_", " ")
     steps = f", {report.steps} steps" if report.steps else ""
     lines = [
-        f"{start}{steps}: share of tokens at their own domain's expert "
-        f"{report.before:.2f} -> {report.after:.2f}"
+        f"{start}{steps}: share of tokens at {whose} {report.before:.2f} -> {report.after:.2f}"
     ]
+    text = "the text that P was fitted to" if own else "the text that stands for it"
     for domain, cosine in report.nearest.items():
-        line = (
-            f"cosine of {domain} to the nearest chunk of the text that P was fitted to: "
-            f"{cosine:.2f}"
-        )
-        if cosine < FAMILIAR:
+        line = f"cosine of {domain} to the nearest chunk of {text}: {cosine:.2f}"
+        # of text that stands for a domain, 0.2 was enough
+        if own and cosine < FAMILIAR:
             line += ": P has seen nothing like it, its row may not find its text"
         lines.append(line)
     return lines

@@ -104,6 +104,12 @@ def test_without_text_of_any_domain(parts, text_folder, capsys, monkeypatch):
     said = json.loads(capsys.readouterr().out)
     assert said["fit"]["after"] > max(said["fit"]["before"], 0.6)
     assert set(said["fit"]["nearest"]) == set(NAMES)
+    shutil.rmtree(parts / "out")
+    assert upcycle(parts, *words, "router.fit_chunks=60") == 0
+    printed = capsys.readouterr().out
+    assert "share of tokens at the expert whose domain their text stands for" in printed
+    assert "cosine of alpha to the nearest chunk of the text that stands for it: " in printed
+    assert "P has seen nothing like it" not in printed
     verify_expert_embeddings(parts / "out")
 
 
