@@ -51,6 +51,8 @@ ENDING = (
     signal.SIGXCPU,
 )
 TEMPORARY = re.compile(r"\..+\.tmp-[0-9]+")
+# A full disk, a quota, a limit on the size of files.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # File systems that can't flush a folder, as some of network shares, say so by one of these.
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
@@ -99,15 +101,22 @@ def exit_on_signals() -> Iterator[None]:
 
 
 @contextmanager
-def naming(path: Path, size: int | None = None) -> Iterator[None]:
+def naming(path: Path, size: int | None = None, full_alone: bool = False) -> Iterator[None]:
     """Let a failed write (of `size` bytes) say of which file.
 
     The system's error on a full disk names none.
+
+    Args:
+        path: of the file, or of the folder where no more is known.
+        size: bytes that are still to be written.
+        full_alone: only where room is what lacks; other errors may be of something else.
     """
     try:
         yield
     except OSError as error:
         if error.filename is not None or error.errno is None:
+            raise
+        if full_alone and error.errno not in FULL:
             raise
         free = shutil.disk_usage(Path(path).parent).free
         needed = "" if size is None else f"need {size:,} bytes more, "
@@ -179,11 +188,26 @@ def sync(path: Path) -> None:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise OutputExistsError if `out` exists (an empty directory counts as free)."""
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists() or out.is_symlink():
+    """Refuse an output that can't be made, before hours go into what it is made of.
+
+    Raises:
+        OutputExistsError: it exists (an empty directory counts as free).
+        OSError: nobody may write there.
+    """
+    free = out.is_dir() and not any(out.iterdir())
+    if not free and (out.exists() or out.is_symlink()):
         raise OutputExistsError(f"{out} exists already; give another --out or remove it first")
+    there = next(folder for folder in out.absolute().parents if folder.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(
+            errno.ENOTDIR, f"{out} can't be made in what is not a directory", str(there)
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(
+            errno.EACCES,
+            f"{out} can't be made; give another --out, or write permission",
+            str(there),
+        )
 
 
 def _lock(path: Path, out: Path) -> tuple[IO[str], bool]:
@@ -339,7 +363,9 @@ def _temporary_directory(out: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
+        # Libraries write here too, figures and tokenizers.
+        with naming(temporary, full_alone=True):
+            yield temporary
         _share(temporary)
         # An empty directory counts as free, and a rename over one fails on some systems.
         if out.is_dir():

@@ -7,6 +7,8 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from nexus_ds.outputs import (
     held,
     new_directory,
     new_file,
+    refuse_existing,
     write_at,
     write_json,
 )
@@ -396,3 +399,51 @@ def test_a_second_demo_of_the_same_run_is_refused(
         f"nexus-ds demo: {tmp_path / 'run'} is being written by process {os.getpid()} on " in said
     )
     assert list(tmp_path.iterdir()) == []
+
+
+# Before the work --------------------------------------------------------------------------------
+
+
+def as_nobody(action: Callable[[], object]) -> str:
+    """Return the error of an action that is done by a user who owns nothing."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setuid(65534)
+        try:
+            action()
+        except OSError as error:
+            os.write(writing, str(error).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        return pipe.read()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
+def test_an_output_where_nobody_may_write_is_refused_before_the_work():
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        out = Path(folder) / "a" / "b" / "out"
+        said = as_nobody(lambda: refuse_existing(out))
+        advice = "give another --out, or write permission"
+        assert said == f"[Errno 13] {out} can't be made; {advice}: '{folder}'"
+        refuse_existing(out)
+
+
+def test_an_output_below_a_file_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"out can't be made in what is not a directory: "):
+        refuse_existing(tmp_path / "file" / "out")
+
+
+def test_a_library_that_finds_the_disk_full_gets_the_folder_named(tmp_path: Path):
+    with (
+        pytest.raises(OSError, match=r"File too large: free [\d,]+: '.*/\.out\.tmp-\d+'"),
+        new_directory(tmp_path / "out") as made,
+        file_limit(1000),
+    ):
+        (made / "figure.png").write_bytes(bytes(2000))
+    with pytest.raises(OSError, match=r"^\[Errno 111\] refused$"), new_directory(tmp_path / "out"):
+        raise OSError(errno.ECONNREFUSED, "refused")

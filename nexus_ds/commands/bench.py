@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -404,7 +405,7 @@ def _run_models(args: argparse.Namespace) -> int:
     print(f"{what}; {machine}")
     print(describe_train(found) if isinstance(found, Comparison) else describe_growth(found))
     if args.out:
-        print(f"wrote {args.out}; next: open {args.out / (args.what + '.png')}")
+        print(f"wrote {args.out}; next: open {shlex.quote(str(args.out / (args.what + '.png')))}")
     else:
         print("next: the same with --out DIR for JSONL, CSV and a figure")
     return 0

@@ -418,7 +418,7 @@ class Run:
             **{key: get_key(self.config, key) for key in keys},
             "model at the start": content_fingerprint(Path(path)) if path else "new",
             "data.weights": self.data.weights,
-            "data fingerprint": {name: file.fingerprint for name, file in self.data.files.items()},
+            states.FINGERPRINTS: {name: file.fingerprint for name, file in self.data.files.items()},
         }
         return json.loads(json.dumps(kept))
 

@@ -36,6 +36,7 @@ from nexus_ds.sealed import read_sealed, seal
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # 1 had no hash of itself
+FINGERPRINTS = "data fingerprint"  # of a configuration: a hash for each domain
 BYTES = 12  # of a parameter in a state: fp32 and two moments
 
 
@@ -188,10 +189,11 @@ def _compare(manifest: Manifest, description: Description, shapes: dict[str, lis
     now = description["config"]
     which = f"the training state at step {manifest['step']} belongs to another"
     different = [
-        f"{key}: {saved[key]!r} then, {now[key]!r} now"
+        told
         for key in now
         # as text, since equal dictionaries may have another order
         if key in saved and json.dumps(saved[key]) != json.dumps(now[key])
+        for told in _differences(key, saved[key], now[key])
     ]
     if different:
         raise CheckpointError(
@@ -207,6 +209,21 @@ def _compare(manifest: Manifest, description: Description, shapes: dict[str, lis
             f"{which} model: {len(other)} parameters differ, the first is {name}: found "
             f"{parameters.get(name)}, expected {shapes.get(name)}; give another output"
         )
+
+
+def _differences(key: str, then: object, now: object) -> list[str]:
+    """Return what differs in a setting or fingerprint, in words, entry by entry of a mapping."""
+    if not isinstance(then, dict) or not isinstance(now, dict) or then.keys() != now.keys():
+        return [f"{key}: {then!r} then, {now!r} now"]
+    entries = [name for name in now if then[name] != now[name]]
+    if not entries:
+        return [f"{key}: in the order {', '.join(then)} then, {', '.join(now)} now"]
+    if key == FINGERPRINTS:
+        return [
+            f"the text of {name}, its tokenizer or data.* are not what they were"
+            for name in entries
+        ]
+    return [f"{key}.{name}: {then[name]!r} then, {now[name]!r} now" for name in entries]
 
 
 def resume(engine: Engine, states: Path, description: Description) -> tuple[int, list[str]]:

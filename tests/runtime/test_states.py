@@ -188,6 +188,25 @@ def test_a_state_of_another_model_or_configuration_is_refused(saved):
         states._compare(fewer, description, shapes)
 
 
+def test_a_difference_is_told_by_its_own_entry():
+    assert states._differences("training.lr", 0.1, 0.2) == ["training.lr: 0.1 then, 0.2 now"]
+    weights = {"a": 0.5, "b": 0.5}
+    assert states._differences("data.weights", weights, weights | {"b": 0.6}) == [
+        "data.weights.b: 0.5 then, 0.6 now"
+    ]
+    turned = {"b": 0.5, "a": 0.5}
+    assert states._differences("data.weights", weights, turned) == [
+        "data.weights: in the order a, b then, b, a now"
+    ]
+    hashes = {"a": "0" * 64, "b": "1" * 64}
+    assert states._differences("data fingerprint", hashes, hashes | {"b": "2" * 64}) == [
+        "the text of b, its tokenizer or data.* are not what they were"
+    ]
+    assert states._differences("data.weights", weights, {"a": 1.0}) == [
+        "data.weights: {'a': 0.5, 'b': 0.5} then, {'a': 1.0} now"
+    ]
+
+
 @pytest.mark.slow
 def test_elements_that_no_file_has_are_named(saved):
     directory = saved / "step_6"

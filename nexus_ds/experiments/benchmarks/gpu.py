@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -39,6 +40,7 @@ TAIL_LINES = 12
 LINE_CHARACTERS = 400
 SMALLEST_PLAIN = 0.005  # smaller figures are written as 1.2e-03
 LOG_LINES = 400
+TABLE = "docs/performance.md"
 BEGIN = "<!-- bench gpu: the table begins -->"
 END = "<!-- bench gpu: the table ends -->"
 MODULE = "nexus_ds.experiments.benchmarks.gpu_steps"
@@ -478,5 +480,6 @@ def run(args: argparse.Namespace) -> int:
             runner.run([replace(step, limit=patience * step.limit) for step in wave])
     print(table(report))
     written = args.out / "gpu.json"
-    print(f"wrote {written}; next: nexus-ds bench gpu --out {args.out} --table docs/performance.md")
+    following = ["nexus-ds", "bench", "gpu", "--out", str(args.out), "--table", TABLE]
+    print(f"wrote {written}; next: {shlex.join(following)}")
     return 0 if all(step.state == OK for step in report.steps) else 1
