@@ -42,7 +42,12 @@ def interrupted(process):
     ("words", "module", "text", "line"),
     [
         (["-m", "nexus_ds", "evaluate", "--help"], "yaml", GREEDY, "nexus-ds evaluate"),
-        (["-m", "nexus_ds", "inspect", "."], "torch", SLOW, "nexus-ds inspect"),
+        (
+            ["-m", "nexus_ds", "generate", "--checkpoint", ".", "x"],
+            "torch",
+            SLOW,
+            "nexus-ds generate",
+        ),
         ([TRAIN, "--help"], "yaml", GREEDY, "train.py"),
     ],
     ids=["parsing", "working", "train"],

@@ -250,6 +250,12 @@ def settings(config: ConfigJson, where: str = "config.json") -> DenseSettings:
             f"expected at most {MOST_LAYERS}"
         )
     config = as_source(config, where)
+    refuse_odd_type(config, where)
+    if config.get("model_type") not in _READABLE:
+        raise CheckpointError(
+            f"{where}: model_type is {config.get('model_type')!r}, expected one of "
+            f"{', '.join(_READABLE)}"
+        )
     _check_nested(config, where)
     family = family_of(config)
     values = filled(config)

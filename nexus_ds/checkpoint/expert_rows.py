@@ -104,7 +104,11 @@ class RouterFile:
     def _rows(
         self, layer: int, at: Round, columns: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        names = [f"layers.{layer}.maps.{index}.weight" for index in range(self._maps())]
+        # Before a name is made for each: nexus.json may say any number.
+        there = sum(name.startswith(f"layers.{layer}.maps.") for name in self.reader.names())
+        if there != self._maps() or not there:
+            raise ValueError(f"{there} maps, not {self._maps()}")
+        names = [f"layers.{layer}.maps.{index}.weight" for index in range(there)]
         fixed = self.router.row_norm == "fixed"
         x = at(self.inputs_EM)
         for index, name in enumerate(names):

@@ -50,17 +50,22 @@ def as_source(config: ConfigJson, where: str = "config.json") -> ConfigJson:
     Raises:
         CheckpointError: a Qwen3-Next that was not made here.
     """
-    model_type = config["model_type"]
+    model_type = config.get("model_type")
     family = native_family(model_type)
     if family:
         return config | {"model_type": family}
     if model_type != QWEN3_NEXT:
         return config
     source = config.get(SOURCE)
-    if not isinstance(source, dict) or source.get("model_type") not in FAMILIES:
+    if not isinstance(source, dict) or str(source.get("model_type")) not in FAMILIES:
         raise CheckpointError(
             f"{where}: a Qwen3-Next whose {SOURCE} is {source!r}, expected the dense family that "
             "it was made of; give one that nexus-ds upcycle has made"
+        )
+    if not isinstance(config.get("rope_parameters"), dict):
+        raise CheckpointError(
+            f"{where}: rope_parameters is {str(config.get('rope_parameters'))[:100]}, expected an "
+            "object"
         )
     rope = dict(config["rope_parameters"])
     # the class's own default is a quarter of the head, so it is said; a dense Qwen3 has no such key

@@ -25,7 +25,13 @@ from nexus_ds.checkpoint.families.table import FAMILIES
 from nexus_ds.checkpoint.forms import MIXTURES, QWEN3_NEXT
 from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.older_stacks import unlike_transformers_4
-from nexus_ds.checkpoint.qwen2_moe import check_shared_gates, gate_name, open_moe, parameter_counts
+from nexus_ds.checkpoint.qwen2_moe import (
+    check_experts,
+    check_shared_gates,
+    gate_name,
+    open_moe,
+    parameter_counts,
+)
 from nexus_ds.checkpoint.records import Manifest, is_nexus, read_manifest
 from nexus_ds.checkpoint.tokenizer import chat_templates
 from nexus_ds.checkpoint.values import read_values
@@ -161,7 +167,9 @@ def _agreement(manifest: Manifest, config: ConfigJson) -> str:
 def _nexus_info(directory: Path, reader: Headers, config: ConfigJson) -> Facts:
     manifest = read_manifest(directory)
     encoder = manifest.encoder
-    settings(config, str(directory / "config.json"))  # whose messages have no directory below
+    where = str(directory / "config.json")
+    settings(config, where)  # whose messages have no directory below
+    check_experts(config, len(reader.names()), where)
     layers = config["num_hidden_layers"]
     total, active = parameter_counts(config, manifest.shared_expert == "seed")
     weights = reader

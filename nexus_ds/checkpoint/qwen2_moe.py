@@ -348,9 +348,23 @@ def _check_form(config: ConfigJson, where: str) -> None:
             raise CheckpointError(
                 f"{where}: {key} is {config.get(key)!r}, a Nexus checkpoint has {value!r}"
             )
+    refuse_in_any_form(config, where)
+
+
+def check_experts(config: ConfigJson, tensors: int, where: str) -> None:
+    """Raise CheckpointError for sizes of experts that are none, or more experts than tensors.
+
+    `stored` has some names for each expert of each layer: a false number would fill the memory.
+    """
     for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
         positive(config, key, where)
-    refuse_in_any_form(config, where)
+    experts = config["num_experts"] * positive(config, "num_hidden_layers", where)
+    if experts > tensors:
+        raise CheckpointError(
+            f"{where}: num_experts is {config['num_experts']} in {config['num_hidden_layers']} "
+            f"layers, but the model has {tensors} tensors; the configuration is damaged or of "
+            "another model"
+        )
 
 
 def open_moe(directory: Path) -> tuple[ConfigJson, Headers]:
@@ -369,14 +383,7 @@ def open_moe(directory: Path) -> tuple[ConfigJson, Headers]:
     refuse_hooks(config, where)
     _check_form(config, where)
     raw = Headers(directory)
-    # The table has some names for each expert of each layer: a false number would fill the memory.
-    experts = config["num_experts"] * positive(config, "num_hidden_layers", where)
-    if experts > len(raw.names()):
-        raise CheckpointError(
-            f"{where}: num_experts is {config['num_experts']} in "
-            f"{config['num_hidden_layers']} layers, but the model has {len(raw.names())} "
-            "tensors; the configuration is damaged or of another model"
-        )
+    check_experts(config, len(raw.names()), where)
     # `where` starts the messages: read once here, before the table reads it again
     settings(config, where)
     if config["model_type"] != QWEN3_NEXT:

@@ -123,8 +123,8 @@ def test_numbers_of_layers_and_experts_that_would_fill_the_memory(nexus):
     path = nexus / "config.json"
     value = json.loads(path.read_text())
     for key, message in {
-        "num_hidden_layers": "num_experts is 3 in 9999 layers, but the model has 42 tensors; ",
-        "num_experts": "num_experts is 9999 in 2 layers, but the model has 42 tensors; ",
+        "num_hidden_layers": r"num_experts is 3 in 9999 layers, but the model has \d+ tensors; ",
+        "num_experts": r"num_experts is 9999 in 2 layers, but the model has \d+ tensors; ",
     }.items():
         path.write_text(json.dumps(value | {key: 9999}))
         with pytest.raises(NexusError, match=message):
