@@ -217,10 +217,14 @@ def _resolved_data(config: Config) -> DataConfig:
 
 
 def shared_overrides(overrides: Sequence[str]) -> list[str]:
-    """Return those of a stage's overrides that hold for the whole run, so that earlier stages get
-    them too."""
+    """Return those of a stage's overrides that hold for the whole run, or for a stage that they
+    name, so that earlier stages get them too."""
     shared = {key for key, rule in SETTINGS.items() if rule.scope == "run"}
-    return [override for override in overrides if override.partition("=")[0] in shared]
+    return [
+        override
+        for override in overrides
+        if override.startswith("stages.") or override.partition("=")[0] in shared
+    ]
 
 
 def check_domains(config: Config) -> None:

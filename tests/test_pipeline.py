@@ -80,6 +80,15 @@ def test_how_documents_begin_holds_for_the_whole_run():
     assert shared_overrides(["data.bos=false", "training.steps=3"]) == ["data.bos=false"]
 
 
+def test_what_is_said_for_an_earlier_stage_reaches_it():
+    """It was dropped: a seed was trained for as long as the recipe says."""
+    words = ["stages.seed.training.steps=3", "training.steps=5", "data.path=demo"]
+    handed = shared_overrides(words)
+    assert handed == ["stages.seed.training.steps=3", "data.path=demo"]
+    assert load_config("demo", [*handed, "stage=seed"]).training.steps == 3
+    assert load_config("demo", [*handed, "stage=moe"]).training.steps == 0
+
+
 @pytest.mark.parametrize(
     ("recipe", "words", "found", "missing"),
     [
