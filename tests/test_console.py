@@ -41,7 +41,7 @@ def interrupted(process):
 @pytest.mark.parametrize(
     ("words", "module", "text", "line"),
     [
-        (["-m", "nexus_ds", "evaluate", "--help"], "yaml", GREEDY, "nexus-ds evaluate"),
+        (["-m", "nexus_ds", "train", "--help"], "yaml", GREEDY, "nexus-ds train"),
         (
             ["-m", "nexus_ds", "generate", "--checkpoint", ".", "x"],
             "torch",
