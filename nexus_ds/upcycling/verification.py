@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nexus_ds.checkpoint.config_json import ConfigJson
+from nexus_ds.checkpoint.config_json import ADAPTER, ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel, open_dense
 from nexus_ds.checkpoint.expert_rows import check_rows, open_router
 from nexus_ds.checkpoint.hashes import differences, recorded
@@ -36,6 +36,8 @@ from nexus_ds.errors import CheckpointError, ConfigError
 
 ULP = {"F32": 0.0, "BF16": 2.0**-7}
 """What rounding to a dtype adds to an average's relative difference, at most."""
+AT_ONCE = 1 << 20
+"""Values of a tensor that are in memory at once, of each of its sources in fp64."""
 SUMMING = 2.0**-21
 """Largest difference of an fp32 average, relative to the sum of its parts' sizes: summed here in
 another order and precision."""
@@ -173,10 +175,13 @@ def _sources(
 
 def _checked_source(place: Path, name: str, sha256: str) -> DenseModel:
     """Open an expert's dense model; CheckpointError unless its FFNs are those recorded."""
-    # merges adapters in torch, for which a check of hashes does not wait
-    from nexus_ds.checkpoint.adapters import open_branch
+    if (place / ADAPTER).is_file():
+        # it is merged in torch, for which a check of whole models does not wait
+        from nexus_ds.checkpoint.adapters import open_branch
 
-    model = open_branch(place)
+        model = open_branch(place)
+    else:
+        model = open_dense(place)
     found = sha256_of_tensors(model.reader, model.ffn_names())
     if found != sha256:
         raise CheckpointError(
@@ -278,7 +283,7 @@ def _difference(reader: Headers, name: str, parts: Sequence[Weighted], scale: fl
     rows = min(info.shape[0], *(one.info(part).shape[0] for one, part, _ in parts))
     exact = len(parts) == 1 and parts[0][2] == 1.0
     wrong, worst = 0, 0.0
-    for start, stop in row_slices((rows, *info.shape[1:])):
+    for start, stop in row_slices((rows, *info.shape[1:]), AT_ONCE):
         rows_of = [read_rows(one, part, start, stop).astype(np.float64) for one, part, _ in parts]
         values = [weight * x for x, (_, _, weight) in zip(rows_of, parts, strict=True)]
         total = np.sum(values, axis=0) * scale
