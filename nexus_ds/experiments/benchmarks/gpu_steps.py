@@ -253,7 +253,7 @@ def speed(small: bool) -> Iterator[Figures]:
             "MFU": row.mfu,
             "AdamW ms": 1e3 * row.optimizer_seconds,
             "router": row.shares.get("router"),
-            "head + loss": row.shares["head + loss"],
+            "head + loss": row.shares.get("head + loss"),
         }
     yield found
 

@@ -45,3 +45,11 @@ def test_a_small_comparison(monkeypatch):
         assert row.to_json()["shares"] == row.shares
     assert {"router", "optimizer", "data"} <= rows[1].shares.keys()
     assert lines[0] == "building dense" and "round 2 of 2" in lines
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_compared_as_a_whole():
+    names = ["nexus-grouped", "nexus-compiled"]
+    plain, compiled = measure(names, SHAPE, CPU, torch.float32, 1, lambda _: None)[0]
+    assert compiled.loss == pytest.approx(plain.loss, rel=1e-5)
+    assert "router" in plain.shares and set(compiled.shares) == {"optimizer", "data"}
