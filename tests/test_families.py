@@ -11,9 +11,12 @@ import pytest
 import torch
 from launch import finish, start_ranks
 from test_train import settings
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from nexus_ds.__main__ import main
 from nexus_ds.checkpoint import qwen2_moe
+from nexus_ds.checkpoint.sidecar import verify_expert_embeddings
+from nexus_ds.data.domains import write_domain_embeddings
 from nexus_ds.settings import Config
 from nexus_ds.upcycling.upcycle import upcycled
 from tests.checkpoint.test_dense import embeddings
@@ -32,11 +35,11 @@ SIZES = dict(
 ROWS = {  # family: keys of its config.json, the class that transformers finds on disk
     "qwen3": (dict(head_dim=12, tie_word_embeddings=True), "Qwen3NextForCausalLM"),
 }
-LAYOUTS = {"z1": (1, 1), "z3-experts": (3, 2)}
+LAYOUTS = {"z1": (1, 1), "z3": (3, 1), "z3-experts": (3, 2)}
 
 
-def mixture(family, root, dense_dir, text):
-    """Write seed, branches and their mixture, its router fitted to text; return its folder."""
+def dense_models(family, root, dense_dir):
+    """Write a seed and its branches, one a domain, each in a folder of its name."""
     vocabulary = json.loads((dense_dir / "config.json").read_text())["vocab_size"]
     for number, name in enumerate(("seed", *DOMAINS)):
         torch.manual_seed(0)
@@ -48,6 +51,11 @@ def mixture(family, root, dense_dir, text):
         model.save_pretrained(root / name)
         for file in dense_dir.glob("tokenizer*.json"):
             shutil.copy(file, root / name)
+
+
+def mixture(family, root, dense_dir, text):
+    """Write seed, branches and their mixture, its router fitted to text; return its folder."""
+    dense_models(family, root, dense_dir)
     config = Config()
     config.router.warm_start, config.router.fit_steps = "label_fit", 20
     config.data.sequence_length = 16
@@ -86,3 +94,58 @@ def test_a_family_trains_alike_in_every_layout(family, tmp_path, dense_dir, text
     for part in ("self_attn.q_norm", "self_attn.q_proj", "input_layernorm", "mlp.gate"):
         name = f"model.layers.1.{part}.weight"
         assert not torch.equal(first.read(name), before.read(name)), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ROWS)
+def test_every_verb_takes_a_family(family, tmp_path, dense_dir, text_folder, capsys, monkeypatch):
+    """As commands, one on what the other wrote; training on two ranks, ZeRO-2 and bf16."""
+    monkeypatch.chdir(tmp_path)
+    dense_models(family, tmp_path, dense_dir)
+    write_domain_embeddings(Path("domains.safetensors"), embeddings(DOMAINS))
+    text = ["--domains", "domains.safetensors", "--data", text_folder]
+    fit = [*text, "router.warm_start=label_fit", "router.fit_steps=20", "data.sequence_length=16"]
+
+    def said(*words):
+        capsys.readouterr()
+        assert main([*map(str, words), "--json"]) == 0, words
+        return json.loads(capsys.readouterr().out)
+
+    experts = [f"--expert={name}={name}" for name in DOMAINS[:2]]
+    said("upcycle", "--seed=seed", *experts, "--out=new", *fit)
+    Path("z2.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    words = settings("new", text_folder, tmp_path / "trained", "parallel.expert=2")
+    words += ["data.domains=[alpha,beta]", "data.validation_domains=[alpha]", "training.lr=1e-3"]
+    words += ["model.dtype=bf16", "--config", "demo", "--deepspeed", "z2.json"]
+    log = finish(start_ranks([TRAIN, *words], 2))
+    assert "ZeRO stage 2" in log and "reloaded in plain transformers: logits differ by" in log
+    # a branch of fp32 is cast to what training wrote
+    said("extend", "--checkpoint=trained", "--expert=gamma=gamma", "--out=more", *fit)
+    replaced = ["--expert=beta=gamma", "--replace", "--no-refit", "--lambda=0"]
+    said("extend", "--checkpoint=more", *replaced, "--out=other")
+    said("remove", "--checkpoint=other", "--expert=alpha", "--out=fewer")
+    made = {"new": 2, "trained": 2, "more": 3, "other": 3, "fewer": 2}
+    for name, count in made.items():
+        model = AutoModelForCausalLM.from_pretrained(name, local_files_only=True, dtype="auto")
+        assert type(model).__name__ == ROWS[family][1] and model.config.num_experts == count
+        assert model.dtype == (torch.float32 if name == "new" else torch.bfloat16), name
+        verify_expert_embeddings(tmp_path / name)
+        said("verify", name)
+        facts = said("inspect", name)
+        planned = said("plan", "--gpus=2", "--gpu-memory=8GB", f"model.path={name}")
+        assert planned["parameters"]["total"] == facts["parameters"]["total"]
+        assert planned["parameters"]["active"] == facts["parameters"]["active"]
+    moved = [qwen2_moe.open_moe(tmp_path / name)[1] for name in ("more", "other", "fewer")]
+    places = [qwen2_moe.expert_name(1, expert, "up_proj") for expert in (2, 1, 0)]
+    first, *others = (part.read(place) for part, place in zip(moved, places, strict=True))
+    assert all(torch.equal(one, first) for one in others)
+    checkpoints = [f"--checkpoint={name}" for name in ("seed", *made)]
+    scores = said("evaluate", *checkpoints, f"--data={text_folder}", "--windows=4", "--out=scores")
+    assert set(scores["perplexity"]) == {"seed", *made}
+    assert all(1 < score < 1e4 for row in scores["perplexity"].values() for score in row.values())
+    written = said("generate", "--checkpoint=trained", "tree leaf", "--tokens=6")
+    tokenizer = AutoTokenizer.from_pretrained("trained", local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained("trained", dtype=torch.float32)
+    ids = tokenizer("tree leaf", return_tensors="pt").input_ids
+    found = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+    assert written["text"] == tokenizer.decode(found, skip_special_tokens=True)
