@@ -30,6 +30,7 @@ SIZES = dict(
     max_position_embeddings=64,
     initializer_range=0.1,
 )
+FP32 = 1e-6  # of the largest logit
 LLAMA3 = dict(
     rope_type="llama3",
     rope_theta=500.0,
@@ -148,7 +149,7 @@ def test_stock_transformers_computes_the_formula(kind, tmp_path, dense_dir):
     expected, found = oracle(tokens).logits, load(out)(tokens).logits
     assert all(len(block.mlp.chosen) > 1 for block in oracle.model.layers)
     assert torch.isfinite(found).all()
-    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert (found - expected).abs().max() <= FP32 * expected.abs().max()
     oracle.model.layers[1].mlp.experts[0].down_proj.weight.data *= -1  # the comparison can fail
     assert (found - oracle(tokens).logits).abs().max() > 1e-2 * expected.abs().max()
 

@@ -1,0 +1,233 @@
+"""Write docs/families.md out of the tables that the tests run by, and of what was found of other
+programs: `PYTHONPATH=. python tests/family_page.py`.
+
+A family's row comes from `FAMILIES` and from the rows of KINDS and ROWS that have it; a bound is
+the one that the test asserts. tests/test_family_page.py holds the page to this.
+"""
+
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from test_families import AGREEMENT, ROWS
+from test_readme import KINDS as IN_README
+
+from nexus_ds.checkpoint import families
+from nexus_ds.checkpoint.families.record import Family
+from nexus_ds.checkpoint.families.table import FAMILIES
+from tests.checkpoint.test_dense import FP32, KINDS
+from tests.checkpoint.test_qwen3_next import BF16, GRADIENTS, NOISE
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "families.md"
+
+
+class Claim(NamedTuple):
+    """What is exact in a form, and the test that says so."""
+
+    form: str
+    exact: str
+    to: str
+    test: str
+
+
+DENSE = "tests/checkpoint/test_dense.py::"
+NEXT = "tests/checkpoint/test_qwen3_next.py::"
+OLDER = "tests/checkpoint/test_older_stacks.py::"
+FORMULA = "the formula on the dense family's own class of transformers"
+CLAIMS = (
+    Claim(
+        "all",
+        f"fp32 logits to {FP32:g} of the largest, top-1 and top-2",
+        FORMULA,
+        DENSE + "test_stock_transformers_computes_the_formula",
+    ),
+    Claim(
+        "qwen2_moe",
+        "gradients, and losses of ten steps of AdamW",
+        "plain PyTorch",
+        "tests/runtime/test_parity.py::test_losses_and_gradients_equal_the_reference",
+    ),
+    Claim(
+        "qwen3_next",
+        f"fp32 logits to {NOISE:g} times what eager and sdpa differ by, top-1 and top-2",
+        FORMULA,
+        NEXT + "test_stock_transformers_computes_the_formula",
+    ),
+    Claim(
+        "qwen3_next",
+        f"bf16 logits: median error to fp32 at most {BF16:g} times the reference's own",
+        FORMULA,
+        NEXT + "test_stock_transformers_computes_the_formula",
+    ),
+    Claim(
+        "qwen3_next",
+        "left padding; greedy tokens with and without a cache",
+        FORMULA,
+        NEXT + "test_with_left_padding_and_with_a_cache_it_is_the_same",
+    ),
+    Claim(
+        "qwen3_next",
+        f"gradients of all weights, experts and P to {GRADIENTS:g} of the largest",
+        FORMULA,
+        NEXT + "test_training_computes_the_reference_and_its_gradients",
+    ),
+    Claim(
+        "qwen3_next",
+        "every tensor, bit by bit",
+        "the dense models it was made of",
+        NEXT + "test_it_is_read_back_bit_by_bit",
+    ),
+    Claim(
+        "qwen3_next",
+        f"trained weights to {AGREEMENT:g}",
+        "ZeRO-1 and ZeRO-3, with and without expert parallelism, to one another",
+        "tests/test_families.py::test_a_family_trains_alike_in_every_layout",
+    ),
+    Claim(
+        "all",
+        "a finished training: logits of what was written",
+        "the engine that trained it",
+        "tests/test_train.py::"
+        "test_a_trained_checkpoint_computes_the_engines_logits_in_stock_transformers",
+    ),
+)
+
+
+def pinned(file, package):
+    """Return the version of a package that a file of requirements names."""
+    return re.search(rf"^{package}==(\S+)$", (ROOT / file).read_text(), re.M)[1]
+
+
+RUNTIMES = {  # form: program, whether it takes it, what to know
+    "qwen2_moe": (
+        (f"transformers {pinned('requirements.txt', 'transformers')} (run)", "yes", ""),
+        (
+            f"transformers {pinned('tests/transformers4.txt', 'transformers')} (run)",
+            "mostly",
+            "what it computes otherwise, or refuses, is said when a mixture is written: heads of "
+            "another width than hidden size / heads, windows in some layers, generation beyond a "
+            "window, a longrope factor",
+        ),
+        (
+            "vLLM 002fb907 (read)",
+            "Qwen2",
+            "it expects biases of q, k and v, which a mixture of Llama or Mistral has not; heads "
+            "of hidden size / heads; windows in some layers are not asked for",
+        ),
+        (
+            "SGLang 0115497d (read)",
+            "yes",
+            "heads of hidden size / heads; windows are not asked for",
+        ),
+        (
+            "llama.cpp of November 2026 (run)",
+            "mostly",
+            "log-probabilities to 0.013 in 2000 tokens; llama3's scaling of RoPE is dropped "
+            "without a word; heads of hidden size / heads",
+        ),
+    ),
+    "qwen3_next": (
+        (f"transformers {pinned('requirements.txt', 'transformers')} (run)", "yes", ""),
+        (
+            f"transformers {pinned('tests/transformers4.txt', 'transformers')} (run)",
+            "yes",
+            "generates with use_cache=False alone, and refuses else",
+        ),
+        ("vLLM 002d6073 (read)", "yes", "prefix caching follows its rules for hybrid models"),
+        ("SGLang, source of November 2026 (read)", "yes", ""),
+        (
+            "llama.cpp v0.5.0 (run)",
+            "no",
+            "it ends in GGML_ASSERT(buffer) for a model without layers of linear attention",
+        ),
+    ),
+}
+LOST = {
+    "qwen2_moe": "Nothing. The shared expert's down_proj is stored doubled (its gate is 1/2).",
+    "qwen3_next": "Size: q_proj is stored with as many zeros, a tied head is written out. q_norm "
+    "and k_norm are rounded in the model file, by less than bf16 costs, where no power of two "
+    "saves it; as they were they stand in nexus/, which every verb here reads. "
+    "Windows, biases in the attention and the router of contexts are refused.",
+}
+
+
+def described():
+    """Return the first line of the module of each family, by `model_type`."""
+    found = {}
+    for entry in pkgutil.iter_modules(families.__path__):
+        module = importlib.import_module(f"{families.__name__}.{entry.name}")
+        line = module.__doc__.splitlines()[0]
+        for value in vars(module).values():
+            if isinstance(value, Family):
+                # a module may import another's family; its own name decides
+                found[value.name] = (
+                    line if value.name == entry.name else found.get(value.name, line)
+                )
+    return found
+
+
+def table(header, rows):
+    """Return a table of Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def tested(family):
+    """Return a family's variants whose logits are compared, and where all verbs take it."""
+    variants = [kind for kind, (of, _) in KINDS.items() if of == family]
+    if family in ROWS:
+        return ", ".join(variants), "tests/test_families.py"
+    known = {name.lower() for name, _, _ in IN_README}
+    return ", ".join(variants) or "none", "tests/test_readme.py" if family in known else "none"
+
+
+def page():
+    """Return docs/families.md."""
+    words = described()
+    forms = list(dict.fromkeys(family.mixture for family in FAMILIES.values()))
+    rows = [
+        [f"`{name}`", words[name], f"`{family.mixture}`", *tested(name)]
+        for name, family in FAMILIES.items()
+    ]
+    exact = [
+        [f"`{claim.form}`" if claim.form in forms else claim.form, *claim[1:3], f"`{claim.test}`"]
+        for claim in CLAIMS
+    ]
+    runtimes = [[f"`{form}`", *row] for form in forms for row in RUNTIMES[form]]
+    return f"""# Dense families, and which programs take their mixtures
+
+Made by `tests/family_page.py` out of the tables that the tests run by; don't edit it here.
+
+## Families
+
+The seed and its branches are of one family, and their mixture is written in its form. The variants
+are rows of the test whose bound the next table gives; all verbs are run on tiny models.
+
+{table(["model_type", "what it is", "form", "variants compared", "all verbs"], rows)}
+
+Another `model_type` is refused by name, with the reason where one is known.
+
+## What is exact, and to what
+
+{table(["form", "exact", "to", "test"], exact)}
+
+## Programs
+
+Run: its numbers were compared with those of transformers. Read: its source was, at that commit.
+
+{table(["form", "program", "takes it", "what to know"], runtimes)}
+
+With `router.input=context` the form is `nexus_moe`, which transformers 5 alone takes, after
+`import nexus_ds.hf`.
+
+## What is lost
+
+{table(["form", "lost"], [[f"`{form}`", LOST[form]] for form in forms])}
+"""
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
