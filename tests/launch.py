@@ -22,7 +22,7 @@ def clean_environment():
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def _launched(world):
+def launched(world):
     """Return the environment of each of `world` ranks."""
     common = clean_environment() | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
     common["MASTER_PORT"] = str(free_port())
@@ -44,14 +44,14 @@ def start_ranks(arguments, world, cwd=None):
             stderr=subprocess.STDOUT,
             env=environment,
         )
-        for environment in _launched(world)
+        for environment in launched(world)
     ]
 
 
 def fork_ranks(arguments, world):
     """Start `world` ranks of a script of the tests as `start_ranks` does, out of a process that has
     imported all modules."""
-    return [ForkedRank(arguments, environment) for environment in _launched(world)]
+    return [ForkedRank(arguments, environment) for environment in launched(world)]
 
 
 @functools.cache
