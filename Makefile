@@ -9,11 +9,13 @@ export HF_HUB_OFFLINE ?= 1
 JOBS ?= 2
 PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test test-all test-slurm mutants gpu gpu-kit lint clean
+.PHONY: help setup demo test test-all test-slurm test-faults soak mutants gpu gpu-kit lint clean
 help:
 	@echo "make demo      the whole pipeline on a small scale (CPU or GPU); ends with the report's path"
 	@echo "make test      lint, types and tests (JOBS=2 files at once); make test-all adds the full parity matrix"
 	@echo "make test-slurm  the templates on a real SLURM, installed and started for the test (Debian, as root)"
+	@echo "make test-faults  every promise of docs/reliability.md, which it writes: up to 40 minutes on two cores"
+	@echo "make soak MINUTES=30  a training under a seeded list of faults ends bit-equal to an undisturbed one"
 	@echo "make mutants   put faults into copies of the code and count those that the tests see"
 	@echo "make gpu       on a machine with a GPU, in 8 minutes: its tests, speed, memory; runs/gpu/gpu.json"
 	@echo "make gpu-kit   pack what that needs where there is no network into .gpu/ (bash .gpu/gpu_check.sh there)"
@@ -48,6 +50,15 @@ test-all: lint
 test-slurm: $(READY)
 	$(BIN)/python tests/slurm/cluster.py install
 	$(BIN)/pytest tests/slurm -m "slurm and not full" --timeout 1800 -rs $(ARGS)
+
+test-faults: $(READY)
+	$(BIN)/python tests/promises.py run -n $(JOBS) --dist loadfile $(ARGS)
+
+# As root under Linux with all faults; elsewhere it says which it leaves out.
+MINUTES ?= 30
+SEED ?= 0
+soak: $(READY)
+	$(BIN)/python tests/soak.py --minutes $(MINUTES) --seed $(SEED) $(ARGS)
 
 # A quarter of an hour on two cores; ARGS="growth router" for the faults with one of these words.
 mutants: $(READY)
