@@ -11,6 +11,7 @@ Not covered: several machines (tests/slurm), GPUs, faults of the memory.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -347,6 +348,7 @@ class Soak:
                 self.faults |= more if allowed else {}
                 self.left_out += [] if allowed else list(more)
             self.network = network
+            self.queue = [name for name in self.queue if name in self.faults]
             stack.callback(lambda: self.run and self.run.kill())
             (self.folder / "logs").mkdir()
             started = time.monotonic()
@@ -524,13 +526,20 @@ def main():
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=600, help="of a run")
+    parser.add_argument("--pause", type=float, nargs=2, default=(20, 60), help="seconds")
+    parser.add_argument("--first", nargs="*", default=[], help="begins of faults that come first")
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"), help="new")
     parser.add_argument("--mixture", type=Path, default=Path("runs/soak-mixture"))
     args = parser.parse_args()
     if args.folder.exists():
         sys.exit(f"soak: {args.folder} is there, of a soak that failed; look at it and remove it")
     words = [*demo_mixture(args.mixture.absolute()), f"training.steps={args.steps}"]
-    soak = Soak(words, args.folder.absolute(), args.seed, (20, 60), lambda t: print(t, flush=True))
+    say = functools.partial(print, flush=True)
+    soak = Soak(words, args.folder.absolute(), args.seed, args.pause, say)
+    known = [*FAULTS, *ON_DISK, *ON_NETWORK]
+    # The queue is taken from its end.
+    for begin in reversed(args.first):
+        soak.queue += [name for name in known if name.startswith(begin)]
     try:
         print(soak.soak(args.minutes))
     except SoakError as error:
