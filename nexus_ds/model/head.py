@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+DIVISORS = {"granite": "logits_scaling"}
+"""For each `model_type` that divides its logits the key of its configuration that says by what."""
+
+
 class _MeanLoss(torch.autograd.Function):
     """(mean loss with its gradients, losses [T] without)."""
 
@@ -76,11 +80,13 @@ class LossHead(nn.Module):
         weight_VH: the parameter, shared with the embedding where the two are tied.
         kernel: auto | eager | compiled; auto: compiled on GPUs, and eager, with a warning, where
             that fails.
+        divisor: by which the model divides what this layer returns.
     """
 
-    def __init__(self, weight_VH: nn.Parameter, kernel: str = "auto") -> None:
+    def __init__(self, weight_VH: nn.Parameter, kernel: str = "auto", divisor: float = 1.0) -> None:
         super().__init__()
         self.weight = weight_VH
+        self.divisor = divisor
         self.kernel = kernel
         self.compiled: Score | None = None
         self.targets_BS: Tensor | None = None
@@ -108,9 +114,13 @@ class LossHead(nn.Module):
         hidden_TH = hidden.flatten(0, -2)
         targets_T = self.targets_BS.reshape(-1)
         score, chunk = self._score(hidden_TH)
+        if self.divisor != 1.0:
+            # the loss is of the divided logits
+            hidden_TH = hidden_TH / self.divisor
         mean, losses_T = _MeanLoss.apply(hidden_TH, self.weight, targets_T, score, chunk, learn)
         self.losses_BS = losses_T.view(self.targets_BS.shape)
-        return mean
+        # the model divides the loss, which it takes for logits
+        return mean * self.divisor
 
     def _score(self, hidden_TH: Tensor) -> tuple[Score, int]:
         """Return how a chunk is scored, and its tokens; compile at the first pass."""
@@ -141,7 +151,9 @@ def use_loss_head(model: PreTrainedModel, kernel: str = "auto") -> None:
         kernel: how a chunk of logits is scored, see LossHead.
     """
     if isinstance(model.lm_head, nn.Linear) and model.lm_head.bias is None:
-        model.lm_head = LossHead(model.lm_head.weight, kernel)
+        key = DIVISORS.get(model.config.model_type)
+        divisor = float(getattr(model.config, key)) if key else 1.0
+        model.lm_head = LossHead(model.lm_head.weight, kernel, divisor)
 
 
 def next_token_loss(model: Any, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:

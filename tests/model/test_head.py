@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import moe_model
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from nexus_ds.errors import ConfigError
 from nexus_ds.experiments.benchmarks.scaling import Memory
@@ -151,6 +152,38 @@ def test_a_compiler_that_fails_is_said_and_only_what_asks_for_it_stops(monkeypat
         LossHead(weight_VH, "compiled")._score(OnGPU())
 
 
+def test_granites_loss_is_of_its_divided_logits():
+    """The model divides what its output layer returns, inside `scoring` the loss."""
+    torch.manual_seed(0)
+    config = GraniteConfig(
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        logits_scaling=6.0,
+        initializer_range=0.5,
+    )
+    plain, chunked = GraniteForCausalLM(config), GraniteForCausalLM(config)
+    chunked.load_state_dict(plain.state_dict())
+    use_loss_head(chunked)
+    tokens = torch.randint(31, (2, 9))
+    found = []
+    for model in (plain, chunked):
+        loss, losses = next_token_loss(model, tokens)
+        loss.backward()
+        assert torch.allclose(losses.mean(), loss)
+        found.append((loss, {name: weight.grad for name, weight in model.named_parameters()}))
+    (expected, gradients), (loss, own) = found
+    assert torch.allclose(loss, expected, rtol=1e-6)
+    for name, gradient in gradients.items():
+        assert torch.allclose(own[name], gradient, rtol=1e-4, atol=1e-7), name
+    assert torch.equal(plain(tokens).logits, chunked(tokens).logits)
+    # without the divisor it is another one
+    chunked.lm_head.divisor = 1.0
+    assert abs(next_token_loss(chunked, tokens)[0] - expected) > 0.1
+
+
 def test_an_output_layer_with_a_bias_is_left_alone():
     model = moe_model(VOCABULARY)
     model.lm_head = torch.nn.Linear(16, VOCABULARY)
@@ -160,6 +193,8 @@ def test_an_output_layer_with_a_bias_is_left_alone():
 
 class Plain(torch.nn.Module):
     """A stock output layer with all logits in memory, called as `next_token_loss` calls a model."""
+
+    config = SimpleNamespace(model_type="none")
 
     def __init__(self, weight, hidden):
         super().__init__()
