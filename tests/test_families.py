@@ -34,6 +34,16 @@ SIZES = dict(
 )
 ROWS = {  # family: keys of its config.json, the class that transformers finds on disk
     "qwen3": (dict(head_dim=12, tie_word_embeddings=True), "Qwen3NextForCausalLM"),
+    "granite": (
+        dict(
+            embedding_multiplier=12.0,
+            residual_multiplier=0.22,
+            attention_multiplier=0.125,
+            logits_scaling=8.0,
+            tie_word_embeddings=True,
+        ),
+        "Qwen2MoeForCausalLM",
+    ),
 }
 AGREEMENT = 1e-5  # of weights after a few steps
 LAYOUTS = {"z1": (1, 1), "z3": (3, 1), "z3-experts": (3, 2)}
@@ -94,6 +104,8 @@ def test_a_family_trains_alike_in_every_layout(family, tmp_path, dense_dir, text
             assert error < AGREEMENT, (layout, name)
     for part in ("self_attn.q_norm", "self_attn.q_proj", "input_layernorm", "mlp.gate"):
         name = f"model.layers.1.{part}.weight"
+        if part == "self_attn.q_norm" and name not in first:
+            continue
         assert not torch.equal(first.read(name), before.read(name)), name
 
 

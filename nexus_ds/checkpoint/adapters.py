@@ -30,6 +30,7 @@ from nexus_ds.checkpoint.headers import INDEX, SINGLE, Headers, TensorInfo, row_
 from nexus_ds.checkpoint.json_files import read_json_object, require_directory
 from nexus_ds.checkpoint.tensors import TensorReader, TranslatedReader
 from nexus_ds.checkpoint.values import FLOATS, encoded, read_rows, read_values
+from nexus_ds.checkpoint.views import seen_as, underlying
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -411,20 +412,22 @@ def open_branch(directory: Path, base: Path | None = None, seed: Path | None = N
         )
     whole = open_dense(_base_of(directory, config, base, seed))
     headers = Headers.of_file(directory, ADAPTER_WEIGHTS)
-    adapter = AdapterWeights(headers, _changes(headers, whole, config))
-    reader = MergedReader(TensorReader.of(whole.reader), directory, adapter)
-    return dataclasses.replace(whole, directory=directory, reader=reader)
+    # it speaks of the base's own tensors, which a view may show split and in another order
+    own = whole.in_file()
+    adapter = AdapterWeights(headers, _changes(headers, own, config))
+    merged = MergedReader(TensorReader.of(own.reader), directory, adapter)
+    return dataclasses.replace(whole, directory=directory, reader=seen_as(whole.reader, merged))
 
 
 def describe_merge(model: DenseModel) -> str:
     """Return what is merged into what, for people; empty for a model that is no adapter."""
-    reader = model.reader
+    reader = underlying(model.reader)
     if not isinstance(reader, MergedReader):
         return ""
     changed = reader.adapter.changes
     line = f"LoRA adapter {model.directory} merged into {reader.base.directory}: "
     line += f"{len(changed)} weights"
-    if not set(model.ffn_names()) & set(changed):
+    if not any(".mlp." in name for name in changed):
         line += ", none of the FFN, so that the expert's is the base's own"
     return line
 
@@ -432,7 +435,7 @@ def describe_merge(model: DenseModel) -> str:
 def tokenizer_home(model: DenseModel) -> Path:
     """Return the directory with a model's tokenizer: of an adapter without one that of its base."""
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    reader = model.reader
+    reader = underlying(model.reader)
     own = any((model.directory / name).is_file() for name in files)
     if isinstance(reader, MergedReader) and not own:
         return reader.base.directory

@@ -7,15 +7,16 @@ Not covered: quantised models, fp16 weights, tied weights other than the embeddi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nexus_ds.checkpoint.config_json import ConfigJson, read_config
-from nexus_ds.checkpoint.dense_settings import refuse_unsupported, settings
+from nexus_ds.checkpoint.dense_settings import filled, refuse_unsupported, settings
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD, DenseSettings, dense_weights
 from nexus_ds.checkpoint.families.table import FAMILIES
 from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.problems import Problems
+from nexus_ds.checkpoint.views import file_shapes, origins, underlying, viewed
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
 MODEL_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
@@ -34,6 +35,7 @@ class DenseModel:
     family: str
     """A key of FAMILIES."""
     reader: Headers
+    """Under the names of `dense_weights`, whatever names the family has (`views`)."""
     dtype: str
     """Of all weights, as safetensors names it: F32 | BF16."""
     settings: DenseSettings
@@ -41,6 +43,16 @@ class DenseModel:
     def ffn_names(self) -> list[str]:
         """Return the names of all FFN weights."""
         return [name for name, weight in dense_weights(self.settings).items() if weight.part]
+
+    def in_file(self) -> DenseModel:
+        """Return the model with its tensors as they lie in the file, where a view hides them."""
+        own = replace(self.settings, tied_embeddings=_tied(self.config))
+        return replace(self, reader=underlying(self.reader), settings=own)
+
+
+def _tied(config: ConfigJson) -> bool:
+    """Return whether the embeddings are the head in the file; a view may show two of them."""
+    return bool(filled(config)["tie_word_embeddings"])
 
 
 def as_stored(config: ConfigJson, reader: Headers) -> ConfigJson:
@@ -169,7 +181,8 @@ def open_dense(directory: Path) -> DenseModel:
         reader = Headers(directory)
         config = as_stored(config, reader)
         normal = settings(config, where)
-        shapes = {name: weight.shape for name, weight in dense_weights(normal).items()}
-        dtype = check_tensors(reader, shapes, normal.tied_embeddings)
+        found = origins(config, normal)
+        dtype = check_tensors(reader, file_shapes(found, normal), _tied(config))
     problems.refuse()
-    return DenseModel(directory, config, config["model_type"], reader, dtype, normal)
+    view = viewed(reader, found, normal)
+    return DenseModel(directory, config, config["model_type"], view, dtype, normal)

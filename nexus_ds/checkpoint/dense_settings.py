@@ -2,13 +2,14 @@
 
 What a key means, what holds where it is missing, and which of two that contradict each other
 decides, is as transformers' own classes have it: tests hold this module to them.
-Not covered: RoPE that covers part of a head or differs between layers.
+Not covered: RoPE that differs between layers.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from nexus_ds.checkpoint.config_json import (
     ConfigJson,
@@ -19,6 +20,7 @@ from nexus_ds.checkpoint.config_json import (
 )
 from nexus_ds.checkpoint.families.qwen2 import QWEN2
 from nexus_ds.checkpoint.families.record import FULL, SLIDING, DenseSettings, Family
+from nexus_ds.checkpoint.families.rotary import attention_factor, over_the_whole_head
 from nexus_ds.checkpoint.families.table import FAMILIES
 from nexus_ds.checkpoint.forms import PLAIN, QWEN3_NEXT, as_source
 from nexus_ds.checkpoint.problems import Problems
@@ -38,7 +40,7 @@ _MIXTURE = Family(
     kinds=_alternating,
     window_switch="use_sliding_window",
     nulls=(),
-    qkv_bias=None,
+    qkv_bias="qkv_bias",
     ffn_size="moe_intermediate_size",
 )
 UNIFORM = {"decoder_sparse_step": 1, "mlp_only_layers": []}
@@ -77,21 +79,31 @@ STRETCHED = ("dynamic", "yarn", "longrope")
 """Kinds of RoPE whose frequencies depend on max_position_embeddings."""
 POSITIONED = ("yarn", "longrope", "llama3")
 """Kinds of RoPE that know how many positions the model was first trained on."""
+BIASES = {
+    "attention_bias": "a bias in o_proj (o_proj.bias)",
+    "attention_out_bias": "a bias in o_proj (o_proj.bias)",
+    "mlp_bias": "biases in the FFN",
+    "use_bias": "biases in o_proj and the FFN",
+}
+"""What the keys of `Family.bias_keys` ask for."""
 REASONS = {
     "qwen3_moe": "it is a mixture already, and its attention norms q and k",
     "olmo2": "it norms after attention and FFN, and norms q and k",
     "olmo": "its norms have no weights",
-    "gemma": "its norms add 1 to their weights and its embeddings are scaled",
+    "gemma": "its FFN is no SwiGLU, and its norms add 1 to their weights, which loses bits in bf16",
     "gemma2": "its norms add 1 to their weights, and it has norms after attention and FFN",
     "gemma3": "its norms add 1 to their weights, and it has norms after attention and FFN",
     "gemma3_text": "its norms add 1 to their weights, and it has norms after attention and FFN",
     "cohere": "its attention and FFN stand side by side",
     "cohere2": "its attention and FFN stand side by side",
-    "phi3": "its projections are fused",
     "mixtral": "it is a mixture already",
     "qwen2_moe": "it is a mixture already",
     "gpt2": "it has biases and learned positions",
-    "granite": "its embeddings, attention, residuals and logits are scaled",
+    "ministral3": "its queries grow with the position (llama_4_scaling_beta)",
+    "glm4": "it has norms after attention and FFN",
+    "nemotron": "its FFN has no gate, and its norms subtract the mean",
+    "starcoder2": "its FFN has no gate but biases, and its norms subtract the mean",
+    "phi": "its attention and FFN stand side by side, with biases",
 }
 
 
@@ -135,12 +147,14 @@ def _heads(config: ConfigJson, family: Family, where: str) -> None:
         positive(config, key, where)
 
 
-def _stated_rope(config: ConfigJson) -> ConfigJson:
+def _stated_rope(config: ConfigJson, family: Family) -> ConfigJson:
     """Return rope_parameters with what stands beside it, as transformers puts them together."""
     rope = copy.deepcopy(config.get("rope_scaling") or config.get("rope_parameters") or {})
     rope.setdefault("rope_theta", config["rope_theta"])
     kind = rope.pop("type", "default")
     rope.setdefault("rope_type", kind)
+    if family.ropes is not None:
+        rope["rope_type"] = family.ropes.get(rope["rope_type"], rope["rope_type"])
     if rope["rope_type"] in POSITIONED:
         key = "original_max_position_embeddings"
         rope.setdefault(key, config["max_position_embeddings"])
@@ -172,18 +186,22 @@ def _check_nested(config: ConfigJson, where: str) -> None:
         )
 
 
-def _rope(config: ConfigJson, where: str) -> ConfigJson:
-    """Return rope_parameters in today's form, whatever form config.json has."""
-    rope = _stated_rope(config)
+def _rope(config: ConfigJson, family: Family, where: str) -> tuple[ConfigJson, int]:
+    """Return rope_parameters in today's form, whatever form config.json has, and of how many
+    channels of a head they speak.
+
+    `config` is filled.
+    """
+    rope = _stated_rope(config, family)
     if any(isinstance(value, dict) for value in rope.values()):
         raise UnsupportedModelError(
             f"{where}: RoPE that differs between layers can't be expressed as Qwen2-MoE"
         )
     kind = rope["rope_type"]
-    if kind not in ROPES:
+    if kind not in (ROPES if family.ropes is None else family.ropes.values()):
         raise UnsupportedModelError(
             f"{where}: RoPE of type {kind!r} can't be expressed as Qwen2-MoE; "
-            f"known: {', '.join(ROPES)}"
+            f"known: {', '.join(dict.fromkeys(family.ropes.values()) if family.ropes else ROPES)}"
         )
     missing = [key for key in ROPES[kind] if key not in rope]
     if missing:
@@ -191,14 +209,46 @@ def _rope(config: ConfigJson, where: str) -> ConfigJson:
             f"{where}: RoPE of type {kind!r} needs {', '.join(missing)}; "
             "mend rope_parameters, or fetch or save the model again"
         )
+    rope["rope_theta"] = _number(rope, "rope_theta", where)
+    return rope, _turned(rope, config, family, where)
+
+
+def _turned(rope: ConfigJson, config: ConfigJson, family: Family, where: str) -> int:
+    """Take the share of a head that RoPE turns out of `rope`, and return its channels."""
     # Older files say it beside rope_parameters; a null there means the default, all of the head.
     stated = rope.pop("partial_rotary_factor", None)
     part = stated or config.get("partial_rotary_factor") or 1.0
-    if part != 1.0:
+    if part != 1.0 and not family.partial:
         raise UnsupportedModelError(
             f"{where}: partial_rotary_factor can't be expressed as Qwen2-MoE"
         )
-    return rope | {"rope_theta": _number(rope, "rope_theta", where)}
+    if type(part) is not float or not 0 < part <= 1:
+        raise CheckpointError(
+            f"{where}: partial_rotary_factor is {part!r}, expected a fraction of at most 1"
+        )
+    return int(config["head_dim"] * part)
+
+
+class Rotary(NamedTuple):
+    """RoPE of the family's own class."""
+
+    turned: int
+    """Channels of a head that it turns."""
+    factor: float
+    """By what channels that turn are multiplied where others do not turn; else 1."""
+
+
+def rotary(config: ConfigJson) -> Rotary:
+    """Return what RoPE does to a head in the family's own class.
+
+    Args:
+        config: a config.json that `settings` takes.
+    """
+    values, family = filled(config), family_of(config)
+    _heads(values, family, "config.json")
+    rope, turned = _rope(values, family, "config.json")
+    whole = turned == values["head_dim"]
+    return Rotary(turned, 1.0 if whole else attention_factor(rope, values))
 
 
 def _windows(config: ConfigJson, family: Family, where: str) -> tuple[int | None, tuple[str, ...]]:
@@ -227,6 +277,24 @@ def _windows(config: ConfigJson, family: Family, where: str) -> tuple[int | None
             "expected a number above 0"
         )
     return window, types
+
+
+def _positions(rope: ConfigJson, values: ConfigJson) -> int | None:
+    """Return how many positions there are where RoPE depends on it."""
+    return values["max_position_embeddings"] if rope["rope_type"] in STRETCHED else None
+
+
+def _norm_eps(values: ConfigJson, family: Family, where: str) -> float:
+    """Return the epsilon of all norms, for a residual stream without a multiplier.
+
+    The stream is read divided by Granite's, which norms do not see but for their epsilon.
+    """
+    eps = _number(values, "rms_norm_eps", where)
+    if not family.multipliers:
+        return eps
+    for key in ("embedding_multiplier", "attention_multiplier", "logits_scaling"):
+        _number(values, key, where)
+    return eps / _number(values, "residual_multiplier", where) ** 2
 
 
 def settings(config: ConfigJson, where: str = "config.json") -> DenseSettings:
@@ -263,8 +331,10 @@ def settings(config: ConfigJson, where: str = "config.json") -> DenseSettings:
     for key in ("max_position_embeddings", family.ffn_size):
         positive(values, key, where)
     window, types = _windows(values, family, where)
-    rope = _rope(values, where)
-    stretched = rope["rope_type"] in STRETCHED
+    rope, turned = _rope(values, family, where)
+    if turned < values["head_dim"]:
+        rope = over_the_whole_head(rope, values, turned, where)
+    biased = family.qkv_bias
     return DenseSettings(
         hidden_size=values["hidden_size"],
         layers=values["num_hidden_layers"],
@@ -274,10 +344,11 @@ def settings(config: ConfigJson, where: str = "config.json") -> DenseSettings:
         ffn_size=values[family.ffn_size],
         vocabulary=values["vocab_size"],
         rope=rope,
-        rope_positions=values["max_position_embeddings"] if stretched else None,
-        norm_eps=_number(values, "rms_norm_eps", where),
-        tied_embeddings=bool(values["tie_word_embeddings"]),
-        qkv_bias=values["qkv_bias"] if family.qkv_bias is None else family.qkv_bias,
+        rope_positions=_positions(rope, values),
+        norm_eps=_norm_eps(values, family, where),
+        # embeddings and head take different multipliers
+        tied_embeddings=bool(values["tie_word_embeddings"]) and not family.multipliers,
+        qkv_bias=bool(values[biased] if isinstance(biased, str) else biased),
         qk_norm=family.qk_norm,
         sliding_window=window,
         layer_types=types,
@@ -291,6 +362,9 @@ def both_ropes(config: ConfigJson) -> ConfigJson:
     without them such a version reads the base as 10000. Today's transformers, which takes
     rope_scaling before rope_parameters, reads the same from either.
     """
+    if settings(config).head_dim > rotary(config).turned:
+        # what it is read as is another class's; its own has no older spelling
+        return config
     rope = dict(settings(config).rope)
     # a Qwen3-Next's own default is a quarter of the head
     if config.get("partial_rotary_factor") is not None:
@@ -323,15 +397,11 @@ def refuse_unsupported(config: ConfigJson, where: str) -> None:
             f"{where}: model_type {family!r} can't become a Qwen2-MoE: {reason}; "
             f"supported: {', '.join(FAMILIES)}"
         )
-    biases = {
-        "attention_bias": "a bias in o_proj (o_proj.bias)",
-        "mlp_bias": "biases in the FFN",
-    }
-    for key, what in biases.items():
+    for key in FAMILIES[family].bias_keys:
         if config.get(key):
             problems.add(
                 UnsupportedModelError(
-                    f"{where}: {key} is set, but a Qwen2-MoE has no place for {what}"
+                    f"{where}: {key} is set, but a Qwen2-MoE has no place for {BIASES[key]}"
                 )
             )
     if FAMILIES[family].mixture == QWEN3_NEXT and config.get("use_sliding_window"):

@@ -309,8 +309,9 @@ def _as_qwen2_moe(dense_config: ConfigJson, sizes: DenseSettings, context: bool)
     if sizes.sliding_window is not None:
         # where flash attention of transformers 4 begins with windows; 5 goes by layer_types
         config["max_window_layers"] = sizes.layer_types.index(SLIDING)
-    # transformers would take a null as the size itself
-    if dense_config.get("head_dim") is not None:
+    # transformers would take a null as the size itself, and what is missing as the rest's share
+    implied = sizes.hidden_size // sizes.heads
+    if dense_config.get("head_dim") is not None or sizes.head_dim != implied:
         config["head_dim"] = sizes.head_dim
     return config
 

@@ -26,6 +26,7 @@ from nexus_ds.checkpoint.headers import (
     header_of,
     tensor_bytes,
 )
+from nexus_ds.checkpoint.views import ViewReader
 from nexus_ds.errors import CheckpointError
 from nexus_ds.outputs import create, naming, write_at, write_json
 
@@ -75,7 +76,8 @@ class TensorReader(Headers):
         # one that translates what it reads goes on doing so
         if isinstance(headers, TensorReader):
             return headers
-        reader = cls.__new__(cls)
+        kind = ViewedTensors if isinstance(headers, ViewReader) else cls
+        reader = kind.__new__(kind)
         vars(reader).update(vars(headers))
         return reader
 
@@ -103,6 +105,10 @@ class TensorReader(Headers):
         tensor = torch.empty(shape, dtype=DTYPES[self.info(name).dtype])
         self.read_range(name, start, _bytes_of(tensor))
         return tensor
+
+
+class ViewedTensors(TensorReader, ViewReader):
+    """The tensors that a view shows, as torch has them."""
 
 
 class TranslatedReader(TensorReader):

@@ -5,11 +5,11 @@ Not covered: families whose parameters are not those of Llama, Mistral, Qwen2 or
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nexus_ds.checkpoint.config_json import CONTEXT_MODEL, ConfigJson, read_config
-from nexus_ds.checkpoint.dense_settings import SIZES, UNIFORM, settings
+from nexus_ds.checkpoint.dense_settings import SIZES, UNIFORM, filled, settings
 from nexus_ds.checkpoint.families.record import DenseSettings
 from nexus_ds.checkpoint.families.table import FAMILIES
 from nexus_ds.checkpoint.forms import MIXTURES
@@ -83,7 +83,9 @@ def read_model(directory: Path) -> StoredModel:
     found = read_config(directory)
     dense = _read(found, str(directory / "config.json"))
     if found["model_type"] not in MIXTURES:
-        return StoredModel(dense=dense)
+        # as its own class has it: a mixture may need a head of its own
+        tied = bool(filled(found)["tie_word_embeddings"])
+        return StoredModel(dense=replace(dense, tied_embeddings=tied))
     maps: tuple[int, ...] = ()
     shared = True
     if is_nexus(directory):

@@ -28,7 +28,8 @@ def average_dense(models: Sequence[Path], out: Path) -> None:
         IncompatibleModelsError: a tensor that is missing or of another shape in one of them.
         CheckpointError: NaN, infinite or all-zero weights.
     """
-    opened = [open_dense(path) for path in models]
+    # as they lie in their files: the average is of their family
+    opened = [open_dense(path).in_file() for path in models]
     first, *others = opened
     # before gigabytes are written
     for other in others:

@@ -10,7 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nexus_ds.checkpoint.dense_settings import filled, settings
 from nexus_ds.checkpoint.families.table import FAMILIES
-from nexus_ds.errors import CheckpointError
+from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
 SIZES = dict(
     hidden_size=64, intermediate_size=40, num_hidden_layers=4, num_attention_heads=8, vocab_size=31
@@ -41,10 +41,18 @@ SPELLINGS = {  # of one config.json; what a family does not know it leaves out o
 }
 REFUSED = {  # what transformers refuses, or can't compute with
     "a whole epsilon": (*FAMILIES, "qwen2_moe"),
-    "no key-value heads": ("mistral", "qwen2_moe"),
+    "no key-value heads": ("mistral", "qwen2_moe", "glm", "ministral"),
     "no window": ("qwen2_moe",),
-    "null head_dim": ("qwen2", "qwen2_moe", "qwen3"),
+    "null head_dim": ("qwen2", "qwen2_moe", "qwen3", "phi3", "granite", "glm", "ministral"),
+    "old, scaled": ("phi3", "glm"),
+    "both": ("phi3", "glm"),
+    "positions outside": ("phi3", "glm"),
+    "positions missing": ("glm",),
 }
+NEEDED = {"ministral": dict(head_dim=8)}
+"""What a family's class does not do without."""
+NOT_A_QWEN2_MOE = ("old, scaled", "both", "positions outside")
+"""Of these, what transformers' own class computes with, and the mixture's can't."""
 
 
 def own_config(config):
@@ -59,11 +67,12 @@ def own_config(config):
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen2_moe"])
 def test_a_configuration_means_what_transformers_reads_in_it(family, spelling):
-    config = dict(model_type=family, **SIZES, **SPELLINGS[spelling])
+    config = dict(model_type=family, **SIZES, **NEEDED.get(family, {})) | SPELLINGS[spelling]
     if family == "qwen2_moe":
         config["moe_intermediate_size"] = 40
     if family in REFUSED.get(spelling, ()):
-        with pytest.raises(CheckpointError):
+        other = UnsupportedModelError if spelling in NOT_A_QWEN2_MOE else CheckpointError
+        with pytest.raises((CheckpointError, other)):
             settings(config)
         return
     own, found = own_config(config), settings(config)
@@ -71,14 +80,17 @@ def test_a_configuration_means_what_transformers_reads_in_it(family, spelling):
     assert found.kv_heads == own.num_key_value_heads
     assert found.head_dim == (getattr(own, "head_dim", None) or own.hidden_size // 8)
     assert found.norm_eps == own.rms_norm_eps
-    assert found.tied_embeddings is own.tie_word_embeddings
+    record = FAMILIES.get(family, FAMILIES["llama"])
+    assert found.tied_embeddings is (own.tie_word_embeddings and not record.multipliers)
     rope = {key: value for key, value in own.rope_parameters.items() if key != "type"}
-    assert rope.pop("partial_rotary_factor", 1.0) == 1.0
-    assert found.rope == rope
+    if rope.pop("partial_rotary_factor", 1.0) == 1.0:
+        assert found.rope == rope
+    else:
+        assert found.rope["rope_theta"] == rope["rope_theta"]
     if found.rope_positions is not None:
         assert found.rope_positions == own.max_position_embeddings
     types = getattr(own, "layer_types", None)
-    if family == "mistral":
+    if family in ("mistral", "phi3"):
         types = ["full_attention" if own.sliding_window is None else "sliding_attention"] * 4
     assert list(found.layer_types) == (types or ["full_attention"] * 4)
     slides = "sliding_attention" in found.layer_types
@@ -92,8 +104,14 @@ def test_what_a_file_leaves_out_is_what_transformers_takes(family):
     assert FAMILIES[family].defaults.keys() <= found.keys()
     for key, value in found.items():
         # these are answered by `settings`, of several keys together
-        if key not in ("rope_theta", "sliding_window", "num_key_value_heads", "head_dim"):
+        if key == "partial_rotary_factor":
+            assert own.rope_parameters[key] == value
+        # its class has none
+        elif (family, key) == ("ernie4_5", "attention_dropout"):
+            assert value == 0.0
+        elif key not in ("sliding_window", "num_key_value_heads", "head_dim", "rope_theta"):
             assert getattr(own, key) == value, key
+    assert own.rope_parameters["rope_theta"] == found["rope_theta"]
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,18 @@ SIZES = dict(
 )
 
 
+PLAIN_ROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=9.0))
+OWN = {  # what a family's own class can't do otherwise
+    "phi3": PLAIN_ROPE | dict(partial_rotary_factor=0.75, hidden_size=64),
+    "glm": PLAIN_ROPE,
+    "granite": dict(residual_multiplier=0.22, rms_norm_eps=1e-5),
+    "ministral": dict(head_dim=8),
+}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_mixture_computes_what_its_dense_family_says(family):
-    dense = dict(model_type=family, **SIZES)
+    dense = dict(model_type=family, **SIZES) | OWN.get(family, {})
     mixture = moe_config(dense, 3, 2)
     assert mixture["model_type"] in MIXTURES and mixture["num_experts"] == 3
     found, expected = vars(settings(mixture)), vars(settings(dense))

@@ -10,11 +10,18 @@ DEFAULTS = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+MINISTRAL = Family(
+    name="ministral",
+    # transformers' class takes no share of the hidden size for it
+    defaults=DEFAULTS | {"head_dim": None},
+    kinds=windows_everywhere,
+    nulls=(),
+)
 MISTRAL = Family(
     name="mistral",
     defaults=DEFAULTS,
     kinds=windows_everywhere,
     listed=False,
     nulls=("head_dim",),
-    with_layer_types=Family(name="ministral", defaults=DEFAULTS, kinds=windows_everywhere),
+    with_layer_types=MINISTRAL,
 )

@@ -6,7 +6,7 @@ Without torch: planning and inspection read a model's sizes here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +14,11 @@ from nexus_ds.checkpoint.config_json import ConfigJson
 
 FFN_PARTS = ("gate_proj", "up_proj", "down_proj")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""Matrices that are stacked row by row in one tensor."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 LayerKinds = Callable[[ConfigJson], Sequence[str]]
@@ -42,8 +47,21 @@ class Family:
     """Whether `layer_types` of config.json decides before `kinds`."""
     window_switch: str = ""
     """Key without which `sliding_window` counts for nothing; empty: there is none."""
-    qkv_bias: bool | None = False
-    """Whether q, k and v have biases; None: the configuration's own `qkv_bias` decides."""
+    qkv_bias: bool | str = False
+    """Whether q, k and v have biases, or the key of config.json that decides."""
+    bias_keys: tuple[str, ...] = ("attention_bias", "mlp_bias")
+    """Keys that ask for a bias for which no mixture has a place."""
+    fused: tuple[str, ...] = ()
+    """Of FUSED: projections that the file holds as one."""
+    interleaved: bool = False
+    """Whether RoPE turns channels 2i and 2i+1 of a head instead of i and i + half of it."""
+    partial: bool = False
+    """Whether `partial_rotary_factor` may leave the last channels of a head unturned."""
+    ropes: Mapping[str, str] | None = None
+    """The kinds of RoPE that transformers' class reads, and as what; None: every kind as itself."""
+    multipliers: bool = False
+    """Whether Granite's factors stand in config.json: of the embeddings, residuals, attention
+    scores and logits."""
     ffn_size: str = "intermediate_size"
     """Key of the inner width of what becomes an expert."""
     qk_norm: str = ""
