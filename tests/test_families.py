@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from nexus_ds.__main__ import main
 from nexus_ds.checkpoint import qwen2_moe
 from nexus_ds.checkpoint.sidecar import verify_expert_embeddings
+from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.data.domains import write_domain_embeddings
 from nexus_ds.settings import Config
 from nexus_ds.upcycling.upcycle import upcycled
@@ -68,7 +69,7 @@ def mixture(family, root, dense_dir, text):
     """Write seed, branches and their mixture, its router fitted to text; return its folder."""
     dense_models(family, root, dense_dir)
     config = Config()
-    config.router.warm_start, config.router.fit_steps = "label_fit", 20
+    config.router.warm_start, config.router.fit_steps = "label_fit", 40
     config.data.sequence_length = 16
     branches = {name: root / name for name in DOMAINS}
     new = upcycled(root / "seed", branches, embeddings(DOMAINS), config)
@@ -92,11 +93,11 @@ def test_a_family_trains_alike_in_every_layout(family, tmp_path, dense_dir, text
         words += ["--config", "demo", "--deepspeed", tmp_path / f"{layout}.json"]
         log = finish(start_ranks([TRAIN, *words], 2))
         assert "reloaded in plain transformers: logits differ by" in log
-        found[layout] = qwen2_moe.open_moe(out)[1]
+        found[layout] = TensorReader.of(qwen2_moe.open_moe(out)[1])
         model = AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
         assert type(model).__name__ == ROWS[family][1]
     first = found["z1"]
-    before = qwen2_moe.open_moe(start)[1]
+    before = TensorReader.of(qwen2_moe.open_moe(start)[1])
     for name in first.names():
         expected = first.read(name)
         for layout, reader in found.items():
