@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import random
+import re
 import socket
 import sys
 from collections.abc import Mapping
@@ -41,6 +42,9 @@ LAUNCH_VARIABLES = (
     "CROSS_SIZE",
     "LOCAL_SIZE",
 )
+NUMBER = re.compile(r"[0-9]{1,9}")
+TASKS = re.compile(r"[0-9]{1,9}(\(x[0-9]{1,9}\))?(,[0-9]{1,9}(\(x[0-9]{1,9}\))?)*")
+"""4(x2),3: two nodes with 4 each, one with 3."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,33 @@ class Position:
     node: str
 
 
+def _number(env: Mapping[str, str], name: str, least: int = 0) -> int:
+    """Return the whole number in a launcher's variable; LayoutError if there is none."""
+    text = env.get(name, "")
+    if not NUMBER.fullmatch(text) or int(text) < least:
+        raise LayoutError(
+            f"{name} is {text[:100]!r}, expected a whole number from {least} on, as torchrun, "
+            "deepspeed and srun set it; start the ranks with one of them, or unset RANK to run one"
+        )
+    return int(text)
+
+
+def _first_of(env: Mapping[str, str], *names: str) -> str:
+    """Return the first of some names that is set to something, the last one if none is."""
+    return next((name for name in names if env.get(name)), names[-1])
+
+
 def _ranks_a_node(env: Mapping[str, str], world: int) -> int:
     """Return the ranks of every node of an srun step; SLURM_NTASKS_PER_NODE is set only where
     somebody asked for it."""
-    # 4(x2),3: two nodes with 4 each, one with 3
     told = env.get("SLURM_STEP_TASKS_PER_NODE", "")
-    nodes = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES") or 1)
+    if told and not TASKS.fullmatch(told):
+        raise LayoutError(
+            f"SLURM_STEP_TASKS_PER_NODE is {told[:100]!r}, expected what srun sets, as 4(x2),3; "
+            "start the ranks with srun"
+        )
+    nodes_of = _first_of(env, "SLURM_STEP_NUM_NODES", "SLURM_NNODES")
+    nodes = _number(env, nodes_of, least=1) if nodes_of in env else 1
     counts = {int(part.partition("(")[0]) for part in told.split(",") if part}
     if not told:
         counts = {world // nodes, -(-world // nodes)}
@@ -81,14 +106,14 @@ def position(env: Mapping[str, str] = os.environ) -> Position:
     """
     node = env.get("SLURMD_NODENAME") or platform.node()
     if "RANK" in env:
-        world = int(env["WORLD_SIZE"])
+        world = _number(env, "WORLD_SIZE", least=1)
         # torchrun's name for it, deepspeed's, or all on this node
-        local_world = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world)
-        return Position(int(env["RANK"]), world, local_world, node)
+        local = _first_of(env, "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
+        return Position(_number(env, "RANK"), world, _number(env, local, least=1), node)
     # A job script has SLURM_PROCID too; only what srun has started is a rank.
     if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
-        world = int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
-        return Position(int(env["SLURM_PROCID"]), world, _ranks_a_node(env, world), node)
+        world = _number(env, _first_of(env, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), least=1)
+        return Position(_number(env, "SLURM_PROCID"), world, _ranks_a_node(env, world), node)
     return Position(0, 1, 1, node)
 
 
@@ -108,7 +133,7 @@ def meeting_point(here: Position, env: Mapping[str, str] = os.environ) -> tuple[
             "first node's name and a port that is free there before srun, as the templates in "
             "slurm/ do"
         )
-    return env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    return env["MASTER_ADDR"], _number(env, "MASTER_PORT")
 
 
 def adopt_launcher() -> Position:
@@ -156,7 +181,8 @@ def rank_name(env: Mapping[str, str] = os.environ) -> str:
 def local_rank(env: Mapping[str, str] = os.environ) -> int:
     """Return this rank's number on its node, which is that of its device."""
     # srun's own, where nobody has called `adopt_launcher`
-    return int(env.get("LOCAL_RANK") or env.get("SLURM_LOCALID") or "0")
+    name = _first_of(env, "LOCAL_RANK", "SLURM_LOCALID")
+    return _number(env, name) if env.get(name) else 0
 
 
 def device_number(visible: int, env: Mapping[str, str] = os.environ) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -37,9 +38,10 @@ def read_sealed(path: Path) -> dict[str, object]:
         OSError: it can't be read.
     """
     with path.open("rb") as file:
-        text = file.read(MAX_BYTES + 1)
-    if len(text) > MAX_BYTES:
-        raise ValueError(f"more than {MAX_BYTES:,} bytes")
+        # Asked first: read(n) takes memory for n bytes, however few there are.
+        if os.fstat(file.fileno()).st_size > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES:,} bytes")
+        text = file.read()
     try:
         value = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:

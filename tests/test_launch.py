@@ -84,6 +84,37 @@ def test_ranks_that_are_spread_unevenly_are_refused(changes, found):
     )
 
 
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+
+
+@pytest.mark.parametrize("value", ["", "two", "-1", "1.5", "²", "9" * 5000, " 1", "1\n"])
+@pytest.mark.parametrize(
+    ("env", "name"),
+    [
+        *((TORCHRUN | MEETING, name) for name in (*list(TORCHRUN)[:2], "MASTER_PORT")),
+        (SRUN, "SLURM_PROCID"),
+    ],
+)
+def test_a_launchers_variable_that_is_no_number_is_named(env, name, value):
+    """Found by tests/fuzz.py: they ended in the traceback of int()."""
+    env = env | {name: value}
+    with pytest.raises(LayoutError) as caught:
+        launch.meeting_point(launch.position(env), env)
+    assert str(caught.value).startswith(f"{name} is {value[:100]!r}, expected a whole number from")
+    assert "start the ranks with one of them, or unset RANK" in str(caught.value)
+
+
+def test_no_ranks_no_nodes_and_tasks_that_srun_never_wrote():
+    for name, value in (("SLURM_STEP_NUM_TASKS", "0"), ("SLURM_STEP_NUM_NODES", "0")):
+        with pytest.raises(LayoutError, match=rf"^{name} is '0', expected a whole number from 1"):
+            launch.position(SRUN | {name: value})
+    for told in ("four", "4(x", "4(x2),", "-4"):
+        with pytest.raises(LayoutError, match=r"^SLURM_STEP_TASKS_PER_NODE is .* as 4\(x2\),3; "):
+            launch.position(SRUN | {"SLURM_STEP_TASKS_PER_NODE": told})
+    with pytest.raises(LayoutError, match=r"^LOCAL_RANK is 'x'"):
+        launch.local_rank({"LOCAL_RANK": "x"})
+
+
 @pytest.fixture
 def environment(monkeypatch):
     """Return a function that puts this process where a launcher would have started it."""

@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import pytest
 
@@ -72,3 +73,15 @@ def test_what_is_too_large_is_not_read(tmp_path, monkeypatch):
     (tmp_path / "manifest.json").write_text(seal(VALUE))
     with pytest.raises(ValueError, match=r"^more than 10 bytes"):
         read_sealed(tmp_path / "manifest.json")
+
+
+def test_a_small_file_takes_little_memory(tmp_path):
+    """Found by tests/fuzz.py: a bounded read took 1 GiB for whatever there was."""
+    path = tmp_path / "manifest.json"
+    path.write_text(seal(VALUE))
+    tracemalloc.start()
+    try:
+        read_sealed(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

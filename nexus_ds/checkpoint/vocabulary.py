@@ -107,10 +107,10 @@ def _of_pieces(directory: Path) -> dict[int, str]:
     processor = SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(path.read_bytes())
-    # the library has no narrower type for what it can't parse
-    except RuntimeError as error:
+        return {index: processor.IdToPiece(index) for index in range(processor.GetPieceSize())}
+    # the library has no narrower type for what it can't parse; a piece may be no UTF-8
+    except (RuntimeError, UnicodeDecodeError) as error:
         raise _damaged(path, "a sentencepiece model") from error
-    return {index: processor.IdToPiece(index) for index in range(processor.GetPieceSize())}
 
 
 def _of_words(directory: Path) -> dict[int, str]:

@@ -129,7 +129,7 @@ def recorded_jobs(run: Path) -> dict[str, list[str]]:
     if not file.is_file():
         return {}
     found: dict[str, list[str]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         identity, _, template = line.partition(" ")
         if re.fullmatch(r"\d+(_\d+)?", identity) and template in TEMPLATES:
             found.setdefault(template, []).append(identity)

@@ -234,12 +234,13 @@ class StateFiles:
                 if kind == RNG:
                     continue
                 first, _, parameter = rest.partition(":")
-                if not first.isdigit() or not parameter:
+                shape = reader.info(name).shape
+                if not first.isdigit() or not parameter or len(shape) != 1:
                     raise CheckpointError(
                         f"{directory / file}: tensor {name!r} belongs to no training state"
                     )
                 start = int(first)
-                stop = start + reader.info(name).shape[0]
+                stop = start + shape[0]
                 stored = _Stored(start, stop, reader, name)
                 self._index.setdefault((kind, parameter), []).append(stored)
         for entries in self._index.values():

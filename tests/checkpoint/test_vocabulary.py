@@ -110,6 +110,15 @@ def test_damaged_files_are_named(tmp_path, name, text, said):
         read_vocabulary(tmp_path)
 
 
+def test_a_piece_that_is_no_text(forms, tmp_path):
+    """Found by tests/fuzz.py: the traceback of a UnicodeDecodeError."""
+    content = (forms / "pieces" / "tokenizer.model").read_bytes()
+    assert b"<unk>" in content
+    (tmp_path / "tokenizer.model").write_bytes(content.replace(b"<unk>", b"<un\xeb>"))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model: expected a sentencepiece model"):
+        read_vocabulary(tmp_path)
+
+
 def test_nothing_heavy_is_imported(forms):
     code = (
         "import sys; from pathlib import Path; from nexus_ds.checkpoint.vocabulary import *; "

@@ -191,5 +191,6 @@ def test_table_and_json(run, capsys):
 
 
 def test_lines_of_other_programs_in_jobs_txt_are_ignored(run):
-    (run / "logs" / "jobs.txt").write_text("x seed\n1 nothing\n12_3 dense_branch\n\n7 seed extra\n")
+    lines = b"x seed\n1 nothing\n12_3 dense_branch\n\n\xff\xff\n7 seed extra\n"
+    (run / "logs" / "jobs.txt").write_bytes(lines)
     assert status.recorded_jobs(run) == {"dense_branch": ["12_3"]}

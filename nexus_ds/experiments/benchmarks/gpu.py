@@ -346,7 +346,9 @@ def _cell(value: object) -> str:
     if value is None or isinstance(value, str | int | float):
         cell: Cell = value
         return format_cell(cell)
-    raise DataError(f"gpu.json: found {value!r} as a figure; expected a number or a word")
+    raise DataError(
+        f"gpu.json: found {str(value)[:100]!r} as a figure; expected a number or a word"
+    )
 
 
 def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -386,8 +388,9 @@ def read_report(path: Path) -> Report:
     """Read a gpu.json; DataError if there is none, or something else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        steps = [Result(**step) for step in found.pop("steps")]
-        return Report(**found, steps=steps)
+        report = Report(**found | {"steps": [Result(**step) for step in found["steps"]]})
+        table(report)  # whose errors are those of wrong types
+        return report
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path}: not what bench gpu writes ({type(error).__name__}: {error}); give its --out"
