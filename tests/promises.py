@@ -327,7 +327,17 @@ PROMISES = (
             LOADING + "test_pickled_weights_are_refused",
         ),
     ),
-    Promise("S2", "No pickle, eval, exec, shell or network in the package.", ()),
+    Promise(
+        "S2",
+        "No pickle, eval, exec, shell or network in the package.",
+        (
+            "test_trust.py::test_whatever_could_run_foreign_code_or_reach_out_is_named_with_its_reason",
+            "test_trust.py::test_no_shell_and_no_code_of_a_checkpoint",
+            "faults/test_audit.py::test_a_training_that_dies_and_goes_on",
+            "faults/test_audit.py::test_verbs_that_read_checkpoints_of_others",
+        ),
+        "Places that need one of these are named with their reason.",
+    ),
     Promise(
         "S3",
         "A training state holds no pickle: reading one runs no code.",
