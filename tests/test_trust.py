@@ -31,6 +31,8 @@ CHILDREN = "starts this project's own programs, as lists of words"
 BY_NAME = "imports a module of the project by a name that stands in the code"
 ALLOWED = {
     ("nexus_ds.__main__", "import_module"): BY_NAME,
+    ("nexus_ds.children", "ctypes"): "asks the kernel to end a child with its parent",
+    ("nexus_ds.children", "os.execvp"): "becomes the child, by a list of words",
     ("nexus_ds.commands.demo", "subprocess"): CHILDREN,
     ("nexus_ds.commands.stage", "os.execv"): "becomes the launcher of a stage, by a list of words",
     ("nexus_ds.commands.status", "subprocess"): "asks squeue and sacct, by a list of words",
