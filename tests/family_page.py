@@ -19,6 +19,7 @@ from nexus_ds.checkpoint.families.record import Family
 from nexus_ds.checkpoint.families.table import FAMILIES
 from tests.checkpoint.test_dense import FP32, KINDS
 from tests.checkpoint.test_qwen3_next import BF16, GRADIENTS, NOISE
+from tests.checkpoint.test_views import KINDS as VIEWED
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "families.md"
@@ -34,15 +35,30 @@ class Claim(NamedTuple):
 
 
 DENSE = "tests/checkpoint/test_dense.py::"
+VIEWS = "tests/checkpoint/test_views.py::"
 NEXT = "tests/checkpoint/test_qwen3_next.py::"
 OLDER = "tests/checkpoint/test_older_stacks.py::"
 FORMULA = "the formula on the dense family's own class of transformers"
 CLAIMS = (
     Claim(
-        "all",
+        "Llama, Mistral, Qwen2",
         f"fp32 logits to {FP32:g} of the largest, top-1 and top-2",
         FORMULA,
         DENSE + "test_stock_transformers_computes_the_formula",
+    ),
+    Claim(
+        "the others of `qwen2_moe`",
+        f"fp32 logits, top-1, to {NOISE:g} times what the family differs from itself by (eager and "
+        "sdpa, or an ulp more of its embeddings); bf16, top-2: mostly bit by bit, or the median "
+        f"error to fp32 at most {BF16:g} times the reference's own",
+        FORMULA,
+        VIEWS + "test_stock_transformers_computes_the_formula",
+    ),
+    Claim(
+        "the others of `qwen2_moe`",
+        "left padding; greedy tokens with and without a cache",
+        FORMULA,
+        VIEWS + "test_with_left_padding_and_with_a_cache_it_is_the_same",
     ),
     Claim(
         "qwen2_moe",
@@ -177,7 +193,7 @@ def table(header, rows):
 
 def tested(family):
     """Return a family's variants whose logits are compared, and where all verbs take it."""
-    variants = [kind for kind, (of, _) in KINDS.items() if of == family]
+    variants = [kind for kind, (of, *_) in (KINDS | VIEWED).items() if of == family]
     if family in ROWS:
         return ", ".join(variants), "tests/test_families.py"
     known = {name.lower() for name, _, _ in IN_README}
