@@ -564,8 +564,9 @@ class TrainingConfig:
 
     # On an H100 a 470M layer's kernels take 27% less time, and a step 15% less memory.
     layer_kernels: Literal["auto", "eager", "compiled"] = setting("auto", changes="execution")
-    """Norms, attention and feed-forward networks: auto (compiled on GPUs under ZeRO 1 and 2; eager,
-    with a warning, where that fails) | eager | compiled (not under ZeRO 3)."""
+    """Norms, attention and feed-forward networks: auto (compiled on GPUs under ZeRO 1 and 2, from a
+    hidden size of 1024; eager, with a warning, where that fails) | eager | compiled (not under ZeRO
+    3)."""
 
     # Stage 1 and offload have other optimizers in DeepSpeed, whose fp32 sums were not read.
     gradient_dtype: Literal["model", "fp32"] = setting("model", changes="execution")

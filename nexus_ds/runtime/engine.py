@@ -349,7 +349,8 @@ def start_engine(
     use_loss_head(model, config.training.loss_kernel)
     attend_whole_windows(model)
     stage = values["zero_optimization"]["stage"]
-    if wants_compiled(config.training.layer_kernels, stage, internals.device()):
+    width = model.config.hidden_size
+    if wants_compiled(config.training.layer_kernels, stage, internals.device(), width):
         compile_layers(model)
     groups = parameter_groups(model, config.training, 1.0 if linear else config.router.lr_scale)
     if stage == 3:
@@ -360,13 +361,18 @@ def start_engine(
     return engine
 
 
-def wants_compiled(kernels: str, stage: int, device: torch.device) -> bool:
+COMPILED_FROM = 1024
+"""Hidden size from which `auto` compiles: compiling takes a quarter of a minute at the start."""
+
+
+def wants_compiled(kernels: str, stage: int, device: torch.device, hidden_size: int) -> bool:
     """Return whether layers are compiled; a warning says why not where `auto` would have it.
 
     Args:
         kernels: training.layer_kernels.
         stage: of ZeRO.
         device: where the model computes.
+        hidden_size: of the model; a narrow one is bound by the host, and its runs are short.
 
     Raises:
         ConfigError: compiled, but the compiler fails.
@@ -380,7 +386,8 @@ def wants_compiled(kernels: str, stage: int, device: torch.device) -> bool:
     if kernels == "compiled":
         check_compiler(device, name)
         return True
-    if kernels == "eager" or stage == 3 or device.type == "cpu":
+    worthwhile = device.type != "cpu" and stage < 3 and hidden_size >= COMPILED_FROM
+    if kernels == "eager" or not worthwhile:
         return False
     try:
         check_compiler(device, name)

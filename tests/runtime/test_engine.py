@@ -362,24 +362,25 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    ("kernels", "stage", "device", "expected"),
+    ("kernels", "stage", "device", "width", "expected"),
     [
-        ("auto", 2, CPU, False),
-        ("auto", 1, GPU, True),
-        ("auto", 3, GPU, False),
-        ("eager", 2, GPU, False),
-        ("compiled", 2, CPU, True),
+        ("auto", 2, CPU, 1024, False),
+        ("auto", 1, GPU, 1024, True),
+        ("auto", 1, GPU, 1023, False),
+        ("auto", 3, GPU, 1024, False),
+        ("eager", 2, GPU, 1024, False),
+        ("compiled", 2, CPU, 16, True),
     ],
 )
-def test_which_layers_are_compiled(kernels, stage, device, expected, monkeypatch):
+def test_which_layers_are_compiled(kernels, stage, device, width, expected, monkeypatch):
     monkeypatch.setattr(engine_module, "check_compiler", lambda *_: None)
-    assert wants_compiled(kernels, stage, device) is expected
+    assert wants_compiled(kernels, stage, device, width) is expected
 
 
 def test_compiled_layers_are_not_for_zero_3():
     expected = r"^training\.layer_kernels: found compiled and ZeRO stage 3; expected stage 1 or 2"
     with pytest.raises(LayoutError, match=expected):
-        wants_compiled("compiled", 3, GPU)
+        wants_compiled("compiled", 3, GPU, 1024)
 
 
 def test_without_a_compiler_auto_warns_and_only_what_asks_for_it_stops(monkeypatch):
@@ -388,6 +389,6 @@ def test_without_a_compiler_auto_warns_and_only_what_asks_for_it_stops(monkeypat
 
     monkeypatch.setattr(engine_module, "check_compiler", failing)
     with pytest.warns(UserWarning, match="layer_kernels: .*; until then a step is slower"):
-        assert wants_compiled("auto", 2, GPU) is False
+        assert wants_compiled("auto", 2, GPU, 1024) is False
     with pytest.raises(ConfigError, match=r"layer_kernels: torch\.compile failed"):
-        wants_compiled("compiled", 2, CPU)
+        wants_compiled("compiled", 2, CPU, 1024)
