@@ -151,7 +151,9 @@ def test_every_verb_takes_a_family(family, tmp_path, dense_dir, text_folder, cap
         assert planned["parameters"]["active"] == facts["parameters"]["active"]
     moved = [qwen2_moe.open_moe(tmp_path / name)[1] for name in ("more", "other", "fewer")]
     places = [qwen2_moe.expert_name(1, expert, "up_proj") for expert in (2, 1, 0)]
-    first, *others = (part.read(place) for part, place in zip(moved, places, strict=True))
+    first, *others = (
+        TensorReader.of(part).read(place) for part, place in zip(moved, places, strict=True)
+    )
     assert all(torch.equal(one, first) for one in others)
     checkpoints = [f"--checkpoint={name}" for name in ("seed", *made)]
     scores = said("evaluate", *checkpoints, f"--data={text_folder}", "--windows=4", "--out=scores")

@@ -320,11 +320,6 @@ def test_a_checkpoint_that_is_not_there_is_named(capsys, monkeypatch, tmp_path):
     ("stage", "keys", "message"),
     [
         (
-            "branch",
-            {"model_type": "granite"},
-            "model_type 'granite' can't become a Qwen2-MoE: its embeddings, attention,",
-        ),
-        (
             "seed",
             {"model_type": "cohere2"},
             "model_type 'cohere2' can't become a Qwen2-MoE: its attention and FFN stand",

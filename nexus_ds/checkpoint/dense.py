@@ -21,6 +21,7 @@ from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
 MODEL_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 # Endings of the names of weights that some model of a known family may have, and a Qwen2-MoE can't.
+MAX_HEAD = 1 << 16  # channels of a head; real ones have some hundreds
 HOMELESS = ("o_proj.bias", "mlp.down_proj.bias", "q_norm.weight")
 
 
@@ -156,6 +157,15 @@ def _one_dtype(reader: Headers, names: Iterable[str]) -> str:
     return dtype
 
 
+def _check_heads(settings: DenseSettings, where: str) -> None:
+    # A view lists the channels of a head: a false number would fill the memory.
+    if settings.head_dim > MAX_HEAD:
+        raise CheckpointError(
+            f"{where}: heads of {settings.head_dim} channels, expected at most {MAX_HEAD}; the "
+            "configuration is damaged"
+        )
+
+
 def open_dense(directory: Path) -> DenseModel:
     """Open a dense model and check that it can become an expert.
 
@@ -181,6 +191,7 @@ def open_dense(directory: Path) -> DenseModel:
         reader = Headers(directory)
         config = as_stored(config, reader)
         normal = settings(config, where)
+        _check_heads(normal, where)
         found = origins(config, normal)
         dtype = check_tensors(reader, file_shapes(found, normal), _tied(config))
     problems.refuse()

@@ -62,12 +62,10 @@ def as_source(config: ConfigJson, where: str = "config.json") -> ConfigJson:
             f"{where}: a Qwen3-Next whose {SOURCE} is {source!r}, expected the dense family that "
             "it was made of; give one that nexus-ds upcycle has made"
         )
-    if not isinstance(config.get("rope_parameters"), dict):
-        raise CheckpointError(
-            f"{where}: rope_parameters is {str(config.get('rope_parameters'))[:100]}, expected an "
-            "object"
-        )
-    rope = dict(config["rope_parameters"])
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{where}: rope_parameters is {str(rope)[:100]}, expected an object")
+    rope = dict(rope)
     # the class's own default is a quarter of the head, so it is said; a dense Qwen3 has no such key
     rope.pop("partial_rotary_factor", None)
     kept = {key: value for key, value in config.items() if key not in NEXT_ONLY}

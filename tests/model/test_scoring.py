@@ -95,8 +95,9 @@ def test_compiled_for_chunks_of_all_lengths(compiler):
 
 
 @pytest.mark.slow
-def test_a_machine_without_a_compiler_is_told_so(compiler, monkeypatch, tmp_path):
-    monkeypatch.setattr(compiler.cpp, "cxx", (None, str(tmp_path / "no-compiler")))
-    monkeypatch.setattr(compiler, "force_disable_caches", True)
-    with pytest.raises(ConfigError, match=r"torch\.compile failed"):
+def test_a_machine_without_a_compiler_is_told_so(compiler, tmp_path):
+    # By its own `patch`: what pytest's puts back, torch's configuration then lacks
+    missing = (None, str(tmp_path / "no-compiler"))
+    without = compiler.patch({"cpp.cxx": missing, "force_disable_caches": True})
+    with without, pytest.raises(ConfigError, match=r"torch\.compile failed"):
         compiled_score(4, VOCABULARY + 1, torch.float32, torch.device("cpu"))

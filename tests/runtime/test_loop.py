@@ -466,7 +466,8 @@ VERDICTS = (
         SPEED,
         (),
         "micro_batch_size=4 activation_checkpointing=reentrant loss_kernel=eager "
-        "gradient_dtype=fp32 log_every=5 eval_every=5 save_every=5 keep_last=3 bad_batches=5",
+        "layer_kernels=eager gradient_dtype=fp32 log_every=5 eval_every=5 save_every=5 "
+        "keep_last=3 bad_batches=5",
     ),
     ("router", REFUSED, (), "lr_scale=0.5 load_balance=0.2 z_loss=0.02"),
     (
@@ -475,7 +476,7 @@ VERDICTS = (
         (),
         "kind=linear input=context depth=1 width=8 projection=gelu row_norm=fixed init=normal "
         "init_norm=0.25 centre=false top_k=2 warm_start=none fit_steps=7 fit_lr=0.1 "
-        "fit_windows=7 fit_chunks=7 fit_background=[alpha]",
+        "fit_windows=7 fit_chunks=7 fit_background=[alpha] fit_text=background",
     ),
     (
         "data",
@@ -497,6 +498,7 @@ VERDICTS = (
         "rope_theta=5000.0 tied_embeddings=false",
     ),
     ("model", BEFORE, (), "shared_expert=none"),
+    ("model", SPEED, (), "license=mit"),
     (
         "parallel",
         SPEED,

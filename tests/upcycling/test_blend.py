@@ -115,7 +115,7 @@ for index in range(3):
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with TensorWriter(root / "out", {"w": ("F32", shape)}) as writer:
     mean = mean_of([Part("m", reader, "w") for reader in readers])
-    _write_blend(writer, "w", mean, torch.float32)
+    _write_blend(writer, "w", shape, mean, torch.float32)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 assert float(TensorReader(root / "out").read_rows("w", 100, 101).mean()) == 2.0
 """
