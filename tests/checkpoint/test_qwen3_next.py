@@ -64,18 +64,25 @@ def trained_looking(model, noise):
         weight.data.copy_(drawn)
 
 
-@pytest.fixture(scope="module", params=CASES, ids=str)
-def made(request, tmp_path_factory, dense_dir):
-    """(dtype, top-k, folder of the mixture, folder of seed and branches, the reference)."""
-    kind, top_k, tied = request.param
-    root = tmp_path_factory.mktemp(f"qwen3-{kind}")
+def mixture(root, dense_dir, family, keys, dtype, top_k):
+    """Write a seed, its branches and their mixture; return the reference.
+
+    Args:
+        root: gets seed, a folder a branch, and `out`.
+        dense_dir: whose tokenizer they have.
+        family: of transformers.
+        keys: of its config.json.
+        dtype: fp32 | bf16.
+        top_k: chosen experts.
+    """
     models = {}
     for noise, name in enumerate(("seed", *NAMES)):
-        config = AutoConfig.for_model("qwen3", **SIZES, tie_word_embeddings=tied)
+        config = AutoConfig.for_model(family, **keys)
         model = AutoModelForCausalLM.from_config(config).float()
         trained_looking(model, noise)
-        models[name] = model.to(DTYPES[kind]).eval()
-        model.save_pretrained(root / name)
+        model.to(DTYPES[dtype]).save_pretrained(root / name)
+        # loaded, not cast: `to` would round RoPE's frequencies, too
+        models[name] = AutoModelForCausalLM.from_pretrained(root / name, dtype="auto").eval()
         for file in dense_dir.glob("tokenizer*.json"):
             shutil.copy(file, root / name)
     config = Config()
@@ -84,7 +91,17 @@ def made(request, tmp_path_factory, dense_dir):
     new = upcycled(root / "seed", branches, embeddings(NAMES), config)
     (root / "out").mkdir()
     new.write(root / "out", None, config.router, 0)
-    return DTYPES[kind], top_k, root / "out", root, reference(models, new, top_k)
+    return reference(models, new, top_k)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def made(request, tmp_path_factory, dense_dir):
+    """(dtype, top-k, folder of the mixture, folder of seed and branches, the reference)."""
+    kind, top_k, tied = request.param
+    root = tmp_path_factory.mktemp(f"qwen3-{kind}")
+    keys = SIZES | {"tie_word_embeddings": tied}
+    oracle = mixture(root, dense_dir, "qwen3", keys, kind, top_k)
+    return DTYPES[kind], top_k, root / "out", root, oracle
 
 
 def reference(models, new, top_k):

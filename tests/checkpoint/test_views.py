@@ -2,13 +2,12 @@
 what the family's own class computes with the paper's formula in place of its FFNs."""
 
 import copy
-import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from nexus_ds.checkpoint.dense import open_dense
 from nexus_ds.checkpoint.families.record import dense_weights
@@ -16,21 +15,16 @@ from nexus_ds.checkpoint.headers import sha256_of_tensors
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.checkpoint.views import head_order
 from nexus_ds.errors import CheckpointError
-from nexus_ds.settings import Config
 from nexus_ds.upcycling.average import average_dense
-from nexus_ds.upcycling.upcycle import upcycled
-from tests.checkpoint.test_dense import Formula, embeddings
+from tests.checkpoint.test_dense import Formula
 from tests.checkpoint.test_qwen3_next import (
     BF16,
-    DTYPES,
-    NAMES,
     NOISE,
     difference,
     in_fp32,
-    reference,
+    mixture,
     renormalised,
     tokens,
-    trained_looking,
 )
 
 SIZES = dict(
@@ -109,23 +103,7 @@ def made(request, tmp_path_factory, dense_dir):
     kind, dtype, top_k = request.param
     family, keys, _ = KINDS[kind]
     root = tmp_path_factory.mktemp(f"{kind}-{dtype}")
-    models = {}
-    for noise, name in enumerate(("seed", *NAMES)):
-        config = AutoConfig.for_model(family, **SIZES | keys)
-        model = AutoModelForCausalLM.from_config(config).float()
-        trained_looking(model, noise)
-        model.to(DTYPES[dtype]).save_pretrained(root / name)
-        # loaded, not cast: `to` would round RoPE's frequencies, too
-        models[name] = AutoModelForCausalLM.from_pretrained(root / name, dtype="auto").eval()
-        for file in dense_dir.glob("tokenizer*.json"):
-            shutil.copy(file, root / name)
-    config = Config()
-    config.router.top_k, config.router.init_norm = top_k, 0.5
-    branches = {name: root / name for name in NAMES}
-    new = upcycled(root / "seed", branches, embeddings(NAMES), config)
-    (root / "out").mkdir()
-    new.write(root / "out", None, config.router, 0)
-    oracle = reference(models, new, top_k)
+    oracle = mixture(root, dense_dir, family, SIZES | keys, dtype, top_k)
     for layer in oracle.model.layers:
         layer.mlp.__class__ = InOrder
     return kind, root / "out", root, oracle
