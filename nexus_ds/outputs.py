@@ -291,9 +291,11 @@ def _remove_if_dead(path: Path) -> None:
 def _remove_beside(out: Path) -> None:
     """Remove what killed writers of other outputs in the same folder left: whole models, maybe.
 
-    Only a folder whose lock file is there, names its writer, and is free: anything else may be
-    alive, or somebody else's.
+    Only a folder whose lock file is there, names its writer on this machine, and is free: anything
+    else may be alive, or somebody else's. Some network file systems know the locks of one machine
+    alone.
     """
+    here = socket.gethostname()
     for left in _temporaries(out.parent):
         name, _, process = left.name.removeprefix(".").rpartition(".tmp-")
         if left.is_symlink() or not left.is_dir():
@@ -301,7 +303,7 @@ def _remove_beside(out: Path) -> None:
         lock = out.parent / f".{name}.lock"
         with suppress(OSError), lock.open("r+", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if file.read().startswith(f"process {process} on ") and _is_at(file, lock):
+            if file.read().startswith(f"process {process} on {here} since ") and _is_at(file, lock):
                 # Renamed, since the next writer of that output is refused as long as the lock is
                 # held here. Whoever is killed from here on leaves something of his own.
                 mine = _temporary(out)

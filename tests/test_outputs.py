@@ -138,12 +138,22 @@ def test_leftovers_that_no_lock_tells_of_stay(tmp_path: Path):
     """They may be anybody's."""
     for number in (1, 2, 3):
         (tmp_path / f".their.tmp-{number}").mkdir()
-    (tmp_path / ".their.lock").write_text("process 2 on here\n")
+    here = socket.gethostname()
+    (tmp_path / ".their.lock").write_text(f"process 2 on {here} since yesterday\n")
     (tmp_path / ".link.tmp-7").symlink_to(tmp_path / ".their.tmp-1")
-    (tmp_path / ".link.lock").write_text("process 7 on here\n")
+    (tmp_path / ".link.lock").write_text(f"process 7 on {here} since yesterday\n")
     with held(tmp_path / "out"):
         pass
     assert names(tmp_path) == [".link.lock", ".link.tmp-7", ".their.tmp-1", ".their.tmp-3"]
+
+
+def test_what_a_writer_on_another_machine_left_stays(tmp_path: Path):
+    """Its lock is not seen from here on every file system: it may be alive."""
+    (tmp_path / ".their.tmp-2").mkdir()
+    (tmp_path / ".their.lock").write_text("process 2 on elsewhere since yesterday\n")
+    with held(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == [".their.lock", ".their.tmp-2"]
 
 
 def test_leftovers_of_others_stay(tmp_path: Path):
@@ -409,12 +419,13 @@ def as_nobody(action: Callable[[], object]) -> str:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        os.setuid(65534)
         try:
+            os.setuid(65534)
             action()
         except OSError as error:
             os.write(writing, str(error).encode())
-        os._exit(0)
+        finally:
+            os._exit(0)
     os.waitpid(child, 0)
     os.close(writing)
     with os.fdopen(reading) as pipe:
