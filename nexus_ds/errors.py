@@ -46,6 +46,10 @@ class TrainingError(NexusError):
     """A run that can't go on: no progress, losses that are not numbers, lost ranks."""
 
 
+class BadBatchesError(TrainingError):
+    """Several batches in a row without a finite gradient; the state behind them is saved."""
+
+
 class InsufficientMemoryError(NexusError):
     """Work that does not fit into memory in the smallest pieces there are."""
 

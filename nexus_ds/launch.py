@@ -26,6 +26,9 @@ EXIT_STOPPED = 75
 # Of the ranks of a training that lost another one, or make no progress (EX_UNAVAILABLE of
 # sysexits.h). No order to go on: slurm/common.sh requeues the job only if it got further.
 EXIT_LOST = 69
+# Of a training that several bad batches in a row have ended (EX_DATAERR): it saved a state behind
+# them, which is no progress, so that slurm/common.sh never requeues it.
+EXIT_BAD_BATCHES = 65
 # What makes a process a rank; a launch inside of a launch must not inherit it. torch reads the
 # first six.
 LAUNCH_VARIABLES = (

@@ -34,6 +34,7 @@ from nexus_ds.console import (
     unwinding,
 )
 from nexus_ds.launch import (
+    EXIT_BAD_BATCHES,
     adopt_launcher,
     end,
     first_rank,
@@ -55,7 +56,7 @@ from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.command_lines import next_evaluation
 from nexus_ds.config import dump, load_config
 from nexus_ds.data.preparation import make_tokenizer
-from nexus_ds.errors import CheckpointError, NexusError, OutputExistsError
+from nexus_ds.errors import BadBatchesError, CheckpointError, NexusError, OutputExistsError
 from nexus_ds.local_runner import run_steps
 from nexus_ds.outputs import held
 from nexus_ds.pipeline import (
@@ -177,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     except (NexusError, OSError) as error:
         speaker = "" if first_rank() else f"rank {rank_name()}: "
         tell(f"train.py: {speaker}{error}")
-        return 1
+        return EXIT_BAD_BATCHES if isinstance(error, BadBatchesError) else 1
     except KeyboardInterrupt:
         # A training that has begun saves its state instead (runtime/signals).
         if first_rank():

@@ -95,6 +95,8 @@ settle() {
   # What the stage, and what it has to make first, have reached; other jobs of the run don't count.
   now=$(ask progress "$1") || { say "how far $1 is can't be told (see above): counted as no progress"; now=$last; }
   step=${now##* }
+  # 65: several bad batches in a row. The state behind them is no progress that a requeue may count.
+  case $code in *65) die "$stage ended after several bad batches in a row (see above); not requeued" ;; esac
   stalled=$([ "$now" = "$last" ] && echo $((stalled + 1)) || echo 0)
   # 75: stopped in order by a signal; 138 and 143: USR1 or TERM before the ranks listened.
   case $stopping$code in

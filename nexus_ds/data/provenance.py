@@ -1,7 +1,9 @@
 """Where a block of tokens comes from: the documents that it holds, by file and line.
 
 A token file keeps no places of documents: they are counted by the ids that end them, and then read
-again. That takes as long as reading the text up to there, so it is for what happens seldom.
+again. That takes as long as reading the text up to there, so it is for what happens seldom, and
+beyond the first READ_AGAIN tokens of a file, where all ranks would wait for minutes, the place in
+the token file is told instead.
 Not covered: the very words of a document that a block begins or ends with.
 """
 
@@ -18,6 +20,8 @@ from nexus_ds.errors import NexusError
 from nexus_ds.settings import DataConfig
 
 CHUNK = 1 << 22  # ids that are counted at once
+READ_AGAIN = 1 << 26
+"""Tokens up to which documents are looked for: about 250 MB of text, seconds to read."""
 
 
 def documents_of(file: TokenFile, start: int, count: int, tokenizer: Tokenizer) -> range:
@@ -48,8 +52,11 @@ def told(data: DataConfig, tokenizer: Path, file: TokenFile, domain: str, block:
         block: number of the block, of `data.sequence_length` inputs.
     """
     length = data.sequence_length
+    start = block * length
+    if start > READ_AGAIN:
+        return f"{domain}, tokens {start:,} to {start + length:,} of {file.path.name}"
     loaded = load_tokenizer(tokenizer, data.bos)
-    numbers = documents_of(file, block * length, length + 1, loaded)
+    numbers = documents_of(file, start, length + 1, loaded)
     try:
         documents = open_source(data.path).documents(
             domain, "train", data.on_bad_row, data.max_bytes

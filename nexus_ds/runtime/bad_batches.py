@@ -20,6 +20,7 @@ from nexus_ds.runtime.ranks import together
 from nexus_ds.settings import Config
 
 NAMED = 4  # samples that each rank names at most: their text is read again
+NAMED_IN_ALL = 16  # of all ranks, in one line of the log
 
 
 class BadBatches:
@@ -65,6 +66,7 @@ class BadBatches:
         doubtful = bad if anywhere else mine
         kind = "losses that are not numbers" if anywhere else "a gradient that is not finite"
         names = [name for own in together(lambda: self._names(doubtful)) for name in own]
+        names = names[:NAMED_IN_ALL]
         more = sum(together(lambda: len(doubtful))) - len(names)
         return f"{kind}: {'; '.join(names)}" + (f"; and {more} more samples" if more else "")
 

@@ -36,7 +36,13 @@ from nexus_ds.data.mixture import Sampler, cycle_slots, domain_weights
 from nexus_ds.data.preparation import tokenised
 from nexus_ds.data.sources import Source
 from nexus_ds.data.tokenizer import open_tokenizer, vocabulary_size
-from nexus_ds.errors import CheckpointError, ConfigError, DataError, LayoutError, TrainingError
+from nexus_ds.errors import (
+    BadBatchesError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LayoutError,
+)
 from nexus_ds.launch import EXIT_STOPPED, Position
 from nexus_ds.model.experts import grouped_kernel
 from nexus_ds.model.head import next_token_loss
@@ -483,7 +489,7 @@ class Run:
         """Tell of a step that updated nothing. All ranks must call.
 
         Raises:
-            TrainingError: too many in a row; the state behind them is saved.
+            BadBatchesError: too many in a row; the state behind them is saved.
         """
         watchdog.at("the naming of a bad batch", step + 1, watchdog.SAVING)
         share = self.batch.micro * self.batch.accumulation
@@ -501,7 +507,7 @@ class Run:
         if count < limit:
             return
         self.save(step + 1)
-        raise TrainingError(
+        raise BadBatchesError(
             f"{count} batches in a row without a finite gradient, the last at step {step + 1} "
             f"({what}); stopped. The weights are those of step {step + 1 - count}, saved with the "
             "place behind these batches: lower training.lr or mend this text, then start the same "

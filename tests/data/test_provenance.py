@@ -62,6 +62,15 @@ def test_every_stretch_of_ids_has_its_documents(opened, monkeypatch, chunk):
                 assert (found.start, found.stop - 1) == (mine[0], mine[-1])
 
 
+def test_far_into_a_text_nobody_reads_it_again(opened, monkeypatch):
+    monkeypatch.setattr(provenance, "READ_AGAIN", 100)
+    monkeypatch.setattr(provenance, "documents_of", None)
+    _, file, directory = opened[0]
+    data = DataConfig(path="nowhere", sequence_length=16)
+    expected = f"alpha, tokens 112 to 128 of {file.path.name}"
+    assert told(data, directory, file, "alpha", 7) == expected
+
+
 def test_a_block_is_told_by_file_and_line(opened, corpus):
     tokenizer, file, directory = opened[0]
     data = DataConfig(path=str(corpus), sequence_length=16)

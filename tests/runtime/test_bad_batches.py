@@ -102,7 +102,7 @@ def test_several_in_a_row_end_the_run_and_the_next_start_goes_on_behind_them(
     given = words(nexus_dir, text_folder, tmp_path / "bad")
     said = finish(fork_ranks([WORKER, "loss", "0,1,2", *given], 2), code=1)
     assert re.search(
-        r"NEXUS TrainingError: 3 batches in a row without a finite gradient, the last at step 3 "
+        r"NEXUS BadBatchesError: 3 batches in a row without a finite gradient, the last at step 3 "
         r"\(losses that are not numbers: sample 20 \(.*\)\); stopped. The weights are those of step"
         r" 0, saved with the place behind these batches: .*training.bad_batches allows more",
         said,
@@ -148,7 +148,10 @@ def test_samples_with_a_bad_loss_are_named_and_all_where_there_is_none(bad):
     assert bad.named(range(6, 9)) == said
 
 
-def test_a_long_list_is_cut(bad):
+def test_a_long_list_is_cut(bad, monkeypatch):
     bad.start()
     bad.see(torch.full((6, 4), float("nan")))
     assert bad.named(range(6)).endswith("sample 3 (b block 3); and 2 more samples")
+    # and once more over all ranks
+    monkeypatch.setattr(bad_batches, "NAMED_IN_ALL", 1)
+    assert bad.named(range(6)).endswith(": sample 0 (a block 0); and 5 more samples")

@@ -257,6 +257,13 @@ def test_a_failure_after_progress_is_requeued(shell, tmp_path, template):
     assert ["scontrol", "requeue", "7_0"] not in calls
 
 
+def test_a_run_that_bad_batches_ended_is_not_requeued_for_the_state_behind_them(shell, tmp_path):
+    failing(tmp_path, OWN["seed"], code=65)
+    code, output, calls = shell("seed", recipe(tmp_path / "recipe.yaml"), MAX_STALLED="3")
+    assert code == 1 and "seed ended after several bad batches in a row" in output, output
+    assert not any("requeue" in call for call in calls)
+
+
 def test_what_a_lost_start_made_counts_for_that_start_alone(shell, tmp_path):
     """A node was lost after progress, so that nobody noted it; the next start fails at once."""
     failing(tmp_path, "seed.training/config.yaml", code=75)
