@@ -27,6 +27,7 @@ from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.attention import attend_whole_windows
 from nexus_ds.runtime.deepspeed_internals import DeepSpeedConfig, Engine, full_shape
 from nexus_ds.runtime.nexus_moe import NexusMoE, Placement
+from nexus_ds.runtime.ranks import together
 from nexus_ds.settings import Config, ParallelConfig, TrainingConfig
 from nexus_ds.words import nearest
 
@@ -73,6 +74,7 @@ REFUSED: dict[str, tuple[bool | int | None, str]] = {
         False,
         "DeepSpeed then files masters under other parameters than they belong to",
     ),
+    "compute_grad_norm": (True, "a batch without a finite gradient is told by the norm"),
     "contiguous_gradients": (True, "DeepSpeed's expert layers need it"),
     "reduce_scatter": (True, "DeepSpeed's expert layers need it"),
     "zero_hpz_partition_size": (
@@ -361,12 +363,14 @@ def start_engine(
     return engine
 
 
-COMPILED_FROM = 1024
-"""Hidden size from which `auto` compiles: compiling takes a quarter of a minute at the start."""
+COMPILED_FROM = 2048
+"""Hidden size from which `auto` compiles: it takes a quarter of a minute at the start, and an H100
+was no faster with it at 1024, where the host is the bound."""
 
 
 def wants_compiled(kernels: str, stage: int, device: torch.device, hidden_size: int) -> bool:
-    """Return whether layers are compiled; a warning says why not where `auto` would have it.
+    """Return whether layers are compiled; a warning says why not where `auto` would have it. All
+    ranks must call.
 
     Args:
         kernels: training.layer_kernels.
@@ -383,18 +387,26 @@ def wants_compiled(kernels: str, stage: int, device: torch.device, hidden_size: 
         raise LayoutError(
             f"{name}: found compiled and ZeRO stage 3; expected stage 1 or 2, or {name}=eager"
         )
-    if kernels == "compiled":
-        check_compiler(device, name)
-        return True
     worthwhile = device.type != "cpu" and stage < 3 and hidden_size >= COMPILED_FROM
-    if kernels == "eager" or not worthwhile:
+    if kernels == "eager" or (kernels == "auto" and not worthwhile):
         return False
+    # all ranks or none: compiled layers round otherwise
+    failures = [said for said in together(lambda: _compiler_failure(device, name)) if said]
+    if not failures:
+        return True
+    if kernels == "compiled":
+        raise ConfigError(failures[0])
+    warnings.warn(f"{failures[0]}; until then a step is slower", stacklevel=2)
+    return False
+
+
+def _compiler_failure(device: torch.device, setting: str) -> str:
+    """Return why this rank can't compile; '' if it can."""
     try:
-        check_compiler(device, name)
+        check_compiler(device, setting)
     except ConfigError as error:
-        warnings.warn(f"{error}; until then a step is slower", stacklevel=2)
-        return False
-    return True
+        return str(error)
+    return ""
 
 
 def _gather_layers_at_once(model: PreTrainedModel) -> None:

@@ -364,11 +364,11 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 @pytest.mark.parametrize(
     ("kernels", "stage", "device", "width", "expected"),
     [
-        ("auto", 2, CPU, 1024, False),
-        ("auto", 1, GPU, 1024, True),
-        ("auto", 1, GPU, 1023, False),
-        ("auto", 3, GPU, 1024, False),
-        ("eager", 2, GPU, 1024, False),
+        ("auto", 2, CPU, 2048, False),
+        ("auto", 1, GPU, 2048, True),
+        ("auto", 1, GPU, 2047, False),
+        ("auto", 3, GPU, 2048, False),
+        ("eager", 2, GPU, 2048, False),
         ("compiled", 2, CPU, 16, True),
     ],
 )
@@ -383,12 +383,19 @@ def test_compiled_layers_are_not_for_zero_3():
         wants_compiled("compiled", 3, GPU, 1024)
 
 
+def test_one_rank_without_a_compiler_is_enough(monkeypatch):
+    monkeypatch.setattr(engine_module, "check_compiler", lambda *_: None)
+    monkeypatch.setattr(engine_module, "together", lambda action: [action(), "no Triton there"])
+    with pytest.warns(UserWarning, match="^no Triton there; until then a step is slower"):
+        assert wants_compiled("auto", 2, GPU, 2048) is False
+
+
 def test_without_a_compiler_auto_warns_and_only_what_asks_for_it_stops(monkeypatch):
     def failing(device, setting):
         raise ConfigError(f"{setting}: torch.compile failed")
 
     monkeypatch.setattr(engine_module, "check_compiler", failing)
     with pytest.warns(UserWarning, match="layer_kernels: .*; until then a step is slower"):
-        assert wants_compiled("auto", 2, GPU, 1024) is False
+        assert wants_compiled("auto", 2, GPU, 2048) is False
     with pytest.raises(ConfigError, match=r"layer_kernels: torch\.compile failed"):
         wants_compiled("compiled", 2, CPU, 1024)
