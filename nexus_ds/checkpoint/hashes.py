@@ -141,7 +141,7 @@ def differences(directory: Path, before: Mapping[str, FileHash]) -> Difference:
     new_tensors: dict[str, str] = {}
     for name, old in before.items():
         path = directory / name
-        old_tensors |= old.tensors
+        old_tensors |= _placed(name, old.tensors)
         if not path.is_file():
             if not old.tensors:
                 found.problems.append(f"{name} is missing")
@@ -150,11 +150,20 @@ def differences(directory: Path, before: Mapping[str, FileHash]) -> Difference:
             found.problems.append(f"{name} was changed")
     for name in names_of(directory):
         if name.endswith(WEIGHTS):
-            new_tensors |= hash_of(directory / name).tensors
+            new_tensors |= _placed(name, hash_of(directory / name).tensors)
         if name not in before:
             found.notes.append(f"{name} was added")
     _compare_tensors(old_tensors, new_tensors, found)
     return found
+
+
+def _placed(file: str, tensors: Mapping[str, str]) -> dict[str, str]:
+    """Return tensors by their names, with the folder that their file lies in.
+
+    A mixture may keep a tensor of the same name, in another form, in a folder of its own.
+    """
+    folder = file.rpartition("/")[0]
+    return {f"{folder}/{name}" if folder else name: value for name, value in tensors.items()}
 
 
 def _compare_tensors(old: Mapping[str, str], new: Mapping[str, str], found: Difference) -> None:

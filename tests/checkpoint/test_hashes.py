@@ -50,6 +50,20 @@ def test_a_flipped_bit_is_named_by_its_tensor(checkpoint):
     assert problem.startswith("1 tensors were changed: model.")
 
 
+def test_tensors_of_one_name_in_two_folders_are_two(checkpoint):
+    """A Qwen3-Next keeps its norms as they were beside those of its own form."""
+    name = "model.norm.weight"
+    own = load_file(checkpoint / "model.safetensors")
+    save_file({name: own[name] + 1}, checkpoint / "nexus" / "nexus_source.safetensors")
+    record_hashes(checkpoint)
+    assert not changes(checkpoint).problems
+    save_file(own | {name: own[name] + 2}, checkpoint / "model.safetensors")
+    assert changes(checkpoint).problems == [f"1 tensors were changed: {name}"]
+    save_file(own, checkpoint / "model.safetensors")
+    save_file({name: own[name]}, checkpoint / "nexus" / "nexus_source.safetensors")
+    assert changes(checkpoint).problems == [f"1 tensors were changed: nexus/{name}"]
+
+
 def test_weights_that_were_saved_anew_are_compared_by_tensor(checkpoint):
     tensors = load_file(checkpoint / "model.safetensors")
     (checkpoint / "model.safetensors").unlink()
