@@ -11,6 +11,7 @@ given as directories.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import yaml
 from nexus_ds.checkpoint.cards import DomainCard, has_card, read_card
 from nexus_ds.checkpoint.records import Manifest, Step, TrainStep, UpcycleStep
 from nexus_ds.config import parse_yaml
-from nexus_ds.errors import ConfigError
+from nexus_ds.errors import CheckpointError, ConfigError
 from nexus_ds.outputs import write_text
 
 MODEL_CARD = "README.md"
@@ -48,9 +49,12 @@ def metadata_of(directory: Path) -> dict[str, object]:
 
 
 def stated_license(directory: Path) -> str:
-    """Return the license that a model's domain card or model card states; empty: none."""
-    if has_card(directory):
-        own = read_card(directory).license
+    """Return the license that a model's domain card or model card states; empty: none.
+
+    A card that can't be read states none: whoever needs more of it is told.
+    """
+    with suppress(CheckpointError):
+        own = read_card(directory).license if has_card(directory) else ""
         if own:
             return own
     stated = metadata_of(directory).get("license")

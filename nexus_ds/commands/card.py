@@ -67,10 +67,10 @@ def run(args: argparse.Namespace) -> int:
     seed = open_dense(args.seed_model) if args.seed_model else None
     source = open_source(args.data)
     require_domains(source, [args.domain])
+    license_name = args.license or stated_license(args.directory)
     encoder = SentenceEncoder(args.encoder)
     with held(path):
         embeddings = sample_options.embedded(args, source, [args.domain], encoder)
-        license_name = args.license or stated_license(args.directory)
         card = dataclasses.replace(
             cards.card_of(embeddings, {args.domain: 1.0}, args.domain, license_name),
             seed_sha256=cards.ffn_sha256(seed) if seed else "",

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from nexus_ds.checkpoint.cards import DomainCard
+from nexus_ds.checkpoint.cards import CARD, DomainCard
 from nexus_ds.checkpoint.model_card import (
     card_text,
     dense_card,
@@ -41,6 +41,12 @@ def test_metadata(tmp_path, text, found):
     (tmp_path / "README.md").write_text(text)
     assert metadata_of(tmp_path) == found
     assert stated_license(tmp_path) == found.get("license", "")
+
+
+def test_a_domain_card_that_cannot_be_read_states_no_license(tmp_path):
+    (tmp_path / CARD).write_text("{}")
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert stated_license(tmp_path) == "mit"
 
 
 # What is written ----------------------------------------------------------------------------------
