@@ -192,17 +192,18 @@ def run(args: argparse.Namespace) -> int:
     model = _describe(args, experts, embeddings, cards, config)
     data = args.data or (embeddings.data if embeddings else "")
     scores = args.verdict or limit is not None
-    if not data and (scores or config.router.warm_start != "none"):
+    # whether the warm start needs text is for `fit_text` to say
+    if not data and scores:
         raise ConfigError(
             "without --domains nothing says where the text is: give --data DIR, "
-            "or --no-refit to read none"
+            "or leave out --verdict and --fail-if-worse"
         )
     text = model.fit_text(data, config, "--no-refit")
     scored = None
     checkpoint = Path(args.checkpoint)
     if scores:
         # the old model is scored first: text that can't be read is told before anything is written
-        domains = chosen(args.scored, checkpoint, list(experts))
+        domains = chosen(args.scored, checkpoint, model.domains_of(experts))
         scored = BeforeAfter(checkpoint, data, domains, args.windows, config.data.bos)
     with new_directory(out) as directory:
         report = model.write(directory, text, config.router, config.seed)

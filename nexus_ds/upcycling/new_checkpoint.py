@@ -8,7 +8,7 @@ Not covered: where text and options come from (commands/), how tensors are blend
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,9 +104,10 @@ class NewModel:
     """Experts whose dense model had another dtype than the checkpoint gets: for each name that
     dtype."""
 
-    def domains(self) -> list[str]:
-        """Return the experts' domains, in expert order."""
-        return [expert.domain for expert in self.sidecar.experts]
+    def domains_of(self, names: Collection[str]) -> list[str]:
+        """Return the domains of experts, in expert order; a card may name another than the
+        expert's."""
+        return [expert.domain for expert in self.sidecar.experts if expert.name in names]
 
     def fit_text(self, data: str, config: Config, switch: str) -> FitText | None:
         """Return the training text that the router's warm start reads, None for a start that reads

@@ -158,10 +158,12 @@ class Alignment:
         some lack it.
         """
         pieces = []
+        # rows that nobody has trained may be zeros: the rows of padding are a piece of their own
+        lenient = replace(whole, parts=[replace(part, zeros=True) for part in whole.parts])
         for start, stop, models in self.pieces():
-            some = whole
+            some = lenient
             if len(models) < len(whole.parts):
-                some = _blend_of([whole.parts[index] for index in models])
+                some = _blend_of([lenient.parts[index] for index in models])
             pieces.append((start, stop, some))
         return whole if len(pieces) == 1 else Stack(tuple(pieces))
 
@@ -180,8 +182,6 @@ def by_row(blend: Blend, entry: Stored, alignment: Alignment | None) -> Blend | 
 
 def _blend_of(parts: Sequence[Part]) -> Blend:
     """Return the weighted mean of some parts, the plain one where all weigh nothing."""
-    # rows that nobody has trained may be zeros
-    parts = [replace(part, zeros=True) for part in parts]
     total = sum(part.weight for part in parts)
     if len(parts) == 1 or not total:
         parts = [replace(part, weight=1.0) for part in parts]

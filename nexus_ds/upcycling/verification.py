@@ -156,7 +156,8 @@ def _sources(
         if expert.name in new:
             with problems.collected():
                 place = _place(directory, expert.name, expert.source, given)
-                models[expert.name] = _checked_source(place, expert.name, expert.sha256)
+                base_of = given.get("base")
+                models[expert.name] = _checked_source(place, expert.name, expert.sha256, base_of)
     names: dict[str, str] = {}
     base = None
     with problems.collected():
@@ -173,13 +174,14 @@ def _sources(
     return Sources(base, names, models, share, isinstance(step, UpcycleStep))
 
 
-def _checked_source(place: Path, name: str, sha256: str) -> DenseModel:
-    """Open an expert's dense model; CheckpointError unless its FFNs are those recorded."""
+def _checked_source(place: Path, name: str, sha256: str, base: Path | None) -> DenseModel:
+    """Open an expert's dense model, or its adapter of `base`; CheckpointError unless its FFNs are
+    those recorded."""
     if (place / ADAPTER).is_file():
-        # it is merged in torch, for which a check of whole models does not wait
+        # it imports torch, for which a check of whole models does not wait
         from nexus_ds.checkpoint.adapters import open_branch
 
-        model = open_branch(place)
+        model = open_branch(place, base)
     else:
         model = open_dense(place)
     found = sha256_of_tensors(model.reader, model.ffn_names())
@@ -197,7 +199,7 @@ def verify_sources(directory: Path, given: Mapping[str, Path]) -> Verification:
     Args:
         directory: the checkpoint.
         given: directories of sources that are not where nexus.json says: by expert's name, and
-            "seed" or "checkpoint".
+            "seed" or "checkpoint"; "base": the model that adapters were merged into.
 
     Raises:
         ConfigError: a name that is no source's.
@@ -205,7 +207,7 @@ def verify_sources(directory: Path, given: Mapping[str, Path]) -> Verification:
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
-    known = [*(expert.name for expert in manifest.experts), "seed", "checkpoint"]
+    known = [*(expert.name for expert in manifest.experts), "seed", "checkpoint", "base"]
     for name in given:
         if name not in known:
             raise ConfigError(f"--sources {name}: expected one of {', '.join(known)}")

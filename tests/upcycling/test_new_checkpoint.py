@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from nexus_ds.checkpoint.families.record import FFN_PARTS, dense_ffn_name
 from nexus_ds.checkpoint.headers import sha256_of_tensors
 from nexus_ds.checkpoint.qwen2_moe import expert_name
-from nexus_ds.checkpoint.records import FitReport
+from nexus_ds.checkpoint.records import ExpertRecord, FitReport
 from nexus_ds.checkpoint.sidecar import (
     ROUTER,
     ROUTER_BEFORE,
@@ -24,7 +25,7 @@ from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.config import load_config
 from nexus_ds.errors import CheckpointError
 from nexus_ds.upcycling.extend import extended
-from nexus_ds.upcycling.new_checkpoint import open_old
+from nexus_ds.upcycling.new_checkpoint import NewModel, open_old
 from nexus_ds.upcycling.remove import reduced
 from nexus_ds.upcycling.replace import replaced
 from tests.checkpoint.test_dense import embeddings
@@ -75,6 +76,12 @@ def test_a_warm_start_is_described_with_the_domains_that_p_hardly_knows(parts):
     )
     assert lines[2].endswith("0.39: P has seen nothing like it, its row may not find its text")
     assert lines[3].endswith("0.41")
+
+
+def test_the_domain_of_an_expert_is_its_cards_and_not_its_name():
+    experts = [ExpertRecord("a", "law", "", ""), ExpertRecord("b", "b", "", "")]
+    model = SimpleNamespace(sidecar=SimpleNamespace(experts=experts))
+    assert NewModel.domains_of(model, ["a"]) == ["law"]
 
 
 def test_an_old_mixture_is_the_same_with_another_number_of_experts(nexus_dir):

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from branches import (
@@ -17,14 +18,16 @@ from branches import (
     upcycle,
 )
 
+from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.checkpoint.tokenizer import read_tokenizer
 from nexus_ds.config import load_config
 from nexus_ds.data.domains import read_domain_embeddings
 from nexus_ds.errors import IncompatibleModelsError
 from nexus_ds.outputs import new_directory
+from nexus_ds.upcycling.blend import Part, mean_of
 from nexus_ds.upcycling.compatible import Waived
 from nexus_ds.upcycling.extend import extended
-from nexus_ds.upcycling.same_tokenizers import Embedder, aligned
+from nexus_ds.upcycling.same_tokenizers import Alignment, Embedder, aligned
 
 ROWS = 31  # of the seed
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -163,3 +166,13 @@ def test_another_way_to_split_a_text_is_no_growth(parts):
     path.write_text(json.dumps(definition))
     with pytest.raises(IncompatibleModelsError, match="the same text becomes other tokens"):
         upcycle(parts, waived=ALIGN)
+
+
+def test_padding_of_zeros_is_no_damage(parts):
+    """Rows beyond all tokenizers are a piece of their own, of all models."""
+    counts = np.array([[True, True, True, True], [True, True, False, True]])
+    reader = TensorReader(parts / "seed")
+    whole = mean_of([Part("a", reader, "w"), Part("b", reader, "w")])
+    found = Alignment(parts / "seed", counts).blend(whole)
+    assert [(start, stop) for start, stop, _ in found.pieces] == [(0, 2), (2, 3), (3, 4)]
+    assert all(part.zeros for _, _, blend in found.pieces for part in blend.parts)
