@@ -142,7 +142,7 @@ def failing(out):
         if fails == "leaving":
             raise OSError(5, "Input/output error", str(directory))
 
-join(60)
+join(240)
 dist.init_process_group("gloo")
 out = Path(sys.argv[1]) / "model"
 real, export.new_directory = export.new_directory, failing
@@ -169,7 +169,7 @@ dist.destroy_process_group()
 @pytest.mark.slow
 def test_what_fails_around_the_writing_on_rank_0_is_told_to_all(tmp_path):
     ranks = start_ranks(["-c", RANK, tmp_path], 2)
-    said = [rank.communicate(timeout=60)[0].splitlines() for rank in ranks]
+    said = [rank.communicate(timeout=240)[0].splitlines() for rank in ranks]
     expected = [
         "entering [Errno 28] No space left on device",
         "leaving [Errno 5] Input/output error",
