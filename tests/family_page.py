@@ -220,7 +220,8 @@ Made by `tests/family_page.py` out of the tables that the tests run by; don't ed
 ## Families
 
 The seed and its branches are of one family, and their mixture is written in its form. The variants
-are rows of the test whose bound the next table gives; all verbs are run on tiny models.
+are rows of the test whose bound the next table gives. All verbs are run on tiny models where the
+last column names a test; of the others what is written is compared, and no training was run.
 
 {table(["model_type", "what it is", "form", "variants compared", "all verbs"], rows)}
 
