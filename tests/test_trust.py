@@ -15,7 +15,8 @@ WATCHED = {
     *("subprocess", "pty", "multiprocessing", "ctypes", "cffi"),
     *("socket", "socketserver", "ssl", "urllib", "http", "ftplib", "smtplib", "telnetlib"),
     *("requests", "httpx", "aiohttp", "huggingface_hub", "webbrowser", "xmlrpc", "zipfile"),
-    *("tarfile", "torch.hub", "torch.package", "torch.utils.cpp_extension"),
+    *("tarfile", "torch.hub", "torch.package", "torch.utils.cpp_extension", "asyncio"),
+    "torch.multiprocessing",
 }
 # Functions, by the end of their name.
 CALLS = {
@@ -23,7 +24,7 @@ CALLS = {
     *("yaml.load", "yaml.full_load", "yaml.unsafe_load", "np.load", "numpy.load", "fromfile"),
     *("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list"),
     *("load_dataset", "load_dataset_builder", "snapshot_download", "hf_hub_download"),
-    *("create_server", "create_connection", "import_module"),
+    *("create_server", "create_connection", "import_module", "ProcessPoolExecutor"),
 }
 STARTS = ("os.exec", "os.spawn", "os.posix_spawn", "os.fork")
 
@@ -68,6 +69,9 @@ ALLOWED = {
 }
 
 
+ALL_CORES = "ProcessPoolExecutor"
+
+
 def dotted(node):
     """Return the name that an expression spells, '' for none."""
     if isinstance(node, ast.Name):
@@ -83,9 +87,24 @@ def watched(name):
     return next((".".join(parts[:n]) for n in (1, 2, 3) if ".".join(parts[:n]) in WATCHED), None)
 
 
+def imported(tree):
+    """Return what local names stand for: `y` of `import yaml as y`, `load` of `from torch import
+    load`."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                found[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    return found
+
+
 def uses(source):
     """Yield line and name of whatever is watched in a module's source."""
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    stands_for = imported(tree)
+    for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -94,7 +113,8 @@ def uses(source):
         yield from ((node.lineno, found) for found in map(watched, names) if found)
         called = [name for name in names if name.startswith(STARTS)]
         if isinstance(node, ast.Name | ast.Attribute):
-            called.append(dotted(node))
+            first, dot, rest = dotted(node).partition(".")
+            called.append(stands_for.get(first, first) + dot + rest)
         for name in called:
             if name.startswith(STARTS):
                 yield node.lineno, name
@@ -195,6 +215,13 @@ def test_imports_by_a_name_that_is_computed_are_few():
         ("torch.load(path)", "torch.load"),
         ("dist.broadcast_object_list([x])", "broadcast_object_list"),
         ("from urllib.request import urlopen", "urllib"),
+        ("from os import system\nsystem('id')", "os.system"),
+        ("import os as o\no.system('id')", "os.system"),
+        ("from torch import load\nload(path)", "torch.load"),
+        ("from yaml import load\nload(text)", "yaml.load"),
+        ("import yaml as y\ny.load(text)", "yaml.load"),
+        ("import torch.multiprocessing", "torch.multiprocessing"),
+        ("from concurrent.futures import ProcessPoolExecutor\nProcessPoolExecutor()", ALL_CORES),
     ],
 )
 def test_the_watch_sees(source, name):
