@@ -46,7 +46,7 @@ class TrainingError(NexusError):
     """A run that can't go on: no progress, losses that are not numbers, lost ranks."""
 
 
-class BadBatchesError(TrainingError):
+class BadBatchesError(NexusError):
     """Several batches in a row without a finite gradient; the state behind them is saved."""
 
 
