@@ -251,6 +251,22 @@ def rotary(config: ConfigJson) -> Rotary:
     return Rotary(turned, 1.0 if whole else attention_factor(rope, values))
 
 
+def as_its_class_has_it(config: ConfigJson) -> ConfigJson:
+    """Return RoPE (`rope`) and the norms' epsilon (`norm_eps`) of the family's own class.
+
+    They are those of `settings`, but for a family that is read through a view.
+
+    Args:
+        config: a config.json that `settings` takes.
+    """
+    values, family = filled(config), family_of(config)
+    _heads(values, family, "config.json")
+    rope, turned = _rope(values, family, "config.json")
+    if turned < values["head_dim"]:
+        rope["partial_rotary_factor"] = turned / values["head_dim"]
+    return {"rope": rope, "norm_eps": values["rms_norm_eps"]}
+
+
 def _windows(config: ConfigJson, family: Family, where: str) -> tuple[int | None, tuple[str, ...]]:
     """Return the width of sliding-window attention and each layer's kind of attention.
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from nexus_ds.checkpoint.config_json import ConfigJson, count, read_config, read_generation_config
 from nexus_ds.checkpoint.dense import as_stored
-from nexus_ds.checkpoint.dense_settings import settings
+from nexus_ds.checkpoint.dense_settings import as_its_class_has_it, settings
 from nexus_ds.checkpoint.expert_rows import RouterFile, check_rows, open_router, unit
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.families.table import FAMILIES
@@ -245,8 +245,7 @@ def _computation(config: ConfigJson, where: str) -> Facts:
         return {"settings": f"REFUSED: {error}"}
     return {
         "head_dim": found.head_dim,
-        "rope": dict(found.rope),
-        "norm_eps": found.norm_eps,
+        **as_its_class_has_it(config),
         "qkv_bias": found.qkv_bias,
         "sliding_window": found.sliding_window,
     }

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from nexus_ds.checkpoint.inspection import describe
 from nexus_ds.errors import CheckpointError
+from tests.checkpoint.test_dense import changed
 
 
 def test_dense(dense_dir):
@@ -83,3 +84,23 @@ def test_no_model(tmp_path):
 def test_what_transformers_4_makes_of_it_is_told(nexus_dir, context_dir):
     assert describe(nexus_dir)["transformers_4"] == "as 5"
     assert describe(context_dir)["transformers_4"].startswith("it has no model of type nexus_moe")
+
+
+def test_a_family_behind_a_view_is_shown_as_its_own_class_has_it(dense_dir, tmp_path):
+    """And not as the Qwen2-MoE that it would become: with an epsilon for a smaller residual stream,
+    and RoPE of a whole head."""
+    granite = changed(
+        dense_dir,
+        tmp_path / "granite",
+        model_type="granite",
+        residual_multiplier=0.25,
+        rms_norm_eps=1e-5,
+    )
+    facts = describe(granite)
+    assert facts["norm_eps"] == 1e-5 and facts["tied_embeddings"] is True
+    phi = changed(dense_dir, tmp_path / "phi", model_type="phi3", partial_rotary_factor=0.75)
+    assert describe(phi)["rope"] == {
+        "rope_theta": 10000.0,
+        "rope_type": "default",
+        "partial_rotary_factor": 0.75,
+    }
