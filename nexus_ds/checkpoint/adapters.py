@@ -26,9 +26,9 @@ import numpy as np
 from nexus_ds.checkpoint.config_json import ADAPTER, ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel, open_dense
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
-from nexus_ds.checkpoint.headers import INDEX, SINGLE, Headers, TensorInfo, row_slices, tensor_bytes
+from nexus_ds.checkpoint.headers import INDEX, SINGLE, Headers, TensorInfo, read_by_rows, row_slices
 from nexus_ds.checkpoint.json_files import read_json_object, require_directory
-from nexus_ds.checkpoint.tensors import TensorReader, TranslatedReader
+from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.checkpoint.values import FLOATS, encoded, read_rows, read_values
 from nexus_ds.checkpoint.views import seen_as, underlying
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
@@ -138,7 +138,7 @@ class AdapterWeights:
         return read_values(self.headers, change.inner).astype(np.float64)
 
 
-class MergedReader(TranslatedReader):
+class MergedReader(TensorReader):
     """The tensors of a base as an adapter changes them.
 
     A changed tensor lies in no file as it is: `info` tells its dtype and shape, and no place. Who
@@ -176,16 +176,7 @@ class MergedReader(TranslatedReader):
         if name not in self.adapter.changes:
             self.base.read_range(name, start, view)
             return
-        info = self.info(name)
-        width = tensor_bytes(info.dtype, info.shape[1:])
-        end = start + len(view)
-        rows = (-(-end // width) - start // width, *info.shape[1:])
-        for first, stop in row_slices(rows):
-            position = (start // width + first) * width
-            block = self._merged(name, start // width + first, start // width + stop)
-            # a range may begin and end within a row
-            low, high = max(start, position), min(end, position + len(block))
-            view[low - start : high - start] = block[low - position : high - position].data
+        read_by_rows(self.info(name), start, view, lambda *rows: self._merged(name, *rows).data)
 
     def _merged(self, name: str, start: int, stop: int) -> np.ndarray:
         """Return the bytes of rows [start, stop) of a changed tensor."""

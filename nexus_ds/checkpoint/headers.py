@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -368,6 +368,29 @@ def row_slices(shape: tuple[int, ...], limit: int = SLICE) -> Iterator[tuple[int
     step = max(1, limit // row_size)
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
+
+
+def read_by_rows(
+    info: TensorInfo, start: int, view: memoryview, rows: Callable[[int, int], memoryview]
+) -> None:
+    """Fill `view` (bytes) from byte `start` on of a tensor that lies in no file as it is.
+
+    Args:
+        info: its dtype and shape.
+        start: byte that comes first.
+        view: filled.
+        rows: returns the bytes of rows [first, stop); asked for some rows at a time.
+    """
+    width = tensor_bytes(info.dtype, info.shape[1:])
+    end = start + len(view)
+    above = start // width
+    touched = -(-end // width) - above
+    for first, stop in row_slices((touched, *info.shape[1:])):
+        position = (above + first) * width
+        block = rows(above + first, above + stop)
+        # a range may begin and end within a row
+        low, high = max(start, position), min(end, position + len(block))
+        view[low - start : high - start] = block[low - position : high - position]
 
 
 def sha256_of_tensors(reader: Headers, names: Iterable[str]) -> str:

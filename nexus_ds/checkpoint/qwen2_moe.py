@@ -394,7 +394,7 @@ def open_moe(directory: Path) -> tuple[ConfigJson, Headers]:
         # it translates in torch, for which those who look at other forms don't wait
         from nexus_ds.checkpoint.qwen3_next import open_reader
 
-        reader = open_reader(directory, config)
+        reader = open_reader(raw, config)
     tied = settings(config, where).tied_embeddings
     check_tensors(reader, {name: entry.shape for name, entry in stored(config).items()}, tied)
     return config, reader

@@ -28,12 +28,13 @@ from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.forms import PLAIN, QWEN3_NEXT
+from nexus_ds.checkpoint.headers import Headers, read_by_rows
 from nexus_ds.checkpoint.tensors import (
     Plan,
     TensorInfo,
     TensorReader,
     TensorWriter,
-    TranslatedReader,
+    bytes_of,
     overwrite,
     write_tensors,
 )
@@ -126,17 +127,17 @@ def stored_norms(norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-class SourceReader(TranslatedReader):
+class SourceReader(TensorReader):
     """The tensors of a dense Qwen3, and of experts for it, out of a Qwen3-Next."""
 
-    def __init__(self, directory: Path, config: ConfigJson) -> None:
-        """Open the files; `config` is their config.json.
+    def __init__(self, raw: Headers, config: ConfigJson) -> None:
+        """Read what a Qwen3-Next's files have; `config` is their config.json.
 
         Raises:
             CheckpointError: damaged, or without the norms as they were.
         """
-        super().__init__(directory)
-        self.raw = TensorReader(directory)
+        self.raw = TensorReader.of(raw)
+        self.directory = raw.directory
         dense = settings(config)
         self.head_dim = dense.head_dim
         self.tied = dense.tied_embeddings
@@ -163,20 +164,23 @@ class SourceReader(TranslatedReader):
             return info
         return info._replace(shape=(info.shape[0] // 2, *info.shape[1:]))
 
-    def read(self, name: str) -> Tensor:
-        """Return a whole tensor as the dense model has it."""
-        if is_norm(name):
-            return self._norm(name)
-        shape = self.info(name).shape
-        return self.read_rows(name, 0, shape[0])
+    def files(self) -> list[Path]:
+        """Return the files that the tensors come from."""
+        return self.raw.files()
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return rows [start, stop) of a tensor as the dense model has it."""
+    def read_range(self, name: str, start: int, view: memoryview) -> None:
+        """Fill `view` (bytes) with a tensor's bytes from its byte `start` on, as the dense model
+        has them."""
+        info = self.info(name)
+        read_by_rows(info, start, view, lambda *rows: bytes_of(self._rows(name, *rows)))
+
+    def _rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows [start, stop) of a tensor as the dense model has it; one row or more."""
         if is_norm(name):
             return self._norm(name)[start:stop]
         place = place_of(name, self.head_dim)
         first, last = place.in_file(start), place.in_file(stop - 1) + 1
-        tensor = self.raw.read_rows(name, first, last if stop > start else first)
+        tensor = self.raw.read_rows(name, first, last)
         if place.head:
             tensor = self._without_gate(name, tensor, first)
         if place.norm:
@@ -280,11 +284,11 @@ def in_file(plan: Plan, head_dim: int) -> dict[str, tuple[str, tuple[int, ...]]]
     return found
 
 
-def open_reader(directory: Path, config: ConfigJson) -> TensorReader:
-    """Return the tensors of a checkpoint under its dense family's names."""
+def open_reader(raw: Headers, config: ConfigJson) -> TensorReader:
+    """Return the tensors of a checkpoint's files under its dense family's names."""
     if config.get("model_type") == QWEN3_NEXT:
-        return SourceReader(directory, config)
-    return TensorReader(directory)
+        return SourceReader(raw, config)
+    return TensorReader.of(raw)
 
 
 def repeated(config: ConfigJson) -> dict[str, str]:

@@ -7,7 +7,6 @@ Not covered: big-endian machines, packed 4- and 6-bit types, two writers of one 
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -48,7 +47,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA = {"format": "pt"}  # without it, transformers does not know whose tensors these are
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a tensor: its own memory if it is contiguous and on the CPU."""
     contiguous = tensor.detach().cpu().contiguous()
     # numpy has no bf16 and no fp8, but bytes are bytes.
@@ -64,7 +63,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     with create(path) as stream:
         stream.write(lead)
         for tensor in tensors.values():
-            stream.write(_bytes_of(tensor))
+            stream.write(bytes_of(tensor))
 
 
 class TensorReader(Headers):
@@ -103,24 +102,12 @@ class TensorReader(Headers):
 
     def _read(self, name: str, start: int, shape: tuple[int, ...]) -> torch.Tensor:
         tensor = torch.empty(shape, dtype=DTYPES[self.info(name).dtype])
-        self.read_range(name, start, _bytes_of(tensor))
+        self.read_range(name, start, bytes_of(tensor))
         return tensor
 
 
 class ViewedTensors(TensorReader, ViewReader):
     """The tensors that a view shows, as torch has them."""
-
-
-class TranslatedReader(TensorReader):
-    """A reader whose tensors lie in no file as they are: all that is read goes by `read_rows`."""
-
-    def items(self, name: str, first: int, count: int) -> bytearray:
-        """Return the bytes of `count` elements of a tensor, in the order of its rows."""
-        width = math.prod(self.info(name).shape[1:])
-        start, stop = first // width, -(-(first + count) // width)
-        rows = self.read_rows(name, start, stop).reshape(-1)
-        before = first - start * width
-        return bytearray(_bytes_of(rows[before : before + count]))
 
 
 def _shards(plan: Plan, limit: int) -> list[list[str]]:
@@ -257,7 +244,7 @@ class TensorWriter:
         dtype, shape = self._planned(name)
         if tensor.dtype != DTYPES[dtype]:
             raise CheckpointError(f"tensor {name!r} has dtype {tensor.dtype}, planned was {dtype}")
-        data = _bytes_of(tensor)
+        data = bytes_of(tensor)
         if self._missing[name] < len(data):
             raise CheckpointError(f"tensor {name!r} was written twice")
         copies = [copy for copy, source in self._copies.items() if source == name]
@@ -304,6 +291,6 @@ def overwrite(info: TensorInfo, tensor: torch.Tensor) -> None:
         raise CheckpointError(
             f"{info.file}: found a tensor of shape {tuple(tensor.shape)}, the file has {info.shape}"
         )
-    data = _bytes_of(tensor.to(DTYPES[info.dtype]))
+    data = bytes_of(tensor.to(DTYPES[info.dtype]))
     with info.file.open("r+b", buffering=0) as stream:
         write_at(stream.fileno(), info.start, data, info.file)

@@ -35,7 +35,7 @@ from nexus_ds.checkpoint.families.record import (
     Family,
     dense_weights,
 )
-from nexus_ds.checkpoint.headers import Headers, TensorInfo, row_slices, tensor_bytes
+from nexus_ds.checkpoint.headers import Headers, TensorInfo, read_by_rows, tensor_bytes
 from nexus_ds.checkpoint.values import encoded, read_rows
 from nexus_ds.errors import CheckpointError
 
@@ -187,18 +187,11 @@ class ViewReader(Headers):
         """Fill `view` (bytes) with a tensor's bytes from its byte `start` on, as a file of Llama's
         names would have them."""
         info, origin = self.info(name), self.origins[name]
-        width = tensor_bytes(info.dtype, info.shape[1:])
         if origin.as_it_is:
-            self.base.read_range(origin.name, origin.start * width + start, view)
+            first = tensor_bytes(info.dtype, (origin.start, *info.shape[1:]))
+            self.base.read_range(origin.name, first + start, view)
             return
-        end = start + len(view)
-        above = start // width
-        for first, stop in row_slices((-(-end // width) - above, *info.shape[1:])):
-            position = (above + first) * width
-            block = self._rows(name, above + first, above + stop)
-            # a range may begin and end within a row
-            low, high = max(start, position), min(end, position + len(block))
-            view[low - start : high - start] = block[low - position : high - position].data
+        read_by_rows(info, start, view, lambda *rows: self._rows(name, *rows).data)
 
     def _rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Return the bytes of rows [start, stop) of a tensor that lies nowhere as it is."""

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nexus_ds.checkpoint.config_json import read_config
+from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.needs import BATCH, Way
 from nexus_ds.checkpoint.pieces import (
     in_pieces,
@@ -340,7 +341,7 @@ def cosines(directory: Path) -> Cosines:
     """Return the cosines of a Qwen2-MoE checkpoint; CheckpointError if it has no router."""
     directory = Path(directory)
     config = read_config(directory)
-    reader = open_reader(directory, config)
+    reader = open_reader(Headers(directory), config)
     layers = int(config.get("num_hidden_layers", 0))
     names = [gate_name(layer) for layer in range(layers)]
     # a Qwen2-MoE of another form may have dense layers in between

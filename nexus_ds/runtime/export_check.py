@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from nexus_ds.checkpoint.config_json import read_config
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
+from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.loading import LOAD_ERRORS
 from nexus_ds.checkpoint.needs import PROBE_TOKENS
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, gate_name
@@ -191,7 +192,7 @@ def check_written(directory: Path, dtype: torch.dtype, held: Mapping[str, str]) 
     Raises:
         CheckpointError: with the first tensor that is another, and whose it is.
     """
-    reader = open_reader(directory, read_config(directory))
+    reader = open_reader(Headers(directory), read_config(directory))
     found = {name: _hash(reader.read(name), dtype) for name in reader.names()}
     expected = dict(held)
     if is_nexus(directory):

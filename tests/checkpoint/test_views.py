@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from nexus_ds.checkpoint.dense import open_dense
 from nexus_ds.checkpoint.families.record import dense_weights
 from nexus_ds.checkpoint.headers import sha256_of_tensors
+from nexus_ds.checkpoint.streaming import streamed_model
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.checkpoint.views import head_order
 from nexus_ds.errors import CheckpointError
@@ -169,6 +170,20 @@ def test_with_left_padding_and_with_a_cache_it_is_the_same(made):
     greedy = dict(attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
     texts = [m.generate(x, use_cache=c, **greedy) for m in (oracle, model) for c in (True, False)]
     assert all(torch.equal(text, texts[0]) for text in texts), kind
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["seed", "out"])
+def test_layer_by_layer_it_is_the_same(made, name):
+    """The family's own model out of its own file, and the mixture."""
+    _, _, root, _ = made
+    x = tokens()
+    model = AutoModelForCausalLM.from_pretrained(root / name, dtype="auto").eval()
+    streamed = streamed_model(root / name, None, torch.device("cpu"), rows=2)
+    whole = torch.cat([model(part).logits for part in x.split(2)])
+    assert torch.equal(streamed(input_ids=x, use_cache=False).logits, whole)
+    greedy = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert torch.equal(*(one.generate(x[:2], **greedy) for one in (model, streamed)))
 
 
 @pytest.mark.parametrize(
