@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nexus_ds.checkpoint.config_json import read_config
 from nexus_ds.checkpoint.dense import DenseModel, open_dense
 from nexus_ds.checkpoint.dense_settings import settings
+from nexus_ds.checkpoint.families.table import FAMILIES
 from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.checkpoint.qwen2_moe import check_shared_gates, open_moe
@@ -23,8 +25,14 @@ from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.checkpoint.relation import OUTSIDE, Relation, relation
 from nexus_ds.checkpoint.values import Comparison
 from nexus_ds.checkpoint.vocabulary import Vocabulary, read_vocabulary
-from nexus_ds.errors import IncompatibleModelsError
-from nexus_ds.upcycling.compatible import Origin, check_models, difference_notes, seed_origin
+from nexus_ds.errors import CheckpointError, IncompatibleModelsError, UnsupportedModelError
+from nexus_ds.upcycling.compatible import (
+    Origin,
+    check_models,
+    difference_notes,
+    mixture_origin,
+    seed_origin,
+)
 
 
 @dataclass
@@ -49,6 +57,24 @@ class Assessment:
         return facts | {"problems": self.problems, "notes": self.notes}
 
 
+def _shown(directory: Path) -> Headers:
+    """Return a model's tensors under the names that all families and mixtures share.
+
+    Of a model that can't become an expert, or none that this program has made, under its own: then
+    those of one name are compared.
+    """
+    config = read_config(directory)
+    try:
+        if config.get("model_type") in FAMILIES:
+            return open_dense(directory).reader
+        if is_nexus(directory):
+            return open_moe(directory)[1]
+    except (CheckpointError, UnsupportedModelError):
+        # what is wrong with it is told elsewhere
+        pass
+    return Headers(directory)
+
+
 def _numbers(found: Comparison) -> dict[str, float | None]:
     """Return cosine and relative distance, to four places; None where there is none."""
     values = {"cosine": found.cosine, "distance": found.distance}
@@ -61,7 +87,7 @@ def related(first: Path, second: Path) -> dict[str, Any]:
     `cosine` is the median over attention matrices, `modules` has cosine and relative distance of
     each module over all layers, `layers` the same by layer, `unchanged` the modules that are equal.
     """
-    found = relation(Headers(first), Headers(second))
+    found = relation(_shown(first), _shown(second))
     modules = found.modules()
     unchanged = [name for name, one in modules.items() if one.apart == 0 and one.first > 0]
     layers = {}
@@ -131,10 +157,9 @@ def _checked(origin: Origin, models: Mapping[str, DenseModel], problems: Problem
 
 def _mixture(directory: Path, problems: Problems) -> Origin:
     config, reader = open_moe(directory)
-    own = settings(config)
     with problems.collected():
-        check_shared_gates(reader, own.layers)
-    return Origin("checkpoint", directory, reader, own, None, [], True)
+        check_shared_gates(reader, settings(config).layers)
+    return mixture_origin(directory, config, reader)
 
 
 def _check_vocabularies(origin: Origin, models: Mapping[str, DenseModel]) -> None:

@@ -19,12 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from nexus_ds.checkpoint.config_json import read_generation_config
+from nexus_ds.checkpoint.config_json import ConfigJson, read_generation_config
 from nexus_ds.checkpoint.dense import DenseModel
+from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.families.record import DenseSettings, dense_weights
 from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.json_files import read_json_object
 from nexus_ds.checkpoint.problems import Problems
+from nexus_ds.checkpoint.qwen2_moe import Role, stored
 from nexus_ds.checkpoint.relation import UNRELATED, Relation, relation
 from nexus_ds.checkpoint.values import FLOATS, read_values, sample
 from nexus_ds.errors import CheckpointError, IncompatibleModelsError
@@ -105,10 +107,10 @@ def note(text: str) -> None:
 # Settings -----------------------------------------------------------------------------------------
 
 
-def _flat(settings: Mapping[str, object]) -> dict[str, str]:
+def _flat(values: Mapping[str, object]) -> dict[str, str]:
     """Return settings as texts, RoPE one key a line and layer types as one letter a layer."""
     flat: dict[str, str] = {}
-    for key, value in settings.items():
+    for key, value in values.items():
         if isinstance(value, dict):
             for inner, item in sorted(value.items()):
                 flat[f"{key}.{inner}"] = str(item)
@@ -135,12 +137,12 @@ def differing(models: Mapping[str, Mapping[str, object]]) -> dict[str, list[str]
     Args:
         models: for each model's name its traits.
     """
-    flat = [_flat(settings) for settings in models.values()]
+    flat = [_flat(values) for values in models.values()]
     # in the order in which models first have them: a dict, not a set
     keys: dict[str, None] = {}
-    for settings in flat:
-        keys |= dict.fromkeys(settings)
-    rows = {key: [settings.get(key, "-") for settings in flat] for key in keys}
+    for one in flat:
+        keys |= dict.fromkeys(one)
+    rows = {key: [one.get(key, "-") for one in flat] for key in keys}
     return {key: found for key, found in rows.items() if len(set(found)) > 1}
 
 
@@ -300,6 +302,14 @@ def seed_origin(model: DenseModel) -> Origin:
     """Return a seed as what its branches are compared with."""
     names = dense_weights(model.settings)
     return Origin("seed", model.directory, model.reader, model.settings, model.family, names, False)
+
+
+def mixture_origin(directory: Path, config: ConfigJson, reader: Headers) -> Origin:
+    """Return a mixture as what new experts are compared with; its config.json and tensors are as
+    `open_moe` has them."""
+    # in a mixture without a shared expert zeros stand in its place
+    names = [name for name, entry in stored(config).items() if entry.role is not Role.SHARED]
+    return Origin("checkpoint", directory, reader, settings(config), None, names, True)
 
 
 def check_models(

@@ -35,7 +35,7 @@ from nexus_ds.upcycling.blend import (
     expert_records,
 )
 from nexus_ds.upcycling.branches import check_branches, open_all
-from nexus_ds.upcycling.compatible import NOTHING, Origin, Waived, check_disk
+from nexus_ds.upcycling.compatible import NOTHING, Waived, check_disk, mixture_origin
 from nexus_ds.upcycling.new_checkpoint import (
     NewModel,
     OldModel,
@@ -194,15 +194,10 @@ def open_fitting(
         CheckpointError, UnsupportedModelError: models that can't be read or expressed; a checkpoint
             that was trained elsewhere, with its shared expert's gate.
     """
-    own = settings(mixture.config)
     with problems.collected():
-        check_shared_gates(mixture.reader, own.layers)
+        check_shared_gates(mixture.reader, settings(mixture.config).layers)
     models = open_all(experts, problems, base)
-    # in a mixture without a shared expert zeros stand in its place
-    names = [
-        name for name, entry in stored(mixture.config).items() if entry.role is not Role.SHARED
-    ]
-    origin = Origin("checkpoint", mixture.directory, mixture.reader, own, None, names, True)
+    origin = mixture_origin(mixture.directory, mixture.config, mixture.reader)
     alignment = check_branches(origin, models, waived, problems)
     problems.refuse()
     return models, alignment

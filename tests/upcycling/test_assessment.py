@@ -14,6 +14,7 @@ from conftest import (
 )
 
 from nexus_ds.upcycling.assessment import assess, related
+from tests.checkpoint.test_qwen3_next import SIZES, mixture
 
 
 @pytest.fixture
@@ -78,6 +79,11 @@ def test_an_extension(nexus_dir, parts):
     train_shared_gates(parts / "tuned")
     [problem] = assess([parts / "tuned", parts / "delta"]).problems
     assert "the model was trained elsewhere" in problem
+    shutil.copytree(nexus_dir, parts / "damaged")
+    expert = "model.layers.1.mlp.experts.1.up_proj.weight"
+    edit_tensors(parts / "damaged", lambda t: t[expert].fill_(torch.nan))
+    [problem] = assess([parts / "damaged", parts / "delta"]).problems
+    assert f"checkpoint ({parts / 'damaged'}): tensor {expert} has" in problem
     assert assess([nexus_dir]) is None and assess([parts / "seed", nexus_dir]) is None
 
 
@@ -95,3 +101,18 @@ def test_evidence_of_a_common_base(parts):
     assert same["says"] == "the same weights, in the sample" and same["cosine"] == 1
     edit_tensors(parts / "gamma", lambda t: [t.pop(name) for name in list(t) if "attn" in name])
     assert related(parts / "seed", parts / "gamma")["says"].startswith("nothing to compare")
+
+
+@pytest.mark.parametrize("family", ["phi3", "qwen3"])
+def test_evidence_of_a_common_base_in_models_of_other_files(family, tmp_path, dense_dir):
+    """A mixture and a branch hold the same weights under other names, or in another form."""
+    sizes = {"rope_parameters": dict(rope_theta=9e3), "partial_rotary_factor": 0.5}
+    sizes = SIZES | {"pad_token_id": None} | (sizes if family == "phi3" else {"head_dim": 16})
+    mixture(tmp_path, dense_dir, family, sizes, "bf16", 1)
+    found = related(tmp_path / "out", tmp_path / "a")
+    assert found["says"].startswith("shares a base: cosine ") and found["cosine"] > 0.9
+    assert {"self_attn", "input_layernorm", "embed_tokens"} <= set(found["modules"])
+    assert related(tmp_path / "seed", tmp_path / "a")["cosine"] > 0.9
+    # a model that can't become an expert is compared under its file's names
+    edit_config(tmp_path / "a", hidden_act="relu")
+    assert related(tmp_path / "a", tmp_path / "a")["says"] == "the same weights, in the sample"
