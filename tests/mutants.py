@@ -148,7 +148,7 @@ FAULTS = (
     ),
     Fault(
         "a tied output layer is left to the loader",
-        "checkpoint/qwen3_next.py",
+        "checkpoint/file_layout.py",
         "return {HEAD: EMBEDDING} if",
         "return {} if",
         "checkpoint/test_qwen2_moe.py",

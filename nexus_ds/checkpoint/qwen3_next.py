@@ -18,7 +18,6 @@ Not covered: windows, biases in the attention.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,10 +26,10 @@ from torch import Tensor
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
-from nexus_ds.checkpoint.forms import PLAIN, QWEN3_NEXT
-from nexus_ds.checkpoint.headers import Headers, read_by_rows
+from nexus_ds.checkpoint.file_layout import Place, in_files, is_norm, place_of, repeated
+from nexus_ds.checkpoint.forms import QWEN3_NEXT
+from nexus_ds.checkpoint.headers import Headers, Plan, read_by_rows
 from nexus_ds.checkpoint.tensors import (
-    Plan,
     TensorInfo,
     TensorReader,
     TensorWriter,
@@ -41,45 +40,8 @@ from nexus_ds.checkpoint.tensors import (
 from nexus_ds.errors import CheckpointError
 
 NORMS = "nexus/nexus_source.safetensors"
-FINAL_NORM = "model.norm.weight"
 POWERS = [2.0**s for s in range(-8, 9)]
 """Tried for q_norm; k_norm gets the inverse."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """How one tensor of a dense Qwen3, or of its experts, lies in a Qwen3-Next."""
-
-    norm: str = ""
-    """The norm whose powers of two its columns take; empty: none."""
-    head: int = 0
-    """Rows of a head after which as many zeros stand; 0: none do."""
-    scale: float = 1.0
-
-    def in_file(self, rows: int) -> int:
-        """Return the row of the file that a row of the tensor has."""
-        return rows + rows // self.head * self.head if self.head else rows
-
-
-def place_of(name: str, head_dim: int) -> Place:
-    """Return how a tensor lies in the file; norms are not asked for here."""
-    layer = ".".join(name.split(".")[:3])
-    part = name.removesuffix(".weight").rpartition(".")[2]
-    if name == HEAD:
-        return Place(FINAL_NORM)
-    if part in ("q_proj", "k_proj", "v_proj"):
-        return Place(f"{layer}.input_layernorm.weight", head_dim if part == "q_proj" else 0)
-    if part == "o_proj":
-        return Place(scale=2.0)
-    # `gate` is the router; the shared expert's gate is a constant and stays one
-    if part in ("gate_proj", "up_proj", "gate"):
-        return Place(f"{layer}.post_attention_layernorm.weight")
-    return Place()
-
-
-def is_norm(name: str) -> bool:
-    """Return whether a tensor is the weight of a norm."""
-    return name.endswith("norm.weight")
 
 
 def centred(weight_H: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,7 +194,7 @@ class SourceWriter(TensorWriter):
         self.head_dim = settings(config).head_dim
         self.norms: dict[str, Tensor] = {}
         self.tied = HEAD not in plan
-        super().__init__(directory, {**in_file(plan, self.head_dim)})
+        super().__init__(directory, in_files(plan, config))
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a whole planned tensor."""
@@ -274,16 +236,6 @@ class SourceWriter(TensorWriter):
         write_tensors(self.directory / NORMS, self.norms)
 
 
-def in_file(plan: Plan, head_dim: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return what a Qwen3-Next stores of tensors planned under a dense Qwen3's names."""
-    found = {}
-    for name, (dtype, shape) in plan.items():
-        wide = bool(place_of(name, head_dim).head) and not is_norm(name)
-        found[name] = dtype, (shape[0] * 2, *shape[1:]) if wide else tuple(shape)
-    found.setdefault(HEAD, found[EMBEDDING])
-    return found
-
-
 def open_reader(raw: Headers, config: ConfigJson) -> TensorReader:
     """Return the tensors of a checkpoint's files under its dense family's names."""
     if config.get("model_type") == QWEN3_NEXT:
@@ -291,21 +243,8 @@ def open_reader(raw: Headers, config: ConfigJson) -> TensorReader:
     return TensorReader.of(raw)
 
 
-def repeated(config: ConfigJson) -> dict[str, str]:
-    """Return what a mixture's files hold once more: for each such name that of the tensor.
-
-    It is the output layer where a Qwen2-MoE's embeddings are tied. transformers ties them in either
-    case; llama.cpp and SGLang read it from the file alone. The cost is vocabulary times width: 0.5
-    GB or 6% of four experts of Llama-3.2-1B. Readers do without it.
-    """
-    stock = config.get("model_type") == PLAIN[0]
-    return {HEAD: EMBEDDING} if stock and settings(config).tied_embeddings else {}
-
-
 def open_writer(directory: Path, plan: Plan, config: ConfigJson) -> TensorWriter:
     """Return a writer of tensors under the dense family's names."""
     if config.get("model_type") == QWEN3_NEXT:
         return SourceWriter(directory, plan, config)
-    copies = repeated(config)
-    more = {name: plan[source] for name, source in copies.items()}
-    return TensorWriter(directory, {**plan, **more}, copies=copies)
+    return TensorWriter(directory, in_files(plan, config), copies=repeated(config))

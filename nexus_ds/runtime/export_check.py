@@ -33,11 +33,12 @@ from torch import Tensor, nn
 
 from nexus_ds.checkpoint.config_json import read_config
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
+from nexus_ds.checkpoint.file_layout import repeated
 from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.loading import LOAD_ERRORS
 from nexus_ds.checkpoint.needs import PROBE_TOKENS
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, gate_name
-from nexus_ds.checkpoint.qwen3_next import open_reader, repeated
+from nexus_ds.checkpoint.qwen3_next import open_reader
 from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.checkpoint.sidecar import Sidecar, expert_embeddings, read_sidecar
 from nexus_ds.checkpoint.streaming import LAYERS, streamed_model

@@ -16,6 +16,7 @@ from typing import Any
 from nexus_ds.checkpoint.config_json import ConfigJson, read_generation_config
 from nexus_ds.checkpoint.dense import MODEL_DTYPES, DenseModel
 from nexus_ds.checkpoint.dense_settings import both_ropes
+from nexus_ds.checkpoint.file_layout import in_files
 from nexus_ds.checkpoint.hashes import record_hashes
 from nexus_ds.checkpoint.headers import tensor_bytes
 from nexus_ds.checkpoint.model_card import nexus_card, write_model_card
@@ -229,8 +230,9 @@ def _fit_lines(report: FitReport, own: bool) -> list[str]:
 
 
 def bytes_of(target: ConfigJson, dtype: str) -> int:
-    """Return the bytes of a mixture's weights; `dtype` is as safetensors names it."""
-    return sum(tensor_bytes(dtype, entry.shape) for entry in stored(target).values())
+    """Return the bytes of a mixture's weight files; `dtype` is as safetensors names it."""
+    plan = {name: (dtype, entry.shape) for name, entry in stored(target).items()}
+    return sum(tensor_bytes(*entry) for entry in in_files(plan, target).values())
 
 
 def copy_of(reader: TensorReader, name: str, entry: Stored) -> Blend:

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from nexus_ds.checkpoint import qwen2_moe
+from nexus_ds.checkpoint.file_layout import repeated
 from nexus_ds.checkpoint.qwen2_moe import Role, stored
-from nexus_ds.checkpoint.qwen3_next import repeated
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.config import load_config
 from nexus_ds.upcycling.upcycle import upcycled
