@@ -30,7 +30,7 @@ from nexus_ds.checkpoint.headers import INDEX, SINGLE, Headers, TensorInfo, read
 from nexus_ds.checkpoint.json_files import read_json_object, require_directory
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.checkpoint.values import FLOATS, encoded, read_rows, read_values
-from nexus_ds.checkpoint.views import seen_as, underlying
+from nexus_ds.checkpoint.views import ViewReader, seen_as, underlying
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -362,6 +362,34 @@ def _changes(headers: Headers, base: DenseModel, config: ConfigJson) -> dict[str
     return scaled | whole_changes
 
 
+def _adapted(headers: Headers, whole: DenseModel) -> DenseModel:
+    """Return the base with its tensors under the names that the adapter speaks of.
+
+    They are mostly those of the file, which a view may show split and in another order. An adapter
+    that was trained on the model with its projections split (a Phi-4 saved as a Llama) speaks of
+    those that the view shows.
+    """
+    if not isinstance(whole.reader, ViewReader):
+        return whole
+    own = whole.in_file()
+    added, replaced = _sorted_names(headers, headers.directory / ADAPTER_WEIGHTS)
+    names = sorted({*added, *replaced})
+    split = [name for name in names if name in whole.reader and name not in own.reader]
+    if not split:
+        return own
+    for name in names:
+        if name not in whole.reader:
+            what = f"it adapts {name} as well as {split[0]}, which is part of such a tensor"
+            raise _refuse(headers.directory, what)
+        if not whole.reader.origins[name].as_it_is:
+            what = (
+                f"it adapts {split[0]} apart from what {whole.directory} holds with it, and "
+                f"{name}, whose rows a Qwen2-MoE has in another order"
+            )
+            raise _refuse(headers.directory, what)
+    return whole
+
+
 def _base_of(directory: Path, config: ConfigJson, base: Path | None, seed: Path | None) -> Path:
     """Return the directory of an adapter's base: as given, as the adapter says, or the seed."""
     if base is not None:
@@ -403,11 +431,12 @@ def open_branch(directory: Path, base: Path | None = None, seed: Path | None = N
         )
     whole = open_dense(_base_of(directory, config, base, seed))
     headers = Headers.of_file(directory, ADAPTER_WEIGHTS)
-    # it speaks of the base's own tensors, which a view may show split and in another order
-    own = whole.in_file()
+    own = _adapted(headers, whole)
     adapter = AdapterWeights(headers, _changes(headers, own, config))
-    merged = MergedReader(TensorReader.of(own.reader), directory, adapter)
-    return dataclasses.replace(whole, directory=directory, reader=seen_as(whole.reader, merged))
+    reader: Headers = MergedReader(TensorReader.of(own.reader), directory, adapter)
+    if own is not whole:
+        reader = seen_as(whole.reader, reader)
+    return dataclasses.replace(whole, directory=directory, reader=reader)
 
 
 def describe_merge(model: DenseModel) -> str:

@@ -20,8 +20,8 @@ from nexus_ds.checkpoint.views import file_shapes, origins, underlying, viewed
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
 MODEL_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
-# Endings of the names of weights that some model of a known family may have, and a Qwen2-MoE can't.
 MAX_HEAD = 1 << 16  # channels of a head; real ones have some hundreds
+# Endings of the names of weights that some model of a known family may have, and a Qwen2-MoE can't.
 HOMELESS = ("o_proj.bias", "mlp.down_proj.bias", "q_norm.weight")
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from branches import edit_config, stock
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nexus_ds.checkpoint.adapters import (
     ADAPTER_WEIGHTS,
@@ -21,8 +22,12 @@ from nexus_ds.checkpoint.config_json import ADAPTER
 from nexus_ds.checkpoint.dense import open_dense
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.headers import sha256_of_tensors
+from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.checkpoint.values import sample
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
+from tests.checkpoint.test_qwen3_next import trained_looking
+from tests.checkpoint.test_views import KINDS as VIEWED
+from tests.checkpoint.test_views import SIZES as VIEW_SIZES
 
 ATTENTION = ("self_attn.q_proj", "self_attn.o_proj")
 FFN = ("mlp.gate_proj", "mlp.down_proj")
@@ -296,3 +301,74 @@ def test_which_base(tmp_path, dense_dir):
     for given in (None, dense_dir):
         with pytest.raises(CheckpointError, match=r"adapter of 'meta/Llama-3', .*give --base DIR"):
             open_branch(out, seed=given)
+
+
+def behind_a_view(root, kind):
+    """Save a model of a family that is read through a view; return its folder."""
+    family, keys, _ = VIEWED[kind]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **VIEW_SIZES | keys))
+    trained_looking(model, 0)
+    model.save_pretrained(root / kind)
+    return root / kind
+
+
+@pytest.mark.parametrize("kind", ["phi-4-mini", "granite-8b", "glm-4", "ernie-4.5"])
+def test_an_adapter_of_a_model_behind_a_view(tmp_path, kind):
+    """It speaks of the file's tensors: what is shown is what a merged file would show."""
+    base = behind_a_view(tmp_path, kind)
+    modules = ("qkv_proj", "q_proj", "o_proj", "gate_up_proj", "down_proj")
+    pairs = save_adapter(tmp_path / "law", base, modules)
+    shutil.copytree(base, tmp_path / "merged")
+    merged = {name: t.contiguous() for name, t in expected(base, pairs, 6 / 4).items()}
+    save_file(merged, tmp_path / "merged" / "model.safetensors", metadata={"format": "pt"})
+    found, wanted = (open_branch(tmp_path / name) for name in ("law", "merged"))
+    assert found.reader.names() == wanted.reader.names() and len(pairs) >= 6
+    for name in wanted.reader.names():
+        expect = TensorReader.of(wanted.reader).read(name)
+        assert torch.equal(TensorReader.of(found.reader).read(name), expect), name
+    assert f"{len(pairs)} weights" in describe_merge(found)
+
+
+def split(pairs, names):
+    """Return tensors of an adapter for matrices of other names."""
+    found = {}
+    for name, (rows, width) in names.items():
+        a, b = torch.randn(4, width), torch.randn(rows, 4)
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        found |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+        pairs[name] = a, b
+    return found
+
+
+def test_an_adapter_of_split_projections(tmp_path):
+    """As one is that was trained on a Phi-4 which was saved as a Llama."""
+    base = behind_a_view(tmp_path, "phi-4")
+    pairs, layer = {}, "model.layers.1."
+    names = {f"{layer}self_attn.k_proj.weight": (32, 64), f"{layer}mlp.up_proj.weight": (40, 64)}
+    save_adapter(tmp_path / "law", base, ["o_proj"], more=split(pairs, names))
+    found = open_branch(tmp_path / "law")
+    assert sorted(found.reader.names()) == sorted(open_dense(base).reader.names())
+    own = TensorReader.of(open_dense(base).reader)
+    for name, (a, b) in pairs.items():
+        wanted = (own.read(name).double() + 6 / 4 * b.double() @ a.double()).float()
+        assert torch.equal(TensorReader.of(found.reader).read(name), wanted), name
+    query = f"{layer}self_attn.q_proj.weight"
+    assert torch.equal(TensorReader.of(found.reader).read(query), own.read(query))
+    assert describe_merge(found).endswith("4 weights")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "modules", "message"),
+    [
+        ("phi-4", "self_attn.q_proj", ["qkv_proj"], "qkv_proj.weight as well as .*q_proj.weight"),
+        ("phi-4-mini", "self_attn.q_proj", ["o_proj"], "whose rows a Qwen2-MoE has in another"),
+        ("glm-4", "mlp.gate_proj", ["self_attn.k_proj"], "k_proj.weight, whose rows a Qwen2-MoE"),
+    ],
+)
+def test_split_projections_that_can_not_be_merged(tmp_path, kind, name, modules, message):
+    base = behind_a_view(tmp_path, kind)
+    rows = 40 if "mlp" in name else 64
+    more = split({}, {f"model.layers.0.{name}.weight": (rows, 64)})
+    save_adapter(tmp_path / "law", base, modules, more=more)
+    with pytest.raises(UnsupportedModelError, match=rf"it adapts .*{message}.*merge it with peft"):
+        open_branch(tmp_path / "law")
