@@ -48,9 +48,10 @@ CLAIMS = (
     ),
     Claim(
         "the others of `qwen2_moe`",
-        f"fp32 logits, top-1, to {NOISE:g} times what the family differs from itself by (eager and "
-        "sdpa, or an ulp more of its embeddings); bf16, top-2: mostly bit by bit, or the median "
-        f"error to fp32 at most {BF16:g} times the reference's own",
+        f"fp32 logits, top-1 and top-2, to {NOISE:g} times what the family differs from itself by "
+        "(eager and sdpa, or an ulp more of its embeddings or its queries' weights); bf16, top-1 "
+        "and top-2: mostly bit by bit, or the median error to fp32 at most "
+        f"{BF16:g} times the reference's own",
         FORMULA,
         VIEWS + "test_stock_transformers_computes_the_formula",
     ),
@@ -59,6 +60,18 @@ CLAIMS = (
         "left padding; greedy tokens with and without a cache",
         FORMULA,
         VIEWS + "test_with_left_padding_and_with_a_cache_it_is_the_same",
+    ),
+    Claim(
+        "the others of `qwen2_moe`",
+        "a config.json as transformers 4 wrote it: the same settings, weights and logits",
+        "the family's own class of transformers",
+        VIEWS + "test_older_spellings_are_the_same_model",
+    ),
+    Claim(
+        "Phi-4-mini",
+        "fp32 logits to 1e-05, of fewer and of more positions than those of its first training",
+        FORMULA,
+        VIEWS + "test_phi_4_minis_rope_below_and_above_the_positions_of_its_first_training",
     ),
     Claim(
         "qwen2_moe",
@@ -162,7 +175,14 @@ RUNTIMES = {  # form: program, whether it takes it, what to know
     ),
 }
 LOST = {
-    "qwen2_moe": "Nothing. The shared expert's down_proj is stored doubled (its gate is 1/2).",
+    "qwen2_moe": "Of Llama, Mistral, Qwen2, Ministral, Seed-OSS, Phi-3 and Phi-4 nothing. The "
+    "shared expert's down_proj is stored doubled (its gate is 1/2). GLM-4 and ERNIE 4.5: the order "
+    "of a head's channels, which no score sees. Granite: tied embeddings, since embeddings and "
+    "head take different multipliers, of which those that are no power of two round once. "
+    "Phi-4-mini: the factor that RoPE gives to channels that turn (1.19) is in q_proj, squared, "
+    "rounded once. Phi-3 and Phi-4-mini with two lists of factors: generation with a cache across "
+    "the positions of the first training (4,096); their own class computes the cache anew there. "
+    "What is written says so.",
     "qwen3_next": "Size: q_proj is stored with as many zeros, a tied head is written out. q_norm "
     "and k_norm are rounded in the model file, by less than bf16 costs, where no power of two "
     "saves it; as they were they stand in nexus/, which every verb here reads. "

@@ -396,6 +396,18 @@ def both_ropes(config: ConfigJson) -> ConfigJson:
     return kept | {"rope_parameters": rope} | older
 
 
+def cached_positions(config: ConfigJson) -> int | None:
+    """Return up to how many tokens a mixture generates with a cache what it does without.
+
+    Beyond them longrope has other frequencies, but a cache keeps the keys that it has; Phi-3's own
+    class computes them anew. None: any number.
+    """
+    rope = settings(config).rope
+    if rope["rope_type"] != "longrope" or rope["short_factor"] == rope["long_factor"]:
+        return None
+    return int(rope["original_max_position_embeddings"])
+
+
 def refuse_unsupported(config: ConfigJson, where: str) -> None:
     """Raise UnsupportedModelError for all that a Qwen2-MoE can't express, by name."""
     refuse_odd_type(config, where)

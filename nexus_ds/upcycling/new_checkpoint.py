@@ -15,7 +15,7 @@ from typing import Any
 
 from nexus_ds.checkpoint.config_json import ConfigJson, read_generation_config
 from nexus_ds.checkpoint.dense import MODEL_DTYPES, DenseModel
-from nexus_ds.checkpoint.dense_settings import both_ropes
+from nexus_ds.checkpoint.dense_settings import both_ropes, cached_positions
 from nexus_ds.checkpoint.file_layout import in_files
 from nexus_ds.checkpoint.hashes import record_hashes
 from nexus_ds.checkpoint.headers import tensor_bytes
@@ -172,6 +172,7 @@ class NewModel:
             "cast": self.cast,
             "parameters": {"total": total, "active": active},
             "transformers_4": unlike_transformers_4(self.config),
+            "cached_positions": cached_positions(self.config),
             "fit": dataclasses.asdict(report) if report else None,
         }
 
@@ -191,6 +192,11 @@ class NewModel:
                 f"the dtype of {self.source}"
             )
         lines += [f"note: transformers 4: {said}" for said in facts["transformers_4"]]
+        if facts["cached_positions"]:
+            lines.append(
+                f"note: generation beyond {facts['cached_positions']:,} tokens is right with "
+                "use_cache=False alone: a cache keeps keys with the frequencies of shorter texts"
+            )
         if report:
             router = getattr(self.sidecar.lineage[-1], "router", None)
             own = router is None or router.fit_text == "own"

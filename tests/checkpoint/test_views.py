@@ -2,14 +2,18 @@
 what the family's own class computes with the paper's formula in place of its FFNs."""
 
 import copy
+import json
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nexus_ds.checkpoint.dense import open_dense
+from nexus_ds.checkpoint.dense_settings import family_of, rotary
 from nexus_ds.checkpoint.families.record import dense_weights
 from nexus_ds.checkpoint.headers import sha256_of_tensors
 from nexus_ds.checkpoint.streaming import streamed_model
@@ -17,7 +21,7 @@ from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.checkpoint.views import head_order
 from nexus_ds.errors import CheckpointError
 from nexus_ds.upcycling.average import average_dense
-from tests.checkpoint.test_dense import Formula
+from tests.checkpoint.test_dense import Formula, changed
 from tests.checkpoint.test_qwen3_next import (
     BF16,
     NOISE,
@@ -125,20 +129,118 @@ def stock(directory):
 
 
 def noise_of(oracle, x):
-    """Return how far the reference is from itself: with other kernels, and with embeddings that are
-    an ulp larger."""
-    expected, moved = oracle(x).logits, copy.deepcopy(oracle)
-    weight = moved.model.embed_tokens.weight.data
-    weight.copy_(torch.nextafter(weight, 2 * weight))
+    """Return how far the reference is from itself: with other kernels, with embeddings that are an
+    ulp larger, and with queries of which half the weights are."""
+    expected = oracle(x).logits
     oracle.set_attn_implementation("eager")
-    eager = oracle(x).logits
+    found = [oracle(x).logits]
     oracle.set_attn_implementation("sdpa")
-    return max(difference(eager, expected), difference(moved(x).logits, expected))
+    for name, every in (("embed_tokens", 1), ("q_proj", 2), ("qkv_proj", 2)):
+        moved = copy.deepcopy(oracle)
+        for own, weight in moved.named_parameters():
+            if f"{name}.weight" in own:
+                flat = weight.data.view(-1)[::every]
+                flat.copy_(torch.nextafter(flat, 2 * flat))
+        found.append(moved(x).logits)
+    return max(difference(one, expected) for one in found)
+
+
+def file_order(model, config):
+    """Give q and k the rows of a head as the family's file has them."""
+    width = model.model.layers[0].self_attn.head_dim
+    order = head_order(rotary(config).turned, width, family_of(config).interleaved)
+    back = torch.tensor(order).argsort()
+    for layer in model.model.layers:
+        for part in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            for weight in part.parameters():
+                rows = weight.data.unflatten(0, (-1, len(back)))
+                weight.data = rows[:, back].flatten(0, 1)
+
+
+def all_turn(model, config):
+    """Turn the channels that stand still, too."""
+    rotary_emb = model.model.rotary_emb
+    rope = dict(model.config.rope_parameters)
+    for key in ("short_factor", "long_factor"):
+        rope[key] = [min(factor, 1.0) for factor in rope[key]]
+    model.config.rope_parameters = rope
+    model.model.rotary_emb = type(rotary_emb)(model.config)
+
+
+def without_factor(model, config):
+    """Leave out what RoPE multiplies the channels by that it turns."""
+    turned, factor = rotary(config)
+    assert factor > 1.1
+    pairs, width = turned // 2, model.model.layers[0].self_attn.head_dim
+    for layer in model.model.layers:
+        weight = layer.self_attn.q_proj.weight
+        rows = weight.data.unflatten(0, (-1, 2, width // 2))
+        rows[:, :, :pairs] /= factor**2
+        weight.data = rows.flatten(0, 2)
+
+
+def short_alone(model, config):
+    """Keep to the factors of few positions."""
+    rope = dict(model.config.rope_parameters)
+    model.config.rope_parameters = rope | {"long_factor": rope["short_factor"]}
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+
+
+def no_window(model, config):
+    model.config.layer_types = ["full_attention"] * len(model.config.layer_types)
+
+
+def all_windows(model, config):
+    model.config.layer_types = ["sliding_attention"] * len(model.config.layer_types)
+
+
+def no_biases(model, config):
+    for name, weight in model.named_parameters():
+        if name.endswith(".bias"):
+            weight.data.zero_()
+
+
+def unscaled(module, key, of=float):
+    """Return a control that takes one of Granite's multipliers away again."""
+
+    def control(model, config):
+        scale = of(config[key])
+        for name, weight in model.named_parameters():
+            if module in name:
+                weight.data /= scale
+
+    control.__name__ = f"without {key}"
+    return control
+
+
+GRANITES = (
+    unscaled("embed_tokens", "embedding_multiplier"),
+    unscaled("embed_tokens", "residual_multiplier", lambda r: 1 / r),
+    unscaled("q_proj", "attention_multiplier", lambda m: 4 * m),
+    unscaled("lm_head", "logits_scaling", lambda d: 1 / d),
+)
+CONTROLS = {  # what each kind's view does: without it the output is another
+    "phi-3-window": (no_window,),
+    "phi-4-mini": (file_order, all_turn, without_factor, short_alone),
+    "phi-part": (file_order, all_turn),
+    "ministral": (no_window, all_windows),
+    "granite-2b": GRANITES,
+    "granite-8b": GRANITES,
+    "seed-oss": (no_biases,),
+    "glm-4": (file_order, all_turn, no_biases),
+    "ernie-4.5": (file_order,),
+}
 
 
 @torch.no_grad()
-def test_stock_transformers_computes_the_formula(made):
-    kind, out, _, oracle = made
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_stock_transformers_computes_the_formula(made, top_k, tmp_path):
+    kind, out, root, oracle = made
+    oracle = copy.deepcopy(oracle)
+    # the number of chosen experts stands in config.json alone
+    out = changed(out, tmp_path / "out", num_experts_per_tok=top_k)
+    for block in oracle.model.layers:
+        block.mlp.top_k = top_k
     model, x = stock(out), tokens()
     expected, found = oracle(x).logits, model(x).logits
     if expected.dtype is torch.float32:
@@ -152,8 +254,11 @@ def test_stock_transformers_computes_the_formula(made):
         own = (expected.float() - exact).abs().median()
         assert (found.float() - exact).abs().median() < BF16 * own
     assert all(len(block.mlp.chosen) > 1 for block in oracle.model.layers)
-    renormalised(model)
-    assert difference(model(x).logits, expected) > 0.01
+    config = json.loads((root / "seed" / "config.json").read_text())
+    for control in (lambda model, _: renormalised(model), *CONTROLS.get(kind, ())):
+        model = stock(out)
+        control(model, config)
+        assert difference(model(x).logits, expected) > 0.01, control
 
 
 @torch.no_grad()
@@ -170,6 +275,86 @@ def test_with_left_padding_and_with_a_cache_it_is_the_same(made):
     greedy = dict(attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
     texts = [m.generate(x, use_cache=c, **greedy) for m in (oracle, model) for c in (True, False)]
     assert all(torch.equal(text, texts[0]) for text in texts), kind
+
+
+@pytest.fixture(scope="module")
+def phi_4_mini(tmp_path_factory, dense_dir):
+    """(the mixture, the reference), in fp32."""
+    root = tmp_path_factory.mktemp("phi-4-mini")
+    family, keys, _ = KINDS["phi-4-mini"]
+    oracle = mixture(root, dense_dir, family, SIZES | keys, "fp32", 1)
+    return stock(root / "out"), oracle
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [2, 16, 17, 60])
+def test_phi_4_minis_rope_below_and_above_the_positions_of_its_first_training(phi_4_mini, length):
+    """Short factors up to there, long ones beyond; the turned channels' factor in both."""
+    model, oracle = copy.deepcopy(phi_4_mini)
+    assert oracle.model.rotary_emb.attention_scaling == pytest.approx(1.5**0.5)
+    assert model.model.rotary_emb.attention_scaling == 1.0
+    x = tokens(2, length)
+    found, expected = model(x).logits, oracle(x).logits
+    # an ulp of q_proj and of some frequencies; 7e-6 was measured, and 6e-6 of the reference itself
+    assert difference(found, expected) < 1e-5
+    without_factor(model, oracle.config.to_dict())
+    assert difference(model(x).logits, expected) > 0.01
+
+
+@torch.no_grad()
+def test_generation_that_crosses_these_positions_is_right_without_a_cache(phi_4_mini):
+    """A Phi-3 computes its cache anew there; a Qwen2-MoE goes on with keys of the short factors."""
+    model, oracle = phi_4_mini
+    x = tokens(3, 10)
+    assert x.shape[1] < oracle.config.original_max_position_embeddings < 30
+    greedy = dict(max_new_tokens=20, do_sample=False, pad_token_id=0)
+    texts = [m.generate(x, use_cache=c, **greedy) for m in (oracle, model) for c in (True, False)]
+    cached, plain, kept, found = texts
+    assert torch.equal(found, plain) and torch.equal(cached, plain)
+    # up to there it is the same with a cache
+    assert torch.equal(kept[:, :16], plain[:, :16]) and not torch.equal(kept, plain)
+
+
+def older(config):
+    """Return a config.json as transformers 4 wrote it: RoPE in two or three places, `torch_dtype`,
+    and no key that says what its class takes anyway."""
+    rope = dict(config["rope_parameters"])
+    found = {key: value for key, value in config.items() if key != "rope_parameters"}
+    found["torch_dtype"] = found.pop("dtype")
+    found["rope_theta"] = rope.pop("rope_theta")
+    part = rope.pop("partial_rotary_factor", None)
+    if part is not None:
+        found["partial_rotary_factor"] = part
+    kind = rope.pop("rope_type")
+    found["rope_scaling"] = None
+    if kind != "default":
+        rope.pop("original_max_position_embeddings", None)
+        found["rope_scaling"] = {"type": kind, **rope}
+    taken = CONFIG_MAPPING[config["model_type"]]().to_dict()
+    kept = ("model_type", "head_dim", "sliding_window", "layer_types")
+    return {
+        key: value
+        for key, value in found.items()
+        if key in kept or key not in taken or value != taken[key]
+    } | {"rope_theta": found["rope_theta"], "rope_scaling": found["rope_scaling"]}
+
+
+def test_older_spellings_are_the_same_model(made, tmp_path):
+    kind, _, root, _ = made
+    config = json.loads((root / "a" / "config.json").read_text())
+    shutil.copytree(root / "a", tmp_path / "a")
+    (tmp_path / "a" / "config.json").write_text(json.dumps(older(config)))
+    assert older(config) != config
+    now, then = open_dense(root / "a"), open_dense(tmp_path / "a")
+    assert then.settings == now.settings, kind
+    names = dense_weights(now.settings)
+    assert sha256_of_tensors(then.reader, names) == sha256_of_tensors(now.reader, names)
+    x = tokens()
+    first, second = (
+        AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        for path in (root / "a", tmp_path / "a")
+    )
+    assert torch.equal(first(x).logits, second(x).logits)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from branches import LAYERS, NAMES, make_parts, stock, tensors_of, upcycle
+from branches import LAYERS, NAMES, edit_config, make_parts, stock, tensors_of, upcycle
 from conftest import save_branch
 from safetensors.torch import save_file
 
@@ -65,6 +65,17 @@ def test_experts_of_another_dtype_are_cast_to_the_seeds_and_named(parts):
     verify_expert_embeddings(parts / "out")
     assert torch.isfinite(stock(parts / "out")(torch.arange(5)[None]).logits).all()
     assert new.summary(parts / "out", None)["cast"] == {"alpha": "float32", "gamma": "float32"}
+
+
+@pytest.mark.parametrize(("long", "said"), [([2.0] * 4, True), ([1.5] * 4, False)])
+def test_a_rope_that_changes_with_the_length_is_told_of(parts, long, said):
+    rope = dict(rope_type="longrope", short_factor=[1.5] * 4, long_factor=long)
+    for name in ("seed", *NAMES):
+        edit_config(parts / name, rope_parameters=rope, original_max_position_embeddings=16)
+    new = upcycle(parts)
+    line = "note: generation beyond 16 tokens is right with use_cache=False alone: a cache keeps"
+    assert (line in new.describe(parts / "out", None)) is said
+    assert new.summary(parts / "out", None)["cached_positions"] == (16 if said else None)
 
 
 def test_a_warm_start_is_described_with_the_domains_that_p_hardly_knows(parts):
