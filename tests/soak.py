@@ -1,9 +1,10 @@
 """Train under faults for minutes on end: `python tests/soak.py --minutes 30` (make soak).
 
 A mixture is trained once undisturbed. Then the same run, two ranks without a launcher as under
-srun, is hit by one fault after the other, of a list that a seed shuffles, and started again each
-time by the same command. Whenever it finishes, weights and losses are compared bit for bit with the
-undisturbed run, and a new round begins, until the time is over.
+srun, is hit by one fault after the other and started again each time by the same command. The
+faults come from a list of all kinds that a seed shuffles, and shuffles again when it is empty.
+Whenever the run finishes, weights and losses are compared bit for bit with the undisturbed one, and
+a new round begins, until the time is over and each kind was survived once.
 
 As root under Linux each rank has a network of its own, which can be cut, and the run lies on a
 small tmpfs, which can be full or read-only; elsewhere these faults are left out, and that is said.
@@ -355,9 +356,13 @@ class Soak:
             straight = self._undisturbed()
             self.say(f"undisturbed: {time.monotonic() - started:.0f}s, {len(self.losses)} steps")
             until = time.monotonic() + 60 * minutes
-            while time.monotonic() < until or not self.rounds:
+            while time.monotonic() < until or self.waiting() or not self.rounds:
                 self._round(until, straight)
         return self.summary(minutes)
+
+    def waiting(self):
+        """Return the kinds of faults that were not survived yet, sorted."""
+        return sorted(set(self.faults) - set(self.survived))
 
     def _new_run(self, name):
         words = [*self.words, f"data.cache={self.tokens}", f"parallel.timeout_minutes={LIMIT}"]
@@ -407,7 +412,7 @@ class Soak:
             self.say(f"  trains after {time.monotonic() - started:.0f}s")
             left = self.random.uniform(*self.pause) - (time.monotonic() - started)
             seconds = max(left, self.random.uniform(0, self.pause[0] / 2))
-            if time.monotonic() + seconds > until:
+            if time.monotonic() + seconds > until and not self.waiting():
                 seconds = 3600
             self.run.wait(seconds)
         if len(self.run.alive()) < 2:
@@ -426,7 +431,9 @@ class Soak:
     def _next(self):
         """Return the next fault of the shuffled list; states are damaged while others are whole."""
         if not self.queue:
-            self.queue = self.random.sample(sorted(self.faults), len(self.faults))
+            # Of the second list on: first what a run did not feel, as it finished before.
+            kinds = self.waiting() or sorted(self.faults)
+            self.queue = self.random.sample(kinds, len(kinds))
         name = self.queue.pop()
         whole = [folder for folder in self.run.saved() if folder.name not in self.damaged]
         newest = self.run.saved()[-1:]
