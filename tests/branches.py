@@ -9,6 +9,7 @@ import torch
 from conftest import shaken
 from safetensors.torch import load_file, save_file
 
+from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.config import load_config
 from nexus_ds.data.domains import (
     DomainEmbeddings,
@@ -20,6 +21,7 @@ from nexus_ds.upcycling.upcycle import upcycled
 
 NAMES = ("alpha", "beta", "gamma")
 LAYERS = 2
+ROWS = 31  # of the embeddings
 RECIPE = """
 training: {steps: 1}
 data: {sequence_length: 32, workers: 1}
@@ -47,6 +49,24 @@ def embed(path, names, data, seed=0, width=8, revision="1" * 64):
     )
     write_domain_embeddings(path, embeddings, overwrite=True)
     return path
+
+
+def grow(directory, tokens, rows=None):
+    """Add tokens at the end, and rows of embeddings and head for them (or for padding)."""
+    path = directory / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    flags = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
+    for index, token in enumerate(tokens, start=ROWS):
+        definition["added_tokens"].append({"id": index, "content": token, "special": True, **flags})
+    path.write_text(json.dumps(definition))
+    more = (rows or ROWS + len(tokens)) - ROWS
+
+    def add_rows(tensors):
+        for name in {EMBEDDING, HEAD} & set(tensors):
+            tensors[name] = torch.cat([tensors[name], torch.randn(more, 16)])
+
+    edit_tensors(directory, add_rows)
+    edit_config(directory, vocab_size=ROWS + more)
 
 
 def make_parts(folder: Path, dense_dir: Path, text_folder: Path):

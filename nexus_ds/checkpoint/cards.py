@@ -224,7 +224,13 @@ def embeddings_for(
     """
     if domains:
         return read_domain_embeddings(Path(domains)), {}
-    bare_seed = [name for name, path in experts.items() if path == seed and not has_card(path)]
+    # However its path is spelled, or linked to.
+    place = seed and Path(seed).resolve()
+    bare_seed = [
+        name
+        for name, path in experts.items()
+        if Path(path).resolve() == place and not has_card(path)
+    ]
     described = {name: path for name, path in experts.items() if name not in bare_seed}
     cards = read_cards(described or experts)
     return embeddings_of(cards), cards

@@ -69,7 +69,7 @@ def hash_of(path: Path) -> FileHash:
     for name, info in _in_order(path):
         for chunk in _chunks(path, position, info.start):
             whole.update(chunk)
-        own = xxhash.xxh3_128(f"{info.dtype} {list(info.shape)}".encode())
+        own = _start_of(info)
         for chunk in _chunks(path, info.start, info.end):
             whole.update(chunk)
             own.update(chunk)
@@ -79,6 +79,24 @@ def hash_of(path: Path) -> FileHash:
         whole.update(chunk)
     found.sha256 = whole.hexdigest()
     return found
+
+
+def _tensor_hashes(path: Path) -> dict[str, str]:
+    """Return the hashes of a weight file's tensors alone: a sha256 takes five times as long.
+
+    Raises:
+        CheckpointError: none, or damaged.
+    """
+    found = {}
+    for name, info in _in_order(path):
+        found[name] = _start_of(info)
+        for chunk in _chunks(path, info.start, info.end):
+            found[name].update(chunk)
+    return {name: digest.hexdigest() for name, digest in found.items()}
+
+
+def _start_of(info: TensorInfo) -> xxhash.xxh3_128:
+    return xxhash.xxh3_128(f"{info.dtype} {list(info.shape)}".encode())
 
 
 def _in_order(path: Path) -> list[tuple[str, TensorInfo]]:
@@ -150,7 +168,7 @@ def differences(directory: Path, before: Mapping[str, FileHash]) -> Difference:
             found.problems.append(f"{name} was changed")
     for name in names_of(directory):
         if name.endswith(WEIGHTS):
-            new_tensors |= _placed(name, hash_of(directory / name).tensors)
+            new_tensors |= _placed(name, _tensor_hashes(directory / name))
         if name not in before:
             found.notes.append(f"{name} was added")
     _compare_tensors(old_tensors, new_tensors, found)

@@ -109,7 +109,7 @@ class FitReport:
 
 # `lambda` is a word of Python's.
 FILE_KEYS = {"share": "lambda"}
-LEFT_OUT = ("seed_license", "perplexity")  # where they are empty
+LEFT_OUT = ("seed_license", "perplexity", "aligned")  # where they are empty
 FIELDS = {key: name for name, key in FILE_KEYS.items()}
 
 
@@ -159,6 +159,9 @@ class UpcycleStep(Step):
     seed: int
     seed_license: str = ""
     """As its card says it; empty: not said."""
+    aligned: dict[str, list[str]] = field(default_factory=dict)
+    """Rows of the embeddings (`31:33`, the end excluded) that come from some experts' models alone,
+    with these experts; all others come from all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +192,8 @@ class ExtendStep(Step):
     """keep | reset; None for a router that is not linear."""
     router: RouterConfig
     seed: int
+    aligned: dict[str, list[str]] = field(default_factory=dict)
+    """As an upcycling's; `checkpoint` stands for the extended one."""
 
     @property
     def is_extension(self) -> bool:
@@ -218,6 +223,8 @@ class ReplaceStep(Step):
     """lambda: the total share of the new experts' models in the averaged weights."""
     router: RouterConfig
     seed: int
+    aligned: dict[str, list[str]] = field(default_factory=dict)
+    """As an extension's."""
 
     @property
     def is_extension(self) -> bool:

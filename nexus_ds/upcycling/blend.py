@@ -19,7 +19,7 @@ from torch import Tensor
 from nexus_ds.checkpoint.cards import DomainCard, check_card, ffn_sha256
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel
-from nexus_ds.checkpoint.headers import row_slices, sha256_of_tensors
+from nexus_ds.checkpoint.headers import row_slices
 from nexus_ds.checkpoint.model_card import stated_license
 from nexus_ds.checkpoint.qwen2_moe import stored
 from nexus_ds.checkpoint.qwen3_next import open_writer
@@ -141,7 +141,7 @@ def expert_records(
     taken = {expert.domain: expert.name for expert in old}
     records = []
     for name, model in models.items():
-        sha256 = sha256_of_tensors(model.reader, model.ffn_names())
+        sha256 = ffn_sha256(model)
         domain = name
         card = cards.get(name)
         if card:

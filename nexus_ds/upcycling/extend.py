@@ -129,6 +129,7 @@ def extended(
         linear_init=linear_init if old.router.kind == "linear" else None,
         router=config.router,
         seed=config.seed,
+        aligned=alignment.recorded(["checkpoint", *models]) if alignment else {},
     )
     sidecar = _extended_sidecar(old, models, packages, vectors, step)
     target = mixture.target(len(sidecar.experts), alignment)

@@ -92,6 +92,7 @@ def replaced(
         share=total,
         router=config.router,
         seed=config.seed,
+        aligned=alignment.recorded(["checkpoint", *models]) if alignment else {},
     )
     sidecar = dataclasses.replace(
         old,

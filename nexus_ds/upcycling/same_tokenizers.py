@@ -151,6 +151,18 @@ class Alignment:
         for start, stop in pairwise([0, *borders, self.rows]):
             yield start, stop, [int(i) for i in np.flatnonzero(self.counts[:, start])]
 
+    def recorded(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """Return the rows that some models alone give, by `start:stop`, as nexus.json has them.
+
+        Args:
+            names: of all models, in the order they were given.
+        """
+        return {
+            f"{start}:{stop}": [names[index] for index in models]
+            for start, stop, models in self.pieces()
+            if len(models) < len(names)
+        }
+
     def blend(self, whole: Blend) -> Blend | Stack:
         """Return the rows of a blend of all models, each from those that it is taken from.
 

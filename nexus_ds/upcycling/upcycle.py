@@ -118,6 +118,7 @@ def upcycled(
         router=config.router,
         seed=config.seed,
         seed_license=stated_license(seed),
+        aligned=alignment.recorded(list(models)) if alignment else {},
     )
     sidecar = _upcycled_sidecar(models, embeddings, packages, vectors, config, step)
     return NewModel(

@@ -4,26 +4,30 @@ Files against their hashes, the router's rows against P(D), the shared experts' 
 sources at hand the last step that made it: each feed-forward network byte by byte, each average
 computed again.
 Shapes: H hidden size.
-Not covered: weights that were trained since (their hashes tell all there is to tell); averages over
-vocabularies that were aligned (rows that all models have are compared).
+Not covered: weights that were trained since (their hashes tell all there is to tell); rows that
+only some models have, where a version that did not record whose they are put them together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from nexus_ds.checkpoint.cards import ffn_sha256
 from nexus_ds.checkpoint.config_json import ADAPTER, ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel, open_dense
 from nexus_ds.checkpoint.expert_rows import check_rows, open_router
+from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.hashes import differences, recorded
-from nexus_ds.checkpoint.headers import Headers, row_slices, sha256_of_tensors
+from nexus_ds.checkpoint.headers import Headers, row_slices
 from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, check_shared_gates, open_moe, stored
 from nexus_ds.checkpoint.records import (
+    SIDECAR,
     ExtendStep,
     Manifest,
     ReplaceStep,
@@ -110,6 +114,10 @@ def _verify_rows(
 # Sources ------------------------------------------------------------------------------------------
 
 
+OLD = "checkpoint"
+"""The old mixture among the sources' names."""
+
+
 @dataclass
 class Sources:
     """The models that the last step put together."""
@@ -123,6 +131,8 @@ class Sources:
     """Of the new models in all that is averaged; 1 for an upcycling."""
     upcycled: bool
     """Whether `base` is a seed's."""
+    aligned: Mapping[str, Sequence[str]]
+    """Rows of embeddings that some of the models alone gave, see `UpcycleStep`."""
 
 
 def _place(directory: Path, name: str, source: str, given: Mapping[str, Path]) -> Path:
@@ -140,7 +150,10 @@ PuttingTogether = UpcycleStep | ExtendStep | ReplaceStep
 
 
 def _sources(
-    directory: Path, manifest: Manifest, step: PuttingTogether, given: Mapping[str, Path]
+    directory: Path,
+    manifest: Manifest,
+    step: PuttingTogether,
+    given: Mapping[str, Path],
 ) -> Sources:
     """Open what the last step was about.
 
@@ -171,10 +184,16 @@ def _sources(
     problems.refuse()
     assert base is not None
     share = 1.0 if isinstance(step, UpcycleStep) else step.share
-    return Sources(base, names, models, share, isinstance(step, UpcycleStep))
+    upcycled = isinstance(step, UpcycleStep)
+    return Sources(base, names, models, share, upcycled, step.aligned)
 
 
-def _checked_source(place: Path, name: str, sha256: str, base: Path | None) -> DenseModel:
+def _checked_source(
+    place: Path,
+    name: str,
+    sha256: str,
+    base: Path | None,
+) -> DenseModel:
     """Open an expert's dense model, or its adapter of `base`; CheckpointError unless its FFNs are
     those recorded."""
     if (place / ADAPTER).is_file():
@@ -184,7 +203,7 @@ def _checked_source(place: Path, name: str, sha256: str, base: Path | None) -> D
         model = open_branch(place, base)
     else:
         model = open_dense(place)
-    found = sha256_of_tensors(model.reader, model.ffn_names())
+    found = ffn_sha256(model)
     if found != sha256:
         raise CheckpointError(
             f"expert {name}: {place} has feed-forward networks of sha256 {found[:12]}, the "
@@ -242,9 +261,14 @@ def _compare(
         parts = _parts(name, entry, manifest, sources)
         if not parts:
             continue
-        copied = len(parts) == 1 and parts[0][2] == 1
+        copied = len(_weighing(parts)) == 1
         counts["copies" if copied else "averages"] += 1
-        said = _difference(reader, name, parts, entry.scale if _of_seed(entry, sources) else 1.0)
+        if sources.aligned and entry.dense_name in (EMBEDDING, HEAD):
+            pieces = list(_by_row(parts, sources.aligned, reader.info(name).shape[0]))
+        else:
+            rows = min(model.info(part).shape[0] for model, part, _ in parts.values())
+            pieces = [(0, rows, _weighing(parts))]
+        said = _difference(reader, name, pieces, entry.scale if _of_seed(entry, sources) else 1.0)
         if said:
             found.problems.append(f"{name} {said}")
     found.checked.append(f"{counts['copies']} tensors that are copies, byte by byte")
@@ -256,43 +280,111 @@ def _of_seed(entry: Stored, sources: Sources) -> bool:
 
 
 Weighted = tuple[Headers, str, float]
+"""A model's tensors, the name of one of them, and its weight."""
+Parts = dict[str, Weighted]
+"""By the name of the source."""
+Piece = tuple[int, int, list[Weighted]]
+"""Rows [start, stop) of a tensor, and what they were made of."""
 
 
-def _parts(name: str, entry: Stored, manifest: Manifest, sources: Sources) -> list[Weighted]:
+def _weighing(parts: Parts) -> list[Weighted]:
+    return [part for part in parts.values() if part[2]]
+
+
+def _parts(
+    name: str,
+    entry: Stored,
+    manifest: Manifest,
+    sources: Sources,
+) -> Parts:
     """Return the tensors, with weights, that one was made of; none of what is computed."""
     models = sources.models
     if entry.role is Role.ROUTED:
         expert = manifest.experts[entry.expert].name
         if expert in models:
-            return [(models[expert].reader, entry.dense_name, 1.0)]
+            return {expert: (models[expert].reader, entry.dense_name, 1.0)}
         old = name.replace(f".experts.{entry.expert}.", f".experts.{sources.base_names[expert]}.")
-        return [(sources.base, old, 1.0)]
+        return {OLD: (sources.base, old, 1.0)}
     if entry.role is Role.SHARED:
         if sources.upcycled:
             own = manifest.shared_expert == "seed"
-            return [(sources.base, entry.dense_name, 1.0)] if own else []
-        return [(sources.base, name, 1.0)]
+            return {"seed": (sources.base, entry.dense_name, 1.0)} if own else {}
+        return {OLD: (sources.base, name, 1.0)}
     if entry.role is not Role.DENSE:
-        return []
+        return {}
     each = sources.share / len(models)
-    new = [(model.reader, entry.dense_name, each) for model in models.values()]
-    return new if sources.share == 1.0 else [(sources.base, name, 1.0 - sources.share), *new]
+    new = {key: (model.reader, entry.dense_name, each) for key, model in models.items()}
+    if sources.upcycled:
+        return new
+    return {OLD: (sources.base, name, 1.0 - sources.share)} | new
 
 
-def _difference(reader: Headers, name: str, parts: Sequence[Weighted], scale: float) -> str:
-    """Return what is wrong with a tensor; empty where it is what its parts make."""
+def _by_row(
+    parts: Parts,
+    aligned: Mapping[str, Sequence[str]],
+    rows: int,
+) -> Iterator[Piece]:
+    """Yield the pieces of embeddings that have `rows` rows, some of which not all models gave.
+
+    Raises:
+        CheckpointError: a record of other rows or models.
+    """
+    done = 0
+    for text, names in aligned.items():
+        found = re.fullmatch(r"(\d{1,12}):(\d{1,12})", text)
+        start, stop = map(int, found.groups()) if found else (-1, -1)
+        inside = done <= start < stop <= rows
+        known = set(names) <= set(parts)
+        if not inside or not names or not known:
+            raise CheckpointError(
+                f"{SIDECAR}: the rows {text!r} of {str(names)[:100]} under 'aligned' are none of "
+                f"embeddings of {rows} rows out of {', '.join(parts)}; the sidecar is damaged"
+            )
+        if done < start:
+            yield done, start, _weighing(parts)
+        yield start, stop, _divided([parts[name] for name in names])
+        done = stop
+    if done < rows:
+        yield done, rows, _weighing(parts)
+
+
+def _divided(some: Sequence[Weighted]) -> list[Weighted]:
+    """Return parts whose weights add up to 1: no row is scaled down because some lack it."""
+    total = sum(weight for _, _, weight in some)
+    if not total:
+        return [(model, name, 1.0 / len(some)) for model, name, _ in some]
+    return [(model, name, weight / total) for model, name, weight in some]
+
+
+def _slices(
+    pieces: Sequence[Piece],
+    shape: Sequence[int],
+) -> Iterator[Piece]:
+    """Yield pieces small enough to be in memory."""
+    for first, last, parts in pieces:
+        for start, stop in row_slices((last - first, *shape[1:]), AT_ONCE):
+            yield first + start, first + stop, parts
+
+
+def _difference(
+    reader: Headers,
+    name: str,
+    pieces: Sequence[Piece],
+    scale: float,
+) -> str:
+    """Return what is wrong with a tensor; empty where it is what its pieces make."""
     info = reader.info(name)
-    rows = min(info.shape[0], *(one.info(part).shape[0] for one, part, _ in parts))
-    exact = len(parts) == 1 and parts[0][2] == 1.0
+    exact = all(len(parts) == 1 for _, _, parts in pieces)
     wrong, worst = 0, 0.0
-    for start, stop in row_slices((rows, *info.shape[1:]), AT_ONCE):
+    for start, stop, parts in _slices(pieces, info.shape):
         rows_of = [read_rows(one, part, start, stop).astype(np.float64) for one, part, _ in parts]
         values = [weight * x for x, (_, _, weight) in zip(rows_of, parts, strict=True)]
         total = np.sum(values, axis=0) * scale
         expected = rounded(total.astype(np.float32), info.dtype)
         off = np.abs(read_rows(reader, name, start, stop) - expected)
         sizes = np.sum(np.abs(values), axis=0)
-        bound = 0.0 if exact else ULP[info.dtype] * np.abs(expected) + SUMMING * sizes
+        copied = len(parts) == 1
+        bound = 0.0 if copied else ULP[info.dtype] * np.abs(expected) + SUMMING * sizes
         wrong += int(np.count_nonzero(~(off <= bound)))
         worst = max(worst, float(off.max(initial=0)))
     kind = "the bytes of its source" if exact else "the average of its sources"

@@ -96,6 +96,10 @@ def test_where_embeddings_come_from(tmp_path, embeddings):
     assert embeddings_for(str(file), {"a": packed})[1] == {}
     found, cards = embeddings_for(None, {"a": packed, "seed": bare}, bare)
     assert found.names == list(cards) == ["a"]
+    # the same folder, spelled and linked otherwise
+    (tmp_path / "link").symlink_to(bare)
+    for seed in (tmp_path / "packed" / ".." / "bare", tmp_path / "link"):
+        assert list(embeddings_for(None, {"a": packed, "seed": bare}, seed)[1]) == ["a"]
     for experts in ({"a": packed, "b": bare}, {"seed": bare}):
         with pytest.raises(ConfigError, match=r"no domain card .* give --domains .*nexus-ds card"):
             embeddings_for(None, experts, None if "b" in experts else bare)

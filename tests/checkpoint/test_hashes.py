@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nexus_ds.checkpoint import hashes
 from nexus_ds.checkpoint.hashes import differences, hash_of, record_hashes, recorded
 from nexus_ds.checkpoint.sidecar import read_sidecar, write_sidecar
 from nexus_ds.errors import CheckpointError
@@ -39,6 +40,20 @@ def test_hashes_are_those_of_sha256sum(checkpoint):
     assert set(files["model.safetensors"]["tensors"]) == set(tensors)
     found = changes(checkpoint)
     assert not found.problems and not found.notes
+
+
+def test_no_sha256_of_weights_is_computed_that_nobody_compares(checkpoint, monkeypatch):
+    before = recorded(checkpoint)
+    hashed = []
+
+    def counted(path):
+        hashed.append(path.name)
+        return hash_of(path)
+
+    monkeypatch.setattr(hashes, "hash_of", counted)
+    assert not differences(checkpoint, before).problems
+    assert "config.json" in hashed
+    assert not [name for name in hashed if name.endswith(".safetensors")]
 
 
 def test_a_flipped_bit_is_named_by_its_tensor(checkpoint):

@@ -8,9 +8,11 @@ import pytest
 import torch
 from branches import (
     NAMES,
+    ROWS,
     edit_config,
     edit_tensors,
     embed,
+    grow,
     left_over,
     make_parts,
     stock,
@@ -18,6 +20,7 @@ from branches import (
     upcycle,
 )
 
+from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.checkpoint.tokenizer import read_tokenizer
 from nexus_ds.config import load_config
@@ -29,8 +32,6 @@ from nexus_ds.upcycling.compatible import Waived
 from nexus_ds.upcycling.extend import extended
 from nexus_ds.upcycling.same_tokenizers import Alignment, Embedder, aligned
 
-ROWS = 31  # of the seed
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ALIGN = Waived(vocabulary=True)
 
 
@@ -48,24 +49,6 @@ def parts(tmp_path, dense_dir, text_folder):
         edit_tensors(tmp_path / name, add_head)
         edit_config(tmp_path / name, tie_word_embeddings=False)
     return tmp_path
-
-
-def grow(directory, tokens, rows=None):
-    """Add tokens at the end, and rows of embeddings and head for them (or for padding)."""
-    path = directory / "tokenizer.json"
-    definition = json.loads(path.read_text())
-    flags = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
-    for index, token in enumerate(tokens, start=ROWS):
-        definition["added_tokens"].append({"id": index, "content": token, "special": True, **flags})
-    path.write_text(json.dumps(definition))
-    more = (rows or ROWS + len(tokens)) - ROWS
-
-    def add_rows(tensors):
-        for name in (EMBEDDING, HEAD):
-            tensors[name] = torch.cat([tensors[name], torch.randn(more, 16)])
-
-    edit_tensors(directory, add_rows)
-    edit_config(directory, vocab_size=ROWS + more)
 
 
 def test_rows_come_from_the_models_that_know_their_token(parts, capsys):

@@ -1,12 +1,14 @@
 """A checkpoint against what it was made of: upcycled, extended, replaced; each kind of damage."""
 
+import json
 import shutil
 
 import pytest
 import torch
-from branches import NAMES, edit_tensors, embed, make_parts, upcycle
+from branches import NAMES, edit_tensors, embed, grow, make_parts, upcycle
 from conftest import train_shared_gates
 
+from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.qwen2_moe import expert_name, gate_name, shared_name
 from nexus_ds.checkpoint.records import OtherStep, TrainStep
 from nexus_ds.checkpoint.sidecar import read_sidecar, write_sidecar
@@ -14,6 +16,7 @@ from nexus_ds.config import load_config
 from nexus_ds.data.domains import read_domain_embeddings
 from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import new_directory
+from nexus_ds.upcycling.compatible import Waived
 from nexus_ds.upcycling.extend import extended
 from nexus_ds.upcycling.replace import replaced
 from nexus_ds.upcycling.verification import verify, verify_sources
@@ -47,6 +50,69 @@ def test_an_upcycled_checkpoint_is_sound(parts, dtype):
         "24 tensors that are copies, byte by byte",
         f"{2 * 6 + 2} averages, computed again",
     ]
+
+
+def test_rows_of_an_aligned_vocabulary_are_compared_with_the_models_that_gave_them(parts):
+    """alpha has a token in what is padding to gamma; alone they would be no average of all."""
+    grow(parts / "alpha", ["<new>"], rows=40)
+    grow(parts / "gamma", [], rows=40)
+    upcycle(parts, waived=Waived(vocabulary=True))
+    [step] = read_sidecar(parts / "out").lineage
+    assert step.aligned == {"31:32": ["alpha"], "32:40": ["alpha", "gamma"]}
+    assert not verify(parts / "out").problems
+    assert not verify_sources(parts / "out", {}).problems
+
+    def edit(tensors):
+        # The head repeats them.
+        for name in (EMBEDDING, HEAD):
+            tensors[name][[31, 39]] += 0.01
+
+    edit_tensors(parts / "out", edit)
+    [problem] = verify_sources(parts / "out", {}).problems
+    assert problem.startswith(f"{EMBEDDING} is not the average of its sources: 32 values")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_an_extension_whose_vocabulary_grew_is_sound(parts, share):
+    upcycle(parts)
+    grow(parts / "alpha", ["<new>"])
+    embed(parts / "more.safetensors", ("delta",), "gone", seed=3)
+    config = load_config(str(parts / "recipe.yaml"))
+    embeddings = read_domain_embeddings(parts / "more.safetensors")
+    new = extended(
+        parts / "out",
+        {"delta": parts / "alpha"},
+        embeddings,
+        config,
+        share=share,
+        waived=Waived(vocabulary=True),
+    )
+    with new_directory(parts / "wider") as directory:
+        new.write(directory, None, config.router, 0)
+    assert read_sidecar(parts / "wider").lineage[-1].aligned == {"31:32": ["delta"]}
+    assert not verify_sources(parts / "wider", {}).problems
+
+
+@pytest.mark.parametrize(
+    "aligned",
+    [
+        {"30:99": ["alpha"]},
+        {"-1:3": ["alpha"]},
+        {"3:3": ["alpha"]},
+        {"a": ["alpha"]},
+        {"0:3": ["delta"]},
+        {"0:3": []},
+        {"0:9": ["alpha"], "8:12": ["beta"]},
+    ],
+)
+def test_a_record_of_rows_that_are_not_there_is_refused(parts, aligned):
+    upcycle(parts)
+    path = parts / "out" / "nexus.json"
+    value = json.loads(path.read_text())
+    value["lineage"][-1]["aligned"] = aligned
+    path.write_text(json.dumps(value))
+    [problem] = verify_sources(parts / "out", {}).problems
+    assert "under 'aligned' are none of embeddings of 31 rows out of alpha, beta, gamma" in problem
 
 
 @pytest.mark.parametrize("replace", [False, True])
