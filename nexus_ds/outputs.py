@@ -6,8 +6,9 @@ removes nothing that is needed.
 
 An output has one writer at a time (`held`). The lock is the kernel's, so that it goes with its
 process, however that ends, and what a killed writer left under a temporary name is removed by the
-next one of any output beside it. Every file of an output may be read by those whom the umask allows
-(0666 & ~umask), whoever wrote it. A failed write names the file, also where the system does not.
+next one of any output beside it (`remove_left` does that alone; `unfinished` tells of it). Every
+file of an output may be read by those whom the umask allows (0666 & ~umask), whoever wrote it. A
+failed write names the file, also where the system does not.
 Not covered: two writers on two machines whose shared file system has no locks (NFS without a lock
 service, Lustre mounted without `flock`): there each believes that it is alone. A machine that is
 lost may keep its lock on NFS for a while; the message names the file to remove.
@@ -29,6 +30,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, BinaryIO
@@ -311,6 +313,67 @@ def _remove_beside(out: Path) -> None:
                 lock.unlink()
                 file.close()
                 shutil.rmtree(mine, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A directory that a writer has not finished, or never will."""
+
+    path: Path
+    size: int
+    """Bytes of its files."""
+    writer: str
+    """`process 7 on HOST since ...`; empty where its lock is gone."""
+    gone: bool
+    """Whether that was a process of this machine and has ended."""
+
+
+def unfinished(folder: Path) -> list[Unfinished]:
+    """Return the temporary directories in a folder; looked at alone, without a lock."""
+    found = []
+    for path in sorted(_temporaries(folder)):
+        if path.is_symlink() or not path.is_dir():
+            continue
+        name, _, process = path.name.removeprefix(".").rpartition(".tmp-")
+        writer = ""
+        with suppress(OSError):
+            writer = (folder / f".{name}.lock").read_text("utf-8", "replace").strip()
+        here = writer.startswith(f"process {process} on {socket.gethostname()} since ")
+        gone = here and not _runs(int(process))
+        found.append(Unfinished(path, _size(path), writer, gone))
+    return found
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        # Another user's.
+        return True
+    return True
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        # It may go while it is looked at.
+        with suppress(OSError):
+            total += path.lstat().st_size
+    return total
+
+
+def remove_left(folder: Path) -> None:
+    """Remove what killed writers on this machine left in a folder; others' stays.
+
+    For a folder in which nothing may be written any more, so that no later writer does it.
+    """
+    if not folder.is_dir() or not _temporaries(folder):
+        return
+    # Another process does the same, or the folder is somebody else's.
+    with suppress(OutputBusyError, OSError), held(folder / "leftovers"):
+        pass
 
 
 @contextmanager

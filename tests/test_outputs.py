@@ -26,6 +26,8 @@ from nexus_ds.outputs import (
     new_directory,
     new_file,
     refuse_existing,
+    remove_left,
+    unfinished,
     write_at,
     write_json,
 )
@@ -132,6 +134,27 @@ def test_what_a_killed_writer_left_goes_with_the_next_one_of_another_output(
     end(other)
     with held(tmp_path / "else.training"):
         assert names(tmp_path) == [".else.training.lock", "else"]
+
+
+def test_a_folder_where_nobody_writes_any_more_is_told_of_and_cleared(
+    other: subprocess.Popen, tmp_path: Path
+):
+    left = f".out.tmp-{other.pid}"
+    [told] = unfinished(tmp_path)
+    assert (told.path, told.size, told.gone) == (tmp_path / left, len("whole"), False)
+    assert told.writer.startswith(f"process {other.pid} on {socket.gethostname()} since ")
+    remove_left(tmp_path)
+    assert left in names(tmp_path)  # alive
+    end(other)
+    (tmp_path / ".their.tmp-2").mkdir()
+    (tmp_path / ".their.lock").write_text("process 2 on elsewhere since yesterday\n")
+    (tmp_path / ".lost.tmp-3").mkdir()
+    gone = {one.path.name: one.gone for one in unfinished(tmp_path)}
+    assert gone == {left: True, ".their.tmp-2": False, ".lost.tmp-3": False}
+    remove_left(tmp_path)
+    assert names(tmp_path) == [".lost.tmp-3", ".their.lock", ".their.tmp-2"]
+    remove_left(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_leftovers_that_no_lock_tells_of_stay(tmp_path: Path):

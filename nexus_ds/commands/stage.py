@@ -23,7 +23,14 @@ from nexus_ds.config import dump, load_config
 from nexus_ds.errors import ConfigError, NexusError
 from nexus_ds.launch import EXIT_STOPPED, array_task, first_rank
 from nexus_ds.local_runner import run_steps
-from nexus_ds.outputs import Ended, exit_on_signals, new_file, write_json, write_text
+from nexus_ds.outputs import (
+    Ended,
+    exit_on_signals,
+    new_file,
+    remove_left,
+    write_json,
+    write_text,
+)
 from nexus_ds.pipeline import (
     BRANCH,
     MOE,
@@ -275,6 +282,10 @@ def run(args: argparse.Namespace) -> int:
     if args.show:
         print(show(args.show, config, args))
         return 0
+    run_folder = places(config).run
+    for folder in (run_folder, run_folder / "branches"):
+        # A stage that is finished writes nothing by which it would go.
+        remove_left(folder)
     found = plan(config, args)
     names = names_of(args.name, config)
     targets = chosen(found, names)

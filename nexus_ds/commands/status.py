@@ -20,6 +20,7 @@ from typing import TypedDict, TypeGuard
 
 from nexus_ds.config import load_config
 from nexus_ds.errors import ConfigError
+from nexus_ds.outputs import unfinished
 from nexus_ds.pipeline import Step, branch_step, evaluation_step, needed_for, steps
 from nexus_ds.progress import duration
 from nexus_ds.runtime.schedule import total_steps
@@ -350,6 +351,25 @@ def _judge_by_others(seen: StageStatus, before: list[StageStatus]) -> None:
         seen.detail = f"after {before[-1].stage}, in the same job"
 
 
+def unfinished_lines(run: Path) -> list[str]:
+    """Return a line for each directory of the run that was not written to its end.
+
+    As large as a model, each of them, and hidden.
+    """
+    found = []
+    for folder in (run, run / "branches"):
+        if not folder.is_dir():
+            continue
+        for left in unfinished(folder):
+            size = f"{left.size / 1e6:,.1f} MB"
+            writer = left.writer or "a process whose lock is gone"
+            what = "being written, or of a job that was killed on another machine: then remove it"
+            if left.gone:
+                what = "which was killed: the next stage of this run removes it"
+            found.append(f"unfinished: {left.path}, {size}, of {writer}; {what}")
+    return found
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the table, or JSON."""
     stages = survey(args.run)
@@ -360,5 +380,7 @@ def run(args: argparse.Namespace) -> int:
     for stage in stages:
         job = f"job {stage.job}" if stage.job else ""
         print(f"{stage.stage:{width}}  {stage.state:9}  {job:10}  {stage.detail}".rstrip())
+    for line in unfinished_lines(args.run):
+        print(line)
     print(f"logs: {args.run / 'logs'}")
     return 0

@@ -2,6 +2,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -196,6 +197,10 @@ def test_a_trained_stage_becomes_train_py(monkeypatch, tmp_path):
 
 def test_a_finished_stage_is_left_alone(tmp_path, capsys):
     (tmp_path / "upcycled").mkdir()
+    # What a killed writer left goes all the same; no later writer comes by.
+    (tmp_path / ".upcycled.tmp-2").mkdir()
+    lock = f"process 2 on {socket.gethostname()} since yesterday\n"
+    (tmp_path / ".upcycled.lock").write_text(lock)
     assert main(["stage", "--config=demo", "upcycle", f"pipeline.run={tmp_path}"]) == 0
     assert capsys.readouterr().out == f"finished: {tmp_path / 'upcycled'}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["upcycled"]  # nor is what it was made of

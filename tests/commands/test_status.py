@@ -1,4 +1,5 @@
 import json
+import socket
 import time
 
 import pytest
@@ -188,6 +189,23 @@ def test_table_and_json(run, capsys):
         "steps": 100,
         "loss": 8.9,
     }
+
+
+def test_what_a_killed_job_left_is_told(run, capsys):
+    """A model of full size under a hidden name."""
+    (run / "branches").mkdir()
+    dead, here = 2**22 + 1, socket.gethostname()  # no process can have it
+    for folder, writer in ((run, f"process {dead} on {here}"), (run / "branches", "")):
+        left = folder / f".a.tmp-{dead}"
+        left.mkdir()
+        (left / "model").write_bytes(bytes(3_000_000))
+        if writer:
+            (folder / ".a.lock").write_text(f"{writer} since 2026-01-01\n")
+    assert main(["status", str(run)]) == 0
+    said = capsys.readouterr().out
+    first = f"unfinished: {run}/.a.tmp-{dead}, 3.0 MB, of process {dead} on {here} since 2026-01-01"
+    assert f"{first}; which was killed: the next stage of this run removes it" in said
+    assert f"{run}/branches/.a.tmp-{dead}, 3.0 MB, of a process whose lock is gone; being" in said
 
 
 def test_lines_of_other_programs_in_jobs_txt_are_ignored(run):
