@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nexus_ds.checkpoint.headers import Headers
+from nexus_ds.checkpoint.headers import Headers, TensorInfo
+from nexus_ds.errors import CheckpointError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 SAMPLES, SAMPLE_VALUES = 4, 1 << 13
@@ -55,16 +56,27 @@ def encoded(x: np.ndarray, dtype: str) -> np.ndarray:
     return held.astype("<f4", copy=False).view(np.uint8)
 
 
+def _floats(reader: Headers, name: str) -> TensorInfo:
+    """Return where a tensor lies; CheckpointError unless it has floating-point numbers."""
+    info = reader.info(name)
+    if info.dtype not in FLOATS:
+        raise CheckpointError(
+            f"{info.file}: tensor {name!r} has values of {info.dtype}, "
+            f"expected {' | '.join(FLOATS)}; it is damaged, or of another program"
+        )
+    return info
+
+
 def read_values(reader: Headers, name: str) -> np.ndarray:
     """Return a whole tensor in its shape; float32, or float64 of F64."""
-    info = reader.info(name)
+    info = _floats(reader, name)
     data = reader.items(name, 0, math.prod(info.shape))
     return decoded(data, info.dtype).reshape(info.shape)
 
 
 def read_rows(reader: Headers, name: str, start: int, stop: int) -> np.ndarray:
     """Return rows [start, stop) of a tensor's leading dimension; float32, or float64 of F64."""
-    info = reader.info(name)
+    info = _floats(reader, name)
     width = math.prod(info.shape[1:])
     data = reader.items(name, start * width, (stop - start) * width)
     return decoded(data, info.dtype).reshape(stop - start, *info.shape[1:])
@@ -75,7 +87,7 @@ def sample(reader: Headers, name: str) -> np.ndarray:
 
     SAMPLES pieces of SAMPLE_VALUES, evenly spaced, the first and the last values among them.
     """
-    info = reader.info(name)
+    info = _floats(reader, name)
     count = math.prod(info.shape)
     if count <= SAMPLES * SAMPLE_VALUES:
         return read_values(reader, name).reshape(-1)

@@ -16,6 +16,7 @@ from nexus_ds.checkpoint.values import (
     rounded,
     sample,
 )
+from nexus_ds.errors import CheckpointError
 
 ODD = [0.0, -0.0, 1.0, -2.5, 3.4e38, 1e-40, float("inf"), float("-inf"), float("nan")]
 
@@ -33,6 +34,14 @@ def test_values_are_those_of_torch(tmp_path, dtype):
     np.testing.assert_array_equal(read_values(reader, "x"), expected)
     np.testing.assert_array_equal(read_rows(reader, "x", 2, 5), expected[2:5])
     np.testing.assert_array_equal(sample(reader, "x"), expected.reshape(-1))
+
+
+@pytest.mark.parametrize("read", [read_values, sample, lambda *a: read_rows(*a, 0, 1)])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float8_e5m2])
+def test_what_is_no_number_of_a_weight_is_named(tmp_path, dtype, read):
+    reader = saved(tmp_path, x=torch.zeros(3, 2).to(dtype))
+    with pytest.raises(CheckpointError, match=r"model.safetensors: tensor 'x' has values of "):
+        read(reader, "x")
 
 
 def test_rounding_is_that_of_torch():
