@@ -445,6 +445,17 @@ def named():
     return list(dict.fromkeys(test for promise in PROMISES for test in promise.tests))
 
 
+def by_file(tests):
+    """Return tests as they stand in their files, for those of a file share what they start."""
+
+    def place(test):
+        file, _, function = test.partition("::")
+        text = (TESTS / file).read_text(encoding="utf-8")
+        return file, text.index(f"def {function}(")
+
+    return sorted(tests, key=place)
+
+
 def outcomes(report):
     """Return by test how many of its cases passed, failed and were skipped, of a JUnit report."""
     found = {}
@@ -464,8 +475,10 @@ def run(options):
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        words = [str(TESTS / test) for test in named()]
-        command = [sys.executable, "-m", "pytest", f"--junitxml={report}", *options, *words]
+        words = [str(TESTS / test) for test in by_file(named())]
+        # A cluster's whole run is one test's fixture, and machines are shared.
+        limits = [f"--junitxml={report}", "--timeout=1800"]
+        command = [sys.executable, "-m", "pytest", *limits, *options, *words]
         code = subprocess.run(command, cwd=TESTS.parent).returncode
         found = outcomes(report)
     now = {

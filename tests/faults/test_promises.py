@@ -5,7 +5,7 @@ import json
 
 import promises
 import pytest
-from promises import PROMISES, TESTS, functions, named, outcomes, page, result
+from promises import ONE, PROMISES, TESTS, by_file, functions, named, outcomes, page, result
 
 
 def test_every_promise_is_there_once():
@@ -17,6 +17,18 @@ def test_every_promise_is_there_once():
 def test_a_test_that_is_named_exists(test):
     file, _, function = test.partition("::")
     assert function in functions(TESTS / file)
+
+
+def test_the_tests_of_a_file_run_in_its_order():
+    """Some share one launch, each going on where the one before has left it."""
+    tests = by_file(named())
+    assert sorted(tests) == sorted(named())
+    files = [test.partition("::")[0] for test in tests]
+    assert files == sorted(files)
+    ours = [test for test in tests if test.startswith(ONE)]
+    text = (TESTS / "faults" / "test_one_run.py").read_text()
+    places = [text.index(f"def {test.removeprefix(ONE)}(") for test in ours]
+    assert len(places) == 6 and places == sorted(places)
 
 
 def test_the_page_is_the_tables():
