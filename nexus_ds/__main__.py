@@ -73,7 +73,7 @@ VERBS = {
     "bench": Verb(
         "commands.bench",
         "measure training speed (train), cost as the model grows (growth), slow links (links), "
-        "tokenising (data), all that only a GPU shows (gpu)",
+        "tokenising (data), putting models together (assemble), all that only a GPU shows (gpu)",
     ),
     "generate": Verb("commands.generate", "continue a prompt with a checkpoint"),
     "preflight": Verb(

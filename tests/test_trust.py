@@ -51,6 +51,11 @@ ALLOWED = {
     ): "pipes to tokenisers, this process's own children",
     ("nexus_ds.data.encoding", "subprocess"): CHILDREN,
     ("nexus_ds.data.hub", "load_dataset_builder"): "text on the hub, of a source that says hub:",
+    (
+        "nexus_ds.experiments.benchmarks.assembly_speed",
+        "runpy",
+    ): "runs nexus-ds itself, in a process that measures what it takes",
+    ("nexus_ds.experiments.benchmarks.assembly_speed", "subprocess"): CHILDREN,
     ("nexus_ds.experiments.benchmarks.gpu", "subprocess"): CHILDREN,
     (
         "nexus_ds.experiments.benchmarks.network",

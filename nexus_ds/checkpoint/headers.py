@@ -393,12 +393,16 @@ def read_by_rows(
         view[low - start : high - start] = block[low - position : high - position]
 
 
+def tensor_head(name: str, info: TensorInfo) -> bytes:
+    """Return what `sha256_of_tensors` takes in before the bytes of a tensor."""
+    return f"{name}\n{info.dtype}\n{info.shape}\n".encode()
+
+
 def sha256_of_tensors(reader: Headers, names: Iterable[str]) -> str:
     """Return a hash over names, dtypes, shapes and bytes of some tensors, in any order."""
     digest = hashlib.sha256()
     for name in sorted(set(names)):
-        info = reader.info(name)
-        digest.update(f"{name}\n{info.dtype}\n{info.shape}\n".encode())
+        digest.update(tensor_head(name, reader.info(name)))
         for chunk in reader.chunks(name):
             digest.update(chunk)
     return digest.hexdigest()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nexus_ds.errors import ConfigError
-from nexus_ds.experiments.benchmarks import data_speed, gpu
+from nexus_ds.experiments.benchmarks import assembly_speed, data_speed, gpu
 from nexus_ds.experiments.benchmarks.figures import growth_curves, speed_bars
 from nexus_ds.outputs import new_directory, refuse_existing, write_text
 from nexus_ds.report.evaluation import write_csv
@@ -85,6 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data = commands.add_parser("data", help=data_speed.HELP)
     data_speed.add_arguments(data)
+    assemble = commands.add_parser("assemble", help=assembly_speed.HELP)
+    assembly_speed.add_arguments(assemble)
     links = commands.add_parser(
         "links",
         help="step times on slow links (Linux): overlapped and plain expert parallelism, "
@@ -376,6 +378,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print, and with --out write."""
     if args.what == "data":
         return data_speed.run(args, _say)
+    if args.what == "assemble":
+        return assembly_speed.run(args, _say)
     if args.what == "gpu":
         return gpu.run(args)
     if args.what == "links":

@@ -9,22 +9,40 @@ than linear ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import (
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nexus_ds.checkpoint.cards import DomainCard, check_card, ffn_sha256
+from nexus_ds.checkpoint import assembly
+from nexus_ds.checkpoint.cards import (
+    DomainCard,
+    check_card,
+    ffn_sha256,
+)
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel
-from nexus_ds.checkpoint.headers import row_slices
+from nexus_ds.checkpoint.headers import row_slices, tensor_bytes
 from nexus_ds.checkpoint.model_card import stated_license
+from nexus_ds.checkpoint.new_files import Place
 from nexus_ds.checkpoint.qwen2_moe import stored
 from nexus_ds.checkpoint.qwen3_next import open_writer
-from nexus_ds.checkpoint.records import EncoderRecord, ExpertRecord, portable
-from nexus_ds.checkpoint.tensors import DTYPES, TensorReader, TensorWriter
+from nexus_ds.checkpoint.records import (
+    EncoderRecord,
+    ExpertRecord,
+    portable,
+)
+from nexus_ds.checkpoint.tensors import (
+    DTYPES,
+    TensorReader,
+    TensorWriter,
+)
 from nexus_ds.command_lines import EXPERT_NAME
 from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import CheckpointError, ConfigError
@@ -57,6 +75,8 @@ class Blend:
     parts: Sequence[Part]
     divisor: float = 1.0
     scale: float = 1.0
+    rule: assembly.Rule | None = None
+    """Another way to merge the parts, instead of the sum; see `checkpoint.assembly`."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +202,11 @@ def note_other_seeds(seed: DenseModel, cards: Mapping[str, DomainCard]) -> None:
             )
 
 
-def _check_values(part: Part, bad: int, nonzero: bool) -> None:
+def _check_values(
+    part: Part,
+    bad: int,
+    nonzero: bool,
+) -> None:
     where = f"{part.who} ({part.reader.directory}): tensor {part.name}"
     if bad:
         raise CheckpointError(
@@ -262,6 +286,66 @@ def _write_blend(
         )
 
 
+def _source(part: Part, rows: tuple[int, int] | None) -> assembly.Source:
+    """Return a summand as the engine reads it, whole or some of its rows."""
+    # A bias of zeros is how Qwen2 starts; a weight of zeros was never trained or never written.
+    zeros = part.zeros or not part.name.endswith(".weight")
+    label = f"{part.who} ({part.reader.directory}): tensor {part.name}"
+    whole = assembly.stored(part.reader, part.name, label, zeros)
+    if rows is None:
+        return whole
+    row = whole.size // part.reader.info(part.name).shape[0]
+    return whole.part(rows[0] * row, rows[1] * row)
+
+
+def _piece(
+    name: str,
+    blend: Blend,
+    place: Place,
+    rows: tuple[int, int] | None = None,
+) -> assembly.Piece:
+    """Return how a tensor, or some of its rows, is made of stored ones."""
+    sources = [_source(part, rows) for part in blend.parts]
+    weights = [part.weight for part in blend.parts]
+    as_it_is = blend.rule is None and weights == [blend.divisor] == [blend.scale] == [1.0]
+    # a copy never goes through fp32 and back: it keeps every bit
+    if as_it_is and sources[0].dtype == place.dtype:
+        return assembly.Copy(place, sources[0])
+    rule = blend.rule or assembly.Mean(weights, blend.divisor, blend.scale)
+    return assembly.Merge(place, sources, rule, name, blend.parts[0].who)
+
+
+def _pieces(
+    name: str,
+    made: Blend | Stack,
+    files: TensorWriter,
+) -> list[assembly.Piece]:
+    """Return the pieces of one tensor."""
+    place = files.place(name)
+    if isinstance(made, Blend):
+        return [_piece(name, made, place)]
+    dtype, shape = files.plan[name]
+    row = tensor_bytes(dtype, shape[1:])
+    return [
+        _piece(name, blend, place.part(start * row, stop * row), (start, stop))
+        for start, stop, blend in made.pieces
+    ]
+
+
+def _assembled(
+    files: TensorWriter,
+    tensors: Mapping[str, Source],
+    progress: Progress,
+) -> dict[str, Blend | Stack]:
+    """Write what is made of stored tensors by several threads, and return it."""
+    made = {name: each for name, each in tensors.items() if isinstance(each, Blend | Stack)}
+    pieces = [(name, _pieces(name, each, files)) for name, each in made.items()]
+    assembly.assemble([assembly.Job(each) for _, each in pieces], progress.advance)
+    for name, _ in pieces:
+        files.wrote(name)
+    return made
+
+
 def write_tensors(
     directory: Path,
     plan: dict[str, tuple[str, tuple[int, ...]]],
@@ -288,6 +372,10 @@ def write_tensors(
         open_writer(directory, plan, config) as writer,
         Progress(label, len(plan), "tensors") as progress,
     ):
+        # a form that translates what it is given streams by itself
+        if type(writer) is TensorWriter:
+            made = _assembled(writer, tensors, progress)
+            order = [item for item in order if item[0] not in made]
         for name, (dtype, shape) in order:
             tensor = tensors.get(name)
             if isinstance(tensor, Blend):
