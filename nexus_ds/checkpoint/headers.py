@@ -333,14 +333,14 @@ class Headers:
         self.read_range(name, first * item, memoryview(data))
         return data
 
-    def chunks(self, name: str, limit: int = CHUNK) -> Iterator[bytes]:
+    def chunks(self, name: str, limit: int = CHUNK) -> Iterator[bytearray]:
         """Yield the bytes of a tensor, at most `limit` at once."""
         info = self.info(name)
         size = tensor_bytes(info.dtype, info.shape)
         for start in range(0, size, limit):
             data = bytearray(min(limit, size - start))
             self.read_range(name, start, memoryview(data))
-            yield bytes(data)
+            yield data
 
 
 def read_into(file: Path, start: int, view: memoryview) -> None:

@@ -51,7 +51,8 @@ class ExpertRecord:
     source: str
     """Path of the dense model as it was given; of an absolute path the last part."""
     sha256: str
-    """Of the dense model's FFN tensors, see `tensors.sha256_of_tensors`."""
+    """Of the dense model's FFN tensors, see `headers.sha256_of_tensors`; empty until they are
+    read."""
     license: str = ""
     """Of the dense model, as its card says it; empty: not said."""
 

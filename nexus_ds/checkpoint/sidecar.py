@@ -299,9 +299,12 @@ def verify_expert_embeddings(directory: Path) -> None:
     Raises:
         CheckpointError: those of a layer differ, or the checkpoint is damaged.
     """
-    sidecar = read_sidecar(directory)
     _, headers = open_moe(directory)
-    reader = TensorReader.of(headers)
+    check_rows_of(read_sidecar(directory), TensorReader.of(headers))
+
+
+def check_rows_of(sidecar: Sidecar, reader: TensorReader) -> None:
+    """Check a model's stored expert embeddings; see `verify_expert_embeddings`."""
     for layer in range(len(sidecar.projections)):
         name = gate_name(layer)
         stored = reader.read(name)
@@ -314,7 +317,7 @@ def verify_expert_embeddings(directory: Path) -> None:
         # "not <=" is true of NaN as well.
         if not difference <= tolerance:
             raise CheckpointError(
-                f"{directory}: {name} differs from P(D) of {ROUTER} by "
+                f"{reader.directory}: {name} differs from P(D) of {ROUTER} by "
                 f"{difference:.1e} of its largest entry, expected at most "
                 f"{tolerance:.1e}; model and sidecar are not "
                 "of one training, restore both from the same checkpoint"

@@ -28,7 +28,7 @@ from nexus_ds.checkpoint.cards import (
 )
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel
-from nexus_ds.checkpoint.headers import row_slices, tensor_bytes
+from nexus_ds.checkpoint.headers import row_slices, sha256_of_tensors, tensor_bytes, tensor_head
 from nexus_ds.checkpoint.model_card import stated_license
 from nexus_ds.checkpoint.new_files import Place
 from nexus_ds.checkpoint.qwen2_moe import stored
@@ -146,7 +146,8 @@ def expert_records(
     cards: Mapping[str, DomainCard],
     old: Sequence[ExpertRecord] = (),
 ) -> list[ExpertRecord]:
-    """Return what the sidecar keeps of experts, with the hashes of their FFN tensors.
+    """Return what the sidecar keeps of experts; of those whose card names no hash of its weights
+    the hash is told by `write_tensors`.
 
     Args:
         models: by the experts' names.
@@ -161,12 +162,15 @@ def expert_records(
     taken = {expert.domain: expert.name for expert in old}
     records = []
     for name, model in models.items():
-        sha256 = ffn_sha256(model)
+        # where nothing is to be compared before, they are hashed as they are copied
+        sha256 = ""
         domain = name
         card = cards.get(name)
         if card:
-            check_card(name, card, sha256)
             domain = card.domain
+        if card and card.ffn_sha256:
+            sha256 = ffn_sha256(model)
+            check_card(name, card, sha256)
         # a card comes from elsewhere, and names a folder of text
         if not EXPERT_NAME.fullmatch(domain):
             raise CheckpointError(
@@ -332,18 +336,45 @@ def _pieces(
     ]
 
 
+def _hashed_job(
+    names: Sequence[str], tensors: Mapping[str, Source], files: TensorWriter
+) -> assembly.Job:
+    """Return the copying of tensors that have one source each, hashed as `sha256_of_tensors`."""
+    pieces, heads = [], []
+    for name in names:
+        blend = tensors[name]
+        assert isinstance(blend, Blend)
+        [part] = blend.parts
+        pieces.append(_piece(name, blend, files.place(name)))
+        heads.append(tensor_head(part.name, part.reader.info(part.name)))
+    return assembly.Job(pieces, heads)
+
+
 def _assembled(
     files: TensorWriter,
     tensors: Mapping[str, Source],
+    hashed: Mapping[str, Sequence[str]],
     progress: Progress,
-) -> dict[str, Blend | Stack]:
-    """Write what is made of stored tensors by several threads, and return it."""
-    made = {name: each for name, each in tensors.items() if isinstance(each, Blend | Stack)}
-    pieces = [(name, _pieces(name, each, files)) for name, each in made.items()]
-    assembly.assemble([assembly.Job(each) for _, each in pieces], progress.advance)
-    for name, _ in pieces:
+) -> dict[str, str]:
+    """Write what is made of stored tensors by several threads; return the hashes asked for."""
+    jobs = [_hashed_job(names, tensors, files) for names in hashed.values()]
+    grouped = {name for names in hashed.values() for name in names}
+    made = {name: each for name, each in tensors.items() if not isinstance(each, Tensor)}
+    for name, each in made.items():
+        if name not in grouped:
+            jobs.append(assembly.Job(_pieces(name, each, files)))
+    digests = assembly.assemble(jobs, progress.advance)
+    for name in made:
         files.wrote(name)
-    return made
+    # those of the hashed ones stand first
+    return dict(zip(hashed, digests, strict=False))
+
+
+def _digest(names: Sequence[str], tensors: Mapping[str, Source]) -> str:
+    """Return the hash of the sources of tensors that have one source each, by reading them."""
+    blends = [tensors[name] for name in names]
+    parts = [blend.parts[0] for blend in blends if isinstance(blend, Blend)]
+    return sha256_of_tensors(parts[0].reader, [part.name for part in parts])
 
 
 def write_tensors(
@@ -352,7 +383,8 @@ def write_tensors(
     tensors: Mapping[str, Source],
     label: str,
     config: ConfigJson,
-) -> None:
+    hashed: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, str]:
     """Write the model file(s) of a checkpoint, one slice of one tensor in memory at a time.
 
     Args:
@@ -361,6 +393,10 @@ def write_tensors(
         tensors: where each comes from.
         label: name in the progress line.
         config: config.json of the checkpoint, whose form decides how tensors lie in the file.
+        hashed: by any name, tensors of one source each whose sources are hashed together.
+
+    Returns:
+        For each name of `hashed` the `sha256_of_tensors` of the sources.
 
     Raises:
         CheckpointError: NaN, infinite or all-zero weights (names model, tensor and count), no
@@ -368,14 +404,16 @@ def write_tensors(
     """
     # vectors first: a form that translates norms needs them before the matrices behind them
     order = sorted(plan.items(), key=lambda item: len(item[1][1]) > 1)
+    hashed = hashed or {}
     with (
         open_writer(directory, plan, config) as writer,
         Progress(label, len(plan), "tensors") as progress,
     ):
         # a form that translates what it is given streams by itself
-        if type(writer) is TensorWriter:
-            made = _assembled(writer, tensors, progress)
-            order = [item for item in order if item[0] not in made]
+        assembling = type(writer) is TensorWriter
+        if assembling:
+            digests = _assembled(writer, tensors, hashed, progress)
+            order = [item for item in order if isinstance(tensors.get(item[0]), Tensor)]
         for name, (dtype, shape) in order:
             tensor = tensors.get(name)
             if isinstance(tensor, Blend):
@@ -387,6 +425,9 @@ def write_tensors(
                 writer.write(name, tensor.to(DTYPES[dtype]))
             # one that is missing is named by the writer, with the others, as it closes
             progress.advance()
+    if not assembling:
+        digests = {key: _digest(names, tensors) for key, names in hashed.items()}
+    return digests
 
 
 def write_model(
@@ -395,15 +436,16 @@ def write_model(
     dtype: str,
     tensors: Mapping[str, Source],
     label: str,
-) -> None:
+    hashed: Mapping[str, Sequence[str]],
+) -> dict[str, str]:
     """Write config.json and the model file(s) of a Nexus checkpoint.
 
     Args:
         config: config.json of the output.
         dtype: of all its weights, as safetensors names it.
 
-    `directory`, `tensors`, `label` and errors: `write_tensors`.
+    `directory`, `tensors`, `label`, `hashed`, result and errors: `write_tensors`.
     """
     write_json(directory / "config.json", config)
     plan = {name: (dtype, entry.shape) for name, entry in stored(config).items()}
-    write_tensors(directory, plan, tensors, label, config)
+    return write_tensors(directory, plan, tensors, label, config, hashed)

@@ -32,8 +32,8 @@ from nexus_ds.checkpoint.qwen2_moe import (
 from nexus_ds.checkpoint.records import FitReport
 from nexus_ds.checkpoint.sidecar import (
     Sidecar,
+    check_rows_of,
     read_sidecar,
-    verify_expert_embeddings,
     write_sidecar,
 )
 from nexus_ds.checkpoint.tensors import TensorReader
@@ -79,9 +79,11 @@ def open_old(checkpoint: Path) -> OldModel:
         CheckpointError: none, damaged, or rows that are not P(D).
         UnsupportedModelError: code hooks.
     """
-    config, reader = open_moe(checkpoint)
-    verify_expert_embeddings(checkpoint)
-    return OldModel(checkpoint, config, TensorReader.of(reader), read_sidecar(checkpoint))
+    config, headers = open_moe(checkpoint)
+    reader = TensorReader.of(headers)
+    sidecar = read_sidecar(checkpoint)
+    check_rows_of(sidecar, reader)
+    return OldModel(checkpoint, config, reader, sidecar)
 
 
 @dataclass
@@ -142,7 +144,12 @@ class NewModel:
         Raises:
             CheckpointError: NaN, infinite or all-zero weights, no space.
         """
-        write_model(directory, self.config, self.dtype, self.tensors, self.verb)
+        digests = write_model(
+            directory, self.config, self.dtype, self.tensors, self.verb, self._unhashed()
+        )
+        for number, expert in enumerate(self.sidecar.experts):
+            sha256 = digests.get(expert.name, expert.sha256)
+            self.sidecar.experts[number] = dataclasses.replace(expert, sha256=sha256)
         copy_tokenizer(self.tokenizer, directory)
         generation = read_generation_config(self.source)
         if generation is not None:
@@ -153,12 +160,28 @@ class NewModel:
         if text is not None:
             report = fit_router(directory, text, router, seed, self.kept)
             _record_fit(directory, report)
-        write_model_card(directory, nexus_card(read_sidecar(directory)))
+        sidecar = read_sidecar(directory)
+        write_model_card(directory, nexus_card(sidecar))
         # what every reader will check first
-        verify_expert_embeddings(directory)
+        _, headers = open_moe(directory)
+        check_rows_of(sidecar, TensorReader.of(headers))
         # last: it is of all that stands there
         record_hashes(directory)
         return report
+
+    def _unhashed(self) -> dict[str, list[str]]:
+        """Return the FFN tensors of experts whose hash is not known yet, in the hash's order."""
+        own_names: dict[str, dict[str, str]] = {}
+        for name, entry in stored(self.config).items():
+            if entry.role is not Role.ROUTED:
+                continue
+            expert = self.sidecar.experts[entry.expert]
+            if not expert.sha256:
+                own_names.setdefault(expert.name, {})[entry.dense_name] = name
+        return {
+            expert: [names[dense_name] for dense_name in sorted(names)]
+            for expert, names in own_names.items()
+        }
 
     def summary(self, out: Path, report: FitReport | None) -> dict[str, Any]:
         """Return what a program wants to know of the new checkpoint."""
