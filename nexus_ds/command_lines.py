@@ -214,6 +214,8 @@ def next_evaluation(out: Path | str, data: DataConfig) -> str:
     return shlex.join(["nexus-ds", "evaluate", *read, *no_bos(data), *written])
 
 
-def next_words(checkpoint: Path) -> str:
-    """Return the command, quoted for a shell, that lets a checkpoint speak."""
-    return shlex.join(["nexus-ds", "generate", "--checkpoint", str(checkpoint), "The first thing"])
+def next_words(checkpoint: Path, prompt: str, mixture: bool) -> str:
+    """Return the command, quoted for a shell, that lets a checkpoint speak, and a mixture show
+    which expert each token goes to."""
+    shown = ["--show-routing"] if mixture else []
+    return shlex.join(["nexus-ds", "generate", "--checkpoint", str(checkpoint), prompt, *shown])

@@ -605,6 +605,22 @@ def rows(box):
 
 
 @target
+def prompts(box):
+    from nexus_ds.generation.prompts import read_prompts
+
+    sound = [{"prompt": "abc é"}, {"messages": [{"role": "user", "content": "x"}]}]
+    lines = st.lists(json_text(sound[0]) | json_text(sound[1]), min_size=1, max_size=3)
+    inputs = {"a.jsonl": lines.map(b"\n".join), "a.txt": changed_bytes("a\nbc é".encode())}
+
+    def use():
+        for name in inputs:
+            if (box / name).is_file():
+                read_prompts(box / name)
+
+    return Target(inputs, [use], box)
+
+
+@target
 def token_cache(box):
     from nexus_ds.data import corpora, sources
 

@@ -669,9 +669,45 @@ FAULTS = (
     ),
     Fault(
         "a prompt may outgrow the model",
-        "commands/generate.py",
-        "min(tokens, limit - length) if limit else tokens",
-        "tokens",
+        "generation/continuation.py",
+        "min(self.room, limit - self.prompt)",
+        "self.room",
+    ),
+    Fault(
+        "prompts of a batch share their draws",
+        "generation/drawing.py",
+        "(seed + row) % SEEDS",
+        "seed % SEEDS",
+    ),
+    Fault(
+        "the token that reaches p is left out",
+        "generation/drawing.py",
+        "before_BV < drawing.top_p",
+        "before_BV + sorted_BV < drawing.top_p",
+    ),
+    Fault(
+        "a token is shown with its neighbour's route",
+        "generation/continuation.py",
+        "self.decisions += decisions[-left:]",
+        "self.decisions += decisions[:left]",
+    ),
+    Fault(
+        "the last tokens stand where padding is",
+        "generation/continuation.py",
+        "position_ids=real_B1 - 1,",
+        "position_ids=torch.full_like(real_B1, length - 1),",
+    ),
+    Fault(
+        "a shown expert is the last that was chosen",
+        "generation/routes.py",
+        "expert_T = chosen_TK[:, 0]",
+        "expert_T = chosen_TK[:, -1]",
+    ),
+    Fault(
+        "half a character is told",
+        "generation/pieces.py",
+        "if text.endswith(UNFINISHED) and not unfinished:",
+        "if False:",
     ),
     Fault(
         "what is there is made again",

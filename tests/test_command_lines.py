@@ -34,6 +34,10 @@ def parsed(words):
     return build_parser(words[0]).parse_args([*words, "--out", "made"])
 
 
+def parsed_generate(words):
+    return build_parser("generate").parse_args(words)
+
+
 def test_text_is_embedded_as_it_is_trained_on():
     args = parsed(embed_words(CONFIG, ["a", "b"]))
     assert (args.data, args.domains, args.on_bad_row, args.seed) == ("demo", "a,b", "skip", 7)
@@ -99,13 +103,11 @@ def test_printed_commands_are_quoted_for_a_shell():
     ]
     words = shlex.split(next_evaluation(out, DataConfig(path="my data")))
     assert words[2:] == ["--checkpoint", "a b", "--data", "my data", "--out", "a b-report"]
-    assert shlex.split(next_words(out)) == [
-        "nexus-ds",
-        "generate",
-        "--checkpoint",
-        "a b",
-        "The first thing",
-    ]
+    spoken = ["nexus-ds", "generate", "--checkpoint", "a b", "The first thing"]
+    assert shlex.split(next_words(out, "The first thing", mixture=False)) == spoken
+    routed = shlex.split(next_words(out, "it's $x", mixture=True))
+    assert routed == [*spoken[:4], "it's $x", "--show-routing"]
+    assert parsed_generate(routed[1:]).prompt == "it's $x"
 
 
 def test_printed_commands_name_files_that_are_there(tmp_path, monkeypatch):

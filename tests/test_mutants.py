@@ -16,6 +16,7 @@ FOLDERS = {
     "evaluation",
     "experiments/benchmarks",
     "experiments/comparison",
+    "generation",
     "model",
     "planning",
     "report",

@@ -10,19 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from nexus_ds.checkpoint.config_json import (
     CONTEXT_MODEL,
     read_config,
 )
 from nexus_ds.checkpoint.forms import native_family
+from nexus_ds.checkpoint.qwen2_moe import gate_name
 from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.checkpoint.sidecar import verify_expert_embeddings
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PRECISIONS = ("auto", "fp32", "stored")
 # What transformers raises for damaged or contradictory files: it has no type of its own for them.
@@ -175,3 +180,17 @@ def load_model(directory: Path, precision: str = "auto", place: torch.device | N
     model, info = loaded
     check_loaded(directory, info)
     return model.to(place).eval()
+
+
+def routers_of(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """Return a model's routers by their layers; none of a dense one.
+
+    It is stock transformers that runs, so its modules are found by their names.
+    """
+    modules = dict(model.named_modules())
+    routers: dict[int, nn.Module] = {}
+    for layer in range(model.config.num_hidden_layers):
+        name = gate_name(layer).removesuffix(".weight")
+        if name in modules:
+            routers[layer] = modules[name]
+    return routers

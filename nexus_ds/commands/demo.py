@@ -18,6 +18,7 @@ from nexus_ds.children import tied
 from nexus_ds.command_lines import DS_JSON, evaluate_words, next_words, program
 from nexus_ds.config import load_config
 from nexus_ds.data.corpora import open_source, require_domains
+from nexus_ds.data.opening import opening
 from nexus_ds.errors import ConfigError, NexusError
 from nexus_ds.launch import devices
 from nexus_ds.local_runner import run_steps
@@ -270,7 +271,10 @@ def show(content: Json, config: Config) -> None:
     print(f"\nreport:      {where.report / PAGE}")
     print(f"checkpoints: {', '.join(checkpoints)}")
     print(f"this run:    {duration(content['seconds'])}, all of it in {where.run}")
-    print(f"next:        {next_words(last)}")
+    # of the text that the last expert was trained on
+    domain = [*config.pipeline.domains, *config.pipeline.new_domains][-1]
+    prompt = opening(open_source(config.data.path), domain)
+    print(f"next:        {next_words(last, prompt, mixture=True)}")
 
 
 def _ranks(asked: int, batch: int) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 from nexus_ds.checkpoint.needs import BATCH, WINDOWS
 from nexus_ds.command_lines import next_words
 from nexus_ds.data.corpora import Source, open_source, token_files, windows
+from nexus_ds.data.opening import opening
 from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import new_directory, refuse_existing
 from nexus_ds.report import verdict as before_after
@@ -315,7 +316,11 @@ def _show(summary: Summary, args: argparse.Namespace) -> None:
     for warning in summary.warnings:
         print(f"warning: {warning}")
     print(f"wrote {args.out / PAGE}, {args.out / SUMMARY}, {args.out / 'figures'}/")
-    print(f"next: {next_words(args.checkpoint[-1])}")
+    name, last = list(summary.perplexity.items())[-1]
+    # of the text that the model knows best
+    prompt = opening(open_source(args.data), min(last, key=last.__getitem__))
+    mixture = summary.models[name].routing is not None
+    print(f"next: {next_words(args.checkpoint[-1], prompt, mixture)}")
 
 
 def run(args: argparse.Namespace) -> int:

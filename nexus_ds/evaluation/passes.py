@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from nexus_ds.checkpoint.loading import routers_of
 from nexus_ds.checkpoint.needs import LOGITS_AT_ONCE, MARGIN, Need, Way
-from nexus_ds.checkpoint.qwen2_moe import gate_name
 from nexus_ds.checkpoint.room import host_room
 from nexus_ds.launch import devices
 from nexus_ds.progress import Progress
@@ -72,18 +72,10 @@ class Unit(NamedTuple):
 
 
 class RoutingMeter:
-    """Counts routed tokens at a model's routers: `with RoutingMeter(model) as meter: ...`.
-
-    It is stock transformers that is measured, so its modules are found by their names.
-    """
+    """Counts routed tokens at a model's routers: `with RoutingMeter(model) as meter: ...`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        modules = dict(model.named_modules())
-        self.routers: dict[int, nn.Module] = {}
-        for layer in range(model.config.num_hidden_layers):
-            name = gate_name(layer).removesuffix(".weight")
-            if name in modules:
-                self.routers[layer] = modules[name]
+        self.routers = routers_of(model)
         self.layers = list(self.routers)
         self.handles: list[RemovableHandle] = []
         self._forget()

@@ -271,6 +271,18 @@ def write_page(
     """
     # By number: titles repeat and may hold any character.
     links = [f'<a href="#s{n}">{html.escape(s.title)}</a> ' for n, s in enumerate(sections)]
+    body = [
+        _paragraphs(intro),
+        f"<nav>{''.join(links)}</nav>",
+        *[_section(number, section) for number, section in enumerate(sections)],
+    ]
+    with new_file(Path(out), overwrite=True) as temporary:
+        write_text(temporary, document(title, body))
+
+
+def document(title: str, body: Sequence[str], style: str = "") -> str:
+    """Return a page that needs nothing else, of a title and lines of HTML, with `style` beside the
+    pages' own."""
     heading = html.escape(title)
     lines = [
         "<!DOCTYPE html>",
@@ -280,17 +292,13 @@ def write_page(
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{heading}</title>",
-        f"<style>{STYLE}</style>",
+        f"<style>{STYLE}{style}</style>",
         "</head>",
         "<body>",
         f"<h1>{heading}</h1>",
-        _paragraphs(intro),
-        f"<nav>{''.join(links)}</nav>",
-        *[_section(number, section) for number, section in enumerate(sections)],
+        *body,
         "<footer>Written by nexus_ds.</footer>",
         "</body>",
         "</html>",
     ]
-    page = "\n".join(lines) + "\n"
-    with new_file(Path(out), overwrite=True) as temporary:
-        write_text(temporary, page)
+    return "\n".join(lines) + "\n"

@@ -10,10 +10,12 @@ from pretend import GPU, gpu, module_to_gpu, to_gpu, unwatched
 
 from nexus_ds.checkpoint.loading import load_model
 from nexus_ds.checkpoint.records import TrainStep
-from nexus_ds.commands.generate import continue_prompt
 from nexus_ds.data.tokenizer import open_tokenizer
 from nexus_ds.evaluation import perplexity
 from nexus_ds.experiments.comparison import ensemble
+from nexus_ds.generation.continuation import Asked, continue_prompts
+from nexus_ds.generation.drawing import Drawing
+from nexus_ds.generation.prompts import tokenised
 from nexus_ds.model.head import use_loss_head
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime import export as exporting
@@ -80,22 +82,25 @@ def test_an_ensemble_scores_batch_by_batch(dense_dir, monkeypatch):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_generation(checkpoint, temperature):
-    """Greedy text is the CPU's; a device draws with a generator of its own.
+    """Text is the CPU's, drawn or not.
 
-    Waits are a few at the start, and one a token, for whether it ends the text: transformers'.
+    Waits are a few at the start, and two a token: transformers asks whether it ends the text, and
+    it is told; with padding a third, whether the mask can be left out.
     """
     tokenizer = open_tokenizer(checkpoint)
+    prompts = [tokenised(tokenizer, text, text) for text in ("tree leaf root", "ship")]
+    drawing = Drawing(temperature, top_p=0.9)
     here = load_model(checkpoint)
-    expected = continue_prompt(here, tokenizer, "tree leaf root", 6, temperature, 0)
+    expected = continue_prompts(here, tokenizer, prompts, Asked(6, drawing))
     there = load_there(checkpoint)
     waits, made = [], []
     for tokens in (1, 6):
         with gpu() as watch:
-            found = continue_prompt(there, tokenizer, "tree leaf root", tokens, temperature, 0)
+            found = continue_prompts(there, tokenizer, prompts, Asked(tokens, drawing))
         waits.append(sum(watch.waits.values()))
-        made.append(found[1])
-    assert temperature or found == expected
-    assert waits[1] - waits[0] == made[1] - made[0] and waits[0] < 20
+        made.append(max(one.tokens for one in found))
+    assert found == expected
+    assert waits[1] - waits[0] == 3 * (made[1] - made[0]) and waits[0] < 20
 
 
 @pytest.mark.parametrize("form", FORMS)
