@@ -65,6 +65,10 @@ VERBS = {
     "verify": Verb(
         "commands.verify", "check a checkpoint's bytes, its router and what it was made of"
     ),
+    "export": Verb(
+        "commands.export",
+        "write a mixture for another program (transformers 4, vLLM, SGLang, the hub), checked",
+    ),
     "plan": Verb(
         "commands.plan",
         "estimate memory, traffic and time of every layout, "

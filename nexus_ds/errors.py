@@ -56,3 +56,7 @@ class InsufficientMemoryError(NexusError):
 
 class LoadingMemoryError(NexusError):
     """A model whose weights do not fit whole."""
+
+
+class ServingError(NexusError):
+    """A checkpoint that another program can't load, or would compute wrongly."""

@@ -36,16 +36,25 @@ def metadata_of(directory: Path) -> dict[str, object]:
     if not path.is_file():
         return {}
     with path.open(encoding="utf-8", errors="replace") as stream:
-        text = stream.read(MOST_CHARACTERS)
+        return split_card(stream.read(MOST_CHARACTERS), str(path))[0]
+
+
+def split_card(text: str, where: str) -> tuple[dict[str, object], str]:
+    """Return a model card's metadata and what follows; without any, nothing and the text.
+
+    Args:
+        text: of a README.md.
+        where: its name.
+    """
     if not text.startswith(FENCE):
-        return {}
-    head, fence, _ = text.removeprefix(FENCE).partition("\n" + FENCE)
+        return {}, text
+    head, fence, rest = text.removeprefix(FENCE).partition("\n" + FENCE)
     try:
-        found = parse_yaml(head, str(path)) if fence else {}
+        found = parse_yaml(head, where) if fence else {}
     # a text for people, whoever wrote it: nothing depends on it
     except ConfigError:
-        return {}
-    return found if isinstance(found, dict) else {}
+        return {}, text
+    return (found, rest) if fence and isinstance(found, dict) else ({}, text)
 
 
 def stated_license(directory: Path) -> str:

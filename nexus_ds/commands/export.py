@@ -1,0 +1,110 @@
+"""The verb `export`: a mixture for another program, just what that reads, and checked.
+
+What a program would compute otherwise than transformers 5, or not load, is refused by name with the
+version that was looked at (`serving.targets`).
+Not covered: starting the program, quantisation (its own tools do it), dense models (any program
+takes them as they are).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+
+from nexus_ds.errors import ConfigError
+from nexus_ds.outputs import new_directory, refuse_existing
+
+PROGRAMS = ("transformers4", "vllm", "sglang", "hub")
+"""Also the keys of `serving.targets.TARGETS`, which `--help` doesn't wait for."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's options."""
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        type=Path,
+        help="Nexus checkpoint",
+    )
+    parser.add_argument(
+        "--for",
+        required=True,
+        dest="target",
+        choices=PROGRAMS,
+        help="the program that is to read it",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="new directory")
+    parser.add_argument(
+        "--license",
+        default="",
+        metavar="NAME",
+        help="of hub: license of the whole, in the hub's words (apache-2.0); "
+        "default: what the parts' licenses come to",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _write(args: argparse.Namespace) -> tuple[int, list[str]]:
+    """Write the directory; return its tensors and what to know of it."""
+    # not at the top: they import torch, for which `export --help` doesn't wait
+    from nexus_ds.checkpoint.hashes import record_hashes
+    from nexus_ds.serving.directory import open_checkpoint, write_directory
+    from nexus_ds.serving.hub import write_public
+    from nexus_ds.serving.targets import TARGETS, notes_on, refuse_unservable
+
+    target = TARGETS[args.target]
+    opened = open_checkpoint(args.checkpoint)
+    refuse_unservable(target, opened.mixture, str(args.checkpoint))
+    notes = notes_on(target, opened.mixture)
+    with new_directory(args.out) as directory:
+        if args.target == "hub":
+            notes += write_public(opened, directory, args.license)
+            # last: it is of all that stands there
+            record_hashes(directory)
+            return len(opened.raw.names()), notes
+        return write_directory(opened, target, directory), notes
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the directory and say how it is used.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: no Nexus checkpoint, or a damaged one.
+        ConfigError: an option of another program.
+        OutputExistsError: `--out` is taken.
+        ServingError: the program can't load the model, or would compute it wrongly.
+    """
+    # as above, but light
+    from nexus_ds.serving.targets import TARGETS
+
+    if args.license and args.target != "hub":
+        raise ConfigError("--license is of --for hub: other programs read no model card")
+    refuse_existing(args.out)
+    tensors, notes = _write(args)
+    target = TARGETS[args.target]
+    size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
+    command = target.command.replace("DIR", shlex.quote(str(args.out)))
+    if args.json:
+        facts = {
+            "out": str(args.out),
+            "for": target.name,
+            "program": target.program,
+            "version": target.version,
+            "seen": target.seen,
+            "tensors": tensors,
+            "bytes": size,
+            "notes": notes,
+            "next": command,
+        }
+        print(json.dumps(facts, indent=2))
+        return 0
+    seen = {"run": "was run with", "read": "was read of"}[target.seen]
+    print(f"wrote {args.out} for {target.program}: {tensors} tensors, {size:,} bytes, checked")
+    print(f"what that program does {seen} version {target.version}")
+    for note in notes:
+        print(f"note: {note}")
+    print(f"next: {command}")
+    return 0

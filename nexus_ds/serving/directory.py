@@ -1,0 +1,234 @@
+"""A mixture as a directory of safetensors for another program: just what it reads, and checked.
+
+The weights are copied, piece by piece, in their dtype; a program gets beside them what it asks for
+(`additions`), and neither the router's sidecar nor what tells how the model was made.
+Shapes: H hidden size.
+Not covered: GGUF (`gguf_file`), what the hub is shown (`hub`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nexus_ds.checkpoint.config_json import ConfigJson, read_generation_config
+from nexus_ds.checkpoint.dense_settings import both_ropes, filled
+from nexus_ds.checkpoint.families.record import EMBEDDING, FULL, HEAD, DenseSettings
+from nexus_ds.checkpoint.families.rotary import attention_factor
+from nexus_ds.checkpoint.file_layout import in_files
+from nexus_ds.checkpoint.forms import QWEN3_NEXT, SOURCE
+from nexus_ds.checkpoint.headers import INDEX, SINGLE, Plan, row_slices
+from nexus_ds.checkpoint.json_files import confined
+from nexus_ds.checkpoint.qwen2_moe import check_shared_gates, open_moe, stored
+from nexus_ds.checkpoint.sidecar import verify_expert_embeddings
+from nexus_ds.checkpoint.tensors import DTYPES, TensorReader, TensorWriter
+from nexus_ds.checkpoint.tokenizer import copy_tokenizer
+from nexus_ds.errors import ServingError
+from nexus_ds.outputs import write_json
+from nexus_ds.serving.targets import Mixture, Target
+
+LICENSES = ("LICENSE*", "LICENCE*", "NOTICE*")
+GENERATION = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint that can be exported: whole, and sound."""
+
+    directory: Path
+    mixture: Mixture
+    reader: TensorReader
+    """Of the dense family's names."""
+    raw: TensorReader
+    """Of the names in the files."""
+
+    @property
+    def config(self) -> ConfigJson:
+        """Its config.json."""
+        return self.mixture.config
+
+
+def open_checkpoint(directory: Path) -> Opened:
+    """Open a Nexus checkpoint.
+
+    Raises:
+        CheckpointError: none, damaged, rows that are not P(D), or trained elsewhere with its shared
+            expert's gate.
+        UnsupportedModelError: code hooks.
+    """
+    config, headers = open_moe(directory)
+    verify_expert_embeddings(directory)
+    reader = TensorReader.of(headers)
+    check_shared_gates(reader, config["num_hidden_layers"])
+    return Opened(Path(directory), Mixture.of(config), reader, TensorReader(directory))
+
+
+# Weights ------------------------------------------------------------------------------------------
+
+
+def _biases(sizes: DenseSettings) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the biases of q, k and v, which are zero where a family has none."""
+    rows = {"q_proj": sizes.query_width, "k_proj": sizes.kv_width, "v_proj": sizes.kv_width}
+    found: dict[str, tuple[int, ...]] = {}
+    for layer in range(sizes.layers):
+        for part, width in rows.items():
+            found[f"model.layers.{layer}.self_attn.{part}.bias"] = (width,)
+    return found
+
+
+def zero_biases(target: Target, mixture: Mixture) -> dict[str, tuple[int, ...]]:
+    """Return what a program's Qwen2-MoE always has and this mixture has not."""
+    hard_coded = target.name == "vllm" and mixture.form != QWEN3_NEXT
+    return _biases(mixture.sizes) if hard_coded and not mixture.sizes.qkv_bias else {}
+
+
+def own_plan(opened: Opened) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype and shape of each tensor that the mixture's form has in its files.
+
+    The output layer is among them, also where a checkpoint of before has it in the embeddings
+    alone.
+    """
+    dtype = opened.raw.info(EMBEDDING).dtype
+    table = {name: (dtype, entry.shape) for name, entry in stored(opened.config).items()}
+    return in_files(table, opened.config)
+
+
+def _source(opened: Opened, name: str) -> str:
+    """Return the name of the tensor that is copied to a name."""
+    return EMBEDDING if name == HEAD and HEAD not in opened.raw else name
+
+
+def _pieces(opened: Opened, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield a tensor of the checkpoint some rows at a time, with the number of the first."""
+    source = _source(opened, name)
+    for start, stop in row_slices(opened.raw.info(source).shape):
+        yield start, opened.raw.read_rows(source, start, stop)
+
+
+def write_weights(opened: Opened, target: Target, out: Path) -> Plan:
+    """Write the weights that a program reads, with an index; return what was written.
+
+    Raises:
+        CheckpointError: not enough space.
+    """
+    own = own_plan(opened)
+    dtype = own[EMBEDDING][0]
+    zeros = zero_biases(target, opened.mixture)
+    plan = own | {name: (dtype, shape) for name, shape in zeros.items()}
+    with TensorWriter(out, plan) as writer:
+        for name in own:
+            for start, rows in _pieces(opened, name):
+                writer.write_rows(name, start, rows)
+        for name, shape in zeros.items():
+            writer.write(name, torch.zeros(shape, dtype=DTYPES[dtype]))
+    if not (out / INDEX).is_file():
+        # loaders that take every *.safetensors beside it go by an index where there is one
+        total = sum(math.prod(shape) for _, shape in plan.values()) * DTYPES[dtype].itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": dict.fromkeys(plan, SINGLE)}
+        write_json(out / INDEX, index)
+    return plan
+
+
+def check_weights(opened: Opened, out: Path, plan: Plan) -> None:
+    """Read what was written and compare it with the checkpoint, bit by bit.
+
+    Raises:
+        ServingError: a tensor that is missing, too many, or another one; a second file of tensors
+            that a loader would take.
+    """
+    written = TensorReader(out)
+    files = {path.name for path in out.glob("*.safetensors")}
+    listed = {path.name for path in written.files()}
+    odd = [*(files - listed), *set(written.names()).symmetric_difference(plan)]
+    for name, (dtype, shape) in plan.items():
+        if odd:
+            break
+        info = written.info(name)
+        same = (info.dtype, info.shape) == (dtype, tuple(shape))
+        if not same or not _equal(opened, written, name):
+            odd.append(name)
+    if odd:
+        raise ServingError(
+            f"{out}: {odd[0]} is not what was to be written; the disk or its memory is at fault, "
+            "export again"
+        )
+
+
+def _equal(opened: Opened, written: TensorReader, name: str) -> bool:
+    """Return whether a written tensor is the checkpoint's, or zeros where it has none."""
+    if _source(opened, name) not in opened.raw:
+        return not bool(written.read(name).any())
+    for start, rows in _pieces(opened, name):
+        found = written.read_rows(name, start, start + len(rows))
+        # as bytes: a NaN is not equal to itself
+        if not torch.equal(found.view(torch.uint8), rows.view(torch.uint8)):
+            return False
+    return True
+
+
+# Configuration ------------------------------------------------------------------------------------
+
+
+def served_config(opened: Opened, target: Target) -> ConfigJson:
+    """Return the config.json that a program reads."""
+    mixture = opened.mixture
+    config = both_ropes(json.loads((opened.directory / "config.json").read_text("utf-8")))
+    # how the dense family's own config.json differs: of use with the sidecar alone
+    config.pop(SOURCE, None)
+    if zero_biases(target, mixture):
+        config["qkv_bias"] = True
+    if target.name == "transformers4":
+        config |= _factor_for_4(mixture, config)
+    if _uncached(target, mixture):
+        config["use_cache"] = False
+    return config
+
+
+def _factor_for_4(mixture: Mixture, config: ConfigJson) -> ConfigJson:
+    """Return the keys that state a longrope's factor, which 4 would compute from other numbers."""
+    if mixture.rope != "longrope":
+        return {}
+    rope = dict(mixture.sizes.rope)
+    rope["attention_factor"] = attention_factor(rope, filled(config))
+    return {"rope_parameters": rope, "rope_scaling": rope}
+
+
+def _uncached(target: Target, mixture: Mixture) -> bool:
+    """Return whether a program's cache is wrong for a mixture that it computes right without."""
+    windows = mixture.windows and FULL not in mixture.sizes.layer_types
+    wrong = windows or mixture.form == QWEN3_NEXT
+    return target.name == "transformers4" and wrong
+
+
+def copy_licenses(source: Path, out: Path) -> None:
+    """Copy the licenses' texts that lie beside a model."""
+    for pattern in LICENSES:
+        for path in sorted(source.glob(pattern)):
+            shutil.copyfile(confined(source, path.name), out / path.name)
+
+
+def write_directory(opened: Opened, target: Target, out: Path) -> int:
+    """Write all that a program reads into an empty directory and check it; return the tensors.
+
+    Raises:
+        CheckpointError: not enough space, no tokenizer that can be taken along.
+        ServingError: what stands there is not what was to be written.
+    """
+    write_json(out / "config.json", served_config(opened, target))
+    generation = read_generation_config(opened.directory)
+    if _uncached(target, opened.mixture):
+        generation = (generation or {}) | {"use_cache": False}
+    if generation is not None:
+        write_json(out / GENERATION, generation)
+    # after config.json, by which transformers picks the class
+    copy_tokenizer(opened.directory, out)
+    copy_licenses(opened.directory, out)
+    plan = write_weights(opened, target, out)
+    check_weights(opened, out, plan)
+    return len(plan)

@@ -1,0 +1,117 @@
+"""What each program is said to take and to refuse: every rule, by the mixture that it is about."""
+
+import pytest
+
+from nexus_ds.checkpoint.qwen2_moe import moe_config
+from nexus_ds.commands.export import PROGRAMS
+from nexus_ds.errors import ServingError
+from nexus_ds.serving.targets import TARGETS, Mixture, notes_on, refuse_unservable
+from tests.checkpoint import test_dense
+from tests.checkpoint.test_older_stacks import KINDS
+
+STRETCHED = dict(
+    KINDS,
+    **{
+        "yarn-factor": (
+            "llama",
+            dict(
+                rope_parameters=dict(
+                    rope_type="yarn",
+                    rope_theta=500.0,
+                    factor=4.0,
+                    original_max_position_embeddings=16,
+                    attention_factor=1.5,
+                )
+            ),
+        ),
+    },
+)
+REFUSED = {
+    "transformers4": {
+        "qwen2-sliding": "windows in some layers: transformers 4.57.6 gives all layers the window",
+        "llama-head-dim": "heads that are not hidden size / number of heads wide: "
+        "transformers 4.57.6 refuses it",
+    },
+    "vllm": {
+        "qwen2-sliding": "windows in some layers: vLLM 0.32.0 gives no layer a window",
+        "llama-head-dim": "vLLM 0.32.0 takes that width for a Qwen2-MoE's heads",
+        "dynamic": "RoPE of type dynamic: vLLM 0.32.0 stretches it once for all texts",
+        "longrope": "RoPE of type longrope: vLLM 0.32.0 multiplies by a factor of its own",
+        "longrope-factor": "RoPE of type longrope: vLLM 0.32.0 multiplies",
+    },
+    "sglang": {
+        "qwen2-sliding": "sliding windows: SGLang 0.5.23 gives no layer a window",
+        "mistral-sliding": "sliding windows: SGLang 0.5.23 gives no layer a window",
+        "llama-head-dim": "SGLang 0.5.23 takes that width for a Qwen2-MoE's heads",
+        "dynamic": "RoPE of type dynamic: SGLang 0.5.23 stretches it once for all texts",
+        "longrope": "RoPE of type longrope: SGLang 0.5.23 multiplies by a factor of its own",
+        "longrope-factor": "RoPE of type longrope: SGLang 0.5.23 multiplies",
+        "yarn-factor": "RoPE of type yarn with attention_factor: SGLang 0.5.23 does not read",
+    },
+    "hub": {},
+}
+ALL = test_dense.KINDS | STRETCHED
+WITH_SAID = {
+    ("transformers4", "qwen3"): "generates without a cache",
+    ("transformers4", "qwen3-tied"): "generates without a cache",
+    ("transformers4", "mistral-sliding"): "windows in all layers: transformers 4.57.6 generates",
+}
+
+
+def mixture(kind, router_input="token"):
+    family, more = ALL[kind]
+    config = {"model_type": family, **test_dense.SIZES, "vocab_size": 31, "rms_norm_eps": 1e-6}
+    return Mixture.of(moe_config(config | more, 3, 1, router_input))
+
+
+def test_the_verb_offers_what_the_table_has():
+    assert set(PROGRAMS) == set(TARGETS) == set(REFUSED)
+    assert all(name == target.name and target.version for name, target in TARGETS.items())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_just_what_a_program_gets_wrong_is_refused_by_name_and_version(name):
+    refused = REFUSED[name]
+    for kind in ALL:
+        if kind not in refused:
+            refuse_unservable(TARGETS[name], mixture(kind), "m")
+            continue
+        with pytest.raises(ServingError) as error:
+            refuse_unservable(TARGETS[name], mixture(kind), "m")
+        assert str(error.value).startswith("m: ") and refused[kind] in str(error.value)
+        assert "use another program" in str(error.value) and "--for hub" in str(error.value)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_every_rule_is_about_a_kind_that_is_tried(name):
+    for rule in TARGETS[name].rules:
+        assert any(rule.holds(mixture(kind)) for kind in REFUSED[name]), rule.what
+    for note in TARGETS[name].notes:
+        assert any(note.holds(mixture(kind)) for kind in ALL), note.what
+
+
+def test_a_router_of_its_own_is_for_this_program_alone():
+    own = mixture("llama", "context")
+    refuse_unservable(TARGETS["hub"], own, "m")
+    for name in ("transformers4", "vllm", "sglang"):
+        with pytest.raises(ServingError, match="a model of type 'nexus_moe' is unknown to") as e:
+            refuse_unservable(TARGETS[name], own, "m")
+        assert TARGETS[name].version in str(e.value) and "qwen2_moe, qwen3_next" in str(e.value)
+
+
+def test_several_reasons_are_told_at_once():
+    family, more = KINDS["dynamic"]
+    ALL["both"] = family, more | {"head_dim": 12}
+    with pytest.raises(ServingError, match="2 things to mend; nothing was written") as error:
+        refuse_unservable(TARGETS["vllm"], mixture("both"), "m")
+    del ALL["both"]
+    assert "1. m: heads" in str(error.value) and "2. m: RoPE of type dynamic" in str(error.value)
+
+
+def test_what_is_right_in_some_uses_is_said():
+    for kind in ALL:
+        said = " ".join(notes_on(TARGETS["transformers4"], mixture(kind)))
+        assert WITH_SAID.get(("transformers4", kind), "") in said
+        assert bool(said) == (("transformers4", kind) in WITH_SAID), kind
+    [said] = notes_on(TARGETS["sglang"], mixture("llama"))
+    assert "flashinfer_trtllm" in said and notes_on(TARGETS["vllm"], mixture("llama")) == []
