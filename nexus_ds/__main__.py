@@ -54,6 +54,9 @@ VERBS = {
     ),
     "extend": Verb("commands.extend", "add one or several dense branches as experts to a mixture"),
     "remove": Verb("commands.remove", "take routed experts out of a mixture"),
+    "adopt": Verb(
+        "commands.adopt", "make a mixture that Trainer, TRL or PEFT trained extendable again"
+    ),
     "evaluate": Verb(
         "commands.evaluate", "score checkpoints by domain, with routing, figures and one page"
     ),

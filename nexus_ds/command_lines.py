@@ -214,6 +214,12 @@ def next_evaluation(out: Path | str, data: DataConfig) -> str:
     return shlex.join(["nexus-ds", "evaluate", *read, *no_bos(data), *written])
 
 
+def next_extension(checkpoint: Path) -> str:
+    """Return a call of `extend` for a person to complete, quoted for a shell."""
+    words = ["extend", *_options({"--checkpoint": checkpoint, "--expert": "NAME=DIR"})]
+    return shlex.join(["nexus-ds", *words, *_options({"--domains": "FILE", "--out": "DIR"})])
+
+
 def next_words(checkpoint: Path, prompt: str, mixture: bool) -> str:
     """Return the command, quoted for a shell, that lets a checkpoint speak, and a mixture show
     which expert each token goes to."""

@@ -240,6 +240,20 @@ FAULTS = (
         "upcycling/test_remove.py",
     ),
     Fault(
+        "a trained gate of a shared expert is set back in silence",
+        "upcycling/adopt.py",
+        "if found.wrong and not approximate",
+        "if False and not approximate",
+        "upcycling/test_adopt.py",
+    ),
+    Fault(
+        "P is fitted to rows by any matrix",
+        "model/refit.py",
+        "change_KH = inverse_KE @ missing_EH",
+        "change_KH = read_EK.T @ missing_EH",
+        "model/test_refit.py",
+    ),
+    Fault(
         "any row of a new expert will do",
         "upcycling/extend.py",
         "> LARGEST_EMBEDDING * largest_old",

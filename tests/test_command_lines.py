@@ -15,6 +15,7 @@ from nexus_ds.command_lines import (
     evaluate_words,
     extend_words,
     next_evaluation,
+    next_extension,
     next_training,
     next_words,
     no_bos,
@@ -108,6 +109,9 @@ def test_printed_commands_are_quoted_for_a_shell():
     routed = shlex.split(next_words(out, "it's $x", mixture=True))
     assert routed == [*spoken[:4], "it's $x", "--show-routing"]
     assert parsed_generate(routed[1:]).prompt == "it's $x"
+    words = shlex.split(next_extension(out))
+    assert words[:4] == ["nexus-ds", "extend", "--checkpoint", "a b"]
+    assert parsed(words[1:-2]).expert == ["NAME=DIR"]
 
 
 def test_printed_commands_name_files_that_are_there(tmp_path, monkeypatch):

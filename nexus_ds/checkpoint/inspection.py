@@ -32,7 +32,7 @@ from nexus_ds.checkpoint.qwen2_moe import (
     open_moe,
     parameter_counts,
 )
-from nexus_ds.checkpoint.records import Manifest, is_nexus, read_manifest
+from nexus_ds.checkpoint.records import ADOPT, SIDECAR, Manifest, is_nexus, read_manifest
 from nexus_ds.checkpoint.tokenizer import chat_templates
 from nexus_ds.checkpoint.values import read_values
 from nexus_ds.checkpoint.vocabulary import read_vocabulary
@@ -94,7 +94,7 @@ def _rows(router: RouterFile, weights: Headers, layers: int) -> str:
         worst = ", ".join(f"layer {layer} by {x:.1e}" for layer, x in check.worst.items())
         return (
             f"DAMAGED: rows differ from P(D): {worst} of the largest entry, expected at most "
-            f"{check.tolerance:.1e}; model and sidecar are not of one training"
+            f"{check.tolerance:.1e}; model and sidecar are not of one training; {ADOPT}"
         )
     width = weights.info(gate_name(0)).shape[1]
     if len(check.layers) == layers and check.columns == width:
@@ -314,4 +314,6 @@ def describe(directory: Path) -> Facts:
     # a Nexus checkpoint's own counts take the place of those above
     if nexus:
         info |= _nexus_info(directory, reader, config)
+    elif config.get("model_type") in MIXTURES:
+        info["extendable"] = f"no, it has no {SIDECAR}: {ADOPT}"
     return info

@@ -225,7 +225,8 @@ def check_shared_gates(reader: Headers, layers: int) -> None:
                 f"{reader.directory}: layer {layer}: the shared expert's gate has weights "
                 f"up to {gate:.1e}, expected the constant {SHARED_GATE_FILL:.0e}; "
                 "the model was trained elsewhere: keep shared_expert_gate frozen there "
-                "(peft: exclude_modules), and start from the checkpoint before that"
+                "(peft: exclude_modules), and start from the checkpoint before that; "
+                "nexus-ds adopt DIR --from NEXUS --approximate sets it back"
             )
 
 
@@ -368,10 +369,16 @@ def check_experts(config: ConfigJson, tensors: int, where: str) -> None:
         )
 
 
-def open_moe(directory: Path) -> tuple[ConfigJson, Headers]:
+def open_moe(directory: Path, norms_of: Path | None = None) -> tuple[ConfigJson, Headers]:
     """Open the model part of a Nexus checkpoint: config.json and the checked tensors.
 
-    The tensors are under the names of `stored`, whatever the form on disk.
+    Args:
+        directory: the checkpoint.
+        norms_of: of a translated form, the checkpoint that has the norms as they were; None: this
+            one.
+
+    Returns:
+        config.json, and the tensors under the names of `stored`, whatever the form on disk.
 
     Raises:
         CheckpointError: not a mixture of a form that `moe_config` describes, or incomplete.
@@ -394,7 +401,7 @@ def open_moe(directory: Path) -> tuple[ConfigJson, Headers]:
         # it translates in torch, for which those who look at other forms don't wait
         from nexus_ds.checkpoint.qwen3_next import open_reader
 
-        reader = open_reader(raw, config)
+        reader = open_reader(raw, config, norms_of)
     tied = settings(config, where).tied_embeddings
     check_tensors(reader, {name: entry.shape for name, entry in stored(config).items()}, tied)
     return config, reader

@@ -26,9 +26,16 @@ from torch import Tensor
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
-from nexus_ds.checkpoint.file_layout import Place, in_files, is_norm, place_of, repeated
+from nexus_ds.checkpoint.file_layout import (
+    FINAL_NORM,
+    Place,
+    in_files,
+    is_norm,
+    place_of,
+    repeated,
+)
 from nexus_ds.checkpoint.forms import QWEN3_NEXT
-from nexus_ds.checkpoint.headers import Headers, Plan, read_by_rows
+from nexus_ds.checkpoint.headers import Headers, Plan, read_by_rows, row_slices
 from nexus_ds.checkpoint.tensors import (
     TensorInfo,
     TensorReader,
@@ -92,8 +99,13 @@ def stored_norms(norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class SourceReader(TensorReader):
     """The tensors of a dense Qwen3, and of experts for it, out of a Qwen3-Next."""
 
-    def __init__(self, raw: Headers, config: ConfigJson) -> None:
-        """Read what a Qwen3-Next's files have; `config` is their config.json.
+    def __init__(self, raw: Headers, config: ConfigJson, norms_of: Path | None = None) -> None:
+        """Read what a Qwen3-Next's files have.
+
+        Args:
+            raw: the files.
+            config: their config.json.
+            norms_of: the checkpoint that has the norms as they were; None: this one.
 
         Raises:
             CheckpointError: damaged, or without the norms as they were.
@@ -103,7 +115,7 @@ class SourceReader(TensorReader):
         dense = settings(config)
         self.head_dim = dense.head_dim
         self.tied = dense.tied_embeddings
-        self.own = TensorReader.of_file(self.directory, NORMS)
+        self.own = TensorReader.of_file(norms_of or self.directory, NORMS)
         missing = [name for name in self.raw.names() if is_norm(name) and name not in self.own]
         if missing:
             raise CheckpointError(
@@ -236,11 +248,35 @@ class SourceWriter(TensorWriter):
         write_tensors(self.directory / NORMS, self.norms)
 
 
-def open_reader(raw: Headers, config: ConfigJson) -> TensorReader:
-    """Return the tensors of a checkpoint's files under its dense family's names."""
+def open_reader(raw: Headers, config: ConfigJson, norms_of: Path | None = None) -> TensorReader:
+    """Return the tensors of a checkpoint's files under its dense family's names; see
+    `SourceReader`."""
     if config.get("model_type") == QWEN3_NEXT:
-        return SourceReader(raw, config)
+        return SourceReader(raw, config, norms_of)
     return TensorReader.of(raw)
+
+
+def head_is_tied(directory: Path, norms_of: Path) -> bool:
+    """Return whether the output layer of a Qwen3-Next holds nothing but its embeddings.
+
+    Args:
+        directory: of the model.
+        norms_of: the checkpoint that has the norms as they were.
+    """
+    raw = TensorReader(directory)
+    norms = TensorReader.of_file(norms_of, NORMS)
+    final = norms.read(FINAL_NORM)
+    _, powers = centred(final)
+    shape = raw.info(EMBEDDING).shape
+    if raw.info(HEAD).shape != shape:
+        return False
+    # a piece at a time: whole, both may be larger than memory
+    for start, stop in row_slices(shape):
+        rows = raw.read_rows(EMBEDDING, start, stop)
+        head = raw.read_rows(HEAD, start, stop)
+        if not torch.equal(rows * powers, head):
+            return False
+    return True
 
 
 def open_writer(directory: Path, plan: Plan, config: ConfigJson) -> TensorWriter:

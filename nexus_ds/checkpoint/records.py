@@ -23,6 +23,7 @@ ROUTER = "nexus/nexus_router.safetensors"
 ROUTER_BEFORE = "nexus_router.safetensors"
 """Where the first checkpoints have it."""
 FORMAT = 2
+ADOPT = "a mixture that was trained elsewhere becomes one by nexus-ds adopt DIR --from NEXUS"
 
 Record = TypeVar("Record")
 HUB_CACHE = "models--"  # begins the folder of a model in the cache of the hub
@@ -249,6 +250,21 @@ class RemoveStep(Step):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdoptStep(Step):
+    """The mixture was trained elsewhere, without its sidecar, and got it back."""
+
+    verb: str = field(default="adopt", init=False)
+    checkpoint: str
+    """The one that the training began from."""
+    trained: str
+    """What it has saved."""
+    row_error: list[float]
+    """For each layer, how far P(D) is from the trained rows, relative to their largest entry."""
+    approximate: bool
+    """Whether that, or a gate that was set back, changed what the model computes."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OtherStep(Step):
     """An entry with other keys than this version writes: kept as it is."""
 
@@ -281,6 +297,7 @@ STEPS: dict[str, type[Step]] = {
     "train": TrainStep,
     "extend": ExtendStep,
     "remove": RemoveStep,
+    "adopt": AdoptStep,
 }
 
 
@@ -401,7 +418,7 @@ def read_manifest(directory: Path) -> Manifest:
     if not is_nexus(directory):
         raise CheckpointError(
             f"{directory} has no {SIDECAR}: it is no Nexus checkpoint; "
-            "make one with nexus-ds upcycle"
+            f"make one with nexus-ds upcycle; {ADOPT}"
         )
     value = read_json_object(directory, SIDECAR)
     where = str(directory / SIDECAR)

@@ -33,6 +33,7 @@ from nexus_ds.checkpoint.forms import MIXTURES
 from nexus_ds.checkpoint.json_files import read_json_object
 from nexus_ds.checkpoint.qwen2_moe import gate_name, open_moe
 from nexus_ds.checkpoint.records import (
+    ADOPT,
     ROUTER,
     ROUTER_BEFORE,
     SIDECAR,
@@ -320,5 +321,5 @@ def check_rows_of(sidecar: Sidecar, reader: TensorReader) -> None:
                 f"{reader.directory}: {name} differs from P(D) of {ROUTER} by "
                 f"{difference:.1e} of its largest entry, expected at most "
                 f"{tolerance:.1e}; model and sidecar are not "
-                "of one training, restore both from the same checkpoint"
+                f"of one training, restore both from the same checkpoint; {ADOPT}"
             )

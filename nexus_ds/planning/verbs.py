@@ -342,6 +342,7 @@ def verbs(config: Config, sizes: Sizes, machine: Machine, width: int, tokens: fl
         grown.scored("evaluate"),
         grown.generated(),
         base.made("remove", grown.written, refit=False),
+        base.made("adopt", base.written, refit=False),
         grown.scored("remove --data", times=2),
     ]
 

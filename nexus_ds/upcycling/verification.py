@@ -27,7 +27,9 @@ from nexus_ds.checkpoint.headers import Headers, row_slices
 from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, check_shared_gates, open_moe, stored
 from nexus_ds.checkpoint.records import (
+    ADOPT,
     SIDECAR,
+    AdoptStep,
     ExtendStep,
     Manifest,
     ReplaceStep,
@@ -106,7 +108,7 @@ def _verify_rows(
         found.problems.append(
             f"layer {layer}: the router's rows differ from P(D) by {difference:.1e} of the largest "
             f"entry, expected at most {check.tolerance:.1e}; model and sidecar are not of one "
-            "training"
+            f"training; {ADOPT}"
         )
     found.checked.append(f"rows of {len(check.layers)} layers against P(D)")
 
@@ -232,7 +234,7 @@ def verify_sources(directory: Path, given: Mapping[str, Path]) -> Verification:
             raise ConfigError(f"--sources {name}: expected one of {', '.join(known)}")
     found = Verification()
     last = manifest.lineage[-1] if manifest.lineage else None
-    if isinstance(last, TrainStep):
+    if isinstance(last, TrainStep | AdoptStep):
         found.notes.append("trained since it was put together: its weights are no copies any more")
         return found
     if not isinstance(last, UpcycleStep | ExtendStep | ReplaceStep):

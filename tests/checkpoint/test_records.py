@@ -9,6 +9,7 @@ import pytest
 
 from nexus_ds.checkpoint.records import (
     SIDECAR,
+    AdoptStep,
     ExtendStep,
     FitReport,
     OtherStep,
@@ -58,6 +59,11 @@ STEPS = [
     (
         RemoveStep(checkpoint="moe", experts=["c"]),
         '{"verb": "remove", "checkpoint": "moe", "experts": ["c"]}',
+    ),
+    (
+        AdoptStep(checkpoint="moe", trained="tuned", row_error=[0.0, 1e-7], approximate=False),
+        '{"verb": "adopt", "checkpoint": "moe", "trained": "tuned", "row_error": [0.0, 1e-07], '
+        '"approximate": false}',
     ),
 ]
 OTHERS = [

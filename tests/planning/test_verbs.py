@@ -89,6 +89,7 @@ def test_every_verb_that_touches_a_model_is_there_and_has_its_numbers():
         "extend --verdict",
         "remove",
         "remove --data",
+        "adopt",
     }
     for verb in found:
         assert verb.host_bytes > 0 and verb.seconds > 0 and verb.cpu_seconds > 0 and verb.sizes
