@@ -502,6 +502,22 @@ class TrainingConfig:
     )
     """Learning rate at the end of the cosine."""
 
+    # 0: branches that train their FFNs alone lose nothing when the rest is averaged.
+    backbone_lr_scale: float = setting(
+        1.0,
+        changes="course",
+        at_least=0,
+    )
+    """Learning rate, relative to `lr`, of all that is no feed-forward network and no router:
+    attention, embeddings, norms, head; 0: they stay as they are."""
+
+    shared_lr_scale: float = setting(
+        1.0,
+        changes="course",
+        at_least=0,
+    )
+    """Learning rate of a mixture's shared experts relative to `lr`."""
+
     warmup: float = setting(0.1, changes="course")
     """Share of the steps with a linearly rising learning rate."""
 
@@ -674,6 +690,10 @@ class CompareConfig:
     # One tells nothing about chance: paired differences of equal methods vary by 0.003-0.03 nats.
     seeds: list[int] = setting([0], changes="inputs")
     """Seeds of everything: the seed model, its branches, all that comes after."""
+
+    # A converged one takes longer than all that is compared.
+    one_seed_model: bool = setting(False, changes="inputs")
+    """Whether the seed model of seed 0 serves all seeds, which vary what comes after it."""
 
     contenders: list[str] = setting([], changes="inputs")
     """Ways to make one model of the same data; empty: all."""

@@ -65,6 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--new-domain", metavar="E[,F]", help="domains of the experts that are added later"
     )
+    parser.add_argument(
+        "--seed-model",
+        metavar="DIR",
+        help="a dense checkpoint to start from: no seed is trained (the same as model.path=DIR)",
+    )
     parser.add_argument("--seeds", metavar="0,1,2", help="seeds (default: the recipe's)")
     parser.add_argument(
         "--jobs",
@@ -90,6 +95,7 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
         "data.path": args.data,
         "pipeline.domains": args.domains and f"[{args.domains}]",
         "pipeline.new_domains": args.new_domain and f"[{args.new_domain}]",
+        "model.path": args.seed_model and json.dumps(args.seed_model),
         "compare.seeds": args.seeds and f"[{args.seeds}]",
     }
     given = [f"{key}={value}" for key, value in pairs.items() if value]

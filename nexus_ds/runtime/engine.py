@@ -299,28 +299,46 @@ def parameter_groups(
 
     For a projection Adam moves `W1 d` by up to lr * |d|_1 a step, many times what it moves a free
     expert embedding: at the model's learning rate the embeddings blow up and the gate saturates.
-    Each group has a name, which DeepSpeed needs with MoE layers.
+    Each group has a name, which DeepSpeed needs with MoE layers; what learns at another rate than
+    the model's has its part in the name (`matrices of backbone`).
     """
-    groups: dict[str, dict[str, Any]] = {
-        "matrices": {"weight_decay": training.weight_decay, "lr_scale": 1.0},
-        "vectors": {"weight_decay": 0.0, "lr_scale": 1.0},
-        "router": {"weight_decay": 0.0, "lr_scale": router_lr_scale},
+    parts = _parts(model)
+    lr_scales = {
+        "router": router_lr_scale,
+        "backbone": training.backbone_lr_scale,
+        "shared": training.shared_lr_scale,
+        "ffn": 1.0,
     }
-    members: dict[str, list[nn.Parameter]] = {kind: [] for kind in groups}
-    routers = {id(p) for layer in moe_layers(model) for p in layer.router.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) in routers:
-            kind = "router"
-        elif len(full_shape(parameter)) > 1:
-            kind = "matrices"
-        else:
-            kind = "vectors"
-        members[kind].append(parameter)
-    return [
-        {"name": kind, **groups[kind], "params": parameters}
-        for kind, parameters in members.items()
-        if parameters
-    ]
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        part = parts.get(name, "backbone")
+        decayed = part != "router" and len(full_shape(parameter)) > 1
+        kind = "matrices" if decayed else "vectors"
+        if part == "router":
+            kind = part
+        elif lr_scales[part] != 1.0:
+            kind = f"{kind} of {part}"
+        weight_decay = training.weight_decay if decayed else 0.0
+        group = {"name": kind, "weight_decay": weight_decay, "lr_scale": lr_scales[part]}
+        groups.setdefault(kind, {**group, "params": []})["params"].append(parameter)
+    # in one order whatever the model begins with
+    order = ("matrices", "vectors", "router")
+    return sorted(groups.values(), key=lambda group: order.index(group["name"].split()[0]))
+
+
+def _parts(model: nn.Module) -> dict[str, str]:
+    """Return which part of the model a parameter belongs to, by its name: router, shared (expert),
+    or ffn (routed experts, a dense model's own); what is missing is the backbone."""
+    parts = {}
+    for layer_name, layer in model.named_modules():
+        if isinstance(layer, NexusMoE):
+            for name, _ in layer.named_parameters(prefix=layer_name):
+                inner = name.removeprefix(f"{layer_name}.").split(".")[0]
+                parts[name] = {"router": "router", "shared_experts": "shared"}.get(inner, "ffn")
+        elif layer_name.endswith(".mlp"):
+            for name, _ in layer.named_parameters(prefix=layer_name):
+                parts[name] = "ffn"
+    return parts
 
 
 def moe_layers(model: nn.Module) -> list[NexusMoE]:

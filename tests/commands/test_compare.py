@@ -188,6 +188,14 @@ def test_a_dry_run_prints_commands_and_trains_nothing(tmp_path, capsys):
     assert added.training.steps == 100  # 102,400 tokens, the last budget
 
 
+def test_a_given_seed_model_is_not_trained(tmp_path, capsys, dense_dir):
+    words = ("--out", tmp_path / "out", "--seed-model", dense_dir, "--dry-run")
+    code, out, _ = run(capsys, *words)
+    assert code == 0
+    assert f"nexus-ds upcycle --seed {dense_dir}" in out
+    assert "branch-python" in out and "seed0-seed" not in out and " tokenizer " not in out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -195,6 +203,7 @@ def test_a_dry_run_prints_commands_and_trains_nothing(tmp_path, capsys):
         (("--domains", "a,b", "--new-domain", "c", "--data", "DATA"), "no domain"),
         (("compare.contenders=[nexsu]",), "compare.contenders: unknown name 'nexsu'"),
         (("--config", "no-such"), "no recipe at no-such"),
+        (("--seed-model", "no-such", "--dry-run"), "no-such: found no config.json; expected a"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, text_folder, words, message):

@@ -276,6 +276,42 @@ def test_a_dense_model_has_no_router_group_and_each_parameter_once(dense_dir):
     )
 
 
+def test_the_backbone_and_shared_experts_learn_at_rates_of_their_own(nexus_dir):
+    """Every parameter once; what keeps the model's rate stays in the groups that it had."""
+    training = Config().training
+    training.backbone_lr_scale = 0.0
+    training.shared_lr_scale = 0.25
+    model = load_nexus(nexus_dir, torch.float32, Placement(3), Config().router, False)
+    found = names_of(model, parameter_groups(model, training, 0.05))
+    shared = [name for name in MATRICES if ".shared_experts." in name]
+    routed = [name for name in MATRICES if ".experts." in name]
+    assert len(shared) == 6 and len(routed) == 6
+    decay = training.weight_decay
+    router = found.pop("router")
+    assert router[1] == 0.05
+    assert found == {
+        "matrices": (decay, 1.0, routed),
+        "matrices of shared": (decay, 0.25, shared),
+        "matrices of backbone": (decay, 0.0, sorted(set(MATRICES) - {*shared, *routed})),
+        "vectors of backbone": (0.0, 0.0, sorted(VECTORS)),
+    }
+
+
+def test_a_branch_may_train_its_feed_forward_networks_alone(dense_dir):
+    training = Config().training
+    training.backbone_lr_scale = 0.0
+    model = load_stock(dense_dir, torch.float32)
+    found = names_of(model, parameter_groups(model, training, 0.05))
+    assert {name: group[1] for name, group in found.items()} == {
+        "matrices": 1.0,
+        "matrices of backbone": 0.0,
+        "vectors of backbone": 0.0,
+    }
+    assert all(".mlp." in name for name in found["matrices"][2])
+    assert len(found["matrices"][2]) == 6
+    assert not any(".mlp." in name for name in found["matrices of backbone"][2])
+
+
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_the_routers_losses_are_scaled_as_the_main_loss_is(monkeypatch, nexus_dir, accumulation):
     model, _ = started(monkeypatch, nexus_dir, 3, accumulation)

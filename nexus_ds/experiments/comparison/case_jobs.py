@@ -33,6 +33,10 @@ def _without_mixture(config: Config) -> Config:
     )
 
 
+FIRST = 0
+"""The seed of the seed model that all share."""
+
+
 @dataclass(frozen=True)
 class CaseJobs:
     """Adds the jobs of one case; every method returns the path that its job makes."""
@@ -66,7 +70,7 @@ class CaseJobs:
             config: of the seed.
         """
         if config.model.path:
-            return Path(config.model.path)
+            return self.builder.given_model(config.model.path)
         given = {
             "data": config.data.path,
             "domains": config.pipeline.tokenizer_domains or config.pipeline.domains,
@@ -121,7 +125,9 @@ class CaseJobs:
         """Return the seed model: the given one, or a new one."""
         config = self.config(SEED)
         if config.model.path:
-            return Path(config.model.path)
+            return self.builder.given_model(config.model.path)
+        if config.compare.one_seed_model and self.case.seed != FIRST:
+            return CaseJobs(self.builder, replace(self.case, seed=FIRST)).seed_model()
         pipe = config.pipeline
         domains = config.data.domains or pipe.seed_domains or pipe.domains
         return self.train("seed", config, None, domains)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_ds.config import as_dict, dump
-from nexus_ds.experiments.comparison.jobs import WORK, Job, identity
+from nexus_ds.experiments.comparison.jobs import WORK, Job, content_of, identity
 from nexus_ds.experiments.comparison.methods import Extension, Method
 from nexus_ds.experiments.comparison.recipe_reader import RecipeReader, training_tokens
 from nexus_ds.outputs import new_file, write_text
@@ -77,6 +77,8 @@ class Builder:
         """By output."""
         self.configs: dict[Path, Config] = {}
         """Settings of jobs that read them from a file, by that file."""
+        self.given: dict[str, str] = {}
+        """Content of models that no job makes, by their path."""
 
     def write_configs(self) -> None:
         """Write the settings of every job that has a file of its own."""
@@ -92,9 +94,15 @@ class Builder:
 
     def path(self, seed: int, name: str, *parts: object, suffix: str = "") -> Path:
         """Return where a job's output goes; `parts` are all that it depends on."""
-        # Without the comparison's own folder, which may be moved.
-        digits = identity(*parts, without=f"{self.out}/")
+        # Without the comparison's own folder, which may be moved, as may a given model.
+        digits = identity(*parts, without=f"{self.out}/", names=self.given)
         return self.out / f"seed{seed}" / f"{name}-{digits}{suffix}"
+
+    def given_model(self, path: str) -> Path:
+        """Return the path of a model that is there: what is made of it is named by its content."""
+        if path not in self.given:
+            self.given[path] = content_of(Path(path))
+        return Path(path)
 
     def ours(self, paths: Iterable[Path]) -> tuple[Path, ...]:
         """Return those of the paths that a job makes; a given seed model is there already."""

@@ -29,6 +29,7 @@ from typing import NoReturn
 
 from nexus_ds.children import tie_to_parent
 from nexus_ds.command_lines import typed_training
+from nexus_ds.errors import CheckpointError
 from nexus_ds.launch import LAUNCH_VARIABLES
 from nexus_ds.local_runner import Runner, Task, slot_environment
 from nexus_ds.progress import duration, say
@@ -65,15 +66,42 @@ class Job:
         return shlex.join([*program, *self.words])
 
 
-def identity(*parts: object, without: str = "") -> str:
-    """Return eight digits that follow from `parts`; the directory `without` in them does not
-    count."""
+def identity(*parts: object, without: str = "", names: Mapping[str, str] | None = None) -> str:
+    """Return eight digits that follow from `parts`.
+
+    Args:
+        parts: anything that JSON can say.
+        without: a directory; where it is does not count.
+        names: what stands for a path that is given from outside: its content, say.
+    """
+    text = json.dumps(parts, sort_keys=True, default=str)
     if without:
-        text = json.dumps(parts, sort_keys=True, default=str).replace(without, "")
-    else:
-        text = json.dumps(parts)
+        text = text.replace(without, "")
+    for path, content in (names or {}).items():
+        # a word may be NAME=PATH
+        text = text.replace(json.dumps(path)[1:-1], content)
     # Enough for the hundreds of jobs of a comparison, and short in a path.
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def content_of(model: Path) -> str:
+    """Return a hash of a model's weights, settings and tokenizer, whatever its folder is called.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not (model / "config.json").is_file():
+        raise CheckpointError(
+            f"{model}: found no config.json; expected a dense checkpoint to start from"
+        )
+    whole = hashlib.sha256()
+    for path in sorted(model.iterdir()):
+        # cards and READMEs change nothing
+        if path.suffix in (".json", ".safetensors", ".model", ".txt"):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256")
+            whole.update(f"{path.name} {digest.hexdigest()}\n".encode())
+    return f"model {whole.hexdigest()}"
 
 
 def last_line(log: Path) -> str:

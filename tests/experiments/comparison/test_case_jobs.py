@@ -1,5 +1,6 @@
 """The jobs that methods share, and what a given seed model changes about them."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,20 @@ def test_a_given_seed_model_brings_its_words_and_is_no_job(dense_dir):
     jobs = case(f"model.path={dense_dir}")
     assert jobs.seed_model() == jobs.tokenizer(jobs.config(SEED)) == dense_dir
     assert not jobs.builder.jobs
+
+
+def test_a_copy_of_the_seed_model_makes_the_same_branches(dense_dir, tmp_path):
+    copy = shutil.copytree(dense_dir, tmp_path / "copy")
+    first, second = (case(f"model.path={path}") for path in (dense_dir, copy))
+    assert first.branch("python") == second.branch("python")
+
+
+def test_seeds_may_share_one_seed_model_and_vary_what_comes_after():
+    first = case("compare.one_seed_model=true")
+    second = replace(first, case=Case(1))
+    assert first.seed_model() == second.seed_model() == case().seed_model()
+    assert first.branch("python") != second.branch("python")
+    assert first.branch("python") == case().branch("python")
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,20 @@
 missing."""
 
 import json
+import shutil
 
 import pytest
 
 from nexus_ds.command_lines import DS_JSON, TRAIN
-from nexus_ds.experiments.comparison.jobs import WORK, Job, Pool, identity, last_line
+from nexus_ds.errors import CheckpointError
+from nexus_ds.experiments.comparison.jobs import (
+    WORK,
+    Job,
+    Pool,
+    content_of,
+    identity,
+    last_line,
+)
 
 
 def piece(out, name, needs=(), **given):
@@ -20,6 +29,28 @@ def test_identity_follows_from_everything_but_the_place():
         == identity("/there/b", without="/there/")
         != identity("/there/c")
     )
+
+
+def test_a_given_model_counts_by_what_is_in_it(dense_dir, tmp_path):
+    """Moved or copied it is the same; with one number changed it is another."""
+    copy = shutil.copytree(dense_dir, tmp_path / "copy")
+    (copy / "README.md").write_text("a card")
+    same = content_of(copy)
+    assert same == content_of(dense_dir)
+    words = [
+        identity(["--expert", f"a={path}"], names={str(path): same}) for path in (dense_dir, copy)
+    ]
+    assert words[0] == words[1] == identity(["--expert", f"a={same}"])
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert content_of(copy) != same
+
+
+def test_a_folder_without_a_model_is_no_seed(tmp_path):
+    with pytest.raises(CheckpointError, match=r"found no config.json; expected a dense checkpoint"):
+        content_of(tmp_path)
 
 
 def test_commands_are_what_one_would_type(tmp_path):
