@@ -465,14 +465,14 @@ FAULTS = (
     Fault(
         "P is among the matrices",
         "runtime/engine.py",
-        'kind = "router"',
-        'kind = "matrices"',
+        '        return part\n    kind = "matrices"',
+        '        return "matrices"\n    kind = "matrices"',
     ),
     Fault(
         "the router is decayed",
         "runtime/engine.py",
-        '"router": {"weight_decay": 0.0,',
-        '"router": {"weight_decay": training.weight_decay,',
+        'decayed = part != "router" and len(',
+        "decayed = len(",
     ),
     Fault(
         "free rows learn as slowly as P",

@@ -11,6 +11,7 @@ import pytest
 from nexus_ds.__main__ import main
 from nexus_ds.config import RECIPES, load_config, read_recipe
 from nexus_ds.experiments.comparison.build import build
+from nexus_ds.experiments.comparison.recipe_reader import Case
 from nexus_ds.planning import fitting
 from nexus_ds.planning.layout import Machine
 from nexus_ds.planning.sizes import sizes_of
@@ -30,7 +31,7 @@ def comparison(name):
 
 
 def test_each_table_figure_and_scale_has_a_recipe():
-    scales = {"compare-tiny", "compare-small", "compare-470m", "compare-2.8b"}
+    scales = {"compare-tiny", "compare-converged", "compare-small", "compare-470m", "compare-2.8b"}
     paper = {
         f"paper/{name}"
         for name in ("table2", "table3", "figure4", "figure5", "figure6", "figure7", "figure8")
@@ -67,13 +68,35 @@ def test_each_changed_setting_makes_other_models(name):
         assert changed, f"{variant} changes nothing"
 
 
-# changes the branches
-@pytest.mark.parametrize("name", [name for name in COMPARED if name != "ablations/budget"])
+RETRAINED = ("ablations/budget", "compare-converged")  # they vary the dense models themselves
+
+
+@pytest.mark.parametrize("name", [name for name in COMPARED if name not in RETRAINED])
 def test_dense_models_are_trained_once(name):
     """Contenders and variants differ after the branches, so these are shared."""
     jobs = [job.name for job in comparison(name).builder.jobs.values()]
     dense = [job for job in jobs if job.split(" ", 2)[-1] == "seed" or " branch-" in job]
     assert len(dense) == len(set(dense)) > 1
+
+
+def test_a_converged_seed_is_trained_once_for_all_seeds():
+    found = build("compare-converged", [], Path("nowhere"))
+    seeds = [job for job in found.builder.jobs.values() if job.name.endswith(" seed")]
+    # the recipe's own, and one for each shorter regime
+    assert sorted(job.tokens for job in seeds) == pytest.approx(
+        [530_000, 2_650_000, 10_600_000, 42_400_000], rel=0.01
+    )
+    given = [word for word in load_config("compare-converged").compare.variants if "token" in word]
+    assert len(given) == 3
+    share = []
+    for name in ("", *given):
+        case = Case(0, tuple(load_config("compare-converged").compare.variants.get(name, ())))
+        reader = found.builder.reader
+        branch = reader.config("branch", case, "branch=any").training.tokens
+        spent = 4 * branch + reader.config("moe", case).training.tokens
+        share.append(spent / reader.config("seed", case).training.tokens)
+    # an equal budget relative to what the seed has read
+    assert share == pytest.approx([0.0604] * 4, abs=2e-4)
 
 
 @pytest.mark.parametrize("name", CLUSTER)

@@ -313,17 +313,22 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         part = parts.get(name, "backbone")
         decayed = part != "router" and len(full_shape(parameter)) > 1
-        kind = "matrices" if decayed else "vectors"
-        if part == "router":
-            kind = part
-        elif lr_scales[part] != 1.0:
-            kind = f"{kind} of {part}"
-        weight_decay = training.weight_decay if decayed else 0.0
-        group = {"name": kind, "weight_decay": weight_decay, "lr_scale": lr_scales[part]}
-        groups.setdefault(kind, {**group, "params": []})["params"].append(parameter)
+        scale = lr_scales[part]
+        kind = _group_name(part, decayed, scale)
+        group = {"name": kind, "weight_decay": 0.0, "lr_scale": scale, "params": []}
+        if decayed:
+            group["weight_decay"] = training.weight_decay
+        groups.setdefault(kind, group)["params"].append(parameter)
     # in one order whatever the model begins with
     order = ("matrices", "vectors", "router")
     return sorted(groups.values(), key=lambda group: order.index(group["name"].split()[0]))
+
+
+def _group_name(part: str, decayed: bool, lr_scale: float) -> str:
+    if part == "router":
+        return part
+    kind = "matrices" if decayed else "vectors"
+    return kind if lr_scale == 1.0 else f"{kind} of {part}"
 
 
 def _parts(model: nn.Module) -> dict[str, str]:

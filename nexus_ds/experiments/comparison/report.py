@@ -20,18 +20,21 @@ from nexus_ds.experiments.comparison.report_figures import (
     draw_compute,
     draw_differences,
     draw_extension,
+    draw_regimes,
     draw_share,
     draw_variants,
 )
 from nexus_ds.experiments.comparison.report_findings import verdict
 from nexus_ds.experiments.comparison.report_tables import (
     additions,
+    best_table,
     domain_table,
     extension_table,
     extension_variant_table,
     methods_of,
     own_table,
     quality_table,
+    regime_table,
     share_table,
     start_table,
     task_table,
@@ -90,6 +93,12 @@ READING = {
     "own": "Share of each domain's tokens that go to the expert trained on that domain, mean over "
     "layers (paper, Figures 5 and 9). With n experts, 1/n is what a router without any knowledge "
     "reaches.",
+    "regimes": "Loss minus that of the dense model with the same budget, by how many tokens a "
+    "parameter the seed model had read before. Below 0 a mixture is better than training the dense "
+    "model on; a seed that still falls steeply favours whatever trains longest.",
+    "best": "Every varied contender under that of the settings below which gives it the lowest "
+    "mean loss, dense training too. Chosen on the text that is scored: of equal settings the best "
+    "of several looks better than it is.",
     "variants": "The same contenders with one setting changed, on the same seeds (paper, Figure 7, "
     "has load balancing and equal data). The difference is that to the same contender in the "
     "recipe as it stands, so below 0 the change helps.",
@@ -283,8 +292,20 @@ def _shown_models(results: Results) -> dict[str, ModelEntry]:
     return models
 
 
+def _regime_sections(results: Results, folder: Path) -> list[Section]:
+    table = regime_table(results)
+    if table is None:
+        return []
+    figure = draw_regimes(results, folder / "regimes.png")
+    text = READING["regimes"]
+    return [Section(title="A longer trained seed", text=text, table=table, figure=figure)]
+
+
 def _variant_sections(results: Results, folder: Path) -> list[Section]:
     sections = []
+    best = best_table(results)
+    if best is not None:
+        sections.append(Section(title="Each at its best", text=READING["best"], table=best))
     methods = variant_table(results)
     if methods is not None:
         sections.append(
@@ -342,6 +363,7 @@ def comparison_sections(results: Results, folder: Path) -> list[Section]:
     return [
         *sections,
         *_routing_sections(results, folder),
+        *_regime_sections(results, folder),
         *_variant_sections(results, folder),
         *_end_sections(results),
     ]

@@ -14,11 +14,14 @@ from pathlib import Path
 
 from nexus_ds.experiments.comparison import seed_figures
 from nexus_ds.experiments.comparison.report_tables import (
+    DENSE,
     extension_reference,
     extensions_of,
     method_reference,
     methods_of,
     new_domains,
+    reference,
+    regimes,
     starting_losses,
     variants_of,
     varied,
@@ -29,6 +32,9 @@ from nexus_ds.report.evaluation import write_csv
 from nexus_ds.report.paired import LEAST, paired, spread
 
 Curves = dict[str, list[Level]]
+MIXTURES = ("upcycled", "router")
+"""Groups of methods."""
+REGIMES = ("tokens_per_parameter", "setting", "contender", "difference_nats", "deviation")
 
 
 def _level(x: float, values: Mapping[str, float]) -> Level | None:
@@ -164,6 +170,50 @@ def draw_share(results: Results, added: str, out: Path) -> Path:
         title=f"Adding {added}: who finds the new expert",
         xlabel="finetuning tokens",
         ylabel="share of tokens",
+    )
+
+
+def _against_dense(results: Results, variant: str) -> dict[str, Mapping[str, float]]:
+    """Return each mixture's loss, and the ensemble's, minus dense training's: by label and seed."""
+    old = results.domains.old
+    rows = methods_of(results, variant)
+    dense = reference(rows, (DENSE,))
+    found: dict[str, Mapping[str, float]] = {}
+    for row in rows:
+        shown = row.group in MIXTURES or row.name == "btm"
+        if dense is None or not shown:
+            continue
+        compared = paired(row.losses(old), dense.losses(old))
+        if compared is not None:
+            found[row.label] = compared.by_seed
+    return found
+
+
+def draw_regimes(results: Results, out: Path) -> Path | None:
+    """Draw mixtures and the ensemble minus dense training, by how long the seed was trained.
+
+    Only what was made in more than one regime is shown.
+    """
+    found = regimes(results)
+    points: Curves = {}
+    lines = []
+    for x, (variant, tokens) in enumerate(found.items()):
+        for label, by_seed in _against_dense(results, variant).items():
+            level = _level(float(x), by_seed)
+            if level is not None:
+                points.setdefault(label, []).append(level)
+                lines.append((tokens, variant, label, level.mean, level.deviation))
+    series = {label: levels for label, levels in points.items() if len(levels) > 1}
+    if not series:
+        return None
+    write_csv(out.with_suffix(".csv"), REGIMES, lines)
+    return seed_figures.levels(
+        {"below 0: better than dense": series},
+        out,
+        title="Who wins, by how long the seed was trained",
+        xlabel="tokens a parameter that the seed model has read",
+        ylabel="loss minus dense training's (nats per token)",
+        names=[f"{tokens:.3g}" for tokens in found.values()],
     )
 
 

@@ -8,6 +8,7 @@ Not covered: judging the numbers (report_findings.py), drawing them (report_figu
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -33,6 +34,9 @@ EXTENSION_REFERENCES = (
     "nexus_contrastive",
     "nexus_zero_shot",
 )
+DENSE = "union"
+"""The dense model with the whole budget, which a mixture has to beat."""
+UNCHANGED = "as the recipe stands"
 LETTERS = "kMGTPEZ"
 """Of powers of 1000."""
 
@@ -527,7 +531,7 @@ def variant_table(results: Results) -> Table | None:
         unchanged = same.losses(old) if same else {}
         lines.append(
             [
-                row.variant or "as the recipe stands",
+                row.variant or UNCHANGED,
                 row.label,
                 spread(losses),
                 *difference(losses, unchanged),
@@ -536,6 +540,85 @@ def variant_table(results: Results) -> Table | None:
             ]
         )
     return Table(header=VARIANT_HEAD, rows=lines) if lines else None
+
+
+def _best_rows(results: Results) -> list[MethodRow]:
+    """Return every varied method's row with the lowest mean loss, the lowest first."""
+    old = results.domains.old
+    best: dict[str, tuple[float, MethodRow]] = {}
+    for row in methods_of(results, variant=None):
+        mean = statistics.fmean(row.losses(old).values())
+        least, _ = best.get(row.name, (math.inf, row))
+        if mean < least:
+            best[row.name] = (mean, row)
+    names = varied(results)
+    found = [pair for name, pair in best.items() if name in names]
+    found.sort(key=lambda pair: pair[0])
+    return [row for _, row in found]
+
+
+def best_table(results: Results) -> Table | None:
+    """Return every varied method under the setting that is best for it, against dense at its best.
+
+    So a learning rate, say, is tuned alike for all. None without variants.
+    """
+    old = results.domains.old
+    rows = _best_rows(results)
+    dense = reference(rows, (DENSE,))
+    lines: list[list[Cell]] = []
+    for row in rows:
+        losses = row.losses(old)
+        compared_with = dense.losses(old) if dense and dense is not row else {}
+        setting = row.variant or UNCHANGED
+        lines.append([row.label, setting, spread(losses), *difference(losses, compared_with)])
+    header = [
+        "contender",
+        "its best setting",
+        "loss, old domains",
+        _head_of_difference(dense),
+        "seeds lower",
+    ]
+    return Table(header=header, rows=lines) if lines else None
+
+
+def regimes(results: Results) -> dict[str, float]:
+    """Return how many tokens a parameter the seed model has read, by variant, least first.
+
+    Empty if all have read the same: then there is nothing to set side by side.
+    """
+    seeds = [row for row in methods_of(results, variant=None) if row.name == "seed"]
+    found = {}
+    for row in seeds:
+        tokens = results.seed_tokens.get(row.variant)
+        if tokens and row.compute.total:
+            found[row.variant] = tokens / row.compute.total
+    if len(set(found.values())) < 2:
+        return {}
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def regime_table(results: Results) -> Table | None:
+    """Return each method's loss minus dense training's, by how long the seed model was trained."""
+    old = results.domains.old
+    lines: list[list[Cell]] = []
+    for variant, tokens in regimes(results).items():
+        rows = methods_of(results, variant)
+        dense = reference(rows, (DENSE,))
+        for row in rows:
+            losses = row.losses(old)
+            compared_with = dense.losses(old) if dense and dense is not row else {}
+            setting = variant or UNCHANGED
+            found = difference(losses, compared_with)
+            lines.append([round(tokens, 1), setting, row.label, spread(losses), *found])
+    header = [
+        "tokens a parameter",
+        "setting",
+        "contender",
+        "loss, old domains",
+        "minus dense",
+        "seeds lower",
+    ]
+    return Table(header=header, rows=lines) if lines else None
 
 
 def extension_variant_table(results: Results) -> Table | None:

@@ -422,6 +422,9 @@ class Results:
     variants: dict[str, list[str]]
     """Overrides by variant."""
     not_run: list[NotRun] = field(default_factory=list)
+    seed_tokens: dict[str, int] = field(default_factory=dict)
+    """That the seed model was trained on, by variant ('': the recipe as it stands); unknown of a
+    model that was given."""
 
     @classmethod
     def from_json(cls, value: Json) -> Results:
@@ -445,6 +448,7 @@ class Results:
             evaluations=evaluations,
             variants=variants,
             not_run=[NotRun(row["name"], row["why"]) for row in value.get("not_run") or []],
+            seed_tokens=value.get("seed_tokens") or {},
         )
 
     def to_json(self) -> dict[str, object]:
@@ -463,4 +467,5 @@ class Results:
             "evaluations": {name: entry.to_json() for name, entry in self.evaluations.items()},
             "variants": {name: {"overrides": words} for name, words in self.variants.items()},
             "not_run": [vars(row) for row in self.not_run],
+            "seed_tokens": self.seed_tokens,
         }

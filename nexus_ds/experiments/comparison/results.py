@@ -15,6 +15,7 @@ from pathlib import Path
 from nexus_ds.checkpoint.inspection import describe
 from nexus_ds.experiments.comparison.job_graph import Comparison, Made, moe_domains
 from nexus_ds.experiments.comparison.methods import EXTENSIONS, METHODS, Extension, Method
+from nexus_ds.experiments.comparison.recipe_reader import Case, training_tokens
 from nexus_ds.experiments.comparison.result_file import (
     BudgetScores,
     Compute,
@@ -28,6 +29,7 @@ from nexus_ds.experiments.comparison.result_file import (
     Text,
     Validation,
 )
+from nexus_ds.pipeline import SEED
 from nexus_ds.report.summary import Json, ModelEntry
 from nexus_ds.settings import Config
 
@@ -256,6 +258,18 @@ def _domains(config: Config) -> Domains:
     )
 
 
+def _seed_tokens(comparison: Comparison, config: Config) -> dict[str, int]:
+    """Return the tokens of the seed model's training by variant, where one is trained."""
+    variants = {"": [], **config.compare.variants}
+    found = {}
+    for variant, settings in variants.items():
+        case = Case(config.compare.seeds[0], tuple(settings))
+        seed = comparison.builder.reader.config(SEED, case)
+        if not seed.model.path:
+            found[variant] = training_tokens(seed)
+    return found
+
+
 def collect(
     comparison: Comparison,
     config: Config,
@@ -295,4 +309,5 @@ def collect(
         evaluations=evaluations,
         variants=config.compare.variants,
         not_run=_not_run(comparison, failed),
+        seed_tokens=_seed_tokens(comparison, config),
     )

@@ -3,7 +3,9 @@
 from statistics import fmean, stdev
 
 import pytest
-from made_up_results import OLD, mean_loss, rows_of, seeds_of
+from made_up_results import OLD, mean_loss, read, rows_of, seeds_of, with_longer_seed
+
+from nexus_ds.experiments.comparison.report_figures import draw_regimes
 
 
 def test_every_figure_has_its_numbers_beside_it(written):
@@ -82,3 +84,26 @@ def test_every_column_of_the_figures_csv(written, found):
         ("setting", "contender", "mean", "deviation"),
         ("equal_data", "Linear router", fmean(changed), stdev(changed)),
     )
+
+
+def test_the_figure_of_regimes_sets_every_contender_against_dense(found, tmp_path):
+    assert draw_regimes(read(found), tmp_path / "none.png") is None
+    whole = with_longer_seed(found)
+    draw_regimes(read(whole), tmp_path / "regimes.png")
+    lines = rows_of(tmp_path / "regimes.csv")
+    nexus = [line for line in lines if line["contender"] == "Nexus"]
+    assert [(line["tokens_per_parameter"], line["setting"]) for line in nexus] == [
+        ("1.0", ""),
+        ("10.0", "longer"),
+    ]
+    gaps = []
+    for line in nexus:
+        losses, dense = (
+            mean_loss(seeds_of(whole, "contenders", name, line["setting"]), OLD)
+            for name in ("nexus", "union")
+        )
+        wanted = sum(losses) / len(losses) - sum(dense) / len(dense)
+        assert float(line["difference_nats"]) == pytest.approx(wanted, abs=6e-4)
+        gaps.append(wanted)
+    assert gaps[1] == pytest.approx(gaps[0] - 0.05)
+    assert {"Seed", "Branch arxiv"}.isdisjoint(line["contender"] for line in lines)

@@ -4,14 +4,26 @@ import math
 from statistics import fmean, stdev
 
 import pytest
-from made_up_results import OLD, assert_row, mean_loss, read, results, seeds_of
+from made_up_results import (
+    METHODS,
+    OLD,
+    assert_row,
+    mean_loss,
+    read,
+    results,
+    seeds_of,
+    with_longer_seed,
+)
 
 from nexus_ds.experiments.comparison.report_tables import (
+    best_table,
     domain_table,
     extension_table,
     extension_variant_table,
     own_table,
     quality_table,
+    regime_table,
+    regimes,
     share_table,
     start_table,
     task_table,
@@ -334,3 +346,57 @@ def test_every_column_of_the_changed_extensions(found):
         losses = [mean_loss(seeds, domains) for seeds in (changed, same)]
         expected += [approx(losses[0]), *minus(*losses)]
     assert row == [*expected, approx([0.40, 0.41, 0.42], 2), approx([0.10, 0.12, 0.14], 2)]
+
+
+def test_every_column_of_the_best_settings(found):
+    """The lowest mean of each, dense training at its own best beside it."""
+    with_longer_seed(found)
+    table = best_table(read(found))
+    nexus, union = (seeds_of(found, "contenders", name, "longer") for name in ("nexus", "union"))
+    difference, lower = minus(mean_loss(nexus, OLD), mean_loss(union, OLD))
+    assert_row(
+        table,
+        ["Nexus"],
+        {
+            "contender": "Nexus",
+            "its best setting": "longer",
+            "loss, old domains": approx(mean_loss(nexus, OLD)),
+            "minus Dense on the union": difference,
+            "seeds lower": lower,
+        },
+    )
+    labels = [line[0] for line in table.rows]
+    # the linear router is best as the recipe stands, and has no longer variant
+    assert labels == [
+        "Output ensemble (BTM)",
+        "Dense on the union",
+        "Nexus",
+        "Linear router",
+        "Seed",
+    ]
+    assert table.rows[1][3:] == [None, None]
+    assert table.rows[3][1] == "as the recipe stands"
+
+
+def test_every_column_of_the_regimes(found):
+    assert regimes(read(found)) == {} and regime_table(read(found)) is None
+    with_longer_seed(found)
+    assert regimes(read(found)) == {"": 1.0, "longer": 10.0}
+    table = regime_table(read(found))
+    nexus, union = (seeds_of(found, "contenders", name, "longer") for name in ("nexus", "union"))
+    difference, lower = minus(mean_loss(nexus, OLD), mean_loss(union, OLD))
+    assert_row(
+        table,
+        [10.0, "longer", "Nexus"],
+        {
+            "tokens a parameter": 10.0,
+            "setting": "longer",
+            "contender": "Nexus",
+            "loss, old domains": approx(mean_loss(nexus, OLD)),
+            "minus dense": difference,
+            "seeds lower": lower,
+        },
+    )
+    assert [line[0] for line in table.rows] == [1.0] * len(METHODS) + [10.0] * 4
+    found["seed_tokens"] = {"": 530_000}
+    assert regime_table(read(found)) is None

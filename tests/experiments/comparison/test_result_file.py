@@ -57,6 +57,7 @@ def small():
         "evaluations": {"nexus": {"checkpoint": {"kind": "Nexus"}, "tokens_per_second": 10.5}},
         "variants": {"low": {"overrides": ["b=2"]}},
         "not_run": [{"name": "BTX", "why": "not asked for"}],
+        "seed_tokens": {"": 1_000_000, "v": 2_000_000},
     }
 
 
