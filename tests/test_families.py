@@ -7,17 +7,23 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from launch import finish, start_ranks
 from test_train import settings
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nexus_ds.__main__ import main
 from nexus_ds.checkpoint import qwen2_moe
+from nexus_ds.checkpoint.dense import open_dense
 from nexus_ds.checkpoint.sidecar import verify_expert_embeddings
 from nexus_ds.checkpoint.tensors import TensorReader
+from nexus_ds.config import load_config
 from nexus_ds.data.domains import write_domain_embeddings
+from nexus_ds.pipeline import resolve
+from nexus_ds.runtime.loop import read_data
 from nexus_ds.settings import Config
 from nexus_ds.upcycling.upcycle import upcycled
 from tests.checkpoint.test_dense import embeddings
@@ -203,3 +209,54 @@ def test_every_verb_takes_a_family(family, tmp_path, dense_dir, text_folder, cap
     ids = tokenizer("tree leaf", return_tensors="pt").input_ids
     found = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
     assert written["text"] == tokenizer.decode(found, skip_special_tokens=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["granite", "phi3"])
+def test_a_branch_is_trained_with_its_familys_own_loss(family, tmp_path, dense_dir, text_folder):
+    """Every loss and the trained weights are those of the same steps in plain PyTorch, on
+    transformers' own class: logits are divided, fused projections stay fused."""
+    dense_models(family, tmp_path, dense_dir)
+    out = tmp_path / "branch"
+    words = settings(tmp_path / "seed", text_folder, out, "stage=branch", "branch=alpha")
+    words += ["data.domains=[alpha]", "data.validation_domains=[alpha]", "pipeline.card=false"]
+    words += ["training.log_every=1", "model.dtype=fp32"]
+    finish(start_ranks([TRAIN, "--config", "demo", *words], 1))
+    log = (tmp_path / "branch.training" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in log]
+    steps = [record for record in records if record["kind"] == "train"]
+    scored = [record["loss"]["alpha"] for record in records if record["kind"] == "validation"]
+    config = resolve(load_config("demo", words))
+    data = read_data(config, tmp_path / "seed")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "seed", dtype=torch.float32)
+    training = config.training
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1]},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    betas = (training.beta1, training.beta2)
+    optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=training.weight_decay)
+
+    def loss_of(windows):
+        logits = model(windows[:, :-1], use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+    validation = torch.from_numpy(data.validation["alpha"])
+    found = [float(loss_of(validation))]
+    for number, record in enumerate(steps):
+        first = number * training.batch_size
+        samples = [data.sampler.sample(first + i).tokens for i in range(training.batch_size)]
+        loss = loss_of(torch.from_numpy(np.stack(samples)))
+        assert float(loss) == pytest.approx(record["loss"], rel=1e-5), number
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = record["lr"]
+        optimizer.step()
+        optimizer.zero_grad()
+    found.append(float(loss_of(validation)))
+    assert len(steps) == 8 and found == pytest.approx(scored, rel=1e-5) and found[1] < found[0]
+    trained = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
+    for name, weight in model.state_dict().items():
+        assert (trained[name] - weight).abs().max() < AGREEMENT, name
+    assert open_dense(out).family == family
