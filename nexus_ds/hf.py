@@ -1,16 +1,20 @@
-"""Importing this makes transformers load checkpoints whose router reads a running mean
-(`router.input: context`).
+"""Importing this makes transformers load the checkpoints that it has no class of its own for.
+
+These are mixtures of families such as OLMo 2 (`nexus_<family>`), and those whose router reads a
+running mean (`router.input: context`).
 
     import nexus_ds.hf
     model = AutoModelForCausalLM.from_pretrained(directory)
 
-Checkpoints of the default `router.input: token` are stock Qwen2-MoE models and need nothing.
+All others are stock models and need nothing.
 Not covered: vLLM, llama.cpp and other programs with models of their own; they refuse the model
 type.
 """
 
 from nexus_ds.checkpoint.hf_model import NexusMoeConfig, NexusMoeForCausalLM, register
+from nexus_ds.checkpoint.native import register_all
 
 __all__ = ["NexusMoeConfig", "NexusMoeForCausalLM"]
 
 register()
+register_all()

@@ -18,6 +18,7 @@ from nexus_ds.checkpoint import families
 from nexus_ds.checkpoint.families.record import Family
 from nexus_ds.checkpoint.families.table import FAMILIES
 from tests.checkpoint.test_dense import FP32, KINDS
+from tests.checkpoint.test_native import KINDS as NATIVE
 from tests.checkpoint.test_qwen3_next import BF16, GRADIENTS, NOISE
 from tests.checkpoint.test_views import KINDS as VIEWED
 
@@ -37,6 +38,7 @@ class Claim(NamedTuple):
 DENSE = "tests/checkpoint/test_dense.py::"
 VIEWS = "tests/checkpoint/test_views.py::"
 NEXT = "tests/checkpoint/test_qwen3_next.py::"
+OWN = "tests/checkpoint/test_native.py::"
 OLDER = "tests/checkpoint/test_older_stacks.py::"
 FORMULA = "the formula on the dense family's own class of transformers"
 CLAIMS = (
@@ -122,6 +124,37 @@ CLAIMS = (
         "tests/test_families.py::test_a_family_trains_alike_in_every_layout",
     ),
     Claim(
+        "nexus_<family>",
+        f"fp32 logits to {NOISE:g} times what eager and sdpa differ by, top-1 and top-2; bf16, "
+        "top-2: every bit",
+        FORMULA,
+        OWN + "test_transformers_computes_the_formula",
+    ),
+    Claim(
+        "nexus_<family>",
+        "left padding; greedy tokens with and without a cache",
+        FORMULA,
+        OWN + "test_with_left_padding_and_with_a_cache_it_is_the_same",
+    ),
+    Claim(
+        "nexus_<family>",
+        f"gradients of all weights, experts and P to {GRADIENTS:g} of the largest",
+        FORMULA,
+        OWN + "test_training_computes_the_reference_and_its_gradients",
+    ),
+    Claim(
+        "nexus_<family>",
+        "every tensor, bit by bit",
+        "the dense models it was made of",
+        OWN + "test_it_is_read_back_bit_by_bit",
+    ),
+    Claim(
+        "nexus_<family>",
+        f"trained weights to {AGREEMENT:g}",
+        "ZeRO-1 and ZeRO-3, with and without expert parallelism, to one another",
+        "tests/test_families.py::test_a_family_trains_alike_in_every_layout",
+    ),
+    Claim(
         "all",
         "a finished training: logits of what was written",
         "the engine that trained it",
@@ -180,6 +213,14 @@ RUNTIMES = {  # form: program, whether it takes it, what to know
         ),
     ),
 }
+RUNTIMES["nexus_<family>"] = (
+    (
+        f"transformers {pinned('requirements.txt', 'transformers')} (run)",
+        "yes",
+        "after `import nexus_ds.hf`",
+    ),
+    ("others", "no", "none was run; they have no model of this name"),
+)
 LOST = {
     "qwen2_moe": "Of Llama, Mistral, Qwen2, Ministral, Seed-OSS, Phi-3 and Phi-4 nothing. The "
     "shared expert's down_proj is stored doubled (its gate is 1/2). GLM-4 and ERNIE 4.5: the order "
@@ -193,6 +234,9 @@ LOST = {
     "and k_norm are rounded in the model file, by less than bf16 costs, where no power of two "
     "saves it; as they were they stand in nexus/, which every verb here reads. "
     "Windows, biases in the attention and the router of contexts are refused.",
+    "nexus_<family>": "Nothing of the model; programs without nexus_ds. The router of contexts is "
+    "refused, and a pair that can't learn: without a shared expert and with top-1, where a norm "
+    "over the FFN's output takes the gate's scale away.",
 }
 
 
@@ -219,19 +263,24 @@ def table(header, rows):
 
 def tested(family):
     """Return a family's variants whose logits are compared, and where all verbs take it."""
-    variants = [kind for kind, (of, *_) in (KINDS | VIEWED).items() if of == family]
+    variants = [kind for kind, (of, *_) in (KINDS | VIEWED | NATIVE).items() if of == family]
     if family in ROWS:
         return ", ".join(variants), "tests/test_families.py"
     known = {name.lower() for name, _, _ in IN_README}
     return ", ".join(variants) or "none", "tests/test_readme.py" if family in known else "none"
 
 
+def form_of(family):
+    """Return the name of the form of a family's mixture."""
+    return family.mixture or "nexus_<family>"
+
+
 def page():
     """Return docs/families.md."""
     words = described()
-    forms = list(dict.fromkeys(family.mixture for family in FAMILIES.values()))
+    forms = list(dict.fromkeys(form_of(family) for family in FAMILIES.values()))
     rows = [
-        [f"`{name}`", words[name], f"`{family.mixture}`", *tested(name)]
+        [f"`{name}`", words[name], f"`{form_of(family)}`", *tested(name)]
         for name, family in FAMILIES.items()
     ]
     exact = [

@@ -154,6 +154,33 @@ FAULTS = (
         "checkpoint/test_qwen2_moe.py",
     ),
     Fault(
+        "a native form names a class that nobody has",
+        "checkpoint/forms.py",
+        'return f"Nexus{words}ForCausalLM"',
+        'return f"{words}ForCausalLM"',
+        "checkpoint/test_native.py",
+    ),
+    Fault(
+        "norms of a family's own places are left out",
+        "checkpoint/dense_settings.py",
+        "norms=family.norms,",
+        'norms=("input_layernorm", "post_attention_layernorm"),',
+        "checkpoint/test_native.py",
+    ),
+    Fault(
+        "a warm start gives all layers what the first one is given",
+        "warm_start/fit.py",
+        "self.arguments[layer].items()",
+        "self.arguments[0].items()",
+    ),
+    Fault(
+        "a router that can't learn passes",
+        "upcycling/upcycle.py",
+        "if normed and alone:",
+        "if normed and not alone:",
+        "checkpoint/test_native.py",
+    ),
+    Fault(
         "heads keep the order of the family's own file",
         "checkpoint/views.py",
         "            rows = rows[numbers - numbers % head + within - first]",

@@ -4,7 +4,7 @@ import ast
 
 import family_page
 import pytest
-from family_page import CLAIMS, LOST, PAGE, ROOT, RUNTIMES, page
+from family_page import CLAIMS, LOST, PAGE, ROOT, RUNTIMES, form_of, page
 
 from nexus_ds.checkpoint.families.table import FAMILIES
 
@@ -30,6 +30,6 @@ def test_a_claim_has_a_test(claim):
 
 
 def test_every_form_is_told_of():
-    forms = {family.mixture for family in FAMILIES.values()}
+    forms = {form_of(family) for family in FAMILIES.values()}
     assert forms == set(RUNTIMES) == set(LOST)
     assert forms <= {claim.form for claim in CLAIMS}

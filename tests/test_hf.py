@@ -8,6 +8,8 @@ from transformers import AutoConfig
 
 from nexus_ds import hf
 from nexus_ds.checkpoint import hf_model
+from tests.checkpoint.test_native import SIZES
+from tests.checkpoint.test_qwen3_next import mixture
 
 
 def test_the_import_registers_the_very_classes_that_serve(context_dir):
@@ -28,17 +30,26 @@ print(type(model).__name__)
 """
 
 
+def load(directory, how):
+    return subprocess.run(
+        [sys.executable, "-c", LOAD, str(directory), how],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
 @pytest.mark.slow
 def test_transformers_alone_refuses_it_by_name_and_one_import_makes_it_load(context_dir):
-    def load(how):
-        return subprocess.run(
-            [sys.executable, "-c", LOAD, str(context_dir), how],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-
-    alone = load("alone")
+    alone = load(context_dir, "alone")
     assert alone.returncode and "nexus_moe" in alone.stderr
-    assert load("hf").stdout.strip() == "NexusMoeForCausalLM"
+    assert load(context_dir, "hf").stdout.strip() == "NexusMoeForCausalLM"
+
+
+@pytest.mark.slow
+def test_a_family_without_a_stock_class_too(tmp_path, dense_dir):
+    mixture(tmp_path, dense_dir, "olmo2", SIZES, "fp32", 1)
+    alone = load(tmp_path / "out", "alone")
+    assert alone.returncode and "nexus_olmo2" in alone.stderr
+    assert load(tmp_path / "out", "hf").stdout.strip() == "NexusOlmo2ForCausalLM"

@@ -88,7 +88,6 @@ BIASES = {
 """What the keys of `Family.bias_keys` ask for."""
 REASONS = {
     "qwen3_moe": "it is a mixture already, and its attention norms q and k",
-    "olmo2": "it norms after attention and FFN, and norms q and k",
     "olmo": "its norms have no weights",
     "gemma": "its FFN is no SwiGLU, and its norms add 1 to their weights, which loses bits in bf16",
     "gemma2": "its norms add 1 to their weights, and it has norms after attention and FFN",
@@ -365,6 +364,7 @@ def settings(config: ConfigJson, where: str = "config.json") -> DenseSettings:
         # embeddings and head take different multipliers
         tied_embeddings=bool(values["tie_word_embeddings"]) and not family.multipliers,
         qkv_bias=bool(values[biased] if isinstance(biased, str) else biased),
+        norms=family.norms,
         qk_norm=family.qk_norm,
         sliding_window=window,
         layer_types=types,
@@ -429,7 +429,7 @@ def refuse_unsupported(config: ConfigJson, where: str) -> None:
         if config.get(key):
             problems.add(
                 UnsupportedModelError(
-                    f"{where}: {key} is set, but a Qwen2-MoE has no place for {BIASES[key]}"
+                    f"{where}: {key} is set, but a mixture has no place for {BIASES[key]}"
                 )
             )
     if FAMILIES[family].mixture == QWEN3_NEXT and config.get("use_sliding_window"):

@@ -42,6 +42,12 @@ def native_family(model_type: object) -> str | None:
     return name if str(model_type).startswith(NATIVE) and name in FAMILIES else None
 
 
+def native_class(family: str) -> str:
+    """Return the name of the language model's class in a family's native form."""
+    words = "".join(word.title() for word in family.split("_"))
+    return f"Nexus{words}ForCausalLM"
+
+
 def as_source(config: ConfigJson, where: str = "config.json") -> ConfigJson:
     """Return the config.json that the dense family's own class would read.
 

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from nexus_ds.checkpoint.config_json import ConfigJson
-from nexus_ds.checkpoint.forms import NATIVE, as_source
+from nexus_ds.checkpoint.families.table import FAMILIES
+from nexus_ds.checkpoint.forms import NATIVE, as_source, native_class
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -54,7 +55,7 @@ def mixture_classes(family: str) -> tuple[Class, Class]:
     from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
     dense, decoder, language_model = dense_classes(family)
-    name = "Nexus" + dense.__name__.removesuffix("Config")
+    name = native_class(family).removesuffix("ForCausalLM")
     kinds = {key: type(value) for key, value in MIXTURE_KEYS.items()}
     fields = {"model_type": NATIVE + family, "__annotations__": kinds, **MIXTURE_KEYS}
     config_class = type(f"{name}Config", (dense,), fields)
@@ -82,6 +83,13 @@ def mixture_classes(family: str) -> tuple[Class, Class]:
     stacks = get_checkpoint_conversion_mapping("qwen2_moe")
     register_checkpoint_conversion_mapping(NATIVE + family, stacks, overwrite=True)
     return config_class, causal_class
+
+
+def register_all() -> None:
+    """Make transformers' Auto classes know every family's native form that is one on disk."""
+    for family in FAMILIES.values():
+        if not family.mixture:
+            mixture_classes(family.name)
 
 
 def _made(config_class: Class, config: ConfigJson, tied: bool) -> PretrainedConfig:

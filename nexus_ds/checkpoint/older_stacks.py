@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense_settings import filled, settings
 from nexus_ds.checkpoint.families.record import FULL, DenseSettings
-from nexus_ds.checkpoint.forms import PLAIN, QWEN3_NEXT
+from nexus_ds.checkpoint.forms import PLAIN, QWEN3_NEXT, native_family
 
 STOCK = (PLAIN[0], QWEN3_NEXT)
 """Forms that transformers has on its own."""
+UNKNOWN = "it has no model of type {}; nexus_ds.hf is for transformers 5"
 
 
 def unlike_transformers_4(config: ConfigJson) -> list[str]:
@@ -26,9 +27,11 @@ def unlike_transformers_4(config: ConfigJson) -> list[str]:
     """
     sizes = settings(config)
     kind = config["model_type"]
+    if native_family(kind):
+        return [UNKNOWN.format(kind)]
     found = [*_windows(sizes), *_longrope(sizes, filled(config)["max_position_embeddings"])]
     if kind not in STOCK:
-        found.append(f"it has no model of type {kind}; nexus_ds.hf is for transformers 5")
+        found.append(UNKNOWN.format(kind))
     if kind == QWEN3_NEXT:
         # its cache looks for a layer of linear attention
         found.append("it generates with use_cache=False alone, and refuses else")

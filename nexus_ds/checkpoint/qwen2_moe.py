@@ -46,6 +46,7 @@ from nexus_ds.checkpoint.forms import (
     NATIVE,
     QWEN3_NEXT,
     SOURCE,
+    native_class,
 )
 from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.json_files import read_json_object, require_directory
@@ -60,6 +61,7 @@ TRAINED_GATE = 1e-9
 # The gate value is the raw probability: renormalised top-1 would be 1 and teach nothing.
 FORM = {"norm_topk_prob": False, **UNIFORM}
 NATIVE_KEYS = (
+    "dtype",
     *FORM,
     "num_experts",
     "num_experts_per_tok",
@@ -269,8 +271,9 @@ def moe_config(
         return both_ropes(written | _as_qwen2_moe(dense_config, sizes, context))
     if family.mixture == QWEN3_NEXT:
         return both_ropes(written | _as_qwen3_next(family, sizes))
-    model_type = {"model_type": NATIVE + family.name, "architectures": [NATIVE + family.name]}
-    return dense_config | {key: written[key] for key in NATIVE_KEYS} | model_type
+    kept = {key: value for key, value in dense_config.items() if key != "torch_dtype"}
+    named = {"model_type": NATIVE + family.name, "architectures": [native_class(family.name)]}
+    return kept | {key: written[key] for key in NATIVE_KEYS} | named
 
 
 def _common(dense_config: ConfigJson, sizes: DenseSettings) -> ConfigJson:

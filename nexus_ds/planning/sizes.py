@@ -47,8 +47,10 @@ class Sizes:
     ffn: int
     tied: bool
     qkv_bias: bool = False
-    qk_norm: bool = False
-    """Whether the attention norms each head's queries and keys."""
+    layer_norms: int = 2
+    """Norms of a layer over the hidden size."""
+    qk_norms: tuple[int, ...] = ()
+    """Elements of the norms of queries and keys of one layer."""
     experts: int = 0
     top_k: int = 1
     projection: tuple[int, ...] = ()
@@ -77,8 +79,8 @@ class Sizes:
     @property
     def norms(self) -> tuple[int, ...]:
         """Elements of each norm of one layer."""
-        per_head = (self.head_size, self.head_size) if self.qk_norm else ()
-        return (*per_head, self.hidden, self.hidden)
+        hidden = (self.hidden,) * self.layer_norms
+        return (*self.qk_norms, *hidden)
 
     @property
     def kv_width(self) -> int:
@@ -162,7 +164,8 @@ def _of_checkpoint(directory: Path) -> Sizes:
         ffn=dense.ffn_size,
         tied=dense.tied_embeddings,
         qkv_bias=dense.qkv_bias,
-        qk_norm=bool(dense.qk_norm),
+        layer_norms=len(dense.norms),
+        qk_norms=tuple(dense.qk_widths.values()),
         context=model.context,
         shared=model.shared,
         experts=model.experts,

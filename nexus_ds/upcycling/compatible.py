@@ -40,6 +40,7 @@ SIZES = (
     "head_dim",
     "ffn_size",
     "qkv_bias",
+    "norms",
     "qk_norm",
 )
 TIED, POSITIONS = "tie_word_embeddings", "max_position_embeddings"

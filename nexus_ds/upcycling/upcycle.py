@@ -16,7 +16,7 @@ from torch import Tensor
 from nexus_ds.checkpoint.cards import NO_PACKAGES, Packages
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel, open_dense
-from nexus_ds.checkpoint.families.record import DenseSettings
+from nexus_ds.checkpoint.families.record import AFTER_FFN, DenseSettings
 from nexus_ds.checkpoint.model_card import stated_license
 from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.checkpoint.qwen2_moe import (
@@ -34,7 +34,7 @@ from nexus_ds.checkpoint.sidecar import (
 )
 from nexus_ds.checkpoint.tensors import DTYPES, TensorReader
 from nexus_ds.data.domains import DomainEmbeddings
-from nexus_ds.errors import ConfigError
+from nexus_ds.errors import ConfigError, UnsupportedModelError
 from nexus_ds.model.router import (
     centre_of,
     domain_expert_embeddings,
@@ -91,7 +91,8 @@ def upcycled(
             have, two experts of one domain.
         DataError: a domain that was not embedded, a card of other weights.
         CheckpointError, UnsupportedModelError, IncompatibleModelsError: models that can't be put
-            together. All that is wrong is told at once, in one error of the first one's type.
+            together, or whose router can't learn. All that is wrong is told at once, in one error
+            of the first one's type.
     """
     # All checks come first, of headers and configurations and a sample of the weights: all of them
     # are read as they are written.
@@ -104,6 +105,7 @@ def upcycled(
     with problems.collected():
         _check_top_k(config, experts)
     base, models, alignment = _open_checked(seed, experts, packages, waived, problems)
+    _check_learns(base, config)
     note_other_seeds(base, packages.cards)
     router = config.router
     form = moe_config(base.config, len(models), router.top_k, router.input)
@@ -161,6 +163,21 @@ def _check_top_k(config: Config, experts: Mapping[str, Path]) -> None:
     if config.router.top_k > len(experts):
         raise ConfigError(
             f"router.top_k is {config.router.top_k}, but there are {len(experts)} experts; lower it"
+        )
+
+
+def _check_learns(base: DenseModel, config: Config) -> None:
+    """Raise UnsupportedModelError where the router's gradient would be next to nothing.
+
+    A norm over p E(x) gives what it gives of E(x): the one gate has no effect.
+    """
+    normed = [norm for norm in base.settings.norms if norm in AFTER_FFN]
+    alone = config.model.shared_expert == "none" and config.router.top_k == 1
+    if normed and alone:
+        raise UnsupportedModelError(
+            f"model.shared_expert=none with router.top_k=1: {base.family} norms what its FFN "
+            f"returns ({normed[0]}), which undoes the gate, and the router would learn nothing; "
+            "set router.top_k=2, or leave model.shared_expert at seed"
         )
 
 

@@ -1,30 +1,32 @@
 """Warm starts of the routers before training; `methods` has what is done to one of them.
 
 A checkpoint is streamed layer by layer: the hidden states of all windows are kept, one layer's
-weights at a time. Each router is fitted on the states that its layer really sees, earlier layers
-already routing with their fitted expert embeddings. In a tiny replication the label fit lifted the
-own-domain share from 0.37 to 0.57 for nexus and linear routers alike; without the new domain's text
-an appended P(d_new) hardly finds its expert.
+weights at a time. A layer is the family's own, called whole, as its decoder calls it: where its
+norms stand, and what its attention sees, is not known here. Each router is fitted on the states
+that its layer really sees, earlier layers already routing with their fitted expert embeddings. In a
+tiny replication the label fit lifted the own-domain share from 0.37 to 0.57 for nexus and linear
+routers alike; without the new domain's text an appended P(d_new) hardly finds its expert.
 
 Shapes: N windows, S tokens a window, T = N*S tokens, L of them of domains with an expert, E routed
 experts, H hidden size, M width of an embedding. The states of all windows stay in host memory, and
 what a router reads of them too, where it would take much of the device; a layer is on the device,
 with a few windows at a time.
-Not covered: windows longer than a sliding attention window (they are cut to it).
+Not covered: attention that is computed once for what a router reads and for the states behind it
+(it is computed twice).
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_ds.checkpoint.build import transformers_config
+from nexus_ds.checkpoint.build import fill, transformers_config
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.forms import PLAIN
 from nexus_ds.checkpoint.loading import device
@@ -57,9 +59,6 @@ from nexus_ds.warm_start.methods import (
     warm_start_projection,
 )
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
 # Warm starts that keep the old expert embeddings in an extension, and so what these are fitted to.
 KEEPING = ("label_fit", "hidden_mean")
 ITERATIVE = ("label_fit", "chunks")
@@ -85,14 +84,43 @@ def _empty_model(directory: Path, config: ConfigJson) -> Any:
     return model
 
 
-def _attend(block: Any, hidden_NSH: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Return the residual stream [N, S, H] after attention."""
-    attended_NSH, _ = block.self_attn(
-        hidden_states=block.input_layernorm(hidden_NSH),
-        position_embeddings=rotary,
-        attention_mask=None,
-    )
-    return hidden_NSH + attended_NSH
+class _Calls:
+    """What a decoder gives its first layer, and how it calls each: positions and masks of its kind.
+
+    Its layers are not run.
+    """
+
+    def __init__(self, decoder: Any, tokens_NS: Tensor) -> None:
+        """Run a decoder whose embeddings alone are in memory."""
+        self.entered: list[Tensor] = []
+        self.arguments: dict[int, dict[str, object]] = {}
+        for layer, block in enumerate(decoder.layers):
+            block.forward = self._noted(layer)
+        norm, decoder.norm = decoder.norm, nn.Identity()
+        for tokens_nS in tokens_NS.split(FIT_BATCH):
+            decoder(input_ids=tokens_nS, use_cache=False)
+        self.hidden_NSH = torch.cat(self.entered)
+        # once more, so that what is the same for all windows has one row
+        decoder(input_ids=tokens_NS[:1], use_cache=False)
+        decoder.norm = norm
+        for block in decoder.layers:
+            del block.forward
+
+    def _noted(self, layer: int) -> Callable[..., Tensor]:
+        def note(hidden_nSH: Tensor, **arguments: object) -> Tensor:
+            if layer == 0:
+                self.entered.append(hidden_nSH)
+            self.arguments[layer] = arguments
+            return hidden_nSH
+
+        return note
+
+
+def _on_device(value: object) -> object:
+    """Return an argument of a call with its tensors on the device."""
+    if isinstance(value, tuple):
+        return tuple(_on_device(item) for item in value)
+    return value.to(device()) if isinstance(value, Tensor) else value
 
 
 def _place_for(size: int) -> torch.device:
@@ -115,12 +143,12 @@ class _Stream:
         self.config._experts_implementation = "eager"
         self.dtype = torch.float32
         self.layers = LayerReader(self.reader, self.config, self.dtype, device())
-        embeddings_VH = self.reader.read("model.embed_tokens.weight")
+        fill(self.model, "model.embed_tokens.", self.reader, self.dtype)
+        with torch.no_grad():
+            calls = _Calls(self.model.model, tokens_NS)
         # In main memory, of which there is more than on a device: batches of it visit that.
-        self.hidden_NSH = F.embedding(tokens_NS, embeddings_VH.to(self.dtype))
-        positions_1S = torch.arange(tokens_NS.shape[1])[None]
-        cos, sin = self.model.model.rotary_emb(self.hidden_NSH, positions_1S)
-        self.rotary = cos.to(device()), sin.to(device())
+        self.hidden_NSH = calls.hidden_NSH
+        self.arguments = calls.arguments
 
     def _batches(self) -> list[slice]:
         starts = range(0, len(self.hidden_NSH), FIT_BATCH)
@@ -144,21 +172,28 @@ class _Stream:
         rounded = tensor.to(self.stored_dtype(name))
         return rounded.to(device(), self.dtype)
 
-    @torch.no_grad()
-    def attend(self, block: Any) -> None:
-        """Advance the states past the layer's attention."""
-        for batch in self._batches():
-            hidden_nSH = self.hidden_NSH[batch].to(device())
-            residual_nSH = _attend(block, hidden_nSH, self.rotary)
-            self.hidden_NSH[batch] = residual_nSH.cpu()
+    def _run(self, block: Any, layer: int, batch: slice) -> Tensor:
+        """Return what leaves a layer of some windows [n, S, H]."""
+        hidden_nSH = self.hidden_NSH[batch].to(device())
+        arguments = {name: _on_device(value) for name, value in self.arguments[layer].items()}
+        return block(hidden_nSH, **arguments)
 
-    def _inputs(self, block: Any, batch: slice) -> Tensor:
-        """Return what the layer's MoE block reads of some windows [n, S, H], after `attend`."""
-        # Made anew where it is needed: a norm is cheaper than memory for all windows.
-        return block.post_attention_layernorm(self.hidden_NSH[batch].to(device()))
+    def _inputs(self, block: Any, layer: int, batch: slice) -> Tensor:
+        """Return what a layer's MoE block reads of some windows [n, S, H]."""
+        # Made anew where it is needed: attention is cheaper than memory for all windows.
+        read: list[Tensor] = []
+
+        def note(x_nSH: Tensor) -> Tensor:
+            read.append(x_nSH)
+            return x_nSH
+
+        block.mlp.forward = note
+        self._run(block, layer, batch)
+        del block.mlp.forward
+        return read[0]
 
     @torch.no_grad()
-    def features(self, block: Any, mean_H: Tensor | None) -> Tensor:
+    def features(self, block: Any, layer: int, mean_H: Tensor | None) -> Tensor:
         """Return what a router scores [T, H]: its input, or its running mean less `mean_H`.
 
         On the device where there is much room for it, else in main memory.
@@ -166,7 +201,7 @@ class _Stream:
         place = _place_for(self.hidden_NSH.nbytes)
         features_NSH = torch.empty_like(self.hidden_NSH, device=place)
         for batch in self._batches():
-            x_nSH = self._inputs(block, batch)
+            x_nSH = self._inputs(block, layer, batch)
             if mean_H is not None:
                 x_tH = x_nSH.flatten(0, 1)
                 x_nSH = context(x_tH, x_nSH.shape[1], mean_H).view_as(x_nSH)
@@ -174,18 +209,14 @@ class _Stream:
         return features_NSH.flatten(0, 1)
 
     @torch.no_grad()
-    def feed_forward(self, block: Any, embeddings_EH: Tensor, mean_H: Tensor | None) -> None:
-        """Advance the states past the layer's MoE block, routed by `embeddings_EH`."""
+    def advance(self, block: Any, layer: int, embeddings_EH: Tensor, mean_H: Tensor | None) -> None:
+        """Advance the states past a layer, routed by `embeddings_EH`."""
         gate = block.mlp.gate
         gate.weight = nn.Parameter(embeddings_EH, requires_grad=False)
-        reading = nullcontext()
         if mean_H is not None:
             gate.mean = nn.Parameter(mean_H, requires_grad=False)
-            reading = gate.reading(self.hidden_NSH.shape[1])
-        with reading:
-            for batch in self._batches():
-                x_nSH = self._inputs(block, batch)
-                self.hidden_NSH[batch] += block.mlp(x_nSH).cpu()
+        for batch in self._batches():
+            self.hidden_NSH[batch] = self._run(block, layer, batch).cpu()
 
 
 # The text -----------------------------------------------------------------------------------------
@@ -280,34 +311,33 @@ class _WarmStart:
             The own-domain share before and after.
         """
         block = stream.load(layer)
-        stream.attend(block)
         gate = block.mlp.gate
         old_EH = gate.weight.detach().clone()
         mean_H = None
         if self.sidecar.router.input == "context":
             mean_H = gate.mean.detach().clone()
         experts_L = self.reading.experts_L
-        features_TH = stream.features(block, mean_H)
+        features_TH = stream.features(block, layer, mean_H)
         before = _share(features_TH, experts_L, old_EH)
 
         # embeddings that stay were fitted to the mean that is there
         keeps_old = self.kept > 0 and self.config.warm_start in KEEPING
         if mean_H is not None and not keeps_old:
             mean_H = self._new_mean(stream, layer, block)
-            features_TH = stream.features(block, mean_H)
+            features_TH = stream.features(block, layer, mean_H)
         name = gate_name(layer)
         dtype = stream.stored_dtype(name)
         new_EH = self._start(layer, features_TH, old_EH, dtype)
         # As stored: later layers, like every later reader, see rounded embeddings.
         new_EH = stream.store(name, new_EH)
         after = _share(features_TH, experts_L, new_EH)
-        stream.feed_forward(block, new_EH, mean_H)
+        stream.advance(block, layer, new_EH, mean_H)
         return before, after
 
     def _new_mean(self, stream: _Stream, layer: int, block: Any) -> Tensor:
         """Store and return the mean [H] of the normalised running means of this text."""
         zeros_H = torch.zeros_like(block.mlp.gate.mean)
-        normed_TH = stream.features(block, zeros_H)
+        normed_TH = stream.features(block, layer, zeros_H)
         return stream.store(mean_name(layer), mean(normed_TH, device()))
 
     def _start(self, layer: int, features_TH: Tensor, old_EH: Tensor, dtype: torch.dtype) -> Tensor:
@@ -354,7 +384,7 @@ def fit_router(
     sidecar = read_sidecar(directory)
     check_start(start, sidecar.router.kind, sidecar.router.projection)
     settings = transformers_config(directory)
-    length = _length(text, settings)
+    length = min(window.shape[1] for window in text.windows.values())
     reading = _read(sidecar, text, start, length)
     warm_start = _WarmStart(sidecar, reading, config, seed, kept)
     need = need_of(directory, "fp32", device())
@@ -376,15 +406,6 @@ def fit_router(
         start=start,
         nearest=text.nearest or _nearest(sidecar, text, reading.chunks_NM),
     )
-
-
-def _length(text: FitText, settings: PretrainedConfig) -> int:
-    """Return the tokens of every window that are read."""
-    lengths = [window.shape[1] for window in text.windows.values()]
-    # No layer here applies a sliding window; windows that fit into it don't need one.
-    if getattr(settings, "use_sliding_window", False):
-        lengths.append(settings.sliding_window)
-    return min(lengths)
 
 
 def _nearest(sidecar: Sidecar, text: FitText, chunks_NM: Tensor | None) -> dict[str, float]:

@@ -218,7 +218,6 @@ def changed(source, out, **keys):
         (dict(attention_bias=True), ["attention_bias", "o_proj.bias"]),
         (dict(mlp_bias=True), ["mlp_bias", "FFN"]),
         (dict(model_type="qwen3", use_sliding_window=True), ["Qwen3-Next has no sliding windows"]),
-        (dict(model_type="olmo2"), ["'olmo2'", "norms after attention"]),
         (dict(model_type="gemma2"), ["'gemma2'", "add 1"]),
         (dict(model_type="cohere2"), ["'cohere2'", "side by side"]),
         (dict(model_type="gemma"), ["'gemma'", "no SwiGLU", "loses bits"]),

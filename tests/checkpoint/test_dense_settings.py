@@ -43,7 +43,9 @@ REFUSED = {  # what transformers refuses, or can't compute with
     "a whole epsilon": (*FAMILIES, "qwen2_moe"),
     "no key-value heads": ("mistral", "qwen2_moe", "glm", "ministral"),
     "no window": ("qwen2_moe",),
-    "null head_dim": ("qwen2", "qwen2_moe", "qwen3", "phi3", "granite", "glm", "ministral"),
+    "null head_dim": (
+        *("qwen2", "qwen2_moe", "qwen3", "phi3", "granite", "glm", "ministral", "olmo2"),
+    ),
     "old, scaled": ("phi3", "glm"),
     "both": ("phi3", "glm"),
     "positions outside": ("phi3", "glm"),

@@ -1,11 +1,45 @@
-"""A family's own model with Qwen2-MoE's blocks: registered, saved and loaded like any other."""
+"""A family's own model with Qwen2-MoE's blocks: registered, saved and loaded like any other, and
+what it computes is the paper's formula on the dense family's own class."""
 
+import copy
+
+import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import nexus_ds.hf  # noqa: F401
+from nexus_ds.checkpoint import qwen2_moe
+from nexus_ds.checkpoint.families.record import AFTER_FFN
+from nexus_ds.checkpoint.families.table import FAMILIES
+from nexus_ds.checkpoint.forms import NATIVE, native_class
+from nexus_ds.checkpoint.inspection import describe
 from nexus_ds.checkpoint.native import empty_dense, empty_mixture, mixture_classes
 from nexus_ds.checkpoint.qwen2_moe import stored
+from nexus_ds.checkpoint.sidecar import verify_expert_embeddings
+from nexus_ds.checkpoint.streaming import streamed_model
+from nexus_ds.checkpoint.tensors import TensorReader
+from nexus_ds.errors import UnsupportedModelError
+from nexus_ds.planning.sizes import sizes_of
+from nexus_ds.settings import Config
+from nexus_ds.upcycling import upcycle
+from nexus_ds.upcycling.extend import extended
+from nexus_ds.upcycling.remove import reduced
+from nexus_ds.upcycling.replace import replaced
+from nexus_ds.upcycling.upcycle import upcycled
+from tests.checkpoint.test_dense import changed, embeddings
+from tests.checkpoint.test_qwen3_next import (
+    NAMES,
+    NOISE,
+    difference,
+    gradients_compared,
+    mixture,
+    renormalised,
+    tokens,
+)
+from tests.checkpoint.test_views import InOrder
 
 CONFIG = dict(
     model_type="nexus_qwen3",
@@ -22,6 +56,231 @@ CONFIG = dict(
     moe_intermediate_size=40,
     shared_expert_intermediate_size=40,
 )
+SIZES = dict(
+    vocab_size=31,
+    hidden_size=64,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=None,
+)
+SHORT_WAVES = dict(rope_parameters=dict(rope_type="default", rope_theta=9.0))
+KINDS = {  # family, keys of its config.json, keys without which it is another model
+    "olmo-2": ("olmo2", {}, dict(rms_norm_eps=0.5)),
+    "olmo-2-tied": ("olmo2", dict(tie_word_embeddings=True), SHORT_WAVES),
+}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(k, *how) for k in KINDS for how in (("fp32", 1), ("fp32", 2), ("bf16", 2))],
+    ids=str,
+)
+def made(request, tmp_path_factory, dense_dir):
+    """(kind, folder of the mixture, folder of seed and branches, the reference)."""
+    kind, dtype, top_k = request.param
+    family, keys, _ = KINDS[kind]
+    root = tmp_path_factory.mktemp(f"{kind}-{dtype}")
+    oracle = mixture(root, dense_dir, family, SIZES | keys, dtype, top_k)
+    for layer in oracle.model.layers:
+        layer.mlp.__class__ = InOrder
+    return kind, root / "out", root, oracle
+
+
+def loaded(directory):
+    # one expert after the other, as the formula has them: bits depend on it
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory,
+        local_files_only=True,
+        dtype="auto",
+        output_loading_info=True,
+        experts_implementation="eager",
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    return model.eval()
+
+
+def opened(directory):
+    config, reader = qwen2_moe.open_moe(directory)
+    return config, TensorReader.of(reader)
+
+
+def noise(oracle, x):
+    """Return how far the reference's logits lie apart, computed by transformers' two kernels."""
+    eager = copy.deepcopy(oracle)
+    eager.set_attn_implementation("eager")
+    apart = difference(eager(x).logits, oracle(x).logits)
+    assert 1e-8 < apart < 1e-4
+    return apart
+
+
+def float32_only(made):
+    kind, out, root, oracle = made
+    if next(oracle.parameters()).dtype is not torch.float32:
+        pytest.skip("rounding hides what is looked for")
+    return kind, out, root, oracle
+
+
+@torch.no_grad()
+def test_transformers_computes_the_formula(made, tmp_path):
+    """fp32 within twice the noise between the reference's own kernels; bf16 bit by bit."""
+    kind, out, _, oracle = made
+    model, x = loaded(out), tokens()
+    family, _, others = KINDS[kind]
+    assert type(model).__name__ == native_class(family) == model.config.architectures[0]
+    expected, found = oracle(x).logits, model(x).logits
+    if expected.dtype is torch.float32:
+        assert difference(found, expected) <= NOISE * noise(oracle, x), kind
+    else:
+        assert torch.equal(found, expected), kind
+    assert all(len(block.mlp.chosen) > 1 for block in oracle.model.layers)
+    # the comparison can fail
+    other = loaded(changed(out, tmp_path / "other", **others))
+    assert difference(other(x).logits, expected) > 0.01, kind
+    renormalised(model)
+    assert difference(model(x).logits, expected) > 0.01
+
+
+@torch.no_grad()
+def test_with_left_padding_and_with_a_cache_it_is_the_same(made):
+    kind, out, _, oracle = float32_only(made)
+    model, x = loaded(out), tokens()
+    mask = torch.ones_like(x)
+    mask[0, :9] = 0
+    # what a row of padding computes is nobody's: it is left out
+    expected = oracle(x, attention_mask=mask).logits[mask.bool()]
+    found = model(x, attention_mask=mask).logits[mask.bool()]
+    assert difference(found, expected) <= NOISE * noise(oracle, x), kind
+    assert difference(model(x).logits[0, 9:], expected[: 24 - 9]) > 1e-3
+    greedy = dict(attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    texts = [m.generate(x, use_cache=c, **greedy) for m in (oracle, model) for c in (True, False)]
+    assert all(torch.equal(text, texts[0]) for text in texts), kind
+
+
+@torch.no_grad()
+def test_layer_by_layer_it_is_the_same(made):
+    _, out, _, _ = made
+    model, x = loaded(out), tokens()
+    streamed = streamed_model(out, model.dtype, torch.device("cpu"), rows=2)
+    streamed.set_experts_implementation("eager")
+    whole = torch.cat([model(part).logits for part in x.split(2)])
+    assert torch.equal(streamed(input_ids=x, use_cache=False).logits, whole)
+    greedy = dict(max_new_tokens=9, do_sample=False, pad_token_id=0)
+    assert torch.equal(*(one.generate(x[:2], **greedy) for one in (model, streamed)))
+
+
+def test_it_is_read_back_bit_by_bit(made):
+    kind, out, root, _ = made
+    config, reader = opened(out)
+    table = stored(config)
+    assert set(reader.names()) == set(table)
+    assert config["model_type"] == NATIVE + KINDS[kind][0]
+    branches = [load_file(root / name / "model.safetensors") for name in NAMES]
+    for name, entry in table.items():
+        tensor = reader.read(name)
+        if entry.role is qwen2_moe.Role.DENSE:
+            mean = sum(state[name].float() for state in branches) / 3
+            assert torch.equal(tensor, mean.to(tensor.dtype)), name
+        if entry.role is qwen2_moe.Role.ROUTED:
+            assert torch.equal(tensor, branches[entry.expert][entry.dense_name]), name
+    verify_expert_embeddings(out)
+
+
+def test_training_computes_the_reference_and_its_gradients(made):
+    kind, out, _, oracle = float32_only(made)
+    model, compared = gradients_compared(out, oracle)
+    assert type(model).__name__ == type(oracle).__name__, kind
+    # the shared expert's 3, 3 stacks and P's 2 instead of 3 of a dense FFN
+    dense = [name for name, _ in oracle.named_parameters() if ".mlp." not in name]
+    assert compared == len(dense) + 2 * (3 + 3 + 2)
+
+
+def test_experts_come_and_go(made, tmp_path):
+    kind, out, root, _ = made
+    config, old = Config(), out
+    more = embeddings((*NAMES, "d"))
+    steps = {
+        "extend": lambda old: extended(old, {"d": root / "a"}, more, config),
+        "replace": lambda old: replaced(old, {"b": root / "a"}, None, config, share=0.0),
+        "remove": lambda old: reduced(old, ["c"]),
+    }
+    for name, step in steps.items():
+        (tmp_path / name).mkdir()
+        step(old).write(tmp_path / name, None, config.router, 0)
+        assert type(loaded(tmp_path / name)).__name__ == native_class(KINDS[kind][0])
+        old = tmp_path / name
+    after, first = opened(old)[1], opened(out)[1]
+    places = [qwen2_moe.expert_name(1, expert, "up_proj") for expert in (0, 1, 2)]
+    assert all(torch.equal(after.read(place), first.read(places[0])) for place in places)
+    assert describe(old)["experts"][2]["name"] == "d"
+
+
+POST_NORMS = [kind for kind, (of, *_) in KINDS.items() if set(FAMILIES[of].norms) & set(AFTER_FFN)]
+
+
+@pytest.mark.parametrize("kind", POST_NORMS)
+def test_a_router_whose_gate_is_normed_away_learns_nothing(kind, tmp_path, dense_dir, monkeypatch):
+    """A gradient of the router beside that of the experts, of each pair; the one that has next to
+    none is refused, the others are not."""
+    family, keys, _ = KINDS[kind]
+    monkeypatch.setattr(upcycle, "_check_learns", lambda base, config: None)
+    oracle = mixture(tmp_path, dense_dir, family, SIZES | keys, "fp32", 1)
+    monkeypatch.undo()
+    shares = {(s, k): router_share(oracle, s, k) for s in ("seed", "none") for k in (1, 2)}
+    assert shares.pop(("none", 1)) < 1e-3 < 1e-2 < min(shares.values()), shares
+    for (shared, top_k), _ in (*shares.items(), (("none", 1), 0)):
+        config = Config()
+        config.model.shared_expert, config.router.top_k = shared, top_k
+        branches = {name: tmp_path / name for name in NAMES}
+        arguments = tmp_path / "seed", branches, embeddings(NAMES), config
+        if (shared, top_k) != ("none", 1):
+            upcycled(*arguments)
+            continue
+        message = (
+            rf"model.shared_expert=none with router.top_k=1: {family} norms what its FFN returns "
+            r"\(post_\w+_layernorm\), which undoes the gate, .* set router.top_k=2, or leave"
+        )
+        with pytest.raises(UnsupportedModelError, match=message):
+            upcycled(*arguments)
+
+
+def router_share(oracle, shared, top_k):
+    """Return the routers' gradient divided by that of all experts' matrices."""
+    oracle = copy.deepcopy(oracle)
+    for layer in oracle.model.layers:
+        layer.mlp.top_k = top_k
+        layer.mlp.rows = layer.mlp.rows.requires_grad_()
+        if shared == "none":
+            for weight in layer.mlp.shared.parameters():
+                weight.data.zero_()
+    x = tokens()
+    logits = oracle(x, use_cache=False).logits
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten()).backward()
+    blocks = [layer.mlp for layer in oracle.model.layers]
+    experts = [w.grad for block in blocks for w in block.experts.parameters()]
+    rows = [block.rows.grad for block in blocks]
+    return float(norm_of(rows) / norm_of(experts))
+
+
+def norm_of(gradients):
+    return torch.cat([gradient.flatten() for gradient in gradients if gradient is not None]).norm()
+
+
+def test_it_is_counted_as_it_is_stored(made):
+    _, out, _, _ = made
+    facts, config = describe(out)["parameters"], Config()
+    config.model.path = str(out)
+    counted = sizes_of(config).counts()
+    assert {key: counted[key] for key in facts} == facts
+    assert facts["total"] == sum(weight.numel() for weight in loaded(out).parameters())
+
+
+def test_every_native_family_is_registered():
+    for name, family in FAMILIES.items():
+        if not family.mixture:
+            assert type(AutoConfig.for_model(NATIVE + name)).model_type == NATIVE + name
 
 
 @torch.no_grad()
@@ -38,10 +297,10 @@ def test_the_auto_classes_load_what_was_saved(tmp_path):
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     assert shapes == {name: entry.shape for name, entry in stored(CONFIG).items()}
     assert AutoConfig.from_pretrained(tmp_path).model_type == "nexus_qwen3"
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    tokens = torch.arange(24)[None]
-    found = loaded(tokens).logits
-    assert torch.isfinite(found).all() and torch.equal(found, model(tokens).logits)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    x = torch.arange(24)[None]
+    logits = found(x).logits
+    assert torch.isfinite(logits).all() and torch.equal(logits, model(x).logits)
 
 
 def test_empty_models_hold_no_weight():

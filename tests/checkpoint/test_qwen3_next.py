@@ -251,11 +251,19 @@ def test_it_is_read_back_bit_by_bit(made):
 def test_training_computes_the_reference_and_its_gradients(made):
     """In the family's own form: no gate of zeros, no rescaled columns. Rows of the router by P."""
     dtype, _, out, _, oracle = made
-    oracle = copy.deepcopy(oracle)
     if dtype is not torch.float32:
         pytest.skip("gradients are compared in fp32")
-    model = load_nexus(out, dtype, Placement(3), RouterConfig(load_balance=0.0), False)
+    model, compared = gradients_compared(out, oracle)
     assert type(model).__name__ == "Qwen3ForCausalLM"
+    # of each layer 8 outside of the FFN, the shared expert's 3, 3 stacks and P's 2
+    assert compared == 2 * (8 + 3 + 3 + 2) + (2 if oracle.config.tie_word_embeddings else 3)
+
+
+def gradients_compared(out, oracle):
+    """Hold the gradients of a mixture in training to the reference's; return the model and how
+    many were held."""
+    oracle = copy.deepcopy(oracle)
+    model = load_nexus(out, torch.float32, Placement(3), RouterConfig(load_balance=0.0), False)
     router_file = load_file(out / "nexus" / "nexus_router.safetensors")
     inputs = domain_inputs(router_file, read_sidecar(out).router.centre)
     x = tokens()
@@ -280,8 +288,7 @@ def test_training_computes_the_reference_and_its_gradients(made):
             expected = own[named].grad
         assert expected.abs().max() > 0 and difference(parameter.grad, expected) < GRADIENTS, name
         compared += 1
-    # of each layer 8 outside of the FFN, the shared expert's 3, 3 stacks and P's 2
-    assert compared == 2 * (8 + 3 + 3 + 2) + (2 if oracle.config.tie_word_embeddings else 3)
+    return model, compared
 
 
 def test_experts_come_and_go(made, tmp_path):

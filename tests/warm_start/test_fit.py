@@ -15,6 +15,13 @@ from nexus_ds.settings import RouterConfig
 from nexus_ds.warm_start import fit, methods
 from nexus_ds.warm_start.fit import fit_router
 from nexus_ds.warm_start.fit_text import FitText
+from tests.checkpoint.test_native import SIZES
+from tests.checkpoint.test_qwen3_next import NAMES, mixture
+
+LAYERS = {
+    "post-norm": ("olmo2", {}),
+    "windows": ("qwen2", dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),
+}
 
 
 @pytest.fixture
@@ -44,10 +51,10 @@ def own_share(checkpoint, windows):
             lambda module, inputs, output: chosen.append(output[2][:, 0])
         )
     hits = []
-    for index, domain in enumerate(DOMAINS):
+    for index, text in enumerate(windows.windows.values()):
         chosen.clear()
         with torch.no_grad():
-            model(input_ids=windows.windows[domain], use_cache=False)
+            model(input_ids=text, use_cache=False)
         hits += [(picked == index).float().mean() for picked in chosen]
     return float(torch.stack(hits).mean())
 
@@ -59,6 +66,19 @@ def test_the_streamed_share_is_the_whole_models_and_grows(checkpoint, windows):
     assert report.after == pytest.approx(after, abs=1e-4)
     assert after > before + 0.1
     verify_expert_embeddings(checkpoint)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_are_those_of_the_family(kind, tmp_path, dense_dir, windows):
+    """Norms behind the block; windows that text is longer than. Text of 20 tokens."""
+    family, keys = LAYERS[kind]
+    mixture(tmp_path, dense_dir, family, SIZES | keys, "fp32", 1)
+    text = dict(zip(NAMES, windows.windows.values(), strict=True))
+    before = own_share(tmp_path / "out", FitText(text, {}))
+    report = fit_router(tmp_path / "out", FitText(text, {}), RouterConfig(fit_steps=60), seed=0)
+    after = own_share(tmp_path / "out", FitText(text, {}))
+    assert report.after == pytest.approx(after, abs=1e-4)
+    assert after > before + 0.1
 
 
 def test_nothing_but_the_router_changes(checkpoint, nexus_dir, windows):

@@ -20,6 +20,10 @@ FUSED = {
 }
 """Matrices that are stacked row by row in one tensor."""
 FULL, SLIDING = "full_attention", "sliding_attention"
+PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
+"""Norms of a layer that stand before its attention and its FFN alone."""
+AFTER_FFN = ("post_feedforward_layernorm",)
+"""Norms over what an FFN returns: they take away by what a gate has multiplied it."""
 
 LayerKinds = Callable[[ConfigJson], Sequence[str]]
 """Each layer's kind of attention, where config.json does not list them."""
@@ -64,8 +68,11 @@ class Family:
     scores and logits."""
     ffn_size: str = "intermediate_size"
     """Key of the inner width of what becomes an expert."""
+    norms: tuple[str, ...] = PRE_NORMS
+    """Norms of a layer, in the order of the file."""
     qk_norm: str = ""
-    """What q_norm and k_norm of the attention go over: each `head`; empty: there are none."""
+    """What q_norm and k_norm of the attention go over: each `head`, or `all` of them together;
+    empty: there are none."""
     mixture: str = "qwen2_moe"
     """The form that its mixture has on disk, see `forms`; empty: `nexus_<family>`."""
     with_layer_types: Family | None = None
@@ -99,6 +106,8 @@ class DenseSettings:
     norm_eps: float
     tied_embeddings: bool
     qkv_bias: bool
+    norms: tuple[str, ...]
+    """As `Family.norms`."""
     qk_norm: str
     """As `Family.qk_norm`."""
     sliding_window: int | None
@@ -116,6 +125,15 @@ class DenseSettings:
         """Width of the keys, and of the values, of all heads together."""
         return self.kv_heads * self.head_dim
 
+    @property
+    def qk_widths(self) -> dict[str, int]:
+        """Elements of the norms of queries and keys, by name."""
+        if not self.qk_norm:
+            return {}
+        if self.qk_norm == "head":
+            return {"q_norm": self.head_dim, "k_norm": self.head_dim}
+        return {"q_norm": self.query_width, "k_norm": self.kv_width}
+
 
 class DenseWeight(NamedTuple):
     """One weight of a dense model: its shape and its place."""
@@ -130,15 +148,17 @@ class DenseWeight(NamedTuple):
 def _layer_weights(settings: DenseSettings, layer: int) -> Iterator[tuple[str, DenseWeight]]:
     hidden, queries, keys = settings.hidden_size, settings.query_width, settings.kv_width
     prefix = f"model.layers.{layer}."
-    yield prefix + "input_layernorm.weight", DenseWeight((hidden,), layer)
+    first, *others = settings.norms
+    yield f"{prefix}{first}.weight", DenseWeight((hidden,), layer)
     for part, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
         yield f"{prefix}self_attn.{part}.weight", DenseWeight((rows, hidden), layer)
         if settings.qkv_bias:
             yield f"{prefix}self_attn.{part}.bias", DenseWeight((rows,), layer)
     yield prefix + "self_attn.o_proj.weight", DenseWeight((hidden, queries), layer)
-    for part in ("q_norm", "k_norm") if settings.qk_norm else ():
-        yield f"{prefix}self_attn.{part}.weight", DenseWeight((settings.head_dim,), layer)
-    yield prefix + "post_attention_layernorm.weight", DenseWeight((hidden,), layer)
+    for part, width in settings.qk_widths.items():
+        yield f"{prefix}self_attn.{part}.weight", DenseWeight((width,), layer)
+    for part in others:
+        yield f"{prefix}{part}.weight", DenseWeight((hidden,), layer)
     for part in FFN_PARTS:
         inward = (settings.ffn_size, hidden)
         shape = (hidden, settings.ffn_size) if part == "down_proj" else inward
