@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 JOBS ?= 2
 PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test test-all test-slurm test-faults soak mutants gpu gpu-kit lint clean
+.PHONY: help setup demo virtualenvs test test-all test-slurm test-faults soak mutants gpu gpu-kit lint clean
 help:
 	@echo "make demo      the whole pipeline on a small scale (CPU or GPU); ends with the report's path"
 	@echo "make test      lint, types and tests (JOBS=2 files at once); make test-all adds the full parity matrix"
@@ -40,10 +40,14 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+# Packages of a few tests beside the project's own: 18 MB, once. Without a network these tests are skipped and say so.
+virtualenvs: $(READY)
+	-@$(BIN)/python tests/transformers4.py
+
+test: lint virtualenvs
 	$(PYTEST) -m "not full and not slurm"
 
-test-all: lint
+test-all: lint virtualenvs
 	$(PYTEST) -m "not slurm"
 
 # SLURM's packages are installed on Debian as root; elsewhere the tests are skipped and say why.
