@@ -1,6 +1,8 @@
 """One rank of a training that meets bad batches (not a test).
 
-python bad_batch_worker.py KIND STEPS section.key=value ...      under the launcher's variables
+python bad_batch_worker.py KIND STEPS [deepspeed=FILE] section.key=value ...
+
+under the launcher's variables.
 
 KIND at each of STEPS (2,3): loss: one sequence of the last rank has a loss that is NaN; gradient:
 all losses are numbers, but not what is made of them; expert: the last rank's own experts alone get
@@ -24,6 +26,8 @@ from nexus_ds.train import end
 
 KIND = sys.argv[1]
 STEPS = {int(step) for step in sys.argv[2].split(",") if step}
+JSON = [word.removeprefix("deepspeed=") for word in sys.argv if word.startswith("deepspeed=")]
+SETTINGS = [word for word in sys.argv[3:] if not word.startswith("deepspeed=")]
 HERE = position()
 LAST = HERE.rank == HERE.world - 1
 honest = loop.next_token_loss
@@ -65,7 +69,7 @@ def main():
     loop.next_token_loss = poisoned
     loop.Run = Poisoned
     try:
-        return loop.train(resolve(load_config("demo", sys.argv[3:])), "", HERE)
+        return loop.train(resolve(load_config("demo", SETTINGS)), "".join(JSON), HERE)
     except NexusError as error:
         print(f"NEXUS {type(error).__name__}: {error}", flush=True)
         return 1

@@ -57,20 +57,28 @@ def same_weights(one, other):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "stage", "dtype"),
+    ("kind", "stage", "dtype", "offload"),
     [
-        ("loss", 1, "fp32"),
-        ("gradient", 2, "bf16"),
-        ("expert", 2, "fp32"),
-        ("expert", 3, "bf16"),
-        ("loss", 3, "fp32"),
+        ("loss", 1, "fp32", []),
+        ("gradient", 2, "bf16", []),
+        ("expert", 2, "fp32", []),
+        ("expert", 3, "bf16", []),
+        ("loss", 3, "fp32", []),
+        ("expert", 2, "fp32", ["optimizer"]),
+        ("gradient", 3, "bf16", ["optimizer", "param"]),
     ],
 )
 def test_a_bad_batch_leaves_the_run_as_if_its_step_had_not_been_done(
-    tmp_path, nexus_dir, text_folder, kind, stage, dtype
+    tmp_path, nexus_dir, text_folder, kind, stage, dtype, offload
 ):
-    """The first step too, in front of which no moments are."""
+    """The first step too, in front of which no moments are; gradients on the host keep nothing."""
     setting = [f"parallel.zero_stage={stage}", f"model.dtype={dtype}"]
+    if offload:
+        devices = {f"offload_{what}": {"device": "cpu"} for what in offload}
+        zero = {"stage": stage, **devices}
+        path = tmp_path / "ds.json"
+        path.write_text(json.dumps({"zero_optimization": zero}))
+        setting = [f"deepspeed={path}", f"model.dtype={dtype}"]
     for name in (kind, "omitted"):
         given = words(nexus_dir, text_folder, tmp_path / name, *setting)
         said = finish(fork_ranks([WORKER, name, "0,3", *given], 2))
