@@ -1,4 +1,4 @@
-"""Packages that the project does without, in virtualenvs beside its own: `python tests/transformers4.py`.
+"""Packages that the project does without, in other virtualenvs: `python tests/transformers4.py`.
 
 `make test` makes them once, ahead of the tests, which themselves ask for no network.
 What needs no other version, torch above all, is the project's: a .pth file puts its packages after
