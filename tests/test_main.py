@@ -77,6 +77,12 @@ def test_a_recipe_is_planned_without_torch(more, tmp_path):
     assert (tmp_path / "ds.json").is_file()
 
 
+def test_checkpoints_are_planned_without_torch(nexus_dir, context_dir, tmp_path):
+    for directory in (nexus_dir, context_dir):
+        words = ["--gpus", "2", "--gpu-memory", "8GB", f"model.path={directory}"]
+        assert not HEAVY & imported(tmp_path, "plan", *words)
+
+
 def test_checkpoints_are_inspected_without_torch(nexus_dir, dense_dir, tmp_path):
     for words in ([str(nexus_dir)], [str(nexus_dir), str(dense_dir), "--json"]):
         assert not HEAVY & imported(tmp_path, "inspect", *words)

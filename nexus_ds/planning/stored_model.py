@@ -5,15 +5,17 @@ Not covered: families whose parameters are not those of Llama, Mistral, Qwen2 or
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nexus_ds.checkpoint.config_json import CONTEXT_MODEL, ConfigJson, read_config
 from nexus_ds.checkpoint.dense_settings import SIZES, UNIFORM, filled, settings
+from nexus_ds.checkpoint.expert_rows import open_router
 from nexus_ds.checkpoint.families.record import DenseSettings
 from nexus_ds.checkpoint.families.table import FAMILIES
 from nexus_ds.checkpoint.forms import MIXTURES
-from nexus_ds.checkpoint.records import is_nexus
+from nexus_ds.checkpoint.records import Manifest, is_nexus, read_manifest
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
 MIXTURE_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
@@ -72,6 +74,22 @@ def _read(found: ConfigJson, where: str) -> DenseSettings:
     return settings(found, where)
 
 
+def _maps(directory: Path, manifest: Manifest) -> tuple[int, ...]:
+    """Return the elements of each map of P in a layer, by headers alone; none of free rows."""
+    reader = open_router(directory, manifest).reader
+    sizes = []
+    for name in reader.names():
+        if name.startswith("layers.0."):
+            shape = reader.info(name).shape
+            sizes.append(math.prod(shape))
+    if bool(sizes) != (manifest.router.kind == "nexus"):
+        raise CheckpointError(
+            f"{directory}: a {manifest.router.kind} router with {len(sizes)} maps of P in layer 0; "
+            "the sidecar is damaged or of another model, restore it from where it came"
+        )
+    return tuple(sizes)
+
+
 def read_model(directory: Path) -> StoredModel:
     """Return what a dense, Nexus or stock Qwen2-MoE checkpoint says of itself.
 
@@ -89,14 +107,9 @@ def read_model(directory: Path) -> StoredModel:
     maps: tuple[int, ...] = ()
     shared = True
     if is_nexus(directory):
-        # it reads P's tensors, and so imports torch, which a dense model is planned without
-        from nexus_ds.checkpoint.sidecar import read_sidecar
-
-        sidecar = read_sidecar(directory)
-        # a linear router has no P
-        if sidecar.projections:
-            maps = tuple(weight.numel() for weight in sidecar.projections[0].values())
-        shared = sidecar.shared_expert == "seed"
+        manifest = read_manifest(directory)
+        maps = _maps(directory, manifest)
+        shared = manifest.shared_expert == "seed"
     return StoredModel(
         dense=dense,
         experts=found["num_experts"],

@@ -1,5 +1,11 @@
 """Sizes that come of it, and all refusals: test_sizes.py."""
 
+import json
+import shutil
+
+import pytest
+
+from nexus_ds.errors import CheckpointError
 from nexus_ds.planning.stored_model import read_model
 
 
@@ -13,3 +19,14 @@ def test_a_nexus_checkpoint_says_its_input_and_its_sidecar_has_p(context_dir):
     model = read_model(context_dir)
     assert model.context and model.shared
     assert model.experts > 1 and model.projection
+
+
+def test_a_sidecar_that_contradicts_itself_is_refused(nexus_dir, tmp_path):
+    directory = shutil.copytree(nexus_dir, tmp_path / "nexus")
+    said = json.loads((directory / "nexus.json").read_text())
+    said["router"]["kind"] = "linear"
+    (directory / "nexus.json").write_text(json.dumps(said))
+    with pytest.raises(
+        CheckpointError, match=r"nexus: a linear router with \d maps of P in layer 0"
+    ):
+        read_model(directory)
