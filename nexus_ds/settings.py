@@ -230,6 +230,22 @@ class ModelConfig:
     """Upcycling: seed: its feed-forward network is always on | none: zeros, which stay zero in
     training (BTX's form)."""
 
+    # The paper's y = E_0(x) + p E_i(x) nearly doubles what a dense block adds to its input.
+    shared_scale: float = setting(
+        1.0,
+        changes="inputs",
+        positive=True,
+    )
+    """Upcycling: what the shared expert's output is multiplied by at the start, a power of two:
+    folded into its down_proj, so that no bit is lost and the form stays stock."""
+
+    routed_scale: float = setting(
+        1.0,
+        changes="inputs",
+        positive=True,
+    )
+    """The same of the routed experts, of those that are added later too."""
+
 
 @dataclass(kw_only=True)
 class DataConfig:

@@ -111,7 +111,7 @@ class FitReport:
 
 # `lambda` is a word of Python's.
 FILE_KEYS = {"share": "lambda"}
-LEFT_OUT = ("seed_license", "perplexity", "aligned")  # where they are empty
+LEFT_OUT = ("seed_license", "scales", "perplexity", "aligned")  # where they are empty
 FIELDS = {key: name for name, key in FILE_KEYS.items()}
 
 
@@ -161,6 +161,8 @@ class UpcycleStep(Step):
     seed: int
     seed_license: str = ""
     """As its card says it; empty: not said."""
+    scales: dict[str, float] = field(default_factory=dict)
+    """Of `shared` and `routed` experts' outputs at the start, folded into down_proj; empty: 1."""
     aligned: dict[str, list[str]] = field(default_factory=dict)
     """Rows of the embeddings (`31:33`, the end excluded) that come from some experts' models alone,
     with these experts; all others come from all."""
@@ -329,6 +331,19 @@ def step_of(entry: Mapping[str, object]) -> Step:
     if step is not None and json.dumps(step.entry()) == json.dumps(entry):
         return step
     return OtherStep(verb=str(entry.get("verb", "")), written=dict(entry))
+
+
+def start_scale(lineage: list[Step], shared: bool) -> float:
+    """Return what an expert's output is multiplied by when its dense model is put in.
+
+    Args:
+        lineage: of the mixture.
+        shared: whether it is the shared expert, not a routed one.
+    """
+    for step in lineage:
+        if isinstance(step, UpcycleStep):
+            return step.scales.get("shared" if shared else "routed", 1.0)
+    return 1.0
 
 
 def last_extension(lineage: list[Step]) -> list[str]:

@@ -31,12 +31,14 @@ from nexus_ds.checkpoint.dense import DenseModel
 from nexus_ds.checkpoint.headers import row_slices, sha256_of_tensors, tensor_bytes, tensor_head
 from nexus_ds.checkpoint.model_card import stated_license
 from nexus_ds.checkpoint.new_files import Place
-from nexus_ds.checkpoint.qwen2_moe import stored
+from nexus_ds.checkpoint.qwen2_moe import Role, Stored, stored
 from nexus_ds.checkpoint.qwen3_next import open_writer
 from nexus_ds.checkpoint.records import (
     EncoderRecord,
     ExpertRecord,
+    Step,
     portable,
+    start_scale,
 )
 from nexus_ds.checkpoint.tensors import (
     DTYPES,
@@ -89,6 +91,17 @@ class Stack:
 
 Source = Blend | Stack | Tensor
 """Where a tensor of the output comes from."""
+
+
+def expert_copy(part: Part, entry: Stored, lineage: list[Step]) -> Blend:
+    """Return an expert's tensor: its dense model's, scaled as it is stored and as it starts.
+
+    Of powers of two, so no bit is lost.
+    """
+    scale = entry.scale
+    if entry.part == "down_proj":
+        scale *= start_scale(lineage, entry.role is Role.SHARED)
+    return Blend([part], scale=scale)
 
 
 def mean_of(parts: Sequence[Part]) -> Blend:

@@ -20,7 +20,7 @@ from nexus_ds.checkpoint.dense import DenseModel
 from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, check_shared_gates, gate_name, stored
-from nexus_ds.checkpoint.records import ExtendStep, portable
+from nexus_ds.checkpoint.records import ExtendStep, Step, portable
 from nexus_ds.checkpoint.sidecar import Sidecar, expert_embeddings, versions
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.data.domains import DomainEmbeddings
@@ -32,6 +32,7 @@ from nexus_ds.upcycling.blend import (
     Part,
     Source,
     domain_vectors,
+    expert_copy,
     expert_records,
 )
 from nexus_ds.upcycling.branches import check_branches, open_all
@@ -147,7 +148,16 @@ def extended(
         "extend",
         target,
         mixture.dtype,
-        branched_tensors(target, mixture.reader, models, places, total, embeddings_of, alignment),
+        branched_tensors(
+            target,
+            mixture.reader,
+            models,
+            places,
+            total,
+            embeddings_of,
+            alignment,
+            old.lineage,
+        ),
         sidecar,
         checkpoint,
         alignment.tokenizer if alignment else checkpoint,
@@ -258,6 +268,7 @@ def branched_tensors(
     share: float,
     embeddings: Callable[[int], Tensor],
     alignment: Alignment | None,
+    lineage: list[Step],
 ) -> dict[str, Source]:
     """Return the tensors of a mixture that dense models are put into.
 
@@ -269,6 +280,7 @@ def branched_tensors(
         share: lambda, the total share of the models in all that is averaged.
         embeddings: returns the new router's weight [n, h] of a layer.
         alignment: how embeddings are put together where vocabularies may have grown.
+        lineage: of the mixture, which says how experts are scaled.
     """
     new = {
         place: (f"expert {name}", TensorReader.of(models[name].reader))
@@ -287,7 +299,7 @@ def branched_tensors(
             return by_row(Blend(parts), entry, alignment)
         if entry.role is Role.ROUTED and entry.expert in new:
             who, branch = new[entry.expert]
-            return Blend([Part(who, branch, entry.dense_name)])
+            return expert_copy(Part(who, branch, entry.dense_name), entry, lineage)
         return copy_of(reader, name, entry)
 
     return {name: source(name, entry) for name, entry in stored(target).items()}

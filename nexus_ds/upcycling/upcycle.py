@@ -44,11 +44,11 @@ from nexus_ds.model.router import (
 )
 from nexus_ds.settings import Config
 from nexus_ds.upcycling.blend import (
-    Blend,
     Part,
     Source,
     domain_vectors,
     encoder_record,
+    expert_copy,
     expert_records,
     mean_of,
     note_other_seeds,
@@ -120,6 +120,7 @@ def upcycled(
         router=config.router,
         seed=config.seed,
         seed_license=stated_license(seed),
+        scales=_scales(config),
         aligned=alignment.recorded(list(models)) if alignment else {},
     )
     sidecar = _upcycled_sidecar(models, embeddings, packages, vectors, config, step)
@@ -133,6 +134,13 @@ def upcycled(
         alignment.tokenizer if alignment else seed,
         cast=casts(models, base.dtype),
     )
+
+
+def _scales(config: Config) -> dict[str, float]:
+    """Return what outputs are multiplied by at the start; empty where nothing is."""
+    model = config.model
+    scales = {"shared": model.shared_scale, "routed": model.routed_scale}
+    return {kind: scale for kind, scale in scales.items() if scale != 1.0}
 
 
 def _open_checked(
@@ -265,11 +273,12 @@ def _upcycled_tensors(
                 return by_row(mean, entry, alignment)
             case Role.ROUTED:
                 who, reader = branches[entry.expert]
-                return Blend([Part(who, reader, entry.dense_name)])
+                return expert_copy(Part(who, reader, entry.dense_name), entry, sidecar.lineage)
             case Role.SHARED:
                 if sidecar.shared_expert == "none":
                     return torch.zeros(entry.shape)
-                return _of_seed(seed, entry)
+                part = Part("seed", TensorReader.of(seed.reader), entry.dense_name)
+                return expert_copy(part, entry, sidecar.lineage)
             case Role.SHARED_GATE:
                 assert entry.fill is not None
                 return torch.full(entry.shape, entry.fill)
@@ -280,13 +289,6 @@ def _upcycled_tensors(
                 return _expert_embeddings(entry, sidecar, config, DTYPES[seed.dtype])
 
     return {name: source(entry) for name, entry in stored(target).items()}
-
-
-def _of_seed(seed: DenseModel, entry: Stored) -> Blend:
-    """Return a tensor of the shared expert: the seed's, as it is stored."""
-    # the scale makes good what the gate takes; a power of two, so no bit is lost
-    part = Part("seed", TensorReader.of(seed.reader), entry.dense_name)
-    return Blend([part], scale=entry.scale)
 
 
 def _expert_embeddings(

@@ -36,6 +36,7 @@ from nexus_ds.checkpoint.records import (
     TrainStep,
     UpcycleStep,
     read_manifest,
+    start_scale,
 )
 from nexus_ds.checkpoint.values import read_rows, rounded
 from nexus_ds.errors import CheckpointError, ConfigError
@@ -270,15 +271,23 @@ def _compare(
         else:
             rows = min(model.info(part).shape[0] for model, part, _ in parts.values())
             pieces = [(0, rows, _weighing(parts))]
-        said = _difference(reader, name, pieces, entry.scale if _of_seed(entry, sources) else 1.0)
+        scale = _scale(entry, manifest, sources)
+        said = _difference(reader, name, pieces, scale)
         if said:
             found.problems.append(f"{name} {said}")
     found.checked.append(f"{counts['copies']} tensors that are copies, byte by byte")
     found.checked.append(f"{counts['averages']} averages, computed again")
 
 
-def _of_seed(entry: Stored, sources: Sources) -> bool:
-    return entry.role is Role.SHARED and sources.upcycled
+def _scale(entry: Stored, manifest: Manifest, sources: Sources) -> float:
+    """Return what a copy of a dense model's tensor was multiplied by; 1 for all that is no copy."""
+    shared = entry.role is Role.SHARED and sources.upcycled
+    routed = entry.role is Role.ROUTED
+    routed = routed and manifest.experts[entry.expert].name in sources.models
+    if not (shared or routed):
+        return 1.0
+    start = start_scale(manifest.lineage, shared) if entry.part == "down_proj" else 1.0
+    return entry.scale * start
 
 
 Weighted = tuple[Headers, str, float]

@@ -497,7 +497,7 @@ VERDICTS = (
         "hidden_size=48 layers=2 heads=4 kv_heads=1 ffn_size=48 max_positions=128 "
         "rope_theta=5000.0 tied_embeddings=false",
     ),
-    ("model", BEFORE, (), "shared_expert=none"),
+    ("model", BEFORE, (), "shared_expert=none shared_scale=0.5 routed_scale=0.5"),
     ("model", SPEED, (), "license=mit"),
     (
         "parallel",

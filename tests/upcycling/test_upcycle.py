@@ -15,7 +15,12 @@ from nexus_ds.checkpoint.headers import sha256_of_tensors
 from nexus_ds.checkpoint.qwen2_moe import expert_name, gate_name, shared_gate_name, shared_name
 from nexus_ds.checkpoint.sidecar import expert_embeddings, read_sidecar, verify_expert_embeddings
 from nexus_ds.checkpoint.tensors import TensorReader
+from nexus_ds.config import load_config
+from nexus_ds.data.domains import read_domain_embeddings
 from nexus_ds.errors import DataError
+from nexus_ds.outputs import new_directory
+from nexus_ds.upcycling.extend import extended
+from nexus_ds.upcycling.verification import verify_sources
 
 
 @pytest.fixture
@@ -92,6 +97,41 @@ def test_stock_transformers_routes_by_the_formula(parts):
     )
     assert len(chosen.unique()) > 1
     torch.testing.assert_close(seen["y"], expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_may_be_scaled_at_the_start(parts, dtype):
+    """0.5 shared(x) + 0.25 p expert(x) in a stock model: only down_proj differs, by powers of two,
+    and a model that is added later is scaled as the others were."""
+    if dtype == torch.bfloat16:
+        for index, name in enumerate(("seed", *NAMES)):
+            shutil.rmtree(parts / name)
+            branch(parts / "dense", parts / name, index, dtype)
+    upcycle(parts)
+    plain = tensors_of(parts / "out")
+    shutil.rmtree(parts / "out")
+    upcycle(parts, "model.shared_scale=0.5", "model.routed_scale=0.25")
+    scaled = tensors_of(parts / "out")
+    factors = {name: 1.0 for name in plain}
+    for layer in range(LAYERS):
+        factors[shared_name(layer, "down_proj")] = 0.5
+        factors |= {expert_name(layer, i, "down_proj"): 0.25 for i in range(3)}
+    for name, factor in factors.items():
+        assert torch.equal(scaled[name].float(), plain[name].float() * factor), name
+    # and nobody takes it for damage
+    assert not verify_sources(parts / "out", {}).problems
+    embed(parts / "more.safetensors", ("delta",), "gone", seed=3)
+    embeddings = read_domain_embeddings(parts / "more.safetensors")
+    config = load_config(str(parts / "recipe.yaml"))
+    with new_directory(parts / "wider") as directory:
+        new = extended(parts / "out", {"delta": parts / "alpha"}, embeddings, config)
+        new.write(directory, None, config.router, 0)
+    wider, alpha = tensors_of(parts / "wider"), tensors_of(parts / "alpha")
+    for part, factor in zip(FFN_PARTS, (1.0, 1.0, 0.25), strict=True):
+        given = alpha[dense_ffn_name(1, part)]
+        assert torch.equal(wider[expert_name(1, 3, part)].float(), given.float() * factor)
+    assert not verify_sources(parts / "wider", {}).problems
 
 
 @torch.no_grad()

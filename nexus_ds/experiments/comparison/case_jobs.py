@@ -24,7 +24,12 @@ from nexus_ds.settings import (
 
 def _without_mixture(config: Config) -> Config:
     """Return a dense model's settings, the same whatever mixture it ends in: methods share it."""
-    model = replace(config.model, shared_expert=ModelConfig.shared_expert)
+    model = replace(
+        config.model,
+        shared_expert=ModelConfig.shared_expert,
+        shared_scale=ModelConfig.shared_scale,
+        routed_scale=ModelConfig.routed_scale,
+    )
     return replace(
         config,
         model=model,

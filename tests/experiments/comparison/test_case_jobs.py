@@ -44,7 +44,13 @@ def test_seeds_may_share_one_seed_model_and_vary_what_comes_after():
 
 
 @pytest.mark.parametrize(
-    "setting", ["router.top_k=2", "model.shared_expert=none", "router.kind=linear"]
+    "setting",
+    [
+        "router.top_k=2",
+        "model.shared_expert=none",
+        "model.routed_scale=0.5",
+        "router.kind=linear",
+    ],
 )
 def test_what_only_a_mixture_has_makes_no_other_branch(setting):
     jobs = case()
