@@ -110,8 +110,10 @@ def _check_dense(path: Path) -> None:
     """
     # not at the top: it imports torch, for which `train --help` doesn't wait
     from nexus_ds.checkpoint.dense import open_dense
+    from nexus_ds.checkpoint.wrappers import refuse_wrapper
 
     if path.is_dir() and not is_nexus(path):
+        refuse_wrapper(path)
         open_dense(path)
 
 

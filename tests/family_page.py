@@ -17,6 +17,7 @@ from test_readme import KINDS as IN_README
 from nexus_ds.checkpoint import families
 from nexus_ds.checkpoint.families.record import Family
 from nexus_ds.checkpoint.families.table import FAMILIES
+from nexus_ds.checkpoint.wrappers import WRAPPERS
 from tests.checkpoint.test_dense import FP32, KINDS
 from tests.checkpoint.test_native import KINDS as NATIVE
 from tests.checkpoint.test_qwen3_next import BF16, GRADIENTS, NOISE
@@ -300,7 +301,10 @@ last column names a test; of the others what is written is compared, and no trai
 
 {table(["model_type", "what it is", "form", "variants compared", "all verbs"], rows)}
 
-Another `model_type` is refused by name, with the reason where one is known.
+Another `model_type` is refused by name, with the reason where one is known. Of models that see
+({", ".join(f"`{name}`" for name in WRAPPERS)})
+`upcycle` and `extend` read the text, which computes what the whole model does of a text alone
+(`tests/checkpoint/test_wrappers.py`); to train or run one, save its language model on its own.
 
 ## What is exact, and to what
 

@@ -326,6 +326,7 @@ def test_a_checkpoint_that_is_not_there_is_named(capsys, monkeypatch, tmp_path):
         ),
         ("branch", {"model_type": "gemma2"}, "supported: llama, mistral, qwen2"),
         ("branch", {"attention_bias": True}, "a Qwen2-MoE has no place for a bias in o_proj"),
+        ("branch", {"model_type": "mistral3"}, "a mistral3 is a language model within one that"),
     ],
 )
 def test_what_can_never_become_an_expert_is_refused_before_it_is_trained(

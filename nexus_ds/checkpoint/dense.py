@@ -17,6 +17,7 @@ from nexus_ds.checkpoint.families.table import FAMILIES
 from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.checkpoint.views import file_shapes, origins, underlying, viewed
+from nexus_ds.checkpoint.wrappers import text_config, text_tensors
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
 MODEL_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
@@ -31,8 +32,8 @@ class DenseModel:
 
     directory: Path
     config: ConfigJson
-    """config.json as it stands on disk, but for `tie_word_embeddings`, which is as the file of
-    weights has it."""
+    """config.json as it stands on disk, of a model that sees its text's (`wrappers`), but for
+    `tie_word_embeddings`, which is as the file of weights has it."""
     family: str
     """A key of FAMILIES."""
     reader: Headers
@@ -179,7 +180,8 @@ def open_dense(directory: Path) -> DenseModel:
             Where there are several mistakes, all are told, in an error of the first one's type.
     """
     directory = Path(directory)
-    config = read_config(directory)
+    whole = read_config(directory)
+    config = text_config(whole)
     where = str(directory / "config.json")
     problems = Problems()
     with problems.collected():
@@ -188,7 +190,7 @@ def open_dense(directory: Path) -> DenseModel:
     if config.get("model_type") not in FAMILIES:
         problems.refuse()
     with problems.collected():
-        reader = Headers(directory)
+        reader = text_tensors(Headers(directory), whole)
         config = as_stored(config, reader)
         normal = settings(config, where)
         _check_heads(normal, where)

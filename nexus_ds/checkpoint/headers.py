@@ -297,6 +297,13 @@ class Headers:
         reader._infos = read_header(file)
         return reader
 
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """Return a reader of some tensors under other names: for each new one that of the file."""
+        reader = type(self).__new__(type(self))
+        reader.directory = self.directory
+        reader._infos = {new: self._infos[name] for new, name in names.items()}
+        return reader
+
     def names(self) -> list[str]:
         """Return the names of all tensors, sorted."""
         return sorted(self._infos)

@@ -14,10 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nexus_ds.checkpoint.config_json import read_config
 from nexus_ds.checkpoint.dense import DenseModel, open_dense
 from nexus_ds.checkpoint.dense_settings import settings
-from nexus_ds.checkpoint.families.table import FAMILIES
 from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.checkpoint.qwen2_moe import check_shared_gates, open_moe
@@ -63,16 +61,11 @@ def _shown(directory: Path) -> Headers:
     Of a model that can't become an expert, or none that this program has made, under its own: then
     those of one name are compared.
     """
-    config = read_config(directory)
     try:
-        if config.get("model_type") in FAMILIES:
-            return open_dense(directory).reader
-        if is_nexus(directory):
-            return open_moe(directory)[1]
+        return open_moe(directory)[1] if is_nexus(directory) else open_dense(directory).reader
     except (CheckpointError, UnsupportedModelError):
         # what is wrong with it is told elsewhere
-        pass
-    return Headers(directory)
+        return Headers(directory)
 
 
 def _numbers(found: Comparison) -> dict[str, float | None]:

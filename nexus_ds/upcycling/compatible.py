@@ -29,6 +29,7 @@ from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.checkpoint.qwen2_moe import Role, stored
 from nexus_ds.checkpoint.relation import UNRELATED, Relation, relation
 from nexus_ds.checkpoint.values import FLOATS, read_values, sample
+from nexus_ds.checkpoint.wrappers import text_config
 from nexus_ds.errors import CheckpointError, IncompatibleModelsError
 
 ATTENTION = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
@@ -348,12 +349,12 @@ def check_models(
 def difference_notes(origin: Origin, models: Mapping[str, DenseModel]) -> list[str]:
     """Return what differs in configurations and is carried or left behind all the same."""
     texts = []
-    own = read_json_object(origin.directory, "config.json")
+    own = text_config(read_json_object(origin.directory, "config.json"))
     for name, model in models.items():
         other = model.config
         # an adapter has none of its own
         if (model.directory / "config.json").is_file():
-            other = read_json_object(model.directory, "config.json")
+            other = text_config(read_json_object(model.directory, "config.json"))
         # lengths that RoPE depends on are compared with the settings
         if other.get(POSITIONS) != own.get(POSITIONS):
             texts.append(

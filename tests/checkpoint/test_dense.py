@@ -234,8 +234,8 @@ def changed(source, out, **keys):
         ),
         (dict(model_type="ernie4_5", use_bias=True), ["use_bias", "o_proj and the FFN"]),
         (
-            dict(model_type="mistral3", text_config=dict(model_type="mistral")),
-            ["'mistral3'", "wraps", "'mistral'"],
+            dict(model_type="idefics3", text_config=dict(model_type="llama")),
+            ["'idefics3'", "wraps", "'llama'"],
         ),
         (dict(model_type="blender"), ["'blender'", "supported: llama"]),
         (dict(model_type=...), ["None", "supported: llama"]),
