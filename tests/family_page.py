@@ -178,7 +178,7 @@ RUNTIMES = {  # form: program, whether it takes it, what to know
             "mostly",
             "what it computes otherwise, or refuses, is said when a mixture is written: heads of "
             "another width than hidden size / heads, windows in some layers, generation beyond a "
-            "window, a longrope factor",
+            "window, a longrope factor; GLM-4, Phi-4-mini and Granite were run",
         ),
         (
             "vLLM 002fb907 (read)",

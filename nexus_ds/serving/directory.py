@@ -184,18 +184,20 @@ def served_config(opened: Opened, target: Target) -> ConfigJson:
     if zero_biases(target, mixture):
         config["qkv_bias"] = True
     if target.name == "transformers4":
-        config |= _factor_for_4(mixture, config)
+        config |= _factor_of_longrope(mixture, config, "attention_factor")
+    if target.name in ("vllm", "sglang"):
+        config |= _factor_of_longrope(mixture, config, "short_mscale", "long_mscale")
     if _uncached(target, mixture):
         config["use_cache"] = False
     return config
 
 
-def _factor_for_4(mixture: Mixture, config: ConfigJson) -> ConfigJson:
-    """Return the keys that state a longrope's factor, which 4 would compute from other numbers."""
+def _factor_of_longrope(mixture: Mixture, config: ConfigJson, *keys: str) -> ConfigJson:
+    """Return the keys that state a longrope's factor, which others compute from other numbers."""
     if mixture.rope != "longrope":
         return {}
-    rope = dict(mixture.sizes.rope)
-    rope["attention_factor"] = attention_factor(rope, filled(config))
+    factor = attention_factor(mixture.sizes.rope, filled(config))
+    rope = dict(mixture.sizes.rope) | dict.fromkeys(keys, factor)
     return {"rope_parameters": rope, "rope_scaling": rope}
 
 

@@ -112,6 +112,11 @@ def _kinds(*names: str) -> Holds:
     return lambda mixture: mixture.rope in names
 
 
+def _two_lists(mixture: Mixture) -> bool:
+    rope = mixture.sizes.rope
+    return mixture.rope == "longrope" and rope["short_factor"] != rope["long_factor"]
+
+
 def _stated_factor(mixture: Mixture) -> bool:
     return mixture.rope == "yarn" and mixture.sizes.rope.get("attention_factor") is not None
 
@@ -183,9 +188,9 @@ _VLLM = Target(
             _kinds("dynamic"),
         ),
         Rule(
-            "RoPE of type longrope",
-            "multiplies by a factor of its own",
-            _kinds("longrope"),
+            "RoPE of type longrope with two lists of factors",
+            "takes the long ones for all texts where it serves long ones",
+            _two_lists,
         ),
     ),
 )
@@ -209,9 +214,9 @@ _SGLANG = Target(
             _kinds("dynamic"),
         ),
         Rule(
-            "RoPE of type longrope",
-            "multiplies by a factor of its own",
-            _kinds("longrope"),
+            "RoPE of type longrope with two lists of factors",
+            "takes one for all texts of a batch",
+            _two_lists,
         ),
         Rule(
             "RoPE of type yarn with attention_factor",

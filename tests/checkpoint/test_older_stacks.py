@@ -38,6 +38,23 @@ KINDS = {
     "longrope-factor": stretched(
         "longrope", factor=2.0, original_max_position_embeddings=16, **FACTORS
     ),
+    # what views make: a longrope of a whole head of which only some channels turn, and an epsilon
+    "glm": ("glm", dict(head_dim=8, pad_token_id=None)),
+    "phi-4-mini": (
+        "phi3",
+        dict(
+            pad_token_id=None,
+            original_max_position_embeddings=16,
+            rope_parameters=dict(
+                rope_type="longrope",
+                rope_theta=500.0,
+                partial_rotary_factor=0.75,
+                short_factor=FACTORS["short_factor"][:3],
+                long_factor=FACTORS["long_factor"][:3],
+            ),
+        ),
+    ),
+    "granite": ("granite", dict(residual_multiplier=0.25, embedding_multiplier=12.0)),
 }
 ALIKE = [
     (kind, experts, top_k)

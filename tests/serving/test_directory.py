@@ -46,7 +46,7 @@ def others(tmp_path_factory):
     more = test_dense.KINDS | test_older_stacks.KINDS
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(test_dense, "KINDS", more)
-        kinds = ("qwen3-tied", "mistral-sliding", "longrope-factor", "qwen2")
+        kinds = ("qwen3-tied", "mistral-sliding", "longrope-factor", "qwen2", "glm")
         yield {kind: make(folder, kind, 3, 2)[0] for kind in kinds}
 
 
@@ -201,6 +201,18 @@ def test_the_factor_of_longrope_is_stated(others):
     # sqrt(1 + log 2 / log 16)
     assert config["rope_parameters"]["attention_factor"] == pytest.approx(1.25**0.5)
     assert config["rope_scaling"]["attention_factor"] == pytest.approx(1.25**0.5)
+
+
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+def test_the_factor_of_a_longrope_of_part_of_a_head_is_stated(others, name, tmp_path):
+    """Both would multiply all channels by what they make of the positions, and read no other key;
+    a GLM-4 turns half of a head, by one list of factors."""
+    out = exported(others["glm"], name, tmp_path / "out")
+    rope = config_in(out)["rope_parameters"]
+    assert rope == config_in(out)["rope_scaling"] and rope["rope_type"] == "longrope"
+    assert rope["short_mscale"] == rope["long_mscale"] == 1.0
+    assert rope["short_factor"] == rope["long_factor"] and rope["long_factor"][-1] == 1e30
+    assert torch.equal(logits(out), logits(others["glm"]))
 
 
 @pytest.mark.slow
