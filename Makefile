@@ -9,9 +9,11 @@ export HF_HUB_OFFLINE ?= 1
 JOBS ?= 2
 PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo virtualenvs test test-all test-slurm test-faults soak mutants gpu gpu-kit lint clean
+.PHONY: help setup locked lock audit demo virtualenvs test test-all test-slurm test-faults soak mutants gpu gpu-kit lint clean
 help:
 	@echo "make demo      the whole pipeline on a small scale (CPU or GPU); ends with the report's path"
+	@echo "make locked    the virtualenv with every package but torch by its hash (Linux, Python 3.11)"
+	@echo "make audit     known weaknesses of these packages (pip-audit); make lock resolves them anew"
 	@echo "make test      lint, types and tests (JOBS=2 files at once); make test-all adds the full parity matrix"
 	@echo "make test-slurm  the templates on a real SLURM, installed and started for the test (Debian, as root)"
 	@echo "make test-faults  every promise of docs/reliability.md, which it writes: up to 40 minutes on two cores"
@@ -20,6 +22,12 @@ help:
 	@echo "make gpu       on a machine with a GPU, in 8 minutes: its tests, speed, memory; runs/gpu/gpu.json"
 	@echo "make gpu-kit   pack what that needs where there is no network into .gpu/ (bash .gpu/gpu_check.sh there)"
 	@echo "make clean     remove runs/, .gpu/ and caches (the virtualenv stays)"
+
+# The shell scripts beside python begin with the path of the virtualenv, which can't have a space.
+ifneq ($(words $(CURDIR)),1)
+$(warning $(CURDIR) has a space: pip's scripts (.venv/bin/deepspeed, nexus-ds) will not start there; \
+  use a path without one, or .venv/bin/python -m nexus_ds)
+endif
 
 # Reinstalled only when the pins or the package's metadata change.
 $(READY): requirements.txt pyproject.toml
@@ -31,6 +39,27 @@ $(READY): requirements.txt pyproject.toml
 	@touch $@
 
 setup: $(READY)
+
+# As setup, but every package by its hash: Linux on x86-64, Python 3.11. torch alone comes as your pip
+# finds it: PIP_INDEX_URL=https://download.pytorch.org/whl/cpu for that line takes the build for CPUs.
+locked:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet `grep ^torch== requirements.txt`
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $(READY)
+
+# pip-audit and a pip that resolves without downloads, in a virtualenv of their own.
+.venv-audit/ready: Makefile
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --upgrade pip pip-audit==2.10.1
+	@touch $@
+
+lock: .venv-audit/ready
+	.venv-audit/bin/python tests/lock.py write
+
+audit: .venv-audit/ready
+	.venv-audit/bin/python tests/lock.py audit
 
 demo: $(READY)
 	$(BIN)/nexus-ds demo $(ARGS)
