@@ -474,8 +474,8 @@ FAULTS = (
     Fault(
         "the farthest is named first",
         "runtime/watchdog.py",
-        "(places[rank].number, doing",
-        "(-places[rank].number, doing",
+        "return idle, place.number, doing",
+        "return idle, -place.number, doing",
     ),
     Fault(
         "a suspended job is ended",
@@ -696,6 +696,33 @@ FAULTS = (
         "experiments/benchmarks/network.py",
         "(time.monotonic() + delay, frame)",
         "(time.monotonic(), frame)",
+    ),
+    # export
+    Fault(
+        "an export looks at the engine with its dropout",
+        "runtime/export.py",
+        "        engine.module.eval()\n",
+        "",
+        "runtime/test_export_check.py",
+    ),
+    Fault(
+        "a layer's sum may not be rounded once more",
+        "runtime/export_check.py",
+        "rounded_S = self.bounds.rounding * engine_SH.norm(dim=-1)",
+        "rounded_S = 0 * engine_SH.norm(dim=-1)",
+    ),
+    Fault(
+        "a rank with nothing to do is named first",
+        "runtime/watchdog.py",
+        "idle = math.isinf(place.patience)",
+        "idle = False",
+    ),
+    Fault(
+        "a part of a layer's arguments stays on the host",
+        "checkpoint/streaming.py",
+        "    return value.to(place)\n",
+        "    return value\n",
+        "devices/test_streaming.py",
     ),
     # verbs, settings
     Fault(

@@ -297,7 +297,9 @@ def run(args: argparse.Namespace) -> int:
         if code == 0:
             print(f"finished: {', '.join(str(step.output) for step in targets)}")
         return code
-    # other ranks wait in train.py for what rank 0 makes
+    # Other ranks wait in train.py for what rank 0 makes, and its watch can't begin here: this is a
+    # process without torch, which hands its id to train.py afterwards, and a thread would not
+    # outlive that. Each training that is made here watches itself, and a job's limit ends the rest.
     needed = [step.name for step in missing(config, found, names) if step not in targets]
     if needed and first_rank() and not targets[0].output.exists():
         with _only_one(places(config).run / "logs" / ".making"):

@@ -56,6 +56,7 @@ from nexus_ds.config import dump
 from nexus_ds.errors import CheckpointError
 from nexus_ds.outputs import new_directory, write_text
 from nexus_ds.runtime import deepspeed_internals as internals
+from nexus_ds.runtime import watchdog
 from nexus_ds.runtime.deepspeed_internals import Engine
 from nexus_ds.runtime.domain_card import place_card, wants_card
 from nexus_ds.runtime.engine import full_shape, moe_layers
@@ -217,11 +218,13 @@ def _write_tensors(
     # vectors first: a form that translates norms needs them before the matrices behind them
     parts = sorted(_dense_part(model).items(), key=lambda item: len(full_shape(item[1])) > 1)
     for name, parameter in parts:
+        watchdog.at(f"the writing of {name}", minutes=watchdog.LAYER)
         with internals.gathered(parameter) as data:
             sink.write(name, data)
     table = _table(model)
     for index, layer in enumerate(moe_layers(model)):
         assert sidecar is not None
+        watchdog.at_layer("the writing of experts", index)
         _write_shared(index, layer, table, sink.write)
         _write_router(index, layer, sidecar, dtype, sink.write)
         _write_experts(index, layer, sink.write)
@@ -304,6 +307,7 @@ def _write_and_verify(
 
     def verify() -> Found:
         if directory is None:
+            watchdog.at("waiting for rank 0 to check", minutes=watchdog.WAITING)
             return {}
         held = {name: value for own in hashes for name, value in own.items()}
         check_written(directory, dtype, held)
@@ -321,7 +325,9 @@ def _write(
     sidecar = read_sidecar(source) if moe_layers(model) and source else None
     _write_tensors(model, sidecar, dtype, directory)
     if directory is None:
+        watchdog.at("waiting for rank 0 to write", minutes=watchdog.WAITING)
         return
+    watchdog.at("the export's other files, and hashes", minutes=watchdog.SAVING)
     _write_config(model, source, dtype, directory)
     if sidecar:
         lineage = [*sidecar.lineage, step]

@@ -45,6 +45,7 @@ from nexus_ds.checkpoint.streaming import LAYERS, streamed_model
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.errors import CheckpointError
 from nexus_ds.runtime import deepspeed_internals as internals
+from nexus_ds.runtime import watchdog
 from nexus_ds.runtime.deepspeed_internals import Engine
 from nexus_ds.runtime.engine import moe_layers
 from nexus_ds.runtime.nexus_moe import NexusMoE
@@ -92,6 +93,7 @@ class _Held:
         self.hashes: dict[str, str] = {}
 
     def _keep(self, name: str, parameter: Tensor, scale: float = 1.0) -> None:
+        watchdog.at(f"the hash of {name}", minutes=watchdog.LAYER)
         with internals.gathered(parameter) as data:
             if dist.get_rank() == 0:
                 self.hashes[name] = _hash(data * scale, self.dtype)
@@ -145,6 +147,7 @@ class _Held:
             if entry.role is Role.ROUTED and entry.layer == layer
         }
         for stacked, part in STACKED:
+            watchdog.at_layer("the hashes of experts", layer)
             with internals.gathered(getattr(block.experts, stacked)) as local:
                 # a replica of rank 0's group: it only took part in gathering
                 if dist.get_rank() >= block.placement.ep_size:
@@ -194,7 +197,10 @@ def check_written(directory: Path, dtype: torch.dtype, held: Mapping[str, str]) 
         CheckpointError: with the first tensor that is another, and whose it is.
     """
     reader = open_reader(Headers(directory), read_config(directory))
-    found = {name: _hash(reader.read(name), dtype) for name in reader.names()}
+    found = {}
+    for name in reader.names():
+        watchdog.at(f"the reading of {name}", minutes=watchdog.LAYER)
+        found[name] = _hash(reader.read(name), dtype)
     expected = dict(held)
     if is_nexus(directory):
         sidecar = read_sidecar(directory)
@@ -365,6 +371,7 @@ class _Comparison:
         """Return a hook that puts the engine's states into the first row."""
 
         def give(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            watchdog.at_layer("the check of what it computes", index)
             own_2SH = inputs[0]
             states_SH = self.seen.states[index].to(own_2SH)
             if index == 0 and not torch.equal(own_2SH[0], states_SH):

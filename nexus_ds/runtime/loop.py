@@ -694,7 +694,8 @@ class Run:
         )
         out = Path(self.config.output)
         dtype = DTYPES[self.config.model.dtype]
-        watchdog.at("the export", self.total, watchdog.SAVING)
+        # its layers say where it is from then on
+        watchdog.at("the export", self.total, watchdog.LAYER)
         found = export(self.engine, self.config, dtype, out, probe_BS, step)
         if not self.config.training.save_every:
             states.remove(self.work / "states")

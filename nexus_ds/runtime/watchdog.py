@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import secrets
 import selectors
@@ -39,9 +40,13 @@ from nexus_ds.progress import duration, say
 from nexus_ds.runtime import ranks
 
 # Minutes that the main thread may be at one thing, where that is long by nature: making text and
-# earlier stages, and reading, saving and verifying what is as large as the model.
+# earlier stages, reading and saving what is as large as the model, and what is done layer by layer,
+# of which each takes minutes on slow disks.
 PREPARING = 24 * 60.0
 SAVING = 4 * 60.0
+LAYER = 60.0
+WAITING = math.inf
+"""For a rank that others have left nothing to do: theirs are watched."""
 BEATS = 40  # within the limit
 LONGEST_BEAT = 5.0  # seconds
 # Of the limit: less than 1, so that who stands still is found before those that wait for it.
@@ -110,6 +115,11 @@ def at(phase: str, step: int = 0, minutes: float = 0.0) -> None:
     # In this order: the thread may find the new time with the old place, but not the reverse.
     _Main.since = time.monotonic()
     _Main.place = Place(phase, step, _Main.place.number + 1, 60 * minutes)
+
+
+def at_layer(phase: str, layer: int) -> None:
+    """Say that the main thread is at one layer of a work that goes through all of them."""
+    at(f"{phase}, layer {layer}", minutes=LAYER)
 
 
 @dataclass
@@ -181,7 +191,8 @@ def stuck(places: dict[int, Place], limit: float) -> str:
     """Return who makes no progress, '' if all do.
 
     The others soon wait for the one that stands still, so that all look alike: the ranks that have
-    come least far are named first, and of these the ones that do what few do.
+    come least far are named first, and of these the ones that do what few do. Last come those that
+    have nothing to do.
 
     Args:
         places: of the ranks.
@@ -190,7 +201,13 @@ def stuck(places: dict[int, Place], limit: float) -> str:
     if not any(place.age > (place.patience or limit) for place in places.values()):
         return ""
     doing = Counter(place.where for place in places.values())
-    order = sorted(places, key=lambda rank: (places[rank].number, doing[places[rank].where]))
+
+    def far(rank: int) -> tuple[bool, int, int]:
+        place = places[rank]
+        idle = math.isinf(place.patience)
+        return idle, place.number, doing[place.where]
+
+    order = sorted(places, key=far)
     told = [f"rank {rank} in {places[rank]}" for rank in order[:8]]
     more = f" and {len(order) - 8} more" if len(order) > 8 else ""
     return f"no progress: {'; '.join(told)}{more} (the least far first)"

@@ -28,6 +28,7 @@ from nexus_ds.checkpoint.tensors import TensorReader, overwrite
 from nexus_ds.errors import CheckpointError
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime import export as exporting
+from nexus_ds.runtime import watchdog
 from nexus_ds.runtime.export import export
 from nexus_ds.runtime.export_check import (
     BOUNDS,
@@ -398,14 +399,43 @@ def test_the_last_norm_and_output_layer_have_their_own_bound(comparison):
         comparison.judge_logits(torch.stack([moved(engine_SV, 1, 0.021), engine_SV]))
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_a_layer_that_adds_little_may_round_the_sum_once_more(dtype):
+    """Next to a token's own size what the layer adds is nothing, and so is a share of it."""
+    given_SH = torch.ones(4, 16, dtype=dtype)
+    # one digit more or less of the sum, in one of 16 places
+    ulp = torch.finfo(dtype).eps
+    seen = Seen(torch.zeros(1, 4, dtype=torch.int64), [given_SH, given_SH], [], torch.zeros(4, 3))
+    comparison = _Comparison(seen, BOUNDS[dtype])
+    comparison.given_2SH = torch.stack([given_SH, given_SH])
+    judge = comparison._layer_judge(0)
+
+    def other(digits, places):
+        states_2SH = torch.stack([given_SH, given_SH])
+        states_2SH[0, 2, :places] += digits * ulp
+        return states_2SH
+
+    judge(None, None, other(1, 1))
+    assert 0 < comparison.found.layer <= 1
+    with pytest.raises(CheckpointError, match=r"layer 0 differs .* and .* of the sum"):
+        judge(None, None, other(8, 16))
+    # what a layer adds has its own bound, of all that it adds
+    seen.states[1] = given_SH + 1
+    comparison.given_2SH = torch.stack([given_SH, given_SH])
+    moved_2SH = torch.stack([seen.states[1], given_SH])
+    moved_2SH[0] += 0.5 * BOUNDS[dtype].layer
+    judge(None, None, moved_2SH)
+
+
 # The whole export --------------------------------------------------------------------------------
 
 
-def exported(directory, out, dtype):
+def exported(directory, out, dtype, engine=None):
     config = Config()
     config.model.path = str(directory)
     step = TrainStep(stage="moe", steps=1, tokens=0, mixture={})
-    return export(engine_of(directory, dtype), config, dtype, out, probe(), step)
+    engine = engine or engine_of(directory, dtype)
+    return export(engine, config, dtype, out, probe(), step)
 
 
 @pytest.fixture
@@ -417,12 +447,44 @@ def whole(mixtures, tmp_path, nexus_dir):
     return directory
 
 
-def test_an_export_says_how_near_it_is(alone, tmp_path, whole):
+def test_an_export_says_how_near_it_is(alone, tmp_path, whole, monkeypatch):
+    at, minutes = watchdog.at, {}
+
+    def note(phase, step=0, **more):
+        minutes[phase] = more["minutes"]
+        at(phase, step, **more)
+
+    monkeypatch.setattr(watchdog, "at", note)
     found = exported(whole, tmp_path / "out", BF16)
+    check_places(minutes, TensorReader(whole))
     assert found.tokens == PROBE_TOKENS and found.loss <= 1e-3
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == set(
         TensorReader(whole).names()
     )
+
+
+def test_the_engine_is_looked_at_without_dropout(alone, tmp_path, whole):
+    """It comes out of training, where attention drops what the checkpoint will not drop."""
+    engine = engine_of(whole, BF16)
+    for layer in engine.module.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    engine.module.train()
+    assert exported(whole, tmp_path / "out", BF16, engine).loss <= 1e-3
+
+
+def check_places(minutes, reader):
+    """Each layer, in writing, hashing, reading and computing, is a place of its own, and none but
+    the small files may take longer than a layer."""
+    long = {phase for phase, most in minutes.items() if most > watchdog.LAYER}
+    assert long == {"the export's other files, and hashes"}
+    for layer in range(2):
+        for phase in ("the writing of experts", "the hashes of experts", "the check of what it"):
+            assert any(said.startswith(phase) and f"layer {layer}" in said for said in minutes)
+    assert {f"the reading of {name}" for name in reader.names()} <= minutes.keys()
+    shared = "model.layers.1.mlp.shared_expert.down_proj.weight"
+    dense = "model.layers.1.self_attn.q_proj.weight"
+    assert {f"the hash of {shared}", f"the hash of {dense}"} <= minutes.keys()
+    assert f"the writing of {dense}" in minutes
 
 
 @by_fault

@@ -44,6 +44,20 @@ def test_what_is_long_by_nature_has_its_own_limit():
     assert "rank 0 in" in stuck({0: place(age=101, patience=100, step=0)}, 10)
 
 
+def test_who_has_nothing_to_do_waits_for_ever_and_is_named_last():
+    waiting = place(number=2, age=1e9, patience=60 * watchdog.WAITING)
+    assert stuck({0: place(number=5, age=9), 1: waiting}, 10) == ""
+    said = stuck({0: place(number=5, age=11), 1: waiting}, 10)
+    assert said.startswith("no progress: rank 0 in") and "; rank 1 in" in said
+
+
+def test_an_endless_patience_travels(link):
+    mine, theirs = link
+    waiting = place(number=2, patience=60 * watchdog.WAITING)
+    theirs.send(vars(waiting))
+    assert mine.receive(1.0) == "" and mine.place == waiting
+
+
 def test_of_those_that_came_equally_far_the_one_that_does_something_else_is_named_first():
     waiting = replace(place(age=11), where="all_reduce")
     places = {0: waiting, 1: waiting, 2: replace(waiting, where="read"), 3: waiting}
