@@ -41,7 +41,7 @@ $(READY): requirements.txt pyproject.toml
 setup: $(READY)
 
 # As setup, but every package by its hash: Linux on x86-64, Python 3.11. torch alone comes as your pip
-# finds it: PIP_INDEX_URL=https://download.pytorch.org/whl/cpu for that line takes the build for CPUs.
+# finds it: PIP_INDEX_URL of PyTorch's index of CPU builds, for that line, takes the small one.
 locked:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet `grep ^torch== requirements.txt`

@@ -70,7 +70,8 @@ VERBS = {
     ),
     "export": Verb(
         "commands.export",
-        "write a mixture for another program (transformers 4, vLLM, SGLang, the hub), checked",
+        "write a mixture for another program (transformers 4, vLLM, SGLang, llama.cpp, Ollama, "
+        "the hub), checked",
     ),
     "plan": Verb(
         "commands.plan",

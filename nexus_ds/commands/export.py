@@ -14,9 +14,9 @@ import shlex
 from pathlib import Path
 
 from nexus_ds.errors import ConfigError
-from nexus_ds.outputs import new_directory, refuse_existing
+from nexus_ds.outputs import refuse_existing
 
-PROGRAMS = ("transformers4", "vllm", "sglang", "hub")
+PROGRAMS = ("transformers4", "vllm", "sglang", "llamacpp", "ollama", "hub")
 """Also the keys of `serving.targets.TARGETS`, which `--help` doesn't wait for."""
 
 
@@ -47,44 +47,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
-def _write(args: argparse.Namespace) -> tuple[int, list[str]]:
-    """Write the directory; return its tensors and what to know of it."""
-    # not at the top: they import torch, for which `export --help` doesn't wait
-    from nexus_ds.checkpoint.hashes import record_hashes
-    from nexus_ds.serving.directory import open_checkpoint, write_directory
-    from nexus_ds.serving.hub import write_public
-    from nexus_ds.serving.targets import TARGETS, notes_on, refuse_unservable
-
-    target = TARGETS[args.target]
-    opened = open_checkpoint(args.checkpoint)
-    refuse_unservable(target, opened.mixture, str(args.checkpoint))
-    notes = notes_on(target, opened.mixture)
-    with new_directory(args.out) as directory:
-        if args.target == "hub":
-            notes += write_public(opened, directory, args.license)
-            # last: it is of all that stands there
-            record_hashes(directory)
-            return len(opened.raw.names()), notes
-        return write_directory(opened, target, directory), notes
-
-
 def run(args: argparse.Namespace) -> int:
     """Write the directory and say how it is used.
 
     Raises:
         CheckpointError, UnsupportedModelError: no Nexus checkpoint, or a damaged one.
-        ConfigError: an option of another program.
+        ConfigError: an option of another program, a package that is missing.
         OutputExistsError: `--out` is taken.
         ServingError: the program can't load the model, or would compute it wrongly.
     """
-    # as above, but light
+    # not at the top: they import torch, for which `export --help` doesn't wait
+    from nexus_ds.serving.exporting import export_to
     from nexus_ds.serving.targets import TARGETS
 
     if args.license and args.target != "hub":
         raise ConfigError("--license is of --for hub: other programs read no model card")
     refuse_existing(args.out)
-    tensors, notes = _write(args)
     target = TARGETS[args.target]
+    tensors, notes = export_to(args.checkpoint, target, args.out, args.license)
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
     command = target.command.replace("DIR", shlex.quote(str(args.out)))
     if args.json:

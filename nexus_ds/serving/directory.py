@@ -19,15 +19,33 @@ import torch
 
 from nexus_ds.checkpoint.config_json import ConfigJson, read_generation_config
 from nexus_ds.checkpoint.dense_settings import both_ropes, filled
-from nexus_ds.checkpoint.families.record import EMBEDDING, FULL, HEAD, DenseSettings
+from nexus_ds.checkpoint.families.record import (
+    EMBEDDING,
+    FULL,
+    HEAD,
+    DenseSettings,
+)
 from nexus_ds.checkpoint.families.rotary import attention_factor
 from nexus_ds.checkpoint.file_layout import in_files
 from nexus_ds.checkpoint.forms import QWEN3_NEXT, SOURCE
-from nexus_ds.checkpoint.headers import INDEX, SINGLE, Plan, row_slices
+from nexus_ds.checkpoint.headers import (
+    INDEX,
+    SINGLE,
+    Plan,
+    row_slices,
+)
 from nexus_ds.checkpoint.json_files import confined
-from nexus_ds.checkpoint.qwen2_moe import check_shared_gates, open_moe, stored
+from nexus_ds.checkpoint.qwen2_moe import (
+    check_shared_gates,
+    open_moe,
+    stored,
+)
 from nexus_ds.checkpoint.sidecar import verify_expert_embeddings
-from nexus_ds.checkpoint.tensors import DTYPES, TensorReader, TensorWriter
+from nexus_ds.checkpoint.tensors import (
+    DTYPES,
+    TensorReader,
+    TensorWriter,
+)
 from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.errors import ServingError
 from nexus_ds.outputs import write_json

@@ -111,6 +111,7 @@ def public_card(text: str, manifest: Manifest, license_name: str) -> tuple[str, 
     named = bases if isinstance(bases, list) else [bases]
     kept = [base for base in map(str, named) if "/" in public(base)]
     relation = metadata.pop("base_model_relation", "merge")
+    # the hub takes no card whose base models it can't find
     if kept:
         metadata = {"base_model": kept, "base_model_relation": relation} | metadata
     if license_name:

@@ -129,6 +129,22 @@ def _always(mixture: Mixture) -> bool:
     return True
 
 
+def _biases_where_none_are(mixture: Mixture) -> bool:
+    # llama.cpp has windows and factors in an architecture without biases
+    special = mixture.windows or mixture.rope == "llama3"
+    return special and mixture.sizes.qkv_bias
+
+
+def _stretched_windows(mixture: Mixture) -> bool:
+    return mixture.windows and mixture.rope != "default"
+
+
+def _own_yarn(mixture: Mixture) -> bool:
+    usual = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings"}
+    stated = {key for key, value in mixture.sizes.rope.items() if value is not None}
+    return mixture.rope == "yarn" and not stated <= usual
+
+
 # The table ----------------------------------------------------------------------------------------
 
 _ODD_HEADS = Rule(
@@ -172,7 +188,7 @@ _VLLM = Target(
     name="vllm",
     program="vLLM",
     version="0.32.0",
-    seen="read",
+    seen="run",
     writes="the weights with an index, zero biases of q, k and v where it has some, lm_head",
     command="vllm serve DIR",
     rules=(
@@ -233,6 +249,51 @@ _SGLANG = Target(
         ),
     ),
 )
+_GGUF_RULES = (
+    Rule(
+        "llama3's RoPE or sliding windows beside biases of q, k and v",
+        "has an architecture for either, not for both",
+        _biases_where_none_are,
+    ),
+    Rule(
+        "sliding windows beside RoPE that is stretched",
+        "stretches it only in layers without a window",
+        _stretched_windows,
+    ),
+    Rule(
+        "RoPE of type yarn with more than a factor",
+        "was seen with its own numbers alone",
+        _own_yarn,
+    ),
+    Rule(
+        "RoPE of type dynamic",
+        "has no such RoPE",
+        _kinds("dynamic"),
+    ),
+    Rule(
+        "RoPE of type longrope",
+        "reads no factors for each length there",
+        _kinds("longrope"),
+    ),
+)
+_LLAMACPP = Target(
+    name="llamacpp",
+    program="llama.cpp",
+    version="0.5.0",
+    seen="run",
+    writes="one GGUF file in the weights' dtype, router in fp32; quantise it with llama-quantize",
+    command="llama-server --model DIR/model.gguf",
+    rules=_GGUF_RULES,
+)
+_OLLAMA = Target(
+    name="ollama",
+    program="Ollama",
+    version="with llama.cpp b10091",
+    seen="read",
+    writes="that GGUF file, and a Modelfile with the chat template in Ollama's language",
+    command="ollama create NAME --file DIR/Modelfile",
+    rules=_GGUF_RULES,
+)
 _HUB = Target(
     name="hub",
     program="the hub",
@@ -242,7 +303,9 @@ _HUB = Target(
     writes="all of the checkpoint, to be extended by others too; card and license; no local path",
     command="hf upload OWNER/NAME DIR",
 )
-TARGETS = {target.name: target for target in (_TRANSFORMERS_4, _VLLM, _SGLANG, _HUB)}
+TARGETS = {
+    target.name: target for target in (_TRANSFORMERS_4, _VLLM, _SGLANG, _LLAMACPP, _OLLAMA, _HUB)
+}
 """By the name that `--for` has."""
 
 

@@ -12,6 +12,13 @@ from tests.checkpoint.test_older_stacks import KINDS
 STRETCHED = dict(
     KINDS,
     **{
+        "linear-sliding": (
+            "mistral",
+            dict(
+                sliding_window=6,
+                rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=4.0),
+            ),
+        ),
         "yarn-factor": (
             "llama",
             dict(
@@ -48,15 +55,30 @@ REFUSED = {
         "longrope": "with two lists of factors: SGLang 0.5.23 takes one for all texts of a batch",
         "longrope-factor": "RoPE of type longrope with two lists of factors: SGLang 0.5.23 takes",
         "phi-4-mini": "RoPE of type longrope with two lists of factors: SGLang 0.5.23 takes",
+        "linear-sliding": "sliding windows: SGLang 0.5.23 gives no layer a window",
         "yarn-factor": "RoPE of type yarn with attention_factor: SGLang 0.5.23 does not read",
     },
+    "llamacpp": {
+        "qwen2-sliding": "llama3's RoPE or sliding windows beside biases of q, k and v: "
+        "llama.cpp 0.5.0 has an architecture for either, not for both",
+        "dynamic": "RoPE of type dynamic: llama.cpp 0.5.0 has no such RoPE",
+        "longrope": "RoPE of type longrope: llama.cpp 0.5.0 reads no factors",
+        "longrope-factor": "RoPE of type longrope: llama.cpp 0.5.0 reads no factors",
+        "yarn-factor": "RoPE of type yarn with more than a factor: llama.cpp 0.5.0 was seen",
+        "linear-sliding": "sliding windows beside RoPE that is stretched: llama.cpp 0.5.0",
+    },
     "hub": {},
+}
+REFUSED["ollama"] = {
+    kind: said.replace("llama.cpp 0.5.0", "Ollama with llama.cpp b10091")
+    for kind, said in REFUSED["llamacpp"].items()
 }
 ALL = test_dense.KINDS | STRETCHED
 WITH_SAID = {
     ("transformers4", "qwen3"): "generates without a cache",
     ("transformers4", "qwen3-tied"): "generates without a cache",
     ("transformers4", "mistral-sliding"): "windows in all layers: transformers 4.57.6 generates",
+    ("transformers4", "linear-sliding"): "windows in all layers: transformers 4.57.6 generates",
 }
 
 
@@ -95,7 +117,7 @@ def test_every_rule_is_about_a_kind_that_is_tried(name):
 def test_a_router_of_its_own_is_for_this_program_alone():
     own = mixture("llama", "context")
     refuse_unservable(TARGETS["hub"], own, "m")
-    for name in ("transformers4", "vllm", "sglang"):
+    for name in sorted(set(TARGETS) - {"hub"}):
         with pytest.raises(ServingError, match="a model of type 'nexus_moe' is unknown to") as e:
             refuse_unservable(TARGETS[name], own, "m")
         assert TARGETS[name].version in str(e.value) and "qwen2_moe, qwen3_next" in str(e.value)
