@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 JOBS ?= 2
 PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup locked lock audit demo virtualenvs test test-all test-slurm test-faults soak mutants gpu gpu-kit lint clean
+.PHONY: help setup locked lock audit demo virtualenvs test test-all test-slurm test-faults fuzz soak mutants gpu gpu-kit lint clean
 help:
 	@echo "make demo      the whole pipeline on a small scale (CPU or GPU); ends with the report's path"
 	@echo "make locked    the virtualenv with every package but torch by its hash (Linux, Python 3.11)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test      lint, types and tests (JOBS=2 files at once); make test-all adds the full parity matrix"
 	@echo "make test-slurm  the templates on a real SLURM, installed and started for the test (Debian, as root)"
 	@echo "make test-faults  every promise of docs/reliability.md, which it writes: up to 40 minutes on two cores"
+	@echo "make fuzz SECONDS=60  hostile files for each reader of outside files, guided by coverage"
 	@echo "make soak MINUTES=30  a training under a seeded list of faults ends bit-equal to an undisturbed one"
 	@echo "make mutants   put faults into copies of the code and count those that the tests see"
 	@echo "make gpu       on a machine with a GPU, in 8 minutes: its tests, speed, memory; runs/gpu/gpu.json"
@@ -86,6 +87,12 @@ test-slurm: $(READY)
 
 test-faults: $(READY)
 	$(BIN)/python tests/promises.py run -n $(JOBS) --dist loadfile $(ARGS)
+
+# Readers of outside files under inputs guided by coverage; atheris has wheels for Linux alone.
+SECONDS ?= 60
+fuzz: $(READY)
+	$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet atheris==3.0.0
+	PYTHONPATH=. $(BIN)/python tests/guided.py all $(SECONDS)
 
 # As root under Linux with all faults; elsewhere it says which it leaves out.
 MINUTES ?= 30

@@ -9,8 +9,8 @@ key, where there is no file), within SECONDS_EACH of processor time and with at 
 than before. Whatever else happens is a finding: it is made as small as it goes and written to
 build/fuzz/TARGET/. The exit code is 1 if there was one.
 
-Random, not guided by coverage: what is mutated is the meaning (keys, values, types, sizes, nesting)
-more than bytes, which a parser refuses at once.
+Random; tests/guided.py draws the same, guided by coverage. What is mutated is the meaning (keys,
+values, types, sizes, nesting) more than bytes, which a parser refuses at once.
 """
 
 import argparse
@@ -85,15 +85,17 @@ PIECES += [b"-1", b"99999999999999999999", b"null", b"[]", b"{}", b'"x"', b"1e5"
 LENGTHS = [0, 1, 2, 7, 2**32, 2**63, 2**64 - 1, 100_000_000, 100_000_001]
 
 
-def places(value, path=()):
+def places(value):
     """Yield the path of every value in `value`; of a list those of the first six."""
-    yield path
-    if isinstance(value, dict):
-        for key in value:
-            yield from places(value[key], (*path, key))
-    elif isinstance(value, list):
-        for index in range(min(len(value), 6)):
-            yield from places(value[index], (*path, index))
+    # Without recursion: what is nested deeply may be nested again.
+    waiting = [((), value)]
+    while waiting:
+        path, inner = waiting.pop()
+        yield path
+        keys = list(inner) if isinstance(inner, dict) else []
+        if isinstance(inner, list):
+            keys = list(range(min(len(inner), 6)))
+        waiting += [((*path, key), inner[key]) for key in reversed(keys)]
 
 
 def at(value, path):
@@ -930,8 +932,13 @@ def fuzz(name, seconds, count, number):
             while seconds and time.monotonic() < until:
                 hunt(found, tally, number, 200, until)
                 number += 1
+    return report(name, tally, time.monotonic() - start)
+
+
+def report(name, tally, seconds):
+    """Print what came of a target and keep its findings; return whether there was none."""
     print(
-        f"{name}: {tally.inputs} inputs in {time.monotonic() - start:.0f} s, "
+        f"{name}: {tally.inputs} inputs in {seconds:.0f} s, "
         f"{tally.refused} refused, slowest {tally.slowest:.1f} s, {len(tally.found)} findings",
         flush=True,
     )

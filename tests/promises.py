@@ -3,7 +3,8 @@
     python tests/promises.py run [pytest's options]    runs them, keeps the results, writes the page
     python tests/promises.py page                      writes docs/reliability.md
 
-The first is make test-faults. Results stand in tests/promises.json, the last soak's in soak.txt.
+The first is make test-faults. Results stand in tests/promises.json, figures of the last soak and of
+fuzzing in soak.txt and fuzz.txt.
 """
 
 import ast
@@ -515,8 +516,11 @@ def page(results):
     """Return the page."""
     rows = [row(promise, results) for promise in PROMISES]
     template = (TESTS / "promises.md").read_text(encoding="utf-8")
-    soak = (TESTS / "soak.txt").read_text(encoding="utf-8")
-    return template.format(soak=f"```\n{soak.strip()}\n```", rows="\n".join(rows))
+    figures = {
+        name: f"```\n{(TESTS / f'{name}.txt').read_text(encoding='utf-8').strip()}\n```"
+        for name in ("soak", "fuzz")
+    }
+    return template.format(rows="\n".join(rows), **figures)
 
 
 def main():
