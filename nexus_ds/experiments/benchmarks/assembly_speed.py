@@ -325,8 +325,10 @@ def describe(rows: list[Row]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `bench assemble`."""
-    parser.add_argument("--size", choices=SIZES, default="250m", help="of a model (250m)")
-    parser.add_argument("--dtype", choices=KINDS, default="bf16", help="of its weights (bf16)")
+    parser.add_argument("--size", choices=tuple(SIZES), default="250m", help="of a model (250m)")
+    parser.add_argument(
+        "--dtype", choices=tuple(KINDS), default="bf16", help="of its weights (bf16)"
+    )
     parser.add_argument(
         "--shard", type=int, default=150, metavar="MB", help="a file of a model at most (150)"
     )
