@@ -133,6 +133,7 @@ def _add_routing(parser: argparse.ArgumentParser) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse options that contradict one another or mean nothing, before a model is read."""
+    # both or neither; an empty prompt is one that has no token
     if (args.prompt is None) == (args.prompts is None):
         raise ConfigError("give one prompt, or --prompts FILE with one a line")
     if args.tokens < 1:
@@ -145,6 +146,7 @@ def _check(args: argparse.Namespace) -> None:
         )
     if not 0 < args.top_p <= 1:
         raise ConfigError(f"--top-p: expected a number above 0, at most 1, found {args.top_p}")
+    # the likeliest token is in any share
     if args.top_p < 1 and not args.temperature:
         raise ConfigError("--top-p draws tokens; give --temperature above 0 with it")
     if args.layer is not None and not (args.show_routing or args.html):
@@ -163,6 +165,7 @@ def _legend(
     config = read_config(directory)
     names = set(Headers(directory).names())
     count = config.get("num_hidden_layers")
+    # a damaged config.json may say anything; it is refused when the model is opened
     numbers = range(count if type(count) is int else 0)
     layers = [number for number in numbers if gate_name(number) in names]
     if not layers:
@@ -216,6 +219,7 @@ class _Voice:
 
     def safe(self, text: str) -> str:
         """Return text without what would move a terminal's cursor."""
+        # a file gets every byte
         return visible(text) if self.on_terminal else text
 
     def say(self, said: Said) -> None:
@@ -228,6 +232,7 @@ class _Voice:
             # a rounding decided otherwise: what stands there is not this text's beginning
             before = self.told[: self.place]
             self.told = []
+            # a painter knows the stretch that it is in
             self.painter = self._painter()
             print()
             for token in before:
@@ -316,6 +321,7 @@ class _Job:
         """Show progress of what takes long, where no text on the terminal does."""
         many = len(self.prompts) > 1
         long = many or self.slow or streamed
+        # a bar among texts would be torn
         texts_on_terminal = self.voice.on_terminal and not self.args.json
         if not long or texts_on_terminal:
             yield None
@@ -336,6 +342,7 @@ class _Job:
         # a file's last prompt is refused before its first one is begun
         for prompt in self.prompts:
             require_room(model, prompt)
+        # the way says what fits, the model what stays exact
         rows = rows_at_once(model, self.length, way.rows)
         with self.progress(way.streamed) as progress:
             while len(self.found) < len(self.prompts):
@@ -446,6 +453,7 @@ def run(args: argparse.Namespace) -> int:
     rows = min(args.batch, len(job.prompts))
     chosen = planned_way(need, [place], rows, job.length, "generate")
     batches = math.ceil(len(job.prompts) / chosen.rows)
+    # layer by layer each pass reads all files once
     reads = batches * args.tokens if chosen.streamed else 0
     tokens = job.length * len(job.prompts)
     job.slow = warn_of_time("generate", need, tokens, place, reads)

@@ -92,6 +92,7 @@ class _Row:
         self.pieces = pieces
         self.tell = tell
         self.decisions: list[Decision] = []
+        # without routes the prompt is nobody's news
         self.told = 0 if asked.routed else self.prompt
         self.found = Continuation()
 
@@ -100,16 +101,19 @@ class _Row:
         self.ends = _ends(model)
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit:
+            # its own: a longer neighbour in the batch takes none of it away
             self.room = min(self.room, limit - self.prompt)
 
     def take(self, token: int) -> None:
         """Add a token, unless the text has ended before it."""
         added = len(self.tokens) - self.prompt
         last = self.tokens[-1]
+        # an end in the prompt ends nothing: templates put one behind every message
         ended = added and last in self.ends
         if ended or added >= self.room:
             return
         self.tokens.append(token)
+        # with routes it waits for the pass that reads it
         if not self.routed:
             self._tell_up_to(len(self.tokens))
 
@@ -118,6 +122,7 @@ class _Row:
         of them."""
         left = len(self.tokens) - len(self.decisions)
         if left:
+            # the last ones: a prompt's padding lies before it
             self.decisions += decisions[-left:]
         self._tell_up_to(len(self.decisions))
 
@@ -125,6 +130,7 @@ class _Row:
         """Tell what was held back, and return all."""
         rest = self.pieces.rest()
         if rest:
+            # the same token said on: bytes that became no character
             last = self.found.said.pop()
             held_back = replace(last, text=rest)
             self.tell(held_back)
@@ -140,6 +146,7 @@ class _Row:
             decision = self.decisions[self.told] if self.routed else None
             added = self.told >= self.prompt
             said = Said(token, text, decision, added)
+            # counted before it is told: whoever is told may end all this with an exception
             self.told += 1
             self.found.said.append(said)
             self.tell(said)
@@ -158,6 +165,7 @@ class _Listener:
 
     def put(self, value: Tensor) -> None:
         """Take a token [B] for each row; the first call has the prompts [B, S]."""
+        # before the new token: routes are those of the tokens that led to it
         if self.begun:
             self.route()
             tokens = value.tolist()
@@ -191,6 +199,7 @@ def rows_at_once(
         rows: that were asked for.
     """
     rope = getattr(model.config, "rope_parameters", None) or {}
+    # up to this length the frequencies are the same for all
     trained = rope.get("original_max_position_embeddings") or 0
     stretched = rope.get("rope_type") in STRETCHED
     return 1 if stretched and longest > trained else rows
@@ -221,6 +230,7 @@ def _padded(
     masks = []
     for prompt in prompts:
         length = len(prompt.ids)
+        # at the left, so that all rows go on at the same place
         empty = longest - length
         tokens.append([padding] * empty + prompt.ids)
         masks.append([0] * empty + [1] * length)
@@ -331,6 +341,7 @@ def _options(
     }
     if asked.routed:
         # the last tokens' own pass goes on from it
+        # a checkpoint's own settings may switch it off
         options["use_cache"] = True
     if asked.drawing.temperature:
         numbers_BN = numbers(asked.drawing.seed, len(rows), room)

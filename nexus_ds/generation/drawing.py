@@ -38,6 +38,7 @@ def numbers(
     rows = []
     for row in range(count):
         own = (seed + row) % SEEDS
+        # of the CPU: those of two devices draw other numbers of one seed
         generator = torch.Generator().manual_seed(own)
         numbers_N = torch.rand(
             tokens,
@@ -53,6 +54,7 @@ def shares(
     drawing: Drawing,
 ) -> Tensor:
     """Return the probabilities (float64 [B, V], they sum to 1) that tokens are drawn with."""
+    # in fp64: sums over a large vocabulary in fp32 would move what lies at its end
     scaled_BV = scores_BV.double() / drawing.temperature
     probability_BV = scaled_BV.softmax(dim=-1)
     sorted_BV, token_BV = probability_BV.sort(dim=-1, descending=True)
@@ -87,6 +89,7 @@ class Drawn:
         scores: Tensor,
     ) -> Tensor:
         """Return scores [B, V] of which one a row is finite, for tokens [B, S] and their scores."""
+        # told by the length alone, so that nothing counts along
         step = input_ids.shape[1] - self.length
         number_B1 = self.numbers_BN[:, step : step + 1]
         share_BV = shares(scores, self.drawing)
@@ -94,5 +97,6 @@ class Drawn:
         # The sum is 1 but for rounding, and a number beyond it would be no token's.
         number_B1 = number_B1 * passed_BV[:, -1:]
         token_B1 = torch.searchsorted(passed_BV, number_B1, right=True)
+        # transformers takes the likeliest of what is left
         ruled_out_BV = torch.full_like(scores, -torch.inf)
         return ruled_out_BV.scatter(1, token_B1, 0.0)

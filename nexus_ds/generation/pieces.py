@@ -47,8 +47,10 @@ class Pieces:
     def _new(self, unfinished: bool) -> str:
         known = self._text(self.told)
         text = self._text(len(self.ids))
+        # it may be finished by the next token
         if text.endswith(UNFINISHED) and not unfinished:
             return ""
+        # what was known begins it: a decoder changes no earlier character
         piece = text[len(known) :]
         # Special tokens have no text, and would be no context for the next one.
         if piece:

@@ -39,6 +39,7 @@ def _messages(
     where: str,
 ) -> list[Message]:
     """Return a conversation; DataError for anything else."""
+    # checked here: templates fail on others in words of their own
     found: list[Message] = []
     for message in value if isinstance(value, list) else [value]:
         parts = message if isinstance(message, dict) else {}
@@ -83,6 +84,7 @@ def read_prompts(path: Path) -> dict[str, Given]:
         DataError: no file, no prompt in it, not UTF-8, or a line that is none; names it.
     """
     try:
+        # with a byte order mark or without
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
@@ -116,6 +118,7 @@ def _in_template(
     from jinja2 import TemplateError
 
     try:
+        # in a sandbox of transformers, without files
         rendered = tokenizer.apply_chat_template(
             [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
         )
@@ -158,6 +161,7 @@ def tokenised(
         _require_characters(given, name)
         ids = tokenizer(given).input_ids
         return Prompt(given, list(ids), name, chat=False)
+    # a system's message has to be written as one
     messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
     text = _in_template(tokenizer, messages, name)
     _require_characters(text, name)
@@ -186,6 +190,7 @@ def require_room(
             f"{prompt.name} has the token id {largest}, the model embeds {rows}; "
             "give the checkpoint the tokenizer that it was trained with"
         )
+    # what fills the model to its end leaves no place for an answer
     length = len(prompt.ids)
     # not every family has positions that end
     limit = getattr(model.config, "max_position_embeddings", None)

@@ -68,6 +68,7 @@ class Routes:
         expert_T = chosen_TK[:, 0].double()
         weight_T = weight_TK[:, 0].double()
         first_T2 = torch.stack([expert_T, weight_T], dim=-1)
+        # all sequences of a pass are of one length, with padding
         first_BS2 = first_T2.view(self.prompts, -1, 2)
         self.found.setdefault(router, []).append(first_BS2)
 
@@ -78,6 +79,7 @@ class Routes:
             first_BS2 = torch.cat(self.found[router], dim=1)
             parts.append(first_BS2)
         self.found = {}
+        # one copy from the device, not one for each layer
         first_BSL2 = torch.stack(parts, dim=2).tolist()
         return [_decisions(row) for row in first_BSL2]
 

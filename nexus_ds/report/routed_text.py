@@ -96,6 +96,7 @@ def _painted(
 ) -> str:
     """Return text in an expert's colour; line ends have none, or some terminals fill the line."""
     place = expert % len(TERMINAL)
+    # colours first, then a line below, then bold letters with it
     mark = UNDERLINES[expert // len(TERMINAL) % len(UNDERLINES)]
     letters = 231 if place in ON_DARK else 16
     begin = f"\x1b[{mark}48;5;{TERMINAL[place]};38;5;{letters}m"
@@ -130,6 +131,7 @@ class Marked:
     def add(self, said: Said) -> str:
         """Return what is printed for a token, and before it for a stretch that has ended."""
         expert, weight = self.legend.choice(said)
+        # behind, not before: where a stretch ends is known when it has ended
         ended = "" if expert == self.expert else self.end()
         self.expert = expert
         self.weights.append(weight)
@@ -162,6 +164,7 @@ def legend_text(
 
 def _colours(legend: Legend) -> str:
     """Return the style of each expert."""
+    # fixed letters on fixed colours: readable in light and dark
     rules = []
     for expert in range(len(legend.experts)):
         place = expert % len(TERMINAL)
@@ -211,6 +214,7 @@ def _layers(
     """Return the text once more for each layer, folded away."""
     found = []
     for layer in legend.layers:
+        # hints would repeat what the first text has
         alone = Legend(legend.experts, legend.domains, legend.layers, layer)
         text = _spans(alone, said, hints=False)
         found.append(f"<details><summary>layer {layer}</summary>{text}</details>")
