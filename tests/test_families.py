@@ -209,8 +209,8 @@ def test_every_verb_takes_a_family(family, tmp_path, dense_dir, text_folder, cap
     tokenizer = AutoTokenizer.from_pretrained("trained", local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained("trained", dtype=torch.float32)
     ids = tokenizer("tree leaf", return_tensors="pt").input_ids
-    found = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
-    assert written["text"] == tokenizer.decode(found, skip_special_tokens=True)
+    found = model.generate(ids, max_new_tokens=6, do_sample=False)[0]
+    assert "tree leaf" + written["text"] == tokenizer.decode(found, skip_special_tokens=True)
 
 
 @pytest.mark.slow
