@@ -246,6 +246,23 @@ class ModelConfig:
     )
     """The same of the routed experts, of those that are added later too."""
 
+    # The paper's.
+    merge: Literal["mean", "seed", "ties", "dare_ties"] = setting("mean", changes="inputs")
+    """Upcycling: what all but the feed-forward networks becomes: the branches' mean | the seed's |
+    the seed's and what its branches add to it, merged by TIES or by DARE-TIES."""
+
+    merge_weights: dict[str, float] = setting({}, changes="inputs")
+    """Weight of each expert's branch in what is merged; 1 for those that are left out."""
+
+    # TIES keeps 0.2 in its paper, of far larger models that were finetuned for longer.
+    merge_density: float = setting(
+        0.5,
+        changes="inputs",
+        between=(0.01, 1.0),
+    )
+    """Share of what each branch adds to a tensor that `ties` (the largest) and `dare_ties` (any)
+    keep."""
+
 
 @dataclass(kw_only=True)
 class DataConfig:

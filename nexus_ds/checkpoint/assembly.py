@@ -14,7 +14,7 @@ costs no second reading; jobs are done side by side, the largest first.
 **Another way to merge** is a `Rule`: it is given the same range of all sources as fp32 blocks of
 equal length, in the order of the piece's sources, and returns one such block. It may write into the
 blocks. A rule belongs to one piece and may remember what it has seen; with `looks` it is shown all
-blocks of its tensor once before it has to answer, for thresholds and norms (TIES). Sources may be
+blocks of its tensor before it has to answer, for thresholds and norms (`merging`). Sources may be
 anything of the target's size: a seed (task vectors), Fisher information. `Mean` is one.
 
 Memory: `BLOCK_BYTES` and a few blocks of VALUES numbers a thread, whatever the model's size.
@@ -72,11 +72,17 @@ Blocks = Sequence[Floats]
 class Rule(ABC):
     """How several tensors become one, told on aligned blocks. See the module."""
 
-    looks = False
-    """Whether `look` is shown the whole tensor first."""
+    looks = 0
+    """How often `look` is shown the whole tensor first."""
 
-    def look(self, blocks: Blocks, first: int) -> None:
-        """Be shown the blocks at [first, first + length) of the tensors, flattened."""
+    def look(
+        self,
+        blocks: Blocks,
+        first: int,
+        turn: int,
+    ) -> None:
+        """Be shown the blocks at [first, first + length) of the tensors, flattened; they may be
+        overwritten. `turn` counts the looks from 0."""
         assert not self.looks, "a rule that looks says what it does with what it sees"
 
     @abstractmethod
@@ -330,8 +336,9 @@ class _Worker:
     def _look(self, piece: Merge) -> None:
         # what is read twice is hashed and counted once
         digest, self.digest = self.digest, None
-        for first, blocks in self._blocks(piece, [Health() for _ in piece.sources]):
-            piece.rule.look(blocks, first)
+        for turn in range(piece.rule.looks):
+            for first, blocks in self._blocks(piece, [Health() for _ in piece.sources]):
+                piece.rule.look(blocks, first, turn)
         self.digest = digest
 
     def _blocks(self, piece: Merge, healths: Sequence[Health]) -> Iterator[tuple[int, Blocks]]:

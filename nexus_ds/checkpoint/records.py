@@ -111,7 +111,7 @@ class FitReport:
 
 # `lambda` is a word of Python's.
 FILE_KEYS = {"share": "lambda"}
-LEFT_OUT = ("seed_license", "scales", "perplexity", "aligned")  # where they are empty
+LEFT_OUT = ("seed_license", "scales", "perplexity", "aligned", "merge")  # where they are empty
 FIELDS = {key: name for name, key in FILE_KEYS.items()}
 
 
@@ -166,6 +166,8 @@ class UpcycleStep(Step):
     aligned: dict[str, list[str]] = field(default_factory=dict)
     """Rows of the embeddings (`31:33`, the end excluded) that come from some experts' models alone,
     with these experts; all others come from all."""
+    merge: dict[str, object] = field(default_factory=dict)
+    """Settings of merging, by their names in `ModelConfig`; empty: the plain mean."""
 
 
 @dataclass(frozen=True, kw_only=True)

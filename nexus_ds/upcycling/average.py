@@ -16,7 +16,12 @@ from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.errors import IncompatibleModelsError
 from nexus_ds.outputs import new_directory, write_json
-from nexus_ds.upcycling.blend import Part, Source, mean_of, write_tensors
+from nexus_ds.upcycling.blend import (
+    Part,
+    Source,
+    mean_of,
+    write_tensors,
+)
 
 
 def average_dense(models: Sequence[Path], out: Path) -> None:

@@ -3,8 +3,8 @@
 Every tensor of the output is a `Blend` (a weighted sum of stored tensors, in fp32; a single one is
 copied exactly) or is given (expert embeddings). `write_tensors` reads and writes slices of rows, so
 memory does not grow with the model.
-Not covered: aligning models of different bases (permutations, other vocabularies); averages other
-than linear ones.
+Not covered: aligning models of different bases (permutations, other vocabularies); which rules
+there are (`merge`).
 """
 
 from __future__ import annotations
@@ -250,6 +250,33 @@ class _Health:
         self.nonzero = self.nonzero or bool(rows.any())
 
 
+def _blocks(
+    blend: Blend,
+    health: Sequence[_Health],
+    start: int,
+    stop: int,
+) -> tuple[Tensor, assembly.Blocks]:
+    """Return rows [start, stop) of the last part, and those of all as a rule sees them."""
+    blocks = []
+    for part, seen in zip(blend.parts, health, strict=True):
+        rows = part.reader.read_rows(part.name, start, stop)
+        seen.see(rows)
+        # copied: rules write into them
+        flat = rows.float().flatten().clone()
+        blocks.append(flat.numpy())
+    return rows, blocks
+
+
+def _look(blend: Blend, rule: assembly.Rule, shape: tuple[int, ...]) -> None:
+    """Show a rule the whole tensor as often as it asks for."""
+    unseen = [_Health() for _ in blend.parts]
+    for turn in range(rule.looks):
+        for start, stop in row_slices(shape):
+            rows, blocks = _blocks(blend, unseen, start, stop)
+            width = rows[0].numel()
+            rule.look(blocks, start * width, turn)
+
+
 def _blend_rows(
     blend: Blend,
     health: Sequence[_Health],
@@ -261,6 +288,11 @@ def _blend_rows(
 
     One part's slice is in memory at a time, beside the sum.
     """
+    if blend.rule:
+        rows, blocks = _blocks(blend, health, start, stop)
+        width = rows[0].numel()
+        merged = blend.rule(blocks, start * width)
+        return torch.from_numpy(merged).reshape(rows.shape).to(dtype)
     first = blend.parts[0]
     total = first.reader.read_rows(first.name, start, stop)
     health[0].see(total)
@@ -289,6 +321,8 @@ def _write_blend(
     health = [_Health() for _ in blend.parts]
     result = _Health()
     count = (shape[0] if last is None else last) - first
+    if blend.rule:
+        _look(blend, blend.rule, shape)
     for start, stop in row_slices((count, *shape[1:])):
         rows = _blend_rows(blend, health, first + start, first + stop, dtype)
         result.see(rows)

@@ -25,7 +25,12 @@ from nexus_ds.checkpoint.qwen2_moe import (
     moe_config,
     stored,
 )
-from nexus_ds.checkpoint.records import RouterRecord, Step, UpcycleStep, portable
+from nexus_ds.checkpoint.records import (
+    RouterRecord,
+    Step,
+    UpcycleStep,
+    portable,
+)
 from nexus_ds.checkpoint.sidecar import (
     Sidecar,
     expert_embeddings,
@@ -50,12 +55,27 @@ from nexus_ds.upcycling.blend import (
     encoder_record,
     expert_copy,
     expert_records,
-    mean_of,
     note_other_seeds,
 )
 from nexus_ds.upcycling.branches import check_branches, open_all
-from nexus_ds.upcycling.compatible import NOTHING, Waived, check_disk, seed_origin
-from nexus_ds.upcycling.new_checkpoint import NewModel, as_written, bytes_of, casts
+from nexus_ds.upcycling.compatible import (
+    NOTHING,
+    Waived,
+    check_disk,
+    seed_origin,
+)
+from nexus_ds.upcycling.merge import (
+    check_merge,
+    merged,
+    recorded_merge,
+    weights_of,
+)
+from nexus_ds.upcycling.new_checkpoint import (
+    NewModel,
+    as_written,
+    bytes_of,
+    casts,
+)
 from nexus_ds.upcycling.same_tokenizers import Alignment, by_row
 from nexus_ds.warm_start.methods import check_start
 
@@ -73,7 +93,8 @@ def upcycled(
     written.
 
     Seed FFN: shared expert, or zeros. Branches' FFNs: routed experts, exact copies, in the order of
-    `experts`. All else: fp32 mean over the branches, the seed not counted unless it is among them.
+    `experts`. All else: fp32 mean over the branches, the seed not counted unless it is among them
+    (`model.merge` has other ways).
     Router: P(D) of a freshly initialised P, or free rows.
 
     Args:
@@ -81,7 +102,7 @@ def upcycled(
         experts: for each expert's name, which is also its domain, its dense model; the seed may be
             one of them.
         embeddings: rows of (at least) these domains; free rows do without that of the seed.
-        config: `router`, `model.shared_expert` and `seed`.
+        config: `router`, `model.shared_expert`, `model.merge` and its settings, and `seed`.
         packages: what else is known of the branches.
         waived: differences that are no mistake.
         out: where it will be written, if the disk's room is to be checked.
@@ -104,6 +125,8 @@ def upcycled(
         vectors = _domain_vectors(seed, experts, embeddings, config)
     with problems.collected():
         _check_top_k(config, experts)
+    with problems.collected():
+        check_merge(config.model, experts, waived.vocabulary)
     base, models, alignment = _open_checked(seed, experts, packages, waived, problems)
     _check_learns(base, config)
     note_other_seeds(base, packages.cards)
@@ -122,6 +145,7 @@ def upcycled(
         seed_license=stated_license(seed),
         scales=_scales(config),
         aligned=alignment.recorded(list(models)) if alignment else {},
+        merge=recorded_merge(config.model),
     )
     sidecar = _upcycled_sidecar(models, embeddings, packages, vectors, config, step)
     return NewModel(
@@ -241,7 +265,9 @@ def _upcycled_sidecar(
 
 
 def _new_projections(
-    sidecar: Sidecar, sizes: DenseSettings, config: Config
+    sidecar: Sidecar,
+    sizes: DenseSettings,
+    config: Config,
 ) -> list[dict[str, Tensor]]:
     """Return the state of a freshly initialised P for each layer."""
     router = config.router
@@ -265,12 +291,15 @@ def _upcycled_tensors(
 ) -> dict[str, Source]:
     """Return where each tensor of the mixture with the config.json `target` comes from."""
     branches = [(f"expert {name}", TensorReader.of(model.reader)) for name, model in models.items()]
+    weights = weights_of(config.model, models)
+    base = TensorReader.of(seed.reader)
 
     def source(entry: Stored) -> Source:
         match entry.role:
             case Role.DENSE:
-                mean = mean_of([Part(who, reader, entry.dense_name) for who, reader in branches])
-                return by_row(mean, entry, alignment)
+                own = Part("seed", base, entry.dense_name)
+                parts = [Part(who, reader, entry.dense_name) for who, reader in branches]
+                return by_row(merged(own, parts, weights, config), entry, alignment)
             case Role.ROUTED:
                 who, reader = branches[entry.expert]
                 return expert_copy(Part(who, reader, entry.dense_name), entry, sidecar.lineage)

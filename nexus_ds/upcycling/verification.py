@@ -136,6 +136,8 @@ class Sources:
     """Whether `base` is a seed's."""
     aligned: Mapping[str, Sequence[str]]
     """Rows of embeddings that some of the models alone gave, see `UpcycleStep`."""
+    merge: Mapping[str, object]
+    """Settings of merging, as the step has them; empty: the plain mean."""
 
 
 def _place(directory: Path, name: str, source: str, given: Mapping[str, Path]) -> Path:
@@ -188,7 +190,8 @@ def _sources(
     assert base is not None
     share = 1.0 if isinstance(step, UpcycleStep) else step.share
     upcycled = isinstance(step, UpcycleStep)
-    return Sources(base, names, models, share, upcycled, step.aligned)
+    merge = step.merge if isinstance(step, UpcycleStep) else {}
+    return Sources(base, names, models, share, upcycled, step.aligned, merge)
 
 
 def _checked_source(
@@ -277,6 +280,9 @@ def _compare(
             found.problems.append(f"{name} {said}")
     found.checked.append(f"{counts['copies']} tensors that are copies, byte by byte")
     found.checked.append(f"{counts['averages']} averages, computed again")
+    method = sources.merge.get("merge", "mean")
+    if method not in ("mean", "seed"):
+        found.notes.append(f"what was merged by {method} is not computed again")
 
 
 def _scale(entry: Stored, manifest: Manifest, sources: Sources) -> float:
@@ -323,8 +329,16 @@ def _parts(
         return {OLD: (sources.base, name, 1.0)}
     if entry.role is not Role.DENSE:
         return {}
-    each = sources.share / len(models)
-    new = {key: (model.reader, entry.dense_name, each) for key, model in models.items()}
+    method = sources.merge.get("merge", "mean")
+    if method == "seed":
+        return {"seed": (sources.base, entry.dense_name, 1.0)}
+    if method != "mean":
+        return {}
+    weights = _weights(sources)
+    each = sources.share / sum(weights.values())
+    new = {}
+    for key, model in models.items():
+        new[key] = model.reader, entry.dense_name, each * weights[key]
     if sources.upcycled:
         return new
     return {OLD: (sources.base, name, 1.0 - sources.share)} | new
@@ -375,6 +389,13 @@ def _slices(
     for first, last, parts in pieces:
         for start, stop in row_slices((last - first, *shape[1:]), AT_ONCE):
             yield first + start, first + stop, parts
+
+
+def _weights(sources: Sources) -> dict[str, float]:
+    """Return the weight of each new model in what is averaged."""
+    stated = sources.merge.get("merge_weights")
+    weights = dict.fromkeys(sources.models, 1.0)
+    return weights | stated if isinstance(stated, dict) else weights
 
 
 def _difference(

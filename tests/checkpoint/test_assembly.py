@@ -99,13 +99,14 @@ def test_copies_are_hashed_in_the_order_of_the_job_and_numbers_are_filled_in(tmp
 class Trimmed(Rule):
     """Keep what is above half of the largest value: a rule that looks first, and uses places."""
 
-    looks = True
+    looks = 1
 
     def __init__(self):
         self.largest = 0.0
         self.seen = []
 
-    def look(self, blocks, first):
+    def look(self, blocks, first, turn):
+        assert turn == 0
         self.largest = max(self.largest, *(float(np.abs(block).max()) for block in blocks))
 
     def __call__(self, blocks, first):
@@ -132,13 +133,13 @@ def test_another_rule_sees_aligned_blocks_and_may_look_first(tmp_path):
 
 def test_a_rule_that_looks_has_to_say_how():
     class Forgetful(Rule):
-        looks = True
+        looks = 1
 
         def __call__(self, blocks, first):
             return blocks[0]
 
     with pytest.raises(AssertionError, match="a rule that looks"):
-        Forgetful().look([], 0)
+        Forgetful().look([], 0, 0)
 
 
 BAD = [

@@ -3,12 +3,14 @@
 import json
 
 import pytest
+import torch
 
 from nexus_ds.checkpoint.config_json import read_config
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.file_layout import in_files, repeated
 from nexus_ds.checkpoint.headers import Headers, tensor_bytes
 from nexus_ds.checkpoint.qwen2_moe import stored
+from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.settings import Config
 from nexus_ds.upcycling.new_checkpoint import bytes_of
 from nexus_ds.upcycling.upcycle import upcycled
@@ -35,6 +37,9 @@ def test_the_files_are_as_large_as_was_counted(kind, tmp_path, dense_dir):
     size = sum(tensor_bytes(info.dtype, info.shape) for info in infos.values())
     assert bytes_of(new.config, "F32") == size
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > size
+    reader = TensorReader(tmp_path / "out")
+    if kind == "qwen2-tied":
+        assert torch.equal(reader.read(HEAD), reader.read(EMBEDDING))
     # what lies there twice, or is taller
     more = kind.endswith("-tied") or kind.startswith("qwen3")
     assert (size > sum(tensor_bytes(*entry) for entry in plan.values())) == more

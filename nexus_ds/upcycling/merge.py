@@ -1,0 +1,97 @@
+"""How upcycling merges what the branches share: `model.merge` and its settings.
+
+The paper takes the mean (section 2.1). The seed's own weights and the ways to merge that
+`checkpoint.merging` has are alternatives, measured in docs/merging.md.
+Not covered: FFNs, which are never merged; `extend`, whose lambda is a share of a mean.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from nexus_ds.checkpoint.assembly import Rule
+from nexus_ds.checkpoint.merging import DareTies, Ties
+from nexus_ds.errors import ConfigError
+from nexus_ds.settings import Config, ModelConfig
+from nexus_ds.upcycling.blend import Blend, Part
+
+OWN = ("merge", "merge_weights", "merge_density")
+
+
+def check_merge(
+    model: ModelConfig,
+    experts: Collection[str],
+    grown: bool,
+) -> None:
+    """Raise ConfigError for settings of merging that don't go together.
+
+    Args:
+        model: `merge` and its settings.
+        experts: their names.
+        grown: whether vocabularies may have grown.
+    """
+    for name in model.merge_weights:
+        if name not in experts:
+            raise ConfigError(
+                f"model.merge_weights: {name} is none of the experts {', '.join(experts)}; name "
+                "these, those that are left out weigh 1"
+            )
+    weights = weights_of(model, experts)
+    if min(weights) < 0 or not sum(weights):
+        raise ConfigError(
+            f"model.merge_weights: the branches weigh {', '.join(map(str, weights))}; expected "
+            "numbers of at least 0, not all of them 0"
+        )
+    # a row that some models lack is merged from the others, which only a mean can do
+    if grown and model.merge != "mean":
+        raise ConfigError(
+            f"model.merge: {model.merge} can't merge vocabularies that grew; leave --align-vocab "
+            "out, or take the mean"
+        )
+
+
+def weights_of(model: ModelConfig, experts: Collection[str]) -> list[float]:
+    """Return the weight of each branch."""
+    return [model.merge_weights.get(name, 1.0) for name in experts]
+
+
+def recorded_merge(model: ModelConfig) -> dict[str, object]:
+    """Return what nexus.json has of merging; empty for the plain mean, as older versions have
+    it."""
+    values = {name: getattr(model, name) for name in OWN}
+    plain = model.merge == "mean" and not model.merge_weights
+    return {} if plain else values
+
+
+def merged(
+    seed: Part,
+    branches: Sequence[Part],
+    weights: Sequence[float],
+    config: Config,
+) -> Blend:
+    """Return how one tensor is merged.
+
+    Args:
+        seed: the tensor of the seed.
+        branches: that of each branch.
+        weights: of the branches, see `weights_of`.
+        config: `model.merge` and its settings, and `seed`.
+    """
+    density = config.model.merge_density
+    rule: Rule
+    match config.model.merge:
+        case "seed":
+            return Blend([seed])
+        case "ties":
+            rule = Ties(weights, density)
+        case "dare_ties":
+            # of its own for each tensor, whatever stands before it
+            drawn = (config.seed, zlib.crc32(seed.name.encode()))
+            rule = DareTies(weights, density, drawn)
+        case _:
+            pairs = zip(branches, weights, strict=True)
+            parts = [replace(part, weight=weight) for part, weight in pairs]
+            return Blend(parts, divisor=float(sum(weights)))
+    return Blend([seed, *branches], rule=rule)
