@@ -37,6 +37,11 @@ def no_bos(data: DataConfig) -> list[str]:
     return [] if data.bos else ["--no-bos"]
 
 
+def _reading(data: DataConfig) -> list[str]:
+    """Return the options with which `evaluate` reads text as a run with these settings does."""
+    return [*no_bos(data), *(["--chat"] if data.chat else [])]
+
+
 def _options(values: Mapping[str, object]) -> list[str]:
     """Return options with their values, in order."""
     words = []
@@ -139,7 +144,7 @@ def evaluate_words(
         "--cache": cache,
         "--on-bad-row": data.on_bad_row,
     }
-    words = ["evaluate", *_options(options), *no_bos(data)]
+    words = ["evaluate", *_options(options), *_reading(data)]
     for name, path in models.items():
         words += ["--checkpoint", str(path), "--name", name]
     return words
@@ -211,7 +216,7 @@ def next_evaluation(out: Path | str, data: DataConfig) -> str:
     """Return the command, quoted for a shell, that scores a checkpoint as it was trained."""
     read = _options({"--checkpoint": out, "--data": data.path})
     written = _options({"--out": f"{out}-report"})
-    return shlex.join(["nexus-ds", "evaluate", *read, *no_bos(data), *written])
+    return shlex.join(["nexus-ds", "evaluate", *read, *_reading(data), *written])
 
 
 def next_extension(checkpoint: Path) -> str:

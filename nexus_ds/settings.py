@@ -338,6 +338,14 @@ class DataConfig:
     """Whether a document begins as the model's own tokenizer begins a text: Llama, Gemma, Mistral:
     BOS; Qwen, GPT-2: as it is, whatever this says."""
 
+    chat: bool = setting(
+        False,
+        changes="inputs",
+        scope="run",
+    )
+    """Whether rows may be chats ({"messages": [{"role": ..., "content": ...}, ...]}): rendered by
+    the tokenizer's own template, with a loss on answers alone."""
+
     workers: int = setting(
         0,
         changes="nothing",

@@ -320,6 +320,20 @@ FAULTS = (
         "model/test_refit.py",
     ),
     Fault(
+        "a chat's prompts are learned too",
+        "data/chat.py",
+        "inside = inside or first <= start < last",
+        "inside = True",
+        "data/test_chat.py",
+    ),
+    Fault(
+        "the first id of a window is counted as its label",
+        "data/corpora.py",
+        "[1:].sum()",
+        ".sum()",
+        "data/test_chat.py",
+    ),
+    Fault(
         "any row of a new expert will do",
         "upcycling/extend.py",
         "> LARGEST_EMBEDDING * largest_old",

@@ -27,7 +27,8 @@ from nexus_ds.command_lines import (
 from nexus_ds.config import load_config
 from nexus_ds.settings import DataConfig
 
-CONFIG = load_config("demo", ["data.on_bad_row=skip", "data.bos=false", "seed=7"])
+READING = ["data.on_bad_row=skip", "data.bos=false", "data.chat=true"]
+CONFIG = load_config("demo", [*READING, "seed=7"])
 EXPERTS = {"a": Path("branches/a"), "b": Path("branches/b")}
 
 
@@ -64,6 +65,9 @@ def test_models_are_scored_on_the_windows_that_training_validates_on():
         CONFIG.data.sequence_length,
     )
     assert (args.on_bad_row, args.no_bos, str(args.cache)) == ("skip", True, "t")
+    assert args.chat
+    plain = evaluate_words(load_config("demo"), {"s": Path("s")}, ["a"], Path("t"))
+    assert not parsed(plain).chat
 
 
 def test_how_documents_begin():

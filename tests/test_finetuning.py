@@ -23,7 +23,8 @@ from nexus_ds.upcycling.verification import verify
 
 PAGE = (Path(__file__).parents[1] / "docs" / "finetuning.md").read_text(encoding="utf-8")
 PROGRAMS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-[COMMANDS] = re.findall(r"```bash\n(.*?)```", PAGE, re.S)
+# those of chats are run by tests/runtime/test_chat_training.py
+CHATS, COMMANDS = re.findall(r"```bash\n(.*?)```", PAGE, re.S)
 TRAINERS = ("trainer", "trl", "peft")
 TEMPLATE = (
     "{% for m in messages %}{{ 'tree ' if m.role == 'user' else 'leaf ' }}{{ m.content }}"

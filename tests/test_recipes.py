@@ -167,3 +167,13 @@ def test_the_recipe_of_one_gpu_is_planned_on_one(capsys):
 def test_recipes_say_what_they_are_for():
     for name in NAMES:
         assert Path(RECIPES / f"{name}.yaml").read_text(encoding="utf-8").startswith("# "), name
+
+
+def test_the_recipe_for_chats_is_own_with_chats():
+    own, chats = load_config("own"), load_config("own-chat")
+    assert chats.data.chat and not own.data.chat
+    assert chats.model == own.model and chats.router == own.router
+    # of every stage: a branch, the mixture and an extension
+    for stage in ("moe", "extend", "branch"):
+        words = [f"stage={stage}", *(["branch=a"] if stage == "branch" else [])]
+        assert load_config("own-chat", words).data.chat

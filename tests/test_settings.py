@@ -38,7 +38,7 @@ CHANGES = {
 }
 RUN = """
     seed pipeline.* model.* router.* data.path data.max_bytes data.sequence_length data.on_bad_row
-    data.workers data.bos
+    data.workers data.bos data.chat
 """
 STAGE = "model.path model.tokenizer"
 

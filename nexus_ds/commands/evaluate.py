@@ -148,13 +148,24 @@ def _add_other_options(parser: argparse.ArgumentParser) -> None:
         choices=("error", "skip"),
         help="what a damaged line does",
     )
+    _add_reading_options(parser)
+    parser.add_argument("--json", action="store_true", help="print summary.json instead of tables")
+
+
+def _add_reading_options(parser: argparse.ArgumentParser) -> None:
+    """Declare how text is read: as the training read it."""
     parser.add_argument(
         "--no-bos",
         action="store_true",
         help="documents don't begin with the BOS of the model's tokenizer "
         "(trained with data.bos=false)",
     )
-    parser.add_argument("--json", action="store_true", help="print summary.json instead of tables")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="rows may be chats: rendered by the tokenizer's template and scored as text, prompts "
+        "too (trained with data.chat=true)",
+    )
 
 
 def model_names(checkpoints: Sequence[Path], given: Sequence[str]) -> list[str]:
@@ -211,6 +222,7 @@ def _windows(
         cache,
         on_bad_row=args.on_bad_row,
         bos=not args.no_bos,
+        chat=args.chat,
     )
     return {domain: windows(files[domain], args.windows, length) for domain in domains}
 

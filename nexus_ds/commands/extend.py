@@ -204,7 +204,8 @@ def run(args: argparse.Namespace) -> int:
     if scores:
         # the old model is scored first: text that can't be read is told before anything is written
         domains = chosen(args.scored, checkpoint, model.domains_of(experts))
-        scored = BeforeAfter(checkpoint, data, domains, args.windows, config.data.bos)
+        read = config.data
+        scored = BeforeAfter(checkpoint, data, domains, args.windows, read.bos, read.chat)
     with new_directory(out) as directory:
         report = model.write(directory, text, config.router, config.seed)
     verdict = None

@@ -5,6 +5,8 @@ tokenizer puts before a text (BOS, or nothing) and closed by the end-of-text tok
 beside it says from what it was made, and a fingerprint of text, tokenizer and settings is part of
 its name. Blocks of any length are slices of that file, so packing costs nothing. The manifest has a
 hash of the ids, by which whoever asks for the file finds out whether they still are what was made.
+Where chats are read, a second file has a byte for each id: 1 where it is a label that the model
+learns. A block that says so has ~id, which is negative, in the place of the others.
 
 Not covered: shuffling documents (blocks are permuted when they are drawn, see mixture.py), masking
 attention between documents of a block, removing token files that are no longer used.
@@ -23,7 +25,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, TypedDict, cast
+from typing import BinaryIO, NotRequired, TypedDict, cast
 
 import numpy as np
 
@@ -66,14 +68,21 @@ class TokenFile:
     """Damaged rows that were left out."""
     fingerprint: str
     """sha256 over text, tokenizer and settings."""
+    answers: int | None = None
+    """Ids that are labels; None where all are."""
 
     @cached_property
     def _stream(self) -> BinaryIO:
         return self.path.open("rb", buffering=0)
 
+    @cached_property
+    def _labels(self) -> BinaryIO:
+        return _labels_of(self.path).open("rb", buffering=0)
+
     def __getstate__(self) -> dict[str, object]:
         # an open file can't be sent to another process; it opens its own
-        return {key: value for key, value in self.__dict__.items() if key != "_stream"}
+        streams = ("_stream", "_labels")
+        return {key: value for key, value in self.__dict__.items() if key not in streams}
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Return ids `start` to `start + count` as [count] int64; DataError if there are fewer.
@@ -81,14 +90,7 @@ class TokenFile:
         A read, not a memory map: pages of a map count as this process's memory, and a file that was
         cut short kills it.
         """
-        width = np.dtype(self.dtype).itemsize
-        content = os.pread(self._stream.fileno(), count * width, start * width)
-        if len(content) != count * width:
-            raise DataError(
-                f"{self.path}: found {len(content)} bytes at {start * width}, "
-                f"expected {count * width}; the file was cut short: remove it, and it is made again"
-            )
-        return np.frombuffer(content, dtype=self.dtype).astype(np.int64)
+        return _numbers(self._stream, self.path, self.dtype, start, count).astype(np.int64)
 
     def blocks(self, length: int) -> int:
         """Return how many blocks of `length` inputs (and one more label) there are."""
@@ -100,6 +102,43 @@ class TokenFile:
         Inputs are all but the last, labels all but the first; so blocks share one id with the next.
         """
         return self.read(index * length, length + 1)
+
+    def _learned(self, index: int, length: int) -> np.ndarray:
+        """Return which ids of a block are labels as [length + 1] bool; not of plain text."""
+        path = _labels_of(self.path)
+        found = _numbers(self._labels, path, "uint8", index * length, length + 1)
+        return found.astype(bool)
+
+    def marked(self, index: int, length: int) -> np.ndarray:
+        """Return a block as `block` does, with ~id in the place of ids that are no labels."""
+        ids = self.block(index, length)
+        if self.answers is None:
+            return ids
+        return np.where(self._learned(index, length), ids, ~ids)
+
+    def labels(self, index: int, length: int) -> int:
+        """Return how many labels of a block the model learns."""
+        if self.answers is None:
+            return length
+        # the first id is no label of this block
+        return int(self._learned(index, length)[1:].sum())
+
+
+def _labels_of(path: Path) -> Path:
+    """Return where the labels of a token file lie."""
+    return path.with_suffix(".labels")
+
+
+def _numbers(stream: BinaryIO, path: Path, dtype: str, start: int, count: int) -> np.ndarray:
+    """Return `count` numbers of a file; DataError if there are fewer."""
+    width = np.dtype(dtype).itemsize
+    content = os.pread(stream.fileno(), count * width, start * width)
+    if len(content) != count * width:
+        raise DataError(
+            f"{path}: found {len(content)} bytes at {start * width}, "
+            f"expected {count * width}; the file was cut short: remove it, and it is made again"
+        )
+    return np.frombuffer(content, dtype=dtype)
 
 
 @contextmanager
@@ -114,15 +153,25 @@ def _locked(cache: Path) -> Iterator[None]:
         yield
 
 
-def _batches(documents: Iterator[tuple[str, Document]]) -> Batches:
-    """Group (domain, document) into (domain, texts) of about BATCH_CHARACTERS.
+def _batches(
+    documents: Iterator[tuple[str, Document]], chats: bool
+) -> Iterator[tuple[str, list[Document]]]:
+    """Group (domain, document) into (domain, documents) of about BATCH_CHARACTERS.
 
-    Each domain's texts keep their order.
+    Each domain's documents keep their order.
+
+    Raises:
+        DataError: a chat where none is read.
     """
-    batches: dict[str, list[str]] = {}
+    batches: dict[str, list[Document]] = {}
     sizes: Counter[str] = Counter()
     for domain, document in documents:
-        batches.setdefault(domain, []).append(document.text)
+        if document.chat and not chats:
+            raise DataError(
+                f"{document.where}: a chat (messages), expected text; data.chat=true reads chats "
+                "by the tokenizer's template (--chat of evaluate)"
+            )
+        batches.setdefault(domain, []).append(document)
         sizes[domain] += len(document.text)
         if sizes[domain] >= BATCH_CHARACTERS:
             yield domain, batches.pop(domain)
@@ -130,11 +179,32 @@ def _batches(documents: Iterator[tuple[str, Document]]) -> Batches:
     yield from batches.items()
 
 
+def _counted(
+    batches: Iterator[tuple[str, list[Document]]], progress: Progress, chats: bool
+) -> Batches:
+    """Yield what processes that tokenise are to read, and advance the bar."""
+    for domain, documents in batches:
+        texts = [document.text for document in documents]
+        yield domain, documents if chats else texts
+        done = sum(map(len, texts)) >> 10
+        if progress.total:
+            # the total is an estimate, which more text must not exceed
+            done = min(done, progress.total - progress.done)
+        progress.advance(done)
+
+
 class _Skipped(TypedDict):
     """Damaged rows that were left out."""
 
     count: int
     first: list[str]
+
+
+class _Labels(TypedDict):
+    """Which ids are labels."""
+
+    count: int
+    sha256: str
 
 
 class _Manifest(TypedDict):
@@ -150,6 +220,8 @@ class _Manifest(TypedDict):
     fingerprint: str
     sha256: str
     """Of the ids, as they were handed to the system."""
+    labels: NotRequired[_Labels]
+    """Where chats are read."""
 
 
 def _manifest(path: Path) -> _Manifest | None:
@@ -160,7 +232,10 @@ def _manifest(path: Path) -> _Manifest | None:
     try:
         manifest = cast(_Manifest, read_sealed(path.with_suffix(".json")))
         width = np.dtype(manifest["dtype"]).itemsize
-        return manifest if path.stat().st_size == manifest["tokens"] * width else None
+        whole = path.stat().st_size == manifest["tokens"] * width
+        if "labels" in manifest:
+            whole = whole and _labels_of(path).stat().st_size == manifest["tokens"]
+        return manifest if whole else None
     except (OSError, ValueError):
         return None
 
@@ -177,6 +252,7 @@ def _existing(path: Path) -> TokenFile | None:
         documents=manifest["documents"],
         skipped=manifest["skipped"]["count"],
         fingerprint=manifest["fingerprint"],
+        answers=manifest["labels"]["count"] if "labels" in manifest else None,
     )
 
 
@@ -185,11 +261,15 @@ def _damage(path: Path) -> str:
     manifest = _manifest(path)
     if manifest is None:
         return ""
-    with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found == manifest["sha256"]:
-        return ""
-    return f"{path}: found sha256 {found[:12]}, expected {manifest['sha256'][:12]}"
+    expected = {path: manifest["sha256"]}
+    if "labels" in manifest:
+        expected[_labels_of(path)] = manifest["labels"]["sha256"]
+    for file, sha256 in expected.items():
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != sha256:
+            return f"{file}: found sha256 {found[:12]}, expected {sha256[:12]}"
+    return ""
 
 
 def _drop_damaged(paths: Sequence[Path], cache: Path) -> None:
@@ -224,6 +304,33 @@ class _Job:
     bad_rows: BadRows = field(default_factory=BadRows)
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
     """Of the ids."""
+    answers: int | None = None
+    """Ids that are labels; None where no chats are read."""
+    label_digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+
+    def files(self, chats: bool) -> list[Path]:
+        """Return what is to be written; of chats the labels too, which are counted from then on."""
+        if not chats:
+            return [self.path]
+        self.answers = 0
+        return [self.path, _labels_of(self.path)]
+
+    def add(self, part: Packed, on_bad_row: str) -> None:
+        """Count what was tokenised.
+
+        Raises:
+            DataError: a chat that can't be read, where that is an error.
+        """
+        if part.bad and on_bad_row != "skip":
+            raise DataError(part.bad[0])
+        for message in part.bad:
+            self.bad_rows.add(message)
+        self.digest.update(part.ids)
+        self.tokens += part.tokens
+        self.documents += part.documents
+        if self.answers is not None:
+            self.answers += part.answers
+            self.label_digest.update(part.learned)
 
     def finish(self, dtype: str, split: str, max_bytes: int) -> None:
         """Write the manifest, which makes the token file valid, and tell of damaged rows."""
@@ -239,6 +346,9 @@ class _Job:
             "fingerprint": self.fingerprint,
             "sha256": self.digest.hexdigest(),
         }
+        if self.answers is not None:
+            labels: _Labels = {"count": self.answers, "sha256": self.label_digest.hexdigest()}
+            manifest["labels"] = labels
         with new_file(self.path.with_suffix(".json"), overwrite=True) as temporary:
             write_text(temporary, seal(cast(dict[str, object], manifest)))
         if bad.count:
@@ -292,36 +402,39 @@ class _Maker:
         )
         total = _expected(jobs) >> 10
         label = f"tokenise {', '.join(named)}/{self.split}"
+        chats = self.tokenizer.chat is not None
         with ExitStack() as stack:
-            streams: dict[str, BinaryIO] = {}
-            for job in jobs:
-                path = stack.enter_context(new_file(job.path, overwrite=True))
-                streams[job.domain] = stack.enter_context(create(path))
+            streams = {file: _stream(stack, file) for job in jobs for file in job.files(chats)}
             progress = stack.enter_context(Progress(label, total, "kB"))
-            for domain, part in pack(_counted(_batches(documents), progress)):
-                streams[domain].write(part.ids)
-                named[domain].digest.update(part.ids)
-                named[domain].tokens += part.tokens
-                named[domain].documents += part.documents
+            for domain, part in pack(_counted(_batches(documents, chats), progress, chats)):
+                job = named[domain]
+                job.add(part, self.on_bad_row)
+                streams[job.path].write(part.ids)
+                if chats:
+                    streams[_labels_of(job.path)].write(part.learned)
             progress.advance(max(total - progress.done, 0))
+            _check_documents(jobs)
         for job in jobs:
             job.finish(self.tokenizer.dtype, self.split, self.max_bytes)
+
+
+def _stream(stack: ExitStack, file: Path) -> BinaryIO:
+    """Return a new file that gets its name when `stack` ends well."""
+    path = stack.enter_context(new_file(file, overwrite=True))
+    return stack.enter_context(create(path))
+
+
+def _check_documents(jobs: Sequence[_Job]) -> None:
+    """Raise DataError where every chat of a domain was left out."""
+    for job in jobs:
+        if not job.documents:
+            raise DataError(f"{job.domain}: no chat can be read; first: {job.bad_rows.messages[0]}")
 
 
 def _expected(jobs: Sequence[_Job]) -> int:
     """Return about how many bytes of text there are; 0 where that of one is unknown."""
     sizes = [job.expected for job in jobs]
     return sum(sizes) if all(sizes) else 0
-
-
-def _counted(batches: Batches, progress: Progress) -> Batches:
-    for domain, texts in batches:
-        yield domain, texts
-        done = sum(map(len, texts)) >> 10
-        if progress.total:
-            # the total is an estimate, which more text must not exceed
-            done = min(done, progress.total - progress.done)
-        progress.advance(done)
 
 
 def token_files(
@@ -335,6 +448,7 @@ def token_files(
     max_bytes: int = 0,
     on_bad_row: str = "error",
     bos: bool = True,
+    chat: bool = False,
     verify: bool = True,
 ) -> dict[str, TokenFile]:
     """Return the token file of each domain, tokenising what is not in the cache yet, or damaged.
@@ -354,20 +468,21 @@ def token_files(
             all. Validation text is always used whole.
         on_bad_row: error | skip (counted in the manifest and on stderr).
         bos: whether documents begin as the tokenizer begins a text.
+        chat: whether chats are read, beside plain text; of them answers alone are labels.
         verify: whether the ids of files that are there are read and hashed; False where another
             process of this run has just done it.
 
     Raises:
         ConfigError: an unknown split or `on_bad_row`.
         DataError: an unknown domain, a domain without text, damaged rows.
-        CheckpointError: no tokenizer that serves.
+        CheckpointError: no tokenizer that serves, or of chats one without a template.
     """
     if split not in SPLITS or on_bad_row not in ("error", "skip"):
         raise ConfigError(
             f"split {split!r}, on_bad_row {on_bad_row!r}: "
             f"expected {' | '.join(SPLITS)} and error | skip"
         )
-    tokenizer = load_tokenizer(tokenizer_dir, bos)
+    tokenizer = load_tokenizer(tokenizer_dir, bos, chat)
     cap = max_bytes if split == "train" else 0
     maker = _Maker(source, split, tokenizer, cap, on_bad_row)
     jobs = [maker.job(domain, Path(cache)) for domain in domains]
@@ -377,7 +492,7 @@ def token_files(
         require_domains(source, domains)
         with _locked(Path(cache)):
             # of a process that was killed: the lock is ours
-            for leftover in Path(cache).glob(".*.bin.tmp-*"):
+            for leftover in [*Path(cache).glob(".*.bin.tmp-*"), *Path(cache).glob(".*.labels.t*")]:
                 leftover.unlink()
             # others may have made some
             missing = [job for job in jobs if _existing(job.path) is None]
@@ -401,7 +516,13 @@ def _made(jobs: Sequence[_Job], cache: Path) -> dict[str, TokenFile]:
     return files
 
 
-def windows(token_file: TokenFile, count: int, length: int, seed: int | None = None) -> np.ndarray:
+def windows(
+    token_file: TokenFile,
+    count: int,
+    length: int,
+    seed: int | None = None,
+    marked: bool = False,
+) -> np.ndarray:
     """Return `count` distinct windows of text as [count, length + 1] int64.
 
     Args:
@@ -410,6 +531,7 @@ def windows(token_file: TokenFile, count: int, length: int, seed: int | None = N
         length: inputs of a window, in tokens; one more token is there as the last label.
         seed: None: windows lie evenly over the text | a seed: a sample of all blocks, in the order
             of the text.
+        marked: ~id in the place of ids that are no labels.
 
     Raises:
         DataError: too little text.
@@ -420,10 +542,14 @@ def windows(token_file: TokenFile, count: int, length: int, seed: int | None = N
             f"{token_file.path.name}: {token_file.tokens:,} tokens make {blocks} windows of "
             f"{length}, expected {count}; give more text, fewer windows, or a shorter length"
         )
+    read = token_file.marked if marked else token_file.block
+    return np.stack([read(int(index), length) for index in _chosen(blocks, count, seed)])
+
+
+def _chosen(blocks: int, count: int, seed: int | None) -> np.ndarray:
+    """Return the numbers of `count` blocks: evenly spaced, or a sample."""
     if seed is None:
-        chosen = np.arange(count) * blocks // count
-    else:
-        drawn = np.random.default_rng(seed).choice(blocks, size=count, replace=False)
-        # a disk reads forward faster
-        chosen = np.sort(drawn)
-    return np.stack([token_file.block(int(index), length) for index in chosen])
+        return np.arange(count) * blocks // count
+    drawn = np.random.default_rng(seed).choice(blocks, size=count, replace=False)
+    # a disk reads forward faster
+    return np.sort(drawn)

@@ -22,12 +22,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from nexus_ds.data.chat import ChatFormat, Labelled, chat_format, labelled
+from nexus_ds.data.rows import Document
 from nexus_ds.data.tokenizer import open_tokenizer, vocabulary_size
 from nexus_ds.errors import CheckpointError, DataError
 from nexus_ds.outputs import ENDING
@@ -35,6 +38,8 @@ from nexus_ds.outputs import ENDING
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
+Texts = list[str] | list[Document]
+"""Documents where chats are read, else what stands in them."""
 AHEAD = 3  # batches a worker that are under way at once, so that none waits for the reader
 
 
@@ -50,8 +55,18 @@ class Tokenizer:
     """Id that closes each document."""
     dtype: str
     """uint16 or uint32: of ids on disk."""
-    fingerprint: str
-    """sha256 over definition, begin and end."""
+    chat: ChatFormat | None = None
+    """How chats are rendered; None: they are refused."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A sha256 over definition, begin and end, and over how chats are rendered."""
+        facts = [self.definition, str(self.end)]
+        if self.begin:
+            facts += ["begins with", *map(str, self.begin)]
+        if self.chat:
+            facts += ["chats", self.chat.fingerprint]
+        return hashlib.sha256(" ".join(facts).encode()).hexdigest()
 
     def backend(self) -> Backend:
         """Return the `tokenizers` object, set up for whole documents."""
@@ -70,6 +85,12 @@ class Packed(NamedTuple):
     ids: bytes
     tokens: int
     documents: int
+    learned: bytes = b""
+    """Where chats are read: a byte an id, 1 where it is a label."""
+    answers: int = 0
+    """How many are 1."""
+    bad: tuple[str, ...] = ()
+    """Of documents that were left out: what is wrong with each."""
 
 
 def beginning(backend: Backend) -> tuple[int, ...]:
@@ -105,15 +126,16 @@ def _before_text(backend: Backend) -> tuple[int, ...]:
     return ()
 
 
-def load_tokenizer(directory: Path, bos: bool = True) -> Tokenizer:
+def load_tokenizer(directory: Path, bos: bool = True, chat: bool = False) -> Tokenizer:
     """Load a tokenizer from a model directory.
 
     Args:
         directory: which `AutoTokenizer` loads offline.
         bos: documents begin as the tokenizer begins a text; False: with their own first token.
+        chat: documents may be chats.
 
     Raises:
-        CheckpointError: it has none that serves.
+        CheckpointError: it has none that serves, or no chat template.
     """
     tokenizer = open_tokenizer(directory)
     backend = tokenizer.backend_tokenizer
@@ -125,24 +147,56 @@ def load_tokenizer(directory: Path, bos: bool = True) -> Tokenizer:
     # a definition may ask for both, and documents are taken whole
     backend.no_truncation()
     backend.no_padding()
-    begin = beginning(backend) if bos else ()
-    definition = backend.to_str()
-    end = tokenizer.eos_token_id
-    facts = [definition, str(end)]
-    if begin:
-        facts += ["begins with", *map(str, begin)]
-    fingerprint = hashlib.sha256(" ".join(facts).encode()).hexdigest()
-    dtype = "uint16" if vocabulary_size(tokenizer) < 1 << 16 else "uint32"
-    return Tokenizer(definition, begin, end, dtype, fingerprint)
+    form = chat_format(tokenizer, directory) if chat else None
+    return Tokenizer(
+        definition=backend.to_str(),
+        begin=beginning(backend) if bos else (),
+        end=tokenizer.eos_token_id,
+        dtype="uint16" if vocabulary_size(tokenizer) < 1 << 16 else "uint32",
+        chat=form,
+    )
 
 
-def _pack(backend: Backend, tokenizer: Tokenizer, texts: list[str]) -> Packed:
+def _pack(backend: Backend, tokenizer: Tokenizer, texts: Texts) -> Packed:
+    if tokenizer.chat:
+        documents = [text for text in texts if isinstance(text, Document)]
+        return _pack_chats(backend, tokenizer, tokenizer.chat, documents)
     ids: list[int] = []
     for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
         ids += tokenizer.begin
         ids += encoding.ids
         ids.append(tokenizer.end)
     return Packed(np.asarray(ids, dtype=tokenizer.dtype).tobytes(), len(ids), len(texts))
+
+
+def _pack_chats(
+    backend: Backend, tokenizer: Tokenizer, form: ChatFormat, documents: list[Document]
+) -> Packed:
+    """Pack chats, and plain text among them, of which every id is a label."""
+    ids: list[int] = []
+    learned: list[bool] = []
+    bad: list[str] = []
+    for document in documents:
+        if document.chat is None:
+            encoding = backend.encode(document.text, add_special_tokens=False)
+            own = [*tokenizer.begin, *encoding.ids, tokenizer.end]
+            found = Labelled(own, [True] * len(own))
+        else:
+            try:
+                found = labelled(backend, form, tokenizer.end, document.chat)
+            except DataError as error:
+                bad.append(f"{document.where}: {error}")
+                continue
+        ids += found.ids
+        learned += found.learned
+    return Packed(
+        np.asarray(ids, dtype=tokenizer.dtype).tobytes(),
+        len(ids),
+        len(documents) - len(bad),
+        np.asarray(learned, dtype=np.uint8).tobytes(),
+        sum(learned),
+        tuple(bad),
+    )
 
 
 def serve(descriptor: int) -> None:
@@ -188,7 +242,7 @@ def _without_threads() -> Iterator[None]:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-Batches = Iterator[tuple[str, list[str]]]
+Batches = Iterator[tuple[str, Texts]]
 
 
 @contextmanager
@@ -236,7 +290,7 @@ class _Team:
         self.own = threading.local()
         self.started: list[tuple[subprocess.Popen[bytes], Connection]] = []
 
-    def pack(self, texts: list[str]) -> Packed:
+    def pack(self, texts: Texts) -> Packed:
         """Have the calling thread's own process pack `texts`; it is started with the first."""
         try:
             if not hasattr(self.own, "pipe"):
@@ -278,7 +332,7 @@ class _Team:
 def _in_order(
     batches: Batches,
     threads: ThreadPoolExecutor,
-    pack: Callable[[list[str]], Packed],
+    pack: Callable[[Texts], Packed],
     ahead: int,
 ) -> Iterator[tuple[str, Packed]]:
     """Yield results in the order of the batches, at most `ahead` of which are under way."""

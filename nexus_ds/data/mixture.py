@@ -233,7 +233,8 @@ class Sample:
     block: int
     """Its number in the domain's token file."""
     tokens: np.ndarray
-    """[length + 1] int64: inputs are all but the last, labels all but the first."""
+    """[length + 1] int64: inputs are all but the last, labels all but the first; in the place of an
+    id that is no label ~id, which is negative."""
 
 
 class Sampler:
@@ -298,10 +299,18 @@ class Sampler:
     def sample(self, i: int) -> Sample:
         """Return sample `i`."""
         domain, block = self.locate(i)
-        tokens = self.files[domain].block(block, self.length)
+        tokens = self.files[domain].marked(block, self.length)
         return Sample(domain, block, tokens)
 
     __getitem__ = sample
+
+    def labels(self, first: int, count: int) -> int:
+        """Return how many labels samples `first` to `first + count` have, of all domains."""
+        total = 0
+        for i in range(first, first + count):
+            domain, block = self.locate(i)
+            total += self.files[domain].labels(block, self.length)
+        return total
 
     def epochs(self, samples: int) -> dict[str, float]:
         """Return how often the first `samples` samples go through each domain's text, about."""

@@ -55,6 +55,7 @@ def tokenised(
         max_bytes=data.max_bytes,
         on_bad_row=data.on_bad_row,
         bos=data.bos,
+        chat=data.chat,
         verify=verify,
     )
 
@@ -91,7 +92,8 @@ def tokenise(configs: Iterable[Config]) -> dict[str, int]:
     for config in configs:
         make_tokenizer(config)
         data, tokenizer = config.data, config.model.tokenizer
-        alike = (data.path, data.cache, data.max_bytes, data.on_bad_row, data.bos, tokenizer)
+        read = (data.on_bad_row, data.bos, data.chat)
+        alike = (data.path, data.cache, data.max_bytes, read, tokenizer)
         texts.setdefault(alike, _Text(data, Path(tokenizer))).add(data)
     made: dict[str, int] = {}
     for split in reversed(SPLITS):

@@ -1,9 +1,9 @@
 """Rows of JSON-lines files, checked: each is a document or an error that names its file and line.
 
-A row is one JSON object a line with `text` (a string that holds something) and, optionally, `meta`
-(anything; an object in SlimPajama); other keys are ignored, and so are blank lines and byte order
-marks. Files may be compressed with gzip or zstandard. Memory is bounded by the longest line that is
-allowed, whatever the file holds.
+A row is one JSON object a line with `text` (a string that holds something) or `messages` (a chat),
+and, optionally, `meta` (anything; an object in SlimPajama); other keys are ignored, and so are
+blank lines and byte order marks. Files may be compressed with gzip or zstandard. Memory is bounded
+by the longest line that is allowed, whatever the file holds.
 
 Not covered: other formats, other encodings than UTF-8, normalisation of the text.
 """
@@ -16,7 +16,7 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,15 +33,22 @@ REMEDY = (
 )
 
 
+Chat = tuple[dict[str, str], ...]
+"""Messages, each with a `role` and a `content`."""
+
+
 @dataclass(frozen=True)
 class Document:
     """One document of a domain."""
 
     text: str
+    """Of a chat: the contents of its messages, for whoever only wants to know what it is about."""
     meta: object
     """As the row has it; an empty object where it has none."""
     where: str
     """file:line, or data set and row number, for messages."""
+    chat: Chat | None = None
+    """None of plain text."""
 
 
 @dataclass
@@ -156,6 +163,27 @@ def check_text(text: object, where: str) -> str:
     return text
 
 
+def check_chat(messages: object, where: str) -> Chat:
+    """Return `messages` if they are a chat that can be rendered.
+
+    Raises:
+        DataError: they are not; the message starts with `where`.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: messages is no list that holds some; {REMEDY}")
+    chat = []
+    for number, message in enumerate(messages, start=1):
+        here = f"{where}: message {number}"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise DataError(f"{here}: expected an object with role and content; {REMEDY}")
+        # what calls a tool has no words of its own, and would be rendered as an empty answer
+        if message.get("tool_calls"):
+            raise DataError(f"{here}: it calls tools, which no answer here does; {REMEDY}")
+        content = check_text(message.get("content"), f"{here}: content")
+        chat.append({"role": message["role"], "content": content})
+    return tuple(chat)
+
+
 def parse_row(line: bytes, where: str) -> Document:
     """Turn one line into a document; DataError starting with `where` if it isn't one."""
     try:
@@ -178,10 +206,14 @@ def parse_row(line: bytes, where: str) -> Document:
         raise DataError(
             f"{where}: a JSON {type(row).__name__}, expected an object with the key text; {REMEDY}"
         )
-    if "text" not in row:
+    meta = {} if row.get("meta") is None else row["meta"]
+    if "text" in row:
+        return Document(check_text(row["text"], where), meta, where)
+    if "messages" not in row:
         raise DataError(f"{where}: no key text; found: {', '.join(row) or 'no keys'}; {REMEDY}")
-    meta = row.get("meta")
-    return Document(check_text(row["text"], where), {} if meta is None else meta, where)
+    chat = check_chat(row["messages"], where)
+    text = "\n\n".join(message["content"] for message in chat)
+    return Document(text, meta, where, chat)
 
 
 def read_rows(
@@ -246,10 +278,12 @@ class Cap:
         text = document.text
         content = text.encode("utf-8")
         if len(content) > self.left:
+            # half a chat may be all question
+            left = 0 if document.chat else self.left
             # a character that was cut through goes
-            text = content[: self.left].decode("utf-8", errors="ignore")
+            text = content[:left].decode("utf-8", errors="ignore")
         self.left -= len(content)
-        return Document(text, document.meta, document.where) if text.strip() else None
+        return replace(document, text=text) if text.strip() else None
 
 
 def capped(documents: Iterator[Document], max_bytes: int) -> Iterator[Document]:

@@ -33,6 +33,7 @@ class BeforeAfter:
         domains: Sequence[str],
         count: int,
         bos: bool = True,
+        chat: bool = False,
     ) -> None:
         """Read the text and score the checkpoint as it is.
 
@@ -42,6 +43,7 @@ class BeforeAfter:
             domains: to score.
             count: windows a domain.
             bos: whether documents begin as the checkpoint's tokenizer begins a text.
+            chat: whether rows may be chats, scored as their template renders them.
 
         Raises:
             ConfigError: fewer than one window.
@@ -51,7 +53,7 @@ class BeforeAfter:
         if count < 1:
             raise ConfigError(f"--windows: expected a number of at least 1, found {count}")
         try:
-            self.windows = _windows(checkpoint, data, domains, count, bos)
+            self.windows = _windows(checkpoint, data, domains, count, bos, chat)
         except DataError as error:
             # who asked for a table may not know that it needs text of the old domains too
             raise DataError(
@@ -77,13 +79,16 @@ def _windows(
     domains: Sequence[str],
     count: int,
     bos: bool,
+    chat: bool,
 ) -> dict[str, np.ndarray]:
     """Return `count` windows [W, S+1] of each domain, of the length that the checkpoint reads."""
     length = window_length(0, [describe(checkpoint)])
     source = open_source(data)
     # The windows are in memory afterwards; the tokens of all the text are not wanted again.
     with tempfile.TemporaryDirectory(prefix="nexus-ds-") as cache:
-        files = token_files(source, domains, "validation", checkpoint, Path(cache), bos=bos)
+        files = token_files(
+            source, domains, "validation", checkpoint, Path(cache), bos=bos, chat=chat
+        )
         return {domain: windows(files[domain], count, length) for domain in domains}
 
 

@@ -5,8 +5,10 @@ share of the gradients, so nothing as wide as the vocabulary is kept for the bac
 matrix product is done twice. One module, so that ZeRO-3 gathers the (possibly tied) weight once a
 pass and not once a chunk.
 Shapes: B sequences, S tokens, T = B*S, H hidden size, V vocabulary.
-Not covered: any loss but the mean over all tokens, output layers with a bias, a second backward
-pass through one forward pass.
+Where some labels alone are learned, as answers of chats are, the losses and gradients of the others
+are zeros, and the mean is over all tokens still: who trains knows how many labels the batches of
+all ranks have together, and scales by it.
+Not covered: output layers with a bias, a second backward pass through one forward pass.
 """
 
 from __future__ import annotations
@@ -32,6 +34,15 @@ DIVISORS = {"granite": "logits_scaling"}
 """For each `model_type` that divides its logits the key of its configuration that says by what."""
 
 
+def _leave_out(learned_T: Tensor | None, rows: slice, losses_T: Tensor, error_cV: Tensor) -> None:
+    """Set what is not learned of a chunk to zero, in place; None: all is learned."""
+    if learned_T is None:
+        return
+    learned_c = learned_T[rows]
+    losses_T[rows] *= learned_c
+    error_cV *= learned_c[:, None]
+
+
 class _MeanLoss(torch.autograd.Function):
     """(mean loss with its gradients, losses [T] without)."""
 
@@ -41,6 +52,7 @@ class _MeanLoss(torch.autograd.Function):
         hidden_TH: Tensor,
         weight_VH: Tensor,
         targets_T: Tensor,
+        learned_T: Tensor | None,
         score: Score,
         chunk: int,
         learn: bool,
@@ -54,6 +66,7 @@ class _MeanLoss(torch.autograd.Function):
             rows = slice(first, first + chunk)
             # The logits have no name: one would keep them until the end.
             losses_T[rows], error_cV = score(hidden_TH[rows] @ weight_VH.T, targets_T[rows], learn)
+            _leave_out(learned_T, rows, losses_T, error_cV)
             if hidden_grad_TH is not None and weight_grad_VH is not None:
                 torch.mm(error_cV, weight_VH, out=hidden_grad_TH[rows])
                 weight_grad_VH.addmm_(error_cV.T, hidden_TH[rows])
@@ -65,12 +78,16 @@ class _MeanLoss(torch.autograd.Function):
         return losses_T.mean(), losses_T
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor, Tensor, None, None, None, None, None]:
         hidden_grad_TH, weight_grad_VH = ctx.saved_tensors
         # The gradients were made for the sum of the losses; the engine's factor comes with the
         # gradient of their mean. In place: a second backward pass is not covered.
         share = gradients[0] / len(hidden_grad_TH)
-        return hidden_grad_TH.mul_(share), weight_grad_VH.mul_(share), None, None, None, None
+        hidden_grad_TH.mul_(share)
+        weight_grad_VH.mul_(share)
+        return hidden_grad_TH, weight_grad_VH, None, None, None, None, None
 
 
 class LossHead(nn.Module):
@@ -90,17 +107,25 @@ class LossHead(nn.Module):
         self.kernel = kernel
         self.compiled: Score | None = None
         self.targets_BS: Tensor | None = None
+        self.learned_BS: Tensor | None = None
         self.losses_BS: Tensor | None = None
         """Cross-entropy of each token of the last pass inside `scoring`, fp32, without gradient."""
 
     @contextmanager
-    def scoring(self, targets_BS: Tensor) -> Iterator[None]:
-        """Let `forward` return the mean cross-entropy of hidden states [B, S, H], a fp32 scalar."""
+    def scoring(self, targets_BS: Tensor, learned_BS: Tensor | None = None) -> Iterator[None]:
+        """Let `forward` return the mean cross-entropy of hidden states [B, S, H], a fp32 scalar.
+
+        Args:
+            targets_BS: ids of the labels.
+            learned_BS: which labels are learned, bool; the loss of the others is 0. None: all.
+        """
         self.targets_BS = targets_BS
+        self.learned_BS = learned_BS
         try:
             yield
         finally:
             self.targets_BS = None
+            self.learned_BS = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits, or inside `scoring` the mean loss.
@@ -117,7 +142,18 @@ class LossHead(nn.Module):
         if self.divisor != 1.0:
             # the loss is of the divided logits
             hidden_TH = hidden_TH / self.divisor
-        mean, losses_T = _MeanLoss.apply(hidden_TH, self.weight, targets_T, score, chunk, learn)
+        learned_T = None
+        if self.learned_BS is not None:
+            learned_T = self.learned_BS.reshape(-1)
+        mean, losses_T = _MeanLoss.apply(
+            hidden_TH,
+            self.weight,
+            targets_T,
+            learned_T,
+            score,
+            chunk,
+            learn,
+        )
         self.losses_BS = losses_T.view(self.targets_BS.shape)
         # the model divides the loss, which it takes for logits
         return mean * self.divisor
@@ -156,19 +192,28 @@ def use_loss_head(model: PreTrainedModel, kernel: str = "auto") -> None:
         model.lm_head = LossHead(model.lm_head.weight, kernel, divisor)
 
 
-def next_token_loss(model: Any, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+def unmarked(tokens: Tensor) -> Tensor:
+    """Return ids, of windows [..] in which ~id stands for an id that is no label."""
+    return torch.where(tokens < 0, ~tokens, tokens)
+
+
+def next_token_loss(
+    model: Any, tokens_BS: Tensor, learned_BS: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy of the next tokens: mean (fp32, to train on) and each one [B, S].
 
     Args:
         model: a transformers model or a DeepSpeed engine around one; without a LossHead all logits
             are materialised.
         tokens_BS: windows [B, S+1].
+        learned_BS: which labels are learned, bool; the loss of the others is 0, and the mean over
+            all labels still. None: all.
     """
     inputs_BS = tokens_BS[:, :-1]
     targets_BS = tokens_BS[:, 1:]
     head = getattr(model, "module", model).lm_head
     if isinstance(head, LossHead):
-        with head.scoring(targets_BS):
+        with head.scoring(targets_BS, learned_BS):
             # The head has put the loss where transformers passes on what it takes for logits.
             mean = model(input_ids=inputs_BS, use_cache=False).logits
         assert head.losses_BS is not None
@@ -176,4 +221,6 @@ def next_token_loss(model: Any, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
     logits = model(input_ids=inputs_BS, use_cache=False).logits
     logits_TV = logits.flatten(0, 1).float()
     losses_T = F.cross_entropy(logits_TV, targets_BS.flatten(), reduction="none")
+    if learned_BS is not None:
+        losses_T = losses_T * learned_BS.flatten()
     return losses_T.mean(), losses_T.detach().view(targets_BS.shape)

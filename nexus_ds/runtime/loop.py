@@ -45,7 +45,7 @@ from nexus_ds.errors import (
 )
 from nexus_ds.launch import EXIT_STOPPED, Position
 from nexus_ds.model.experts import grouped_kernel
-from nexus_ds.model.head import next_token_loss
+from nexus_ds.model.head import next_token_loss, unmarked
 from nexus_ds.model.router import SATURATED
 from nexus_ds.outputs import write_text
 from nexus_ds.planning.fitting import fitted, host_refusal, offload_of, refusal, zero_of
@@ -85,7 +85,8 @@ COLLECTIVE_MARGIN = 1.0  # minutes that a collective may wait longer than the wa
 
 
 MicroBatch = tuple[Tensor, Tensor]
-"""Token windows [B, S+1] and domain indices [B], int64, on the device."""
+"""Token windows [B, S+1], of chats marked (`head.unmarked`), and domain indices [B], int64, on the
+device."""
 
 
 @dataclass
@@ -96,7 +97,7 @@ class Data:
     sampler: Sampler
     weights: dict[str, float]
     validation: dict[str, np.ndarray] = field(default_factory=dict)
-    """Per domain: windows [n, S+1] int64."""
+    """Per domain: windows [n, S+1] int64, of chats marked (`head.unmarked`)."""
     messages: list[str] = field(default_factory=list)
     """What a user should know of the text."""
 
@@ -123,12 +124,34 @@ def read_data(config: Config, tokenizer: Path) -> Data:
     data = Data(files, Sampler(files, weights, length, config.seed), weights)
     wanted = config.training.eval_windows
     for name, count in counts.items():
-        data.validation[name] = windows(scored[name], count, length)
+        data.validation[name] = _validation(name, scored[name], count, length)
         if count < wanted:
             data.messages.append(
                 f"{name}: {count} validation windows, training.eval_windows is {wanted}"
             )
+    data.messages += _answers(files)
     return data
+
+
+def _answers(files: dict[str, TokenFile]) -> list[str]:
+    """Return how much of each domain's text is learned, in words; nothing of plain text."""
+    found = []
+    for domain, file in files.items():
+        if file.answers is not None:
+            count = f"{file.answers:,} of {file.tokens:,}"
+            found.append(f"{domain}: {count} training tokens are answers or text")
+    return found
+
+
+def _validation(domain: str, file: TokenFile, count: int, length: int) -> np.ndarray:
+    """Return a domain's validation windows [N, S+1]; DataError where nothing in them is learned."""
+    windows_NS = windows(file, count, length, marked=True)
+    if not (windows_NS[:, 1:] >= 0).any():
+        raise DataError(
+            f"{domain}: no token of an answer in its {count} validation windows; raise "
+            "training.eval_windows, or give chats whose answers fit into data.sequence_length"
+        )
+    return windows_NS
 
 
 def _tokenised(
@@ -442,6 +465,26 @@ class Run:
         domain_B = torch.tensor([sample.domain_index for sample in samples])
         return internals.to_device(tokens_BS), internals.to_device(domain_B)
 
+    def _windows(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return ids [B, S+1], and which labels [B, S] are learned; None: all."""
+        if not self.config.data.chat:
+            return tokens_BS, None
+        return unmarked(tokens_BS), tokens_BS[:, 1:] >= 0
+
+    def _weight(self, step: int) -> float:
+        """Return by what a micro-batch's mean loss over all tokens is multiplied.
+
+        The engine takes the mean over ranks and passes. Of chats the loss of a step is the mean
+        over the answers in all of them: each rank counts those of the whole batch, of which the
+        numbers of its samples are all that it takes.
+        """
+        data, size = self.config.data, self.config.training.batch_size
+        if not data.chat:
+            return 1.0
+        labels = self.data.sampler.labels(step * size, size)
+        # a batch of questions alone teaches nothing
+        return size * data.sequence_length / max(labels, 1)
+
     def _take(self, step: int, part: int) -> MicroBatch:
         """Return a micro-batch: the one that was made ahead, or at the start a new one."""
         ahead = self.ahead
@@ -467,14 +510,16 @@ class Run:
         before = tally.copies()
         self.bad.start()
         set_learning_rate(self.engine, learning_rate(step, self.config.training, self.config.data))
+        weight = self._weight(step)
         for part in range(self.batch.accumulation):
             watchdog.at("the forward pass", step + 1)
-            tokens_BS, domain_B = self._take(step, part)
-            loss, losses_BS = next_token_loss(self.engine, tokens_BS)
-            tally.add(losses_BS, domain_B, self.layers)
+            marked_BS, domain_B = self._take(step, part)
+            tokens_BS, learned_BS = self._windows(marked_BS)
+            loss, losses_BS = next_token_loss(self.engine, tokens_BS, learned_BS)
+            tally.add(losses_BS, domain_B, self.layers, learned_BS)
             self.bad.see(losses_BS)
             watchdog.at("the backward pass", step + 1)
-            self.engine.backward(loss)
+            self.engine.backward(loss if learned_BS is None else loss * weight)
             # Before the step: at its end the host waits until the device is done.
             self._make_next(step, part)
             watchdog.at("the optimizer's update", step + 1)
@@ -558,10 +603,11 @@ class Run:
             idle = len(mine_BS) == 0
             if idle:
                 mine_BS = windows_NS[:1]
-            _, losses_BS = next_token_loss(self.engine, internals.to_device(mine_BS))
+            tokens_BS, learned_BS = self._windows(internals.to_device(mine_BS))
+            _, losses_BS = next_token_loss(self.engine, tokens_BS, learned_BS)
             if not idle:
                 domain_B = torch.full((len(mine_BS),), domain, device=self.device)
-                tally.add(losses_BS, domain_B, self.layers)
+                tally.add(losses_BS, domain_B, self.layers, learned_BS)
 
     def own_share(self, routing: Routing) -> float | None:
         """Return the mean share of a domain's tokens at its own expert; None if none was seen."""
@@ -684,7 +730,7 @@ class Run:
         """
         self.save(self.total)
         windows_NS = torch.from_numpy(next(iter(self.data.validation.values())))
-        probe_BS = windows_NS[:1, :-1].to(self.device)
+        probe_BS = unmarked(windows_NS[:1, :-1]).to(self.device)
         step = TrainStep(
             stage=self.config.stage,
             steps=self.total,

@@ -63,20 +63,31 @@ class Tally:
         # Load balance, z, gate, passes of a layer.
         self.router_4 = self.loss_D.new_zeros(4)
 
-    def add(self, losses_BS: Tensor, domain_B: Tensor, layers: Sequence[NexusMoE]) -> None:
+    def add(
+        self,
+        losses_BS: Tensor,
+        domain_B: Tensor,
+        layers: Sequence[NexusMoE],
+        learned_BS: Tensor | None = None,
+    ) -> None:
         """Add one forward pass.
 
         Args:
-            losses_BS: loss of each token in nats.
+            losses_BS: loss of each token in nats; 0 of those that are not learned.
             domain_B: index of each sequence's domain, int64.
             layers: whose routers have just seen these tokens.
+            learned_BS: which of them are learned, bool; None: all.
         """
         # Sums over what is compared, not additions at an index: those are atomic on a GPU, slow
         # where as many meet as here, and in no certain order.
         mine_DB = self.domain_D1 == domain_B
         loss_B = losses_BS.detach().double().sum(1)
         self.loss_D += torch.where(mine_DB, loss_B, 0.0).sum(1)
-        self.tokens_D += mine_DB.sum(1) * losses_BS.shape[1]
+        if learned_BS is None:
+            self.tokens_D += mine_DB.sum(1) * losses_BS.shape[1]
+        else:
+            learned_B = learned_BS.sum(1)
+            self.tokens_D += torch.where(mine_DB, learned_B, 0).sum(1)
         if layers:
             self._add_routing([_seen(layer) for layer in layers], mine_DB)
 
@@ -119,12 +130,12 @@ class Tally:
         return not self.tokens_D.any()
 
     def losses(self, names: Sequence[str]) -> dict[str, float]:
-        """Return the mean loss per domain that was seen, nats a token."""
+        """Return the mean loss per domain that was seen, nats a token that is learned."""
         sums = zip(names, self.loss_D.tolist(), self.tokens_D.tolist(), strict=True)
         return {name: loss / tokens for name, loss, tokens in sums if tokens}
 
     def mean_loss(self) -> float:
-        """Return the mean loss over all tokens, in nats."""
+        """Return the mean loss over all tokens that are learned, in nats."""
         tokens = self.tokens_D.sum().clamp_min(1)
         return float(self.loss_D.sum() / tokens)
 

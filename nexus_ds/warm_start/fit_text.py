@@ -190,6 +190,7 @@ def _windows(
             max_bytes=max(least, count * (length + 1) * BYTES_PER_TOKEN),
             on_bad_row=config.data.on_bad_row,
             bos=config.data.bos,
+            chat=config.data.chat,
         )
         found = {}
         for name in domains:

@@ -13,7 +13,7 @@ from transformers import GraniteConfig, GraniteForCausalLM
 from nexus_ds.errors import ConfigError
 from nexus_ds.experiments.benchmarks.scaling import Memory
 from nexus_ds.model import chunks, head
-from nexus_ds.model.head import LossHead, next_token_loss, use_loss_head
+from nexus_ds.model.head import LossHead, next_token_loss, unmarked, use_loss_head
 from nexus_ds.model.scoring import _losses_and_gradient, score
 
 VOCABULARY = 50
@@ -57,6 +57,37 @@ def test_loss_and_gradients_equal_the_plain_ones(monkeypatch, chunk, tied):
     assert found[2].keys() == expected[2].keys() and ("lm_head.weight" in found[2]) != tied
     for name, gradient in expected[2].items():
         assert float((found[2][name] - gradient).norm() / gradient.norm()) <= 1e-6, name
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+@pytest.mark.parametrize("headless", [False, True])
+def test_labels_that_are_not_learned_add_nothing(monkeypatch, chunk, headless):
+    """Against the sum that plain PyTorch makes of the others, with ignore_index."""
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", chunk * VOCABULARY)
+    plain, chunked = pair(torch.float32)
+    tokens = windows()
+    learned = torch.rand(3, 21, generator=torch.Generator().manual_seed(1)) < 0.4
+    learned[1] = False
+    targets = torch.where(learned, tokens[:, 1:], -100)
+    logits = plain(input_ids=tokens[:, :-1]).logits.flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum")
+    (expected / learned.sum()).backward()
+    reference = {name: p.grad.clone() for name, p in plain.named_parameters()}
+    plain.zero_grad()
+    model = plain if headless else chunked
+    mean, losses = next_token_loss(model, tokens, learned)
+    total = float(mean.detach()) * learned.numel()
+    assert total == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert not losses[~learned].any() and (losses[learned] > 0).all()
+    (mean * (learned.numel() / learned.sum())).backward()
+    for name, parameter in model.named_parameters():
+        error = float((parameter.grad - reference[name]).norm() / reference[name].norm())
+        assert error <= 1e-5, name
+
+
+def test_marked_windows_have_their_ids_back():
+    tokens = torch.tensor([[3, ~4, ~0, 0]])
+    assert unmarked(tokens).tolist() == [[3, 4, 0, 0]]
 
 
 def test_bf16_gradients_are_as_near_to_fp32_as_the_plain_ones(monkeypatch):

@@ -487,7 +487,7 @@ VERDICTS = (
     ),
     ("data", REFUSED, HALF, 'weights={"alpha":0.25,"beta":0.5,"gamma":0.25} mixture=uniform'),
     ("data", REFUSED, REPLAY, "new_domains=[alpha] new_share=0.25"),
-    ("data", REFUSED, ("model.tokenizer=BOS_TOKENIZER",), "bos=false"),
+    ("data", REFUSED, ("model.tokenizer=BOS_TOKENIZER",), "bos=false chat=true"),
     ("data", SPEED, (), "validation_domains=[alpha] cache=OTHER_CACHE workers=1"),
     ("model", REFUSED, (), "path=OTHER_MODEL dtype=bf16 tokenizer=OTHER_TOKENIZER"),
     (
@@ -547,6 +547,7 @@ def put_bos(directory):
     template = TemplateProcessing(single=f"{end[0]} $A", special_tokens=[end])
     tokenizer.backend_tokenizer.post_processor = template
     tokenizer.bos_token = tokenizer.eos_token
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer.save_pretrained(directory)
 
 

@@ -51,6 +51,14 @@ def test_a_tally_keeps_domains_and_experts_apart():
     assert tally.router().load_balance == pytest.approx(2.5)
 
 
+def test_losses_are_means_over_what_is_learned():
+    tally = Tally(3, 0, torch.device("cpu"))
+    losses = torch.tensor([[1.0, 0.0, 3.0], [0.0, 0.0, 0.0], [0.0, 5.0, 0.0]])
+    learned = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0]]).bool()
+    tally.add(losses, torch.tensor([2, 0, 2]), [], learned)
+    assert tally.losses(["a", "b", "c"]) == {"c": 3.0} and tally.mean_loss() == 3.0
+
+
 def test_a_z_loss_that_no_router_computed_has_no_number():
     tally = Tally(1, 2, torch.device("cpu"))
     tally.add(torch.ones(1, 2), torch.tensor([0]), [passed([[0], [1]], [0.5, 0.5], 1.0, None)])
