@@ -138,6 +138,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _branch_training(domain: str, data: Path) -> str:
     """Return the command, quoted for a shell, that trains a domain's branch."""
+    # SEED stays a word to be replaced: no seed is known here
     settings = [
         "stage=branch",
         f"branch={domain}",
@@ -172,6 +173,7 @@ def _text(result: dict[str, Any], embeddings: DomainEmbeddings) -> str:
         )
     if result["skipped"]:
         lines.append(f"{result['skipped']} damaged rows skipped")
+    # where the command above puts them
     experts = {name: Path("branches", name) for name in result["domains"]}
     embedded = Path(result["out"], EMBEDDINGS)
     return "\n".join(

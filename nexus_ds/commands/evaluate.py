@@ -174,6 +174,7 @@ def model_names(checkpoints: Sequence[Path], given: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: not one --name a checkpoint, an empty name, or two models of one name.
     """
+    # in order and all or none: a name that slips by one would label every number wrongly
     if given and len(given) != len(checkpoints):
         raise ConfigError(
             f"found {len(given)} --name for {len(checkpoints)} --checkpoint; "
@@ -182,6 +183,7 @@ def model_names(checkpoints: Sequence[Path], given: Sequence[str]) -> list[str]:
     names = list(given) or [path.resolve().name for path in checkpoints]
     if not all(name.strip() for name in names):
         raise ConfigError("found an empty --name; expected a name for each --checkpoint")
+    # the results are a table by name: one of two would be lost
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise ConfigError(
@@ -232,6 +234,7 @@ def _check_compared(facts: dict[str, dict[str, Any]], before: str, limit: float 
 
     if compared(facts, before) is not None or limit is None:
         return
+    # said first: with one tokenizer the other message would send people in a circle
     if len({fact["tokenizer"] for fact in facts.values()}) > 1:
         raise ConfigError(
             "--fail-if-worse compares two models window by window, but these have different "
@@ -316,6 +319,7 @@ def _show(summary: Summary, args: argparse.Namespace) -> None:
         print(change.verdict.text())
     routed = summary.routed_model
     routing = None if routed is None else summary.models[routed].routing
+    # dense models have none
     if routing is not None:
         print(
             f"\nrouting of {routed}: share of each domain's tokens at each expert, mean over layers"

@@ -125,6 +125,7 @@ def command(args: argparse.Namespace, candidate: Candidate, machine: Machine, ds
     On several nodes it stands in a job whose script exports MASTER_ADDR and MASTER_PORT.
     """
     launcher = ["deepspeed", "--num_gpus", str(machine.local)]
+    # deepspeed starts ranks on one node; on several SLURM does
     if machine.nodes > 1:
         launcher = [
             "srun",
@@ -243,6 +244,7 @@ def _more(plan: dict[str, Any]) -> str:
 def _links(advice: dict[str, Any]) -> str:
     """Return, in one line, whether expert parallelism pays on the link, and where that changes."""
     words = {"expert_parallel": "expert parallelism", "zero_only": "ZeRO alone"}
+    # the one to use first
     better, other = sorted(words, key=lambda way: way != advice["use"])
     fast, slow = advice[better], advice[other]
     line = (
@@ -309,6 +311,7 @@ def _check_file(out: Path | None) -> None:
         raise ConfigError(
             f"--write: {out} is a directory; name a file, for example {out / 'ds.json'}"
         )
+    # before anything is planned
     refuse_existing(out)
 
 

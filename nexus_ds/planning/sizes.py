@@ -100,12 +100,14 @@ class Sizes:
             if self.experts:
                 for elements in self.router:
                     yield Parameter("router", elements, layer)
+                # gate, up and down, of all local experts in one; a rank may have none
                 for _ in range(3 if experts else 0):
                     yield Parameter("experts", experts * self.hidden * self.ffn, layer)
             for _ in range(3):
                 yield Parameter("matrices", self.hidden * self.ffn, layer)
             for elements in self.norms:
                 yield Parameter("vectors", elements, layer)
+        # the final norm
         yield Parameter("vectors", self.hidden, -1)
         if not self.tied:
             yield Parameter("matrices", self.vocabulary * self.hidden, -1)
@@ -121,6 +123,7 @@ class Sizes:
         for parameter in self.parameters(self.experts):
             by_kind[parameter.kind] += parameter.elements
         rows = self.layers * self.hidden * (self.experts + 1 + self.context) if self.experts else 0
+        # a shared expert of zeros counts as idle: no token gets anything from it
         idle = max(self.experts - self.top_k, 0) + (not self.shared)
         total = by_kind["matrices"] + by_kind["vectors"] + by_kind["experts"] + rows
         return {
@@ -190,6 +193,7 @@ def sizes_of(config: Config) -> Sizes:
     experts = 0
     if config.stage in ("moe", "extend"):
         experts = len(pipe.domains)
+    # a finetune trains the old ones, too
     if config.stage == "extend":
         experts += len(pipe.new_domains)
     if config.stage in ("moe", "extend") and not experts:

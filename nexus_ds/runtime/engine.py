@@ -313,6 +313,7 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         part = parts.get(name, "backbone")
         decayed = part != "router" and len(full_shape(parameter)) > 1
+        # with 1 it stays in the group that it always had: states go on as they were
         scale = lr_scales[part]
         kind = _group_name(part, decayed, scale)
         group = {"name": kind, "weight_decay": 0.0, "lr_scale": scale, "params": []}
@@ -340,6 +341,7 @@ def _parts(model: nn.Module) -> dict[str, str]:
             for name, _ in layer.named_parameters(prefix=layer_name):
                 inner = name.removeprefix(f"{layer_name}.").split(".")[0]
                 parts[name] = {"router": "router", "shared_experts": "shared"}.get(inner, "ffn")
+        # a dense model, or a dense layer
         elif layer_name.endswith(".mlp"):
             for name, _ in layer.named_parameters(prefix=layer_name):
                 parts[name] = "ffn"

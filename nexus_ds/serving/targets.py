@@ -91,6 +91,7 @@ class Target:
 # Kinds of mixtures --------------------------------------------------------------------------------
 
 
+# FULL is a layer without a window; those of one kind are all that some programs know.
 def _some_windows(mixture: Mixture) -> bool:
     return mixture.windows and FULL in mixture.sizes.layer_types
 
@@ -117,6 +118,7 @@ def _two_lists(mixture: Mixture) -> bool:
     return mixture.rope == "longrope" and rope["short_factor"] != rope["long_factor"]
 
 
+# A yarn without it has a factor that follows from the others, which all programs compute.
 def _stated_factor(mixture: Mixture) -> bool:
     return mixture.rope == "yarn" and mixture.sizes.rope.get("attention_factor") is not None
 
@@ -140,6 +142,7 @@ def _stretched_windows(mixture: Mixture) -> bool:
 
 
 def _own_yarn(mixture: Mixture) -> bool:
+    # betas, mscale or a factor of its own: none of these was tried
     usual = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings"}
     stated = {key for key, value in mixture.sizes.rope.items() if value is not None}
     return mixture.rope == "yarn" and not stated <= usual
@@ -147,6 +150,7 @@ def _own_yarn(mixture: Mixture) -> bool:
 
 # The table ----------------------------------------------------------------------------------------
 
+# Three programs have the same reason, so it stands once.
 _ODD_HEADS = Rule(
     "heads that are not hidden size / number of heads wide",
     "takes that width for a Qwen2-MoE's heads",
@@ -249,6 +253,7 @@ _SGLANG = Target(
         ),
     ),
 )
+# Ollama runs llama.cpp: what one gets wrong the other does.
 _GGUF_RULES = (
     Rule(
         "llama3's RoPE or sliding windows beside biases of q, k and v",

@@ -99,6 +99,7 @@ def expert_copy(part: Part, entry: Stored, lineage: list[Step]) -> Blend:
     Of powers of two, so no bit is lost.
     """
     scale = entry.scale
+    # linear in what it multiplies, as gate_proj is not
     if entry.part == "down_proj":
         scale *= start_scale(lineage, entry.role is Role.SHARED)
     return Blend([part], scale=scale)

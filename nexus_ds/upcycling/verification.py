@@ -320,18 +320,22 @@ def _parts(
         expert = manifest.experts[entry.expert].name
         if expert in models:
             return {expert: (models[expert].reader, entry.dense_name, 1.0)}
+        # removing and replacing may have given it another number
         old = name.replace(f".experts.{entry.expert}.", f".experts.{sources.base_names[expert]}.")
         return {OLD: (sources.base, old, 1.0)}
+    # an extension copies it from the mixture, which has it scaled already
     if entry.role is Role.SHARED:
         if sources.upcycled:
             own = manifest.shared_expert == "seed"
             return {"seed": (sources.base, entry.dense_name, 1.0)} if own else {}
         return {OLD: (sources.base, name, 1.0)}
+    # rows and gates follow from the sidecar, which `verify` holds them to
     if entry.role is not Role.DENSE:
         return {}
     method = sources.merge.get("merge", "mean")
     if method == "seed":
         return {"seed": (sources.base, entry.dense_name, 1.0)}
+    # what TIES and DARE make is noted as not checked
     if method != "mean":
         return {}
     weights = _weights(sources)
@@ -365,6 +369,7 @@ def _by_row(
                 f"{SIDECAR}: the rows {text!r} of {str(names)[:100]} under 'aligned' are none of "
                 f"embeddings of {rows} rows out of {', '.join(parts)}; the sidecar is damaged"
             )
+        # rows between two records come from all models
         if done < start:
             yield done, start, _weighing(parts)
         yield start, stop, _divided([parts[name] for name in names])
@@ -376,6 +381,7 @@ def _by_row(
 def _divided(some: Sequence[Weighted]) -> list[Weighted]:
     """Return parts whose weights add up to 1: no row is scaled down because some lack it."""
     total = sum(weight for _, _, weight in some)
+    # lambda may be 0: then none of them had a weight
     if not total:
         return [(model, name, 1.0 / len(some)) for model, name, _ in some]
     return [(model, name, weight / total) for model, name, weight in some]
@@ -414,9 +420,11 @@ def _difference(
         total = np.sum(values, axis=0) * scale
         expected = rounded(total.astype(np.float32), info.dtype)
         off = np.abs(read_rows(reader, name, start, stop) - expected)
+        # parts may cancel: the error grows with them, not with their sum
         sizes = np.sum(np.abs(values), axis=0)
         copied = len(parts) == 1
         bound = 0.0 if copied else ULP[info.dtype] * np.abs(expected) + SUMMING * sizes
+        # not `off > bound`, which a NaN would pass
         wrong += int(np.count_nonzero(~(off <= bound)))
         worst = max(worst, float(off.max(initial=0)))
     kind = "the bytes of its source" if exact else "the average of its sources"

@@ -131,6 +131,7 @@ class CaseJobs:
         config = self.config(SEED)
         if config.model.path:
             return self.builder.given_model(config.model.path)
+        # the others would train the very same, for hours
         if config.compare.one_seed_model and self.case.seed != FIRST:
             return CaseJobs(self.builder, replace(self.case, seed=FIRST)).seed_model()
         pipe = config.pipeline

@@ -77,6 +77,7 @@ def identity(*parts: object, without: str = "", names: Mapping[str, str] | None 
     text = json.dumps(parts, sort_keys=True, default=str)
     if without:
         text = text.replace(without, "")
+    # a copy of a model in another place is the same model
     for path, content in (names or {}).items():
         # a word may be NAME=PATH
         text = text.replace(json.dumps(path)[1:-1], content)

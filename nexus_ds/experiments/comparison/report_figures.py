@@ -55,6 +55,7 @@ def draw_differences(results: Results, out: Path) -> Path | None:
             found[row.title] = compared.by_seed
     if not found:
         return None
+    # the best on top
     order = sorted(found, key=lambda name: statistics.fmean(found[name].values()))
     write_csv(
         out.with_suffix(".csv"),
@@ -83,6 +84,7 @@ def draw_compute(results: Results, out: Path) -> Path | None:
         level = _level(float(flops), row.losses(results.domains.old))
         if level is not None:
             points[row.title] = level
+    # one point has nothing to be compared with
     if len(points) < 2:
         return None
     one_panel = {"": {name: [level] for name, level in points.items()}}
@@ -133,6 +135,7 @@ def _curves(
 def draw_extension(results: Results, added: str, out: Path) -> Path:
     """Draw the loss on the new and on the old domains over the finetuning (paper Figure 4)."""
     old, new = results.domains.old, new_domains(results, added)
+    # a title has one line
     shown = ", ".join(old) if len(old) < 6 else f"all {len(old)}"
     old_title = f"old domains: {shown}"
     panels = {
@@ -180,6 +183,7 @@ def _against_dense(results: Results, variant: str) -> dict[str, Mapping[str, flo
     dense = reference(rows, (DENSE,))
     found: dict[str, Mapping[str, float]] = {}
     for row in rows:
+        # merging without training is far off, and would flatten all others
         shown = row.group in MIXTURES or row.name == "btm"
         if dense is None or not shown:
             continue
@@ -203,6 +207,7 @@ def draw_regimes(results: Results, out: Path) -> Path | None:
             if level is not None:
                 points.setdefault(label, []).append(level)
                 lines.append((tokens, variant, label, level.mean, level.deviation))
+    # a single point says nothing about a regime
     series = {label: levels for label, levels in points.items() if len(levels) > 1}
     if not series:
         return None

@@ -592,6 +592,7 @@ def regimes(results: Results) -> dict[str, float]:
         tokens = results.seed_tokens.get(row.variant)
         if tokens and row.compute.total:
             found[row.variant] = tokens / row.compute.total
+    # variants that leave the seed alone have all read the same
     if len(set(found.values())) < 2:
         return {}
     return dict(sorted(found.items(), key=lambda item: item[1]))

@@ -265,6 +265,7 @@ def _seed_tokens(comparison: Comparison, config: Config) -> dict[str, int]:
     for variant, settings in variants.items():
         case = Case(config.compare.seeds[0], tuple(settings))
         seed = comparison.builder.reader.config(SEED, case)
+        # what a given model has read is not known
         if not seed.model.path:
             found[variant] = training_tokens(seed)
     return found
