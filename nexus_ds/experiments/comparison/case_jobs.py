@@ -21,15 +21,22 @@ from nexus_ds.settings import (
     RouterConfig,
 )
 
+UPCYCLING = (
+    "shared_expert",
+    "shared_scale",
+    "routed_scale",
+    "merge",
+    "merge_weights",
+    "merge_density",
+)
+"""Settings in `model` of how dense models are put together; none of them reads these itself."""
+
 
 def _without_mixture(config: Config) -> Config:
     """Return a dense model's settings, the same whatever mixture it ends in: methods share it."""
-    model = replace(
-        config.model,
-        shared_expert=ModelConfig.shared_expert,
-        shared_scale=ModelConfig.shared_scale,
-        routed_scale=ModelConfig.routed_scale,
-    )
+    plain = ModelConfig()
+    upcycling = {name: getattr(plain, name) for name in UPCYCLING}
+    model = replace(config.model, **upcycling)
     return replace(
         config,
         model=model,
