@@ -244,19 +244,19 @@ def test_a_branch_is_trained_with_its_familys_own_loss(family, tmp_path, dense_d
         return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
     validation = torch.from_numpy(data.validation["alpha"])
-    found = [float(loss_of(validation))]
+    found = [loss_of(validation).item()]
     for number, record in enumerate(steps):
         first = number * training.batch_size
         samples = [data.sampler.sample(first + i).tokens for i in range(training.batch_size)]
         loss = loss_of(torch.from_numpy(np.stack(samples)))
-        assert float(loss) == pytest.approx(record["loss"], rel=1e-5), number
+        assert loss.item() == pytest.approx(record["loss"], rel=1e-5), number
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)
         for group in optimizer.param_groups:
             group["lr"] = record["lr"]
         optimizer.step()
         optimizer.zero_grad()
-    found.append(float(loss_of(validation)))
+    found.append(loss_of(validation).item())
     assert len(steps) == 8 and found == pytest.approx(scored, rel=1e-5) and found[1] < found[0]
     trained = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
     for name, weight in model.state_dict().items():

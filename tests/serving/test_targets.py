@@ -64,6 +64,9 @@ REFUSED = {
         "dynamic": "RoPE of type dynamic: llama.cpp 0.5.0 has no such RoPE",
         "longrope": "RoPE of type longrope: llama.cpp 0.5.0 reads no factors",
         "longrope-factor": "RoPE of type longrope: llama.cpp 0.5.0 reads no factors",
+        # part of a head turns
+        "glm": "RoPE of type longrope: llama.cpp 0.5.0 reads no factors",
+        "phi-4-mini": "RoPE of type longrope: llama.cpp 0.5.0 reads no factors",
         "yarn-factor": "RoPE of type yarn with more than a factor: llama.cpp 0.5.0 was seen",
         "linear-sliding": "sliding windows beside RoPE that is stretched: llama.cpp 0.5.0",
     },
