@@ -49,6 +49,8 @@ __all__ = [
 
 FORMAT = 1  # of the token files; another number makes old caches be made again
 BATCH_CHARACTERS = 1 << 20  # of text that one process tokenises at once
+HASHED_AT_ONCE = 16 << 20  # bytes of a token file
+TOLD_BYTES = 4 << 30  # of token files; seconds of hashing, less needs no line
 LITTLE_TEXT = 8 << 20  # bytes; less is tokenised faster than processes start
 
 
@@ -256,7 +258,17 @@ def _existing(path: Path) -> TokenFile | None:
     )
 
 
-def _damage(path: Path) -> str:
+def _sha256(path: Path, progress: Progress | None) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(HASHED_AT_ONCE):
+            digest.update(chunk)
+            if progress:
+                progress.advance(len(chunk) >> 20)
+    return digest.hexdigest()
+
+
+def _damage(path: Path, progress: Progress | None = None) -> str:
     """Return what is wrong with the ids of a token file; '' for nothing, or where there is none."""
     manifest = _manifest(path)
     if manifest is None:
@@ -265,8 +277,7 @@ def _damage(path: Path) -> str:
     if "labels" in manifest:
         expected[_labels_of(path)] = manifest["labels"]["sha256"]
     for file, sha256 in expected.items():
-        with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = _sha256(file, progress)
         if found != sha256:
             return f"{file}: found sha256 {found[:12]}, expected {sha256[:12]}"
     return ""
@@ -277,8 +288,18 @@ def _drop_damaged(paths: Sequence[Path], cache: Path) -> None:
 
     A flipped id would train like any other. Files are read side by side, each by a thread.
     """
-    with ThreadPoolExecutor(cores()) as threads:
-        found = zip(paths, threads.map(_damage, paths), strict=True)
+    # All bytes at every start: a flip leaves a file's size, time and inode as they were, so none of
+    # these may stand for its hash. By rank 0 for all: others would mostly wait for the same disk.
+    files = [file for path in paths for file in (path, _labels_of(path))]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    with ExitStack() as stack:
+        progress = None
+        if size >= TOLD_BYTES:
+            label = "check token files"
+            progress = stack.enter_context(Progress(label, size >> 20, "MB"))
+        threads = stack.enter_context(ThreadPoolExecutor(cores()))
+        problems = threads.map(lambda path: _damage(path, progress), paths)
+        found = zip(paths, problems, strict=True)
         damaged = [path for path, problem in found if problem]
     if not damaged:
         return

@@ -141,6 +141,20 @@ def test_a_damaged_cache_is_made_again(corpus: Path, tokenizer_dir: Path, tmp_pa
     assert json.loads(manifest.read_text()) == sound
 
 
+def test_much_that_is_hashed_at_a_start_is_told(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path, capsys, monkeypatch
+):
+    def ask() -> str:
+        source = open_source(str(corpus))
+        token_files(source, ["alpha", "beta"], "train", tokenizer_dir, tmp_path / "cache")
+        return capsys.readouterr().err
+
+    ask()
+    assert "check token files" not in ask()
+    monkeypatch.setattr(corpora, "TOLD_BYTES", 1)
+    assert "check token files" in ask()
+
+
 @pytest.mark.parametrize("harm", ["one bit", "all ids alike", "an id beyond the vocabulary"])
 def test_ids_that_are_not_what_was_made_are_named_and_made_again(
     corpus: Path, tokenizer_dir: Path, tmp_path: Path, capsys, harm: str
