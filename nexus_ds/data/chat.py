@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -31,6 +32,12 @@ MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ANSWERS = "assistant"
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 SHOWN = 60  # characters of a text in a message
+# Some templates write the date. For all of them it is Llama 3's own default, so that token files
+# are the same whenever they are made.
+DAY = datetime(2024, 7, 26)
+CLOCK = "strftime_now"
+# What a format of the date may ask for.
+CODES = ("%Y", "%y", "%m", "%-m", "%b", "%B", "%d", "%-d", "%a", "%A", "%H", "%M", "%S")
 
 Span = tuple[int, int]
 """Characters [start, stop) of a rendered chat."""
@@ -76,6 +83,7 @@ def chat_format(tokenizer: PreTrainedTokenizerFast, directory: Path) -> ChatForm
         CheckpointError: it has no chat template, or several and no default.
     """
     template = tokenizer.chat_template
+    # several, by name: with tools, for retrieval; as transformers does, the one for plain chats
     if isinstance(template, dict):
         template = template.get("default")
     if not isinstance(template, str) or not template:
@@ -97,6 +105,16 @@ def _rendered(chat: ChatFormat, messages: Sequence[dict[str, str]], prompt: bool
     return text
 
 
+def _dated(template: str) -> str:
+    """Return a template for which today is DAY."""
+    if CLOCK not in template:
+        return template
+    # A macro: transformers hands a template no functions but its own, and this name hides that one.
+    filters = [f"replace('{code}', '{DAY.strftime(code)}')" for code in CODES]
+    body = " | ".join(["format", *filters])
+    return f"{{% macro {CLOCK}(format) %}}{{{{ {body} }}}}{{% endmacro %}}{template}"
+
+
 def _render(
     chat: ChatFormat, messages: Sequence[dict[str, str]], prompt: bool, marked: bool
 ) -> tuple[str, list[Span]]:
@@ -108,7 +126,7 @@ def _render(
     try:
         texts, spans = render(
             conversations=[list(messages)],
-            chat_template=chat.template,
+            chat_template=_dated(chat.template),
             add_generation_prompt=prompt,
             return_assistant_tokens_mask=marked,
             **dict(chat.tokens),
@@ -132,6 +150,7 @@ def _differences(chat: ChatFormat, messages: Sequence[dict[str, str]], text: str
     for number, message in enumerate(messages):
         if message["role"] != ANSWERS:
             continue
+        # as whoever asks the model for this answer will render it
         before = _rendered(chat, messages[:number], prompt=True)
         until = _rendered(chat, messages[: number + 1])
         for found in (before, until):
@@ -153,6 +172,7 @@ def answers_of(chat: ChatFormat, messages: Chat) -> tuple[str, list[Span]]:
         DataError: a content that holds a special token, messages that the template refuses, answers
             that can't be told from prompts, or none.
     """
+    # who writes <|im_end|> into a message would end it: in a user's words a way to put others in
     for number, message in enumerate(messages):
         for token in chat.special:
             if token in message["content"]:
@@ -165,6 +185,7 @@ def answers_of(chat: ChatFormat, messages: Chat) -> tuple[str, list[Span]]:
     else:
         text = _rendered(chat, messages)
         spans = _differences(chat, messages, text)
+    # a template may leave an answer out, or mark an empty one
     spans = [span for span in spans if span[0] < span[1]]
     if not spans:
         raise DataError(f"no answer to learn from: no message of the role {ANSWERS}; {REMEDY}")
@@ -178,17 +199,19 @@ def _learned(encoding: Encoding, spans: Sequence[Span], text: str) -> Iterator[b
     """Yield for each token whether it is one of an answer.
 
     Raises:
-        DataError: a token that begins before an answer and ends in it.
+        DataError: a token of which a part is of an answer, and a part is not.
     """
+    # Pieces of one character that is several tokens have its offsets each: they are alike.
     for start, stop in encoding.offsets:
         inside = False
         for first, last in spans:
             inside = inside or first <= start < last
-            if start < first < stop:
+            # When the model is asked, the prompt is tokenised alone: it would never see this token.
+            if start < first < stop or start < last < stop:
                 raise DataError(
-                    f"one token holds the end of a prompt and the beginning of an answer: "
-                    f"{text[max(0, start - SHOWN) : stop]!r}; end the template's prompt with a "
-                    f"special token, or {REMEDY}"
+                    f"one token is partly of an answer and partly of a prompt: "
+                    f"{text[max(0, start - SHOWN) : stop]!r}; end the template's prompts and "
+                    f"answers with special tokens, or {REMEDY}"
                 )
         yield inside
 
@@ -212,6 +235,7 @@ def labelled(backend: Tokenizer, chat: ChatFormat, end: int, messages: Chat) -> 
     backend.encode_special_tokens = True
     learned = list(_learned(encoding, spans, text))
     ids = list(encoding.ids)
+    # documents are closed by it; a model that was never shown it after an answer is not taught it
     if ids[-1:] != [end]:
         ids.append(end)
         learned.append(False)

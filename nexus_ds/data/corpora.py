@@ -122,7 +122,7 @@ class TokenFile:
         """Return how many labels of a block the model learns."""
         if self.answers is None:
             return length
-        # the first id is no label of this block
+        # the first id is no label of this block, but of the one before
         return int(self._learned(index, length)[1:].sum())
 
 
@@ -168,6 +168,7 @@ def _batches(
     batches: dict[str, list[Document]] = {}
     sizes: Counter[str] = Counter()
     for domain, document in documents:
+        # no damaged row: what is wrong is how the text is read
         if document.chat and not chats:
             raise DataError(
                 f"{document.where}: a chat (messages), expected text; data.chat=true reads chats "
@@ -273,6 +274,7 @@ def _damage(path: Path, progress: Progress | None = None) -> str:
     manifest = _manifest(path)
     if manifest is None:
         return ""
+    # a flipped label teaches a prompt, or hides an answer, as silently as a flipped id
     expected = {path: manifest["sha256"]}
     if "labels" in manifest:
         expected[_labels_of(path)] = manifest["labels"]["sha256"]

@@ -172,6 +172,7 @@ def check_chat(messages: object, where: str) -> Chat:
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: messages is no list that holds some; {REMEDY}")
     chat = []
+    # from 1, as people count who look for it in the file
     for number, message in enumerate(messages, start=1):
         here = f"{where}: message {number}"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):

@@ -38,6 +38,7 @@ def _leave_out(learned_T: Tensor | None, rows: slice, losses_T: Tensor, error_cV
     """Set what is not learned of a chunk to zero, in place; None: all is learned."""
     if learned_T is None:
         return
+    # A loss that is no number stays none: whoever counts bad batches has to see it.
     learned_c = learned_T[rows]
     losses_T[rows] *= learned_c
     error_cV *= learned_c[:, None]

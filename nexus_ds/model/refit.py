@@ -77,6 +77,7 @@ def _difference(found_EH: Tensor, rows_EH: Tensor, shifted: bool) -> float:
 @torch.no_grad()
 def _fitted(projection: Projection, inputs_EM: Tensor, rows_EH: Tensor, shifted: bool) -> Refit:
     """Return P with another last map; `shifted`: rows may have one vector added to all of them."""
+    # in the model's dtype, whose rounding the new map makes up for; solved in fp64
     read_EK = _inputs_of_last(projection, inputs_EM, rows_EH.dtype)
     old_HK = _last_map(projection).weight.double()
     given_EH = read_EK @ old_HK.T

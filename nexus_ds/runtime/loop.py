@@ -481,6 +481,7 @@ class Run:
         data, size = self.config.data, self.config.training.batch_size
         if not data.chat:
             return 1.0
+        # read, not summed over ranks: no collective, and the same number on any layout
         labels = self.data.sampler.labels(step * size, size)
         # a batch of questions alone teaches nothing
         return size * data.sequence_length / max(labels, 1)

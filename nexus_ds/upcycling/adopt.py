@@ -132,6 +132,7 @@ def _opened(directory: Path, nexus: OldModel) -> _Trained:
     norms_of = nexus.directory if translated else None
     _check_alike(directory, read_config(directory), nexus)
     config, reader = open_moe(directory, norms_of)
+    # Keys of the training, a balancing loss above all, are not for who serves the model.
     written = dict(nexus.config)
     for key in CARRIED:
         if key in config:
@@ -177,6 +178,7 @@ def _check_related(trained: _Trained, nexus: OldModel) -> None:
 def _tokenizer_of(trained: _Trained, nexus: OldModel) -> Path:
     """Return the directory whose tokenizer is the trained model's; its own, if it has one."""
     directory = trained.directory
+    # a model alone is saved without
     if read_vocabulary(directory) is None:
         directory = nexus.directory
     check_tokenizer(directory, trained.sizes.vocabulary)
@@ -217,6 +219,7 @@ def _gate(trained: _Trained, layer: int, shared: bool) -> tuple[float, str]:
         shared: whether the mixture has a shared expert; of none the gate does not matter.
     """
     reader = trained.reader
+    # of weights in the file: an adapter that was merged has moved them too
     gate_1H = reader.read(shared_gate_name(layer))
     largest = float(gate_1H.abs().max())
     if not shared:
@@ -278,6 +281,7 @@ def _look(trained: _Trained, sidecar: Sidecar) -> _Layers:
         own = _refit(trained, sidecar, layer)
         rows, said = _rows(trained, own, layer)
         found.wrong += [said] if said else []
+        # kept rows stay bit for bit: P(D) may differ from them in the last place
         if rows != "kept":
             found.rows[layer] = own.rows_EH
         found.projections.append(own.projection.state_dict())

@@ -97,7 +97,11 @@ def test_a_template_that_ends_with_the_end_of_text_gets_no_second_one(folder):
     [
         (THINKING, CHAT, "message 3: the chat template renders what stands before this answer"),
         (FORGETTING, CHAT, "message 3: the chat template renders what stands before this answer"),
-        (WITHOUT_MARKS, CHAT, "message 3: the chat template renders|one token holds the end of"),
+        (
+            WITHOUT_MARKS,
+            CHAT,
+            "message 3: the chat template renders|one token is partly of an answer",
+        ),
         (PLAIN, CHAT[:2], "no answer to learn from: no message of the role assistant"),
         (
             PLAIN,
@@ -120,8 +124,28 @@ def test_a_token_of_a_prompt_and_an_answer_is_refused(folder):
         "{% endfor %}{% if add_generation_prompt %}ra{% endif %}"
     )
     chat = ({"role": "user", "content": "town "}, {"role": "assistant", "content": "in fell"})
-    with pytest.raises(DataError, match="one token holds the end of a prompt and the beginning"):
+    with pytest.raises(DataError, match="one token is partly of an answer and partly of a prompt"):
         found(folder, template, chat)
+    # and one that joins the answer's end with what the template puts behind it
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.content }}"
+        "{% if m.role == 'assistant' and not loop.last %}in{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    chat = (chat[0], {"role": "assistant", "content": "fell ra"}, chat[0])
+    with pytest.raises(DataError, match="one token is partly of an answer and partly of a prompt"):
+        found(folder, template, chat)
+
+
+def test_a_template_that_writes_the_date_renders_the_same_on_every_day(folder):
+    llama = (
+        "{% if not day is defined %}{% set day = strftime_now('%d %b %Y') %}{% endif %}{{ day }}"
+    )
+    other = "{{ strftime_now('%Y-%m-%d %A %H:%M') }}"
+    for start, text in ((llama, "26 Jul 2024"), (other, "2024-07-26 Friday 00:00")):
+        for rest in (PLAIN, MARKED):
+            own, tokenizer = found(folder, start + rest)
+            assert tokenizer.decode(own.ids).startswith(f"{text}<|im_start|>system")
 
 
 def test_a_tokenizer_without_a_template(tokenizer_dir):
