@@ -149,17 +149,20 @@ class _Stream:
         # In main memory, of which there is more than on a device: batches of it visit that.
         self.hidden_NSH = calls.hidden_NSH
         self.arguments = calls.arguments
+        self.called: dict[str, object] = {}
 
     def _batches(self) -> list[slice]:
         starts = range(0, len(self.hidden_NSH), FIT_BATCH)
         return [slice(start, start + FIT_BATCH) for start in starts]
 
     def load(self, layer: int) -> Any:
-        """Return one layer with its weights, on the device."""
+        """Return one layer with its weights, on the device; what follows runs this one."""
         # Taken out of the model: its weights go when the caller is done with it.
         block = self.model.model.layers[layer]
         self.model.model.layers[layer] = nn.Identity()
         self.layers.fill(block, layer)
+        # what the decoder gives it, to be there once and not with every batch
+        self.called = {name: _on_device(value) for name, value in self.arguments[layer].items()}
         return block.eval()
 
     def stored_dtype(self, name: str) -> torch.dtype:
@@ -172,14 +175,13 @@ class _Stream:
         rounded = tensor.to(self.stored_dtype(name))
         return rounded.to(device(), self.dtype)
 
-    def _run(self, block: Any, layer: int, batch: slice) -> Tensor:
-        """Return what leaves a layer of some windows [n, S, H]."""
+    def _run(self, block: Any, batch: slice) -> Tensor:
+        """Return what leaves the layer of some windows [n, S, H]."""
         hidden_nSH = self.hidden_NSH[batch].to(device())
-        arguments = {name: _on_device(value) for name, value in self.arguments[layer].items()}
-        return block(hidden_nSH, **arguments)
+        return block(hidden_nSH, **self.called)
 
-    def _inputs(self, block: Any, layer: int, batch: slice) -> Tensor:
-        """Return what a layer's MoE block reads of some windows [n, S, H]."""
+    def _inputs(self, block: Any, batch: slice) -> Tensor:
+        """Return what the layer's MoE block reads of some windows [n, S, H]."""
         # Made anew where it is needed: attention is cheaper than memory for all windows.
         read: list[Tensor] = []
 
@@ -188,12 +190,12 @@ class _Stream:
             return x_nSH
 
         block.mlp.forward = note
-        self._run(block, layer, batch)
+        self._run(block, batch)
         del block.mlp.forward
         return read[0]
 
     @torch.no_grad()
-    def features(self, block: Any, layer: int, mean_H: Tensor | None) -> Tensor:
+    def features(self, block: Any, mean_H: Tensor | None) -> Tensor:
         """Return what a router scores [T, H]: its input, or its running mean less `mean_H`.
 
         On the device where there is much room for it, else in main memory.
@@ -201,7 +203,7 @@ class _Stream:
         place = _place_for(self.hidden_NSH.nbytes)
         features_NSH = torch.empty_like(self.hidden_NSH, device=place)
         for batch in self._batches():
-            x_nSH = self._inputs(block, layer, batch)
+            x_nSH = self._inputs(block, batch)
             if mean_H is not None:
                 x_tH = x_nSH.flatten(0, 1)
                 x_nSH = context(x_tH, x_nSH.shape[1], mean_H).view_as(x_nSH)
@@ -209,14 +211,14 @@ class _Stream:
         return features_NSH.flatten(0, 1)
 
     @torch.no_grad()
-    def advance(self, block: Any, layer: int, embeddings_EH: Tensor, mean_H: Tensor | None) -> None:
-        """Advance the states past a layer, routed by `embeddings_EH`."""
+    def advance(self, block: Any, embeddings_EH: Tensor, mean_H: Tensor | None) -> None:
+        """Advance the states past the layer, routed by `embeddings_EH`."""
         gate = block.mlp.gate
         gate.weight = nn.Parameter(embeddings_EH, requires_grad=False)
         if mean_H is not None:
             gate.mean = nn.Parameter(mean_H, requires_grad=False)
         for batch in self._batches():
-            self.hidden_NSH[batch] = self._run(block, layer, batch).cpu()
+            self.hidden_NSH[batch] = self._run(block, batch).cpu()
 
 
 # The text -----------------------------------------------------------------------------------------
@@ -317,27 +319,27 @@ class _WarmStart:
         if self.sidecar.router.input == "context":
             mean_H = gate.mean.detach().clone()
         experts_L = self.reading.experts_L
-        features_TH = stream.features(block, layer, mean_H)
+        features_TH = stream.features(block, mean_H)
         before = _share(features_TH, experts_L, old_EH)
 
         # embeddings that stay were fitted to the mean that is there
         keeps_old = self.kept > 0 and self.config.warm_start in KEEPING
         if mean_H is not None and not keeps_old:
             mean_H = self._new_mean(stream, layer, block)
-            features_TH = stream.features(block, layer, mean_H)
+            features_TH = stream.features(block, mean_H)
         name = gate_name(layer)
         dtype = stream.stored_dtype(name)
         new_EH = self._start(layer, features_TH, old_EH, dtype)
         # As stored: later layers, like every later reader, see rounded embeddings.
         new_EH = stream.store(name, new_EH)
         after = _share(features_TH, experts_L, new_EH)
-        stream.advance(block, layer, new_EH, mean_H)
+        stream.advance(block, new_EH, mean_H)
         return before, after
 
     def _new_mean(self, stream: _Stream, layer: int, block: Any) -> Tensor:
         """Store and return the mean [H] of the normalised running means of this text."""
         zeros_H = torch.zeros_like(block.mlp.gate.mean)
-        normed_TH = stream.features(block, layer, zeros_H)
+        normed_TH = stream.features(block, zeros_H)
         return stream.store(mean_name(layer), mean(normed_TH, device()))
 
     def _start(self, layer: int, features_TH: Tensor, old_EH: Tensor, dtype: torch.dtype) -> Tensor:

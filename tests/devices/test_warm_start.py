@@ -96,7 +96,11 @@ def test_a_warm_start(start, kind, tmp_path, monkeypatch):
     assert (found.before, found.after) == pytest.approx((expected.before, expected.after), abs=1e-6)
     waits = {wait: n for wait, n in watch.waits.items() if wait.startswith("methods.")}
     assert waits == CASES[start, kind]
-    # The states of all windows are the host's: each batch of them comes and goes.
-    assert watch.waits["fit.attend: to host"] == watch.waits["fit.attend: to device"]
-    assert watch.waits["fit.attend: to host"] == LAYERS * BATCHES
+    # The states of all windows are the host's: each batch of them comes and goes. It comes once
+    # more for what the router reads, with the input `context` twice.
+    assert watch.waits["fit.advance: to host"] == LAYERS * BATCHES
+    passes = 4 if kind == "context" else 2
+    assert watch.waits["fit._run: to device"] == passes * LAYERS * BATCHES
+    # positions, and RoPE's cosines and sines
+    assert watch.waits["fit._on_device: to device"] == 3 * LAYERS
     assert watch.waits["fit._share: value"] == 2 * LAYERS
