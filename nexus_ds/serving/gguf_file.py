@@ -123,6 +123,7 @@ def facts_of(mixture: Mixture) -> Facts:
         facts["rope.scaling.type"] = mixture.rope
         facts["rope.scaling.factor"] = float(sizes.rope["factor"])
     if mixture.rope == "yarn":
+        # its other numbers are llama.cpp's own, too
         first = sizes.rope["original_max_position_embeddings"]
         facts["rope.scaling.original_context_length"] = first
     more = _step_facts(mixture) if architecture(mixture) == STEP else _glm_facts()
@@ -151,6 +152,7 @@ def _step_facts(mixture: Mixture) -> Facts:
     }
     if any(windows):
         return facts
+    # of the idle layer one head of each kind
     heads = {"head_count": sizes.heads, "head_count_kv": sizes.kv_heads}
     for key, count in heads.items():
         facts[f"attention.{key}"] = [count] * sizes.layers + [1]
@@ -169,6 +171,7 @@ def rope_factors(mixture: Mixture) -> np.ndarray:
     """
     rope = mixture.sizes.rope
     width = mixture.sizes.head_dim
+    # in fp64; transformers' fp32 differs in the last bit
     exponent_D = np.arange(0, width, 2) / width
     length_D = 2 * math.pi * float(rope["rope_theta"]) ** exponent_D
     turns_D = rope["original_max_position_embeddings"] / length_D
@@ -275,6 +278,7 @@ def _values(opened: Opened, entry: Entry) -> np.ndarray:
     """Return a tensor as the file has it: fp32, or the bytes of bf16."""
     if entry.values is not None:
         return entry.values
+    # one layer's experts at a time: that is all the memory it takes
     tensors = [opened.reader.read(name) for name in entry.sources]
     whole = torch.stack(tensors) if len(entry.shape) > tensors[0].ndim else tensors[0]
     whole = whole / entry.scale
@@ -324,8 +328,10 @@ def write_gguf(opened: Opened, words: Words, path: Path) -> int:
     """
     gguf = gguf_package()
     arch = architecture(opened.mixture)
+    # in the order of the file: the library writes what was announced, one after the other
     table = dict(entries(opened.mixture))
     dtype = opened.reader.info(EMBEDDING).dtype
+    # one file: those who split it have gguf-split
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name(opened.directory.name)
     writer.add_file_type(FILE_TYPES[dtype])
@@ -364,6 +370,7 @@ def _check(gguf: ModuleType, opened: Opened, table: dict[str, Entry], path: Path
     """Read every tensor again; ServingError for one that is not what it was to be."""
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     for name, entry in table.items():
+        # out of the checkpoint once more, not what was held when writing
         expected = _values(opened, entry)
         there = found.pop(name, None)
         same = there is not None and there.data.tobytes() == expected.tobytes()

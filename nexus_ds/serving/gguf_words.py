@@ -155,6 +155,7 @@ def _spaced(directory: Path, definition: Json) -> bool:
 
 def _check_order(directory: Path, merges: list[tuple[str, str]], vocab: dict[str, int]) -> None:
     """Raise ServingError unless merges follow from the order of the pieces, as llama.cpp has it."""
+    # a score is the place in the vocabulary: merges have to come in that order
     ranks = [vocab[left + right] for left, right in merges]
     known = set(merges)
     # llama.cpp merges whatever gives a piece, tokenizer.json what it lists
@@ -177,6 +178,7 @@ def _types(
     tokens: Mapping[int, str], added: Sequence[Json], size: int, byte_pieces: bool
 ) -> list[int]:
     """Return the type of each id that the model embeds."""
+    # models embed more than there are tokens: sizes are padded to round numbers
     types = [NORMAL if index in tokens else UNUSED for index in range(size)]
     for index, token in tokens.items():
         if byte_pieces and len(token) == 6 and token.startswith("<0x"):
@@ -190,6 +192,7 @@ def _types(
 
 def _template(directory: Path) -> str:
     """Return the chat template, the one by default where there are several; empty: none."""
+    # a dictionary of several is nothing that llama.cpp reads
     for found in chat_templates(directory).values():
         if isinstance(found, str):
             return found
@@ -215,6 +218,7 @@ def read_words(directory: Path, size: int) -> Words:
     pieces = bool(model.get("byte_fallback"))
     spaced = False
     way = "default"
+    # pieces of bytes are SentencePiece's
     if pieces:
         spaced = _spaced(directory, definition)
         _check_order(directory, merges, vocab)
@@ -226,6 +230,7 @@ def read_words(directory: Path, size: int) -> Words:
     roles = _roles(directory, meaning.roles, backend.get_vocab())
     if pieces and "unknown" in roles:
         types[roles["unknown"]] = UNKNOWN
+    # what transformers puts before a text, llama.cpp has to put there too
     opening = beginning(backend)
     if opening not in ((), (roles.get("bos"),)):
         raise _refused(directory, f"puts the ids {list(opening)} before a text")

@@ -59,11 +59,13 @@ WORDS = ("tokenizer.json", "vocab.json", "merges.txt", INDEX)
 
 def public(source: str) -> str:
     """Return how a model is called in public: OWNER/NAME, or the last part of a local path."""
+    # the hub's names look like a folder in a folder
     on_hub = source.count("/") == 1 and not Path(source).exists()
     return source if on_hub else source.rpartition("/")[2]
 
 
 def _public_step(step: Step) -> Step:
+    # of another version: what it has is kept, but for where models lay
     if isinstance(step, OtherStep):
         named = {key: step.written[key] for key in NAMING if key in step.written}
         shown = {key: public(str(value)) for key, value in named.items()}
@@ -124,6 +126,7 @@ def refuse_local_paths(directory: Path) -> None:
     """Raise ServingError for the first local path in a file that is shown to everybody."""
     for pattern in LOOKED_AT:
         for path in sorted(directory.glob(pattern)):
+            # a vocabulary may have any text as a token
             if path.name in WORDS:
                 continue
             found = LOCAL.search(path.read_text("utf-8", errors="replace"))
@@ -150,6 +153,7 @@ def write_public(opened: Opened, out: Path, license_name: str) -> list[str]:
     _forget_places(out)
     copy_licenses(source, out)
     write_json(out / SIDECAR, manifest_json(shown))
+    # people and `evaluate` go on writing it
     card = source / MODEL_CARD
     text = card.read_text("utf-8") if card.is_file() else card_text(nexus_card(shown))
     text, licensed = public_card(text, manifest, license_name)
@@ -157,6 +161,7 @@ def write_public(opened: Opened, out: Path, license_name: str) -> list[str]:
     refuse_local_paths(out)
     notes = [] if licensed else ["no license is stated for all parts: give one with --license"]
     there = {path.relative_to(out).as_posix() for path in out.rglob("*")} | copied
+    # settings of the training, logs, and whatever else lies there
     names = {path.name for path in source.iterdir() if not path.name.startswith(".")}
     left = sorted(names - there)
     return notes + ([f"left out: {', '.join(left)}"] if left else [])

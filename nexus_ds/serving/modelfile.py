@@ -87,6 +87,7 @@ def _rendered(tokenizer: PreTrainedTokenizerFast) -> Render:
 def _split(text: str, *contents: str) -> list[str]:
     """Return what stands around contents, in order; ValueError where one is not there."""
     parts = []
+    # in their order; a template that turns it around is refused
     for content in contents:
         before, there, text = text.partition(content)
         if not there:
@@ -117,6 +118,7 @@ def find_pieces(render: Render) -> Pieces:
     Raises:
         ValueError: it does more than that.
     """
+    # one question tells what ends it, a talk what stands between
     opened, after_user = _split(render([("user", ASKED)], False), ASKED)
     talk = [("user", ASKED), ("assistant", ANSWERED), ("user", ASKED_ON)]
     _, between, again, closed = _split(render(talk, True), ASKED, ANSWERED, ASKED_ON)
@@ -129,6 +131,7 @@ def find_pieces(render: Render) -> Pieces:
         assistant=(_without(between, after_user), again.removesuffix(before_user)),
         answer=_without(closed, after_user),
     )
+    # found in one talk, tried on others: more than fixed text shows there
     for trial in TRIALS:
         for start in ([SYSTEM], []) if system else ([],):
             if pieces.text([*start, *trial]) != render([*start, *trial], True):
@@ -165,6 +168,7 @@ def modelfile(directory: Path) -> tuple[str, list[str]]:
     else:
         pieces = _pieces_of(tokenizer, directory)
         template = pieces.template()
+        # chat models often end an answer with another token than a text
         end = pieces.assistant[1].strip()
         stops += [end] if end not in ("", *stops) else []
         if pieces.system is None:

@@ -11,16 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from nexus_ds.checkpoint.config_json import CONTEXT_MODEL, ConfigJson
+from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.families.record import FULL, DenseSettings
-from nexus_ds.checkpoint.forms import PLAIN, QWEN3_NEXT
+from nexus_ds.checkpoint.families.table import FAMILIES
+from nexus_ds.checkpoint.forms import MIXTURES, NATIVE, PLAIN, QWEN3_NEXT
 from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.errors import ServingError
 
 QWEN2_MOE = PLAIN[0]
 STOCK = (QWEN2_MOE, QWEN3_NEXT)
 """Forms that programs other than this one know."""
+NATIVE_FORMS = tuple(NATIVE + name for name, family in FAMILIES.items() if not family.mixture)
+"""Forms of a family's own, which transformers knows by `nexus_ds.hf`."""
 UNCHANGED = "--for hub keeps the model as it is, for transformers 5"
 
 
@@ -106,6 +109,7 @@ def _any_window(mixture: Mixture) -> bool:
 
 def _odd_heads(mixture: Mixture) -> bool:
     sizes = mixture.sizes
+    # a Qwen3-Next's classes read head_dim everywhere
     return mixture.form == QWEN2_MOE and sizes.query_width != sizes.hidden_size
 
 
@@ -125,6 +129,10 @@ def _stated_factor(mixture: Mixture) -> bool:
 
 def _is_next(mixture: Mixture) -> bool:
     return mixture.form == QWEN3_NEXT
+
+
+def _is_native(mixture: Mixture) -> bool:
+    return mixture.form in NATIVE_FORMS
 
 
 def _always(mixture: Mixture) -> bool:
@@ -193,6 +201,7 @@ _VLLM = Target(
     program="vLLM",
     version="0.32.0",
     seen="run",
+    forms=(*STOCK, *NATIVE_FORMS),
     writes="the weights with an index, zero biases of q, k and v where it has some, lm_head",
     command="vllm serve DIR",
     rules=(
@@ -211,6 +220,13 @@ _VLLM = Target(
             "RoPE of type longrope with two lists of factors",
             "takes the long ones for all texts where it serves long ones",
             _two_lists,
+        ),
+    ),
+    notes=(
+        Rule(
+            "a form of its own",
+            "knows it where nexus_ds is installed beside it",
+            _is_native,
         ),
     ),
 )
@@ -304,7 +320,7 @@ _HUB = Target(
     program="the hub",
     version="model cards of 2026",
     seen="read",
-    forms=(*STOCK, CONTEXT_MODEL),
+    forms=MIXTURES,
     writes="all of the checkpoint, to be extended by others too; card and license; no local path",
     command="hf upload OWNER/NAME DIR",
 )
@@ -335,6 +351,7 @@ def refuse_unservable(target: Target, mixture: Mixture, where: str) -> None:
             f"{where}: a model of type {mixture.form!r} is unknown to {_described(target)}, which "
             f"takes {', '.join(target.forms)}; {UNCHANGED}"
         )
+    # all at once: whoever mends one is not told of the next afterwards
     for rule in target.rules:
         if rule.holds(mixture):
             problems.add(

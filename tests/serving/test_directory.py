@@ -5,12 +5,14 @@ import shutil
 
 import pytest
 import torch
+import vllm_cpu
 from branches import edit_tensors, make_parts, stock, tensors_of, upcycle
 from conftest import save_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers4 import run
 from transformers4_worker import LENGTH, log_probs, tokens
 
+from nexus_ds.data.tokenizer import train_tokenizer
 from nexus_ds.errors import CheckpointError, ServingError
 from nexus_ds.serving.directory import (
     check_weights,
@@ -182,6 +184,61 @@ def test_a_dtype_of_two_bytes_is_kept(made, tmp_path):
     assert {dtype for dtype, _ in own_plan(opened).values()} == {"BF16"}
     out = exported(tmp_path / "half", "vllm", tmp_path / "out")
     assert {tensor.dtype for tensor in tensors_of(out).values()} == {torch.bfloat16}
+
+
+# vLLM ---------------------------------------------------------------------------------------------
+
+WIDE = {
+    "llama3-rope": ("llama3-rope", 5, 2),
+    "mistral-sliding": ("mistral-sliding", 3, 1),
+    "qwen2": ("qwen2", 3, 2),
+    "yarn": ("yarn", 3, 1),
+    "qwen3": ("qwen3-wide", 3, 2),
+    "olmo2": ("olmo2", 3, 2),
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """What makes mixtures with heads of a width that vLLM's attention has."""
+    folder = tmp_path_factory.mktemp("wide")
+    train_tokenizer(iter(["the tree has a leaf and 12 roots. "] * 9), 300, folder / "tokenizer")
+    more = {"qwen3-wide": ("qwen3", dict(head_dim=64, tie_word_embeddings=True))}
+    more["olmo2"] = ("olmo2", {})
+    sizes = {"hidden_size": 128, "max_position_embeddings": 256}
+    with pytest.MonkeyPatch.context() as patch:
+        kinds = test_dense.KINDS | test_older_stacks.KINDS | more
+        patch.setattr(test_dense, "KINDS", kinds)
+        patch.setattr(test_dense, "SIZES", test_dense.SIZES | sizes)
+        yield lambda kind: make(folder, *WIDE[kind])[0]
+
+
+def apart_in_vllm(source, directory, out):
+    """Return the largest difference of log-probabilities to transformers, over 199 positions."""
+    vocabulary = config_in(source)["vocab_size"]
+    ids = [position * 7 % (vocabulary - 2) + 1 for position in range(200)]
+    found = vllm_cpu.log_probs(directory, ids, out)
+    with torch.no_grad():
+        wanted = stock(source)(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    # "not <=" is true of NaN as well
+    return float((torch.from_numpy(found) - wanted).abs().max())
+
+
+@pytest.mark.slow
+@pytest.mark.full
+@pytest.mark.parametrize("kind", WIDE)
+def test_vllm_computes_what_transformers_does(kind, wide, tmp_path):
+    source = wide(kind)
+    out = exported(source, "vllm", tmp_path / "vllm")
+    assert apart_in_vllm(source, out, tmp_path / "found") <= 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.full
+def test_without_zero_biases_vllm_computes_another_model(wide, tmp_path):
+    """It loads without a word: the export is what makes it right."""
+    source = wide("llama3-rope")
+    assert not apart_in_vllm(source, source, tmp_path / "found") <= 0.1
 
 
 # transformers 4 -----------------------------------------------------------------------------------

@@ -91,6 +91,11 @@ def mixture(kind, router_input="token"):
     return Mixture.of(moe_config(config | more, 3, 1, router_input))
 
 
+def of_olmo():
+    config = {"model_type": "olmo2", **test_dense.SIZES, "vocab_size": 31, "rms_norm_eps": 1e-6}
+    return Mixture.of(moe_config(config, 3, 1))
+
+
 def test_the_verb_offers_what_the_table_has():
     assert set(PROGRAMS) == set(TARGETS) == set(REFUSED)
     assert all(name == target.name and target.version for name, target in TARGETS.items())
@@ -113,8 +118,9 @@ def test_just_what_a_program_gets_wrong_is_refused_by_name_and_version(name):
 def test_every_rule_is_about_a_kind_that_is_tried(name):
     for rule in TARGETS[name].rules:
         assert any(rule.holds(mixture(kind)) for kind in REFUSED[name]), rule.what
+    kinds = [mixture(kind) for kind in ALL] + [of_olmo()]
     for note in TARGETS[name].notes:
-        assert any(note.holds(mixture(kind)) for kind in ALL), note.what
+        assert any(note.holds(kind) for kind in kinds), note.what
 
 
 def test_a_router_of_its_own_is_for_this_program_alone():
@@ -124,6 +130,17 @@ def test_a_router_of_its_own_is_for_this_program_alone():
         with pytest.raises(ServingError, match="a model of type 'nexus_moe' is unknown to") as e:
             refuse_unservable(TARGETS[name], own, "m")
         assert TARGETS[name].version in str(e.value) and "qwen2_moe, qwen3_next" in str(e.value)
+
+
+def test_a_form_of_its_own_is_for_vllm_and_this_program():
+    own = of_olmo()
+    for name in ("hub", "vllm"):
+        refuse_unservable(TARGETS[name], own, "m")
+    [said] = notes_on(TARGETS["vllm"], own)
+    assert "vLLM 0.32.0 knows it where nexus_ds is installed beside it" in said
+    for name in sorted(set(TARGETS) - {"hub", "vllm"}):
+        with pytest.raises(ServingError, match="a model of type 'nexus_olmo2' is unknown to"):
+            refuse_unservable(TARGETS[name], own, "m")
 
 
 def test_several_reasons_are_told_at_once():
