@@ -66,8 +66,8 @@ def mixture_classes(family: str) -> tuple[Class, Class]:
             layer.mlp = Qwen2MoeSparseMoeBlock(config)
         self.post_init()
 
-    # vLLM's compiler asks of arguments whether they are of the type that is named
-    init_decoder.__annotations__["config"] = config_class
+    # vLLM's compiler asks of all arguments whether they are of the type that is named
+    init_decoder.__annotations__ = {"config": config_class}
     made = {"config_class": config_class, "__init__": init_decoder}
     model_class = type(f"{name}Model", (decoder,), made)
 

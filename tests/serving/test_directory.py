@@ -1,5 +1,6 @@
 """Directories for other programs: their weights and configuration, against what each asks for."""
 
+import importlib
 import json
 import shutil
 
@@ -218,6 +219,8 @@ def apart_in_vllm(source, directory, out):
     vocabulary = config_in(source)["vocab_size"]
     ids = [position * 7 % (vocabulary - 2) + 1 for position in range(200)]
     found = vllm_cpu.log_probs(directory, ids, out)
+    # transformers, too, has to be told of forms of their own
+    importlib.import_module("nexus_ds.hf")
     with torch.no_grad():
         wanted = stock(source)(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
     # "not <=" is true of NaN as well
