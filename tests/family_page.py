@@ -220,6 +220,11 @@ RUNTIMES["nexus_<family>"] = (
         "yes",
         "after `import nexus_ds.hf`",
     ),
+    (
+        "vLLM 0.32.0 (run)",
+        "OLMo 2",
+        "where nexus_ds is installed beside it; the other families were not run",
+    ),
     ("others", "no", "none was run; they have no model of this name"),
 )
 LOST = {

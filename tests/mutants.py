@@ -181,6 +181,18 @@ FAULTS = (
         "checkpoint/test_native.py",
     ),
     Fault(
+        "RoPE turns heads in layers without it",
+        "checkpoint/dense_settings.py",
+        "tuple(family.turned_layers(values, types))",
+        "(True,) * len(types)",
+    ),
+    Fault(
+        "layers with a window take the RoPE of those without",
+        "checkpoint/dense_settings.py",
+        "own = dict(stated.get(kind) or",
+        "own = dict(stated.get(FULL) or",
+    ),
+    Fault(
         "heads keep the order of the family's own file",
         "checkpoint/views.py",
         "            rows = rows[numbers - numbers % head + within - first]",
@@ -207,8 +219,8 @@ FAULTS = (
     Fault(
         "two lists of longrope's factors are no reason for a note",
         "checkpoint/dense_settings.py",
-        'rope["short_factor"] == rope["long_factor"]:',
-        'rope["short_factor"]:',
+        'and rope["short_factor"] != rope["long_factor"]:',
+        'and not rope["short_factor"]:',
         "upcycling/test_new_checkpoint.py",
     ),
     Fault(

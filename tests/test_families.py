@@ -41,6 +41,7 @@ SIZES = dict(
 )
 TOKENS = dict(bos_token_id=None, eos_token_id=0, pad_token_id=None)
 """Of the tokenizer: families whose defaults are far beyond it ask for them."""
+WINDOWS = dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"])
 ROWS = {  # family: keys of its config.json, the class that transformers finds on disk
     "qwen3": (dict(head_dim=12, tie_word_embeddings=True), "Qwen3NextForCausalLM"),
     "granite": (
@@ -81,6 +82,11 @@ ROWS = {  # family: keys of its config.json, the class that transformers finds o
     "glm": (dict(head_dim=8, **TOKENS), "Qwen2MoeForCausalLM"),
     "ernie4_5": (dict(head_dim=8, **TOKENS), "Qwen2MoeForCausalLM"),
     "olmo2": (TOKENS, "NexusOlmo2ForCausalLM"),
+    "olmo3": (WINDOWS | TOKENS, "NexusOlmo3ForCausalLM"),
+    "smollm3": (dict(no_rope_layers=[1, 0], **TOKENS), "NexusSmollm3ForCausalLM"),
+    "exaone4": (dict(head_dim=12) | WINDOWS | TOKENS, "NexusExaone4ForCausalLM"),
+    "glm4": (dict(head_dim=8, **TOKENS), "NexusGlm4ForCausalLM"),
+    "hunyuan_v1_dense": (dict(head_dim=8, **TOKENS), "NexusHunyuanV1DenseForCausalLM"),
 }
 PER_FORM = ("qwen3", "olmo2")
 """Families whose layouts are compared in every run: one for each form with a class of its own."""

@@ -2,13 +2,13 @@
 
 What a key means, what holds where it is missing, and which of two that contradict each other
 decides, is as transformers' own classes have it: tests hold this module to them.
-Not covered: RoPE that differs between layers.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from nexus_ds.checkpoint.config_json import (
@@ -79,6 +79,8 @@ STRETCHED = ("dynamic", "yarn", "longrope")
 """Kinds of RoPE whose frequencies depend on max_position_embeddings."""
 POSITIONED = ("yarn", "longrope", "llama3")
 """Kinds of RoPE that know how many positions the model was first trained on."""
+BESIDE = ("rope_scaling", "original_max_position_embeddings")
+"""What may stand beside rope_parameters, besides the base."""
 BIASES = {
     "attention_bias": "a bias in o_proj (o_proj.bias)",
     "attention_out_bias": "a bias in o_proj (o_proj.bias)",
@@ -99,7 +101,6 @@ REASONS = {
     "qwen2_moe": "it is a mixture already",
     "gpt2": "it has biases and learned positions",
     "ministral3": "its queries grow with the position (llama_4_scaling_beta)",
-    "glm4": "it has norms after attention and FFN",
     "nemotron": "its FFN has no gate, and its norms subtract the mean",
     "starcoder2": "its FFN has no gate but biases, and its norms subtract the mean",
     "phi": "its attention and FFN stand side by side, with biases",
@@ -185,12 +186,38 @@ def _check_nested(config: ConfigJson, where: str) -> None:
         )
 
 
+def _ropes_by_kind(config: ConfigJson, family: Family, where: str) -> ConfigJson:
+    """Return for each kind of layer its rope_parameters in today's form, as transformers puts them
+    together; `config` is filled."""
+    stated = config.get("rope_parameters") or {}
+    scaled = config.get("rope_scaling") or {}
+    if scaled and stated and FULL not in stated:
+        raise CheckpointError(
+            f"{where}: rope_scaling stands beside rope_parameters without {FULL}, which "
+            "transformers can't read; keep one of the two, by kinds of layers"
+        )
+    # what stands beside them does not count
+    rest = {key: value for key, value in config.items() if key not in BESIDE}
+    found = {}
+    for kind, key in family.rope_bases.items():
+        own = dict(stated.get(kind) or {"rope_type": "default"})
+        # older files scale the layers without a window alone
+        if kind == FULL:
+            own |= scaled
+        base = config[key] if key else family.defaults["rope_theta"]
+        alone = {"rope_theta": base, "rope_parameters": own}
+        found[kind], _ = _rope(rest | alone, replace(family, rope_bases={}), where)
+    return found
+
+
 def _rope(config: ConfigJson, family: Family, where: str) -> tuple[ConfigJson, int]:
     """Return rope_parameters in today's form, whatever form config.json has, and of how many
     channels of a head they speak.
 
     `config` is filled.
     """
+    if family.rope_bases:
+        return _ropes_by_kind(config, family, where), config["head_dim"]
     rope = _stated_rope(config, family)
     if any(isinstance(value, dict) for value in rope.values()):
         raise UnsupportedModelError(
@@ -225,7 +252,12 @@ def _turned(rope: ConfigJson, config: ConfigJson, family: Family, where: str) ->
         raise CheckpointError(
             f"{where}: partial_rotary_factor is {part!r}, expected a fraction of at most 1"
         )
-    return int(config["head_dim"] * part)
+    if family.mixture:
+        return int(config["head_dim"] * part)
+    # the mixture is of the family's own class, which turns what it turns
+    if part != 1.0:
+        rope["partial_rotary_factor"] = part
+    return config["head_dim"]
 
 
 class Rotary(NamedTuple):
@@ -279,6 +311,10 @@ def _windows(config: ConfigJson, family: Family, where: str) -> tuple[int | None
         config = config | {"sliding_window": None}
     listed = config.get("layer_types") if family.listed else None
     types = tuple(family.kinds(config) if listed is None else listed)
+    if not types:
+        raise CheckpointError(
+            f"{where}: layer_types is missing, expected a kind of attention for each layer"
+        )
     if len(types) != layers or not set(types) <= {FULL, SLIDING}:
         raise UnsupportedModelError(
             f"{where}: layer_types {list(types)!r} can't be expressed as Qwen2-MoE"
@@ -294,9 +330,22 @@ def _windows(config: ConfigJson, family: Family, where: str) -> tuple[int | None
     return window, types
 
 
+def _ropes_of(rope: ConfigJson) -> list[ConfigJson]:
+    """Return the RoPE of each kind of layer, or the one of all."""
+    return [rope] if "rope_type" in rope else list(rope.values())
+
+
 def _positions(rope: ConfigJson, values: ConfigJson) -> int | None:
     """Return how many positions there are where RoPE depends on it."""
-    return values["max_position_embeddings"] if rope["rope_type"] in STRETCHED else None
+    stretched = [one for one in _ropes_of(rope) if one["rope_type"] in STRETCHED]
+    return values["max_position_embeddings"] if stretched else None
+
+
+def _turned_layers(family: Family, values: ConfigJson, types: Sequence[str]) -> tuple[bool, ...]:
+    """Return whether RoPE turns the heads of each layer."""
+    if family.turned_layers is None:
+        return (True,) * len(types)
+    return tuple(family.turned_layers(values, types))
 
 
 def _norm_eps(values: ConfigJson, family: Family, where: str) -> float:
@@ -366,8 +415,10 @@ def settings(config: ConfigJson, where: str = "config.json") -> DenseSettings:
         qkv_bias=bool(values[biased] if isinstance(biased, str) else biased),
         norms=family.norms,
         qk_norm=family.qk_norm,
+        qk_names=family.qk_names,
         sliding_window=window,
         layer_types=types,
+        turned_layers=_turned_layers(family, values, types),
     )
 
 
@@ -382,6 +433,9 @@ def both_ropes(config: ConfigJson) -> ConfigJson:
         # what it is read as is another class's; its own has no older spelling
         return config
     rope = dict(settings(config).rope)
+    if "rope_type" not in rope:
+        # each kind of layer has its own
+        return config
     # a Qwen3-Next's own default is a quarter of the head
     if config.get("partial_rotary_factor") is not None:
         rope["partial_rotary_factor"] = config["partial_rotary_factor"]
@@ -402,10 +456,11 @@ def cached_positions(config: ConfigJson) -> int | None:
     Beyond them longrope has other frequencies, but a cache keeps the keys that it has; Phi-3's own
     class computes them anew. None: any number.
     """
-    rope = settings(config).rope
-    if rope["rope_type"] != "longrope" or rope["short_factor"] == rope["long_factor"]:
-        return None
-    return int(rope["original_max_position_embeddings"])
+    first = []
+    for rope in _ropes_of(settings(config).rope):
+        if rope["rope_type"] == "longrope" and rope["short_factor"] != rope["long_factor"]:
+            first.append(int(rope["original_max_position_embeddings"]))
+    return min(first, default=None)
 
 
 def refuse_unsupported(config: ConfigJson, where: str) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.families.record import FULL, DenseSettings
-from nexus_ds.checkpoint.families.table import FAMILIES
 from nexus_ds.checkpoint.forms import MIXTURES, NATIVE, PLAIN, QWEN3_NEXT
 from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.errors import ServingError
@@ -22,8 +21,8 @@ from nexus_ds.errors import ServingError
 QWEN2_MOE = PLAIN[0]
 STOCK = (QWEN2_MOE, QWEN3_NEXT)
 """Forms that programs other than this one know."""
-NATIVE_FORMS = tuple(NATIVE + name for name, family in FAMILIES.items() if not family.mixture)
-"""Forms of a family's own, which transformers knows by `nexus_ds.hf`."""
+NATIVE_FORMS = (NATIVE + "olmo2",)
+"""Native forms that vLLM was run with; it is not said to take the others."""
 UNCHANGED = "--for hub keeps the model as it is, for transformers 5"
 
 

@@ -43,6 +43,7 @@ SIZES = (
     "qkv_bias",
     "norms",
     "qk_norm",
+    "qk_names",
 )
 TIED, POSITIONS = "tie_word_embeddings", "max_position_embeddings"
 SHOWN = 5  # tensors in a message
@@ -64,6 +65,7 @@ REMEDIES = {
     "embeddings copied to lm_head.weight), or all tied",
     "sliding_window": "train with the seed's attention; where only config.json differs, give it "
     "the window that the model was trained with",
+    "turned_layers": "train with RoPE in the seed's layers",
     "layer_types": "train with the seed's attention in each layer",
 }
 """What to do where models differ, by the name of a setting (of RoPE's for all of it)."""

@@ -221,7 +221,6 @@ def changed(source, out, **keys):
         (dict(model_type="gemma2"), ["'gemma2'", "add 1"]),
         (dict(model_type="cohere2"), ["'cohere2'", "side by side"]),
         (dict(model_type="gemma"), ["'gemma'", "no SwiGLU", "loses bits"]),
-        (dict(model_type="glm4"), ["'glm4'", "norms after attention"]),
         (dict(model_type="ministral3"), ["'ministral3'", "llama_4_scaling_beta"]),
         (dict(model_type="nemotron"), ["'nemotron'", "FFN has no gate"]),
         (dict(model_type="starcoder2"), ["'starcoder2'", "no gate but biases"]),

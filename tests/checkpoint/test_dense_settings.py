@@ -38,22 +38,32 @@ SPELLINGS = {  # of one config.json; what a family does not know it leaves out o
     "null head_dim": dict(head_dim=None),
     "whole numbers": dict(rope_theta=500),
     "a whole epsilon": dict(rms_norm_eps=1),
+    "by kinds of layers": dict(
+        rope_parameters=dict(full_attention=YARN | dict(rope_theta=5.0), sliding_attention=None)
+    ),
+    "layers without RoPE": dict(no_rope_layers=[1, 0, 0, 1], no_rope_layer_interval=2),
 }
+SET = ("qwen2", "qwen2_moe", "qwen3", "phi3", "granite", "glm", "ministral")
+OWN_SET = ("olmo2", "olmo3", "smollm3", "exaone4", "glm4", "hunyuan_v1_dense")
 REFUSED = {  # what transformers refuses, or can't compute with
     "a whole epsilon": (*FAMILIES, "qwen2_moe"),
-    "no key-value heads": ("mistral", "qwen2_moe", "glm", "ministral"),
-    "no window": ("qwen2_moe",),
-    "null head_dim": (
-        *("qwen2", "qwen2_moe", "qwen3", "phi3", "granite", "glm", "ministral", "olmo2"),
-    ),
+    "no key-value heads": ("mistral", "qwen2_moe", "glm", "ministral", "exaone4", "glm4"),
+    "no window": ("qwen2_moe", "olmo3", "exaone4"),
+    "null head_dim": (*SET, *OWN_SET),
     "old, scaled": ("phi3", "glm"),
-    "both": ("phi3", "glm"),
+    "both": ("phi3", "glm", "olmo3"),
     "positions outside": ("phi3", "glm"),
     "positions missing": ("glm",),
+    "by kinds of layers": (*(name for name in FAMILIES if name != "olmo3"), "qwen2_moe"),
 }
-NEEDED = {"ministral": dict(head_dim=8)}
+NEEDED = {"ministral": dict(head_dim=8), "hunyuan_v1_dense": dict(head_dim=8)}
 """What a family's class does not do without."""
-NOT_A_QWEN2_MOE = ("old, scaled", "both", "positions outside")
+TOGETHER = (
+    *("sliding_window", "num_key_value_heads", "head_dim", "rope_theta"),
+    *("sliding_window_pattern", "no_rope_layers"),
+)
+"""Keys that `settings` answers, of several together."""
+NOT_A_QWEN2_MOE = ("old, scaled", "both", "positions outside", "by kinds of layers")
 """Of these, what transformers' own class computes with, and the mixture's can't."""
 
 
@@ -64,6 +74,10 @@ def own_config(config):
     found = CONFIG_MAPPING[config["model_type"]](**values)
     found.standardize_rope_params()
     return found
+
+
+def without_type(rope):
+    return {key: value for key, value in rope.items() if key != "type"}
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -84,11 +98,18 @@ def test_a_configuration_means_what_transformers_reads_in_it(family, spelling):
     assert found.norm_eps == own.rms_norm_eps
     record = FAMILIES.get(family, FAMILIES["llama"])
     assert found.tied_embeddings is (own.tie_word_embeddings and not record.multipliers)
-    rope = {key: value for key, value in own.rope_parameters.items() if key != "type"}
-    if rope.pop("partial_rotary_factor", 1.0) == 1.0:
+    rope = without_type(own.rope_parameters)
+    part = rope.get("partial_rotary_factor", 1.0)
+    if part == 1.0:
+        rope.pop("partial_rotary_factor", None)
+    if record.rope_bases:
+        assert found.rope == {kind: without_type(rope[kind]) for kind in record.rope_bases}
+    elif part == 1.0 or not record.mixture:
         assert found.rope == rope
     else:
         assert found.rope["rope_theta"] == rope["rope_theta"]
+    if family == "smollm3":
+        assert found.turned_layers == tuple(map(bool, own.no_rope_layers))
     if found.rope_positions is not None:
         assert found.rope_positions == own.max_position_embeddings
     types = getattr(own, "layer_types", None)
@@ -105,15 +126,15 @@ def test_what_a_file_leaves_out_is_what_transformers_takes(family):
     own, found = own_config(config), filled(config)
     assert FAMILIES[family].defaults.keys() <= found.keys()
     for key, value in found.items():
-        # these are answered by `settings`, of several keys together
         if key == "partial_rotary_factor":
             assert own.rope_parameters[key] == value
         # its class has none
         elif (family, key) == ("ernie4_5", "attention_dropout"):
             assert value == 0.0
-        elif key not in ("sliding_window", "num_key_value_heads", "head_dim", "rope_theta"):
+        elif key not in TOGETHER:
             assert getattr(own, key) == value, key
-    assert own.rope_parameters["rope_theta"] == found["rope_theta"]
+    rope = own.rope_parameters
+    assert rope.get("full_attention", rope)["rope_theta"] == found["rope_theta"]
 
 
 @pytest.mark.parametrize(

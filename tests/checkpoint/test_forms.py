@@ -27,6 +27,7 @@ OWN = {  # what a family's own class can't do otherwise
     "glm": PLAIN_ROPE,
     "granite": dict(residual_multiplier=0.22, rms_norm_eps=1e-5),
     "ministral": dict(head_dim=8),
+    "hunyuan_v1_dense": dict(head_dim=8),
 }
 
 

@@ -280,15 +280,26 @@ def gradients_compared(out, oracle):
     own, compared = dict(oracle.named_parameters()), 0
     for name, parameter in model.named_parameters():
         block, _, stack = name.partition(".experts.")
+        sharing, _, shared = name.partition(".shared_experts.")
         if stack:
             experts = oracle.get_submodule(block).experts
-            expected = torch.stack([getattr(e, STACKED[stack]).weight.grad for e in experts])
+            expected = torch.stack([ffn_gradient(ffn, STACKED[stack]) for ffn in experts])
+        elif shared:
+            part = shared.removesuffix(".weight")
+            expected = ffn_gradient(oracle.get_submodule(sharing).shared, part)
         else:
-            named = name.replace("shared_experts", "shared").replace("router.", "")
-            expected = own[named].grad
+            expected = own[name.replace("router.", "")].grad
         assert expected.abs().max() > 0 and difference(parameter.grad, expected) < GRADIENTS, name
         compared += 1
     return model, compared
+
+
+def ffn_gradient(ffn, part):
+    """Return the gradient of one matrix of a dense family's FFN, which may have two in one."""
+    if hasattr(ffn, part):
+        return getattr(ffn, part).weight.grad
+    gate, up = ffn.gate_up_proj.weight.grad.chunk(2)
+    return gate if part == "gate_proj" else up
 
 
 def test_experts_come_and_go(made, tmp_path):

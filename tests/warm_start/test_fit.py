@@ -15,11 +15,13 @@ from nexus_ds.settings import RouterConfig
 from nexus_ds.warm_start import fit, methods
 from nexus_ds.warm_start.fit import fit_router
 from nexus_ds.warm_start.fit_text import FitText
-from tests.checkpoint.test_native import SIZES
+from tests.checkpoint.test_native import SIZES, WINDOWS
 from tests.checkpoint.test_qwen3_next import NAMES, mixture
 
 LAYERS = {
     "post-norm": ("olmo2", {}),
+    "RoPE by kind": ("olmo3", WINDOWS),
+    "no RoPE": ("exaone4", WINDOWS | dict(head_dim=12)),
     "windows": ("qwen2", dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),
 }
 

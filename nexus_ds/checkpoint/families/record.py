@@ -7,7 +7,7 @@ Without torch: planning and inspection read a model's sizes here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nexus_ds.checkpoint.config_json import ConfigJson
@@ -22,11 +22,13 @@ FUSED = {
 FULL, SLIDING = "full_attention", "sliding_attention"
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 """Norms of a layer that stand before its attention and its FFN alone."""
-AFTER_FFN = ("post_feedforward_layernorm",)
+AFTER_FFN = ("post_feedforward_layernorm", "post_mlp_layernorm")
 """Norms over what an FFN returns: they take away by what a gate has multiplied it."""
 
 LayerKinds = Callable[[ConfigJson], Sequence[str]]
 """Each layer's kind of attention, where config.json does not list them."""
+TurnedLayers = Callable[[ConfigJson, Sequence[str]], Sequence[bool]]
+"""Whether RoPE turns each layer's heads, by config.json and the layers' kinds."""
 
 
 def windows_everywhere(config: ConfigJson) -> Sequence[str]:
@@ -63,6 +65,11 @@ class Family:
     """Whether `partial_rotary_factor` may leave the last channels of a head unturned."""
     ropes: Mapping[str, str] | None = None
     """The kinds of RoPE that transformers' class reads, and as what; None: every kind as itself."""
+    rope_bases: Mapping[str, str] = field(default_factory=dict)
+    """For RoPE that config.json states by kind of layer: each kind's key of the base beside it;
+    empty: the base is the family's own."""
+    turned_layers: TurnedLayers | None = None
+    """None: RoPE turns heads in all layers."""
     multipliers: bool = False
     """Whether Granite's factors stand in config.json: of the embeddings, residuals, attention
     scores and logits."""
@@ -73,6 +80,7 @@ class Family:
     qk_norm: str = ""
     """What q_norm and k_norm of the attention go over: each `head`, or `all` of them together;
     empty: there are none."""
+    qk_names: tuple[str, str] = ("q_norm", "k_norm")
     mixture: str = "qwen2_moe"
     """The form that its mixture has on disk, see `forms`; empty: `nexus_<family>`."""
     with_layer_types: Family | None = None
@@ -100,7 +108,7 @@ class DenseSettings:
     """Inner width of one FFN: the dense model's, or one expert's."""
     vocabulary: int
     rope: ConfigJson
-    """`rope_parameters` in today's form."""
+    """`rope_parameters` in today's form; for some families one for each kind of layer."""
     rope_positions: int | None
     """max_position_embeddings where RoPE's frequencies depend on it (`STRETCHED`)."""
     norm_eps: float
@@ -110,10 +118,14 @@ class DenseSettings:
     """As `Family.norms`."""
     qk_norm: str
     """As `Family.qk_norm`."""
+    qk_names: tuple[str, str]
+    """As `Family.qk_names`."""
     sliding_window: int | None
     """In tokens; None: full attention in all layers."""
     layer_types: tuple[str, ...]
     """For each layer full_attention | sliding_attention."""
+    turned_layers: tuple[bool, ...]
+    """Whether RoPE turns a layer's heads."""
 
     @property
     def query_width(self) -> int:
@@ -130,9 +142,10 @@ class DenseSettings:
         """Elements of the norms of queries and keys, by name."""
         if not self.qk_norm:
             return {}
+        widths = self.query_width, self.kv_width
         if self.qk_norm == "head":
-            return {"q_norm": self.head_dim, "k_norm": self.head_dim}
-        return {"q_norm": self.query_width, "k_norm": self.kv_width}
+            widths = self.head_dim, self.head_dim
+        return dict(zip(self.qk_names, widths, strict=True))
 
 
 class DenseWeight(NamedTuple):
