@@ -34,8 +34,8 @@ honest = loop.next_token_loss
 now = {"step": -1, "pass": 0}
 
 
-def poisoned(engine, tokens_BS):
-    loss, losses_BS = honest(engine, tokens_BS)
+def poisoned(engine, tokens_BS, learned_BS=None):
+    loss, losses_BS = honest(engine, tokens_BS, learned_BS)
     if engine.module.training and now["step"] in STEPS and LAST:
         now["pass"] += 1
         if KIND == "loss" and now["pass"] == 1:

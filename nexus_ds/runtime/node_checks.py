@@ -67,8 +67,16 @@ def version_problems() -> list[str]:
         wanted = [Requirement(text) for text in importlib.metadata.requires("nexus-ds") or []]
     except importlib.metadata.PackageNotFoundError:
         return []  # used from a folder, without installation: nothing says what is wanted
-    problems = [_requirement_problem(requirement) for requirement in wanted]
+    problems = [
+        _requirement_problem(requirement) for requirement in wanted if _is_needed(requirement)
+    ]
     return [problem for problem in problems if problem]
+
+
+def _is_needed(requirement: Requirement) -> bool:
+    """Return whether a package is one that all need: none of an extra, of another system."""
+    marker = requirement.marker
+    return marker is None or marker.evaluate({"extra": ""})
 
 
 def _requirement_problem(requirement: Requirement) -> str:

@@ -497,7 +497,13 @@ VERDICTS = (
         "hidden_size=48 layers=2 heads=4 kv_heads=1 ffn_size=48 max_positions=128 "
         "rope_theta=5000.0 tied_embeddings=false",
     ),
-    ("model", BEFORE, (), "shared_expert=none shared_scale=0.5 routed_scale=0.5"),
+    (
+        "model",
+        BEFORE,
+        (),
+        "shared_expert=none shared_scale=0.5 routed_scale=0.5 merge=seed merge_density=0.25 "
+        'merge_weights={"alpha":2.0}',
+    ),
     ("model", SPEED, (), "license=mit"),
     (
         "parallel",

@@ -35,12 +35,12 @@ def test_devices_against_the_request(visible, env, expected):
 
 def test_installed_versions_are_compared_with_the_package_s(monkeypatch):
     assert node_checks.version_problems() == []
-    monkeypatch.setattr(
-        node_checks.importlib.metadata, "requires", lambda name: ["torch<1", "no-such-thing>=2"]
-    )
+    asked = ["torch<1", 'of-an-extra; extra == "gguf"', "no-such-thing>=2"]
+    monkeypatch.setattr(node_checks.importlib.metadata, "requires", lambda name: asked)
     found = node_checks.version_problems()
     assert found[0].startswith("torch 2.") and "<1 expected; type: make setup" in found[0]
     assert found[1] == "no-such-thing is not installed, expected no-such-thing>=2; type: make setup"
+    assert len(found) == 2
 
 
 def test_nodes_with_other_versions_are_named():
