@@ -27,6 +27,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NoReturn
 
+from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.children import tie_to_parent
 from nexus_ds.command_lines import typed_training
 from nexus_ds.errors import CheckpointError
@@ -89,11 +90,16 @@ def content_of(model: Path) -> str:
     """Return a hash of a model's weights, settings and tokenizer, whatever its folder is called.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or a mixture.
     """
     if not (model / "config.json").is_file():
         raise CheckpointError(
             f"{model}: found no config.json; expected a dense checkpoint to start from"
+        )
+    # its branches would fail one after the other, each with a message of its own
+    if is_nexus(model):
+        raise CheckpointError(
+            f"{model}: found a mixture; expected a dense checkpoint to start from"
         )
     whole = hashlib.sha256()
     for path in sorted(model.iterdir()):

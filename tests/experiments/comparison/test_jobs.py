@@ -53,6 +53,11 @@ def test_a_folder_without_a_model_is_no_seed(tmp_path):
         content_of(tmp_path)
 
 
+def test_a_mixture_is_no_seed(nexus_dir):
+    with pytest.raises(CheckpointError, match=r"found a mixture; expected a dense checkpoint"):
+        content_of(nexus_dir)
+
+
 def test_commands_are_what_one_would_type(tmp_path):
     train = Job("t", tmp_path / "t", ("train", "--config", "a b.yaml"))
     assert train.command() == f"deepspeed {TRAIN} --deepspeed {DS_JSON} --config 'a b.yaml'"
