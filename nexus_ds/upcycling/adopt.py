@@ -191,8 +191,12 @@ def _tokenizer_of(trained: _Trained, nexus: OldModel) -> Path:
 def _gate_distance(reader: TensorReader, layer: int) -> float:
     """Return how far the input of a gate's sigmoid can be from 0, whatever the token.
 
-    What it reads has a norm's weights times a vector of length sqrt(H), at most.
+    What it reads has a norm's weights times a vector of length sqrt(H), at most. Infinite in
+    families that have no norm there: they norm what comes out of attention and FFN instead.
     """
+    normed_before = f"model.layers.{layer}.input_layernorm.weight" in reader
+    if not normed_before:
+        return math.inf
     norm = f"model.layers.{layer}.post_attention_layernorm.weight"
     norm_H = reader.read(norm).double()
     gate_1H = reader.read(shared_gate_name(layer)).double()
@@ -229,7 +233,7 @@ def _gate(trained: _Trained, layer: int, shared: bool) -> tuple[float, str]:
     # the sigmoid's slope is 1/4 at most
     distance = _gate_distance(reader, layer)
     if not shared or distance <= ROUNDS_TO_HALF[DTYPES[trained.dtype]]:
-        return distance / 4, ""
+        return min(distance / 4, 0.5), ""
     return min(distance / 4, 0.5), (
         f"layer {layer}: the shared expert's gate was trained, its weights are up to "
         f"{largest:.1e}: it lets through up to {min(distance / 2, 1.0):.1%} more or less than "

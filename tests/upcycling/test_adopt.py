@@ -23,7 +23,7 @@ from nexus_ds.settings import RouterConfig
 from nexus_ds.upcycling.adopt import adopted
 from nexus_ds.upcycling.extend import extended
 from nexus_ds.upcycling.verification import verify
-from tests.checkpoint import test_qwen3_next
+from tests.checkpoint import test_native, test_qwen3_next
 
 TOKENS = torch.arange(60).remainder(29).view(3, 20)
 
@@ -359,3 +359,32 @@ def test_extend_and_inspect_name_the_verb(tmp_path, nexus_dir, tuned_dir, capsys
         assert verb in capsys.readouterr().out
     assert main(["verify", str(with_sidecar)]) == 1
     assert verb in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("kind", ["olmo-2", "olmo-3", "smollm3", "glm-4-0414"])
+def test_a_native_form_comes_back_as_it_was_trained(tmp_path, dense_dir, kind):
+    family, keys, _ = test_native.KINDS[kind]
+    test_native.mixture(tmp_path, dense_dir, family, test_native.SIZES | keys, "fp32", 1)
+    nexus = tmp_path / "out"
+    tuned = trained(nexus, tmp_path / "tuned")
+    adopt(tuned, nexus, tmp_path / "adopted")
+    assert not torch.equal(logits(nexus), logits(tuned))
+    assert torch.equal(logits(tmp_path / "adopted"), logits(tuned))
+    assert not verify(tmp_path / "adopted").problems
+    with_gate = trained(nexus, tmp_path / "gate", ())
+    with pytest.raises(CheckpointError, match="layer 0: the shared expert's gate was trained"):
+        adopted(with_gate, nexus)
+
+
+def test_no_bound_is_claimed_where_no_norm_stands_before_the_gate(tmp_path, dense_dir):
+    """What OLMo 2's gates read grows with the text: however small a gate is, it is not folded."""
+    family, keys, _ = test_native.KINDS["olmo-2"]
+    test_native.mixture(tmp_path, dense_dir, family, test_native.SIZES | keys, "fp32", 1)
+    stock(tmp_path / "out").save_pretrained(tmp_path / "tuned")
+    gate = "model.layers.0.mlp.shared_expert_gate.weight"
+    edit_tensors(tmp_path / "tuned", lambda t: t[gate].fill_(1.5e-9))
+    # of the norm behind attention, in whose place other families have that before the gate
+    norm = "model.layers.0.post_attention_layernorm.weight"
+    edit_tensors(tmp_path / "tuned", lambda t: t[norm].mul_(0.01))
+    with pytest.raises(CheckpointError, match="layer 0: the shared expert's gate was trained"):
+        adopted(tmp_path / "tuned", tmp_path / "out")
