@@ -15,6 +15,8 @@ from nexus_ds.checkpoint.headers import Headers, TensorInfo
 from nexus_ds.errors import CheckpointError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+NAN_BITS = 0x7FC0
+"""Of the NaN that bf16 gets for any."""
 SAMPLES, SAMPLE_VALUES = 4, 1 << 13
 """Pieces of a tensor that a sample has, evenly spaced, and values of each."""
 
@@ -34,6 +36,23 @@ def decoded(data: bytes | bytearray | np.ndarray, dtype: str) -> np.ndarray:
     return found.astype(np.float32) if dtype == "F16" else found
 
 
+def _halves(x: np.ndarray) -> np.ndarray:
+    """Return the bits of bf16, in uint32, that fp32 numbers are rounded to: the nearest, or even.
+
+    In place: with an array for each step it takes 2.5 times as long.
+    """
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    halves = bits >> 16
+    # half of what is cut off, and one less where the last kept bit is even
+    halves &= 1
+    halves += bits
+    halves += 0x7FFF
+    halves >>= 16
+    # of some NaN that sum is a number
+    halves[np.isnan(x)] = NAN_BITS
+    return halves
+
+
 def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
     """Return fp32 numbers rounded to nearest even, as a tensor of `dtype` (F32 | BF16) holds them.
 
@@ -41,19 +60,15 @@ def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
     """
     if dtype == "F32":
         return np.asarray(x, np.float32)
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    # half of what is cut off, and one less where the last kept bit is even
-    up = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
-    return np.where(np.isnan(x), np.float32(np.nan), up.view(np.float32))
+    return (_halves(x) << 16).view(np.float32)
 
 
 def encoded(x: np.ndarray, dtype: str) -> np.ndarray:
     """Return the bytes of fp32 numbers as a tensor of `dtype` (F32 | BF16) holds them, rounded to
     nearest even."""
-    held = rounded(x, dtype).reshape(-1)
     if dtype == "BF16":
-        return (held.view(np.uint32) >> 16).astype("<u2").view(np.uint8)
-    return held.astype("<f4", copy=False).view(np.uint8)
+        return _halves(x).reshape(-1).astype("<u2").view(np.uint8)
+    return rounded(x, dtype).reshape(-1).astype("<f4", copy=False).view(np.uint8)
 
 
 def _floats(reader: Headers, name: str) -> TensorInfo:
