@@ -251,9 +251,15 @@ FAULTS = (
     ),
     Fault(
         "norms of heads are stored without the power of two of the other",
-        "checkpoint/qwen3_next.py",
-        "(k_D / power_D - 1).to(dtype)",
-        "(k_D - 1).to(dtype)",
+        "checkpoint/qwen3_next_headers.py",
+        "_held(k_D / power_D - 1, dtype)",
+        "_held(k_D - 1, dtype)",
+    ),
+    Fault(
+        "nobody looks at the output gate of a Qwen3-Next's last head",
+        "checkpoint/qwen3_next_headers.py",
+        "place.in_file(start), place.in_file(stop)",
+        "place.in_file(start), place.in_file(stop - 1) + 1",
     ),
     Fault(
         "verify takes every row of a router for right",

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from nexus_ds.__main__ import VERBS
+from tests.checkpoint.test_qwen3_next import SIZES, mixture
 
 # Prints, as the last line, the exit code and the modules that were imported.
 MODULES = """
@@ -87,3 +88,10 @@ def test_checkpoints_are_inspected_without_torch(nexus_dir, dense_dir, tmp_path)
     for words in ([str(nexus_dir)], [str(nexus_dir), str(dense_dir), "--json"]):
         assert not HEAVY & imported(tmp_path, "inspect", *words)
     assert not HEAVY & imported(tmp_path, "verify", str(nexus_dir))
+
+
+def test_a_form_that_is_translated_is_looked_at_without_torch_too(dense_dir, tmp_path):
+    """A Qwen3-Next alone, beside a model that it was made of, and against all of these."""
+    mixture(tmp_path, dense_dir, "qwen3", SIZES, "bf16", 1)
+    for words in (["inspect", "out"], ["inspect", "out", "a"], ["verify", "out", "--sources"]):
+        assert not HEAVY & imported(tmp_path, *words)

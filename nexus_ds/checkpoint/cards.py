@@ -207,11 +207,6 @@ def read_cards(experts: Mapping[str, Path]) -> dict[str, DomainCard]:
     return {name: read_card(path) for name, path in experts.items()}
 
 
-def same_model(path: Path, seed: Path | None) -> bool:
-    """Return whether an expert's model is the seed, however its path is spelled, or linked to."""
-    return seed is not None and Path(path).resolve() == Path(seed).resolve()
-
-
 def embeddings_for(
     domains: str | None, experts: Mapping[str, Path], seed: Path | None = None
 ) -> tuple[DomainEmbeddings, dict[str, DomainCard]]:
@@ -229,8 +224,12 @@ def embeddings_for(
     """
     if domains:
         return read_domain_embeddings(Path(domains)), {}
+    # However its path is spelled, or linked to.
+    place = seed and Path(seed).resolve()
     bare_seed = [
-        name for name, path in experts.items() if same_model(path, seed) and not has_card(path)
+        name
+        for name, path in experts.items()
+        if Path(path).resolve() == place and not has_card(path)
     ]
     described = {name: path for name, path in experts.items() if name not in bare_seed}
     cards = read_cards(described or experts)

@@ -164,27 +164,19 @@ def _stated_rope(config: ConfigJson, family: Family) -> ConfigJson:
     return rope
 
 
-def _check_rope(config: ConfigJson, key: str, where: str) -> None:
-    """Raise CheckpointError for RoPE that is there and no object, or of a kind that is no word."""
-    rope = config.get(key)
-    sound = rope is None or isinstance(rope, dict)
-    kinds = [rope.get(kind) for kind in ("type", "rope_type")] if rope and sound else []
-    if not sound or not all(isinstance(kind, str | None) for kind in kinds):
-        raise CheckpointError(
-            f"{where}: {key} is {str(rope)[:100]}, expected an object that names its rope_type"
-        )
-
-
 def _check_nested(config: ConfigJson, where: str) -> None:
     """Raise CheckpointError for a key that is no object, or no list of words, where it has to be.
 
     A null says as much as a key that is missing.
     """
     for key in ("rope_scaling", "rope_parameters"):
-        _check_rope(config, key, where)
-        # some families state it by kinds of layers
-        for kind in (FULL, SLIDING):
-            _check_rope(config.get(key) or {}, kind, f"{where}: {key}")
+        rope = config.get(key)
+        sound = rope is None or isinstance(rope, dict)
+        kinds = [rope.get(kind) for kind in ("type", "rope_type")] if rope and sound else []
+        if not sound or not all(isinstance(kind, str | None) for kind in kinds):
+            raise CheckpointError(
+                f"{where}: {key} is {str(rope)[:100]}, expected an object that names its rope_type"
+            )
     count(config, "max_window_layers", where)
     types = config.get("layer_types")
     words = types is None or (isinstance(types, list) and all(isinstance(t, str) for t in types))
@@ -349,20 +341,11 @@ def _positions(rope: ConfigJson, values: ConfigJson) -> int | None:
     return values["max_position_embeddings"] if stretched else None
 
 
-def _turned_layers(
-    family: Family, values: ConfigJson, types: Sequence[str], where: str
-) -> tuple[bool, ...]:
+def _turned_layers(family: Family, values: ConfigJson, types: Sequence[str]) -> tuple[bool, ...]:
     """Return whether RoPE turns the heads of each layer."""
     if family.turned_layers is None:
         return (True,) * len(types)
-    found = tuple(family.turned_layers(values, types))
-    if len(found) != len(types):
-        raise CheckpointError(
-            f"{where}: no_rope_layers and no_rope_layer_interval say of {len(found)} layers "
-            f"whether they have RoPE, expected {len(types)}: a list of 0 and 1, or an interval "
-            "above 0"
-        )
-    return found
+    return tuple(family.turned_layers(values, types))
 
 
 def _norm_eps(values: ConfigJson, family: Family, where: str) -> float:
@@ -435,7 +418,7 @@ def settings(config: ConfigJson, where: str = "config.json") -> DenseSettings:
         qk_names=family.qk_names,
         sliding_window=window,
         layer_types=types,
-        turned_layers=_turned_layers(family, values, types, where),
+        turned_layers=_turned_layers(family, values, types),
     )
 
 

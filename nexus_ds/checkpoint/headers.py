@@ -378,7 +378,11 @@ def row_slices(shape: tuple[int, ...], limit: int = SLICE) -> Iterator[tuple[int
 
 
 def read_by_rows(
-    info: TensorInfo, start: int, view: memoryview, rows: Callable[[int, int], memoryview]
+    info: TensorInfo,
+    start: int,
+    view: memoryview,
+    rows: Callable[[int, int], memoryview],
+    limit: int = SLICE,
 ) -> None:
     """Fill `view` (bytes) from byte `start` on of a tensor that lies in no file as it is.
 
@@ -387,12 +391,13 @@ def read_by_rows(
         start: byte that comes first.
         view: filled.
         rows: returns the bytes of rows [first, stop); asked for some rows at a time.
+        limit: elements of them, or one row.
     """
     width = tensor_bytes(info.dtype, info.shape[1:])
     end = start + len(view)
     above = start // width
     touched = -(-end // width) - above
-    for first, stop in row_slices((touched, *info.shape[1:])):
+    for first, stop in row_slices((touched, *info.shape[1:]), limit):
         position = (above + first) * width
         block = rows(above + first, above + stop)
         # a range may begin and end within a row

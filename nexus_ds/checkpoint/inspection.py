@@ -173,7 +173,7 @@ def _nexus_info(directory: Path, reader: Headers, config: ConfigJson) -> Facts:
     layers = config["num_hidden_layers"]
     total, active = parameter_counts(config, manifest.shared_expert == "seed")
     weights = reader
-    # its rows are stored in other units: this form alone is read as torch translates it
+    # its rows are stored in other units: this form alone is translated
     if config["model_type"] == QWEN3_NEXT:
         _, weights = open_moe(directory)
     router, domains = _router_facts(directory, manifest, weights, layers)

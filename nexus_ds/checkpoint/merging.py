@@ -25,7 +25,6 @@ from nexus_ds.checkpoint.assembly import Blocks, Rule
 
 HALF = 1 << 16
 """Values of half of a number's bits."""
-NOTHING = np.zeros(0, np.int64)
 
 
 def _from_top(counts: NDArray[np.int64], wanted: int) -> tuple[int, int]:
@@ -72,8 +71,6 @@ class Threshold:
         lower, _ = _from_top(self.lower_counts, self.left)
         bits = np.array([self.upper * HALF + lower], np.uint32)
         self.value = bits.view(np.float32)[0]
-        # a rule lives as long as the plan of all tensors, and counts are a megabyte each
-        self.upper_counts = self.lower_counts = NOTHING
 
 
 def _changes(blocks: Blocks) -> list[Floats]:

@@ -50,6 +50,7 @@ from nexus_ds.checkpoint.forms import (
 )
 from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.json_files import read_json_object, require_directory
+from nexus_ds.checkpoint.qwen3_next_headers import as_dense
 from nexus_ds.checkpoint.values import read_values
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
@@ -399,12 +400,7 @@ def open_moe(directory: Path, norms_of: Path | None = None) -> tuple[ConfigJson,
     settings(config, where)
     if config["model_type"] != QWEN3_NEXT:
         config = as_stored(config, raw)
-    reader = raw
-    if config["model_type"] == QWEN3_NEXT:
-        # it translates in torch, for which those who look at other forms don't wait
-        from nexus_ds.checkpoint.qwen3_next import open_reader
-
-        reader = open_reader(raw, config, norms_of)
+    reader = as_dense(raw, config, norms_of)
     tied = settings(config, where).tied_embeddings
     check_tensors(reader, {name: entry.shape for name, entry in stored(config).items()}, tied)
     return config, reader

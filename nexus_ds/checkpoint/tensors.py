@@ -19,6 +19,7 @@ from nexus_ds.checkpoint.headers import (
     tensor_bytes,
 )
 from nexus_ds.checkpoint.new_files import METADATA, NewFiles
+from nexus_ds.checkpoint.qwen3_next_headers import SourceHeaders
 from nexus_ds.checkpoint.views import ViewReader
 from nexus_ds.errors import CheckpointError
 from nexus_ds.outputs import create, write_at
@@ -65,10 +66,14 @@ class TensorReader(Headers):
     @classmethod
     def of(cls, headers: Headers) -> TensorReader:
         """Return a reader of what headers describe, without reading them again."""
-        # one that translates what it reads goes on doing so
         if isinstance(headers, TensorReader):
             return headers
-        kind = ViewedTensors if isinstance(headers, ViewReader) else cls
+        # one that translates what it reads goes on doing so
+        kind = cls
+        if isinstance(headers, ViewReader):
+            kind = ViewedTensors
+        elif isinstance(headers, SourceHeaders):
+            kind = SourceTensors
         reader = kind.__new__(kind)
         vars(reader).update(vars(headers))
         return reader
@@ -111,6 +116,16 @@ class TensorReader(Headers):
 
 class ViewedTensors(TensorReader, ViewReader):
     """The tensors that a view shows, as torch has them."""
+
+
+class SourceTensors(TensorReader, SourceHeaders):
+    """The tensors of a dense Qwen3, and of experts for it, out of a Qwen3-Next, as torch has
+    them."""
+
+    def overwrite(self, name: str, tensor: torch.Tensor) -> None:
+        """Overwrite a tensor that lies in the file row by row; see the function of this name."""
+        factors = torch.from_numpy(self.factors(name)).to(tensor.dtype)
+        overwrite(self.raw.info(name), tensor * factors)
 
 
 class TensorWriter(NewFiles):

@@ -25,7 +25,7 @@ from nexus_ds.checkpoint.model_card import (
     nexus_card,
     split_card,
 )
-from nexus_ds.checkpoint.qwen3_next import NORMS
+from nexus_ds.checkpoint.qwen3_next_headers import NORMS
 from nexus_ds.checkpoint.records import (
     ROUTER,
     SIDECAR,

@@ -36,7 +36,7 @@ from nexus_ds.checkpoint.qwen2_moe import (
     shared_name,
     stored,
 )
-from nexus_ds.checkpoint.qwen3_next import head_is_tied, open_reader
+from nexus_ds.checkpoint.qwen3_next_headers import as_dense, head_is_tied
 from nexus_ds.checkpoint.records import AdoptStep, portable
 from nexus_ds.checkpoint.relation import relation
 from nexus_ds.checkpoint.sidecar import EMBEDDING_TOLERANCE, Sidecar, load_projection, versions
@@ -142,7 +142,7 @@ def _opened(directory: Path, nexus: OldModel) -> _Trained:
     # what is tied in the family is two matrices in this form, and may have been trained apart
     elif settings(config).tied_embeddings and not head_is_tied(directory, nexus.directory):
         written[SOURCE] = written[SOURCE] | {"tie_word_embeddings": False}
-        reader = open_reader(Headers(directory), written, norms_of)
+        reader = as_dense(Headers(directory), written, norms_of)
     return _Trained(directory, written, TensorReader.of(reader))
 
 

@@ -91,9 +91,6 @@ def merged(
             drawn = (config.seed, zlib.crc32(seed.name.encode()))
             rule = DareTies(weights, density, drawn)
         case _:
-            # a branch that weighs alone is taken bit for bit: times 3 and by 3 it may be another
-            if sum(map(bool, weights)) == 1:
-                weights = [float(weight > 0) for weight in weights]
             pairs = zip(branches, weights, strict=True)
             parts = [replace(part, weight=weight) for part, weight in pairs]
             return Blend(parts, divisor=float(sum(weights)))

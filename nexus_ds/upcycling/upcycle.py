@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nexus_ds.checkpoint.cards import NO_PACKAGES, Packages, same_model
+from nexus_ds.checkpoint.cards import NO_PACKAGES, Packages
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel, open_dense
 from nexus_ds.checkpoint.families.record import AFTER_FFN, DenseSettings
@@ -225,7 +225,8 @@ def _domain_vectors(
     """
     others = []
     for name, path in experts.items():
-        if name in embeddings.names or not same_model(path, seed):
+        is_seed = Path(path) == Path(seed)
+        if name in embeddings.names or not is_seed:
             others.append(name)
     if config.router.kind == "nexus" or not others:
         return domain_vectors(embeddings, experts)

@@ -87,14 +87,6 @@ def test_a_threshold_is_exactly_the_value_that_a_share_reaches(share):
     assert float(found.value) == float(values.abs().topk(kept).values.min())
 
 
-def test_what_was_counted_is_forgotten_with_its_tensor():
-    """The rules of all tensors stand in the plan until the last one is written."""
-    rule = Ties(WEIGHTS, 0.5)
-    by_blocks(rule, tensors(), 500)
-    for threshold in rule.thresholds:
-        assert threshold.upper_counts.size == threshold.lower_counts.size == 0
-
-
 def test_dare_loses_the_same_values_in_blocks_of_any_length_and_keeps_the_mean():
     values = tensors(2)
     weights = [1.0, 3.0]

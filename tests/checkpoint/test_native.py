@@ -36,6 +36,7 @@ from tests.checkpoint.test_qwen3_next import (
     difference,
     gradients_compared,
     mixture,
+    opened,
     renormalised,
     tokens,
 )
@@ -126,11 +127,6 @@ def loaded(directory):
     )
     assert not info["missing_keys"] and not info["unexpected_keys"], info
     return model.eval()
-
-
-def opened(directory):
-    config, reader = qwen2_moe.open_moe(directory)
-    return config, TensorReader.of(reader)
 
 
 def noise(oracle, x):

@@ -45,13 +45,6 @@ def expected(method, base, branches):
     return base + total
 
 
-def test_the_mean_of_one_branch_that_weighs_is_that_branch(parts):
-    """Multiplied by 3 and divided by it, a fifth of all values would be others."""
-    upcycle(parts, "model.merge_weights={alpha: 3.0, beta: 0.0, gamma: 0.0}")
-    assert torch.equal(tensors_of(parts / "out")[Q], tensors_of(parts / "alpha")[Q])
-    assert not verify_sources(parts / "out", {}).problems
-
-
 @pytest.mark.parametrize("method", ["mean", "seed", "ties", "dare_ties"])
 def test_all_but_ffns_are_merged_by_the_setting(method, parts):
     words = [f"model.merge={method}", "model.merge_density=1.0", "model.merge_weights={beta: 0.5}"]

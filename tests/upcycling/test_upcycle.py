@@ -159,14 +159,6 @@ def test_linear_router(parts):
     assert torch.isfinite(stock(parts / "out")(torch.arange(5)[None]).logits).all()
 
 
-def test_the_seed_as_an_expert_with_free_rows_needs_no_domain_whatever_its_path(parts):
-    (parts / "link").symlink_to(parts / "seed")
-    experts = {"alpha": parts / "alpha", "general": parts / "link"}
-    upcycle(parts, "router.kind=linear", "router.warm_start=none", experts=experts)
-    vectors = read_sidecar(parts / "out").vectors
-    assert torch.equal(vectors[0], vectors[1])
-
-
 def test_experts_and_embeddings_are_matched_by_name(parts, text_folder):
     """Experts in one order, embeddings in another, neither alphabetical."""
     order = ("gamma", "alpha", "beta")

@@ -7,28 +7,20 @@ from nexus_ds.checkpoint.families.record import FULL, SLIDING, Family
 
 
 def turned(config: ConfigJson, kinds: Sequence[str]) -> Sequence[bool]:
-    """Return what `no_rope_layers` says, 0 for a layer without RoPE, or its interval.
-
-    No layers where neither can be read.
-    """
+    """Return what `no_rope_layers` says, 0 for a layer without RoPE, or its interval."""
     stated, every = config["no_rope_layers"], config["no_rope_layer_interval"]
-    if stated is None and type(every) is int and every > 0:
+    if stated is None:
         # 0 at the end of each interval
         stated = [layer % every for layer in range(1, config["num_hidden_layers"] + 1)]
-    if not isinstance(stated, list) or not all(isinstance(one, int) for one in stated):
-        return []
     # 1 stands for RoPE, whatever the key's name says
     return [bool(one) for one in stated]
 
 
 def windows_without_rope(config: ConfigJson) -> Sequence[str]:
     """Return windows, where they are in use, for the layers without RoPE."""
-    layers = config["num_hidden_layers"]
-    rope = turned(config, ())
-    # a window that is not in use is null by now; of how many layers RoPE is told is asked later
-    if config["sliding_window"] is None or len(rope) != layers:
-        return [FULL] * layers
-    return [FULL if one else SLIDING for one in rope]
+    # a window that is not in use is null by now
+    one = FULL if config["sliding_window"] is None else SLIDING
+    return [FULL if rope else one for rope in turned(config, ())]
 
 
 SMOLLM3 = Family(
