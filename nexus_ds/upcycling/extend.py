@@ -1,6 +1,6 @@
 """A mixture `extended` by experts, appended after those it has (paper section 2.3).
 
-`branched_tensors` and the checks of branches serve `replaced`, too.
+`branched` and the checks of branches serve `replaced`, too.
 Shapes: n old and k new routed experts, h hidden size, m width of a domain embedding.
 Not covered: experts of other sizes than the mixture's, or of another base model.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from nexus_ds.checkpoint.dense import DenseModel
 from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, check_shared_gates, gate_name, stored
-from nexus_ds.checkpoint.records import ExtendStep, Step, portable
+from nexus_ds.checkpoint.records import ExtendStep, portable
 from nexus_ds.checkpoint.sidecar import Sidecar, expert_embeddings, versions
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.data.domains import DomainEmbeddings
@@ -133,9 +134,6 @@ def extended(
         aligned=alignment.recorded(["checkpoint", *models]) if alignment else {},
     )
     sidecar = _extended_sidecar(old, models, packages, vectors, step)
-    target = mixture.target(len(sidecar.experts), alignment)
-    if out:
-        check_disk(out, bytes_of(target, mixture.dtype))
     # behind the old ones, whose numbers and rows stay
     places = {name: number for number, name in enumerate(models, start=before)}
 
@@ -144,26 +142,9 @@ def extended(
         check_expert_embeddings(rows, before, layer)
         return rows
 
-    return NewModel(
-        "extend",
-        target,
-        mixture.dtype,
-        branched_tensors(
-            target,
-            mixture.reader,
-            models,
-            places,
-            total,
-            embeddings_of,
-            alignment,
-            old.lineage,
-        ),
-        sidecar,
-        checkpoint,
-        alignment.tokenizer if alignment else checkpoint,
-        kept=before,
-        cast=casts(models, mixture.dtype),
-    )
+    branches = Branches(models, places, total, alignment)
+    model = branched("extend", mixture, branches, sidecar, embeddings_of, out)
+    return dataclasses.replace(model, kept=before)
 
 
 def _extended_sidecar(
@@ -260,47 +241,85 @@ def check_encoder(sidecar: Sidecar, embeddings: DomainEmbeddings) -> None:
     )
 
 
-def branched_tensors(
-    target: ConfigJson,
-    reader: TensorReader,
-    models: Mapping[str, DenseModel],
-    places: Mapping[str, int],
-    share: float,
+@dataclass(frozen=True)
+class Branches:
+    """Dense models that are put into a mixture, as new experts or in the place of old ones."""
+
+    models: Mapping[str, DenseModel]
+    """By the expert's name."""
+    places: Mapping[str, int]
+    """For each expert's name its number in the new mixture."""
+    share: float
+    """lambda, the total share of the models in all that is averaged."""
+    alignment: Alignment | None
+    """How embeddings are put together where vocabularies may have grown."""
+
+
+def branched(
+    verb: str,
+    mixture: OldModel,
+    branches: Branches,
+    sidecar: Sidecar,
     embeddings: Callable[[int], Tensor],
-    alignment: Alignment | None,
-    lineage: list[Step],
-) -> dict[str, Source]:
-    """Return the tensors of a mixture that dense models are put into.
+    out: Path | None,
+) -> NewModel:
+    """Return a mixture that dense models are put into.
 
     Args:
-        target: config.json of the new mixture.
-        reader: the old mixture's tensors.
-        models: for each new expert's name its dense model.
-        places: for each new expert's name its number in the new mixture.
-        share: lambda, the total share of the models in all that is averaged.
+        verb: that puts them there.
+        mixture: the old one.
+        branches: the models.
+        sidecar: of the new mixture.
         embeddings: returns the new router's weight [n, h] of a layer.
-        alignment: how embeddings are put together where vocabularies may have grown.
-        lineage: of the mixture, which says how experts are scaled.
+        out: where it will be written, if the disk's room is to be checked.
+
+    Raises:
+        CheckpointError: the disk has no room for it.
     """
+    alignment = branches.alignment
+    target = mixture.target(len(sidecar.experts), alignment)
+    if out:
+        check_disk(out, bytes_of(target, mixture.dtype))
+    return NewModel(
+        verb,
+        target,
+        mixture.dtype,
+        _branched_tensors(target, mixture, branches, embeddings),
+        sidecar,
+        mixture.directory,
+        alignment.tokenizer if alignment else mixture.directory,
+        cast=casts(branches.models, mixture.dtype),
+    )
+
+
+def _branched_tensors(
+    target: ConfigJson,
+    mixture: OldModel,
+    branches: Branches,
+    embeddings: Callable[[int], Tensor],
+) -> dict[str, Source]:
+    """Return the tensors of the mixture with the config.json `target`; see `branched`."""
     new = {
-        place: (f"expert {name}", TensorReader.of(models[name].reader))
-        for name, place in places.items()
+        place: (f"expert {name}", TensorReader.of(branches.models[name].reader))
+        for name, place in branches.places.items()
     }
+    # it says how experts are scaled
+    lineage = mixture.sidecar.lineage
 
     def source(name: str, entry: Stored) -> Source:
         if entry.role is Role.ROUTER:
             return embeddings(entry.layer)
         if entry.role is Role.DENSE:
-            parts = [Part("checkpoint", reader, name, 1.0 - share)]
+            parts = [Part("checkpoint", mixture.reader, name, 1.0 - branches.share)]
             # lambda is the share of all new models together
-            each = share / len(new)
+            each = branches.share / len(new)
             for who, branch in new.values():
                 parts.append(Part(who, branch, entry.dense_name, each))
-            return by_row(Blend(parts), entry, alignment)
+            return by_row(Blend(parts), entry, branches.alignment)
         if entry.role is Role.ROUTED and entry.expert in new:
             who, branch = new[entry.expert]
             return expert_copy(Part(who, branch, entry.dense_name), entry, lineage)
-        return copy_of(reader, name, entry)
+        return copy_of(mixture.reader, name, entry)
 
     return {name: source(name, entry) for name, entry in stored(target).items()}
 

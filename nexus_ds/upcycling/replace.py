@@ -26,15 +26,16 @@ from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import ConfigError
 from nexus_ds.settings import Config
 from nexus_ds.upcycling.blend import domain_vectors, expert_records
-from nexus_ds.upcycling.compatible import NOTHING, Waived, check_disk
+from nexus_ds.upcycling.compatible import NOTHING, Waived
 from nexus_ds.upcycling.extend import (
-    branched_tensors,
+    Branches,
+    branched,
     check_encoder,
     check_expert_embeddings,
     merge_share,
     open_fitting,
 )
-from nexus_ds.upcycling.new_checkpoint import NewModel, bytes_of, casts, open_old
+from nexus_ds.upcycling.new_checkpoint import NewModel, open_old
 
 
 def replaced(
@@ -101,32 +102,12 @@ def replaced(
         versions=versions(),
         vectors=vectors,
     )
-    target = mixture.target(len(old.experts), alignment)
-    if out:
-        check_disk(out, bytes_of(target, mixture.dtype))
 
     def embeddings_of(layer: int) -> Tensor:
         return _embeddings(mixture.reader, old, sidecar, layer)
 
-    return NewModel(
-        "replace",
-        target,
-        mixture.dtype,
-        branched_tensors(
-            target,
-            mixture.reader,
-            models,
-            places,
-            total,
-            embeddings_of,
-            alignment,
-            old.lineage,
-        ),
-        sidecar,
-        checkpoint,
-        alignment.tokenizer if alignment else checkpoint,
-        cast=casts(models, mixture.dtype),
-    )
+    branches = Branches(models, places, total, alignment)
+    return branched("replace", mixture, branches, sidecar, embeddings_of, out)
 
 
 def _places(sidecar: Sidecar, experts: Mapping[str, Path]) -> dict[str, int]:

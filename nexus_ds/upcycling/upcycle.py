@@ -306,7 +306,7 @@ def _upcycled_tensors(
             case Role.SHARED:
                 if sidecar.shared_expert == "none":
                     return torch.zeros(entry.shape)
-                part = Part("seed", TensorReader.of(seed.reader), entry.dense_name)
+                part = Part("seed", base, entry.dense_name)
                 return expert_copy(part, entry, sidecar.lineage)
             case Role.SHARED_GATE:
                 assert entry.fill is not None
