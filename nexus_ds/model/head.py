@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+COMPILED_FROM = 16384
+"""Words of a vocabulary from which `auto` compiles on GPUs: it takes a quarter of a minute at the
+start, and there is little to save in fewer logits."""
 DIVISORS = {"granite": "logits_scaling"}
 """For each `model_type` that divides its logits the key of its configuration that says by what."""
 
@@ -96,8 +99,8 @@ class LossHead(nn.Module):
 
     Args:
         weight_VH: the parameter, shared with the embedding where the two are tied.
-        kernel: auto | eager | compiled; auto: compiled on GPUs, and eager, with a warning, where
-            that fails.
+        kernel: auto | eager | compiled; auto: compiled on GPUs from COMPILED_FROM words on, and
+            eager, with a warning, where that fails.
         divisor: by which the model divides what this layer returns.
     """
 
@@ -162,7 +165,8 @@ class LossHead(nn.Module):
     def _score(self, hidden_TH: Tensor) -> tuple[Score, int]:
         """Return how a chunk is scored, and its tokens; compile at the first pass."""
         vocabulary = len(self.weight)
-        if self.kernel == "auto" and not hidden_TH.is_cuda:
+        worthwhile = hidden_TH.is_cuda and vocabulary >= COMPILED_FROM
+        if self.kernel == "auto" and not worthwhile:
             self.kernel = "eager"
         if self.kernel == "eager":
             return score, chunk_tokens(vocabulary)

@@ -173,12 +173,15 @@ def test_a_compiler_that_fails_is_said_and_only_what_asks_for_it_stops(monkeypat
         raise ConfigError("training.loss_kernel: torch.compile failed: no Triton")
 
     monkeypatch.setattr(head, "compiled_score", failing)
-    weight_VH = torch.nn.Parameter(torch.zeros(5, 2))
+    weight_VH = torch.nn.Parameter(torch.zeros(head.COMPILED_FROM, 2))
     on_cpu = LossHead(weight_VH)
     assert on_cpu._score(torch.zeros(4, 2))[0] is score
+    # too few words to be worth a quarter of a minute
+    small = LossHead(torch.nn.Parameter(torch.zeros(head.COMPILED_FROM - 1, 2)))
+    assert small._score(OnGPU())[0] is score
     with pytest.warns(UserWarning, match="no Triton; until then the loss is slower"):
         chosen = LossHead(weight_VH)._score(OnGPU())
-    assert chosen == (score, chunks.chunk_tokens(5))
+    assert chosen == (score, chunks.chunk_tokens(head.COMPILED_FROM))
     with pytest.raises(ConfigError, match="no Triton"):
         LossHead(weight_VH, "compiled")._score(OnGPU())
 

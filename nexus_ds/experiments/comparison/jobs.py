@@ -2,8 +2,8 @@
 
 A job's output has a name that follows from its command and its inputs, so methods share what they
 have in common (a seed's branches, the label fit of two variants) and a repetition makes only what
-is missing. On a CPU the processes are forked from one that has the libraries loaded, which saves
-seconds a job; on GPUs each starts anew and sees one device.
+is missing. The processes are forked from one that has the libraries loaded, which saves seconds a
+job; on GPUs each sees one device, which several jobs may share.
 Not covered: jobs over several processes or machines (`compare --dry-run` prints the commands for
 those).
 """
@@ -22,7 +22,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NoReturn
@@ -164,11 +164,11 @@ class _Child:
         return self.process.exitcode
 
 
-def _context(gpus: int) -> SpawnContext | ForkServerContext:
-    """Return how processes start."""
-    if gpus:
-        # Each has another device, and what is loaded in advance may have looked for one.
-        return multiprocessing.get_context("spawn")
+def _context() -> ForkServerContext:
+    """Return how processes start: forked from one that has the libraries loaded."""
+    # A process that has asked CUDA for devices can't be forked: this lets torch, which looks for
+    # them when it is loaded, ask the driver's library instead.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     return context
@@ -193,7 +193,7 @@ class Pool(Runner):
         logs.mkdir(parents=True, exist_ok=True)
         # Libraries read it when they are loaded, which in a forked job is before the job starts.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        self.context = _context(gpus)
+        self.context = _context()
         missing = [job.flops for job in jobs.values() if not job.output.exists()]
         # What does not train counts as one in twenty of the mean job.
         least = sum(missing) / max(20 * len(missing), 1) + 1.0

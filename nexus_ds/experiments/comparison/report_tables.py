@@ -584,16 +584,19 @@ def best_table(results: Results) -> Table | None:
 def regimes(results: Results) -> dict[str, float]:
     """Return how many tokens a parameter the seed model has read, by variant, least first.
 
-    Empty if all have read the same: then there is nothing to set side by side.
+    Of variants that leave the seed alone the first one, which is the recipe as it stands. Empty if
+    all have read the same: then there is nothing to set side by side.
     """
     seeds = [row for row in methods_of(results, variant=None) if row.name == "seed"]
-    found = {}
+    found: dict[str, float] = {}
     for row in seeds:
         tokens = results.seed_tokens.get(row.variant)
-        if tokens and row.compute.total:
-            found[row.variant] = tokens / row.compute.total
-    # variants that leave the seed alone have all read the same
-    if len(set(found.values())) < 2:
+        if not tokens or not row.compute.total:
+            continue
+        ratio = tokens / row.compute.total
+        if ratio not in found.values():
+            found[row.variant] = ratio
+    if len(found) < 2:
         return {}
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
