@@ -12,14 +12,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nexus_ds.checkpoint.config_json import refuse_hooks
 from nexus_ds.checkpoint.json_files import confined, read_json_object, require_directory
+from nexus_ds.checkpoint.plain_tokenizer import plain_tokenizer
 from nexus_ds.data.encoding import beginning
 from nexus_ds.data.tokenizer import ANY_CLASS, CONFIG, EXTRA, for_any_class, open_tokenizer
 from nexus_ds.errors import CheckpointError, IncompatibleModelsError, UnsupportedModelError
@@ -66,14 +67,22 @@ ODD_TEXT = (
 class TokenizerMeaning:
     """What a tokenizer's ids mean, and how it makes them of a text."""
 
-    tokenizer: PreTrainedTokenizerFast
-    """As transformers loads it."""
+    directory: Path
+    backend: Tokenizer
+    """That of the `tokenizers` library, without padding and truncation: both are of a training."""
     tokens: dict[int, str]
     """By id; added ones are among them."""
     splitting: dict[str, object]
     """All that decides how a text becomes tokens, as JSON by name."""
     roles: dict[str, str | None]
     """Which tokens begin, end and stand for the unknown, and what is put before a text."""
+    loaded: PreTrainedTokenizerFast | None = None
+    """As transformers loads it; None: it was not asked."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """It as transformers loads it, which imports transformers."""
+        return self.loaded or _without_limits(open_tokenizer(self.directory))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -136,9 +145,8 @@ class TokenizerMeaning:
         return None
 
     def _split(self, text: str) -> list[str]:
-        backend = self.tokenizer.backend_tokenizer
         try:
-            return backend.encode(text, add_special_tokens=False).tokens
+            return self.backend.encode(text, add_special_tokens=False).tokens
         # The library has no narrower type for a vocabulary of words without one for the unknown.
         except Exception:
             return []
@@ -146,10 +154,9 @@ class TokenizerMeaning:
     def _probe(self) -> Iterator[str]:
         """Yield odd text, then all tokens, some at a time, side by side and apart."""
         yield from ODD_TEXT
-        backend = self.tokenizer.backend_tokenizer
         # each id on its own: some decoders join or strip what stands side by side
         single = [[index] for index in sorted(self.tokens)]
-        pieces = backend.decode_batch(single, skip_special_tokens=False)
+        pieces = self.backend.decode_batch(single, skip_special_tokens=False)
         for start in range(0, len(pieces), PROBE_TOKENS):
             some = pieces[start : start + PROBE_TOKENS]
             yield "".join(some)
@@ -198,19 +205,29 @@ def read_tokenizer(directory: Path) -> TokenizerMeaning:
     """
     directory = require_directory(Path(directory))
     _check_files(directory)
-    tokenizer = open_tokenizer(directory)
-    backend = tokenizer.backend_tokenizer
-    # Both are of the training that saved it.
+    plain = plain_tokenizer(directory)
+    if plain:
+        return _meaning(directory, *plain)
+    tokenizer = _without_limits(open_tokenizer(directory))
+    roles = {role: str(getattr(tokenizer, role) or "") for role in ROLES}
+    return replace(_meaning(directory, tokenizer.backend_tokenizer, roles), loaded=tokenizer)
+
+
+def _without_limits(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def _meaning(directory: Path, backend: Tokenizer, named: Mapping[str, str]) -> TokenizerMeaning:
+    """Return what a tokenizer means; `named` are the tokens of its roles."""
     backend.no_truncation()
     backend.no_padding()
-    tokens = {index: str(backend.id_to_token(index)) for index in tokenizer.get_vocab().values()}
-    roles: dict[str, str | None] = {}
-    for role in ROLES:
-        token = getattr(tokenizer, role)
-        roles[role] = token and str(token)
+    tokens = {index: str(backend.id_to_token(index)) for index in backend.get_vocab().values()}
+    roles = {role: named.get(role) or None for role in ROLES}
     before = "".join(tokens[index] for index in beginning(backend))
     roles["what is put before a text"] = before or None
-    return TokenizerMeaning(tokenizer, tokens, _splitting(backend), roles)
+    return TokenizerMeaning(directory, backend, tokens, _splitting(backend), roles)
 
 
 def tokenizer_fingerprint(directory: Path) -> str:
@@ -344,7 +361,7 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     source = Path(source)
     out = Path(out)
     meaning = read_tokenizer(source)
-    _copy_files(source, out, meaning.tokenizer.vocab_files_names.values())
+    _copy_files(source, out, _more_files(meaning))
     # The first is the cheap proof; files that differ may still mean the same.
     if _is_for_any_class(out) and (same_tokenizer_files(source, out) or _means(out, meaning)):
         return
@@ -355,6 +372,12 @@ def copy_tokenizer(source: Path, out: Path) -> None:
             "config.json; save it with tokenizer_class PreTrainedTokenizerFast in "
             "tokenizer_config.json"
         )
+
+
+def _more_files(meaning: TokenizerMeaning) -> Iterable[str]:
+    """Return the names of files that a tokenizer's class reads besides the usual ones."""
+    # the class of a plain one has none
+    return meaning.loaded.vocab_files_names.values() if meaning.loaded else ()
 
 
 def _copy_files(source: Path, out: Path, more: Iterable[str]) -> None:

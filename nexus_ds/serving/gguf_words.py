@@ -211,7 +211,7 @@ def read_words(directory: Path, size: int) -> Words:
         ServingError: one that llama.cpp splits text otherwise with.
     """
     meaning = read_tokenizer(directory)
-    backend = meaning.tokenizer.backend_tokenizer
+    backend = meaning.backend
     definition: Json = json.loads(backend.to_str())
     model, vocab = _bpe(directory, definition)
     merges = _pairs(model.get("merges"))
