@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import platform
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +33,7 @@ from nexus_ds import __version__
 from nexus_ds.checkpoint.config_json import CONTEXT_MODEL
 from nexus_ds.checkpoint.forms import MIXTURES
 from nexus_ds.checkpoint.json_files import read_json_object
+from nexus_ds.checkpoint.projections import Projections, State
 from nexus_ds.checkpoint.qwen2_moe import gate_name, open_moe
 from nexus_ds.checkpoint.records import (
     ADOPT,
@@ -43,11 +46,13 @@ from nexus_ds.checkpoint.records import (
     read_manifest,
     router_name,
 )
-from nexus_ds.checkpoint.tensors import TensorReader, write_tensors
+from nexus_ds.checkpoint.tensors import TensorReader, write_planned
 from nexus_ds.errors import CheckpointError, ConfigError
 from nexus_ds.model.router import Projection, condition, expert_embeddings_in
 from nexus_ds.outputs import new_file, write_json
 
+Named = tuple[str, Tensor]
+Planned = dict[str, tuple[str, tuple[int, ...]]]
 LAYER_TENSOR = re.compile(r"layers\.(?P<layer>\d+)\.(?P<own>.+)")
 """Name of a tensor of one layer's P."""
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of a weight file that `content_fingerprint` reads
@@ -66,7 +71,7 @@ class Sidecar(Manifest):
     """Raw domain embeddings [n, m] fp32, in expert order."""
     centre: Tensor
     """[m] fp32: mean of the upcycled domains' unit vectors; zeros when `router.centre` is off."""
-    projections: list[dict[str, Tensor]] = field(default_factory=list)
+    projections: list[State] | Projections = field(default_factory=list)
     """State of `Projection` for each layer, fp32; empty for a linear router."""
 
     def domain_inputs(self) -> Tensor:
@@ -89,18 +94,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _sidecar_tensors(sidecar: Sidecar) -> dict[str, Tensor]:
-    """Return the sidecar's tensors under their names on disk."""
-    tensors = {"vectors": sidecar.vectors, "centre": sidecar.centre}
-    for layer, state in enumerate(sidecar.projections):
-        for name, tensor in state.items():
-            tensors[f"layers.{layer}.{name}"] = tensor
-    plain = {}
-    for name, tensor in tensors.items():
+def _on_disk(state: Mapping[str, Tensor], layer: int | None = None) -> Iterator[Named]:
+    """Yield the tensors of a layer's P, or of no layer, under their names on disk."""
+    lead = "" if layer is None else f"layers.{layer}."
+    for name, tensor in state.items():
         # fp32 whatever the model is in: its rows are recomputed from these
         full = tensor.detach().float()
-        plain[name] = full.cpu().contiguous()
-    return plain
+        yield lead + name, full.cpu().contiguous()
+
+
+def _sidecar_tensors(sidecar: Sidecar) -> Iterator[Named]:
+    """Yield the sidecar's tensors under their names on disk, one layer's at a time."""
+    yield from _on_disk({"vectors": sidecar.vectors, "centre": sidecar.centre})
+    for layer, state in enumerate(sidecar.projections):
+        yield from _on_disk(state, layer)
 
 
 def _fail(where: Path, what: str) -> NoReturn:
@@ -110,8 +117,26 @@ def _fail(where: Path, what: str) -> NoReturn:
     )
 
 
-def check_sidecar(sidecar: Sidecar, where: Path) -> None:
-    """Raise CheckpointError where the parts of a sidecar contradict each other."""
+def _check_finite(named: Iterable[Named], where: Path) -> Planned:
+    """Return dtypes and shapes of tensors; CheckpointError for one that holds no numbers."""
+    plan: Planned = {}
+    for name, tensor in named:
+        plan[name] = "F32", tuple(tensor.shape)
+        # one that is not finite leaves no sum finite, and counting takes twenty times as long
+        if math.isfinite(float(tensor.sum())):
+            continue
+        odd = tensor.numel() - int(torch.isfinite(tensor).sum())
+        if odd:
+            _fail(where, f"{name} holds {odd} values that are not finite")
+    return plan
+
+
+def check_sidecar(sidecar: Sidecar, where: Path) -> Planned:
+    """Return dtype and shape of each tensor on disk; each layer's P is looked at once.
+
+    Raises:
+        CheckpointError: the parts of a sidecar contradict each other.
+    """
     experts = len(sidecar.experts)
     names = [expert.name for expert in sidecar.experts]
     shape = tuple(sidecar.vectors.shape)
@@ -129,42 +154,44 @@ def check_sidecar(sidecar: Sidecar, where: Path) -> None:
         _fail(where, f"shared_expert is {sidecar.shared_expert!r}, expected seed or none")
     if bool(sidecar.projections) != (router.kind == "nexus"):
         _fail(where, f"a {router.kind} router with {len(sidecar.projections)} projections")
-    for name, tensor in _sidecar_tensors(sidecar).items():
-        odd = tensor.numel() - int(torch.isfinite(tensor).sum())
-        if odd:
-            _fail(where, f"{name} holds {odd} values that are not finite")
-    for layer in range(len(sidecar.projections)):
-        load_projection(sidecar, layer, where)
+    own = {"vectors": sidecar.vectors, "centre": sidecar.centre}
+    plan = _check_finite(_on_disk(own), where)
+    for layer, state in enumerate(sidecar.projections):
+        plan |= _check_finite(_on_disk(state, layer), where)
+        _loaded(sidecar, layer, state, where)
+    return plan
 
 
 def write_sidecar(directory: Path, sidecar: Sidecar) -> None:
     """Write or replace the sidecar's two files; CheckpointError if its parts contradict others."""
     directory = Path(directory)
-    check_sidecar(sidecar, directory)
-    tensors = _sidecar_tensors(sidecar)
+    plan = check_sidecar(sidecar, directory)
     with new_file(directory / ROUTER, overwrite=True) as temporary:
-        write_tensors(temporary, tensors)
+        write_planned(temporary, plan, _sidecar_tensors(sidecar))
     # not a second one, which might be of another training
     (directory / ROUTER_BEFORE).unlink(missing_ok=True)
     # nexus.json comes last: it is what makes a directory a Nexus checkpoint.
     write_json(directory / SIDECAR, manifest_json(sidecar))
 
 
-def _projections(reader: TensorReader) -> list[dict[str, Tensor]]:
-    """Return the states of all layers' projections."""
-    layers: dict[int, dict[str, Tensor]] = {}
+def _projections(reader: TensorReader) -> Projections:
+    """Return the states of all layers' projections, each read when it is asked for."""
+    layers: dict[int, dict[str, str]] = {}
     for name in reader.names():
         # layers.3.maps.0.weight
         found = LAYER_TENSOR.fullmatch(name)
         if found:
-            state = layers.setdefault(int(found["layer"]), {})
-            state[found["own"]] = reader.read(name)
+            layers.setdefault(int(found["layer"]), {})[found["own"]] = name
     numbers = sorted(layers)
     if numbers != list(range(len(layers))):
         raise CheckpointError(
             f"{reader.directory / ROUTER}: projections of layers {numbers}, expected all from 0"
         )
-    return [layers[layer] for layer in numbers]
+
+    def read(layer: int) -> State:
+        return {own: reader.read(name) for own, name in layers[layer].items()}
+
+    return Projections(len(layers), read)
 
 
 def read_sidecar(directory: Path) -> Sidecar:
@@ -252,9 +279,14 @@ def new_projection(router: RouterRecord, embedding_size: int, hidden_size: int) 
 
 def load_projection(sidecar: Sidecar, layer: int, where: Path = Path(SIDECAR)) -> Projection:
     """Return P of one layer in fp32; CheckpointError if its weights are of another form."""
+    return _loaded(sidecar, layer, sidecar.projections[layer], where)
+
+
+def _loaded(sidecar: Sidecar, layer: int, stored: State, where: Path) -> Projection:
+    """Return P of one layer with the weights `stored`; see `load_projection`."""
     router = sidecar.router
-    stored = sidecar.projections[layer]
-    state = {name: tensor.float() for name, tensor in stored.items()}
+    # copies: whoever changes the module does not change the sidecar
+    state = {name: tensor.to(torch.float32, copy=True) for name, tensor in stored.items()}
     width = sidecar.vectors.shape[1]
     maps = 1 if router.projection == "linear" else router.depth
     last = state.get(f"maps.{maps - 1}.weight")
@@ -265,8 +297,10 @@ def load_projection(sidecar: Sidecar, layer: int, where: Path = Path(SIDECAR)) -
         largest = max((size for tensor in state.values() for size in tensor.shape), default=0)
         if maps != sum(name.startswith("maps.") for name in state) or router.width > largest:
             raise ConfigError(f"{maps} maps of width {router.width}")
-        projection = new_projection(router, width, hidden)
-        projection.load_state_dict(state)
+        # of no memory, and nothing is drawn, until it gets these
+        with torch.device("meta"):
+            projection = new_projection(router, width, hidden)
+        projection.load_state_dict(state, assign=True)
     # torch's own word for weights that don't fit
     except (RuntimeError, ConfigError) as error:
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -7,13 +7,14 @@ Not covered: big-endian machines, packed 4- and 6-bit types, two writers of one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
 from nexus_ds.checkpoint.headers import (
     Headers,
+    Plan,
     TensorInfo,
     header_of,
     tensor_bytes,
@@ -53,10 +54,17 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     plan = {}
     for name, tensor in tensors.items():
         plan[name] = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
+    write_planned(path, plan, tensors.items())
+
+
+def write_planned(path: Path, plan: Plan, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Write one safetensors file over `path`, a tensor at a time, in the order of its plan."""
     lead, _ = header_of(plan, METADATA)
     with create(path) as stream:
         stream.write(lead)
-        for tensor in tensors.values():
+        for (name, tensor), planned in zip(tensors, plan.items(), strict=True):
+            found = name, (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+            assert found == planned, f"{found}, planned was {planned}"
             stream.write(bytes_of(tensor))
 
 

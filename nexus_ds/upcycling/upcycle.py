@@ -6,6 +6,7 @@ Not covered: branches of another architecture or tokenizer than the seed's.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from nexus_ds.checkpoint.dense import DenseModel, open_dense
 from nexus_ds.checkpoint.families.record import AFTER_FFN, DenseSettings
 from nexus_ds.checkpoint.model_card import stated_license
 from nexus_ds.checkpoint.problems import Problems
+from nexus_ds.checkpoint.projections import Projections, State
 from nexus_ds.checkpoint.qwen2_moe import (
     Role,
     Stored,
@@ -264,21 +266,19 @@ def _upcycled_sidecar(
     return sidecar
 
 
-def _new_projections(
-    sidecar: Sidecar,
-    sizes: DenseSettings,
-    config: Config,
-) -> list[dict[str, Tensor]]:
-    """Return the state of a freshly initialised P for each layer."""
+def _new_projections(sidecar: Sidecar, sizes: DenseSettings, config: Config) -> Projections:
+    """Return freshly initialised states of P for each layer, drawn when they are asked for."""
     router = config.router
     inputs = sidecar.domain_inputs()
-    states = []
-    for layer in range(sizes.layers):
-        projection = new_projection(sidecar.router, inputs.shape[1], sizes.hidden_size)
+    blank = new_projection(sidecar.router, inputs.shape[1], sizes.hidden_size)
+
+    def drawn(layer: int) -> State:
+        projection = copy.deepcopy(blank)
         generator = layer_generator(config.seed, layer)
         init_projection(projection, inputs, router.init, router.init_norm, generator)
-        states.append(projection.state_dict())
-    return states
+        return projection.state_dict()
+
+    return Projections(sizes.layers, drawn)
 
 
 def _upcycled_tensors(
