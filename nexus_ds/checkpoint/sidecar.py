@@ -49,6 +49,7 @@ from nexus_ds.checkpoint.records import (
 from nexus_ds.checkpoint.tensors import TensorReader, write_planned
 from nexus_ds.errors import CheckpointError, ConfigError
 from nexus_ds.model.router import Projection, condition, expert_embeddings_in
+from nexus_ds.model.threads import one_thread
 from nexus_ds.outputs import new_file, write_json
 
 Named = tuple[str, Tensor]
@@ -131,6 +132,7 @@ def _check_finite(named: Iterable[Named], where: Path) -> Planned:
     return plan
 
 
+@one_thread()
 def check_sidecar(sidecar: Sidecar, where: Path) -> Planned:
     """Return dtype and shape of each tensor on disk; each layer's P is looked at once.
 
@@ -312,6 +314,7 @@ def _loaded(sidecar: Sidecar, layer: int, stored: State, where: Path) -> Project
     return projection
 
 
+@one_thread()
 def expert_embeddings(sidecar: Sidecar, layer: int, dtype: torch.dtype) -> Tensor:
     """Return what P(D) gives one layer of a model of `dtype`, [n, h] (paper section 3).
 
@@ -338,6 +341,7 @@ def verify_expert_embeddings(directory: Path) -> None:
     check_rows_of(read_sidecar(directory), TensorReader.of(headers))
 
 
+@one_thread()
 def check_rows_of(sidecar: Sidecar, reader: TensorReader) -> None:
     """Check a model's stored expert embeddings; see `verify_expert_embeddings`."""
     for layer in range(len(sidecar.projections)):

@@ -49,6 +49,7 @@ from nexus_ds.model.router import (
     init_projection,
     layer_generator,
 )
+from nexus_ds.model.threads import one_thread
 from nexus_ds.settings import Config
 from nexus_ds.upcycling.blend import (
     Part,
@@ -272,6 +273,7 @@ def _new_projections(sidecar: Sidecar, sizes: DenseSettings, config: Config) -> 
     inputs = sidecar.domain_inputs()
     blank = new_projection(sidecar.router, inputs.shape[1], sizes.hidden_size)
 
+    @one_thread()
     def drawn(layer: int) -> State:
         projection = copy.deepcopy(blank)
         generator = layer_generator(config.seed, layer)
