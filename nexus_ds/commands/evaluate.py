@@ -18,6 +18,7 @@ import numpy as np
 from nexus_ds.checkpoint.needs import BATCH, WINDOWS
 from nexus_ds.command_lines import next_words
 from nexus_ds.data.corpora import Source, open_source, token_files, windows
+from nexus_ds.data.encoding import load_tokenizer
 from nexus_ds.data.opening import opening
 from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import new_directory, refuse_existing
@@ -25,6 +26,7 @@ from nexus_ds.report import verdict as before_after
 from nexus_ds.report.evaluation import (
     PAGE,
     SUMMARY,
+    answers,
     perplexity_table,
     routing_table,
     write_evaluation,
@@ -163,8 +165,8 @@ def _add_reading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat",
         action="store_true",
-        help="rows may be chats: rendered by the tokenizer's template and scored as text, prompts "
-        "too (trained with data.chat=true)",
+        help="rows may be chats: rendered by the tokenizer's template, and their answers alone "
+        "scored (trained with data.chat=true)",
     )
 
 
@@ -215,7 +217,8 @@ def _windows(
     length: int,
     cache: Path,
 ) -> dict[str, np.ndarray]:
-    """Return validation windows [W, length + 1] of each domain in a checkpoint's own tokens."""
+    """Return validation windows [W, length + 1] of each domain in a checkpoint's own tokens; of
+    chats marked, as `score` reads them."""
     files = token_files(
         source,
         domains,
@@ -226,7 +229,23 @@ def _windows(
         bos=not args.no_bos,
         chat=args.chat,
     )
-    return {domain: windows(files[domain], args.windows, length) for domain in domains}
+    return {
+        domain: windows(files[domain], args.windows, length, marked=args.chat) for domain in domains
+    }
+
+
+def _reader_of(checkpoint: Path, chat: bool) -> str:
+    """Return a hash that two models share which read the very same windows.
+
+    Raises:
+        CheckpointError: of chats, a tokenizer without a template.
+    """
+    from nexus_ds.checkpoint.tokenizer import tokenizer_fingerprint
+
+    found = tokenizer_fingerprint(checkpoint)
+    # Each model reads chats as its own template renders them, which are other words in another.
+    form = load_tokenizer(checkpoint, chat=True).chat if chat else None
+    return f"{found} {form.fingerprint}" if form else found
 
 
 def _check_compared(facts: dict[str, dict[str, Any]], before: str, limit: float | None) -> None:
@@ -238,7 +257,8 @@ def _check_compared(facts: dict[str, dict[str, Any]], before: str, limit: float 
     if len({fact["tokenizer"] for fact in facts.values()}) > 1:
         raise ConfigError(
             "--fail-if-worse compares two models window by window, but these have different "
-            "tokenizers and so different windows; give --checkpoint of two models of one tokenizer"
+            "tokenizers and so different windows; give --checkpoint of two models of one "
+            "tokenizer, with --chat also of one chat template"
         )
     raise ConfigError(
         "--fail-if-worse compares two mixtures; give --checkpoint of one before and of one after, "
@@ -254,12 +274,11 @@ def measure(
 ) -> Summary:
     """Score every checkpoint and return the summary."""
     from nexus_ds.checkpoint.inspection import describe
-    from nexus_ds.checkpoint.tokenizer import tokenizer_fingerprint
     from nexus_ds.evaluation.perplexity import cosines, score, window_length
 
     # ids decide which windows a model reads, and what they mean only transformers can tell
     facts = [
-        describe(path) | {"tokenizer": tokenizer_fingerprint(path)} for path in args.checkpoint
+        describe(path) | {"tokenizer": _reader_of(path, args.chat)} for path in args.checkpoint
     ]
     _check_compared(dict(zip(names, facts, strict=True)), args.before, limit)
     length = window_length(args.length, facts)
@@ -278,8 +297,9 @@ def measure(
     setup = Setup(args.data, domains, args.windows, length)
     summary = summarise(measured, setup, args.before, limit)
     if len(texts) > 1:
+        what = "tokenizers or chat templates" if args.chat else "tokenizers"
         summary.warnings.append(
-            f"the models have {len(texts)} different tokenizers: perplexity per token can't be "
+            f"the models have {len(texts)} different {what}: perplexity per token can't be "
             "compared between them"
         )
     return summary
@@ -328,6 +348,8 @@ def _show(summary: Summary, args: argparse.Namespace) -> None:
     if summary.tasks:
         print("\ntasks (per cent ± one standard error, higher is better)")
         print(text_table(task_table(summary.tasks)))
+    if chats := answers(summary):
+        print(f"\n{chats}")
     print(f"\n{summary.tokens_per_second:,.0f} tokens/s")
     for warning in summary.warnings:
         print(f"warning: {warning}")

@@ -210,7 +210,7 @@ def run(args: argparse.Namespace) -> int:
         report = model.write(directory, text, config.router, config.seed)
     verdict = None
     if scored:
-        verdict = before_after.judge(scored.before, scored.after(out), limit)
+        verdict = before_after.judge(scored.before, scored.after(out), limit, scored.labels)
     command = next_training(out, data or "DIR", args.config or "demo", "extend")
     if args.json:
         result = model.summary(out, report) | {

@@ -24,6 +24,7 @@ class BeforeAfter:
     Attributes:
         windows: for each domain token ids [W, S+1].
         before: for each domain the loss [W], nats per token of each window.
+        labels: of domains with chats the answer tokens [W] of each window.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class BeforeAfter:
             domains: to score.
             count: windows a domain.
             bos: whether documents begin as the checkpoint's tokenizer begins a text.
-            chat: whether rows may be chats, scored as their template renders them.
+            chat: whether rows may be chats, of which the answers are scored.
 
         Raises:
             ConfigError: fewer than one window.
@@ -63,6 +64,7 @@ class BeforeAfter:
             ) from error
         scores = score(checkpoint, self.windows, label="before")
         self.before = scores.window_loss
+        self.labels = scores.window_labels
 
     def after(self, checkpoint: Path) -> dict[str, np.ndarray]:
         """Return the loss [W] of the changed checkpoint by domain, nats per token of each window.
@@ -89,7 +91,7 @@ def _windows(
         files = token_files(
             source, domains, "validation", checkpoint, Path(cache), bos=bos, chat=chat
         )
-        return {domain: windows(files[domain], count, length) for domain in domains}
+        return {domain: windows(files[domain], count, length, marked=chat) for domain in domains}
 
 
 def chosen(text: str, checkpoint: Path, new: Sequence[str]) -> list[str]:

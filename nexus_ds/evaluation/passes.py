@@ -3,6 +3,10 @@
 On several devices, each has a copy of the model, a thread, and the next batch that is not begun:
 which device made a pass changes no number.
 
+Of chats the answers alone are scored: a window has ~id, which is negative, in the place of an id
+that is no label (`data.corpora`). The model reads such ids like all others, and where its routers
+send them counts; they have no loss.
+
 Shapes: W windows, S tokens, T = W*S tokens, L layers with a router, E routed experts, K chosen
 experts a token, H hidden size, V vocabulary.
 Not covered: what the numbers mean (`perplexity`), devices of other nodes.
@@ -29,6 +33,7 @@ from nexus_ds.checkpoint.loading import routers_of
 from nexus_ds.checkpoint.needs import LOGITS_AT_ONCE, MARGIN, Need, Way
 from nexus_ds.checkpoint.room import host_room
 from nexus_ds.launch import devices
+from nexus_ds.model.head import unmarked
 from nexus_ds.progress import Progress
 
 if TYPE_CHECKING:
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
 
 # Of the main memory that a streamed model leaves, for hidden states that wait between two layers.
 WAITING_SHARE = 0.25
+NO_LABEL = -1  # target whose loss is 0
 # Of a module: itself, what it was given, what it returned.
 Hook = Callable[[nn.Module, object, tuple[Tensor, ...]], None]
 
@@ -59,7 +65,7 @@ class Passed:
 
     domain: str
     loss_W: np.ndarray
-    """Nats per token of each window, float64."""
+    """Nats per label of each window, float64."""
     routed: Routed | None
     """None of a model without routers."""
 
@@ -132,17 +138,17 @@ class RoutingMeter:
 
 @torch.inference_mode()
 def batch_loss(model: PreTrainedModel, tokens_WS: Tensor, rows: int = 0) -> Tensor:
-    """Return the next-token cross-entropy (nats, float64 [W]) of each window, summed over tokens.
+    """Return the next-token cross-entropy (nats, float64 [W]) of each window, summed over labels.
 
     The logits are made in slices of LOGITS_AT_ONCE numbers and scored in fp32: a large vocabulary
     costs no memory.
 
     Args:
         model: as transformers loads it, or streamed.
-        tokens_WS: token ids [W, S+1]: S inputs and their S targets.
+        tokens_WS: token ids [W, S+1]: S inputs and their S targets; ~id for one that is no label.
         rows: windows whose logits are made one after the other; 0: all.
     """
-    inputs_WS = tokens_WS[:, :-1]
+    inputs_WS = unmarked(tokens_WS[:, :-1])
     # Without the output layer, which would make the logits of all tokens at once.
     output = model.base_model(input_ids=inputs_WS, use_cache=False)
     hidden_WSH = output.last_hidden_state
@@ -154,7 +160,7 @@ def batch_loss(model: PreTrainedModel, tokens_WS: Tensor, rows: int = 0) -> Tens
 def _head_loss(model: PreTrainedModel, hidden_WSH: Tensor, targets_WS: Tensor) -> Tensor:
     """Return the cross-entropy [W] of windows, of the states that the output layer reads."""
     hidden_TH = hidden_WSH.flatten(0, 1)
-    targets_T = targets_WS.flatten()
+    targets_T = targets_WS.flatten().clamp(min=NO_LABEL)
     head = model.get_output_embeddings()
     vocabulary = head.weight.shape[0]
     step = max(1, LOGITS_AT_ONCE // vocabulary)
@@ -162,10 +168,19 @@ def _head_loss(model: PreTrainedModel, hidden_WSH: Tensor, targets_WS: Tensor) -
     for start in range(0, len(hidden_TH), step):
         part = slice(start, start + step)
         logits_tV = head(hidden_TH[part]).float()
-        losses_t = F.cross_entropy(logits_tV, targets_T[part], reduction="none")
+        losses_t = F.cross_entropy(
+            logits_tV, targets_T[part], reduction="none", ignore_index=NO_LABEL
+        )
         losses.append(losses_t)
     losses_WS = torch.cat(losses).view(targets_WS.shape)
     return losses_WS.sum(dim=1, dtype=torch.float64)
+
+
+def labels(tokens_WS: np.ndarray) -> np.ndarray:
+    """Return how many labels each window [W, S+1] has, as [W]; S of plain text."""
+    # The first id is an input only.
+    learned_WS = tokens_WS[:, 1:] >= 0
+    return learned_WS.sum(axis=1)
 
 
 def on_device(tokens_WS: np.ndarray, model: PreTrainedModel) -> Tensor:
@@ -227,8 +242,7 @@ class _Worker:
         with current:
             tokens_WS = on_device(unit.tokens_WS, self.model)
             loss_W = batch_loss(self.model, tokens_WS, self.rows).cpu().numpy()
-        length = unit.tokens_WS.shape[1] - 1
-        return Passed(unit.domain, loss_W / length, self.meter.take())
+        return Passed(unit.domain, loss_W / labels(unit.tokens_WS), self.meter.take())
 
 
 def _passes(workers: Sequence[_Worker], units: Sequence[Unit], progress: Progress) -> list[Passed]:

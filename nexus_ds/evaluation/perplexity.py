@@ -3,6 +3,11 @@
 `score` runs any dense or Nexus checkpoint with stock transformers over fixed windows; `cosines`
 compares domains before and after the projection P (paper sections 5.4 and 5.6).
 
+Of chats the answers are scored, as in training with data.chat: a domain's loss is the mean over the
+answer tokens of all its windows together, whatever their number in each. Windows are those of plain
+text, slices of the packed chats, so that an answer may begin in one window and end in the next; a
+window without any answer token is not read.
+
 Shapes: W windows, S tokens a window, T = W*S tokens, D domains of text, L layers with a router, E
 routed experts, K chosen experts a token, H hidden size, V vocabulary.
 Not covered: text of models with different tokenizers on one scale (perplexity is per token),
@@ -13,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +42,14 @@ from nexus_ds.checkpoint.qwen3_next import open_reader
 from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.checkpoint.sidecar import read_sidecar
 from nexus_ds.errors import CheckpointError, ConfigError, DataError
-from nexus_ds.evaluation.passes import Passed, all_places, cut, sequences_at_once, timed_passes
+from nexus_ds.evaluation.passes import (
+    Passed,
+    all_places,
+    cut,
+    labels,
+    sequences_at_once,
+    timed_passes,
+)
 from nexus_ds.model.router import SATURATED
 
 DEFAULT_LENGTH = 128  # tokens of a window
@@ -126,8 +138,10 @@ class Scores:
     """What `score` measured, by domain.
 
     Attributes:
-        window_loss: [W] nats per token of each window, in the order of the windows.
-        tokens: tokens scored.
+        window_loss: [W] nats per token of each window, in the order of the windows; of chats per
+            answer token, of windows that have one.
+        window_labels: of domains with chats the answer tokens [W] of each such window.
+        tokens: tokens read, of chats prompts too.
         tokens_per_second: of all domains together.
         routing: of a model with routers.
     """
@@ -136,11 +150,16 @@ class Scores:
     tokens: dict[str, int]
     tokens_per_second: float
     routing: Routing | None
+    window_labels: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def loss(self) -> dict[str, float]:
-        """Nats per token of each domain: the mean over its windows, which are of one length."""
-        return {domain: float(np.mean(loss_W)) for domain, loss_W in self.window_loss.items()}
+        """Nats per token of each domain: the mean over its windows, of chats over answer tokens."""
+        means = {}
+        for domain, loss_W in self.window_loss.items():
+            labels_W = self.window_labels.get(domain)
+            means[domain] = float(np.average(loss_W, weights=labels_W))
+        return means
 
     @property
     def perplexity(self) -> dict[str, float]:
@@ -200,9 +219,10 @@ def _check_windows(
                 f"domain {domain!r}: found windows of shape {tokens.shape}, "
                 "expected [windows, length + 1] with at least one window of two tokens"
             )
-        smallest, largest = tokens.min(), tokens.max()
+        ids = np.where(tokens < 0, ~tokens, tokens)
+        smallest, largest = ids.min(), ids.max()
         # a GPU would end such a lookup with an assertion that names nothing
-        if smallest < 0 or largest >= vocabulary:
+        if largest >= vocabulary:
             raise DataError(
                 f"domain {domain!r}: found token ids from {smallest} to {largest}, "
                 f"{model_dir} knows 0 to {vocabulary - 1}; "
@@ -214,6 +234,33 @@ def _check_windows(
                 f"domain {domain!r}: windows of {length} tokens, {model_dir} reads at most "
                 f"{positions}; choose a smaller length"
             )
+
+
+def _answered(windows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the windows that have a label: of plain text all.
+
+    Raises:
+        DataError: a domain has none.
+    """
+    found = {}
+    for domain, tokens_WS in windows.items():
+        has_label_W = labels(tokens_WS) > 0
+        if not has_label_W.any():
+            raise DataError(
+                f"domain {domain!r}: no token of an answer in its {len(tokens_WS)} windows; score "
+                f"more windows, or chats whose answers fit into {tokens_WS.shape[1] - 1} tokens"
+            )
+        found[domain] = tokens_WS[has_label_W]
+    return found
+
+
+def _window_labels(windows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the labels [W] of each window, of domains where not every token is one."""
+    found = {}
+    for domain, tokens_WS in windows.items():
+        if (tokens_WS[:, 1:] < 0).any():
+            found[domain] = labels(tokens_WS)
+    return found
 
 
 def _check_losses(loss: Mapping[str, float], model_dir: Path) -> None:
@@ -241,7 +288,8 @@ def score(
 
     Args:
         model_dir: a dense or Nexus checkpoint.
-        windows: for each domain token ids [W, S+1], int64: S inputs and their S targets.
+        windows: for each domain token ids [W, S+1], int64: S inputs and their S targets; ~id in
+            the place of one that is no label.
         batch: windows a forward pass.
         precision: auto (fp32 on a CPU, the stored dtype on a GPU), fp32, or stored.
         label: what the progress line calls the model; default its directory's name.
@@ -250,7 +298,8 @@ def score(
 
     Raises:
         CheckpointError: a checkpoint that can't be loaded, or whose loss is not a number.
-        DataError: no windows, or token ids and lengths that the model doesn't know.
+        DataError: no windows, none with a label, or token ids and lengths that the model doesn't
+            know.
         InsufficientMemoryError: one window through one layer is too much.
     """
     model_dir = Path(model_dir)
@@ -259,6 +308,7 @@ def score(
     config = read_config(model_dir)
     positions = int(config.get("max_position_embeddings") or 0)
     _check_windows(windows, int(config.get("vocab_size", 0)), positions, model_dir)
+    windows = _answered(windows)
     title = f"score {label or model_dir.name}"
     # More copies of the model than batches would have nothing to do.
     places = list(places or all_places())[: len(cut(windows, batch))]
@@ -281,7 +331,8 @@ def score(
         for domain in windows
     }
     routing = _routing(model_dir, list(windows), passes)
-    scores = Scores(loss, tokens, sum(tokens.values()) / max(seconds, 1e-9), routing)
+    speed = sum(tokens.values()) / max(seconds, 1e-9)
+    scores = Scores(loss, tokens, speed, routing, _window_labels(windows))
     _check_losses(scores.loss, model_dir)
     return scores
 

@@ -174,7 +174,8 @@ def _write_perplexity(summary: Summary, out: Path) -> None:
         for domain, perplexity in values.items():
             error = None
             if summary.window_loss is not None:
-                error = number(standard_error(summary.window_loss[model][domain]))
+                labels_W = summary.labels(model).get(domain)
+                error = number(standard_error(summary.window_loss[model][domain], labels_W))
             rows.append((model, domain, summary.loss[model][domain], perplexity, error))
     header = ("model", "domain", "loss_nats", "perplexity", "standard_error_nats")
     write_csv(out, header, rows)
@@ -381,6 +382,16 @@ def evaluation_sections(summary: Summary, folder: Path) -> list[Section]:
     return [*sections, _checkpoint_section(summary), *_lineage_sections(summary)]
 
 
+def answers(summary: Summary) -> str:
+    """Return what was scored of chats, in words; nothing where there were none."""
+    last = list(summary.models)[-1]
+    counts = {domain: sum(labels) for domain, labels in summary.labels(last).items()}
+    if not counts:
+        return ""
+    listed = ", ".join(f"{count:,} tokens of {domain}" for domain, count in counts.items())
+    return f"Of chats the answers alone count: {listed}"
+
+
 def intro(summary: Summary) -> str:
     """Return the opening paragraphs of the page: what was scored on what, and the warnings."""
     count = len(summary.models)
@@ -390,6 +401,9 @@ def intro(summary: Summary) -> str:
         f"{setup.length} tokens of validation text in each of {len(setup.domains)} domains: "
         f"{', '.join(setup.domains)}."
     )
+    chats = answers(summary)
+    if chats:
+        text += f" {chats}."
     return "\n\n".join([text, *(f"Warning: {warning}." for warning in summary.warnings)])
 
 

@@ -153,7 +153,20 @@ class Difference:
         return quantile(self.freedom) * self.error
 
 
-def standard_error(values: Values) -> float:
+def mean_loss(values: Values, labels: Values | None = None) -> float:
+    """Return the mean of a number a window; with labels that of all labels together.
+
+    Args:
+        values, labels: see `standard_error`.
+    """
+    numbers = [float(value) for value in values]
+    if labels is None:
+        return statistics.fmean(numbers)
+    weights = [float(label) for label in labels]
+    return statistics.fmean(numbers, weights)
+
+
+def standard_error(values: Values, labels: Values | None = None) -> float:
     """Return the standard error of the mean of a number a window; NaN for one window.
 
     With S_g the sum over the windows of stretch g of (value - mean), G stretches and n windows:
@@ -162,39 +175,45 @@ def standard_error(values: Values) -> float:
 
     For stretches of one window (n <= GROUPS) this is the usual s / sqrt(n). Else it is that of a
     ratio estimate over clusters (Cochran, Sampling Techniques, on ratio estimates), so that
-    stretches of unequal length count by their windows.
+    stretches of unequal length count by their windows. Of chats, whose windows have more or fewer
+    answer tokens, each window counts by these: the mean is that over tokens, and n their number.
 
     Args:
         values: [W] numbers in the order of the text.
+        labels: [W] answer tokens of each window, above 0; None: all have as many.
     """
     count = len(values)
     if count < 2:
         return math.nan
     groups = min(count, GROUPS)
     numbers = [float(value) for value in values]
-    mean = statistics.fmean(numbers)
+    mean = mean_loss(numbers, labels)
+    weights = [1.0] * count
+    if labels is not None:
+        weights = [float(label) for label in labels]
     # Stretches of neighbours, as equal in length as they can be.
     bounds = [count * group // groups for group in range(groups + 1)]
     sums = []
     for start, end in itertools.pairwise(bounds):
-        stretch = numbers[start:end]
-        sums.append(math.fsum(value - mean for value in stretch))
+        stretch = zip(weights[start:end], numbers[start:end], strict=True)
+        sums.append(math.fsum(weight * (value - mean) for weight, value in stretch))
     squares = math.fsum(deviation * deviation for deviation in sums)
-    return math.sqrt(groups / (groups - 1) * squares) / count
+    return math.sqrt(groups / (groups - 1) * squares) / math.fsum(weights)
 
 
-def over_windows(before: Values, after: Values) -> Difference:
+def over_windows(before: Values, after: Values, labels: Values | None = None) -> Difference:
     """Return `after` minus `before`, losses of two models on the same windows.
 
     Args:
         before, after: [W] nats per token in the order of the text, at least one.
+        labels: see `standard_error`.
     """
     # What makes a window easy or hard for both models cancels in the pair.
     values = []
     for old, new in zip(before, after, strict=True):
         values.append(float(new) - float(old))
     freedom = min(len(values), GROUPS) - 1
-    return Difference(statistics.fmean(values), standard_error(values), freedom)
+    return Difference(mean_loss(values, labels), standard_error(values, labels), freedom)
 
 
 def mean_difference(parts: Sequence[Difference]) -> Difference:

@@ -3,7 +3,8 @@
 summary.json: `perplexity[model][domain]`, `loss[model][domain]` in nats per token,
 `routing[domain][expert]` (share of tokens, mean over layers) and `tokens_per_second` of
 `routed_model`, the last mixture given (of the last model if all are dense);
-`window_loss[model][domain]`, a loss a window; `change` between the last two mixtures, or from a
+`window_loss[model][domain]`, a loss a window, and of chats `window_labels[model][domain]`, the
+answer tokens of each, by which it counts; `change` between the last two mixtures, or from a
 model that was named to the last, with standard errors; `models[model]` with all of it layer by
 layer; `tasks[model]`, where downstream tasks were run.
 
@@ -224,6 +225,12 @@ class Summary:
     warnings: list[str]
     models: dict[str, ModelEntry]
     tasks: dict[str, ModelTasks] = field(default_factory=dict)
+    window_labels: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    """Answer tokens a window, of domains with chats; empty where there are none."""
+
+    def labels(self, model: str) -> dict[str, list[int]]:
+        """Return the answer tokens a window of each domain with chats."""
+        return self.window_labels.get(model, {})
 
     @property
     def routing(self) -> dict[str, dict[str, float]]:
@@ -249,6 +256,7 @@ class Summary:
     def from_json(cls, value: Json) -> Summary:
         """Return what `to_json` gave."""
         window_loss = value.get("window_loss")
+        window_labels = value.get("window_labels") or {}
         change = value["change"]
         tasks = value.get("tasks") or {}
         return cls(
@@ -257,10 +265,11 @@ class Summary:
             loss=value["loss"],
             window_loss=window_loss,
             routed_model=value["routed_model"],
-            change=_read_change(change, window_loss) if change else None,
+            change=_read_change(change, window_loss, window_labels) if change else None,
             warnings=value["warnings"],
             models={name: ModelEntry.from_json(entry) for name, entry in value["models"].items()},
             tasks={name: ModelTasks.from_json(entry) for name, entry in tasks.items()},
+            window_labels=window_labels,
         )
 
     def to_json(self) -> dict[str, object]:
@@ -277,14 +286,18 @@ class Summary:
             "warnings": self.warnings,
             "models": {name: entry.to_json() for name, entry in self.models.items()},
         }
-        # Most evaluations run none, and then there is no key.
+        # Most evaluations read no chats and run no tasks, and then there is no key.
+        if self.window_labels:
+            summary["window_labels"] = self.window_labels
         if self.tasks:
             summary["tasks"] = {name: entry.to_json() for name, entry in self.tasks.items()}
         return summary
 
 
 def _read_change(
-    change: Json, window_loss: Mapping[str, Mapping[str, list[float]]] | None
+    change: Json,
+    window_loss: Mapping[str, Mapping[str, list[float]]] | None,
+    window_labels: Mapping[str, Mapping[str, list[int]]],
 ) -> BeforeAfter:
     before = change["before"]
     after = change["after"]
@@ -292,7 +305,8 @@ def _read_change(
     # The losses by window are in the file in full, so the verdict follows from them; what the file
     # says of it is for other readers.
     if window_loss:
-        verdict = judge(window_loss[before], window_loss[after], change["limit"])
+        labels = window_labels.get(after, {})
+        verdict = judge(window_loss[before], window_loss[after], change["limit"], labels)
     return BeforeAfter(before, after, change["ratio"], verdict)
 
 
@@ -357,7 +371,7 @@ def _change(
     ratio = {}
     for domain, perplexity in first.perplexity.items():
         ratio[domain] = last.perplexity[domain] / perplexity
-    verdict = judge(first.window_loss, last.window_loss, limit)
+    verdict = judge(first.window_loss, last.window_loss, limit, last.window_labels)
     return BeforeAfter(*pair, ratio, verdict)
 
 
@@ -408,7 +422,18 @@ def summarise(
         change=_change(measured, before, limit),
         warnings=warnings,
         models={name: part.entry() for name, part in measured.items()},
+        window_labels=_chats(scores),
     )
+
+
+def _chats(scores: Mapping[str, Scores]) -> dict[str, dict[str, list[int]]]:
+    """Return the answer tokens a window, by model and domain; of models that read no chats none."""
+    found = {}
+    for name, part in scores.items():
+        if part.window_labels:
+            labels = {domain: labels_W.tolist() for domain, labels_W in part.window_labels.items()}
+            found[name] = labels
+    return found
 
 
 def _listed(scores: Scores) -> dict[str, list[float]]:

@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist, fmean
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from nexus_ds.checkpoint.needs import WINDOWS
@@ -35,6 +36,7 @@ from nexus_ds.report.paired import (
     CONFIDENCE,
     Difference,
     mean_difference,
+    mean_loss,
     number,
     over_windows,
     quantile,
@@ -49,6 +51,7 @@ FURTHEST = 100  # times as many windows: what needs more is too near to the limi
 # chance with which the advised number of windows decides, if the change is as it was estimated
 POWER = 0.8
 ALL = "all"
+NO_CHATS: Mapping[str, Values] = MappingProxyType({})
 
 
 def add_limit(parser: argparse.ArgumentParser, written: str) -> None:
@@ -322,14 +325,16 @@ def _nats(difference: Difference) -> Spread:
     return Spread(difference.mean, number(difference.error), signed=True)
 
 
-def _perplexity(losses: Sequence[Values]) -> float:
-    """Return e to the mean of the domains' mean losses ([W] each), below the largest float."""
-    means = [fmean(map(float, loss_W)) for loss_W in losses]
-    return math.exp(min(700.0, fmean(means)))
+def _perplexity(losses: Sequence[float]) -> float:
+    """Return e to the mean of the domains' losses, below the largest float."""
+    return math.exp(min(700.0, fmean(losses)))
 
 
 def judge(
-    before: Mapping[str, Values], after: Mapping[str, Values], limit: float | None = None
+    before: Mapping[str, Values],
+    after: Mapping[str, Values],
+    limit: float | None = None,
+    labels: Mapping[str, Values] = NO_CHATS,
 ) -> Verdict:
     """Compare losses (nats per token) by domain of two models on the same windows of text.
 
@@ -337,21 +342,26 @@ def judge(
         before, after: for each domain the loss of every window, in the same order, at least one; as
             many in each domain.
         limit: relative rise of a domain's perplexity that is still accepted; None: any.
+        labels: of domains with chats the answer tokens of every window, by which it counts.
     """
     # Nothing is called the same that a stricter limit would fail.
     same = SAME if limit is None else min(SAME, limit)
     changes = {}
+    losses = []
+    new_losses = []
     for domain, loss_W in before.items():
-        difference = over_windows(loss_W, after[domain])
+        labels_W = labels.get(domain)
+        losses.append(mean_loss(loss_W, labels_W))
+        new_losses.append(mean_loss(after[domain], labels_W))
         changes[domain] = Change(
-            before=_perplexity([loss_W]),
-            after=_perplexity([after[domain]]),
-            difference=difference,
+            before=_perplexity(losses[-1:]),
+            after=_perplexity(new_losses[-1:]),
+            difference=over_windows(loss_W, after[domain], labels_W),
             same=same,
         )
     whole = Change(
-        before=_perplexity(list(before.values())),
-        after=_perplexity([after[domain] for domain in before]),
+        before=_perplexity(losses),
+        after=_perplexity(new_losses),
         difference=mean_difference([change.difference for change in changes.values()]),
         same=same,
     )

@@ -46,6 +46,57 @@ def test_loss_is_that_of_transformers(kind, request):
     assert scores.tokens_per_second > 0
 
 
+def some_answers():
+    """Return windows in which few ids are labels, of one domain; the second window has none, and
+    the last one's first id is no label of its own."""
+    generator = np.random.default_rng(3)
+    windows = some_windows()
+    learned_WS = generator.random((5, 13)) < np.array([[0.2], [0.0], [0.9], [0.5], [0.1]])
+    learned_WS[:, 0] = False
+    learned_WS[4, :2] = True
+    windows["alpha"] = np.where(learned_WS, windows["alpha"], ~windows["alpha"])
+    return windows, learned_WS
+
+
+@pytest.mark.parametrize("kind", ["dense_dir", "nexus_dir"])
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
+def test_of_chats_the_answers_alone_are_scored(kind, at_once, request, monkeypatch):
+    monkeypatch.setattr(passes, "LOGITS_AT_ONCE", at_once * 31)
+    directory, (windows, learned_WS) = request.getfixturevalue(kind), some_answers()
+    scores = score(directory, windows, batch=2)
+    model = stock(directory)
+    ids_WS = torch.from_numpy(some_windows()["alpha"])
+    labels_WS = torch.where(torch.from_numpy(learned_WS), ids_WS, -100)
+    expected = model(input_ids=ids_WS, labels=labels_WS).loss.item()
+    assert scores.loss["alpha"] == pytest.approx(expected, abs=1e-6)
+    assert scores.perplexity["alpha"] == pytest.approx(math.exp(expected), rel=1e-5)
+    kept = [0, 2, 3, 4]
+    for loss, window in zip(scores.window_loss["alpha"], kept, strict=True):
+        one = model(input_ids=ids_WS[[window]], labels=labels_WS[[window]]).loss.item()
+        assert loss == pytest.approx(one, abs=1e-6)
+    counts = learned_WS[:, 1:].sum(axis=1)
+    assert scores.window_labels["alpha"].tolist() == counts[kept].tolist()
+    assert scores.tokens == {"alpha": 4 * 12, "beta": 5 * 12}
+    # plain text beside it is what it is without chats
+    assert list(scores.window_labels) == ["alpha"]
+    plain = score(directory, some_windows(), batch=2)
+    assert plain.window_labels == {}
+    assert np.array_equal(plain.window_loss["beta"], scores.window_loss["beta"])
+    if scores.routing:
+        # prompts of windows that are read go somewhere, too
+        assert scores.routing.share[:, 0].sum(axis=1) == pytest.approx(1.0)
+
+
+def test_chats_without_a_token_of_an_answer(dense_dir):
+    windows = some_windows()
+    windows["beta"] = ~windows["beta"]
+    # an input only
+    windows["beta"][:, 0] = 3
+    message = r"domain 'beta': no token of an answer in its 5 windows; .* fit into 12 tokens"
+    with pytest.raises(DataError, match=message):
+        score(dense_dir, windows)
+
+
 def test_loss_does_not_depend_on_batch_and_slices(dense_dir, monkeypatch):
     whole = score(dense_dir, some_windows(), batch=5).loss
     # 7 tokens a slice: the last slice is a partial one
@@ -128,7 +179,7 @@ def test_saturated_places():
         ),
         ({"a": np.zeros(5, np.int64)}, r"found windows of shape \(5,\)"),
         ({"a": np.full((1, 5), 31)}, r"found token ids from 31 to 31, .* knows 0 to 30; tokenise"),
-        ({"a": np.full((1, 5), -1)}, "found token ids from -1 to -1"),
+        ({"a": np.full((1, 5), ~31)}, "found token ids from 31 to 31"),
         (
             {"a": np.zeros((1, 66), np.int64)},
             "windows of 65 tokens, .* reads at most 64; choose a smaller length",

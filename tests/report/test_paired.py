@@ -8,6 +8,7 @@ from nexus_ds.report.page import Spread
 from nexus_ds.report.paired import (
     Difference,
     mean_difference,
+    mean_loss,
     over_windows,
     paired,
     quantile,
@@ -99,6 +100,19 @@ def test_groups_of_unequal_size_count_by_their_windows():
     assert standard_error(values) == pytest.approx(
         math.sqrt(10 / 9 * (6.0**2 + 8 * 0.6**2 + 1.2**2)) / 12
     )
+
+
+def test_windows_of_chats_count_by_their_answer_tokens():
+    """Per token: 3 tokens at 0.5, 1 at 0.9; by hand, and the same as windows of one token each."""
+    found = over_windows([2.0, 1.0], [2.5, 1.9], [3, 1])
+    assert found.mean == pytest.approx((3 * 0.5 + 0.9) / 4)
+    # sums -0.3 and 0.3
+    assert found.error == pytest.approx(math.sqrt(2 * 2 * 0.3**2) / 4)
+    values = [0.1, 0.3, 0.2, 0.5, 0.4, 0.1, 0.0, 0.2, 0.6, 0.1]
+    assert standard_error(values, [7] * 10) == pytest.approx(standard_error(values))
+    assert mean_loss(values, [7] * 10) == pytest.approx(mean_loss(values))
+    # a change that is the same for each token has no error, however many a window has
+    assert over_windows([0.0] * 3, [0.25] * 3, [1, 5, 2]) == Difference(0.25, 0.0, 2)
 
 
 def test_one_window_has_no_error():

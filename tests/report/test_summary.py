@@ -5,11 +5,13 @@ import json
 import math
 from statistics import fmean
 
+import numpy as np
 import pytest
 from made_up_evaluation import LOSSES, SETUP, measured, models
 
 from nexus_ds.errors import ConfigError
-from nexus_ds.report.evaluation import evaluation_sections, intro
+from nexus_ds.report.evaluation import evaluation_sections, intro, write_evaluation
+from nexus_ds.report.paired import standard_error
 from nexus_ds.report.summary import ModelTasks, Summary, compared, summarise
 
 
@@ -156,6 +158,29 @@ def test_what_is_read_is_what_was_written(with_tasks):
     again = Summary.from_json(json.loads(text))
     assert json.dumps(again.to_json()) == text
     assert isinstance(again.tasks["after"], ModelTasks)
+
+
+def test_of_chats_the_answer_tokens_of_each_window_are_kept(tmp_path):
+    parts = models()
+    for part in parts.values():
+        part.scores.window_labels = {"a": np.array([8, 2, 2, 4])}
+    found = summarise(parts, SETUP)
+    assert found.labels("after") == {"a": [8, 2, 2, 4]}
+    # (8 * 1.1 + 2 * 1.2 + 2 * 0.9 + 4 * 0.8) / 16, less (8 * 2 + 2 * 2.2 + 2 * 1.8 + 4 * 2) / 16
+    assert found.loss["after"]["a"] == pytest.approx(1.0125)
+    assert found.verdict.domains["a"].difference.mean == pytest.approx(1.0125 - 2.0)
+    assert found.verdict.domains["a"].before == pytest.approx(math.exp(2.0))
+    text = json.dumps(found.to_json())
+    again = Summary.from_json(json.loads(text))
+    assert again == found and json.dumps(again.to_json()) == text
+    assert "Of chats the answers alone count: 16 tokens of a." in intro(again)
+    write_evaluation(again, tmp_path)
+    lines = (tmp_path / "figures" / "perplexity.csv").read_text().splitlines()
+    errors = {tuple(line.split(",")[:2]): line.split(",")[4] for line in lines[1:]}
+    expected = standard_error(LOSSES["after"]["a"], [8, 2, 2, 4])
+    assert float(errors["after", "a"]) == pytest.approx(expected)
+    plain = summarise(models(), SETUP)
+    assert "window_labels" not in plain.to_json() and "chats" not in intro(plain)
 
 
 @pytest.mark.parametrize("said", [{}, {"tasks": {}}, {"tasks": None}])

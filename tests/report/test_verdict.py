@@ -53,6 +53,20 @@ def test_each_domain_gets_a_verdict_and_all_count_the_same():
     assert verdict.all.verdict == "worse"
 
 
+def test_windows_of_chats_count_by_their_answer_tokens():
+    before = {"law": [2.0, 1.0], "code": [1.0, 1.0]}
+    after = {"law": [1.0, 2.0], "code": [1.1, 1.1]}
+    verdict = judge(before, after, labels={"law": [3, 1]})
+    law = verdict.domains["law"]
+    assert law.before == pytest.approx(math.exp(7 / 4))
+    assert law.after == pytest.approx(math.exp(5 / 4))
+    assert law.difference.mean == pytest.approx(-0.5)
+    assert verdict.domains["code"].difference.mean == pytest.approx(0.1)
+    assert verdict.all.before == pytest.approx(math.exp((7 / 4 + 1) / 2))
+    assert verdict.all.after == pytest.approx(math.exp((5 / 4 + 1.1) / 2))
+    assert judge(before, after).domains["law"].difference.mean == 0
+
+
 def test_every_column_of_the_table():
     lines = [line.split("  ") for line in sure().text().splitlines()]
     cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]

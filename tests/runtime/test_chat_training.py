@@ -13,10 +13,10 @@ import torch
 from conftest import DOMAINS, WORDS, make_nexus, sentences
 from launch import finish, start_ranks
 from safetensors.torch import load_file
+from test_chat_scores import TEMPLATE
 from test_train import settings
 from transformers import AutoModelForCausalLM
 
-from nexus_ds.__main__ import main
 from nexus_ds.config import load_config
 from nexus_ds.data.corpora import open_source
 from nexus_ds.data.mixture import Sampler, domain_weights
@@ -25,11 +25,6 @@ from nexus_ds.errors import DataError
 from nexus_ds.runtime.loop import read_data
 
 TRAIN = Path(__file__).parents[2] / "nexus_ds" / "train.py"
-# the words before an answer are known, and no answer begins with one
-TEMPLATE = (
-    "{% for m in messages %}{{ 'sum ' if m.role == 'user' else 'proof ' }}{{ m.content }} "
-    "{% endfor %}{% if add_generation_prompt %}proof {% endif %}"
-)
 STEPS, BATCH, LENGTH = 3, 8, 16
 
 
@@ -184,14 +179,3 @@ def test_windows_without_an_answer_are_refused(made, alone, tmp_path):
     config = load_config("demo", words)
     with pytest.raises(DataError, match="alpha: no token of an answer in its 4 validation windows"):
         read_data(config, Path(config.model.tokenizer))
-
-
-def test_chats_are_scored_as_their_template_renders_them(made, tmp_path, capsys):
-    words = ["evaluate", "--checkpoint", str(made / "nexus"), "--data", str(made / "text")]
-    words += ["--windows", "3", "--length", str(LENGTH), "--out", str(tmp_path / "report")]
-    assert main(words) == 1
-    said = capsys.readouterr().err
-    assert "a chat (messages), expected text; data.chat=true reads chats" in said
-    assert "--chat of evaluate" in said
-    assert main([*words, "--chat"]) == 0
-    assert "alpha" in capsys.readouterr().out
