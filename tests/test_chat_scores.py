@@ -134,7 +134,7 @@ def test_chats_want_the_option(made, tmp_path, capsys):
     assert main(evaluation(made, tmp_path / "out")) == 1
     said = capsys.readouterr().err
     assert "a chat (messages), expected text; data.chat=true reads chats" in said
-    assert "--chat of evaluate" in said
+    assert "--chat of evaluate and remove" in said
 
 
 def test_models_of_other_templates_read_their_own_windows(made, tmp_path, capsys):
@@ -179,3 +179,15 @@ def test_extend_judges_by_answers(made, tmp_path, capsys):
     words += ["--no-refit", "--json", "--out", str(tmp_path / "out"), "data.chat=true"]
     assert main(words) == 0
     judged(made, tmp_path / "out", json.loads(capsys.readouterr().out)["verdict"])
+
+
+def test_remove_judges_by_answers(made, tmp_path, capsys):
+    words = ["remove", "--checkpoint", str(made / "nexus"), "--expert", "beta"]
+    words += ["--data", str(made / "text"), "--windows", str(COUNT), "--json"]
+    assert main([*words, "--out", str(tmp_path / "not")]) == 1
+    assert "--chat of evaluate and remove" in capsys.readouterr().err
+    assert not (tmp_path / "not").exists()
+    assert main([*words, "--chat", "--out", str(tmp_path / "out")]) == 0
+    result = json.loads(capsys.readouterr().out)
+    judged(made, tmp_path / "out", result["verdict"])
+    assert "--chat" in result["next"].split()

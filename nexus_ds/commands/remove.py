@@ -45,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="of that text: documents don't begin with the BOS of the model's tokenizer",
     )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="of that text: rows may be chats, rendered by the tokenizer's template, and their "
+        "answers alone scored (trained with data.chat=true)",
+    )
     before_after.add_options(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -64,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     scored = None
     if args.data:
         # the old model is scored first: text that can't be read is told before anything is written
-        scored = BeforeAfter(args.checkpoint, args.data, domains, args.windows, not args.no_bos)
+        bos = not args.no_bos
+        scored = BeforeAfter(args.checkpoint, args.data, domains, args.windows, bos, args.chat)
     with new_directory(args.out) as directory:
         # nothing is fitted, so neither the router's settings nor the seed matter
         model.write(directory, None, RouterConfig(), 0)
@@ -72,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if scored:
         # the checkpoint under its final name, as whoever uses it will read it
         after = scored.after(args.out)
-        verdict = before_after.judge(scored.before, after, limit)
+        verdict = before_after.judge(scored.before, after, limit, scored.labels)
     command = _evaluation(args)
     if args.json:
         result = model.summary(args.out, None) | {
@@ -93,4 +100,5 @@ def _evaluation(args: argparse.Namespace) -> str:
     words = ["--checkpoint", str(args.checkpoint), "--checkpoint", str(args.out)]
     words += ["--data", args.data or "DIR"]
     words += ["--no-bos"] if args.no_bos else []
+    words += ["--chat"] if args.chat else []
     return shlex.join(["nexus-ds", "evaluate", *words, "--out", f"{args.out}-report"])

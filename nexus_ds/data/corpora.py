@@ -172,7 +172,7 @@ def _batches(
         if document.chat and not chats:
             raise DataError(
                 f"{document.where}: a chat (messages), expected text; data.chat=true reads chats "
-                "by the tokenizer's template (--chat of evaluate)"
+                "by the tokenizer's template (--chat of evaluate and remove)"
             )
         batches.setdefault(domain, []).append(document)
         sizes[domain] += len(document.text)
