@@ -1,8 +1,9 @@
-"""Write docs/families.md out of the tables that the tests run by, and of what was found of other
-programs: `PYTHONPATH=. python tests/family_page.py`.
+"""Write docs/families.md out of the tables that the tests run by:
+`PYTHONPATH=. python tests/family_page.py`.
 
 A family's row comes from `FAMILIES` and from the rows of KINDS and ROWS that have it; a bound is
-the one that the test asserts. tests/test_family_page.py holds the page to this.
+the one that the test asserts; programs are those of `TARGETS`, of which docs/serving.md has the
+versions. tests/test_family_page.py holds the page to this.
 """
 
 import importlib
@@ -17,7 +18,9 @@ from test_readme import KINDS as IN_README
 from nexus_ds.checkpoint import families
 from nexus_ds.checkpoint.families.record import Family
 from nexus_ds.checkpoint.families.table import FAMILIES
+from nexus_ds.checkpoint.forms import NATIVE as NATIVE_PREFIX
 from nexus_ds.checkpoint.wrappers import WRAPPERS
+from nexus_ds.serving.targets import TARGETS
 from tests.checkpoint.test_dense import FP32, KINDS
 from tests.checkpoint.test_native import KINDS as NATIVE
 from tests.checkpoint.test_qwen3_next import BF16, GRADIENTS, NOISE
@@ -170,63 +173,7 @@ def pinned(file, package):
     return re.search(rf"^{package}==(\S+)$", (ROOT / file).read_text(), re.M)[1]
 
 
-RUNTIMES = {  # form: program, whether it takes it, what to know
-    "qwen2_moe": (
-        (f"transformers {pinned('requirements.txt', 'transformers')} (run)", "yes", ""),
-        (
-            f"transformers {pinned('tests/transformers4.txt', 'transformers')} (run)",
-            "mostly",
-            "what it computes otherwise, or refuses, is said when a mixture is written: heads of "
-            "another width than hidden size / heads, windows in some layers, generation beyond a "
-            "window, a longrope factor; GLM-4, Phi-4-mini and Granite were run",
-        ),
-        (
-            "vLLM 002fb907 (read)",
-            "Qwen2",
-            "it expects biases of q, k and v, which a mixture of Llama or Mistral has not; heads "
-            "of hidden size / heads; windows in some layers are not asked for",
-        ),
-        (
-            "SGLang 0115497d (read)",
-            "yes",
-            "heads of hidden size / heads; windows are not asked for",
-        ),
-        (
-            "llama.cpp of November 2026 (run)",
-            "mostly",
-            "log-probabilities to 0.013 in 2000 tokens; llama3's scaling of RoPE is dropped "
-            "without a word; heads of hidden size / heads",
-        ),
-    ),
-    "qwen3_next": (
-        (f"transformers {pinned('requirements.txt', 'transformers')} (run)", "yes", ""),
-        (
-            f"transformers {pinned('tests/transformers4.txt', 'transformers')} (run)",
-            "yes",
-            "generates with use_cache=False alone, and refuses else",
-        ),
-        ("vLLM 002d6073 (read)", "yes", "prefix caching follows its rules for hybrid models"),
-        ("SGLang, source of November 2026 (read)", "yes", ""),
-        (
-            "llama.cpp v0.5.0 (run)",
-            "no",
-            "it ends in GGML_ASSERT(buffer) for a model without layers of linear attention",
-        ),
-    ),
-}
-RUNTIMES["nexus_<family>"] = (
-    (
-        f"transformers {pinned('requirements.txt', 'transformers')} (run)",
-        "yes",
-        "after `import nexus_ds.hf`",
-    ),
-    (
-        "vLLM 0.32.0 (run)",
-        "OLMo 2",
-        "where nexus_ds is installed beside it; the other families were not run",
-    ),
-    ("others", "no", "none was run; they have no model of this name"),
-)
+OWN_FORM = "nexus_<family>"
 LOST = {
     "qwen2_moe": "Of Llama, Mistral, Qwen2, Ministral, Seed-OSS, Phi-3 and Phi-4 nothing. The "
     "shared expert's down_proj is stored doubled (its gate is 1/2). GLM-4 and ERNIE 4.5: the order "
@@ -278,7 +225,23 @@ def tested(family):
 
 def form_of(family):
     """Return the name of the form of a family's mixture."""
-    return family.mixture or "nexus_<family>"
+    return family.mixture or OWN_FORM
+
+
+def programs(form):
+    """Return the programs that take a form, of native ones with the families that were run."""
+    native = {NATIVE_PREFIX + name for name, family in FAMILIES.items() if not family.mixture}
+    wanted = native if form == OWN_FORM else {form}
+    found = []
+    for target in TARGETS.values():
+        mine = [name for name in target.forms if name in wanted]
+        # a place to keep models, which runs none
+        if mine and target.name != "hub":
+            which = "" if set(mine) == wanted else f" ({', '.join(f'`{name}`' for name in mine)})"
+            # 5 needs no export
+            program = {"transformers4": "transformers 4"}.get(target.name, target.program)
+            found.append(program + which)
+    return ", ".join(found)
 
 
 def page():
@@ -293,7 +256,7 @@ def page():
         [f"`{claim.form}`" if claim.form in forms else claim.form, *claim[1:3], f"`{claim.test}`"]
         for claim in CLAIMS
     ]
-    runtimes = [[f"`{form}`", *row] for form in forms for row in RUNTIMES[form]]
+    taking = "\n".join(f"* `{form}`: {programs(form)}" for form in forms)
     return f"""# Dense families, and which programs take their mixtures
 
 Made by `tests/family_page.py` out of the tables that the tests run by; don't edit it here.
@@ -317,9 +280,12 @@ Another `model_type` is refused by name, with the reason where one is known. Of 
 
 ## Programs
 
-Run: its numbers were compared with those of transformers. Read: its source was, at that commit.
+transformers 5 takes every form, `nexus_*` after `import nexus_ds.hf`. Others take an export of it:
 
-{table(["form", "program", "takes it", "what to know"], runtimes)}
+{taking}
+
+Which version was looked at, what each refuses and how to export says
+[one table](serving.md#which-program-takes-what).
 
 With `router.input=context` the form is `nexus_moe`, which transformers 5 alone takes, after
 `import nexus_ds.hf`.
