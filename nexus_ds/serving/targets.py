@@ -58,14 +58,30 @@ Holds = Callable[[Mixture], bool]
 
 
 @dataclass(frozen=True)
+class Kind:
+    """A kind of mixture that some programs have trouble with."""
+
+    what: str
+    """As the page's table has it."""
+    holds: Holds
+
+
+@dataclass(frozen=True)
 class Rule:
     """A kind of mixture that a program would compute wrongly, or not load."""
 
-    what: str
-    """The kind, as the page's table has it."""
+    kind: Kind
     why: str
     """What the program would do; a sentence that begins with it."""
-    holds: Holds
+
+    @property
+    def what(self) -> str:
+        """The kind, in words."""
+        return self.kind.what
+
+    def holds(self, mixture: Mixture) -> bool:
+        """Whether a mixture is of the kind."""
+        return self.kind.holds(mixture)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +128,8 @@ def _odd_heads(mixture: Mixture) -> bool:
     return mixture.form == QWEN2_MOE and sizes.query_width != sizes.hidden_size
 
 
-def _kinds(*names: str) -> Holds:
-    return lambda mixture: mixture.rope in names
+def _rope_is(name: str) -> Holds:
+    return lambda mixture: mixture.rope == name
 
 
 def _two_lists(mixture: Mixture) -> bool:
@@ -157,12 +173,25 @@ def _own_yarn(mixture: Mixture) -> bool:
 
 # The table ----------------------------------------------------------------------------------------
 
-# Three programs have the same reason, so it stands once.
-_ODD_HEADS = Rule(
-    "heads that are not hidden size / number of heads wide",
-    "takes that width for a Qwen2-MoE's heads",
-    _odd_heads,
+# Several programs have trouble with the same kind: its name and its test stand once.
+_ODD_HEADS = Kind("heads that are not hidden size / number of heads wide", _odd_heads)
+_SOME_WINDOWS = Kind("windows in some layers", _some_windows)
+_WINDOWS_EVERYWHERE = Kind("windows in all layers", _windows_everywhere)
+_ANY_WINDOW = Kind("sliding windows", _any_window)
+_DYNAMIC = Kind("RoPE of type dynamic", _rope_is("dynamic"))
+_LONGROPE = Kind("RoPE of type longrope", _rope_is("longrope"))
+_TWO_LISTS = Kind("RoPE of type longrope with two lists of factors", _two_lists)
+_STATED_FACTOR = Kind("RoPE of type yarn with attention_factor", _stated_factor)
+_OWN_YARN = Kind("RoPE of type yarn with more than a factor", _own_yarn)
+_STRETCHED_WINDOWS = Kind("sliding windows beside RoPE that is stretched", _stretched_windows)
+_BIASES = Kind(
+    "llama3's RoPE or sliding windows beside biases of q, k and v", _biases_where_none_are
 )
+_QWEN3 = Kind("Qwen3", _is_next)
+_OWN_FORM = Kind("a form of its own", _is_native)
+_EVERY = Kind("every mixture", _always)
+
+_WIDTH = Rule(_ODD_HEADS, "takes that width for a Qwen2-MoE's heads")
 _TRANSFORMERS_4 = Target(
     name="transformers4",
     program="transformers",
@@ -171,28 +200,12 @@ _TRANSFORMERS_4 = Target(
     writes="the weights; RoPE in the spelling of 4; no cache where that of 4 is wrong",
     command="AutoModelForCausalLM.from_pretrained('DIR')",
     rules=(
-        Rule(
-            "windows in some layers",
-            "gives all layers the window",
-            _some_windows,
-        ),
-        Rule(
-            _ODD_HEADS.what,
-            "refuses it",
-            _odd_heads,
-        ),
+        Rule(_SOME_WINDOWS, "gives all layers the window"),
+        Rule(_ODD_HEADS, "refuses it"),
     ),
     notes=(
-        Rule(
-            "Qwen3",
-            "generates without a cache: its own looks for linear attention",
-            _is_next,
-        ),
-        Rule(
-            "windows in all layers",
-            "generates without a cache",
-            _windows_everywhere,
-        ),
+        Rule(_QWEN3, "generates without a cache: its own looks for linear attention"),
+        Rule(_WINDOWS_EVERYWHERE, "generates without a cache"),
     ),
 )
 _VLLM = Target(
@@ -204,30 +217,12 @@ _VLLM = Target(
     writes="the weights with an index, zero biases of q, k and v where it has some, lm_head",
     command="vllm serve DIR",
     rules=(
-        _ODD_HEADS,
-        Rule(
-            "windows in some layers",
-            "gives no layer a window",
-            _some_windows,
-        ),
-        Rule(
-            "RoPE of type dynamic",
-            "stretches it once for all texts",
-            _kinds("dynamic"),
-        ),
-        Rule(
-            "RoPE of type longrope with two lists of factors",
-            "takes the long ones for all texts where it serves long ones",
-            _two_lists,
-        ),
+        _WIDTH,
+        Rule(_SOME_WINDOWS, "gives no layer a window"),
+        Rule(_DYNAMIC, "stretches it once for all texts"),
+        Rule(_TWO_LISTS, "takes the long ones for all texts where it serves long ones"),
     ),
-    notes=(
-        Rule(
-            "a form of its own",
-            "knows it where nexus_ds is installed beside it",
-            _is_native,
-        ),
-    ),
+    notes=(Rule(_OWN_FORM, "knows it where nexus_ds is installed beside it"),),
 )
 _SGLANG = Target(
     name="sglang",
@@ -237,64 +232,27 @@ _SGLANG = Target(
     writes="the weights, lm_head",
     command="python -m sglang.launch_server --model-path DIR --moe-runner-backend triton",
     rules=(
-        _ODD_HEADS,
-        Rule(
-            "sliding windows",
-            "gives no layer a window",
-            _any_window,
-        ),
-        Rule(
-            "RoPE of type dynamic",
-            "stretches it once for all texts",
-            _kinds("dynamic"),
-        ),
-        Rule(
-            "RoPE of type longrope with two lists of factors",
-            "takes one for all texts of a batch",
-            _two_lists,
-        ),
-        Rule(
-            "RoPE of type yarn with attention_factor",
-            "does not read that key",
-            _stated_factor,
-        ),
+        _WIDTH,
+        Rule(_ANY_WINDOW, "gives no layer a window"),
+        Rule(_DYNAMIC, "stretches it once for all texts"),
+        Rule(_TWO_LISTS, "takes one for all texts of a batch"),
+        Rule(_STATED_FACTOR, "does not read that key"),
     ),
     notes=(
         Rule(
-            "every mixture",
+            _EVERY,
             "renormalises gates with --moe-runner-backend flashinfer_trtllm, which it chooses for "
             "a Qwen3-Next on Blackwell by itself: start it with triton",
-            _always,
         ),
     ),
 )
 # Ollama runs llama.cpp: what one gets wrong the other does.
 _GGUF_RULES = (
-    Rule(
-        "llama3's RoPE or sliding windows beside biases of q, k and v",
-        "has an architecture for either, not for both",
-        _biases_where_none_are,
-    ),
-    Rule(
-        "sliding windows beside RoPE that is stretched",
-        "stretches it only in layers without a window",
-        _stretched_windows,
-    ),
-    Rule(
-        "RoPE of type yarn with more than a factor",
-        "was seen with its own numbers alone",
-        _own_yarn,
-    ),
-    Rule(
-        "RoPE of type dynamic",
-        "has no such RoPE",
-        _kinds("dynamic"),
-    ),
-    Rule(
-        "RoPE of type longrope",
-        "reads no factors for each length there",
-        _kinds("longrope"),
-    ),
+    Rule(_BIASES, "has an architecture for either, not for both"),
+    Rule(_STRETCHED_WINDOWS, "stretches it only in layers without a window"),
+    Rule(_OWN_YARN, "was seen with its own numbers alone"),
+    Rule(_DYNAMIC, "has no such RoPE"),
+    Rule(_LONGROPE, "reads no factors for each length there"),
 )
 _LLAMACPP = Target(
     name="llamacpp",
