@@ -1,14 +1,18 @@
 """LoRA adapters merged while they are read: against the formula, against PEFT, and refusals."""
 
+import itertools
 import json
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
 import torch
-from branches import edit_config, stock
+from branches import edit_config
+from launch import clean_environment
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers4 import python
 
 from nexus_ds.checkpoint.adapters import (
     ADAPTER_WEIGHTS,
@@ -29,6 +33,7 @@ from tests.checkpoint.test_qwen3_next import trained_looking
 from tests.checkpoint.test_views import KINDS as VIEWED
 from tests.checkpoint.test_views import SIZES as VIEW_SIZES
 
+WORKER = __file__.rpartition("/checkpoint/")[0] + "/peft_worker.py"
 ATTENTION = ("self_attn.q_proj", "self_attn.o_proj")
 FFN = ("mlp.gate_proj", "mlp.down_proj")
 LINEAR = {"r": 4, "lora_alpha": 6}
@@ -169,27 +174,28 @@ def test_whole_weights_and_embeddings(tmp_path, dense_dir):
         open_branch(tmp_path / "law")
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_peft_merges_the_same(tmp_path, dense_dir, dtype, rslora):
-    """PEFT's own merge, where it is installed, up to the order of its sum in fp32."""
-    peft = pytest.importorskip("peft")
-    base = untied(dense_dir, tmp_path / "base", dtype)
-    modules = ["q_proj", "v_proj", "gate_proj", "down_proj", "lm_head"]
-    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.gate_proj": 9}}
-    kinds = {"use_rslora": rslora, "init_lora_weights": False}
-    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=modules, **kinds, **patterns)
-    torch.manual_seed(0)
-    peft.get_peft_model(stock(base), config).save_pretrained(tmp_path / "law")
-    merged = peft.PeftModel.from_pretrained(stock(base), tmp_path / "law").merge_and_unload()
-    reader = open_branch(tmp_path / "law", base).reader
-    changed = 0
-    for name, tensor in merged.state_dict().items():
-        difference = (reader.read(name).double() - tensor.double()).abs().max()
-        # the last bit of the largest number, before weight and product cancel
-        assert difference <= 4 * torch.finfo(dtype).eps * tensor.double().abs().max(), name
-        changed += not torch.equal(tensor, load_file(base / "model.safetensors")[name])
-    assert changed == 2 * 4 + 1
+@pytest.mark.slow
+def test_peft_merges_the_same(tmp_path, dense_dir):
+    """PEFT's own adapters and its own merge, up to the order of its sum in fp32."""
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    bases = [untied(dense_dir, tmp_path / name, dtype) for name, dtype in dtypes.items()]
+    command = [python("finetuning"), WORKER, tmp_path, *bases]
+    environment = clean_environment() | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert not done.returncode, done.stderr[-3000:]
+    for base, kind in itertools.product(bases, ("plain", "rslora")):
+        folder = tmp_path / f"{base.name}-{kind}"
+        merged = load_file(folder / "merged.safetensors")
+        before = load_file(base / "model.safetensors")
+        assert set(merged) == set(before)
+        reader = open_branch(folder, base).reader
+        eps = torch.finfo(dtypes[base.name]).eps
+        for name, tensor in merged.items():
+            difference = (reader.read(name).double() - tensor.double()).abs().max()
+            # the last bit of the largest number, before weight and product cancel
+            assert difference <= 4 * eps * tensor.double().abs().max(), (folder.name, name)
+        changed = [name for name in merged if not torch.equal(merged[name], before[name])]
+        assert len(changed) == 2 * 4 + 1, folder.name
 
 
 def test_a_tied_base(tmp_path, dense_dir):
