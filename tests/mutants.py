@@ -158,7 +158,6 @@ FAULTS = (
         "checkpoint/forms.py",
         'return f"Nexus{words}ForCausalLM"',
         'return f"{words}ForCausalLM"',
-        "checkpoint/test_native.py",
     ),
     Fault(
         "norms of a family's own places are left out",

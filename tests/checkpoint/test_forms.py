@@ -4,7 +4,7 @@ import pytest
 
 from nexus_ds.checkpoint.dense_settings import family_of, settings
 from nexus_ds.checkpoint.families.table import FAMILIES
-from nexus_ds.checkpoint.forms import MIXTURES, NATIVE, as_source, native_family
+from nexus_ds.checkpoint.forms import MIXTURES, NATIVE, as_source, native_class, native_family
 from nexus_ds.checkpoint.qwen2_moe import moe_config
 from nexus_ds.errors import CheckpointError
 
@@ -51,6 +51,18 @@ def test_a_native_form_is_its_family_with_experts():
         None,
         None,
     ]
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("olmo2", "NexusOlmo2ForCausalLM"),
+        ("hunyuan_v1_dense", "NexusHunyuanV1DenseForCausalLM"),
+    ],
+)
+def test_a_native_form_has_a_class_that_no_other_program_has(family, name):
+    """In words: files that are there name it, and the dense family's own is another."""
+    assert native_class(family) == name
 
 
 @pytest.mark.parametrize("source", [None, {}, {"model_type": "gpt2"}, "qwen3"])
