@@ -159,6 +159,7 @@ def test_the_commands_of_the_page_train_a_branch_and_a_mixture(made, tmp_path):
     block = re.search(r"```bash\n(.*?)```", page, re.S)[1]
     short = ["training.tokens=0", "training.steps=2", "training.eval_windows=4", "model.dtype=fp32"]
     short += ["training.batch_size=2", f"data.sequence_length={LENGTH}", "pipeline.card=false"]
+    short += ["training.backbone_lr_scale=0"]
     for line in block.splitlines():
         words = ["-m", "nexus_ds", *shlex.split(line)[1:], *short]
         assert "answers or text" in finish(start_ranks(words, 1, cwd=tmp_path))
@@ -167,6 +168,11 @@ def test_the_commands_of_the_page_train_a_branch_and_a_mixture(made, tmp_path):
         for out in ("models/law", "moe/chat")
     ]
     assert [config["model_type"] for config in found] == ["llama", "qwen2_moe"]
+    # in DeepSpeed's own groups, too, a rate of 0 leaves every bit of the backbone
+    for start, out in (("models/seed", "models/law"), ("moe/start", "moe/chat")):
+        before, after = (load_file(tmp_path / at / "model.safetensors") for at in (start, out))
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert moved and all(".mlp." in name for name in moved), out
     # the template goes along, so that the branch can become an expert that talks
     assert (tmp_path / "models" / "law" / "chat_template.jinja").read_text() == TEMPLATE
 

@@ -312,6 +312,30 @@ def test_a_branch_may_train_its_feed_forward_networks_alone(dense_dir):
     assert not any(".mlp." in name for name in found["matrices of backbone"][2])
 
 
+@pytest.mark.parametrize("kind", ["dense", "mixture"])
+def test_a_backbone_without_a_rate_keeps_every_bit_and_all_else_learns(kind, dense_dir, nexus_dir):
+    """By steps of AdamW with decay, as the loop sets its rates; gradients are large everywhere."""
+    training = Config().training
+    training.backbone_lr_scale = 0.0
+    training.weight_decay = 0.2
+    if kind == "dense":
+        model = load_stock(dense_dir, torch.float32)
+    else:
+        model = load_nexus(nexus_dir, torch.float32, Placement(3), Config().router, False)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.AdamW(parameter_groups(model, training, 0.05), lr=1.0)
+    for lr in (1e-2, 2e-2):
+        set_learning_rate(SimpleNamespace(optimizer=optimizer), lr)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    moved = set()
+    for name, parameter in model.named_parameters():
+        if not torch.equal(parameter, before[name]):
+            moved.add(name)
+    assert moved == {name for name in before if ".mlp." in name}
+
+
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_the_routers_losses_are_scaled_as_the_main_loss_is(monkeypatch, nexus_dir, accumulation):
     model, _ = started(monkeypatch, nexus_dir, 3, accumulation)
