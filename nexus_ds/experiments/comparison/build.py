@@ -58,11 +58,20 @@ def _add_extension(
         by_seed[jobs.case.seed] = extended(jobs, extension, groups)
 
 
+def _refuse_chats(jobs: CaseJobs) -> None:
+    # An ensemble weighs its members by all tokens, prompts too; told before days of training.
+    if jobs.config(MOE).data.chat:
+        raise ConfigError(
+            "data.chat=true: a comparison scores plain text alone; give it text, or train by hand "
+            "and compare the checkpoints with evaluate --chat"
+        )
+
+
 def build(recipe: str, overrides: Sequence[str], out: Path) -> Comparison:
     """Return the jobs of a recipe's comparison; nothing is written.
 
     Raises:
-        ConfigError: unknown names, no domains.
+        ConfigError: unknown names, no domains, chats.
     """
     builder = Builder(recipe, overrides, out)
     config = builder.reader.config(MOE, Case(0))
@@ -78,6 +87,7 @@ def build(recipe: str, overrides: Sequence[str], out: Path) -> Comparison:
         for variant, settings in variants.items():
             case = Case(seed, tuple(settings))
             jobs = CaseJobs(builder, case)
+            _refuse_chats(jobs)
             for method in methods:
                 _add_method(found, variant, jobs, method)
             for extension in extensions:

@@ -77,6 +77,14 @@ def test_adding_each_together_and_in_sequence():
             "pipeline.domains is empty; name the domains of the upcycled experts",
         ),
         (
+            "data.chat=true",
+            "data.chat=true: a comparison scores plain text alone; give it text, or train by hand",
+        ),
+        (
+            "compare.variants={chats: [data.chat=true]}",
+            "data.chat=true: a comparison scores plain text alone; give it text, or train by hand",
+        ),
+        (
             "compare.adding=all",
             "compare.adding: unknown value 'all'; known: each, together, sequence",
         ),
