@@ -21,6 +21,7 @@ FOLDERS = {
     "planning",
     "report",
     "runtime",
+    "serving",
     "slurm",
     "upcycling",
     "warm_start",

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers4 import run
 from transformers4_worker import LENGTH, log_probs, tokens
 
+from nexus_ds.checkpoint.tensors import TensorWriter
 from nexus_ds.data.tokenizer import train_tokenizer
 from nexus_ds.errors import CheckpointError, ServingError
 from nexus_ds.serving.directory import (
@@ -163,6 +164,16 @@ def test_what_was_written_is_read_again(made, tmp_path):
         with pytest.raises(ServingError, match=f"{name} is not what was to be written.*again"):
             check_weights(opened, tmp_path, plan)
         (tmp_path / "model.safetensors").write_bytes(before)
+
+
+def test_a_directory_that_is_not_what_was_written_is_refused(made, tmp_path, monkeypatch):
+    class Broken(TensorWriter):
+        def write_rows(self, name, first, rows):
+            super().write_rows(name, first, rows * (2 if name == "model.norm.weight" else 1))
+
+    monkeypatch.setattr("nexus_ds.serving.directory.TensorWriter", Broken)
+    with pytest.raises(ServingError, match=r"model.norm.weight is not what was to be written"):
+        exported(made, "sglang", tmp_path / "out")
 
 
 def test_a_damaged_checkpoint_is_no_export(made, tmp_path):

@@ -3,6 +3,7 @@
 import llama_cpp
 import pytest
 from branches import make_parts, upcycle
+from conftest import save_tokenizer
 
 from nexus_ds.errors import ServingError
 from nexus_ds.serving.exporting import export_to
@@ -34,6 +35,25 @@ def test_just_what_a_program_reads_is_there(name, files, made, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
     assert exported.tensors > 30
     assert any("no chat template" in note for note in exported.notes) == (name == "ollama")
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory):
+    """A mixture with windows in some of its layers."""
+    folder = tmp_path_factory.mktemp("windowed")
+    save_tokenizer(folder / "tokenizer")
+    return make(folder, "qwen2-sliding", 3, 1)[0]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_a_program_computes_wrongly_is_not_written_for_it(name, windowed, tmp_path):
+    if name == "hub":
+        assert export_to(windowed, TARGETS[name], tmp_path / "out").tensors > 30
+        return
+    # the table's own test has each rule's words
+    with pytest.raises(ServingError, match=r"windows.* --for hub keeps the model as it is"):
+        export_to(windowed, TARGETS[name], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_refused_tokenizer_leaves_nothing(tmp_path, dense_dir, text_folder):

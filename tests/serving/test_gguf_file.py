@@ -210,6 +210,20 @@ def test_the_architecture_is_one_that_computes_it(kind):
     )
 
 
+def test_rope_is_that_of_the_model():
+    """500, and not the 10000 that llama.cpp takes where nothing is said."""
+    facts = facts_of(mixture("llama3-rope"))
+    assert facts["rope.freq_base"] == facts["rope.freq_base_swa"] == 500.0
+    # it is stretched by factors of its own
+    assert "rope.scaling.type" not in facts
+    for kind in ("linear", "yarn"):
+        facts = facts_of(mixture(kind))
+        assert facts["rope.freq_base"] == 500.0 and "rope.freq_base_swa" not in facts
+        assert (facts["rope.scaling.type"], facts["rope.scaling.factor"]) == (kind, 4.0)
+        first = facts.get("rope.scaling.original_context_length")
+        assert first == (16 if kind == "yarn" else None)
+
+
 def test_windows_are_said_layer_by_layer():
     facts = facts_of(mixture("mistral-sliding"))
     assert facts["attention.sliding_window_pattern"] == [True] * 3

@@ -32,6 +32,9 @@ INTO_THE_FIRST = (
     "{% else %}{{ '[' + m.role[:1] + ']' + m.content + '[B]' }}{% endif %}{% endfor %}"
 )
 
+# no more than fixed text in a short talk
+LATER = CHATML.replace("{{ '<|im", "{% if loop.index > 3 %}{{ 'and ' }}{% endif %}{{ '<|im", 1)
+
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
@@ -97,8 +100,13 @@ def test_without_a_template_a_prompt_is_continued(words):
 
 @pytest.mark.parametrize(
     "template",
-    [INTO_THE_FIRST, CHATML.replace("<|im_end|>", '"""'), "{{ messages[0].content | upper }}"],
-    ids=["into the first", "quotes", "upper"],
+    [
+        INTO_THE_FIRST,
+        LATER,
+        CHATML.replace("<|im_end|>", '"""'),
+        "{{ messages[0].content | upper }}",
+    ],
+    ids=["into the first", "later", "quotes", "upper"],
 )
 def test_a_template_that_does_more_is_refused(template, words, tmp_path):
     folder = with_template(words, tmp_path / "t", template)
