@@ -35,4 +35,4 @@ def compile_layers(model: nn.Module) -> None:
             part.compile()
     for part in model.modules():
         if isinstance(part, RoutedExperts):
-            part.elementwise = compiled_elementwise()
+            part.elementwise = compiled_elementwise(part.activation)

@@ -39,19 +39,54 @@ def grouped_kernel(capability: tuple[int, int] | None, triton: bool) -> str | No
     return None if kernel == "triton" and not triton else kernel
 
 
-class FeedForward(nn.Module):
-    """SwiGLU feed-forward network without biases: [.., H] -> [.., H]."""
+class Activation(NamedTuple):
+    """What the gate of a feed-forward network goes through."""
 
-    def __init__(self, hidden_size: int, ffn_size: int) -> None:
+    value: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]
+    """(gradient of the values, what went in) -> gradient of what went in."""
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _gelu_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(gradient, x, approximate="tanh")
+
+
+ACTIVATIONS = {
+    "silu": Activation(F.silu, torch.ops.aten.silu_backward),
+    "gelu_pytorch_tanh": Activation(_gelu, _gelu_gradient),
+}
+"""By the names that transformers has for them."""
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward network without biases: [.., H] -> [.., H].
+
+    Args:
+        hidden_size: H.
+        ffn_size: F.
+        activation: of the gate, one of ACTIVATIONS.
+    """
+
+    def __init__(self, hidden_size: int, ffn_size: int, activation: str = "silu") -> None:
         super().__init__()
+        self.activation = activation
         self.gate_proj = nn.Linear(hidden_size, ffn_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, ffn_size, bias=False)
         self.down_proj = nn.Linear(ffn_size, hidden_size, bias=False)
 
+    def inner(self, x: Tensor) -> Tensor:
+        """Return activation(gate(x)) * up(x), [.., F]."""
+        activation = ACTIVATIONS[self.activation]
+        gate = activation.value(self.gate_proj(x))
+        return gate * self.up_proj(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        """Return down(silu(gate(x)) * up(x))."""
-        gate = F.silu(self.gate_proj(x))
-        return self.down_proj(gate * self.up_proj(x))
+        """Return down(activation(gate(x)) * up(x))."""
+        return self.down_proj(self.inner(x))
 
 
 class _Dispatch(torch.autograd.Function):
@@ -145,8 +180,8 @@ class ExpertOrder:
         return (rows_TKH * gate_TK[:, :, None]).sum(1).to(dtype)
 
 
-class _SwiGLUExperts(torch.autograd.Function):
-    """y = W_2 (silu(W_1 x) * W_3 x) of each expert on its own rows."""
+class _LoopedExperts(torch.autograd.Function):
+    """y = W_2 (activation(W_1 x) * W_3 x) of each expert on its own rows."""
 
     @staticmethod
     def forward(
@@ -156,6 +191,7 @@ class _SwiGLUExperts(torch.autograd.Function):
         w2_EHF: Tensor,
         w3_EFH: Tensor,
         counts: list[int],
+        activation: Activation,
     ) -> Tensor:
         gate_NF = x_NH.new_empty(len(x_NH), w1_EFH.shape[1])
         up_NF = torch.empty_like(gate_NF)
@@ -164,17 +200,18 @@ class _SwiGLUExperts(torch.autograd.Function):
             x_nH = x_NH[rows]
             gate_nF = torch.mm(x_nH, w1_EFH[e].T, out=gate_NF[rows])
             up_nF = torch.mm(x_nH, w3_EFH[e].T, out=up_NF[rows])
-            inner_nF = F.silu(gate_nF).mul_(up_nF)
+            inner_nF = activation.value(gate_nF).mul_(up_nF)
             torch.mm(inner_nF, w2_EHF[e].T, out=y_NH[rows])
             # else it would be there beside the next expert's
             del inner_nF
         y_NH[sum(counts) :] = 0
         ctx.counts = counts
+        ctx.activation = activation
         ctx.save_for_backward(x_NH, gate_NF, up_NF, w1_EFH, w2_EHF, w3_EFH)
         return y_NH
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dy_NH,) = gradients
         x_NH, gate_NF, up_NF, w1_EFH, w2_EHF, w3_EFH = ctx.saved_tensors
         dx_NH = torch.empty_like(x_NH)
@@ -190,18 +227,18 @@ class _SwiGLUExperts(torch.autograd.Function):
             up_nF = up_NF[rows]
             dy_nH = dy_NH[rows]
 
-            silu_nF = F.silu(gate_nF)
-            torch.mm(dy_nH.T, silu_nF * up_nF, out=dw2_EHF[e])
-            # From here on silu_nF and dinner_nF are overwritten: their memory is used again.
+            value_nF = ctx.activation.value(gate_nF)
+            torch.mm(dy_nH.T, value_nF * up_nF, out=dw2_EHF[e])
+            # From here on value_nF and dinner_nF are overwritten: their memory is used again.
             dinner_nF = dy_nH @ w2_EHF[e]
-            dup_nF = silu_nF.mul_(dinner_nF)
-            dsilu_nF = dinner_nF.mul_(up_nF)
-            dgate_nF = torch.ops.aten.silu_backward(dsilu_nF, gate_nF)
+            dup_nF = value_nF.mul_(dinner_nF)
+            dvalue_nF = dinner_nF.mul_(up_nF)
+            dgate_nF = ctx.activation.gradient(dvalue_nF, gate_nF)
             torch.mm(dgate_nF.T, x_nH, out=dw1_EFH[e])
             torch.mm(dup_nF.T, x_nH, out=dw3_EFH[e])
             dx_nH = torch.mm(dgate_nF, w1_EFH[e], out=dx_NH[rows])
             dx_nH.addmm_(dup_nF, w3_EFH[e])
-        return dx_NH, dw1_EFH, dw2_EHF, dw3_EFH, None
+        return dx_NH, dw1_EFH, dw2_EHF, dw3_EFH, None, None
 
 
 class GroupedProducts(NamedTuple):
@@ -224,41 +261,45 @@ def _torch_by_rows(rows_NX: Tensor, rows_NY: Tensor, ends_E: Tensor) -> Tensor:
 TORCH_PRODUCTS = GroupedProducts(_torch_by_weights, _torch_by_rows)
 
 
-def _inner(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
-    return F.silu(gate_NF) * up_NF
-
-
-def _inner_gradients(
-    gate_NF: Tensor, up_NF: Tensor, dinner_NF: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    silu_NF = F.silu(gate_NF)
-    inner_NF = silu_NF * up_NF
-    dup_NF = silu_NF * dinner_NF
-    dgate_NF = torch.ops.aten.silu_backward(dinner_NF * up_NF, gate_NF)
-    return inner_NF, dup_NF, dgate_NF
-
-
 class Elementwise(NamedTuple):
     """What stands between the grouped products."""
 
     inner: Callable[[Tensor, Tensor], Tensor]
-    """(gate [N, F], up [N, F]) -> silu(gate) * up."""
+    """(gate [N, F], up [N, F]) -> activation(gate) * up."""
     gradients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     """(gate, up, gradient of the inner ones) -> the inner ones again, gradients of up and gate."""
 
 
-EAGER = Elementwise(_inner, _inner_gradients)
+@cache
+def eager_elementwise(activation: str) -> Elementwise:
+    """Return what stands between the products of experts with one of ACTIVATIONS."""
+    value, gradient = ACTIVATIONS[activation]
+
+    def inner(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+        return value(gate_NF) * up_NF
+
+    def gradients(
+        gate_NF: Tensor, up_NF: Tensor, dinner_NF: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        value_NF = value(gate_NF)
+        inner_NF = value_NF * up_NF
+        dup_NF = value_NF * dinner_NF
+        dgate_NF = gradient(dinner_NF * up_NF, gate_NF)
+        return inner_NF, dup_NF, dgate_NF
+
+    return Elementwise(inner, gradients)
 
 
 @cache
-def compiled_elementwise() -> Elementwise:
+def compiled_elementwise(activation: str) -> Elementwise:
     """Return the same, compiled at its first use: each is one kernel."""
+    eager = eager_elementwise(activation)
     # For any number of rows: under expert parallelism each rank and pass has its own.
-    inner = torch.compile(_inner, dynamic=True)
-    return Elementwise(inner, torch.compile(_inner_gradients, dynamic=True))
+    inner = torch.compile(eager.inner, dynamic=True)
+    return Elementwise(inner, torch.compile(eager.gradients, dynamic=True))
 
 
-class _GroupedSwiGLU(torch.autograd.Function):
+class _GroupedExperts(torch.autograd.Function):
     """The same in grouped products, which read the ends of the stretches on the device.
 
     Every expert has a row: of one without, torch's kernels leave the weight's gradient unwritten on
@@ -319,12 +360,19 @@ class RoutedExperts(nn.Module):
         stacked: a module whose parameters w1, w3 [E, F, H] and w2 [E, H, F] are taken over as they
             are.
         products: grouped ones, without a wait for the counts; None: one expert after the other.
+        activation: of the gates, one of ACTIVATIONS.
     """
 
-    def __init__(self, stacked: nn.Module, products: GroupedProducts | None = None) -> None:
+    def __init__(
+        self,
+        stacked: nn.Module,
+        products: GroupedProducts | None = None,
+        activation: str = "silu",
+    ) -> None:
         super().__init__()
         self.products = products
-        self.elementwise = EAGER
+        self.activation = activation
+        self.elementwise = eager_elementwise(activation)
         for name in ("w1", "w2", "w3"):
             setattr(self, name, getattr(stacked, name))
 
@@ -339,7 +387,7 @@ class RoutedExperts(nn.Module):
         weights = (self.w1, self.w2, self.w3)
         if self.products is not None:
             ends_E = torch.cumsum(counts_E, 0, dtype=torch.int32)
-            return _GroupedSwiGLU.apply(x_NH, *weights, ends_E, self.products, self.elementwise)
+            return _GroupedExperts.apply(x_NH, *weights, ends_E, self.products, self.elementwise)
         # Lengths of slices: known on the host, which waits here for the routing.
         counts = counts_E.tolist()
-        return _SwiGLUExperts.apply(x_NH, *weights, counts)
+        return _LoopedExperts.apply(x_NH, *weights, counts, ACTIVATIONS[self.activation])

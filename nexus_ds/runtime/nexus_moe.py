@@ -244,7 +244,7 @@ class NexusMoE(DeepSpeedMoE):
         mark_replicated(router)
         self.grouped_mm = grouped_mm
         products = grouped_products(self.experts) if grouped_mm else None
-        self.experts = RoutedExperts(self.experts, products)
+        self.experts = RoutedExperts(self.experts, products, shared.activation)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the shared expert's output plus the gated routed ones, [B, S, H]."""
@@ -289,7 +289,7 @@ class NexusMoE(DeepSpeedMoE):
         shared = self.shared_experts
 
         sent_NH = there.start(rows_NH)
-        inner_TF = F.silu(shared.gate_proj(x_TH)) * shared.up_proj(x_TH)
+        inner_TF = shared.inner(x_TH)
         arrived_NH = there.wait(sent_NH)
 
         # From the order of the senders to that of the experts, and back.

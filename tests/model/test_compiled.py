@@ -6,7 +6,7 @@ from conftest import make_nexus
 from torch._dynamo.utils import counters
 
 from nexus_ds.model.compiled import compile_layers, parts_to_compile
-from nexus_ds.model.experts import EAGER
+from nexus_ds.model.experts import eager_elementwise
 from nexus_ds.model.head import next_token_loss
 from nexus_ds.runtime.nexus_moe import NexusMoE, Placement
 from nexus_ds.runtime.parallel_model import load_nexus
@@ -46,7 +46,7 @@ def test_loss_and_gradients_are_those_of_the_layers_as_they_are(tmp_path, dtype,
         model = nexus(checkpoint, dtype)
         if compiled:
             compile_layers(model)
-            assert model.model.layers[0].mlp.experts.elementwise is not EAGER
+            assert model.model.layers[0].mlp.experts.elementwise is not eager_elementwise("silu")
         loss, _ = next_token_loss(model, windows)
         loss.backward()
         found.append((loss.detach(), {n: p.grad for n, p in model.named_parameters()}))

@@ -2,11 +2,19 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from transformers.activations import ACT2FN
 
-from nexus_ds.model.experts import TORCH_PRODUCTS, ExpertOrder, RoutedExperts, grouped_kernel
+from nexus_ds.model.experts import (
+    TORCH_PRODUCTS,
+    ExpertOrder,
+    FeedForward,
+    RoutedExperts,
+    eager_elementwise,
+    grouped_kernel,
+)
 
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 E, F_SIZE, H = 3, 16, 8  # grouped products want rows of 16 bytes
 
 
@@ -18,13 +26,18 @@ class Stacked(nn.Module):
             setattr(self, name, nn.Parameter(torch.randn(shape, generator=generator).to(dtype) / 3))
 
 
-def plain(stacked, x, counts):
+def activated(name, x):
+    """Return what transformers computes under a name."""
+    return ACT2FN[name](x)
+
+
+def plain(stacked, x, counts, activation="silu"):
     """Return what autograd differentiates by itself: each expert on its rows, zeros for rows beyond
     the counts."""
     outputs, first = [], 0
     for e, count in enumerate(counts):
         rows = x[first : first + count]
-        inner = F.silu(rows @ stacked.w1[e].T) * (rows @ stacked.w3[e].T)
+        inner = activated(activation, rows @ stacked.w1[e].T) * (rows @ stacked.w3[e].T)
         outputs.append(inner @ stacked.w2[e].T)
         first += count
     return torch.cat([*outputs, torch.zeros_like(x[first:])])
@@ -32,15 +45,19 @@ def plain(stacked, x, counts):
 
 @pytest.mark.parametrize("counts", [[4, 3, 5], [0, 9, 0], [2, 0, 1], [0, 0, 0]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_outputs_and_gradients_equal_autograds(dtype, counts):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_outputs_and_gradients_equal_autograds(activation, dtype, counts):
     x = torch.randn(12, H, generator=torch.Generator().manual_seed(1)).to(dtype)
     weight = torch.randn(12, H, generator=torch.Generator().manual_seed(2)).to(dtype)
     found = []
     for kind in ("own", "plain"):
         stacked, rows = Stacked(dtype), x.clone().requires_grad_()
-        own = RoutedExperts(stacked)
+        own = RoutedExperts(stacked, activation=activation)
         assert own.w2 is stacked.w2
-        out = own(rows, torch.tensor(counts)) if kind == "own" else plain(stacked, rows, counts)
+        if kind == "own":
+            out = own(rows, torch.tensor(counts))
+        else:
+            out = plain(stacked, rows, counts, activation)
         (out * weight).sum().backward()
         found.append(
             [out.detach(), rows.grad, *(w.grad for w in (stacked.w1, stacked.w2, stacked.w3))]
@@ -50,6 +67,29 @@ def test_outputs_and_gradients_equal_autograds(dtype, counts):
             a.float(), b.float(), rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 3e-2
         )
         assert bool((a == 0).all()) == bool((b == 0).all())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_stands_between_grouped_products_is_autograds(activation):
+    generator = torch.Generator().manual_seed(0)
+    gate, up, weight = (torch.randn(12, F_SIZE, generator=generator) for _ in range(3))
+    gate, up = gate.requires_grad_(), up.requires_grad_()
+    expected = activated(activation, gate) * up
+    elementwise = eager_elementwise(activation)
+    assert torch.equal(elementwise.inner(gate, up), expected)
+    inner, dup, dgate = elementwise.gradients(gate.detach(), up.detach(), weight)
+    assert torch.equal(inner, expected)
+    gradients = torch.autograd.grad((expected * weight).sum(), (gate, up))
+    assert torch.allclose(dgate, gradients[0], atol=1e-6) and torch.equal(dup, gradients[1])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_one_network_has_its_activation(activation):
+    torch.manual_seed(0)
+    ffn, x = FeedForward(H, F_SIZE, activation), torch.randn(5, H)
+    gate, up, down = (weight.detach() for weight in ffn.parameters())
+    expected = (activated(activation, x @ gate.T) * (x @ up.T)) @ down.T
+    assert torch.allclose(ffn(x), expected, atol=1e-6)
 
 
 def test_only_gate_and_up_projections_are_kept():
@@ -91,8 +131,10 @@ def test_rows_go_to_their_experts_and_back(top_k):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("tokens", [0, 5])
-def test_grouped_products_equal_the_loop_where_an_expert_has_no_token(tokens, top_k, dtype):
+@pytest.mark.parametrize(("tokens", "activation"), [(0, "silu"), *((5, a) for a in ACTIVATIONS)])
+def test_grouped_products_equal_the_loop_where_an_expert_has_no_token(
+    tokens, activation, top_k, dtype
+):
     """Spare rows give each expert one, and leave no trace in outputs and gradients."""
     slots_TK = torch.tensor([[2, 0], [2, 2], [0, 2], [2, 0], [0, 0]])[:tokens, :top_k]
     counts_E = torch.bincount(slots_TK.flatten(), minlength=E).int()
@@ -103,7 +145,7 @@ def test_grouped_products_equal_the_loop_where_an_expert_has_no_token(tokens, to
     for grouped in (False, True):
         stacked, tokens_TH = Stacked(dtype), x_TH.clone().requires_grad_()
         order = ExpertOrder(slots_TK, spare=E if grouped else 0)
-        experts = RoutedExperts(stacked, TORCH_PRODUCTS if grouped else None)
+        experts = RoutedExperts(stacked, TORCH_PRODUCTS if grouped else None, activation)
         rows_NH = experts(order.dispatch(tokens_TH), counts_E + 1 if grouped else counts_E)
         out_NH = order.restore(rows_NH)
         assert len(rows_NH) == len(out_NH) + E * grouped
