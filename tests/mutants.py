@@ -275,8 +275,26 @@ FAULTS = (
     Fault(
         "the gradient of the up projection is that of the gate",
         "model/experts.py",
-        "    dup_NF = silu_NF * dinner_NF",
-        "    dup_NF = up_NF * dinner_NF",
+        "        dup_NF = value_NF * dinner_NF",
+        "        dup_NF = up_NF * dinner_NF",
+    ),
+    Fault(
+        "the loss's gradient passes a cap of logits as it is",
+        "model/scoring.py",
+        "        error_cV *= slope_cV",
+        "        error_cV *= 1",
+    ),
+    Fault(
+        "a model caps the loss that it takes for logits",
+        "model/head.py",
+        "    setattr(config, CAP, None)",
+        "    setattr(config, CAP, cap)",
+    ),
+    Fault(
+        "perplexity is of logits that no cap has seen",
+        "evaluation/passes.py",
+        "finish.logits(head(hidden_TH[part]))",
+        "head(hidden_TH[part])",
     ),
     Fault(
         "the router is compiled with the rest of its block",

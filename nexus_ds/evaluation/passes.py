@@ -33,7 +33,7 @@ from nexus_ds.checkpoint.loading import routers_of
 from nexus_ds.checkpoint.needs import LOGITS_AT_ONCE, MARGIN, Need, Way
 from nexus_ds.checkpoint.room import host_room
 from nexus_ds.launch import devices
-from nexus_ds.model.head import unmarked
+from nexus_ds.model.head import Finish, unmarked
 from nexus_ds.progress import Progress
 
 if TYPE_CHECKING:
@@ -162,12 +162,13 @@ def _head_loss(model: PreTrainedModel, hidden_WSH: Tensor, targets_WS: Tensor) -
     hidden_TH = hidden_WSH.flatten(0, 1)
     targets_T = targets_WS.flatten().clamp(min=NO_LABEL)
     head = model.get_output_embeddings()
+    finish = Finish.of(model.config)
     vocabulary = head.weight.shape[0]
     step = max(1, LOGITS_AT_ONCE // vocabulary)
     losses = []
     for start in range(0, len(hidden_TH), step):
         part = slice(start, start + step)
-        logits_tV = head(hidden_TH[part]).float()
+        logits_tV = finish.logits(head(hidden_TH[part])).float()
         losses_t = F.cross_entropy(
             logits_tV, targets_T[part], reduction="none", ignore_index=NO_LABEL
         )

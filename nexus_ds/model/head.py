@@ -16,7 +16,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +28,39 @@ from nexus_ds.model.chunks import chunk_tokens
 from nexus_ds.model.scoring import Score, compiled_score, score
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 COMPILED_FROM = 16384
 """Words of a vocabulary from which `auto` compiles on GPUs: it takes a quarter of a minute at the
 start, and there is little to save in fewer logits."""
-DIVISORS = {"granite": "logits_scaling"}
-"""For each `model_type` that divides its logits the key of its configuration that says by what."""
+DIVISOR, FACTOR = "logits_scaling", "logit_scale"
+"""Keys of a configuration: by what a model divides, or multiplies, what its output layer returns
+(Granite; Cohere)."""
+CAP = "final_logit_softcapping"
+"""Likewise; a number c there lets a model return c tanh(logits / c) (Gemma)."""
+
+
+class Finish(NamedTuple):
+    """What a model of transformers does to what its output layer returns: divides, then caps."""
+
+    divisor: float = 1.0
+    cap: float | None = None
+    """None: it caps nothing."""
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> Finish:
+        """Return what models of a configuration do."""
+        divisor = getattr(config, DIVISOR, 1.0) / getattr(config, FACTOR, 1.0)
+        return cls(divisor, getattr(config, CAP, None))
+
+    def logits(self, logits: Tensor) -> Tensor:
+        """Return a model's logits [.., V] of those of its output layer."""
+        if self.divisor != 1.0:
+            logits = logits / self.divisor
+        if self.cap is not None:
+            logits = torch.tanh(logits / self.cap) * self.cap
+        return logits
 
 
 def _leave_out(learned_T: Tensor | None, rows: slice, losses_T: Tensor, error_cV: Tensor) -> None:
@@ -101,13 +127,15 @@ class LossHead(nn.Module):
         weight_VH: the parameter, shared with the embedding where the two are tied.
         kernel: auto | eager | compiled; auto: compiled on GPUs from COMPILED_FROM words on, and
             eager, with a warning, where that fails.
-        divisor: by which the model divides what this layer returns.
+        finish: what the model does to what this layer returns; default: nothing.
     """
 
-    def __init__(self, weight_VH: nn.Parameter, kernel: str = "auto", divisor: float = 1.0) -> None:
+    def __init__(
+        self, weight_VH: nn.Parameter, kernel: str = "auto", finish: Finish | None = None
+    ) -> None:
         super().__init__()
         self.weight = weight_VH
-        self.divisor = divisor
+        self.finish = finish or Finish()
         self.kernel = kernel
         self.compiled: Score | None = None
         self.targets_BS: Tensor | None = None
@@ -143,9 +171,10 @@ class LossHead(nn.Module):
         hidden_TH = hidden.flatten(0, -2)
         targets_T = self.targets_BS.reshape(-1)
         score, chunk = self._score(hidden_TH)
-        if self.divisor != 1.0:
+        divisor = self.finish.divisor
+        if divisor != 1.0:
             # the loss is of the divided logits
-            hidden_TH = hidden_TH / self.divisor
+            hidden_TH = hidden_TH / divisor
         learned_T = None
         if self.learned_BS is not None:
             learned_T = self.learned_BS.reshape(-1)
@@ -160,7 +189,7 @@ class LossHead(nn.Module):
         )
         self.losses_BS = losses_T.view(self.targets_BS.shape)
         # the model divides the loss, which it takes for logits
-        return mean * self.divisor
+        return mean * divisor
 
     def _score(self, hidden_TH: Tensor) -> tuple[Score, int]:
         """Return how a chunk is scored, and its tokens; compile at the first pass."""
@@ -169,12 +198,13 @@ class LossHead(nn.Module):
         if self.kernel == "auto" and not worthwhile:
             self.kernel = "eager"
         if self.kernel == "eager":
-            return score, chunk_tokens(vocabulary)
+            return partial(score, cap=self.finish.cap), chunk_tokens(vocabulary)
         chunk = chunk_tokens(vocabulary, hidden_TH.element_size())
         if self.compiled is None:
             rows = min(chunk, len(hidden_TH))
             try:
-                self.compiled = compiled_score(rows, vocabulary, hidden_TH.dtype, hidden_TH.device)
+                like = hidden_TH.dtype, hidden_TH.device
+                self.compiled = compiled_score(rows, vocabulary, *like, self.finish.cap)
             except ConfigError as error:
                 if self.kernel == "compiled":
                     raise
@@ -192,9 +222,22 @@ def use_loss_head(model: PreTrainedModel, kernel: str = "auto") -> None:
         kernel: how a chunk of logits is scored, see LossHead.
     """
     if isinstance(model.lm_head, nn.Linear) and model.lm_head.bias is None:
-        key = DIVISORS.get(model.config.model_type)
-        divisor = float(getattr(model.config, key)) if key else 1.0
-        model.lm_head = LossHead(model.lm_head.weight, kernel, divisor)
+        finish = Finish.of(model.config)
+        model.lm_head = LossHead(model.lm_head.weight, kernel, finish)
+
+
+@contextmanager
+def _uncapped(config: PretrainedConfig) -> Iterator[None]:
+    """Keep a model from capping what its head returns: it would take the loss for logits."""
+    cap = getattr(config, CAP, None)
+    if cap is None:
+        yield
+        return
+    setattr(config, CAP, None)
+    try:
+        yield
+    finally:
+        setattr(config, CAP, cap)
 
 
 def unmarked(tokens: Tensor) -> Tensor:
@@ -216,9 +259,10 @@ def next_token_loss(
     """
     inputs_BS = tokens_BS[:, :-1]
     targets_BS = tokens_BS[:, 1:]
-    head = getattr(model, "module", model).lm_head
+    whole = getattr(model, "module", model)
+    head = whole.lm_head
     if isinstance(head, LossHead):
-        with head.scoring(targets_BS, learned_BS):
+        with head.scoring(targets_BS, learned_BS), _uncapped(whole.config):
             # The head has put the loss where transformers passes on what it takes for logits.
             mean = model(input_ids=inputs_BS, use_cache=False).logits
         assert head.losses_BS is not None

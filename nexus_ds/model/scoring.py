@@ -24,16 +24,28 @@ Score = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 """(logits [c, V], targets [c], whether to learn) -> (losses [c] fp32, gradient [c, V]).
 
 The gradient of the sum of the losses by the logits is softmax(logits) - one_hot(target), in their
-dtype; without learning it means nothing. The logits may be overwritten.
+dtype; without learning it means nothing. The logits may be overwritten. Where a model caps its
+logits, losses are of the capped ones, in fp32, and the gradient is by those that come.
 """
 
 
-def score(logits_cV: Tensor, targets_c: Tensor, learn: bool) -> tuple[Tensor, Tensor]:
+def _capped(logits_cV: Tensor, cap: float) -> Tensor:
+    return torch.tanh(logits_cV / cap) * cap
+
+
+def score(
+    logits_cV: Tensor, targets_c: Tensor, learn: bool, cap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Return losses and gradient of a chunk in plain PyTorch; see `Score`."""
     dtype = logits_cV.dtype
     targets_c1 = targets_c[:, None]
     # Under their own name the first ones go before there are second ones.
     logits_cV = logits_cV.float()
+    capped_cV = None
+    if cap is not None:
+        # In place, as below.
+        logits_cV.div_(cap).tanh_().mul_(cap)
+        capped_cV = logits_cV
     log_p_cV = F.log_softmax(logits_cV, dim=-1)
     del logits_cV
     losses_c = -log_p_cV.gather(1, targets_c1)[:, 0]
@@ -43,18 +55,28 @@ def score(logits_cV: Tensor, targets_c: Tensor, learn: bool) -> tuple[Tensor, Te
     error_cV = log_p_cV.exp_()
     minus_1_c1 = error_cV.new_full((1, 1), -1.0).expand_as(targets_c1)
     error_cV.scatter_add_(1, targets_c1, minus_1_c1)
+    if capped_cV is not None and cap is not None:
+        tanh_cV = capped_cV.div_(cap)
+        slope_cV = tanh_cV.square_().neg_().add_(1)
+        error_cV *= slope_cV
+        # else they would be there beside the rounded gradient
+        del capped_cV, tanh_cV, slope_cV
     return losses_c, error_cV.to(dtype)
 
 
-def _losses(logits_cV: Tensor, targets_c: Tensor) -> Tensor:
+def _losses(logits_cV: Tensor, targets_c: Tensor, cap: float | None = None) -> Tensor:
     wide_cV = logits_cV.float()
+    if cap is not None:
+        wide_cV = _capped(wide_cV, cap)
     chosen_c = wide_cV.gather(1, targets_c[:, None])[:, 0]
     return torch.logsumexp(wide_cV, dim=-1) - chosen_c
 
 
-def _losses_and_gradient(logits_cV: Tensor, targets_c: Tensor) -> Tensor:
+def _losses_and_gradient(logits_cV: Tensor, targets_c: Tensor, cap: float | None = None) -> Tensor:
     """Return the losses; the logits become their gradient."""
     wide_cV = logits_cV.float()
+    if cap is not None:
+        wide_cV = _capped(wide_cV, cap)
     targets_c1 = targets_c[:, None]
     log_sum_c1 = torch.logsumexp(wide_cV, dim=-1, keepdim=True)
     losses_c1 = log_sum_c1 - wide_cV.gather(1, targets_c1)
@@ -62,11 +84,20 @@ def _losses_and_gradient(logits_cV: Tensor, targets_c: Tensor) -> Tensor:
     columns_V = torch.arange(logits_cV.shape[1], device=logits_cV.device)
     one_hot_cV = columns_V == targets_c1
     error_cV = torch.exp(wide_cV - log_sum_c1) - one_hot_cV.float()
+    if cap is not None:
+        slope_cV = 1 - (wide_cV / cap).square()
+        error_cV = error_cV * slope_cV
     logits_cV.copy_(error_cV)
     return losses_c1[:, 0]
 
 
-def compiled_score(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Score:
+def compiled_score(
+    rows: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    cap: float | None = None,
+) -> Score:
     """Return the same, compiled for a vocabulary and tried on a chunk of `rows` tokens.
 
     Raises:
@@ -82,7 +113,7 @@ def compiled_score(rows: int, vocabulary: int, dtype: torch.dtype, device: torch
         for tensor in (logits_cV, targets_c):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         run = losses_and_gradient if learn else losses
-        return run(logits_cV, targets_c), logits_cV
+        return run(logits_cV, targets_c, cap), logits_cV
 
     # As many rows as will come: how a kernel is laid out depends on what it saw first.
     logits_cV = torch.zeros(rows, vocabulary, dtype=dtype, device=device)

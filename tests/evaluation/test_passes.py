@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nexus_ds.checkpoint import pieces
 from nexus_ds.checkpoint.needs import Need, Way
 from nexus_ds.evaluation import passes, perplexity
-from nexus_ds.evaluation.passes import cut, sequences_at_once
+from nexus_ds.evaluation.passes import batch_loss, cut, sequences_at_once
 from nexus_ds.evaluation.perplexity import score
 
 CPU = torch.device("cpu")
@@ -43,6 +45,36 @@ def test_two_devices_give_the_numbers_of_one(kind, request, windows, monkeypatch
     monkeypatch.setattr(passes, "_Worker", Watched)
     same(score(directory, windows, batch=2, places=[CPU, CPU]), one)
     assert len(set(made)) == 2 and len({id(worker.model) for worker in made}) == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("granite", dict(logits_scaling=6.0)),
+        ("cohere2", dict(logit_scale=0.25)),
+        ("gemma2", dict(final_logit_softcapping=1.5, head_dim=8)),
+    ],
+)
+def test_a_loss_is_of_the_logits_that_a_family_returns(family, keys):
+    """Some divide or cap what their output layer returns."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.5,
+        **keys,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tokens = torch.randint(31, (3, 9))
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    assert float(batch_loss(model, tokens).sum()) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_no_more_copies_are_loaded_than_there_are_batches(nexus_dir, windows, monkeypatch):

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import moe_model
-from transformers import GraniteConfig, GraniteForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nexus_ds.errors import ConfigError
 from nexus_ds.experiments.benchmarks.scaling import Memory
 from nexus_ds.model import chunks, head
-from nexus_ds.model.head import LossHead, next_token_loss, unmarked, use_loss_head
+from nexus_ds.model.head import Finish, LossHead, next_token_loss, unmarked, use_loss_head
 from nexus_ds.model.scoring import _losses_and_gradient, score
 
 VOCABULARY = 50
@@ -147,7 +147,7 @@ def test_a_compiled_kernel_takes_longer_chunks_and_gives_the_same(monkeypatch):
 
     monkeypatch.setattr(head, "compiled_score", compiled)
     expected, found = gradients(plain, 1.0), gradients(model, 1.0)
-    assert asked == [(16, VOCABULARY, torch.bfloat16, torch.device("cpu"))]
+    assert asked == [(16, VOCABULARY, torch.bfloat16, torch.device("cpu"), None)]
     assert lengths == [16, 16, 16, 15]
     torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-5)
     for name, gradient in expected[2].items():
@@ -175,30 +175,44 @@ def test_a_compiler_that_fails_is_said_and_only_what_asks_for_it_stops(monkeypat
     monkeypatch.setattr(head, "compiled_score", failing)
     weight_VH = torch.nn.Parameter(torch.zeros(head.COMPILED_FROM, 2))
     on_cpu = LossHead(weight_VH)
-    assert on_cpu._score(torch.zeros(4, 2))[0] is score
+    assert on_cpu._score(torch.zeros(4, 2))[0].func is score
     # too few words to be worth a quarter of a minute
     small = LossHead(torch.nn.Parameter(torch.zeros(head.COMPILED_FROM - 1, 2)))
-    assert small._score(OnGPU())[0] is score
+    assert small._score(OnGPU())[0].func is score
     with pytest.warns(UserWarning, match="no Triton; until then the loss is slower"):
         chosen = LossHead(weight_VH)._score(OnGPU())
-    assert chosen == (score, chunks.chunk_tokens(head.COMPILED_FROM))
+    assert chosen[0].func is score
+    assert chosen[1] == chunks.chunk_tokens(head.COMPILED_FROM)
     with pytest.raises(ConfigError, match="no Triton"):
         LossHead(weight_VH, "compiled")._score(OnGPU())
 
 
-def test_granites_loss_is_of_its_divided_logits():
-    """The model divides what its output layer returns, inside `scoring` the loss."""
+FINISHED = {  # families that do something to what their output layer returns
+    "granite": dict(logits_scaling=6.0),
+    "cohere2": dict(logit_scale=0.7, head_dim=8),
+    "gemma2": dict(final_logit_softcapping=1.5, head_dim=8),
+    "gemma3_text": dict(final_logit_softcapping=1.5, head_dim=8),
+}
+
+
+@pytest.mark.parametrize("chunk", [3, 1000])
+@pytest.mark.parametrize("family", FINISHED)
+def test_a_familys_loss_is_of_its_own_logits(family, chunk, monkeypatch):
+    """The model divides or caps what its output layer returns; inside `scoring` that is a loss."""
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", chunk * 31)
     torch.manual_seed(0)
-    config = GraniteConfig(
+    config = AutoConfig.for_model(
+        family,
         vocab_size=31,
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=1,
         num_attention_heads=2,
-        logits_scaling=6.0,
+        num_key_value_heads=2,
         initializer_range=0.5,
+        **FINISHED[family],
     )
-    plain, chunked = GraniteForCausalLM(config), GraniteForCausalLM(config)
+    plain, chunked = (AutoModelForCausalLM.from_config(config) for _ in range(2))
     chunked.load_state_dict(plain.state_dict())
     use_loss_head(chunked)
     tokens = torch.randint(31, (2, 9))
@@ -211,10 +225,10 @@ def test_granites_loss_is_of_its_divided_logits():
     (expected, gradients), (loss, own) = found
     assert torch.allclose(loss, expected, rtol=1e-6)
     for name, gradient in gradients.items():
-        assert torch.allclose(own[name], gradient, rtol=1e-4, atol=1e-7), name
+        assert float((own[name] - gradient).abs().max() / gradient.abs().max()) < 1e-5, name
     assert torch.equal(plain(tokens).logits, chunked(tokens).logits)
     # without the divisor it is another one
-    chunked.lm_head.divisor = 1.0
+    chunked.lm_head.finish = Finish()
     assert abs(next_token_loss(chunked, tokens)[0] - expected) > 0.1
 
 

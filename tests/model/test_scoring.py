@@ -19,16 +19,17 @@ def chunk(rows, dtype):
     return logits_cV.to(dtype), targets_c
 
 
-def by_autograd(logits_cV, targets_c):
+def by_autograd(logits_cV, targets_c, cap=None):
     wide_cV = logits_cV.double().requires_grad_()
-    losses_c = F.cross_entropy(wide_cV, targets_c, reduction="none")
+    own_cV = wide_cV if cap is None else cap * torch.tanh(wide_cV / cap)
+    losses_c = F.cross_entropy(own_cV, targets_c, reduction="none")
     losses_c.sum().backward()
     return losses_c.detach(), wide_cV.grad
 
 
-def check(losses_c, error_cV, logits_cV, targets_c):
+def check(losses_c, error_cV, logits_cV, targets_c, cap=None):
     """Losses are fp32's in either precision; a gradient is rounded once, to that of the logits."""
-    expected_c, expected_cV = by_autograd(logits_cV, targets_c)
+    expected_c, expected_cV = by_autograd(logits_cV, targets_c, cap)
     assert losses_c.dtype == torch.float32 and error_cV.dtype == logits_cV.dtype
     torch.testing.assert_close(losses_c.double(), expected_c, rtol=1e-6, atol=1e-5)
     step = 1e-6 if logits_cV.dtype == torch.float32 else 2.0**-8
@@ -41,6 +42,19 @@ def test_a_chunks_losses_and_gradient_are_those_of_cross_entropy(dtype):
     check(*score(logits_cV.clone(), targets_c, True), logits_cV, targets_c)
     losses_c, _ = score(logits_cV.clone(), targets_c, False)
     torch.testing.assert_close(losses_c.double(), by_autograd(logits_cV, targets_c)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_logits_are_capped_it_is_the_capped_ones(dtype):
+    logits_cV, targets_c = chunk(7, dtype)
+    check(*score(logits_cV.clone(), targets_c, True, 2.5), logits_cV, targets_c, 2.5)
+    in_place_cV = logits_cV.clone()
+    losses_c = _losses_and_gradient(in_place_cV, targets_c, 2.5)
+    check(losses_c, in_place_cV, logits_cV, targets_c, 2.5)
+    assert torch.equal(_losses(logits_cV, targets_c, 2.5), losses_c)
+    alone_c, _ = score(logits_cV.clone(), targets_c, False, 2.5)
+    torch.testing.assert_close(alone_c, losses_c, rtol=1e-6, atol=1e-6)
+    assert float((losses_c - score(logits_cV, targets_c, False)[0]).abs().max()) > 0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
