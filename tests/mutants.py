@@ -285,6 +285,20 @@ FAULTS = (
         "        error_cV *= 1",
     ),
     Fault(
+        "Gemma's embeddings are not scaled",
+        "checkpoint/native.py",
+        "torch.full_like(embeddings.embed_scale, scale,",
+        "torch.full_like(embeddings.embed_scale, 1.0,",
+        "checkpoint/test_native.py -k gemma",
+    ),
+    Fault(
+        "all experts are gated by SiLU",
+        "checkpoint/build.py",
+        "FeedForward(hidden_size, ffn_size, self.activation)",
+        "FeedForward(hidden_size, ffn_size)",
+        "checkpoint/test_native.py -k gemma",
+    ),
+    Fault(
         "a model caps the loss that it takes for logits",
         "model/head.py",
         "    setattr(config, CAP, None)",

@@ -86,6 +86,10 @@ ROWS = {  # family: keys of its config.json, the class that transformers finds o
     "smollm3": (dict(no_rope_layers=[1, 0], **TOKENS), "NexusSmollm3ForCausalLM"),
     "exaone4": (dict(head_dim=12) | WINDOWS | TOKENS, "NexusExaone4ForCausalLM"),
     "glm4": (dict(head_dim=8, **TOKENS), "NexusGlm4ForCausalLM"),
+    "gemma3_text": (
+        WINDOWS | dict(head_dim=8, query_pre_attn_scalar=24, **TOKENS),
+        "NexusGemma3TextForCausalLM",
+    ),
     "hunyuan_v1_dense": (dict(head_dim=8, **TOKENS), "NexusHunyuanV1DenseForCausalLM"),
 }
 PER_FORM = ("qwen3", "olmo2")

@@ -169,6 +169,7 @@ class NexusParts:
         self.dtype = dtype
         self.experts = len(self.sidecar.experts)
         self.stored = stored(self.config)
+        self.activation = settings(self.config).activation
         # no layer here computes a gate: one that was trained would be dropped in silence
         check_shared_gates(self.reader, self.config["num_hidden_layers"])
 
@@ -186,7 +187,7 @@ class NexusParts:
         """Read one feed-forward network; `names` are those of its parts."""
         ffn_size, hidden_size = self.stored[names["gate_proj"]].shape
         with torch.device("meta"):
-            ffn = FeedForward(hidden_size, ffn_size)
+            ffn = FeedForward(hidden_size, ffn_size, self.activation)
         for part, name in names.items():
             weight = self.reader.read(name).to(self.dtype)
             # exact: the scale is a power of two

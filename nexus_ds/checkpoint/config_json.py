@@ -110,14 +110,16 @@ def refuse_in_any_form(config: ConfigJson, where: str) -> None:
                 f"{where}: {key} is set, so transformers reads other files than this program; "
                 "save the model again"
             )
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UnsupportedModelError(
-            f"{where}: hidden_act {config['hidden_act']!r}; only silu (SwiGLU) is supported"
-        )
     if config.get("is_causal", True) is not True:
         raise UnsupportedModelError(
             f"{where}: is_causal is {config['is_causal']!r}: "
             "attention to later tokens can't be expressed as Qwen2-MoE"
+        )
+    # a Gemma's, of models that embed texts
+    if config.get("use_bidirectional_attention"):
+        raise UnsupportedModelError(
+            f"{where}: use_bidirectional_attention is set, but a mixture's attention sees no later "
+            "tokens"
         )
     for key in ("text_config", "decoder", "generator", "text_encoder"):
         if config.get(key):

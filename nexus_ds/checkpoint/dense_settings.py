@@ -93,8 +93,6 @@ REASONS = {
     "olmo": "its norms have no weights",
     "gemma": "its FFN is no SwiGLU, and its norms add 1 to their weights, which loses bits in bf16",
     "gemma2": "its norms add 1 to their weights, and it has norms after attention and FFN",
-    "gemma3": "its norms add 1 to their weights, and it has norms after attention and FFN",
-    "gemma3_text": "its norms add 1 to their weights, and it has norms after attention and FFN",
     "cohere": "its attention and FFN stand side by side",
     "cohere2": "its attention and FFN stand side by side",
     "mixtral": "it is a mixture already",
@@ -361,6 +359,32 @@ def _norm_eps(values: ConfigJson, family: Family, where: str) -> float:
     return eps / _number(values, "residual_multiplier", where) ** 2
 
 
+def _factors(values: ConfigJson, family: Family, where: str) -> ConfigJson:
+    """Return the numbers that a family's class computes with, by key."""
+    found: ConfigJson = {key: _number(values, key, where) for key in family.factors}
+    for key in family.caps:
+        found[key] = None if values[key] is None else _number(values, key, where)
+    return found
+
+
+def refuse_activation(config: ConfigJson, where: str) -> None:
+    """Raise UnsupportedModelError for an FFN's gate that goes through something else than the
+    family's.
+
+    Args:
+        config: of a `model_type` among FAMILIES and MIXTURES.
+        where: start of the message.
+    """
+    family = family_of(config)
+    first = family.activations[0]
+    found = config.get(family.activation_key, first)
+    if found not in family.activations:
+        raise UnsupportedModelError(
+            f"{where}: {family.activation_key} {found!r}; of {family.name} only {first} is "
+            "supported"
+        )
+
+
 def settings(config: ConfigJson, where: str = "config.json") -> DenseSettings:
     """Return what a config.json of a known family, or of their mixture, says in one normal form.
 
@@ -406,6 +430,8 @@ def settings(config: ConfigJson, where: str = "config.json") -> DenseSettings:
         kv_heads=values["num_key_value_heads"],
         head_dim=values["head_dim"],
         ffn_size=values[family.ffn_size],
+        activation=family.activations[0],
+        factors=_factors(values, family, where),
         vocabulary=values["vocab_size"],
         rope=rope,
         rope_positions=_positions(rope, values),
@@ -501,6 +527,8 @@ def refuse_unsupported(config: ConfigJson, where: str) -> None:
                     f"{where}: {key} is set; save the model unquantised and uniform first"
                 )
             )
+    with problems.collected():
+        refuse_activation(config, where)
     with problems.collected():
         refuse_in_any_form(config, where)
     problems.refuse()

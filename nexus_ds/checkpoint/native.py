@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Class = Any
 """A class of transformers that is found, or made, at run time, or one of its instances."""
-MIXTURE_KEYS = {
+MIXTURE_KEYS: dict[str, object] = {
     "num_experts": 2,
     "num_experts_per_tok": 1,
     "norm_topk_prob": False,
@@ -56,8 +56,12 @@ def mixture_classes(family: str) -> tuple[Class, Class]:
 
     dense, decoder, language_model = dense_classes(family)
     name = native_class(family).removesuffix("ForCausalLM")
-    kinds = {key: type(value) for key, value in MIXTURE_KEYS.items()}
-    fields = {"model_type": NATIVE + family, "__annotations__": kinds, **MIXTURE_KEYS}
+    keys = dict(MIXTURE_KEYS)
+    record = FAMILIES[family]
+    if record.activation_key != "hidden_act":
+        keys["hidden_act"] = record.activations[0]
+    kinds = {key: type(value) for key, value in keys.items()}
+    fields = {"model_type": NATIVE + family, "__annotations__": kinds, **keys}
     config_class = type(f"{name}Config", (dense,), fields)
 
     def init_decoder(self: Class, config: PretrainedConfig) -> None:
@@ -99,12 +103,22 @@ def _made(config_class: Class, config: ConfigJson, tied: bool) -> PretrainedConf
     return config_class(**{key: value for key, value in source.items() if key != "model_type"})
 
 
+def make_buffers(model: PreTrainedModel) -> None:
+    """Take the buffers of a model off the meta device: they are computed, no file has them."""
+    rotary = type(model.model.rotary_emb)
+    model.model.rotary_emb = rotary(model.config)
+    embeddings = model.model.embed_tokens
+    # Gemma's, in the dtype that its weights have
+    scale = getattr(embeddings, "scalar_embed_scale", None)
+    if scale is not None:
+        embeddings.embed_scale = torch.full_like(embeddings.embed_scale, scale, device="cpu")
+
+
 def _on_meta(model_class: Class, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a model on the meta device, but for its rotary buffers, which no file has."""
+    """Return a model on the meta device, but for its buffers."""
     with torch.device("meta"):
         model = model_class._from_config(config, dtype=dtype)
-    rotary = type(model.model.rotary_emb)
-    model.model.rotary_emb = rotary(config)
+    make_buffers(model)
     return model
 
 

@@ -31,7 +31,14 @@ from nexus_ds.checkpoint.config_json import (
     refuse_other_weights,
 )
 from nexus_ds.checkpoint.dense import as_stored, check_tensors
-from nexus_ds.checkpoint.dense_settings import UNIFORM, both_ropes, family_of, filled, settings
+from nexus_ds.checkpoint.dense_settings import (
+    UNIFORM,
+    both_ropes,
+    family_of,
+    filled,
+    refuse_activation,
+    settings,
+)
 from nexus_ds.checkpoint.families.record import (
     FFN_PARTS,
     SLIDING,
@@ -274,6 +281,9 @@ def moe_config(
         return both_ropes(written | _as_qwen3_next(family, sizes))
     kept = {key: value for key, value in dense_config.items() if key != "torch_dtype"}
     named = {"model_type": NATIVE + family.name, "architectures": [native_class(family.name)]}
+    if family.activation_key != "hidden_act":
+        # the key that the experts' block asks for
+        named["hidden_act"] = sizes.activation
     return kept | {key: written[key] for key in NATIVE_KEYS} | named
 
 
@@ -290,7 +300,7 @@ def _common(dense_config: ConfigJson, sizes: DenseSettings) -> ConfigJson:
         "num_hidden_layers": sizes.layers,
         "num_attention_heads": sizes.heads,
         "num_key_value_heads": sizes.kv_heads,
-        "hidden_act": "silu",
+        "hidden_act": sizes.activation,
         "rms_norm_eps": sizes.norm_eps,
         "max_position_embeddings": own["max_position_embeddings"],
         "rope_parameters": dict(sizes.rope),
@@ -354,6 +364,7 @@ def _check_form(config: ConfigJson, where: str) -> None:
             raise CheckpointError(
                 f"{where}: {key} is {config.get(key)!r}, a Nexus checkpoint has {value!r}"
             )
+    refuse_activation(config, where)
     refuse_in_any_form(config, where)
 
 

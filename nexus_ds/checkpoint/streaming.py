@@ -27,6 +27,7 @@ from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.families.table import FAMILIES
 from nexus_ds.checkpoint.forms import MIXTURES
 from nexus_ds.checkpoint.loading import check_loaded
+from nexus_ds.checkpoint.native import make_buffers
 from nexus_ds.checkpoint.qwen2_moe import expert_name
 from nexus_ds.checkpoint.tensors import DTYPES, TensorReader
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
@@ -170,13 +171,12 @@ def _placed(module: nn.Module, place: torch.device) -> None:
 
 
 def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the model on the meta device, but for its rotary buffers, which no file has."""
+    """Return the model on the meta device, but for its buffers, which no file has."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config)
+    make_buffers(model)
     return model
 
 

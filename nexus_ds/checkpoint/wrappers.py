@@ -44,6 +44,18 @@ _QWEN2_VL = Wrapper(
 )
 WRAPPERS: Mapping[str, Wrapper] = {
     "mistral3": Wrapper("mistral", {}, tied=True),
+    # its first files leave out sizes that its class has anyway
+    "gemma3": Wrapper(
+        "gemma3_text",
+        {
+            "vocab_size": 262208,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+        },
+        tied=True,
+    ),
     "llava": Wrapper("llama", {}),
     "llava_onevision": Wrapper("qwen2", {}),
     "qwen2_vl": _QWEN2_VL,

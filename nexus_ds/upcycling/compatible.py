@@ -65,6 +65,9 @@ REMEDIES = {
     "embeddings copied to lm_head.weight), or all tied",
     "sliding_window": "train with the seed's attention; where only config.json differs, give it "
     "the window that the model was trained with",
+    "activation": "train with the seed's activation",
+    "factors": "train with the seed's numbers; where only config.json differs, give it those that "
+    "the model was trained with",
     "turned_layers": "train with RoPE in the seed's layers",
     "layer_types": "train with the seed's attention in each layer",
 }

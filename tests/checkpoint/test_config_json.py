@@ -18,7 +18,9 @@ def test_code_is_refused_at_any_depth():
     refuse_hooks({"auto_map": None, "attn_implementation": "sdpa"}, "here")
 
 
-@pytest.mark.parametrize("keys", [{"is_causal": False}, {"hidden_act": "gelu"}, {"decoder": {}}])
+@pytest.mark.parametrize(
+    "keys", [{"is_causal": False}, {"use_bidirectional_attention": True}, {"decoder": {}}]
+)
 def test_what_no_form_has_is_refused(keys):
     if keys == {"decoder": {}}:
         refuse_in_any_form(keys, "here")

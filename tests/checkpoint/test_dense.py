@@ -239,6 +239,14 @@ def changed(source, out, **keys):
         (dict(model_type="blender"), ["'blender'", "supported: llama"]),
         (dict(model_type=...), ["None", "supported: llama"]),
         (dict(hidden_act="gelu"), ["hidden_act 'gelu'", "silu"]),
+        (
+            dict(model_type="gemma3_text", hidden_activation="gelu"),
+            ["hidden_activation 'gelu'", "of gemma3_text only gelu_pytorch_tanh"],
+        ),
+        (
+            dict(model_type="gemma3_text", use_bidirectional_attention=True),
+            ["use_bidirectional_attention", "no later tokens"],
+        ),
         (dict(quantization_config={"bits": 4}), ["quantization_config", "unquantised"]),
         (dict(auto_map={"AutoModel": "evil.Model"}), ["auto_map", "never run"]),
         (dict(trust_remote_code=True), ["trust_remote_code", "never run"]),

@@ -41,26 +41,39 @@ SPELLINGS = {  # of one config.json; what a family does not know it leaves out o
     "by kinds of layers": dict(
         rope_parameters=dict(full_attention=YARN | dict(rope_theta=5.0), sliding_attention=None)
     ),
+    "windows by a pattern": dict(sliding_window=6, sliding_window_pattern=3),
+    "a base for windows": dict(rope_theta=500.0, rope_local_base_freq=90.0),
+    "caps": dict(final_logit_softcapping=9.0, attn_logit_softcapping=7.0, query_pre_attn_scalar=24),
+    "no caps": dict(final_logit_softcapping=None, attn_logit_softcapping=None),
     "layers without RoPE": dict(no_rope_layers=[1, 0, 0, 1], no_rope_layer_interval=2),
 }
 SET = ("qwen2", "qwen2_moe", "qwen3", "phi3", "granite", "glm", "ministral")
-OWN_SET = ("olmo2", "olmo3", "smollm3", "exaone4", "glm4", "hunyuan_v1_dense")
+OWN_SET = ("olmo2", "olmo3", "smollm3", "exaone4", "glm4", "hunyuan_v1_dense", "gemma3_text")
+BY_KIND = ("olmo3", "gemma3_text")
 REFUSED = {  # what transformers refuses, or can't compute with
     "a whole epsilon": (*FAMILIES, "qwen2_moe"),
-    "no key-value heads": ("mistral", "qwen2_moe", "glm", "ministral", "exaone4", "glm4"),
-    "no window": ("qwen2_moe", "olmo3", "exaone4"),
+    "no key-value heads": (
+        "mistral",
+        "qwen2_moe",
+        "glm",
+        "ministral",
+        "exaone4",
+        "glm4",
+        "gemma3_text",
+    ),
+    "no window": ("qwen2_moe", "olmo3", "exaone4", "gemma3_text"),
     "null head_dim": (*SET, *OWN_SET),
     "old, scaled": ("phi3", "glm"),
-    "both": ("phi3", "glm", "olmo3"),
+    "both": ("phi3", "glm", *BY_KIND),
     "positions outside": ("phi3", "glm"),
     "positions missing": ("glm",),
-    "by kinds of layers": (*(name for name in FAMILIES if name != "olmo3"), "qwen2_moe"),
+    "by kinds of layers": (*(name for name in FAMILIES if name not in BY_KIND), "qwen2_moe"),
 }
 NEEDED = {"ministral": dict(head_dim=8), "hunyuan_v1_dense": dict(head_dim=8)}
 """What a family's class does not do without."""
 TOGETHER = (
     *("sliding_window", "num_key_value_heads", "head_dim", "rope_theta"),
-    *("sliding_window_pattern", "no_rope_layers"),
+    *("sliding_window_pattern", "no_rope_layers", "rope_local_base_freq"),
 )
 """Keys that `settings` answers, of several together."""
 NOT_A_QWEN2_MOE = ("old, scaled", "both", "positions outside", "by kinds of layers")
@@ -108,6 +121,8 @@ def test_a_configuration_means_what_transformers_reads_in_it(family, spelling):
         assert found.rope == rope
     else:
         assert found.rope["rope_theta"] == rope["rope_theta"]
+    assert found.activation == getattr(own, record.activation_key)
+    assert found.factors == {key: getattr(own, key) for key in found.factors}
     if family == "smollm3":
         assert found.turned_layers == tuple(map(bool, own.no_rope_layers))
     if found.rope_positions is not None:

@@ -96,6 +96,26 @@ KINDS = {  # family, keys of its config.json, keys without which it is another m
         SHORT_WAVES,
     ),
     "glm-4-0414": ("glm4", dict(head_dim=16), WHOLE_HEAD),
+    "gemma-3": (
+        "gemma3_text",
+        WINDOWS | dict(head_dim=16, query_pre_attn_scalar=24, rope_parameters=BY_KIND),
+        dict(query_pre_attn_scalar=99),
+    ),
+    # as its first files were: windows by a pattern, RoPE scaled in the layers without one
+    "gemma-3-older": (
+        "gemma3_text",
+        dict(
+            head_dim=12,
+            sliding_window=6,
+            sliding_window_pattern=2,
+            rope_theta=500.0,
+            rope_local_base_freq=90.0,
+            rope_scaling=dict(rope_type="linear", factor=8.0),
+            tie_word_embeddings=False,
+            final_logit_softcapping=2.5,
+        ),
+        dict(final_logit_softcapping=None),
+    ),
     "hunyuan": ("hunyuan_v1_dense", dict(head_dim=12, rope_parameters=ALPHA), SHORT_WAVES),
 }
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import nexus_ds.hf  # noqa: F401
 from nexus_ds.checkpoint.dense import open_dense
 from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.wrappers import WRAPPERS, refuse_wrapper, text_config
@@ -45,6 +46,12 @@ KINDS = {  # wrapper, its text_config, its vision_config, its own keys
         dict(model_type="mistral", sliding_window=None),
         dict(model_type="pixtral", num_attention_heads=2, patch_size=14, **SIGHT),
         {},
+    ),
+    "gemma3": (
+        "gemma3",
+        dict(head_dim=8, query_pre_attn_scalar=24, sliding_window=6, sliding_window_pattern=2),
+        dict(model_type="siglip_vision_model", num_attention_heads=2, patch_size=14, **SIGHT),
+        dict(mm_tokens_per_image=4),
     ),
     "llava": (
         "llava",
@@ -92,12 +99,12 @@ def whole(request, tmp_path_factory, dense_dir):
     return kind, out, AutoModelForImageTextToText.from_pretrained(out).eval()
 
 
-def one_expert(source, out):
-    """Write a mixture of one expert without a shared one: it computes what its model computes."""
+def twice(source, out):
+    """Write a mixture of a model twice, without a shared expert: it computes what that does."""
     config = Config()
-    config.model.shared_expert = "none"
+    config.model.shared_expert, config.router.top_k = "none", 2
     out.mkdir()
-    new = upcycled(source, {"a": source}, embeddings(("a",)), config)
+    new = upcycled(source, {"a": source, "b": source}, embeddings(("a", "b")), config)
     new.write(out, None, config.router, 0)
     return AutoModelForCausalLM.from_pretrained(out, local_files_only=True).eval()
 
@@ -105,10 +112,10 @@ def one_expert(source, out):
 @torch.no_grad()
 def test_a_mixture_computes_the_whole_models_text(whole, tmp_path):
     kind, source, model = whole
-    mixture, x = one_expert(source, tmp_path / "out"), tokens()
+    mixture, x = twice(source, tmp_path / "out"), tokens()
     expected = model(input_ids=x).logits
     assert difference(mixture(x).logits, expected) < 1e-5
-    mixture.model.layers[0].self_attn.v_proj.weight.data *= 1.1  # the comparison can fail
+    mixture.model.layers[0].self_attn.v_proj.weight.data[:8] *= 2  # the comparison can fail
     assert difference(mixture(x).logits, expected) > 1e-3
     assert related(source, tmp_path / "out")["cosine"] == 1
     assert open_dense(source).family == WRAPPERS[kind].family
@@ -170,6 +177,27 @@ def test_what_a_file_leaves_out_is_what_transformers_takes(kind):
     assert (found.kv_heads, found.norm_eps) == (text.num_key_value_heads, text.rms_norm_eps)
     assert found.rope == text.rope_parameters
     assert found.tied_embeddings == own.tie_word_embeddings
+
+
+def test_a_first_gemma_3_leaves_out_sizes_too():
+    """As gemma-3-4b-it does."""
+    text = dict(
+        model_type="gemma3_text",
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_hidden_layers=34,
+        rope_scaling=dict(factor=8.0, rope_type="linear"),
+        sliding_window=1024,
+    )
+    own = CONFIG_MAPPING["gemma3"](text_config=dict(text)).text_config
+    found = settings(text_config({"model_type": "gemma3", "text_config": text}))
+    assert found.rope == {
+        kind: {key: value for key, value in rope.items() if key != "type"}
+        for kind, rope in own.rope_parameters.items()
+    }
+    assert (found.heads, found.kv_heads, found.head_dim) == (8, 4, 256)
+    assert (found.vocabulary, found.layer_types) == (own.vocab_size, tuple(own.layer_types))
+    assert found.tied_embeddings and found.sliding_window == own.sliding_window == 1024
 
 
 @pytest.mark.parametrize(

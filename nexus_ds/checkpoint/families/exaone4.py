@@ -5,19 +5,13 @@ from collections.abc import Sequence
 
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.families.olmo2 import OLMO2
-from nexus_ds.checkpoint.families.record import FULL, SLIDING, Family
+from nexus_ds.checkpoint.families.record import SLIDING, Family, full_by_pattern
 
 
-def full_by_pattern(config: ConfigJson) -> Sequence[str]:
-    """Return full attention for every n-th layer, n being `sliding_window_pattern`.
-
-    No layers where it is no number above 0: transformers reads such a file with `layer_types` only.
-    """
-    every, layers = config["sliding_window_pattern"], config["num_hidden_layers"]
+def with_windows_by_pattern(config: ConfigJson) -> Sequence[str]:
+    """Return `full_by_pattern`, or no layers where there is no window."""
     # "LLLG" of the 32B divides nothing, and its file lists the layers besides
-    if type(every) is not int or every <= 0 or config["sliding_window"] is None:
-        return []
-    return [SLIDING if layer % every else FULL for layer in range(1, layers + 1)]
+    return [] if config["sliding_window"] is None else full_by_pattern(config)
 
 
 def turned(config: ConfigJson, kinds: Sequence[str]) -> Sequence[bool]:
@@ -38,7 +32,7 @@ EXAONE4 = Family(
         "bos_token_id": 0,
         "eos_token_id": 2,
     },
-    kinds=full_by_pattern,
+    kinds=with_windows_by_pattern,
     # its class takes no null
     nulls=(),
     norms=OLMO2.norms,

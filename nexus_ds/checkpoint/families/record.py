@@ -31,6 +31,19 @@ TurnedLayers = Callable[[ConfigJson, Sequence[str]], Sequence[bool]]
 """Whether RoPE turns each layer's heads, by config.json and the layers' kinds."""
 
 
+def full_by_pattern(config: ConfigJson) -> Sequence[str]:
+    """Return full attention for every n-th layer, n being `sliding_window_pattern`, and windows for
+    the others.
+
+    No layers where it is no number above 0: transformers reads such a file with `layer_types` only.
+    """
+    every, layers = config["sliding_window_pattern"], config["num_hidden_layers"]
+    if type(every) is not int or every <= 0:
+        return []
+    # counted from 1: the last of each n is full
+    return [SLIDING if layer % every else FULL for layer in range(1, layers + 1)]
+
+
 def windows_everywhere(config: ConfigJson) -> Sequence[str]:
     """Return sliding-window attention for all layers if there is a window, else none."""
     kind = FULL if config.get("sliding_window") is None else SLIDING
@@ -73,8 +86,16 @@ class Family:
     multipliers: bool = False
     """Whether Granite's factors stand in config.json: of the embeddings, residuals, attention
     scores and logits."""
+    factors: tuple[str, ...] = ()
+    """Keys of other numbers that its class computes with."""
+    caps: tuple[str, ...] = ()
+    """Likewise, of numbers that may be null: nothing is capped then."""
     ffn_size: str = "intermediate_size"
     """Key of the inner width of what becomes an expert."""
+    activation_key: str = "hidden_act"
+    """Key of what the FFN's gate goes through."""
+    activations: tuple[str, ...] = ("silu", "swish")
+    """What may stand there; all of it means the first."""
     norms: tuple[str, ...] = PRE_NORMS
     """Norms of a layer, in the order of the file."""
     qk_norm: str = ""
@@ -106,6 +127,10 @@ class DenseSettings:
     head_dim: int
     ffn_size: int
     """Inner width of one FFN: the dense model's, or one expert's."""
+    activation: str
+    """What the FFN's gate goes through, as transformers names it."""
+    factors: ConfigJson
+    """Of `Family.factors` and `Family.caps`."""
     vocabulary: int
     rope: ConfigJson
     """`rope_parameters` in today's form; for some families one for each kind of layer."""
