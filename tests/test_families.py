@@ -90,6 +90,17 @@ ROWS = {  # family: keys of its config.json, the class that transformers finds o
         WINDOWS | dict(head_dim=8, query_pre_attn_scalar=24, **TOKENS),
         "NexusGemma3TextForCausalLM",
     ),
+    "gemma2": (
+        WINDOWS
+        | dict(
+            head_dim=8,
+            query_pre_attn_scalar=24,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+            **TOKENS,
+        ),
+        "NexusGemma2ForCausalLM",
+    ),
     "hunyuan_v1_dense": (dict(head_dim=8, **TOKENS), "NexusHunyuanV1DenseForCausalLM"),
 }
 PER_FORM = ("qwen3", "olmo2")

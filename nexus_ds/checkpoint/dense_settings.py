@@ -92,7 +92,6 @@ REASONS = {
     "qwen3_moe": "it is a mixture already, and its attention norms q and k",
     "olmo": "its norms have no weights",
     "gemma": "its FFN is no SwiGLU, and its norms add 1 to their weights, which loses bits in bf16",
-    "gemma2": "its norms add 1 to their weights, and it has norms after attention and FFN",
     "cohere": "its attention and FFN stand side by side",
     "cohere2": "its attention and FFN stand side by side",
     "mixtral": "it is a mixture already",

@@ -72,6 +72,8 @@ class Need:
     """Logits that are made at once, at most."""
     logit: float = LOGITS_BYTES
     """Of one of them, at the peak."""
+    score: float = 0.0
+    """Of a token and one that it sees, in a layer; 0 where a fused kernel computes attention."""
 
     @property
     def loading(self) -> float:
@@ -93,7 +95,8 @@ class Need:
 
     def working(self, rows: int, length: int) -> float:
         """Return bytes beside the weights of a pass over `rows` sequences."""
-        return rows * length * self.token + self.logits(rows, length)
+        token = self.token + length * self.score
+        return rows * length * token + self.logits(rows, length)
 
     def whole(self, rows: int, length: int) -> float:
         """Return the peak on the device with all weights on it."""
@@ -118,7 +121,9 @@ class Need:
         return 2 * self.active * tokens
 
 
-def per_token(*, width: int, hidden: int, keys: int, inner: int, layers: int) -> dict[str, float]:
+def per_token(
+    *, width: int, hidden: int, keys: int, inner: int, layers: int, scored: int = 0
+) -> dict[str, float]:
     """Return the fields of `Need` that are of a token.
 
     Args:
@@ -127,6 +132,7 @@ def per_token(*, width: int, hidden: int, keys: int, inner: int, layers: int) ->
         keys: width of keys, and of values.
         inner: width of the feed-forward networks that a token visits in a layer, together.
         layers: of the model.
+        scored: heads whose scores stand in memory.
     """
     # gate, up and their product
     token = HIDDEN_COPIES * hidden + 3 * inner
@@ -134,6 +140,8 @@ def per_token(*, width: int, hidden: int, keys: int, inner: int, layers: int) ->
         "width": float(width),
         "token": float(token * width),
         "hidden": float(hidden * width),
+        # as they come, their softmax in fp32, and that as it is multiplied
+        "score": float(scored * (2 * width + 4)),
         "cache": float(2 * keys * layers * width),
     }
 

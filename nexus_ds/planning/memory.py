@@ -206,17 +206,20 @@ def layer_activations(sizes: Sizes, width: int, imbalance: float = 1.0) -> float
     """Return bytes that one layer keeps for each token, for its backward pass.
 
     Attention's matrix of scores is not among them: a fused kernel makes it again (FlashAttention,
-    Dao et al. 2022).
+    Dao et al. 2022), or it is counted by `scores`.
 
     Args:
         sizes: of the model.
         width: bytes of an element in the working precision.
         imbalance: tokens at this rank's experts over the mean.
     """
-    # two RMSNorms, each with the fp32 copy, the normalised one, the product with the weight
-    norms = 2 * (FP32 + 2 * width) * sizes.hidden
-    # queries and output, keys and values, and of each head the softmax's fp32 log-sum-exp
     heads_width = sizes.heads * sizes.head_size
+    normed = sizes.layer_norms * sizes.hidden
+    if sizes.qk_norms:
+        normed += heads_width + sizes.kv_width
+    # an RMSNorm keeps the fp32 copy, the normalised one, the product with the weight
+    norms = (FP32 + 2 * width) * normed
+    # queries and output, keys and values, and of each head the softmax's fp32 log-sum-exp
     attention = 2 * width * (heads_width + sizes.kv_width) + FP32 * sizes.heads
     # gate, its SiLU, up, their product
     ffn = 4 * width * sizes.ffn
@@ -237,10 +240,18 @@ def _imbalance(layout: Layout) -> float:
     return assume.ROUTING_IMBALANCE if layout.expert > 1 else 1.0
 
 
+def scores(sizes: Sizes, layout: Layout, width: int, tokens: int) -> float:
+    """Return bytes of attention's scores that one layer keeps for each token, where no fused kernel
+    makes them again: their tanh, and their softmax in fp32 and in the working precision."""
+    length = tokens / layout.micro
+    return sizes.scored_heads * length * (FP32 + 2 * width)
+
+
 def activations(sizes: Sizes, layout: Layout, width: int, tokens: int) -> float:
     """Return bytes that the forward pass of `tokens` tokens keeps, the output layer not counted."""
     if layout.checkpointing == "none":
         layer = layer_activations(sizes, width, _imbalance(layout))
+        layer += scores(sizes, layout, width, tokens)
     else:
         # its input alone; the rest is made again in the backward pass
         layer = width * sizes.hidden
@@ -263,6 +274,7 @@ def _working(sizes: Sizes, layout: Layout, width: int, tokens: int) -> float:
     """
     recomputed = 0.0 if layout.checkpointing == "none" else 1.0
     layer = layer_activations(sizes, width, _imbalance(layout))
+    layer += scores(sizes, layout, width, tokens)
     return tokens * layer * (recomputed + assume.BACKWARD_COPIES)
 
 

@@ -51,6 +51,8 @@ class Sizes:
     """Norms of a layer over the hidden size."""
     qk_norms: tuple[int, ...] = ()
     """Elements of the norms of queries and keys of one layer."""
+    scored_heads: int = 0
+    """Heads whose scores stand in memory: no fused kernel computes them."""
     experts: int = 0
     top_k: int = 1
     projection: tuple[int, ...] = ()
@@ -169,6 +171,7 @@ def _of_checkpoint(directory: Path) -> Sizes:
         qkv_bias=dense.qkv_bias,
         layer_norms=len(dense.norms),
         qk_norms=tuple(dense.qk_widths.values()),
+        scored_heads=dense.scored_heads,
         context=model.context,
         shared=model.shared,
         experts=model.experts,

@@ -109,6 +109,7 @@ def need_of_sizes(sizes: Sizes, width: int) -> Need:
             # the shared expert and those that a token visits
             inner=sizes.ffn * (1 + sizes.top_k if sizes.experts else 1),
             layers=sizes.layers,
+            scored=sizes.scored_heads,
         ),
     )
 

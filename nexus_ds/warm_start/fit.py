@@ -138,8 +138,9 @@ class _Stream:
         self.model = _empty_model(directory, config_json)
         self.config = self.model.config
         # A layer on its own has no attention chosen for it, and the eager one is not causal without
-        # a mask.
-        self.config._attn_implementation = "sdpa"
+        # a mask: a family that has no other (Gemma 2) makes one.
+        if self.model._supports_sdpa:
+            self.config._attn_implementation = "sdpa"
         self.config._experts_implementation = "eager"
         self.dtype = torch.float32
         self.layers = LayerReader(self.reader, self.config, self.dtype, device())

@@ -218,7 +218,7 @@ def changed(source, out, **keys):
         (dict(attention_bias=True), ["attention_bias", "o_proj.bias"]),
         (dict(mlp_bias=True), ["mlp_bias", "FFN"]),
         (dict(model_type="qwen3", use_sliding_window=True), ["Qwen3-Next has no sliding windows"]),
-        (dict(model_type="gemma2"), ["'gemma2'", "add 1"]),
+        (dict(model_type="cohere"), ["'cohere'", "side by side"]),
         (dict(model_type="cohere2"), ["'cohere2'", "side by side"]),
         (dict(model_type="gemma"), ["'gemma'", "no SwiGLU", "loses bits"]),
         (dict(model_type="ministral3"), ["'ministral3'", "llama_4_scaling_beta"]),

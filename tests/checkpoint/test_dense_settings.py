@@ -48,7 +48,8 @@ SPELLINGS = {  # of one config.json; what a family does not know it leaves out o
     "layers without RoPE": dict(no_rope_layers=[1, 0, 0, 1], no_rope_layer_interval=2),
 }
 SET = ("qwen2", "qwen2_moe", "qwen3", "phi3", "granite", "glm", "ministral")
-OWN_SET = ("olmo2", "olmo3", "smollm3", "exaone4", "glm4", "hunyuan_v1_dense", "gemma3_text")
+GEMMAS = ("gemma3_text", "gemma2")
+OWN_SET = ("olmo2", "olmo3", "smollm3", "exaone4", "glm4", "hunyuan_v1_dense", *GEMMAS)
 BY_KIND = ("olmo3", "gemma3_text")
 REFUSED = {  # what transformers refuses, or can't compute with
     "a whole epsilon": (*FAMILIES, "qwen2_moe"),
@@ -59,9 +60,9 @@ REFUSED = {  # what transformers refuses, or can't compute with
         "ministral",
         "exaone4",
         "glm4",
-        "gemma3_text",
+        *GEMMAS,
     ),
-    "no window": ("qwen2_moe", "olmo3", "exaone4", "gemma3_text"),
+    "no window": ("qwen2_moe", "olmo3", "exaone4", *GEMMAS),
     "null head_dim": (*SET, *OWN_SET),
     "old, scaled": ("phi3", "glm"),
     "both": ("phi3", "glm", *BY_KIND),

@@ -101,6 +101,16 @@ KINDS = {  # family, keys of its config.json, keys without which it is another m
         WINDOWS | dict(head_dim=16, query_pre_attn_scalar=24, rope_parameters=BY_KIND),
         dict(query_pre_attn_scalar=99),
     ),
+    "gemma-2": (
+        "gemma2",
+        WINDOWS | dict(head_dim=16, query_pre_attn_scalar=24, attn_logit_softcapping=1.5),
+        dict(attn_logit_softcapping=None),
+    ),
+    "gemma-2-capped": (
+        "gemma2",
+        dict(head_dim=12, sliding_window=6, final_logit_softcapping=2.5, tie_word_embeddings=False),
+        dict(final_logit_softcapping=None),
+    ),
     # as its first files were: windows by a pattern, RoPE scaled in the layers without one
     "gemma-3-older": (
         "gemma3_text",
@@ -150,10 +160,14 @@ def loaded(directory):
 
 
 def noise(oracle, x):
-    """Return how far the reference's logits lie apart, computed by transformers' two kernels."""
-    eager = copy.deepcopy(oracle)
-    eager.set_attn_implementation("eager")
-    apart = difference(eager(x).logits, oracle(x).logits)
+    """Return how far the reference's logits lie apart, computed by transformers' two kernels, or of
+    a family that has one, with embeddings that are an ulp larger."""
+    other = copy.deepcopy(oracle)
+    other.set_attn_implementation("eager")
+    if not oracle._supports_sdpa:
+        weight = other.model.embed_tokens.weight.data
+        weight.copy_(torch.nextafter(weight, 2 * weight))
+    apart = difference(other(x).logits, oracle(x).logits)
     assert 1e-8 < apart < 1e-4
     return apart
 

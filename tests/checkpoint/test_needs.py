@@ -75,7 +75,10 @@ def test_pieces_become_smaller_to_the_last():
 def test_a_token_takes_its_states_and_its_cache():
     found = per_token(width=2, hidden=8, keys=4, inner=40, layers=3)
     token = 2 * (8 * 8 + 3 * 20 * 2)
-    assert found == {"width": 2, "token": token, "hidden": 16, "cache": 2 * 4 * 3 * 2}
+    expected = {"width": 2, "token": token, "hidden": 16, "cache": 2 * 4 * 3 * 2, "score": 0}
+    assert found == expected
+    scored = per_token(width=2, hidden=8, keys=4, inner=40, layers=3, scored=4)
+    assert scored == expected | {"score": 4 * (2 + 4 + 2)}
 
 
 def test_a_warm_start_keeps_a_quarter_of_the_device_for_features():

@@ -241,8 +241,8 @@ def test_bad_options(parts):
         run(parts, "router.top_k=4")
     with pytest.raises(ConfigError, match=r"unknown key router.topk, did you mean top_k"):
         run(parts, "router.topk=1")
-    with pytest.raises(UnsupportedModelError, match="'gemma2'"):
-        edit_config(parts / "alpha", model_type="gemma2")
+    with pytest.raises(UnsupportedModelError, match="'cohere'"):
+        edit_config(parts / "alpha", model_type="cohere")
         run(parts)
     assert not left_over(parts)
 

@@ -1,11 +1,13 @@
 """Planned activations against what a forward pass keeps, in one process: within 5%."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from plan_models import LENGTH, OTHER, SMALL, make_model
 from plan_worker import Kept, forward
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nexus_ds.checkpoint.build import DTYPES, new_dense
 from nexus_ds.config import load_config
@@ -60,6 +62,37 @@ def test_a_mixture_keeps_what_was_planned(sizes, dtype, checkpointing, tmp_path)
         activations(sizes, layout(checkpointing), width, tokens), rel=0.05
     )
     assert head == width * sizes.vocabulary * sizes.hidden
+
+
+NORMED = dict(
+    vocab_size=900,
+    hidden_size=128,
+    intermediate_size=320,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    bos_token_id=None,
+    eos_token_id=0,
+    pad_token_id=None,
+)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("family", ["olmo2", "glm4", "gemma2", "gemma3_text"])
+def test_a_family_of_more_norms_keeps_about_what_was_planned(family, dtype, tmp_path):
+    """Norms differ in what they keep in fp32; scores of Gemma 2 are kept whole."""
+    config = AutoConfig.for_model(family, **NORMED)
+    model = AutoModelForCausalLM.from_config(config).to(DTYPES[dtype])
+    model.save_pretrained(tmp_path)
+    total, head = measured(model, "none")
+    sizes = sizes_of(load_config("demo", ["stage=seed", f"model.path={tmp_path}"]))
+    tokens, width = SEQUENCES * LENGTH, DTYPES[dtype].itemsize
+    planned = activations(sizes, layout("none"), width, tokens)
+    assert total - head == pytest.approx(planned, rel=0.12)
+    if family == "gemma2":
+        unscored = activations(replace(sizes, scored_heads=0), layout("none"), width, tokens)
+        assert planned - unscored == 3 * tokens * LENGTH * 4 * (4 + 2 * width)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

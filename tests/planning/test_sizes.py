@@ -132,9 +132,9 @@ def test_what_a_config_leaves_out_is_counted_as_transformers_fills_it_in(family,
     ("values", "error", "message"),
     [
         (
-            {"model_type": "gemma2"},
+            {"model_type": "cohere"},
             UnsupportedModelError,
-            "model_type 'gemma2' can't be planned; plan knows llama, mistral",
+            "model_type 'cohere' can't be planned; plan knows llama, mistral",
         ),
         ({}, UnsupportedModelError, "model_type None can't be planned"),
         (

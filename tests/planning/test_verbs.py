@@ -7,6 +7,7 @@ from dataclasses import asdict, fields, replace
 import pytest
 import torch
 from conftest import moe_model, save_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nexus_ds.checkpoint.pieces import need_of
 from nexus_ds.commands import evaluate, extend, generate
@@ -59,6 +60,20 @@ def test_sizes_of_every_kind_are_those_that_a_checkpoint_has(kind, request):
     stage = ["stage=seed"] if kind == "dense_dir" else []
     counted, read = both_needs(directory, *stage)
     assert counted == pytest.approx(read)
+
+
+@pytest.mark.parametrize(("family", "scored"), [("gemma2", 2), ("gemma3_text", 0)])
+def test_scores_count_where_no_fused_kernel_computes_them(family, scored, tmp_path):
+    sizes = dict(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
+    heads = dict(num_attention_heads=2, num_key_value_heads=2, head_dim=8)
+    config = AutoConfig.for_model(family, **sizes, **heads)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    counted, read = both_needs(tmp_path, "stage=seed")
+    assert counted == pytest.approx(read)
+    assert read["score"] == scored * 12
+    need = need_of(tmp_path, "fp32", torch.device("cuda"))
+    alone = replace(need, score=0.0)
+    assert need.working(3, 64) == alone.working(3, 64) + 3 * 64 * 64 * read["score"]
 
 
 def test_a_shared_expert_of_zeros_is_computed(tmp_path):

@@ -1,5 +1,7 @@
-"""Gemma 3 (text): GELU, norms before and after attention and FFN and of each head's queries and
-keys, windows in five of six layers with a RoPE of their own."""
+"""Gemma 3 (text): Gemma 2 with norms of queries and keys instead of caps.
+
+Five of six layers have a window, and a RoPE of their own.
+"""
 
 from nexus_ds.checkpoint.families.record import FULL, PRE_NORMS, SLIDING, Family, full_by_pattern
 

@@ -20,6 +20,8 @@ FUSED = {
 }
 """Matrices that are stacked row by row in one tensor."""
 FULL, SLIDING = "full_attention", "sliding_attention"
+ATTENTION_CAP = "attn_logit_softcapping"
+"""Key of the cap of attention's scores, which no fused kernel of torch computes."""
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 """Norms of a layer that stand before its attention and its FFN alone."""
 AFTER_FFN = ("post_feedforward_layernorm", "post_mlp_layernorm")
@@ -151,6 +153,11 @@ class DenseSettings:
     """For each layer full_attention | sliding_attention."""
     turned_layers: tuple[bool, ...]
     """Whether RoPE turns a layer's heads."""
+
+    @property
+    def scored_heads(self) -> int:
+        """Heads of which all scores stand in memory at once."""
+        return self.heads if ATTENTION_CAP in self.factors else 0
 
     @property
     def query_width(self) -> int:
