@@ -292,6 +292,12 @@ FAULTS = (
         "checkpoint/test_native.py -k gemma",
     ),
     Fault(
+        "Cohere's logits are not multiplied",
+        "model/head.py",
+        " / getattr(config, FACTOR, 1.0)",
+        "",
+    ),
+    Fault(
         "all experts are gated by SiLU",
         "checkpoint/build.py",
         "FeedForward(hidden_size, ffn_size, self.activation)",

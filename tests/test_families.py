@@ -101,6 +101,8 @@ ROWS = {  # family: keys of its config.json, the class that transformers finds o
         ),
         "NexusGemma2ForCausalLM",
     ),
+    "gemma": (dict(head_dim=8, **TOKENS), "NexusGemmaForCausalLM"),
+    "cohere2": (WINDOWS | dict(logit_scale=0.25, **TOKENS), "NexusCohere2ForCausalLM"),
     "hunyuan_v1_dense": (dict(head_dim=8, **TOKENS), "NexusHunyuanV1DenseForCausalLM"),
 }
 PER_FORM = ("qwen3", "olmo2")

@@ -321,8 +321,8 @@ def test_a_checkpoint_that_is_not_there_is_named(capsys, monkeypatch, tmp_path):
     [
         (
             "seed",
-            {"model_type": "cohere2"},
-            "model_type 'cohere2' can't become a Qwen2-MoE: its attention and FFN stand",
+            {"model_type": "cohere"},
+            "model_type 'cohere' can't become a Qwen2-MoE: its attention and FFN stand",
         ),
         ("branch", {"model_type": "gemma3n"}, "supported: llama, mistral, qwen2"),
         ("branch", {"attention_bias": True}, "has no place for a bias in o_proj"),

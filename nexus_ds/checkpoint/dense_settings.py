@@ -22,7 +22,7 @@ from nexus_ds.checkpoint.families.qwen2 import QWEN2
 from nexus_ds.checkpoint.families.record import FULL, SLIDING, DenseSettings, Family
 from nexus_ds.checkpoint.families.rotary import attention_factor, over_the_whole_head
 from nexus_ds.checkpoint.families.table import FAMILIES
-from nexus_ds.checkpoint.forms import PLAIN, QWEN3_NEXT, as_source
+from nexus_ds.checkpoint.forms import PLAIN, QWEN3_NEXT, as_source, native_family
 from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
@@ -91,9 +91,7 @@ BIASES = {
 REASONS = {
     "qwen3_moe": "it is a mixture already, and its attention norms q and k",
     "olmo": "its norms have no weights",
-    "gemma": "its FFN is no SwiGLU, and its norms add 1 to their weights, which loses bits in bf16",
-    "cohere": "its attention and FFN stand side by side",
-    "cohere2": "its attention and FFN stand side by side",
+    "cohere": "its attention and FFN stand side by side, as Cohere 2's, which is supported",
     "mixtral": "it is a mixture already",
     "qwen2_moe": "it is a mixture already",
     "gpt2": "it has biases and learned positions",
@@ -292,7 +290,7 @@ def as_its_class_has_it(config: ConfigJson) -> ConfigJson:
     rope, turned = _rope(values, family, "config.json")
     if turned < values["head_dim"]:
         rope["partial_rotary_factor"] = turned / values["head_dim"]
-    return {"rope": rope, "norm_eps": values["rms_norm_eps"]}
+    return {"rope": rope, "norm_eps": values[family.eps_key]}
 
 
 def _windows(config: ConfigJson, family: Family, where: str) -> tuple[int | None, tuple[str, ...]]:
@@ -350,7 +348,7 @@ def _norm_eps(values: ConfigJson, family: Family, where: str) -> float:
 
     The stream is read divided by Granite's, which norms do not see but for their epsilon.
     """
-    eps = _number(values, "rms_norm_eps", where)
+    eps = _number(values, family.eps_key, where)
     if not family.multipliers:
         return eps
     for key in ("embedding_multiplier", "attention_multiplier", "logits_scaling"):
@@ -376,12 +374,16 @@ def refuse_activation(config: ConfigJson, where: str) -> None:
     """
     family = family_of(config)
     first = family.activations[0]
-    found = config.get(family.activation_key, first)
-    if found not in family.activations:
-        raise UnsupportedModelError(
-            f"{where}: {family.activation_key} {found!r}; of {family.name} only {first} is "
-            "supported"
-        )
+    keys = {family.activation_key}
+    if native_family(config["model_type"]):
+        # what its experts are built by
+        keys.add("hidden_act")
+    for key in sorted(keys):
+        found = config.get(key, first)
+        if found not in family.activations:
+            raise UnsupportedModelError(
+                f"{where}: {key} {found!r}; of {family.name} only {first} is supported"
+            )
 
 
 def settings(config: ConfigJson, where: str = "config.json") -> DenseSettings:

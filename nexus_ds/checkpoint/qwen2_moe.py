@@ -281,9 +281,8 @@ def moe_config(
         return both_ropes(written | _as_qwen3_next(family, sizes))
     kept = {key: value for key, value in dense_config.items() if key != "torch_dtype"}
     named = {"model_type": NATIVE + family.name, "architectures": [native_class(family.name)]}
-    if family.activation_key != "hidden_act":
-        # the key that the experts' block asks for
-        named["hidden_act"] = sizes.activation
+    # the key that the experts' block asks for, whatever the family's own is
+    named["hidden_act"] = sizes.activation
     return kept | {key: written[key] for key in NATIVE_KEYS} | named
 
 

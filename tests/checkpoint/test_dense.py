@@ -219,8 +219,6 @@ def changed(source, out, **keys):
         (dict(mlp_bias=True), ["mlp_bias", "FFN"]),
         (dict(model_type="qwen3", use_sliding_window=True), ["Qwen3-Next has no sliding windows"]),
         (dict(model_type="cohere"), ["'cohere'", "side by side"]),
-        (dict(model_type="cohere2"), ["'cohere2'", "side by side"]),
-        (dict(model_type="gemma"), ["'gemma'", "no SwiGLU", "loses bits"]),
         (dict(model_type="ministral3"), ["'ministral3'", "llama_4_scaling_beta"]),
         (dict(model_type="nemotron"), ["'nemotron'", "FFN has no gate"]),
         (dict(model_type="starcoder2"), ["'starcoder2'", "no gate but biases"]),

@@ -101,6 +101,32 @@ KINDS = {  # family, keys of its config.json, keys without which it is another m
         WINDOWS | dict(head_dim=16, query_pre_attn_scalar=24, rope_parameters=BY_KIND),
         dict(query_pre_attn_scalar=99),
     ),
+    "cohere-2": (
+        "cohere2",
+        WINDOWS | dict(rope_parameters=dict(rope_type="default", rope_theta=500.0)),
+        dict(layer_types=[FULL, FULL]),
+    ),
+    "cohere-2-untied": (
+        "cohere2",
+        dict(
+            sliding_window=6,
+            sliding_window_pattern=2,
+            logit_scale=0.3,
+            num_key_value_heads=4,
+            tie_word_embeddings=False,
+        ),
+        dict(layer_norm_eps=0.5),
+    ),
+    "gemma": (
+        "gemma",
+        dict(head_dim=12, rope_parameters=dict(rope_type="default", rope_theta=500.0)),
+        dict(hidden_act="silu"),
+    ),
+    "gemma-older": (
+        "gemma",
+        dict(head_dim=16, hidden_act="gelu", num_key_value_heads=1, tie_word_embeddings=False),
+        dict(rms_norm_eps=0.5),
+    ),
     "gemma-2": (
         "gemma2",
         WINDOWS | dict(head_dim=16, query_pre_attn_scalar=24, attn_logit_softcapping=1.5),
@@ -272,6 +298,15 @@ def test_experts_come_and_go(made, tmp_path):
     places = [qwen2_moe.expert_name(1, expert, "up_proj") for expert in (0, 1, 2)]
     assert all(torch.equal(after.read(place), first.read(places[0])) for place in places)
     assert describe(old)["experts"][2]["name"] == "d"
+
+
+def test_experts_of_another_activation_are_refused(made, tmp_path):
+    """The dense layers' key may be another than that of the experts."""
+    kind, out, _, _ = made
+    for key in {"hidden_act", FAMILIES[KINDS[kind][0]].activation_key}:
+        other = changed(out, tmp_path / key, **{key: "relu"})
+        with pytest.raises(UnsupportedModelError, match=rf"{key} 'relu'; of {KINDS[kind][0]} only"):
+            opened(other)
 
 
 POST_NORMS = [kind for kind, (of, *_) in KINDS.items() if set(FAMILIES[of].norms) & set(AFTER_FFN)]

@@ -6,7 +6,7 @@ from conftest import make_nexus
 from torch._dynamo.utils import counters
 
 from nexus_ds.model.compiled import compile_layers, parts_to_compile
-from nexus_ds.model.experts import eager_elementwise
+from nexus_ds.model.experts import ACTIVATIONS, compiled_elementwise, eager_elementwise
 from nexus_ds.model.head import next_token_loss
 from nexus_ds.runtime.nexus_moe import NexusMoE, Placement
 from nexus_ds.runtime.parallel_model import load_nexus
@@ -32,6 +32,18 @@ def test_all_of_a_layer_is_compiled_but_what_routes(tmp_path):
         layer.post_attention_layernorm,
     ]
     assert not any(isinstance(part, NexusMoE) for part in parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_stands_between_the_products_of_experts_is_compiled_as_it_is(activation):
+    torch._dynamo.reset()
+    gate_NF, up_NF, dinner_NF = torch.randn(3, 9, 24, generator=torch.Generator().manual_seed(0))
+    eager, compiled = eager_elementwise(activation), compiled_elementwise(activation)
+    torch.testing.assert_close(compiled.inner(gate_NF, up_NF), eager.inner(gate_NF, up_NF))
+    found = compiled.gradients(gate_NF, up_NF, dinner_NF)
+    torch.testing.assert_close(found, eager.gradients(gate_NF, up_NF, dinner_NF))
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow

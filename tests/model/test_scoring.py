@@ -92,18 +92,19 @@ def compiler():
 
 
 @pytest.mark.slow
-def test_compiled_for_chunks_of_all_lengths(compiler):
+@pytest.mark.parametrize("cap", [None, 2.5])
+def test_compiled_for_chunks_of_all_lengths(cap, compiler):
     """The CPU's compiler stands for a GPU's: what is compiled, and for how many shapes, is one."""
-    compiled = compiled_score(16, VOCABULARY, torch.bfloat16, torch.device("cpu"))
+    compiled = compiled_score(16, VOCABULARY, torch.bfloat16, torch.device("cpu"), cap)
     assert counters["stats"]["unique_graphs"] == 2
     for rows in (16, 5, 11):
         logits_cV, targets_c = chunk(rows, torch.bfloat16)
         in_place_cV = logits_cV.clone()
         losses_c, error_cV = compiled(in_place_cV, targets_c, True)
         assert error_cV is in_place_cV
-        check(losses_c, error_cV, logits_cV, targets_c)
+        check(losses_c, error_cV, logits_cV, targets_c, cap)
         losses_c, _ = compiled(logits_cV, targets_c, False)
-        expected_c, _ = by_autograd(logits_cV, targets_c)
+        expected_c, _ = by_autograd(logits_cV, targets_c, cap)
         torch.testing.assert_close(losses_c.double(), expected_c, rtol=1e-6, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 2
 

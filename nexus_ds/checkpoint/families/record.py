@@ -100,6 +100,8 @@ class Family:
     """What may stand there; all of it means the first."""
     norms: tuple[str, ...] = PRE_NORMS
     """Norms of a layer, in the order of the file."""
+    eps_key: str = "rms_norm_eps"
+    """Key of the norms' epsilon."""
     qk_norm: str = ""
     """What q_norm and k_norm of the attention go over: each `head`, or `all` of them together;
     empty: there are none."""

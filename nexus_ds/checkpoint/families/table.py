@@ -1,7 +1,9 @@
 """The dense families that can become experts; another one is a file beside this and a line here."""
 
+from nexus_ds.checkpoint.families.cohere2 import COHERE2
 from nexus_ds.checkpoint.families.ernie4_5 import ERNIE4_5
 from nexus_ds.checkpoint.families.exaone4 import EXAONE4
+from nexus_ds.checkpoint.families.gemma import GEMMA
 from nexus_ds.checkpoint.families.gemma2 import GEMMA2
 from nexus_ds.checkpoint.families.gemma3_text import GEMMA3_TEXT
 from nexus_ds.checkpoint.families.glm import GLM
@@ -19,7 +21,8 @@ from nexus_ds.checkpoint.families.seed_oss import SEED_OSS
 from nexus_ds.checkpoint.families.smollm3 import SMOLLM3
 
 _VIEWED = (PHI3, MINISTRAL, GRANITE, SEED_OSS, GLM, ERNIE4_5)
-_NATIVE = (OLMO2, OLMO3, SMOLLM3, EXAONE4, GLM4, HUNYUAN_V1_DENSE, GEMMA3_TEXT, GEMMA2)
+_GEMMAS = (GEMMA, GEMMA2, GEMMA3_TEXT)
+_NATIVE = (OLMO2, OLMO3, SMOLLM3, EXAONE4, GLM4, HUNYUAN_V1_DENSE, *_GEMMAS, COHERE2)
 _ALL = (LLAMA, MISTRAL, QWEN2, QWEN3, *_VIEWED, *_NATIVE)
 FAMILIES = {family.name: family for family in _ALL}
 """By `model_type`."""
