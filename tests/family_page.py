@@ -80,7 +80,7 @@ CLAIMS = (
         VIEWS + "test_phi_4_minis_rope_below_and_above_the_positions_of_its_first_training",
     ),
     Claim(
-        "Granite, Phi-3",
+        "Granite, Phi-3, Gemma 2, Cohere 2",
         f"a branch's training: all losses to 1e-05 of them, its weights to {AGREEMENT:g}",
         "the same steps in plain PyTorch on the family's own class",
         "tests/test_families.py::test_a_branch_is_trained_with_its_familys_own_loss",

@@ -237,10 +237,12 @@ def test_every_verb_takes_a_family(family, tmp_path, dense_dir, text_folder, cap
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["granite", "phi3"])
+@pytest.mark.parametrize(
+    "family", ["granite", "phi3", "gemma2", pytest.param("cohere2", marks=pytest.mark.full)]
+)
 def test_a_branch_is_trained_with_its_familys_own_loss(family, tmp_path, dense_dir, text_folder):
     """Every loss and the trained weights are those of the same steps in plain PyTorch, on
-    transformers' own class: logits are divided, fused projections stay fused."""
+    transformers' own class: logits are divided or capped, fused projections stay fused."""
     dense_models(family, tmp_path, dense_dir)
     out = tmp_path / "branch"
     words = settings(tmp_path / "seed", text_folder, out, "stage=branch", "branch=alpha")
