@@ -23,6 +23,7 @@ from nexus_ds.checkpoint.wrappers import WRAPPERS
 from nexus_ds.serving.targets import TARGETS
 from tests.checkpoint.test_dense import FP32, KINDS
 from tests.checkpoint.test_native import KINDS as NATIVE
+from tests.checkpoint.test_qwen3_5 import KINDS as HYBRID
 from tests.checkpoint.test_qwen3_next import BF16, GRADIENTS, NOISE
 from tests.checkpoint.test_views import KINDS as VIEWED
 
@@ -42,6 +43,7 @@ class Claim(NamedTuple):
 DENSE = "tests/checkpoint/test_dense.py::"
 VIEWS = "tests/checkpoint/test_views.py::"
 NEXT = "tests/checkpoint/test_qwen3_next.py::"
+LINEAR = "tests/checkpoint/test_qwen3_5.py::"
 OWN = "tests/checkpoint/test_native.py::"
 OLDER = "tests/checkpoint/test_older_stacks.py::"
 FORMULA = "the formula on the dense family's own class of transformers"
@@ -128,6 +130,32 @@ CLAIMS = (
         "tests/test_families.py::test_a_family_trains_alike_in_every_layout",
     ),
     Claim(
+        "Qwen3.5",
+        f"fp32 logits to {NOISE:g} times what the family differs from itself by (eager and sdpa, "
+        "or an ulp more of its embeddings or its queries' weights), top-1 and top-2; bf16, top-2: "
+        "every bit",
+        FORMULA,
+        LINEAR + "test_stock_transformers_computes_the_formula",
+    ),
+    Claim(
+        "Qwen3.5",
+        "left padding; greedy tokens with and without a cache",
+        FORMULA,
+        LINEAR + "test_with_left_padding_and_with_a_cache_it_is_the_same",
+    ),
+    Claim(
+        "Qwen3.5",
+        f"gradients of all weights, experts and P to {GRADIENTS:g} of the largest",
+        FORMULA,
+        LINEAR + "test_training_computes_the_reference_and_its_gradients",
+    ),
+    Claim(
+        "Qwen3.5",
+        "every tensor, bit by bit",
+        "the dense models it was made of",
+        LINEAR + "test_it_is_read_back_bit_by_bit",
+    ),
+    Claim(
         "nexus_<family>",
         f"fp32 logits to {NOISE:g} times what eager and sdpa differ by (Gemma 2: what an ulp more "
         "of its embeddings moves), top-1 and top-2; bf16, top-2: every bit",
@@ -186,7 +214,9 @@ LOST = {
     "qwen3_next": "Size: q_proj is stored with as many zeros, a tied head is written out. q_norm "
     "and k_norm are rounded in the model file, by less than bf16 costs, where no power of two "
     "saves it; as they were they stand in nexus/, which every verb here reads. "
-    "Windows, biases in the attention and the router of contexts are refused.",
+    "Windows, biases in the attention and the router of contexts are refused. Of Qwen3.5 "
+    "nothing but what sees and what predicts further tokens (mtp); its decays (A_log) and the norm "
+    "over its states stand in fp32, as they are published.",
     "nexus_<family>": "Nothing of the model; programs without nexus_ds. The router of contexts is "
     "refused, and a pair that can't learn: without a shared expert and with top-1, where a norm "
     "over the FFN's output takes the gate's scale away.",
@@ -217,6 +247,7 @@ def table(header, rows):
 def tested(family):
     """Return a family's variants whose logits are compared, and where all verbs take it."""
     variants = [kind for kind, (of, *_) in (KINDS | VIEWED | NATIVE).items() if of == family]
+    variants += HYBRID if family == "qwen3_5_text" else []
     if family in ROWS:
         return ", ".join(variants), "tests/test_families.py"
     known = {name.lower() for name, _, _ in IN_README}

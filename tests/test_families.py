@@ -44,6 +44,19 @@ TOKENS = dict(bos_token_id=None, eos_token_id=0, pad_token_id=None)
 WINDOWS = dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"])
 ROWS = {  # family: keys of its config.json, the class that transformers finds on disk
     "qwen3": (dict(head_dim=12, tie_word_embeddings=True), "Qwen3NextForCausalLM"),
+    # one layer of each kind; in training linear attention is the family's own, as all else is
+    "qwen3_5_text": (
+        dict(
+            head_dim=12,
+            full_attention_interval=2,
+            linear_num_key_heads=1,
+            linear_num_value_heads=2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=6,
+            tie_word_embeddings=True,
+        ),
+        "Qwen3NextForCausalLM",
+    ),
     "granite": (
         dict(
             embedding_multiplier=12.0,

@@ -6,13 +6,19 @@ Not covered: quantised models, fp16 weights, tied weights other than the embeddi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nexus_ds.checkpoint.config_json import ConfigJson, read_config
 from nexus_ds.checkpoint.dense_settings import filled, refuse_unsupported, settings
-from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD, DenseSettings, dense_weights
+from nexus_ds.checkpoint.families.record import (
+    EMBEDDING,
+    HEAD,
+    DenseSettings,
+    Family,
+    dense_weights,
+)
 from nexus_ds.checkpoint.families.table import FAMILIES
 from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.problems import Problems
@@ -73,16 +79,19 @@ def as_stored(config: ConfigJson, reader: Headers) -> ConfigJson:
     return config if equal else config | {"tie_word_embeddings": False}
 
 
-def check_tensors(reader: Headers, shapes: dict[str, tuple[int, ...]], tied: bool) -> str:
+def check_tensors(
+    reader: Headers, shapes: dict[str, tuple[int, ...]], tied: bool, fp32: Collection[str] = ()
+) -> str:
     """Check names, shapes and dtypes of a model's tensors against its configuration.
 
     Args:
         reader: the model's tensors.
         shapes: what the configuration makes of them.
         tied: whether the embeddings are the head, too.
+        fp32: tensors that may be in fp32 beside others in bf16.
 
     Returns:
-        The one dtype of all, as safetensors names it.
+        The one dtype of all but these, as safetensors names it.
 
     Raises:
         UnsupportedModelError: weights that a Qwen2-MoE has no place for, or of several or of other
@@ -97,9 +106,10 @@ def check_tensors(reader: Headers, shapes: dict[str, tuple[int, ...]], tied: boo
     with problems.collected():
         _check_shapes(reader, {name: shapes[name] for name in there})
     dtype = ""
-    if there:
+    told = [name for name in there if name not in fp32 or reader.info(name).dtype != "F32"]
+    if told:
         with problems.collected():
-            dtype = _one_dtype(reader, there)
+            dtype = _one_dtype(reader, told)
     problems.refuse()
     return dtype
 
@@ -158,6 +168,13 @@ def _one_dtype(reader: Headers, names: Iterable[str]) -> str:
     return dtype
 
 
+def _without_ignored(reader: Headers, family: Family) -> Headers:
+    """Return a file's tensors without those that transformers' class passes over."""
+    if not family.ignored:
+        return reader
+    return reader.renamed({n: n for n in reader.names() if not n.startswith(family.ignored)})
+
+
 def _check_heads(settings: DenseSettings, where: str) -> None:
     # A view lists the channels of a head: a false number would fill the memory.
     if settings.head_dim > MAX_HEAD:
@@ -191,11 +208,13 @@ def open_dense(directory: Path) -> DenseModel:
         problems.refuse()
     with problems.collected():
         reader = text_tensors(Headers(directory), whole)
+        reader = _without_ignored(reader, FAMILIES[config["model_type"]])
         config = as_stored(config, reader)
         normal = settings(config, where)
         _check_heads(normal, where)
         found = origins(config, normal)
-        dtype = check_tensors(reader, file_shapes(found, normal), _tied(config))
+        fp32 = {name for name, weight in dense_weights(normal).items() if weight.fp32}
+        dtype = check_tensors(reader, file_shapes(found, normal), _tied(config), fp32)
     problems.refuse()
     view = viewed(reader, found, normal)
     return DenseModel(directory, config, config["model_type"], view, dtype, normal)

@@ -18,8 +18,9 @@ from nexus_ds.checkpoint.config_json import (
     refuse_in_any_form,
     refuse_odd_type,
 )
+from nexus_ds.checkpoint.families.delta_net import KEYS, DeltaNet
 from nexus_ds.checkpoint.families.qwen2 import QWEN2
-from nexus_ds.checkpoint.families.record import FULL, SLIDING, DenseSettings, Family
+from nexus_ds.checkpoint.families.record import FULL, LINEAR, SLIDING, DenseSettings, Family
 from nexus_ds.checkpoint.families.rotary import attention_factor, over_the_whole_head
 from nexus_ds.checkpoint.families.table import FAMILIES
 from nexus_ds.checkpoint.forms import PLAIN, QWEN3_NEXT, as_source, native_family
@@ -145,6 +146,8 @@ def _heads(config: ConfigJson, family: Family, where: str) -> None:
 def _stated_rope(config: ConfigJson, family: Family) -> ConfigJson:
     """Return rope_parameters with what stands beside it, as transformers puts them together."""
     rope = copy.deepcopy(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    # of a text all three of Qwen's positions are the token's number
+    rope = {key: value for key, value in rope.items() if not key.startswith("mrope_")}
     rope.setdefault("rope_theta", config["rope_theta"])
     kind = rope.pop("type", "default")
     rope.setdefault("rope_type", kind)
@@ -247,10 +250,10 @@ def _turned(rope: ConfigJson, config: ConfigJson, family: Family, where: str) ->
         raise CheckpointError(
             f"{where}: partial_rotary_factor is {part!r}, expected a fraction of at most 1"
         )
-    if family.mixture:
+    if family.mixture == PLAIN[0]:
         return int(config["head_dim"] * part)
-    # the mixture is of the family's own class, which turns what it turns
-    if part != 1.0:
+    # the mixture's class turns what the family's own turns
+    if family.partial:
         rope["partial_rotary_factor"] = part
     return config["head_dim"]
 
@@ -310,12 +313,13 @@ def _windows(config: ConfigJson, family: Family, where: str) -> tuple[int | None
         raise CheckpointError(
             f"{where}: layer_types is missing, expected a kind of attention for each layer"
         )
-    if len(types) != layers or not set(types) <= {FULL, SLIDING}:
+    known = {FULL, LINEAR if family.linear else SLIDING}
+    if len(types) != layers or not set(types) <= known:
         raise UnsupportedModelError(
             f"{where}: layer_types {list(types)!r} can't be expressed as Qwen2-MoE"
         )
     if SLIDING not in types:
-        return None, full
+        return None, types
     window = config["sliding_window"]
     if type(window) is not int or window <= 0:
         raise CheckpointError(
@@ -323,6 +327,20 @@ def _windows(config: ConfigJson, family: Family, where: str) -> tuple[int | None
             "expected a number above 0"
         )
     return window, types
+
+
+def _linear(values: ConfigJson, family: Family, where: str) -> dict[str, int]:
+    """Return the sizes of linear attention; none where the family has none."""
+    if not family.linear:
+        return {}
+    sizes = {key: positive(values, key, where) for key in KEYS}
+    net = DeltaNet.of(sizes)
+    if net.value_heads % net.key_heads:
+        raise CheckpointError(
+            f"{where}: linear_num_value_heads is {net.value_heads}, expected a multiple of "
+            f"linear_num_key_heads, {net.key_heads}"
+        )
+    return sizes
 
 
 def _ropes_of(rope: ConfigJson) -> list[ConfigJson]:
@@ -446,6 +464,9 @@ def settings(config: ConfigJson, where: str = "config.json") -> DenseSettings:
         sliding_window=window,
         layer_types=types,
         turned_layers=_turned_layers(family, values, types),
+        output_gate=family.output_gate,
+        centred=family.centred,
+        linear=_linear(values, family, where),
     )
 
 

@@ -1,7 +1,8 @@
 """What lies in a mixture's weight files, of tensors that have the dense family's names; no torch.
 
     qwen2_moe        a tied output layer once more
-    qwen3_next       the queries' matrix twice as tall, for a gate; a tied output layer once more
+    qwen3_next       the queries' matrix twice as tall, for a gate; a tied output layer once more.
+                     Of Qwen3.5: what `qwen3_5` says
     nexus_<family>   what the family's own model has, and no more
 
 Not covered: what the values become there (`qwen3_next`).
@@ -14,8 +15,9 @@ from dataclasses import dataclass
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
-from nexus_ds.checkpoint.forms import PLAIN, QWEN3_NEXT
+from nexus_ds.checkpoint.forms import PLAIN, QWEN3_NEXT, reordered
 from nexus_ds.checkpoint.headers import Plan
+from nexus_ds.checkpoint.qwen3_5 import in_qwen3_next
 
 FINAL_NORM = "model.norm.weight"
 
@@ -74,6 +76,8 @@ def in_files(plan: Plan, config: ConfigJson) -> dict[str, tuple[str, tuple[int, 
         plan: dtype and shape of each tensor, by the dense family's names.
         config: config.json of the mixture.
     """
+    if reordered(config):
+        return in_qwen3_next(plan, config)
     if config.get("model_type") == QWEN3_NEXT:
         return _in_qwen3_next(plan, settings(config).head_dim)
     more = {name: plan[source] for name, source in repeated(config).items()}

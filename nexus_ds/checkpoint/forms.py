@@ -5,7 +5,8 @@ a form is a way to write them down so that stock transformers computes the same.
 
     qwen2_moe        what Llama, Mistral and Qwen2 become; the family's names as they are
     nexus_moe        the same with routers that read a running mean
-    qwen3_next       what Qwen3 becomes; translated at the file (`qwen3_next`)
+    qwen3_next       what Qwen3 and Qwen3.5 become; translated at the file (`qwen3_next`,
+                     `qwen3_5`)
     nexus_<family>   any family with its FFNs replaced, names as they are (`native`); transformers
                      knows it after `import nexus_ds.hf`
 
@@ -33,7 +34,8 @@ LINEAR_ATTENTION = {
     "linear_num_value_heads": 1,
 }
 """Of layers that a translated Qwen3 has none of; serving programs ask for the keys."""
-NEXT_ONLY = (*LINEAR_ATTENTION, "full_attention_interval", "partial_rotary_factor", SOURCE)
+TWICE = ("full_attention_interval", "partial_rotary_factor", SOURCE)
+"""Keys of a Qwen3-Next beside those that say the same, where other programs look for it."""
 
 
 def native_family(model_type: object) -> str | None:
@@ -46,6 +48,15 @@ def native_class(family: str) -> str:
     """Return the name of the language model's class in a family's native form."""
     words = "".join(word.title() for word in family.split("_"))
     return f"Nexus{words}ForCausalLM"
+
+
+def reordered(config: ConfigJson) -> bool:
+    """Return whether a config.json is of a Qwen3-Next that was a Qwen3.5 (`qwen3_5`)."""
+    source = config.get(SOURCE)
+    if config.get("model_type") != QWEN3_NEXT or not isinstance(source, dict):
+        return False
+    family = FAMILIES.get(str(source.get("model_type")))
+    return family is not None and family.linear
 
 
 def as_source(config: ConfigJson, where: str = "config.json") -> ConfigJson:
@@ -72,8 +83,12 @@ def as_source(config: ConfigJson, where: str = "config.json") -> ConfigJson:
     if not isinstance(rope, dict):
         raise CheckpointError(f"{where}: rope_parameters is {str(rope)[:100]}, expected an object")
     rope = dict(rope)
-    # the class's own default is a quarter of the head, so it is said; a dense Qwen3 has no such key
-    rope.pop("partial_rotary_factor", None)
-    kept = {key: value for key, value in config.items() if key not in NEXT_ONLY}
+    foreign: tuple[str, ...] = TWICE
+    if not reordered(config):
+        # the class's own default is a quarter of the head, so it is said; a dense Qwen3 has no such
+        # key, nor layers of linear attention
+        rope.pop("partial_rotary_factor", None)
+        foreign += tuple(LINEAR_ATTENTION)
+    kept = {key: value for key, value in config.items() if key not in foreign}
     kept.pop("rope_scaling", None)
     return kept | {"rope_parameters": rope} | source

@@ -131,7 +131,7 @@ def per_token(
         hidden: size of a hidden state.
         keys: width of keys, and of values.
         inner: width of the feed-forward networks that a token visits in a layer, together.
-        layers: of the model.
+        layers: of the model, that keep keys and values of all tokens.
         scored: heads whose scores stand in memory.
     """
     # gate, up and their product

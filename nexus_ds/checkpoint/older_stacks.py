@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense_settings import filled, settings
-from nexus_ds.checkpoint.families.record import FULL, DenseSettings
+from nexus_ds.checkpoint.families.record import FULL, LINEAR, DenseSettings
 from nexus_ds.checkpoint.forms import PLAIN, QWEN3_NEXT, native_family
 
 STOCK = (PLAIN[0], QWEN3_NEXT)
@@ -32,10 +32,10 @@ def unlike_transformers_4(config: ConfigJson) -> list[str]:
     found = [*_windows(sizes), *_longrope(sizes, filled(config)["max_position_embeddings"])]
     if kind not in STOCK:
         found.append(UNKNOWN.format(kind))
-    if kind == QWEN3_NEXT:
+    if kind == QWEN3_NEXT and LINEAR not in sizes.layer_types:
         # its cache looks for a layer of linear attention
         found.append("it generates with use_cache=False alone, and refuses else")
-    elif sizes.query_width != sizes.hidden_size:
+    elif kind != QWEN3_NEXT and sizes.query_width != sizes.hidden_size:
         found.append(
             f"it refuses {sizes.heads} heads of {sizes.head_dim} in a model of {sizes.hidden_size}"
         )

@@ -19,7 +19,7 @@ import torch
 
 from nexus_ds.checkpoint.config_json import ConfigJson, read_config
 from nexus_ds.checkpoint.dense import as_stored
-from nexus_ds.checkpoint.families.record import ATTENTION_CAP, EMBEDDING, HEAD
+from nexus_ds.checkpoint.families.record import ATTENTION_CAP, EMBEDDING, HEAD, LINEAR
 from nexus_ds.checkpoint.families.table import FAMILIES
 from nexus_ds.checkpoint.forms import NATIVE
 from nexus_ds.checkpoint.loading import computed_dtype, load_model, verified
@@ -110,12 +110,14 @@ def _per_token(config: ConfigJson, width: int, mixed: int) -> dict[str, float]:
     inner = max(visited if mixed else 0, dense if mixed < layers else 0)
     keys = _number(config, "head_dim") or hidden // max(1, heads)
     keys *= _number(config, "num_key_value_heads") or heads
+    # a state of linear attention does not grow with the text
+    attending = layers - list(config.get("layer_types") or ()).count(LINEAR)
     family = FAMILIES.get(str(config.get("model_type")).removeprefix(NATIVE))
     scored = 0
     if family and ATTENTION_CAP in family.caps:
         scored = _number(config, "num_attention_heads")
     return per_token(
-        width=width, hidden=hidden, keys=keys, inner=inner, layers=layers, scored=scored
+        width=width, hidden=hidden, keys=keys, inner=inner, layers=attending, scored=scored
     )
 
 

@@ -41,6 +41,7 @@ from nexus_ds.checkpoint.dense_settings import (
 )
 from nexus_ds.checkpoint.families.record import (
     FFN_PARTS,
+    FULL,
     SLIDING,
     DenseSettings,
     DenseWeight,
@@ -108,6 +109,8 @@ class Stored:
     """stored = scale * the weight that is computed with; a power of two, so nothing is rounded."""
     fill: float | None = None
     """Value of all elements, where it is a constant."""
+    fp32: bool = False
+    """As `DenseWeight.fp32`."""
 
 
 def expert_name(layer: int, expert: int, part: str) -> str:
@@ -195,6 +198,7 @@ def stored(config: ConfigJson) -> dict[str, Stored]:
                 shape=weight.shape,
                 layer=weight.layer,
                 dense_name=name,
+                fp32=weight.fp32,
             )
             continue
         # the first part opens the layer's block
@@ -202,6 +206,17 @@ def stored(config: ConfigJson) -> dict[str, Stored]:
             table.update(_router(weight.layer, experts, sizes.hidden_size, context))
         table.update(_ffn(name, weight, experts))
     return table
+
+
+def planned(config: ConfigJson, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype and shape of every tensor of a mixture's checkpoint, under the dense names.
+
+    Args:
+        config: its config.json.
+        dtype: of all weights but those that are always in fp32, as safetensors names it.
+    """
+    table = stored(config)
+    return {name: ("F32" if entry.fp32 else dtype, entry.shape) for name, entry in table.items()}
 
 
 def parameter_counts(config: ConfigJson, shared: bool = True) -> tuple[int, int]:
@@ -278,7 +293,7 @@ def moe_config(
     if family.mixture == "qwen2_moe":
         return both_ropes(written | _as_qwen2_moe(dense_config, sizes, context))
     if family.mixture == QWEN3_NEXT:
-        return both_ropes(written | _as_qwen3_next(family, sizes))
+        return both_ropes(written | _as_qwen3_next(family, sizes) | _linear(sizes))
     kept = {key: value for key, value in dense_config.items() if key != "torch_dtype"}
     named = {"model_type": NATIVE + family.name, "architectures": [native_class(family.name)]}
     # the key that the experts' block asks for, whatever the family's own is
@@ -347,6 +362,20 @@ def _as_qwen3_next(family: Family, sizes: DenseSettings) -> ConfigJson:
     }
 
 
+def _linear(sizes: DenseSettings) -> ConfigJson:
+    """Return what a Qwen3-Next says of Qwen3.5's layers; nothing of Qwen3's."""
+    if not sizes.linear:
+        return {}
+    types = sizes.layer_types
+    # of layers in no such order there is no right answer
+    interval = types.index(FULL) + 1 if FULL in types else sizes.layers + 1
+    return {
+        **sizes.linear,
+        "partial_rotary_factor": sizes.rope["partial_rotary_factor"],
+        "full_attention_interval": interval,
+    }
+
+
 def _check_form(config: ConfigJson, where: str) -> None:
     """Raise CheckpointError for a config.json that `moe_config` could not have written."""
     refuse_odd_type(config, where)
@@ -412,5 +441,7 @@ def open_moe(directory: Path, norms_of: Path | None = None) -> tuple[ConfigJson,
         config = as_stored(config, raw)
     reader = as_dense(raw, config, norms_of)
     tied = settings(config, where).tied_embeddings
-    check_tensors(reader, {name: entry.shape for name, entry in stored(config).items()}, tied)
+    table = stored(config)
+    fp32 = {name for name, entry in table.items() if entry.fp32}
+    check_tensors(reader, {name: entry.shape for name, entry in table.items()}, tied, fp32)
     return config, reader

@@ -17,8 +17,9 @@ from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.file_layout import FINAL_NORM, is_norm, place_of
-from nexus_ds.checkpoint.forms import QWEN3_NEXT
+from nexus_ds.checkpoint.forms import QWEN3_NEXT, reordered
 from nexus_ds.checkpoint.headers import Headers, TensorInfo, read_by_rows, row_slices
+from nexus_ds.checkpoint.qwen3_5 import Reordered
 from nexus_ds.checkpoint.values import encoded, read_rows, read_values, rounded
 from nexus_ds.errors import CheckpointError
 
@@ -211,7 +212,9 @@ class SourceHeaders(Headers):
 
 def as_dense(raw: Headers, config: ConfigJson, norms_of: Path | None = None) -> Headers:
     """Return the tensors of a checkpoint's files under its dense family's names; see
-    `SourceHeaders`."""
+    `SourceHeaders` and, of Qwen3.5, `Reordered`."""
+    if reordered(config):
+        return Reordered(raw, config)
     if config.get("model_type") == QWEN3_NEXT:
         return SourceHeaders(raw, config, norms_of)
     return raw

@@ -20,6 +20,7 @@ from nexus_ds.checkpoint.headers import (
     tensor_bytes,
 )
 from nexus_ds.checkpoint.new_files import METADATA, NewFiles
+from nexus_ds.checkpoint.qwen3_5 import Reordered
 from nexus_ds.checkpoint.qwen3_next_headers import SourceHeaders
 from nexus_ds.checkpoint.views import ViewReader
 from nexus_ds.errors import CheckpointError
@@ -82,6 +83,8 @@ class TensorReader(Headers):
             kind = ViewedTensors
         elif isinstance(headers, SourceHeaders):
             kind = SourceTensors
+        elif isinstance(headers, Reordered):
+            kind = ReorderedTensors
         reader = kind.__new__(kind)
         vars(reader).update(vars(headers))
         return reader
@@ -134,6 +137,10 @@ class SourceTensors(TensorReader, SourceHeaders):
         """Overwrite a tensor that lies in the file row by row; see the function of this name."""
         factors = torch.from_numpy(self.factors(name)).to(tensor.dtype)
         overwrite(self.raw.info(name), tensor * factors)
+
+
+class ReorderedTensors(TensorReader, Reordered):
+    """The tensors of a Qwen3.5 out of a Qwen3-Next, as torch has them."""
 
 
 class TensorWriter(NewFiles):

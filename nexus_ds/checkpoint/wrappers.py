@@ -63,6 +63,7 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "qwen3_vl": Wrapper(
         "qwen3", {"max_position_embeddings": 128000, "rope_theta": 500000.0}, own=True
     ),
+    "qwen3_5": Wrapper("qwen3_5_text", {}, own=True),
 }
 """By `model_type`."""
 OUTER = ("dtype", "torch_dtype", "quantization_config", "transformers_weights")

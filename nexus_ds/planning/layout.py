@@ -195,8 +195,12 @@ def leaf_elements() -> int:
 
 def largest_gathered(sizes: Sizes, layout: Layout) -> int:
     """Return elements of the most that ZeRO-3 makes whole at once: a small layer, or a module."""
-    own = sizes.parameters(layout.slots(sizes))
-    layer = sum(p.elements for p in own if p.layer == 0)
+    layers: dict[int, int] = {}
+    for p in sizes.parameters(layout.slots(sizes)):
+        if p.layer >= 0:
+            layers[p.layer] = layers.get(p.layer, 0) + p.elements
+    # with linear attention in some, they are not all alike
+    layer = max(layers.values())
     module = largest_module(sizes, layout)
     return max(module, layer) if layer <= leaf_elements() else module
 

@@ -20,6 +20,7 @@ from nexus_ds.model.chunks import chunk_tokens
 from nexus_ds.planning import assumptions as assume
 from nexus_ds.planning.export import export_check
 from nexus_ds.planning.layout import Layout, largest_gathered, largest_module, live_elements
+from nexus_ds.planning.linear import linear_activations
 from nexus_ds.planning.sizes import KINDS, Parameter, Sizes
 
 FP32 = 4
@@ -202,7 +203,30 @@ def _offloaded_beside_adam(layout: Layout, width: int) -> int:
 # Activations -------------------------------------------------------------------------------------
 
 
-def layer_activations(sizes: Sizes, width: int, imbalance: float = 1.0) -> float:
+def _norm(sizes: Sizes, width: int) -> int:
+    """Return bytes that a norm keeps of an element: in fp32, and normalised."""
+    # one that adds 1 to its weight multiplies in fp32
+    return FP32 + (FP32 if sizes.centred else width)
+
+
+def _attention(sizes: Sizes, width: int) -> float:
+    """Return bytes that the attention of one layer keeps for each token."""
+    heads_width = sizes.heads * sizes.head_size
+    # queries and output, keys and values, and of each head the softmax's fp32 log-sum-exp
+    kept: float = 2 * width * (heads_width + sizes.kv_width) + FP32 * sizes.heads
+    if sizes.qk_norms:
+        kept += _norm(sizes, width) * (heads_width + sizes.kv_width)
+    if sizes.output_gate:
+        # the gate's sigmoid, the output once more, and their product
+        kept += 3 * width * heads_width
+        # without a cast the gate's rows stay with the queries that they were computed with
+        kept += FP32 * heads_width if width == FP32 else 0
+    return kept
+
+
+def layer_activations(
+    sizes: Sizes, width: int, imbalance: float = 1.0, linear: bool = False
+) -> float:
     """Return bytes that one layer keeps for each token, for its backward pass.
 
     Attention's matrix of scores is not among them: a fused kernel makes it again (FlashAttention,
@@ -212,15 +236,13 @@ def layer_activations(sizes: Sizes, width: int, imbalance: float = 1.0) -> float
         sizes: of the model.
         width: bytes of an element in the working precision.
         imbalance: tokens at this rank's experts over the mean.
+        linear: whether it is one with linear attention.
     """
-    heads_width = sizes.heads * sizes.head_size
-    normed = sizes.layer_norms * sizes.hidden
-    if sizes.qk_norms:
-        normed += heads_width + sizes.kv_width
-    # an RMSNorm keeps the fp32 copy, the normalised one, the product with the weight
-    norms = (FP32 + 2 * width) * normed
-    # queries and output, keys and values, and of each head the softmax's fp32 log-sum-exp
-    attention = 2 * width * (heads_width + sizes.kv_width) + FP32 * sizes.heads
+    # RMSNorms, each with the product with the weight
+    norms = (_norm(sizes, width) + width) * sizes.layer_norms * sizes.hidden
+    attention = _attention(sizes, width)
+    if linear and sizes.linear:
+        attention = linear_activations(sizes.linear, width)
     # gate, its SiLU, up, their product
     ffn = 4 * width * sizes.ffn
     dense = norms + attention + ffn
@@ -249,15 +271,16 @@ def scores(sizes: Sizes, layout: Layout, width: int, tokens: int) -> float:
 
 def activations(sizes: Sizes, layout: Layout, width: int, tokens: int) -> float:
     """Return bytes that the forward pass of `tokens` tokens keeps, the output layer not counted."""
+    # its input alone; the rest is made again in the backward pass
+    layers: float = sizes.layers * width * sizes.hidden
     if layout.checkpointing == "none":
-        layer = layer_activations(sizes, width, _imbalance(layout))
-        layer += scores(sizes, layout, width, tokens)
-    else:
-        # its input alone; the rest is made again in the backward pass
-        layer = width * sizes.hidden
+        every = layer_activations(sizes, width, _imbalance(layout))
+        every += scores(sizes, layout, width, tokens)
+        linear = layer_activations(sizes, width, _imbalance(layout), linear=True)
+        layers = sizes.attending * every + len(sizes.linear_layers) * linear
     # the last norm, kept as a layer's norms are
-    outside = (FP32 + 2 * width) * sizes.hidden
-    return tokens * (sizes.layers * layer + outside)
+    outside = (_norm(sizes, width) + width) * sizes.hidden
+    return tokens * (layers + outside)
 
 
 def head(sizes: Sizes, width: int, tokens: int) -> float:
@@ -275,6 +298,8 @@ def _working(sizes: Sizes, layout: Layout, width: int, tokens: int) -> float:
     recomputed = 0.0 if layout.checkpointing == "none" else 1.0
     layer = layer_activations(sizes, width, _imbalance(layout))
     layer += scores(sizes, layout, width, tokens)
+    if sizes.linear_layers:
+        layer = max(layer, layer_activations(sizes, width, _imbalance(layout), linear=True))
     return tokens * layer * (recomputed + assume.BACKWARD_COPIES)
 
 

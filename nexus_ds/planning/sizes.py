@@ -2,17 +2,19 @@
 
 Its parameters one by one, in the optimizer's groups.
 Shapes: E routed experts, H hidden size, F inner width, V vocabulary, M width of a domain embedding.
-Not covered: families whose parameters are not those of Llama, Mistral, Qwen2 or Qwen2-MoE (they
-can't be upcycled here).
+Not covered: families that can't be upcycled here.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from nexus_ds.checkpoint.families.delta_net import DeltaNet
+from nexus_ds.checkpoint.families.record import LINEAR
 from nexus_ds.errors import ConfigError
 from nexus_ds.planning.stored_model import read_model
 from nexus_ds.settings import Config
@@ -53,6 +55,14 @@ class Sizes:
     """Elements of the norms of queries and keys of one layer."""
     scored_heads: int = 0
     """Heads whose scores stand in memory: no fused kernel computes them."""
+    centred: bool = False
+    """Whether norms add 1 to their weights."""
+    output_gate: bool = False
+    """Whether queries come with as many rows of a gate."""
+    linear: DeltaNet | None = None
+    """Sizes of layers with linear attention."""
+    linear_layers: tuple[int, ...] = ()
+    """Their numbers."""
     experts: int = 0
     top_k: int = 1
     projection: tuple[int, ...] = ()
@@ -79,26 +89,40 @@ class Sizes:
         return (*rows, self.hidden) if self.context else rows
 
     @property
-    def norms(self) -> tuple[int, ...]:
-        """Elements of each norm of one layer."""
-        hidden = (self.hidden,) * self.layer_norms
-        return (*self.qk_norms, *hidden)
+    def attending(self) -> int:
+        """Layers with keys and values of all tokens."""
+        return self.layers - len(self.linear_layers)
 
     @property
     def kv_width(self) -> int:
         """Width of keys, and of values."""
         return self.kv_heads * self.head_size
 
+    def _attention(self, layer: int) -> Iterator[Parameter]:
+        """Yield what stands before the feed-forward networks of a layer, but for its norms."""
+        if self.linear and layer in self.linear_layers:
+            for shape in self.linear.shapes(self.hidden).values():
+                kind = "matrices" if len(shape) > 1 else "vectors"
+                yield Parameter(kind, math.prod(shape), layer)
+            return
+        wide = self.heads * self.head_size
+        queries = 2 * wide if self.output_gate else wide
+        for elements in (queries, self.kv_width, self.kv_width):
+            yield Parameter("matrices", elements * self.hidden, layer)
+            if self.qkv_bias:
+                yield Parameter("vectors", elements, layer)
+        yield Parameter("matrices", wide * self.hidden, layer)
+
+    def _norms(self, layer: int) -> tuple[int, ...]:
+        """Return the elements of each norm of one layer."""
+        hidden = (self.hidden,) * self.layer_norms
+        return hidden if layer in self.linear_layers else (*self.qk_norms, *hidden)
+
     def parameters(self, experts: int) -> Iterator[Parameter]:
         """Yield the parameters of a rank with `experts` slots for routed experts, in order."""
-        wide = self.heads * self.head_size
         yield Parameter("matrices", self.vocabulary * self.hidden, -1)
         for layer in range(self.layers):
-            for elements in (wide, self.kv_width, self.kv_width):
-                yield Parameter("matrices", elements * self.hidden, layer)
-                if self.qkv_bias:
-                    yield Parameter("vectors", elements, layer)
-            yield Parameter("matrices", wide * self.hidden, layer)
+            yield from self._attention(layer)
             if self.experts:
                 for elements in self.router:
                     yield Parameter("router", elements, layer)
@@ -107,7 +131,7 @@ class Sizes:
                     yield Parameter("experts", experts * self.hidden * self.ffn, layer)
             for _ in range(3):
                 yield Parameter("matrices", self.hidden * self.ffn, layer)
-            for elements in self.norms:
+            for elements in self._norms(layer):
                 yield Parameter("vectors", elements, layer)
         # the final norm
         yield Parameter("vectors", self.hidden, -1)
@@ -172,6 +196,10 @@ def _of_checkpoint(directory: Path) -> Sizes:
         layer_norms=len(dense.norms),
         qk_norms=tuple(dense.qk_widths.values()),
         scored_heads=dense.scored_heads,
+        centred=dense.centred,
+        output_gate=dense.output_gate,
+        linear=DeltaNet.of(dense.linear) if dense.linear else None,
+        linear_layers=tuple(i for i, kind in enumerate(dense.layer_types) if kind == LINEAR),
         context=model.context,
         shared=model.shared,
         experts=model.experts,

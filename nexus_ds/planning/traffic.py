@@ -17,6 +17,7 @@ from functools import lru_cache
 
 from nexus_ds.planning import assumptions as assume
 from nexus_ds.planning.layout import Layout, Machine
+from nexus_ds.planning.linear import linear_flops
 from nexus_ds.planning.sizes import Sizes
 
 FLOPS_A_WEIGHT = 6
@@ -71,13 +72,15 @@ def token_flops(sizes: Sizes, length: int) -> tuple[float, float]:
     """Return floating-point operations of one token, forward and backward, of all and of experts.
 
     Six for each active weight that multiplies (an embedding that is no output layer does not), and
-    causal attention. The second number is of the routed experts alone.
+    causal attention, or linear. The second number is of the routed experts alone.
     """
     counts = sizes.counts()
     weights = counts["active"] - (0 if sizes.tied else sizes.vocabulary * sizes.hidden)
     # Scores and values, each `length` x width multiply-adds a token; under a causal mask a token
     # sees half of the sequence on average: (2 + 2) / 2 operations forward, three times that in all.
-    attention = 6 * sizes.layers * sizes.heads * sizes.head_size * length
+    attention: float = 6 * sizes.attending * sizes.heads * sizes.head_size * length
+    if sizes.linear:
+        attention += 3 * len(sizes.linear_layers) * linear_flops(sizes.linear)
     routed = 0
     if sizes.experts:
         routed = FLOPS_A_WEIGHT * sizes.layers * sizes.expert * sizes.top_k

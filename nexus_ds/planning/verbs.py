@@ -108,7 +108,7 @@ def need_of_sizes(sizes: Sizes, width: int) -> Need:
             keys=sizes.kv_width,
             # the shared expert and those that a token visits
             inner=sizes.ffn * (1 + sizes.top_k if sizes.experts else 1),
-            layers=sizes.layers,
+            layers=sizes.attending,
             scored=sizes.scored_heads,
         ),
     )

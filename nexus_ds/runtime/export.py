@@ -38,6 +38,7 @@ from nexus_ds.checkpoint.qwen2_moe import (
     expert_name,
     gate_name,
     mean_name,
+    planned,
     shared_gate_name,
     shared_name,
     stored,
@@ -51,6 +52,7 @@ from nexus_ds.checkpoint.sidecar import (
     versions,
     write_sidecar,
 )
+from nexus_ds.checkpoint.tensors import DTYPES
 from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.config import dump
 from nexus_ds.errors import CheckpointError
@@ -103,9 +105,8 @@ def _table(model: nn.Module) -> dict[str, Stored]:
 def _plan(model: nn.Module, dtype: torch.dtype) -> Plan:
     """Return dtype and shape of every tensor of the checkpoint."""
     kind = TYPE_NAMES[dtype]
-    table = _table(model)
-    if table:
-        return {name: (kind, entry.shape) for name, entry in table.items()}
+    if moe_layers(model):
+        return planned(getattr(model, "config_json", {}), kind)
     return {name: (kind, full_shape(p)) for name, p in _dense_part(model).items()}
 
 
@@ -177,10 +178,9 @@ class _Sink:
         self,
         directory: Path | None,
         plan: Plan,
-        dtype: torch.dtype,
         config: ConfigJson,
     ) -> None:
-        self.dtype = dtype
+        self.plan = plan
         self.failure: Exception | None = None
         self.writer = self._try(lambda: open_writer(directory, plan, config)) if directory else None
 
@@ -192,11 +192,12 @@ class _Sink:
             return None
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor in the working dtype."""
+        """Write one tensor in the dtype that is planned."""
         writer = self.writer
         if writer is None or self.failure:
             return
-        on_cpu = tensor.detach().to("cpu", self.dtype).contiguous()
+        dtype, _ = self.plan[name]
+        on_cpu = tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
         self._try(lambda: writer.write(name, on_cpu))
 
     def close(self) -> None:
@@ -214,7 +215,7 @@ def _write_tensors(
 
     The rank with a `directory` writes; a projection's weights go into `sidecar` on all.
     """
-    sink = _Sink(directory, _plan(model, dtype), dtype, getattr(model, "config_json", {}))
+    sink = _Sink(directory, _plan(model, dtype), getattr(model, "config_json", {}))
     # vectors first: a form that translates norms needs them before the matrices behind them
     parts = sorted(_dense_part(model).items(), key=lambda item: len(full_shape(item[1])) > 1)
     for name, parameter in parts:

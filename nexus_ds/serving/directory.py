@@ -27,7 +27,7 @@ from nexus_ds.checkpoint.families.record import (
 )
 from nexus_ds.checkpoint.families.rotary import attention_factor
 from nexus_ds.checkpoint.file_layout import in_files
-from nexus_ds.checkpoint.forms import QWEN3_NEXT, SOURCE
+from nexus_ds.checkpoint.forms import SOURCE
 from nexus_ds.checkpoint.headers import (
     INDEX,
     SINGLE,
@@ -38,7 +38,7 @@ from nexus_ds.checkpoint.json_files import confined
 from nexus_ds.checkpoint.qwen2_moe import (
     check_shared_gates,
     open_moe,
-    stored,
+    planned,
 )
 from nexus_ds.checkpoint.sidecar import verify_expert_embeddings
 from nexus_ds.checkpoint.tensors import (
@@ -49,7 +49,7 @@ from nexus_ds.checkpoint.tensors import (
 from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.errors import ServingError
 from nexus_ds.outputs import write_json
-from nexus_ds.serving.targets import QWEN2_MOE, Mixture, Target
+from nexus_ds.serving.targets import QWEN2_MOE, Mixture, Target, next_without_linear
 
 LICENSES = ("LICENSE*", "LICENCE*", "NOTICE*")
 GENERATION = "generation_config.json"
@@ -115,10 +115,9 @@ def own_plan(opened: Opened) -> dict[str, tuple[str, tuple[int, ...]]]:
     The output layer is among them, also where a checkpoint of before has it in the embeddings
     alone.
     """
-    # one for all, as `open_moe` has checked
+    # one for all but what is always in fp32, as `open_moe` has checked
     dtype = opened.raw.info(EMBEDDING).dtype
-    table = {name: (dtype, entry.shape) for name, entry in stored(opened.config).items()}
-    return in_files(table, opened.config)
+    return in_files(planned(opened.config, dtype), opened.config)
 
 
 def _source(opened: Opened, name: str) -> str:
@@ -227,7 +226,7 @@ def _factor_of_longrope(mixture: Mixture, config: ConfigJson, *keys: str) -> Con
 def _uncached(target: Target, mixture: Mixture) -> bool:
     """Return whether a program's cache is wrong for a mixture that it computes right without."""
     windows = mixture.windows and FULL not in mixture.sizes.layer_types
-    wrong = windows or mixture.form == QWEN3_NEXT
+    wrong = windows or next_without_linear(mixture)
     return target.name == "transformers4" and wrong
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense_settings import settings
-from nexus_ds.checkpoint.families.record import FULL, DenseSettings
+from nexus_ds.checkpoint.families.record import FULL, LINEAR, DenseSettings
 from nexus_ds.checkpoint.forms import MIXTURES, NATIVE, PLAIN, QWEN3_NEXT
 from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.errors import ServingError
@@ -142,8 +142,21 @@ def _stated_factor(mixture: Mixture) -> bool:
     return mixture.rope == "yarn" and mixture.sizes.rope.get("attention_factor") is not None
 
 
-def _is_next(mixture: Mixture) -> bool:
-    return mixture.form == QWEN3_NEXT
+def _linear(mixture: Mixture) -> bool:
+    return LINEAR in mixture.sizes.layer_types
+
+
+def next_without_linear(mixture: Mixture) -> bool:
+    """Return whether it is a Qwen3-Next without a layer of linear attention: one of Qwen3."""
+    return mixture.form == QWEN3_NEXT and not _linear(mixture)
+
+
+def _odd_order(mixture: Mixture) -> bool:
+    if not _linear(mixture):
+        return False
+    every = mixture.config["full_attention_interval"]
+    numbered = enumerate(mixture.sizes.layer_types, start=1)
+    return any((kind == FULL) != (layer % every == 0) for layer, kind in numbered)
 
 
 def _is_native(mixture: Mixture) -> bool:
@@ -187,7 +200,9 @@ _STRETCHED_WINDOWS = Kind("sliding windows beside RoPE that is stretched", _stre
 _BIASES = Kind(
     "llama3's RoPE or sliding windows beside biases of q, k and v", _biases_where_none_are
 )
-_QWEN3 = Kind("Qwen3", _is_next)
+_QWEN3 = Kind("Qwen3", next_without_linear)
+_LINEAR = Kind("linear attention", _linear)
+_ODD_ORDER = Kind("full attention in other layers than every n-th", _odd_order)
 _OWN_FORM = Kind("a form of its own", _is_native)
 _EVERY = Kind("every mixture", _always)
 
@@ -222,7 +237,14 @@ _VLLM = Target(
         Rule(_DYNAMIC, "stretches it once for all texts"),
         Rule(_TWO_LISTS, "takes the long ones for all texts where it serves long ones"),
     ),
-    notes=(Rule(_OWN_FORM, "knows it where nexus_ds is installed beside it"),),
+    notes=(
+        Rule(_OWN_FORM, "knows it where nexus_ds is installed beside it"),
+        # its pull request 34489: of a Qwen3.5 it reads that in config.json
+        Rule(
+            _LINEAR,
+            "keeps its state in bf16: start it with --mamba-ssm-cache-dtype float32",
+        ),
+    ),
 )
 _SGLANG = Target(
     name="sglang",
@@ -237,6 +259,7 @@ _SGLANG = Target(
         Rule(_DYNAMIC, "stretches it once for all texts"),
         Rule(_TWO_LISTS, "takes one for all texts of a batch"),
         Rule(_STATED_FACTOR, "does not read that key"),
+        Rule(_ODD_ORDER, "has it in every n-th"),
     ),
     notes=(
         Rule(
@@ -248,6 +271,7 @@ _SGLANG = Target(
 )
 # Ollama runs llama.cpp: what one gets wrong the other does.
 _GGUF_RULES = (
+    Rule(_LINEAR, "renormalises gates in the architecture that has it"),
     Rule(_BIASES, "has an architecture for either, not for both"),
     Rule(_STRETCHED_WINDOWS, "stretches it only in layers without a window"),
     Rule(_OWN_YARN, "was seen with its own numbers alone"),

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from nexus_ds.checkpoint.config_json import ConfigJson, read_config, read_generation_config
+from nexus_ds.checkpoint.dense import as_stored
 from nexus_ds.checkpoint.dense_settings import filled, settings
 from nexus_ds.checkpoint.families.record import DenseSettings
-from nexus_ds.checkpoint.forms import QWEN3_NEXT, SOURCE
+from nexus_ds.checkpoint.forms import QWEN3_NEXT, SOURCE, reordered
 from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.checkpoint.qwen2_moe import (
@@ -129,7 +130,8 @@ def _opened(directory: Path, nexus: OldModel) -> _Trained:
             `nexus`.
     """
     translated = nexus.config["model_type"] == QWEN3_NEXT
-    norms_of = nexus.directory if translated else None
+    rescaled = translated and not reordered(nexus.config)
+    norms_of = nexus.directory if rescaled else None
     _check_alike(directory, read_config(directory), nexus)
     config, reader = open_moe(directory, norms_of)
     # Keys of the training, a balancing loss above all, are not for who serves the model.
@@ -140,10 +142,18 @@ def _opened(directory: Path, nexus: OldModel) -> _Trained:
     if not translated:
         written["tie_word_embeddings"] = filled(config)["tie_word_embeddings"]
     # what is tied in the family is two matrices in this form, and may have been trained apart
-    elif settings(config).tied_embeddings and not head_is_tied(directory, nexus.directory):
+    elif settings(config).tied_embeddings and not _head_is_tied(directory, norms_of):
         written[SOURCE] = written[SOURCE] | {"tie_word_embeddings": False}
         reader = as_dense(Headers(directory), written, norms_of)
     return _Trained(directory, written, TensorReader.of(reader))
+
+
+def _head_is_tied(directory: Path, norms_of: Path | None) -> bool:
+    """Return whether the output layer of a Qwen3-Next holds nothing but its embeddings."""
+    if norms_of:
+        return head_is_tied(directory, norms_of)
+    tied = as_stored({"tie_word_embeddings": True}, Headers(directory))
+    return bool(tied["tie_word_embeddings"])
 
 
 def _check_alike(directory: Path, config: ConfigJson, nexus: OldModel) -> None:
@@ -188,17 +198,18 @@ def _tokenizer_of(trained: _Trained, nexus: OldModel) -> Path:
 # What must not move -------------------------------------------------------------------------------
 
 
-def _gate_distance(reader: TensorReader, layer: int) -> float:
+def _gate_distance(reader: TensorReader, layer: int, centred: bool) -> float:
     """Return how far the input of a gate's sigmoid can be from 0, whatever the token.
 
-    What it reads has a norm's weights times a vector of length sqrt(H), at most. Infinite in
-    families that have no norm there: they norm what comes out of attention and FFN instead.
+    What it reads has a norm's weights, and 1 more of a centred one, times a vector of length
+    sqrt(H), at most. Infinite in families that have no norm there: they norm what comes out of
+    attention and FFN instead.
     """
     normed_before = f"model.layers.{layer}.input_layernorm.weight" in reader
     if not normed_before:
         return math.inf
     norm = f"model.layers.{layer}.post_attention_layernorm.weight"
-    norm_H = reader.read(norm).double()
+    norm_H = reader.read(norm).double() + centred
     gate_1H = reader.read(shared_gate_name(layer)).double()
     length = float((gate_1H[0] * norm_H).norm())
     return length * math.sqrt(len(norm_H))
@@ -231,7 +242,7 @@ def _gate(trained: _Trained, layer: int, shared: bool) -> tuple[float, str]:
     if not largest > TRAINED_GATE and not math.isnan(largest):
         return 0.0, ""
     # the sigmoid's slope is 1/4 at most
-    distance = _gate_distance(reader, layer)
+    distance = _gate_distance(reader, layer, trained.sizes.centred)
     if not shared or distance <= ROUNDS_TO_HALF[DTYPES[trained.dtype]]:
         return min(distance / 4, 0.5), ""
     return min(distance / 4, 0.5), (

@@ -31,7 +31,7 @@ from nexus_ds.checkpoint.dense import DenseModel
 from nexus_ds.checkpoint.headers import row_slices, sha256_of_tensors, tensor_bytes, tensor_head
 from nexus_ds.checkpoint.model_card import stated_license
 from nexus_ds.checkpoint.new_files import Place
-from nexus_ds.checkpoint.qwen2_moe import Role, Stored, stored
+from nexus_ds.checkpoint.qwen2_moe import Role, Stored, planned
 from nexus_ds.checkpoint.qwen3_next import open_writer
 from nexus_ds.checkpoint.records import (
     EncoderRecord,
@@ -490,10 +490,10 @@ def write_model(
 
     Args:
         config: config.json of the output.
-        dtype: of all its weights, as safetensors names it.
+        dtype: of its weights (`planned`), as safetensors names it.
 
     `directory`, `tensors`, `label`, `hashed`, result and errors: `write_tensors`.
     """
     write_json(directory / "config.json", config)
-    plan = {name: (dtype, entry.shape) for name, entry in stored(config).items()}
+    plan = planned(config, dtype)
     return write_tensors(directory, plan, tensors, label, config, hashed)

@@ -44,6 +44,9 @@ SIZES = (
     "norms",
     "qk_norm",
     "qk_names",
+    "output_gate",
+    "centred",
+    "linear",
 )
 TIED, POSITIONS = "tie_word_embeddings", "max_position_embeddings"
 SHOWN = 5  # tensors in a message

@@ -27,6 +27,7 @@ from nexus_ds.checkpoint.qwen2_moe import (
     gate_name,
     open_moe,
     parameter_counts,
+    planned,
     stored,
 )
 from nexus_ds.checkpoint.records import FitReport
@@ -260,8 +261,8 @@ def _fit_lines(report: FitReport, own: bool) -> list[str]:
 
 def bytes_of(target: ConfigJson, dtype: str) -> int:
     """Return the bytes of a mixture's weight files; `dtype` is as safetensors names it."""
-    plan = {name: (dtype, entry.shape) for name, entry in stored(target).items()}
-    return sum(tensor_bytes(*entry) for entry in in_files(plan, target).values())
+    plan = in_files(planned(target, dtype), target)
+    return sum(tensor_bytes(*entry) for entry in plan.values())
 
 
 def copy_of(reader: TensorReader, name: str, entry: Stored) -> Blend:

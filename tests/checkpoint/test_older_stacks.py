@@ -55,6 +55,18 @@ KINDS = {
         ),
     ),
     "granite": ("granite", dict(residual_multiplier=0.25, embedding_multiplier=12.0)),
+    # with a cache too: it has a layer of linear attention
+    "qwen3.5": (
+        "qwen3_5_text",
+        dict(
+            head_dim=16,
+            full_attention_interval=2,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=8,
+            linear_value_head_dim=6,
+        ),
+    ),
 }
 ALIKE = [
     (kind, experts, top_k)

@@ -50,7 +50,7 @@ def test_the_generation_configuration_is_the_sources(tmp_path, nexus_dir):
 
 def test_a_failed_write_is_told_at_the_end_and_not_on_the_way(tmp_path):
     """The other ranks gather along: who stops in the middle leaves them waiting for ever."""
-    sink = _Sink(tmp_path, {"a": ("F32", (2,)), "b": ("F32", (2,))}, torch.float32, {})
+    sink = _Sink(tmp_path, {"a": ("F32", (2,)), "b": ("F32", (2,))}, {})
     sink.write("a", torch.zeros(3))
     sink.write("b", torch.zeros(2))
     with pytest.raises(CheckpointError, match="a"):

@@ -1,5 +1,6 @@
 """Directories for other programs: their weights and configuration, against what each asks for."""
 
+import functools
 import importlib
 import json
 import shutil
@@ -222,7 +223,8 @@ def wide(tmp_path_factory):
         kinds = test_dense.KINDS | test_older_stacks.KINDS | more
         patch.setattr(test_dense, "KINDS", kinds)
         patch.setattr(test_dense, "SIZES", test_dense.SIZES | sizes)
-        yield lambda kind: make(folder, *WIDE[kind])[0]
+        # two tests ask for one of them
+        yield functools.cache(lambda kind: make(folder, *WIDE[kind])[0])
 
 
 def apart_in_vllm(source, directory, out):

@@ -12,6 +12,10 @@ from tests.checkpoint.test_older_stacks import KINDS
 STRETCHED = dict(
     KINDS,
     **{
+        "qwen3.5-odd": (
+            "qwen3_5_text",
+            KINDS["qwen3.5"][1] | dict(layer_types=["full_attention", *["linear_attention"] * 2]),
+        ),
         "linear-sliding": (
             "mistral",
             dict(
@@ -57,8 +61,11 @@ REFUSED = {
         "phi-4-mini": "RoPE of type longrope with two lists of factors: SGLang 0.5.23 takes",
         "linear-sliding": "sliding windows: SGLang 0.5.23 gives no layer a window",
         "yarn-factor": "RoPE of type yarn with attention_factor: SGLang 0.5.23 does not read",
+        "qwen3.5-odd": "full attention in other layers than every n-th: SGLang 0.5.23 has it in",
     },
     "llamacpp": {
+        "qwen3.5": "linear attention: llama.cpp 0.5.0 renormalises gates",
+        "qwen3.5-odd": "linear attention: llama.cpp 0.5.0 renormalises gates",
         "qwen2-sliding": "llama3's RoPE or sliding windows beside biases of q, k and v: "
         "llama.cpp 0.5.0 has an architecture for either, not for both",
         "dynamic": "RoPE of type dynamic: llama.cpp 0.5.0 has no such RoPE",
@@ -159,3 +166,5 @@ def test_what_is_right_in_some_uses_is_said():
         assert bool(said) == (("transformers4", kind) in WITH_SAID), kind
     [said] = notes_on(TARGETS["sglang"], mixture("llama"))
     assert "flashinfer_trtllm" in said and notes_on(TARGETS["vllm"], mixture("llama")) == []
+    [said] = notes_on(TARGETS["vllm"], mixture("qwen3.5"))
+    assert "linear attention: vLLM 0.32.0 keeps its state in bf16: start it with" in said

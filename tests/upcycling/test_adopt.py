@@ -23,7 +23,7 @@ from nexus_ds.settings import RouterConfig
 from nexus_ds.upcycling.adopt import adopted
 from nexus_ds.upcycling.extend import extended
 from nexus_ds.upcycling.verification import verify
-from tests.checkpoint import test_native, test_qwen3_next
+from tests.checkpoint import test_native, test_qwen3_5, test_qwen3_next
 
 TOKENS = torch.arange(60).remainder(29).view(3, 20)
 
@@ -153,6 +153,31 @@ def test_an_untied_head_and_new_tokens_come_along(tmp_path, nexus_dir):
     assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "tuned"))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["vocab_size"] == 40 and config["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("frozen", [(), ("embed_tokens", "lm_head")], ids=["none", "head"])
+def test_a_qwen3_5_is_adopted_with_all_that_was_trained(tmp_path, dense_dir, frozen):
+    """Norms and gates of the attention too: nothing of them is rescaled."""
+    keys = test_qwen3_5.SIZES | test_qwen3_5.KINDS["qwen3.5-tied"]
+    test_qwen3_next.mixture(tmp_path, dense_dir, "qwen3_5_text", keys, "fp32", 2)
+    nexus = tmp_path / "out"
+    tuned = trained(nexus, tmp_path / "tuned", ("shared_expert_gate", *frozen))
+    adopt(tuned, nexus, tmp_path / "adopted")
+    assert torch.equal(logits(tmp_path / "adopted"), logits(tuned))
+    assert not verify(tmp_path / "adopted").problems
+    config, _ = open_moe(tmp_path / "adopted")
+    assert config["nexus_source"]["tie_word_embeddings"] == bool(frozen)
+    name = "model.layers.1.mlp.shared_expert_gate.weight"
+    # beside a norm of zeros, to which its class adds 1
+    norm = "model.layers.1.post_attention_layernorm.weight"
+
+    def odd(tensors):
+        tensors[name].fill_(1e-3)
+        tensors[norm].zero_()
+
+    edit_tensors(tuned, odd)
+    with pytest.raises(CheckpointError, match="shared expert's gate was trained"):
+        adopted(tuned, nexus)
 
 
 @pytest.mark.parametrize("trained_too", ["nothing else", "the head"])

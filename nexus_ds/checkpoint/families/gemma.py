@@ -8,6 +8,7 @@ GEMMA = Family(
     defaults=DEFAULTS | {"num_key_value_heads": 16, "max_position_embeddings": 8192},
     # its class takes no null
     nulls=(),
+    centred=True,
     bias_keys=("attention_bias",),
     # its first files say "gelu", which its class takes for the other
     activations=("gelu_pytorch_tanh", "gelu"),

@@ -29,6 +29,7 @@ GEMMA2 = Family(
     kinds=full_every_second,
     nulls=(),
     norms=GEMMA_NORMS,
+    centred=True,
     bias_keys=("attention_bias",),
     factors=GEMMA3_TEXT.factors,
     caps=(*GEMMA3_TEXT.caps, ATTENTION_CAP),

@@ -32,6 +32,7 @@ GEMMA3_TEXT = Family(
     # its class takes no null
     nulls=(),
     norms=GEMMA_NORMS,
+    centred=True,
     qk_norm="head",
     bias_keys=("attention_bias",),
     rope_bases={FULL: "rope_theta", SLIDING: "rope_local_base_freq"},

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nexus_ds.checkpoint.config_json import ConfigJson
+from nexus_ds.checkpoint.families.delta_net import FP32, DeltaNet
 
 FFN_PARTS = ("gate_proj", "up_proj", "down_proj")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -22,6 +23,7 @@ FUSED = {
 FULL, SLIDING = "full_attention", "sliding_attention"
 ATTENTION_CAP = "attn_logit_softcapping"
 """Key of the cap of attention's scores, which no fused kernel of torch computes."""
+LINEAR = "linear_attention"
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 """Norms of a layer that stand before its attention and its FFN alone."""
 AFTER_FFN = ("post_feedforward_layernorm", "post_mlp_layernorm")
@@ -106,6 +108,14 @@ class Family:
     """What q_norm and k_norm of the attention go over: each `head`, or `all` of them together;
     empty: there are none."""
     qk_names: tuple[str, str] = ("q_norm", "k_norm")
+    linear: bool = False
+    """Whether layers without full attention have linear attention (`delta_net`), not windows."""
+    output_gate: bool = False
+    """Whether q_proj has, behind each head's rows, those of a gate over what the head returns."""
+    centred: bool = False
+    """Whether norms add 1 to their weights."""
+    ignored: tuple[str, ...] = ()
+    """How the names of tensors begin that transformers' class passes over."""
     mixture: str = "qwen2_moe"
     """The form that its mixture has on disk, see `forms`; empty: `nexus_<family>`."""
     with_layer_types: Family | None = None
@@ -152,9 +162,15 @@ class DenseSettings:
     sliding_window: int | None
     """In tokens; None: full attention in all layers."""
     layer_types: tuple[str, ...]
-    """For each layer full_attention | sliding_attention."""
+    """For each layer full_attention | sliding_attention | linear_attention."""
     turned_layers: tuple[bool, ...]
     """Whether RoPE turns a layer's heads."""
+    output_gate: bool
+    """As `Family.output_gate`."""
+    centred: bool
+    """As `Family.centred`."""
+    linear: Mapping[str, int]
+    """Sizes of linear attention by their keys in config.json; empty where a family has none."""
 
     @property
     def scored_heads(self) -> int:
@@ -190,20 +206,36 @@ class DenseWeight(NamedTuple):
     """-1: outside of the layers."""
     part: str = ""
     """Of the FFN: one of FFN_PARTS; empty for all other weights."""
+    fp32: bool = False
+    """Whether it may stand in fp32 beside others in bf16, and is written so."""
+
+
+def _attention_weights(settings: DenseSettings, layer: int) -> Iterator[tuple[str, DenseWeight]]:
+    hidden, queries, keys = settings.hidden_size, settings.query_width, settings.kv_width
+    prefix = f"model.layers.{layer}.self_attn."
+    gated = 2 * queries if settings.output_gate else queries
+    for part, rows in (("q_proj", gated), ("k_proj", keys), ("v_proj", keys)):
+        yield f"{prefix}{part}.weight", DenseWeight((rows, hidden), layer)
+        if settings.qkv_bias:
+            yield f"{prefix}{part}.bias", DenseWeight((rows,), layer)
+    yield prefix + "o_proj.weight", DenseWeight((hidden, queries), layer)
+    for part, width in settings.qk_widths.items():
+        yield f"{prefix}{part}.weight", DenseWeight((width,), layer)
+
+
+def _linear_weights(settings: DenseSettings, layer: int) -> Iterator[tuple[str, DenseWeight]]:
+    prefix = f"model.layers.{layer}.linear_attn."
+    for name, shape in DeltaNet.of(settings.linear).shapes(settings.hidden_size).items():
+        yield prefix + name, DenseWeight(shape, layer, fp32=name in FP32)
 
 
 def _layer_weights(settings: DenseSettings, layer: int) -> Iterator[tuple[str, DenseWeight]]:
-    hidden, queries, keys = settings.hidden_size, settings.query_width, settings.kv_width
+    hidden = settings.hidden_size
     prefix = f"model.layers.{layer}."
     first, *others = settings.norms
     yield f"{prefix}{first}.weight", DenseWeight((hidden,), layer)
-    for part, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
-        yield f"{prefix}self_attn.{part}.weight", DenseWeight((rows, hidden), layer)
-        if settings.qkv_bias:
-            yield f"{prefix}self_attn.{part}.bias", DenseWeight((rows,), layer)
-    yield prefix + "self_attn.o_proj.weight", DenseWeight((hidden, queries), layer)
-    for part, width in settings.qk_widths.items():
-        yield f"{prefix}self_attn.{part}.weight", DenseWeight((width,), layer)
+    linear = settings.layer_types[layer] == LINEAR
+    yield from (_linear_weights if linear else _attention_weights)(settings, layer)
     for part in others:
         yield f"{prefix}{part}.weight", DenseWeight((hidden,), layer)
     for part in FFN_PARTS:
