@@ -255,6 +255,18 @@ FAULTS = (
         "_held(k_D - 1, dtype)",
     ),
     Fault(
+        "rows of z stand before those of v in what a Qwen3.5 becomes",
+        "checkpoint/qwen3_5.py",
+        "        _Part(qkv, 2 * net.keys, values),\n        _Part(z, 0, values),\n",
+        "        _Part(z, 0, values),\n        _Part(qkv, 2 * net.keys, values),\n",
+    ),
+    Fault(
+        "a Qwen3.5's decays are written in the dtype of the other weights",
+        "checkpoint/qwen2_moe.py",
+        '"F32" if entry.fp32 else dtype',
+        "dtype",
+    ),
+    Fault(
         "nobody looks at the output gate of a Qwen3-Next's last head",
         "checkpoint/qwen3_next_headers.py",
         "place.in_file(start), place.in_file(stop)",

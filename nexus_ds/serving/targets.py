@@ -23,6 +23,7 @@ STOCK = (QWEN2_MOE, QWEN3_NEXT)
 """Forms that programs other than this one know."""
 NATIVE_FORMS = (NATIVE + "olmo2",)
 """Native forms that vLLM was run with; it is not said to take the others."""
+BY_LAYER = "by kinds of layers"
 UNCHANGED = "--for hub keeps the model as it is, for transformers 5"
 
 
@@ -45,8 +46,8 @@ class Mixture:
 
     @property
     def rope(self) -> str:
-        """The kind of its RoPE."""
-        return str(self.sizes.rope["rope_type"])
+        """The kind of its RoPE; BY_LAYER where kinds of layers have their own."""
+        return str(self.sizes.rope.get("rope_type", BY_LAYER))
 
     @property
     def windows(self) -> bool:
@@ -192,6 +193,7 @@ _SOME_WINDOWS = Kind("windows in some layers", _some_windows)
 _WINDOWS_EVERYWHERE = Kind("windows in all layers", _windows_everywhere)
 _ANY_WINDOW = Kind("sliding windows", _any_window)
 _DYNAMIC = Kind("RoPE of type dynamic", _rope_is("dynamic"))
+_ROPES = Kind("RoPE that differs between kinds of layers", _rope_is(BY_LAYER))
 _LONGROPE = Kind("RoPE of type longrope", _rope_is("longrope"))
 _TWO_LISTS = Kind("RoPE of type longrope with two lists of factors", _two_lists)
 _STATED_FACTOR = Kind("RoPE of type yarn with attention_factor", _stated_factor)
@@ -236,6 +238,7 @@ _VLLM = Target(
         Rule(_SOME_WINDOWS, "gives no layer a window"),
         Rule(_DYNAMIC, "stretches it once for all texts"),
         Rule(_TWO_LISTS, "takes the long ones for all texts where it serves long ones"),
+        Rule(_ROPES, "was not run with it"),
     ),
     notes=(
         Rule(_OWN_FORM, "knows it where nexus_ds is installed beside it"),

@@ -1,5 +1,7 @@
 """What each program is said to take and to refuse: every rule, by the mixture that it is about."""
 
+from dataclasses import replace
+
 import pytest
 
 from nexus_ds.checkpoint.qwen2_moe import moe_config
@@ -98,8 +100,13 @@ def mixture(kind, router_input="token"):
     return Mixture.of(moe_config(config | more, 3, 1, router_input))
 
 
-def of_olmo():
-    config = {"model_type": "olmo2", **test_dense.SIZES, "vocab_size": 31, "rms_norm_eps": 1e-6}
+def of_olmo(number=2):
+    config = {
+        "model_type": f"olmo{number}",
+        **test_dense.SIZES,
+        "vocab_size": 31,
+        "rms_norm_eps": 1e-6,
+    }
     return Mixture.of(moe_config(config, 3, 1))
 
 
@@ -124,7 +131,8 @@ def test_just_what_a_program_gets_wrong_is_refused_by_name_and_version(name):
 @pytest.mark.parametrize("name", REFUSED)
 def test_every_rule_is_about_a_kind_that_is_tried(name):
     for rule in TARGETS[name].rules:
-        assert any(rule.holds(mixture(kind)) for kind in REFUSED[name]), rule.what
+        kinds = [mixture(kind) for kind in REFUSED[name]] + [of_olmo(3)]
+        assert any(rule.holds(kind) for kind in kinds), rule.what
     kinds = [mixture(kind) for kind in ALL] + [of_olmo()]
     for note in TARGETS[name].notes:
         assert any(note.holds(kind) for kind in kinds), note.what
@@ -137,6 +145,18 @@ def test_a_router_of_its_own_is_for_this_program_alone():
         with pytest.raises(ServingError, match="a model of type 'nexus_moe' is unknown to") as e:
             refuse_unservable(TARGETS[name], own, "m")
         assert TARGETS[name].version in str(e.value) and "qwen2_moe, qwen3_next" in str(e.value)
+
+
+def test_rope_by_kinds_of_layers_is_refused_before_its_kind_is_asked_for():
+    """Of a form that vLLM was not run with, and of one that it might be said to take."""
+    own = of_olmo(3)
+    refuse_unservable(TARGETS["hub"], own, "m")
+    with pytest.raises(ServingError, match="'nexus_olmo3' is unknown to vLLM"):
+        refuse_unservable(TARGETS["vllm"], own, "m")
+    wider = replace(TARGETS["vllm"], forms=(*TARGETS["vllm"].forms, "nexus_olmo3"))
+    named = "RoPE that differs between kinds of layers: vLLM"
+    with pytest.raises(ServingError, match=named):
+        refuse_unservable(wider, own, "m")
 
 
 def test_a_form_of_its_own_is_for_vllm_and_this_program():
