@@ -117,6 +117,7 @@ class RouterFile:
             last = index == len(names) - 1 and not fixed
             # the last one may be read in part
             if not last:
+                self._check_map(name)
                 x = at(x @ at(read_values(self.reader, name)).T)
         last_name = names[-1]
         if fixed:
@@ -130,8 +131,14 @@ class RouterFile:
     def _maps(self) -> int:
         return 1 if self.router.projection == "linear" else self.router.depth
 
+    def _check_map(self, name: str) -> None:
+        shape = self.reader.info(name).shape
+        if len(shape) != 2:
+            raise ValueError(f"{name} has the shape {shape}, expected two dimensions")
+
     def _columns(self, name: str, columns: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Return rows of a map [H, width]: each gives one column of P(D)."""
+        self._check_map(name)
         if columns is None:
             weight = read_values(self.reader, name)
             return np.arange(len(weight)), weight
@@ -158,7 +165,13 @@ def open_router(directory: Path, manifest: Manifest) -> RouterFile:
     inputs_EM = vectors_EM
     # as `model.router.condition` does it
     if manifest.router.centre:
-        inputs_EM = unit(unit(vectors_EM) - read_values(reader, "centre"))
+        centre_M = read_values(reader, "centre")
+        if centre_M.shape != vectors_EM.shape[1:]:
+            raise CheckpointError(
+                f"{directory}: centre of shape {centre_M.shape}, domain embeddings of shape "
+                f"{vectors_EM.shape}; the sidecar is damaged, restore it from where it came"
+            )
+        inputs_EM = unit(unit(vectors_EM) - centre_M)
     return RouterFile(manifest.router, reader, vectors_EM, inputs_EM)
 
 

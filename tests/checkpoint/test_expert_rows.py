@@ -1,6 +1,7 @@
 """P(D) in numpy against P(D) in torch: every form, depth and dtype; quick checks."""
 
 import dataclasses
+import re
 import shutil
 
 import numpy as np
@@ -12,7 +13,7 @@ from nexus_ds.checkpoint import expert_rows
 from nexus_ds.checkpoint.expert_rows import check_rows, open_router, some_columns
 from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.qwen2_moe import gate_name
-from nexus_ds.checkpoint.records import RouterRecord, read_manifest
+from nexus_ds.checkpoint.records import ROUTER, RouterRecord, read_manifest
 from nexus_ds.checkpoint.sidecar import (
     EMBEDDING_TOLERANCE,
     Sidecar,
@@ -114,3 +115,25 @@ def test_a_router_of_another_form_is_damaged(nexus_dir, tmp_path):
     manifest.experts.pop()
     with pytest.raises(CheckpointError, match=r"2 experts but domain embeddings of shape \(3, 8\)"):
         open_router(tmp_path / "m", manifest)
+
+
+@pytest.mark.parametrize("shape", [(), (16,), (16, 16, 1)])
+@pytest.mark.parametrize("name", ["layers.0.maps.0.weight", "layers.0.maps.1.weight"])
+@pytest.mark.parametrize("columns", [None, np.array([0, 1])])
+def test_a_map_without_two_dimensions_is_damaged(nexus_dir, tmp_path, name, shape, columns):
+    shutil.copytree(nexus_dir, tmp_path / "m")
+    path = tmp_path / "m" / ROUTER
+    save_file(load_file(path) | {name: torch.zeros(shape)}, path)
+    router = open_router(tmp_path / "m", read_manifest(tmp_path / "m"))
+    message = rf"{name} has the shape {re.escape(str(shape))}, expected two dimensions"
+    with pytest.raises(CheckpointError, match=message):
+        router.rows(0, "F32", columns)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (3, 8)])
+def test_a_centre_of_another_shape_is_damaged(nexus_dir, tmp_path, shape):
+    shutil.copytree(nexus_dir, tmp_path / "m")
+    path = tmp_path / "m" / ROUTER
+    save_file(load_file(path) | {"centre": torch.zeros(shape)}, path)
+    with pytest.raises(CheckpointError, match=rf"centre of shape {re.escape(str(shape))}, "):
+        open_router(tmp_path / "m", read_manifest(tmp_path / "m"))
