@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 import math
+import os
 import re
 import sys
 import types
@@ -252,7 +253,8 @@ def _merged(below: Values, above: Values) -> Values:
 
 def _read_one(path: str | Path) -> Values:
     places = (Path(path), RECIPES / f"{path}.yaml")
-    found = next((place for place in places if place.is_file()), None)
+    # unlike pathlib's, it says no of a name that is too long for a file's
+    found = next((place for place in places if os.path.isfile(place)), None)
     if found is None:
         files = RECIPES.rglob("*.yaml")
         known = sorted(str(file.relative_to(RECIPES).with_suffix("")) for file in files)

@@ -102,6 +102,12 @@ def test_bad_recipes_are_named(tmp_path, text, message):
         load_config(recipe(tmp_path, text))
 
 
+def test_a_recipe_of_a_name_that_no_file_can_have(tmp_path):
+    """Found by tests/fuzz.py: the traceback of an OSError."""
+    with pytest.raises(ConfigError, match="no recipe at xxxx"):
+        load_config(recipe(tmp_path, f"base: {'x' * 300}"))
+
+
 def test_a_missing_recipe_lists_those_that_come_with_the_package():
     with pytest.raises(
         ConfigError, match=r"no recipe at nowhere.yaml; give a file, or one of: .*demo"

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -395,7 +396,8 @@ def _base_of(directory: Path, config: ConfigJson, base: Path | None, seed: Path 
     if base is not None:
         return base
     named = str(config.get("base_model_name_or_path") or "")
-    if named and Path(named).is_dir():
+    # unlike pathlib's, it says no of a name that is too long for a file's
+    if named and os.path.isdir(named):
         return Path(named)
     if seed is not None and named and Path(named).name == seed.resolve().name:
         return seed

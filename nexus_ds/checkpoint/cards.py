@@ -143,7 +143,10 @@ def read_card(directory: Path) -> DomainCard:
     for key, kind in hints.items():
         _check_type(where, key, value[key], kind)
     card = DomainCard(**value)
-    if not any(card.embedding) or not np.isfinite(card.embedding).all():
+    # as it will be used: fp32 has no number of 40 digits
+    with np.errstate(over="ignore"):
+        vector_M = np.array(card.embedding, np.float32)
+    if not vector_M.any() or not np.isfinite(vector_M).all():
         raise CheckpointError(
             f"{where}: the embedding is empty, zero or has values that are not numbers; "
             "make the card again"

@@ -309,6 +309,13 @@ def test_which_base(tmp_path, dense_dir):
             open_branch(out, seed=given)
 
 
+def test_a_base_of_a_name_that_no_folder_can_have(tmp_path, dense_dir):
+    """Found by tests/fuzz.py: the traceback of an OSError."""
+    save_adapter(tmp_path / "law", dense_dir, FFN, {"base_model_name_or_path": "x" * 300})
+    with pytest.raises(CheckpointError, match=r"adapter of 'xxx.*give --base DIR"):
+        open_branch(tmp_path / "law")
+
+
 def behind_a_view(root, kind):
     """Save a model of a family that is read through a view; return its folder."""
     family, keys, _ = VIEWED[kind]

@@ -66,6 +66,7 @@ def test_the_hash_of_a_model_is_that_of_its_ffn(dense_dir):
         ({"embedding": []}, "the embedding is empty, zero or has values that are not numbers"),
         ({"embedding": [float("nan")] * 8}, "not numbers"),
         ({"embedding": [0.0] * 8}, "zero"),
+        ({"embedding": [int(1e30)] * 8 + [1e39]}, "not numbers"),
     ],
 )
 def test_damaged_cards(tmp_path, embeddings, change, message):

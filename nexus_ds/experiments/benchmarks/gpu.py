@@ -391,7 +391,7 @@ def read_report(path: Path) -> Report:
         report = Report(**found | {"steps": [Result(**step) for step in found["steps"]]})
         table(report)  # whose errors are those of wrong types
         return report
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{path}: not what bench gpu writes ({type(error).__name__}: {error}); give its --out"
         ) from error

@@ -260,6 +260,10 @@ def test_a_table_of_nothing_and_a_document_without_markers_are_refused(tmp_path,
     (tmp_path / "gpu.json").write_text('{"small": true}')
     assert main(words) == 1
     assert "not what bench gpu writes (KeyError: 'steps')" in capsys.readouterr().err
+    # found by tests/fuzz.py
+    (tmp_path / "gpu.json").write_text("[" * 5000)
+    assert main(words) == 1
+    assert "not what bench gpu writes (RecursionError" in capsys.readouterr().err
     (tmp_path / "gpu.json").write_text(json.dumps(asdict(REPORT)))
     assert main(words) == 1
     assert f"expected the lines {gpu.BEGIN} and {gpu.END}" in capsys.readouterr().err
