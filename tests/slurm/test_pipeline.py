@@ -12,7 +12,8 @@ import pytest
 from slurm.rig import REPO, TINY
 
 TEMPLATES = ("tokens", "seed", "dense_branch", "embed", "upcycle", "finetune", "evaluate")
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+# as long as the rig is patient, the whole run included
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

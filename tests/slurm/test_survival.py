@@ -10,7 +10,8 @@ from safetensors import safe_open
 
 from slurm.rig import TINY, WIDE, metrics_step
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+# as long as the rig is patient, the whole run included
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 def same_weights(first, second):
@@ -126,12 +127,29 @@ def test_one_task_of_an_array_requeues_itself_alone(slurm, copy_of):
 
 @pytest.mark.full
 def test_the_time_limit(slurm, whole_run, copy_of):
-    """SLURM's own signal, 35 seconds before a limit of one minute."""
+    """SLURM's own signal ahead of a limit, however long a start or a step takes: the limit comes
+    near when steps were done, and the ranks stand still until the signal is there."""
     run = copy_of("upcycled")
-    options = (*WIDE, "--time=00:01:00", "--signal=B:USR1@35")
+    options = (*WIDE, "--time=01:00:00", "--signal=B:USR1@600")
     job = slurm.submit("upcycle", TINY, f"pipeline.run={run}", options=options)
     log = run / "logs" / f"upcycle-{job}.log"
-    assert slurm.finished(job, 480, log) == "COMPLETED", log.read_text()[-3000:]
+    slurm.until(lambda: metrics_step(run) >= 3, 90, "step 3", log)
+    ranks = slurm.processes(job)
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)
+    hours, minutes, _ = map(int, slurm.field(job, "RunTime").split(":"))
+    # less than 600 seconds from now, so it is time to tell
+    near = 60 * hours + minutes + 8
+    slurm.run("scontrol", "update", f"jobid={job}", f"timelimit={near}")
+    told = lambda: "received SIGUSR1" in log.read_text()  # noqa: E731
+    slurm.until(told, 120, "SLURM's signal", log)
+    # of the next start, too
+    slurm.run("scontrol", "update", f"jobid={job}", "timelimit=60")
+    for rank in ranks:
+        os.kill(rank, signal.SIGCONT)
+    assert len(ranks) == 4
+    assert slurm.finished(job, 240, log) == "COMPLETED", log.read_text()[-3000:]
+    assert "resumed after step" in log.read_text()
     assert int(slurm.field(job, "Restarts")) >= 1
     assert (
         same_weights(run / "nexus" / "model.safetensors", whole_run / "nexus" / "model.safetensors")
