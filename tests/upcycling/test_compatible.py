@@ -19,6 +19,7 @@ from branches import (
 from conftest import of_another_origin
 from safetensors.torch import save_file
 
+from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.values import SAMPLE_VALUES, SAMPLES
 from nexus_ds.errors import CheckpointError, IncompatibleModelsError
@@ -107,6 +108,19 @@ def test_every_setting_has_a_remedy(parts):
     from nexus_ds.checkpoint.dense import open_dense
 
     assert set(compatible.REMEDIES) == set(compatible.traits(open_dense(parts / "seed")))
+
+
+def test_numbers_that_a_class_computes_with_have_to_agree():
+    config = dict(model_type="gemma2", hidden_size=32, intermediate_size=40, vocab_size=31)
+    config |= dict(num_hidden_layers=2, num_attention_heads=4)
+    models = {
+        name: vars(settings(config | dict(final_logit_softcapping=cap)))
+        for name, cap in (("a", 30.0), ("b", None))
+    }
+    said = "factors.final_logit_softcapping +30.0 +None\n.*train with the seed's numbers"
+    with pytest.raises(IncompatibleModelsError, match=re.compile(said, re.DOTALL)):
+        compatible.check_alike(models)
+    compatible.check_alike({"a": models["a"], "b": models["a"]})
 
 
 def test_remedies_stand_below_the_table(parts):

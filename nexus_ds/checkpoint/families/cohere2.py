@@ -1,4 +1,4 @@
-"""Cohere 2 (Command R7B, Command A, Aya Vision): attention and FFN side by side behind one norm.
+"""Cohere 2 (Command R7B, Command A): attention and FFN side by side behind one norm.
 
 Norms subtract the mean, logits are multiplied by a number, and layers without a window have no
 RoPE.
