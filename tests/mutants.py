@@ -1014,8 +1014,14 @@ FAULTS = (
     Fault(
         "vLLM is told of families that it has",
         "serving/vllm_plugin.py",
-        "        if not family.mixture:",
-        "        if family.mixture:",
+        "        if not family.mixture and",
+        "        if family.mixture and",
+    ),
+    Fault(
+        "vLLM computes Gemma's experts with SiLU",
+        "serving/vllm_plugin.py",
+        ' and family.activations[0] == "silu":',
+        ":",
     ),
     # chats are scored by their answers
     Fault(
