@@ -912,7 +912,7 @@ FAULTS = (
     Fault(
         "the cache of transformers 4 is used for a Qwen3-Next",
         "serving/directory.py",
-        "    wrong = windows or mixture.form == QWEN3_NEXT",
+        "    wrong = windows or next_without_linear(mixture)",
         "    wrong = windows",
     ),
     Fault(

@@ -204,9 +204,9 @@ def _offloaded_beside_adam(layout: Layout, width: int) -> int:
 
 
 def _norm(sizes: Sizes, width: int) -> int:
-    """Return bytes that a norm keeps of an element: in fp32, and normalised."""
+    """Return bytes that a norm keeps of an element: in fp32, normalised, times its weight."""
     # one that adds 1 to its weight multiplies in fp32
-    return FP32 + (FP32 if sizes.centred else width)
+    return FP32 + (FP32 if sizes.centred else width) + width
 
 
 def _attention(sizes: Sizes, width: int) -> float:
@@ -238,8 +238,7 @@ def layer_activations(
         imbalance: tokens at this rank's experts over the mean.
         linear: whether it is one with linear attention.
     """
-    # RMSNorms, each with the product with the weight
-    norms = (_norm(sizes, width) + width) * sizes.layer_norms * sizes.hidden
+    norms = _norm(sizes, width) * sizes.layer_norms * sizes.hidden
     attention = _attention(sizes, width)
     if linear and sizes.linear:
         attention = linear_activations(sizes.linear, width)
@@ -279,7 +278,7 @@ def activations(sizes: Sizes, layout: Layout, width: int, tokens: int) -> float:
         linear = layer_activations(sizes, width, _imbalance(layout), linear=True)
         layers = sizes.attending * every + len(sizes.linear_layers) * linear
     # the last norm, kept as a layer's norms are
-    outside = (_norm(sizes, width) + width) * sizes.hidden
+    outside = _norm(sizes, width) * sizes.hidden
     return tokens * (layers + outside)
 
 

@@ -56,7 +56,7 @@ def test_a_model_keeps_what_was_planned(kind, dtype, tmp_path):
     total, head = measured(model.to(DTYPES[dtype]), "none")
     width = DTYPES[dtype].itemsize
     planned = activations(sizes, layout("none"), width, SEQUENCES * LENGTH)
-    assert total - head == pytest.approx(planned, rel=0.05)
+    assert total - head == pytest.approx(planned, rel=0.06)
 
 
 def test_arithmetic_is_what_its_own_code_does(tmp_path):
