@@ -181,6 +181,10 @@ def test_a_family_trains_alike_in_every_layout(family, tmp_path, dense_dir, text
     first = found["z1"]
     before = TensorReader.of(qwen2_moe.open_moe(start)[1])
     for name in first.names():
+        # what all of a head's scores get softmax does not see: where RoPE does not turn a key's
+        # bias its gradient is rounding alone, and AdamW makes whole steps of that
+        if name.endswith("k_proj.bias"):
+            continue
         expected = first.read(name)
         for layout, reader in found.items():
             error = float((reader.read(name) - expected).abs().max())
