@@ -22,7 +22,7 @@ from torch import Tensor
 from nexus_ds.checkpoint.config_json import ConfigJson, read_config, read_generation_config
 from nexus_ds.checkpoint.dense import as_stored
 from nexus_ds.checkpoint.dense_settings import filled, settings
-from nexus_ds.checkpoint.families.record import DenseSettings
+from nexus_ds.checkpoint.families.record import PRE_NORMS, DenseSettings
 from nexus_ds.checkpoint.forms import QWEN3_NEXT, SOURCE, reordered
 from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.problems import Problems
@@ -50,6 +50,9 @@ from nexus_ds.upcycling.blend import Source
 from nexus_ds.upcycling.compatible import attention_names, check_alike
 from nexus_ds.upcycling.new_checkpoint import NewModel, OldModel, as_written, copy_of, open_old
 
+BEFORE_FFN = ("pre_feedforward_layernorm", PRE_NORMS[1], PRE_NORMS[0])
+"""Norms of which the first that a layer has stands before its FFN: Gemma's second is behind its
+attention, Cohere 2 has one for both."""
 ROUNDS_TO_HALF = {torch.float32: 2.0**-25, torch.bfloat16: 2.0**-9}
 """Below this size the sigmoid of a number is exactly 1/2 in a dtype, with half of it to spare."""
 # of config.json, what a training may change without changing the mixture
@@ -198,18 +201,18 @@ def _tokenizer_of(trained: _Trained, nexus: OldModel) -> Path:
 # What must not move -------------------------------------------------------------------------------
 
 
-def _gate_distance(reader: TensorReader, layer: int, centred: bool) -> float:
+def _gate_distance(reader: TensorReader, layer: int, sizes: DenseSettings) -> float:
     """Return how far the input of a gate's sigmoid can be from 0, whatever the token.
 
     What it reads has a norm's weights, and 1 more of a centred one, times a vector of length
     sqrt(H), at most. Infinite in families that have no norm there: they norm what comes out of
     attention and FFN instead.
     """
-    normed_before = f"model.layers.{layer}.input_layernorm.weight" in reader
+    normed_before = PRE_NORMS[0] in sizes.norms
     if not normed_before:
         return math.inf
-    norm = f"model.layers.{layer}.post_attention_layernorm.weight"
-    norm_H = reader.read(norm).double() + centred
+    part = next(part for part in BEFORE_FFN if part in sizes.norms)
+    norm_H = reader.read(f"model.layers.{layer}.{part}.weight").double() + sizes.centred
     gate_1H = reader.read(shared_gate_name(layer)).double()
     length = float((gate_1H[0] * norm_H).norm())
     return length * math.sqrt(len(norm_H))
@@ -242,7 +245,7 @@ def _gate(trained: _Trained, layer: int, shared: bool) -> tuple[float, str]:
     if not largest > TRAINED_GATE and not math.isnan(largest):
         return 0.0, ""
     # the sigmoid's slope is 1/4 at most
-    distance = _gate_distance(reader, layer, trained.sizes.centred)
+    distance = _gate_distance(reader, layer, trained.sizes)
     if not shared or distance <= ROUNDS_TO_HALF[DTYPES[trained.dtype]]:
         return min(distance / 4, 0.5), ""
     return min(distance / 4, 0.5), (

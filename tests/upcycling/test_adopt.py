@@ -413,3 +413,26 @@ def test_no_bound_is_claimed_where_no_norm_stands_before_the_gate(tmp_path, dens
     edit_tensors(tmp_path / "tuned", lambda t: t[norm].mul_(0.01))
     with pytest.raises(CheckpointError, match="layer 0: the shared expert's gate was trained"):
         adopted(tmp_path / "tuned", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"), [("gemma-2", "pre_feedforward_layernorm"), ("cohere-2", "input_layernorm")]
+)
+def test_a_gate_is_bound_by_the_norm_that_it_reads(tmp_path, dense_dir, kind, part):
+    """Of Gemma 2 not the one behind its attention, and with the 1 that its class adds."""
+    family, keys, _ = test_native.KINDS[kind]
+    test_native.mixture(tmp_path, dense_dir, family, test_native.SIZES | keys, "fp32", 1)
+    stock(tmp_path / "out").save_pretrained(tmp_path / "tuned")
+    gate = "model.layers.0.mlp.shared_expert_gate.weight"
+    norm = f"model.layers.0.{part}.weight"
+
+    def small(tensors):
+        tensors[gate].fill_(1.5e-9)
+        # what it reads is all zeros then
+        tensors[norm].fill_(-1.0 if family == "gemma2" else 0.0)
+
+    edit_tensors(tmp_path / "tuned", small)
+    adopted(tmp_path / "tuned", tmp_path / "out")
+    edit_tensors(tmp_path / "tuned", lambda t: t[norm].add_(9.0))
+    with pytest.raises(CheckpointError, match="layer 0: the shared expert's gate was trained"):
+        adopted(tmp_path / "tuned", tmp_path / "out")
