@@ -236,8 +236,13 @@ def read_recipe(path: str | Path) -> Values:
             raise ConfigError(
                 f"{chain[-1]}: base: expected the name of another recipe, found {base!r}"
             )
+        try:
+            below = _read_one(base)
+        # whose base it is: the file itself may be none of the user's
+        except ConfigError as error:
+            raise ConfigError(f"{chain[-1]}: base: {error}") from error
         chain.append(base)
-        recipe = _merged(_read_one(base), recipe)
+        recipe = _merged(below, recipe)
     return recipe
 
 

@@ -104,8 +104,15 @@ def test_bad_recipes_are_named(tmp_path, text, message):
 
 def test_a_recipe_of_a_name_that_no_file_can_have(tmp_path):
     """Found by tests/fuzz.py: the traceback of an OSError."""
-    with pytest.raises(ConfigError, match="no recipe at xxxx"):
+    with pytest.raises(ConfigError, match=r"\.yaml: base: no recipe at xxxx"):
         load_config(recipe(tmp_path, f"base: {'x' * 300}"))
+
+
+def test_a_base_that_is_no_recipe_is_told_with_the_recipe_that_names_it(tmp_path):
+    """Found by tests/fuzz.py: an error that named /etc/passwd alone."""
+    (tmp_path / "text").write_text("root:x:0:0::/root:/bin/sh")
+    with pytest.raises(ConfigError, match=r"\.yaml: base: .*text: expected a mapping of settings"):
+        load_config(recipe(tmp_path, f"base: {tmp_path / 'text'}"))
 
 
 def test_a_missing_recipe_lists_those_that_come_with_the_package():
