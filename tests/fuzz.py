@@ -1,4 +1,4 @@
-"""Hostile files for everything that reads one from outside, made by hypothesis out of sound ones.
+"""Hostile files for everything that reads one from outside, made out of sound ones.
 
     python tests/fuzz.py TARGET SECONDS [SEED]     as many inputs as there is time for; or `all`
     python tests/fuzz.py TARGET --examples 50      as many inputs, the same ones at every start
@@ -6,8 +6,9 @@
 
 What is promised of each input: it is read, or refused by a NexusError that names the file (or the
 key, where there is no file), within SECONDS_EACH of processor time and with at most MEMORY more
-than before. Whatever else happens is a finding: it is made as small as it goes and written to
-build/fuzz/TARGET/. The exit code is 1 if there was one.
+than before. Whatever else happens is a finding: it is made smaller and written to
+build/fuzz/TARGET/. The exit code is 1 if there was one. Files lie in memory where there is
+/dev/shm: a disk that others use is slower than most readers.
 
 Random; tests/guided.py draws the same, guided by coverage. What is mutated is the meaning (keys,
 values, types, sizes, nesting) more than bytes, which a parser refuses at once.
@@ -20,6 +21,7 @@ import importlib
 import json
 import math
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -34,13 +36,12 @@ from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+import drawing as st
 import numpy as np
 import torch
 import yaml
 import zstandard
 from conftest import WORDS, make_nexus, save_tokenizer, sentences
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from nexus_ds.errors import NexusError
@@ -48,6 +49,7 @@ from nexus_ds.errors import NexusError
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "build" / "fuzz"
 SECONDS_EACH = 10.0
+MEMORY_DISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 MEMORY = 1 << 30  # bytes of address space, which is more than what is touched of it
 
 # What is put in place of values ------------------------------------------------------------------
@@ -137,13 +139,18 @@ def change(draw, value):
     return value
 
 
-@st.composite
-def changed(draw, value):
+def changed(value):
     """Draw `value`, which JSON can hold, with one to three changes."""
-    result = copy.deepcopy(value)
-    for _ in range(draw(st.integers(1, 3))):
-        result = change(draw, result)
-    return result
+    # the fastest way to a copy of what is nested
+    kept = pickle.dumps(value)
+
+    def make(chance):
+        result = pickle.loads(kept)
+        for _ in range(1 + chance.below(3)):
+            result = change(lambda strategy: strategy.make(chance), result)
+        return result
+
+    return st.Strategy(make)
 
 
 @st.composite
@@ -229,7 +236,7 @@ def tensors(draw, content, few=8):
 class Target:
     """What is read, and by whom."""
 
-    inputs: dict[str, st.SearchStrategy]
+    inputs: dict[str, st.Strategy]
     """By file name."""
     readers: list[Callable[[], object]]
     box: Path
@@ -805,10 +812,6 @@ class TooSlow(BaseException):
     """More processor time than is promised; no `except Exception` swallows it."""
 
 
-class FoundError(Exception):
-    """Tells hypothesis of a finding, so that it makes the input smaller."""
-
-
 def _too_slow(*_):
     raise TooSlow(f"more than {SECONDS_EACH} s of processor time")
 
@@ -854,59 +857,59 @@ class Tally:
     found: dict[str, tuple[str, bytes, str]] = field(default_factory=dict)
     """By signature: file name, smallest content, traceback."""
 
-
-def hunt(target, tally, number, count, until):
-    """Try `count` inputs of seed `number`; of the first new finding the smallest is kept."""
-    current = []
-
-    @seed(number)
-    @settings(
-        max_examples=count,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(
-        st.sampled_from(sorted(target.inputs)).flatmap(
-            lambda name: st.tuples(st.just(name), target.inputs[name])
-        )
-    )
-    def attempt(drawn):
-        name, content = drawn
-        if time.monotonic() > until:
-            return
+    def keep(self, target, name, content):
+        """Try an input, count it, and keep the smallest of each kind of finding."""
         start = time.process_time()
         refused, problem = complaint(target, name, content)
-        tally.inputs += 1
-        tally.refused += bool(refused)
-        tally.slowest = max(tally.slowest, time.process_time() - start)
+        self.inputs += 1
+        self.refused += bool(refused)
+        self.slowest = max(self.slowest, time.process_time() - start)
         if problem is None:
             return
         mark, text = problem
-        known = tally.found.get(mark)
-        if known is not None and mark not in current:
-            return
-        if current and mark not in current:
-            return  # another one; its turn comes
-        current[:] = [mark]
+        known = self.found.get(mark)
+        if known is None:
+            content, text = smaller(target, name, content, mark, text)
         if known is None or len(content) < len(known[1]):
-            tally.found[mark] = (name, content, text)
-        raise FoundError(mark)
+            self.found[mark] = (name, content, text)
 
-    try:
-        attempt()
-    except Exception:
-        # of hypothesis, which finds that time is up in the middle
-        if not current:
-            raise
+
+def smaller(target, name, content, mark, text):
+    """Return a finding without what it does not need, and its traceback, of some tries."""
+    until = time.process_time() + 3 * SECONDS_EACH
+    width = len(content) // 2
+    while width:
+        start = 0
+        while start < len(content) and time.process_time() < until:
+            less = content[:start] + content[start + width :]
+            _, problem = complaint(target, name, less)
+            if problem and problem[0] == mark:
+                content, text = less, problem[1]
+            else:
+                start += width
+        width //= 2
+    return content, text
+
+
+def hunt(target, tally, number, count, until):
+    """Try `count` inputs of seed `number`, or as many as there is time for."""
+    chance = st.Chance(number)
+    names = sorted(target.inputs)
+    for _ in range(count):
+        if time.monotonic() > until:
+            return
+        name = names[chance.below(len(names))]
+        # where nested values are nested again; what readers raise is a finding
+        with suppress(st.Unusable, RecursionError):
+            content = target.inputs[name].make(chance)
+            tally.keep(target, name, content)
 
 
 @contextmanager
 def opened(name):
     """Make a target in a folder of its own, and hold this process to its memory."""
     # An input that aborts the process stays there.
-    root = Path(tempfile.mkdtemp(prefix=f"nexus-ds-fuzz-{name}-"))
+    root = Path(tempfile.mkdtemp(prefix=f"nexus-ds-fuzz-{name}-", dir=MEMORY_DISK))
     box = root / "box"
     box.mkdir()
     torch.set_num_threads(1)
@@ -983,7 +986,7 @@ def each(args):
     codes = {name: alone(name, args) for name in TARGETS}
     for name, code in codes.items():
         if code not in (0, 1):
-            where = Path(tempfile.gettempdir()) / f"nexus-ds-fuzz-{name}-*" / "box"
+            where = Path(MEMORY_DISK or tempfile.gettempdir()) / f"nexus-ds-fuzz-{name}-*" / "box"
             print(f"{name}: ended by {code}; its input lies in {where}", flush=True)
     return not any(codes.values())
 

@@ -1,11 +1,10 @@
 """Targets of tests/fuzz.py, guided by coverage: `python tests/guided.py TARGET SECONDS [CORPUS]`.
 
-atheris (libFuzzer) makes bytes, out of which hypothesis draws the same hostile files as in
+atheris (libFuzzer) makes bytes, out of which the same hostile files are drawn as in
 tests/fuzz.py; bytes that reach a branch of the package not seen before are kept in the folder
 CORPUS and changed further, by a later start too. `all` takes one target after the other.
 
 atheris has wheels for Linux on x86-64 alone, so it is in no requirements: `make fuzz` installs it.
-A finding is kept as the smallest input of its kind that was met; nothing is shrunk.
 """
 
 import argparse
@@ -18,40 +17,28 @@ from contextlib import suppress
 from pathlib import Path
 
 import atheris
+import drawing
 
 with atheris.instrument_imports(include=["nexus_ds"], enable_loader_override=False):
     import fuzz
-
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 LONGEST = 4096  # bytes, out of which one input is drawn
 
 
 def attempts(target, tally):
     """Return a function of bytes that tries the input drawn out of them."""
+    names = sorted(target.inputs)
 
-    @settings(database=None, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(st.sampled_from(sorted(target.inputs)), st.data())
-    def attempt(name, data):
-        content = data.draw(target.inputs[name])
-        start = time.process_time()
-        refused, problem = fuzz.complaint(target, name, content)
-        tally.inputs += 1
-        tally.refused += bool(refused)
-        tally.slowest = max(tally.slowest, time.process_time() - start)
-        if problem is None:
-            return
-        mark, text = problem
-        known = tally.found.get(mark)
-        if known is None or len(content) < len(known[1]):
-            tally.found[mark] = (name, content, text)
+    def attempt(content):
+        chance = drawing.Given(content)
+        name = names[chance.below(len(names))]
+        tally.keep(target, name, target.inputs[name].make(chance))
 
-    return attempt.hypothesis.fuzz_one_input
+    return attempt
 
 
 def first_bytes(folder):
-    """Put random bytes into an empty corpus: hypothesis draws nothing out of a short input."""
+    """Put random bytes into an empty corpus: a short input is drawn out of zeros."""
     folder.mkdir(parents=True, exist_ok=True)
     if not any(folder.iterdir()):
         for number in range(50):
@@ -82,7 +69,7 @@ def guided(name, seconds, corpus):
         if time.monotonic() - start > seconds:
             over()
         # Of what draws, where nested values are nested again; what readers raise is a finding.
-        with suppress(RecursionError):
+        with suppress(drawing.Unusable, RecursionError):
             attempt(content)
 
     # What readers print, and libFuzzer; its own limits of memory and time are out of the way.
