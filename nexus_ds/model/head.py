@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 
 COMPILED_FROM = 16384
-"""Words of a vocabulary from which `auto` compiles on GPUs: it takes a quarter of a minute at the
-start, and there is little to save in fewer logits."""
+"""Words of a vocabulary from which `auto` compiles on GPUs: it costs seconds at each start, and
+there is little to save in fewer logits. A choice; where it begins to pay was not measured."""
 DIVISOR, FACTOR = "logits_scaling", "logit_scale"
 """Keys of a configuration: by what a model divides, or multiplies, what its output layer returns
 (Granite; Cohere)."""

@@ -40,7 +40,7 @@ from tests.checkpoint.test_qwen3_next import (
     renormalised,
     tokens,
 )
-from tests.checkpoint.test_views import InOrder
+from tests.checkpoint.test_views import InOrder, loaded
 
 CONFIG = dict(
     model_type="nexus_qwen3",
@@ -170,19 +170,6 @@ def made(request, tmp_path_factory, dense_dir):
     for layer in oracle.model.layers:
         layer.mlp.__class__ = InOrder
     return kind, root / "out", root, oracle
-
-
-def loaded(directory):
-    # one expert after the other, as the formula has them: bits depend on it
-    model, info = AutoModelForCausalLM.from_pretrained(
-        directory,
-        local_files_only=True,
-        dtype="auto",
-        output_loading_info=True,
-        experts_implementation="eager",
-    )
-    assert not info["missing_keys"] and not info["unexpected_keys"], info
-    return model.eval()
 
 
 def noise(oracle, x):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from nexus_ds.checkpoint import qwen2_moe
 from nexus_ds.checkpoint.dense import open_dense
@@ -30,7 +29,7 @@ from tests.checkpoint.test_qwen3_next import (
     renormalised,
     tokens,
 )
-from tests.checkpoint.test_views import InOrder, noise_of
+from tests.checkpoint.test_views import InOrder, loaded, noise_of
 
 SIZES = dict(
     vocab_size=31,
@@ -71,17 +70,9 @@ def made(request, tmp_path_factory, dense_dir):
 
 
 def stock(directory):
-    # one expert after the other, as the formula has them: bits depend on it
-    model, info = AutoModelForCausalLM.from_pretrained(
-        directory,
-        local_files_only=True,
-        dtype="auto",
-        output_loading_info=True,
-        experts_implementation="eager",
-    )
-    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    model = loaded(directory)
     assert type(model).__name__ == "Qwen3NextForCausalLM"
-    return model.eval()
+    return model
 
 
 def opened(directory):

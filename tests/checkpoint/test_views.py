@@ -114,7 +114,7 @@ def made(request, tmp_path_factory, dense_dir):
     return kind, root / "out", root, oracle
 
 
-def stock(directory):
+def loaded(directory):
     # one expert after the other, as the formula has them: bits depend on it
     model, info = AutoModelForCausalLM.from_pretrained(
         directory,
@@ -124,8 +124,13 @@ def stock(directory):
         experts_implementation="eager",
     )
     assert not info["missing_keys"] and not info["unexpected_keys"], info
-    assert type(model).__name__ == "Qwen2MoeForCausalLM"
     return model.eval()
+
+
+def stock(directory):
+    model = loaded(directory)
+    assert type(model).__name__ == "Qwen2MoeForCausalLM"
+    return model
 
 
 def noise_of(oracle, x):

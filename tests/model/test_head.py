@@ -169,16 +169,20 @@ class OnGPU:
 
 
 def test_a_compiler_that_fails_is_said_and_only_what_asks_for_it_stops(monkeypatch):
-    def failing(*_):
+    asked = []
+
+    def failing(*sizes):
+        asked.append(sizes)
         raise ConfigError("training.loss_kernel: torch.compile failed: no Triton")
 
     monkeypatch.setattr(head, "compiled_score", failing)
     weight_VH = torch.nn.Parameter(torch.zeros(head.COMPILED_FROM, 2))
     on_cpu = LossHead(weight_VH)
     assert on_cpu._score(torch.zeros(4, 2))[0].func is score
-    # too few words to be worth a quarter of a minute
+    # too few words to be worth compiling
     small = LossHead(torch.nn.Parameter(torch.zeros(head.COMPILED_FROM - 1, 2)))
     assert small._score(OnGPU())[0].func is score
+    assert not asked
     with pytest.warns(UserWarning, match="no Triton; until then the loss is slower"):
         chosen = LossHead(weight_VH)._score(OnGPU())
     assert chosen[0].func is score
