@@ -263,6 +263,11 @@ class ModelConfig:
     """Share of what each branch adds to a tensor that `ties` (the largest) and `dare_ties` (any)
     keep."""
 
+    # Needs text of every branch; docs/merging.md has what it gains.
+    merge_rows: Literal["alike", "counted"] = setting("alike", changes="inputs")
+    """Upcycling: what rows of embeddings and head become, of which each token has one: merged as
+    all else | the branches' mean, weighed by how often each one's text has the token."""
+
 
 @dataclass(kw_only=True)
 class DataConfig:

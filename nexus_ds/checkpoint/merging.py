@@ -9,8 +9,10 @@ its weight.
               are elected as above, and those that have it are added, by w_i / sum of all w (Yu et
               al., arXiv 2311.03099; as mergekit's dare_ties with weights that add up to one)
 
+    ByRow     no seed among its sources: of each row the mean, weighed as that row says
+
 A share is kept of each tensor, not of the whole model.
-Not covered: rules that need text (Fisher, RegMean).
+Not covered: RegMean of whole matrices, Fisher information.
 """
 
 from __future__ import annotations
@@ -172,4 +174,31 @@ class DareTies(Rule):
         total = blocks[0]
         for change, where in zip(changes, agreeing, strict=True):
             total += change * where
+        return total
+
+
+class ByRow(Rule):
+    """See the module.
+
+    With the counts of tokens as weights of an embedding's rows it is what RegMean (Jin et al.,
+    arXiv 2212.09849) makes of a layer whose inputs are one-hot: their Gram matrix is diagonal. Of
+    an output layer's rows it is nearly what Fisher information makes of them (docs/merging.md).
+
+    Args:
+        weights_NV: of each branch in each row, fp32; a row's add up to 1.
+        width: values of a row.
+    """
+
+    def __init__(self, weights_NV: Floats, width: int) -> None:
+        self.weights_NV = weights_NV
+        self.width = width
+
+    def __call__(self, blocks: Blocks, first: int) -> Floats:
+        """Return the weighted mean of the blocks, row by row."""
+        total = np.zeros_like(blocks[0])
+        # a block may begin and end within a row
+        rows = np.arange(first, first + len(total)) // self.width
+        for block, weights_V in zip(blocks, self.weights_NV, strict=True):
+            block *= weights_V[rows]
+            total += block
         return total

@@ -60,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="DIR",
-        help="text for the router's warm start; default: what was embedded for --domains",
+        help="text for the router's warm start, and for model.merge_rows=counted; default: what "
+        "was embedded for --domains",
     )
     compatible.add_options(parser)
     parser.add_argument("--no-warm-start", action="store_true", help="router.warm_start=none")
@@ -86,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
     """
     # not at the top: they import torch, for which `upcycle --help` doesn't wait
     from nexus_ds.checkpoint.cards import Packages, embeddings_for
+    from nexus_ds.data.token_counts import count_tokens
     from nexus_ds.upcycling.blend import parse_experts
     from nexus_ds.upcycling.upcycle import upcycled
 
@@ -100,9 +102,13 @@ def run(args: argparse.Namespace) -> int:
     embeddings, cards = embeddings_for(args.domains, experts, bare)
     packages = Packages(cards, Path(args.base) if args.base else None)
     waived = compatible.waived_by(args)
-    model = upcycled(seed, experts, embeddings, config, packages, waived, out)
     # the embeddings' own record of where their text lies
     data = args.data or embeddings.data
+    counts = None
+    if config.model.merge_rows == "counted":
+        domains = {name: cards[name].domain if name in cards else name for name in experts}
+        counts = count_tokens(data, domains, seed, config.data)
+    model = upcycled(seed, experts, embeddings, config, packages, waived, out, counts)
     text = model.fit_text(data, config, "--no-warm-start")
     with new_directory(out) as directory:
         report = model.write(directory, text, config.router, config.seed)

@@ -11,8 +11,12 @@ import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+import numpy as np
+
+from nexus_ds.checkpoint.arithmetic import Floats
 from nexus_ds.checkpoint.assembly import Rule
-from nexus_ds.checkpoint.merging import DareTies, Ties
+from nexus_ds.checkpoint.merging import ByRow, DareTies, Ties
+from nexus_ds.data.token_counts import TokenCounts
 from nexus_ds.errors import ConfigError
 from nexus_ds.settings import Config, ModelConfig
 from nexus_ds.upcycling.blend import Blend, Part
@@ -50,6 +54,11 @@ def check_merge(
             f"model.merge: {model.merge} can't merge vocabularies that grew; leave --align-vocab "
             "out, or take the mean"
         )
+    if grown and model.merge_rows != "alike":
+        raise ConfigError(
+            "model.merge_rows: counted can't merge vocabularies that grew; leave --align-vocab "
+            "out, or set model.merge_rows=alike"
+        )
 
 
 def weights_of(model: ModelConfig, experts: Collection[str]) -> list[float]:
@@ -61,8 +70,39 @@ def recorded_merge(model: ModelConfig) -> dict[str, object]:
     """Return what nexus.json has of merging; empty for the plain mean, as older versions have
     it."""
     values = {name: getattr(model, name) for name in OWN}
-    plain = model.merge == "mean" and not model.merge_weights
+    counted = model.merge_rows != "alike"
+    if counted:
+        values["merge_rows"] = model.merge_rows
+    plain = model.merge == "mean" and not model.merge_weights and not counted
     return {} if plain else values
+
+
+def row_weights(
+    counts: TokenCounts,
+    weights: Sequence[float],
+    rows: int,
+) -> Floats:
+    """Return the weight of each branch in each row [N, V] fp32; a row's add up to 1.
+
+    They are the token's shares of the branches' texts, however long these are, times the branches'
+    own weights, which are all that counts for a token that no text has.
+
+    Args:
+        counts: of each token, by expert.
+        weights: of the branches, see `weights_of`.
+        rows: of the embeddings; tokens of padding are in no text.
+    """
+    shares_NV = np.zeros((len(weights), rows))
+    for share_V, count, weight in zip(shares_NV, counts.values(), weights, strict=True):
+        share_V[: len(count)] = weight * count / count.sum()
+    unseen_V = ~shares_NV.any(axis=0)
+    shares_NV[:, unseen_V] = np.array(weights)[:, None]
+    return (shares_NV / shares_NV.sum(axis=0)).astype(np.float32)
+
+
+def merged_rows(branches: Sequence[Part], weights_NV: Floats, width: int) -> Blend:
+    """Return how a tensor that has a row for each token is merged; see `row_weights`."""
+    return Blend(branches, rule=ByRow(weights_NV, width))
 
 
 def merged(

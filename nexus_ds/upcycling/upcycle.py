@@ -17,7 +17,7 @@ from torch import Tensor
 from nexus_ds.checkpoint.cards import NO_PACKAGES, Packages
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel, open_dense
-from nexus_ds.checkpoint.families.record import AFTER_FFN, DenseSettings
+from nexus_ds.checkpoint.families.record import AFTER_FFN, EMBEDDING, HEAD, DenseSettings
 from nexus_ds.checkpoint.model_card import stated_license
 from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.checkpoint.projections import Projections, State
@@ -41,6 +41,7 @@ from nexus_ds.checkpoint.sidecar import (
 )
 from nexus_ds.checkpoint.tensors import DTYPES, TensorReader
 from nexus_ds.data.domains import DomainEmbeddings
+from nexus_ds.data.token_counts import TokenCounts
 from nexus_ds.errors import ConfigError, UnsupportedModelError
 from nexus_ds.model.router import (
     centre_of,
@@ -70,7 +71,9 @@ from nexus_ds.upcycling.compatible import (
 from nexus_ds.upcycling.merge import (
     check_merge,
     merged,
+    merged_rows,
     recorded_merge,
+    row_weights,
     weights_of,
 )
 from nexus_ds.upcycling.new_checkpoint import (
@@ -91,6 +94,7 @@ def upcycled(
     packages: Packages = NO_PACKAGES,
     waived: Waived = NOTHING,
     out: Path | None = None,
+    counts: TokenCounts | None = None,
 ) -> NewModel:
     """Describe the mixture of a seed and its dense branches (paper section 2.1); nothing is
     written.
@@ -109,6 +113,7 @@ def upcycled(
         packages: what else is known of the branches.
         waived: differences that are no mistake.
         out: where it will be written, if the disk's room is to be checked.
+        counts: of each expert's text, for `model.merge_rows`.
 
     Raises:
         ConfigError: top-k larger than the number of experts, a warm start that the router can't
@@ -155,7 +160,7 @@ def upcycled(
         "upcycle",
         target,
         base.dtype,
-        _upcycled_tensors(target, base, models, sidecar, config, alignment),
+        _upcycled_tensors(target, base, models, sidecar, config, alignment, counts),
         sidecar,
         seed,
         alignment.tokenizer if alignment else seed,
@@ -290,6 +295,7 @@ def _upcycled_tensors(
     sidecar: Sidecar,
     config: Config,
     alignment: Alignment | None,
+    counts: TokenCounts | None,
 ) -> dict[str, Source]:
     """Return where each tensor of the mixture with the config.json `target` comes from."""
     branches = [(f"expert {name}", TensorReader.of(model.reader)) for name, model in models.items()]
@@ -301,6 +307,9 @@ def _upcycled_tensors(
             case Role.DENSE:
                 own = Part("seed", base, entry.dense_name)
                 parts = [Part(who, reader, entry.dense_name) for who, reader in branches]
+                if counts and entry.dense_name in (EMBEDDING, HEAD):
+                    rows, width = entry.shape
+                    return merged_rows(parts, row_weights(counts, weights, rows), width)
                 return by_row(merged(own, parts, weights, config), entry, alignment)
             case Role.ROUTED:
                 who, reader = branches[entry.expert]

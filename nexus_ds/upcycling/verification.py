@@ -283,6 +283,8 @@ def _compare(
     method = sources.merge.get("merge", "mean")
     if method not in ("mean", "seed"):
         found.notes.append(f"what was merged by {method} is not computed again")
+    if _counted(sources):
+        found.notes.append("rows weighed by counts of tokens are not computed again")
 
 
 def _scale(entry: Stored, manifest: Manifest, sources: Sources) -> float:
@@ -332,10 +334,10 @@ def _parts(
     # rows and gates follow from the sidecar, which `verify` holds them to
     if entry.role is not Role.DENSE:
         return {}
-    method = sources.merge.get("merge", "mean")
+    method = _method(entry, sources)
     if method == "seed":
         return {"seed": (sources.base, entry.dense_name, 1.0)}
-    # what TIES and DARE make is noted as not checked
+    # what else there is, is noted as not checked
     if method != "mean":
         return {}
     weights = _weights(sources)
@@ -395,6 +397,19 @@ def _slices(
     for first, last, parts in pieces:
         for start, stop in row_slices((last - first, *shape[1:]), AT_ONCE):
             yield first + start, first + stop, parts
+
+
+def _counted(sources: Sources) -> bool:
+    """Return whether embeddings were merged by how often texts have a token."""
+    return sources.merge.get("merge_rows") == "counted"
+
+
+def _method(entry: Stored, sources: Sources) -> object:
+    """Return how a tensor was merged."""
+    # the text that was counted is not at hand
+    if _counted(sources) and entry.dense_name in (EMBEDDING, HEAD):
+        return "counted"
+    return sources.merge.get("merge", "mean")
 
 
 def _weights(sources: Sources) -> dict[str, float]:

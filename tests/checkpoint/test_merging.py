@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nexus_ds.checkpoint.merging import DareTies, Threshold, Ties
+from nexus_ds.checkpoint.merging import ByRow, DareTies, Threshold, Ties
 
 SIZE = 5000
 WEIGHTS = (1.0, 2.0, 0.5)
@@ -112,4 +112,22 @@ def test_dare_that_loses_nothing_adds_what_has_the_elected_sign():
     base, first, second = tensors(2)
     found = by_blocks(DareTies([1.0, 1.0], 1.0, (0,)), [base, first, second], SIZE)
     expected = base + elected([first - base, second - base], [0.5, 0.5]).sum(0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", [SIZE, 137])
+def test_rows_are_regmeans_of_one_hot_inputs(step):
+    """W = (sum G_i)^-1 sum G_i W_i of RegMean, with the Gram matrices of an embedding's inputs."""
+    width = 8
+    rows = SIZE // width
+    _, *branches = tensors()
+    generator = torch.Generator().manual_seed(1)
+    counts = torch.randint(1, 50, (len(branches), rows), generator=generator).double()
+    grams = [torch.diag(count) for count in counts]
+    weighed = [
+        g @ branch.double().view(rows, width) for g, branch in zip(grams, branches, strict=True)
+    ]
+    expected = torch.linalg.solve(sum(grams), sum(weighed)).float().flatten()
+    shares = (counts / counts.sum(0)).float().numpy()
+    found = by_blocks(ByRow(shares, width), branches, step)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import oracle
 import pytest
@@ -27,13 +28,19 @@ from launch import clean_environment, file_modes, umask
 from safetensors.torch import save_file
 
 from nexus_ds.__main__ import main
-from nexus_ds.checkpoint.families.record import FFN_PARTS, dense_ffn_name
+from nexus_ds.checkpoint.families.record import EMBEDDING, FFN_PARTS, dense_ffn_name
 from nexus_ds.checkpoint.inspection import describe
 from nexus_ds.checkpoint.qwen2_moe import gate_name, mean_name
 from nexus_ds.checkpoint.sidecar import expert_embeddings, read_sidecar, verify_expert_embeddings
 from nexus_ds.command_lines import DS_JSON, TRAIN
 from nexus_ds.commands import extend, remove, upcycle
-from nexus_ds.data.domains import encoder_directory, weights_hash
+from nexus_ds.data.domains import (
+    encoder_directory,
+    read_domain_embeddings,
+    weights_hash,
+    write_domain_embeddings,
+)
+from nexus_ds.data.token_counts import count_tokens
 from nexus_ds.errors import (
     ConfigError,
     DataError,
@@ -42,7 +49,7 @@ from nexus_ds.errors import (
     UnsupportedModelError,
 )
 from nexus_ds.model.router import domain_expert_embeddings
-from nexus_ds.settings import RouterConfig
+from nexus_ds.settings import DataConfig, RouterConfig
 
 
 @pytest.fixture
@@ -525,3 +532,28 @@ def test_a_stage_that_is_stopped_leaves_nothing_of_what_it_ran(parts, text_folde
         == "nexus-ds stage: stopped by a signal; start the same command again to go on"
     )
     assert sorted(path.name for path in run_folder.iterdir()) == before
+
+
+def test_counts_of_the_domains_text_weigh_the_rows(parts, text_folder):
+    """A row of a token that one domain alone uses is that branch's."""
+    run(parts, "model.merge_rows=counted", "model.merge=seed", "--data", str(text_folder))
+    counts = count_tokens(str(text_folder), {n: n for n in NAMES}, parts / "seed", DataConfig())
+    out = tensors_of(parts / "out")[EMBEDDING]
+    found = 0
+    for name, count in counts.items():
+        others = [c for other, c in counts.items() if other != name]
+        own = tensors_of(parts / name)[EMBEDDING]
+        for token in count.nonzero()[0]:
+            if not any(token < len(c) and c[token] for c in others):
+                torch.testing.assert_close(out[token], own[token], rtol=0, atol=1e-6)
+                found += 1
+    assert found
+
+
+def test_counting_asks_for_text(parts):
+    embeddings = read_domain_embeddings(parts / "domains.safetensors")
+    nowhere = replace(embeddings, data="")
+    write_domain_embeddings(parts / "domains.safetensors", nowhere, overwrite=True)
+    with pytest.raises(ConfigError, match="nothing says where it is: give --data DIR, or set"):
+        run(parts, "model.merge_rows=counted")
+    assert not left_over(parts)

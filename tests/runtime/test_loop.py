@@ -502,6 +502,7 @@ VERDICTS = (
         BEFORE,
         (),
         "shared_expert=none shared_scale=0.5 routed_scale=0.5 merge=seed merge_density=0.25 "
+        "merge_rows=counted "
         'merge_weights={"alpha":2.0}',
     ),
     ("model", SPEED, (), "license=mit"),

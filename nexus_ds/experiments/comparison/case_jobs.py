@@ -28,6 +28,7 @@ UPCYCLING = (
     "merge",
     "merge_weights",
     "merge_density",
+    "merge_rows",
 )
 """Settings in `model` of how dense models are put together; none of them reads these itself."""
 
