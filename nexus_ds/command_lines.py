@@ -110,9 +110,15 @@ def extend_words(
     experts: Mapping[str, Path],
     embeddings: Path,
     data: DataConfig,
+    seed: Path | None = None,
 ) -> list[str]:
-    """Return the call of `extend`, all but --out and the recipe; see `upcycle_words`."""
+    """Return the call of `extend`, all but --out and the recipe; see `upcycle_words`.
+
+    `seed` is given where routed experts go further from it than their branches.
+    """
     options = {"--domains": embeddings, "--data": data.path}
+    if seed:
+        options["--base"] = seed
     return [
         "extend",
         *_options({"--checkpoint": checkpoint}),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import math
 import os
 import re
 import sys
@@ -196,11 +195,6 @@ def validate(config: Config) -> Config:
     """Check values that can be judged without files; ConfigError says what to set."""
     _check_values(config)
     training, model = config.training, config.model
-    for key in ("shared_scale", "routed_scale"):
-        scale = getattr(model, key)
-        # of a power of two the mantissa is a half
-        if math.frexp(scale)[0] != 0.5:
-            raise ConfigError(f"model.{key}: expected a power of two (0.5, say), found {scale}")
     if training.tokens <= 0 and training.steps <= 0:
         raise ConfigError("training.tokens and training.steps are both 0; set one of them")
     # 1 excluded: no step would be left to fall in

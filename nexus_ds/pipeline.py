@@ -343,7 +343,8 @@ class _Steps:
         where = places(self.config)
         domains = self.config.pipeline.new_domains
         experts = {domain: where.branch(domain) for domain in domains}
-        words = extend_words(where.nexus, experts, where.new_domains, self.config.data)
+        seed = where.seed if self.config.model.task_scale != 1.0 else None
+        words = extend_words(where.nexus, experts, where.new_domains, self.config.data, seed)
         share = self.config.pipeline.merge_weight
         # Unset, `extend` takes the paper's 1/(n+1), and it alone knows n.
         if share is not None:

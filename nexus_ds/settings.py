@@ -236,8 +236,8 @@ class ModelConfig:
         changes="inputs",
         positive=True,
     )
-    """Upcycling: what the shared expert's output is multiplied by at the start, a power of two:
-    folded into its down_proj, so that no bit is lost and the form stays stock."""
+    """Upcycling: what the shared expert's output is multiplied by at the start: folded into its
+    down_proj, so that the form stays stock. A power of two loses no bit."""
 
     routed_scale: float = setting(
         1.0,
@@ -245,6 +245,16 @@ class ModelConfig:
         positive=True,
     )
     """The same of the routed experts, of those that are added later too."""
+
+    # The paper's: a routed expert is its branch's feed-forward network.
+    task_scale: float = setting(
+        1.0,
+        changes="inputs",
+        positive=True,
+    )
+    """Upcycling: how far a routed expert goes from the seed, seed + task_scale (branch - seed) in
+    fp32 (task arithmetic, arXiv 2212.04089): above 1 it makes up for what routed_scale and the gate
+    take from what the branch has learned. Of those that are added later too."""
 
     # The paper's.
     merge: Literal["mean", "seed", "ties", "dare_ties"] = setting("mean", changes="inputs")

@@ -76,8 +76,8 @@ def test_a_dumped_configuration_loads_to_the_same(tmp_path):
         ("? [a]\n: 3", r"recipe.yaml:1: expected a name before the colon"),
         ("training: {steps: 3, lr: -1}", r"training.lr: expected a number above 0, found -1"),
         (
-            "{training: {steps: 3}, model: {routed_scale: 0.3}}",
-            r"model.routed_scale: expected a power of two \(0.5, say\), found 0.3",
+            "{training: {steps: 3}, model: {task_scale: 0}}",
+            r"model.task_scale: expected a number above 0, found 0",
         ),
         ("training: {steps: 3, steps: 4}", r"recipe.yaml:1: the key 'steps' stands twice"),
         ("training: &a {steps: 3}\nrouter: *a", r"recipe.yaml:2: YAML aliases are not allowed"),

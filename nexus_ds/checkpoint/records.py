@@ -162,7 +162,8 @@ class UpcycleStep(Step):
     seed_license: str = ""
     """As its card says it; empty: not said."""
     scales: dict[str, float] = field(default_factory=dict)
-    """Of `shared` and `routed` experts' outputs at the start, folded into down_proj; empty: 1."""
+    """Of `shared` and `routed` experts' outputs at the start, folded into down_proj; of `task`: how
+    far routed experts go from the seed; empty: 1."""
     aligned: dict[str, list[str]] = field(default_factory=dict)
     """Rows of the embeddings (`31:33`, the end excluded) that come from some experts' models alone,
     with these experts; all others come from all."""
@@ -335,16 +336,17 @@ def step_of(entry: Mapping[str, object]) -> Step:
     return OtherStep(verb=str(entry.get("verb", "")), written=dict(entry))
 
 
-def start_scale(lineage: list[Step], shared: bool) -> float:
-    """Return what an expert's output is multiplied by when its dense model is put in.
+def start_scale(lineage: list[Step], kind: str) -> float:
+    """Return a scale with which dense models are put in.
 
     Args:
         lineage: of the mixture.
-        shared: whether it is the shared expert, not a routed one.
+        kind: shared | routed: of this expert's output | task: of how far a routed expert goes from
+            the seed.
     """
     for step in lineage:
         if isinstance(step, UpcycleStep):
-            return step.scales.get("shared" if shared else "routed", 1.0)
+            return step.scales.get(kind, 1.0)
     return 1.0
 
 

@@ -61,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base",
         metavar="DIR",
-        help="dense model that adapters are merged into; default: the one that they name",
+        help="dense model that adapters are merged into; default: the one that they name; where "
+        "experts started with model.task_scale: their seed",
     )
     parser.add_argument(
         "--out",

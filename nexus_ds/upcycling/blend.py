@@ -9,6 +9,7 @@ there are (`merge`).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import (
     Iterable,
     Mapping,
@@ -70,8 +71,8 @@ class Part:
 class Blend:
     """sum(weight * tensor) / divisor * scale over the parts, in fp32.
 
-    A lone part of weight 1 is copied as it is, or cast. `scale` is a power of two, so that scaling
-    a copy is exact.
+    A lone part of weight 1 is copied as it is, or cast; where `scale` is a power of two, scaling it
+    loses no bit.
     """
 
     parts: Sequence[Part]
@@ -93,16 +94,32 @@ Source = Blend | Stack | Tensor
 """Where a tensor of the output comes from."""
 
 
-def expert_copy(part: Part, entry: Stored, lineage: list[Step]) -> Blend:
+def expert_start(
+    part: Part,
+    entry: Stored,
+    lineage: list[Step],
+    seed: TensorReader | None,
+) -> Blend:
     """Return an expert's tensor: its dense model's, scaled as it is stored and as it starts.
 
-    Of powers of two, so no bit is lost.
+    Args:
+        part: the dense model's tensor.
+        entry: the expert's.
+        lineage: of the mixture; it says how experts start.
+        seed: of the mixture; needed where routed experts go further than their branches.
     """
     scale = entry.scale
+    shared = entry.role is Role.SHARED
     # linear in what it multiplies, as gate_proj is not
     if entry.part == "down_proj":
-        scale *= start_scale(lineage, entry.role is Role.SHARED)
-    return Blend([part], scale=scale)
+        scale *= start_scale(lineage, "shared" if shared else "routed")
+    task = start_scale(lineage, "task")
+    if shared or task == 1.0:
+        return Blend([part], scale=scale)
+    # `extend` has asked for it
+    assert seed is not None
+    branch = dataclasses.replace(part, weight=task)
+    return Blend([branch, Part("seed", seed, entry.dense_name, 1.0 - task)], scale=scale)
 
 
 def mean_of(parts: Sequence[Part]) -> Blend:
@@ -387,12 +404,12 @@ def _pieces(
 def _hashed_job(
     names: Sequence[str], tensors: Mapping[str, Source], files: TensorWriter
 ) -> assembly.Job:
-    """Return the copying of tensors that have one source each, hashed as `sha256_of_tensors`."""
+    """Return the making of tensors, whose first sources are hashed as `sha256_of_tensors`."""
     pieces, heads = [], []
     for name in names:
         blend = tensors[name]
         assert isinstance(blend, Blend)
-        [part] = blend.parts
+        part = blend.parts[0]
         pieces.append(_piece(name, blend, files.place(name)))
         heads.append(tensor_head(part.name, part.reader.info(part.name)))
     return assembly.Job(pieces, heads)
@@ -419,7 +436,7 @@ def _assembled(
 
 
 def _digest(names: Sequence[str], tensors: Mapping[str, Source]) -> str:
-    """Return the hash of the sources of tensors that have one source each, by reading them."""
+    """Return the hash of the first sources of tensors, by reading them."""
     blends = [tensors[name] for name in names]
     parts = [blend.parts[0] for blend in blends if isinstance(blend, Blend)]
     return sha256_of_tensors(parts[0].reader, [part.name for part in parts])
@@ -441,7 +458,7 @@ def write_tensors(
         tensors: where each comes from.
         label: name in the progress line.
         config: config.json of the checkpoint, whose form decides how tensors lie in the file.
-        hashed: by any name, tensors of one source each whose sources are hashed together.
+        hashed: by any name, tensors whose first sources are hashed together.
 
     Returns:
         For each name of `hashed` the `sha256_of_tensors` of the sources.

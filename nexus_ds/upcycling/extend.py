@@ -17,11 +17,11 @@ from torch import Tensor
 
 from nexus_ds.checkpoint.cards import NO_PACKAGES, Packages
 from nexus_ds.checkpoint.config_json import ConfigJson
-from nexus_ds.checkpoint.dense import DenseModel
+from nexus_ds.checkpoint.dense import DenseModel, open_dense
 from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, check_shared_gates, gate_name, stored
-from nexus_ds.checkpoint.records import ExtendStep, portable
+from nexus_ds.checkpoint.records import ExtendStep, portable, start_scale
 from nexus_ds.checkpoint.sidecar import Sidecar, expert_embeddings, versions
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.data.domains import DomainEmbeddings
@@ -33,8 +33,8 @@ from nexus_ds.upcycling.blend import (
     Part,
     Source,
     domain_vectors,
-    expert_copy,
     expert_records,
+    expert_start,
 )
 from nexus_ds.upcycling.branches import check_branches, open_all
 from nexus_ds.upcycling.compatible import NOTHING, Waived, check_disk, mixture_origin
@@ -124,6 +124,7 @@ def extended(
     with problems.collected():
         total = merge_share(before, len(experts), share)
     models, alignment = open_fitting(mixture, experts, packages.base, waived, problems)
+    seed = seed_of(mixture, packages.base, waived)
     step = ExtendStep(
         checkpoint=portable(checkpoint),
         experts=list(models),
@@ -142,7 +143,7 @@ def extended(
         check_expert_embeddings(rows, before, layer)
         return rows
 
-    branches = Branches(models, places, total, alignment)
+    branches = Branches(models, places, total, alignment, seed)
     model = branched("extend", mixture, branches, sidecar, embeddings_of, out)
     return dataclasses.replace(model, kept=before)
 
@@ -193,6 +194,29 @@ def open_fitting(
     alignment = check_branches(origin, models, waived, problems)
     problems.refuse()
     return models, alignment
+
+
+def seed_of(mixture: OldModel, base: Path | None, waived: Waived) -> TensorReader | None:
+    """Return the seed's tensors where experts go further from it than their branches; else None.
+
+    Raises:
+        ConfigError: it is needed, and `base` is None.
+        IncompatibleModelsError: `base` is another model.
+    """
+    task = start_scale(mixture.sidecar.lineage, "task")
+    if task == 1.0:
+        return None
+    if base is None:
+        raise ConfigError(
+            f"{mixture.directory}: its routed experts started as seed + {task:g} (branch - seed) "
+            "(model.task_scale), and a new one needs the seed too; give it with --base DIR"
+        )
+    problems = Problems()
+    models = {"base": open_dense(base)}
+    origin = mixture_origin(mixture.directory, mixture.config, mixture.reader)
+    check_branches(origin, models, waived, problems)
+    problems.refuse()
+    return TensorReader.of(models["base"].reader)
 
 
 def check_expert_embeddings(rows: Tensor, old: int, layer: int) -> None:
@@ -253,6 +277,8 @@ class Branches:
     """lambda, the total share of the models in all that is averaged."""
     alignment: Alignment | None
     """How embeddings are put together where vocabularies may have grown."""
+    seed: TensorReader | None
+    """Of the mixture; None where its experts start as their branches."""
 
 
 def branched(
@@ -318,7 +344,8 @@ def _branched_tensors(
             return by_row(Blend(parts), entry, branches.alignment)
         if entry.role is Role.ROUTED and entry.expert in new:
             who, branch = new[entry.expert]
-            return expert_copy(Part(who, branch, entry.dense_name), entry, lineage)
+            part = Part(who, branch, entry.dense_name)
+            return expert_start(part, entry, lineage, branches.seed)
         return copy_of(mixture.reader, name, entry)
 
     return {name: source(name, entry) for name, entry in stored(target).items()}

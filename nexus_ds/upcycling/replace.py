@@ -34,6 +34,7 @@ from nexus_ds.upcycling.extend import (
     check_expert_embeddings,
     merge_share,
     open_fitting,
+    seed_of,
 )
 from nexus_ds.upcycling.new_checkpoint import NewModel, open_old
 
@@ -87,6 +88,7 @@ def replaced(
         # the number of experts stays: k of n have k / n of the averaged weights by right
         total = merge_share(len(old.experts) - len(experts), len(experts), share)
     models, alignment = open_fitting(mixture, experts, packages.base, waived, problems)
+    seed = seed_of(mixture, packages.base, waived)
     step = ReplaceStep(
         checkpoint=portable(checkpoint),
         experts=list(models),
@@ -106,7 +108,7 @@ def replaced(
     def embeddings_of(layer: int) -> Tensor:
         return _embeddings(mixture.reader, old, sidecar, layer)
 
-    branches = Branches(models, places, total, alignment)
+    branches = Branches(models, places, total, alignment, seed)
     return branched("replace", mixture, branches, sidecar, embeddings_of, out)
 
 

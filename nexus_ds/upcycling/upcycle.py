@@ -57,8 +57,8 @@ from nexus_ds.upcycling.blend import (
     Source,
     domain_vectors,
     encoder_record,
-    expert_copy,
     expert_records,
+    expert_start,
     note_other_seeds,
 )
 from nexus_ds.upcycling.branches import check_branches, open_all
@@ -171,7 +171,11 @@ def upcycled(
 def _scales(config: Config) -> dict[str, float]:
     """Return what outputs are multiplied by at the start; empty where nothing is."""
     model = config.model
-    scales = {"shared": model.shared_scale, "routed": model.routed_scale}
+    scales = {
+        "shared": model.shared_scale,
+        "routed": model.routed_scale,
+        "task": model.task_scale,
+    }
     return {kind: scale for kind, scale in scales.items() if scale != 1.0}
 
 
@@ -313,12 +317,13 @@ def _upcycled_tensors(
                 return by_row(merged(own, parts, weights, config), entry, alignment)
             case Role.ROUTED:
                 who, reader = branches[entry.expert]
-                return expert_copy(Part(who, reader, entry.dense_name), entry, sidecar.lineage)
+                part = Part(who, reader, entry.dense_name)
+                return expert_start(part, entry, sidecar.lineage, base)
             case Role.SHARED:
                 if sidecar.shared_expert == "none":
                     return torch.zeros(entry.shape)
                 part = Part("seed", base, entry.dense_name)
-                return expert_copy(part, entry, sidecar.lineage)
+                return expert_start(part, entry, sidecar.lineage, base)
             case Role.SHARED_GATE:
                 assert entry.fill is not None
                 return torch.full(entry.shape, entry.fill)

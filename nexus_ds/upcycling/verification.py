@@ -138,6 +138,8 @@ class Sources:
     """Rows of embeddings that some of the models alone gave, see `UpcycleStep`."""
     merge: Mapping[str, object]
     """Settings of merging, as the step has them; empty: the plain mean."""
+    seed: Headers | None
+    """The seed's tensors, where routed experts start further from it than their branches."""
 
 
 def _place(directory: Path, name: str, source: str, given: Mapping[str, Path]) -> Path:
@@ -177,8 +179,9 @@ def _sources(
                 base_of = given.get("base")
                 models[expert.name] = _checked_source(place, expert.name, expert.sha256, base_of)
     names: dict[str, str] = {}
-    base = None
+    base = seed = None
     with problems.collected():
+        seed = _seed(directory, manifest, given)
         if isinstance(step, UpcycleStep):
             base = open_dense(_place(directory, "seed", step.seed_model, given)).reader
         else:
@@ -191,7 +194,16 @@ def _sources(
     share = 1.0 if isinstance(step, UpcycleStep) else step.share
     upcycled = isinstance(step, UpcycleStep)
     merge = step.merge if isinstance(step, UpcycleStep) else {}
-    return Sources(base, names, models, share, upcycled, step.aligned, merge)
+    return Sources(base, names, models, share, upcycled, step.aligned, merge, seed)
+
+
+def _seed(directory: Path, manifest: Manifest, given: Mapping[str, Path]) -> Headers | None:
+    """Return the seed's tensors where routed experts are made of them too."""
+    task = start_scale(manifest.lineage, "task")
+    for step in manifest.lineage:
+        if isinstance(step, UpcycleStep) and task != 1.0:
+            return open_dense(_place(directory, "seed", step.seed_model, given)).reader
+    return None
 
 
 def _checked_source(
@@ -294,7 +306,8 @@ def _scale(entry: Stored, manifest: Manifest, sources: Sources) -> float:
     routed = routed and manifest.experts[entry.expert].name in sources.models
     if not (shared or routed):
         return 1.0
-    start = start_scale(manifest.lineage, shared) if entry.part == "down_proj" else 1.0
+    kind = "shared" if shared else "routed"
+    start = start_scale(manifest.lineage, kind) if entry.part == "down_proj" else 1.0
     return entry.scale * start
 
 
@@ -321,7 +334,7 @@ def _parts(
     if entry.role is Role.ROUTED:
         expert = manifest.experts[entry.expert].name
         if expert in models:
-            return {expert: (models[expert].reader, entry.dense_name, 1.0)}
+            return _routed_parts(expert, entry, manifest, sources)
         # removing and replacing may have given it another number
         old = name.replace(f".experts.{entry.expert}.", f".experts.{sources.base_names[expert]}.")
         return {OLD: (sources.base, old, 1.0)}
@@ -348,6 +361,20 @@ def _parts(
     if sources.upcycled:
         return new
     return {OLD: (sources.base, name, 1.0 - sources.share)} | new
+
+
+def _routed_parts(
+    expert: str,
+    entry: Stored,
+    manifest: Manifest,
+    sources: Sources,
+) -> Parts:
+    """Return what a dense model that became a routed expert was put in as."""
+    task = start_scale(manifest.lineage, "task")
+    parts: Parts = {expert: (sources.models[expert].reader, entry.dense_name, task)}
+    if sources.seed:
+        parts["seed"] = (sources.seed, entry.dense_name, 1.0 - task)
+    return parts
 
 
 def _by_row(

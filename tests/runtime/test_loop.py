@@ -501,8 +501,8 @@ VERDICTS = (
         "model",
         BEFORE,
         (),
-        "shared_expert=none shared_scale=0.5 routed_scale=0.5 merge=seed merge_density=0.25 "
-        "merge_rows=counted "
+        "shared_expert=none shared_scale=0.5 routed_scale=0.5 task_scale=3.0 "
+        "merge=seed merge_density=0.25 merge_rows=counted "
         'merge_weights={"alpha":2.0}',
     ),
     ("model", SPEED, (), "license=mit"),

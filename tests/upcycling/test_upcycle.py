@@ -8,8 +8,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from branches import LAYERS, NAMES, branch, embed, make_parts, stock, tensors_of, upcycle
+from branches import (
+    LAYERS,
+    NAMES,
+    branch,
+    edit_tensors,
+    embed,
+    make_parts,
+    stock,
+    tensors_of,
+    upcycle,
+)
 
+from nexus_ds.checkpoint.cards import Packages, ffn_sha256
+from nexus_ds.checkpoint.dense import open_dense
 from nexus_ds.checkpoint.families.record import FFN_PARTS, dense_ffn_name
 from nexus_ds.checkpoint.headers import sha256_of_tensors
 from nexus_ds.checkpoint.qwen2_moe import expert_name, gate_name, shared_gate_name, shared_name
@@ -17,9 +29,10 @@ from nexus_ds.checkpoint.sidecar import expert_embeddings, read_sidecar, verify_
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.config import load_config
 from nexus_ds.data.domains import read_domain_embeddings
-from nexus_ds.errors import DataError
+from nexus_ds.errors import ConfigError, DataError, IncompatibleModelsError
 from nexus_ds.outputs import new_directory
 from nexus_ds.upcycling.extend import extended
+from nexus_ds.upcycling.replace import replaced
 from nexus_ds.upcycling.verification import verify_sources
 
 
@@ -131,6 +144,69 @@ def test_outputs_may_be_scaled_at_the_start(parts, dtype):
     for part, factor in zip(FFN_PARTS, (1.0, 1.0, 0.25), strict=True):
         given = alpha[dense_ffn_name(1, part)]
         assert torch.equal(wider[expert_name(1, 3, part)].float(), given.float() * factor)
+    assert not verify_sources(parts / "wider", {}).problems
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_may_go_further_than_their_branches(parts, dtype):
+    """seed + 3 (branch - seed) in fp32, then 0.3 of the output; shared and dense parts as ever."""
+    if dtype == torch.bfloat16:
+        for index, name in enumerate(("seed", *NAMES)):
+            shutil.rmtree(parts / name)
+            branch(parts / "dense", parts / name, index, dtype)
+    upcycle(parts, "model.shared_scale=0.75", "model.routed_scale=0.3", "model.task_scale=3")
+    out, seed = tensors_of(parts / "out"), tensors_of(parts / "seed")
+
+    def far(name, part):
+        of_seed = seed[dense_ffn_name(1, part)].float()
+        change = tensors_of(parts / name)[dense_ffn_name(1, part)].float() - of_seed
+        return (of_seed + 3 * change) * (0.3 if part == "down_proj" else 1)
+
+    # bf16 is rounded once, at the end
+    bound = {"atol": 1e-6, "rtol": 1e-5 if dtype == torch.float32 else 2**-8}
+    for part in FFN_PARTS:
+        for index, name in enumerate(NAMES):
+            found = out[expert_name(1, index, part)].float()
+            torch.testing.assert_close(found, far(name, part), **bound)
+        # twice the seed's, for a gate of a half
+        given = seed[dense_ffn_name(1, part)].float() * (1.5 if part == "down_proj" else 1)
+        assert torch.equal(out[shared_name(1, part)], given.to(dtype))
+    # as its card has it, whatever is made of it
+    hashes = [expert.sha256 for expert in read_sidecar(parts / "out").experts]
+    assert hashes == [ffn_sha256(open_dense(parts / name)) for name in NAMES]
+    assert not verify_sources(parts / "out", {}).problems
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_later_expert_goes_as_far_as_the_first_ones(parts, replace):
+    upcycle(parts, "model.routed_scale=0.5", "model.task_scale=3")
+    embed(parts / "more.safetensors", ("delta", "beta"), "gone", seed=3)
+    embeddings = read_domain_embeddings(parts / "more.safetensors")
+    config = load_config(str(parts / "recipe.yaml"))
+    make = replaced if replace else extended
+    experts = {"beta" if replace else "delta": parts / "alpha"}
+    with pytest.raises(ConfigError, match=r"started as seed \+ 3 \(branch - seed\).*--base DIR"):
+        make(parts / "out", experts, embeddings, config)
+    shutil.copytree(parts / "seed", parts / "stranger")
+    torch.manual_seed(7)
+
+    def scramble(tensors):
+        tensors.update({name: torch.randn(t.shape) for name, t in tensors.items()})
+
+    edit_tensors(parts / "stranger", scramble)
+    stranger = Packages(base=parts / "stranger")
+    with pytest.raises(IncompatibleModelsError, match="base"):
+        make(parts / "out", experts, embeddings, config, packages=stranger)
+    packages = Packages(base=parts / "seed")
+    with new_directory(parts / "wider") as directory:
+        new = make(parts / "out", experts, embeddings, config, packages=packages)
+        new.write(directory, None, config.router, 0)
+    out, wider = tensors_of(parts / "out"), tensors_of(parts / "wider")
+    place = 1 if replace else 3
+    for part in FFN_PARTS:
+        assert torch.equal(wider[expert_name(1, place, part)], out[expert_name(1, 0, part)])
     assert not verify_sources(parts / "wider", {}).problems
 
 

@@ -25,6 +25,7 @@ UPCYCLING = (
     "shared_expert",
     "shared_scale",
     "routed_scale",
+    "task_scale",
     "merge",
     "merge_weights",
     "merge_density",

@@ -45,7 +45,8 @@ def _extended_once(
     embedded = jobs.embeddings(group)
     experts = jobs.branches(group)
     config = jobs.config(FINETUNE)
-    words = extend_words(old.model, experts, embedded, config.data)
+    seed = jobs.seed_model() if config.model.task_scale != 1.0 else None
+    words = extend_words(old.model, experts, embedded, config.data, seed)
     start = jobs.builder.add_mixture(
         name,
         f"extend {extension.name} {' '.join(group)}",

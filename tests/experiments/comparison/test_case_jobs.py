@@ -49,6 +49,7 @@ def test_seeds_may_share_one_seed_model_and_vary_what_comes_after():
         "router.top_k=2",
         "model.shared_expert=none",
         "model.routed_scale=0.5",
+        "model.task_scale=3",
         "model.merge=seed",
         "router.kind=linear",
     ],
