@@ -26,11 +26,14 @@ def extended(jobs: CaseJobs, extension: Extension, added: list[list[str]]) -> Ma
     made = mixture(jobs, base)
     own = jobs.with_settings(extension.settings)
     known = list(jobs.config(MOE).pipeline.domains)
+    turns = {}
     for group in added:
         known += group
         made = _extended_once(own, extension, made, group, known)
+        assert made.model is not None, "an extended mixture is one checkpoint"
+        turns["+".join(group)] = made.model
     experts = tuple(itertools.chain.from_iterable(added))
-    return replace(made, experts=experts)
+    return replace(made, experts=experts, turns=turns)
 
 
 def _extended_once(

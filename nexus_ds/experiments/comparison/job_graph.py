@@ -44,6 +44,8 @@ class Made:
     """Names of added experts."""
     steps: dict[int, int] = field(default_factory=dict)
     """Finetune tokens by optimizer step, for extensions."""
+    turns: dict[str, Path] = field(default_factory=dict)
+    """The finetuned checkpoint after each addition, by what was added, in order."""
 
 
 def moe_domains(config: Config) -> list[str]:

@@ -40,6 +40,7 @@ from nexus_ds.experiments.comparison.report_tables import (
     task_table,
     variant_table,
 )
+from nexus_ds.experiments.comparison.report_turns import turn_table
 from nexus_ds.experiments.comparison.result_file import Results
 from nexus_ds.report.evaluation import draw_models, file_names, model_sections, write_csv
 from nexus_ds.report.page import Cell, Section, Spread, Table, text_table, write_page
@@ -90,6 +91,9 @@ READING = {
     "expert, leak the part of the old domains' tokens that goes there too (paper, Figure 6). A "
     "good router has a high share and a low leak; both high together mean that it sends "
     "everything there.",
+    "turns": "Perplexity of every domain's validation text after each addition. What is forgotten "
+    "is by how many per cent it has grown in the end: of an old domain since the mixture before, "
+    "of a new one since its own addition.",
     "own": "Share of each domain's tokens that go to the expert trained on that domain, mean over "
     "layers (paper, Figures 5 and 9). With n experts, 1/n is what a router without any knowledge "
     "reaches.",
@@ -228,7 +232,7 @@ def _upcycling_sections(results: Results, folder: Path) -> list[Section]:
 
 def _extension_sections(results: Results, added: str, folder: Path) -> list[Section]:
     file = _file(added)
-    return [
+    sections = [
         Section(
             title=f"Adding {added}: the new domain",
             text=READING["new"],
@@ -247,6 +251,11 @@ def _extension_sections(results: Results, added: str, folder: Path) -> list[Sect
             table=share_table(results, added),
         ),
     ]
+    turns = turn_table(results, added)
+    if turns is not None:
+        title = f"Adding {added}: what is forgotten"
+        sections.append(Section(title=title, text=READING["turns"], table=turns))
+    return sections
 
 
 def _routing_sections(results: Results, folder: Path) -> list[Section]:
@@ -459,4 +468,7 @@ def terminal_tables(results: Results) -> str:
         for what, table in tables.items():
             narrow = _narrow(table, ("training", "× ", "own share"))
             parts.append(f"Adding {added}: {what}\n{text_table(narrow)}")
+        turns = turn_table(results, added)
+        if turns is not None:
+            parts.append(f"Adding {added}: perplexity after each\n{text_table(turns)}")
     return "\n\n".join(parts)

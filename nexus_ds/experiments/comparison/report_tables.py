@@ -201,7 +201,7 @@ def _head_of_difference(base: AnyRow | None) -> str:
     return f"minus {base.label if base else 'the reference'}"
 
 
-def _perplexity(losses: Mapping[str, float]) -> Spread | None:
+def perplexity(losses: Mapping[str, float]) -> Spread | None:
     """Return perplexity over seeds, with as many decimals as its size deserves."""
     found = {}
     for seed, loss in losses.items():
@@ -308,7 +308,7 @@ def domain_table(results: Results) -> Table:
         line: list[Cell] = [row.title]
         for domain in heads:
             losses = row.losses([domain])
-            line.append(_perplexity(losses))
+            line.append(perplexity(losses))
         lines.append(line)
     return Table(
         header=["contender", *heads.values()],

@@ -266,6 +266,25 @@ class MethodRow(Row):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Turn:
+    """Where several additions follow one another: the end of one of them."""
+
+    added: str
+    """'github', or 'github+legal' for two at once."""
+    loss: Mapping[str, float]
+    """Nats per token, by domain."""
+
+    @classmethod
+    def from_json(cls, value: Json) -> Turn:
+        """Return what `to_json` gave."""
+        return cls(added=value.get("added") or "", loss=_numbers(value.get("loss")))
+
+    def to_json(self) -> dict[str, object]:
+        """Return the keys of one addition in the file."""
+        return {"added": self.added, "loss": self.loss}
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExtensionRow(Row):
     """One way of adding one expert (or several), under one variant."""
 
@@ -275,6 +294,8 @@ class ExtensionRow(Row):
     """The method that is extended."""
     seeds: Mapping[str, Mapping[str, BudgetScores]]
     """By seed and finetune tokens; '0' is before any."""
+    turns: Mapping[str, Sequence[Turn]] = field(default_factory=dict)
+    """By seed, of several additions in turn; their budgets are those of the last one."""
 
     @property
     def unchanged(self) -> tuple[str, ...]:
@@ -316,14 +337,18 @@ class ExtensionRow(Row):
             starts_from=value.get("starts_from") or "",
             compute=Compute.from_json(value.get("compute") or {}),
             seeds={seed: _budgets(scores or {}) for seed, scores in seeds.items()},
+            turns={seed: _turns(scores or {}) for seed, scores in seeds.items()},
         )
 
     def to_json(self) -> dict[str, object]:
         """Return the row in the file."""
-        seeds = {}
+        seeds: dict[str, dict[str, object]] = {}
         for seed, found in self.seeds.items():
             budgets = {budget: scores.to_json() for budget, scores in found.items()}
             seeds[seed] = {"budgets": budgets}
+            turns = [turn.to_json() for turn in self.turns.get(seed, [])]
+            if turns:
+                seeds[seed]["turns"] = turns
         return {
             "name": self.name,
             "label": self.label,
@@ -334,6 +359,10 @@ class ExtensionRow(Row):
             "compute": self.compute.to_json(),
             "seeds": seeds,
         }
+
+
+def _turns(scores: Json) -> list[Turn]:
+    return [Turn.from_json(turn or {}) for turn in scores.get("turns") or []]
 
 
 def _budgets(scores: Json) -> dict[str, BudgetScores]:

@@ -27,6 +27,7 @@ from nexus_ds.experiments.comparison.result_file import (
     SeedScores,
     Shares,
     Text,
+    Turn,
     Validation,
 )
 from nexus_ds.pipeline import SEED
@@ -113,6 +114,21 @@ def budgets(made: Made, old: list[str]) -> dict[str, BudgetScores]:
         tokens = made.steps.get(record["step"])
         if tokens is not None:
             found[str(tokens)] = _budget(record, made.experts, old)
+    return found
+
+
+def turns(made: Made) -> list[Turn]:
+    """Return the losses at the end of each of several additions, in order.
+
+    Of a single one there are none: its budgets say it all.
+    """
+    found: list[Turn] = []
+    if len(made.turns) < 2:
+        return found
+    for added, model in made.turns.items():
+        last = _of_kind(records(model), "validation")[-1]
+        loss = _rounded(last["loss"])
+        found.append(Turn(added=added, loss=loss))
     return found
 
 
@@ -218,6 +234,7 @@ def _extension_row(
         # Seeds cost the same: the first that was made stands for all.
         compute=compute(comparison, next(iter(done.values()))),
         seeds={str(seed): budgets(made, old) for seed, made in done.items()},
+        turns={str(seed): turns(made) for seed, made in done.items()},
     )
 
 

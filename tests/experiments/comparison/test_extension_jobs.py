@@ -17,6 +17,8 @@ def test_an_expert_added_in_turn_is_added_to_the_finetuned_model():
     assert len(extends) == 2 and first.output in extends[1].needs
     _, seeds = found.extensions[("", "nexus_append", "x, then y")]
     assert seeds[0].experts == ("x", "y")
+    # what is forgotten is read from each of them
+    assert seeds[0].turns == {"x": first.output, "y": seeds[0].model}
 
 
 def test_budgets_become_steps_that_are_validated():

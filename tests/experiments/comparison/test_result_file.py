@@ -40,6 +40,8 @@ def small():
         "parameters": {"total": 33952, "active": 23952},
     }
     budget = {"loss": {"a": 4.0}, "routing": SHARES, "share": 0.5, "leak": 0.1, "own_share": 0.8}
+    turns = [{"added": "b", "loss": {"a": 4.5}}, {"added": "c", "loss": {"a": 4.0}}]
+    extended = {"budgets": {"0": budget}, "turns": turns}
     seeds = {
         "0": validation | {"untrained": untrained},
         "1": {"loss": {"a": 2.5}, "tasks": {"science": 31.5}},
@@ -53,7 +55,7 @@ def small():
         "data": {"path": "demo", "windows": 4, "length": 8},
         "domains": {"old": ["a"], "pretraining": ["c"], "new": ["b"], "scored": ["a", "c", "b"]},
         "contenders": [METHOD | {"compute": cost, "seeds": seeds}],
-        "extensions": [EXTENSION | {"compute": cost, "seeds": {"0": {"budgets": {"0": budget}}}}],
+        "extensions": [EXTENSION | {"compute": cost, "seeds": {"0": extended}}],
         "evaluations": {"nexus": {"checkpoint": {"kind": "Nexus"}, "tokens_per_second": 10.5}},
         "variants": {"low": {"overrides": ["b=2"]}},
         "not_run": [{"name": "BTX", "why": "not asked for"}],

@@ -184,6 +184,17 @@ def test_every_column_of_an_extensions_row(model):
     }
 
 
+def test_turns_are_the_ends_of_several_additions(model):
+    again = model.with_name("again")
+    write_metrics(again, [record(0, 7.0, 0.5, FIRST, 1.0), record(4, 2.0, 0.5, FIRST, 2.0)])
+    found = results.turns(Made(model=again, turns={"b": model, "c": again}))
+    assert [turn.to_json() for turn in found] == [
+        {"added": "b", "loss": {"a": 3.25, "b": 4.25}},
+        {"added": "c", "loss": {"a": 2.0, "b": 3.0}},
+    ]
+    assert results.turns(Made(model=model, turns={"b": model})) == []
+
+
 def test_shares_and_leak_are_read_from_the_right_cells(tmp_path):
     routing = {
         "a": {"a": 0.7, "b": 0.1, "x": 0.2},
