@@ -658,8 +658,21 @@ FAULTS = (
     Fault(
         "the router is decayed",
         "runtime/engine.py",
-        'decayed = part != "router" and len(',
-        "decayed = len(",
+        'undecayed = {"router"}',
+        "undecayed = set()",
+    ),
+    Fault(
+        "frozen experts decay",
+        "runtime/engine.py",
+        'undecayed.add("ffn")',
+        'undecayed.add("shared")',
+        "runtime/test_frozen_experts.py",
+    ),
+    Fault(
+        "each rank freezes the experts of the first",
+        "runtime/frozen_experts.py",
+        "layer.placement.local_experts()",
+        "range(layer.placement.local_slots)",
     ),
     Fault(
         "free rows learn as slowly as P",

@@ -15,6 +15,7 @@ CHANGES = {
         seed model.dtype data.sequence_length router.lr_scale router.load_balance router.z_loss
         training.tokens training.steps training.batch_size training.lr training.final_lr
         training.backbone_lr_scale training.shared_lr_scale
+        training.freeze_old_experts
         training.warmup training.schedule training.anneal_tokens training.anneal_lr
         training.weight_decay training.beta1 training.beta2 training.clip
         training.eval_windows

@@ -309,10 +309,14 @@ def parameter_groups(
         "shared": training.shared_lr_scale,
         "ffn": 1.0,
     }
+    undecayed = {"router"}
+    if training.freeze_old_experts:
+        # they share their tensors with those that learn
+        undecayed.add("ffn")
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         part = parts.get(name, "backbone")
-        decayed = part != "router" and len(full_shape(parameter)) > 1
+        decayed = part not in undecayed and len(full_shape(parameter)) > 1
         # with 1 it stays in the group that it always had: states go on as they were
         scale = lr_scales[part]
         kind = _group_name(part, decayed, scale)

@@ -68,6 +68,7 @@ from nexus_ds.runtime.engine import (
     start_engine,
 )
 from nexus_ds.runtime.export import export
+from nexus_ds.runtime.frozen_experts import freeze, old_experts
 from nexus_ds.runtime.metrics import Metrics, Values
 from nexus_ds.runtime.nexus_moe import Placement
 from nexus_ds.runtime.node_checks import gpu_memory, host_memory, machine_of
@@ -207,6 +208,8 @@ class RunLayout:
     """Of the model that is trained; empty for a dense one."""
     placement: Placement | None
     """Where this rank's experts are; None for a dense model."""
+    frozen: frozenset[int] = frozenset()
+    """Numbers of the experts that learn nothing."""
 
     @property
     def expert_parallel(self) -> int:
@@ -230,7 +233,10 @@ def resolve(config: Config, ds_json: str, here: Position) -> RunLayout:
     where = None
     if experts:
         where = placement(config.parallel, count, here.rank, here.world, here.local_world)
-    return RunLayout(values, stage, batch, experts, where)
+    frozen: frozenset[int] = frozenset()
+    if config.training.freeze_old_experts:
+        frozen = old_experts(config.model.path)
+    return RunLayout(values, stage, batch, experts, where, frozen)
 
 
 def machine_here(here: Position) -> Machine | None:
@@ -415,6 +421,8 @@ class Run:
         torch.manual_seed(config.seed)
         watchdog.at("the loading of the model", minutes=watchdog.SAVING)
         model = load(config, layout)
+        if layout.frozen:
+            freeze(moe_layers(model), layout.frozen)
         # Disks differ in speed, and whoever is first would wait for the last in a collective.
         together(lambda: None)
         watchdog.at("the start of the engine")

@@ -459,7 +459,8 @@ VERDICTS = (
         (),
         "tokens=4096 steps=11 batch_size=16 lr=2e-2 final_lr=1e-3 warmup=0.2 schedule=constant "
         "anneal_tokens=0 anneal_lr=1e-4 weight_decay=0.2 beta1=0.8 beta2=0.99 "
-        "clip=0.5 eval_windows=4 backbone_lr_scale=0.5 shared_lr_scale=0.5",
+        "clip=0.5 eval_windows=4 backbone_lr_scale=0.5 shared_lr_scale=0.5 "
+        "freeze_old_experts=true",
     ),
     (
         "training",
