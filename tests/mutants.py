@@ -1087,6 +1087,30 @@ FAULTS = (
         "two tokenizers are one", "commands/evaluate.py", "if len(texts) > 1:", "if len(texts) > 2:"
     ),
     Fault(
+        "a tie is an answer",
+        "evaluation/documents.py",
+        "nats_PC[:, 0] < nats_PC[:, 1:]",
+        "nats_PC[:, 0] <= nats_PC[:, 1:]",
+    ),
+    Fault(
+        "a document's pieces share no token",
+        "evaluation/documents.py",
+        "start + reader.length + 1]",
+        "start + reader.length]",
+    ),
+    Fault(
+        "the jackknife has the other sign",
+        "evaluation/distance.py",
+        "(without_D.mean() - without_D)",
+        "without_D",
+    ),
+    Fault(
+        "the first documents are the sample",
+        "data/held_out.py",
+        "int(generator.integers(seen + 1))",
+        "count",
+    ),
+    Fault(
         "a prompt may outgrow the model",
         "generation/continuation.py",
         "min(self.room, limit - self.prompt)",

@@ -1,4 +1,5 @@
-"""The verb `evaluate`: any checkpoints' perplexity by domain, routing, tasks, figures and a page.
+"""The verb `evaluate`: any checkpoints' perplexity by domain, measures over held-out documents,
+routing, tasks, figures and a page.
 
 Not covered: text whose domain is not known (`discover` finds some).
 """
@@ -11,7 +12,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,9 +20,11 @@ from nexus_ds.checkpoint.needs import BATCH, WINDOWS
 from nexus_ds.command_lines import next_words
 from nexus_ds.data.corpora import Source, open_source, token_files, windows
 from nexus_ds.data.encoding import load_tokenizer
+from nexus_ds.data.held_out import HeldOut, held_out
 from nexus_ds.data.opening import opening
 from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import new_directory, refuse_existing
+from nexus_ds.progress import Progress
 from nexus_ds.report import verdict as before_after
 from nexus_ds.report.evaluation import (
     PAGE,
@@ -31,12 +34,25 @@ from nexus_ds.report.evaluation import (
     routing_table,
     write_evaluation,
 )
+from nexus_ds.report.measure_tables import TITLES, measure_table
 from nexus_ds.report.page import text_table
-from nexus_ds.report.summary import Measured, ModelTasks, Setup, Summary, compared, summarise
+from nexus_ds.report.summary import (
+    Measured,
+    MeasureEntry,
+    ModelTasks,
+    Setup,
+    Summary,
+    compared,
+    summarise,
+)
 from nexus_ds.report.task_tables import task_table
 
-# checkpoint.inspection and evaluation/ import torch: functions below import them, so that
-# `evaluate --help` waits for nothing.
+if TYPE_CHECKING:
+    from nexus_ds.evaluation.measures import Questions
+
+# checkpoint.inspection, evaluation/ and generation/ import torch: functions below import them, so
+# that `evaluate --help` waits for nothing.
+DOCUMENTS = 32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,8 +117,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "fp32", "stored"),
         help="auto: fp32 on a CPU, the stored dtype on a GPU",
     )
+    _add_document_options(parser)
     _add_task_options(parser)
     _add_other_options(parser)
+
+
+def _add_document_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--measures",
+        default="",
+        metavar="A,B",
+        help="of held-out documents, or all: bits (per byte; any tokenizers compare), cloze (one "
+        "of ten frequent words), generation (distance of generated text from real text)",
+    )
+    parser.add_argument(
+        "--documents",
+        type=int,
+        default=DOCUMENTS,
+        metavar="N",
+        help="documents per domain that --measures reads (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of what --measures draws: documents, passages, tokens (default: %(default)s)",
+    )
 
 
 def _add_task_options(parser: argparse.ArgumentParser) -> None:
@@ -195,7 +235,8 @@ def model_names(checkpoints: Sequence[Path], given: Sequence[str]) -> list[str]:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    for option, least in (("windows", 1), ("length", 0), ("batch", 1), ("task-limit", 0)):
+    bounds = {"windows": 1, "length": 0, "batch": 1, "task-limit": 0, "documents": 2, "seed": 0}
+    for option, least in bounds.items():
         found = getattr(args, option.replace("-", "_"))
         if found < least:
             raise ConfigError(f"--{option}: expected a number of at least {least}, found {found}")
@@ -329,6 +370,66 @@ def measure_tasks(args: argparse.Namespace, names: list[str]) -> dict[str, Model
     return found
 
 
+def _measures(text: str) -> list[str]:
+    """Return the measures that --measures names, in their own order."""
+    asked = [name.strip() for name in text.split(",") if name.strip()]
+    if asked == ["all"]:
+        return list(TITLES)
+    unknown = [name for name in asked if name not in TITLES]
+    if unknown:
+        raise ConfigError(
+            f"--measures {text!r}: found {', '.join(unknown)}, expected all, or some of "
+            f"{', '.join(TITLES)}"
+        )
+    return [name for name in TITLES if name in asked]
+
+
+def _held_out(args: argparse.Namespace) -> dict[str, HeldOut]:
+    """Return the documents of each domain that --measures reads."""
+    source = open_source(args.data)
+    domains = _domains(args.domains, source)
+    texts = {}
+    with Progress("read held-out documents", len(domains), "domain") as progress:
+        for domain in domains:
+            texts[domain] = held_out(source, domain, args.documents, args.seed, args.on_bad_row)
+            progress.advance()
+    return texts
+
+
+def _questions(args: argparse.Namespace, measures: Sequence[str]) -> Questions | None:
+    """Return what --measures asks of every model; None without it.
+
+    Raises:
+        DataError: too little text.
+    """
+    from nexus_ds.evaluation.measures import Questions
+
+    return Questions(_held_out(args), measures, args.seed) if measures else None
+
+
+def measure_documents(
+    args: argparse.Namespace,
+    names: Sequence[str],
+    measures: Sequence[str],
+    questions: Questions,
+    length: int,
+) -> dict[str, MeasureEntry]:
+    """Return each measure of all models, in windows of `length` tokens."""
+    from nexus_ds.evaluation.documents import Reader
+    from nexus_ds.generation.samples import Sampler
+
+    bos = not args.no_bos
+    found = {}
+    for measure in measures:
+        models = {}
+        for name, path in zip(names, args.checkpoint, strict=True):
+            reader = Reader(path, length, args.batch, args.precision, bos, name)
+            sampler = Sampler(path, length, args.seed, args.batch, args.precision, bos, name)
+            models[name] = questions.measured(measure, reader, sampler.continued)
+        found[measure] = MeasureEntry.of(models, questions.reference(measure))
+    return found
+
+
 def _show(summary: Summary, args: argparse.Namespace) -> None:
     """Print the tables, the warnings, what was written and what to type next."""
     print("perplexity (lower is better)")
@@ -345,6 +446,9 @@ def _show(summary: Summary, args: argparse.Namespace) -> None:
             f"\nrouting of {routed}: share of each domain's tokens at each expert, mean over layers"
         )
         print(text_table(routing_table(routing)))
+    for measure, entry in summary.measures.items():
+        print(f"\n{TITLES[measure]}, ± one standard error")
+        print(text_table(measure_table(measure, entry)))
     if summary.tasks:
         print("\ntasks (per cent ± one standard error, higher is better)")
         print(text_table(task_table(summary.tasks)))
@@ -366,6 +470,7 @@ def run(args: argparse.Namespace) -> int:
     _check_numbers(args)
     limit = before_after.parse_limit(args.limit)
     names = model_names(args.checkpoint, args.name)
+    measures = _measures(args.measures)
     # before anything is scored, which takes minutes
     refuse_existing(args.out)
     with (
@@ -377,7 +482,13 @@ def run(args: argparse.Namespace) -> int:
 
             require_harness()
             task_groups(args.tasks)
+        # too little text is said before a model is scored
+        questions = _questions(args, measures)
         summary = measure(args, names, args.cache or Path(scratch), limit)
+        if questions is not None:
+            length = summary.setup.length
+            found = measure_documents(args, names, measures, questions, length)
+            summary = dataclasses.replace(summary, measures=found)
         if args.tasks:
             summary = dataclasses.replace(summary, tasks=measure_tasks(args, names))
         write_evaluation(summary, folder)

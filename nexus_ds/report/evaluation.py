@@ -23,6 +23,7 @@ import numpy as np
 
 from nexus_ds.outputs import write_json, write_text
 from nexus_ds.report import figures
+from nexus_ds.report.measure_tables import MEASURE_HEAD, measure_rows, measure_sections
 from nexus_ds.report.page import Cell, Section, Table, write_page
 from nexus_ds.report.paired import number, standard_error
 from nexus_ds.report.summary import CosineEntry, ModelEntry, RoutingEntry, Summary
@@ -187,6 +188,8 @@ def draw(summary: Summary, folder: Path) -> None:
     figures.perplexity_bars(summary.perplexity, folder / "perplexity.png")
     _write_perplexity(summary, folder / "perplexity.csv")
     _write_change(summary.verdict, folder / "change.csv")
+    if summary.measures:
+        write_csv(folder / "measures.csv", MEASURE_HEAD, measure_rows(summary.measures))
     draw_models(summary.models, folder)
 
 
@@ -375,6 +378,7 @@ def evaluation_sections(summary: Summary, folder: Path) -> list[Section]:
     sections = [
         _perplexity_section(summary, folder),
         *_change_section(summary),
+        *measure_sections(summary.measures),
         *task_sections(summary.tasks),
     ]
     for name, file in file_names(list(summary.models)).items():

@@ -6,7 +6,9 @@ summary.json: `perplexity[model][domain]`, `loss[model][domain]` in nats per tok
 `window_loss[model][domain]`, a loss a window, and of chats `window_labels[model][domain]`, the
 answer tokens of each, by which it counts; `change` between the last two mixtures, or from a
 model that was named to the last, with standard errors; `models[model]` with all of it layer by
-layer; `tasks[model]`, where downstream tasks were run.
+layer; `tasks[model]`, where downstream tasks were run; `measures[measure]`, where held-out
+documents were read: `models[model][domain]` and, where there is one, `reference[domain]`, with
+`values` and `weights` by document.
 
 Reading ignores keys that it does not know: the demo adds some of its own.
 
@@ -21,13 +23,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nexus_ds.errors import ConfigError
-from nexus_ds.report.paired import number
+from nexus_ds.report.paired import mean_loss, number, standard_error
 from nexus_ds.report.verdict import Verdict, judge
 
 if TYPE_CHECKING:
     import numpy as np
     from _typeshed import DataclassInstance
 
+    from nexus_ds.evaluation.documents import ByDocument
     from nexus_ds.evaluation.perplexity import Cosines, Routing, Scores
 
 Record = TypeVar("Record", bound="DataclassInstance")
@@ -211,6 +214,74 @@ class ModelTasks:
         return dataclasses.asdict(self)
 
 
+@dataclass(frozen=True)
+class OverDocuments:
+    """A measure of one model or reference on a domain: a weighted mean over documents."""
+
+    values: list[float]
+    weights: list[float]
+    """By document, in the order of the text: bytes, or items asked."""
+
+    @classmethod
+    def of(cls, found: ByDocument) -> OverDocuments:
+        """Return what was measured."""
+        return cls(found.values.tolist(), found.weights.tolist())
+
+    @property
+    def mean(self) -> float:
+        """The measure."""
+        return mean_loss(self.values, self.weights)
+
+    @property
+    def error(self) -> float | None:
+        """Its standard error; None of one document."""
+        return number(standard_error(self.values, self.weights))
+
+    def to_json(self) -> dict[str, object]:
+        """Return the file's entry."""
+        return {"mean": self.mean, "standard_error": self.error, **vars(self)}
+
+
+@dataclass(frozen=True)
+class MeasureEntry:
+    """One measure over held-out documents, by model and domain."""
+
+    models: dict[str, dict[str, OverDocuments]]
+    reference: dict[str, OverDocuments] = field(default_factory=dict)
+    """By domain, what no model made: chance, or real text; empty where there is none."""
+
+    @classmethod
+    def of(
+        cls, models: Mapping[str, Mapping[str, ByDocument]], reference: Mapping[str, ByDocument]
+    ) -> MeasureEntry:
+        """Return what was measured."""
+        entries = {name: _of_documents(found) for name, found in models.items()}
+        return cls(entries, _of_documents(reference))
+
+    @classmethod
+    def from_json(cls, value: Json) -> MeasureEntry:
+        """Return what `to_json` gave."""
+        models = {name: _read_documents(entry) for name, entry in value["models"].items()}
+        return cls(models, _read_documents(value["reference"]))
+
+    def to_json(self) -> dict[str, object]:
+        """Return the file's entry."""
+        models = {name: _listed_documents(entry) for name, entry in self.models.items()}
+        return {"models": models, "reference": _listed_documents(self.reference)}
+
+
+def _of_documents(found: Mapping[str, ByDocument]) -> dict[str, OverDocuments]:
+    return {domain: OverDocuments.of(part) for domain, part in found.items()}
+
+
+def _read_documents(value: Json) -> dict[str, OverDocuments]:
+    return {domain: from_keys(OverDocuments, entry) for domain, entry in value.items()}
+
+
+def _listed_documents(entries: Mapping[str, OverDocuments]) -> dict[str, object]:
+    return {domain: entry.to_json() for domain, entry in entries.items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Summary:
     """An evaluation (see the module's docstring)."""
@@ -227,6 +298,8 @@ class Summary:
     tasks: dict[str, ModelTasks] = field(default_factory=dict)
     window_labels: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     """Answer tokens a window, of domains with chats; empty where there are none."""
+    measures: dict[str, MeasureEntry] = field(default_factory=dict)
+    """Of held-out documents; empty where none were read."""
 
     def labels(self, model: str) -> dict[str, list[int]]:
         """Return the answer tokens a window of each domain with chats."""
@@ -259,6 +332,7 @@ class Summary:
         window_labels = value.get("window_labels") or {}
         change = value["change"]
         tasks = value.get("tasks") or {}
+        measures = value.get("measures") or {}
         return cls(
             setup=from_keys(Setup, value),
             perplexity=value["perplexity"],
@@ -270,6 +344,7 @@ class Summary:
             models={name: ModelEntry.from_json(entry) for name, entry in value["models"].items()},
             tasks={name: ModelTasks.from_json(entry) for name, entry in tasks.items()},
             window_labels=window_labels,
+            measures={name: MeasureEntry.from_json(entry) for name, entry in measures.items()},
         )
 
     def to_json(self) -> dict[str, object]:
@@ -291,6 +366,9 @@ class Summary:
             summary["window_labels"] = self.window_labels
         if self.tasks:
             summary["tasks"] = {name: entry.to_json() for name, entry in self.tasks.items()}
+        if self.measures:
+            measures = {name: entry.to_json() for name, entry in self.measures.items()}
+            summary["measures"] = measures
         return summary
 
 

@@ -8,12 +8,14 @@ import importlib.util
 import io
 import json
 import math
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import add_token
+from held_out_text import write_model, write_text
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,6 +23,7 @@ from nexus_ds.commands import evaluate
 from nexus_ds.errors import ConfigError, DataError, OutputExistsError
 from nexus_ds.report.evaluation import file_names
 from nexus_ds.report.page import PNG_MAGIC
+from nexus_ds.report.summary import Summary
 
 
 def arguments(checkpoints, data, out, *more):
@@ -404,3 +407,90 @@ def test_file_names_are_harmless_and_distinct():
         "..": "model",
         "A-B": "A-B-3",
     }
+
+
+# Measures of held-out documents -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    root = tmp_path_factory.mktemp("measured")
+    text = write_text(root / "text")
+    models = [write_model(root / name, seed) for seed, name in enumerate(("one", "two"))]
+    words = ("--measures", "all", "--documents", "3", "--length", "64", "--seed", "4")
+    assert evaluate.run(arguments(models, text, root / "out", *words)) == 0
+    return root
+
+
+def test_measures_are_in_all_that_is_written(measured, capsys):
+    summary = summary_of(measured / "out")
+    assert list(summary["measures"]) == ["bits", "cloze", "generation"]
+    for measure, entry in summary["measures"].items():
+        assert list(entry["models"]) == ["one", "two"]
+        assert list(entry["reference"]) == ([] if measure == "bits" else ["alpha", "beta"])
+        for by_domain in entry["models"].values():
+            assert all(len(part["values"]) == 3 for part in by_domain.values())
+    assert Summary.from_json(summary).to_json() == summary
+    with (measured / "out" / "figures" / "measures.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 3 * 2 * 2 + 2 * 2
+    one = summary["measures"]["cloze"]["models"]["one"]["beta"]
+    (row,) = [row for row in rows if (row["measure"], row["model"]) == ("cloze", "one")][1:]
+    assert float(row["mean"]) == one["mean"] and float(row["items"]) == sum(one["weights"])
+    page = (measured / "out" / "report.html").read_text()
+    for title in ("Bits per byte", "Cloze", "Distance of generated text"):
+        assert f"<h2>{title} (" in page
+    assert "two − one" in page
+
+
+def test_measures_repeat_under_a_seed_whatever_stands_beside_them(measured, capsys):
+    words = ("--measures", "generation, bits", "--documents", "3", "--length", "64", "--domains")
+    models = [measured / "two"]
+    found = []
+    for number, seed in enumerate(("4", "5")):
+        out = measured / f"again{number}"
+        args = arguments(models, measured / "text", out, *words, "beta", "--seed", seed)
+        assert evaluate.run(args) == 0
+        found.append(summary_of(out)["measures"])
+    shown = capsys.readouterr()
+    assert "bits per byte (lower is better), ± one standard error\nmodel " in shown.out
+    assert "real text" in shown.out and "chance" not in shown.out
+    assert "continue prompts with two: " in shown.err
+    whole = summary_of(measured / "out")["measures"]
+    assert list(found[0]) == ["bits", "generation"]
+    for measure, entry in found[0].items():
+        both = entry["models"]["two"]["beta"], whole[measure]["models"]["two"]["beta"]
+        values = [part["values"] for part in both]
+        if measure == "bits":
+            assert values[0] == pytest.approx(values[1], rel=1e-6)
+        # prompts of other domains come before, and take other seeds
+        assert entry["reference"].get("beta") == whole[measure]["reference"].get("beta")
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--measures", "bits,acc"],
+            "--measures 'bits,acc': found acc, expected all, or some of bits, cloze, generation",
+        ),
+        (
+            ["--measures", "bits", "--documents", "1"],
+            "--documents: expected a number of at least 2",
+        ),
+        (["--seed", "-1"], "--seed: expected a number of at least 0"),
+    ],
+)
+def test_measures_that_are_refused(measured, tmp_path, words, said):
+    args = arguments([measured / "one"], measured / "text", tmp_path / "out", *words)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        evaluate.run(args)
+
+
+def test_too_little_text_is_said_before_a_model_is_scored(measured, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "measure", None)
+    args = arguments([measured / "one"], measured / "text", tmp_path / "out", "--measures", "bits")
+    with pytest.raises(DataError, match="found 6 validation documents"):
+        evaluate.run(args)
+    assert not (tmp_path / "out").exists()
