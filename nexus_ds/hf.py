@@ -7,8 +7,8 @@ running mean (`router.input: context`).
     model = AutoModelForCausalLM.from_pretrained(directory)
 
 All others are stock models and need nothing.
-Not covered: vLLM, llama.cpp and other programs with models of their own; they refuse the model
-type.
+Not covered: programs with models of their own. vLLM has a plugin (`serving/vllm_plugin`), the
+others refuse the model type.
 """
 
 from nexus_ds.checkpoint.hf_model import NexusMoeConfig, NexusMoeForCausalLM, register

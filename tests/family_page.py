@@ -318,8 +318,9 @@ transformers 5 takes every form, `nexus_*` after `import nexus_ds.hf`. Others ta
 Which version was looked at, what each refuses and how to export says
 [one table](serving.md#which-program-takes-what).
 
-With `router.input=context` the form is `nexus_moe`, which transformers 5 alone takes, after
-`import nexus_ds.hf`.
+With `router.input=context` the form is `nexus_moe`, which transformers 5 takes after
+`import nexus_ds.hf`, and [vLLM](serving.md#routers-that-read-a-running-mean) where nexus_ds is
+installed beside it.
 
 ## What is lost
 

@@ -1043,6 +1043,18 @@ FAULTS = (
         "        if family.mixture and",
     ),
     Fault(
+        "in vLLM the running mean is over the layer's window",
+        "serving/vllm_context.py",
+        "        whole.sliding_window = None\n",
+        "",
+    ),
+    Fault(
+        "in vLLM each rank takes the first heads",
+        "serving/vllm_context.py",
+        "get_tensor_model_parallel_rank() * self.width",
+        "0 * self.width",
+    ),
+    Fault(
         "vLLM computes Gemma's experts with SiLU",
         "serving/vllm_plugin.py",
         ' and family.activations[0] == "silu":',

@@ -3,6 +3,7 @@
 The wheel is one that a third party builds of vLLM's release; with what it needs 2.5 GB. What the
 project has already, torch above all, is taken from there by a .pth file."""
 
+import json
 import os
 import subprocess
 import sys
@@ -43,18 +44,21 @@ def install():
     ready.write_text(VLLM)
 
 
-def log_probs(directory, ids, out):
-    """Return what vLLM makes of ids: log-probabilities [T - 1, V] of each next token.
+def answers(directory, prompts, new, out, **engine):
+    """Return what vLLM makes of prompts, a batch of lists of ids, in tensors by name and prompt.
 
-    The test is skipped where vLLM is not installed."""
-    from safetensors.numpy import load_file
+    `log_probs.0` [T - 1 + new, V] of each next token, `added.0` [new] the likeliest,
+    `added_again.0` the same when asked a second time, of whose prompt `cached.0` tokens were known
+    by then. The test is skipped where vLLM is not installed."""
+    from safetensors.torch import load_file
 
     if not (FOLDER / "ready").is_file():
         pytest.skip("needs vLLM, which make test-serving installs (2.5 GB)")
-    program = [FOLDER / "bin/python", WORKER, directory, ",".join(map(str, ids)), out]
+    asked = json.dumps({"prompts": prompts, "new": new, "engine": engine})
+    program = [FOLDER / "bin/python", WORKER, directory, asked, out]
     done = subprocess.run(program, capture_output=True, text=True, env=os.environ | QUIET)
     assert not done.returncode, done.stderr[-3000:]
-    return load_file(out)["log_probs"]
+    return load_file(out)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ It is a Qwen2-MoE whose routers read a running mean. `register` makes AutoConfig
 AutoModelForCausalLM know the model type; `import nexus_ds.hf` does it for users. In generation each
 layer's cache keeps one vector more, the sum of the router inputs so far.
 Shapes: B sequences, S tokens, T = B*S, H hidden size.
-Not covered: static, quantised and offloaded caches (refused), assisted generation, other serving
-programs.
+Not covered: static, quantised and offloaded caches (refused), assisted generation; vLLM, which has
+a model of its own (`serving/vllm_context`).
 """
 
 from __future__ import annotations

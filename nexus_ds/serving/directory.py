@@ -27,7 +27,7 @@ from nexus_ds.checkpoint.families.record import (
 )
 from nexus_ds.checkpoint.families.rotary import attention_factor
 from nexus_ds.checkpoint.file_layout import in_files
-from nexus_ds.checkpoint.forms import SOURCE
+from nexus_ds.checkpoint.forms import PLAIN, SOURCE
 from nexus_ds.checkpoint.headers import (
     INDEX,
     SINGLE,
@@ -49,7 +49,7 @@ from nexus_ds.checkpoint.tensors import (
 from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.errors import ServingError
 from nexus_ds.outputs import write_json
-from nexus_ds.serving.targets import QWEN2_MOE, Mixture, Target, next_without_linear
+from nexus_ds.serving.targets import Mixture, Target, next_without_linear
 
 LICENSES = ("LICENSE*", "LICENCE*", "NOTICE*")
 GENERATION = "generation_config.json"
@@ -105,7 +105,7 @@ def _biases(sizes: DenseSettings) -> dict[str, tuple[int, ...]]:
 def zero_biases(target: Target, mixture: Mixture) -> dict[str, tuple[int, ...]]:
     """Return what a program's Qwen2-MoE always has and this mixture has not."""
     # QKVParallelLinear(bias=True), whatever qkv_bias says
-    hard_coded = target.name == "vllm" and mixture.form == QWEN2_MOE
+    hard_coded = target.name == "vllm" and mixture.form in PLAIN
     return _biases(mixture.sizes) if hard_coded and not mixture.sizes.qkv_bias else {}
 
 

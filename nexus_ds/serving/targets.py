@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from nexus_ds.checkpoint.config_json import ConfigJson
+from nexus_ds.checkpoint.config_json import CONTEXT_MODEL, ConfigJson
 from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.families.record import FULL, LINEAR, DenseSettings
 from nexus_ds.checkpoint.forms import MIXTURES, NATIVE, PLAIN, QWEN3_NEXT
@@ -126,7 +126,7 @@ def _any_window(mixture: Mixture) -> bool:
 def _odd_heads(mixture: Mixture) -> bool:
     sizes = mixture.sizes
     # a Qwen3-Next's classes read head_dim everywhere
-    return mixture.form == QWEN2_MOE and sizes.query_width != sizes.hidden_size
+    return mixture.form in PLAIN and sizes.query_width != sizes.hidden_size
 
 
 def _rope_is(name: str) -> Holds:
@@ -160,8 +160,12 @@ def _odd_order(mixture: Mixture) -> bool:
     return any((kind == FULL) != (layer % every == 0) for layer, kind in numbered)
 
 
-def _is_native(mixture: Mixture) -> bool:
-    return mixture.form in NATIVE_FORMS
+def _is_own(mixture: Mixture) -> bool:
+    return mixture.form in (CONTEXT_MODEL, *NATIVE_FORMS)
+
+
+def _reads_context(mixture: Mixture) -> bool:
+    return mixture.form == CONTEXT_MODEL
 
 
 def _always(mixture: Mixture) -> bool:
@@ -205,7 +209,8 @@ _BIASES = Kind(
 _QWEN3 = Kind("Qwen3", next_without_linear)
 _LINEAR = Kind("linear attention", _linear)
 _ODD_ORDER = Kind("full attention in other layers than every n-th", _odd_order)
-_OWN_FORM = Kind("a form of its own", _is_native)
+_OWN_FORM = Kind("a form of its own", _is_own)
+_CONTEXT = Kind("a router that reads a running mean", _reads_context)
 _EVERY = Kind("every mixture", _always)
 
 _WIDTH = Rule(_ODD_HEADS, "takes that width for a Qwen2-MoE's heads")
@@ -230,7 +235,7 @@ _VLLM = Target(
     program="vLLM",
     version="0.32.0",
     seen="run",
-    forms=(*STOCK, *NATIVE_FORMS),
+    forms=(*STOCK, CONTEXT_MODEL, *NATIVE_FORMS),
     writes="the weights with an index, zero biases of q, k and v where it has some, lm_head",
     command="vllm serve DIR",
     rules=(
@@ -242,6 +247,7 @@ _VLLM = Target(
     ),
     notes=(
         Rule(_OWN_FORM, "knows it where nexus_ds is installed beside it"),
+        Rule(_CONTEXT, "keeps two vectors of the hidden size more of each token in each layer"),
         # its pull request 34489: of a Qwen3.5 it reads that in config.json
         Rule(
             _LINEAR,

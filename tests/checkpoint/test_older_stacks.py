@@ -85,7 +85,7 @@ UNLIKE = {
 }
 
 
-def make(folder, kind, experts, top_k):
+def make(folder, kind, experts, top_k, *more):
     """Write a mixture of random branches; return its directory and what is said of it."""
     tokenizer, parts = folder / "tokenizer", folder / f"parts of {kind}"
     vocabulary = len(open_tokenizer(tokenizer))
@@ -93,7 +93,7 @@ def make(folder, kind, experts, top_k):
     for number, name in enumerate(("seed", *names)):
         if not (parts / name).is_dir():
             dense(kind, parts / name, number, vocabulary, tokenizer)
-    config = load_config("demo", [f"router.top_k={top_k}", "router.init_norm=2.0"])
+    config = load_config("demo", [f"router.top_k={top_k}", "router.init_norm=2.0", *more])
     branches = {name: parts / name for name in names}
     new = upcycled(parts / "seed", branches, embeddings(names), config)
     out = folder / f"{kind} {experts} {top_k}"

@@ -133,15 +133,21 @@ def test_every_rule_is_about_a_kind_that_is_tried(name):
     for rule in TARGETS[name].rules:
         kinds = [mixture(kind) for kind in REFUSED[name]] + [of_olmo(3)]
         assert any(rule.holds(kind) for kind in kinds), rule.what
-    kinds = [mixture(kind) for kind in ALL] + [of_olmo()]
+    kinds = [mixture(kind) for kind in ALL] + [of_olmo(), mixture("llama", "context")]
     for note in TARGETS[name].notes:
         assert any(note.holds(kind) for kind in kinds), note.what
 
 
-def test_a_router_of_its_own_is_for_this_program_alone():
+def test_a_router_of_its_own_is_for_vllm_and_this_program():
     own = mixture("llama", "context")
-    refuse_unservable(TARGETS["hub"], own, "m")
-    for name in sorted(set(TARGETS) - {"hub"}):
+    for name in ("hub", "vllm"):
+        refuse_unservable(TARGETS[name], own, "m")
+    known, price = notes_on(TARGETS["vllm"], own)
+    assert "vLLM 0.32.0 knows it where nexus_ds is installed beside it" in known
+    assert "running mean: vLLM 0.32.0 keeps two vectors of the hidden size more" in price
+    with pytest.raises(ServingError, match="takes that width for a Qwen2-MoE's heads"):
+        refuse_unservable(TARGETS["vllm"], mixture("llama-head-dim", "context"), "m")
+    for name in sorted(set(TARGETS) - {"hub", "vllm"}):
         with pytest.raises(ServingError, match="a model of type 'nexus_moe' is unknown to") as e:
             refuse_unservable(TARGETS[name], own, "m")
         assert TARGETS[name].version in str(e.value) and "qwen2_moe, qwen3_next" in str(e.value)

@@ -3,6 +3,7 @@
 import importlib
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -21,6 +22,10 @@ def test_each_native_form_is_registered(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     register()
     own = [family.name for family in FAMILIES.values() if not family.mixture]
+    # read by name, since it imports vLLM
+    place, _, name = found.pop("NexusMoeForCausalLM").partition(":")
+    assert find_spec(place).origin.endswith("serving/vllm_context.py")
+    assert name == "NexusMoeForCausalLM"
     assert len(found) == len([name for name in own if not name.startswith("gemma")])
     assert "NexusOlmo2ForCausalLM" in found
     # its kernels would gate experts by SiLU
@@ -30,6 +35,7 @@ def test_each_native_form_is_registered(monkeypatch):
     }
     # its backend builds the decoder by the configuration
     assert AutoConfig.for_model("nexus_olmo2").num_experts_per_tok == 1
+    assert AutoConfig.for_model("nexus_moe").model_type == "nexus_moe"
 
 
 def test_the_package_names_what_vllm_loads():
