@@ -332,7 +332,7 @@ def check_words(text, verb=""):
     sections = "|".join(k for k, v in vars(Config()).items() if hasattr(v, "__dataclass_fields__"))
     for key in re.findall(rf"(?<![\w./])((?:{sections})\.(?!sh\b)[a-z_]+)(?![\w/.]|\()", text):
         get_key(Config(), key)
-    for recipe in re.findall(r"--config ([a-z][\w.-]*)", text):
+    for recipe in re.findall(r"--config ([a-z][\w./-]*)", text):
         read_recipe(recipe)
     for path in re.findall(r"(?:nexus_ds|slurm|docs|tests|ds_configs)/[\w/.-]*\w", text):
         assert (REPOSITORY / path).exists() or path == "slurm/site.sh", path  # which a user makes
