@@ -574,7 +574,7 @@ class TrainingConfig:
     )
     """Learning rate of a mixture's shared experts relative to `lr`."""
 
-    # At a rate that suits a new expert they lost 12% of perplexity more (docs/comparison.md).
+    # At a rate that suits a new expert they lost 12% of perplexity more (docs/ablations.md).
     freeze_old_experts: bool = setting(False, changes="course")
     """Finetuning an extension: whether the routed experts that were there before stay as they are,
     bit for bit; no routed expert decays then."""
