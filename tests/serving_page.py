@@ -110,10 +110,10 @@ layer's own attention are right by that.
   two ranks (`--tensor-parallel-size 2`). `make test-serving` holds the first of these.
 * It needs nexus_ds beside vLLM. The cache grows by two vectors of the hidden size a token and
   layer: five times as large as that of a model with four queries a key.
-* No stock form was found. In vLLM 0.32.0 (40 files with experts) and in transformers 5.23 (77) all
-  calls of routers were read: each reads its own token. Zaya's reads besides what the router of the
-  layer before gave, some of DeepSeek-V4's the token's number. For llama.cpp, SGLang and Ollama the
-  export refuses it.
+* No stock form was found. Calls of routers were searched for in vLLM 0.32.0 (40 files with experts)
+  and transformers 5.23 (77): each reads its own token. Zaya's reads besides what the router of the
+  layer before gave, some of DeepSeek-V4's the token's number. llama.cpp, SGLang and Ollama were not
+  looked through; the export refuses it there.
 * Queries of zeros would fit into stock attention. But what that adds to the hidden state comes to
   the router under one RMS norm with all else, and no stock router subtracts a mean: the rows would
   score another vector.
