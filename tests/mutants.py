@@ -923,6 +923,26 @@ FAULTS = (
         "",
     ),
     Fault(
+        "an expert that goes further takes the seed with its whole weight",
+        "upcycling/blend.py",
+        "entry.dense_name, 1.0 - task)",
+        "entry.dense_name, 1.0)",
+        "upcycling/test_upcycle.py",
+    ),
+    Fault(
+        "any model passes for the seed of experts that go further",
+        "upcycling/extend.py",
+        "    problems.refuse()\n    return TensorReader.of(",
+        "    return TensorReader.of(",
+        "upcycling/test_upcycle.py",
+    ),
+    Fault(
+        "a comparison extends without the seed",
+        "experiments/comparison/extension_jobs.py",
+        "jobs.seed_model() if config.model.task_scale != 1.0 else None",
+        "None",
+    ),
+    Fault(
         "an export has no tokenizer",
         "serving/directory.py",
         "    copy_tokenizer(opened.directory, out)\n",

@@ -76,6 +76,18 @@ def test_what_is_there_is_not_needed_again(tmp_path):
     assert {s.name for s in needed_for(plan, "extended")} == {"branch:c", "embed:new", "extend"}
 
 
+def test_extend_gets_the_seed_where_experts_go_further_than_their_branches(tmp_path):
+    def extending(*words):
+        (found,) = [
+            s for s in steps(config_of(tmp_path, *words), "demo", [], 2) if s.name == "extend"
+        ]
+        return found.command
+
+    assert "--base" not in extending()
+    command = extending("model.task_scale=3")
+    assert command[command.index("--base") + 1] == str(tmp_path / "seed")
+
+
 def test_how_documents_begin_holds_for_the_whole_run():
     assert shared_overrides(["data.bos=false", "training.steps=3"]) == ["data.bos=false"]
 

@@ -21,6 +21,16 @@ def test_an_expert_added_in_turn_is_added_to_the_finetuned_model():
     assert seeds[0].turns == {"x": first.output, "y": seeds[0].model}
 
 
+def test_the_seed_is_given_where_experts_go_further_than_their_branches():
+    words = ("compare.contenders=[nexus]", "compare.extensions=[nexus_append]")
+    (plain,) = jobs(made(*words), "extend nexus_append")
+    assert "--base" not in plain.words
+    found = made(*words, "model.task_scale=3")
+    (job,) = jobs(found, "extend nexus_append")
+    base = Path(job.words[job.words.index("--base") + 1])
+    assert found.builder.jobs[base].name.endswith(" seed")
+
+
 def test_budgets_become_steps_that_are_validated():
     found = made(
         "compare.contenders=[nexus]",
