@@ -212,9 +212,24 @@ def read_running_means(directory: Path, seed=0):
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
+def balanced_projection(
+    inputs_EM, hidden, seed=0, layer=0, depth=2, width=0, form="swiglu", row_norm="free"
+):
+    """Return the P that a new mixture gets, as torch's module; its inputs are torch's, too."""
+    from nexus_ds.checkpoint.projection_module import from_state
+    from nexus_ds.checkpoint.records import RouterRecord
+    from nexus_ds.upcycling.new_router import layer_draws, new_state
+
+    router = RouterRecord("nexus", depth, width, form, row_norm, "token", True, 1)
+    draws = layer_draws(seed, layer)
+    return from_state(router, new_state(router, inputs_EM.numpy(), hidden, "balanced", 0.5, draws))
+
+
 def make_nexus(out: Path, seed=0, names=DOMAINS, top_k=1, router_input="token", row_norm="free"):
     """Save a random Nexus checkpoint with one expert for each of `names`, rows P(D), and its
     sidecar."""
+    from nexus_ds.checkpoint.expert_rows import centre_of, condition
+    from nexus_ds.checkpoint.projection_module import expert_embeddings
     from nexus_ds.checkpoint.qwen2_moe import SHARED_GATE_FILL
     from nexus_ds.checkpoint.records import (
         EncoderRecord,
@@ -222,45 +237,32 @@ def make_nexus(out: Path, seed=0, names=DOMAINS, top_k=1, router_input="token", 
         RouterRecord,
         step_of,
     )
-    from nexus_ds.checkpoint.sidecar import (
-        Sidecar,
-        expert_embeddings,
-        write_sidecar,
-    )
-    from nexus_ds.model.router import (
-        Projection,
-        centre_of,
-        condition,
-        init_projection,
-        layer_generator,
-    )
+    from nexus_ds.checkpoint.sidecar import Sidecar, write_sidecar
+    from nexus_ds.upcycling.new_router import layer_draws, new_state
 
     model = moe_model(save_tokenizer(out), seed, len(names), top_k)
-    vectors = torch.randn(len(names), 8, generator=torch.Generator().manual_seed(seed))
+    vectors = torch.randn(len(names), 8, generator=torch.Generator().manual_seed(seed)).numpy()
     centre = centre_of(vectors)
-    states = []
-    for layer in range(2):
-        projection = Projection(8, 16, row_norm=row_norm)
-        init_projection(
-            projection, condition(vectors, centre), "balanced", 0.5, layer_generator(seed, layer)
-        )
-        states.append(
-            {name: tensor.detach().clone() for name, tensor in projection.state_dict().items()}
-        )
+    router = RouterRecord(
+        kind="nexus",
+        depth=2,
+        width=0,
+        projection="swiglu",
+        row_norm=row_norm,
+        input=router_input,
+        centre=True,
+        top_k=top_k,
+    )
+    inputs = condition(vectors, centre)
+    states = [
+        new_state(router, inputs, 16, "balanced", 0.5, layer_draws(seed, layer))
+        for layer in range(2)
+    ]
     sidecar = Sidecar(
         experts=[
             ExpertRecord(name=d, domain=d, source=f"branches/{d}", sha256="0" * 64) for d in names
         ],
-        router=RouterRecord(
-            kind="nexus",
-            depth=2,
-            width=0,
-            projection="swiglu",
-            row_norm=row_norm,
-            input=router_input,
-            centre=True,
-            top_k=top_k,
-        ),
+        router=router,
         encoder=EncoderRecord(
             name="tiny", revision="1" * 64, dimension=8, documents=5, normalised=True
         ),

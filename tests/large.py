@@ -2,6 +2,8 @@
 
 import torch
 
+from nexus_ds.checkpoint.expert_rows import centre_of, condition
+from nexus_ds.checkpoint.projection_module import expert_embeddings
 from nexus_ds.checkpoint.qwen2_moe import (
     SHARED_GATE_FILL,
     expert_name,
@@ -10,13 +12,9 @@ from nexus_ds.checkpoint.qwen2_moe import (
     shared_name,
 )
 from nexus_ds.checkpoint.records import EncoderRecord, ExpertRecord, RouterRecord, step_of
-from nexus_ds.checkpoint.sidecar import (
-    Sidecar,
-    expert_embeddings,
-    write_sidecar,
-)
+from nexus_ds.checkpoint.sidecar import Sidecar, write_sidecar
 from nexus_ds.checkpoint.tensors import TensorWriter
-from nexus_ds.model.router import Projection, centre_of, condition, init_projection, layer_generator
+from nexus_ds.upcycling.new_router import layer_draws, new_state
 
 
 def sizes_of(hidden, ffn, layers, experts, vocabulary):
@@ -66,7 +64,7 @@ def make_large(
         dtype=str(dtype).removeprefix("torch."),
     )
     config.save_pretrained(out)
-    vectors = torch.randn(experts, 384, generator=generator)
+    vectors = torch.randn(experts, 384, generator=generator).numpy()
     sidecar = Sidecar(
         experts=[
             ExpertRecord(name=f"d{i}", domain=f"d{i}", source=f"d{i}", sha256="0" * 64)
@@ -91,15 +89,10 @@ def make_large(
         centre=centre_of(vectors),
     )
     for layer in range(layers):
-        projection = Projection(384, hidden)
-        init_projection(
-            projection,
-            condition(vectors, sidecar.centre),
-            "balanced",
-            0.5,
-            layer_generator(0, layer),
-        )
-        sidecar.projections.append(projection.state_dict())
+        inputs = condition(vectors, sidecar.centre)
+        draws = layer_draws(0, layer)
+        state = new_state(sidecar.router, inputs, hidden, "balanced", 0.5, draws)
+        sidecar.projections.append(state)
     shapes = sizes_of(hidden, ffn, layers, experts, vocabulary)
     kind = {torch.bfloat16: "BF16", torch.float32: "F32"}[dtype]
     with TensorWriter(out, {name: (kind, shape) for name, shape in shapes.items()}) as writer:

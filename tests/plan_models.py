@@ -55,6 +55,8 @@ def make_model(out, sizes):
     """Save a random Nexus checkpoint of the given sizes."""
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+    from nexus_ds.checkpoint.expert_rows import centre_of
+    from nexus_ds.checkpoint.projection_module import expert_embeddings, state_of
     from nexus_ds.checkpoint.qwen2_moe import SHARED_GATE_FILL
     from nexus_ds.checkpoint.records import (
         EncoderRecord,
@@ -62,12 +64,8 @@ def make_model(out, sizes):
         RouterRecord,
         step_of,
     )
-    from nexus_ds.checkpoint.sidecar import (
-        Sidecar,
-        expert_embeddings,
-        write_sidecar,
-    )
-    from nexus_ds.model.router import Projection, centre_of
+    from nexus_ds.checkpoint.sidecar import Sidecar, write_sidecar
+    from nexus_ds.model.router import Projection
 
     config = Qwen2MoeConfig(
         vocab_size=sizes.vocabulary,
@@ -90,7 +88,8 @@ def make_model(out, sizes):
         eos_token_id=0,
     )
     torch.manual_seed(0)
-    model, vectors = Qwen2MoeForCausalLM(config), torch.randn(sizes.experts, EMBEDDING)
+    model = Qwen2MoeForCausalLM(config)
+    vectors = torch.randn(sizes.experts, EMBEDDING).numpy()
     names = [f"domain{i}" for i in range(sizes.experts)]
     sidecar = Sidecar(
         experts=[ExpertRecord(name=d, domain=d, source=d, sha256="0" * 64) for d in names],
@@ -111,7 +110,9 @@ def make_model(out, sizes):
         versions={},
         vectors=vectors,
         centre=centre_of(vectors),
-        projections=[Projection(EMBEDDING, sizes.hidden).state_dict() for _ in range(sizes.layers)],
+        projections=[
+            state_of(Projection(EMBEDDING, sizes.hidden).state_dict()) for _ in range(sizes.layers)
+        ],
     )
     for index, block in enumerate(model.model.layers):
         block.mlp.gate.weight.data = expert_embeddings(sidecar, index, torch.float32)

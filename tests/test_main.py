@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from nexus_ds.__main__ import VERBS
+from nexus_ds.checkpoint.sidecar import verify_expert_embeddings
+from nexus_ds.experiments.benchmarks.assembly_speed import make_inputs
 from tests.checkpoint.test_qwen3_next import SIZES, mixture
 
 # Prints, as the last line, the exit code and the modules that were imported.
@@ -95,3 +97,19 @@ def test_a_form_that_is_translated_is_looked_at_without_torch_too(dense_dir, tmp
     mixture(tmp_path, dense_dir, "qwen3", SIZES, "bf16", 1)
     for words in (["inspect", "out"], ["inspect", "out", "a"], ["verify", "out", "--sources"]):
         assert not HEAVY & imported(tmp_path, *words)
+
+
+def test_models_are_put_together_without_torch(tmp_path):
+    """Upcycled, extended, replaced and reduced: where nothing reads text, and tokenizers are of
+    the plain class."""
+    make_inputs(tmp_path, "tiny", "bf16", 1 << 30)
+    alpha, beta, gamma = (f"--expert={name}={name}" for name in ("alpha", "beta", "gamma"))
+    domains = "--domains=domains.safetensors"
+    for words in (
+        ["upcycle", "--seed=seed", alpha, beta, "--out=a", domains, "--no-warm-start"],
+        ["extend", "--checkpoint=a", gamma, "--out=b", domains, "--no-refit"],
+        ["extend", "--checkpoint=b", beta, "--out=c", domains, "--no-refit", "--replace"],
+        ["remove", "--checkpoint=c", "--expert=alpha", "--out=d"],
+    ):
+        assert not HEAVY & imported(tmp_path, *words), words
+    verify_expert_embeddings(tmp_path / "d")

@@ -29,7 +29,6 @@ from nexus_ds.checkpoint.dense import DenseModel, open_dense
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.headers import INDEX, SINGLE, Headers, TensorInfo, read_by_rows, row_slices
 from nexus_ds.checkpoint.json_files import read_json_object, require_directory
-from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.checkpoint.values import FLOATS, encoded, read_rows, read_values
 from nexus_ds.checkpoint.views import ViewReader, seen_as, underlying
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
@@ -139,7 +138,7 @@ class AdapterWeights:
         return read_values(self.headers, change.inner).astype(np.float64)
 
 
-class MergedReader(TensorReader):
+class MergedReader(Headers):
     """The tensors of a base as an adapter changes them.
 
     A changed tensor lies in no file as it is: `info` tells its dtype and shape, and no place. Who
@@ -147,7 +146,7 @@ class MergedReader(TensorReader):
     `adapter.rows`.
     """
 
-    def __init__(self, base: TensorReader, directory: Path, adapter: AdapterWeights) -> None:
+    def __init__(self, base: Headers, directory: Path, adapter: AdapterWeights) -> None:
         self.directory = directory
         self.base = base
         self.adapter = adapter
@@ -435,7 +434,7 @@ def open_branch(directory: Path, base: Path | None = None, seed: Path | None = N
     headers = Headers.of_file(directory, ADAPTER_WEIGHTS)
     own = _adapted(headers, whole)
     adapter = AdapterWeights(headers, _changes(headers, own, config))
-    reader: Headers = MergedReader(TensorReader.of(own.reader), directory, adapter)
+    reader: Headers = MergedReader(own.reader, directory, adapter)
     if own is not whole:
         reader = seen_as(whole.reader, reader)
     return dataclasses.replace(whole, directory=directory, reader=reader)

@@ -4,7 +4,7 @@ A piece is one tensor of the new files, and one of three operations:
 
     Copy     the bytes of a stored tensor, as they are
     Merge    a rule over blocks of several stored tensors, in fp32; rounded once
-    Fill     given bytes, or one number
+    Fill     bytes that are made in time, or one number
 
 Nothing here knows a tensor's name, role or family: a piece goes from sources, which are read in
 ranges, to a range of a file (`Place`), and the texts that it carries are for messages.
@@ -182,10 +182,10 @@ class Merge:
 
 @dataclass(frozen=True)
 class Fill:
-    """Given bytes, or one number for all elements."""
+    """Bytes that are given, or made in time, or one number for all elements."""
 
     target: Place
-    content: memoryview | float
+    content: Callable[[], memoryview] | float
 
     @property
     def sources(self) -> Sequence[Source]:
@@ -300,8 +300,8 @@ class _Worker:
 
     def _fill(self, piece: Fill) -> None:
         target, content = piece.target, piece.content
-        if isinstance(content, memoryview):
-            self._write(target, 0, content)
+        if callable(content):
+            self._write(target, 0, content())
             return
         width = ITEM_BYTES[target.dtype]
         self.floats[0] = content

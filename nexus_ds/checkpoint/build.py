@@ -21,6 +21,7 @@ from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.families.record import FFN_PARTS
 from nexus_ds.checkpoint.forms import PLAIN
 from nexus_ds.checkpoint.loading import know_model_type, quiet_transformers
+from nexus_ds.checkpoint.projection_module import domain_inputs, load_projection
 from nexus_ds.checkpoint.qwen2_moe import (
     check_shared_gates,
     expert_name,
@@ -30,7 +31,7 @@ from nexus_ds.checkpoint.qwen2_moe import (
     shared_name,
     stored,
 )
-from nexus_ds.checkpoint.sidecar import load_projection, read_sidecar
+from nexus_ds.checkpoint.sidecar import read_sidecar
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.errors import CheckpointError
 from nexus_ds.model.experts import FeedForward
@@ -204,7 +205,7 @@ class NexusParts:
         projection = load_projection(self.sidecar, layer).to(self.dtype)
         # asked for once; all layers' fp32 weights would stay otherwise
         self.sidecar.projections[layer] = {}
-        return projection, self.sidecar.domain_inputs()
+        return projection, domain_inputs(self.sidecar)
 
     def rows(self, layer: int) -> Tensor:
         """Return the free rows [E, H] of a linear router."""

@@ -1,6 +1,6 @@
-"""P(D) in numpy: whether the router rows that a checkpoint stores are what its sidecar says.
+"""P(D) in numpy: router rows of a new checkpoint, and whether stored ones fit the sidecar.
 
-The same function as `model.router.Projection`, for commands that only look. P and D are rounded to
+The same function as `model.router.Projection`, for whoever does not train. P and D are rounded to
 the model's dtype and so is each step's result, as in training; sums run in another order than
 torch's, so results agree to a unit in the last place or two, far below TOLERANCE.
 Shapes: E routed experts, M width of a domain embedding, H hidden size, C columns that are checked.
@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from nexus_ds.checkpoint.arithmetic import Floats
 from nexus_ds.checkpoint.headers import Headers
+from nexus_ds.checkpoint.projections import State
 from nexus_ds.checkpoint.qwen2_moe import gate_name
 from nexus_ds.checkpoint.records import Manifest, RouterRecord, router_name
 from nexus_ds.checkpoint.values import read_rows, read_values, rounded
@@ -29,7 +31,14 @@ WHOLE = 1 << 22
 PIECES, PIECE = 4, 64  # evenly spaced runs of rows of the last map, and rows of each
 MOST = 1 << 27
 """Bytes of P that a quick check reads: layers are left out, evenly, until they are fewer."""
+WIDENING = {"swiglu": 2, "gelu": 1, "relu": 1, "linear": 1}
+"""For each form of P the width of its activation's input relative to that of its output."""
+FEW = 8
+"""Experts whose rows are computed without a library's threads: these take longer to meet."""
+AT_ONCE = 1 << 16
+"""Weights that are rounded and multiplied at once: they stay in a core's cache."""
 Round = Callable[[np.ndarray], np.ndarray]
+Shapes = dict[str, tuple[int, ...]]
 
 _erf = np.vectorize(math.erf, otypes=[np.float32])
 
@@ -38,6 +47,23 @@ def unit(x: np.ndarray) -> np.ndarray:
     """Return vectors [..., M] scaled to length one; zeros stay zeros."""
     length = np.sqrt(np.square(x).sum(-1, keepdims=True))
     return x / np.maximum(length, np.float32(1e-12))
+
+
+def centre_of(vectors_EM: Floats) -> Floats:
+    """Return the mean [M] of the unit vectors of the upcycled domains.
+
+    It is stored, and subtracted from every later domain too: else an extension would change what P
+    reads of the old ones. Zeros for a single vector: it would be its own mean, and nothing would be
+    left of it.
+    """
+    mean_M: Floats = unit(vectors_EM).mean(0)
+    return mean_M if len(vectors_EM) > 1 else np.zeros_like(mean_M)
+
+
+def condition(vectors_EM: Floats, centre_M: Floats) -> Floats:
+    """Return what P reads: normalised, centred, normalised again; fp32 [E, M]."""
+    found: Floats = unit(unit(vectors_EM) - centre_M)
+    return found
 
 
 def _silu(x: np.ndarray) -> np.ndarray:
@@ -57,6 +83,88 @@ def _activated(x: np.ndarray, form: str, at: Round) -> np.ndarray:
         case "relu":
             return np.maximum(x, 0)
     return x
+
+
+def _product(x_EK: np.ndarray, weight_HK: np.ndarray, at: Round) -> np.ndarray:
+    """Return x W^T [E, H] with rounded weights, some rows of W at a time.
+
+    Of few experts in numpy's own loop, which no threads wait for.
+    """
+    step = max(1, AT_ONCE // max(1, weight_HK.shape[1]))
+    found_EH = np.empty((len(x_EK), len(weight_HK)), np.float32)
+    for first in range(0, len(weight_HK), step):
+        part_hK = at(weight_HK[first : first + step])
+        out_Eh = found_EH[:, first : first + step]
+        if len(x_EK) <= FEW:
+            np.einsum("ek,hk->eh", x_EK, part_hK, out=out_Eh)
+        else:
+            out_Eh[...] = x_EK @ part_hK.T
+    return found_EH
+
+
+def maps_of(router: RouterRecord) -> int:
+    """Return how many matrices P has, but for the one behind rows of a fixed length."""
+    return 1 if router.projection == "linear" else router.depth
+
+
+def last_map(router: RouterRecord) -> str:
+    """Return the name of the last matrix that is no such one; its rows are those of P(D)."""
+    return f"maps.{maps_of(router) - 1}.weight"
+
+
+def shapes_of(router: RouterRecord, embedding_size: int, hidden_size: int) -> Shapes:
+    """Return the shapes of P's weights, by name; KeyError for a form that there is not."""
+    widening = WIDENING[router.projection]
+    inner = [router.width or hidden_size] * (maps_of(router) - 1)
+    sizes_in = [embedding_size, *inner]
+    sizes_out = [widening * size for size in inner] + [hidden_size]
+    fixed = router.row_norm == "fixed"
+    shapes: Shapes = {"log_norm": (1,)} if fixed else {}
+    for index, sizes in enumerate(zip(sizes_out, sizes_in, strict=True)):
+        shapes[f"maps.{index}.weight"] = sizes
+    if fixed:
+        shapes["out.weight"] = hidden_size, hidden_size
+    return shapes
+
+
+def projected(
+    router: RouterRecord,
+    weight_of: Callable[[str], np.ndarray],
+    inputs_EM: np.ndarray,
+    at: Round,
+) -> tuple[np.ndarray, str]:
+    """Return what the last matrix of P reads [E, width], and that matrix's name.
+
+    Args:
+        router: the form of P.
+        weight_of: returns a weight by its name.
+        inputs_EM: conditioned domain embeddings.
+        at: rounds to the model's dtype.
+    """
+    maps = maps_of(router)
+    fixed = router.row_norm == "fixed"
+    x = at(inputs_EM)
+    for index in range(maps):
+        if index > 0:
+            x = _activated(x, router.projection, at)
+        # the last one may be read in part
+        if index < maps - 1 or fixed:
+            x = at(_product(x, weight_of(f"maps.{index}.weight"), at))
+    if not fixed:
+        return x, last_map(router)
+    # in fp32: bf16 knows lengths to less than one per cent only
+    length = np.exp(at(weight_of("log_norm")))
+    return at(unit(x) * length), "out.weight"
+
+
+def rows_in(router: RouterRecord, state: State, inputs_EM: np.ndarray, dtype: str) -> Floats:
+    """Return P(D) [E, H] of weights in memory, as a model of `dtype` (F32 | BF16) computes it."""
+
+    def at(x: np.ndarray) -> np.ndarray:
+        return rounded(x, dtype)
+
+    x, last = projected(router, state.__getitem__, inputs_EM, at)
+    return at(_product(x, state[last], at))
 
 
 @dataclass
@@ -106,30 +214,19 @@ class RouterFile:
     ) -> tuple[np.ndarray, np.ndarray]:
         # Before a name is made for each: nexus.json may say any number.
         there = sum(name.startswith(f"layers.{layer}.maps.") for name in self.reader.names())
-        if there != self._maps() or not there:
-            raise ValueError(f"{there} maps, not {self._maps()}")
-        names = [f"layers.{layer}.maps.{index}.weight" for index in range(there)]
-        fixed = self.router.row_norm == "fixed"
-        x = at(self.inputs_EM)
-        for index, name in enumerate(names):
-            if index > 0:
-                x = _activated(x, self.router.projection, at)
-            last = index == len(names) - 1 and not fixed
-            # the last one may be read in part
-            if not last:
-                self._check_map(name)
-                x = at(x @ at(read_values(self.reader, name)).T)
-        last_name = names[-1]
-        if fixed:
-            # in fp32: bf16 knows lengths to less than one per cent only
-            length = np.exp(at(read_values(self.reader, f"layers.{layer}.log_norm")))
-            x = at(unit(x) * length)
-            last_name = f"layers.{layer}.out.weight"
-        numbers, weight = self._columns(last_name, columns)
-        return numbers, at(x @ at(weight).T)
+        expected = maps_of(self.router)
+        if there != expected or not there:
+            raise ValueError(f"{there} maps, not {expected}")
+        lead = f"layers.{layer}."
 
-    def _maps(self) -> int:
-        return 1 if self.router.projection == "linear" else self.router.depth
+        def weight_of(name: str) -> np.ndarray:
+            if name != "log_norm":
+                self._check_map(lead + name)
+            return read_values(self.reader, lead + name)
+
+        x, last = projected(self.router, weight_of, self.inputs_EM, at)
+        numbers, weight = self._columns(lead + last, columns)
+        return numbers, at(_product(x, weight, at))
 
     def _check_map(self, name: str) -> None:
         shape = self.reader.info(name).shape
@@ -163,7 +260,6 @@ def open_router(directory: Path, manifest: Manifest) -> RouterFile:
             "the sidecar is damaged or of another model, restore it from where it came"
         )
     inputs_EM = vectors_EM
-    # as `model.router.condition` does it
     if manifest.router.centre:
         centre_M = read_values(reader, "centre")
         if centre_M.shape != vectors_EM.shape[1:]:
@@ -171,7 +267,7 @@ def open_router(directory: Path, manifest: Manifest) -> RouterFile:
                 f"{directory}: centre of shape {centre_M.shape}, domain embeddings of shape "
                 f"{vectors_EM.shape}; the sidecar is damaged, restore it from where it came"
             )
-        inputs_EM = unit(unit(vectors_EM) - centre_M)
+        inputs_EM = condition(vectors_EM, centre_M)
     return RouterFile(manifest.router, reader, vectors_EM, inputs_EM)
 
 
@@ -235,6 +331,11 @@ def _difference(stored_EH: np.ndarray, numbers: np.ndarray, expected_EC: np.ndar
     """Return the largest difference of some columns, relative to the largest entry expected."""
     if stored_EH.shape[0] != len(expected_EC) or numbers[-1] >= stored_EH.shape[1]:
         return math.inf
+    return relative_difference(stored_EH[:, numbers], expected_EC)
+
+
+def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """Return the largest difference of numbers, relative to the largest that was expected."""
     # rows of zeros, as a P of zeros gives them, have no relative error
-    scale = max(float(np.abs(expected_EC).max()), 1e-30)
-    return float(np.abs(stored_EH[:, numbers] - expected_EC).max()) / scale
+    scale = max(float(np.abs(expected).max()), 1e-30)
+    return float(np.abs(found - expected).max()) / scale

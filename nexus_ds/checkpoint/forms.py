@@ -50,10 +50,15 @@ def native_class(family: str) -> str:
     return f"Nexus{words}ForCausalLM"
 
 
+def translated(config: ConfigJson) -> bool:
+    """Return whether weights are written otherwise than the family has them (`qwen3_next`)."""
+    return config.get("model_type") == QWEN3_NEXT
+
+
 def reordered(config: ConfigJson) -> bool:
     """Return whether a config.json is of a Qwen3-Next that was a Qwen3.5 (`qwen3_5`)."""
     source = config.get(SOURCE)
-    if config.get("model_type") != QWEN3_NEXT or not isinstance(source, dict):
+    if not translated(config) or not isinstance(source, dict):
         return False
     family = FAMILIES.get(str(source.get("model_type")))
     return family is not None and family.linear

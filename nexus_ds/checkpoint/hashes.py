@@ -14,9 +14,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import xxhash
 
@@ -24,7 +25,7 @@ from nexus_ds.checkpoint.headers import TensorInfo, read_header, read_into
 from nexus_ds.checkpoint.json_files import read_json_object
 from nexus_ds.checkpoint.records import SIDECAR
 from nexus_ds.errors import CheckpointError
-from nexus_ds.outputs import write_json
+from nexus_ds.outputs import sync, write_json
 
 KEY = "files"
 CHANGING = (SIDECAR, "README.md")
@@ -50,9 +51,8 @@ class FileHash:
         return own | ({"tensors": self.tensors} if self.tensors else {})
 
 
-def _chunks(path: Path, start: int, end: int) -> Iterator[memoryview]:
-    """Yield bytes [start, end) of a file, each piece in the memory of the one before."""
-    memory = memoryview(bytearray(min(BLOCK, end - start)))
+def _chunks(path: Path, start: int, end: int, memory: memoryview) -> Iterator[memoryview]:
+    """Yield bytes [start, end) of a file, each piece in `memory`, where the one before was."""
     while start < end:
         data = memory[: end - start]
         read_into(path, start, data)
@@ -69,18 +69,19 @@ def hash_of(path: Path) -> FileHash:
     size = path.stat().st_size
     whole = hashlib.sha256()
     found = FileHash(size, "")
+    memory = memoryview(bytearray(min(BLOCK, size)))
     position = 0
     # they cover all but the header, without gap or overlap
     for name, info in _in_order(path):
-        for chunk in _chunks(path, position, info.start):
+        for chunk in _chunks(path, position, info.start, memory):
             whole.update(chunk)
         own = _start_of(info)
-        for chunk in _chunks(path, info.start, info.end):
+        for chunk in _chunks(path, info.start, info.end, memory):
             whole.update(chunk)
             own.update(chunk)
         found.tensors[name] = own.hexdigest()
         position = info.end
-    for chunk in _chunks(path, position, size):
+    for chunk in _chunks(path, position, size, memory):
         whole.update(chunk)
     found.sha256 = whole.hexdigest()
     return found
@@ -93,9 +94,10 @@ def _tensor_hashes(path: Path) -> dict[str, str]:
         CheckpointError: none, or damaged.
     """
     found = {}
+    memory = memoryview(bytearray(BLOCK))
     for name, info in _in_order(path):
         found[name] = _start_of(info)
-        for chunk in _chunks(path, info.start, info.end):
+        for chunk in _chunks(path, info.start, info.end, memory):
             found[name].update(chunk)
     return {name: digest.hexdigest() for name, digest in found.items()}
 
@@ -117,16 +119,56 @@ def names_of(directory: Path) -> list[str]:
     return sorted(name for name in names if name not in CHANGING)
 
 
+class Hashing:
+    """The hashing of a checkpoint's files, side by side with what is still done to others.
+
+    Used as a context manager; each file by a thread of its own: hashing leaves the interpreter
+    free. Meanwhile files go to the disk, for which a finished checkpoint would wait.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = Path(directory)
+        # one more, which waits for the disk
+        self._pool = ThreadPoolExecutor(1 + min(MOST_WORKERS, len(os.sched_getaffinity(0))))
+        self._begun: dict[str, Future[FileHash]] = {}
+        self._flushed: list[Future[None]] = []
+
+    def begin(self) -> None:
+        """Begin with all files that there are; none of them may change any more."""
+        names = [name for name in names_of(self._directory) if name not in self._begun]
+        for name in names:
+            self._begun[name] = self._pool.submit(hash_of, self._directory / name)
+        self._flushed.append(self._pool.submit(self._flush, names))
+
+    def _flush(self, names: list[str]) -> None:
+        for name in names:
+            sync(self._directory / name)
+
+    def record(self) -> None:
+        """Write the hashes of all other files into nexus.json; the last thing done to a checkpoint.
+
+        Raises:
+            CheckpointError: a weight file that is none, or damaged.
+            OSError: the disk has lost what was written.
+        """
+        self.begin()
+        for flushed in self._flushed:
+            flushed.result()
+        value = read_json_object(self._directory, SIDECAR)
+        files = {name: found.result().as_dict() for name, found in sorted(self._begun.items())}
+        write_json(self._directory / SIDECAR, value | {KEY: files})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
 def record_hashes(directory: Path) -> None:
     """Write into nexus.json the hashes of all other files; the last thing done to a checkpoint."""
-    directory = Path(directory)
-    value = read_json_object(directory, SIDECAR)
-    names = names_of(directory)
-    # each file by a thread of its own: hashing leaves the interpreter free
-    with ThreadPoolExecutor(min(MOST_WORKERS, len(os.sched_getaffinity(0)))) as pool:
-        hashes = list(pool.map(hash_of, [directory / name for name in names]))
-    files = {name: found.as_dict() for name, found in zip(names, hashes, strict=True)}
-    write_json(directory / SIDECAR, value | {KEY: files})
+    with Hashing(directory) as hashing:
+        hashing.record()
 
 
 def recorded(directory: Path) -> dict[str, FileHash] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -22,6 +22,7 @@ from nexus_ds.checkpoint.headers import (
 )
 from nexus_ds.errors import CheckpointError
 from nexus_ds.outputs import (
+    create,
     naming,
     write_at,
     write_json,
@@ -51,6 +52,17 @@ def _file_names(shards: list[list[str]]) -> dict[str, list[str]]:
     count = len(shards)
     numbered = enumerate(shards, start=1)
     return {f"model-{number:05}-of-{count:05}.safetensors": names for number, names in numbered}
+
+
+def write_file(path: Path, plan: Plan, contents: Iterable[tuple[str, memoryview]]) -> None:
+    """Write one safetensors file over `path`: each tensor's bytes, in the order of its plan."""
+    lead, ranges = header_of(plan, METADATA)
+    with create(path) as stream:
+        stream.write(lead)
+        for (name, data), (planned, (start, end)) in zip(contents, ranges.items(), strict=True):
+            found = name, len(data)
+            assert found == (planned, end - start), f"{found}, planned was {planned}"
+            stream.write(data)
 
 
 class Place(NamedTuple):

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from torch import Tensor
+from nexus_ds.checkpoint.arithmetic import Floats
 
-State = dict[str, Tensor]
-"""Of one layer's `Projection`, by name."""
+State = dict[str, Floats]
+"""Weights of one layer's P, fp32, by the names that `model.router.Projection` has for them."""
 
 
 class Projections(Sequence[State]):

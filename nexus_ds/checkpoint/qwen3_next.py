@@ -27,7 +27,7 @@ from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.file_layout import Place, in_files, is_norm, place_of, repeated
-from nexus_ds.checkpoint.forms import QWEN3_NEXT, reordered
+from nexus_ds.checkpoint.forms import reordered, translated
 from nexus_ds.checkpoint.headers import Headers, Plan
 from nexus_ds.checkpoint.qwen3_5_writer import ReorderedWriter
 from nexus_ds.checkpoint.qwen3_next_headers import NORMS, as_dense, centred, stored_norm
@@ -106,6 +106,6 @@ def open_writer(directory: Path, plan: Plan, config: ConfigJson) -> TensorWriter
     """Return a writer of tensors under the dense family's names."""
     if reordered(config):
         return ReorderedWriter(directory, plan, config)
-    if config.get("model_type") == QWEN3_NEXT:
+    if translated(config):
         return SourceWriter(directory, plan, config)
     return TensorWriter(directory, in_files(plan, config), copies=repeated(config))

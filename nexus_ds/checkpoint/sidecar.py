@@ -20,19 +20,32 @@ import hashlib
 import math
 import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from nexus_ds import __version__
+from nexus_ds.checkpoint.arithmetic import Floats
 from nexus_ds.checkpoint.config_json import CONTEXT_MODEL
+from nexus_ds.checkpoint.expert_rows import (
+    TOLERANCE,
+    WIDENING,
+    Shapes,
+    condition,
+    last_map,
+    maps_of,
+    relative_difference,
+    rows_in,
+    shapes_of,
+)
 from nexus_ds.checkpoint.forms import MIXTURES
+from nexus_ds.checkpoint.headers import Headers, Plan
 from nexus_ds.checkpoint.json_files import read_json_object
+from nexus_ds.checkpoint.new_files import write_file
 from nexus_ds.checkpoint.projections import Projections, State
 from nexus_ds.checkpoint.qwen2_moe import gate_name, open_moe
 from nexus_ds.checkpoint.records import (
@@ -41,45 +54,36 @@ from nexus_ds.checkpoint.records import (
     ROUTER_BEFORE,
     SIDECAR,
     Manifest,
-    RouterRecord,
     manifest_json,
     read_manifest,
     router_name,
 )
-from nexus_ds.checkpoint.tensors import TensorReader, write_planned
-from nexus_ds.errors import CheckpointError, ConfigError
-from nexus_ds.model.router import Projection, condition, expert_embeddings_in
-from nexus_ds.model.threads import one_thread
+from nexus_ds.checkpoint.values import encoded, read_floats, read_values
+from nexus_ds.errors import CheckpointError
 from nexus_ds.outputs import new_file, write_json
 
-Named = tuple[str, Tensor]
-Planned = dict[str, tuple[str, tuple[int, ...]]]
 LAYER_TENSOR = re.compile(r"layers\.(?P<layer>\d+)\.(?P<own>.+)")
 """Name of a tensor of one layer's P."""
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of a weight file that `content_fingerprint` reads
-EMBEDDING_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
-"""Largest difference of stored and recomputed expert embeddings, relative to the largest entry.
-
-Machines differ in summing order.
-"""
+FREE_ROWS = "a linear router has free rows; they are in the model file, not in the sidecar"
 
 
 @dataclass(kw_only=True)
 class Sidecar(Manifest):
     """What a Nexus checkpoint holds besides the Qwen2-MoE; n experts, m the embedding's width."""
 
-    vectors: Tensor
+    vectors: Floats
     """Raw domain embeddings [n, m] fp32, in expert order."""
-    centre: Tensor
+    centre: Floats
     """[m] fp32: mean of the upcycled domains' unit vectors; zeros when `router.centre` is off."""
     projections: list[State] | Projections = field(default_factory=list)
-    """State of `Projection` for each layer, fp32; empty for a linear router."""
+    """P of each layer; empty for a linear router."""
 
-    def domain_inputs(self) -> Tensor:
+    def domain_inputs(self) -> Floats:
         """Return what P reads of the experts' domains, [n, m] fp32; see `inputs_of`."""
         return self.inputs_of(self.vectors)
 
-    def inputs_of(self, vectors: Tensor) -> Tensor:
+    def inputs_of(self, vectors: Floats) -> Floats:
         """Return what P reads of raw embeddings [.., m]: as they are where centring is off."""
         return condition(vectors, self.centre) if self.router.centre else vectors
 
@@ -95,22 +99,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _on_disk(state: Mapping[str, Tensor], layer: int | None = None) -> Iterator[Named]:
-    """Yield the tensors of a layer's P, or of no layer, under their names on disk."""
-    lead = "" if layer is None else f"layers.{layer}."
-    for name, tensor in state.items():
-        # fp32 whatever the model is in: its rows are recomputed from these
-        full = tensor.detach().float()
-        yield lead + name, full.cpu().contiguous()
-
-
-def _sidecar_tensors(sidecar: Sidecar) -> Iterator[Named]:
-    """Yield the sidecar's tensors under their names on disk, one layer's at a time."""
-    yield from _on_disk({"vectors": sidecar.vectors, "centre": sidecar.centre})
-    for layer, state in enumerate(sidecar.projections):
-        yield from _on_disk(state, layer)
-
-
 def _fail(where: Path, what: str) -> NoReturn:
     raise CheckpointError(
         f"{where}: {what}; the sidecar is damaged or of another model, "
@@ -118,30 +106,11 @@ def _fail(where: Path, what: str) -> NoReturn:
     )
 
 
-def _check_finite(named: Iterable[Named], where: Path) -> Planned:
-    """Return dtypes and shapes of tensors; CheckpointError for one that holds no numbers."""
-    plan: Planned = {}
-    for name, tensor in named:
-        plan[name] = "F32", tuple(tensor.shape)
-        # one that is not finite leaves no sum finite, and counting takes twenty times as long
-        if math.isfinite(float(tensor.sum())):
-            continue
-        odd = tensor.numel() - int(torch.isfinite(tensor).sum())
-        if odd:
-            _fail(where, f"{name} holds {odd} values that are not finite")
-    return plan
-
-
-@one_thread()
-def check_sidecar(sidecar: Sidecar, where: Path) -> Planned:
-    """Return dtype and shape of each tensor on disk; each layer's P is looked at once.
-
-    Raises:
-        CheckpointError: the parts of a sidecar contradict each other.
-    """
+def _check_parts(sidecar: Sidecar, where: Path) -> None:
+    """Raise CheckpointError where the parts of a sidecar contradict each other."""
     experts = len(sidecar.experts)
     names = [expert.name for expert in sidecar.experts]
-    shape = tuple(sidecar.vectors.shape)
+    shape = sidecar.vectors.shape
     encoder = sidecar.encoder
     router = sidecar.router
     if len(shape) != 2 or shape[0] != experts or not experts:
@@ -149,34 +118,89 @@ def check_sidecar(sidecar: Sidecar, where: Path) -> Planned:
     if len(set(names)) != experts:
         _fail(where, f"the experts' names {names} are not all different")
     if sidecar.centre.shape != shape[1:]:
-        _fail(where, f"centre of shape {tuple(sidecar.centre.shape)}, embeddings {shape}")
+        _fail(where, f"centre of shape {sidecar.centre.shape}, embeddings {shape}")
     if encoder and encoder.dimension != shape[1]:
         _fail(where, f"encoder of dimension {encoder.dimension}, embeddings {shape}")
     if sidecar.shared_expert not in ("seed", "none"):
         _fail(where, f"shared_expert is {sidecar.shared_expert!r}, expected seed or none")
     if bool(sidecar.projections) != (router.kind == "nexus"):
         _fail(where, f"a {router.kind} router with {len(sidecar.projections)} projections")
-    own = {"vectors": sidecar.vectors, "centre": sidecar.centre}
-    plan = _check_finite(_on_disk(own), where)
+
+
+def form_of(sidecar: Sidecar, layer: int, state: State, where: Path = Path(SIDECAR)) -> Shapes:
+    """Return the shapes of P's weights; CheckpointError where one layer's are of another form."""
+    router = sidecar.router
+    width = sidecar.vectors.shape[1]
+    found = {name: weight.shape for name, weight in state.items()}
+    maps = maps_of(router)
+    last = found.get(last_map(router), ())
+    # Before a name is made for each: nexus.json may say any number.
+    there = sum(name.startswith("maps.") for name in state)
+    if there == maps > 0 and len(last) == 2 and router.projection in WIDENING:
+        expected = shapes_of(router, width, last[0])
+        if found == expected:
+            return expected
+    raise CheckpointError(
+        f"{where}: P of layer {layer} has the weights {found}, which is not the form "
+        f"{dataclasses.asdict(router)} on embeddings of dimension {width}; "
+        "the sidecar is damaged"
+    )
+
+
+def _checked(sidecar: Sidecar, where: Path) -> Iterator[tuple[str, Floats]]:
+    """Yield all numbers under their names on disk, looked at, one layer's P at a time."""
+    named = {"vectors": sidecar.vectors, "centre": sidecar.centre}
+    yield from _finite(named, where)
     for layer, state in enumerate(sidecar.projections):
-        plan |= _check_finite(_on_disk(state, layer), where)
-        _loaded(sidecar, layer, state, where)
-    return plan
+        ordered = {own: state[own] for own in form_of(sidecar, layer, state, where)}
+        yield from _finite(ordered, where, f"layers.{layer}.")
+
+
+def _finite(state: State, where: Path, lead: str = "") -> Iterator[tuple[str, Floats]]:
+    for own, values in state.items():
+        # one that is not finite leaves no sum finite, and counting takes twenty times as long
+        with np.errstate(all="ignore"):
+            sound = math.isfinite(float(values.sum()))
+        odd = 0 if sound else values.size - int(np.isfinite(values).sum())
+        if odd:
+            _fail(where, f"{lead}{own} holds {odd} values that are not finite")
+        yield lead + own, values
+
+
+def check_sidecar(sidecar: Sidecar, where: Path) -> None:
+    """Raise CheckpointError where the parts of a sidecar contradict each other, or hold what is no
+    number; each layer's P is looked at once."""
+    _check_parts(sidecar, where)
+    for _ in _checked(sidecar, where):
+        pass
+
+
+def _plan(sidecar: Sidecar, where: Path) -> Plan:
+    """Return what the router's file will hold; P of the first layer tells the sizes of all."""
+    shapes: Shapes = {"vectors": sidecar.vectors.shape, "centre": sidecar.centre.shape}
+    layers = len(sidecar.projections)
+    form = form_of(sidecar, 0, sidecar.projections[0], where) if layers else {}
+    for layer in range(layers):
+        shapes |= {f"layers.{layer}.{own}": shape for own, shape in form.items()}
+    # fp32 whatever the model is in: its rows are recomputed from these
+    return {name: ("F32", shape) for name, shape in shapes.items()}
 
 
 def write_sidecar(directory: Path, sidecar: Sidecar) -> None:
     """Write or replace the sidecar's two files; CheckpointError if its parts contradict others."""
     directory = Path(directory)
-    plan = check_sidecar(sidecar, directory)
+    _check_parts(sidecar, directory)
+    plan = _plan(sidecar, directory)
     with new_file(directory / ROUTER, overwrite=True) as temporary:
-        write_planned(temporary, plan, _sidecar_tensors(sidecar))
+        named = _checked(sidecar, directory)
+        write_file(temporary, plan, ((name, encoded(x, "F32").data) for name, x in named))
     # not a second one, which might be of another training
     (directory / ROUTER_BEFORE).unlink(missing_ok=True)
     # nexus.json comes last: it is what makes a directory a Nexus checkpoint.
     write_json(directory / SIDECAR, manifest_json(sidecar))
 
 
-def _projections(reader: TensorReader) -> Projections:
+def _projections(reader: Headers) -> Projections:
     """Return the states of all layers' projections, each read when it is asked for."""
     layers: dict[int, dict[str, str]] = {}
     for name in reader.names():
@@ -191,7 +215,7 @@ def _projections(reader: TensorReader) -> Projections:
         )
 
     def read(layer: int) -> State:
-        return {own: reader.read(name) for own, name in layers[layer].items()}
+        return {own: read_floats(reader, name) for own, name in layers[layer].items()}
 
     return Projections(len(layers), read)
 
@@ -204,11 +228,11 @@ def read_sidecar(directory: Path) -> Sidecar:
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
-    reader = TensorReader.of_file(directory, router_name(directory))
+    reader = Headers.of_file(directory, router_name(directory))
     sidecar = Sidecar(
         **vars(manifest),
-        vectors=reader.read("vectors"),
-        centre=reader.read("centre"),
+        vectors=read_floats(reader, "vectors"),
+        centre=read_floats(reader, "centre"),
         projections=_projections(reader),
     )
     check_sidecar(sidecar, directory)
@@ -225,9 +249,9 @@ def _check_against_config(directory: Path, sidecar: Sidecar) -> None:
     }
     # A linear router's sidecar knows nothing of layers and their width.
     if sidecar.projections:
-        last_map = load_projection(sidecar, 0).maps[-1]
+        shapes = form_of(sidecar, 0, sidecar.projections[0], directory)
         pairs["num_hidden_layers"] = len(sidecar.projections)
-        pairs["hidden_size"] = last_map.out_features
+        pairs["hidden_size"] = shapes[last_map(sidecar.router)][0]
     reads_context = sidecar.router.input == "context"
     known = config.get("model_type")
     form = known if known in MIXTURES and known != CONTEXT_MODEL else "qwen2_moe"
@@ -267,66 +291,19 @@ def _add_samples(digest: hashlib._Hash, path: Path) -> None:
             digest.update(file.read(SAMPLE_BYTES))
 
 
-def new_projection(router: RouterRecord, embedding_size: int, hidden_size: int) -> Projection:
-    """Return an untrained P of a recorded form, from embeddings [.., m] to rows [.., h]."""
-    return Projection(
-        embedding_size,
-        hidden_size,
-        router.depth,
-        router.width,
-        router.projection,
-        router.row_norm,
-    )
-
-
-def load_projection(sidecar: Sidecar, layer: int, where: Path = Path(SIDECAR)) -> Projection:
-    """Return P of one layer in fp32; CheckpointError if its weights are of another form."""
-    return _loaded(sidecar, layer, sidecar.projections[layer], where)
-
-
-def _loaded(sidecar: Sidecar, layer: int, stored: State, where: Path) -> Projection:
-    """Return P of one layer with the weights `stored`; see `load_projection`."""
-    router = sidecar.router
-    # copies: whoever changes the module does not change the sidecar
-    state = {name: tensor.to(torch.float32, copy=True) for name, tensor in stored.items()}
-    width = sidecar.vectors.shape[1]
-    maps = 1 if router.projection == "linear" else router.depth
-    last = state.get(f"maps.{maps - 1}.weight")
-    # Without a last map any size will do: what is there won't fit.
-    hidden = last.shape[0] if last is not None and last.ndim == 2 else 1
-    try:
-        # Before anything of that size is built.
-        largest = max((size for tensor in state.values() for size in tensor.shape), default=0)
-        if maps != sum(name.startswith("maps.") for name in state) or router.width > largest:
-            raise ConfigError(f"{maps} maps of width {router.width}")
-        # of no memory, and nothing is drawn, until it gets these
-        with torch.device("meta"):
-            projection = new_projection(router, width, hidden)
-        projection.load_state_dict(state, assign=True)
-    # torch's own word for weights that don't fit
-    except (RuntimeError, ConfigError) as error:
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        raise CheckpointError(
-            f"{where}: P of layer {layer} has the weights {shapes}, which is not the form "
-            f"{dataclasses.asdict(router)} on embeddings of dimension {width}; "
-            "the sidecar is damaged"
-        ) from error
-    return projection
-
-
-@one_thread()
-def expert_embeddings(sidecar: Sidecar, layer: int, dtype: torch.dtype) -> Tensor:
-    """Return what P(D) gives one layer of a model of `dtype`, [n, h] (paper section 3).
+def rows_of(sidecar: Sidecar, layer: int, dtype: str) -> Floats:
+    """Return what P(D) gives one layer of a model of `dtype` (F32 | BF16), [n, h] (paper section
+    3); fp32 numbers that the dtype has.
 
     Raises:
-        CheckpointError: the router is linear: its expert embeddings are in the model file alone.
+        CheckpointError: the router is linear: its expert embeddings are in the model file alone; or
+            P is of another form than the sidecar says.
     """
     if sidecar.router.kind != "nexus":
-        raise CheckpointError(
-            "a linear router has free rows; they are in the model file, not in the sidecar"
-        )
-    projection = load_projection(sidecar, layer)
-    return expert_embeddings_in(projection, sidecar.domain_inputs(), dtype)
+        raise CheckpointError(FREE_ROWS)
+    state = sidecar.projections[layer]
+    form_of(sidecar, layer, state)
+    return rows_in(sidecar.router, state, sidecar.domain_inputs(), dtype)
 
 
 def verify_expert_embeddings(directory: Path) -> None:
@@ -338,26 +315,20 @@ def verify_expert_embeddings(directory: Path) -> None:
         CheckpointError: those of a layer differ, or the checkpoint is damaged.
     """
     _, headers = open_moe(directory)
-    check_rows_of(read_sidecar(directory), TensorReader.of(headers))
+    check_rows_of(read_sidecar(directory), headers)
 
 
-@one_thread()
-def check_rows_of(sidecar: Sidecar, reader: TensorReader) -> None:
+def check_rows_of(sidecar: Sidecar, reader: Headers) -> None:
     """Check a model's stored expert embeddings; see `verify_expert_embeddings`."""
     for layer in range(len(sidecar.projections)):
         name = gate_name(layer)
-        stored = reader.read(name)
-        tolerance = EMBEDDING_TOLERANCE[stored.dtype]
-        expected = expert_embeddings(sidecar, layer, stored.dtype).float()
-        # rows of zeros, as a P of zeros gives them, have no relative error
-        scale = expected.abs().max().clamp_min(1e-30)
-        largest = (stored.float() - expected).abs().max()
-        difference = float(largest / scale)
+        dtype = reader.info(name).dtype
+        difference = relative_difference(read_values(reader, name), rows_of(sidecar, layer, dtype))
         # "not <=" is true of NaN as well.
-        if not difference <= tolerance:
+        if not difference <= TOLERANCE[dtype]:
             raise CheckpointError(
                 f"{reader.directory}: {name} differs from P(D) of {ROUTER} by "
                 f"{difference:.1e} of its largest entry, expected at most "
-                f"{tolerance:.1e}; model and sidecar are not "
+                f"{TOLERANCE[dtype]:.1e}; model and sidecar are not "
                 f"of one training, restore both from the same checkpoint; {ADOPT}"
             )

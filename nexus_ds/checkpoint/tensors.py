@@ -7,24 +7,23 @@ Not covered: big-endian machines, packed 4- and 6-bit types, two writers of one 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from nexus_ds.checkpoint.adapters import MergedReader
 from nexus_ds.checkpoint.headers import (
     Headers,
-    Plan,
     TensorInfo,
-    header_of,
     tensor_bytes,
 )
-from nexus_ds.checkpoint.new_files import METADATA, NewFiles
+from nexus_ds.checkpoint.new_files import NewFiles, write_file
 from nexus_ds.checkpoint.qwen3_5 import Reordered
 from nexus_ds.checkpoint.qwen3_next_headers import SourceHeaders
 from nexus_ds.checkpoint.views import ViewReader
 from nexus_ds.errors import CheckpointError
-from nexus_ds.outputs import create, write_at
+from nexus_ds.outputs import write_at
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -55,18 +54,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     plan = {}
     for name, tensor in tensors.items():
         plan[name] = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
-    write_planned(path, plan, tensors.items())
-
-
-def write_planned(path: Path, plan: Plan, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Write one safetensors file over `path`, a tensor at a time, in the order of its plan."""
-    lead, _ = header_of(plan, METADATA)
-    with create(path) as stream:
-        stream.write(lead)
-        for (name, tensor), planned in zip(tensors, plan.items(), strict=True):
-            found = name, (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
-            assert found == planned, f"{found}, planned was {planned}"
-            stream.write(bytes_of(tensor))
+    write_file(path, plan, ((name, bytes_of(tensor)) for name, tensor in tensors.items()))
 
 
 class TensorReader(Headers):
@@ -78,13 +66,7 @@ class TensorReader(Headers):
         if isinstance(headers, TensorReader):
             return headers
         # one that translates what it reads goes on doing so
-        kind = cls
-        if isinstance(headers, ViewReader):
-            kind = ViewedTensors
-        elif isinstance(headers, SourceHeaders):
-            kind = SourceTensors
-        elif isinstance(headers, Reordered):
-            kind = ReorderedTensors
+        kind = KINDS[type(headers)]
         reader = kind.__new__(kind)
         vars(reader).update(vars(headers))
         return reader
@@ -141,6 +123,19 @@ class SourceTensors(TensorReader, SourceHeaders):
 
 class ReorderedTensors(TensorReader, Reordered):
     """The tensors of a Qwen3.5 out of a Qwen3-Next, as torch has them."""
+
+
+class MergedTensors(TensorReader, MergedReader):
+    """The tensors of a base with an adapter, as torch has them."""
+
+
+KINDS: dict[type[Headers], type[TensorReader]] = {
+    Headers: TensorReader,
+    ViewReader: ViewedTensors,
+    SourceHeaders: SourceTensors,
+    Reordered: ReorderedTensors,
+    MergedReader: MergedTensors,
+}
 
 
 class TensorWriter(NewFiles):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nexus_ds.checkpoint.arithmetic import Floats
 from nexus_ds.checkpoint.headers import Headers, TensorInfo
 from nexus_ds.errors import CheckpointError
 
@@ -87,6 +88,11 @@ def read_values(reader: Headers, name: str) -> np.ndarray:
     info = _floats(reader, name)
     data = reader.items(name, 0, math.prod(info.shape))
     return decoded(data, info.dtype).reshape(info.shape)
+
+
+def read_floats(reader: Headers, name: str) -> Floats:
+    """Return a whole tensor in its shape as fp32."""
+    return np.asarray(read_values(reader, name), np.float32)
 
 
 def read_rows(reader: Headers, name: str, start: int, stop: int) -> np.ndarray:

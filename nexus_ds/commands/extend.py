@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from nexus_ds.checkpoint.cards import DomainCard
     from nexus_ds.upcycling.new_checkpoint import NewModel
 
-# evaluation/ and upcycling/ import torch: functions below import them, so that `extend --help`
-# waits for nothing.
+# evaluation/ imports torch, and upcycling/ numpy: functions below import them, so that
+# `extend --help` waits for nothing.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -179,7 +179,6 @@ def run(args: argparse.Namespace) -> int:
         ConfigError, DataError: options, recipe, domain embeddings or text.
         OutputExistsError: --out is taken. In all cases --out is not made.
     """
-    from nexus_ds.evaluation.before_after import BeforeAfter, chosen
     from nexus_ds.upcycling.blend import parse_experts
 
     out = Path(args.out)
@@ -203,6 +202,8 @@ def run(args: argparse.Namespace) -> int:
     scored = None
     checkpoint = Path(args.checkpoint)
     if scores:
+        from nexus_ds.evaluation.before_after import BeforeAfter, chosen
+
         # the old model is scored first: text that can't be read is told before anything is written
         domains = chosen(args.scored, checkpoint, model.domains_of(experts))
         read = config.data

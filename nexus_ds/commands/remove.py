@@ -57,8 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the smaller mixture; score it beside the larger one, or say how."""
-    # not at the top: both import torch, for which `remove --help` doesn't wait
-    from nexus_ds.evaluation.before_after import BeforeAfter, chosen
+    # not at the top: `remove --help` doesn't wait for numpy
     from nexus_ds.upcycling.remove import reduced
 
     limit = before_after.parse_limit(args.limit)
@@ -66,9 +65,12 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--fail-if-worse needs --data DIR, the text to judge by")
     refuse_existing(args.out)
     model = reduced(args.checkpoint, args.expert)
-    domains = chosen(args.scored, args.checkpoint, [])
     scored = None
     if args.data:
+        # it imports torch, for which nothing else here waits
+        from nexus_ds.evaluation.before_after import BeforeAfter, chosen
+
+        domains = chosen(args.scored, args.checkpoint, [])
         # the old model is scored first: text that can't be read is told before anything is written
         bos = not args.no_bos
         scored = BeforeAfter(args.checkpoint, args.data, domains, args.windows, bos, args.chat)

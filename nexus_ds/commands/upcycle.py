@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         ConfigError, DataError: options, recipe, domain embeddings or text.
         OutputExistsError: --out is taken. In all cases --out is not made.
     """
-    # not at the top: they import torch, for which `upcycle --help` doesn't wait
+    # not at the top: `upcycle --help` doesn't wait for numpy
     from nexus_ds.checkpoint.cards import Packages, embeddings_for
     from nexus_ds.data.token_counts import count_tokens
     from nexus_ds.upcycling.blend import parse_experts

@@ -37,6 +37,7 @@ from nexus_ds.checkpoint.pieces import (
     planned_way,
     warn_of_time,
 )
+from nexus_ds.checkpoint.projection_module import domain_inputs
 from nexus_ds.checkpoint.qwen2_moe import gate_name
 from nexus_ds.checkpoint.qwen3_next import open_reader
 from nexus_ds.checkpoint.records import is_nexus
@@ -405,8 +406,8 @@ def cosines(directory: Path) -> Cosines:
     embeddings = inputs = None
     if is_nexus(directory):
         sidecar = read_sidecar(directory)
-        embeddings = cosine_matrix(sidecar.vectors)
-        inputs = cosine_matrix(sidecar.domain_inputs())
+        embeddings = cosine_matrix(torch.from_numpy(sidecar.vectors))
+        inputs = cosine_matrix(domain_inputs(sidecar))
     centred = [weight_EH - weight_EH.mean(0) for weight_EH in weights]
     names, _ = expert_names(directory, len(weights[0]))
     return Cosines(

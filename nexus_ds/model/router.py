@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from nexus_ds.errors import ConfigError
 
-NORMAL = 0.02  # standard deviation of transformers' default initialisation
 SATURATED = 0.95  # mean top-1 probability above which a router hardly learns any more
 
 
@@ -136,101 +135,6 @@ class Projection(nn.Module):
 def unit(vectors: Tensor) -> Tensor:
     """Return `vectors` [..., M] scaled to length one."""
     return F.normalize(vectors, dim=-1)
-
-
-def centre_of(vectors_EM: Tensor) -> Tensor:
-    """Return the mean [M] of the unit vectors of the upcycled domains.
-
-    It is stored, and subtracted from every later domain too: else an extension would change what P
-    reads of the old ones. Zeros for a single vector: it would be its own mean, and nothing would be
-    left of it.
-    """
-    mean_M = unit(vectors_EM.float()).mean(0)
-    return mean_M if len(vectors_EM) > 1 else torch.zeros_like(mean_M)
-
-
-def condition(vectors_EM: Tensor, centre_M: Tensor) -> Tensor:
-    """Return what P reads: normalised, centred, normalised again; fp32 [E, M]."""
-    return unit(unit(vectors_EM.float()) - centre_M.float())
-
-
-def centred_norm(embeddings_EH: Tensor) -> Tensor:
-    """Return the mean distance of expert embeddings from their mean (from zero for a single one).
-
-    The mean itself adds the same to all logits of a token, which softmax does not see.
-    """
-    if len(embeddings_EH) > 1:
-        embeddings_EH = embeddings_EH - embeddings_EH.mean(0)
-    return embeddings_EH.norm(dim=-1).mean()
-
-
-@torch.no_grad()
-def init_projection(
-    projection: Projection,
-    embeddings_EM: Tensor,
-    init: str,
-    init_norm: float,
-    generator: torch.Generator,
-) -> None:
-    """Fill P in place.
-
-    balanced: every map keeps unit variance, then the expert embeddings are scaled so that centred
-    ones have mean norm `init_norm`. Hidden states are RMS-normed, so the spread of the logits over
-    experts starts at about `init_norm`: neither saturated nor dead whatever the embedding's width.
-    normal: N(0, 0.02) everywhere (the paper names no scale).
-    """
-    if init == "normal":
-        for linear in projection.maps:
-            linear.weight.normal_(0.0, NORMAL, generator=generator)
-        return
-    length = float(embeddings_EM.float().norm(dim=-1).mean())
-    length = length if length > 1e-6 else 1.0
-    for index, linear in enumerate(projection.maps):
-        fan_in = linear.weight.shape[1]
-        # Norm of the map's input: as given for the first, of unit variance for the others.
-        scale = length if index == 0 else math.sqrt(fan_in)
-        linear.weight.normal_(0.0, 1 / scale, generator=generator)
-    norm = centred_norm(projection(embeddings_EM.float()))
-    if norm > 0:
-        projection.scale_output(float(init_norm / norm))
-
-
-@torch.no_grad()
-def init_expert_embeddings(
-    experts: int, hidden_size: int, init: str, init_norm: float, generator: torch.Generator
-) -> Tensor:
-    """Return free expert embeddings [E, H] of a linear router.
-
-    normal: N(0, 0.02); balanced: scaled as a balanced projection's.
-    """
-    embeddings_EH = torch.empty(experts, hidden_size)
-    embeddings_EH.normal_(0.0, NORMAL, generator=generator)
-    if init == "normal":
-        return embeddings_EH
-    return embeddings_EH * (init_norm / centred_norm(embeddings_EH))
-
-
-@torch.no_grad()
-def domain_expert_embeddings(
-    inputs_EM: Tensor, hidden_size: int, layer: int, norm: float
-) -> Tensor:
-    """Return free expert embeddings [E, H] that are the domain embeddings (FlexOlmo's way).
-
-    Where M is not H, a random matrix puts them to that width: the same one at every extension of a
-    layer, so it follows from M and the layer alone.
-
-    Args:
-        inputs_EM: conditioned domain embeddings.
-        hidden_size: H.
-        layer: number of the layer.
-        norm: mean norm of the result.
-    """
-    embeddings_EH = inputs_EM.float()
-    width = inputs_EM.shape[1]
-    if width != hidden_size:
-        map_MH = torch.randn(width, hidden_size, generator=layer_generator(width, layer))
-        embeddings_EH = embeddings_EH @ map_MH
-    return embeddings_EH * (norm / embeddings_EH.norm(dim=-1).mean())
 
 
 def layer_generator(seed: int, layer: int) -> torch.Generator:

@@ -33,6 +33,7 @@ from nexus_ds.checkpoint.model_card import (
     stated_license,
     write_model_card,
 )
+from nexus_ds.checkpoint.projection_module import expert_embeddings, state_of
 from nexus_ds.checkpoint.qwen2_moe import (
     Stored,
     expert_name,
@@ -47,7 +48,6 @@ from nexus_ds.checkpoint.qwen3_next import open_writer
 from nexus_ds.checkpoint.records import TrainStep, portable
 from nexus_ds.checkpoint.sidecar import (
     Sidecar,
-    expert_embeddings,
     read_sidecar,
     versions,
     write_sidecar,
@@ -161,9 +161,9 @@ def _write_router(
     else:
         named = list(layer.router.projection.named_parameters())
         # the optimizer's fp32 masters, not the working weights: readers compute rows from these
-        sidecar.projections[index] = {
-            name: internals.full_fp32(parameter) for name, parameter in named
-        }
+        sidecar.projections[index] = state_of(
+            {name: internals.full_fp32(parameter) for name, parameter in named}
+        )
         write(gate_name(index), expert_embeddings(sidecar, index, dtype))
 
 

@@ -37,10 +37,11 @@ from nexus_ds.checkpoint.file_layout import repeated
 from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.loading import LOAD_ERRORS
 from nexus_ds.checkpoint.needs import PROBE_TOKENS
+from nexus_ds.checkpoint.projection_module import domain_inputs, expert_embeddings
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, gate_name
 from nexus_ds.checkpoint.qwen3_next import open_reader
 from nexus_ds.checkpoint.records import is_nexus
-from nexus_ds.checkpoint.sidecar import Sidecar, expert_embeddings, read_sidecar
+from nexus_ds.checkpoint.sidecar import Sidecar, read_sidecar
 from nexus_ds.checkpoint.streaming import LAYERS, streamed_model
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.errors import CheckpointError
@@ -179,8 +180,8 @@ def _sidecar_hashes(sidecar: Sidecar, dtype: torch.dtype) -> Iterator[tuple[str,
     """Yield hashes of what routers are made of, as a model of `dtype` reads it."""
     for layer, projection in enumerate(sidecar.projections):
         for part, weight in projection.items():
-            yield _projection_name(layer, part), _hash(weight, dtype)
-        yield f"{INPUTS}, layer {layer}", _hash(sidecar.domain_inputs(), dtype)
+            yield _projection_name(layer, part), _hash(torch.from_numpy(weight), dtype)
+        yield f"{INPUTS}, layer {layer}", _hash(domain_inputs(sidecar), dtype)
 
 
 def check_written(directory: Path, dtype: torch.dtype, held: Mapping[str, str]) -> None:

@@ -17,15 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from nexus_ds.checkpoint.arithmetic import Floats
 from nexus_ds.checkpoint.config_json import ConfigJson, read_config, read_generation_config
 from nexus_ds.checkpoint.dense import as_stored
 from nexus_ds.checkpoint.dense_settings import filled, settings
+from nexus_ds.checkpoint.expert_rows import TOLERANCE
 from nexus_ds.checkpoint.families.record import PRE_NORMS, DenseSettings
 from nexus_ds.checkpoint.forms import QWEN3_NEXT, SOURCE, reordered
 from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.problems import Problems
+from nexus_ds.checkpoint.projection_module import domain_inputs, load_projection, state_of
+from nexus_ds.checkpoint.projections import State
 from nexus_ds.checkpoint.qwen2_moe import (
     SHARED_GATE_FILL,
     TRAINED_GATE,
@@ -40,15 +43,15 @@ from nexus_ds.checkpoint.qwen2_moe import (
 from nexus_ds.checkpoint.qwen3_next_headers import as_dense, head_is_tied
 from nexus_ds.checkpoint.records import AdoptStep, portable
 from nexus_ds.checkpoint.relation import relation
-from nexus_ds.checkpoint.sidecar import EMBEDDING_TOLERANCE, Sidecar, load_projection, versions
+from nexus_ds.checkpoint.sidecar import Sidecar, rows_of, versions
 from nexus_ds.checkpoint.tensors import DTYPES, TensorReader
 from nexus_ds.checkpoint.tokenizer import check_tokenizer
 from nexus_ds.checkpoint.vocabulary import read_vocabulary
 from nexus_ds.errors import CheckpointError, IncompatibleModelsError
 from nexus_ds.model.refit import Refit, refit
-from nexus_ds.upcycling.blend import Source
 from nexus_ds.upcycling.compatible import attention_names, check_alike
 from nexus_ds.upcycling.new_checkpoint import NewModel, OldModel, as_written, copy_of, open_old
+from nexus_ds.upcycling.sources import Source
 
 BEFORE_FFN = ("pre_feedforward_layernorm", PRE_NORMS[1], PRE_NORMS[0])
 """Norms of which the first that a layer has stands before its FFN: Gemma's second is behind its
@@ -261,18 +264,22 @@ def _gate(trained: _Trained, layer: int, shared: bool) -> tuple[float, str]:
 def _refit(trained: _Trained, sidecar: Sidecar, layer: int) -> Refit:
     rows_EH = trained.reader.read(gate_name(layer))
     projection = load_projection(sidecar, layer)
-    tolerance = EMBEDDING_TOLERANCE[rows_EH.dtype]
-    return refit(projection, sidecar.domain_inputs(), rows_EH, tolerance)
+    # as upcycling computes them, which torch may round otherwise: the router was frozen
+    own_EH = torch.from_numpy(rows_of(sidecar, layer, trained.dtype))
+    if torch.equal(own_EH, rows_EH.float()):
+        return Refit(projection, rows_EH, 0.0, 0.0, False)
+    tolerance = TOLERANCE[trained.dtype]
+    return refit(projection, domain_inputs(sidecar), rows_EH, tolerance)
 
 
 def _rows(trained: _Trained, found: Refit, layer: int) -> tuple[str, str]:
     """Return what becomes of a layer's rows, and what is wrong with that."""
-    dtype = DTYPES[trained.dtype]
-    if found.error <= EMBEDDING_TOLERANCE[dtype]:
+    tolerance = TOLERANCE[trained.dtype]
+    if found.error <= tolerance:
         return ("shifted" if found.shifted else "kept"), ""
     return "replaced", (
         f"layer {layer}: no P gives the trained rows: the nearest differs by {found.error:.1e} of "
-        f"the largest entry, expected at most {EMBEDDING_TOLERANCE[dtype]:.1e}"
+        f"the largest entry, expected at most {tolerance:.1e}"
     )
 
 
@@ -282,9 +289,9 @@ class _Layers:
 
     reports: list[LayerReport] = dataclasses.field(default_factory=list)
     wrong: list[str] = dataclasses.field(default_factory=list)
-    rows: dict[int, Tensor] = dataclasses.field(default_factory=dict)
-    """Of layers whose rows are not kept, in the model's dtype."""
-    projections: list[dict[str, Tensor]] = dataclasses.field(default_factory=list)
+    rows: dict[int, Floats] = dataclasses.field(default_factory=dict)
+    """Of layers whose rows are not kept; fp32 numbers that the model's dtype has."""
+    projections: list[State] = dataclasses.field(default_factory=list)
 
 
 def _look(trained: _Trained, sidecar: Sidecar) -> _Layers:
@@ -301,8 +308,8 @@ def _look(trained: _Trained, sidecar: Sidecar) -> _Layers:
         found.wrong += [said] if said else []
         # kept rows stay bit for bit: P(D) may differ from them in the last place
         if rows != "kept":
-            found.rows[layer] = own.rows_EH
-        found.projections.append(own.projection.state_dict())
+            found.rows[layer] = own.rows_EH.detach().float().numpy()
+        found.projections.append(state_of(own.projection.state_dict()))
         report = LayerReport(
             own.error,
             own.moved,
@@ -387,7 +394,7 @@ def _refusal(directory: Path, wrong: Sequence[str]) -> str:
 def _tensors(target: ConfigJson, trained: _Trained, found: _Layers) -> dict[str, Source]:
     def source(name: str, entry: Stored) -> Source:
         if entry.role is Role.SHARED_GATE:
-            return torch.full(entry.shape, SHARED_GATE_FILL)
+            return float(SHARED_GATE_FILL)
         if entry.role is Role.ROUTER and entry.layer in found.rows:
             return found.rows[entry.layer]
         return copy_of(trained.reader, name, entry)

@@ -12,16 +12,11 @@ from pathlib import Path
 
 from nexus_ds.checkpoint.dense import DenseModel, open_dense
 from nexus_ds.checkpoint.dense_settings import both_ropes
-from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.errors import IncompatibleModelsError
 from nexus_ds.outputs import new_directory, write_json
-from nexus_ds.upcycling.blend import (
-    Part,
-    Source,
-    mean_of,
-    write_tensors,
-)
+from nexus_ds.upcycling.blend import write_tensors
+from nexus_ds.upcycling.sources import Part, Source, mean_of
 
 
 def average_dense(models: Sequence[Path], out: Path) -> None:
@@ -43,7 +38,7 @@ def average_dense(models: Sequence[Path], out: Path) -> None:
     infos = {name: first.reader.info(name) for name in names}
     plan = {name: (info.dtype, info.shape) for name, info in infos.items()}
     # where weights are bad, messages name the model by its folder
-    readers = [(f"model {model.directory.name}", TensorReader.of(model.reader)) for model in opened]
+    readers = [(f"model {model.directory.name}", model.reader) for model in opened]
     tensors: dict[str, Source] = {}
     for name in plan:
         parts = [Part(who, reader, name) for who, reader in readers]

@@ -1,8 +1,8 @@
 """Putting models together: what all of upcycling shares. Checks first, then one pass of writing.
 
 Every tensor of the output is a `Blend` (a weighted sum of stored tensors, in fp32; a single one is
-copied exactly) or is given (expert embeddings). `write_tensors` reads and writes slices of rows, so
-memory does not grow with the model.
+copied exactly) or is given (expert embeddings). `write_tensors` reads and writes blocks, so memory
+does not grow with the model; without torch, but for forms that translate weights (`translated`).
 Not covered: aligning models of different bases (permutations, other vocabularies); which rules
 there are (`merge`).
 """
@@ -10,18 +10,19 @@ there are (`merge`).
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import (
     Iterable,
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from nexus_ds.checkpoint import assembly
+from nexus_ds.checkpoint.arithmetic import Floats
 from nexus_ds.checkpoint.cards import (
     DomainCard,
     check_card,
@@ -29,11 +30,12 @@ from nexus_ds.checkpoint.cards import (
 )
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel
-from nexus_ds.checkpoint.headers import row_slices, sha256_of_tensors, tensor_bytes, tensor_head
+from nexus_ds.checkpoint.file_layout import in_files, repeated
+from nexus_ds.checkpoint.forms import translated
+from nexus_ds.checkpoint.headers import Headers, tensor_bytes, tensor_head
 from nexus_ds.checkpoint.model_card import stated_license
-from nexus_ds.checkpoint.new_files import Place
+from nexus_ds.checkpoint.new_files import NewFiles, Place
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, planned
-from nexus_ds.checkpoint.qwen3_next import open_writer
 from nexus_ds.checkpoint.records import (
     EncoderRecord,
     ExpertRecord,
@@ -41,64 +43,23 @@ from nexus_ds.checkpoint.records import (
     portable,
     start_scale,
 )
-from nexus_ds.checkpoint.tensors import (
-    DTYPES,
-    TensorReader,
-    TensorWriter,
-)
+from nexus_ds.checkpoint.values import encoded
 from nexus_ds.command_lines import EXPERT_NAME
 from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import CheckpointError, ConfigError
 from nexus_ds.outputs import write_json
 from nexus_ds.progress import Progress
 from nexus_ds.upcycling.compatible import note
+from nexus_ds.upcycling.sources import Blend, Computed, Part, Source, Stack, source_of
 
-
-@dataclass(frozen=True)
-class Part:
-    """One summand of a tensor: `weight` times the tensor `name` of a model."""
-
-    who: str
-    """Names the model in messages."""
-    reader: TensorReader
-    name: str
-    weight: float = 1.0
-    zeros: bool = False
-    """Whether only zeros are right: the shared expert of a mixture without one."""
-
-
-@dataclass(frozen=True)
-class Blend:
-    """sum(weight * tensor) / divisor * scale over the parts, in fp32.
-
-    A lone part of weight 1 is copied as it is, or cast; where `scale` is a power of two, scaling it
-    loses no bit.
-    """
-
-    parts: Sequence[Part]
-    divisor: float = 1.0
-    scale: float = 1.0
-    rule: assembly.Rule | None = None
-    """Another way to merge the parts, instead of the sum; see `checkpoint.assembly`."""
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Rows of one tensor from several blends, below each other."""
-
-    pieces: tuple[tuple[int, int, Blend], ...]
-    """(start, stop, blend): rows [start, stop) come from the blend's rows of these numbers."""
-
-
-Source = Blend | Stack | Tensor
-"""Where a tensor of the output comes from."""
+_COMPUTING = threading.Lock()
 
 
 def expert_start(
     part: Part,
     entry: Stored,
     lineage: list[Step],
-    seed: TensorReader | None,
+    seed: Headers | None,
 ) -> Blend:
     """Return an expert's tensor: its dense model's, scaled as it is stored and as it starts.
 
@@ -120,11 +81,6 @@ def expert_start(
     assert seed is not None
     branch = dataclasses.replace(part, weight=task)
     return Blend([branch, Part("seed", seed, entry.dense_name, 1.0 - task)], scale=scale)
-
-
-def mean_of(parts: Sequence[Part]) -> Blend:
-    """Return the arithmetic mean of tensors (paper section 2.1)."""
-    return Blend(parts, divisor=float(len(parts)))
 
 
 def parse_experts(values: Iterable[str]) -> dict[str, Path]:
@@ -149,15 +105,13 @@ def parse_experts(values: Iterable[str]) -> dict[str, Path]:
     return experts
 
 
-def domain_vectors(embeddings: DomainEmbeddings, names: Iterable[str]) -> Tensor:
+def domain_vectors(embeddings: DomainEmbeddings, names: Iterable[str]) -> Floats:
     """Return the raw domain embeddings [n, m] fp32 of experts.
 
     Raises:
         DataError: a domain that was not embedded; names those that were.
     """
-    # copies: rows of a file are views into all of it
-    vectors = [embeddings.vector(name).copy() for name in names]
-    return torch.stack([torch.from_numpy(vector) for vector in vectors])
+    return np.stack([embeddings.vector(name) for name in names]).astype(np.float32)
 
 
 def encoder_record(embeddings: DomainEmbeddings, names: Iterable[str]) -> EncoderRecord:
@@ -237,136 +191,6 @@ def note_other_seeds(seed: DenseModel, cards: Mapping[str, DomainCard]) -> None:
             )
 
 
-def _check_values(
-    part: Part,
-    bad: int,
-    nonzero: bool,
-) -> None:
-    where = f"{part.who} ({part.reader.directory}): tensor {part.name}"
-    if bad:
-        raise CheckpointError(
-            f"{where} has {bad} values that are NaN or infinite; "
-            "expected finite weights, use a sound state of that model"
-        )
-    # A bias of zeros is how Qwen2 starts; a weight of zeros was never trained or never written.
-    if not nonzero and part.name.endswith(".weight") and not part.zeros:
-        raise CheckpointError(
-            f"{where} has only zeros; expected trained weights, use a sound state of that model"
-        )
-
-
-class _Health:
-    """Counts of what is wrong with one part's values, over all slices."""
-
-    def __init__(self) -> None:
-        self.bad, self.nonzero = 0, False
-
-    def see(self, rows: Tensor) -> None:
-        """Count values of one slice."""
-        finite = int(torch.isfinite(rows).sum())
-        self.bad += rows.numel() - finite
-        self.nonzero = self.nonzero or bool(rows.any())
-
-
-def _blocks(
-    blend: Blend,
-    health: Sequence[_Health],
-    start: int,
-    stop: int,
-) -> tuple[Tensor, assembly.Blocks]:
-    """Return rows [start, stop) of the last part, and those of all as a rule sees them."""
-    blocks = []
-    for part, seen in zip(blend.parts, health, strict=True):
-        rows = part.reader.read_rows(part.name, start, stop)
-        seen.see(rows)
-        # copied: rules write into them
-        flat = rows.float().flatten().clone()
-        blocks.append(flat.numpy())
-    return rows, blocks
-
-
-def _look(blend: Blend, rule: assembly.Rule, shape: tuple[int, ...]) -> None:
-    """Show a rule the whole tensor as often as it asks for."""
-    unseen = [_Health() for _ in blend.parts]
-    for turn in range(rule.looks):
-        for start, stop in row_slices(shape):
-            rows, blocks = _blocks(blend, unseen, start, stop)
-            width = rows[0].numel()
-            rule.look(blocks, start * width, turn)
-
-
-def _blend_rows(
-    blend: Blend,
-    health: Sequence[_Health],
-    start: int,
-    stop: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Return rows [start, stop) of a blend in `dtype`.
-
-    One part's slice is in memory at a time, beside the sum.
-    """
-    if blend.rule:
-        rows, blocks = _blocks(blend, health, start, stop)
-        width = rows[0].numel()
-        merged = blend.rule(blocks, start * width)
-        return torch.from_numpy(merged).reshape(rows.shape).to(dtype)
-    first = blend.parts[0]
-    total = first.reader.read_rows(first.name, start, stop)
-    health[0].see(total)
-    if len(blend.parts) == 1 and first.weight == blend.divisor == 1.0:
-        # a copy never goes through fp32 and back: it keeps every bit
-        return total.mul_(blend.scale).to(dtype)
-    # fp32 whatever the parts are: bf16 would round each summand
-    total = total.float() * first.weight
-    for part, seen in zip(blend.parts[1:], health[1:], strict=True):
-        rows = part.reader.read_rows(part.name, start, stop)
-        seen.see(rows)
-        total += rows.float() * part.weight
-    return (total / blend.divisor * blend.scale).to(dtype)
-
-
-def _write_blend(
-    writer: TensorWriter,
-    name: str,
-    shape: tuple[int, ...],
-    blend: Blend,
-    dtype: torch.dtype,
-    first: int = 0,
-    last: int | None = None,
-) -> None:
-    """Stream rows [first, last) of one tensor, a slice at a time; values are checked on the way."""
-    health = [_Health() for _ in blend.parts]
-    result = _Health()
-    count = (shape[0] if last is None else last) - first
-    if blend.rule:
-        _look(blend, blend.rule, shape)
-    for start, stop in row_slices((count, *shape[1:])):
-        rows = _blend_rows(blend, health, first + start, first + stop, dtype)
-        result.see(rows)
-        writer.write_rows(name, first + start, rows)
-    for part, seen in zip(blend.parts, health, strict=True):
-        _check_values(part, seen.bad, seen.nonzero)
-    # parts that are finite can overflow in the sum, doubled, or in a narrower dtype
-    if result.bad:
-        who = blend.parts[0].who
-        raise CheckpointError(
-            f"{name}: {result.bad} values overflow {dtype}; {who} has weights too large"
-        )
-
-
-def _source(part: Part, rows: tuple[int, int] | None) -> assembly.Source:
-    """Return a summand as the engine reads it, whole or some of its rows."""
-    # A bias of zeros is how Qwen2 starts; a weight of zeros was never trained or never written.
-    zeros = part.zeros or not part.name.endswith(".weight")
-    label = f"{part.who} ({part.reader.directory}): tensor {part.name}"
-    whole = assembly.stored(part.reader, part.name, label, zeros)
-    if rows is None:
-        return whole
-    row = whole.size // part.reader.info(part.name).shape[0]
-    return whole.part(rows[0] * row, rows[1] * row)
-
-
 def _piece(
     name: str,
     blend: Blend,
@@ -374,7 +198,7 @@ def _piece(
     rows: tuple[int, int] | None = None,
 ) -> assembly.Piece:
     """Return how a tensor, or some of its rows, is made of stored ones."""
-    sources = [_source(part, rows) for part in blend.parts]
+    sources = [source_of(part, rows) for part in blend.parts]
     weights = [part.weight for part in blend.parts]
     as_it_is = blend.rule is None and weights == [blend.divisor] == [blend.scale] == [1.0]
     # a copy never goes through fp32 and back: it keeps every bit
@@ -386,14 +210,18 @@ def _piece(
 
 def _pieces(
     name: str,
-    made: Blend | Stack,
-    files: TensorWriter,
+    made: Source,
+    files: NewFiles,
 ) -> list[assembly.Piece]:
     """Return the pieces of one tensor."""
     place = files.place(name)
     if isinstance(made, Blend):
         return [_piece(name, made, place)]
+    if isinstance(made, float):
+        return [assembly.Fill(place, made)]
     dtype, shape = files.plan[name]
+    if not isinstance(made, Stack):
+        return [assembly.Fill(place, partial(_bytes_of, name, made, dtype, shape))]
     row = tensor_bytes(dtype, shape[1:])
     return [
         _piece(name, blend, place.part(start * row, stop * row), (start, stop))
@@ -401,8 +229,21 @@ def _pieces(
     ]
 
 
+def _bytes_of(
+    name: str, given: Computed | Floats, dtype: str, shape: tuple[int, ...]
+) -> memoryview:
+    # one at a time: a layer's P is in memory meanwhile
+    with _COMPUTING:
+        values = given.make() if isinstance(given, Computed) else given
+    if values.shape != tuple(shape):
+        raise CheckpointError(
+            f"tensor {name!r} has shape {values.shape}, planned was {tuple(shape)}"
+        )
+    return encoded(values, dtype).data
+
+
 def _hashed_job(
-    names: Sequence[str], tensors: Mapping[str, Source], files: TensorWriter
+    names: Sequence[str], tensors: Mapping[str, Source], files: NewFiles
 ) -> assembly.Job:
     """Return the making of tensors, whose first sources are hashed as `sha256_of_tensors`."""
     pieces, heads = [], []
@@ -416,7 +257,7 @@ def _hashed_job(
 
 
 def _assembled(
-    files: TensorWriter,
+    files: NewFiles,
     tensors: Mapping[str, Source],
     hashed: Mapping[str, Sequence[str]],
     progress: Progress,
@@ -424,22 +265,14 @@ def _assembled(
     """Write what is made of stored tensors by several threads; return the hashes asked for."""
     jobs = [_hashed_job(names, tensors, files) for names in hashed.values()]
     grouped = {name for names in hashed.values() for name in names}
-    made = {name: each for name, each in tensors.items() if not isinstance(each, Tensor)}
-    for name, each in made.items():
+    for name, each in tensors.items():
         if name not in grouped:
             jobs.append(assembly.Job(_pieces(name, each, files)))
     digests = assembly.assemble(jobs, progress.advance)
-    for name in made:
+    for name in tensors:
         files.wrote(name)
     # those of the hashed ones stand first
     return dict(zip(hashed, digests, strict=False))
-
-
-def _digest(names: Sequence[str], tensors: Mapping[str, Source]) -> str:
-    """Return the hash of the first sources of tensors, by reading them."""
-    blends = [tensors[name] for name in names]
-    parts = [blend.parts[0] for blend in blends if isinstance(blend, Blend)]
-    return sha256_of_tensors(parts[0].reader, [part.name for part in parts])
 
 
 def write_tensors(
@@ -467,32 +300,16 @@ def write_tensors(
         CheckpointError: NaN, infinite or all-zero weights (names model, tensor and count), no
             space, a tensor that `tensors` lacks.
     """
-    # vectors first: a form that translates norms needs them before the matrices behind them
-    order = sorted(plan.items(), key=lambda item: len(item[1][1]) > 1)
     hashed = hashed or {}
-    with (
-        open_writer(directory, plan, config) as writer,
-        Progress(label, len(plan), "tensors") as progress,
-    ):
-        # a form that translates what it is given streams by itself
-        assembling = type(writer) is TensorWriter
-        if assembling:
-            digests = _assembled(writer, tensors, hashed, progress)
-            order = [item for item in order if isinstance(tensors.get(item[0]), Tensor)]
-        for name, (dtype, shape) in order:
-            tensor = tensors.get(name)
-            if isinstance(tensor, Blend):
-                _write_blend(writer, name, shape, tensor, DTYPES[dtype])
-            elif isinstance(tensor, Stack):
-                for start, stop, blend in tensor.pieces:
-                    _write_blend(writer, name, shape, blend, DTYPES[dtype], start, stop)
-            elif tensor is not None:
-                writer.write(name, tensor.to(DTYPES[dtype]))
-            # one that is missing is named by the writer, with the others, as it closes
-            progress.advance()
-    if not assembling:
-        digests = {key: _digest(names, tensors) for key, names in hashed.items()}
-    return digests
+    with Progress(label, len(plan), "tensors") as progress:
+        if translated(config):
+            # it imports torch, for which nobody else waits
+            from nexus_ds.upcycling.translated import write_translated
+
+            return write_translated(directory, plan, tensors, progress, config, hashed)
+        with NewFiles(directory, in_files(plan, config), copies=repeated(config)) as files:
+            # one that is missing is named by the files, with the others, as they close
+            return _assembled(files, tensors, hashed, progress)
 
 
 def write_model(

@@ -12,26 +12,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from nexus_ds.checkpoint.arithmetic import Floats
 from nexus_ds.checkpoint.cards import NO_PACKAGES, Packages
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel, open_dense
 from nexus_ds.checkpoint.dense_settings import settings
+from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, check_shared_gates, gate_name, stored
 from nexus_ds.checkpoint.records import ExtendStep, portable, start_scale
-from nexus_ds.checkpoint.sidecar import Sidecar, expert_embeddings, versions
-from nexus_ds.checkpoint.tensors import TensorReader
+from nexus_ds.checkpoint.sidecar import Sidecar, rows_of, versions
+from nexus_ds.checkpoint.values import read_floats
 from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import CheckpointError, ConfigError, IncompatibleModelsError
-from nexus_ds.model.router import domain_expert_embeddings, init_expert_embeddings, layer_generator
 from nexus_ds.settings import Config
 from nexus_ds.upcycling.blend import (
-    Blend,
-    Part,
-    Source,
     domain_vectors,
     expert_records,
     expert_start,
@@ -46,7 +43,9 @@ from nexus_ds.upcycling.new_checkpoint import (
     copy_of,
     open_old,
 )
+from nexus_ds.upcycling.new_router import domain_rows, free_rows, layer_draws, lengths, normal
 from nexus_ds.upcycling.same_tokenizers import Alignment, by_row
+from nexus_ds.upcycling.sources import Blend, Part, Source
 
 # norm of a new expert embedding relative to the largest old one's
 LARGEST_EMBEDDING = 100.0
@@ -117,7 +116,7 @@ def extended(
         _check_names(old, experts)
     with problems.collected():
         check_encoder(old, embeddings)
-    vectors = torch.empty(0)
+    vectors = np.empty(0, np.float32)
     with problems.collected():
         vectors = domain_vectors(embeddings, experts)
     total = 0.0
@@ -138,7 +137,7 @@ def extended(
     # behind the old ones, whose numbers and rows stay
     places = {name: number for number, name in enumerate(models, start=before)}
 
-    def embeddings_of(layer: int) -> Tensor:
+    def embeddings_of(layer: int) -> Floats:
         rows = _extended_embeddings(mixture.reader, sidecar, layer, config, linear_init)
         check_expert_embeddings(rows, before, layer)
         return rows
@@ -152,7 +151,7 @@ def _extended_sidecar(
     old: Sidecar,
     models: Mapping[str, DenseModel],
     packages: Packages,
-    vectors: Tensor,
+    vectors: Floats,
     step: ExtendStep,
 ) -> Sidecar:
     """Return the new mixture's sidecar; `vectors` are the new domains' embeddings [k, m].
@@ -165,7 +164,7 @@ def _extended_sidecar(
         experts=[*old.experts, *records],
         lineage=[*old.lineage, step],
         versions=versions(),
-        vectors=torch.cat([old.vectors, vectors]),
+        vectors=np.concatenate([old.vectors, vectors]),
     )
 
 
@@ -196,7 +195,7 @@ def open_fitting(
     return models, alignment
 
 
-def seed_of(mixture: OldModel, base: Path | None, waived: Waived) -> TensorReader | None:
+def seed_of(mixture: OldModel, base: Path | None, waived: Waived) -> Headers | None:
     """Return the seed's tensors where experts go further from it than their branches; else None.
 
     Raises:
@@ -216,20 +215,20 @@ def seed_of(mixture: OldModel, base: Path | None, waived: Waived) -> TensorReade
     origin = mixture_origin(mixture.directory, mixture.config, mixture.reader)
     check_branches(origin, models, waived, problems)
     problems.refuse()
-    return TensorReader.of(models["base"].reader)
+    return models["base"].reader
 
 
-def check_expert_embeddings(rows: Tensor, old: int, layer: int) -> None:
+def check_expert_embeddings(rows: Floats, old: int, layer: int) -> None:
     """Raise CheckpointError where rows [n + k, h] after the first `old` dwarf those.
 
     So do rows that are not finite. P has then never learned such input.
     """
-    norms = rows.float().norm(dim=1)
+    norms = lengths(rows)
     largest_old = float(norms[:old].max())
     largest_new = float(norms[old:].max())
     # The 1 lets old rows be all but zero, as those of a router that was hardly trained.
     dwarfed = largest_new > LARGEST_EMBEDDING * largest_old + 1.0
-    if dwarfed or not bool(torch.isfinite(norms).all()):
+    if dwarfed or not bool(np.isfinite(norms).all()):
         raise CheckpointError(
             f"layer {layer}: the rows of the new experts have norms up to {largest_new:.1e}, "
             f"those of the old {largest_old:.1e}; P is no use for these domains: "
@@ -277,7 +276,7 @@ class Branches:
     """lambda, the total share of the models in all that is averaged."""
     alignment: Alignment | None
     """How embeddings are put together where vocabularies may have grown."""
-    seed: TensorReader | None
+    seed: Headers | None
     """Of the mixture; None where its experts start as their branches."""
 
 
@@ -286,7 +285,7 @@ def branched(
     mixture: OldModel,
     branches: Branches,
     sidecar: Sidecar,
-    embeddings: Callable[[int], Tensor],
+    embeddings: Callable[[int], Floats],
     out: Path | None,
 ) -> NewModel:
     """Return a mixture that dense models are put into.
@@ -322,11 +321,11 @@ def _branched_tensors(
     target: ConfigJson,
     mixture: OldModel,
     branches: Branches,
-    embeddings: Callable[[int], Tensor],
+    embeddings: Callable[[int], Floats],
 ) -> dict[str, Source]:
     """Return the tensors of the mixture with the config.json `target`; see `branched`."""
     new = {
-        place: (f"expert {name}", TensorReader.of(branches.models[name].reader))
+        place: (f"expert {name}", branches.models[name].reader)
         for name, place in branches.places.items()
     }
     # it says how experts are scaled
@@ -352,38 +351,37 @@ def _branched_tensors(
 
 
 def _extended_embeddings(
-    reader: TensorReader,
+    reader: Headers,
     sidecar: Sidecar,
     layer: int,
     config: Config,
     linear_init: str,
-) -> Tensor:
+) -> Floats:
     """Return the router's weight [n + k, h] of one layer; `sidecar` is the new one."""
-    stored_rows = reader.read(gate_name(layer))
+    stored_rows = read_floats(reader, gate_name(layer))
     old, hidden_size = stored_rows.shape
     if sidecar.router.kind == "nexus":
         # The old rows as they are stored: recomputing them in a larger matrix product could change
         # the last bit.
-        computed = expert_embeddings(sidecar, layer, stored_rows.dtype)
-        return torch.cat([stored_rows, computed[old:]])
+        computed = rows_of(sidecar, layer, reader.info(gate_name(layer)).dtype)
+        return np.concatenate([stored_rows, computed[old:]])
     router = config.router
     total = len(sidecar.experts)
-    generator = layer_generator(config.seed, layer)
+    draws = layer_draws(config.seed, layer)
     if linear_init == "reset":
-        return init_expert_embeddings(total, hidden_size, router.init, router.init_norm, generator)
+        return free_rows(total, hidden_size, router.init, router.init_norm, draws)
     if router.warm_start == "embedding":
         inputs = sidecar.domain_inputs()
-        fresh = domain_expert_embeddings(inputs, hidden_size, layer, 1.0)[old:]
+        fresh = domain_rows(inputs, hidden_size, layer, 1.0)[old:]
     else:
-        fresh = torch.empty(total - old, hidden_size).normal_(generator=generator)
+        fresh = normal(draws, (total - old, hidden_size), 1.0)
     return _as_long(fresh, stored_rows)
 
 
-def _as_long(fresh: Tensor, stored_rows: Tensor) -> Tensor:
+def _as_long(fresh: Floats, stored_rows: Floats) -> Floats:
     """Return the stored rows [n, h] and behind them fresh ones [k, h] of their mean norm."""
     # As long as the old rows are: scores are products with them, and a longer row would draw tokens
     # by its length alone.
-    norm = stored_rows.float().norm(dim=-1).mean()
-    directions = fresh / fresh.norm(dim=-1, keepdim=True)
-    fresh = (directions * norm).to(stored_rows.dtype)
-    return torch.cat([stored_rows, fresh])
+    norm = lengths(stored_rows).mean()
+    directions = fresh / lengths(fresh)[:, None]
+    return np.concatenate([stored_rows, directions * norm])

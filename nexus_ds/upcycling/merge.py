@@ -19,7 +19,7 @@ from nexus_ds.checkpoint.merging import ByRow, DareTies, Ties
 from nexus_ds.data.token_counts import TokenCounts
 from nexus_ds.errors import ConfigError
 from nexus_ds.settings import Config, ModelConfig
-from nexus_ds.upcycling.blend import Blend, Part
+from nexus_ds.upcycling.sources import Blend, Part
 
 OWN = ("merge", "merge_weights", "merge_density")
 

@@ -11,14 +11,14 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nexus_ds.checkpoint.config_json import ConfigJson, read_generation_config
 from nexus_ds.checkpoint.dense import MODEL_DTYPES, DenseModel
 from nexus_ds.checkpoint.dense_settings import both_ropes, cached_positions
 from nexus_ds.checkpoint.file_layout import in_files
-from nexus_ds.checkpoint.hashes import record_hashes
-from nexus_ds.checkpoint.headers import tensor_bytes
+from nexus_ds.checkpoint.hashes import Hashing
+from nexus_ds.checkpoint.headers import Headers, tensor_bytes
 from nexus_ds.checkpoint.model_card import nexus_card, write_model_card
 from nexus_ds.checkpoint.older_stacks import unlike_transformers_4
 from nexus_ds.checkpoint.qwen2_moe import (
@@ -37,14 +37,16 @@ from nexus_ds.checkpoint.sidecar import (
     read_sidecar,
     write_sidecar,
 )
-from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.outputs import write_json
 from nexus_ds.settings import Config, RouterConfig
-from nexus_ds.upcycling.blend import Blend, Part, Source, write_model
+from nexus_ds.upcycling.blend import write_model
 from nexus_ds.upcycling.same_tokenizers import Alignment
-from nexus_ds.warm_start.fit import fit_router
-from nexus_ds.warm_start.fit_text import FitText, read_fit_text
+from nexus_ds.upcycling.sources import Blend, Part, Source
+from nexus_ds.warm_start.starts import NO_TEXT, check_start
+
+if TYPE_CHECKING:
+    from nexus_ds.warm_start.fit_text import FitText
 
 # Cosine. Of eleven domains P(d) failed two: the least familiar one (0.32), and one that it took for
 # a near relative.
@@ -57,7 +59,7 @@ class OldModel:
 
     directory: Path
     config: ConfigJson
-    reader: TensorReader
+    reader: Headers
     sidecar: Sidecar
 
     @property
@@ -80,8 +82,7 @@ def open_old(checkpoint: Path) -> OldModel:
         CheckpointError: none, damaged, or rows that are not P(D).
         UnsupportedModelError: code hooks.
     """
-    config, headers = open_moe(checkpoint)
-    reader = TensorReader.of(headers)
+    config, reader = open_moe(checkpoint)
     sidecar = read_sidecar(checkpoint)
     check_rows_of(sidecar, reader)
     return OldModel(checkpoint, config, reader, sidecar)
@@ -121,6 +122,13 @@ class NewModel:
         every expert's domain.
         Arguments and errors: `read_fit_text`.
         """
+        router = self.sidecar.router
+        check_start(config.router.warm_start, router.kind, router.projection)
+        if config.router.warm_start in NO_TEXT:
+            return None
+        # it imports torch, for which a start without text does not wait
+        from nexus_ds.warm_start.fit_text import read_fit_text
+
         positions = self.config["max_position_embeddings"]
         return read_fit_text(
             self.sidecar, self.tokenizer, positions, self.kept, data, config, switch
@@ -145,9 +153,33 @@ class NewModel:
         Raises:
             CheckpointError: NaN, infinite or all-zero weights, no space.
         """
-        digests = write_model(
-            directory, self.config, self.dtype, self.tensors, self.verb, self._unhashed()
-        )
+        with Hashing(directory) as hashing:
+            digests = write_model(
+                directory, self.config, self.dtype, self.tensors, self.verb, self._unhashed()
+            )
+            # a warm start changes the weights; nothing else does
+            if text is None:
+                hashing.begin()
+            self._write_rest(directory, digests)
+            report = None
+            # the warm start reads the checkpoint as anybody does: it has to be whole by now
+            if text is not None:
+                from nexus_ds.warm_start.fit import fit_router
+
+                report = fit_router(directory, text, router, seed, self.kept)
+                _record_fit(directory, report)
+            sidecar = read_sidecar(directory)
+            write_model_card(directory, nexus_card(sidecar))
+            # what every reader will check first
+            _, headers = open_moe(directory)
+            check_rows_of(sidecar, headers)
+            # last: it is of all that stands there
+            hashing.record()
+        return report
+
+    def _write_rest(self, directory: Path, digests: Mapping[str, str]) -> None:
+        """Write the tokenizer and the sidecar; `digests` are those of experts whose hash was not
+        known."""
         for number, expert in enumerate(self.sidecar.experts):
             sha256 = digests.get(expert.name, expert.sha256)
             self.sidecar.experts[number] = dataclasses.replace(expert, sha256=sha256)
@@ -156,19 +188,6 @@ class NewModel:
         if generation is not None:
             write_json(directory / "generation_config.json", generation)
         write_sidecar(directory, self.sidecar)
-        report = None
-        # the warm start reads the checkpoint as anybody does: it has to be whole by now
-        if text is not None:
-            report = fit_router(directory, text, router, seed, self.kept)
-            _record_fit(directory, report)
-        sidecar = read_sidecar(directory)
-        write_model_card(directory, nexus_card(sidecar))
-        # what every reader will check first
-        _, headers = open_moe(directory)
-        check_rows_of(sidecar, TensorReader.of(headers))
-        # last: it is of all that stands there
-        record_hashes(directory)
-        return report
 
     def _unhashed(self) -> dict[str, list[str]]:
         """Return the FFN tensors of experts whose hash is not known yet, in the hash's order."""
@@ -265,7 +284,7 @@ def bytes_of(target: ConfigJson, dtype: str) -> int:
     return sum(tensor_bytes(*entry) for entry in plan.values())
 
 
-def copy_of(reader: TensorReader, name: str, entry: Stored) -> Blend:
+def copy_of(reader: Headers, name: str, entry: Stored) -> Blend:
     """Return a checkpoint's tensor as it is; `entry` is what the table says of it."""
     # a mixture without a shared expert has zeros in its place
     return Blend([Part("checkpoint", reader, name, zeros=entry.role is Role.SHARED)])

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nexus_ds.checkpoint.config_json import ConfigJson
+from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, check_shared_gates, expert_name, stored
 from nexus_ds.checkpoint.records import RemoveStep, portable
 from nexus_ds.checkpoint.sidecar import Sidecar, versions
-from nexus_ds.checkpoint.tensors import TensorReader
+from nexus_ds.checkpoint.values import read_floats
 from nexus_ds.errors import ConfigError
-from nexus_ds.upcycling.blend import Blend, Part, Source
 from nexus_ds.upcycling.new_checkpoint import NewModel, copy_of, open_old
+from nexus_ds.upcycling.sources import Blend, Part, Source
 
 
 def reduced(checkpoint: Path, names: Sequence[str]) -> NewModel:
@@ -71,14 +72,13 @@ def _kept(old: Sidecar, names: Sequence[str]) -> list[int]:
     return kept
 
 
-def _reduced_tensors(
-    target: ConfigJson, reader: TensorReader, kept: Sequence[int]
-) -> dict[str, Source]:
+def _reduced_tensors(target: ConfigJson, reader: Headers, kept: Sequence[int]) -> dict[str, Source]:
     """Return the new mixture's tensors; `kept` are the old numbers of its experts, in order."""
 
     def source(name: str, entry: Stored) -> Source:
         if entry.role is Role.ROUTER:
-            return reader.read(name)[kept]
+            # of fp32 or bf16, which fp32 holds
+            return read_floats(reader, name)[kept]
         if entry.role is Role.ROUTED:
             # those behind a gap move up
             old_number = kept[entry.expert]

@@ -12,16 +12,17 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from nexus_ds.checkpoint.arithmetic import Floats
 from nexus_ds.checkpoint.cards import NO_PACKAGES, Packages
 from nexus_ds.checkpoint.dense import DenseModel
+from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.checkpoint.qwen2_moe import gate_name
 from nexus_ds.checkpoint.records import ExpertRecord, ReplaceStep, portable
-from nexus_ds.checkpoint.sidecar import Sidecar, expert_embeddings, versions
-from nexus_ds.checkpoint.tensors import TensorReader
+from nexus_ds.checkpoint.sidecar import Sidecar, rows_of, versions
+from nexus_ds.checkpoint.values import read_floats
 from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import ConfigError
 from nexus_ds.settings import Config
@@ -105,7 +106,7 @@ def replaced(
         vectors=vectors,
     )
 
-    def embeddings_of(layer: int) -> Tensor:
+    def embeddings_of(layer: int) -> Floats:
         return _embeddings(mixture.reader, old, sidecar, layer)
 
     branches = Branches(models, places, total, alignment, seed)
@@ -142,9 +143,9 @@ def _records(
 
 def _vectors(
     sidecar: Sidecar, places: Mapping[str, int], embeddings: DomainEmbeddings | None
-) -> Tensor:
+) -> Floats:
     """Return the domain embeddings [n, m] of the new mixture."""
-    vectors = sidecar.vectors.clone()
+    vectors = sidecar.vectors.copy()
     # without new ones the text is taken for the old one's, and so is its place in P's input
     if embeddings is not None:
         check_encoder(sidecar, embeddings)
@@ -152,17 +153,17 @@ def _vectors(
     return vectors
 
 
-def _embeddings(reader: TensorReader, old: Sidecar, new: Sidecar, layer: int) -> Tensor:
+def _embeddings(reader: Headers, old: Sidecar, new: Sidecar, layer: int) -> Floats:
     """Return the router's weight [n, h] of one layer.
 
     Rows are as stored, but for experts whose domain embedding has changed.
     """
-    stored = reader.read(gate_name(layer))
-    changed = (old.vectors != new.vectors).any(dim=1)
+    stored = read_floats(reader, gate_name(layer))
+    changed = (old.vectors != new.vectors).any(axis=1)
     if new.router.kind != "nexus" or not bool(changed.any()):
         return stored
-    fresh = expert_embeddings(new, layer, stored.dtype)
+    fresh = rows_of(new, layer, reader.info(gate_name(layer)).dtype)
     # as if they were appended: what they replace may be among the largest
-    compared = torch.cat([stored, fresh[changed]])
+    compared = np.concatenate([stored, fresh[changed]])
     check_expert_embeddings(compared, len(stored), layer)
-    return torch.where(changed[:, None], fresh, stored)
+    return np.where(changed[:, None], fresh, stored)

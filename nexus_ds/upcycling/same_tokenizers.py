@@ -26,8 +26,8 @@ from nexus_ds.checkpoint.tokenizer import (
     same_tokenizer_files,
 )
 from nexus_ds.errors import IncompatibleModelsError
-from nexus_ds.upcycling.blend import Blend, Part, Stack
 from nexus_ds.upcycling.compatible import note
+from nexus_ds.upcycling.sources import Blend, Part, Stack
 
 
 def check_tokenizers(reference: Path, others: Mapping[str, Path]) -> None:

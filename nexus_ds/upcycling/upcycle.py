@@ -6,17 +6,18 @@ Not covered: branches of another architecture or tokenizer than the seed's.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from nexus_ds.checkpoint.arithmetic import Floats
 from nexus_ds.checkpoint.cards import NO_PACKAGES, Packages
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel, open_dense
+from nexus_ds.checkpoint.expert_rows import centre_of
 from nexus_ds.checkpoint.families.record import AFTER_FFN, EMBEDDING, HEAD, DenseSettings
 from nexus_ds.checkpoint.model_card import stated_license
 from nexus_ds.checkpoint.problems import Problems
@@ -33,28 +34,12 @@ from nexus_ds.checkpoint.records import (
     UpcycleStep,
     portable,
 )
-from nexus_ds.checkpoint.sidecar import (
-    Sidecar,
-    expert_embeddings,
-    new_projection,
-    versions,
-)
-from nexus_ds.checkpoint.tensors import DTYPES, TensorReader
+from nexus_ds.checkpoint.sidecar import Sidecar, rows_of, versions
 from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.data.token_counts import TokenCounts
 from nexus_ds.errors import ConfigError, UnsupportedModelError
-from nexus_ds.model.router import (
-    centre_of,
-    domain_expert_embeddings,
-    init_expert_embeddings,
-    init_projection,
-    layer_generator,
-)
-from nexus_ds.model.threads import one_thread
 from nexus_ds.settings import Config
 from nexus_ds.upcycling.blend import (
-    Part,
-    Source,
     domain_vectors,
     encoder_record,
     expert_records,
@@ -82,8 +67,10 @@ from nexus_ds.upcycling.new_checkpoint import (
     bytes_of,
     casts,
 )
+from nexus_ds.upcycling.new_router import domain_rows, free_rows, layer_draws, new_state
 from nexus_ds.upcycling.same_tokenizers import Alignment, by_row
-from nexus_ds.warm_start.methods import check_start
+from nexus_ds.upcycling.sources import Computed, Part, Source
+from nexus_ds.warm_start.starts import check_start
 
 
 def upcycled(
@@ -128,7 +115,7 @@ def upcycled(
     problems = Problems()
     with problems.collected():
         check_start(config.router.warm_start, config.router.kind, config.router.projection)
-    vectors = torch.empty(0)
+    vectors = np.empty(0, np.float32)
     with problems.collected():
         vectors = _domain_vectors(seed, experts, embeddings, config)
     with problems.collected():
@@ -230,7 +217,7 @@ def _domain_vectors(
     experts: Mapping[str, Path],
     embeddings: DomainEmbeddings,
     config: Config,
-) -> Tensor:
+) -> Floats:
     """Return the domain embeddings [n, m].
 
     The seed as an expert has no domain: where rows are free, it gets the mean of the others'.
@@ -244,14 +231,14 @@ def _domain_vectors(
         return domain_vectors(embeddings, experts)
     vectors = domain_vectors(embeddings, others)
     found = dict(zip(others, vectors, strict=True))
-    return torch.stack([found.get(name, vectors.mean(0)) for name in experts])
+    return np.stack([found.get(name, vectors.mean(0)) for name in experts])
 
 
 def _upcycled_sidecar(
     models: dict[str, DenseModel],
     embeddings: DomainEmbeddings,
     packages: Packages,
-    vectors: Tensor,
+    vectors: Floats,
     config: Config,
     step: Step,
 ) -> Sidecar:
@@ -267,7 +254,7 @@ def _upcycled_sidecar(
         lineage=[step],
         versions=versions(),
         vectors=vectors,
-        centre=centre_of(vectors) if router.centre else torch.zeros(vectors.shape[1]),
+        centre=centre_of(vectors) if router.centre else np.zeros_like(vectors[0]),
         shared_expert=config.model.shared_expert,
     )
     sizes = next(iter(models.values())).settings
@@ -280,14 +267,12 @@ def _new_projections(sidecar: Sidecar, sizes: DenseSettings, config: Config) -> 
     """Return freshly initialised states of P for each layer, drawn when they are asked for."""
     router = config.router
     inputs = sidecar.domain_inputs()
-    blank = new_projection(sidecar.router, inputs.shape[1], sizes.hidden_size)
 
-    @one_thread()
     def drawn(layer: int) -> State:
-        projection = copy.deepcopy(blank)
-        generator = layer_generator(config.seed, layer)
-        init_projection(projection, inputs, router.init, router.init_norm, generator)
-        return projection.state_dict()
+        draws = layer_draws(config.seed, layer)
+        return new_state(
+            sidecar.router, inputs, sizes.hidden_size, router.init, router.init_norm, draws
+        )
 
     return Projections(sizes.layers, drawn)
 
@@ -302,9 +287,9 @@ def _upcycled_tensors(
     counts: TokenCounts | None,
 ) -> dict[str, Source]:
     """Return where each tensor of the mixture with the config.json `target` comes from."""
-    branches = [(f"expert {name}", TensorReader.of(model.reader)) for name, model in models.items()]
+    branches = [(f"expert {name}", model.reader) for name, model in models.items()]
     weights = weights_of(config.model, models)
-    base = TensorReader.of(seed.reader)
+    base = seed.reader
 
     def source(entry: Stored) -> Source:
         match entry.role:
@@ -321,17 +306,17 @@ def _upcycled_tensors(
                 return expert_start(part, entry, sidecar.lineage, base)
             case Role.SHARED:
                 if sidecar.shared_expert == "none":
-                    return torch.zeros(entry.shape)
+                    return 0.0
                 part = Part("seed", base, entry.dense_name)
                 return expert_start(part, entry, sidecar.lineage, base)
             case Role.SHARED_GATE:
                 assert entry.fill is not None
-                return torch.full(entry.shape, entry.fill)
+                return float(entry.fill)
             case Role.CONTEXT_MEAN:
                 # nothing is known of it before text is read; a warm start sets it
-                return torch.zeros(entry.shape)
+                return 0.0
             case Role.ROUTER:
-                return _expert_embeddings(entry, sidecar, config, DTYPES[seed.dtype])
+                return Computed(partial(_expert_embeddings, entry, sidecar, config, seed.dtype))
 
     return {name: source(entry) for name, entry in stored(target).items()}
 
@@ -340,17 +325,17 @@ def _expert_embeddings(
     entry: Stored,
     sidecar: Sidecar,
     config: Config,
-    dtype: torch.dtype,
-) -> Tensor:
+    dtype: str,
+) -> Floats:
     """Return the router's weight [n, h] of one layer before any warm start that reads text."""
     router = config.router
     experts, hidden_size = entry.shape
     if router.kind == "nexus":
         # in the dtype they are stored in: whoever opens the checkpoint computes them again
-        return expert_embeddings(sidecar, entry.layer, dtype)
+        return rows_of(sidecar, entry.layer, dtype)
     if router.warm_start == "embedding":
         inputs = sidecar.domain_inputs()
-        return domain_expert_embeddings(inputs, hidden_size, entry.layer, router.init_norm)
+        return domain_rows(inputs, hidden_size, entry.layer, router.init_norm)
     # of its own in each layer: rows don't depend on what other layers have drawn
-    generator = layer_generator(config.seed, entry.layer)
-    return init_expert_embeddings(experts, hidden_size, router.init, router.init_norm, generator)
+    draws = layer_draws(config.seed, entry.layer)
+    return free_rows(experts, hidden_size, router.init, router.init_norm, draws)

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from nexus_ds.checkpoint.adapters import open_branch
 from nexus_ds.checkpoint.cards import ffn_sha256
-from nexus_ds.checkpoint.config_json import ADAPTER, ConfigJson
+from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel, open_dense
 from nexus_ds.checkpoint.expert_rows import check_rows, open_router
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
@@ -214,13 +215,7 @@ def _checked_source(
 ) -> DenseModel:
     """Open an expert's dense model, or its adapter of `base`; CheckpointError unless its FFNs are
     those recorded."""
-    if (place / ADAPTER).is_file():
-        # it imports torch, for which a check of whole models does not wait
-        from nexus_ds.checkpoint.adapters import open_branch
-
-        model = open_branch(place, base)
-    else:
-        model = open_dense(place)
+    model = open_branch(place, base)
     found = ffn_sha256(model)
     if found != sha256:
         raise CheckpointError(

@@ -32,16 +32,17 @@ from nexus_ds.checkpoint.forms import PLAIN
 from nexus_ds.checkpoint.loading import device
 from nexus_ds.checkpoint.needs import FIT_BATCH, features_fit
 from nexus_ds.checkpoint.pieces import need_of, warn_of_time
+from nexus_ds.checkpoint.projection_module import (
+    domain_inputs,
+    expert_embeddings,
+    inputs_of,
+    load_projection,
+    state_of,
+)
 from nexus_ds.checkpoint.qwen2_moe import gate_name, mean_name, open_moe
 from nexus_ds.checkpoint.records import FitReport
 from nexus_ds.checkpoint.room import room_on
-from nexus_ds.checkpoint.sidecar import (
-    Sidecar,
-    expert_embeddings,
-    load_projection,
-    read_sidecar,
-    write_sidecar,
-)
+from nexus_ds.checkpoint.sidecar import Sidecar, read_sidecar, write_sidecar
 from nexus_ds.checkpoint.streaming import LayerReader
 from nexus_ds.checkpoint.tensors import DTYPES, TensorReader
 from nexus_ds.errors import DataError
@@ -52,12 +53,12 @@ from nexus_ds.settings import CHUNK_WARM_STARTS, RouterConfig
 from nexus_ds.warm_start.fit_text import FitText
 from nexus_ds.warm_start.methods import (
     Features,
-    check_start,
     mean,
     parts,
     warm_start_embeddings,
     warm_start_projection,
 )
+from nexus_ds.warm_start.starts import check_start
 
 # Warm starts that keep the old expert embeddings in an extension, and so what these are fitted to.
 KEEPING = ("label_fit", "hidden_mean")
@@ -267,12 +268,12 @@ def _read(sidecar: Sidecar, text: FitText, start: str, length: int) -> _Reading:
     labels_L = torch.arange(len(known)).repeat_interleave(tokens_of)
     inputs_EM = chunks_NM = None
     if sidecar.router.kind == "nexus":
-        all_inputs = sidecar.domain_inputs()
+        all_inputs = domain_inputs(sidecar)
         inputs_EM = all_inputs[experts].to(device())
     if text.chunks:
         vectors = [text.chunks[domain] for domain in ordered]
         vectors_NM = torch.cat(vectors)
-        chunks_NM = sidecar.inputs_of(vectors_NM).to(device())
+        chunks_NM = inputs_of(sidecar, vectors_NM).to(device())
     return _Reading(
         tokens_NS=torch.cat(windows),
         experts_L=experts_L.to(device()),
@@ -356,10 +357,7 @@ class _WarmStart:
             return warm_start_embeddings(old_EH, features, self.config, self.kept, generator)
         projection = load_projection(self.sidecar, layer).to(device())
         warm_start_projection(projection, features, self.config, generator)
-        fitted = {}
-        for name, tensor in projection.state_dict().items():
-            fitted[name] = tensor.detach().cpu()
-        self.sidecar.projections[layer] = fitted
+        self.sidecar.projections[layer] = state_of(projection.state_dict())
         return expert_embeddings(self.sidecar, layer, dtype)
 
 
@@ -415,7 +413,7 @@ def _nearest(sidecar: Sidecar, text: FitText, chunks_NM: Tensor | None) -> dict[
     """Return for each domain without text the cosine of what P reads of it to the nearest chunk."""
     if chunks_NM is None:
         return {}
-    inputs_EM = unit(sidecar.domain_inputs())
+    inputs_EM = unit(domain_inputs(sidecar))
     chunks_NM = unit(chunks_NM.cpu())
     cosines_EN = inputs_EM @ chunks_NM.T
     nearest_E = cosines_EN.amax(1).tolist()

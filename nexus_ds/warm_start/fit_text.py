@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nexus_ds.checkpoint.needs import FIT_LENGTH
+from nexus_ds.checkpoint.projection_module import domain_inputs, inputs_of
 from nexus_ds.checkpoint.sidecar import Sidecar
 from nexus_ds.data.chunks import embed_chunks
 from nexus_ds.data.corpora import open_source, token_files, windows
@@ -22,7 +23,7 @@ from nexus_ds.data.tokenizer import open_tokenizer
 from nexus_ds.errors import CheckpointError, ConfigError, DataError
 from nexus_ds.model.router import unit
 from nexus_ds.settings import CHUNK_WARM_STARTS, Config, RouterConfig
-from nexus_ds.warm_start.methods import check_start
+from nexus_ds.warm_start.starts import NO_TEXT, check_start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -31,7 +32,6 @@ BYTES_PER_TOKEN = 16  # of text that is tokenised: several times what a token ta
 # Of a domain's text that is tokenised at least; chunks come from all over it.
 LEAST_BYTES = 1 << 16
 CHUNK_BYTES = 4 << 20
-NO_TEXT = ("none", "embedding")  # warm starts that read none
 
 
 @dataclass
@@ -145,8 +145,8 @@ def stand_ins(
     """
     pool_NS = torch.cat(list(windows.values()))
     pool_NM = torch.cat(list(vectors.values()))
-    inputs_EM = unit(sidecar.domain_inputs())
-    cosines_EN = inputs_EM @ unit(sidecar.inputs_of(pool_NM)).T
+    inputs_EM = unit(domain_inputs(sidecar))
+    cosines_EN = inputs_EM @ unit(inputs_of(sidecar, pool_NM)).T
     found = FitText({}, {})
     left_N = torch.ones(len(pool_NS), dtype=torch.bool)
     for number, expert in enumerate(sidecar.experts):

@@ -25,9 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_ds.errors import ConfigError
 from nexus_ds.model.router import Projection
-from nexus_ds.settings import CHUNK_WARM_STARTS, RouterConfig
+from nexus_ds.settings import RouterConfig
 
 DEFAULT_LR = {"nexus": 1e-3, "linear": 5e-3}
 # Of a fixed length, relative to P's: its logarithm has far to go.
@@ -43,8 +42,6 @@ WHITEN = 1e-3
 # Chosen by leaving out one old domain after the other, as are the sizes around it.
 CHUNK_RIDGE = 3.0
 DOMAIN_WEIGHT = 0.3  # of all domains beside all chunks
-
-FREE_WARM_STARTS = ("hidden_mean", "ridge", "embedding")
 
 
 @dataclass(frozen=True)
@@ -106,25 +103,6 @@ def moments(x_TH: Tensor, place: torch.device) -> Tensor:
     for _, x_tH in parts(x_TH, place):
         moments_HH += x_tH.T @ x_tH
     return moments_HH
-
-
-def check_start(start: str, kind: str, projection: str) -> None:
-    """Raise ConfigError for a warm start that a router of this kind and form of P can't have."""
-    if kind == "nexus" and start in FREE_WARM_STARTS:
-        raise ConfigError(
-            f"router.warm_start {start} sets free rows, but this router's rows are P(d); "
-            "use label_fit, chunks, closed_form or none, or router.kind linear"
-        )
-    if kind == "linear" and start in CHUNK_WARM_STARTS:
-        raise ConfigError(
-            f"router.warm_start {start} fits P, but this router has free rows; "
-            "use label_fit, hidden_mean, ridge, embedding or none, or router.kind nexus"
-        )
-    if start == "closed_form" and projection != "linear":
-        raise ConfigError(
-            f"router.warm_start closed_form needs a linear P, this one is {projection}; "
-            "use chunks, or router.projection linear from upcycling on"
-        )
 
 
 def temperature(x_LH: Tensor, labels_L: Tensor, embeddings_EH: Tensor) -> float:

@@ -84,7 +84,7 @@ def test_copies_are_hashed_in_the_order_of_the_job_and_numbers_are_filled_in(tmp
         copied = Copy(place("a"), source(tmp_path / "0"))
         cast = Merge(place("b"), [source(tmp_path / "1")], Mean([1.0]), "b", "1")
         content = given.numpy().view(np.uint8).data
-        filled = Job([Fill(place("c"), 2.0**-60), Fill(place("d"), content)])
+        filled = Job([Fill(place("c"), 2.0**-60), Fill(place("d"), lambda: content)])
         return [filled, Job([cast, copied], [b"one", b"two"])]
 
     digests = written(tmp_path / "out", plan, jobs, done=lambda: done.append(1))

@@ -143,7 +143,8 @@ def test_stock_transformers_computes_the_formula(kind, tmp_path, dense_dir):
     out = tmp_path / "out"
     out.mkdir()
     new.write(out, None, config.router, 0)
-    rows = [new.tensors[qwen2_moe.gate_name(layer)] for layer in range(3)]
+    made = [new.tensors[qwen2_moe.gate_name(layer)].make() for layer in range(3)]
+    rows = [torch.from_numpy(each) for each in made]
     oracle = formula_model(models["seed"], [models[n] for n in names], rows, top_k)
     tokens = torch.randint(vocabulary, (2, 24), generator=torch.Generator().manual_seed(1))
     expected, found = oracle(tokens).logits, load(out)(tokens).logits

@@ -12,16 +12,10 @@ from safetensors.torch import load_file, save_file
 from nexus_ds.checkpoint import expert_rows
 from nexus_ds.checkpoint.expert_rows import check_rows, open_router, some_columns
 from nexus_ds.checkpoint.headers import Headers
+from nexus_ds.checkpoint.projection_module import expert_embeddings, new_projection, state_of
 from nexus_ds.checkpoint.qwen2_moe import gate_name
 from nexus_ds.checkpoint.records import ROUTER, RouterRecord, read_manifest
-from nexus_ds.checkpoint.sidecar import (
-    EMBEDDING_TOLERANCE,
-    Sidecar,
-    expert_embeddings,
-    new_projection,
-    read_sidecar,
-    write_sidecar,
-)
+from nexus_ds.checkpoint.sidecar import Sidecar, read_sidecar, write_sidecar
 from nexus_ds.errors import CheckpointError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
@@ -37,7 +31,7 @@ def sidecar_of(nexus_dir, hidden=96, **form):
         projection = new_projection(router, 8, hidden)
         for parameter in projection.parameters():
             torch.nn.init.normal_(parameter, std=0.4)
-        states.append(projection.state_dict())
+        states.append(state_of(projection.state_dict()))
     return dataclasses.replace(old, router=router, projections=states)
 
 
@@ -73,9 +67,19 @@ def test_rows_are_those_of_torch(
         np.testing.assert_allclose(part, found[:, some], rtol=0, atol=bound)
 
 
-def test_tolerances_are_those_of_training():
-    for name, dtype in DTYPES.items():
-        assert expert_rows.TOLERANCE[name] == EMBEDDING_TOLERANCE[dtype]
+@pytest.mark.parametrize("row_norm", ["free", "fixed"])
+@pytest.mark.parametrize("form", expert_rows.WIDENING)
+def test_shapes_are_those_of_torch(nexus_dir, form, row_norm):
+    old = read_sidecar(nexus_dir).router
+    for depth, width in ((1, 0), (2, 0), (3, 20)):
+        router = dataclasses.replace(
+            old, projection=form, depth=depth, width=width, row_norm=row_norm
+        )
+        state = new_projection(router, 8, 96).state_dict()
+        expected = {name: tuple(weight.shape) for name, weight in state.items()}
+        found = expert_rows.shapes_of(router, 8, 96)
+        # the order is that of files
+        assert list(found.items()) == list(expected.items())
 
 
 @pytest.mark.parametrize("quick", [True, False])

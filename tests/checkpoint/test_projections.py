@@ -4,17 +4,13 @@ import dataclasses
 import shutil
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
+from nexus_ds.checkpoint.projection_module import expert_embeddings, load_projection
 from nexus_ds.checkpoint.projections import Projections
-from nexus_ds.checkpoint.sidecar import (
-    ROUTER,
-    expert_embeddings,
-    load_projection,
-    read_sidecar,
-    write_sidecar,
-)
+from nexus_ds.checkpoint.sidecar import ROUTER, read_sidecar, write_sidecar
 
 
 def test_a_layer_is_made_when_it_is_asked_for():
@@ -22,11 +18,11 @@ def test_a_layer_is_made_when_it_is_asked_for():
 
     def make(layer):
         made.append(layer)
-        return {"maps.0.weight": torch.full((1,), float(layer))}
+        return {"maps.0.weight": np.full(1, float(layer))}
 
     found = Projections(3, make)
     assert len(found) == 3 and bool(found) and not made
-    assert [float(state["maps.0.weight"]) for state in found] == [0, 1, 2]
+    assert [state["maps.0.weight"].tolist() for state in found] == [[0], [1], [2]]
     found[1] = {}
     assert found[1] == {} and made == [0, 1, 2]
     assert found[0].keys() == {"maps.0.weight"} and made == [0, 1, 2, 0]
@@ -41,13 +37,13 @@ def test_one_layer_is_in_memory_at_a_time(nexus_dir, tmp_path):
     copied = shutil.copytree(nexus_dir, tmp_path / "nexus")
     old = read_sidecar(copied)
     states = list(old.projections)
-    alive = weakref.WeakSet()
+    made = []
     most = [0]
 
     def make(layer):
-        state = {name: tensor.clone() for name, tensor in states[layer].items()}
-        alive.update(state.values())
-        most[0] = max(most[0], len(alive))
+        state = {name: weight.copy() for name, weight in states[layer].items()}
+        made.extend(weakref.ref(weight) for weight in state.values())
+        most[0] = max(most[0], sum(weight() is not None for weight in made))
         return state
 
     lazy = dataclasses.replace(old, projections=Projections(len(states), make))

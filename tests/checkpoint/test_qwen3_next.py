@@ -117,7 +117,7 @@ def reference(models, new, top_k):
     model.load_state_dict(mean)
     for layer, block in enumerate(model.model.layers):
         ffns = [models[name].model.layers[layer].mlp for name in NAMES]
-        rows = new.tensors[qwen2_moe.gate_name(layer)].to(model.dtype)
+        rows = torch.from_numpy(new.tensors[qwen2_moe.gate_name(layer)].make()).to(model.dtype)
         block.mlp = Formula(models["seed"].model.layers[layer].mlp, ffns, rows, top_k)
     return model.eval()
 

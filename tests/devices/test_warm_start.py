@@ -9,8 +9,9 @@ import torch
 from conftest import DOMAINS, make_linear, make_nexus
 from pretend import GPU, gpu
 
+from nexus_ds.checkpoint.projection_module import expert_embeddings, state_of
 from nexus_ds.checkpoint.qwen2_moe import gate_name
-from nexus_ds.checkpoint.sidecar import expert_embeddings, read_sidecar, write_sidecar
+from nexus_ds.checkpoint.sidecar import read_sidecar, write_sidecar
 from nexus_ds.checkpoint.tensors import TensorReader, overwrite
 from nexus_ds.model.router import Projection
 from nexus_ds.settings import RouterConfig
@@ -62,7 +63,7 @@ def straight(out):
     reader = TensorReader(out)
     for layer in range(LAYERS):
         weights = Projection(8, 16, depth=1, form="linear").state_dict()
-        sidecar.projections[layer] = weights
+        sidecar.projections[layer] = state_of(weights)
         rows = expert_embeddings(sidecar, layer, torch.float32)
         overwrite(reader.info(gate_name(layer)), rows)
     write_sidecar(out, sidecar)

@@ -211,7 +211,8 @@ def test_cosines_before_and_after_the_projection(nexus_dir):
 
     found, sidecar, model = cosines(nexus_dir), read_sidecar(nexus_dir), stock(nexus_dir)
     assert found.names == ["alpha", "beta", "gamma"]
-    pair = torch.nn.functional.cosine_similarity(sidecar.vectors[0], sidecar.vectors[2], dim=0)
+    vectors = torch.from_numpy(sidecar.vectors)
+    pair = torch.nn.functional.cosine_similarity(vectors[0], vectors[2], dim=0)
     assert found.embeddings[0, 2] == pytest.approx(float(pair), abs=1e-6)
     rows = model.model.layers[1].mlp.gate.weight.detach()
     centred = rows - rows.mean(0)

@@ -3,20 +3,15 @@ does not see."""
 
 import pytest
 import torch
+from conftest import balanced_projection
 
+from nexus_ds.checkpoint.expert_rows import centre_of, condition
 from nexus_ds.model.refit import refit
-from nexus_ds.model.router import (
-    Projection,
-    centre_of,
-    condition,
-    expert_embeddings_in,
-    init_projection,
-    layer_generator,
-)
+from nexus_ds.model.router import expert_embeddings_in
 
 GENERATOR = torch.Generator().manual_seed(0)
 VECTORS = torch.randn(5, 12, generator=GENERATOR)
-INPUTS = condition(VECTORS, centre_of(VECTORS))
+INPUTS = torch.from_numpy(condition(VECTORS.numpy(), centre_of(VECTORS.numpy())))
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
 FORMS = [
     {},
@@ -29,8 +24,7 @@ FORMS = [
 
 def trained(dtype=torch.float32, **form):
     """Return P, and rows that a training has moved by a fifth of their length."""
-    projection = Projection(12, 16, **form)
-    init_projection(projection, INPUTS, "balanced", 0.5, layer_generator(0, 0))
+    projection = balanced_projection(INPUTS, 16, **form)
     rows = expert_embeddings_in(projection, INPUTS, torch.float32)
     noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1))
     return projection, (rows + 0.2 * rows.norm() / noise.norm() * noise).to(dtype)
@@ -99,8 +93,7 @@ def test_a_router_that_was_frozen_keeps_every_bit_of_its_projection():
 
 def test_more_experts_than_numbers_in_a_vector_leave_a_rest_that_is_told():
     vectors = torch.randn(9, 4, generator=GENERATOR)
-    projection = Projection(4, 16, form="linear")
-    init_projection(projection, vectors, "balanced", 0.5, layer_generator(0, 0))
+    projection = balanced_projection(vectors, 16, form="linear")
     rows = torch.randn(9, 16, generator=GENERATOR)
     found = refit(projection, vectors, rows, 1e-4)
     assert found.error > 0.1

@@ -1,30 +1,21 @@
-"""The router: shapes, initialisation, domain embeddings, and the facts of paper section 10 about
-rows."""
+"""The router: shapes, forms, and the facts of paper section 10 about rows."""
 
 import pytest
 import torch
+from conftest import balanced_projection
 
 from nexus_ds.errors import ConfigError
 from nexus_ds.model.router import (
     Projection,
-    centre_of,
-    centred_norm,
-    condition,
-    domain_expert_embeddings,
     expert_embeddings_in,
-    init_expert_embeddings,
-    init_projection,
-    layer_generator,
     swiglu,
 )
 
 EMBEDDINGS = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
 
 
-def balanced(seed=0, **options):
-    projection = Projection(12, 16, **options)
-    init_projection(projection, EMBEDDINGS, "balanced", 0.5, layer_generator(seed, 0))
-    return projection
+def balanced(**options):
+    return balanced_projection(EMBEDDINGS, 16, **options)
 
 
 def test_the_papers_projection_has_w1_of_2h_by_m_and_w2_of_h_by_h():
@@ -70,39 +61,6 @@ def test_rows_are_permuted_with_their_domains():
     torch.testing.assert_close(projection(EMBEDDINGS)[order], projection(EMBEDDINGS[order]))
 
 
-@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
-def test_balanced_rows_have_the_asked_spread_whatever_the_embeddings_length(scale):
-    projection = Projection(12, 16)
-    init_projection(projection, EMBEDDINGS * scale, "balanced", 0.5, layer_generator(0, 0))
-    assert float(centred_norm(projection(EMBEDDINGS * scale))) == pytest.approx(0.5, rel=1e-4)
-
-
-def test_initialisation_is_a_function_of_seed_and_layer():
-    assert torch.equal(balanced(1)(EMBEDDINGS), balanced(1)(EMBEDDINGS))
-    assert not torch.equal(balanced(1)(EMBEDDINGS), balanced(2)(EMBEDDINGS))
-    other = Projection(12, 16)
-    init_projection(other, EMBEDDINGS, "balanced", 0.5, layer_generator(1, 1))
-    assert not torch.equal(balanced(1)(EMBEDDINGS), other(EMBEDDINGS))
-
-
-def test_free_rows_are_normal_or_balanced():
-    rows = init_expert_embeddings(4000, 16, "normal", 0.5, layer_generator(0, 0))
-    assert float(rows.std()) == pytest.approx(0.02, rel=0.02)
-    assert float(
-        centred_norm(init_expert_embeddings(4, 16, "balanced", 0.5, layer_generator(0, 0)))
-    ) == pytest.approx(0.5, rel=1e-5)
-
-
-def test_conditioned_embeddings_are_unit_and_centred_first():
-    centre = centre_of(EMBEDDINGS)
-    unit = EMBEDDINGS / EMBEDDINGS.norm(dim=1, keepdim=True)
-    assert torch.allclose(centre, unit.mean(0), atol=1e-6)
-    found = condition(EMBEDDINGS, centre)
-    assert torch.allclose(found.norm(dim=1), torch.ones(5), atol=1e-6)
-    expected = unit - unit.mean(0)
-    assert torch.allclose(found, expected / expected.norm(dim=1, keepdim=True), atol=1e-6)
-
-
 def test_rows_in_bf16_are_those_of_a_bf16_model_not_rounded_fp32_rows():
     projection = balanced()
     expected = balanced().to(torch.bfloat16)(EMBEDDINGS.to(torch.bfloat16))
@@ -115,17 +73,6 @@ def test_rows_in_bf16_are_those_of_a_bf16_model_not_rounded_fp32_rows():
 def test_swiglu_gates_the_first_half():
     assert torch.allclose(swiglu(torch.tensor([[0.0, 5.0]])), torch.zeros(1, 1))
     assert float(swiglu(torch.tensor([[5.0, 0.0]]))) == 0.0
-
-
-def test_a_single_domain_is_not_centred_away():
-    one = EMBEDDINGS[:1]
-    assert torch.equal(centre_of(one), torch.zeros(12))
-    assert torch.allclose(condition(one, centre_of(one)), one / one.norm(), atol=1e-6)
-    projection = Projection(12, 16)
-    init_projection(
-        projection, condition(one, centre_of(one)), "balanced", 0.5, layer_generator(0, 0)
-    )
-    assert float(projection(condition(EMBEDDINGS, centre_of(one))).detach().norm(dim=1).max()) < 5
 
 
 def test_fixed_rows_have_one_learned_length():
@@ -150,19 +97,3 @@ def test_fixed_rows_have_one_learned_length():
     before = free(EMBEDDINGS)
     free.scale_output(3.0)
     assert torch.allclose(free(EMBEDDINGS), 3 * before, atol=1e-5)
-
-
-def test_domain_rows_are_the_embeddings_or_one_random_map_of_them():
-    rows = domain_expert_embeddings(EMBEDDINGS, 12, 0, 0.5)
-    assert float(rows.norm(dim=1).mean()) == pytest.approx(0.5, rel=1e-5)
-    assert torch.allclose(rows / rows[0, 0], EMBEDDINGS / EMBEDDINGS[0, 0], atol=1e-5)
-    wide = domain_expert_embeddings(EMBEDDINGS, 16, 1, 1.0)
-    assert wide.shape == (5, 16) and not torch.allclose(
-        wide, domain_expert_embeddings(EMBEDDINGS, 16, 2, 1.0)
-    )
-    # A later domain goes through the same map: its row is a combination of the others as its
-    # embedding is.
-    later = domain_expert_embeddings(
-        torch.cat([EMBEDDINGS, EMBEDDINGS[:1] + EMBEDDINGS[1:2]]), 16, 1, 1.0
-    )
-    assert torch.allclose(later[5], later[0] + later[1], atol=1e-5)

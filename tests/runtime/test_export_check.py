@@ -15,6 +15,7 @@ from plan_models import OTHER, make_model
 from safetensors.torch import load_file, save_file
 
 from nexus_ds.checkpoint.build import load_stock
+from nexus_ds.checkpoint.projection_module import expert_embeddings
 from nexus_ds.checkpoint.qwen2_moe import (
     expert_name,
     gate_name,
@@ -23,7 +24,7 @@ from nexus_ds.checkpoint.qwen2_moe import (
     stored,
 )
 from nexus_ds.checkpoint.records import TrainStep
-from nexus_ds.checkpoint.sidecar import expert_embeddings, read_sidecar, write_sidecar
+from nexus_ds.checkpoint.sidecar import read_sidecar, write_sidecar
 from nexus_ds.checkpoint.tensors import TensorReader, overwrite
 from nexus_ds.errors import CheckpointError
 from nexus_ds.runtime import deepspeed_internals as internals

@@ -6,6 +6,7 @@ import torch
 from conftest import make_linear, make_nexus
 
 from nexus_ds.checkpoint.build import load_stock
+from nexus_ds.checkpoint.projection_module import domain_inputs
 from nexus_ds.checkpoint.sidecar import read_sidecar
 from nexus_ds.checkpoint.tensors import TensorReader, overwrite
 from nexus_ds.errors import CheckpointError
@@ -42,7 +43,7 @@ def test_domain_embeddings_have_no_gradient_and_are_shared_by_all_layers(nexus_d
     assert not any("domain_inputs" in name for name, _ in model.named_parameters())
     first, second = (block.mlp.router.domain_inputs for block in model.model.layers)
     assert torch.equal(first, second) and not first.requires_grad
-    assert torch.equal(first, read_sidecar(nexus_dir).domain_inputs())
+    assert torch.equal(first, domain_inputs(read_sidecar(nexus_dir)))
     model.train()
     model(input_ids=TOKENS, use_cache=False).logits.square().mean().backward()
     for block in model.model.layers:

@@ -19,8 +19,9 @@ from large import make_large
 from launch import finish, fork_ranks
 from parity import STEPS, batches, settings
 
+from nexus_ds.checkpoint.projection_module import expert_embeddings
 from nexus_ds.checkpoint.qwen2_moe import gate_name
-from nexus_ds.checkpoint.sidecar import expert_embeddings, read_sidecar, write_sidecar
+from nexus_ds.checkpoint.sidecar import read_sidecar, write_sidecar
 from nexus_ds.checkpoint.tensors import TensorReader, overwrite
 
 WORKER = Path(__file__).parents[1] / "parity.py"
@@ -308,7 +309,7 @@ def starve(checkpoint):
     sidecar = read_sidecar(checkpoint)
     sidecar.router.centre = False
     sidecar.vectors[:] = sidecar.vectors[0]
-    sidecar.centre.zero_()
+    sidecar.centre[:] = 0
     write_sidecar(checkpoint, sidecar)
     reader = TensorReader(checkpoint)
     for layer in range(len(sidecar.projections)):

@@ -101,7 +101,8 @@ import resource, sys
 from pathlib import Path
 from safetensors.torch import save_file
 import torch
-from nexus_ds.upcycling.blend import Part, _write_blend, mean_of
+from nexus_ds.upcycling.sources import Part, mean_of
+from nexus_ds.upcycling.translated import _write_blend
 from nexus_ds.checkpoint.tensors import TensorReader, TensorWriter
 shape, root = (24_000, 1024), Path(sys.argv[1])
 readers = []

@@ -27,10 +27,10 @@ from nexus_ds.config import load_config
 from nexus_ds.data.domains import read_domain_embeddings
 from nexus_ds.errors import IncompatibleModelsError
 from nexus_ds.outputs import new_directory
-from nexus_ds.upcycling.blend import Part, mean_of
 from nexus_ds.upcycling.compatible import Waived
 from nexus_ds.upcycling.extend import extended
 from nexus_ds.upcycling.same_tokenizers import Alignment, Embedder, aligned
+from nexus_ds.upcycling.sources import Part, mean_of
 
 ALIGN = Waived(vocabulary=True)
 

@@ -24,8 +24,9 @@ from nexus_ds.checkpoint.cards import Packages, ffn_sha256
 from nexus_ds.checkpoint.dense import open_dense
 from nexus_ds.checkpoint.families.record import FFN_PARTS, dense_ffn_name
 from nexus_ds.checkpoint.headers import sha256_of_tensors
+from nexus_ds.checkpoint.projection_module import expert_embeddings
 from nexus_ds.checkpoint.qwen2_moe import expert_name, gate_name, shared_gate_name, shared_name
-from nexus_ds.checkpoint.sidecar import expert_embeddings, read_sidecar, verify_expert_embeddings
+from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.config import load_config
 from nexus_ds.data.domains import read_domain_embeddings
@@ -73,7 +74,8 @@ def test_weights_are_copies_means_and_projections(parts, dtype):
     assert set(out) == set(expected)
     for name, tensor in expected.items():
         assert out[name].dtype == dtype
-        if ".mlp." in name:
+        # P(D) was computed in numpy
+        if ".mlp." in name and not name.endswith("mlp.gate.weight"):
             assert torch.equal(out[name], tensor), name
         else:
             torch.testing.assert_close(
@@ -247,8 +249,8 @@ def test_experts_and_embeddings_are_matched_by_name(parts, text_folder):
     assert [(e.name, e.domain, e.source) for e in sidecar.experts] == [
         (name, name, name) for name in order
     ]
-    given = torch.from_numpy(np.stack([vectors[name] for name in order]).astype(np.float32))
-    assert torch.equal(sidecar.vectors, given)
+    given = np.stack([vectors[name] for name in order]).astype(np.float32)
+    assert np.array_equal(sidecar.vectors, given)
     for index, name in enumerate(order):
         dense, reader = tensors_of(parts / name), TensorReader(parts / name)
         ffn = [dense_ffn_name(layer, part) for layer in range(LAYERS) for part in FFN_PARTS]

@@ -92,7 +92,7 @@ def test_what_is_missing_is_said(nexus_dir, text_folder):
 def test_background_windows_go_to_the_nearest_domain(nexus_dir):
     """By direction, whatever their length."""
     sidecar = read_sidecar(nexus_dir)
-    inputs = sidecar.vectors
+    inputs = torch.from_numpy(sidecar.vectors)
     # of each domain one window, and others that are on the way to another domain
     vectors = {"web": torch.cat([0.1 * inputs, inputs + inputs.roll(1, 0)]), "news": -inputs}
     windows = {name: torch.arange(3 * len(v)).view(-1, 3) for name, v in vectors.items()}

@@ -7,14 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import balanced_projection
 
-from nexus_ds.errors import ConfigError
-from nexus_ds.model.router import Projection, init_projection, layer_generator, unit
+from nexus_ds.model.router import unit
 from nexus_ds.settings import RouterConfig
 from nexus_ds.warm_start import methods
 from nexus_ds.warm_start.methods import (
     Features,
-    check_start,
     hidden_mean_embeddings,
     means,
     ridge_embeddings,
@@ -70,9 +69,7 @@ def own_share(features, embeddings_EH):
 
 
 def projection_of(features, form, row_norm="free"):
-    projection = Projection(WIDTH, HIDDEN, form=form, row_norm=row_norm)
-    init_projection(projection, features.inputs_EM, "balanced", 0.5, layer_generator(0, 0))
-    return projection
+    return balanced_projection(features.inputs_EM, HIDDEN, form=form, row_norm=row_norm)
 
 
 @pytest.mark.parametrize(
@@ -215,37 +212,6 @@ def test_ridge_is_the_normal_equations_solution_up_to_the_temperature():
     assert own_share(features, embeddings_EH) > 0.8
 
 
-@pytest.mark.parametrize(
-    ("start", "kind", "form", "message"),
-    [
-        (
-            "ridge",
-            "nexus",
-            "swiglu",
-            "warm_start ridge sets free rows, but this router's rows are P",
-        ),
-        ("hidden_mean", "nexus", "linear", "warm_start hidden_mean sets free rows"),
-        ("embedding", "nexus", "swiglu", "warm_start embedding sets free rows"),
-        (
-            "chunks",
-            "linear",
-            "swiglu",
-            "warm_start chunks fits P, but this router has free rows; use label_fit",
-        ),
-        ("closed_form", "linear", "linear", "warm_start closed_form fits P"),
-        (
-            "closed_form",
-            "nexus",
-            "swiglu",
-            "closed_form needs a linear P, this one is swiglu; use chunks",
-        ),
-    ],
-)
-def test_starts_that_a_router_cannot_have_are_refused(start, kind, form, message):
-    with pytest.raises(ConfigError, match=message):
-        check_start(start, kind, form)
-
-
 @pytest.fixture
 def in_slices(monkeypatch):
     """Return a function that computes something with slices of 37 tokens, then with all at once."""
@@ -283,8 +249,7 @@ def test_a_projection_started_in_slices_is_the_same(in_slices, start):
     config = RouterConfig(warm_start=start, fit_steps=20, projection="linear")
 
     def started():
-        projection = Projection(WIDTH, HIDDEN, form="linear")
-        init_projection(projection, topics, "balanced", 0.5, layer_generator(0, 0))
+        projection = balanced_projection(topics, HIDDEN, form="linear")
         warm_start_projection(projection, features, config, draws())
         return projection(topics).detach()
 

@@ -1,10 +1,10 @@
 """What putting models together costs, against reading all of them once and writing the result once.
 
 A seed and its branches of a Llama's shapes are made up and stored in shards. Programs then take
-turns, each in a process of its own that starts anew: `floor` reads every input in blocks and writes
-as many bytes as the mixture has; `upcycle` is the verb with all that it checks and hashes, without
-a warm start. A ratio is of two runs of one round; in a cold round the inputs were dropped from the
-page cache first.
+turns, each in a process of its own that starts anew: `floor` reads every input in blocks, writes as
+many bytes as the mixture has and flushes them to the disk, as the verb does; `upcycle` is the verb
+with all that it checks and hashes, without a warm start. A ratio is of two runs of one round, each
+begun with nothing left to flush; in a cold round the inputs were dropped from the page cache first.
 Peak memory is that of the process alone (VmHWM: `ru_maxrss` has its parent's too).
 Not covered: disks that are not this machine's; fp16, which no expert may have.
 """
@@ -213,6 +213,7 @@ def floor(root: Path, out: Path) -> None:
     with (out / "model.safetensors").open("wb", buffering=0) as stream:
         while left > 0:
             left -= stream.write(memoryview(block)[: min(left, BLOCK)])
+        os.fsync(stream.fileno())
 
 
 def upcycle(root: Path, out: Path) -> None:
@@ -293,10 +294,10 @@ def measure(
     costs: dict[str, list[Cost]] = {program: [] for program in order}
     for turn in range(rounds):
         say(f"{'cold' if cold else 'warm'} round {turn + 1} of {rounds}")
-        # whoever comes first may find the disk busy with what was written before
         for program in order if turn % 2 == 0 else reversed(order):
+            # what was written before is nobody's cost here
+            os.sync()
             if cold:
-                os.sync()
                 _forget(root)
             costs[program].append(cost(program, root))
     for program, found in costs.items():

@@ -18,15 +18,18 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from nexus_ds.checkpoint.projection_module import from_state
+from nexus_ds.checkpoint.records import RouterRecord
 from nexus_ds.errors import ConfigError
 from nexus_ds.model.compiled import compile_layers
 from nexus_ds.model.experts import FeedForward
 from nexus_ds.model.head import use_loss_head
 from nexus_ds.model.losses import attach_loss
-from nexus_ds.model.router import Projection, init_projection, layer_generator
+from nexus_ds.model.router import Projection
 from nexus_ds.planning.sizes import Sizes
 from nexus_ds.runtime.deepspeed_internals import AutoEPMoELayer, capacity_moe, looped_experts
 from nexus_ds.runtime.nexus_moe import NexusMoE, NexusRouter, Placement
+from nexus_ds.upcycling.new_router import layer_draws, new_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Qwen2MoeConfig
@@ -261,15 +264,29 @@ def skeleton_config(shape: Shape) -> Qwen2MoeConfig:
     )
 
 
+def random_projection(inputs_EM: Tensor, hidden_size: int, layer: int) -> Projection:
+    """Return the P of one layer that a new mixture of the seed 0 gets, in the paper's form."""
+    router = RouterRecord(
+        kind="nexus",
+        depth=2,
+        width=0,
+        projection="swiglu",
+        row_norm="free",
+        input="token",
+        centre=True,
+        top_k=1,
+    )
+    draws = layer_draws(0, layer)
+    state = new_state(router, inputs_EM.numpy(), hidden_size, "balanced", 0.5, draws)
+    return from_state(router, state)
+
+
 def _parts(shape: Shape, layer: int, dtype: torch.dtype, inputs_EM: Tensor) -> Parts:
     """Return the same random weights for every variant."""
     torch.manual_seed(layer)
     experts = [FeedForward(shape.hidden, shape.ffn).to(dtype) for _ in range(shape.experts)]
     shared = FeedForward(shape.hidden, shape.ffn).to(dtype)
-    # on the CPU, where its generator draws
-    projection = Projection(shape.embedding, shape.hidden).cpu()
-    generator = layer_generator(0, layer)
-    init_projection(projection, inputs_EM.cpu(), "balanced", 0.5, generator)
+    projection = random_projection(inputs_EM.cpu(), shape.hidden, layer)
     projection = projection.to(inputs_EM.device, dtype)
     return Parts(experts, shared, projection, inputs_EM)
 

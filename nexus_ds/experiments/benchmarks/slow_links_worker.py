@@ -20,7 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nexus_ds.checkpoint.expert_rows import centre_of, condition
 from nexus_ds.experiments.benchmarks import network
+from nexus_ds.experiments.benchmarks.models import random_projection
 from nexus_ds.experiments.benchmarks.slow_links import (
     EMBEDDING,
     HEAD_SIZE,
@@ -31,7 +33,6 @@ from nexus_ds.experiments.benchmarks.slow_links import (
 from nexus_ds.launch import end, position
 from nexus_ds.model.experts import FeedForward
 from nexus_ds.model.head import next_token_loss
-from nexus_ds.model.router import Projection, centre_of, condition, init_projection, layer_generator
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.engine import (
     Batch,
@@ -70,8 +71,8 @@ def random_llama(links: LinkRun, where: Placement) -> PreTrainedModel:
         num_key_value_heads=heads,
     )
     model = LlamaForCausalLM(config)
-    vectors_EM = torch.randn(links.experts, EMBEDDING)
-    inputs_EM = condition(vectors_EM, centre_of(vectors_EM))
+    vectors_EM = torch.randn(links.experts, EMBEDDING).numpy()
+    inputs_EM = torch.from_numpy(condition(vectors_EM, centre_of(vectors_EM)))
     layers = cast(nn.ModuleList, model.get_submodule("model.layers"))
     for index, layer in enumerate(layers):
         layer.mlp = _nexus_layer(links, where, inputs_EM, index)
@@ -79,8 +80,7 @@ def random_llama(links: LinkRun, where: Placement) -> PreTrainedModel:
 
 
 def _nexus_layer(links: LinkRun, where: Placement, inputs_EM: Tensor, index: int) -> NexusMoE:
-    projection = Projection(EMBEDDING, links.hidden)
-    init_projection(projection, inputs_EM, "balanced", 0.5, layer_generator(0, index))
+    projection = random_projection(inputs_EM, links.hidden, index)
     shared = FeedForward(links.hidden, links.ffn)
     # ranks have different numbers of experts, but must draw the same numbers after them
     with torch.random.fork_rng():
