@@ -5,6 +5,8 @@ turns, each in a process of its own that starts anew: `floor` reads every input 
 many bytes as the mixture has and flushes them to the disk, as the verb does; `upcycle` is the verb
 with all that it checks and hashes, without a warm start. A ratio is of two runs of one round, each
 begun with nothing left to flush; in a cold round the inputs were dropped from the page cache first.
+Where mergekit is installed it takes its turn with the same models: the seed is its shared expert
+and gives all that is not an FFN, nothing is averaged, checked or flushed.
 Peak memory is that of the process alone (VmHWM: `ru_maxrss` has its parent's too).
 Not covered: disks that are not this machine's; fp16, which no expert may have.
 """
@@ -17,6 +19,7 @@ import os
 import re
 import resource
 import runpy
+import shutil
 import statistics
 import subprocess
 import sys
@@ -53,6 +56,7 @@ SIZES = {"tiny": (64, 2), "250m": (1024, 16), "1b": (2048, 18)}
 """Hidden size and layers; a vocabulary of 32,768 (tiny: 320)."""
 NAMES = ("alpha", "beta", "gamma")
 BLOCK = 1 << 20
+MERGEKIT = "mergekit-moe"
 NOISE = 0.3
 """Of a branch's weights beside its seed's."""
 
@@ -233,6 +237,43 @@ def upcycle(root: Path, out: Path) -> None:
 PROGRAMS: dict[str, Callable[[Path, Path], None]] = {"floor": floor, "upcycle": upcycle}
 
 
+def mergekit(root: Path, out: Path) -> Cost:
+    """Let mergekit put the same models together.
+
+    Raises:
+        ConfigError: it can't, with its own last word.
+    """
+    experts = [{"source_model": str(root / name), "positive_prompts": [name]} for name in NAMES]
+    shared = {"source_model": str(root / "seed"), "positive_prompts": ["x"], "residual_scale": 1.0}
+    config = {
+        "base_model": str(root / "seed"),
+        "architecture": "qwen",
+        "gate_mode": "random",
+        "dtype": "bfloat16",
+        "experts": experts,
+        "shared_experts": [shared],
+    }
+    write_json(out / "config.yml", config)
+    command = shutil.which(MERGEKIT)
+    assert command is not None
+    log = out / "log.txt"
+    started = time.perf_counter()
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [command, str(out / "config.yml"), str(out / "mixture")], stdout=stream, stderr=stream
+        )
+        _, status, used = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        last = log.read_text(errors="replace").strip().splitlines()[-1:]
+        raise ConfigError(
+            f"{command} ended with {process.returncode}: {' '.join(last)}; mend its installation, "
+            "or take it off PATH"
+        )
+    return Cost(wall, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+
+
 def child(
     program: str,
     root: str,
@@ -261,6 +302,8 @@ def _forget(root: Path) -> None:
 def cost(program: str, root: Path) -> Cost:
     """Run a program in a process of its own; CheckpointError is its own matter."""
     with tempfile.TemporaryDirectory(dir=root) as out:
+        if program == MERGEKIT:
+            return mergekit(root, Path(out))
         code = f"from {__name__} import child; import sys; child(*sys.argv[1:])"
         started = time.perf_counter()
         words = [sys.executable, "-c", code, program, str(root), out]
@@ -314,13 +357,13 @@ def measure(
 
 def describe(rows: list[Row]) -> str:
     """Return rows as a table."""
-    lines = [f"{'':16}{'seconds':>9}{'wall / floor':>20}{'CPU / floor':>20}{'peak MiB':>10}"]
+    lines = [f"{'':20}{'seconds':>9}{'wall / floor':>20}{'CPU / floor':>20}{'peak MiB':>10}"]
     for row in rows:
         cells = []
         for middle, low, high in (row.wall, row.cpu):
             cells.append(f"{middle:.2f} ({low:.2f}-{high:.2f})".rjust(20))
         name = f"{row.program}, {'cold' if row.cold else 'warm'}"
-        lines.append(f"{name:16}{row.seconds:>9.2f}{cells[0]}{cells[1]}{row.peak:>10.0f}")
+        lines.append(f"{name:20}{row.seconds:>9.2f}{cells[0]}{cells[1]}{row.peak:>10.0f}")
     return "\n".join(lines)
 
 
@@ -351,6 +394,8 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     if args.rounds < 1 or args.shard < 1:
         raise ConfigError(f"--rounds {args.rounds}, --shard {args.shard}: expected numbers above 0")
     programs = ["upcycle"]
+    if args.dtype == "bf16" and shutil.which(MERGEKIT):
+        programs.append(MERGEKIT)
     with tempfile.TemporaryDirectory(dir=args.work or Path.cwd()) as folder:
         root = Path(folder)
         say("making a seed and three branches")
