@@ -400,14 +400,17 @@ def evaluation_step(config: Config, plan: list[Step], command: list[str]) -> Ste
     return Step("evaluate", places(config).report, command, (plan[-1].name,))
 
 
-def _differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+def _differences(
+    then: dict[str, Any], now: dict[str, Any], usual: dict[str, Any], prefix: str = ""
+) -> list[str]:
+    """Return the settings that differ; those that `then` lacks were as usual: they are newer."""
     found = []
     # Settings that only the older file has are gone from the program: nothing reads them.
     for key, here in now.items():
         name = f"{prefix}{key}"
-        there = then.get(key)
+        there = then.get(key, usual.get(key))
         if isinstance(here, dict) and isinstance(there, dict):
-            found += _differences(there, here, f"{name}.")
+            found += _differences(there, here, usual.get(key) or {}, f"{name}.")
         elif there != here and name not in that_change("nothing"):
             found.append(f"{name}: {there!r} there, {here!r} here")
     return found
@@ -436,7 +439,7 @@ def check_made(plan: list[Step], recipe: str, overrides: Sequence[str]) -> None:
         then = parse_yaml(saved.read_text(encoding="utf-8", errors="replace"), str(saved))
         # An empty file differs in everything: the stage is not taken for this one.
         known = then if isinstance(then, dict) else {}
-        different = _differences(known, now)
+        different = _differences(known, now, as_dict(Config()) if known else {})
         if different:
             raise OutputExistsError(
                 f"{step.output} was made with other settings ({'; '.join(different[:4])}); give "

@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nexus_ds.command_lines import (
     DS_JSON,
@@ -186,8 +187,25 @@ def test_a_stage_that_was_made_with_other_settings_is_not_taken_for_this_runs(tm
         match=r"seed was made with other settings \(data.path: 'elsewhere' there, 'demo'",
     ):
         check_made(plan, "demo", words)
-    (tmp_path / "seed" / "training.yaml").write_text(dump(config_of(tmp_path, "stage=seed")))
+    whole = dump(config_of(tmp_path, "stage=seed"))
+    (tmp_path / "seed" / "training.yaml").write_text(whole)
     check_made(plan, "demo", words)
+
+
+def test_a_setting_that_is_newer_than_a_stage_was_as_usual(tmp_path):
+    words = [word.replace("RUN", str(tmp_path)) for word in WORDS]
+    plan = steps(config_of(tmp_path), "demo", words, 1)
+    then = yaml.safe_load(dump(config_of(tmp_path, "stage=seed")))
+    assert then["model"].pop("task_scale") == 1.0
+    (tmp_path / "seed").mkdir()
+    (tmp_path / "seed" / "training.yaml").write_text(yaml.safe_dump(then))
+    check_made(plan, "demo", words)
+    with pytest.raises(OutputExistsError, match=r"\(model.task_scale: 1.0 there, 2.0 here\)"):
+        check_made(plan, "demo", [*words, "model.task_scale=2.0"])
+    # nothing is known of what an empty file was made with
+    (tmp_path / "seed" / "training.yaml").write_text("")
+    with pytest.raises(OutputExistsError, match="seed was made with other settings"):
+        check_made(plan, "demo", words)
 
 
 @pytest.mark.parametrize("name", ["a b", "c++", "../x", ""])
