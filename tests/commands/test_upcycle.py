@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 
 from nexus_ds.__main__ import main
 from nexus_ds.checkpoint.families.record import EMBEDDING, FFN_PARTS, dense_ffn_name
+from nexus_ds.checkpoint.hashes import differences, recorded
 from nexus_ds.checkpoint.inspection import describe
 from nexus_ds.checkpoint.projection_module import expert_embeddings
 from nexus_ds.checkpoint.qwen2_moe import gate_name, mean_name
@@ -296,6 +297,8 @@ def test_starts_of_free_rows(parts, capsys, start):
     else:
         assert (fit["start"], fit["steps"]) == (start, 0) and fit["after"] > fit["before"]
     assert torch.isfinite(stock(parts / "out")(torch.arange(5)[None]).logits).all()
+    # the hashes are of what stands there after the start
+    assert not differences(parts / "out", recorded(parts / "out")).problems
 
 
 def test_starts_that_the_router_cannot_have_are_refused_before_anything_is_written(parts):
