@@ -447,6 +447,7 @@ def card(box):
 def adapter(box):
     from nexus_ds.checkpoint.adapters import ADAPTER_WEIGHTS, describe_merge, open_branch
     from nexus_ds.checkpoint.config_json import ADAPTER
+    from nexus_ds.checkpoint.tensors import TensorReader
 
     base = make_dense(box.with_name("base"))
     made = {}
@@ -466,8 +467,9 @@ def adapter(box):
 
     def use():
         model = open_branch(box)
-        for name in model.reader.names():
-            model.reader.read(name)
+        reader = TensorReader.of(model.reader)
+        for name in reader.names():
+            reader.read(name)
         return describe_merge(model)
 
     # A base that the adapter names is another directory.
