@@ -46,7 +46,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 SLICE = 1 << 22  # elements that `row_slices` allows at once
-CHUNK = 1 << 23  # bytes that are hashed at once
+CHUNK = 1 << 20  # bytes that are hashed at once
 
 
 Plan = Mapping[str, tuple[str, tuple[int, ...]]]
