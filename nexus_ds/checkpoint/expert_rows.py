@@ -329,13 +329,16 @@ def check_rows(router: RouterFile, weights: Headers, layers: int, quick: bool) -
 
 def _difference(stored_EH: np.ndarray, numbers: np.ndarray, expected_EC: np.ndarray) -> float:
     """Return the largest difference of some columns, relative to the largest entry expected."""
-    if stored_EH.shape[0] != len(expected_EC) or numbers[-1] >= stored_EH.shape[1]:
+    if (numbers >= stored_EH.shape[1]).any():
         return math.inf
     return relative_difference(stored_EH[:, numbers], expected_EC)
 
 
 def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """Return the largest difference of numbers, relative to the largest that was expected."""
+    """Return the largest difference of numbers, relative to the largest that was expected; infinite
+    where there are others, or none."""
+    if found.shape != expected.shape or not expected.size:
+        return math.inf
     # rows of zeros, as a P of zeros gives them, have no relative error
     scale = max(float(np.abs(expected).max()), 1e-30)
     return float(np.abs(found - expected).max()) / scale

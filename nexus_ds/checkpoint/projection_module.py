@@ -7,14 +7,13 @@ Not covered: P(D) without torch (`expert_rows`), a new P (`upcycling.new_router`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nexus_ds.checkpoint.expert_rows import last_map
 from nexus_ds.checkpoint.projections import State
-from nexus_ds.checkpoint.records import SIDECAR, RouterRecord
+from nexus_ds.checkpoint.records import RouterRecord
 from nexus_ds.checkpoint.sidecar import FREE_ROWS, Sidecar, form_of
 from nexus_ds.errors import CheckpointError
 from nexus_ds.model.router import Projection, expert_embeddings_in
@@ -53,10 +52,10 @@ def state_of(named: Mapping[str, Tensor]) -> State:
     }
 
 
-def load_projection(sidecar: Sidecar, layer: int, where: Path = Path(SIDECAR)) -> Projection:
+def load_projection(sidecar: Sidecar, layer: int) -> Projection:
     """Return P of one layer in fp32; CheckpointError if its weights are of another form."""
     state = sidecar.projections[layer]
-    form_of(sidecar, layer, state, where)
+    form_of(sidecar, layer, state)
     # copies: whoever changes the module does not change the sidecar
     return from_state(sidecar.router, state)
 

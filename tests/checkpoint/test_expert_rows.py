@@ -141,3 +141,19 @@ def test_a_centre_of_another_shape_is_damaged(nexus_dir, tmp_path, shape):
     save_file(load_file(path) | {"centre": torch.zeros(shape)}, path)
     with pytest.raises(CheckpointError, match=rf"centre of shape {re.escape(str(shape))}, "):
         open_router(tmp_path / "m", read_manifest(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("rows", [0, 15, 17])
+def test_a_last_map_of_other_rows_gives_none_of_the_stored_ones(nexus_dir, tmp_path, rows):
+    shutil.copytree(nexus_dir, tmp_path / "m")
+    path = tmp_path / "m" / ROUTER
+    save_file(load_file(path) | {"layers.0.maps.1.weight": torch.ones(rows, 16)}, path)
+    router = open_router(tmp_path / "m", read_manifest(tmp_path / "m"))
+    assert 0 in check_rows(router, Headers(tmp_path / "m"), 2, quick=False).worst
+
+
+def test_numbers_of_another_shape_are_as_far_as_can_be():
+    zeros = np.zeros((2, 3), np.float32)
+    assert expert_rows.relative_difference(zeros, zeros) == 0
+    assert expert_rows.relative_difference(zeros[:1], zeros) == np.inf
+    assert expert_rows.relative_difference(zeros[:, :0], zeros[:, :0]) == np.inf
