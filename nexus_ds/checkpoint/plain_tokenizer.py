@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from nexus_ds.checkpoint.families.table import FAMILIES
 from nexus_ds.checkpoint.forms import MIXTURES
 from nexus_ds.checkpoint.json_files import confined, read_json_object
-from nexus_ds.data.tokenizer import ANY_CLASS, CONFIG
+from nexus_ds.data.tokenizer import ANY_CLASS, CONFIG, refuse_far_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -69,7 +69,7 @@ def plain_tokenizer(directory: Path) -> tuple[Tokenizer, dict[str, str]] | None:
     """Return a directory's tokenizer, and the tokens of its roles; None: ask transformers.
 
     Raises:
-        CheckpointError: JSON files that are none, or files that lie outside.
+        CheckpointError: JSON files that are none, files that lie outside, or ids too large.
     """
     needed = ("config.json", CONFIG, DEFINITION)
     if not all((directory / name).is_file() for name in needed):
@@ -87,6 +87,7 @@ def plain_tokenizer(directory: Path) -> tuple[Tokenizer, dict[str, str]] | None:
     backend = _opened(confined(directory, DEFINITION))
     if backend is None or not _adds_nothing(backend, config, roles):
         return None
+    refuse_far_ids(backend, directory)
     return backend, roles
 
 

@@ -16,6 +16,7 @@ from nexus_ds.errors import CheckpointError, ConfigError, DataError
 from nexus_ds.outputs import new_directory, write_json
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # transformers takes a second to load, which verbs without a tokenizer should not pay; and it must
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 MODEL_MAX_LENGTH = 1 << 20  # the model's max_position_embeddings is the real limit
 SMALLEST_VOCABULARY = 257  # 256 bytes and END_OF_TEXT
+LAST_ID = 1 << 24
+"""The largest id of a token that is read. The largest vocabularies have a million. Every id below
+the last that means nothing the library lists: of the id 2**31, in a file of 1 kB, that is 8 GB."""
 CONFIG = "tokenizer_config.json"
 ANY_CLASS = "PreTrainedTokenizerFast"
 """The class that transformers 4 and 5 know and that takes tokenizer.json as it stands. Others have
@@ -39,7 +43,7 @@ def open_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 
     Raises:
         CheckpointError: none there, none of the `tokenizers` library, or one that doesn't load;
-            says what is missing.
+            says what is missing. Or ids beyond LAST_ID.
     """
     if not Path(directory).is_dir():
         raise CheckpointError(
@@ -66,7 +70,19 @@ def open_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
         raise CheckpointError(
             f"{directory}: no tokenizer that can be loaded {_reason(directory, error)}"
         ) from error
+    refuse_far_ids(tokenizer.backend_tokenizer, directory)
     return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+def refuse_far_ids(backend: Tokenizer, directory: Path) -> None:
+    """Raise CheckpointError for a token of an id beyond LAST_ID; before anything is saved of it."""
+    vocabulary = backend.get_vocab()
+    last = max(vocabulary, key=vocabulary.__getitem__, default="")
+    if vocabulary.get(last, 0) > LAST_ID:
+        raise CheckpointError(
+            f"{directory}: the tokenizer has the token id {vocabulary[last]} ({last!r}), expected "
+            f"at most {LAST_ID}; mend the vocabulary in its tokenizer.json or vocab.json"
+        )
 
 
 def _reason(directory: Path, error: Exception) -> str:

@@ -13,6 +13,7 @@ from nexus_ds.checkpoint.forms import MIXTURES
 from nexus_ds.checkpoint.plain_tokenizer import OWN_WAYS, plain_tokenizer
 from nexus_ds.checkpoint.tokenizer import read_tokenizer
 from nexus_ds.data.tokenizer import train_tokenizer
+from nexus_ds.errors import CheckpointError
 from tests.checkpoint.test_tokenizer import added, edit_json
 from tests.data.conftest import sentences
 
@@ -50,6 +51,13 @@ def test_every_family_as_transformers_reads_it(folder, model_type, monkeypatch):
         assert plain_tokenizer(folder) is None
     else:
         assert_same(folder, monkeypatch)
+
+
+def test_an_id_that_takes_gigabytes_to_save_is_refused(folder):
+    edit_json(folder / "tokenizer.json", lambda value: value["model"]["vocab"].update(far=1 << 31))
+    message = "has the token id 2147483648 .'far'., expected at most 16777216"
+    with pytest.raises(CheckpointError, match=message):
+        plain_tokenizer(folder)
 
 
 def own(value):

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from nexus_ds.checkpoint.tokenizer import read_tokenizer
+from nexus_ds.data.encoding import load_tokenizer
 from nexus_ds.data.tokenizer import (
+    LAST_ID,
     for_any_class,
     open_tokenizer,
     train_tokenizer,
@@ -109,6 +112,28 @@ def test_ids_with_gaps_are_counted_to_the_last(tokenizer_dir: Path, tmp_path: Pa
     (tmp_path / "gap" / "tokenizer.json").write_text(json.dumps(definition))
     tokenizer = open_tokenizer(tmp_path / "gap")
     assert (len(tokenizer), vocabulary_size(tokenizer)) == (301, 401)
+
+
+@pytest.mark.parametrize("index", [LAST_ID + 1, 1 << 31])
+def test_an_id_that_takes_gigabytes_to_save_is_refused(
+    tokenizer_dir: Path, tmp_path: Path, index: int
+):
+    """2**31 in a file of 1 kB took 8 GB and 18 s: the library lists every id that means nothing."""
+    shutil.copytree(tokenizer_dir, tmp_path / "far")
+    definition = json.loads((tmp_path / "far" / "tokenizer.json").read_text())
+    definition["model"]["vocab"]["far"] = index
+    (tmp_path / "far" / "tokenizer.json").write_text(json.dumps(definition))
+    message = (
+        rf"far: the tokenizer has the token id {index} \('far'\), expected at most 16777216; "
+        "mend the vocabulary in its tokenizer.json or vocab.json"
+    )
+    for read in (open_tokenizer, load_tokenizer, read_tokenizer):
+        with pytest.raises(CheckpointError, match=message):
+            read(tmp_path / "far")
+    # beside a config.json it is read without transformers
+    (tmp_path / "far" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match=message):
+        read_tokenizer(tmp_path / "far")
 
 
 def test_a_sentencepiece_file_is_read(tmp_path: Path):
