@@ -189,9 +189,11 @@ def _read_shard(directory: Path, shard: str) -> dict[str, TensorInfo]:
         raise CheckpointError(
             f"{directory / INDEX}: shard {shard!r} is not a .safetensors file; only these are read"
         )
-    if not file.is_file():
+    # unlike pathlib's, it says no of a name that is too long for a file's
+    if not os.path.isfile(file):
         raise CheckpointError(
-            f"{directory}: the shard {shard!r} of {INDEX} is missing; fetch or save the model again"
+            f"{directory}: the shard {shard[:200]!r} of {INDEX} is missing; "
+            "fetch or save the model again"
         )
     return read_header(file)
 

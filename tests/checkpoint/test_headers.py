@@ -146,6 +146,7 @@ ONE = {"x": torch.ones(1)}
         ({"x": "../s.safetensors"}, {}, "lies outside the model's directory"),
         ({"x": "/etc/passwd"}, {}, "lies outside the model's directory"),
         ({"x": "s\0.safetensors"}, {}, "lies outside the model's directory"),
+        ({"x": "s" * 300 + ".safetensors"}, {}, "shard 's{200}' .* is missing"),
         ({"x": "weights.bin"}, {}, "not a .safetensors file"),
         ({"x": 7}, {}, "expected a weight_map"),
         (None, {}, "expected a weight_map"),
