@@ -491,8 +491,8 @@ FAULTS = (
     Fault(
         "code of a checkpoint is run",
         "checkpoint/build.py",
-        "trust_remote_code=False,\n        use_safe",
-        "trust_remote_code=True,\n        use_safe",
+        "trust_remote_code=False,\n            use_safe",
+        "trust_remote_code=True,\n            use_safe",
         "checkpoint/test_loading.py",
     ),
     Fault(

@@ -20,7 +20,7 @@ from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.families.record import FFN_PARTS
 from nexus_ds.checkpoint.forms import PLAIN
-from nexus_ds.checkpoint.loading import know_model_type, quiet_transformers
+from nexus_ds.checkpoint.loading import know_model_type, quiet_transformers, told_in_one_line
 from nexus_ds.checkpoint.projection_module import domain_inputs, load_projection
 from nexus_ds.checkpoint.qwen2_moe import (
     check_shared_gates,
@@ -45,21 +45,28 @@ def transformers_config(directory: Path) -> Any:
     """Return the checkpoint's configuration.
 
     Nothing but local JSON is read, and no code of the checkpoint is run.
+
+    Raises:
+        CheckpointError: transformers takes no such config.json.
     """
     from transformers import AutoConfig
 
     know_model_type(directory)
-    return AutoConfig.from_pretrained(
-        directory,
-        local_files_only=True,
-        trust_remote_code=False,
-    )
+    with told_in_one_line(directory):
+        return AutoConfig.from_pretrained(
+            directory,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
 
 
 def load_stock(directory: Path, dtype: torch.dtype) -> Any:
     """Load any checkpoint as plain transformers does.
 
     It is the oracle of the export, and the way dense models are trained.
+
+    Raises:
+        CheckpointError: damaged files, or files that transformers can't load.
     """
     from transformers import AutoModelForCausalLM
 
@@ -67,13 +74,14 @@ def load_stock(directory: Path, dtype: torch.dtype) -> Any:
     # checks headers, ranges and paths, which transformers trusts
     TensorReader(directory)
     quiet_transformers()
-    return AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype=dtype,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
+    with told_in_one_line(directory):
+        return AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
 
 
 def new_dense(model: ModelConfig, vocabulary: int, eos: int, seed: int) -> Any:
@@ -104,15 +112,19 @@ def empty_skeleton(directory: Path, config_json: ConfigJson, dtype: torch.dtype)
 
     It is on the meta device, but for its rotary buffers: they are computed, not read. What is on
     disk, which may be another form of it, stays with it as `config_json`.
+
+    Raises:
+        CheckpointError: transformers makes no model of that config.json.
     """
     tied = settings(config_json).tied_embeddings
-    if config_json["model_type"] in PLAIN:
-        model = _empty_qwen2_moe(directory, tied, dtype)
-    else:
-        # imports transformers' modelling code of that family
-        from nexus_ds.checkpoint.native import empty_dense
+    with told_in_one_line(directory):
+        if config_json["model_type"] in PLAIN:
+            model = _empty_qwen2_moe(directory, tied, dtype)
+        else:
+            # imports transformers' modelling code of that family
+            from nexus_ds.checkpoint.native import empty_dense
 
-        model = empty_dense(config_json, tied, dtype)
+            model = empty_dense(config_json, tied, dtype)
     model.config_json = config_json
     return model
 

@@ -8,7 +8,8 @@ Not covered: models larger than one device (`pieces`), quantised weights, traini
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +100,22 @@ def _said(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
+@contextmanager
+def told_in_one_line(directory: Path) -> Iterator[None]:
+    """Turn what transformers raises for files of a checkpoint into a CheckpointError.
+
+    So that a damaged file is told like any other, without a traceback.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (*LOAD_ERRORS, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"{directory}: transformers can't load this checkpoint: {_said(error)}"
+        ) from error
+
+
 def check_loaded(directory: Path, info: Mapping[str, Iterable[object]]) -> None:
     """Refuse what transformers would mend with random numbers or drop in silence.
 
@@ -159,11 +176,10 @@ def load_model(directory: Path, precision: str = "auto", place: torch.device | N
     place = place or device()
     dtype = computed_dtype(precision, place) or "auto"
     verified(directory)
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 
     quiet_transformers()
-    try:
+    with told_in_one_line(directory):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
@@ -172,11 +188,6 @@ def load_model(directory: Path, precision: str = "auto", place: torch.device | N
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (*LOAD_ERRORS, StrictDataclassError) as error:
-        # so that a damaged file is told like any other, without a traceback
-        raise CheckpointError(
-            f"{directory}: transformers can't load this checkpoint: {_said(error)}"
-        ) from error
     model, info = loaded
     check_loaded(directory, info)
     return model.to(place).eval()

@@ -26,7 +26,7 @@ from nexus_ds.checkpoint.dense import as_stored
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.families.table import FAMILIES
 from nexus_ds.checkpoint.forms import MIXTURES
-from nexus_ds.checkpoint.loading import check_loaded
+from nexus_ds.checkpoint.loading import check_loaded, told_in_one_line
 from nexus_ds.checkpoint.native import make_buffers
 from nexus_ds.checkpoint.qwen2_moe import expert_name
 from nexus_ds.checkpoint.tensors import DTYPES, TensorReader
@@ -220,7 +220,9 @@ def _generation_settings(model: PreTrainedModel, directory: Path) -> None:
     if (directory / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+        with told_in_one_line(directory):
+            found = GenerationConfig.from_pretrained(directory, local_files_only=True)
+        model.generation_config = found
 
 
 def streamed_model(
@@ -238,7 +240,8 @@ def streamed_model(
 
     Raises:
         UnsupportedModelError: a family whose layers are not known here.
-        CheckpointError: tensors other than those of its config.json.
+        CheckpointError: tensors other than those of its config.json, or JSON that transformers
+            can't load.
     """
     config = transformers_config(directory)
     kind = config.model_type
@@ -253,7 +256,8 @@ def streamed_model(
     # A tied head that has another tensor all the same is none.
     said = {"tie_word_embeddings": config.tie_word_embeddings}
     config.tie_word_embeddings = as_stored(said, tensors)["tie_word_embeddings"]
-    model = _skeleton(config, dtype)
+    with told_in_one_line(directory):
+        model = _skeleton(config, dtype)
     # A stack would take one row for all, and a layer too many would be left out.
     _check_tensors(model, tensors)
     for name in ("model.embed_tokens", "model.norm", "lm_head"):

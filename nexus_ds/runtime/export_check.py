@@ -509,6 +509,14 @@ def bytes_at_once(reader: TensorReader, logits: int) -> int:
 
 
 @torch.no_grad()
+def _streamed(directory: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    try:
+        return streamed_model(directory, dtype, device)
+    # whoever trained for days has to read that nothing is lost
+    except CheckpointError as error:
+        raise _refused(str(error)) from error
+
+
 def check_computes(directory: Path, dtype: torch.dtype, seen: Seen) -> Agreement:
     """Compute the probe out of a written checkpoint with stock transformers, layer by layer.
 
@@ -535,7 +543,7 @@ def check_computes(directory: Path, dtype: torch.dtype, seen: Seen) -> Agreement
     comparison.found.device = str(device)
     with _cores_for(device, seen.logits_SV.device):
         try:
-            model = streamed_model(directory, dtype, device)
+            model = _streamed(directory, dtype, device)
             # a loop over the experts: grouped kernels of some GPUs take TF32 for fp32
             model.config._experts_implementation = "eager"
             comparison.watch(model)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from nexus_ds.checkpoint.build import fill, transformers_config
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.forms import PLAIN
-from nexus_ds.checkpoint.loading import device
+from nexus_ds.checkpoint.loading import device, told_in_one_line
 from nexus_ds.checkpoint.needs import FIT_BATCH, features_fit
 from nexus_ds.checkpoint.pieces import need_of, warn_of_time
 from nexus_ds.checkpoint.projection_module import (
@@ -75,11 +75,12 @@ def _empty_model(directory: Path, config: ConfigJson) -> Any:
 
     from nexus_ds.checkpoint.native import empty_mixture
 
-    if config["model_type"] not in PLAIN:
-        return empty_mixture(config, False, torch.float32)
-    own = transformers_config(directory)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(own)
+    with told_in_one_line(directory):
+        if config["model_type"] not in PLAIN:
+            return empty_mixture(config, False, torch.float32)
+        own = transformers_config(directory)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(own)
     rotary = type(model.model.rotary_emb)
     model.model.rotary_emb = rotary(own)
     return model

@@ -9,8 +9,16 @@ import pytest
 import torch
 from conftest import make_nexus
 
-from nexus_ds.checkpoint.build import load_stock, new_dense, transformers_config
-from nexus_ds.errors import UnsupportedModelError
+from nexus_ds.checkpoint.build import (
+    empty_skeleton,
+    load_stock,
+    new_dense,
+    transformers_config,
+)
+from nexus_ds.checkpoint.config_json import read_config
+from nexus_ds.checkpoint.loading import load_model
+from nexus_ds.checkpoint.streaming import streamed_model
+from nexus_ds.errors import CheckpointError, UnsupportedModelError
 from nexus_ds.settings import ModelConfig, RouterConfig
 
 TOKENS = torch.arange(40).remainder(29).view(2, 20)
@@ -128,7 +136,7 @@ def test_code_of_a_checkpoint_is_never_run(tmp_path, dense_dir, monkeypatch):
         "nexus_ds.checkpoint.build.know_model_type", lambda directory: None
     )  # without the first defence
     for load in loaders:
-        with pytest.raises(ValueError, match=r"trust_remote_code|evil"):
+        with pytest.raises(CheckpointError, match=r"custom code|evil"):
             load(odd)
     assert not canary.exists()
     runpy.run_path(str(odd / "evil.py"))
@@ -151,3 +159,47 @@ def test_experts_permuted_together_with_their_domains_leave_the_output_unchanged
     for block in permuted.model.layers:
         block.mlp.router.domain_inputs = block.mlp.router.domain_inputs[order]
     assert float((logits(permuted) - expected).abs().max()) <= 1e-6
+
+
+def stock(directory):
+    return load_stock(directory, torch.float32)
+
+
+def streamed(directory):
+    return streamed_model(directory, torch.float32, torch.device("cpu"))
+
+
+def skeleton(directory):
+    return empty_skeleton(directory, read_config(directory), torch.float32)
+
+
+ALL = [load_model, stock, streamed, skeleton, transformers_config]
+WHOLE = [load_model, stock, streamed]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said", "readers"),
+    [
+        ("config.json", {"attention_dropout": "x"}, "attention_dropout", ALL),
+        ("config.json", {"pad_token_id": -5000000}, "", [load_model, stock, streamed, skeleton]),
+        ("generation_config.json", "8", "", WHOLE),
+        # a whole model passes over a file that is no JSON
+        ("generation_config.json", "", "not a valid JSON", [streamed]),
+        ("generation_config.json", '{"a": ' + "[" * 900 + "]" * 900 + "}", "", WHOLE),
+    ],
+)
+def test_what_transformers_cannot_load_is_told_in_one_line(
+    plain_moe_dir, tmp_path, name, text, said, readers
+):
+    """Whole, for training, layer by layer, and a configuration alone: each has its own way."""
+    shutil.copytree(plain_moe_dir, tmp_path / "copy")
+    path = tmp_path / "copy" / name
+    if isinstance(text, dict):
+        text = json.dumps(json.loads(path.read_text()) | text)
+    path.write_text(text)
+    for read in readers:
+        with pytest.raises(
+            CheckpointError, match=f"copy: transformers can't load this checkpoint: .*{said}"
+        ) as refusal:
+            read(tmp_path / "copy")
+        assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 1000
