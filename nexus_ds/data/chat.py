@@ -119,7 +119,6 @@ def _render(
     chat: ChatFormat, messages: Sequence[dict[str, str]], prompt: bool, marked: bool
 ) -> tuple[str, list[Span]]:
     # transformers' own sandbox: it takes a second to load, which plain text should not pay
-    from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     render = cast("Render", render_jinja_template)
@@ -131,9 +130,10 @@ def _render(
             return_assistant_tokens_mask=marked,
             **dict(chat.tokens),
         )
-    # a template is a program of whoever made the tokenizer: it may do without a key, or divide
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-        said = " ".join(str(error).split())[:200]
+    # a template is a program of whoever made the tokenizer: it may do without a key, divide, or
+    # call itself for ever
+    except Exception as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(
             f"the tokenizer's chat template refuses the messages ({said}); {REMEDY}"
         ) from error

@@ -114,17 +114,16 @@ def _in_template(
             f"{name}: the tokenizer has no chat template; leave --chat out and give text, or a "
             "checkpoint whose tokenizer has one (chat_template.jinja)"
         )
-    # jinja2 comes with transformers' templates; its errors are those of the template's author
-    from jinja2 import TemplateError
-
     try:
         # in a sandbox of transformers, without files
         rendered = tokenizer.apply_chat_template(
             [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
         )
-    except TemplateError as error:
+    # a template is a program of its author, which may raise whatever it likes
+    except Exception as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigError(
-            f"{name}: the chat template refuses it ({' '.join(str(error).split())[:200]}); "
+            f"{name}: the chat template refuses it ({said}); "
             "give the roles in the order that it expects"
         ) from error
     return str(rendered)

@@ -110,6 +110,14 @@ def test_a_template_that_ends_with_the_end_of_text_gets_no_second_one(folder):
         ),
         ("{{ raise_exception('system first') }}", CHAT, r"template refuses the messages \(system"),
         ("{{ 1 / 0 }}", CHAT, r"template refuses the messages \(division by zero"),
+        ("{{ messages | dictsort }}", CHAT, r"template refuses the messages \('list' object has"),
+        (
+            "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+            CHAT,
+            r"template refuses the messages \(maximum recursion depth",
+        ),
+        ("{{ cycler() }}", CHAT, r"template refuses the messages \(at least one item"),
+        ("{{ 'a' * 10**18 }}", CHAT, r"template refuses the messages \(MemoryError"),
     ],
 )
 def test_what_is_refused(folder, template, chat, message):

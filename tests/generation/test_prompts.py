@@ -146,3 +146,18 @@ def test_templates_are_rendered_in_a_sandbox(chatty):
     chatty.chat_template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     with pytest.raises(ConfigError, match=r"the chat template refuses it .*unsafe"):
         tokenised(chatty, "leaf", "it", chat=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ messages | dictsort }}", "'list' object has no attribute 'items'"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "maximum recursion depth"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ 'a' * 10**18 }}", "MemoryError"),
+    ],
+)
+def test_whatever_a_template_raises_is_told(chatty, template, said):
+    chatty.chat_template = template
+    with pytest.raises(ConfigError, match=rf"it: the chat template refuses it \({said}"):
+        tokenised(chatty, "x", "it", chat=True)
