@@ -390,7 +390,7 @@ def refuse_activation(config: ConfigJson, where: str) -> None:
         config: of a `model_type` among FAMILIES and MIXTURES.
         where: start of the message.
     """
-    family = family_of(config)
+    family = family_of(as_source(config, where))
     first = family.activations[0]
     keys = {family.activation_key}
     if native_family(config["model_type"]):

@@ -374,7 +374,10 @@ def test_what_was_trained_elsewhere_is_named(made, tmp_path, name, message):
 
 def test_a_qwen3_next_of_another_origin_is_refused(made, tmp_path):
     _, _, out, _, _ = made
-    with pytest.raises(CheckpointError, match="nexus_source is None, expected the dense family"):
+    message = (
+        "other/config.json: a Qwen3-Next whose nexus_source is None, expected the dense family"
+    )
+    with pytest.raises(CheckpointError, match=message):
         qwen2_moe.open_moe(changed(out, tmp_path / "other", nexus_source=...))
     (shutil.copytree(out, tmp_path / "bare") / NORMS).unlink()
     with pytest.raises(CheckpointError, match="no nexus/nexus_source"):
