@@ -356,28 +356,58 @@ def config(box):
 
 @target
 def mixture_config(box):
+    from nexus_ds.checkpoint.forms import MIXTURES
     from nexus_ds.checkpoint.qwen2_moe import open_moe
     from nexus_ds.checkpoint.sidecar import read_sidecar
+    from nexus_ds.config import dump, load_config
     from nexus_ds.planning.stored_model import read_model
 
     make_nexus(box)
     windows = {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8}
-    texts = st.one_of(json_file(box, "config.json"), json_file(box, "config.json", windows))
+    source = {"model_type": "qwen3", "head_dim": 8}
+    next_form = {"model_type": "qwen3_next", "nexus_source": source, "head_dim": 8}
+    others = [{}, windows, next_form, *({"model_type": name} for name in MIXTURES)]
+    texts = st.sampled_from(others).flatmap(lambda more: json_file(box, "config.json", more))
+    # what the sequence length is taken from
+    training = dump(load_config("demo", ["stage=seed"])).encode()
+    (box / "training.yaml").write_bytes(training)
+    inputs = {
+        "config.json": texts,
+        "training.yaml": st.one_of(
+            changed_bytes(training), changed(yaml.safe_load(training)).map(as_yaml)
+        ),
+    }
     readers = [lambda: open_moe(box), lambda: read_sidecar(box), lambda: inspect(box)]
-    return Target({"config.json": texts}, [*readers, lambda: read_model(box)], box)
+    return Target(inputs, [*readers, lambda: read_model(box)], box)
 
 
 @target
 def loaded_model(box):
-    from nexus_ds.checkpoint.loading import load_model
+    """Whole, for training, and layer by layer."""
+    from nexus_ds.checkpoint.build import empty_skeleton, load_stock
+    from nexus_ds.checkpoint.loading import load_model, verified
+    from nexus_ds.checkpoint.qwen2_moe import open_moe
+    from nexus_ds.checkpoint.streaming import streamed_model
 
     make_nexus(box)
+    dtype, place = torch.float32, torch.device("cpu")
+
+    def streamed():
+        verified(box)
+        streamed_model(box, dtype, place)
+
+    readers = [
+        lambda: load_model(box),
+        lambda: load_stock(box, dtype),
+        lambda: empty_skeleton(box, open_moe(box)[0], dtype),
+        streamed,
+    ]
     inputs = {
         "config.json": json_file(box, "config.json"),
         "generation_config.json": json_file(box, "generation_config.json"),
         "model.safetensors": tensors(text_of(box, "model.safetensors")),
     }
-    return Target(inputs, [lambda: load_model(box)], box)
+    return Target(inputs, readers, box)
 
 
 @target
@@ -436,11 +466,18 @@ def domains(box):
 @target
 def card(box):
     from nexus_ds.checkpoint.cards import CARD, card_of, embeddings_of, read_cards, write_card
+    from nexus_ds.checkpoint.model_card import MODEL_CARD, metadata_of, stated_license
 
     made = make_embeddings(box / "d.safetensors")
     write_card(box, card_of(made, {"alpha": 1.0}, "alpha", "mit"))
-    readers = [lambda: embeddings_of(read_cards({"law": box}))]
-    return Target({CARD: json_file(box, CARD)}, readers, box)
+    text = "---\nlicense: mit\nbase_model:\n- a/b\ntags: [x]\n---\n# A\n"
+    readers = [
+        lambda: embeddings_of(read_cards({"law": box})),
+        lambda: stated_license(box),
+        lambda: metadata_of(box),
+    ]
+    inputs = {CARD: json_file(box, CARD), MODEL_CARD: changed_bytes(text.encode())}
+    return Target(inputs, readers, box)
 
 
 @target
@@ -498,6 +535,46 @@ def tokenizer(box):
         lambda: load_tokenizer(box).backend().encode("tree leaf"),
     ]
     return Target({name: json_text(value) for name, value in texts.items()}, readers, box)
+
+
+TEMPLATES = [
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m.content | trim }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+    "{% macro one(m) %}{{ m.role }}{% generation %}{{ m.content }}{% endgeneration %}{% endmacro %}"
+    "{%- for m in messages -%}{{ one(m) }}{% set x = loop.index % 2 %}{%- endfor -%}",
+]
+
+
+@target
+def chat_template(box):
+    """What a checkpoint's author has chats rendered by."""
+    from nexus_ds.data.chat import labelled
+    from nexus_ds.data.encoding import load_tokenizer
+    from nexus_ds.data.tokenizer import open_tokenizer
+    from nexus_ds.generation.prompts import tokenised
+
+    make_dense(box)
+    path = box / "chat_template.jinja"
+    path.write_text(TEMPLATES[0])
+    chat = ({"role": "user", "content": "tree"}, {"role": "assistant", "content": "leaf"})
+
+    def learn():
+        found = load_tokenizer(box, chat=True)
+        labelled(found.backend(), found.chat, found.end, chat)
+
+    # Filters and calls that are there, put where a template has others.
+    parts = ["dictsort", "list", "join", "tojson", "xmlattr", "first", "items", "one(m)", "x / 0"]
+    parts += ["{{ one(one) }}", "{% include 'a' %}", "messages", "loop", "cycler()", "range(3)"]
+    words = [part.encode() for part in ["m.role", "m.content", "trim", "eos_token", "m"]]
+    texts = [text.encode() for text in TEMPLATES]
+    swaps = st.tuples(*map(st.sampled_from, (texts, words, [part.encode() for part in parts])))
+    swapped = swaps.map(lambda found: found[0].replace(*found[1:]))
+    slips = st.sampled_from(texts).flatmap(changed_bytes)
+    readers = [learn, lambda: tokenised(open_tokenizer(box), "tree", "it", chat=True)]
+    inputs = {path.name: st.one_of(swapped, slips)}
+    # Where chats are read, the row is named before that.
+    named = ["the tokenizer's chat template", "it: the", "message 2", "no answer", "one token"]
+    return Target(inputs, readers, box, named)
 
 
 @target
