@@ -758,11 +758,11 @@ class CompareConfig:
     """Whether the seed model of seed 0 serves all seeds, which vary what comes after it."""
 
     contenders: list[str] = setting([], changes="inputs")
-    """Ways to make one model of the same data; empty: all."""
+    """Ways to make one model of the same data; empty: all; [none]: none."""
 
     extensions: list[str] = setting([], changes="inputs")
     """Ways to add an expert of each of `pipeline.new_domains`; empty: all, if there are new
-    domains."""
+    domains; [none]: none."""
 
     budgets: list[int] = setting([], changes="inputs")
     """Finetune tokens at which an extension is scored, beside 0; the last one is its length."""
@@ -771,14 +771,23 @@ class CompareConfig:
     adding: Literal["each", "together", "sequence"] = setting("each", changes="inputs")
     """each: every new domain on its own | together: all at once | sequence: one after another."""
 
+    contender_settings: dict[str, list[str]] = setting({}, changes="inputs")
+    """Overrides of one contender alone, and of what it is made of, by its name: a learning rate,
+    say. What defines it, and what a variant changes, wins over them; the budget that it may be
+    matched to stays that of all."""
+
     variants: dict[str, list[str]] = setting({}, changes="inputs")
     """Ablations: for each name the overrides under which all contenders and extensions are made
-    once more."""
+    once more; fewer of them with `compare.contenders` and `compare.extensions` among these."""
 
     # All but mean are controls: a gain that they have too is not the embeddings' doing.
     embedding: Literal["mean", "shuffled", "random", "noise"] = setting("mean", changes="inputs")
     """What P reads: mean (as it should be) | shuffled (another domain's) | random | noise (mean and
     random, half each)."""
+
+    measures: str = setting("", changes="inputs")
+    """Measures over held-out documents of every contender that is one checkpoint: bits, cloze,
+    generation, or all; empty: none."""
 
     tasks: str = setting("", changes="inputs")
     """Downstream tasks that lm-eval scores every contender on: names, or paper for the paper's

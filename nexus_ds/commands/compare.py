@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 # `compare --help` waits for nothing.
 
 RESULTS = "results.json"
+MEASURED = ("--documents", "20", "--batch", "32")
+"""Of what `compare.measures` asks: how many documents a domain, and how many windows at once."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,6 +151,18 @@ def _tasks(comparison: Comparison, config: Config, out: Path) -> None:
                 made.tasks = _evaluate(comparison, out, row, made.model, "tasks", *words)
 
 
+def _measures(comparison: Comparison, config: Config, out: Path) -> None:
+    """Add the measures over documents of every method that is one checkpoint, in the recipe as it
+    stands."""
+    if not config.compare.measures:
+        return
+    words = ["--measures", config.compare.measures, *MEASURED]
+    for (variant, row), (method, seeds) in comparison.contenders.items():
+        for made in seeds.values():
+            if not variant and row == method.name and made.model is not None:
+                made.measures = _evaluate(comparison, out, row, made.model, "measures", *words)
+
+
 def _show_plan(comparison: Comparison) -> None:
     jobs = comparison.builder.jobs.values()
     for job in jobs:
@@ -195,11 +209,13 @@ def _show(results: Results, out: Path) -> None:
 
 
 def _check(config: Config) -> None:
-    """Refuse what would fail after days of training: text that isn't there, unknown tasks."""
+    """Refuse what would fail after days: text that isn't there, unknown tasks or measures."""
     from nexus_ds.evaluation.tasks import require_harness, task_groups
     from nexus_ds.experiments.comparison.job_graph import scored_domains
+    from nexus_ds.report.measure_tables import measures_named
 
     require_domains(open_source(config.data.path), scored_domains(config))
+    measures_named(config.compare.measures, "compare.measures=")
     if config.compare.tasks:
         require_harness()
         task_groups(config.compare.tasks)
@@ -219,6 +235,7 @@ def run(args: argparse.Namespace) -> int:
     check_domains(config)
     wanted = _evaluations(comparison, args.out)
     _tasks(comparison, config, args.out)
+    _measures(comparison, config, args.out)
     if args.dry_run:
         # the printed commands read them
         builder.write_configs()

@@ -34,7 +34,7 @@ from nexus_ds.report.evaluation import (
     routing_table,
     write_evaluation,
 )
-from nexus_ds.report.measure_tables import TITLES, measure_table
+from nexus_ds.report.measure_tables import TITLES, measure_table, measures_named
 from nexus_ds.report.page import text_table
 from nexus_ds.report.summary import (
     Measured,
@@ -370,20 +370,6 @@ def measure_tasks(args: argparse.Namespace, names: list[str]) -> dict[str, Model
     return found
 
 
-def _measures(text: str) -> list[str]:
-    """Return the measures that --measures names, in their own order."""
-    asked = [name.strip() for name in text.split(",") if name.strip()]
-    if asked == ["all"]:
-        return list(TITLES)
-    unknown = [name for name in asked if name not in TITLES]
-    if unknown:
-        raise ConfigError(
-            f"--measures {text!r}: found {', '.join(unknown)}, expected all, or some of "
-            f"{', '.join(TITLES)}"
-        )
-    return [name for name in TITLES if name in asked]
-
-
 def _held_out(args: argparse.Namespace) -> dict[str, HeldOut]:
     """Return the documents of each domain that --measures reads."""
     source = open_source(args.data)
@@ -470,7 +456,7 @@ def run(args: argparse.Namespace) -> int:
     _check_numbers(args)
     limit = before_after.parse_limit(args.limit)
     names = model_names(args.checkpoint, args.name)
-    measures = _measures(args.measures)
+    measures = measures_named(args.measures, "--measures ")
     # before anything is scored, which takes minutes
     refuse_existing(args.out)
     with (

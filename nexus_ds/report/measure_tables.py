@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from statistics import fmean
 
+from nexus_ds.errors import ConfigError
 from nexus_ds.report.page import Cell, Section, Spread, Table
 from nexus_ds.report.paired import Difference, mean_difference, over_windows
 from nexus_ds.report.summary import MeasureEntry, OverDocuments
@@ -42,6 +43,28 @@ ERRORS = (
     "document by document, and what makes a document hard for both cancels."
 )
 MEASURE_HEAD = ("measure", "model", "domain", "mean", "standard_error", "documents", "items")
+
+
+def measures_named(text: str, key: str) -> list[str]:
+    """Return the measures that a list with commas names, in their own order.
+
+    Args:
+        text: names, or all.
+        key: the option or setting that they come from, for the message.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    asked = [name.strip() for name in text.split(",") if name.strip()]
+    if asked == ["all"]:
+        return list(TITLES)
+    unknown = [name for name in asked if name not in TITLES]
+    if unknown:
+        raise ConfigError(
+            f"{key}{text!r}: found {', '.join(unknown)}, expected all, or some of "
+            f"{', '.join(TITLES)}"
+        )
+    return [name for name in TITLES if name in asked]
 
 
 def _mean(by_domain: Mapping[str, OverDocuments]) -> Spread:

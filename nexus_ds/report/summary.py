@@ -18,7 +18,7 @@ Shapes: L layers, D domains of text, E routed experts, W windows.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -268,6 +268,27 @@ class MeasureEntry:
         """Return the file's entry."""
         models = {name: _listed_documents(entry) for name, entry in self.models.items()}
         return {"models": models, "reference": _listed_documents(self.reference)}
+
+
+def mean_over_seeds(entries: Sequence[MeasureEntry]) -> MeasureEntry:
+    """Return the mean, document by document, of what several models of one name were measured at.
+
+    Args:
+        entries: one a seed, of the same documents.
+    """
+    names = list(dict.fromkeys(name for entry in entries for name in entry.models))
+    models = {}
+    for name in names:
+        seeds = [entry.models[name] for entry in entries if name in entry.models]
+        models[name] = {domain: _mean_of([seed[domain] for seed in seeds]) for domain in seeds[0]}
+    return MeasureEntry(models, entries[0].reference)
+
+
+def _mean_of(seeds: Sequence[OverDocuments]) -> OverDocuments:
+    values = [
+        sum(column) / len(column) for column in zip(*(seed.values for seed in seeds), strict=True)
+    ]
+    return OverDocuments(values, seeds[0].weights)
 
 
 def _of_documents(found: Mapping[str, ByDocument]) -> dict[str, OverDocuments]:

@@ -13,6 +13,7 @@ from nexus_ds.experiments.comparison.method_jobs import rows
 from nexus_ds.experiments.comparison.methods import (
     Extension,
     Method,
+    check_contenders,
     chosen_extensions,
     chosen_methods,
 )
@@ -77,9 +78,6 @@ def build(recipe: str, overrides: Sequence[str], out: Path) -> Comparison:
     config = builder.reader.config(MOE, Case(0))
     if not config.pipeline.domains:
         raise ConfigError("pipeline.domains is empty; name the domains of the upcycled experts")
-    # Before any job is collected: a misspelt name is cheap to find here.
-    methods = chosen_methods(config.compare.contenders)
-    extensions = chosen_extensions(config.compare.extensions)
     # The recipe as it stands is the variant without a name.
     variants: dict[str, list[str]] = {"": [], **config.compare.variants}
     found = Comparison(builder, {}, {})
@@ -88,8 +86,17 @@ def build(recipe: str, overrides: Sequence[str], out: Path) -> Comparison:
             case = Case(seed, tuple(settings))
             jobs = CaseJobs(builder, case)
             _refuse_chats(jobs)
-            for method in methods:
-                _add_method(found, variant, jobs, method)
-            for extension in extensions:
-                _add_extension(found, variant, jobs, extension)
+            _add_case(found, variant, jobs)
     return found
+
+
+def _add_case(found: Comparison, variant: str, jobs: CaseJobs) -> None:
+    chosen = jobs.config(MOE).compare
+    # Before any job is collected: a misspelt name is cheap to find here.
+    check_contenders(chosen.contender_settings, "compare.contender_settings")
+    methods = chosen_methods(chosen.contenders)
+    extensions = chosen_extensions(chosen.extensions)
+    for method in methods:
+        _add_method(found, variant, jobs, method)
+    for extension in extensions:
+        _add_extension(found, variant, jobs, extension)

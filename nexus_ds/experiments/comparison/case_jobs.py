@@ -62,6 +62,15 @@ class CaseJobs:
         """Return the jobs of the case with further overrides."""
         return CaseJobs(self.builder, self.case.with_settings(settings))
 
+    def of(self, contender: str) -> CaseJobs:
+        """Return the jobs of the case under the settings that a contender has of its own.
+
+        They are part of the recipe as it stands, so that a variant's win over them.
+        """
+        own = self.config(MOE).compare.contender_settings.get(contender, ())
+        case = Case(self.case.seed, (*own, *self.case.settings))
+        return CaseJobs(self.builder, case)
+
     def config(self, stage: str, *more: str) -> Config:
         """Return the recipe's settings for a stage of training."""
         return self.builder.reader.config(stage, self.case, *more)
@@ -160,13 +169,14 @@ class CaseJobs:
 
     def union(self) -> Path:
         """Return the dense model that is trained on the mixture's text with the whole budget."""
-        start = self.seed_model()
-        mixture = self.config(MOE)
-        config = self.config(BRANCH, 'branch="all"')
+        own = self.of("union")
+        start = own.seed_model()
+        mixture = own.config(MOE)
+        config = own.config(BRANCH, 'branch="all"')
         domains = moe_domains(mixture)
         config = self.builder.reader.with_whole_budget(config, self.case)
         config = replace(config, data=replace(mixture.data, domains=domains))
-        return self.train("union", config, start, domains)
+        return own.train("union", config, start, domains)
 
     def embeddings(self, domains: list[str]) -> Path:
         """Return the file of domain embeddings, worse ones if `compare.embedding` says so."""

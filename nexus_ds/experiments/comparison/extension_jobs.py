@@ -24,7 +24,7 @@ def extended(jobs: CaseJobs, extension: Extension, added: list[list[str]]) -> Ma
     base = methods[extension.starts_from]
     # The mixture that is extended is the method's own, whatever the extension changes.
     made = mixture(jobs, base)
-    own = jobs.with_settings(extension.settings)
+    own = jobs.of(base.name).with_settings(extension.settings)
     known = list(jobs.config(MOE).pipeline.domains)
     turns = {}
     for group in added:

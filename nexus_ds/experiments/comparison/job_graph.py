@@ -38,6 +38,8 @@ class Made:
     """JSON with its losses, for those whose training did not write them."""
     tasks: Path | None = None
     """Report of its downstream tasks, if they were asked for."""
+    measures: Path | None = None
+    """Report of its measures over held-out documents, if they were asked for."""
     members: tuple[Path, ...] = ()
     """Outputs of the jobs that it consists of."""
     experts: tuple[str, ...] = ()

@@ -21,7 +21,9 @@ def rows(jobs: CaseJobs, method: Method) -> dict[str, Made]:
     """Return a method's models by the name of their row; `branches` has a row for each domain."""
     if method.routed:
         return {method.name: mixture(jobs, method)}
-    return DENSE[method.name](jobs)
+    # matched to a budget, which its own settings leave as it is
+    own = jobs if method.matched else jobs.of(method.name)
+    return DENSE[method.name](own)
 
 
 # Dense ------------------------------------------------------------------------------------------
@@ -148,7 +150,8 @@ PARTS: dict[str, Callable[[CaseJobs], _Parts]] = {
 
 def mixture(jobs: CaseJobs, method: Method) -> Made:
     """Return a trained mixture, and the checkpoint that its training starts from."""
-    jobs = jobs.with_settings(method.settings)
+    case = jobs.case
+    jobs = jobs.of(method.name).with_settings(method.settings)
     config = jobs.config(MOE)
     parts = PARTS[method.routed](jobs)
     embedded = jobs.embeddings(config.pipeline.domains)
@@ -164,7 +167,7 @@ def mixture(jobs: CaseJobs, method: Method) -> Made:
         needs,
     )
     if method.matched:
-        config = jobs.builder.reader.with_whole_budget(config, jobs.case)
+        config = jobs.builder.reader.with_whole_budget(config, case)
     model = jobs.train(method.name, config, start, moe_domains(config))
     members = (model, start, *jobs.builder.ours(needs))
     return Made(start, model, members=members)

@@ -9,6 +9,7 @@ layers).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from nexus_ds.errors import ConfigError
@@ -17,6 +18,10 @@ from nexus_ds.words import nearest
 # Free expert embeddings are weights like others and learn at the model's own rate; the default
 # scale is one for the projection P.
 FREE_EMBEDDINGS = ("router.kind=linear", "router.lr_scale=1")
+
+
+NONE = "none"
+"""Chooses nothing: an empty list chooses everything."""
 
 
 @dataclass(frozen=True)
@@ -286,18 +291,24 @@ EXTENSIONS = [
 
 
 def chosen_methods(names: list[str]) -> list[Method]:
-    """Return the methods of these names, all for none; ConfigError for an unknown one."""
-    _check(names, [method.name for method in METHODS], "compare.contenders")
+    """Return the methods of these names, all for an empty list; ConfigError for an unknown one."""
+    check_contenders(names, "compare.contenders")
     return [method for method in METHODS if method.name in names or not names]
 
 
 def chosen_extensions(names: list[str]) -> list[Extension]:
-    """Return the extensions of these names, all for none; ConfigError for an unknown one."""
+    """Return the extensions of these names, all for an empty list; ConfigError for an unknown
+    one."""
     _check(names, [extension.name for extension in EXTENSIONS], "compare.extensions")
     return [extension for extension in EXTENSIONS if extension.name in names or not names]
 
 
-def _check(names: list[str], known: list[str], key: str) -> None:
+def check_contenders(names: Iterable[str], key: str) -> None:
+    """Raise ConfigError, which names the setting `key`, for a name that is no method's."""
+    _check(names, [method.name for method in METHODS], key)
+
+
+def _check(names: Iterable[str], known: list[str], key: str) -> None:
     for name in names:
-        if name not in known:
+        if name not in (*known, NONE):
             raise ConfigError(f"{key}: unknown name {name!r}{nearest(name, known)}")

@@ -43,6 +43,7 @@ from nexus_ds.experiments.comparison.report_tables import (
 from nexus_ds.experiments.comparison.report_turns import turn_table
 from nexus_ds.experiments.comparison.result_file import Results
 from nexus_ds.report.evaluation import draw_models, file_names, model_sections, write_csv
+from nexus_ds.report.measure_tables import measure_sections
 from nexus_ds.report.page import Cell, Section, Spread, Table, text_table, write_page
 from nexus_ds.report.summary import ModelEntry
 
@@ -181,6 +182,8 @@ def _settings(results: Results) -> Table:
     for role, names in vars(domains).items():
         if names:
             lines.append([f"domains, {role}", ", ".join(names)])
+    for name, overrides in results.contender_settings.items():
+        lines.append([f"{name} alone", " ".join(overrides)])
     for name, overrides in results.variants.items():
         lines.append([f"setting {name}", " ".join(overrides)])
     return Table(header=["setting", "value"], rows=lines)
@@ -218,6 +221,7 @@ def _upcycling_sections(results: Results, folder: Path) -> list[Section]:
                 table=tasks,
             )
         )
+    sections += measure_sections(results.measures)
     figure = draw_compute(results, folder / "compute.png")
     if figure is not None:
         sections.append(

@@ -26,7 +26,7 @@ from nexus_ds.experiments.comparison.report_tables import (
     variants_of,
     varied,
 )
-from nexus_ds.experiments.comparison.result_file import ExtensionRow, Results
+from nexus_ds.experiments.comparison.result_file import ExtensionRow, MethodRow, Results
 from nexus_ds.experiments.comparison.seed_figures import Level
 from nexus_ds.report.evaluation import write_csv
 from nexus_ds.report.paired import LEAST, paired, spread
@@ -176,12 +176,13 @@ def draw_share(results: Results, added: str, out: Path) -> Path:
     )
 
 
-def _against_dense(results: Results, variant: str) -> dict[str, Mapping[str, float]]:
-    """Return each mixture's loss, and the ensemble's, minus dense training's: by label and seed."""
-    old = results.domains.old
-    rows = methods_of(results, variant)
+def _against_dense(
+    rows: Sequence[MethodRow], old: Sequence[str]
+) -> dict[tuple[str, str], Mapping[str, float]]:
+    """Return each mixture's loss, and the ensemble's, minus dense training's by seed: by setting
+    and label."""
     dense = reference(rows, (DENSE,))
-    found: dict[str, Mapping[str, float]] = {}
+    found: dict[tuple[str, str], Mapping[str, float]] = {}
     for row in rows:
         # merging without training is far off, and would flatten all others
         shown = row.group in MIXTURES or row.name == "btm"
@@ -189,7 +190,7 @@ def _against_dense(results: Results, variant: str) -> dict[str, Mapping[str, flo
             continue
         compared = paired(row.losses(old), dense.losses(old))
         if compared is not None:
-            found[row.label] = compared.by_seed
+            found[row.variant, row.label] = compared.by_seed
     return found
 
 
@@ -201,8 +202,8 @@ def draw_regimes(results: Results, out: Path) -> Path | None:
     found = regimes(results)
     points: Curves = {}
     lines = []
-    for x, (variant, tokens) in enumerate(found.items()):
-        for label, by_seed in _against_dense(results, variant).items():
+    for x, (tokens, rows) in enumerate(found.items()):
+        for (variant, label), by_seed in _against_dense(rows, results.domains.old).items():
             level = _level(float(x), by_seed)
             if level is not None:
                 points.setdefault(label, []).append(level)
@@ -218,7 +219,7 @@ def draw_regimes(results: Results, out: Path) -> Path | None:
         title="Who wins, by how long the seed was trained",
         xlabel="tokens a parameter that the seed model has read",
         ylabel="loss minus dense training's (nats per token)",
-        names=[f"{tokens:.3g}" for tokens in found.values()],
+        names=[f"{tokens:.3g}" for tokens in found],
     )
 
 

@@ -542,31 +542,32 @@ def variant_table(results: Results) -> Table | None:
     return Table(header=VARIANT_HEAD, rows=lines) if lines else None
 
 
-def _best_rows(results: Results) -> list[MethodRow]:
-    """Return every varied method's row with the lowest mean loss, the lowest first."""
-    old = results.domains.old
-    best: dict[str, tuple[float, MethodRow]] = {}
-    for row in methods_of(results, variant=None):
+def _best_rows(rows: Iterable[MethodRow], old: Sequence[str]) -> dict[str, MethodRow]:
+    """Return every method's row with the lowest mean loss, by name, in the order of `rows`."""
+    best: dict[str, MethodRow] = {}
+    lowest: dict[str, float] = {}
+    for row in rows:
         mean = statistics.fmean(row.losses(old).values())
-        least, _ = best.get(row.name, (math.inf, row))
-        if mean < least:
-            best[row.name] = (mean, row)
-    names = varied(results)
-    found = [pair for name, pair in best.items() if name in names]
-    found.sort(key=lambda pair: pair[0])
-    return [row for _, row in found]
+        if mean < lowest.get(row.name, math.inf):
+            lowest[row.name] = mean
+            best[row.name] = row
+    return best
 
 
 def best_table(results: Results) -> Table | None:
     """Return every varied method under the setting that is best for it, against dense at its best.
 
-    So a learning rate, say, is tuned alike for all. None without variants.
+    Of the seed as it stands, where variants have others. So a learning rate, say, is tuned alike
+    for all. None without variants.
     """
     old = results.domains.old
-    rows = _best_rows(results)
-    dense = reference(rows, (DENSE,))
+    same_seed = [row for row in methods_of(results, variant=None) if _same_seed(results, row)]
+    names = varied(results)
+    best = [row for name, row in _best_rows(same_seed, old).items() if name in names]
+    best.sort(key=lambda row: statistics.fmean(row.losses(old).values()))
+    dense = reference(best, (DENSE,))
     lines: list[list[Cell]] = []
-    for row in rows:
+    for row in best:
         losses = row.losses(old)
         compared_with = dense.losses(old) if dense and dense is not row else {}
         setting = row.variant or UNCHANGED
@@ -581,43 +582,52 @@ def best_table(results: Results) -> Table | None:
     return Table(header=header, rows=lines) if lines else None
 
 
-def regimes(results: Results) -> dict[str, float]:
-    """Return how many tokens a parameter the seed model has read, by variant, least first.
+def _same_seed(results: Results, row: MethodRow) -> bool:
+    """Return whether a row's seed model is the recipe's own."""
+    tokens = results.seed_tokens
+    return tokens.get(row.variant) == tokens.get("")
 
-    Of variants that leave the seed alone the first one, which is the recipe as it stands. Empty if
-    all have read the same: then there is nothing to set side by side.
+
+def regimes(results: Results) -> dict[float, list[MethodRow]]:
+    """Return every method at its best, by the tokens a parameter that the seed model has read.
+
+    Fewest first; settings that leave the seed alone count as one. Empty if all have read the same:
+    then there is nothing to set side by side.
     """
-    seeds = [row for row in methods_of(results, variant=None) if row.name == "seed"]
-    found: dict[str, float] = {}
-    for row in seeds:
-        tokens = results.seed_tokens.get(row.variant)
-        if not tokens or not row.compute.total:
-            continue
-        ratio = tokens / row.compute.total
-        if ratio not in found.values():
-            found[row.variant] = ratio
-    if len(found) < 2:
+    rows = methods_of(results, variant=None)
+    seed = reference(rows, ("seed",))
+    if seed is None or not seed.compute.total:
         return {}
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+    by_tokens: dict[int, list[MethodRow]] = {}
+    for row in rows:
+        tokens = results.seed_tokens.get(row.variant)
+        if tokens:
+            by_tokens.setdefault(tokens, []).append(row)
+    if len(by_tokens) < 2:
+        return {}
+    found = {}
+    for tokens, same in sorted(by_tokens.items()):
+        best = _best_rows(same, results.domains.old)
+        found[tokens / seed.compute.total] = list(best.values())
+    return found
 
 
 def regime_table(results: Results) -> Table | None:
     """Return each method's loss minus dense training's, by how long the seed model was trained."""
     old = results.domains.old
     lines: list[list[Cell]] = []
-    for variant, tokens in regimes(results).items():
-        rows = methods_of(results, variant)
+    for tokens, rows in regimes(results).items():
         dense = reference(rows, (DENSE,))
         for row in rows:
             losses = row.losses(old)
             compared_with = dense.losses(old) if dense and dense is not row else {}
-            setting = variant or UNCHANGED
+            setting = row.variant or UNCHANGED
             found = difference(losses, compared_with)
-            lines.append([round(tokens, 1), setting, row.label, spread(losses), *found])
+            lines.append([round(tokens, 1), row.label, setting, spread(losses), *found])
     header = [
         "tokens a parameter",
-        "setting",
         "contender",
+        "its best setting",
         "loss, old domains",
         "minus dense",
         "seeds lower",

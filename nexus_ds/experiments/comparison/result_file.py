@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nexus_ds.report.paired import number
-from nexus_ds.report.summary import Json, ModelEntry
+from nexus_ds.report.summary import Json, MeasureEntry, ModelEntry
 
 Shares = Mapping[str, Mapping[str, float]]
 """Share of a domain's tokens at each expert: [domain][expert]."""
@@ -451,6 +451,10 @@ class Results:
     variants: dict[str, list[str]]
     """Overrides by variant."""
     not_run: list[NotRun] = field(default_factory=list)
+    contender_settings: dict[str, list[str]] = field(default_factory=dict)
+    """Overrides of one contender alone, in the recipe as it stands."""
+    measures: dict[str, MeasureEntry] = field(default_factory=dict)
+    """Over held-out documents, the mean of all seeds, by contender's label."""
     seed_tokens: dict[str, int] = field(default_factory=dict)
     """That the seed model was trained on, by variant ('': the recipe as it stands); unknown of a
     model that was given."""
@@ -461,6 +465,7 @@ class Results:
         evaluations = {}
         for name, entry in (value.get("evaluations") or {}).items():
             evaluations[name] = ModelEntry.from_json(entry)
+        measures = value.get("measures") or {}
         variants = {}
         for name, found in (value.get("variants") or {}).items():
             variants[name] = (found or {}).get("overrides") or []
@@ -477,6 +482,8 @@ class Results:
             evaluations=evaluations,
             variants=variants,
             not_run=[NotRun(row["name"], row["why"]) for row in value.get("not_run") or []],
+            contender_settings=value.get("contender_settings") or {},
+            measures={name: MeasureEntry.from_json(entry) for name, entry in measures.items()},
             seed_tokens=value.get("seed_tokens") or {},
         )
 
@@ -496,5 +503,7 @@ class Results:
             "evaluations": {name: entry.to_json() for name, entry in self.evaluations.items()},
             "variants": {name: {"overrides": words} for name, words in self.variants.items()},
             "not_run": [vars(row) for row in self.not_run],
+            "contender_settings": self.contender_settings,
+            "measures": {name: entry.to_json() for name, entry in self.measures.items()},
             "seed_tokens": self.seed_tokens,
         }

@@ -31,7 +31,8 @@ from nexus_ds.experiments.comparison.result_file import (
     Validation,
 )
 from nexus_ds.pipeline import SEED
-from nexus_ds.report.summary import Json, ModelEntry
+from nexus_ds.report.evaluation import SUMMARY
+from nexus_ds.report.summary import Json, MeasureEntry, ModelEntry, Summary, mean_over_seeds
 from nexus_ds.settings import Config
 
 ROUNDED = 6  # decimals: results.json of two equal runs is the same file
@@ -173,10 +174,35 @@ def _task_scores(made: Made) -> dict[str, float] | None:
     """Return scores by group of tasks in per cent; None where lm-eval failed or was not asked."""
     if made.tasks is None or not made.tasks.exists():
         return None
-    summary = json.loads((made.tasks / "summary.json").read_text(encoding="utf-8"))
+    summary = json.loads((made.tasks / SUMMARY).read_text(encoding="utf-8"))
     # An evaluation of this one model, under whatever name.
     (entry,) = summary["tasks"].values()
     return entry["groups"]
+
+
+def _measured(comparison: Comparison, seed: int) -> dict[str, MeasureEntry]:
+    """Return one seed's measures of all methods that have them, by the method's label."""
+    found: dict[str, MeasureEntry] = {}
+    for method, seeds in comparison.contenders.values():
+        report = seeds[seed].measures if seed in seeds else None
+        if report is None or not report.exists():
+            continue
+        summary = Summary.from_json(json.loads((report / SUMMARY).read_text(encoding="utf-8")))
+        for measure, entry in summary.measures.items():
+            # an evaluation of this one model
+            (by_domain,) = entry.models.values()
+            models = found[measure].models if measure in found else {}
+            found[measure] = MeasureEntry({**models, method.label: by_domain}, entry.reference)
+    return found
+
+
+def _measures(comparison: Comparison, config: Config) -> dict[str, MeasureEntry]:
+    """Return the measures over held-out documents, the mean of all seeds."""
+    by_seed = [_measured(comparison, seed) for seed in config.compare.seeds]
+    names = list(dict.fromkeys(name for found in by_seed for name in found))
+    return {
+        name: mean_over_seeds([found[name] for found in by_seed if name in found]) for name in names
+    }
 
 
 def _is_made(made: Made) -> bool:
@@ -326,6 +352,8 @@ def collect(
         extensions=[row for row in extensions if row is not None],
         evaluations=evaluations,
         variants=config.compare.variants,
+        contender_settings=config.compare.contender_settings,
+        measures=_measures(comparison, config),
         not_run=_not_run(comparison, failed),
         seed_tokens=_seed_tokens(comparison, config),
     )
