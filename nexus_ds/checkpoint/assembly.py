@@ -1,15 +1,16 @@
 """Weights of a new model out of stored ones: a plan of pieces, done by several threads.
 
-A piece is one tensor of the new files, and one of three operations:
+A piece is a tensor of the new files, or several, and one of four operations:
 
     Copy     the bytes of a stored tensor, as they are
     Merge    a rule over blocks of several stored tensors, in fp32; rounded once
     Fill     bytes that are made in time, or one number
+    Series   bytes of several tensors that are made together, one after the other
 
 Nothing here knows a tensor's name, role or family: a piece goes from sources, which are read in
 ranges, to a range of a file (`Place`), and the texts that it carries are for messages.
 Pieces of a `Job` are done one after the other by one thread, so that a hash over their sources
-costs no second reading; jobs are done side by side, the largest first.
+costs no second reading; jobs are done side by side, begun in the order that they are given in.
 
 **Another way to merge** is a `Rule`: it is given the same range of all sources as fp32 blocks of
 equal length, in the order of the piece's sources, and returns one such block. It may write into the
@@ -31,6 +32,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import (
     Callable,
+    Iterable,
     Iterator,
     Sequence,
 )
@@ -51,6 +53,7 @@ from nexus_ds.checkpoint.arithmetic import (
 from nexus_ds.checkpoint.headers import (
     ITEM_BYTES,
     Headers,
+    kept_open,
     tensor_bytes,
 )
 from nexus_ds.checkpoint.new_files import Place
@@ -166,6 +169,11 @@ class Copy:
         """The one source."""
         return (self.source,)
 
+    @property
+    def targets(self) -> Sequence[Place]:
+        """The one target."""
+        return (self.target,)
+
 
 @dataclass(frozen=True)
 class Merge:
@@ -178,6 +186,11 @@ class Merge:
     """Which tensor it becomes, for the message where its values overflow."""
     who: str
     """Whose weights are too large then."""
+
+    @property
+    def targets(self) -> Sequence[Place]:
+        """The one target."""
+        return (self.target,)
 
 
 @dataclass(frozen=True)
@@ -192,8 +205,27 @@ class Fill:
         """None."""
         return ()
 
+    @property
+    def targets(self) -> Sequence[Place]:
+        """The one target."""
+        return (self.target,)
 
-Piece = Copy | Merge | Fill
+
+@dataclass(frozen=True)
+class Series:
+    """Bytes of several places that are made together; each is written before the next is made."""
+
+    targets: Sequence[Place]
+    make: Callable[[], Iterable[memoryview]]
+    """Yields the bytes of each target."""
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        """None."""
+        return ()
+
+
+Piece = Copy | Merge | Fill | Series
 
 
 @dataclass(frozen=True)
@@ -205,17 +237,8 @@ class Job:
     """For each piece what the hash takes in before the bytes of its (first) source; empty: nothing
     is hashed."""
 
-    @property
-    def size(self) -> int:
-        """Bytes that are read and written."""
-        total = 0
-        for piece in self.pieces:
-            total += piece.target.end - piece.target.start
-            total += sum(source.size for source in piece.sources)
-        return total
 
-
-def _check_size(piece: Piece) -> None:
+def _check_size(piece: Copy | Merge) -> None:
     """Raise CheckpointError for a source that has not as many values as the target."""
     target = piece.target
     count = (target.end - target.start) // ITEM_BYTES[target.dtype]
@@ -258,14 +281,17 @@ class _Worker:
     def do(self, piece: Piece, digest: hashlib._Hash | None) -> None:
         """Do one piece; the (first) source's bytes go into `digest`."""
         self.digest = digest
-        _check_size(piece)
         match piece:
             case Copy():
+                _check_size(piece)
                 self._copy(piece)
             case Merge():
+                _check_size(piece)
                 self._merge(piece)
             case Fill():
                 self._fill(piece)
+            case Series():
+                self._series(piece)
 
     def _write(
         self,
@@ -310,6 +336,11 @@ class _Worker:
         size = target.end - target.start
         for start in range(0, size, len(block)):
             self._write(target, start, block[: size - start].data)
+
+    def _series(self, piece: Series) -> None:
+        for target, data in zip(piece.targets, piece.make(), strict=True):
+            assert len(data) == target.end - target.start, f"{len(data)} bytes for {target}"
+            self._write(target, 0, data)
 
     def _merge(self, piece: Merge) -> None:
         dtype = piece.target.dtype
@@ -379,37 +410,30 @@ class _Worker:
 class _Crew:
     """What the threads share: jobs still to be done, and what came of the others."""
 
-    def __init__(self, jobs: Sequence[Job], done: Callable[[], object]) -> None:
+    def __init__(self, jobs: Sequence[Job], done: Callable[[Piece], object]) -> None:
         self.jobs = jobs
         self.done = done
         self.digests = [""] * len(jobs)
-        self.errors: dict[float, Exception] = {}
+        self.errors: dict[int, Exception] = {}
         self.lock = threading.Lock()
-        # the largest first, so that none is still at work when the others are through
-        order = sorted(range(len(jobs)), key=lambda number: -jobs[number].size)
-        self.queue = enumerate(order)
+        self.queue = iter(range(len(jobs)))
         self.end = math.inf
-        """Place in the queue from which on jobs are given up."""
+        """Number of the job from which on they are given up."""
 
     def work(self) -> None:
         """Do jobs until none is left, in one thread."""
         worker = _Worker()
         # numpy's warnings are of no use here: what overflows is counted
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), kept_open():
             while True:
                 with self.lock:
-                    place, number = next(self.queue, (math.inf, -1))
-                if place >= self.end:
+                    number = next(self.queue, len(self.jobs))
+                if number >= min(self.end, len(self.jobs)):
                     return
-                self._do(worker, place, number)
+                self._do(worker, number)
 
-    def _do(
-        self,
-        worker: _Worker,
-        place: float,
-        number: int,
-    ) -> None:
-        worker.keep_on = lambda: place <= self.end
+    def _do(self, worker: _Worker, number: int) -> None:
+        worker.keep_on = lambda: number <= self.end
         try:
             self.digests[number] = self._digest(worker, self.jobs[number])
         except _Stopped:
@@ -417,8 +441,8 @@ class _Crew:
         except Exception as error:
             # Jobs before it go on: of several faults the same one is told every time.
             with self.lock:
-                self.errors[place] = error
-                self.end = min(self.end, place)
+                self.errors[number] = error
+                self.end = min(self.end, number)
 
     def _digest(self, worker: _Worker, job: Job) -> str:
         digest = hashlib.sha256() if job.heads else None
@@ -427,20 +451,21 @@ class _Crew:
                 digest.update(job.heads[number])
             worker.do(piece, digest)
             with self.lock:
-                self.done()
+                self.done(piece)
         return digest.hexdigest() if digest else ""
 
 
 def assemble(
     jobs: Sequence[Job],
-    done: Callable[[], object] = bool,
+    done: Callable[[Piece], object] = bool,
     workers: int = 0,
 ) -> list[str]:
     """Do all jobs.
 
     Args:
-        jobs: in any order; no two of them write to the same place.
-        done: called after each piece, by one thread at a time.
+        jobs: begun in this order: large ones first leave no thread at work alone at the end. No two
+            of them write to the same place.
+        done: called with each piece after it, by one thread at a time.
         workers: threads; 0: one for each core that this process may use, at most MOST_WORKERS.
 
     Returns:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ import xxhash
 
 from nexus_ds.checkpoint.headers import TensorInfo, read_header, read_into
 from nexus_ds.checkpoint.json_files import read_json_object
+from nexus_ds.checkpoint.new_files import NewFiles
 from nexus_ds.checkpoint.records import SIDECAR
 from nexus_ds.errors import CheckpointError
 from nexus_ds.outputs import sync, write_json
@@ -60,8 +61,16 @@ def _chunks(path: Path, start: int, end: int, memory: memoryview) -> Iterator[me
         start += len(data)
 
 
-def hash_of(path: Path) -> FileHash:
+def _no_wait(path: Path, end: int) -> None:
+    """All of a finished file is there."""
+
+
+def hash_of(path: Path, wait: Callable[[Path, int], None] = _no_wait) -> FileHash:
     """Return the hashes of a file, of a weight file also its tensors'; each byte is read once.
+
+    Args:
+        path: of the file.
+        wait: returns when the bytes of the file before a place in it are there.
 
     Raises:
         CheckpointError: a weight file that is none, or damaged.
@@ -76,6 +85,7 @@ def hash_of(path: Path) -> FileHash:
         for chunk in _chunks(path, position, info.start, memory):
             whole.update(chunk)
         own = _start_of(info)
+        wait(path, info.end)
         for chunk in _chunks(path, info.start, info.end, memory):
             whole.update(chunk)
             own.update(chunk)
@@ -131,18 +141,23 @@ class Hashing:
         # one more, which waits for the disk
         self._pool = ThreadPoolExecutor(1 + min(MOST_WORKERS, len(os.sched_getaffinity(0))))
         self._begun: dict[str, Future[FileHash]] = {}
-        self._flushed: list[Future[None]] = []
+        self._flushed: dict[str, Future[None]] = {}
+
+    def follow(self, files: NewFiles) -> None:
+        """Begin with files that are being written, and read on behind their writers."""
+        for path in files.paths():
+            name = path.relative_to(self._directory).as_posix()
+            self._begun[name] = self._pool.submit(hash_of, path, files.frontier.wait)
 
     def begin(self) -> None:
         """Begin with all files that there are; none of them may change any more."""
-        names = [name for name in names_of(self._directory) if name not in self._begun]
+        names = names_of(self._directory)
         for name in names:
-            self._begun[name] = self._pool.submit(hash_of, self._directory / name)
-        self._flushed.append(self._pool.submit(self._flush, names))
-
-    def _flush(self, names: list[str]) -> None:
+            if name not in self._begun:
+                self._begun[name] = self._pool.submit(hash_of, self._directory / name)
         for name in names:
-            sync(self._directory / name)
+            if name not in self._flushed:
+                self._flushed[name] = self._pool.submit(sync, self._directory / name)
 
     def record(self) -> None:
         """Write the hashes of all other files into nexus.json; the last thing done to a checkpoint.
@@ -152,7 +167,7 @@ class Hashing:
             OSError: the disk has lost what was written.
         """
         self.begin()
-        for flushed in self._flushed:
+        for flushed in self._flushed.values():
             flushed.result()
         value = read_json_object(self._directory, SIDECAR)
         files = {name: found.result().as_dict() for name, found in sorted(self._begun.items())}

@@ -15,7 +15,9 @@ import hashlib
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -47,6 +49,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 SLICE = 1 << 22  # elements that `row_slices` allows at once
 CHUNK = 1 << 20  # bytes that are hashed at once
+MOST_KEPT = 64  # files that a thread keeps open: a process may have a thousand
 
 
 Plan = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -352,22 +355,61 @@ class Headers:
             yield data
 
 
+class _Kept(threading.local):
+    """What one thread keeps open; None outside of `kept_open`."""
+
+    files: dict[Path, int] | None = None
+
+
+_KEPT = _Kept()
+
+
+@contextmanager
+def kept_open() -> Iterator[None]:
+    """Inside, this thread opens a file once, however often it reads from it.
+
+    For files that nobody replaces meanwhile. To open one takes as long as reading 100 KB of it.
+    """
+    if _KEPT.files is not None:
+        yield
+        return
+    _KEPT.files = {}
+    try:
+        yield
+    finally:
+        for descriptor in _KEPT.files.values():
+            os.close(descriptor)
+        _KEPT.files = None
+
+
 def read_into(file: Path, start: int, view: memoryview) -> None:
     """Fill `view` (bytes) with what a file has from byte `start` on.
 
     Raises:
         CheckpointError: the file ends before.
     """
-    with file.open("rb", buffering=0) as stream:
-        done = 0
-        # One call reads at most 2 GiB.
-        while done < len(view):
-            count = os.preadv(stream.fileno(), [view[done:]], start + done)
-            if not count:
-                raise CheckpointError(
-                    f"{file} ends at byte {start + done}; it was cut off while it was read"
-                )
-            done += count
+    kept = _KEPT.files
+    descriptor = None if kept is None else kept.get(file)
+    if descriptor is not None:
+        _read(descriptor, file, start, view)
+    elif kept is not None and len(kept) < MOST_KEPT:
+        kept[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        _read(kept[file], file, start, view)
+    else:
+        with file.open("rb", buffering=0) as stream:
+            _read(stream.fileno(), file, start, view)
+
+
+def _read(descriptor: int, file: Path, start: int, view: memoryview) -> None:
+    done = 0
+    # One call reads at most 2 GiB.
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], start + done)
+        if not count:
+            raise CheckpointError(
+                f"{file} ends at byte {start + done}; it was cut off while it was read"
+            )
+        done += count
 
 
 def row_slices(shape: tuple[int, ...], limit: int = SLICE) -> Iterator[tuple[int, int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -45,10 +46,10 @@ def _shards(plan: Plan, limit: int) -> list[list[str]]:
     return shards
 
 
-def _file_names(shards: list[list[str]]) -> dict[str, list[str]]:
+def _file_names(shards: list[list[str]], single: str) -> dict[str, list[str]]:
     """Return the tensors of each file, which is named as transformers names it."""
     if len(shards) == 1:
-        return {SINGLE: shards[0]}
+        return {single: shards[0]}
     count = len(shards)
     numbered = enumerate(shards, start=1)
     return {f"model-{number:05}-of-{count:05}.safetensors": names for number, names in numbered}
@@ -86,6 +87,62 @@ class Place(NamedTuple):
         return self._replace(start=self.start + first, end=self.start + stop, copies=copies)
 
 
+class GivenUp(Exception):
+    """A file that is waited for will never be whole."""
+
+
+class Frontier:
+    """How far files that are written in any order are written without a gap.
+
+    Who reads them after their writers, to hash them, waits here for its next bytes.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._reached: dict[Path, int] = {}
+        self._beyond: dict[Path, dict[int, int]] = {}
+        """Of each file the ranges behind a gap: for each start its end."""
+        self._given_up = False
+
+    def begin(self, file: Path, written: int) -> None:
+        """Begin with a file that has its first bytes."""
+        self._reached[file] = written
+        self._beyond[file] = {}
+
+    def landed(self, place: Place) -> None:
+        """Note that the bytes of a place, and their copies, are written; any thread may."""
+        with self._changed:
+            for each in (place, *place.copies):
+                # an empty one would be passed for ever
+                if each.end > each.start:
+                    self._beyond[each.file][each.start] = each.end
+                    self._pass(each.file)
+            self._changed.notify_all()
+
+    def _pass(self, file: Path) -> None:
+        reached, beyond = self._reached[file], self._beyond[file]
+        while reached in beyond:
+            reached = beyond.pop(reached)
+        self._reached[file] = reached
+
+    def wait(self, file: Path, end: int) -> None:
+        """Wait until all bytes of a file before `end` are written.
+
+        Raises:
+            GivenUp: they never will be.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._given_up or self._reached[file] >= end)
+            if self._reached[file] < end:
+                raise GivenUp
+
+    def give_up(self) -> None:
+        """Let nobody wait any more."""
+        with self._changed:
+            self._given_up = True
+            self._changed.notify_all()
+
+
 class NewFiles:
     """A model's weight files that are being written, each of its full length from the start.
 
@@ -96,6 +153,8 @@ class NewFiles:
             it.
         copies: planned tensors that are written with others, of which they are copies: for each
             name that of the other.
+        single: name of a file that is the only one.
+        frontier: of other files that are written with these; None: one of their own.
 
     Used as a context manager it closes itself, and checks that the plan was fulfilled if the block
     ended well.
@@ -111,8 +170,11 @@ class NewFiles:
         plan: Plan,
         max_shard_bytes: int = 4 << 30,
         copies: Mapping[str, str] | None = None,
+        single: str = SINGLE,
+        frontier: Frontier | None = None,
     ) -> None:
         self.directory = Path(directory)
+        self.frontier = frontier or Frontier()
         self.plan, self._copies = plan, dict(copies or {})
         self._missing = {name: tensor_bytes(*entry) for name, entry in plan.items()}
         """Bytes of each tensor that are still to come."""
@@ -126,7 +188,7 @@ class NewFiles:
                 f"{self.directory}: not enough space: need {total:,} bytes, free {free:,}; "
                 "make room first"
             )
-        files = _file_names(_shards(plan, max_shard_bytes))
+        files = _file_names(_shards(plan, max_shard_bytes), single)
         try:
             for file, names in files.items():
                 self._start_file(self.directory / file, names)
@@ -152,6 +214,7 @@ class NewFiles:
         # Its full length at once, so that tensors can come in any order.
         with naming(path, size):
             os.ftruncate(descriptor, size)
+        self.frontier.begin(path, len(lead))
         for name, (start, end) in ranges.items():
             self._places[name] = Place(
                 self.plan[name][0],
@@ -184,6 +247,10 @@ class NewFiles:
             if source == name:
                 self._missing[copy] = 0
 
+    def paths(self) -> list[Path]:
+        """Return the files, in the order of the plan."""
+        return list(dict.fromkeys(place.file for place in self._places.values()))
+
     def _close_files(self) -> None:
         while self._descriptors:
             os.close(self._descriptors.pop())
@@ -206,6 +273,8 @@ class NewFiles:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # who waits for what was not written would wait for ever
+        self.frontier.give_up()
         if kind is None:
             self.close()
         else:

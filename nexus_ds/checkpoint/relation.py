@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nexus_ds.checkpoint.headers import Headers
+from nexus_ds.checkpoint.headers import Headers, kept_open
 from nexus_ds.checkpoint.values import FLOATS, Comparison, sample
 
 UNRELATED = 0.1
@@ -81,17 +81,17 @@ def relation(first: Headers, second: Headers, names: Iterable[str] | None = None
         names: only these; None: all.
     """
     found = Relation()
-    for name in first.names() if names is None else names:
-        if not _comparable(first, second, name):
-            continue
-        layer, module = module_of(name)
-        seen = Comparison()
-        # damaged weights have non-numbers, which make NaN of the sums
-        with np.errstate(all="ignore"):
+    # damaged weights have non-numbers, which make NaN of the sums
+    with kept_open(), np.errstate(all="ignore"):
+        for name in first.names() if names is None else names:
+            if not _comparable(first, second, name):
+                continue
+            layer, module = module_of(name)
+            seen = Comparison()
             seen.add(sample(first, name), sample(second, name))
-        found.layers.setdefault(layer, {}).setdefault(module, Comparison()).join(seen)
-        if module == ATTENTION and len(first.info(name).shape) == 2:
-            found.attention.append(seen.cosine)
+            found.layers.setdefault(layer, {}).setdefault(module, Comparison()).join(seen)
+            if module == ATTENTION and len(first.info(name).shape) == 2:
+                found.attention.append(seen.cosine)
     return found
 
 

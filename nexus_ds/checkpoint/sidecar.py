@@ -20,6 +20,7 @@ import hashlib
 import math
 import platform
 import re
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -106,7 +107,7 @@ def _fail(where: Path, what: str) -> NoReturn:
     )
 
 
-def _check_parts(sidecar: Sidecar, where: Path) -> None:
+def check_parts(sidecar: Sidecar, where: Path) -> None:
     """Raise CheckpointError where the parts of a sidecar contradict each other."""
     experts = len(sidecar.experts)
     names = [expert.name for expert in sidecar.experts]
@@ -151,9 +152,21 @@ def _checked(sidecar: Sidecar, where: Path) -> Iterator[tuple[str, Floats]]:
     """Yield all numbers under their names on disk, looked at, one layer's P at a time."""
     named = {"vectors": sidecar.vectors, "centre": sidecar.centre}
     yield from _finite(named, where)
-    for layer, state in enumerate(sidecar.projections):
-        ordered = {own: state[own] for own in form_of(sidecar, layer, state, where)}
-        yield from _finite(ordered, where, f"layers.{layer}.")
+    # by number: a loop over the states would hold one while the next is made
+    for layer in range(len(sidecar.projections)):
+        yield from checked_layer(sidecar, layer, sidecar.projections[layer], where)
+
+
+def checked_layer(
+    sidecar: Sidecar, layer: int, state: State, where: Path
+) -> Iterator[tuple[str, Floats]]:
+    """Yield one layer's P under its names on disk, in their order there, looked at.
+
+    Raises:
+        CheckpointError: of another form than the sidecar says, or not finite.
+    """
+    ordered = {own: state[own] for own in form_of(sidecar, layer, state, where)}
+    yield from _finite(ordered, where, f"layers.{layer}.")
 
 
 def _finite(state: State, where: Path, lead: str = "") -> Iterator[tuple[str, Floats]]:
@@ -170,17 +183,18 @@ def _finite(state: State, where: Path, lead: str = "") -> Iterator[tuple[str, Fl
 def check_sidecar(sidecar: Sidecar, where: Path) -> None:
     """Raise CheckpointError where the parts of a sidecar contradict each other, or hold what is no
     number; each layer's P is looked at once."""
-    _check_parts(sidecar, where)
-    for _ in _checked(sidecar, where):
-        pass
+    check_parts(sidecar, where)
+    named = {"vectors": sidecar.vectors, "centre": sidecar.centre}
+    deque(_finite(named, where), maxlen=0)
+    for layer in range(len(sidecar.projections)):
+        # exhausted by what holds no tensor on to the next layer
+        deque(checked_layer(sidecar, layer, sidecar.projections[layer], where), maxlen=0)
 
 
-def _plan(sidecar: Sidecar, where: Path) -> Plan:
-    """Return what the router's file will hold; P of the first layer tells the sizes of all."""
+def router_plan(sidecar: Sidecar, form: Shapes) -> Plan:
+    """Return what the router's file will hold; `form` has the shapes of one layer's P."""
     shapes: Shapes = {"vectors": sidecar.vectors.shape, "centre": sidecar.centre.shape}
-    layers = len(sidecar.projections)
-    form = form_of(sidecar, 0, sidecar.projections[0], where) if layers else {}
-    for layer in range(layers):
+    for layer in range(len(sidecar.projections)):
         shapes |= {f"layers.{layer}.{own}": shape for own, shape in form.items()}
     # fp32 whatever the model is in: its rows are recomputed from these
     return {name: ("F32", shape) for name, shape in shapes.items()}
@@ -189,14 +203,24 @@ def _plan(sidecar: Sidecar, where: Path) -> Plan:
 def write_sidecar(directory: Path, sidecar: Sidecar) -> None:
     """Write or replace the sidecar's two files; CheckpointError if its parts contradict others."""
     directory = Path(directory)
-    _check_parts(sidecar, directory)
-    plan = _plan(sidecar, directory)
+    check_parts(sidecar, directory)
+    form: Shapes = {}
+    if sidecar.projections:
+        form = form_of(sidecar, 0, sidecar.projections[0], directory)
+    plan = router_plan(sidecar, form)
     with new_file(directory / ROUTER, overwrite=True) as temporary:
         named = _checked(sidecar, directory)
         write_file(temporary, plan, ((name, encoded(x, "F32").data) for name, x in named))
     # not a second one, which might be of another training
     (directory / ROUTER_BEFORE).unlink(missing_ok=True)
-    # nexus.json comes last: it is what makes a directory a Nexus checkpoint.
+    write_manifest(directory, sidecar)
+
+
+def write_manifest(directory: Path, sidecar: Sidecar) -> None:
+    """Write or replace nexus.json alone, beside a router's file of the same sidecar.
+
+    It comes last: it is what makes a directory a Nexus checkpoint.
+    """
     write_json(directory / SIDECAR, manifest_json(sidecar))
 
 
@@ -291,9 +315,15 @@ def _add_samples(digest: hashlib._Hash, path: Path) -> None:
             digest.update(file.read(SAMPLE_BYTES))
 
 
-def rows_of(sidecar: Sidecar, layer: int, dtype: str) -> Floats:
+def rows_of(sidecar: Sidecar, layer: int, dtype: str, state: State | None = None) -> Floats:
     """Return what P(D) gives one layer of a model of `dtype` (F32 | BF16), [n, h] (paper section
     3); fp32 numbers that the dtype has.
+
+    Args:
+        sidecar: has D, and P.
+        layer: number of the layer.
+        dtype: of the model.
+        state: the layer's P; None: that of the sidecar, made for this.
 
     Raises:
         CheckpointError: the router is linear: its expert embeddings are in the model file alone; or
@@ -301,7 +331,7 @@ def rows_of(sidecar: Sidecar, layer: int, dtype: str) -> Floats:
     """
     if sidecar.router.kind != "nexus":
         raise CheckpointError(FREE_ROWS)
-    state = sidecar.projections[layer]
+    state = sidecar.projections[layer] if state is None else state
     form_of(sidecar, layer, state)
     return rows_in(sidecar.router, state, sidecar.domain_inputs(), dtype)
 

@@ -139,7 +139,8 @@ class Comparison:
         self.dot += _dot(x, y)
         self.first += _dot(x, x)
         self.second += _dot(y, y)
-        self.apart += _dot(y - x, y - x)
+        y -= x
+        self.apart += _dot(y, y)
 
     def join(self, other: Comparison) -> None:
         """Count what another one has counted."""

@@ -12,10 +12,13 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import (
+    Callable,
     Iterable,
     Mapping,
     Sequence,
 )
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -43,6 +46,7 @@ from nexus_ds.checkpoint.records import (
     portable,
     start_scale,
 )
+from nexus_ds.checkpoint.sidecar import Sidecar
 from nexus_ds.checkpoint.values import encoded
 from nexus_ds.command_lines import EXPERT_NAME
 from nexus_ds.data.domains import DomainEmbeddings
@@ -50,7 +54,8 @@ from nexus_ds.errors import CheckpointError, ConfigError
 from nexus_ds.outputs import write_json
 from nexus_ds.progress import Progress
 from nexus_ds.upcycling.compatible import note
-from nexus_ds.upcycling.sources import Blend, Computed, Part, Source, Stack, source_of
+from nexus_ds.upcycling.router_file import RouterFile
+from nexus_ds.upcycling.sources import Blend, Computed, Part, Rows, Source, Stack, source_of
 
 _COMPUTING = threading.Lock()
 
@@ -213,7 +218,7 @@ def _pieces(
     made: Source,
     files: NewFiles,
 ) -> list[assembly.Piece]:
-    """Return the pieces of one tensor."""
+    """Return the pieces of one tensor, in the order of the file."""
     place = files.place(name)
     if isinstance(made, Blend):
         return [_piece(name, made, place)]
@@ -230,11 +235,11 @@ def _pieces(
 
 
 def _bytes_of(
-    name: str, given: Computed | Floats, dtype: str, shape: tuple[int, ...]
+    name: str, given: Computed | Rows | Floats, dtype: str, shape: tuple[int, ...]
 ) -> memoryview:
     # one at a time: a layer's P is in memory meanwhile
     with _COMPUTING:
-        values = given.make() if isinstance(given, Computed) else given
+        values = given if isinstance(given, np.ndarray) else given.make()
     if values.shape != tuple(shape):
         raise CheckpointError(
             f"tensor {name!r} has shape {values.shape}, planned was {tuple(shape)}"
@@ -261,18 +266,44 @@ def _assembled(
     tensors: Mapping[str, Source],
     hashed: Mapping[str, Sequence[str]],
     progress: Progress,
+    router: RouterFile | None,
 ) -> dict[str, str]:
     """Write what is made of stored tensors by several threads; return the hashes asked for."""
+    # large jobs first, and then in the order of the files, whose readers follow
     jobs = [_hashed_job(names, tensors, files) for names in hashed.values()]
-    grouped = {name for names in hashed.values() for name in names}
+    elsewhere = {name for names in hashed.values() for name in names}
+    if router:
+        gates = {name: each for name, each in tensors.items() if isinstance(each, Rows)}
+        places = {each.layer: (each, files.place(name)) for name, each in gates.items()}
+        jobs.append(router.job(places))
+        elsewhere |= gates.keys()
     for name, each in tensors.items():
-        if name not in grouped:
+        if name not in elsewhere:
             jobs.append(assembly.Job(_pieces(name, each, files)))
-    digests = assembly.assemble(jobs, progress.advance)
+
+    own_files = set(files.paths())
+
+    def done(piece: assembly.Piece) -> None:
+        for place in piece.targets:
+            files.frontier.landed(place)
+        if any(place.file in own_files for place in piece.targets):
+            progress.advance()
+
+    digests = assembly.assemble(jobs, done)
     for name in tensors:
         files.wrote(name)
     # those of the hashed ones stand first
     return dict(zip(hashed, digests, strict=False))
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is done while the tensors of a checkpoint are written."""
+
+    sidecar: Sidecar | None = None
+    """Its own, whose router's file is written meanwhile where it has a P."""
+    follow: Callable[[NewFiles], object] = bool
+    """Called with files that are about to be written, to be read on behind their writers."""
 
 
 def write_tensors(
@@ -282,6 +313,7 @@ def write_tensors(
     label: str,
     config: ConfigJson,
     hashed: Mapping[str, Sequence[str]] | None = None,
+    beside: Beside | None = None,
 ) -> dict[str, str]:
     """Write the model file(s) of a checkpoint, one slice of one tensor in memory at a time.
 
@@ -292,6 +324,7 @@ def write_tensors(
         label: name in the progress line.
         config: config.json of the checkpoint, whose form decides how tensors lie in the file.
         hashed: by any name, tensors whose first sources are hashed together.
+        beside: what else is done meanwhile; nothing of a form that translates weights.
 
     Returns:
         For each name of `hashed` the `sha256_of_tensors` of the sources.
@@ -300,16 +333,25 @@ def write_tensors(
         CheckpointError: NaN, infinite or all-zero weights (names model, tensor and count), no
             space, a tensor that `tensors` lacks.
     """
-    hashed = hashed or {}
+    hashed, beside = hashed or {}, beside or Beside()
     with Progress(label, len(plan), "tensors") as progress:
         if translated(config):
             # it imports torch, for which nobody else waits
             from nexus_ds.upcycling.translated import write_translated
 
             return write_translated(directory, plan, tensors, progress, config, hashed)
-        with NewFiles(directory, in_files(plan, config), copies=repeated(config)) as files:
+        with ExitStack() as stack:
+            planned_files = in_files(plan, config)
+            files = stack.enter_context(NewFiles(directory, planned_files, copies=repeated(config)))
+            beside.follow(files)
+            router = None
+            if beside.sidecar and beside.sidecar.projections:
+                router = stack.enter_context(
+                    RouterFile(directory, beside.sidecar, config["hidden_size"], files.frontier)
+                )
+                beside.follow(router.files)
             # one that is missing is named by the files, with the others, as they close
-            return _assembled(files, tensors, hashed, progress)
+            return _assembled(files, tensors, hashed, progress, router)
 
 
 def write_model(
@@ -319,6 +361,7 @@ def write_model(
     tensors: Mapping[str, Source],
     label: str,
     hashed: Mapping[str, Sequence[str]],
+    beside: Beside,
 ) -> dict[str, str]:
     """Write config.json and the model file(s) of a Nexus checkpoint.
 
@@ -326,8 +369,8 @@ def write_model(
         config: config.json of the output.
         dtype: of its weights (`planned`), as safetensors names it.
 
-    `directory`, `tensors`, `label`, `hashed`, result and errors: `write_tensors`.
+    `directory`, `tensors`, `label`, `hashed`, `beside`, result and errors: `write_tensors`.
     """
     write_json(directory / "config.json", config)
     plan = planned(config, dtype)
-    return write_tensors(directory, plan, tensors, label, config, hashed)
+    return write_tensors(directory, plan, tensors, label, config, hashed, beside)

@@ -17,6 +17,7 @@ from nexus_ds.checkpoint.config_json import ConfigJson, read_generation_config
 from nexus_ds.checkpoint.dense import MODEL_DTYPES, DenseModel
 from nexus_ds.checkpoint.dense_settings import both_ropes, cached_positions
 from nexus_ds.checkpoint.file_layout import in_files
+from nexus_ds.checkpoint.forms import translated
 from nexus_ds.checkpoint.hashes import Hashing
 from nexus_ds.checkpoint.headers import Headers, tensor_bytes
 from nexus_ds.checkpoint.model_card import nexus_card, write_model_card
@@ -35,12 +36,13 @@ from nexus_ds.checkpoint.sidecar import (
     Sidecar,
     check_rows_of,
     read_sidecar,
+    write_manifest,
     write_sidecar,
 )
 from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.outputs import write_json
 from nexus_ds.settings import Config, RouterConfig
-from nexus_ds.upcycling.blend import write_model
+from nexus_ds.upcycling.blend import Beside, write_model
 from nexus_ds.upcycling.same_tokenizers import Alignment
 from nexus_ds.upcycling.sources import Blend, Part, Source
 from nexus_ds.warm_start.starts import NO_TEXT, check_start
@@ -154,10 +156,17 @@ class NewModel:
             CheckpointError: NaN, infinite or all-zero weights, no space.
         """
         with Hashing(directory) as hashing:
-            digests = write_model(
-                directory, self.config, self.dtype, self.tensors, self.verb, self._unhashed()
-            )
             # a warm start changes the weights; nothing else does
+            follow = hashing.follow if text is None else bool
+            digests = write_model(
+                directory,
+                self.config,
+                self.dtype,
+                self.tensors,
+                self.verb,
+                self._unhashed(),
+                Beside(self.sidecar, follow),
+            )
             if text is None:
                 hashing.begin()
             self._write_rest(directory, digests)
@@ -187,7 +196,11 @@ class NewModel:
         generation = read_generation_config(self.source)
         if generation is not None:
             write_json(directory / "generation_config.json", generation)
-        write_sidecar(directory, self.sidecar)
+        # a router's file that has a P is there, if no weights were translated
+        if self.sidecar.projections and not translated(self.config):
+            write_manifest(directory, self.sidecar)
+        else:
+            write_sidecar(directory, self.sidecar)
 
     def _unhashed(self) -> dict[str, list[str]]:
         """Return the FFN tensors of experts whose hash is not known yet, in the hash's order."""

@@ -8,6 +8,7 @@ Not covered: warm starts that read text (`warm_start`).
 from __future__ import annotations
 
 import math
+import mmap
 
 import numpy as np
 
@@ -35,7 +36,8 @@ def normal(draws: np.random.RandomState, shape: tuple[int, ...], deviation: floa
     torch draws otherwise.
     """
     count = math.prod(shape)
-    drawn = np.empty(max(count, GROUP), np.float32)
+    # given back to the system when it is let go, which a heap need not do
+    drawn = np.frombuffer(mmap.mmap(-1, max(count, GROUP) * 4), np.float32)
     whole = len(drawn) // GROUP * GROUP
     for start in range(0, whole, BLOCK):
         _draw_groups(draws, drawn[start : min(start + BLOCK, whole)])

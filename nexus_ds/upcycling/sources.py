@@ -1,5 +1,6 @@
 """Where a tensor of a new model comes from.
 
+Shapes: n routed experts, h hidden size.
 Not covered: how it is written (`blend`).
 """
 
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from nexus_ds.checkpoint import assembly
 from nexus_ds.checkpoint.arithmetic import Floats
 from nexus_ds.checkpoint.headers import Headers
+from nexus_ds.checkpoint.projections import State
+from nexus_ds.checkpoint.sidecar import Sidecar, rows_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,25 @@ class Computed:
     make: Callable[[], Floats]
 
 
-Source = Blend | Stack | Computed | Floats | float
+@dataclass(frozen=True)
+class Rows:
+    """P(D) of one layer: computed where its P is made anyway, for the router's file."""
+
+    sidecar: Sidecar
+    layer: int
+    dtype: str
+    """Of the mixture, as safetensors names it."""
+
+    def of(self, state: State) -> Floats:
+        """Return the rows [n, h] that a P gives."""
+        return rows_of(self.sidecar, self.layer, self.dtype, state)
+
+    def make(self) -> Floats:
+        """Return the rows of a P that is made for them alone."""
+        return rows_of(self.sidecar, self.layer, self.dtype)
+
+
+Source = Blend | Stack | Computed | Rows | Floats | float
 """Where a tensor of the output comes from: stored ones, numbers, or one number for all."""
 
 

@@ -21,7 +21,7 @@ from nexus_ds.checkpoint.qwen3_next import open_writer
 from nexus_ds.checkpoint.tensors import DTYPE_NAMES, DTYPES, TensorReader, TensorWriter, bytes_of
 from nexus_ds.errors import CheckpointError
 from nexus_ds.progress import Progress
-from nexus_ds.upcycling.sources import Blend, Computed, Source, Stack, source_of
+from nexus_ds.upcycling.sources import Blend, Computed, Rows, Source, Stack, source_of
 
 
 def _see(health: Health, rows: Tensor) -> None:
@@ -133,7 +133,7 @@ def _write(
         case Stack():
             for start, stop, blend in made.pieces:
                 _write_blend(writer, name, shape, blend, dtype, start, stop)
-        case Computed():
+        case Computed() | Rows():
             writer.write(name, torch.from_numpy(made.make()).to(dtype))
         case float():
             writer.write(name, torch.full(shape, made, dtype=dtype))

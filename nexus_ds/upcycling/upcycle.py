@@ -34,7 +34,7 @@ from nexus_ds.checkpoint.records import (
     UpcycleStep,
     portable,
 )
-from nexus_ds.checkpoint.sidecar import Sidecar, rows_of, versions
+from nexus_ds.checkpoint.sidecar import Sidecar, versions
 from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.data.token_counts import TokenCounts
 from nexus_ds.errors import ConfigError, UnsupportedModelError
@@ -69,7 +69,7 @@ from nexus_ds.upcycling.new_checkpoint import (
 )
 from nexus_ds.upcycling.new_router import domain_rows, free_rows, layer_draws, new_state
 from nexus_ds.upcycling.same_tokenizers import Alignment, by_row
-from nexus_ds.upcycling.sources import Computed, Part, Source
+from nexus_ds.upcycling.sources import Computed, Part, Rows, Source
 from nexus_ds.warm_start.starts import check_start
 
 
@@ -316,23 +316,23 @@ def _upcycled_tensors(
                 # nothing is known of it before text is read; a warm start sets it
                 return 0.0
             case Role.ROUTER:
-                return Computed(partial(_expert_embeddings, entry, sidecar, config, seed.dtype))
+                return _router(entry, sidecar, config, seed.dtype)
 
     return {name: source(entry) for name, entry in stored(target).items()}
 
 
-def _expert_embeddings(
-    entry: Stored,
-    sidecar: Sidecar,
-    config: Config,
-    dtype: str,
-) -> Floats:
-    """Return the router's weight [n, h] of one layer before any warm start that reads text."""
+def _router(entry: Stored, sidecar: Sidecar, config: Config, dtype: str) -> Source:
+    """Return where the router's weight of one layer comes from."""
+    if config.router.kind == "nexus":
+        # in the dtype they are stored in: whoever opens the checkpoint computes them again
+        return Rows(sidecar, entry.layer, dtype)
+    return Computed(partial(_free_rows, entry, sidecar, config))
+
+
+def _free_rows(entry: Stored, sidecar: Sidecar, config: Config) -> Floats:
+    """Return a linear router's weight [n, h] of one layer before any warm start that reads text."""
     router = config.router
     experts, hidden_size = entry.shape
-    if router.kind == "nexus":
-        # in the dtype they are stored in: whoever opens the checkpoint computes them again
-        return rows_of(sidecar, entry.layer, dtype)
     if router.warm_start == "embedding":
         inputs = sidecar.domain_inputs()
         return domain_rows(inputs, hidden_size, entry.layer, router.init_norm)

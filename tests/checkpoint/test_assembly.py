@@ -1,6 +1,7 @@
 """Plans of pieces against plain PyTorch; what happens to the other jobs when one fails."""
 
 import hashlib
+import os
 import subprocess
 import sys
 import threading
@@ -11,7 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nexus_ds.checkpoint import assembly
-from nexus_ds.checkpoint.assembly import Copy, Fill, Job, Mean, Merge, Rule, assemble, stored
+from nexus_ds.checkpoint.assembly import (
+    Copy,
+    Fill,
+    Job,
+    Mean,
+    Merge,
+    Rule,
+    Series,
+    assemble,
+    stored,
+)
 from nexus_ds.checkpoint.headers import Headers, header_of
 from nexus_ds.checkpoint.new_files import NewFiles
 from nexus_ds.errors import CheckpointError
@@ -87,13 +98,35 @@ def test_copies_are_hashed_in_the_order_of_the_job_and_numbers_are_filled_in(tmp
         filled = Job([Fill(place("c"), 2.0**-60), Fill(place("d"), lambda: content)])
         return [filled, Job([cast, copied], [b"one", b"two"])]
 
-    digests = written(tmp_path / "out", plan, jobs, done=lambda: done.append(1))
+    digests = written(tmp_path / "out", plan, jobs, done=done.append)
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(found["a"], tensors[0]) and torch.equal(found["b"], tensors[1].float())
     assert torch.equal(found["c"], torch.full(SHAPE, 2.0**-60, dtype=torch.bfloat16))
-    assert torch.equal(found["d"], given) and len(done) == 4
+    assert torch.equal(found["d"], given)
+    assert [type(piece) for piece in done].count(Fill) == 2 and len(done) == 4
     own = [tensor.view(torch.uint8).numpy().tobytes() for tensor in tensors]
     assert digests == ["", hashlib.sha256(b"one" + own[1] + b"two" + own[0]).hexdigest()]
+
+
+def test_a_series_is_written_as_it_is_made(tmp_path):
+    """Nothing of it is made before what comes first is written."""
+    plan = {"a": ("F32", (2,)), "b": ("F32", (3,))}
+    made = []
+
+    def jobs(place):
+        first, second = place("a"), place("b")
+
+        def make():
+            yield np.ones(2, np.float32).view(np.uint8).data
+            made.append(os.pread(os.open(first.file, os.O_RDONLY), 8, first.start))
+            yield np.full(3, 2, np.float32).view(np.uint8).data
+
+        return [Job([Series([first, second], make)])]
+
+    assert written(tmp_path / "out", plan, jobs) == [""]
+    assert made == [np.ones(2, np.float32).tobytes()]
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found["a"].tolist() == [1, 1] and found["b"].tolist() == [2, 2, 2]
 
 
 class Trimmed(Rule):

@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from nexus_ds.checkpoint import hashes
 from nexus_ds.checkpoint.hashes import differences, hash_of, record_hashes, recorded
+from nexus_ds.checkpoint.new_files import NewFiles
 from nexus_ds.checkpoint.sidecar import read_sidecar, write_sidecar
 from nexus_ds.errors import CheckpointError
+from nexus_ds.outputs import write_at
 
 
 @pytest.fixture
@@ -40,6 +42,38 @@ def test_hashes_are_those_of_sha256sum(checkpoint):
     assert set(files["model.safetensors"]["tensors"]) == set(tensors)
     found = changes(checkpoint)
     assert not found.problems and not found.notes
+
+
+def test_files_are_hashed_behind_their_writers(tmp_path):
+    """Each byte when it is there and not before, whatever the order they are written in."""
+    (tmp_path / "nexus.json").write_text("{}")
+    plan = {"a": ("U8", (3 << 20,)), "b": ("U8", (5,))}
+    with hashes.Hashing(tmp_path) as hashing, NewFiles(tmp_path, plan) as files:
+        hashing.follow(files)
+        for name in reversed(plan):
+            place = files.place(name)
+            write_at(
+                place.descriptor,
+                place.start,
+                memoryview(b"x" * (place.end - place.start)),
+                place.file,
+            )
+            files.frontier.landed(place)
+            files.wrote(name)
+        hashing.record()
+    path = tmp_path / "model.safetensors"
+    assert recorded(tmp_path) == {path.name: hash_of(path)}
+    assert hash_of(path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_hashing_ends_with_the_writing_that_it_follows(tmp_path):
+    with (
+        pytest.raises(ZeroDivisionError),
+        hashes.Hashing(tmp_path) as hashing,
+        NewFiles(tmp_path, {"a": ("U8", (5,))}) as files,
+    ):
+        hashing.follow(files)
+        raise ZeroDivisionError
 
 
 def test_no_sha256_of_weights_is_computed_that_nobody_compares(checkpoint, monkeypatch):

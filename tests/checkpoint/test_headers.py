@@ -1,12 +1,14 @@
 """Headers of safetensors files: every way in which a file can lie."""
 
 import json
+import os
 import pickle
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from nexus_ds.checkpoint import headers
 from nexus_ds.checkpoint.headers import (
     INDEX,
     SINGLE,
@@ -205,3 +207,33 @@ def test_hash_covers_names_dtypes_shapes_and_bytes(tmp_path):
         {"x": base["x"] + 1, "y": base["y"]},
     ]
     assert len({same, *map(digest, others)}) == 5
+
+
+def test_a_file_is_opened_once_where_it_is_kept_open(tmp_path, monkeypatch):
+    names = [tmp_path / str(number) for number in range(3)]
+    for path in names:
+        path.write_bytes(path.name.encode() * 4)
+    opened = []
+    monkeypatch.setattr(headers, "MOST_KEPT", 2)
+    real = os.open
+
+    def counted(path, flags):
+        opened.append(path)
+        return real(path, flags)
+
+    monkeypatch.setattr(headers.os, "open", counted)
+
+    def read():
+        for path in names * 2:
+            view = bytearray(2)
+            headers.read_into(path, 1, memoryview(view))
+            assert view == path.name.encode() * 2
+
+    before = len(os.listdir("/proc/self/fd"))
+    # one within another is the same
+    with headers.kept_open(), headers.kept_open():
+        read()
+        assert opened == names[:2]
+    assert len(os.listdir("/proc/self/fd")) == before
+    read()
+    assert opened == names[:2]
