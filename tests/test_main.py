@@ -99,6 +99,17 @@ def test_a_form_that_is_translated_is_looked_at_without_torch_too(dense_dir, tmp
         assert not HEAVY & imported(tmp_path, *words)
 
 
+def test_models_are_exported_without_torch(tmp_path):
+    """As a directory: the weights are copied. What writes GGUF is looked at without its package."""
+    make_inputs(tmp_path, "tiny", "bf16", 1 << 30)
+    words = ["upcycle", "--seed=seed", "--expert=alpha=alpha", "--out=a", "--no-warm-start"]
+    assert not HEAVY & imported(tmp_path, *words, "--domains=domains.safetensors")
+    for program in ("transformers4", "vllm", "sglang", "hub"):
+        words = ["export", "--checkpoint=a", f"--for={program}", f"--out={program}"]
+        modules = imported(tmp_path, *words)
+        assert "nexus_ds.serving.gguf_file" in modules and not HEAVY & modules, program
+
+
 def test_models_are_put_together_without_torch(tmp_path):
     """Upcycled, extended, replaced and reduced: where nothing reads text, and tokenizers are of
     the plain class."""

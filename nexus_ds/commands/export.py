@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         OutputExistsError: `--out` is taken.
         ServingError: the program can't load the model, or would compute it wrongly.
     """
-    # not at the top: they import torch, for which `export --help` doesn't wait
+    # not at the top: they import numpy, for which `export --help` doesn't wait
     from nexus_ds.serving.exporting import export_to
     from nexus_ds.serving.targets import TARGETS
 

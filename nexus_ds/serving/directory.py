@@ -1,7 +1,8 @@
 """A mixture as a directory of safetensors for another program: just what it reads, and checked.
 
-The weights are copied, piece by piece, in their dtype; a program gets beside them what it asks for
-(`additions`), and neither the router's sidecar nor what tells how the model was made.
+The weights are copied in their dtype, by several threads and without torch; a program gets beside
+them what it asks for (`additions`), and neither the router's sidecar nor what tells how the model
+was made.
 Shapes: H hidden size.
 Not covered: GGUF (`gguf_file`), what the hub is shown (`hub`).
 """
@@ -10,13 +11,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import torch
-
+from nexus_ds.checkpoint import assembly
 from nexus_ds.checkpoint.config_json import ConfigJson, read_generation_config
 from nexus_ds.checkpoint.dense_settings import both_ropes, filled
 from nexus_ds.checkpoint.families.record import (
@@ -30,22 +32,20 @@ from nexus_ds.checkpoint.file_layout import in_files
 from nexus_ds.checkpoint.forms import PLAIN, SOURCE
 from nexus_ds.checkpoint.headers import (
     INDEX,
+    ITEM_BYTES,
     SINGLE,
+    Headers,
     Plan,
-    row_slices,
+    kept_open,
 )
 from nexus_ds.checkpoint.json_files import confined
+from nexus_ds.checkpoint.new_files import NewFiles
 from nexus_ds.checkpoint.qwen2_moe import (
     check_shared_gates,
     open_moe,
     planned,
 )
 from nexus_ds.checkpoint.sidecar import verify_expert_embeddings
-from nexus_ds.checkpoint.tensors import (
-    DTYPES,
-    TensorReader,
-    TensorWriter,
-)
 from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.errors import ServingError
 from nexus_ds.outputs import write_json
@@ -61,9 +61,9 @@ class Opened:
 
     directory: Path
     mixture: Mixture
-    reader: TensorReader
+    reader: Headers
     """Of the dense family's names."""
-    raw: TensorReader
+    raw: Headers
     """Of the names in the files."""
 
     @property
@@ -84,9 +84,8 @@ def open_checkpoint(directory: Path) -> Opened:
     config, headers = open_moe(directory)
     # what no header tells
     verify_expert_embeddings(directory)
-    reader = TensorReader.of(headers)
-    check_shared_gates(reader, config["num_hidden_layers"])
-    return Opened(Path(directory), Mixture.of(config), reader, TensorReader(directory))
+    check_shared_gates(headers, config["num_hidden_layers"])
+    return Opened(Path(directory), Mixture.of(config), headers, Headers(directory))
 
 
 # Weights ------------------------------------------------------------------------------------------
@@ -125,32 +124,32 @@ def _source(opened: Opened, name: str) -> str:
     return EMBEDDING if name == HEAD and HEAD not in opened.raw else name
 
 
-def _pieces(opened: Opened, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield a tensor of the checkpoint some rows at a time, with the number of the first."""
-    source = _source(opened, name)
-    for start, stop in row_slices(opened.raw.info(source).shape):
-        yield start, opened.raw.read_rows(source, start, stop)
+def _piece(opened: Opened, name: str, files: NewFiles) -> assembly.Piece:
+    """Return how a planned tensor is written: a copy, or zeros where the checkpoint has none."""
+    place, source = files.place(name), _source(opened, name)
+    if source not in opened.raw:
+        return assembly.Fill(place, 0.0)
+    label = f"{opened.directory}: tensor {source}"
+    return assembly.Copy(place, assembly.stored(opened.raw, source, label))
 
 
 def write_weights(opened: Opened, target: Target, out: Path) -> Plan:
     """Write the weights that a program reads, with an index; return what was written.
 
     Raises:
-        CheckpointError: not enough space.
+        CheckpointError: not enough space, NaN or infinite weights.
     """
     own = own_plan(opened)
     dtype = own[EMBEDDING][0]
     zeros = zero_biases(target, opened.mixture)
     plan = own | {name: (dtype, shape) for name, shape in zeros.items()}
-    with TensorWriter(out, plan) as writer:
-        for name in own:
-            for start, rows in _pieces(opened, name):
-                writer.write_rows(name, start, rows)
-        for name, shape in zeros.items():
-            writer.write(name, torch.zeros(shape, dtype=DTYPES[dtype]))
+    with NewFiles(out, plan) as files:
+        assembly.assemble([assembly.Job([_piece(opened, name, files)]) for name in plan])
+        for name in plan:
+            files.wrote(name)
     if not (out / INDEX).is_file():
         # loaders that take every *.safetensors beside it go by an index where there is one
-        total = sum(math.prod(shape) for _, shape in plan.values()) * DTYPES[dtype].itemsize
+        total = sum(math.prod(shape) for _, shape in plan.values()) * ITEM_BYTES[dtype]
         index = {"metadata": {"total_size": total}, "weight_map": dict.fromkeys(plan, SINGLE)}
         write_json(out / INDEX, index)
     return plan
@@ -163,18 +162,17 @@ def check_weights(opened: Opened, out: Path, plan: Plan) -> None:
         ServingError: a tensor that is missing, too many, or another one; a second file of tensors
             that a loader would take.
     """
-    written = TensorReader(out)
+    written = Headers(out)
     files = {path.name for path in out.glob("*.safetensors")}
     listed = {path.name for path in written.files()}
     odd = [*(files - listed), *set(written.names()).symmetric_difference(plan)]
-    for name, (dtype, shape) in plan.items():
-        # one is enough: a large model takes minutes
-        if odd:
-            break
-        info = written.info(name)
-        same = (info.dtype, info.shape) == (dtype, tuple(shape))
-        if not same or not _equal(opened, written, name):
-            odd.append(name)
+    if not odd:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            # one is enough: a large model takes minutes
+            found = pool.map(partial(_is_planned, opened, written, plan), plan)
+            others = (name for name, same in zip(plan, found, strict=True) if not same)
+            odd += [name for name in [next(others, "")] if name]
+            pool.shutdown(cancel_futures=True)
     if odd:
         raise ServingError(
             f"{out}: {odd[0]} is not what was to be written; the disk or its memory is at fault, "
@@ -182,16 +180,18 @@ def check_weights(opened: Opened, out: Path, plan: Plan) -> None:
         )
 
 
-def _equal(opened: Opened, written: TensorReader, name: str) -> bool:
+def _is_planned(opened: Opened, written: Headers, plan: Plan, name: str) -> bool:
     """Return whether a written tensor is the checkpoint's, or zeros where it has none."""
-    if _source(opened, name) not in opened.raw:
-        return not bool(written.read(name).any())
-    for start, rows in _pieces(opened, name):
-        found = written.read_rows(name, start, start + len(rows))
+    info, (dtype, shape) = written.info(name), plan[name]
+    if (info.dtype, info.shape) != (dtype, tuple(shape)):
+        return False
+    source = _source(opened, name)
+    with kept_open():
+        chunks = written.chunks(name)
         # as bytes: a NaN is not equal to itself
-        if not torch.equal(found.view(torch.uint8), rows.view(torch.uint8)):
-            return False
-    return True
+        if source in opened.raw:
+            return all(a == b for a, b in zip(opened.raw.chunks(source), chunks, strict=True))
+        return not any(any(chunk) for chunk in chunks)
 
 
 # Configuration ------------------------------------------------------------------------------------

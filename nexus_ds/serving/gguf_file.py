@@ -23,19 +23,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from nexus_ds.checkpoint.families.record import (
     EMBEDDING,
     FULL,
     HEAD,
 )
+from nexus_ds.checkpoint.headers import ITEM_BYTES
 from nexus_ds.checkpoint.qwen2_moe import (
     Role,
     Stored,
     expert_name,
     stored,
 )
+from nexus_ds.checkpoint.values import encoded, read_values
 from nexus_ds.errors import (
     CheckpointError,
     ConfigError,
@@ -278,14 +279,18 @@ def _values(opened: Opened, entry: Entry) -> np.ndarray:
     """Return a tensor as the file has it: fp32, or the bytes of bf16."""
     if entry.values is not None:
         return entry.values
+    dtype = "F32" if entry.full else opened.reader.info(entry.sources[0]).dtype
     # one layer's experts at a time: that is all the memory it takes
-    tensors = [opened.reader.read(name) for name in entry.sources]
-    whole = torch.stack(tensors) if len(entry.shape) > tensors[0].ndim else tensors[0]
-    whole = whole / entry.scale
-    if entry.full:
-        whole = whole.float()
+    parts = []
+    for name in entry.sources:
+        whole = read_values(opened.reader, name)
+        whole = whole / np.float32(entry.scale)
+        parts.append(encoded(whole, dtype))
+    stacked = np.concatenate(parts)
+    if dtype == "F32":
+        return stacked.view(np.float32).reshape(entry.shape)
     # numpy has no bf16
-    return whole.view(torch.uint8).numpy() if whole.dtype == torch.bfloat16 else whole.numpy()
+    return stacked.reshape(*entry.shape[:-1], ITEM_BYTES[dtype] * entry.shape[-1])
 
 
 # The file -----------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers4 import run
 from transformers4_worker import LENGTH, log_probs, tokens
 
-from nexus_ds.checkpoint.tensors import TensorWriter
+from nexus_ds.checkpoint import assembly
 from nexus_ds.data.tokenizer import train_tokenizer
 from nexus_ds.errors import CheckpointError, ServingError
+from nexus_ds.serving import directory
 from nexus_ds.serving.directory import (
     check_weights,
     open_checkpoint,
@@ -168,11 +169,13 @@ def test_what_was_written_is_read_again(made, tmp_path):
 
 
 def test_a_directory_that_is_not_what_was_written_is_refused(made, tmp_path, monkeypatch):
-    class Broken(TensorWriter):
-        def write_rows(self, name, first, rows):
-            super().write_rows(name, first, rows * (2 if name == "model.norm.weight" else 1))
+    piece = directory._piece
 
-    monkeypatch.setattr("nexus_ds.serving.directory.TensorWriter", Broken)
+    def broken(opened, name, files):
+        made_of = piece(opened, name, files)
+        return assembly.Fill(made_of.target, 7.0) if name == "model.norm.weight" else made_of
+
+    monkeypatch.setattr(directory, "_piece", broken)
     with pytest.raises(ServingError, match=r"model.norm.weight is not what was to be written"):
         exported(made, "sglang", tmp_path / "out")
 
