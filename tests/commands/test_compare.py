@@ -236,3 +236,28 @@ def test_tasks_are_asked_of_every_checkpoint(tmp_path, capsys):
     asked = [line for line in text.splitlines() if "--tasks arc_easy --task-path mine" in line]
     assert code == 0 and len(asked) == 2  # an ensemble is no checkpoint
     assert all(" --checkpoint " in line for line in asked)
+
+
+def test_measures_are_asked_of_every_checkpoint_of_the_recipe_as_it_stands(tmp_path, capsys):
+    words = (
+        "--out",
+        tmp_path / "out",
+        "--dry-run",
+        "--seeds",
+        "0",
+        "compare.measures=bits",
+        "compare.contenders=[seed,branches,btm,nexus]",
+        "compare.extensions=[none]",
+        "compare.variants={low: [router.load_balance=0.5]}",
+    )
+    code, text, _ = run(capsys, *words)
+    asked = [line for line in text.splitlines() if "--measures bits" in line]
+    # neither an ensemble, nor what knows one domain, nor a variant
+    assert code == 0 and len(asked) == 2
+    assert [re.findall("--name ([a-z]+)", line) for line in asked] == [["seed"], ["nexus"]]
+
+
+def test_an_unknown_measure_is_refused_before_anything_is_trained(tmp_path, capsys):
+    code, _, err = run(capsys, "--out", tmp_path / "out", "compare.measures=acc")
+    assert code == 1 and "compare.measures='acc': found acc, expected all, or some of" in err
+    assert not (tmp_path / "out").exists()

@@ -4,7 +4,7 @@
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 python=$1 out=$2 version=${3:-3.12}
-limit=30 # MB
+limit=40 # MB
 pip=("$python" -m pip --quiet --disable-pip-version-check)
 rm -rf "$out"
 mkdir -p "$out/wheels"

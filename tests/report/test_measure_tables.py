@@ -5,15 +5,17 @@ import math
 import numpy as np
 import pytest
 
+from nexus_ds.errors import ConfigError
 from nexus_ds.evaluation.documents import ByDocument
 from nexus_ds.report.measure_tables import (
     READING,
     measure_rows,
     measure_sections,
     measure_table,
+    measures_named,
 )
 from nexus_ds.report.page import text_table
-from nexus_ds.report.summary import MeasureEntry
+from nexus_ds.report.summary import MeasureEntry, mean_over_seeds
 
 
 def found(values, weights):
@@ -85,3 +87,27 @@ def test_a_file_gives_the_entry_back():
     entry = MeasureEntry.of({"seed": SEED}, CHANCE)
     assert MeasureEntry.from_json(entry.to_json()) == entry
     assert entry.to_json()["reference"]["a"]["standard_error"] is None
+
+
+def test_names_of_measures():
+    assert measures_named("all", "--measures ") == ["bits", "cloze", "generation"]
+    assert measures_named("generation, bits", "--measures ") == ["bits", "generation"]
+    assert measures_named("", "--measures ") == []
+    with pytest.raises(ConfigError) as caught:
+        measures_named("bits,acc", "compare.measures=")
+    assert str(caught.value) == (
+        "compare.measures='bits,acc': found acc, expected all, or some of bits, cloze, generation"
+    )
+
+
+def test_the_mean_of_seeds_is_taken_document_by_document():
+    first = MeasureEntry.of({"seed": SEED, "Nexus": NEXUS}, CHANCE)
+    other = {"a": found([1.1, 2.1, 4.0], [1, 1, 2]), "b": found([3.0, 5.0], [1, 1])}
+    # the seed model is one for both, a second one was not measured
+    second = MeasureEntry.of({"Nexus": other}, CHANCE)
+    mean = mean_over_seeds([first, second])
+    assert list(mean.models) == ["seed", "Nexus"] and mean.reference == first.reference
+    assert mean.models["seed"] == first.models["seed"]
+    assert mean.models["Nexus"]["a"].values == pytest.approx([1.0, 2.0, 3.9])
+    assert mean.models["Nexus"]["a"].weights == [1, 1, 2]
+    assert mean.models["Nexus"]["b"].values == pytest.approx([3.0, 5.1])

@@ -13,7 +13,7 @@ from nexus_ds.experiments.comparison.method_jobs import rows
 from nexus_ds.experiments.comparison.methods import (
     Extension,
     Method,
-    check_contenders,
+    check_settings,
     chosen_extensions,
     chosen_methods,
 )
@@ -93,7 +93,7 @@ def build(recipe: str, overrides: Sequence[str], out: Path) -> Comparison:
 def _add_case(found: Comparison, variant: str, jobs: CaseJobs) -> None:
     chosen = jobs.config(MOE).compare
     # Before any job is collected: a misspelt name is cheap to find here.
-    check_contenders(chosen.contender_settings, "compare.contender_settings")
+    check_settings(chosen.contender_settings)
     methods = chosen_methods(chosen.contenders)
     extensions = chosen_extensions(chosen.extensions)
     for method in methods:

@@ -9,7 +9,7 @@ layers).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nexus_ds.errors import ConfigError
@@ -292,7 +292,7 @@ EXTENSIONS = [
 
 def chosen_methods(names: list[str]) -> list[Method]:
     """Return the methods of these names, all for an empty list; ConfigError for an unknown one."""
-    check_contenders(names, "compare.contenders")
+    _check(names, [method.name for method in METHODS], "compare.contenders")
     return [method for method in METHODS if method.name in names or not names]
 
 
@@ -303,9 +303,23 @@ def chosen_extensions(names: list[str]) -> list[Extension]:
     return [extension for extension in EXTENSIONS if extension.name in names or not names]
 
 
-def check_contenders(names: Iterable[str], key: str) -> None:
-    """Raise ConfigError, which names the setting `key`, for a name that is no method's."""
-    _check(names, [method.name for method in METHODS], key)
+def check_settings(settings: Mapping[str, Sequence[str]]) -> None:
+    """Check `compare.contender_settings`, overrides by contender.
+
+    Raises:
+        ConfigError: an unknown contender, or a setting that defines it.
+    """
+    key = "compare.contender_settings"
+    _check(settings, [method.name for method in METHODS], key)
+    for method in METHODS:
+        defining = {word.partition("=")[0]: word for word in method.settings}
+        for word in settings.get(method.name, ()):
+            name = word.partition("=")[0]
+            if name in defining:
+                raise ConfigError(
+                    f"{key}: found {word} for {method.name}, which is defined by {defining[name]}; "
+                    "leave it out, or take another contender"
+                )
 
 
 def _check(names: Iterable[str], known: list[str], key: str) -> None:

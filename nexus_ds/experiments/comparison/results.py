@@ -32,7 +32,7 @@ from nexus_ds.experiments.comparison.result_file import (
 )
 from nexus_ds.pipeline import SEED
 from nexus_ds.report.evaluation import SUMMARY
-from nexus_ds.report.summary import Json, MeasureEntry, ModelEntry, Summary, mean_over_seeds
+from nexus_ds.report.summary import Json, MeasureEntry, ModelEntry, mean_over_seeds
 from nexus_ds.settings import Config
 
 ROUNDED = 6  # decimals: results.json of two equal runs is the same file
@@ -187,8 +187,9 @@ def _measured(comparison: Comparison, seed: int) -> dict[str, MeasureEntry]:
         report = seeds[seed].measures if seed in seeds else None
         if report is None or not report.exists():
             continue
-        summary = Summary.from_json(json.loads((report / SUMMARY).read_text(encoding="utf-8")))
-        for measure, entry in summary.measures.items():
+        summary = json.loads((report / SUMMARY).read_text(encoding="utf-8"))
+        for measure, value in summary["measures"].items():
+            entry = MeasureEntry.from_json(value)
             # an evaluation of this one model
             (by_domain,) = entry.models.values()
             models = found[measure].models if measure in found else {}

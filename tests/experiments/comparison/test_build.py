@@ -50,6 +50,43 @@ def test_a_variant_makes_only_what_it_changes():
     assert {key[0] for key in found.contenders} == {"", "low", "big"}
 
 
+def test_a_variant_may_be_of_some_contenders_alone():
+    few = "few: ['compare.contenders=[linear]', 'compare.extensions=[none]', router.top_k=2]"
+    found = made(
+        "compare.contenders=[nexus,linear,union]",
+        "compare.extensions=[nexus_append]",
+        f"compare.variants={{{few}}}",
+    )
+    assert {row for variant, row in found.contenders if variant == "few"} == {"linear"}
+    assert {variant for variant, _, _ in found.extensions} == {""}
+
+
+def test_a_contender_may_have_settings_of_its_own_which_a_variant_wins_over():
+    own = "compare.contender_settings={union: [training.lr=0.5], linear: [training.lr=0.25]}"
+    faster = "compare.variants={faster: [training.lr=0.75]}"
+    chosen = ["compare.contenders=[nexus,linear,union]", "compare.extensions=[none]"]
+    found, plain = made(*chosen, own, faster), made(*chosen, faster)
+
+    def rate(comparison, variant, row):
+        model = comparison.contenders[variant, row][1][0].model
+        file = comparison.builder.out / "configs" / f"seed0-{model.name}.yaml"
+        return comparison.builder.configs[file].training.lr
+
+    assert rate(found, "", "union") == 0.5 and rate(found, "", "linear") == 0.25
+    assert rate(found, "", "nexus") == rate(plain, "", "nexus")
+    assert {rate(found, "faster", row) for row in ("union", "linear", "nexus")} == {0.75}
+    # linear's branches learn at its rate too, Nexus keeps its own
+    assert len(jobs(found, "branch-python")) == len(jobs(plain, "branch-python")) + 1
+
+
+def test_settings_of_its_own_leave_the_budget_that_a_contender_is_matched_to():
+    own = "compare.contender_settings={union: [stages.branch.training.tokens=100]}"
+    chosen = ["compare.contenders=[nexus,union]", "compare.extensions=[none]"]
+    (changed,) = jobs(made(*chosen, own), "union")
+    (as_it_was,) = jobs(made(*chosen), "union")
+    assert changed.tokens == as_it_was.tokens
+
+
 def test_adding_each_together_and_in_sequence():
     words = ["pipeline.new_domains=[x,y]", "stage=extend"]
     assert additions(load_config("demo", words)) == {"x": [["x"]], "y": [["y"]]}
@@ -83,6 +120,19 @@ def test_adding_each_together_and_in_sequence():
         (
             "compare.variants={chats: [data.chat=true]}",
             "data.chat=true: a comparison scores plain text alone; give it text, or train by hand",
+        ),
+        (
+            "compare.contender_settings={unoin: [training.lr=1]}",
+            "compare.contender_settings: unknown name 'unoin', did you mean union?",
+        ),
+        (
+            "compare.contender_settings={linear: [router.lr_scale=3]}",
+            "compare.contender_settings: found router.lr_scale=3 for linear, which is defined by "
+            "router.lr_scale=1; leave it out, or take another contender",
+        ),
+        (
+            "compare.variants={few: ['compare.contenders=[nexsu]']}",
+            "compare.contenders: unknown name 'nexsu', did you mean nexus?",
         ),
         (
             "compare.adding=all",

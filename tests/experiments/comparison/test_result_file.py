@@ -46,6 +46,7 @@ def small():
         "0": validation | {"untrained": untrained},
         "1": {"loss": {"a": 2.5}, "tasks": {"science": 31.5}},
     }
+    measured = {"mean": 2.5, "standard_error": 0.5, "values": [2.0, 3.0], "weights": [1.0, 1.0]}
     return {
         "recipe": "compare-tiny",
         "overrides": ["a=1"],
@@ -59,6 +60,8 @@ def small():
         "evaluations": {"nexus": {"checkpoint": {"kind": "Nexus"}, "tokens_per_second": 10.5}},
         "variants": {"low": {"overrides": ["b=2"]}},
         "not_run": [{"name": "BTX", "why": "not asked for"}],
+        "contender_settings": {"union": ["c=3"]},
+        "measures": {"bits": {"models": {"Nexus": {"a": measured}}, "reference": {}}},
         "seed_tokens": {"": 1_000_000, "v": 2_000_000},
     }
 

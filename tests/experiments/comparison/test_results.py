@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import pytest
 
 from nexus_ds.checkpoint.inspection import describe
+from nexus_ds.config import load_config
 from nexus_ds.experiments.comparison import results
 from nexus_ds.experiments.comparison.build import build
-from nexus_ds.experiments.comparison.job_graph import Made
+from nexus_ds.experiments.comparison.job_graph import Comparison, Made
 from nexus_ds.experiments.comparison.jobs import Job
 from nexus_ds.experiments.comparison.methods import EXTENSIONS, METHODS
+from nexus_ds.report.summary import MeasureEntry, OverDocuments
 
 FIRST = {"a": {"a": 0.3, "b": 0.7}, "b": {"a": 0.6, "b": 0.4}}
 LAST = {"a": {"a": 0.8, "b": 0.2}, "b": {"a": 0.1, "b": 0.9}}
@@ -226,3 +228,28 @@ def test_what_was_not_run_has_its_reason():
         and rows["BTX"] == "not asked for"
         and "Nexus" not in rows
     )
+
+
+def test_measures_of_all_seeds_become_one_entry_by_label(tmp_path):
+    documents = OverDocuments([1.0, 2.0], [1.0, 1.0])
+    contenders = {}
+    for number, name in enumerate(("seed", "nexus")):
+        seeds = {}
+        for seed in (0, 1):
+            report = tmp_path / f"{name}-{seed}"
+            values = [value + number + seed for value in documents.values]
+            models = {name: {"a": OverDocuments(values, documents.weights)}}
+            report.mkdir()
+            text = json.dumps({"measures": {"bits": MeasureEntry(models).to_json()}})
+            (report / "summary.json").write_text(text)
+            seeds[seed] = Made(measures=report)
+        method = next(method for method in METHODS if method.name == name)
+        contenders["", name] = (method, seeds)
+    # one that failed is left out
+    contenders["", "nexus"][1][1].measures = tmp_path / "none"
+    found = results._measures(
+        Comparison(None, contenders, {}), load_config("demo", ["compare.seeds=[0,1]"])
+    )
+    assert list(found) == ["bits"] and list(found["bits"].models) == ["seed", "Nexus"]
+    assert found["bits"].models["seed"]["a"].values == [1.5, 2.5]
+    assert found["bits"].models["Nexus"]["a"].values == [2.0, 3.0]
