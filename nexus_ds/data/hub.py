@@ -15,6 +15,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -95,7 +96,25 @@ class HubSource:
         """Return the column of domains as an arrow array of strings.
 
         A dot in its name goes into a structure, or into JSON text.
+
+        Raises:
+            DataError: it has no such field, or holds what is no text.
         """
+        import pyarrow as pa
+
+        try:
+            values = self._column(table)
+            # a file may hold any bytes as text
+            values.validate(full=True)
+        except (pa.ArrowException, UnicodeError) as error:
+            raise DataError(
+                f"{self.name}: the column {self.column} can't be read as text "
+                f"({_first_line(error)}); name the column that holds the domain with "
+                "hub:NAME#COLUMN, or a field of it with hub:NAME#COLUMN.FIELD"
+            ) from error
+        return values
+
+    def _column(self, table: pa.Table) -> pa.Array:
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -232,7 +251,7 @@ class HubSource:
             # arrow filters before Python sees a row: most rows are of other domains
             mask = pc.is_in(values, value_set=known)
             rows = np.flatnonzero(mask.to_numpy(zero_copy_only=False))
-            texts = table["text"].filter(mask).to_pylist()
+            texts = _texts(table["text"].filter(mask))
             chosen = values.filter(mask).to_pylist()
             for row, value, text in zip(rows, chosen, texts, strict=True):
                 yield Row(value, text, f"{self.name}[{split}]:{start + int(row)}")
@@ -269,6 +288,20 @@ class HubSource:
     def size(self, domain: str, split: str) -> int:
         """Return the bytes of the split divided by the number of domains; 0: unknown."""
         return self._sizes.get(split, 0) // max(len(self.domains()), 1)
+
+
+def _texts(array: pa.ChunkedArray) -> list[object]:
+    """Return values, as bytes where they are no UTF-8: such a row is refused by its number."""
+    import pyarrow as pa
+
+    try:
+        return array.to_pylist()
+    except UnicodeDecodeError:
+        found = array.cast(pa.binary()).to_pylist()
+    for row, content in enumerate(found):
+        with suppress(AttributeError, UnicodeDecodeError):
+            found[row] = content.decode("utf-8")
+    return found
 
 
 def _first_line(error: Exception) -> str:

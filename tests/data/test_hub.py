@@ -8,6 +8,7 @@ import pytest
 
 from nexus_ds.data import hub
 from nexus_ds.data.corpora import open_source, token_files
+from nexus_ds.data.rows import BadRows
 from nexus_ds.data.sources import require_domains
 from nexus_ds.errors import DataError
 from tests.data.conftest import sentences
@@ -228,3 +229,54 @@ def test_a_data_set_that_is_not_on_this_machine():
         DataError, match=r"hub:nobody/nothing-here: the data set can't be opened .*HF_HUB_OFFLINE=0"
     ):
         open_source("hub:nobody/nothing-here")
+
+
+def parquet(folder: Path, **columns: object) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir()
+    pq.write_table(pa.table(columns), folder / "train.parquet")
+    return folder
+
+
+def raw_texts(*contents: bytes) -> object:
+    """Return an arrow array of texts, whatever their bytes are."""
+    import pyarrow as pa
+
+    data = pa.array(contents, pa.binary())
+    return pa.StringArray.from_buffers(len(contents), *data.buffers()[1:])
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "said"),
+    [
+        ("kind", [["law"], ["art"]], "Unsupported cast from list"),
+        ("kind", [{"x": "law"}, {"x": "art"}], "Unsupported cast from struct"),
+        ("kind.x", [{"x": ["law"]}, {"x": ["art"]}], "Unsupported cast from list"),
+        ("kind.x", ['{"x": "\\ud800"}'] * 2, "surrogates not allowed"),
+        ("kind", [b"\xff", b"law"], "Invalid UTF8 payload"),
+        ("kind", raw_texts, "Invalid UTF8 sequence"),
+    ],
+)
+def test_a_column_of_domains_that_is_no_text(tmp_path: Path, column, values, said):
+    values = values(b"\xff", b"law") if callable(values) else values
+    source = open_source(f"hub:{parquet(tmp_path / 'odd', text=['a', 'b'], kind=values)}#{column}")
+    message = (
+        rf"odd#{column}: the column {column} can't be read as text \(.*{said}.*\); name the column "
+        r"that holds the domain with hub:NAME#COLUMN, or a field of it with hub:NAME#COLUMN\.FIELD"
+    )
+    for read in (source.domains, lambda: list(source.documents("law", "train"))):
+        with pytest.raises(DataError, match=message):
+            read()
+
+
+def test_a_text_that_is_no_utf8_is_a_bad_row(tmp_path: Path):
+    texts = raw_texts(b"a", b"\xff", "\u00e9".encode())
+    name = f"hub:{parquet(tmp_path / 'odd', text=texts, kind=['law'] * 3)}"
+    source = open_source(f"{name}#kind")
+    with pytest.raises(DataError, match=r"odd.*\[train\]:1: text is bytes, expected a string"):
+        list(source.documents("law", "train"))
+    bad = BadRows()
+    found = source.documents("law", "train", "skip", bad_rows=bad)
+    assert [document.text for document in found] == ["a", "\u00e9"] and bad.count == 1
