@@ -21,12 +21,8 @@ from nexus_ds.command_lines import evaluate_words
 from nexus_ds.data.corpora import open_source, require_domains
 from nexus_ds.errors import ConfigError, NexusError
 from nexus_ds.experiments.comparison.jobs import Job, Pool
-from nexus_ds.experiments.comparison.report import (
-    SHOWN,
-    terminal_tables,
-    verdict,
-    write_comparison,
-)
+from nexus_ds.experiments.comparison.report import SHOWN, terminal_tables, write_comparison
+from nexus_ds.experiments.comparison.report_findings import verdict
 from nexus_ds.launch import devices
 from nexus_ds.outputs import held, write_json
 from nexus_ds.pipeline import MOE, check_domains

@@ -24,10 +24,9 @@ from nexus_ds.experiments.comparison.report_figures import (
     draw_share,
     draw_variants,
 )
-from nexus_ds.experiments.comparison.report_findings import verdict
+from nexus_ds.experiments.comparison.report_opening import QUESTION, opening_sections
 from nexus_ds.experiments.comparison.report_tables import (
     additions,
-    best_table,
     domain_table,
     extension_table,
     extension_variant_table,
@@ -46,8 +45,6 @@ from nexus_ds.report.evaluation import draw_models, file_names, model_sections, 
 from nexus_ds.report.measure_tables import measure_sections
 from nexus_ds.report.page import Cell, Section, Spread, Table, text_table, write_page
 from nexus_ds.report.summary import ModelEntry
-
-__all__ = ["terminal_tables", "verdict", "write_comparison"]
 
 PAGE = "report.html"
 FIGURES = "figures"
@@ -101,9 +98,6 @@ READING = {
     "regimes": "Loss minus that of the dense model with the same budget, by how many tokens a "
     "parameter the seed model had read before. Below 0 a mixture is better than training the dense "
     "model on; a seed that still falls steeply favours whatever trains longest.",
-    "best": "Every varied contender under that of the settings below which gives it the lowest "
-    "mean loss, dense training too. Chosen on the text that is scored: of equal settings the best "
-    "of several looks better than it is.",
     "variants": "The same contenders with one setting changed, on the same seeds (paper, Figure 7, "
     "has load balancing and equal data). The difference is that to the same contender in the "
     "recipe as it stands, so below 0 the change helps.",
@@ -316,9 +310,6 @@ def _regime_sections(results: Results, folder: Path) -> list[Section]:
 
 def _variant_sections(results: Results, folder: Path) -> list[Section]:
     sections = []
-    best = best_table(results)
-    if best is not None:
-        sections.append(Section(title="Each at its best", text=READING["best"], table=best))
     methods = variant_table(results)
     if methods is not None:
         sections.append(
@@ -441,10 +432,11 @@ def _title(recipe: str) -> str:
 
 def write_comparison(results: Results, folder: Path) -> None:
     """Write report.html (self-contained), figures/ (PNG, CSV) and tables/ (CSV) into `folder`."""
-    sections = comparison_sections(results, folder / FIGURES)
+    opening = opening_sections(results, _command(results), folder / FIGURES)
+    sections = [*opening, *comparison_sections(results, folder / FIGURES)]
     _write_tables(sections, folder / TABLES)
     _write_measured(results, folder / TABLES)
-    write_page(folder / PAGE, _title(results.recipe), "\n\n".join(verdict(results)), sections)
+    write_page(folder / PAGE, _title(results.recipe), QUESTION, sections)
 
 
 def _narrow(table: Table, without: Sequence[str]) -> Table:

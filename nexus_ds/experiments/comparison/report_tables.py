@@ -554,30 +554,35 @@ def _best_rows(rows: Iterable[MethodRow], old: Sequence[str]) -> dict[str, Metho
     return best
 
 
-def best_table(results: Results) -> Table | None:
-    """Return every varied method under the setting that is best for it, against dense at its best.
+def result_table(results: Results) -> Table | None:
+    """Return every method at the setting that is best for it, against dense training at its best.
 
     Of the seed as it stands, where variants have others. So a learning rate, say, is tuned alike
-    for all. None without variants.
+    for all. Without branches, each of which serves one domain; None without methods.
     """
     old = results.domains.old
-    same_seed = [row for row in methods_of(results, variant=None) if _same_seed(results, row)]
-    names = varied(results)
-    best = [row for name, row in _best_rows(same_seed, old).items() if name in names]
-    best.sort(key=lambda row: statistics.fmean(row.losses(old).values()))
+    rows = methods_of(results, variant=None)
+    same_seed = [row for row in rows if _same_seed(results, row)]
+    best = [row for name, row in _best_rows(same_seed, old).items() if name[:7] != "branch "]
+    best.sort(key=lambda row: -statistics.fmean(row.losses(old).values()))
     dense = reference(best, (DENSE,))
+    sizes, letter = unit_of([row.compute.total for row in best], "G")
     lines: list[list[Cell]] = []
     for row in best:
         losses = row.losses(old)
         compared_with = dense.losses(old) if dense and dense is not row else {}
         setting = row.variant or UNCHANGED
-        lines.append([row.label, setting, spread(losses), *difference(losses, compared_with)])
+        line: list[Cell] = [row.label, setting, spread(losses), *difference(losses, compared_with)]
+        line += [_scaled(row.compute.active, sizes), _scaled(row.compute.total, sizes)]
+        lines.append(line)
     header = [
         "contender",
         "its best setting",
         "loss, old domains",
         _head_of_difference(dense),
         "seeds lower",
+        f"{letter} active",
+        f"{letter} total",
     ]
     return Table(header=header, rows=lines) if lines else None
 

@@ -13,6 +13,7 @@ from nexus_ds.experiments.comparison.report import (
     terminal_tables,
     write_comparison,
 )
+from nexus_ds.experiments.comparison.report_opening import opening_sections
 from nexus_ds.experiments.comparison.report_tables import quality_table
 from nexus_ds.report.page import Spread
 
@@ -195,7 +196,8 @@ def test_every_table_as_csv_has_the_cells_of_the_page(written, found, tmp_path):
     """Each table's CSV: the same heads, a column `(deviation)` after each mean, and the numbers in
     full."""
     names = []
-    for section in comparison_sections(read(found), tmp_path):
+    opening = opening_sections(read(found), "", tmp_path)
+    for section in [*opening, *comparison_sections(read(found), tmp_path)]:
         if section.table is None:
             continue
         name = re.sub(r"[^A-Za-z0-9_-]+", "-", section.title.lower()).strip("-")

@@ -17,7 +17,7 @@ from made_up_results import (
 )
 
 from nexus_ds.experiments.comparison.report_tables import (
-    best_table,
+    UNCHANGED,
     domain_table,
     extension_table,
     extension_variant_table,
@@ -25,6 +25,7 @@ from nexus_ds.experiments.comparison.report_tables import (
     quality_table,
     regime_table,
     regimes,
+    result_table,
     share_table,
     start_table,
     task_table,
@@ -349,36 +350,51 @@ def test_every_column_of_the_changed_extensions(found):
     assert row == [*expected, approx([0.40, 0.41, 0.42], 2), approx([0.10, 0.12, 0.14], 2)]
 
 
-def test_every_column_of_the_best_settings(found):
-    """The lowest mean of each, dense training at its own best beside it."""
+def test_every_column_of_the_result(found):
+    """The lowest mean of each, dense training at its own best beside it, branches left out."""
     with_longer_seed(found)
     # of the same seed model: one that has read more is better for all
     found["seed_tokens"] = {}
-    table = best_table(read(found))
+    table = result_table(read(found))
     nexus, union = (seeds_of(found, "contenders", name, "longer") for name in ("nexus", "union"))
     difference, lower = minus(mean_loss(nexus, OLD), mean_loss(union, OLD))
-    assert_row(
-        table,
-        ["Nexus"],
-        {
-            "contender": "Nexus",
-            "its best setting": "longer",
-            "loss, old domains": approx(mean_loss(nexus, OLD)),
-            "minus Dense on the union": difference,
-            "seeds lower": lower,
-        },
-    )
-    labels = [line[0] for line in table.rows]
-    # the linear router is best as the recipe stands, and has no longer variant
-    assert labels == [
-        "Output ensemble (BTM)",
-        "Dense on the union",
-        "Nexus",
-        "Linear router",
-        "Seed",
+    (cost,) = [
+        row["compute"]["parameters"]
+        for row in found["contenders"]
+        if row["name"] == "nexus" and row["variant"] == "longer"
     ]
-    assert table.rows[1][3:] == [None, None]
-    assert table.rows[3][1] == "as the recipe stands"
+    unit, letter = unit_of([cost["total"]], "G")
+    row = next(line for line in table.rows if line[0] == "Nexus")
+    assert table.header == [
+        "contender",
+        "its best setting",
+        "loss, old domains",
+        "minus Dense on the union",
+        "seeds lower",
+        f"{letter} active",
+        f"{letter} total",
+    ]
+    assert row == [
+        "Nexus",
+        "longer",
+        approx(mean_loss(nexus, OLD)),
+        difference,
+        lower,
+        pytest.approx(cost["active"] / unit),
+        pytest.approx(cost["total"] / unit),
+    ]
+    labels = [line[0] for line in table.rows]
+    means = [line[2].mean for line in table.rows]
+    assert means == sorted(means, reverse=True) and labels[-1] == "Output ensemble (BTM)"
+    assert not any(label.startswith("Branch") for label in labels)
+    (dense,) = [line for line in table.rows if line[0] == "Dense on the union"]
+    assert dense[3:5] == [None, None]
+    # the linear router has no longer variant
+    assert next(line[1] for line in table.rows if line[0] == "Linear router") == UNCHANGED
+    # of another seed model nothing is taken
+    whole = with_longer_seed(results())
+    same = result_table(read(whole))
+    assert {line[1] for line in same.rows} <= {UNCHANGED, "low_balance", "equal_data"}
 
 
 def test_every_column_of_the_regimes(found):
