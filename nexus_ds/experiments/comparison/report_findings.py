@@ -20,6 +20,7 @@ from nexus_ds.experiments.comparison.report_tables import (
     method_reference,
     methods_of,
     new_domains,
+    same_seed,
     variants_of,
 )
 from nexus_ds.experiments.comparison.result_file import (
@@ -180,6 +181,9 @@ def _variants(results: Results) -> list[str]:
     old = results.domains.old
     found: dict[str, Paired] = {}
     for variant in variants_of(results):
+        # a seed that has read less is no setting of the mixture
+        if not same_seed(results, variant):
+            continue
         row = method_reference(methods_of(results, variant))
         same = None if row is None else counterpart(results.methods, row)
         if row is None or same is None:

@@ -562,8 +562,8 @@ def result_table(results: Results) -> Table | None:
     """
     old = results.domains.old
     rows = methods_of(results, variant=None)
-    same_seed = [row for row in rows if _same_seed(results, row)]
-    best = [row for name, row in _best_rows(same_seed, old).items() if name[:7] != "branch "]
+    kept = [row for row in rows if same_seed(results, row.variant)]
+    best = [row for name, row in _best_rows(kept, old).items() if name[:7] != "branch "]
     best.sort(key=lambda row: -statistics.fmean(row.losses(old).values()))
     dense = reference(best, (DENSE,))
     sizes, letter = unit_of([row.compute.total for row in best], "G")
@@ -587,10 +587,10 @@ def result_table(results: Results) -> Table | None:
     return Table(header=header, rows=lines) if lines else None
 
 
-def _same_seed(results: Results, row: MethodRow) -> bool:
-    """Return whether a row's seed model is the recipe's own."""
+def same_seed(results: Results, variant: str) -> bool:
+    """Return whether a variant's seed model has read as much as the recipe's own."""
     tokens = results.seed_tokens
-    return tokens.get(row.variant) == tokens.get("")
+    return tokens.get(variant) == tokens.get("")
 
 
 def regimes(results: Results) -> dict[float, list[MethodRow]]:

@@ -1,7 +1,7 @@
 """The verdict says what the numbers say, and no more."""
 
 import pytest
-from made_up_results import EXTENSIONS, read, results
+from made_up_results import EXTENSIONS, read, results, with_longer_seed
 
 from nexus_ds.experiments.comparison.report_findings import verdict
 
@@ -99,3 +99,13 @@ def test_an_extension_that_failed_in_one_seed_is_compared_over_the_others(found)
     entry["seeds"]["2"] = {}
     (new, *_) = [text for text in verdict(read(found)) if text.startswith("Adding")]
     assert f"too few to call it better) than {EXTENSIONS['linear_reset'][0]} (by" in new
+
+
+def test_a_seed_that_has_read_more_is_no_setting_of_the_mixture():
+    found = with_longer_seed(results())
+    said = [text for text in verdict(read(found)) if text.startswith("Settings,")]
+    assert not any("longer" in text for text in said)
+    # of a seed model that was given nothing is known
+    found["seed_tokens"] = {}
+    said = [text for text in verdict(read(found)) if text.startswith("Settings,")]
+    assert "longer" in said[0]
