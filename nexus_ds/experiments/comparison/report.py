@@ -20,7 +20,6 @@ from nexus_ds.experiments.comparison.report_figures import (
     draw_compute,
     draw_differences,
     draw_extension,
-    draw_regimes,
     draw_share,
     draw_variants,
 )
@@ -34,6 +33,7 @@ from nexus_ds.experiments.comparison.report_tables import (
     own_table,
     quality_table,
     regime_table,
+    regimes,
     share_table,
     start_table,
     task_table,
@@ -184,12 +184,14 @@ def _settings(results: Results) -> Table:
 
 
 def _upcycling_sections(results: Results, folder: Path) -> list[Section]:
+    many = regimes(results)
     sections = [
         Section(
             title="Contenders",
             text=READING["quality"],
             table=quality_table(results),
-            figure=draw_differences(results, folder / "differences.png"),
+            # the page's first figure, where there are no regimes
+            figure=draw_differences(results, folder / "differences.png") if many else None,
         ),
         Section(
             title="Perplexity by domain",
@@ -303,9 +305,8 @@ def _regime_sections(results: Results, folder: Path) -> list[Section]:
     table = regime_table(results)
     if table is None:
         return []
-    figure = draw_regimes(results, folder / "regimes.png")
-    text = READING["regimes"]
-    return [Section(title="A longer trained seed", text=text, table=table, figure=figure)]
+    # its figure is the page's first one
+    return [Section(title="A longer trained seed", text=READING["regimes"], table=table)]
 
 
 def _variant_sections(results: Results, folder: Path) -> list[Section]:

@@ -80,11 +80,20 @@ def test_a_contender_may_have_settings_of_its_own_which_a_variant_wins_over():
 
 
 def test_settings_of_its_own_leave_the_budget_that_a_contender_is_matched_to():
-    own = "compare.contender_settings={union: [stages.branch.training.tokens=100]}"
-    chosen = ["compare.contenders=[nexus,union]", "compare.extensions=[none]"]
-    (changed,) = jobs(made(*chosen, own), "union")
-    (as_it_was,) = jobs(made(*chosen), "union")
-    assert changed.tokens == as_it_was.tokens
+    own = (
+        "compare.contender_settings={union: [stages.branch.training.tokens=100], "
+        "sparse_upcycling_matched: [stages.moe.training.tokens=100]}"
+    )
+    names = ("union", "sparse_upcycling_matched")
+    chosen = [f"compare.contenders=[nexus,{','.join(names)}]", "compare.extensions=[none]"]
+    changed, as_it_was = made(*chosen, own), made(*chosen)
+    for name in names:
+        models = [found.contenders["", name][1][0].model for found in (changed, as_it_was)]
+        tokens = [
+            found.builder.jobs[model].tokens
+            for found, model in zip((changed, as_it_was), models, strict=True)
+        ]
+        assert tokens[0] == tokens[1] > 1000
 
 
 def test_adding_each_together_and_in_sequence():
