@@ -39,9 +39,12 @@ def _without_mixture(config: Config) -> Config:
     plain = ModelConfig()
     upcycling = {name: getattr(plain, name) for name in UPCYCLING}
     model = replace(config.model, **upcycling)
+    # a variant that makes experts of more domains scores the same ones in another order
+    scored = sorted(config.data.validation_domains)
     return replace(
         config,
         model=model,
+        data=replace(config.data, validation_domains=scored),
         router=RouterConfig(),
         parallel=ParallelConfig(),
     )
