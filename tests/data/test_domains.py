@@ -1,10 +1,15 @@
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from safetensors.torch import save_file as torch_save
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nexus_ds.data.corpora import open_source
 from nexus_ds.data.domains import (
@@ -13,6 +18,7 @@ from nexus_ds.data.domains import (
     cosine_table,
     embed_domains,
     encoder_directory,
+    is_language_model,
     near_duplicates,
     read_domain_embeddings,
     sample_documents,
@@ -261,6 +267,51 @@ def test_the_revision_follows_the_weights(tmp_path: Path):
     assert weights_hash(tmp_path) == first
     (tmp_path / "sub" / "model.safetensors").write_bytes(b"two")
     assert weights_hash(tmp_path) != first
+
+
+def language_model(source: Path, out: Path, dtype: torch.dtype) -> Path:
+    shutil.copytree(source, out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"dtype": str(dtype).split(".")[-1]}))
+    weights = load_file(out / "model.safetensors")
+    save_weights({name: weight.to(dtype) for name, weight in weights.items()}, out)
+    return out
+
+
+def save_weights(weights: dict[str, torch.Tensor], out: Path):
+    torch_save(weights, out / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_a_language_model_embeds_by_the_mean_of_its_last_states(
+    dense_dir: Path, tmp_path: Path, dtype: torch.dtype, near: float
+):
+    encoder = SentenceEncoder(str(language_model(dense_dir, tmp_path / "seed", dtype)))
+    # of different lengths: what fills the shorter one up must not count, and no token is for that
+    assert AutoTokenizer.from_pretrained(dense_dir).pad_token is None
+    texts = ["the cell the gene", "the court"]
+    model = AutoModelForCausalLM.from_pretrained(dense_dir, dtype=torch.float32).model
+    means = []
+    for text in texts:
+        tokens = torch.tensor([encoder.model.tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            means.append(model(tokens).last_hidden_state[0].mean(0).numpy())
+    np.testing.assert_allclose(encoder.encode(texts), unit(np.stack(means)), atol=near)
+    assert encoder.encode(texts).dtype == np.float32
+    assert encoder.max_tokens <= 256
+
+
+def test_how_a_language_model_is_read_is_part_of_its_revision(dense_dir: Path, tmp_path: Path):
+    model = language_model(dense_dir, tmp_path / "seed", torch.float32)
+    read_as_model = weights_hash(model)
+    # a sentence encoder with the same weights
+    (model / "modules.json").write_text("[]")
+    assert weights_hash(model) != read_as_model
+    (model / "modules.json").unlink()
+    (model / "config.json").write_text("[1]")
+    assert not is_language_model(model)
+    (model / "config.json").write_text("{")
+    assert not is_language_model(model)
 
 
 @pytest.mark.parametrize("hook", ["modules.json", "config.json"])
