@@ -228,8 +228,14 @@ def shared_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def check_domains(config: Config) -> None:
-    """Raise ConfigError for a domain that can't be the name of an expert."""
-    for domain in [*config.pipeline.domains, *config.pipeline.new_domains]:
+    """Raise ConfigError for a domain that can't be the name of an expert, or is named twice."""
+    domains = [*config.pipeline.domains, *config.pipeline.new_domains]
+    if len(set(domains)) != len(domains):
+        raise ConfigError(
+            f"pipeline.domains and new_domains name a domain twice: {', '.join(domains)}; "
+            "name each once"
+        )
+    for domain in domains:
         if not EXPERT_NAME.fullmatch(domain):
             raise ConfigError(
                 f"pipeline.domains: {domain!r} can't be the name of an expert; expected letters, "

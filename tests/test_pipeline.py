@@ -222,3 +222,11 @@ def test_a_damaged_sidecar_is_named(tmp_path):
     (tmp_path / "nexus.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"nexus.json is damaged .*; restore it"):
         resolve(load_config("own", [f"model.path={tmp_path}"]))
+
+
+@pytest.mark.parametrize(("old", "new"), [(["a", "b", "a"], []), (["a", "b"], ["a"])])
+def test_a_domain_that_is_named_twice_is_refused(tmp_path, old, new):
+    config = config_of(tmp_path)
+    config.pipeline.domains, config.pipeline.new_domains = old, new
+    with pytest.raises(ConfigError, match=r"new_domains name a domain twice: a, b, a; name each"):
+        check_domains(config)

@@ -22,6 +22,7 @@ from nexus_ds.data.domains import (
     write_domain_embeddings,
 )
 from nexus_ds.data.sources import open_source, require_domains
+from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import held, refuse_existing
 
 
@@ -53,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
     source = open_source(args.data)
     asked = [name.strip() for name in args.domains.split(",") if name.strip()]
     domains = asked or source.domains()
+    # nothing reads a file in which a name stands twice
+    if len(set(domains)) != len(domains):
+        raise ConfigError(f"--domains names a domain twice: {', '.join(domains)}; name each once")
     # before the encoder is loaded, which takes seconds
     require_domains(source, domains)
     encoder = SentenceEncoder(args.encoder)

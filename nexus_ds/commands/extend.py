@@ -184,6 +184,9 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     experts = parse_experts(args.expert)
     limit = before_after.parse_limit(args.limit)
+    scores = args.verdict or limit is not None
+    if before_after.parse_scored(args.scored) and not scores:
+        raise ConfigError("--scored is of a table: give --verdict or --fail-if-worse too")
     refuse_existing(out)
     # last, so that the option holds against an override
     cold = ["router.warm_start=none"] if args.no_refit else []
@@ -191,7 +194,6 @@ def run(args: argparse.Namespace) -> int:
     embeddings, cards = _embedded(args, experts)
     model = _describe(args, experts, embeddings, cards, config)
     data = args.data or (embeddings.data if embeddings else "")
-    scores = args.verdict or limit is not None
     # whether the warm start needs text is for `fit_text` to say
     if not data and scores:
         raise ConfigError(

@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     limit = before_after.parse_limit(args.limit)
     if limit is not None and not args.data:
         raise ConfigError("--fail-if-worse needs --data DIR, the text to judge by")
+    if before_after.parse_scored(args.scored) and not args.data:
+        raise ConfigError("--scored needs --data DIR, the text to score; or leave it out")
     refuse_existing(args.out)
     model = reduced(args.checkpoint, args.expert)
     scored = None

@@ -16,6 +16,7 @@ from nexus_ds.checkpoint.records import read_manifest
 from nexus_ds.data.corpora import open_source, token_files, windows
 from nexus_ds.errors import ConfigError, DataError
 from nexus_ds.evaluation.perplexity import score, window_length
+from nexus_ds.report.verdict import parse_scored
 
 
 class BeforeAfter:
@@ -105,11 +106,7 @@ def chosen(text: str, checkpoint: Path, new: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: a domain that `text` names twice.
     """
-    words = [name.strip() for name in text.split(",")]
-    domains = [name for name in words if name]
-    if len(set(domains)) != len(domains):
-        raise ConfigError(f"--scored names a domain twice: {', '.join(domains)}; name each once")
-    if domains:
+    if domains := parse_scored(text):
         return domains
     manifest = read_manifest(checkpoint)
     old = [expert.domain for expert in manifest.experts]

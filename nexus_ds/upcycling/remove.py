@@ -56,6 +56,8 @@ def reduced(checkpoint: Path, names: Sequence[str]) -> NewModel:
 def _kept(old: Sidecar, names: Sequence[str]) -> list[int]:
     """Return the numbers of the experts that stay; ConfigError as in `reduced`."""
     known = [expert.name for expert in old.experts]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"--expert names one twice: {', '.join(names)}; name each once")
     for name in names:
         if name not in known:
             raise ConfigError(

@@ -96,6 +96,8 @@ def test_mistakes_leave_nothing_behind(corpus: Path, tmp_path: Path):
     out = str(tmp_path / "out" / "domains.safetensors")
     with pytest.raises(DataError, match="no domain gamma; found: cooking, law, rules"):
         call("--data", str(corpus), "--out", out, "--domains", "law,gamma")
+    with pytest.raises(ConfigError, match="--domains names a domain twice: law, law; name each"):
+        call("--data", str(corpus), "--out", out, "--domains", "law,law")
     with pytest.raises(
         ConfigError, match="--documents 0 and --windows 2: expected numbers above 0"
     ):

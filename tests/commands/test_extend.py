@@ -125,6 +125,19 @@ def averaged(names):
     return [name for name in names if ".mlp." not in name and name != "lm_head.weight"]
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("alpha,alpha", "--scored names a domain twice: alpha, alpha; name each once"),
+        ("alpha", "--scored is of a table: give --verdict or --fail-if-worse too"),
+    ],
+)
+def test_domains_of_a_table_that_is_not_asked_for(parts, names, message):
+    with pytest.raises(ConfigError, match=message):
+        run(parts, "--scored", names)
+    assert not left_over(parts)
+
+
 def test_appends_one_expert(parts, capsys):
     """Facts 8 and 9: FFN list + 1, old FFNs bit-equal, lambda = 1/(n+1), rows P(d_new), no new
     router parameter."""

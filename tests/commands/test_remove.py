@@ -86,6 +86,7 @@ def test_json_and_several_at_once(tmp_path, nexus_dir, capsys):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
+        (["beta", "beta"], "--expert names one twice: beta, beta; name each once"),
         (["delta"], "--expert delta: the checkpoint has alpha, beta, gamma; name one of these"),
         (
             ["alpha", "beta", "gamma"],
@@ -226,6 +227,20 @@ def test_mistakes_of_the_table_come_before_the_checkpoint(
     assert message in said and (
         "delta" not in message or "name those that are there with --scored A,B" in said
     )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("alpha,alpha", "--scored names a domain twice: alpha, alpha; name each once"),
+        ("delta", "--scored needs --data DIR, the text to score; or leave it out"),
+    ],
+)
+def test_domains_of_a_table_without_text(tmp_path, nexus_dir, capsys, names, message):
+    words = ["remove", "--checkpoint", str(nexus_dir), "--expert", "beta"]
+    assert main([*words, "--out", str(tmp_path / "out"), "--scored", names]) == 1
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
