@@ -169,6 +169,19 @@ def parse_override(text: str) -> Values:
     return made
 
 
+def named_once(option: str, text: str) -> list[str]:
+    """Return the domains that an option names, A,B; none of nothing.
+
+    Raises:
+        ConfigError: one that is named twice.
+    """
+    words = [name.strip() for name in text.split(",")]
+    names = [name for name in words if name]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"{option} names a domain twice: {', '.join(names)}; name each once")
+    return names
+
+
 def get_key(config: Config, dotted: str) -> Any:
     """Return the value of a dotted key."""
     value: object = config

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nexus_ds.config import RECIPES, dump, load_config, parse_yaml
+from nexus_ds.config import RECIPES, dump, load_config, named_once, parse_yaml
 from nexus_ds.errors import ConfigError
 from nexus_ds.pipeline import resolve
 from nexus_ds.settings import STAGES, Config
@@ -199,3 +199,10 @@ def test_what_was_parsed_before_is_not_what_somebody_changed_since():
     first = parse_yaml("a: {b: [1]}", "recipe")
     first["a"]["b"].append(2)
     assert parse_yaml("a: {b: [1]}", "recipe") == {"a": {"b": [1]}}
+
+
+def test_names_of_an_option_are_taken_apart_and_each_given_once():
+    assert named_once("--scored", " a, b ,") == ["a", "b"]
+    assert named_once("--scored", "") == []
+    with pytest.raises(ConfigError, match=r"^--scored names a domain twice: a, a; name each once$"):
+        named_once("--scored", "a,a")

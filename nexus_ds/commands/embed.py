@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from nexus_ds.command_lines import typed_upcycling
+from nexus_ds.config import named_once
 from nexus_ds.data import sample_options
 from nexus_ds.data.domains import (
     DomainEmbeddings,
@@ -22,7 +23,6 @@ from nexus_ds.data.domains import (
     write_domain_embeddings,
 )
 from nexus_ds.data.sources import open_source, require_domains
-from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import held, refuse_existing
 
 
@@ -52,11 +52,8 @@ def run(args: argparse.Namespace) -> int:
     refuse_existing(args.out)
     sample_options.check(args)
     source = open_source(args.data)
-    asked = [name.strip() for name in args.domains.split(",") if name.strip()]
-    domains = asked or source.domains()
     # nothing reads a file in which a name stands twice
-    if len(set(domains)) != len(domains):
-        raise ConfigError(f"--domains names a domain twice: {', '.join(domains)}; name each once")
+    domains = named_once("--domains", args.domains) or source.domains()
     # before the encoder is loaded, which takes seconds
     require_domains(source, domains)
     encoder = SentenceEncoder(args.encoder)

@@ -18,6 +18,7 @@ import numpy as np
 
 from nexus_ds.checkpoint.needs import BATCH, WINDOWS
 from nexus_ds.command_lines import next_words
+from nexus_ds.config import named_once
 from nexus_ds.data.corpora import Source, open_source, token_files, windows
 from nexus_ds.data.encoding import load_tokenizer
 from nexus_ds.data.held_out import HeldOut, held_out
@@ -243,11 +244,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 
 def _domains(text: str, source: Source) -> list[str]:
-    asked = [name.strip() for name in text.split(",") if name.strip()]
-    domains = asked or source.domains()
-    if len(set(domains)) != len(domains):
-        raise ConfigError(f"--domains names a domain twice: {', '.join(domains)}; name each once")
-    return domains
+    return named_once("--domains", text) or source.domains()
 
 
 def _windows(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nexus_ds.command_lines import next_training
-from nexus_ds.config import load_config
+from nexus_ds.config import load_config, named_once
 from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import new_directory, refuse_existing
@@ -185,7 +185,7 @@ def run(args: argparse.Namespace) -> int:
     experts = parse_experts(args.expert)
     limit = before_after.parse_limit(args.limit)
     scores = args.verdict or limit is not None
-    if before_after.parse_scored(args.scored) and not scores:
+    if named_once("--scored", args.scored) and not scores:
         raise ConfigError("--scored is of a table: give --verdict or --fail-if-worse too")
     refuse_existing(out)
     # last, so that the option holds against an override

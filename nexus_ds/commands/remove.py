@@ -11,6 +11,7 @@ import json
 import shlex
 from pathlib import Path
 
+from nexus_ds.config import named_once
 from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import new_directory, refuse_existing
 from nexus_ds.report import verdict as before_after
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     limit = before_after.parse_limit(args.limit)
     if limit is not None and not args.data:
         raise ConfigError("--fail-if-worse needs --data DIR, the text to judge by")
-    if before_after.parse_scored(args.scored) and not args.data:
+    if named_once("--scored", args.scored) and not args.data:
         raise ConfigError("--scored needs --data DIR, the text to score; or leave it out")
     refuse_existing(args.out)
     model = reduced(args.checkpoint, args.expert)

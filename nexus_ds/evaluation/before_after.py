@@ -13,10 +13,10 @@ import numpy as np
 
 from nexus_ds.checkpoint.inspection import describe
 from nexus_ds.checkpoint.records import read_manifest
+from nexus_ds.config import named_once
 from nexus_ds.data.corpora import open_source, token_files, windows
 from nexus_ds.errors import ConfigError, DataError
 from nexus_ds.evaluation.perplexity import score, window_length
-from nexus_ds.report.verdict import parse_scored
 
 
 class BeforeAfter:
@@ -106,7 +106,7 @@ def chosen(text: str, checkpoint: Path, new: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: a domain that `text` names twice.
     """
-    if domains := parse_scored(text):
+    if domains := named_once("--scored", text):
         return domains
     manifest = read_manifest(checkpoint)
     old = [expert.domain for expert in manifest.experts]

@@ -99,19 +99,6 @@ def parse_limit(text: str | None) -> float | None:
     return float(match[1]) / 100
 
 
-def parse_scored(text: str) -> list[str]:
-    """Return the domains that --scored names, A,B; none of nothing.
-
-    Raises:
-        ConfigError: a domain that is named twice.
-    """
-    words = [name.strip() for name in text.split(",")]
-    domains = [name for name in words if name]
-    if len(set(domains)) != len(domains):
-        raise ConfigError(f"--scored names a domain twice: {', '.join(domains)}; name each once")
-    return domains
-
-
 def percent(change: float, error: float = math.nan) -> str:
     """Return a change as people read it: 0.08 is +8.0 %, or +8.0 ± 0.5 % with a standard error."""
     # Rounded to nothing, a change has no direction to warn of.
