@@ -36,6 +36,7 @@ from nexus_ds.errors import ConfigError, DataError
 from nexus_ds.outputs import create, new_file, write_text
 from nexus_ds.progress import Progress, say
 from nexus_ds.sealed import read_sealed, seal
+from nexus_ds.typed_json import typed
 
 __all__ = [
     "Document",
@@ -51,6 +52,8 @@ FORMAT = 1  # of the token files; another number makes old caches be made again
 BATCH_CHARACTERS = 1 << 20  # of text that one process tokenises at once
 HASHED_AT_ONCE = 16 << 20  # bytes of a token file
 TOLD_BYTES = 4 << 30  # of token files; seconds of hashing, less needs no line
+WIDTHS = {"uint16": 2, "uint32": 4}
+"""Bytes of an id, by its type."""
 LITTLE_TEXT = 8 << 20  # bytes; less is tokenised faster than processes start
 
 
@@ -233,13 +236,14 @@ def _manifest(path: Path) -> _Manifest | None:
     None yet, one of a process that was killed, one that a disk has damaged: it is made again.
     """
     try:
-        manifest = cast(_Manifest, read_sealed(path.with_suffix(".json")))
-        width = np.dtype(manifest["dtype"]).itemsize
+        # whoever computes the hash anew may have written other types
+        manifest = typed(read_sealed(path.with_suffix(".json")), _Manifest)
+        width = WIDTHS[manifest["dtype"]]
         whole = path.stat().st_size == manifest["tokens"] * width
         if "labels" in manifest:
             whole = whole and _labels_of(path).stat().st_size == manifest["tokens"]
         return manifest if whole else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 

@@ -33,6 +33,7 @@ from nexus_ds.runtime.deepspeed_internals import Engine
 from nexus_ds.runtime.portable_state import FileEntry
 from nexus_ds.runtime.ranks import on_rank_0, together
 from nexus_ds.sealed import read_sealed, seal
+from nexus_ds.typed_json import typed
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # 1 had no hash of itself
@@ -90,7 +91,11 @@ def read_manifest(directory: Path) -> Manifest:
             f"{MANIFEST}: found format {value.get('format')!r}, expected format {FORMAT} of a "
             "training state"
         )
-    manifest = cast(Manifest, value)
+    try:
+        # whoever computes the hash anew may have written other types
+        manifest = typed(value, Manifest)
+    except TypeError as error:
+        raise CheckpointError(f"{MANIFEST}: {error}") from error
     if directory.name != f"step_{manifest['step']}":
         raise CheckpointError(f"{MANIFEST}: found that of step {manifest['step']}")
     for name in manifest["files"]:

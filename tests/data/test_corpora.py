@@ -15,6 +15,7 @@ from launch import file_limit
 from nexus_ds.data import corpora
 from nexus_ds.data.corpora import TokenFile, open_source, token_files, windows
 from nexus_ds.errors import CheckpointError, ConfigError, DataError
+from nexus_ds.sealed import SEAL, seal
 from tests.data.conftest import sentences, write_jsonl
 
 
@@ -134,6 +135,13 @@ def test_a_damaged_cache_is_made_again(corpus: Path, tokenizer_dir: Path, tmp_pa
     sound = json.loads(manifest.read_text())
     wrong = ["{", "null", "[" * 100_000, json.dumps(sound | {"dtype": []})]
     wrong += [json.dumps({key: sound[key] for key in sound if key != gone}) for gone in sound]
+    # with a hash of its own: by whoever computed it anew
+    fields = {key: sound[key] for key in sound if key != SEAL}
+    others = [{key: value} for key in fields for value in (None, [], {}, "x", 1.5, True)]
+    others = [other for other in others if not isinstance(fields[next(iter(other))], str)]
+    others += [{"skipped": {"count": "x", "first": []}}, {"skipped": {"count": 0, "first": [1]}}]
+    others += [{"sha256": None}, {"dtype": "float64"}, {"labels": 1}, {"labels": {"count": 1}}]
+    wrong += [seal(fields | other) for other in others]
     for text in wrong:
         manifest.write_text(text)
         assert corpora._existing(first.path) is None, text[:300]

@@ -95,7 +95,8 @@ def test_ranks_share_the_hashing_and_leave_no_file_out(tmp_path, world):
     }
     folder = tmp_path / "step_4"
     folder.mkdir()
-    manifest = {"format": 2, "step": 4, "parameters": {}, "config": {}, "files": entries}
+    manifest = {"format": 2, "step": 4, "optimizer_step": 4, "layout": "1 rank"}
+    manifest |= {"parameters": {}, "config": {}, "files": entries}
     (folder / "manifest.json").write_text(seal(manifest))
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -148,14 +149,33 @@ def test_a_run_whose_states_are_gone_does_not_start_over_silently(saved, alone):
     assert newest_good(saved) == (0, [])
 
 
+OTHER_TYPES = [
+    ({"step": "6"}, "step"),
+    ({"optimizer_step": None}, "optimizer_step"),
+    ({"layout": 1}, "layout"),
+    ({"config": []}, "config"),
+    ({"parameters": {"w": "x"}}, "parameters.w"),
+    ({"parameters": {"w": [1.5]}}, "parameters.w[0]"),
+    ({"files": []}, "files"),
+    ({"files": {RANK_1: 3}}, f"files.{RANK_1}"),
+    ({"files": {RANK_1: {"size": "3", "sha256": ""}}}, f"files.{RANK_1}.size"),
+    ({"files": {RANK_1: {"size": 3}}}, f"files.{RANK_1}"),
+]
+"""Values in a manifest with the right hash, and where they are found out."""
+
+
 @pytest.mark.slow
 def test_a_manifest_leads_nowhere_else(saved):
     path = saved / "step_6" / "manifest.json"
-    files = read_sealed(path)["files"]
+    sound = read_sealed(path)
+    files = dict(sound["files"])
     files["../step_4/" + RANK_1] = files.pop(RANK_1)
     edit(files=files)(path)
     said = f"manifest.json: '../step_4/{RANK_1}' is not the name of a rank's file"
     assert damage(saved / "step_6") == said
+    for values, place in OTHER_TYPES:
+        path.write_text(seal(sound | values))
+        assert damage(saved / "step_6").startswith(f"manifest.json: {place}: found "), values
     edit(format=1)(path)
     said = "manifest.json: found format 1, expected format 2 of a training state"
     assert damage(saved / "step_6") == said
@@ -245,7 +265,8 @@ def test_a_state_that_was_just_written_stays_beside_newer_ones_that_are_damaged(
         folder.mkdir()
         (folder / RANK_0).write_bytes(b"x")
         files = {RANK_0: {"size": 1, "sha256": "another"}}
-        manifest = {"format": states.FORMAT, "step": step, "files": files}
+        manifest = {"format": states.FORMAT, "step": step, "files": files, "optimizer_step": step}
+        manifest |= {"layout": "", "config": {}, "parameters": {}}
         (folder / states.MANIFEST).write_text(seal(manifest))
         assert damage(folder, share=0, of=0) == "" != damage(folder, share=0, of=1)
     assert kept(tmp_path, 3, 2) == [2, 3, 4, 6]
