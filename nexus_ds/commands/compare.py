@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from nexus_ds.command_lines import evaluate_words
 from nexus_ds.data.corpora import open_source, require_domains
@@ -28,11 +28,13 @@ from nexus_ds.outputs import held, write_json
 from nexus_ds.pipeline import MOE, check_domains
 from nexus_ds.progress import duration
 from nexus_ds.report.evaluation import SUMMARY
+from nexus_ds.typed_json import read_typed, refusing
 
 if TYPE_CHECKING:
     from nexus_ds.experiments.comparison.job_graph import Comparison, Made
     from nexus_ds.experiments.comparison.jobs import Pool
     from nexus_ds.experiments.comparison.result_file import Results
+    from nexus_ds.report.summary import ModelEntry
     from nexus_ds.settings import Config
 
 # What builds the jobs and collects their results imports torch: functions below import it, so that
@@ -168,6 +170,35 @@ def _show_plan(comparison: Comparison) -> None:
     print(f"# {len(jobs)} jobs, {tokens:,} training tokens, {flops:.2e} floating-point operations")
 
 
+class _Earlier(TypedDict):
+    """What is read of an earlier results.json."""
+
+    seconds: NotRequired[float | None]
+
+
+def _earlier_seconds(out: Path) -> float:
+    """Return how long the run took that made everything; 0 of a new one.
+
+    Raises:
+        DataError: a results.json that is none.
+    """
+    path = out / RESULTS
+    if not path.exists():
+        return 0.0
+    mend = "remove it, and the same command makes it again; how long the first run took is lost"
+    return read_typed(path, _Earlier, "what compare writes", mend).get("seconds") or 0.0
+
+
+def _entry(report: Path, name: str) -> ModelEntry:
+    """Return a model's entry of an evaluation; DataError where it is not what evaluate writes."""
+    from nexus_ds.experiments.comparison.results import WRITTEN, made_again
+    from nexus_ds.report.summary import ModelEntry, Models
+
+    summary = read_typed(report / SUMMARY, Models, WRITTEN, made_again(report))
+    with refusing(report / SUMMARY, WRITTEN, made_again(report)):
+        return ModelEntry.from_json(summary["models"][name])
+
+
 def _report(
     comparison: Comparison,
     config: Config,
@@ -178,20 +209,11 @@ def _report(
 ) -> Results:
     """Write results.json and the page; return what the file holds."""
     from nexus_ds.experiments.comparison.results import collect
-    from nexus_ds.report.summary import ModelEntry
 
-    entries = {}
-    for name, report in wanted.items():
-        if report.exists():
-            summary = json.loads((report / SUMMARY).read_text(encoding="utf-8"))
-            entries[name] = ModelEntry.from_json(summary["models"][name])
-    results_file = out / RESULTS
-    if results_file.exists():
-        # A repetition only reports; what counts is the run that made everything.
-        earlier = json.loads(results_file.read_text(encoding="utf-8"))
-        seconds = max(seconds, earlier["seconds"])
+    found = {name: report for name, report in wanted.items() if report.exists()}
+    entries = {name: _entry(report, name) for name, report in found.items()}
     results = collect(comparison, config, dict(failed), entries, seconds)
-    write_json(results_file, results.to_json())
+    write_json(out / RESULTS, results.to_json())
     write_comparison(results, out)
     return results
 
@@ -243,10 +265,13 @@ def run(args: argparse.Namespace) -> int:
     logs = args.out / "logs"
     # two comparisons in one folder would run the same jobs
     with held(args.out):
+        # now, not after days
+        earlier = _earlier_seconds(args.out)
         builder.write_configs()
         pool = Pool(builder.jobs, logs, slots, gpus)
         pool.run()
-        seconds = time.monotonic() - started
+        # a repetition only reports; what counts is the run that made everything
+        seconds = max(time.monotonic() - started, earlier)
         results = _report(comparison, config, pool.failed, wanted, args.out, seconds)
     if args.json:
         print(json.dumps(results.to_json(), ensure_ascii=False))

@@ -13,13 +13,14 @@ import math
 import subprocess
 import time
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 from nexus_ds.children import tied
 from nexus_ds.command_lines import DS_JSON, evaluate_words, next_words, program
 from nexus_ds.config import load_config
 from nexus_ds.data.corpora import open_source, require_domains
 from nexus_ds.data.opening import opening
-from nexus_ds.errors import ConfigError, NexusError
+from nexus_ds.errors import ConfigError, DataError, NexusError
 from nexus_ds.launch import devices
 from nexus_ds.local_runner import run_steps
 from nexus_ds.outputs import held, write_json
@@ -47,6 +48,7 @@ from nexus_ds.report.figures import line_plot
 from nexus_ds.report.page import Cell, Section, Table, text_table, write_page
 from nexus_ds.report.summary import Json, Summary
 from nexus_ds.settings import Config
+from nexus_ds.typed_json import read_typed, refusing, typed
 
 SEED_MODEL = "seed"
 AVERAGE = "plain average"
@@ -139,15 +141,38 @@ def evaluate(config: Config) -> None:
         raise NexusError(f"evaluate failed (exit {done.returncode}); its message stands above")
 
 
+class _Record(TypedDict):
+    """What is read of a line of metrics.jsonl."""
+
+    kind: str
+    step: int
+    perplexity: NotRequired[dict[str, float]]
+    """Of validations."""
+
+
 def extension_curve(where: Places, config: Config) -> Curve:
-    """Return perplexity by finetune budget and domain, from the finetune's own validations."""
+    """Return perplexity by finetune budget and domain, from the finetune's own validations.
+
+    Raises:
+        DataError: a log that is not what `train` writes.
+    """
     log = Path(f"{where.extended}.training") / "metrics.jsonl"
     tokens = config.training.batch_size * config.data.sequence_length
     curve = {}
-    for line in log.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if record["kind"] == "validation":
-            curve[str(record["step"] * tokens)] = record["perplexity"]
+    for number, line in enumerate(log.read_bytes().split(b"\n"), start=1):
+        mend = (
+            f"take the line out where a later one has its step, else remove {where.extended} and "
+            f"{where.extended}.training, and the same command trains it again"
+        )
+        with refusing(f"{log}:{number}", "what train writes", mend):
+            record = typed(json.loads(line.decode("utf-8")), _Record) if line else None
+            if record and record["kind"] == "validation":
+                curve[str(record["step"] * tokens)] = record["perplexity"]
+    if not curve:
+        raise DataError(
+            f"{log}: found no validation; expected what train writes; remove {where.extended} and "
+            f"{where.extended}.training, and the same command trains it again"
+        )
     return curve
 
 
@@ -170,7 +195,8 @@ def _against(other: str, summary: Summary, domains: list[str]) -> str:
 
 def _own_share(summary: Summary, domains: list[str]) -> str:
     routing = summary.models[NEXUS].routing
-    assert routing is not None, "Nexus is a mixture"
+    if routing is None:
+        raise ValueError(f"models.{NEXUS}: found no routing")
     shares = [routing.own_share[domain] for domain in domains]
     share = sum(shares) / len(domains)
     chance = 1 / len(domains)
@@ -192,7 +218,12 @@ def _extension(summary: Summary, old: list[str], new: list[str]) -> str:
 
 
 def findings(summary: Summary, config: Config) -> list[str]:
-    """Return what the numbers of this run say, a sentence each; nothing is claimed beyond them."""
+    """Return what the numbers of this run say, a sentence each; nothing is claimed beyond them.
+
+    Raises:
+        KeyError: a model or domain that the summary lacks.
+        ValueError: Nexus has no routing there.
+    """
     old = config.pipeline.domains
     new = config.pipeline.new_domains
     found = [_against(other, summary, old) for other in (SEED_MODEL, AVERAGE)]
@@ -241,12 +272,18 @@ def report(config: Config, args: argparse.Namespace, seconds: float) -> Json:
         What summary.json holds: the evaluation's keys, `findings`, `seconds`, `extension`.
     """
     where = places(config)
-    content = dict(json.loads((where.report / SUMMARY).read_text(encoding="utf-8")))
-    summary = Summary.from_json(content)
-    sections = evaluation_sections(summary, where.report / FIGURES)
-    content["findings"] = findings(summary, config)
-    # A repetition only reports; what counts is the run that made everything.
-    content["seconds"] = max(round(seconds, 1), content.get("seconds", 0.0))
+    path = where.report / SUMMARY
+    what = "what evaluate writes"
+    mend = f"remove {where.report}, and the same command makes it again"
+    content = read_typed(path, dict[str, object], what, mend)
+    # what is missing, or of another shape, shows where it is drawn
+    with refusing(path, what, mend):
+        summary = Summary.from_json(content)
+        sections = evaluation_sections(summary, where.report / FIGURES)
+        told = findings(summary, config)
+        # A repetition only reports; what counts is the run that made everything.
+        earlier = typed(content.get("seconds", 0.0), float, "seconds")
+    content |= {"findings": told, "seconds": max(round(seconds, 1), earlier)}
     if config.pipeline.new_domains:
         words = [*overrides_of(args), f"stage={FINETUNE}"]
         finetune = resolve(load_config(args.config, words))
@@ -254,7 +291,7 @@ def report(config: Config, args: argparse.Namespace, seconds: float) -> Json:
         content["extension"] = {"nexus": curve}
         sections.insert(1, _extension_section(summary, curve, where.report / FIGURES))
     write_json(where.report / SUMMARY, content)
-    opening = "\n\n".join([*content["findings"], intro(summary)])
+    opening = "\n\n".join([*told, intro(summary)])
     title = "Dense models in, one mixture-of-experts out"
     write_page(where.report / PAGE, title, opening, sections)
     return content

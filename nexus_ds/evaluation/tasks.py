@@ -16,12 +16,13 @@ import functools
 import importlib.util
 import io
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TextIO, TypedDict
+from typing import Any, Protocol, TextIO, TypedDict, TypeGuard
 
 import torch
 
@@ -103,6 +104,10 @@ def require_harness() -> None:
         )
 
 
+def _is_finite(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def score_of(result: Mapping[str, object]) -> tuple[str, float, float | None] | None:
     """Return (metric, score, standard error) in per cent of lm-eval's result for one task.
 
@@ -112,12 +117,11 @@ def score_of(result: Mapping[str, object]) -> tuple[str, float, float | None] | 
         for key, value in result.items():
             # "acc,none": the metric and the filter of the answers
             name, _, answers = key.partition(",")
-            if name != metric or not isinstance(value, int | float):
+            # NaN is no score, nor any that the summary could be read with again
+            if name != metric or not _is_finite(value):
                 continue
             error = result.get(f"{name}_stderr,{answers}")
-            if not isinstance(error, int | float):
-                return metric, 100.0 * value, None
-            return metric, 100.0 * value, 100.0 * error
+            return metric, 100.0 * value, 100.0 * error if _is_finite(error) else None
     return None
 
 

@@ -20,11 +20,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, TypeVar
 
 from nexus_ds.errors import ConfigError
 from nexus_ds.report.paired import mean_loss, number, standard_error
 from nexus_ds.report.verdict import Verdict, judge
+from nexus_ds.typed_json import typed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,8 +40,24 @@ Json = Mapping[str, Any]
 
 
 def from_keys(kind: type[Record], value: Json) -> Record:
-    """Return the dataclass `kind` from the keys that are named like its fields."""
-    return kind(**{each.name: value[each.name] for each in dataclasses.fields(kind)})
+    """Return the dataclass `kind` from the keys that are named like its fields.
+
+    Raises:
+        KeyError: one is missing.
+        TypeError: one is of another type.
+    """
+    names = [each.name for each in dataclasses.fields(kind)]
+    return typed(kind(**{name: value[name] for name in names}), kind)
+
+
+def _check_shape(what: str, value: Sequence[Any] | None, *sizes: int) -> None:
+    """Raise ValueError for lists in lists that are not of these sizes."""
+    if value is None:
+        return
+    if len(value) != sizes[0]:
+        raise ValueError(f"{what}: found {len(value)} entries, expected {sizes[0]}")
+    for part in value if len(sizes) > 1 else ():
+        _check_shape(what, part, *sizes[1:])
 
 
 @dataclass(frozen=True)
@@ -86,8 +103,15 @@ class RoutingEntry:
 
     @classmethod
     def from_json(cls, value: Json) -> RoutingEntry:
-        """Return what `to_json` gave."""
-        return from_keys(cls, {**value, "mean_share": value["routing"]})
+        """Return what `to_json` gave; errors as `from_keys`, ValueError for other shapes."""
+        found = from_keys(cls, {**value, "mean_share": value["routing"]})
+        domains = len(found.mean_share)
+        _check_shape("expert_domains", found.expert_domains, len(found.experts))
+        _check_shape(
+            "share_by_layer", found.share_by_layer, len(found.layers), domains, len(found.experts)
+        )
+        _check_shape("gate_by_layer", found.gate_by_layer, len(found.layers), domains)
+        return found
 
     def to_json(self) -> dict[str, object]:
         """Return the entry's keys in the file."""
@@ -125,6 +149,23 @@ class CosineEntry:
             centred_rows=cosines.centred_rows.tolist(),
         )
 
+    @classmethod
+    def from_json(cls, value: Json) -> CosineEntry:
+        """Return what was written; errors as `from_keys`, ValueError for other shapes."""
+        found = from_keys(cls, value)
+        experts = len(found.names)
+        _check_shape("embeddings", found.embeddings, experts, experts)
+        _check_shape("inputs", found.inputs, experts, experts)
+        for rows in (found.rows, found.centred_rows):
+            _check_shape("rows", rows, len(rows), experts, experts)
+        return found
+
+
+class Models(TypedDict):
+    """The models of summary.json, each as `ModelEntry` reads it."""
+
+    models: dict[str, dict[str, object]]
+
 
 @dataclass(frozen=True)
 class ModelEntry:
@@ -143,8 +184,10 @@ class ModelEntry:
         # A router's keys lie flat among the entry's own: any of them tells that there is one.
         routing = RoutingEntry.from_json(value) if "share_by_layer" in value else None
         found = value.get("cosine")
-        cosine = None if found is None else from_keys(CosineEntry, found)
-        return cls(value["checkpoint"], value["tokens_per_second"], routing, cosine)
+        cosine = None if found is None else CosineEntry.from_json(found)
+        info = typed(value["checkpoint"], dict[str, object], "checkpoint")
+        speed = typed(value["tokens_per_second"], float, "tokens_per_second")
+        return cls(info, speed, routing, cosine)
 
     def to_json(self) -> dict[str, object]:
         """Return the entry; without a router there are no keys of one."""
@@ -207,7 +250,7 @@ class ModelTasks:
     def from_json(cls, value: Json) -> ModelTasks:
         """Return what `to_json` gave."""
         tasks = {name: from_keys(TaskEntry, task) for name, task in value["tasks"].items()}
-        return cls(value["mean"], value["groups"], tasks, value["not_run"])
+        return from_keys(cls, {**value, "tasks": tasks})
 
     def to_json(self) -> dict[str, object]:
         """Return the file's entry of one model."""
@@ -296,11 +339,55 @@ def _of_documents(found: Mapping[str, ByDocument]) -> dict[str, OverDocuments]:
 
 
 def _read_documents(value: Json) -> dict[str, OverDocuments]:
-    return {domain: from_keys(OverDocuments, entry) for domain, entry in value.items()}
+    found = {domain: from_keys(OverDocuments, entry) for domain, entry in value.items()}
+    for domain, entry in found.items():
+        _check_shape(f"weights of {domain}", entry.weights, len(entry.values))
+        if not sum(entry.weights) > 0:
+            raise ValueError(f"{domain}: found no document that counts")
+    return found
 
 
 def _listed_documents(entries: Mapping[str, OverDocuments]) -> dict[str, object]:
     return {domain: entry.to_json() for domain, entry in entries.items()}
+
+
+class _Info(TypedDict):
+    """What the page shows of a model, among what `describe` says."""
+
+    kind: str
+    family: str
+    dtype: str
+    routed_experts: int | None
+    top_k: NotRequired[int | None]
+    parameters: dict[str, int]
+    lineage: NotRequired[list[dict[str, object]] | None]
+
+
+class _Model(TypedDict):
+    checkpoint: _Info
+
+
+class _ChangeFile(TypedDict):
+    before: str
+    after: str
+    ratio: dict[str, float]
+    limit: NotRequired[float | None]
+    """Missing in a summary of an older version, which kept no loss by window."""
+
+
+class _File(TypedDict):
+    """Types of summary.json, but for what the entries check themselves."""
+
+    perplexity: dict[str, dict[str, float]]
+    loss: dict[str, dict[str, float]]
+    window_loss: NotRequired[dict[str, dict[str, list[float]]] | None]
+    window_labels: NotRequired[dict[str, dict[str, list[int]]] | None]
+    routed_model: str | None
+    change: _ChangeFile | None
+    warnings: list[str]
+    models: dict[str, _Model]
+    tasks: NotRequired[dict[str, object] | None]
+    measures: NotRequired[dict[str, object] | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,7 +435,11 @@ class Summary:
 
     @classmethod
     def from_json(cls, value: Json) -> Summary:
-        """Return what `to_json` gave."""
+        """Return what `to_json` gave; errors as `from_keys`, ValueError for other shapes."""
+        typed(value, _File)
+        routed = value["routed_model"]
+        if routed is not None and routed not in value["models"]:
+            raise ValueError(f"routed_model: found {routed}, expected one of models")
         window_loss = value.get("window_loss")
         window_labels = value.get("window_labels") or {}
         change = value["change"]

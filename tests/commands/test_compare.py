@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from nexus_ds.__main__ import main
 from nexus_ds.command_lines import DS_JSON, TRAIN
+from nexus_ds.commands import compare
 from nexus_ds.config import load_config
+from nexus_ds.errors import DataError
 
 RECIPE = """
 base: compare-tiny
@@ -130,6 +132,46 @@ def test_a_whole_comparison_and_its_repetition(tmp_path, capsys):
     ]
     assert again["contenders"][-1]["seeds"] == rows["nexus"]["seeds"]
     assert made == {path: path.stat().st_mtime_ns for path in out.rglob("model*.safetensors")}
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"", b"\xff", b"[]", b'{"seconds": "x"}', b'{"seconds": NaN}']
+)
+def test_a_damaged_earlier_result_is_told_before_anything_is_trained(
+    tmp_path, capsys, monkeypatch, content
+):
+    # a failing test trains nothing either
+    monkeypatch.setattr(compare, "Pool", None)
+    (tmp_path / "results.json").write_bytes(content)
+    words = ["--domains", "python,algebra", "--new-domain", "cpp", "--data", "demo"]
+    code, _, said = run(capsys, "--out", tmp_path, *words)
+    assert code == 1 and f"{tmp_path / 'results.json'}: " in said and "Traceback" not in said
+    assert said.endswith(
+        "; expected what compare writes; remove it, and the same command makes it again; "
+        "how long the first run took is lost\n"
+    )
+    assert not (tmp_path / "logs").exists()
+
+
+def test_the_time_of_the_run_that_made_everything_is_kept(tmp_path):
+    assert compare._earlier_seconds(tmp_path) == 0.0
+    for seconds, kept in ((12.5, 12.5), (None, 0.0), (3, 3)):
+        (tmp_path / "results.json").write_text(json.dumps({"seconds": seconds}))
+        assert compare._earlier_seconds(tmp_path) == kept
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"{", b"{}", b'{"models": {}}', b'{"models": {"m": {"checkpoint": {}}}}'],
+)
+def test_a_damaged_evaluation_says_how_it_is_made_again(tmp_path, content):
+    (tmp_path / "summary.json").write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        compare._entry(tmp_path, "m")
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path / 'summary.json'}: ") and said.endswith(
+        f"; expected what evaluate writes; remove {tmp_path}, and the same command makes it again"
+    )
 
 
 def test_a_dry_run_prints_commands_and_trains_nothing(tmp_path, capsys):

@@ -12,6 +12,7 @@ import pytest
 
 from nexus_ds.commands import demo, evaluate
 from nexus_ds.config import load_config
+from nexus_ds.errors import DataError
 from nexus_ds.evaluation.perplexity import Routing, Scores
 from nexus_ds.pipeline import places, resolve
 from nexus_ds.report.evaluation import write_evaluation
@@ -133,6 +134,71 @@ def test_every_column_of_the_extension(summary, config):
         for name in ("Nexus", demo.APPENDED, demo.EXTENDED)
     ]
     assert "<h2>From Nexus to Nexus extended</h2>" in page
+
+
+def again(config):
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    words = [f"pipeline.run={places(config).run}", "pipeline.domains=[a, b]"]
+    return demo.report(config, parser.parse_args([*words, "pipeline.new_domains=[new]"]), 1.0)
+
+
+def without(key):
+    return lambda found: {name: value for name, value in found.items() if name != key}
+
+
+DAMAGES = [
+    lambda found: [],
+    without("perplexity"),
+    without("models"),
+    lambda found: found | {"perplexity": {"seed": {"a": "x"}}},
+    lambda found: found | {"perplexity": {"seed": {"a": math.nan}}},
+    lambda found: found | {"seconds": "x"},
+    lambda found: found | {"domains": "a"},
+    lambda found: found | {"routed_model": "nobody"},
+    lambda found: found | {"window_loss": {"seed": {"a": [None]}}},
+    lambda found: found | {"change": {"before": "Nexus"}},
+    lambda found: found | {"models": found["models"] | {"Nexus": found["models"]["seed"]}},
+    lambda found: (
+        found
+        | {"models": {name: m | {"share_by_layer": []} for name, m in found["models"].items()}}
+    ),
+]
+
+
+@pytest.mark.parametrize("number", range(len(DAMAGES) + 3))
+def test_a_damaged_evaluation_is_one_message(summary, config, number):
+    path = places(config).report / "summary.json"
+    text = path.read_bytes()
+    texts = [text[:200], b"\xff" + text, b""]
+    texts += [json.dumps(damage(json.loads(text))).encode() for damage in DAMAGES]
+    path.write_bytes(texts[number])
+    with pytest.raises(DataError) as caught:
+        again(config)
+    said = str(caught.value)
+    mend = f"remove {path.parent}, and the same command makes it again"
+    assert said.startswith(f"{path}: ")
+    assert said.endswith(f"; expected what evaluate writes; {mend}")
+
+
+@pytest.mark.parametrize(
+    "line", [b"{", b"\xff", b"3", b'{"kind": "validation", "step": 2}', b'{"kind": 1, "step": 2}']
+)
+def test_a_damaged_log_is_one_message(summary, config, line):
+    extended = places(config).extended
+    log = extended.with_name("extended.training") / "metrics.jsonl"
+    whole = log.read_bytes()
+    log.write_bytes(whole + line)
+    with pytest.raises(DataError) as caught:
+        again(config)
+    said = str(caught.value)
+    assert said.startswith(f"{log}:5: ") and said.endswith(
+        "; expected what train writes; take the line out where a later one has its step, else "
+        f"remove {extended} and {extended}.training, and the same command trains it again"
+    )
+    log.write_bytes(b"")
+    with pytest.raises(DataError, match=r"metrics.jsonl: found no validation; expected what"):
+        again(config)
 
 
 def test_the_evaluation_compares_what_the_headline_compares(config, monkeypatch):

@@ -59,6 +59,8 @@ def test_a_task_has_one_score_in_per_cent():
         12.5,
         None,
     )
+    of_nothing = {"acc,none": float("nan"), "f1,none": 0.5, "f1_stderr,none": float("nan")}
+    assert score_of(of_nothing) == ("f1", 50.0, None)
     assert score_of({"alias": "wikitext", "word_perplexity,none": 21.0}) is None
 
 

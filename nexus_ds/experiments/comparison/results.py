@@ -9,8 +9,10 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 from nexus_ds.checkpoint.inspection import describe
 from nexus_ds.experiments.comparison.job_graph import Comparison, Made, moe_domains
@@ -32,22 +34,87 @@ from nexus_ds.experiments.comparison.result_file import (
 )
 from nexus_ds.pipeline import SEED
 from nexus_ds.report.evaluation import SUMMARY
-from nexus_ds.report.summary import Json, MeasureEntry, ModelEntry, mean_over_seeds
+from nexus_ds.report.summary import MeasureEntry, ModelEntry, mean_over_seeds
 from nexus_ds.settings import Config
+from nexus_ds.typed_json import read_typed, refusing, typed
 
+WRITTEN = "what evaluate writes"
 ROUNDED = 6  # decimals: results.json of two equal runs is the same file
 
 
-def records(model: Path) -> list[Json]:
+class _Router(TypedDict):
+    """What is read of a router's numbers; the other ones may be NaN."""
+
+    gate: NotRequired[float]
+
+
+class Record(TypedDict):
+    """What is read of a line of a training's metrics.jsonl, by its kind."""
+
+    kind: str
+    step: int
+    time: float
+    loss: NotRequired[dict[str, float] | float]
+    """By domain of a validation, in nats per token; the mean of training steps."""
+    own_share: NotRequired[float | None]
+    routing: NotRequired[dict[str, dict[str, float]] | None]
+    router: NotRequired[_Router | None]
+
+
+class _Losses(TypedDict):
+    """What is read of the file of a score."""
+
+    loss: dict[str, float]
+
+
+class _Groups(TypedDict):
+    groups: dict[str, float]
+
+
+class _Tasks(TypedDict):
+    """What is read of an evaluation with downstream tasks."""
+
+    tasks: dict[str, _Groups]
+
+
+class _Measures(TypedDict):
+    """What is read of an evaluation with measures."""
+
+    measures: dict[str, dict[str, object]]
+
+
+def made_again(path: Path) -> str:
+    """Return what to do about a damaged file of what a job made."""
+    return f"remove {path}, and the same command makes it again"
+
+
+def _log(model: Path) -> Path:
+    return Path(f"{model}.training") / "metrics.jsonl"
+
+
+def _reading(model: Path, line: int = 0) -> AbstractContextManager[None]:
+    """Refuse what a training's log should not hold, with the file and what to do."""
+    mend = f"remove {model} and {model}.training, and the same command trains it again"
+    where = f"{_log(model)}:{line}" if line else str(_log(model))
+    if line:
+        mend = f"take the line out where a later one has its step, else {mend}"
+    return refusing(where, "what train writes", mend)
+
+
+def records(model: Path) -> list[Record]:
     """Return the records of a training's metrics.jsonl.
 
     Of a step that was repeated after a stop the last one counts.
+
+    Raises:
+        DataError: a line that is no such record.
     """
-    file = Path(f"{model}.training") / "metrics.jsonl"
-    latest: dict[tuple[str, int], Json] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        latest[record["kind"], record["step"]] = record
+    latest: dict[tuple[str, int], Record] = {}
+    for number, line in enumerate(_log(model).read_bytes().split(b"\n"), start=1):
+        if line:
+            with _reading(model, number):
+                record = typed(json.loads(line.decode("utf-8")), Record)
+            latest[record["kind"], record["step"]] = record
     return list(latest.values())
 
 
@@ -55,31 +122,49 @@ def _rounded(loss: Mapping[str, float]) -> dict[str, float]:
     return {domain: round(nats, ROUNDED) for domain, nats in loss.items()}
 
 
-def _validation(record: Json, gate: float | None = None) -> Validation:
+def _losses(record: Record) -> dict[str, float]:
+    """Return the losses of a validation by domain."""
+    return _rounded(typed(record["loss"], dict[str, float], "loss"))
+
+
+def _validation(record: Record, gate: float | None = None) -> Validation:
     return Validation(
-        loss=_rounded(record["loss"]),
+        loss=_losses(record),
         own_share=record.get("own_share"),
         routing=record.get("routing") or None,
         gate=gate,
     )
 
 
-def _of_kind(found: Sequence[Json], kind: str) -> list[Json]:
+def _of_kind(found: Sequence[Record], kind: str) -> list[Record]:
     of_kind = [record for record in found if record["kind"] == kind]
     return sorted(of_kind, key=lambda record: record["step"])
 
 
-def trained(model: Path) -> SeedScores:
-    """Return what a training found out about its model, before (`untrained`) and after."""
-    found = records(model)
+def _validations(found: Sequence[Record]) -> list[Record]:
+    """Return a training's validations in order; ValueError without any."""
     scored = _of_kind(found, "validation")
-    logged = _of_kind(found, "train")
-    # A dense training has no router, and logs an empty one.
-    router = logged[-1]["router"] if logged else None
-    # The gate is logged in training alone: that of the last steps is nearest to the end.
-    gate = router["gate"] if router else None
-    first = _validation(scored[0])
-    last = _validation(scored[-1], gate)
+    if not scored:
+        raise ValueError("found no validation")
+    return scored
+
+
+def trained(model: Path) -> SeedScores:
+    """Return what a training found out about its model, before (`untrained`) and after.
+
+    Raises:
+        DataError: a log that is not what `train` writes.
+    """
+    found = records(model)
+    with _reading(model):
+        scored = _validations(found)
+        logged = _of_kind(found, "train")
+        # A dense training has no router, and logs an empty one.
+        router = logged[-1]["router"] if logged else None
+        # The gate is logged in training alone: that of the last steps is nearest to the end.
+        gate = router["gate"] if router else None
+        first = _validation(scored[0])
+        last = _validation(scored[-1], gate)
     return SeedScores(**vars(last), untrained=first)
 
 
@@ -87,9 +172,9 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _budget(record: Json, new: Sequence[str], old: Sequence[str]) -> BudgetScores:
+def _budget(record: Record, new: Sequence[str], old: Sequence[str]) -> BudgetScores:
     """Return one validation of an extension: `new` are its experts, `old` the domains before."""
-    routing: Shares = record["routing"]
+    routing: Shares = record["routing"] or {}
     old_texts = {domain: routing[domain] for domain in old if domain in routing}
     new_texts = {domain: routing[domain] for domain in new if domain in routing}
     kept = [shares[domain] for domain, shares in old_texts.items()]
@@ -98,7 +183,7 @@ def _budget(record: Json, new: Sequence[str], old: Sequence[str]) -> BudgetScore
     for shares in old_texts.values():
         leaked.append(sum(shares[expert] for expert in new))
     return BudgetScores(
-        loss=_rounded(record["loss"]),
+        loss=_losses(record),
         routing=routing,
         share=_mean(found),
         leak=_mean(leaked),
@@ -107,14 +192,19 @@ def _budget(record: Json, new: Sequence[str], old: Sequence[str]) -> BudgetScore
 
 
 def budgets(made: Made, old: list[str]) -> dict[str, BudgetScores]:
-    """Return an extension's losses and shares after each budget, in finetune tokens."""
+    """Return an extension's losses and shares after each budget, in finetune tokens.
+
+    Raises:
+        DataError: a log that is not what `train` writes.
+    """
     assert made.model is not None
     found = {}
     for record in _of_kind(records(made.model), "validation"):
         # Budgets are whole steps, and steps between them are validated as well.
         tokens = made.steps.get(record["step"])
         if tokens is not None:
-            found[str(tokens)] = _budget(record, made.experts, old)
+            with _reading(made.model):
+                found[str(tokens)] = _budget(record, made.experts, old)
     return found
 
 
@@ -127,9 +217,10 @@ def turns(made: Made) -> list[Turn]:
     if len(made.turns) < 2:
         return found
     for added, model in made.turns.items():
-        last = _of_kind(records(model), "validation")[-1]
-        loss = _rounded(last["loss"])
-        found.append(Turn(added=added, loss=loss))
+        logged = records(model)
+        with _reading(model):
+            last = _validations(logged)[-1]
+            found.append(Turn(added=added, loss=_losses(last)))
     return found
 
 
@@ -138,7 +229,8 @@ def _seconds(model: Path | None) -> float | None:
     if model is None or not Path(f"{model}.training").is_dir():
         return None
     times = [record["time"] for record in records(model)]
-    return max(times) - min(times)
+    with _reading(model):
+        return max(times) - min(times)
 
 
 def compute(comparison: Comparison, made: Made) -> Compute:
@@ -164,8 +256,8 @@ def compute(comparison: Comparison, made: Made) -> Compute:
 def _scores(made: Made) -> SeedScores:
     tasks = _task_scores(made)
     if made.scores is not None:
-        loss = json.loads(made.scores.read_text(encoding="utf-8"))["loss"]
-        return SeedScores(loss=_rounded(loss), tasks=tasks)
+        told = read_typed(made.scores, _Losses, "losses by domain", made_again(made.scores))
+        return SeedScores(loss=_rounded(told["loss"]), tasks=tasks)
     assert made.model is not None
     return replace(trained(made.model), tasks=tasks)
 
@@ -174,9 +266,11 @@ def _task_scores(made: Made) -> dict[str, float] | None:
     """Return scores by group of tasks in per cent; None where lm-eval failed or was not asked."""
     if made.tasks is None or not made.tasks.exists():
         return None
-    summary = json.loads((made.tasks / SUMMARY).read_text(encoding="utf-8"))
-    # An evaluation of this one model, under whatever name.
-    (entry,) = summary["tasks"].values()
+    path, mend = made.tasks / SUMMARY, made_again(made.tasks)
+    summary = read_typed(path, _Tasks, WRITTEN, mend)
+    with refusing(path, WRITTEN, mend):
+        # An evaluation of this one model, under whatever name.
+        (entry,) = summary["tasks"].values()
     return entry["groups"]
 
 
@@ -187,11 +281,12 @@ def _measured(comparison: Comparison, seed: int) -> dict[str, MeasureEntry]:
         report = seeds[seed].measures if seed in seeds else None
         if report is None or not report.exists():
             continue
-        summary = json.loads((report / SUMMARY).read_text(encoding="utf-8"))
+        summary = read_typed(report / SUMMARY, _Measures, WRITTEN, made_again(report))
         for measure, value in summary["measures"].items():
-            entry = MeasureEntry.from_json(value)
-            # an evaluation of this one model
-            (by_domain,) = entry.models.values()
+            with refusing(report / SUMMARY, WRITTEN, made_again(report)):
+                entry = MeasureEntry.from_json(value)
+                # an evaluation of this one model
+                (by_domain,) = entry.models.values()
             models = found[measure].models if measure in found else {}
             found[measure] = MeasureEntry({**models, method.label: by_domain}, entry.reference)
     return found

@@ -9,6 +9,7 @@ import pytest
 
 from nexus_ds.checkpoint.inspection import describe
 from nexus_ds.config import load_config
+from nexus_ds.errors import DataError
 from nexus_ds.experiments.comparison import results
 from nexus_ds.experiments.comparison.build import build
 from nexus_ds.experiments.comparison.job_graph import Comparison, Made
@@ -73,6 +74,97 @@ def test_before_and_after_a_training(model):
             "gate": None,
         },
     }
+
+
+DAMAGED = [b"{", b"\xff", b"null", b'{"kind": "validation"}', b"[" * 100_000]
+OTHER = [
+    {"step": "4"},
+    {"time": None},
+    {"loss": "x"},
+    {"loss": {"a": float("nan")}},
+    {"loss": {"a": None}},
+    {"own_share": "x"},
+    {"routing": {"a": 1}},
+]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *DAMAGED,
+        *(json.dumps(record(4, 4.0, 0.5, FIRST, 130.0) | other).encode() for other in OTHER),
+    ],
+)
+def test_a_damaged_line_of_a_log_is_named_with_what_to_do(model, line):
+    log = Path(f"{model}.training/metrics.jsonl")
+    lines = log.read_bytes().splitlines()
+    log.write_bytes(b"\n".join([*lines[:2], line, *lines[3:]]))
+    with pytest.raises(DataError) as caught:
+        results.trained(model)
+    said = str(caught.value)
+    assert said.startswith(f"{log}:3: ") and said.endswith(
+        f"; expected what train writes; take the line out where a later one has its step, else "
+        f"remove {model} and {model}.training, and the same command trains it again"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "found no validation"),
+        ([logged(2, 0.4, 110.0)], "found no validation"),
+        ([{"kind": "validation", "step": 0, "time": 1.0}], "found no 'loss'"),
+        ([record(0, 1, 0, {}, 1) | {"loss": 1.0}], "loss: found '1.0', expected an object"),
+        ([record(0, 1, 0, {}, 1), {"kind": "train", "step": 0, "time": 1}], "found no 'router'"),
+        (
+            [record(0, 1, 0, {}, 1), {"kind": "train", "step": 0, "time": 1, "router": {"z": 1}}],
+            "found no 'gate'",
+        ),
+    ],
+)
+def test_a_log_in_which_something_is_missing(tmp_path, rows, message):
+    model = tmp_path / "m"
+    write_metrics(model, rows)
+    with pytest.raises(DataError) as caught:
+        results.trained(model)
+    assert str(caught.value) == (
+        f"{model}.training/metrics.jsonl: {message}; expected what train writes; "
+        f"remove {model} and {model}.training, and the same command trains it again"
+    )
+
+
+def test_an_extension_whose_log_lacks_an_expert(tmp_path):
+    made = Made(model=tmp_path / "m", experts=["c"], steps={0: 0})
+    write_metrics(made.model, [record(0, 1.0, 0.5, FIRST, 1.0)])
+    with pytest.raises(DataError, match=r"metrics.jsonl: found no 'c'; expected what train writes"):
+        results.budgets(made, ["a"])
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"\xff", b"[]", b"{}", b'{"loss": {"a": NaN}}', b'{"loss": 1}']
+)
+def test_a_damaged_score_says_how_it_is_made_again(tmp_path, content):
+    path = tmp_path / "scores.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        results._scores(Made(scores=path))
+    said = str(caught.value)
+    assert said.startswith(f"{path}: ") and said.endswith(
+        f"; expected losses by domain; remove {path}, and the same command makes it again"
+    )
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"\xff", b"[]", b"{}", b'{"tasks": {}}', b'{"tasks": {"m": {"groups": 1}}}']
+)
+def test_a_damaged_evaluation_says_how_it_is_made_again(tmp_path, content):
+    (tmp_path / "summary.json").write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        results._task_scores(Made(tasks=tmp_path))
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path / 'summary.json'}: ") and said.endswith(
+        f"; expected what evaluate writes; remove {tmp_path}, and the same command makes it again"
+    )
 
 
 def test_a_dense_training_has_no_router(tmp_path):
