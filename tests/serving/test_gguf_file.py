@@ -4,6 +4,8 @@ import json
 import math
 import shutil
 import sys
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import llama_cpp
 import numpy as np
@@ -133,6 +135,42 @@ def halve(source, out):
     (out / "config.json").write_text(json.dumps(config))
     halved = {name: tensor.bfloat16() for name, tensor in tensors_of(source).items()}
     save_file(halved, out / "model.safetensors", metadata={"format": "pt"})
+
+
+# What is handed to the writer ---------------------------------------------------------------------
+
+
+def test_every_tensor_is_its_sources_and_the_shared_expert_half_of_them(made):
+    """Without the package that writes it."""
+    opened, dense = open_checkpoint(made), tensors_of(made)
+    table = dict(entries(opened.mixture))
+    halved = set()
+    for name, entry in table.items():
+        found = torch.from_numpy(gguf_file._values(opened, entry))
+        if entry.values is not None:
+            assert name.endswith("exp_probs_b.bias") and not found.any()
+            continue
+        whole = torch.stack([dense[source] for source in entry.sources]).reshape(entry.shape)
+        if torch.equal(found, whole / 2):
+            halved.add(name)
+        else:
+            assert torch.equal(found, whole), name
+    # no gate halves it there; of a gate and of what it multiplies one alone is halved
+    assert halved == {f"blk.{layer}.ffn_down_shexp.weight" for layer in range(2)}
+    experts = tuple(f"model.layers.1.mlp.experts.{expert}.up_proj.weight" for expert in range(3))
+    assert table["blk.1.ffn_up_exps.weight"].sources == experts
+    full = {name for name, entry in table.items() if entry.full}
+    assert full == {name for name in table if name.endswith(("norm.weight", "gate_inp.weight"))}
+    assert facts_of(opened.mixture)["expert_weights_norm"] is False
+
+
+def test_a_file_without_its_tensors_is_refused(made, tmp_path, monkeypatch):
+    """By a package that writes nothing."""
+    empty = SimpleNamespace(tensors=[])
+    lost = MagicMock(GGUFReader=lambda path: empty)
+    monkeypatch.setitem(sys.modules, "gguf", lost)
+    with pytest.raises(ServingError, match=r"token_embd.weight is not what was to be written"):
+        write_gguf(open_checkpoint(made), plain_words(31), tmp_path / "m.gguf")
 
 
 # What stands in the file --------------------------------------------------------------------------
