@@ -245,7 +245,8 @@ class HubSource:
         import pyarrow.compute as pc
 
         start = 0
-        known = pa.array(list(wanted))
+        # of none, arrow would know no type
+        known = pa.array(list(wanted), pa.string())
         for table in self._tables(split):
             values = self._values(table)
             # arrow filters before Python sees a row: most rows are of other domains

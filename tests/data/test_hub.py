@@ -271,6 +271,13 @@ def test_a_column_of_domains_that_is_no_text(tmp_path: Path, column, values, sai
             read()
 
 
+def test_a_table_without_any_domain_has_no_documents(tmp_path: Path):
+    """Found by tests/fuzz.py: nothing to look for had no type."""
+    source = open_source(f"hub:{parquet(tmp_path / 'odd', text=['a'], kind=[None])}#kind")
+    assert source.domains() == []
+    assert list(source.stream([], "train", "error", 0, {})) == []
+
+
 def test_a_text_that_is_no_utf8_is_a_bad_row(tmp_path: Path):
     texts = raw_texts(b"a", b"\xff", "\u00e9".encode())
     name = f"hub:{parquet(tmp_path / 'odd', text=texts, kind=['law'] * 3)}"
