@@ -136,8 +136,8 @@ def refusing(where: Path | str, what: str, mend: str) -> Iterator[None]:
         mend: what to do, "remove it, and the same command makes it again".
 
     Raises:
-        DataError: in place of ValueError, TypeError, KeyError, AttributeError, IndexError and
-            RecursionError.
+        DataError: in place of ValueError, TypeError, KeyError, AttributeError, IndexError,
+            ArithmeticError and RecursionError.
     """
     try:
         yield
@@ -145,8 +145,20 @@ def refusing(where: Path | str, what: str, mend: str) -> Iterator[None]:
         raise DataError(f"{where}: found no {error}; expected {what}; {mend}") from error
     except RecursionError as error:
         raise DataError(f"{where}: nested too deep; expected {what}; {mend}") from error
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
         raise DataError(f"{where}: {error}; expected {what}; {mend}") from error
+
+
+def parsed(content: bytes) -> object:
+    """Return the JSON that is in UTF-8; ValueError or RecursionError for other bytes.
+
+    Half a character, as "\\ud800" names one, is refused: it could be written nowhere.
+    """
+    text = content.decode("utf-8")
+    value: object = json.loads(text)
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
 
 
 def read_typed(path: Path, kind: type[Value], what: str, mend: str) -> Value:
@@ -158,4 +170,4 @@ def read_typed(path: Path, kind: type[Value], what: str, mend: str) -> Value:
     """
     content = path.read_bytes()
     with refusing(path, what, mend):
-        return typed(json.loads(content.decode("utf-8")), kind)
+        return typed(parsed(content), kind)

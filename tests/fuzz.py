@@ -274,6 +274,17 @@ def json_file(box, name, more=None):
     return json_text(json.loads(text_of(box, name)) | (more or {}))
 
 
+def sealed_file(box, name):
+    """Draw a changed manifest, most times with the hash of what it says now."""
+    from nexus_ds.sealed import SEAL, seal
+
+    sound = json.loads(text_of(box, name))
+    del sound[SEAL]
+    values = changed(sound).filter(lambda value: type(value) is dict)
+    right = values.map(seal).map(str.encode)
+    return st.one_of(right, right, right, json_file(box, name))
+
+
 def make_dense(out, shards=""):
     """Save a random Llama with its tokenizer, of two layers and hidden 16."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -728,9 +739,67 @@ def token_cache(box):
 
     inputs = {
         str(ids): changed_bytes(found.path.read_bytes()),
-        str(ids.with_suffix(".json")): json_file(box, ids.with_suffix(".json")),
+        str(ids.with_suffix(".json")): sealed_file(box, ids.with_suffix(".json")),
     }
     return Target(inputs, [use], box)
+
+
+@target
+def hub_tables(box):
+    """Tables of `hub:`, as the library opens them: other columns, types, lengths and bytes."""
+    import datasets
+    import pyarrow as pa
+
+    from nexus_ds.checkpoint.json_files import parse_json_object
+    from nexus_ds.data import hub
+    from nexus_ds.data.rows import BadRows
+
+    # its other pools hold address space that they don't use
+    pa.set_memory_pool(pa.system_memory_pool())
+    path = box / "table.json"
+    kinds = ["law", "art", None, "law"]
+    sound = {"text": ["a", "b é", "c", "d"], "kind": kinds, "meta": [{"x": v} for v in kinds]}
+    sound["told"] = [json.dumps({"x": value}) for value in kinds]
+    path.write_bytes(as_json(sound))
+    column = pa.array
+
+    def bytes_as_text(values):
+        data = column([str(value).encode("latin-1", "ignore") for value in values], pa.binary())
+        return pa.StringArray.from_buffers(len(values), *data.buffers()[1:])
+
+    def table():
+        # a type in a type, 300 times, takes arrow gigabytes to make
+        found = parse_json_object(path.read_bytes(), str(path))
+        rows = min((len(values) for values in found.values() if type(values) is list), default=0)
+        cut = {name: values[:rows] for name, values in found.items() if name != "raw"}
+        arrays = {name: column(values) for name, values in cut.items()}
+        if found.get("raw"):
+            arrays["text"] = bytes_as_text(found["raw"][:rows])
+        return pa.table(arrays)
+
+    def opened(*_):
+        # what arrow can't hold is no table: refused where the library reads files
+        try:
+            data = datasets.Dataset(table()).to_iterable_dataset()
+        except NexusError:
+            raise
+        except Exception as error:
+            raise NexusError(f"{path}: {error}") from error
+        return hub.Opened({"train": data}, "same", {"train": 9})
+
+    hub._open = opened
+
+    def use(column, on_bad_row):
+        source = hub.HubSource(str(path), str(path), column)
+        domains = source.domains()[:3]
+        counted = {name: BadRows() for name in domains}
+        for _, document in source.stream(domains, "train", on_bad_row, 0, counted):
+            document.text.encode()
+
+    ways = [("kind", "error"), ("kind", "skip"), ("meta.x", "skip"), ("told.x", "skip")]
+    raw = sound | {"raw": ["a", "\xff", "\xc3\xa9", "d"]}
+    inputs = {path.name: st.sampled_from([sound, raw]).flatmap(json_text)}
+    return Target(inputs, [lambda way=way: use(*way) for way in ways], box)
 
 
 def write_state(folder):
@@ -766,7 +835,9 @@ def state(box):
             assert "step" in problem or MANIFEST in problem or path.name in problem, problem
             return
         manifest = read_manifest(folder)
-        assert manifest["optimizer_step"] == 4 and manifest["parameters"] == {"w": [8]}
+        # of one that was sealed anew, the types
+        assert type(manifest["optimizer_step"]) is int and type(manifest["config"]) is dict
+        [math.prod(shape) for shape in manifest["parameters"].values()]
 
     def read_files():
         files = StateFiles(folder, [path.name])
@@ -775,7 +846,7 @@ def state(box):
         files.random_states(path.name)
 
     inputs = {
-        f"step_4/{MANIFEST}": json_file(box, f"step_4/{MANIFEST}"),
+        f"step_4/{MANIFEST}": sealed_file(box, f"step_4/{MANIFEST}"),
         f"step_4/{path.name}": tensors(path.read_bytes()),
     }
     return Target(inputs, [use, read_files], box)
@@ -828,6 +899,116 @@ def run_folder(box):
     }
     readers = [lambda: survey(box), lambda: check_made(plan, "demo", [])]
     return Target(inputs, readers, box, sections())
+
+
+def measured(routed):
+    """Return one model's part of an evaluation of two domains."""
+    from nexus_ds.evaluation.perplexity import Cosines, Routing, Scores
+    from nexus_ds.report.summary import Measured
+
+    names, share = ["a", "b"], np.array([[[0.8, 0.2], [0.1, 0.9]]])
+    routing = Routing(names, names, names, [0], share, np.full((1, 2), 0.6)) if routed else None
+    info = {"kind": "Nexus", "family": "x", "dtype": "F32", "routed_experts": 2 * routed}
+    info |= {"parameters": {"total": 10, "active": 5}, "top_k": 1, "lineage": [{"verb": "x"}]}
+    windows = {name: np.array([2.0, 2.5, 3.0]) for name in names}
+    one = np.eye(2)
+    cosines = Cosines(names, one, one, one[None], one[None]) if routed else None
+    return Measured(info, Scores(windows, dict.fromkeys(names, 8), 1.0, routing), cosines)
+
+
+@target
+def summary_json(box):
+    """What `demo` and `compare` read of an evaluation."""
+    from nexus_ds.commands import compare, demo
+    from nexus_ds.config import load_config
+    from nexus_ds.experiments.comparison import results
+    from nexus_ds.experiments.comparison.job_graph import Made
+    from nexus_ds.report import page
+    from nexus_ds.report.summary import MeasureEntry, OverDocuments, Setup, summarise
+
+    folder = box / "report"
+    folder.mkdir()
+    words = [f"pipeline.run={box}", "pipeline.domains=[a, b]", "pipeline.new_domains=[]"]
+    config = load_config("demo", words)
+    names = {name: name != demo.SEED_MODEL for name in (demo.SEED_MODEL, demo.AVERAGE, demo.NEXUS)}
+    found = summarise(
+        {name: measured(routed) for name, routed in names.items()},
+        Setup("demo", ["a", "b"], 3, 4),
+        demo.SEED_MODEL,
+    )
+    content = found.to_json() | {"seconds": 1.0}
+    part = {"group": "g", "metric": "acc", "score": 50.0, "stderr": None, "shots": 0}
+    tasks = {
+        "mean": 50.0,
+        "groups": {"g": 50.0},
+        "not_run": {},
+        "tasks": {"t": part | {"examples": 5}},
+    }
+    bits = MeasureEntry({"m": {"a": OverDocuments([1.0, 2.0], [3.0, 1.0])}})
+    content |= {"tasks": {"m": tasks}, "measures": {"bits": bits.to_json()}}
+    demo.places = lambda config: type("Places", (), {"report": folder, "run": box})
+    # they were drawn by `evaluate`
+    page._figure = lambda *_: ""
+    (folder / "summary.json").write_text(json.dumps(content))
+    made = Made(tasks=folder, measures=folder)
+    method = type("Method", (), {"label": "m"})
+    comparison = type("Comparison", (), {"contenders": {"": (method, {0: made})}})
+    sound = (folder / "summary.json").read_bytes()
+    args = type("Args", (), {"config": "demo", "overrides": []})
+
+    def use_demo():
+        before = (folder / "summary.json").read_bytes()
+        demo.report(config, args, 0.0)
+        # it writes its own words into the file
+        (folder / "summary.json").write_bytes(before)
+
+    def use_measures():
+        entries = results._measured(comparison, 0)
+        for entry in entries.values():
+            for domains in entry.models.values():
+                [(part.mean, part.error) for part in domains.values()]
+
+    readers = [use_demo, use_measures, lambda: results._task_scores(made)]
+    readers.append(lambda: compare._entry(folder, demo.NEXUS))
+    return Target({"report/summary.json": json_text(json.loads(sound))}, readers, box)
+
+
+@target
+def comparison_files(box):
+    """What `compare` reads of its trainings' logs, of a score, and of an earlier result."""
+    from nexus_ds.commands import compare
+    from nexus_ds.experiments.comparison import results
+    from nexus_ds.experiments.comparison.job_graph import Made
+
+    model, scores = box / "m", box / "scores.json"
+    log = box / "m.training" / "metrics.jsonl"
+    log.parent.mkdir()
+    shares = {"a": {"a": 0.8, "c": 0.2}, "c": {"a": 0.1, "c": 0.9}}
+    scored = {"kind": "validation", "step": 0, "time": 1.0, "loss": {"a": 2.0, "c": 3.0}}
+    scored |= {"own_share": 0.85, "routing": shares, "perplexity": {"a": 7.4, "c": 20.0}}
+    logged = {"kind": "train", "step": 1, "time": 2.0, "loss": 2.5, "router": {"gate": 0.6}}
+    rows = [scored, logged, scored | {"step": 2}]
+    log.write_bytes(b"\n".join(map(as_json, rows)))
+    scores.write_bytes(as_json({"loss": {"a": 2.0}}))
+    (box / "results.json").write_bytes(as_json({"seconds": 3.5, "recipe": "demo"}))
+    made = Made(model=model, experts=["c"], steps={0: 0, 2: 100}, turns={"b": model, "c": model})
+    readers = [
+        lambda: results.trained(model),
+        lambda: results.budgets(made, ["a"]),
+        lambda: results.turns(made),
+        lambda: results._seconds(model),
+        lambda: results._scores(Made(scores=scores)),
+        lambda: compare._earlier_seconds(box),
+    ]
+    lines = st.lists(st.sampled_from(rows).flatmap(json_text), min_size=1, max_size=3)
+    inputs = {
+        "m.training/metrics.jsonl": st.one_of(
+            lines.map(b"\n".join), changed_bytes(log.read_bytes())
+        ),
+        "scores.json": json_file(box, "scores.json"),
+        "results.json": json_file(box, "results.json"),
+    }
+    return Target(inputs, readers, box)
 
 
 @target

@@ -79,7 +79,18 @@ def test_nesting_is_no_matter():
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b'{"a": 1', b"\xff\xfe", b"null", b"3", b'{"a": "x"}', b'{"a": NaN}', b"[" * 99999],
+    [
+        b"",
+        b"{",
+        b'{"a": 1',
+        b"\xff\xfe",
+        b"null",
+        b"3",
+        b'{"a": "x"}',
+        b'{"a": NaN}',
+        b'{"\\uD800": 1}',
+        b"[" * 99999,
+    ],
 )
 def test_a_damaged_file_is_one_message(tmp_path, content):
     path = tmp_path / "made.json"

@@ -48,7 +48,7 @@ from nexus_ds.report.figures import line_plot
 from nexus_ds.report.page import Cell, Section, Table, text_table, write_page
 from nexus_ds.report.summary import Json, Summary
 from nexus_ds.settings import Config
-from nexus_ds.typed_json import read_typed, refusing, typed
+from nexus_ds.typed_json import parsed, read_typed, refusing, typed
 
 SEED_MODEL = "seed"
 AVERAGE = "plain average"
@@ -165,7 +165,7 @@ def extension_curve(where: Places, config: Config) -> Curve:
             f"{where.extended}.training, and the same command trains it again"
         )
         with refusing(f"{log}:{number}", "what train writes", mend):
-            record = typed(json.loads(line.decode("utf-8")), _Record) if line else None
+            record = typed(parsed(line), _Record) if line else None
             if record and record["kind"] == "validation":
                 curve[str(record["step"] * tokens)] = record["perplexity"]
     if not curve:
@@ -283,6 +283,7 @@ def report(config: Config, args: argparse.Namespace, seconds: float) -> Json:
         told = findings(summary, config)
         # A repetition only reports; what counts is the run that made everything.
         earlier = typed(content.get("seconds", 0.0), float, "seconds")
+        about = intro(summary)
     content |= {"findings": told, "seconds": max(round(seconds, 1), earlier)}
     if config.pipeline.new_domains:
         words = [*overrides_of(args), f"stage={FINETUNE}"]
@@ -291,7 +292,7 @@ def report(config: Config, args: argparse.Namespace, seconds: float) -> Json:
         content["extension"] = {"nexus": curve}
         sections.insert(1, _extension_section(summary, curve, where.report / FIGURES))
     write_json(where.report / SUMMARY, content)
-    opening = "\n\n".join([*told, intro(summary)])
+    opening = "\n\n".join([*told, about])
     title = "Dense models in, one mixture-of-experts out"
     write_page(where.report / PAGE, title, opening, sections)
     return content

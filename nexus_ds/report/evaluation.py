@@ -317,7 +317,7 @@ CHECKPOINT_HEAD = [
 def _checkpoint_section(summary: Summary) -> Section:
     rows: list[list[Cell]] = []
     for name, entry in summary.models.items():
-        info = entry.info
+        info, parameters = entry.info, entry.info["parameters"]
         rows.append(
             [
                 name,
@@ -327,7 +327,8 @@ def _checkpoint_section(summary: Summary) -> Section:
                 # A dense model has none, which is a dash and not a count.
                 info["routed_experts"] or None,
                 info.get("top_k"),
-                *info["parameters"].values(),
+                parameters["total"],
+                parameters["active"],
                 int(entry.tokens_per_second),
             ]
         )

@@ -66,7 +66,7 @@ class Spread:
     signed: bool = False
 
     def __float__(self) -> float:
-        return self.mean
+        return float(self.mean)
 
     def __str__(self) -> str:
         sign = "+" if self.signed else ""

@@ -50,6 +50,12 @@ def from_keys(kind: type[Record], value: Json) -> Record:
     return typed(kind(**{name: value[name] for name in names}), kind)
 
 
+def _check_names(what: str, found: Mapping[str, object], expected: Sequence[str]) -> None:
+    """Raise ValueError for numbers by name that are not those of these names, in order."""
+    if list(found) != list(expected):
+        raise ValueError(f"{what}: found {', '.join(found)}, expected {', '.join(expected)}")
+
+
 def _check_shape(what: str, value: Sequence[Any] | None, *sizes: int) -> None:
     """Raise ValueError for lists in lists that are not of these sizes."""
     if value is None:
@@ -106,6 +112,9 @@ class RoutingEntry:
         """Return what `to_json` gave; errors as `from_keys`, ValueError for other shapes."""
         found = from_keys(cls, {**value, "mean_share": value["routing"]})
         domains = len(found.mean_share)
+        for domain, shares in found.mean_share.items():
+            _check_names(f"routing.{domain}", shares, found.experts)
+        _check_names("leak", found.leak, found.experts)
         _check_shape("expert_domains", found.expert_domains, len(found.experts))
         _check_shape(
             "share_by_layer", found.share_by_layer, len(found.layers), domains, len(found.experts)
@@ -351,6 +360,11 @@ def _listed_documents(entries: Mapping[str, OverDocuments]) -> dict[str, object]
     return {domain: entry.to_json() for domain, entry in entries.items()}
 
 
+class _Parameters(TypedDict):
+    total: int
+    active: int
+
+
 class _Info(TypedDict):
     """What the page shows of a model, among what `describe` says."""
 
@@ -359,7 +373,7 @@ class _Info(TypedDict):
     dtype: str
     routed_experts: int | None
     top_k: NotRequired[int | None]
-    parameters: dict[str, int]
+    parameters: _Parameters
     lineage: NotRequired[list[dict[str, object]] | None]
 
 

@@ -147,7 +147,28 @@ def without(key):
     return lambda found: {name: value for name, value in found.items() if name != key}
 
 
+def of_nexus(**more):
+    """Return what changes the entry of Nexus."""
+    return lambda found: (
+        found | {"models": found["models"] | {"Nexus": found["models"]["Nexus"] | more}}
+    )
+
+
+BEYOND = {name: {"a": [9e200, 1e300]} for name in LOSSES}
 DAMAGES = [
+    # found by tests/fuzz.py: a change beyond all floats, rows shorter than their headers
+    lambda found: found | {"window_loss": BEYOND | {"Nexus": {"a": [2.0, 3.0]}}},
+    of_nexus(routing={"a": {}, "b": {}, "new": {}}),
+    of_nexus(
+        checkpoint={
+            "kind": "x",
+            "family": "x",
+            "dtype": "x",
+            "routed_experts": 2,
+            "parameters": {"total": 1},
+        }
+    ),
+    lambda found: found | {"warnings": ["\ud800"]},
     lambda found: [],
     without("perplexity"),
     without("models"),

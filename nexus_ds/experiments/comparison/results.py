@@ -5,7 +5,6 @@ Not covered: the file's shape (result_file.py), drawing (report.py).
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -36,7 +35,7 @@ from nexus_ds.pipeline import SEED
 from nexus_ds.report.evaluation import SUMMARY
 from nexus_ds.report.summary import MeasureEntry, ModelEntry, mean_over_seeds
 from nexus_ds.settings import Config
-from nexus_ds.typed_json import read_typed, refusing, typed
+from nexus_ds.typed_json import parsed, read_typed, refusing, typed
 
 WRITTEN = "what evaluate writes"
 ROUNDED = 6  # decimals: results.json of two equal runs is the same file
@@ -113,7 +112,7 @@ def records(model: Path) -> list[Record]:
     for number, line in enumerate(_log(model).read_bytes().split(b"\n"), start=1):
         if line:
             with _reading(model, number):
-                record = typed(json.loads(line.decode("utf-8")), Record)
+                record = typed(parsed(line), Record)
             latest[record["kind"], record["step"]] = record
     return list(latest.values())
 
