@@ -169,6 +169,7 @@ DAMAGES = [
         }
     ),
     lambda found: found | {"warnings": ["\ud800"]},
+    lambda found: found | {"measures": {"bits": {"models": {"m": {}}, "reference": {}}}},
     lambda found: [],
     without("perplexity"),
     without("models"),
