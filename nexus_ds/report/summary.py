@@ -114,7 +114,6 @@ class RoutingEntry:
         domains = len(found.mean_share)
         for domain, shares in found.mean_share.items():
             _check_names(f"routing.{domain}", shares, found.experts)
-        _check_names("leak", found.leak, found.experts)
         _check_shape("expert_domains", found.expert_domains, len(found.experts))
         _check_shape(
             "share_by_layer", found.share_by_layer, len(found.layers), domains, len(found.experts)
