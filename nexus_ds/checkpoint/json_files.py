@@ -6,6 +6,7 @@ Not covered: writing them (`outputs.write_json`), the headers of weight files (`
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,14 @@ def require_directory(directory: Path) -> Path:
     return directory
 
 
+def _half_a_character(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def confined(directory: Path, name: str) -> Path:
     """Return `directory / name`, a file that really lies in `directory`.
 
@@ -35,8 +44,14 @@ def confined(directory: Path, name: str) -> Path:
     `blobs`: these are the one kind of link that may leave the directory.
 
     Raises:
-        CheckpointError: absolute, upward or linked paths that lead out of the directory, NUL bytes.
+        CheckpointError: absolute, upward or linked paths that lead out of the directory, NUL bytes,
+            half a character, as JSON can name one.
     """
+    if _half_a_character(name):
+        raise CheckpointError(
+            f"{directory}: found a file named {name!a}, expected a name in UTF-8; "
+            "fetch or save the model again"
+        )
     root = directory.parent.parent if directory.parent.name == "snapshots" else directory
     path = directory / name
     outside = "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts

@@ -51,6 +51,13 @@ def test_a_name_that_leads_out(tmp_path, name):
         confined(model, name)
 
 
+def test_a_name_that_no_file_can_have(tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"found a file named '\\ud800', expected a name in UTF-8"
+    ):
+        confined(tmp_path, "\ud800")
+
+
 def test_only_transformers_word_for_no_limit_is_larger_than_any_size():
     assert parse_json_object(f'{{"a": {int(1e30)}}}'.encode(), "x") == {"a": int(1e30)}
     with pytest.raises(CheckpointError, match=r"^x is not valid JSON \(the number 1000"):
