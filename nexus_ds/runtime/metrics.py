@@ -6,6 +6,7 @@ Not covered: other trackers; both files are plain and easy to feed to one.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from nexus_ds.progress import duration
 Values: TypeAlias = Mapping[str, "float | str | Values"]
 """Numbers under names, nested; words go into the JSONL file alone."""
 
+LONGEST = 1 << 20  # bytes of a record, by far
+
 
 def _flat(values: Values, prefix: str = "") -> dict[str, float]:
     """Return the numbers under their paths: {"loss/alpha": 2.5}."""
@@ -30,6 +33,24 @@ def _flat(values: Values, prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float):
             flat[f"{prefix}{name}"] = float(value)
     return flat
+
+
+def take_back_unfinished(log: Path) -> None:
+    """Cut off a last line without an end, as a full disk or a kill leaves it.
+
+    The next record would join it, and both be lost.
+
+    Raises:
+        OSError: the file can't be written; it names the file.
+    """
+    if not log.is_file():
+        return
+    with log.open("r+b") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        start = stream.seek(max(0, size - LONGEST))
+        end = stream.read().rfind(b"\n") + 1
+        if start + end < size:
+            stream.truncate(start + end)
 
 
 class Metrics:
@@ -58,6 +79,7 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         directory.mkdir(parents=True, exist_ok=True)
+        take_back_unfinished(directory / "metrics.jsonl")
         self.jsonl = create(directory / "metrics.jsonl", append=True)
         self.events = directory / "tensorboard"
         self.board = SummaryWriter(str(self.events), purge_step=first_step)

@@ -155,7 +155,7 @@ def write_public(opened: Opened, out: Path, license_name: str) -> list[str]:
     write_json(out / SIDECAR, manifest_json(shown))
     # people and `evaluate` go on writing it
     card = source / MODEL_CARD
-    text = card.read_text("utf-8") if card.is_file() else card_text(nexus_card(shown))
+    text = _written_card(card) if card.is_file() else card_text(nexus_card(shown))
     text, licensed = public_card(text, manifest, license_name)
     write_text(out / MODEL_CARD, text)
     refuse_local_paths(out)
@@ -165,6 +165,16 @@ def write_public(opened: Opened, out: Path, license_name: str) -> list[str]:
     names = {path.name for path in source.iterdir() if not path.name.startswith(".")}
     left = sorted(names - there)
     return notes + ([f"left out: {', '.join(left)}"] if left else [])
+
+
+def _written_card(card: Path) -> str:
+    try:
+        return card.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ServingError(
+            f"{card}: found other bytes than UTF-8 ({error}), expected a model card; "
+            "save it as UTF-8, or remove it for a new one"
+        ) from error
 
 
 def _copy_files(opened: Opened, out: Path) -> set[str]:

@@ -39,6 +39,17 @@ def test_a_call_is_a_line_in_the_file_and_one_on_the_screen(tmp_path, capsys):
     assert capsys.readouterr().err == "moe 5/10 loss 2.5\nmoe done\n"
 
 
+@pytest.mark.parametrize("whole", ["", '{"step": 1}\n', '{"step": 1}\n{"step": 2}\n'])
+def test_a_resumed_run_takes_back_a_line_that_was_not_finished(tmp_path, whole):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text(whole + '{"kind": "train", "st')
+    metrics = Metrics(tmp_path, "moe", 2, 10, True)
+    metrics.log("train", 3, {"loss": 1.0}, "")
+    metrics.close()
+    text = log.read_text()
+    assert text.startswith(whole) and json.loads(text[len(whole) :])["step"] == 3
+
+
 def test_the_board_has_every_number_at_its_step(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -94,6 +94,10 @@ def test_a_card_that_somebody_wrote_is_kept(made, tmp_path):
     shutil.rmtree(tmp_path / "hub")
     shown(made, tmp_path / "hub", "mit")
     assert (tmp_path / "hub" / "README.md").read_text() == "---\nlicense: mit\n---\n# Mine"
+    (made / "README.md").write_bytes("# für alle".encode("latin-1"))
+    shutil.rmtree(tmp_path / "hub")
+    with pytest.raises(ServingError, match=r"README.md: found other bytes than UTF-8 .*save it as"):
+        shown(made, tmp_path / "hub")
 
 
 def test_a_card_that_can_not_be_read_is_text():
