@@ -289,7 +289,7 @@ def test_a_language_model_embeds_by_the_mean_of_its_last_states(
     encoder = SentenceEncoder(str(language_model(dense_dir, tmp_path / "seed", dtype)))
     # of different lengths: what fills the shorter one up must not count, and no token is for that
     assert AutoTokenizer.from_pretrained(dense_dir).pad_token is None
-    texts = ["the cell the gene", "the court"]
+    texts = ["tree leaf root sum proof", "ship sail"]
     model = AutoModelForCausalLM.from_pretrained(dense_dir, dtype=torch.float32).model
     means = []
     for text in texts:
