@@ -25,7 +25,7 @@ from nexus_ds.checkpoint.qwen2_moe import gate_name
 from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.checkpoint.sidecar import verify_expert_embeddings
 from nexus_ds.checkpoint.tensors import TensorReader
-from nexus_ds.errors import CheckpointError, ConfigError
+from nexus_ds.errors import CheckpointError, ConfigError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,12 +94,6 @@ def computed_dtype(precision: str, place: torch.device) -> torch.dtype | None:
     return None
 
 
-def _said(error: Exception) -> str:
-    """Return an error of transformers as one line of bearable length."""
-    # its messages can list every tensor of a model
-    return " ".join(str(error).split())[:300]
-
-
 @contextmanager
 def told_in_one_line(directory: Path) -> Iterator[None]:
     """Turn what transformers raises for files of a checkpoint into a CheckpointError.
@@ -112,7 +106,7 @@ def told_in_one_line(directory: Path) -> Iterator[None]:
         yield
     except (*LOAD_ERRORS, StrictDataclassError) as error:
         raise CheckpointError(
-            f"{directory}: transformers can't load this checkpoint: {_said(error)}"
+            f"{directory}: transformers can't load this checkpoint: {one_line(error)}"
         ) from error
 
 

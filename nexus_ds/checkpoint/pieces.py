@@ -27,7 +27,7 @@ from nexus_ds.checkpoint.needs import DISK_SPEED, MARGIN, Need, Way, per_token, 
 from nexus_ds.checkpoint.room import host_room, is_out_of_memory, room_on
 from nexus_ds.checkpoint.streaming import LAYERS, streamed_model
 from nexus_ds.checkpoint.tensors import DTYPES, TensorReader
-from nexus_ds.errors import InsufficientMemoryError, LoadingMemoryError
+from nexus_ds.errors import InsufficientMemoryError, LoadingMemoryError, one_line
 from nexus_ds.progress import duration, say
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def open_way(directory: Path, precision: str, place: torch.device, chosen: Way) 
             if not is_out_of_memory(error):
                 raise
             raise LoadingMemoryError(
-                f"{directory}: memory ran out while the weights were loaded ({_said(error)}); "
+                f"{directory}: memory ran out while the weights were loaded ({one_line(error)}); "
                 "run it layer by layer, or where there is more memory"
             ) from error
     verified(directory)
@@ -190,7 +190,7 @@ def in_pieces(label: str, chosen: Way, work: Callable[[Way], Result]) -> Result:
             if not is_out_of_memory(error):
                 raise
             too_heavy = isinstance(error, LoadingMemoryError)
-            said = _said(error)
+            said = one_line(error)
         # Out of the handler: there, the error's traceback still holds what has to be freed.
         smaller = chosen.smaller()
         if smaller is None:
@@ -205,10 +205,6 @@ def in_pieces(label: str, chosen: Way, work: Callable[[Way], Result]) -> Result:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         chosen = smaller
-
-
-def _said(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 # The time ----------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ import numpy as np
 from nexus_ds.data.offline import stay_offline
 from nexus_ds.data.rows import Document
 from nexus_ds.data.sources import Source
-from nexus_ds.errors import ConfigError, DataError
+from nexus_ds.errors import ConfigError, DataError, one_line
 from nexus_ds.outputs import create, new_file
 from nexus_ds.progress import Progress
 
@@ -385,7 +385,7 @@ class SentenceEncoder:
             )
         except Exception as error:
             raise ConfigError(
-                f"{encoder} can't be loaded as a sentence-transformers model: {error}"
+                f"{encoder} can't be loaded as a sentence-transformers model: {one_line(error)}"
             ) from error
 
     def _first_window(self, text: str) -> list[str]:

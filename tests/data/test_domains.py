@@ -327,8 +327,11 @@ def test_code_of_an_encoder_is_not_run(tmp_path: Path, hook: str):
             json.dumps([{"idx": 0, "name": "0", "path": "", "type": "code.Evil"}])
         )
     save_file({"a": np.ones(1, np.float32)}, source / "model.safetensors")
-    with pytest.raises(ConfigError, match="can't be loaded as a sentence-transformers model"):
+    with pytest.raises(
+        ConfigError, match="can't be loaded as a sentence-transformers model"
+    ) as told:
         SentenceEncoder(str(source))
+    assert "\n" not in str(told.value)
     assert not (tmp_path / "canary").exists()
 
 
