@@ -508,7 +508,6 @@ def bytes_at_once(reader: TensorReader, logits: int) -> int:
     return head + sizes["model.norm.weight"] + max(layers, default=0) + logits
 
 
-@torch.no_grad()
 def _streamed(directory: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     try:
         return streamed_model(directory, dtype, device)
@@ -517,6 +516,8 @@ def _streamed(directory: Path, dtype: torch.dtype, device: torch.device) -> PreT
         raise _refused(str(error)) from error
 
 
+# a graph would keep every layer that was read
+@torch.no_grad()
 def check_computes(directory: Path, dtype: torch.dtype, seen: Seen) -> Agreement:
     """Compute the probe out of a written checkpoint with stock transformers, layer by layer.
 

@@ -219,6 +219,16 @@ def test_the_engines_own_checkpoint_computes_what_it_did(mixtures, dtype):
     assert "all tensors are the engine's bit by bit; 128 tokens on cpu" in found.describe()
 
 
+def test_no_graph_keeps_the_layers_that_were_read(mixtures, monkeypatch):
+    judge, given = _Comparison.judge_logits, []
+    monkeypatch.setattr(
+        _Comparison, "judge_logits", lambda self, x_2SV: given.append(x_2SV) or judge(self, x_2SV)
+    )
+    check_computes(mixtures[FP32], FP32, observe(engine_of(mixtures[FP32], FP32), probe()))
+    [logits_2SV] = given
+    assert logits_2SV.grad_fn is None
+
+
 @by_fault
 def test_in_fp32_every_mistake_computes_something_else(tmp_path, mixtures, fault):
     seen = observe(engine_of(mixtures[FP32], FP32), probe())
