@@ -1,7 +1,7 @@
 """A dense model on disk: its tensors held against its config.json, no weight in memory, no torch.
 
 `open_dense` refuses by name what can't become an expert, all of it at once.
-Not covered: quantised models, fp16 weights, tied weights other than the embeddings.
+Not covered: quantised models, tied weights other than the embeddings.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nexus_ds.checkpoint.views import file_shapes, origins, underlying, viewed
 from nexus_ds.checkpoint.wrappers import text_config, text_tensors
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
-MODEL_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
+MODEL_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 MAX_HEAD = 1 << 16  # channels of a head; real ones have some hundreds
 # Endings of the names of weights that some model of a known family may have, and a Qwen2-MoE can't.
 HOMELESS = ("o_proj.bias", "mlp.down_proj.bias", "q_norm.weight")
@@ -45,7 +45,7 @@ class DenseModel:
     reader: Headers
     """Under the names of `dense_weights`, whatever names the family has (`views`)."""
     dtype: str
-    """Of all weights, as safetensors names it: F32 | BF16."""
+    """Of all weights, as safetensors names it: F32 | BF16 | F16."""
     settings: DenseSettings
 
     def ffn_names(self) -> list[str]:
@@ -88,7 +88,7 @@ def check_tensors(
         reader: the model's tensors.
         shapes: what the configuration makes of them.
         tied: whether the embeddings are the head, too.
-        fp32: tensors that may be in fp32 beside others in bf16.
+        fp32: tensors that may be in fp32 beside others of 16 bits.
 
     Returns:
         The one dtype of all but these, as safetensors names it.
@@ -158,12 +158,13 @@ def _one_dtype(reader: Headers, names: Iterable[str]) -> str:
     if len(dtypes) > 1:
         listed = ", ".join(f"{dtype} ({name})" for dtype, name in sorted(dtypes.items()))
         raise UnsupportedModelError(
-            f"{where}: weights of several dtypes: {listed}; save the model in one, fp32 or bf16"
+            f"{where}: weights of several dtypes: {listed}; "
+            "save the model in one, fp32, bf16 or fp16"
         )
     dtype = next(iter(dtypes))
     if dtype not in MODEL_DTYPES:
         raise UnsupportedModelError(
-            f"{where}: weights are {dtype}; save the model in fp32 or bf16 first"
+            f"{where}: weights are {dtype}; save the model in fp32, bf16 or fp16 first"
         )
     return dtype
 

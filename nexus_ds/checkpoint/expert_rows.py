@@ -24,7 +24,7 @@ from nexus_ds.checkpoint.records import Manifest, RouterRecord, router_name
 from nexus_ds.checkpoint.values import read_rows, read_values, rounded
 from nexus_ds.errors import CheckpointError
 
-TOLERANCE = {"F32": 1e-4, "BF16": 2.0**-6}
+TOLERANCE = {"F32": 1e-4, "BF16": 2.0**-6, "F16": 2.0**-9}
 """Largest difference of stored and recomputed rows, relative to the largest entry, by dtype."""
 WHOLE = 1 << 22
 """Bytes of a last map that a quick check reads in full; of a larger one it reads PIECES."""
@@ -158,7 +158,8 @@ def projected(
 
 
 def rows_in(router: RouterRecord, state: State, inputs_EM: np.ndarray, dtype: str) -> Floats:
-    """Return P(D) [E, H] of weights in memory, as a model of `dtype` (F32 | BF16) computes it."""
+    """Return P(D) [E, H] of weights in memory, as a model of `dtype` (F32 | BF16 | F16)
+    computes it."""
 
     def at(x: np.ndarray) -> np.ndarray:
         return rounded(x, dtype)
@@ -191,7 +192,7 @@ class RouterFile:
 
         Args:
             layer: number of the layer.
-            dtype: F32 | BF16.
+            dtype: F32 | BF16 | F16.
             columns: numbers [C] of those that are computed, ascending; None: all.
 
         Returns:

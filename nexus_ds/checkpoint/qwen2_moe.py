@@ -215,8 +215,12 @@ def planned(config: ConfigJson, dtype: str) -> dict[str, tuple[str, tuple[int, .
         config: its config.json.
         dtype: of all weights but those that are always in fp32, as safetensors names it.
     """
-    table = stored(config)
-    return {name: ("F32" if entry.fp32 else dtype, entry.shape) for name, entry in table.items()}
+    # the constant gate would be zero in fp16
+    full = {Role.SHARED_GATE} if dtype == "F16" else set()
+    return {
+        name: ("F32" if entry.fp32 or entry.role in full else dtype, entry.shape)
+        for name, entry in stored(config).items()
+    }
 
 
 def parameter_counts(config: ConfigJson, shared: bool = True) -> tuple[int, int]:
@@ -442,6 +446,7 @@ def open_moe(directory: Path, norms_of: Path | None = None) -> tuple[ConfigJson,
     reader = as_dense(raw, config, norms_of)
     tied = settings(config, where).tied_embeddings
     table = stored(config)
-    fp32 = {name for name, entry in table.items() if entry.fp32}
+    gates = {name for name, entry in table.items() if entry.role is Role.SHARED_GATE}
+    fp32 = gates | {name for name, entry in table.items() if entry.fp32}
     check_tensors(reader, {name: entry.shape for name, entry in table.items()}, tied, fp32)
     return config, reader

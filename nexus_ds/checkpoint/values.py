@@ -54,19 +54,30 @@ def _halves(x: np.ndarray) -> np.ndarray:
     return halves
 
 
-def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
-    """Return fp32 numbers rounded to nearest even, as a tensor of `dtype` (F32 | BF16) holds them.
+def _fp16(x: np.ndarray) -> np.ndarray:
+    # in silence, as bf16: who writes weights looks for what is no number
+    with np.errstate(over="ignore"):
+        return np.asarray(x, "<f2")
 
-    They stay fp32 in numpy; NaN stays NaN.
+
+def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    """Return fp32 numbers rounded to nearest even, as a tensor of `dtype` (F32 | BF16 | F16) holds
+    them.
+
+    They stay fp32 in numpy; NaN stays NaN, and what is too large becomes infinite.
     """
     if dtype == "F32":
         return np.asarray(x, np.float32)
+    if dtype == "F16":
+        return _fp16(x).astype(np.float32)
     return (_halves(x) << 16).view(np.float32)
 
 
 def encoded(x: np.ndarray, dtype: str) -> np.ndarray:
-    """Return the bytes of fp32 numbers as a tensor of `dtype` (F32 | BF16) holds them, rounded to
-    nearest even."""
+    """Return the bytes of fp32 numbers as a tensor of `dtype` (F32 | BF16 | F16) holds them,
+    rounded to nearest even."""
+    if dtype == "F16":
+        return _fp16(x).reshape(-1).view(np.uint8)
     if dtype == "BF16":
         return _halves(x).reshape(-1).astype("<u2").view(np.uint8)
     return rounded(x, dtype).reshape(-1).astype("<f4", copy=False).view(np.uint8)

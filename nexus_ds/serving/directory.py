@@ -10,7 +10,6 @@ Not covered: GGUF (`gguf_file`), what the hub is shown (`hub`).
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -32,11 +31,11 @@ from nexus_ds.checkpoint.file_layout import in_files
 from nexus_ds.checkpoint.forms import PLAIN, SOURCE
 from nexus_ds.checkpoint.headers import (
     INDEX,
-    ITEM_BYTES,
     SINGLE,
     Headers,
     Plan,
     kept_open,
+    tensor_bytes,
 )
 from nexus_ds.checkpoint.json_files import confined
 from nexus_ds.checkpoint.new_files import NewFiles
@@ -114,9 +113,13 @@ def own_plan(opened: Opened) -> dict[str, tuple[str, tuple[int, ...]]]:
     The output layer is among them, also where a checkpoint of before has it in the embeddings
     alone.
     """
-    # one for all but what is always in fp32, as `open_moe` has checked
-    dtype = opened.raw.info(EMBEDDING).dtype
-    return in_files(planned(opened.config, dtype), opened.config)
+    raw = opened.raw
+    # one for all but what may be in fp32, as `open_moe` has checked
+    plan = in_files(planned(opened.config, raw.info(EMBEDDING).dtype), opened.config)
+    return {
+        name: (raw.info(name).dtype if name in raw else dtype, shape)
+        for name, (dtype, shape) in plan.items()
+    }
 
 
 def _source(opened: Opened, name: str) -> str:
@@ -149,7 +152,7 @@ def write_weights(opened: Opened, target: Target, out: Path) -> Plan:
             files.wrote(name)
     if not (out / INDEX).is_file():
         # loaders that take every *.safetensors beside it go by an index where there is one
-        total = sum(math.prod(shape) for _, shape in plan.values()) * ITEM_BYTES[dtype]
+        total = sum(tensor_bytes(*entry) for entry in plan.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict.fromkeys(plan, SINGLE)}
         write_json(out / INDEX, index)
     return plan

@@ -72,7 +72,7 @@ INSIDE = {
 }
 IDLE_WIDTH = 32  # of an FFN that adds zeros
 SOFTMAX = 1  # of expert_gating_func
-FILE_TYPES = {"F32": 0, "BF16": 32}
+FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}
 
 
 def gguf_package() -> ModuleType:
@@ -276,7 +276,7 @@ def entries(mixture: Mixture) -> Iterator[tuple[str, Entry]]:
 
 
 def _values(opened: Opened, entry: Entry) -> np.ndarray:
-    """Return a tensor as the file has it: fp32, or the bytes of bf16."""
+    """Return a tensor as the file has it: fp32, or the bytes of 16 bits."""
     if entry.values is not None:
         return entry.values
     dtype = "F32" if entry.full else opened.reader.info(entry.sources[0]).dtype
@@ -344,12 +344,12 @@ def write_gguf(opened: Opened, words: Words, path: Path) -> int:
     _add_words(writer, words)
     total = 0
     for name, entry in table.items():
-        half = dtype == "BF16" and not entry.full and entry.values is None
-        # the library reads the type of bf16 off the bytes
+        half = dtype != "F32" and not entry.full and entry.values is None
+        # the library reads the shape off the bytes
         shape = (*entry.shape[:-1], 2 * entry.shape[-1]) if half else entry.shape
         kind = np.dtype(np.uint8 if half else np.float32)
         size = math.prod(shape) * kind.itemsize
-        raw = gguf.GGMLQuantizationType.BF16 if half else None
+        raw = gguf.GGMLQuantizationType[dtype] if half else None
         writer.add_tensor_info(name, shape, kind, size, raw)
         total += size
     _refuse_full_disk(path.parent, total)

@@ -5,7 +5,7 @@ from the checkpoint that the training began from, and each P is fitted to the tr
 (`model.refit`). The weights stay as they were trained, bit for bit, as far as a Nexus checkpoint
 can hold them; what it can't hold is refused by name, or changed where that is asked for.
 Shapes: E routed experts, H hidden size.
-Not covered: adapters that are not merged, weights of other dtypes than fp32 and bf16.
+Not covered: adapters that are not merged, quantised weights.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.checkpoint.projection_module import domain_inputs, load_projection, state_of
 from nexus_ds.checkpoint.projections import State
 from nexus_ds.checkpoint.qwen2_moe import (
-    SHARED_GATE_FILL,
     TRAINED_GATE,
     Role,
     Stored,
@@ -56,7 +55,7 @@ from nexus_ds.upcycling.sources import Source
 BEFORE_FFN = ("pre_feedforward_layernorm", PRE_NORMS[1], PRE_NORMS[0])
 """Norms of which the first that a layer has stands before its FFN: Gemma's second is behind its
 attention, Cohere 2 has one for both."""
-ROUNDS_TO_HALF = {torch.float32: 2.0**-25, torch.bfloat16: 2.0**-9}
+ROUNDS_TO_HALF = {torch.float32: 2.0**-25, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 """Below this size the sigmoid of a number is exactly 1/2 in a dtype, with half of it to spare."""
 # of config.json, what a training may change without changing the mixture
 CARRIED = (
@@ -119,7 +118,7 @@ class _Trained:
 
     @property
     def dtype(self) -> str:
-        """Of all weights, as safetensors names it: F32 | BF16."""
+        """Of all weights, as safetensors names it: F32 | BF16 | F16."""
         return self.reader.info(gate_name(0)).dtype
 
     @property
@@ -393,8 +392,6 @@ def _refusal(directory: Path, wrong: Sequence[str]) -> str:
 
 def _tensors(target: ConfigJson, trained: _Trained, found: _Layers) -> dict[str, Source]:
     def source(name: str, entry: Stored) -> Source:
-        if entry.role is Role.SHARED_GATE:
-            return float(SHARED_GATE_FILL)
         if entry.role is Role.ROUTER and entry.layer in found.rows:
             return found.rows[entry.layer]
         return copy_of(trained.reader, name, entry)

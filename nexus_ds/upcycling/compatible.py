@@ -317,8 +317,10 @@ def seed_origin(model: DenseModel) -> Origin:
 def mixture_origin(directory: Path, config: ConfigJson, reader: Headers) -> Origin:
     """Return a mixture as what new experts are compared with; its config.json and tensors are as
     `open_moe` has them."""
-    # in a mixture without a shared expert zeros stand in its place
-    names = [name for name, entry in stored(config).items() if entry.role is not Role.SHARED]
+    # Without a shared expert zeros stand in its place; the constant gate is checked elsewhere,
+    # and is zero in fp16, as others save it.
+    odd = (Role.SHARED, Role.SHARED_GATE)
+    names = [name for name, entry in stored(config).items() if entry.role not in odd]
     return Origin("checkpoint", directory, reader, settings(config), None, names, True)
 
 

@@ -66,7 +66,7 @@ class OldModel:
 
     @property
     def dtype(self) -> str:
-        """Of all weights, as safetensors names it: F32 | BF16."""
+        """Of all weights, as safetensors names it: F32 | BF16 | F16."""
         return self.reader.info(gate_name(0)).dtype
 
     def target(self, experts: int, alignment: Alignment | None = None) -> ConfigJson:
@@ -98,7 +98,7 @@ class NewModel:
     verb: str
     config: ConfigJson
     dtype: str
-    """Of all weights: F32 | BF16."""
+    """Of all weights: F32 | BF16 | F16."""
     tensors: dict[str, Source]
     sidecar: Sidecar
     source: Path
@@ -297,8 +297,11 @@ def bytes_of(target: ConfigJson, dtype: str) -> int:
     return sum(tensor_bytes(*entry) for entry in plan.values())
 
 
-def copy_of(reader: Headers, name: str, entry: Stored) -> Blend:
+def copy_of(reader: Headers, name: str, entry: Stored) -> Source:
     """Return a checkpoint's tensor as it is; `entry` is what the table says of it."""
+    if entry.fill is not None:
+        # a constant; in fp16, as others save it, it is zero
+        return entry.fill
     # a mixture without a shared expert has zeros in its place
     return Blend([Part("checkpoint", reader, name, zeros=entry.role is Role.SHARED)])
 

@@ -79,7 +79,7 @@ def _reduced_tensors(target: ConfigJson, reader: Headers, kept: Sequence[int]) -
 
     def source(name: str, entry: Stored) -> Source:
         if entry.role is Role.ROUTER:
-            # of fp32 or bf16, which fp32 holds
+            # fp32 holds them, whatever the mixture is in
             return read_floats(reader, name)[kept]
         if entry.role is Role.ROUTED:
             # those behind a gap move up

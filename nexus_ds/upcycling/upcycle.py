@@ -17,8 +17,10 @@ from nexus_ds.checkpoint.arithmetic import Floats
 from nexus_ds.checkpoint.cards import NO_PACKAGES, Packages
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel, open_dense
+from nexus_ds.checkpoint.dense_settings import family_of
 from nexus_ds.checkpoint.expert_rows import centre_of
 from nexus_ds.checkpoint.families.record import AFTER_FFN, EMBEDDING, HEAD, DenseSettings
+from nexus_ds.checkpoint.forms import QWEN3_NEXT
 from nexus_ds.checkpoint.model_card import stated_license
 from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.checkpoint.projections import Projections, State
@@ -124,6 +126,7 @@ def upcycled(
         check_merge(config.model, experts, waived.vocabulary)
     base, models, alignment = _open_checked(seed, experts, packages, waived, problems)
     _check_learns(base, config)
+    _check_precision(base)
     note_other_seeds(base, packages.cards)
     router = config.router
     form = moe_config(base.config, len(models), router.top_k, router.input)
@@ -209,6 +212,16 @@ def _check_learns(base: DenseModel, config: Config) -> None:
             f"model.shared_expert=none with router.top_k=1: {base.family} norms what its FFN "
             f"returns ({normed[0]}), which undoes the gate, and the router would learn nothing; "
             "set router.top_k=2, or leave model.shared_expert at seed"
+        )
+
+
+def _check_precision(base: DenseModel) -> None:
+    """Raise UnsupportedModelError where the mixture's form could not hold the seed's weights."""
+    if base.dtype == "F16" and family_of(base.config).mixture == QWEN3_NEXT:
+        raise UnsupportedModelError(
+            f"{base.directory}: weights are F16, and a mixture of {base.family} has some of them "
+            "multiplied by powers of two, which fp16 rounds where they are small; save the seed "
+            "in bf16 or fp32 first"
         )
 
 

@@ -42,8 +42,10 @@ from nexus_ds.checkpoint.records import (
 from nexus_ds.checkpoint.values import read_rows, rounded
 from nexus_ds.errors import CheckpointError, ConfigError
 
-ULP = {"F32": 0.0, "BF16": 2.0**-7}
+ULP = {"F32": 0.0, "BF16": 2.0**-7, "F16": 2.0**-10}
 """What rounding to a dtype adds to an average's relative difference, at most."""
+LEAST = {"F32": 0.0, "BF16": 0.0, "F16": 2.0**-24}
+"""What it adds at most where a number is too small for the dtype's relative precision."""
 AT_ONCE = 1 << 20
 """Values of a tensor that are in memory at once, of each of its sources in fp64."""
 SUMMING = 2.0**-21
@@ -460,7 +462,8 @@ def _difference(
         # parts may cancel: the error grows with them, not with their sum
         sizes = np.sum(np.abs(values), axis=0)
         copied = len(parts) == 1
-        bound = 0.0 if copied else ULP[info.dtype] * np.abs(expected) + SUMMING * sizes
+        summed = ULP[info.dtype] * np.abs(expected) + LEAST[info.dtype] + SUMMING * sizes
+        bound = 0.0 if copied else summed
         # not `off > bound`, which a NaN would pass
         wrong += int(np.count_nonzero(~(off <= bound)))
         worst = max(worst, float(off.max(initial=0)))

@@ -327,9 +327,11 @@ def test_tensors_are_held_against_the_configuration(tmp_path, dense_dir):
                 dense_dir, tmp_path / "mixed", lambda t: t.update({name: t[name].bfloat16()})
             )
         )
-    with pytest.raises(UnsupportedModelError, match="weights are F16; save the model in fp32"):
-        half = lambda t: t.update({k: v.half() for k, v in t.items()})  # noqa: E731
-        on_disk.open_dense(with_tensors(dense_dir, tmp_path / "half", half))
+    with pytest.raises(
+        UnsupportedModelError, match="weights are F64; save the model in fp32, bf16 or fp16 first"
+    ):
+        wide = lambda t: t.update({k: v.double() for k, v in t.items()})  # noqa: E731
+        on_disk.open_dense(with_tensors(dense_dir, tmp_path / "wide", wide))
 
 
 def test_a_tied_models_repeated_head_and_old_buffers_are_ignored(tmp_path, dense_dir):

@@ -396,6 +396,19 @@ def test_a_router_that_reads_contexts_is_refused(made):
         upcycled(root / "seed", {"a": root / "a"}, embeddings(("a",)), config)
 
 
+def test_a_seed_in_fp16_is_refused(made, tmp_path):
+    """Its branches in fp16 are not: they are cast."""
+    _, _, _, root, _ = made
+    for name in ("seed", "a"):
+        with_tensors(
+            root / name, tmp_path / name, lambda t: t.update({n: x.half() for n, x in t.items()})
+        )
+    rest = ({"a": tmp_path / "a"}, embeddings(("a",)), Config())
+    assert upcycled(root / "seed", *rest).cast == {"a": "float16"}
+    with pytest.raises(UnsupportedModelError, match=r"seed: weights are F16, .* save the seed in "):
+        upcycled(tmp_path / "seed", *rest)
+
+
 @pytest.mark.slow
 def test_stock_transformers_loads_it_without_this_package(made):
     _, _, out, _, _ = made

@@ -6,11 +6,13 @@ import torch
 from safetensors.torch import save_file
 
 from nexus_ds.checkpoint.headers import Headers
+from nexus_ds.checkpoint.tensors import DTYPE_NAMES
 from nexus_ds.checkpoint.values import (
     SAMPLE_VALUES,
     SAMPLES,
     Comparison,
     decoded,
+    encoded,
     read_rows,
     read_values,
     rounded,
@@ -44,16 +46,20 @@ def test_what_is_no_number_of_a_weight_is_named(tmp_path, dtype, read):
         read(reader, "x")
 
 
-def test_rounding_is_that_of_torch():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_that_of_torch(dtype):
     bits = torch.randint(-(2**31), 2**31 - 1, (20_000,), dtype=torch.int32)
     x = torch.cat(
         [bits.view(torch.float32), torch.tensor(ODD), torch.tensor([1.00390625, 1.01171875])]
     )
-    expected = x.bfloat16().float().numpy()
-    np.testing.assert_array_equal(rounded(x.numpy(), "BF16"), expected)
+    expected = x.to(dtype).float().numpy()
+    np.testing.assert_array_equal(rounded(x.numpy(), DTYPE_NAMES[dtype]), expected)
     np.testing.assert_array_equal(rounded(x.numpy(), "F32"), x.numpy())
-    halves = x.bfloat16().view(torch.int16).numpy().tobytes()
-    np.testing.assert_array_equal(decoded(halves, "BF16"), expected)
+    halves = x.to(dtype).view(torch.int16).numpy().tobytes()
+    np.testing.assert_array_equal(decoded(halves, DTYPE_NAMES[dtype]), expected)
+    finite = x[torch.isfinite(x)]
+    stored = finite.to(dtype).view(torch.uint8).numpy()
+    np.testing.assert_array_equal(encoded(finite.numpy(), DTYPE_NAMES[dtype]), stored)
 
 
 def test_a_sample_has_pieces_of_all_of_a_tensor(tmp_path):

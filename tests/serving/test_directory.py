@@ -15,6 +15,7 @@ from transformers4 import run
 from transformers4_worker import LENGTH, log_probs, tokens
 
 from nexus_ds.checkpoint import assembly
+from nexus_ds.checkpoint.tensors import DTYPE_NAMES
 from nexus_ds.data.tokenizer import train_tokenizer
 from nexus_ds.errors import CheckpointError, ServingError
 from nexus_ds.serving import directory
@@ -192,14 +193,15 @@ def test_a_damaged_checkpoint_is_no_export(made, tmp_path):
         open_checkpoint(tmp_path / "gate")
 
 
-def test_a_dtype_of_two_bytes_is_kept(made, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_dtype_of_two_bytes_is_kept(made, tmp_path, dtype):
     shutil.copytree(made, tmp_path / "half")
-    halved = {n: t.bfloat16() for n, t in tensors_of(made).items()}
+    halved = {n: t.to(dtype) for n, t in tensors_of(made).items()}
     save_file(halved, tmp_path / "half" / "model.safetensors", metadata={"format": "pt"})
     opened = open_checkpoint(tmp_path / "half")
-    assert {dtype for dtype, _ in own_plan(opened).values()} == {"BF16"}
+    assert {kind for kind, _ in own_plan(opened).values()} == {DTYPE_NAMES[dtype]}
     out = exported(tmp_path / "half", "vllm", tmp_path / "out")
-    assert {tensor.dtype for tensor in tensors_of(out).values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in tensors_of(out).values()} == {dtype}
 
 
 # vLLM ---------------------------------------------------------------------------------------------

@@ -129,11 +129,13 @@ def test_llama_cpp_computes_what_transformers_does(tmp_path, monkeypatch):
     assert apart(without, wanted[2]) > 0.1, "without its factors it should be another model"
 
 
-def halve(source, out):
+def halve(source, out, dtype=torch.bfloat16):
     shutil.copytree(source, out)
-    config = json.loads((source / "config.json").read_text()) | {"dtype": "bfloat16"}
+    config = json.loads((source / "config.json").read_text()) | {
+        "dtype": str(dtype).removeprefix("torch.")
+    }
     (out / "config.json").write_text(json.dumps(config))
-    halved = {name: tensor.bfloat16() for name, tensor in tensors_of(source).items()}
+    halved = {name: tensor.to(dtype) for name, tensor in tensors_of(source).items()}
     save_file(halved, out / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -204,15 +206,16 @@ def test_every_weight_is_there_as_llama_cpp_takes_it(package, made, tmp_path):
     assert fields["tokenizer.ggml.eos_token_id"] == 0
 
 
-def test_bf16_stays_what_it_is_but_for_router_and_norms(package, made, tmp_path):
-    halve(made, tmp_path / "half")
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.bfloat16, "BF16"), (torch.float16, "F16")])
+def test_16_bits_stay_what_they_are_but_for_router_and_norms(package, made, tmp_path, dtype, kind):
+    halve(made, tmp_path / "half", dtype)
     write_gguf(open_checkpoint(tmp_path / "half"), plain_words(31), tmp_path / "m.gguf")
     tensors = package.GGUFReader(tmp_path / "m.gguf").tensors
     kinds = {tensor.name: tensor.tensor_type.name for tensor in tensors}
     full = {name for name, kind in kinds.items() if kind == "F32"}
     ends = ("norm.weight", "ffn_gate_inp.weight", "exp_probs_b.bias")
     assert full == {name for name in kinds if name.endswith(ends)}
-    assert set(kinds.values()) == {"F32", "BF16"}
+    assert set(kinds.values()) == {"F32", kind}
 
 
 def test_a_file_that_is_not_what_was_written_is_refused(package, made, tmp_path, monkeypatch):

@@ -252,7 +252,10 @@ def test_what_a_gate_lets_through_is_within_what_is_said(tmp_path, nexus_dir):
         assert 0.1 * report.gate < worst <= report.gate
 
 
-@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1.5e-9), (torch.bfloat16, 1e-4)])
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.float32, 1.5e-9), (torch.bfloat16, 1e-4), (torch.float16, 1e-5)],
+)
 def test_a_gate_that_rounds_to_a_half_is_folded_exactly(tmp_path, nexus_dir, dtype, size):
     stock(nexus_dir).to(dtype).save_pretrained(tmp_path / "tuned")
 
@@ -349,7 +352,10 @@ def test_what_computes_something_else(tmp_path, nexus_dir, tuned_dir):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda t: {n: x.half() for n, x in t.items()}, "weights are F16; save the model in fp32"),
+        (
+            lambda t: {n: x.double() for n, x in t.items()},
+            "weights are F64; save the model in fp32",
+        ),
         (
             lambda t: {n: x.bfloat16() if "norm" in n else x for n, x in t.items()},
             "weights of several dtypes",

@@ -70,16 +70,19 @@ def test_bad_values_name_model_tensor_and_count(parts, name, change, message):
     assert not left_over(parts)
 
 
-def test_a_cast_that_overflows(parts):
+@pytest.mark.parametrize(
+    ("dtype", "kind", "large"), [(torch.bfloat16, "BF16", 3.4e38), (torch.float16, "F16", 7e4)]
+)
+def test_a_cast_that_overflows(parts, dtype, kind, large):
     for name in ("seed", "alpha", "gamma"):
-        tensors = {n: t.bfloat16() for n, t in tensors_of(parts / name).items()}
+        tensors = {n: t.to(dtype) for n, t in tensors_of(parts / name).items()}
         save_file(tensors, parts / name / "model.safetensors", metadata={"format": "pt"})
     edit_tensors(
-        parts / "beta", lambda t: t["model.layers.0.mlp.up_proj.weight"].view(-1)[:2].fill_(3.4e38)
+        parts / "beta", lambda t: t["model.layers.0.mlp.up_proj.weight"].view(-1)[:2].fill_(large)
     )
     with pytest.raises(
         CheckpointError,
-        match=r"experts.1.up_proj.weight: 2 values overflow BF16; expert beta",
+        match=rf"experts.1.up_proj.weight: 2 values overflow {kind}; expert beta",
     ):
         upcycle(parts)
     assert not left_over(parts)

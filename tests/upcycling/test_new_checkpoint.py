@@ -7,7 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from branches import LAYERS, NAMES, edit_config, make_parts, stock, tensors_of, upcycle
+from branches import (
+    LAYERS,
+    NAMES,
+    edit_config,
+    edit_tensors,
+    make_parts,
+    stock,
+    tensors_of,
+    upcycle,
+)
 from conftest import save_branch
 from safetensors.torch import save_file
 
@@ -24,10 +33,12 @@ from nexus_ds.checkpoint.sidecar import (
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.config import load_config
 from nexus_ds.errors import CheckpointError
+from nexus_ds.outputs import new_directory
 from nexus_ds.upcycling.extend import extended
 from nexus_ds.upcycling.new_checkpoint import NewModel, open_old
 from nexus_ds.upcycling.remove import reduced
 from nexus_ds.upcycling.replace import replaced
+from nexus_ds.upcycling.verification import verify, verify_sources
 from tests.checkpoint.test_dense import embeddings
 
 
@@ -65,6 +76,38 @@ def test_experts_of_another_dtype_are_cast_to_the_seeds_and_named(parts):
     verify_expert_embeddings(parts / "out")
     assert torch.isfinite(stock(parts / "out")(torch.arange(5)[None]).logits).all()
     assert new.summary(parts / "out", None)["cast"] == {"alpha": "float32", "gamma": "float32"}
+
+
+def test_a_mixture_in_fp16_is_one_through_all_that_is_made_of_it(parts):
+    """Copies stay the bytes that they were, whoever saved the constant gate as the zero of fp16."""
+    for name in ("seed", *NAMES):
+        stock(parts / name).half().save_pretrained(parts / name)
+    upcycle(parts)
+    edit_tensors(
+        parts / "out", lambda t: t.update({n: x.half() for n, x in t.items() if "_gate" in n})
+    )
+    config, source = load_config("demo", []), parts / "out"
+    delta, beta = ({name: parts / "alpha"} for name in ("delta", "beta"))
+    made = {
+        "extended": lambda: extended(source, delta, embeddings(["delta"]), config),
+        "replaced": lambda: replaced(source, beta, embeddings(["beta"]), config),
+        "removed": lambda: reduced(source, ["beta"]),
+    }
+    alpha = tensors_of(parts / "alpha")
+    for name, make in made.items():
+        new = make()
+        with new_directory(parts / name) as directory:
+            new.write(directory, None, config.router, 0)
+        assert new.summary(parts / name, None)["dtype"] == "float16"
+        out = tensors_of(parts / name)
+        kinds = {"gate" if "shared_expert_gate" in n else "": x.dtype for n, x in out.items()}
+        assert kinds == {"": torch.float16, "gate": torch.float32}
+        for part in FFN_PARTS:
+            first = out[expert_name(1, 0, part)]
+            assert torch.equal(first, alpha[dense_ffn_name(1, part)])
+        assert not verify(parts / name).problems
+        assert not verify_sources(parts / name, {}).problems
+        assert torch.isfinite(stock(parts / name).half()(torch.arange(5)[None]).logits).all()
 
 
 @pytest.mark.parametrize(("long", "said"), [([2.0] * 4, True), ([1.5] * 4, False)])

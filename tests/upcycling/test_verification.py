@@ -12,6 +12,7 @@ from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.qwen2_moe import expert_name, gate_name, shared_name
 from nexus_ds.checkpoint.records import OtherStep, TrainStep
 from nexus_ds.checkpoint.sidecar import read_sidecar, write_sidecar
+from nexus_ds.checkpoint.tensors import DTYPES
 from nexus_ds.config import load_config
 from nexus_ds.data.domains import read_domain_embeddings
 from nexus_ds.errors import ConfigError
@@ -28,19 +29,18 @@ def parts(tmp_path, dense_dir, text_folder):
     return make_parts(tmp_path, dense_dir, text_folder)
 
 
-def bf16(parts):
+def save_in(parts, dtype):
     for name in ("seed", *NAMES):
 
         def cast(tensors):
-            tensors.update({key: t.bfloat16() for key, t in tensors.items()})
+            tensors.update({key: t.to(DTYPES[dtype]) for key, t in tensors.items()})
 
         edit_tensors(parts / name, cast)
 
 
-@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
 def test_an_upcycled_checkpoint_is_sound(parts, dtype):
-    if dtype == "BF16":
-        bf16(parts)
+    save_in(parts, dtype)
     upcycle(parts)
     found = verify(parts / "out")
     assert not found.problems and not found.notes and len(found.checked) == 4
@@ -50,6 +50,29 @@ def test_an_upcycled_checkpoint_is_sound(parts, dtype):
         "24 tensors that are copies, byte by byte",
         f"{2 * 6 + 2} averages, computed again",
     ]
+
+
+def test_the_last_place_of_small_numbers_in_fp16_is_no_damage(parts):
+    """0.7 and 0.3 of a few times 2^-24 often lie midway between two numbers of fp16."""
+    save_in(parts, "F16")
+    name = "model.layers.1.self_attn.k_proj.weight"
+
+    def fill(tensors, seed):
+        draws = torch.Generator().manual_seed(seed)
+        steps = torch.randint(-60, 60, tensors[name].shape, generator=draws)
+        tensors[name] = (steps * 2.0**-24).half()
+
+    for model in ("seed", *NAMES):
+        edit_tensors(parts / model, lambda tensors: fill(tensors, 0))
+    upcycle(parts)
+    edit_tensors(parts / "alpha", lambda tensors: fill(tensors, 1))
+    embed(parts / "more.safetensors", ("delta",), "gone", seed=3)
+    embeddings = read_domain_embeddings(parts / "more.safetensors")
+    config = load_config(str(parts / "recipe.yaml"))
+    new = extended(parts / "out", {"delta": parts / "alpha"}, embeddings, config, share=0.3)
+    with new_directory(parts / "wider") as directory:
+        new.write(directory, None, config.router, 0)
+    assert not verify_sources(parts / "wider", {}).problems
 
 
 def test_rows_of_an_aligned_vocabulary_are_compared_with_the_models_that_gave_them(parts):
@@ -143,7 +166,7 @@ def test_an_extended_checkpoint_is_sound(parts, replace):
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 def test_a_changed_value_is_named_by_tensor(parts, name, said, dtype):
     if dtype == "BF16":
-        bf16(parts)
+        save_in(parts, "BF16")
     upcycle(parts)
     edit_tensors(parts / "out", lambda t: t[name].view(-1)[:1].mul_(1.05))
     assert verify(parts / "out").problems == [f"1 tensors were changed: {name}"]

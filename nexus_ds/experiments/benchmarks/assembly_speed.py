@@ -9,7 +9,7 @@ begun with nothing left to flush; in a cold round the inputs were dropped from t
 Where mergekit is installed it takes its turn with the same models: the seed is its shared expert
 and gives all that is not an FFN, nothing is averaged, checked or flushed.
 Peak memory is that of the process alone (VmHWM: `ru_maxrss` has its parent's too).
-Not covered: disks that are not this machine's; fp16, which no expert may have.
+Not covered: disks that are not this machine's.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nexus_ds.checkpoint.config_json import ConfigJson
+from nexus_ds.checkpoint.dense import MODEL_DTYPES
 from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.families.record import dense_weights
 from nexus_ds.checkpoint.file_layout import in_files
@@ -43,7 +44,7 @@ from nexus_ds.checkpoint.headers import (
     tensor_bytes,
 )
 from nexus_ds.checkpoint.new_files import NewFiles
-from nexus_ds.checkpoint.qwen2_moe import moe_config, stored
+from nexus_ds.checkpoint.qwen2_moe import moe_config, planned
 from nexus_ds.checkpoint.values import encoded
 from nexus_ds.children import tie_to_parent
 from nexus_ds.data.domains import DomainEmbeddings, write_domain_embeddings
@@ -52,7 +53,7 @@ from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import write_json
 
 HELP = "upcycling's one pass against reading and writing alone: time, CPU, memory, warm and cold"
-KINDS = {"bf16": "BF16", "fp32": "F32"}
+KINDS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 SIZES = {"tiny": (64, 2), "250m": (1024, 16), "1b": (2048, 18)}
 """Hidden size and layers; a vocabulary of 32,768 (tiny: 320)."""
 NAMES = ("alpha", "beta", "gamma")
@@ -95,7 +96,7 @@ def _config(size: str, dtype: str) -> ConfigJson:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "dtype": {"bf16": "bfloat16", "fp32": "float32"}[dtype],
+        "dtype": MODEL_DTYPES[KINDS[dtype]],
         "vocab_size": 320 if size == "tiny" else 32_768,
         "hidden_size": hidden,
         "intermediate_size": hidden * 11 // 4,
@@ -201,8 +202,7 @@ def mixture_bytes(root: Path) -> int:
     config = json.loads((root / "seed" / "config.json").read_text())
     dtype = seed.info(seed.names()[0]).dtype
     target = moe_config(config, len(NAMES), 1, "token")
-    plan = {name: (dtype, entry.shape) for name, entry in stored(target).items()}
-    sizes = [tensor_bytes(*entry) for entry in in_files(plan, target).values()]
+    sizes = [tensor_bytes(*entry) for entry in in_files(planned(target, dtype), target).values()]
     return sum(sizes)
 
 

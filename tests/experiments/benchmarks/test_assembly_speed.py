@@ -22,7 +22,7 @@ from nexus_ds.experiments.benchmarks.assembly_speed import (
 )
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_the_floor_writes_as_many_bytes_as_the_verb(tmp_path, dtype):
     (tmp_path / "in").mkdir()
     make_inputs(tmp_path / "in", "tiny", dtype, 200_000)
