@@ -24,6 +24,7 @@ from nexus_ds.experiments.comparison.report_figures import (
     draw_variants,
 )
 from nexus_ds.experiments.comparison.report_opening import QUESTION, opening_sections
+from nexus_ds.experiments.comparison.report_seed import seed_sections
 from nexus_ds.experiments.comparison.report_tables import (
     additions,
     domain_table,
@@ -368,6 +369,7 @@ def comparison_sections(results: Results, folder: Path) -> list[Section]:
     return [
         *sections,
         *_routing_sections(results, folder),
+        *seed_sections(results, folder),
         *_regime_sections(results, folder),
         *_variant_sections(results, folder),
         *_end_sections(results),

@@ -425,6 +425,21 @@ class Domains:
 
 
 @dataclass(frozen=True)
+class CurvePoint:
+    """A validation of the seed model within its own training."""
+
+    tokens: int
+    """That it had read."""
+    loss: dict[str, float]
+    """By domain, nats per token."""
+
+    @classmethod
+    def from_json(cls, value: Json) -> CurvePoint:
+        """Return one point of the file's `seed_curve`."""
+        return cls(value["tokens"], _numbers(value.get("loss")))
+
+
+@dataclass(frozen=True)
 class NotRun:
     """What the recipe names and nothing was measured of."""
 
@@ -458,6 +473,8 @@ class Results:
     seed_tokens: dict[str, int] = field(default_factory=dict)
     """That the seed model was trained on, by variant ('': the recipe as it stands); unknown of a
     model that was given."""
+    seed_curve: list[CurvePoint] = field(default_factory=list)
+    """Of the first seed's model, in the recipe as it stands; empty of a model that was given."""
 
     @classmethod
     def from_json(cls, value: Json) -> Results:
@@ -485,6 +502,7 @@ class Results:
             contender_settings=value.get("contender_settings") or {},
             measures={name: MeasureEntry.from_json(entry) for name, entry in measures.items()},
             seed_tokens=value.get("seed_tokens") or {},
+            seed_curve=[CurvePoint.from_json(point) for point in value.get("seed_curve") or []],
         )
 
     def to_json(self) -> dict[str, object]:
@@ -506,4 +524,5 @@ class Results:
             "contender_settings": self.contender_settings,
             "measures": {name: entry.to_json() for name, entry in self.measures.items()},
             "seed_tokens": self.seed_tokens,
+            "seed_curve": [vars(point) for point in self.seed_curve],
         }

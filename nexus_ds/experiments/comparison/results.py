@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from nexus_ds.checkpoint.inspection import describe
+from nexus_ds.experiments.comparison.case_jobs import CaseJobs
 from nexus_ds.experiments.comparison.job_graph import Comparison, Made, moe_domains
 from nexus_ds.experiments.comparison.methods import EXTENSIONS, METHODS, Extension, Method
 from nexus_ds.experiments.comparison.recipe_reader import Case, training_tokens
 from nexus_ds.experiments.comparison.result_file import (
     BudgetScores,
     Compute,
+    CurvePoint,
     Domains,
     ExtensionRow,
     MethodRow,
@@ -34,6 +36,7 @@ from nexus_ds.experiments.comparison.result_file import (
 from nexus_ds.pipeline import SEED
 from nexus_ds.report.evaluation import SUMMARY
 from nexus_ds.report.summary import MeasureEntry, ModelEntry, mean_over_seeds
+from nexus_ds.runtime.schedule import tokens_per_step
 from nexus_ds.settings import Config
 from nexus_ds.typed_json import parsed, read_typed, refusing, typed
 
@@ -409,6 +412,23 @@ def _seed_tokens(comparison: Comparison, config: Config) -> dict[str, int]:
     return found
 
 
+def _seed_curve(comparison: Comparison, config: Config) -> list[CurvePoint]:
+    """Return the validations of the seed model's training, without that of its random start."""
+    case = Case(config.compare.seeds[0])
+    seed = comparison.builder.reader.config(SEED, case)
+    # of a given model's training nothing is known
+    if seed.model.path:
+        return []
+    model = CaseJobs(comparison.builder, case).seed_model()
+    if not _log(model).exists():
+        return []
+    size = tokens_per_step(seed.training, seed.data)
+    found = records(model)
+    with _reading(model):
+        scored = [record for record in _of_kind(found, "validation") if record["step"]]
+        return [CurvePoint(record["step"] * size, _losses(record)) for record in scored]
+
+
 def collect(
     comparison: Comparison,
     config: Config,
@@ -451,4 +471,5 @@ def collect(
         measures=_measures(comparison, config),
         not_run=_not_run(comparison, failed),
         seed_tokens=_seed_tokens(comparison, config),
+        seed_curve=_seed_curve(comparison, config),
     )

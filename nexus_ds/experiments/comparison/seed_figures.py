@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKERS = "osD^vPX*<>hp"
+MOST_PLACES = 10
+"""Of an axis that are named."""
 DARK = "#444444"
 """Of lines that a value is read against."""
 # From a name to its point: pale, so that points and error bars stay in front.
@@ -246,13 +248,17 @@ def _curves(
 ) -> None:
     """Draw one panel; each series has its look and its shift in every panel."""
     xs: list[float] = []
+    bars: list[float | None] = []
     for points in curves.values():
         xs += [level.x for level in points]
+        bars += [level.deviation for level in points]
     # Beside names, which stand 1 apart, all series together keep clear of the next name.
     step = 0.7 / max(1, len(series))
-    # On a curve less will do, and more would shift its budgets.
+    # On a curve less will do, and more would shift its budgets; without error bars none is needed.
     if joined and xs:
         step = (max(xs) - min(xs)) / 150
+        if not any(bars):
+            step = 0.0
     middle = (len(series) - 1) / 2
     for name, points in curves.items():
         number = series.index(name)
@@ -299,8 +305,9 @@ def _count_places(axes: Axes, curves: Mapping[str, Sequence[Level]]) -> None:
     places: set[float] = set()
     for points in curves.values():
         places |= {level.x for level in points}
-    ticks = sorted(places)
-    # Named where something was scored, not at round numbers between.
+    # Named where something was scored, not at round numbers between; the last one always.
+    step = -(-len(places) // MOST_PLACES)
+    ticks = sorted(places)[::-1][:: max(step, 1)]
     if ticks:
         names = [short_count(tick) for tick in ticks]
         axes.set_xticks(ticks, names, fontsize=9)

@@ -63,6 +63,7 @@ def small():
         "contender_settings": {"union": ["c=3"]},
         "measures": {"bits": {"models": {"Nexus": {"a": measured}}, "reference": {}}},
         "seed_tokens": {"": 1_000_000, "v": 2_000_000},
+        "seed_curve": [{"tokens": 500_000, "loss": {"a": 4.5}}],
     }
 
 

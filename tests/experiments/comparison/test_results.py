@@ -309,6 +309,27 @@ def test_shares_and_leak_are_read_from_the_right_cells(tmp_path):
     assert len(results.records(tmp_path / "m")) == 3
 
 
+def test_the_seeds_curve_is_that_of_the_recipe_as_it_stands(tmp_path, dense_dir):
+    words = ["compare.seeds=[0]", 'compare.variants={"more": ["stages.seed.training.tokens=9000"]}']
+    comparison = build("compare-tiny", words, tmp_path)
+    config = load_config("compare-tiny", words)
+    assert results._seed_curve(comparison, config) == []
+    trainings = [
+        job for job in comparison.builder.jobs.values() if job.output.name.startswith("seed-")
+    ]
+    [model] = [job.output for job in trainings if job.tokens > 90_000]
+    model.parent.mkdir(parents=True)
+    write_metrics(model, [record(step, 6.0 - step, None, None, 1.0) for step in (0, 2, 1)])
+    points = results._seed_curve(comparison, config)
+    step = config.training.batch_size * config.data.sequence_length
+    assert [(point.tokens, point.loss) for point in points] == [
+        (step, {"a": 5.0, "b": 6.0}),
+        (2 * step, {"a": 4.0, "b": 5.0}),
+    ]
+    given = [*words, f"model.path={dense_dir}"]
+    assert results._seed_curve(build("compare-tiny", given, tmp_path), config) == []
+
+
 def test_what_was_not_run_has_its_reason():
     found = build(
         "compare-tiny", ["compare.seeds=[0]", "compare.contenders=[nexus]"], Path("comparison")
