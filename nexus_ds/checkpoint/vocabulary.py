@@ -87,14 +87,16 @@ def _of_definition(directory: Path) -> dict[int, str]:
     model = definition.get("model")
     words = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(words, list):
-        # a unigram model's: [token, score], numbered as they stand
-        tokens = {index: str(pair[0]) for index, pair in enumerate(words) if pair}
+        # a unigram model's are numbered as they stand
+        if not all(isinstance(pair, list) and pair for pair in words):
+            raise _damaged(path, "[token, score] of each piece")
+        tokens = {index: str(pair[0]) for index, pair in enumerate(words)}
     else:
         tokens = _by_id(path, words)
     added = definition.get("added_tokens") or []
     try:
         return tokens | {int(entry["id"]): str(entry["content"]) for entry in added}
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise _damaged(path, "id and content of each added token") from error
 
 

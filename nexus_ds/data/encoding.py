@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 Texts = list[str] | list[Document]
 """Documents where chats are read, else what stands in them."""
+PANIC = "PanicException"
+"""Name of what the library raises where its Rust stumbles; pyo3's, which can't be imported."""
 AHEAD = 3  # batches a worker that are under way at once, so that none waits for the reader
 
 
@@ -99,7 +101,8 @@ def beginning(backend: Backend) -> tuple[int, ...]:
     BOS for a Llama's or a Gemma's, none for a Qwen's.
 
     Raises:
-        CheckpointError: an id of which there is no token.
+        CheckpointError: an id of which there is no token, or a post_processor that breaks the
+            library.
     """
     found = _before_text(backend)
     strange = [index for index in found if backend.id_to_token(index) is None]
@@ -114,15 +117,25 @@ def beginning(backend: Backend) -> tuple[int, ...]:
 def _before_text(backend: Backend) -> tuple[int, ...]:
     # the first text that it knows: a vocabulary need not have single letters
     for text in ("a", *backend.get_vocab(with_added_tokens=False)):
-        # a vocabulary of words raises where it has none for the unknown
-        with suppress(Exception):
+        try:
             encoding = backend.encode(text)
-            # sequence_ids: 0 for a token of the text, None for one that was added
-            if 0 in encoding.sequence_ids:
-                first = encoding.sequence_ids.index(0)
-                before = zip(encoding.ids[:first], encoding.attention_mask[:first], strict=True)
-                # padding is not attended to
-                return tuple(token for token, attended in before if attended)
+        # a vocabulary of words raises where it has none for the unknown
+        except Exception:
+            continue
+        # what its Rust stumbles over is no Exception
+        except BaseException as error:
+            if type(error).__name__ != PANIC:
+                raise
+            raise CheckpointError(
+                f"the tokenizer can't encode {text!r} ({error}); "
+                "mend post_processor in its tokenizer.json"
+            ) from error
+        # sequence_ids: 0 for a token of the text, None for one that was added
+        if 0 in encoding.sequence_ids:
+            first = encoding.sequence_ids.index(0)
+            before = zip(encoding.ids[:first], encoding.attention_mask[:first], strict=True)
+            # padding is not attended to
+            return tuple(token for token, attended in before if attended)
     return ()
 
 

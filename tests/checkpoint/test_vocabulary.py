@@ -94,6 +94,15 @@ def test_none(tmp_path):
             '{"model": {"vocab": {}}, "added_tokens": [{"id": 1}]}',
             "expected id and content of each added token",
         ),
+        (
+            "tokenizer.json",
+            '{"model": {"vocab": {}}, "added_tokens": [{"id": 1e999, "content": "a"}]}',
+            "expected id and content of each added token",
+        ),
+        *(
+            ("tokenizer.json", f'{{"model": {{"vocab": [{pair}]}}}}', "score. of each piece; fetch")
+            for pair in ('["a", 0.5], {"b": 1}', "1", "null", "[]")
+        ),
         ("tokenizer.model", "no protobuf", "expected a sentencepiece model; fetch or save"),
         ("added_tokens.json", '{"a": "1"}', "added_tokens.json: expected an object from tokens"),
         (

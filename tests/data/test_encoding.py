@@ -1,4 +1,5 @@
 import hashlib
+import json
 import shutil
 import signal
 import subprocess
@@ -132,6 +133,22 @@ def test_what_is_put_before_a_text_must_be_a_token_and_no_padding():
         CheckpointError,
         match="puts the id 9 before a text, but has no such token; mend post_processor",
     ):
+        beginning(backend)
+
+
+def test_a_post_processor_that_breaks_the_library_is_named(tokenizer_dir: Path):
+    """Found by tests/guided.py: of a single text it wants the second one."""
+    from tokenizers import Tokenizer
+
+    definition = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    definition["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "B", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"],
+        "special_tokens": {},
+    }
+    backend = Tokenizer.from_str(json.dumps(definition))
+    with pytest.raises(CheckpointError, match=r"can't encode 'a' \(.*\); mend post_processor"):
         beginning(backend)
 
 
