@@ -240,6 +240,28 @@ def check_related(
     )
 
 
+def note_unchanged(seed: DenseModel, models: Mapping[str, DenseModel]) -> None:
+    """Say on stderr whose feed-forward networks are the seed's, by a sample: all that a routed
+    expert has of its branch. The seed itself as an expert is meant so.
+
+    Args:
+        seed: of the mixture.
+        models: for each expert's name its dense model.
+    """
+    for name, model in models.items():
+        # one tensor that differs is enough, mostly the first
+        changed = any(
+            not np.array_equal(sample(seed.reader, one), sample(model.reader, one))
+            for one in model.ffn_names()
+        )
+        if not changed and model.directory != seed.directory:
+            note(
+                f"expert {name} ({model.directory}): its feed-forward networks are the seed's, so "
+                "a routed expert has nothing of its own; train them (an adapter's target_modules: "
+                "gate_proj, up_proj, down_proj), or leave it out"
+            )
+
+
 def unrelated_text(who: str, found: Relation) -> str:
     """Return a model and its cosine, for messages."""
     return f"{who}: cosine {found.cosine:.2f}"

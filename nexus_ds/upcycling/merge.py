@@ -52,7 +52,7 @@ def check_merge(
     if grown and model.merge != "mean":
         raise ConfigError(
             f"model.merge: {model.merge} can't merge vocabularies that grew; leave --align-vocab "
-            "out, or take the mean"
+            "out, or set model.merge=mean"
         )
     if grown and model.merge_rows != "alike":
         raise ConfigError(

@@ -53,6 +53,7 @@ from nexus_ds.upcycling.compatible import (
     NOTHING,
     Waived,
     check_disk,
+    note_unchanged,
     seed_origin,
 )
 from nexus_ds.upcycling.merge import (
@@ -128,6 +129,7 @@ def upcycled(
     _check_learns(base, config)
     _check_precision(base)
     note_other_seeds(base, packages.cards)
+    note_unchanged(base, models)
     router = config.router
     form = moe_config(base.config, len(models), router.top_k, router.input)
     if alignment:

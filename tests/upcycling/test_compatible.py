@@ -182,6 +182,21 @@ def test_what_differs_without_harm_is_a_note(parts, capsys):
     assert "note: expert beta: max_position_embeddings is 32, the new checkpoint has 64" in said
 
 
+def test_a_branch_whose_ffns_are_the_seeds_is_told_of(parts, capsys):
+    """As an adapter on the attention leaves them. The seed as an expert is meant so."""
+    shutil.copy(parts / "seed" / "model.safetensors", parts / "beta" / "model.safetensors")
+    edit_tensors(parts / "beta", lambda t: t["model.layers.0.self_attn.q_proj.weight"].mul_(1.1))
+    experts = {"alpha": parts / "alpha", "beta": parts / "beta", "gamma": parts / "seed"}
+    upcycle(parts, experts=experts)
+    said = capsys.readouterr().err
+    assert "note: expert beta" in said and said.count("its feed-forward networks are the seed") == 1
+    name = "model.layers.1.mlp.down_proj.weight"
+    edit_tensors(parts / "beta", lambda t: t[name].mul_(1.1))
+    shutil.rmtree(parts / "out")
+    upcycle(parts, experts=experts)
+    assert "feed-forward networks are" not in capsys.readouterr().err
+
+
 def test_a_head_beside_tied_embeddings_is_carried_with_a_word(parts, capsys):
     def add_head(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
