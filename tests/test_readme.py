@@ -439,7 +439,14 @@ def test_the_layout_is_that_of_the_repository():
 
 def test_files_that_the_readme_names_exist():
     for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert (REPOSITORY / target).exists(), target
+        file, _, heading = target.partition("#")
+        assert (REPOSITORY / file).exists(), target
+        if heading:
+            lines = (REPOSITORY / file).read_text(encoding="utf-8").splitlines()
+            slugs = {
+                line.lstrip("# ").lower().replace(" ", "-") for line in lines if line[:1] == "#"
+            }
+            assert heading in slugs, target
     for target in COMMANDS[0]:  # make demo, make test
         assert re.search(rf"^{target.split()[1]}:", (REPOSITORY / "Makefile").read_text(), re.M)
 
