@@ -225,10 +225,16 @@ def next_evaluation(out: Path | str, data: DataConfig) -> str:
     return shlex.join(["nexus-ds", "evaluate", *read, *_reading(data), *written])
 
 
-def next_extension(checkpoint: Path) -> str:
-    """Return a call of `extend` for a person to complete, quoted for a shell."""
-    words = ["extend", *_options({"--checkpoint": checkpoint, "--expert": "NAME=DIR"})]
-    return shlex.join(["nexus-ds", *words, *_options({"--domains": "FILE", "--out": "DIR"})])
+def next_extension(checkpoint: Path, seed: bool = False) -> str:
+    """Return a call of `extend` for a person to complete, quoted for a shell.
+
+    `seed`: whether routed experts go further from it than their branches.
+    """
+    options: dict[str, object] = {"--checkpoint": checkpoint, "--expert": "NAME=DIR"}
+    if seed:
+        options["--base"] = "SEED"
+    options |= {"--domains": "FILE", "--out": "DIR"}
+    return shlex.join(["nexus-ds", "extend", *_options(options)])
 
 
 def next_words(checkpoint: Path, prompt: str, mixture: bool) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from nexus_ds.checkpoint.records import start_scale
 from nexus_ds.command_lines import next_extension
 from nexus_ds.outputs import new_directory, refuse_existing
 from nexus_ds.settings import RouterConfig
@@ -55,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     with new_directory(out) as temporary:
         # nothing is fitted to text, so neither the router's settings nor the seed matter
         found.model.write(temporary, None, RouterConfig(), 0)
-    command = next_extension(out)
+    far = start_scale(found.model.sidecar.lineage, "task") != 1.0
+    command = next_extension(out, seed=far)
     if args.json:
         layers = [dataclasses.asdict(layer) for layer in found.layers]
         result = found.model.summary(out, None) | {"layers": layers, "next": command}

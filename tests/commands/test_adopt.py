@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from branches import stock
+from branches import make_parts, stock, upcycle
 from conftest import train_shared_gates
 
 from nexus_ds.__main__ import main
@@ -62,3 +62,11 @@ def test_a_copied_sidecar_does_not_count(tuned, nexus_dir, tmp_path):
     shutil.copy(nexus_dir / "nexus.json", tuned)
     shutil.copytree(nexus_dir / "nexus", tuned / "nexus")
     assert main(["adopt", str(tuned), "--from", str(nexus_dir), "--out", str(tmp_path / "o")]) == 0
+
+
+def test_experts_beyond_their_branches_need_the_seed_next(tmp_path, dense_dir, text_folder, capsys):
+    parts = make_parts(tmp_path, dense_dir, text_folder)
+    upcycle(parts, "model.task_scale=2")
+    stock(parts / "out").save_pretrained(parts / "tuned")
+    assert main(["adopt", str(parts / "tuned"), "--from", str(parts / "out")]) == 0
+    assert " --base SEED --domains FILE" in capsys.readouterr().out.splitlines()[-1]
