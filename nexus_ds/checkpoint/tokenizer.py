@@ -225,7 +225,7 @@ def _meaning(directory: Path, backend: Tokenizer, named: Mapping[str, str]) -> T
     backend.no_padding()
     tokens = {index: str(backend.id_to_token(index)) for index in backend.get_vocab().values()}
     roles = {role: named.get(role) or None for role in ROLES}
-    before = "".join(tokens[index] for index in beginning(backend))
+    before = "".join(tokens[index] for index in beginning(backend, directory))
     roles["what is put before a text"] = before or None
     return TokenizerMeaning(directory, backend, tokens, _splitting(backend), roles)
 

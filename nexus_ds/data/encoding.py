@@ -95,26 +95,27 @@ class Packed(NamedTuple):
     """Of documents that were left out: what is wrong with each."""
 
 
-def beginning(backend: Backend) -> tuple[int, ...]:
+def beginning(backend: Backend, directory: Path) -> tuple[int, ...]:
     """Return the ids that a `tokenizers` object puts before a text.
 
-    BOS for a Llama's or a Gemma's, none for a Qwen's.
+    BOS for a Llama's or a Gemma's, none for a Qwen's. `directory`: where it is from, for messages.
 
     Raises:
         CheckpointError: an id of which there is no token, or a post_processor that breaks the
             library.
     """
-    found = _before_text(backend)
+    found = _before_text(backend, directory)
     strange = [index for index in found if backend.id_to_token(index) is None]
     if strange:
         raise CheckpointError(
-            f"the tokenizer puts the id {strange[0]} before a text, but has no such token; "
+            f"{directory}: the tokenizer puts the id {strange[0]} before a text, but has no such "
+            "token; "
             "mend post_processor in its tokenizer.json"
         )
     return found
 
 
-def _before_text(backend: Backend) -> tuple[int, ...]:
+def _before_text(backend: Backend, directory: Path) -> tuple[int, ...]:
     # the first text that it knows: a vocabulary need not have single letters
     for text in ("a", *backend.get_vocab(with_added_tokens=False)):
         try:
@@ -127,7 +128,7 @@ def _before_text(backend: Backend) -> tuple[int, ...]:
             if type(error).__name__ != PANIC:
                 raise
             raise CheckpointError(
-                f"the tokenizer can't encode {text!r} ({error}); "
+                f"{directory}: the tokenizer can't encode {text!r} ({error}); "
                 "mend post_processor in its tokenizer.json"
             ) from error
         # sequence_ids: 0 for a token of the text, None for one that was added
@@ -163,7 +164,7 @@ def load_tokenizer(directory: Path, bos: bool = True, chat: bool = False) -> Tok
     form = chat_format(tokenizer, directory) if chat else None
     return Tokenizer(
         definition=backend.to_str(),
-        begin=beginning(backend) if bos else (),
+        begin=beginning(backend, directory) if bos else (),
         end=tokenizer.eos_token_id,
         dtype="uint16" if vocabulary_size(tokenizer) < 1 << 16 else "uint32",
         chat=form,

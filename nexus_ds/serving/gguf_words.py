@@ -231,7 +231,7 @@ def read_words(directory: Path, size: int) -> Words:
     if pieces and "unknown" in roles:
         types[roles["unknown"]] = UNKNOWN
     # what transformers puts before a text, llama.cpp has to put there too
-    opening = beginning(backend)
+    opening = beginning(backend, directory)
     if opening not in ((), (roles.get("bos"),)):
         raise _refused(directory, f"puts the ids {list(opening)} before a text")
     return Words(

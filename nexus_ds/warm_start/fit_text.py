@@ -231,6 +231,6 @@ def _embedded(
 def _texts(tokenizer: PreTrainedTokenizerFast, tokens_nS: Tensor) -> list[str]:
     """Return the text of each window, as the encoder of the domains reads it."""
     # What begins a document is no text, and nothing that an encoder knows.
-    begin = set(beginning(tokenizer.backend_tokenizer))
+    begin = set(beginning(tokenizer.backend_tokenizer, Path(tokenizer.name_or_path)))
     rows = [[token for token in row if token not in begin] for row in tokens_nS.tolist()]
     return tokenizer.batch_decode(rows)

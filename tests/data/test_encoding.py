@@ -117,7 +117,7 @@ def test_the_beginning_is_found_where_a_letter_is_no_token():
     for model in (models.WordLevel({"<s>": 0, "tree": 1}), models.BPE({"<s>": 0, "t": 1}, [])):
         backend = Tokenizer(model)
         backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-        assert beginning(backend) == (0,)
+        assert beginning(backend, Path("DIR")) == (0,)
 
 
 def test_what_is_put_before_a_text_must_be_a_token_and_no_padding():
@@ -127,13 +127,13 @@ def test_what_is_put_before_a_text_must_be_a_token_and_no_padding():
     backend = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "<pad>": 2}))
     backend.enable_padding(direction="left", pad_id=2, pad_token="<pad>", length=8)
     backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    assert backend.encode("a").ids == [2] * 6 + [0, 1] and beginning(backend) == (0,)
+    assert backend.encode("a").ids == [2] * 6 + [0, 1] and beginning(backend, Path("DIR")) == (0,)
     backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 9)])
     with pytest.raises(
         CheckpointError,
-        match="puts the id 9 before a text, but has no such token; mend post_processor",
+        match="DIR: the tokenizer puts the id 9 before a text, but has no such token; mend post_",
     ):
-        beginning(backend)
+        beginning(backend, Path("DIR"))
 
 
 def test_a_post_processor_that_breaks_the_library_is_named(tokenizer_dir: Path):
@@ -148,8 +148,10 @@ def test_a_post_processor_that_breaks_the_library_is_named(tokenizer_dir: Path):
         "special_tokens": {},
     }
     backend = Tokenizer.from_str(json.dumps(definition))
-    with pytest.raises(CheckpointError, match=r"can't encode 'a' \(.*\); mend post_processor"):
-        beginning(backend)
+    with pytest.raises(
+        CheckpointError, match=r"DIR: the tokenizer can't encode 'a' \(.*\); mend post_processor"
+    ):
+        beginning(backend, Path("DIR"))
 
 
 @pytest.mark.timeout(300)
