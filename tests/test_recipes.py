@@ -15,7 +15,7 @@ from nexus_ds.experiments.comparison.recipe_reader import Case
 from nexus_ds.planning import fitting
 from nexus_ds.planning.layout import Machine
 from nexus_ds.planning.sizes import sizes_of
-from nexus_ds.settings import STAGES
+from nexus_ds.settings import STAGES, Config
 
 NAMES = sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml"))
 COMPARED = [name for name in NAMES if "compare" in read_recipe(name)]
@@ -194,3 +194,20 @@ def test_the_recipe_for_chats_is_own_with_chats():
     for stage in ("moe", "extend", "branch"):
         words = [f"stage={stage}", *(["branch=a"] if stage == "branch" else [])]
         assert load_config("own-chat", words).data.chat
+
+
+def test_the_papers_way_stays_a_recipe_beside_own():
+    """`own` goes further from the seed than branches do, `own-paper` has the settings' defaults."""
+    put_together = ("shared_scale", "routed_scale", "task_scale", "merge")
+    plain = Config().model
+    own, paper = load_config("own").model, load_config("own-paper").model
+    assert all(getattr(paper, name) == getattr(plain, name) for name in put_together)
+    assert (own.task_scale, own.merge) == (2, "seed") and own.shared_scale + own.routed_scale < 1.1
+    rates = ("backbone_lr_scale", "shared_lr_scale", "freeze_old_experts")
+    for stage, backbone in (("branch", 0), ("extend", 0.1)):
+        words = [f"stage={stage}", *(["branch=a"] if stage == "branch" else [])]
+        assert load_config("own", words).training.backbone_lr_scale == backbone
+        given = load_config("own-paper", words)
+        assert all(getattr(given.training, n) == getattr(Config().training, n) for n in rates)
+        assert given.pipeline.merge_weight is None
+    assert load_config("own", ["stage=extend"]).pipeline.merge_weight == 0
