@@ -312,10 +312,13 @@ def test_a_training_whose_rank_stands_still_ends_and_keeps_its_state(
     ranks[1].kill()
     ranks[1].communicate(timeout=60)
     assert ranks[0].returncode == EXIT_LOST, said
-    place = r"in the [\w ']+ of step \d+, for \d+s \(.*\)"
+    # Which place is the machine's affair: a quick one validates, trains and saves within one beat,
+    # and the last that was heard of rank 1 is where it was then.
+    place = r"in (the [\w ']+ of step [1-9]\d*|validation|the start of the engine), for \d+s \(.*\)"
     judged = (
-        f"rank 0, {place}: rank 1 is silent: its process stands still, .* {place}; this rank ends"
+        f"rank 0, {place}: rank 1 is silent: its process stands still, or its node is lost; "
+        rf"last heard \d+s ago, {place}; this rank ends, its stacks:"
     )
     assert re.search(judged, said), said
-    assert "in _step" in said or "in save" in said
+    assert "in loop" in said, "the stacks show where rank 0 waits"
     assert list(states.glob("step_*"))
