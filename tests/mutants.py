@@ -271,8 +271,8 @@ FAULTS = (
     Fault(
         "what lies in the mixture is not looked at before it is extended",
         "upcycling/compatible.py",
-        '    return Origin("checkpoint", directory, reader, settings(config), None, names, True)',
-        '    return Origin("checkpoint", directory, reader, settings(config), None, [], True)',
+        'settings(config), None, names, "averaged")',
+        'settings(config), None, [], "averaged")',
         "upcycling/test_assessment.py",
     ),
     Fault(

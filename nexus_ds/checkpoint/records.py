@@ -114,6 +114,10 @@ FILE_KEYS = {"share": "lambda"}
 LEFT_OUT = ("seed_license", "scales", "perplexity", "aligned", "merge")  # where they are empty
 FIELDS = {key: name for name, key in FILE_KEYS.items()}
 
+# Beside experts, whose names have no blanks.
+SEED = "the seed"
+CHECKPOINT = "the checkpoint"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
@@ -166,7 +170,7 @@ class UpcycleStep(Step):
     far routed experts go from the seed; empty: 1."""
     aligned: dict[str, list[str]] = field(default_factory=dict)
     """Rows of the embeddings (`31:33`, the end excluded) that come from some experts' models alone,
-    with these experts; all others come from all."""
+    with these experts, or from `the seed`; all others come from all."""
     merge: dict[str, object] = field(default_factory=dict)
     """Settings of merging, by their names in `ModelConfig`; empty: the plain mean."""
 
@@ -200,7 +204,7 @@ class ExtendStep(Step):
     router: RouterConfig
     seed: int
     aligned: dict[str, list[str]] = field(default_factory=dict)
-    """As an upcycling's; `checkpoint` stands for the extended one."""
+    """As an upcycling's; `the checkpoint` (older versions: `checkpoint`) is the extended one."""
 
     @property
     def is_extension(self) -> bool:

@@ -89,9 +89,9 @@ def _checked_tokenizers(
         Embedder(f"expert {name}", tokenizer_home(model), model.settings.vocabulary)
         for name, model in models.items()
     ]
-    if origin.averaged:
+    if origin.rows != "none":
         branches = [own, *branches]
-    found = aligned(branches, [] if origin.averaged else [own])
+    found = aligned(branches, [own] if origin.rows == "none" else [], kept=origin.rows == "kept")
     check_tokenizer(found.tokenizer, found.rows)
     note_alignment(branches, found)
     return found

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -322,18 +323,20 @@ class Origin:
     """None of a mixture, which is of none: what it computes stands in the settings."""
     names: Iterable[str]
     """Tensors whose values must be sound."""
-    averaged: bool
-    """Whether its own embeddings are part of the new ones."""
+    rows: Literal["none", "averaged", "kept"]
+    """What its own rows of embeddings are in the new ones: not among them, averaged with those of
+    the models, or there as they are, so that the models give those of further tokens alone."""
 
     def traits(self) -> dict[str, object]:
         """Return what branches must agree with."""
         return ({"family": self.family} if self.family else {}) | vars(self.settings)
 
 
-def seed_origin(model: DenseModel) -> Origin:
-    """Return a seed as what its branches are compared with."""
+def seed_origin(model: DenseModel, kept: bool = False) -> Origin:
+    """Return a seed as what its branches are compared with; `kept`: whether its embeddings are."""
     names = dense_weights(model.settings)
-    return Origin("seed", model.directory, model.reader, model.settings, model.family, names, False)
+    rows: Literal["kept", "none"] = "kept" if kept else "none"
+    return Origin("seed", model.directory, model.reader, model.settings, model.family, names, rows)
 
 
 def mixture_origin(directory: Path, config: ConfigJson, reader: Headers) -> Origin:
@@ -343,7 +346,7 @@ def mixture_origin(directory: Path, config: ConfigJson, reader: Headers) -> Orig
     # and is zero in fp16, as others save it.
     odd = (Role.SHARED, Role.SHARED_GATE)
     names = [name for name, entry in stored(config).items() if entry.role not in odd]
-    return Origin("checkpoint", directory, reader, settings(config), None, names, True)
+    return Origin("checkpoint", directory, reader, settings(config), None, names, "averaged")
 
 
 def check_models(

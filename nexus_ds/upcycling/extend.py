@@ -22,7 +22,7 @@ from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, check_shared_gates, gate_name, stored
-from nexus_ds.checkpoint.records import ExtendStep, portable, start_scale
+from nexus_ds.checkpoint.records import CHECKPOINT, ExtendStep, portable, start_scale
 from nexus_ds.checkpoint.sidecar import Sidecar, rows_of, versions
 from nexus_ds.checkpoint.values import read_floats
 from nexus_ds.data.domains import DomainEmbeddings
@@ -131,7 +131,7 @@ def extended(
         linear_init=linear_init if old.router.kind == "linear" else None,
         router=config.router,
         seed=config.seed,
-        aligned=alignment.recorded(["checkpoint", *models]) if alignment else {},
+        aligned=alignment.recorded([CHECKPOINT, *models]) if alignment else {},
     )
     sidecar = _extended_sidecar(old, models, packages, vectors, step)
     # behind the old ones, whose numbers and rows stay

@@ -8,18 +8,22 @@ Not covered: FFNs, which are never merged; `extend`, whose lambda is a share of 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from nexus_ds.checkpoint.arithmetic import Floats
 from nexus_ds.checkpoint.assembly import Rule
+from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
+from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.merging import ByRow, DareTies, Ties
+from nexus_ds.checkpoint.qwen2_moe import Stored
 from nexus_ds.data.token_counts import TokenCounts
 from nexus_ds.errors import ConfigError
 from nexus_ds.settings import Config, ModelConfig
-from nexus_ds.upcycling.sources import Blend, Part
+from nexus_ds.upcycling.same_tokenizers import Alignment
+from nexus_ds.upcycling.sources import Blend, Part, Stack
 
 OWN = ("merge", "merge_weights", "merge_density")
 
@@ -48,11 +52,11 @@ def check_merge(
             f"model.merge_weights: the branches weigh {', '.join(map(str, weights))}; expected "
             "numbers of at least 0, not all of them 0"
         )
-    # a row that some models lack is merged from the others, which only a mean can do
-    if grown and model.merge != "mean":
+    # a row that some models lack is the mean of the others', also where all else is the seed's
+    if grown and model.merge not in ("mean", "seed"):
         raise ConfigError(
             f"model.merge: {model.merge} can't merge vocabularies that grew; leave --align-vocab "
-            "out, or set model.merge=mean"
+            "out, or set model.merge=mean or seed"
         )
     if grown and model.merge_rows != "alike":
         raise ConfigError(
@@ -100,38 +104,64 @@ def row_weights(
     return (shares_NV / shares_NV.sum(axis=0)).astype(np.float32)
 
 
-def merged_rows(branches: Sequence[Part], weights_NV: Floats, width: int) -> Blend:
-    """Return how a tensor that has a row for each token is merged; see `row_weights`."""
-    return Blend(branches, rule=ByRow(weights_NV, width))
+@dataclass(frozen=True)
+class Merge:
+    """How tensors outside of the FFNs become one of several."""
 
+    seed: Headers
+    branches: Mapping[str, Headers]
+    """By expert's name."""
+    config: Config
+    """`model.merge` and its settings, and `seed`."""
+    alignment: Alignment | None
+    """None: all models have the same tokens."""
+    counts: TokenCounts | None
+    """For `model.merge_rows`."""
 
-def merged(
-    seed: Part,
-    branches: Sequence[Part],
-    weights: Sequence[float],
-    config: Config,
-) -> Blend:
-    """Return how one tensor is merged.
+    def source(self, entry: Stored) -> Blend | Stack:
+        """Return what becomes a tensor."""
+        own = Part("seed", self.seed, entry.dense_name)
+        parts = [
+            Part(f"expert {name}", reader, entry.dense_name)
+            for name, reader in self.branches.items()
+        ]
+        if entry.dense_name not in (EMBEDDING, HEAD):
+            return self._whole(own, parts)
+        if self.counts:
+            rows, width = entry.shape
+            weights_NV = row_weights(self.counts, self._weights(), rows)
+            return Blend(parts, rule=ByRow(weights_NV, width))
+        if self.alignment and self.config.model.merge == "seed":
+            # the seed gives all rows that it has
+            mean = self._mean(parts)
+            everyone = Blend([own, *mean.parts])
+            return self.alignment.blend(everyone)
+        whole = self._whole(own, parts)
+        if self.alignment:
+            return self.alignment.blend(whole)
+        return whole
 
-    Args:
-        seed: the tensor of the seed.
-        branches: that of each branch.
-        weights: of the branches, see `weights_of`.
-        config: `model.merge` and its settings, and `seed`.
-    """
-    density = config.model.merge_density
-    rule: Rule
-    match config.model.merge:
-        case "seed":
-            return Blend([seed])
-        case "ties":
-            rule = Ties(weights, density)
-        case "dare_ties":
-            # of its own for each tensor, whatever stands before it
-            drawn = (config.seed, zlib.crc32(seed.name.encode()))
-            rule = DareTies(weights, density, drawn)
-        case _:
-            pairs = zip(branches, weights, strict=True)
-            parts = [replace(part, weight=weight) for part, weight in pairs]
-            return Blend(parts, divisor=float(sum(weights)))
-    return Blend([seed, *branches], rule=rule)
+    def _whole(self, own: Part, branches: Sequence[Part]) -> Blend:
+        model = self.config.model
+        rule: Rule
+        match model.merge:
+            case "seed":
+                return Blend([own])
+            case "ties":
+                rule = Ties(self._weights(), model.merge_density)
+            case "dare_ties":
+                # of its own for each tensor, whatever stands before it
+                drawn = (self.config.seed, zlib.crc32(own.name.encode()))
+                rule = DareTies(self._weights(), model.merge_density, drawn)
+            case _:
+                return self._mean(branches)
+        return Blend([own, *branches], rule=rule)
+
+    def _mean(self, branches: Sequence[Part]) -> Blend:
+        weights = self._weights()
+        pairs = zip(branches, weights, strict=True)
+        parts = [replace(part, weight=weight) for part, weight in pairs]
+        return Blend(parts, divisor=float(sum(weights)))
+
+    def _weights(self) -> list[float]:
+        return weights_of(self.config.model, self.branches)

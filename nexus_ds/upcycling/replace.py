@@ -20,7 +20,7 @@ from nexus_ds.checkpoint.dense import DenseModel
 from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.checkpoint.qwen2_moe import gate_name
-from nexus_ds.checkpoint.records import ExpertRecord, ReplaceStep, portable
+from nexus_ds.checkpoint.records import CHECKPOINT, ExpertRecord, ReplaceStep, portable
 from nexus_ds.checkpoint.sidecar import Sidecar, rows_of, versions
 from nexus_ds.checkpoint.values import read_floats
 from nexus_ds.data.domains import DomainEmbeddings
@@ -96,7 +96,7 @@ def replaced(
         share=total,
         router=config.router,
         seed=config.seed,
-        aligned=alignment.recorded(["checkpoint", *models]) if alignment else {},
+        aligned=alignment.recorded([CHECKPOINT, *models]) if alignment else {},
     )
     sidecar = dataclasses.replace(
         old,

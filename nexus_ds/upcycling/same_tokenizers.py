@@ -27,7 +27,7 @@ from nexus_ds.checkpoint.tokenizer import (
 )
 from nexus_ds.errors import IncompatibleModelsError
 from nexus_ds.upcycling.compatible import note
-from nexus_ds.upcycling.sources import Blend, Part, Stack
+from nexus_ds.upcycling.sources import Blend, Stack
 
 
 def check_tokenizers(reference: Path, others: Mapping[str, Path]) -> None:
@@ -132,7 +132,7 @@ class Embedder:
 
 @dataclass(frozen=True)
 class Alignment:
-    """Which rows of embeddings and head each averaged model gives."""
+    """Which rows of embeddings and head each model gives."""
 
     tokenizer: Path
     """The model's whose tokenizer has every token."""
@@ -157,10 +157,11 @@ class Alignment:
         Args:
             names: of all models, in the order they were given.
         """
+        pieces = list(self.pieces())
         return {
             f"{start}:{stop}": [names[index] for index in models]
-            for start, stop, models in self.pieces()
-            if len(models) < len(names)
+            for start, stop, models in pieces
+            if len(models) < len(names) and len(pieces) > 1
         }
 
     def blend(self, whole: Blend) -> Blend | Stack:
@@ -169,15 +170,13 @@ class Alignment:
         Weights are divided by their sum over these models, so that no row is scaled down because
         some lack it.
         """
-        pieces = []
+        pieces = list(self.pieces())
+        if len(pieces) == 1:
+            return _some(whole, pieces[0][2])
         # rows that nobody has trained may be zeros: the rows of padding are a piece of their own
         lenient = replace(whole, parts=[replace(part, zeros=True) for part in whole.parts])
-        for start, stop, models in self.pieces():
-            some = lenient
-            if len(models) < len(whole.parts):
-                some = _blend_of([lenient.parts[index] for index in models])
-            pieces.append((start, stop, some))
-        return whole if len(pieces) == 1 else Stack(tuple(pieces))
+        some = [(start, stop, _some(lenient, models)) for start, stop, models in pieces]
+        return Stack(tuple(some))
 
 
 def by_row(blend: Blend, entry: Stored, alignment: Alignment | None) -> Blend | Stack:
@@ -192,8 +191,11 @@ def by_row(blend: Blend, entry: Stored, alignment: Alignment | None) -> Blend | 
     return alignment.blend(blend) if alignment and of_tokens else blend
 
 
-def _blend_of(parts: Sequence[Part]) -> Blend:
+def _some(whole: Blend, models: Sequence[int]) -> Blend:
     """Return the weighted mean of some parts, the plain one where all weigh nothing."""
+    if len(models) == len(whole.parts):
+        return whole
+    parts = [whole.parts[index] for index in models]
     total = sum(part.weight for part in parts)
     if len(parts) == 1 or not total:
         parts = [replace(part, weight=1.0) for part in parts]
@@ -201,15 +203,18 @@ def _blend_of(parts: Sequence[Part]) -> Blend:
     return Blend(parts, divisor=total)
 
 
-def aligned(models: Sequence[Embedder], others: Sequence[Embedder] = ()) -> Alignment:
+def aligned(
+    models: Sequence[Embedder], others: Sequence[Embedder] = (), kept: bool = False
+) -> Alignment:
     """Return how embeddings of vocabularies that only grew are put together.
 
     A row comes from all models whose tokenizer has its id; one that no tokenizer has (padding) from
     all models that have the row.
 
     Args:
-        models: those that are averaged.
+        models: those that give rows.
         others: those whose tokens must mean the same, though they give no rows: a seed.
+        kept: whether rows that the first model gives come from it alone.
 
     Raises:
         IncompatibleModelsError: an id that means two things, or a text that splits in two ways.
@@ -219,15 +224,18 @@ def aligned(models: Sequence[Embedder], others: Sequence[Embedder] = ()) -> Alig
     meanings = [read_tokenizer(model.directory) for model in everyone]
     # of equals the first: the seed's, or the checkpoint's
     largest = max(range(len(everyone)), key=lambda i: (len(meanings[i].tokens), -i))
-    kept = everyone[largest].directory
+    home = everyone[largest].directory
     problems = Problems()
     for model, meaning in zip(everyone, meanings, strict=True):
         with problems.collected():
-            _check_grown(model, meaning, kept, meanings[largest])
+            _check_grown(model, meaning, home, meanings[largest])
     problems.refuse()
     # padding counts, too: a head may have been trained on it
     total = max(model.rows for model in models)
-    return Alignment(kept, _counts(models, meanings[len(others) :], total))
+    counts = _counts(models, meanings[len(others) :], total)
+    if kept:
+        counts[1:, counts[0]] = False
+    return Alignment(home, counts)
 
 
 def _counts(
@@ -259,8 +267,7 @@ def _check_grown(
 
 def note_alignment(models: Sequence[Embedder], found: Alignment) -> None:
     """Say on stderr which rows come from which models, where not all give them."""
-    for start, stop, some in found.pieces():
-        if len(some) < len(models):
-            who = ", ".join(models[index].who for index in some)
-            note(f"rows {start} to {stop - 1} of the embeddings come from {who} alone")
+    for rows, who in found.recorded([model.who for model in models]).items():
+        start, stop = map(int, rows.split(":"))
+        note(f"rows {start} to {stop - 1} of the embeddings come from {', '.join(who)} alone")
     note(f"the tokenizer is that of {found.tokenizer}")

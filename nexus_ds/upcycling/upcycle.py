@@ -19,7 +19,7 @@ from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel, open_dense
 from nexus_ds.checkpoint.dense_settings import family_of
 from nexus_ds.checkpoint.expert_rows import centre_of
-from nexus_ds.checkpoint.families.record import AFTER_FFN, EMBEDDING, HEAD, DenseSettings
+from nexus_ds.checkpoint.families.record import AFTER_FFN, DenseSettings
 from nexus_ds.checkpoint.forms import QWEN3_NEXT
 from nexus_ds.checkpoint.model_card import stated_license
 from nexus_ds.checkpoint.problems import Problems
@@ -31,6 +31,7 @@ from nexus_ds.checkpoint.qwen2_moe import (
     stored,
 )
 from nexus_ds.checkpoint.records import (
+    SEED,
     RouterRecord,
     Step,
     UpcycleStep,
@@ -56,14 +57,7 @@ from nexus_ds.upcycling.compatible import (
     note_unchanged,
     seed_origin,
 )
-from nexus_ds.upcycling.merge import (
-    check_merge,
-    merged,
-    merged_rows,
-    recorded_merge,
-    row_weights,
-    weights_of,
-)
+from nexus_ds.upcycling.merge import Merge, check_merge, recorded_merge
 from nexus_ds.upcycling.new_checkpoint import (
     NewModel,
     as_written,
@@ -71,7 +65,7 @@ from nexus_ds.upcycling.new_checkpoint import (
     casts,
 )
 from nexus_ds.upcycling.new_router import domain_rows, free_rows, layer_draws, new_state
-from nexus_ds.upcycling.same_tokenizers import Alignment, by_row
+from nexus_ds.upcycling.same_tokenizers import Alignment
 from nexus_ds.upcycling.sources import Computed, Part, Rows, Source
 from nexus_ds.warm_start.starts import check_start
 
@@ -125,11 +119,13 @@ def upcycled(
         _check_top_k(config, experts)
     with problems.collected():
         check_merge(config.model, experts, waived.vocabulary)
-    base, models, alignment = _open_checked(seed, experts, packages, waived, problems)
+    kept = config.model.merge == "seed"
+    base, models, alignment = _open_checked(seed, experts, packages, waived, problems, kept)
     _check_learns(base, config)
     _check_precision(base)
     note_other_seeds(base, packages.cards)
     note_unchanged(base, models)
+    givers = [SEED, *models] if kept else list(models)
     router = config.router
     form = moe_config(base.config, len(models), router.top_k, router.input)
     if alignment:
@@ -144,7 +140,7 @@ def upcycled(
         seed=config.seed,
         seed_license=stated_license(seed),
         scales=_scales(config),
-        aligned=alignment.recorded(list(models)) if alignment else {},
+        aligned=alignment.recorded(givers) if alignment else {},
         merge=recorded_merge(config.model),
     )
     sidecar = _upcycled_sidecar(models, embeddings, packages, vectors, config, step)
@@ -177,8 +173,10 @@ def _open_checked(
     packages: Packages,
     waived: Waived,
     problems: Problems,
+    kept: bool,
 ) -> tuple[DenseModel, dict[str, DenseModel], Alignment | None]:
-    """Return the seed, the experts' models, and how their embeddings are put together.
+    """Return the seed, the experts' models, and how their embeddings are put together; `kept`:
+    whether rows that the seed has are the seed's.
 
     Raises what `problems` has, if anything.
     """
@@ -188,7 +186,7 @@ def _open_checked(
     models = open_all(experts, problems, packages.base, seed)
     alignment = None
     if base:
-        alignment = check_branches(seed_origin(base), models, waived, problems)
+        alignment = check_branches(seed_origin(base, kept), models, waived, problems)
     problems.refuse()
     # without it there was a problem
     assert base is not None
@@ -302,22 +300,18 @@ def _upcycled_tensors(
     counts: TokenCounts | None,
 ) -> dict[str, Source]:
     """Return where each tensor of the mixture with the config.json `target` comes from."""
-    branches = [(f"expert {name}", model.reader) for name, model in models.items()]
-    weights = weights_of(config.model, models)
+    readers = {name: model.reader for name, model in models.items()}
+    branches = list(readers.items())
     base = seed.reader
+    merge = Merge(base, readers, config, alignment, counts)
 
     def source(entry: Stored) -> Source:
         match entry.role:
             case Role.DENSE:
-                own = Part("seed", base, entry.dense_name)
-                parts = [Part(who, reader, entry.dense_name) for who, reader in branches]
-                if counts and entry.dense_name in (EMBEDDING, HEAD):
-                    rows, width = entry.shape
-                    return merged_rows(parts, row_weights(counts, weights, rows), width)
-                return by_row(merged(own, parts, weights, config), entry, alignment)
+                return merge.source(entry)
             case Role.ROUTED:
-                who, reader = branches[entry.expert]
-                part = Part(who, reader, entry.dense_name)
+                name, reader = branches[entry.expert]
+                part = Part(f"expert {name}", reader, entry.dense_name)
                 return expert_start(part, entry, sidecar.lineage, base)
             case Role.SHARED:
                 if sidecar.shared_expert == "none":

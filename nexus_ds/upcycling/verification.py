@@ -29,6 +29,8 @@ from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, check_shared_gates, open_moe, stored
 from nexus_ds.checkpoint.records import (
     ADOPT,
+    CHECKPOINT,
+    SEED,
     SIDECAR,
     AdoptStep,
     ExtendStep,
@@ -118,10 +120,6 @@ def _verify_rows(
 
 
 # Sources ------------------------------------------------------------------------------------------
-
-
-OLD = "checkpoint"
-"""The old mixture among the sources' names."""
 
 
 @dataclass
@@ -334,30 +332,40 @@ def _parts(
             return _routed_parts(expert, entry, manifest, sources)
         # removing and replacing may have given it another number
         old = name.replace(f".experts.{entry.expert}.", f".experts.{sources.base_names[expert]}.")
-        return {OLD: (sources.base, old, 1.0)}
+        return {CHECKPOINT: (sources.base, old, 1.0)}
     # an extension copies it from the mixture, which has it scaled already
     if entry.role is Role.SHARED:
         if sources.upcycled:
             own = manifest.shared_expert == "seed"
-            return {"seed": (sources.base, entry.dense_name, 1.0)} if own else {}
-        return {OLD: (sources.base, name, 1.0)}
+            return {SEED: (sources.base, entry.dense_name, 1.0)} if own else {}
+        return {CHECKPOINT: (sources.base, name, 1.0)}
     # rows and gates follow from the sidecar, which `verify` holds them to
     if entry.role is not Role.DENSE:
         return {}
+    return _merged_parts(name, entry, sources)
+
+
+def _merged_parts(name: str, entry: Stored, sources: Sources) -> Parts:
+    """Return the tensors, with weights, that one outside of the FFNs was merged of."""
     method = _method(entry, sources)
-    if method == "seed":
-        return {"seed": (sources.base, entry.dense_name, 1.0)}
+    own: Parts = {SEED: (sources.base, entry.dense_name, 1.0)}
+    of_tokens = entry.dense_name in (EMBEDDING, HEAD)
+    if method == "seed" and not (of_tokens and sources.aligned):
+        return own
     # what else there is, is noted as not checked
-    if method != "mean":
+    if method not in ("mean", "seed"):
         return {}
     weights = _weights(sources)
     each = sources.share / sum(weights.values())
-    new = {}
-    for key, model in models.items():
+    new: Parts = {}
+    for key, model in sources.models.items():
         new[key] = model.reader, entry.dense_name, each * weights[key]
+    if method == "seed":
+        # tokens that the seed lacks come from the branches that have them, the record says which
+        return own | new
     if sources.upcycled:
         return new
-    return {OLD: (sources.base, name, 1.0 - sources.share)} | new
+    return {CHECKPOINT: (sources.base, name, 1.0 - sources.share)} | new
 
 
 def _routed_parts(
@@ -370,7 +378,7 @@ def _routed_parts(
     task = start_scale(manifest.lineage, "task")
     parts: Parts = {expert: (sources.models[expert].reader, entry.dense_name, task)}
     if sources.seed:
-        parts["seed"] = (sources.seed, entry.dense_name, 1.0 - task)
+        parts[SEED] = (sources.seed, entry.dense_name, 1.0 - task)
     return parts
 
 
@@ -388,6 +396,9 @@ def _by_row(
     for text, names in aligned.items():
         found = re.fullmatch(r"(\d{1,12}):(\d{1,12})", text)
         start, stop = map(int, found.groups()) if found else (-1, -1)
+        if "checkpoint" not in parts:
+            # as older versions have it
+            names = [CHECKPOINT if name == "checkpoint" else name for name in names]
         inside = done <= start < stop <= rows
         known = set(names) <= set(parts)
         if not inside or not names or not known:

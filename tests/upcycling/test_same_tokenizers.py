@@ -21,6 +21,7 @@ from branches import (
 )
 
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
+from nexus_ds.checkpoint.records import read_manifest
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.checkpoint.tokenizer import read_tokenizer
 from nexus_ds.config import load_config
@@ -71,12 +72,34 @@ def test_rows_come_from_the_models_that_know_their_token(parts, capsys):
     assert model(torch.tensor([[1, 32]])).logits.shape == (1, 2, 40)
 
 
-def test_without_growth_nothing_changes(parts):
-    upcycle(parts)
+def test_a_seed_that_is_kept_gives_all_rows_that_it_has(parts, capsys):
+    """Tokens that it lacks are the weighted mean of the branches that have them."""
+    grow(parts / "seed", [], rows=32)
+    grow(parts / "alpha", ["<one>", "<two>"])
+    grow(parts / "beta", ["<one>", "<two>"], rows=40)
+    upcycle(parts, "model.merge=seed", "model.merge_weights={beta: 3}", waived=ALIGN)
+    seed, alpha, beta, out = [tensors_of(parts / name) for name in ("seed", "alpha", "beta", "out")]
+    for name in (EMBEDDING, HEAD):
+        assert torch.equal(out[name][:31], seed[name][:31]) and len(out[name]) == 40
+        mean = (alpha[name][31:33] + 3 * beta[name][31:33]) / 4
+        torch.testing.assert_close(out[name][31:33], mean)
+        assert torch.equal(out[name][33:], beta[name][33:])
+    said = capsys.readouterr().err
+    assert "note: rows 0 to 30 of the embeddings come from the seed alone" in said
+    assert "note: rows 31 to 32 of the embeddings come from expert alpha, expert beta alone" in said
+    assert read_tokenizer(parts / "out").tokens == read_tokenizer(parts / "alpha").tokens
+
+
+@pytest.mark.parametrize("merge", ["mean", "seed"])
+def test_without_growth_nothing_changes(merge, parts, capsys):
+    upcycle(parts, f"model.merge={merge}")
     plain = (parts / "out" / "model.safetensors").read_bytes()
+    lineage = read_manifest(parts / "out").lineage
     shutil.rmtree(parts / "out")
-    upcycle(parts, waived=ALIGN)
+    upcycle(parts, f"model.merge={merge}", waived=ALIGN)
     assert (parts / "out" / "model.safetensors").read_bytes() == plain
+    assert read_manifest(parts / "out").lineage == lineage
+    assert "note: rows" not in capsys.readouterr().err
 
 
 def test_an_extension_merges_rows_by_the_weights_of_those_that_have_them(parts):

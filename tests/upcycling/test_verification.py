@@ -95,6 +95,63 @@ def test_rows_of_an_aligned_vocabulary_are_compared_with_the_models_that_gave_th
     assert problem.startswith(f"{EMBEDDING} is not the average of its sources: 32 values")
 
 
+def test_rows_of_a_seed_that_is_kept_are_compared_with_it(parts):
+    grow(parts / "alpha", ["<new>"])
+    upcycle(parts, "model.merge=seed", waived=Waived(vocabulary=True))
+    [step] = read_sidecar(parts / "out").lineage
+    assert step.aligned == {"0:31": ["the seed"], "31:32": ["alpha"]}
+    assert not verify_sources(parts / "out", {}).problems
+
+    def edit(tensors):
+        # The head repeats them.
+        for name in (EMBEDDING, HEAD):
+            tensors[name][[3, 31]] += 0.01
+
+    edit_tensors(parts / "out", edit)
+    [problem] = verify_sources(parts / "out", {}).problems
+    assert problem.startswith(f"{EMBEDDING} is not the bytes of its source: 32 values")
+
+
+@pytest.mark.parametrize("name", ["seed", "checkpoint", "base"])
+def test_an_expert_may_be_called_as_what_it_is_put_beside(name, parts):
+    """Its FFNs, and rows that it alone has, are not taken for the seed's or the checkpoint's."""
+    go = "model.task_scale=2.0"
+    embed(parts / "domains.safetensors", (name, *NAMES), "gone", seed=3)
+    upcycle(parts, go, experts={name: parts / "gamma", "beta": parts / "beta"})
+    assert not verify_sources(parts / "out", {}).problems
+    shutil.rmtree(parts / "out")
+    upcycle(parts)
+    grow(parts / "alpha", ["<new>"])
+    with new_directory(parts / "wider") as directory:
+        extended(
+            parts / "out",
+            {name: parts / "alpha"},
+            read_domain_embeddings(parts / "domains.safetensors"),
+            load_config(str(parts / "recipe.yaml")),
+            share=0.5,
+            waived=Waived(vocabulary=True),
+        ).write(directory, None, load_config("demo").router, 0)
+    assert read_sidecar(parts / "wider").lineage[-1].aligned == {"31:32": [name]}
+    assert not verify_sources(parts / "wider", {}).problems
+
+
+@pytest.mark.parametrize("old", ["checkpoint", "the checkpoint"])
+def test_rows_of_the_extended_checkpoint_are_known_by_either_word(old, parts):
+    grow(parts / "gamma", ["<new>"], rows=40)
+    upcycle(parts, waived=Waived(vocabulary=True))
+    embed(parts / "more.safetensors", ("delta",), "gone", seed=3)
+    embeddings = read_domain_embeddings(parts / "more.safetensors")
+    config = load_config(str(parts / "recipe.yaml"))
+    waived = Waived(vocabulary=True)
+    new = extended(parts / "out", {"delta": parts / "alpha"}, embeddings, config, waived=waived)
+    with new_directory(parts / "wider") as directory:
+        new.write(directory, None, config.router, 0)
+    path = parts / "wider" / "nexus.json"
+    assert path.read_text().count('"the checkpoint"') == 1
+    path.write_text(path.read_text().replace('"the checkpoint"', f'"{old}"'))
+    assert not verify_sources(parts / "wider", {}).problems
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_an_extension_whose_vocabulary_grew_is_sound(parts, share):
     upcycle(parts)
