@@ -281,12 +281,13 @@ def _assembled(
         if name not in elsewhere:
             jobs.append(assembly.Job(_pieces(name, each, files)))
 
-    own_files = set(files.paths())
+    # a tensor is done with its last rows
+    ends = {(place.file, place.end) for place in map(files.place, tensors)}
 
     def done(piece: assembly.Piece) -> None:
         for place in piece.targets:
             files.frontier.landed(place)
-        if any(place.file in own_files for place in piece.targets):
+        if any((place.file, place.end) in ends for place in piece.targets):
             progress.advance()
 
     digests = assembly.assemble(jobs, done)

@@ -1,6 +1,7 @@
 """Vocabularies that grew: every row of the new embeddings from the models that know its token."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -87,6 +88,7 @@ def test_a_seed_that_is_kept_gives_all_rows_that_it_has(parts, capsys):
     said = capsys.readouterr().err
     assert "note: rows 0 to 30 of the embeddings come from the seed alone" in said
     assert "note: rows 31 to 32 of the embeddings come from expert alpha, expert beta alone" in said
+    assert re.search(r"upcycle: (\d+)/\1 tensors", said), "each counts once, whatever its pieces"
     assert read_tokenizer(parts / "out").tokens == read_tokenizer(parts / "alpha").tokens
 
 
