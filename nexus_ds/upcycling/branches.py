@@ -89,9 +89,13 @@ def _checked_tokenizers(
         Embedder(f"expert {name}", tokenizer_home(model), model.settings.vocabulary)
         for name, model in models.items()
     ]
-    if origin.rows != "none":
-        branches = [own, *branches]
-    found = aligned(branches, [own] if origin.rows == "none" else [], kept=origin.rows == "kept")
+    others = []
+    if origin.rows == "none":
+        others.append(own)
+    else:
+        branches.insert(0, own)
+    kept = origin.rows == "kept"
+    found = aligned(branches, others, kept)
     check_tokenizer(found.tokenizer, found.rows)
     note_alignment(branches, found)
     return found

@@ -267,7 +267,8 @@ def _check_grown(
 
 def note_alignment(models: Sequence[Embedder], found: Alignment) -> None:
     """Say on stderr which rows come from which models, where not all give them."""
-    for rows, who in found.recorded([model.who for model in models]).items():
+    names = [model.who for model in models]
+    for rows, who in found.recorded(names).items():
         start, stop = map(int, rows.split(":"))
         note(f"rows {start} to {stop - 1} of the embeddings come from {', '.join(who)} alone")
     note(f"the tokenizer is that of {found.tokenizer}")
