@@ -280,7 +280,9 @@ class Watchdog:
 
     def _listen(self, until: float) -> str:
         """Tell what this rank is at and hear the others; return a judgement from elsewhere."""
-        mine = vars(self._mine(time.monotonic()))
+        now = time.monotonic()
+        self._forgive(now)
+        mine = vars(self._mine(now))
         for link in self.links.values():
             link.send(mine)  # type: ignore[arg-type]
         while (left := until - time.monotonic()) > 0:
@@ -299,14 +301,17 @@ class Watchdog:
         age = now - max(_Main.since, self.forgiven)
         return replace(_Main.place, age=age, where=_where())
 
-    def _judged(self, now: float) -> str:
-        """Return this rank's own judgement, '' if all is well."""
+    def _forgive(self, now: float) -> None:
+        """Begin to count anew if this thread did not run: the job was suspended, the others too."""
         if now - self.woke > self.limit / 2:
-            # This thread did not run: the job was suspended, and the others as well.
             self.forgiven = now
             for link in self.links.values():
                 link.heard = now
         self.woke = now
+
+    def _judged(self, now: float) -> str:
+        """Return this rank's own judgement, '' if all is well."""
+        self._forgive(now)
         for rank, link in self.links.items():
             if trouble := link.trouble(now, self.limit, self.grace):
                 return f"rank {rank} {trouble}"

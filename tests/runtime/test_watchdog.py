@@ -1,6 +1,7 @@
 """A rank that dies or stands still ends the run in time, named with what it was at; nothing else
 does."""
 
+import json
 import os
 import re
 import signal
@@ -147,16 +148,16 @@ def test_a_single_rank_that_is_stuck_ends_with_its_stack(monkeypatch, capfd):
     said = capfd.readouterr().err
     assert ended == [EXIT_LOST]
     assert re.search(
-        r"train.py: rank 0, in a test, for \ds \(.*\): no progress: rank 0 in a test", said
+        r"train.py: rank 0, in a test, for \d+s \(.*\): no progress: rank 0 in a test", said
     )
     assert "in until" in said, "the stack of the main thread"
 
 
 def test_a_single_rank_that_goes_on_is_left_alone(monkeypatch, capfd):
-    with dog(0, {}, 2.0, monkeypatch) as (_, ended):
+    with dog(0, {}, 6.0, monkeypatch) as (_, ended):
         for step in range(40):
             watchdog.at("a test", step)
-            time.sleep(0.1)
+            time.sleep(0.2)
     assert ended == [] and capfd.readouterr().err == ""
     assert "watchdog" not in [thread.name for thread in threading.enumerate()]
 
@@ -170,6 +171,20 @@ def test_time_in_which_the_whole_job_stood_still_counts_for_nobody(monkeypatch):
     theirs.close()
 
 
+def test_a_rank_that_stood_still_between_two_looks_tells_no_age_of_that_time(monkeypatch):
+    """Stopped as a whole after it judged: what it sends next is not held against it."""
+    mine, theirs = socket.socketpair()
+    with dog(1, {0: Link(mine, time.monotonic())}, 60.0, monkeypatch) as (found, _):
+        found._leaving.set()
+        found._thread.join(SLACK)
+        theirs.recv(1 << 16)
+        monkeypatch.setattr(watchdog._Main, "since", time.monotonic() - 1000)
+        found.woke = found.forgiven = time.monotonic() - 1000
+        found._listen(0.0)
+        assert json.loads(theirs.recv(1 << 16))["age"] < 60
+    theirs.close()
+
+
 def test_a_judgement_of_rank_0_reaches_the_others(monkeypatch, capfd):
     mine, theirs = socket.socketpair()
     with dog(2, {0: Link(mine, time.monotonic())}, 60.0, monkeypatch) as (_, ended):
@@ -177,7 +192,7 @@ def test_a_judgement_of_rank_0_reaches_the_others(monkeypatch, capfd):
         until(lambda: ended)
     said = capfd.readouterr().err
     assert re.search(
-        r"train.py: rank 2, in a test, for 0s \(.*\): rank 1 was lost; this rank", said
+        r"train.py: rank 2, in a test, for \d+s \(.*\): rank 1 was lost; this rank", said
     )
     theirs.close()
 
@@ -233,7 +248,7 @@ def test_a_rank_that_is_killed_ends_the_others_at_once(victim):
     for rank in {0, 1, 2} - {victim}:
         judged = (
             rf"train.py: rank {rank}, in a pass of step \d+, for \d+s \(.*\): rank {victim} was "
-            r"lost: its process is gone; last heard \d+s ago, in (a pass of step \d+|the start), "
+            r"lost: its process is gone; last heard \d+s ago, in (a pass of step \d+|the \w+), for "
         )
         assert re.search(judged, said[rank]), said[rank]
         assert "in main" in said[rank] and "Traceback" not in said[rank]
@@ -247,7 +262,7 @@ def test_a_rank_that_stands_still_ends_the_run_within_the_limit(victim):
     since = time.monotonic()
     others = [rank for index, rank in enumerate(ranks) if index != victim]
     said, codes = ended(others)
-    assert LIMIT / 2 < time.monotonic() - since < LIMIT + SLACK
+    assert LIMIT / 4 < time.monotonic() - since < LIMIT + SLACK
     assert codes == [EXIT_LOST] * 2, said
     assert all(f"rank {victim} is silent: its process stands still" in text for text in said)
     os.kill(ranks[victim].pid, signal.SIGCONT)
@@ -278,7 +293,10 @@ def test_an_error_of_one_rank_alone_is_told_by_the_others():
 @pytest.mark.parametrize("what", ["done", "late"])
 def test_a_run_in_order_ends_without_a_word(what):
     said, codes = ended(launched(what))
-    assert codes == [0, 0, 0] and said == ["going\ndone\n"] * 3
+    assert codes == [0, 0, 0], said
+    for text in said:
+        # a machine that stands still for the limit has stacks shown, which judge nobody
+        assert "going\n" in text and text.endswith("done\n") and "train.py" not in text, text
 
 
 @pytest.mark.slow
@@ -301,7 +319,7 @@ def test_a_training_whose_rank_stands_still_ends_and_keeps_its_state(
     """SIGSTOP of one of two ranks, by train.py itself; nobody noticed before for four hours."""
     more = ("training.steps=100000", "training.save_every=2", "training.log_every=1")
     words = settings(
-        nexus_dir, text_folder, tmp_path / "out", *more, "parallel.timeout_minutes=0.2"
+        nexus_dir, text_folder, tmp_path / "out", *more, "parallel.timeout_minutes=0.4"
     )
     ranks = start_ranks([TRAIN, "--deepspeed", Z3, "--config", "demo", *words], 2)
     states = tmp_path / "out.training" / "states"
@@ -309,7 +327,7 @@ def test_a_training_whose_rank_stands_still_ends_and_keeps_its_state(
     ranks[1].send_signal(signal.SIGSTOP)
     since = time.monotonic()
     said = ranks[0].communicate(timeout=240)[0]
-    assert time.monotonic() - since < 12 + SLACK
+    assert time.monotonic() - since < 24 + SLACK
     ranks[1].kill()
     ranks[1].communicate(timeout=60)
     assert ranks[0].returncode == EXIT_LOST, said
