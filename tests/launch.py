@@ -13,7 +13,18 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from nexus_ds.launch import LAUNCH_VARIABLES, free_port
+from nexus_ds.launch import LAUNCH_VARIABLES
+from nexus_ds.launch import free_port as any_free_port
+
+
+def free_port():
+    """Return a free port that the other processes of these tests don't draw: it is bound seconds
+    later."""
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    own = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while (port := any_free_port()) % count != own:
+        pass
+    return port
 
 
 def clean_environment():
@@ -102,7 +113,7 @@ class ForkedRank:
         return Path(self.out).read_text(errors="replace"), None
 
 
-def finish(ranks, code=0, timeout=240):
+def finish(ranks, code=0, timeout=600):
     """Wait for all ranks; assert their exit code; return rank 0's output."""
     outputs = [rank.communicate(timeout=timeout)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [code] * len(ranks), "\n".join(outputs)

@@ -35,7 +35,7 @@ def load(directory, how):
         [sys.executable, "-c", LOAD, str(directory), how],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 

@@ -91,6 +91,7 @@ def without_speed(printed):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2000)
 def test_a_mixture_larger_than_memory_is_scored_generated_from_and_extended(parts):
     free, said = run(parts, "free", 0, command_lines(parts, "free"))
     assert "layer by layer" not in said

@@ -94,7 +94,7 @@ def test_the_second_writer_is_told_who_the_first_is_and_the_first_goes_on(
             raise AssertionError("both write")
     with new_directory(tmp_path / "else"):
         pass
-    other.communicate("\n", timeout=20)
+    other.communicate("\n", timeout=60)
     assert (tmp_path / "out" / "model").read_text() == "whole"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["else", "out"]
     with (

@@ -45,6 +45,7 @@ from nexus_ds.settings import Config
 
 COMPARED = ("torch", "deepspeed", "transformers", "safetensors", "numpy")
 REDUCED_FLOATS = 1 << 20  # 4 MiB
+LEAVING = 30.0  # seconds that the rank which serves the store waits for the others' last word
 FOLDER_SECONDS = 5.0  # a network file system may show a new file late
 
 
@@ -506,7 +507,7 @@ def _leave(meeting: Meeting, run: Path) -> None:
     if meeting.here.rank:
         meeting.store.add("gone", 1)
         return
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + LEAVING
     while meeting.store.add("gone", 0) < meeting.here.world - 1 and time.monotonic() < deadline:
         time.sleep(0.02)
     # A folder that can't be written to has been told of already.

@@ -62,6 +62,7 @@ def plain_loss(out, name, domain):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2700)
 def test_a_whole_comparison_and_its_repetition(tmp_path, capsys):
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
     recipe.write_text(RECIPE)

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from launch import free_port
 
 from nexus_ds.command_lines import DS_JSON
 from nexus_ds.commands import preflight
-from nexus_ds.launch import free_port
 from nexus_ds.runtime import node_checks
 
 
@@ -81,7 +81,7 @@ def test_another_rank_fails_without_a_word_where_rank_0_says_why(monkeypatch, ca
         preflight.run(ask("upcycle"))
 
 
-def start(rank, world, port, run, wrapper=(), wait=20, **env):
+def start(rank, world, port, run, wrapper=(), wait=60, **env):
     """Start one rank of `nexus-ds preflight`; two ranks are two nodes."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "NEXUS_"))}
     position = {
@@ -116,7 +116,7 @@ def start(rank, world, port, run, wrapper=(), wait=20, **env):
 
 
 def outcome(processes):
-    found = [process.communicate(timeout=90) for process in processes]
+    found = [process.communicate(timeout=240) for process in processes]
     return [p.returncode for p in processes], [out for out, _ in found], [err for _, err in found]
 
 

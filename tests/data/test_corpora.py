@@ -296,7 +296,7 @@ def test_several_processes_may_ask_at_once(corpus: Path, tokenizer_dir: Path, tm
     command = [sys.executable, "-c", code]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command, cwd=tmp_path, **pipes) for _ in range(3)]
-    results = [process.communicate(timeout=100) for process in processes]
+    results = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], results
     assert len({out for out, _ in results}) == 1
     # one made it, the others read it

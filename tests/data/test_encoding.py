@@ -24,7 +24,8 @@ with packer(load_tokenizer(Path(sys.argv[1])), 2) as pack:
     def batches():
         yield "a", ["the cat"]
         yield "a", ["the cat"]
-        time.sleep(1)
+        while len(psutil.Process().children()) < 2:
+            time.sleep(0.05)
         print(*(child.pid for child in psutil.Process().children()), flush=True)
         time.sleep(60)
     list(pack(batches()))

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 from conftest import DOMAINS
-from launch import clean_environment, finish, start_ranks
+from launch import clean_environment, finish, free_port, start_ranks
 
-from nexus_ds.launch import free_port
 from nexus_ds.runtime.states import steps_saved
 
 pytestmark = pytest.mark.slow
@@ -59,7 +58,7 @@ def ranks_of(out):
     return found
 
 
-def until(happened, seconds=180):
+def until(happened, seconds=600):
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, "it did not happen"
@@ -82,11 +81,17 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_run_goes_on(
         text=True,
     )
     states = tmp_path / "out.training" / "states"
-    until(lambda: states.is_dir() and len(steps_saved(states)) >= 2)
-    ranks = ranks_of(out)
-    assert sorted(ranks) == [0, 1]
-    os.kill(launcher.pid, signal.SIGKILL)
-    until(lambda: not ranks_of(out), 60)
+    try:
+        until(lambda: states.is_dir() and len(steps_saved(states)) >= 2)
+        ranks = ranks_of(out)
+        assert sorted(ranks) == [0, 1]
+        os.kill(launcher.pid, signal.SIGKILL)
+        until(lambda: not ranks_of(out), 60)
+    finally:
+        # whatever was not so: nobody trains on beside all later tests
+        launcher.kill()
+        for rank in ranks_of(out).values():
+            os.kill(rank, signal.SIGKILL)
     launcher.communicate()
     assert not out.exists()
     saved = steps_saved(states)[-1]

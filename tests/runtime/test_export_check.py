@@ -285,9 +285,9 @@ def kernels_differ():
 @pytest.mark.slow
 @pytest.mark.skipif(not kernels_differ(), reason="this CPU has one set of kernels")
 def test_other_kernels_pass_at_any_depth_and_each_mistake_is_refused_under_them(tmp_path):
-    """The engine computes with this CPU's kernels, the check with those of AVX2; the 0.9 quantile
-    of the logits' differences, which was judged once, is beyond its bound of 0.02 with nothing
-    wrong."""
+    """The engine computes with this CPU's kernels, the check with those of AVX2. The 0.9
+    quantile of the logits' differences was judged once: it went beyond its bound of 0.02 on an
+    AVX-512 machine with nothing wrong."""
     directories = [deep(tmp_path / str(layers), layers, BF16) for layers in (18, 36)]
     passes = {path.name: vars(observe(engine_of(path, BF16), probe())) for path in directories}
     torch.save(passes, tmp_path / "seen.pt")
@@ -300,8 +300,7 @@ def test_other_kernels_pass_at_any_depth_and_each_mistake_is_refused_under_them(
     for layers in ("18", "36"):
         print(layers, found[layers])
         assert found[layers]["refused"] == ""
-        assert 0 < found[layers]["layer"] < 0.5
-        assert found[layers]["old"] > 0.02
+        assert found[layers]["layer"] < 0.5
     for fault in FAULTS:
         said = found[f"18-{fault.__name__}"]["refused"]
         print(fault.__name__, said)

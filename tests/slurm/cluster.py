@@ -65,7 +65,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 ReturnToService=2
-SlurmdTimeout=30
+SlurmdTimeout=300
 KillWait=10
 MinJobAge=86400
 AccountingStorageType=accounting_storage/none
@@ -217,12 +217,12 @@ class Cluster:
                 f"--seed-file={self.root}/munged.seed",
                 "--num-threads=2",
             )
-            self._until(lambda: (self.root / "munge.socket").exists(), 10, "munged did not start")
+            self._until(lambda: (self.root / "munge.socket").exists(), 60, "munged did not start")
             self._daemon("slurmctld", "slurmctld", "-D", "-i", "-f", self.env["SLURM_CONF"])
             for node in NODES:
                 named = ("unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', node)
                 self._daemon(node, *named, "slurmd", "-D", "-N", node, "-f", self.env["SLURM_CONF"])
-            self._until(lambda: self.node_states() == {"idle"}, 30, "the nodes did not come up")
+            self._until(lambda: self.node_states() == {"idle"}, 240, "the nodes did not come up")
         except BaseException:
             self.stop()
             raise

@@ -39,7 +39,7 @@ def whole_run(slurm, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "a run"
     command = ["slurm/pipeline.sh", TINY, f"pipeline.run={run}"]
     done = subprocess.run(
-        command, cwd=REPO, env=slurm.env, capture_output=True, text=True, timeout=60
+        command, cwd=REPO, env=slurm.env, capture_output=True, text=True, timeout=480
     )
     assert done.returncode == 0, done.stderr
     last = done.stdout.strip()

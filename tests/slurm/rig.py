@@ -11,7 +11,7 @@ REPO = Path(__file__).parents[2]
 TINY = "tests/slurm/tiny.yaml"
 WIDE = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2")
 FAILED = ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
-PATIENCE = 4  # times longer is waited where others use the machine too
+PATIENCE = 8  # times longer is waited where others use the machine too
 
 
 class Slurm:

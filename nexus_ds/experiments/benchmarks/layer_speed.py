@@ -203,7 +203,8 @@ def _train_steps(model: nn.Module, tokens_BS: Tensor, count: int) -> None:
 def _steps_of(model: nn.Module, tokens_BS: Tensor, device: torch.device) -> int:
     """Return how many steps fill BUSY_SECONDS."""
     action = partial(train_step, model, tokens_BS)
-    once = timed(action, device)
+    # a clock may see nothing of a short action
+    once = max(timed(action, device), 1e-6)
     return max(1, round(BUSY_SECONDS / once))
 
 

@@ -71,7 +71,7 @@ def test_steps_that_fail_or_hang_are_recorded_with_their_last_lines_and_the_rest
     )
     run = runner(tmp_path)
     run.run([python("breaks", child + "raise ValueError('no such kernel')")])
-    run.run([python("hangs", child + "time.sleep(600)", limit=3.0)])
+    run.run([python("hangs", child + "time.sleep(600)", limit=20.0)])
     run.run([python("is killed", "import os; os.kill(os.getpid(), 11)")])
     run.run([python("works", "print('{\"ms\": 1}'); print('{\"ms\": 2.5}'); print('done')")])
     steps = written(tmp_path)["steps"]
@@ -82,7 +82,7 @@ def test_steps_that_fail_or_hang_are_recorded_with_their_last_lines_and_the_rest
         ("works", "ok", 0),
     ]
     assert steps[0]["tail"][-1] == "ValueError: no such kernel"
-    assert 3 <= steps[1]["seconds"] < 60
+    assert 20 <= steps[1]["seconds"] < 120
     # what they had found is kept, and what they had started ends with them
     assert all(gone(step["figures"]["child"]) for step in steps[:2])
     assert steps[3]["figures"] == {"ms": 2.5}
@@ -294,6 +294,7 @@ def test_a_step_that_does_not_end_well_is_the_exit_code(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2700)
 def test_all_steps_in_small_sizes(tmp_path, capsys):
     """A rehearsal on a CPU; there the GPU tests skip themselves, and nothing waits for a device."""
     out = tmp_path / "out"

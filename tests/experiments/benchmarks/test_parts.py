@@ -61,12 +61,9 @@ def test_two_branches_get_their_own_forward_and_backward_time():
     x = torch.ones(4, requires_grad=True)
     block(x * 1.0).sum().backward()
     found = clock.seconds()
-    assert found["one"] == pytest.approx(0.10, abs=0.03)
-    assert found["two"] == pytest.approx(0.07, abs=0.03)
-    assert (
-        found["both"] == pytest.approx(0.17, abs=0.05)
-        and found["both"] >= found["one"] + found["two"]
-    )
+    # at least: a machine may take the processor away meanwhile
+    assert found["one"] >= 0.095 and found["two"] >= 0.065
+    assert found["both"] >= found["one"] + found["two"]
     assert torch.equal(x.grad, torch.full((4,), 2.0)) and clock.seconds() == {}
     clock.remove()
     block(x)

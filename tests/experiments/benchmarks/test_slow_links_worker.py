@@ -41,11 +41,11 @@ class Slow:
 def test_only_waiting_counts(monkeypatch):
     monkeypatch.setattr(dist, "all_to_all_single", lambda *_, **__: Slow())
     waits = Waits()
+    started = time.perf_counter()
     work = dist.all_to_all_single(None, None, async_op=True)
     time.sleep(0.05)  # computing while the tokens travel
-    assert waits.seconds < 0.01
     work.wait()
-    assert 0.02 <= waits.seconds < 0.05
+    assert 0.02 <= waits.seconds <= time.perf_counter() - started - 0.05
 
 
 @pytest.fixture
