@@ -39,8 +39,11 @@ class Slurm:
     def state(self, job):
         return self.field(job, "JobState")
 
-    def until(self, condition, seconds, what, log=None):
-        """Wait for a condition, which takes a quiet machine at most `seconds`; return its value."""
+    def until(self, condition, seconds, what, log=None, every=0.2):
+        """Wait for a condition, which takes a quiet machine at most `seconds`; return its value.
+
+        `every` so many seconds it is asked.
+        """
         seconds *= PATIENCE
         deadline = time.monotonic() + seconds
         while not (value := condition()):
@@ -49,7 +52,7 @@ class Slurm:
                 raise AssertionError(
                     f"no {what} within {seconds} s\n{self.run('squeue', '--states=all')}\n{text}"
                 )
-            time.sleep(0.2)
+            time.sleep(every)
         return value
 
     def finished(self, job, seconds, log=None):
@@ -78,16 +81,24 @@ class Slurm:
         ).stdout
 
 
-def metrics_step(run, stage="nexus"):
-    """Return the last optimizer step that a stage has logged, 0 without any."""
+def _steps(run, stage):
     path = run / f"{stage}.training" / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
-    steps = [
-        line.partition('"step": ')[2].partition(",")[0]
+    return [
+        int(line.partition('"step": ')[2].partition(",")[0])
         for line in lines
         if '"kind": "train"' in line
     ]
-    return int(steps[-1]) if steps else 0
+
+
+def metrics_step(run, stage="nexus"):
+    """Return the last optimizer step that a stage has logged, 0 without any."""
+    return max(_steps(run, stage)[-1:], default=0)
+
+
+def steps_logged(run, stage="nexus"):
+    """Return how many steps a stage has logged, those that were done again counted twice."""
+    return len(_steps(run, stage))
 
 
 def clean_environment():

@@ -1,6 +1,7 @@
 """Everything that can hit a job: it saves, requeues itself and ends with the weights of an
 undisturbed run."""
 
+import contextlib
 import os
 import signal
 import time
@@ -8,7 +9,7 @@ import time
 import pytest
 from safetensors import safe_open
 
-from slurm.rig import TINY, WIDE, metrics_step
+from slurm.rig import TINY, WIDE, metrics_step, steps_logged
 
 # as long as the rig is patient, the whole run included
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -43,6 +44,20 @@ def node_down(slurm, job):
 def preempt(slurm, job):
     """A job of a better partition takes both nodes for a moment."""
     slurm.run("sbatch", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 1")
+    slurm.until(lambda: slurm.state(job) != "RUNNING", 20, "preemption")
+
+
+@contextlib.contextmanager
+def standing_still(slurm, job):
+    """Stop all ranks meanwhile: a quick machine would be done before SLURM has acted."""
+    ranks = slurm.processes(job)
+    assert len(ranks) == 4
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)
+    yield
+    for rank in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGCONT)
 
 
 EVENTS = (usr1, term_one_rank, requeue, node_down, preempt)
@@ -55,14 +70,15 @@ def test_a_run_hit_by_everything_ends_with_the_weights_of_an_undisturbed_one(
     job = slurm.submit("upcycle", TINY, f"pipeline.run={run}", options=(*WIDE, "--partition=low"))
     log = run / "logs" / f"upcycle-{job}.log"
     for number, event in enumerate(EVENTS):
-        goal = 5 + 9 * number
-        slurm.until(
-            lambda goal=goal: slurm.state(job) == "RUNNING" and metrics_step(run) >= goal,
-            90,
-            f"step {goal}",
-            log,
-        )
-        event(slurm, job)
+        goal = steps_logged(run) + 4
+
+        def trained(number=number, goal=goal):
+            resumed = log.is_file() and log.read_text().count("resumed after step")
+            return steps_logged(run) >= goal and resumed == number
+
+        slurm.until(trained, 90, f"steps before {event.__name__}", log, every=0.02)
+        with standing_still(slurm, job):
+            event(slurm, job)
         restarts = lambda number=number: int(slurm.field(job, "Restarts")) > number  # noqa: E731
         slurm.until(restarts, 60, f"restart after {event.__name__}", log)
     assert slurm.finished(job, 120, log) == "COMPLETED", log.read_text()[-3000:]
