@@ -101,10 +101,12 @@ def told_in_one_line(directory: Path) -> Iterator[None]:
     So that a damaged file is told like any other, without a traceback.
     """
     from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
 
     try:
         yield
-    except (*LOAD_ERRORS, StrictDataclassError) as error:
+    # headers that its library refuses and this program reads: of odd metadata, or odd names
+    except (*LOAD_ERRORS, StrictDataclassError, SafetensorError) as error:
         raise CheckpointError(
             f"{directory}: transformers can't load this checkpoint: {one_line(error)}"
         ) from error

@@ -2,7 +2,7 @@
 
 They serve `router.warm_start: chunks | closed_form`.
 The embeddings are kept in a folder, one file a domain, found again by text and encoder: several
-warm starts of one run embed their text once.
+warm starts of one run embed their text once. A file that is damaged is made again.
 Not covered: an encoder that only another machine has.
 """
 
@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from nexus_ds.data.domains import (
@@ -23,9 +24,9 @@ from nexus_ds.data.domains import (
     encoder_directory,
     weights_hash,
 )
-from nexus_ds.errors import IncompatibleModelsError
+from nexus_ds.errors import IncompatibleModelsError, one_line
 from nexus_ds.outputs import create, new_file
-from nexus_ds.progress import Progress
+from nexus_ds.progress import Progress, say
 
 WINDOWS = 2  # pieces of a chunk that are averaged at most
 
@@ -59,16 +60,31 @@ def embed_chunks(
     """
     _check_revision(encoder, revision)
     places = {domain: _place(cache, chunks, revision) for domain, chunks in texts.items()}
-    missing = [domain for domain, path in places.items() if not path.is_file()]
+    found = {}
+    for domain, path in places.items():
+        vectors_NM = _kept(path)
+        if vectors_NM is not None:
+            found[domain] = vectors_NM
+    missing = {domain: texts[domain] for domain in texts if domain not in found}
     # loading the encoder takes seconds, which a repeated warm start doesn't pay
     if missing:
-        model = SentenceEncoder(encoder)
-        total = sum(len(texts[domain]) for domain in missing)
-        with Progress("embed chunks", total, "chunk") as progress:
-            for domain in missing:
-                vectors_NM = _embedded(texts[domain], model, progress)
-                _write(places[domain], vectors_NM)
-    return {domain: load_file(path)["vectors"] for domain, path in places.items()}
+        found |= _made(missing, encoder, places)
+    return {domain: found[domain] for domain in texts}
+
+
+def _made(
+    texts: Mapping[str, Sequence[str]],
+    encoder: str,
+    places: Mapping[str, Path],
+) -> dict[str, Tensor]:
+    """Embed chunks, and keep the embeddings at their domain's place."""
+    model = SentenceEncoder(encoder)
+    found = {}
+    with Progress("embed chunks", sum(map(len, texts.values())), "chunk") as progress:
+        for domain, chunks in texts.items():
+            found[domain] = _embedded(chunks, model, progress)
+            _write(places[domain], found[domain])
+    return found
 
 
 def _check_revision(encoder: str, revision: str) -> None:
@@ -92,7 +108,30 @@ def _embedded(chunks: Sequence[str], encoder: SentenceEncoder, progress: Progres
     return torch.cat(parts)
 
 
+def _sha256(vectors_NM: Tensor) -> str:
+    return hashlib.sha256(vectors_NM.numpy().tobytes()).hexdigest()
+
+
 def _write(path: Path, vectors_NM: Tensor) -> None:
+    content = save({"vectors": vectors_NM}, {"sha256": _sha256(vectors_NM)})
     # overwrite: another warm start may have made the same meanwhile
     with new_file(path, overwrite=True) as temporary, create(temporary) as stream:
-        stream.write(save({"vectors": vectors_NM}))
+        stream.write(content)
+
+
+def _kept(path: Path) -> Tensor | None:
+    """Return the embeddings [N, M] fp32 of a file; None if there is none, or a damaged one."""
+    if not path.is_file():
+        return None
+    problem = ""
+    try:
+        with safe_open(path, framework="pt") as file:
+            vectors_NM: Tensor = file.get_tensor("vectors")
+            expected = (file.metadata() or {}).get("sha256")
+        if _sha256(vectors_NM) == expected:
+            return vectors_NM
+        problem = f"vectors that are not of sha256 {expected}"
+    except (SafetensorError, OSError, TypeError) as error:
+        problem = one_line(error)
+    say(f"{path}: found {problem}; the file is damaged, or of an older version, and is made again")
+    return None

@@ -173,6 +173,20 @@ def skeleton(directory):
     return empty_skeleton(directory, read_config(directory), torch.float32)
 
 
+def test_a_header_that_only_transformers_refuses_is_told_in_one_line(plain_moe_dir, tmp_path):
+    """Metadata of a number: nobody here reads it, its library insists on a map."""
+    shutil.copytree(plain_moe_dir, tmp_path / "copy")
+    [path] = (tmp_path / "copy").glob("*.safetensors")
+    content = path.read_bytes()
+    metadata = b'"__metadata__":{"format":"pt"}'
+    assert metadata in content
+    odd = b'"__metadata__":1'.ljust(len(metadata))
+    path.write_bytes(content.replace(metadata, odd))
+    for read in (load_model, stock):
+        with pytest.raises(CheckpointError, match=r"can't load this checkpoint: .*expected a map"):
+            read(tmp_path / "copy")
+
+
 ALL = [load_model, stock, streamed, skeleton, transformers_config]
 WHOLE = [load_model, stock, streamed]
 

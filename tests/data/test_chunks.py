@@ -58,6 +58,37 @@ def test_text_that_was_embedded_is_not_embedded_again(encoder, tmp_path):
     assert encoder.embedded == 45
 
 
+def _cut(content):
+    return content[:50]
+
+
+def _flipped(content):
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+def _renamed(content):
+    return content.replace(b"vectors", b"victors")
+
+
+def _unknown(content):
+    return content.replace(b"F32", b"F33")
+
+
+@pytest.mark.parametrize("damage", [_cut, _flipped, _renamed, _unknown, lambda content: b""])
+def test_a_damaged_file_is_made_again(damage, encoder, tmp_path, capsys):
+    first = embed_chunks(TEXTS, "enc", REVISION, tmp_path)
+    for path in tmp_path.iterdir():
+        whole = path.read_bytes()
+        path.write_bytes(damage(whole))
+        assert path.read_bytes() != whole
+    again = embed_chunks(TEXTS, "enc", REVISION, tmp_path)
+    assert all(torch.equal(first[domain], again[domain]) for domain in TEXTS)
+    assert encoder.embedded == 84
+    assert capsys.readouterr().err.count("the file is damaged, or of an older version, and is") == 2
+    embed_chunks(TEXTS, "enc", REVISION, tmp_path)
+    assert encoder.embedded == 84
+
+
 def test_another_encoder_is_refused(encoder, tmp_path):
     with pytest.raises(IncompatibleModelsError, match="revision rrrrrrrrrrrr, the domain emb"):
         embed_chunks(TEXTS, "enc", "s" * 64, tmp_path)
