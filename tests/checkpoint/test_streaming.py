@@ -10,6 +10,7 @@ from nexus_ds.checkpoint.loading import load_model
 from nexus_ds.checkpoint.streaming import LayerReader, _in_slices, streamed_model
 from nexus_ds.checkpoint.tensors import TensorReader, write_tensors
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
+from tests.checkpoint.test_qwen3_next import assert_streams_alike
 
 CPU = torch.device("cpu")
 KINDS = ("dense_dir", "nexus_dir", "context_dir", "plain_moe_dir", "uneven_moe_dir")
@@ -26,9 +27,7 @@ def test_logits_are_those_of_the_whole_model(kind, request, tokens):
     model = load_model(directory)
     streamed = streamed_model(directory, torch.float32, CPU, rows=2)
     with torch.inference_mode():
-        whole = torch.cat([model(input_ids=part).logits for part in tokens.split(2)])
-        # all at once: the layers cut them
-        assert torch.equal(streamed(input_ids=tokens, use_cache=False).logits, whole)
+        assert_streams_alike(streamed, model, tokens)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -25,9 +25,11 @@ from tests.checkpoint.test_dense import Formula, changed
 from tests.checkpoint.test_qwen3_next import (
     BF16,
     NOISE,
+    assert_streams_alike,
     difference,
     in_fp32,
     mixture,
+    noise_of,
     renormalised,
     tokens,
 )
@@ -131,23 +133,6 @@ def stock(directory):
     model = loaded(directory)
     assert type(model).__name__ == "Qwen2MoeForCausalLM"
     return model
-
-
-def noise_of(oracle, x):
-    """Return how far the reference is from itself: with other kernels, with embeddings that are an
-    ulp larger, and with queries of which half the weights are."""
-    expected = oracle(x).logits
-    oracle.set_attn_implementation("eager")
-    found = [oracle(x).logits]
-    oracle.set_attn_implementation("sdpa")
-    for name, every in (("embed_tokens", 1), ("q_proj", 2), ("qkv_proj", 2)):
-        moved = copy.deepcopy(oracle)
-        for own, weight in moved.named_parameters():
-            if f"{name}.weight" in own:
-                flat = weight.data.view(-1)[::every]
-                flat.copy_(torch.nextafter(flat, 2 * flat))
-        found.append(moved(x).logits)
-    return max(difference(one, expected) for one in found)
 
 
 def file_order(model, config):
@@ -370,8 +355,7 @@ def test_layer_by_layer_it_is_the_same(made, name):
     x = tokens()
     model = AutoModelForCausalLM.from_pretrained(root / name, dtype="auto").eval()
     streamed = streamed_model(root / name, None, torch.device("cpu"), rows=2)
-    whole = torch.cat([model(part).logits for part in x.split(2)])
-    assert torch.equal(streamed(input_ids=x, use_cache=False).logits, whole)
+    assert_streams_alike(streamed, model, x)
     greedy = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert torch.equal(*(one.generate(x[:2], **greedy) for one in (model, streamed)))
 

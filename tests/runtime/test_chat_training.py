@@ -108,9 +108,11 @@ def steps(records):
     return [record for record in records if record["kind"] == "train"]
 
 
-def apart(root, first, second):
-    a, b = (load_file(root / name / "model.safetensors") for name in (first, second))
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
+def apart(root, start, first, second):
+    """Return how far two models are apart, over how far the first went from its start."""
+    files = [load_file(root / name / "model.safetensors") for name in (start, first, second)]
+    start, a, b = (torch.cat([file[name].flatten() for name in files[1]]) for file in files)
+    return float((a - b).norm() / (a - start).norm())
 
 
 @pytest.mark.slow
@@ -126,7 +128,7 @@ def test_a_dense_model_learns_the_mean_over_all_answers_of_a_batch(made):
     for a, b in zip(steps(whole), steps(cut), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["domain_loss"] == pytest.approx(b["domain_loss"], rel=1e-5)
-    assert apart(made, "whole", "cut") < 1e-5
+    assert apart(made, "dense", "whole", "cut") < 1e-3
     found = [record for record in whole if record["kind"] == "validation"]
     assert found[-1]["loss"]["alpha"] < found[0]["loss"]["alpha"]
 
@@ -136,12 +138,12 @@ def test_a_mixture_learns_the_same_however_it_is_cut_and_resumed(made):
     trained(made, "nexus", "one", 1, BATCH)
     words = ("parallel.expert=2", "training.save_every=2")
     trained(made, "nexus", "two", 2, 2, *words, stage=3)
-    assert apart(made, "one", "two") < 1e-5
+    assert apart(made, "nexus", "one", "two") < 1e-3
     shutil.copytree(made / "two", made / "straight")
     shutil.rmtree(made / "two")
     shutil.rmtree(made / "two.training" / "states" / f"step_{STEPS}")
     log, _ = trained(made, "nexus", "two", 2, 2, *words, stage=3)
-    assert "resumed after step 2" in log and apart(made, "straight", "two") == 0
+    assert "resumed after step 2" in log and apart(made, "nexus", "straight", "two") == 0
     # what a reader takes for plain text does not go on with a run of chats
     words = (*words, "data.chat=false", "data.domains=[gamma]", "data.validation_domains=[gamma]")
     shutil.rmtree(made / "two")
