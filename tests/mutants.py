@@ -269,6 +269,20 @@ FAULTS = (
         "        if not whole.reader.origins:",
     ),
     Fault(
+        "a block within a row is multiplied by the factors of the first columns",
+        "checkpoint/laid.py",
+        "    begin = first % width\n",
+        "    begin = 0\n",
+        "checkpoint/test_laid.py",
+    ),
+    Fault(
+        "heads are written without room for their gates",
+        "checkpoint/laid.py",
+        "2 * whole * self.head + done",
+        "whole * self.head + done",
+        "checkpoint/test_laid.py",
+    ),
+    Fault(
         "what lies in the mixture is not looked at before it is extended",
         "upcycling/compatible.py",
         'settings(config), None, names, "averaged")',

@@ -110,10 +110,11 @@ def test_models_are_exported_without_torch(tmp_path):
         assert "nexus_ds.serving.gguf_file" in modules and not HEAVY & modules, program
 
 
-def test_models_are_put_together_without_torch(tmp_path):
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_models_are_put_together_without_torch(family, tmp_path):
     """Upcycled, extended, replaced and reduced: where nothing reads text, and tokenizers are of
-    the plain class."""
-    make_inputs(tmp_path, "tiny", "bf16", 1 << 30)
+    the plain class; of a form that translates weights too."""
+    make_inputs(tmp_path, "tiny", "bf16", 1 << 30, family)
     alpha, beta, gamma = (f"--expert={name}={name}" for name in ("alpha", "beta", "gamma"))
     domains = "--domains=domains.safetensors"
     for words in (

@@ -8,7 +8,8 @@ A piece is a tensor of the new files, or several, and one of four operations:
     Series   bytes of several tensors that are made together, one after the other
 
 Nothing here knows a tensor's name, role or family: a piece goes from sources, which are read in
-ranges, to a range of a file (`Place`), and the texts that it carries are for messages.
+ranges, to a range of a file, or by way of a form to several (`laid`), and the texts that it carries
+are for messages.
 Pieces of a `Job` are done one after the other by one thread, so that a hash over their sources
 costs no second reading; jobs are done side by side, begun in the order that they are given in.
 
@@ -56,7 +57,7 @@ from nexus_ds.checkpoint.headers import (
     kept_open,
     tensor_bytes,
 )
-from nexus_ds.checkpoint.new_files import Place
+from nexus_ds.checkpoint.new_files import Target
 from nexus_ds.errors import CheckpointError
 from nexus_ds.outputs import write_at
 
@@ -161,7 +162,7 @@ def stored(
 class Copy:
     """The bytes of a stored tensor; its dtype and size are the target's."""
 
-    target: Place
+    target: Target
     source: Source
 
     @property
@@ -170,7 +171,7 @@ class Copy:
         return (self.source,)
 
     @property
-    def targets(self) -> Sequence[Place]:
+    def targets(self) -> Sequence[Target]:
         """The one target."""
         return (self.target,)
 
@@ -179,7 +180,7 @@ class Copy:
 class Merge:
     """What a rule makes of stored tensors of one size, in the target's dtype."""
 
-    target: Place
+    target: Target
     sources: Sequence[Source]
     rule: Rule
     label: str
@@ -188,7 +189,7 @@ class Merge:
     """Whose weights are too large then."""
 
     @property
-    def targets(self) -> Sequence[Place]:
+    def targets(self) -> Sequence[Target]:
         """The one target."""
         return (self.target,)
 
@@ -197,7 +198,7 @@ class Merge:
 class Fill:
     """Bytes that are given, or made in time, or one number for all elements."""
 
-    target: Place
+    target: Target
     content: Callable[[], memoryview] | float
 
     @property
@@ -206,7 +207,7 @@ class Fill:
         return ()
 
     @property
-    def targets(self) -> Sequence[Place]:
+    def targets(self) -> Sequence[Target]:
         """The one target."""
         return (self.target,)
 
@@ -215,7 +216,7 @@ class Fill:
 class Series:
     """Bytes of several places that are made together; each is written before the next is made."""
 
-    targets: Sequence[Place]
+    targets: Sequence[Target]
     make: Callable[[], Iterable[memoryview]]
     """Yields the bytes of each target."""
 
@@ -241,7 +242,7 @@ class Job:
 def _check_size(piece: Copy | Merge) -> None:
     """Raise CheckpointError for a source that has not as many values as the target."""
     target = piece.target
-    count = (target.end - target.start) // ITEM_BYTES[target.dtype]
+    count = target.size // ITEM_BYTES[target.dtype]
     for source in piece.sources:
         found = source.size // ITEM_BYTES[source.dtype]
         if found != count:
@@ -295,14 +296,15 @@ class _Worker:
 
     def _write(
         self,
-        target: Place,
+        target: Target,
         position: int,
         data: memoryview,
     ) -> None:
         if not self.keep_on():
             raise _Stopped
-        for place in (target, *target.copies):
-            write_at(place.descriptor, place.start + position, data, place.file)
+        for each in (target, *target.copies):
+            for place, start, own in each.writes(position, data):
+                write_at(place.descriptor, place.start + start, own, place.file)
 
     def _read(
         self,
@@ -333,13 +335,13 @@ class _Worker:
         self.floats[0] = content
         block = self.raw[: VALUES * width]
         narrow(self.floats[0, :VALUES], target.dtype, block, self.spare)
-        size = target.end - target.start
+        size = target.size
         for start in range(0, size, len(block)):
             self._write(target, start, block[: size - start].data)
 
     def _series(self, piece: Series) -> None:
         for target, data in zip(piece.targets, piece.make(), strict=True):
-            assert len(data) == target.end - target.start, f"{len(data)} bytes for {target}"
+            assert len(data) == target.size, f"{len(data)} bytes for {target}"
             self._write(target, 0, data)
 
     def _merge(self, piece: Merge) -> None:
@@ -375,7 +377,7 @@ class _Worker:
     def _blocks(self, piece: Merge, healths: Sequence[Health]) -> Iterator[tuple[int, Blocks]]:
         """Yield where each range of the tensors begins, and the blocks of all sources there."""
         target = piece.target
-        count = (target.end - target.start) // ITEM_BYTES[target.dtype]
+        count = target.size // ITEM_BYTES[target.dtype]
         step = max(1, min(VALUES, MERGED // len(piece.sources)))
         if len(self.floats) < len(piece.sources):
             self.floats = np.empty((len(piece.sources), VALUES), np.float32)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 from nexus_ds.checkpoint.headers import (
     INDEX,
@@ -66,8 +66,34 @@ def write_file(path: Path, plan: Plan, contents: Iterable[tuple[str, memoryview]
             stream.write(data)
 
 
+class Target(Protocol):
+    """Where a tensor goes, or a range of it: to a place, or by way of a form (`laid`)."""
+
+    @property
+    def dtype(self) -> str:
+        """As safetensors names it."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+
+    @property
+    def ranges(self) -> Sequence[Place]:
+        """All that it becomes in the files, but for copies."""
+
+    @property
+    def copies(self) -> tuple[Target, ...]:
+        """Where the same bytes go once more."""
+
+    def writes(self, position: int, data: memoryview) -> Iterator[Write]:
+        """Yield what is written of the tensor's bytes from `position` on."""
+
+    def part(self, first: int, stop: int) -> Target:
+        """Return where its bytes [first, stop) go."""
+
+
 class Place(NamedTuple):
-    """Where a planned tensor goes, or a range of it."""
+    """Where a planned tensor goes as it is, or a range of it."""
 
     dtype: str
     """As safetensors names it."""
@@ -78,13 +104,31 @@ class Place(NamedTuple):
     end: int
     """The byte after its last one."""
     file: Path
-    copies: tuple[Place, ...] = ()
+    copies: tuple[Target, ...] = ()
     """Where the same bytes go once more."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.end - self.start
+
+    @property
+    def ranges(self) -> Sequence[Place]:
+        """The one place."""
+        return (self,)
+
+    def writes(self, position: int, data: memoryview) -> Iterator[Write]:
+        """Yield the bytes as they are."""
+        yield self, position, data
 
     def part(self, first: int, stop: int) -> Place:
         """Return the place of bytes [first, stop) of the tensor."""
         copies = tuple(copy.part(first, stop) for copy in self.copies)
         return self._replace(start=self.start + first, end=self.start + stop, copies=copies)
+
+
+Write = tuple[Place, int, memoryview]
+"""Bytes, and where they go: a place, and the first one's number there."""
 
 
 class GivenUp(Exception):
@@ -109,12 +153,13 @@ class Frontier:
         self._reached[file] = written
         self._beyond[file] = {}
 
-    def landed(self, place: Place) -> None:
-        """Note that the bytes of a place, and their copies, are written; any thread may."""
+    def landed(self, target: Target) -> None:
+        """Note that the bytes of a target, and their copies, are written; any thread may."""
+        ranges = [place for one in (target, *target.copies) for place in one.ranges]
         with self._changed:
-            for each in (place, *place.copies):
+            for each in ranges:
                 # an empty one would be passed for ever
-                if each.end > each.start:
+                if each.size:
                     self._beyond[each.file][each.start] = each.end
                     self._pass(each.file)
             self._changed.notify_all()

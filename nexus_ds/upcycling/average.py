@@ -15,8 +15,8 @@ from nexus_ds.checkpoint.dense_settings import both_ropes
 from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.errors import IncompatibleModelsError
 from nexus_ds.outputs import new_directory, write_json
-from nexus_ds.upcycling.blend import write_tensors
 from nexus_ds.upcycling.sources import Part, Source, mean_of
+from nexus_ds.upcycling.writing import write_tensors
 
 
 def average_dense(models: Sequence[Path], out: Path) -> None:

@@ -17,7 +17,6 @@ from nexus_ds.checkpoint.config_json import ConfigJson, read_generation_config
 from nexus_ds.checkpoint.dense import MODEL_DTYPES, DenseModel
 from nexus_ds.checkpoint.dense_settings import both_ropes, cached_positions
 from nexus_ds.checkpoint.file_layout import in_files
-from nexus_ds.checkpoint.forms import translated
 from nexus_ds.checkpoint.hashes import Hashing
 from nexus_ds.checkpoint.headers import Headers, tensor_bytes
 from nexus_ds.checkpoint.model_card import nexus_card, write_model_card
@@ -42,9 +41,9 @@ from nexus_ds.checkpoint.sidecar import (
 from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.outputs import write_json
 from nexus_ds.settings import Config, RouterConfig
-from nexus_ds.upcycling.blend import Beside, write_model
 from nexus_ds.upcycling.same_tokenizers import Alignment
 from nexus_ds.upcycling.sources import Blend, Part, Source
+from nexus_ds.upcycling.writing import Beside, write_model
 from nexus_ds.warm_start.starts import NO_TEXT, check_start
 
 if TYPE_CHECKING:
@@ -196,8 +195,8 @@ class NewModel:
         generation = read_generation_config(self.source)
         if generation is not None:
             write_json(directory / "generation_config.json", generation)
-        # a router's file that has a P is there, if no weights were translated
-        if self.sidecar.projections and not translated(self.config):
+        # a router's file that has a P is there
+        if self.sidecar.projections:
             write_manifest(directory, self.sidecar)
         else:
             write_sidecar(directory, self.sidecar)

@@ -1,4 +1,4 @@
-"""The router's file of a new mixture, written while the model's files are (`blend`).
+"""The router's file of a new mixture, written while the model's files are (`writing`).
 
 A layer's P is made once, by one thread: its numbers go into this file, and what it gives of the
 domain embeddings into the model's. It is let go before the next layer's is made: one layer's P is
@@ -17,7 +17,7 @@ from typing import Self
 from nexus_ds.checkpoint import assembly
 from nexus_ds.checkpoint.arithmetic import Floats
 from nexus_ds.checkpoint.expert_rows import shapes_of
-from nexus_ds.checkpoint.new_files import Frontier, NewFiles, Place
+from nexus_ds.checkpoint.new_files import Frontier, NewFiles, Target
 from nexus_ds.checkpoint.records import ROUTER
 from nexus_ds.checkpoint.sidecar import Sidecar, check_parts, checked_layer, router_plan
 from nexus_ds.checkpoint.values import encoded
@@ -47,11 +47,11 @@ class RouterFile:
         self._sidecar, self._directory = sidecar, directory
         self._form = shapes_of(sidecar.router, sidecar.vectors.shape[1], hidden_size)
         path = directory / ROUTER
-        path.parent.mkdir()
+        path.parent.mkdir(exist_ok=True)
         plan = router_plan(sidecar, self._form)
         self.files = NewFiles(path.parent, plan, WHOLE, single=path.name, frontier=frontier)
 
-    def job(self, rows: Mapping[int, tuple[Rows, Place]]) -> assembly.Job:
+    def job(self, rows: Mapping[int, tuple[Rows, Target]]) -> assembly.Job:
         """Return the making of all that the file has.
 
         Args:
@@ -63,7 +63,7 @@ class RouterFile:
             pieces.append(assembly.Fill(self.files.place(name), partial(_bytes_of, values)))
         for layer in range(len(self._sidecar.projections)):
             names = [f"layers.{layer}.{own}" for own in self._form]
-            places = [self.files.place(name) for name in names]
+            places: list[Target] = [self.files.place(name) for name in names]
             own_rows, place = rows.get(layer, (None, None))
             if place:
                 places.append(place)

@@ -1,9 +1,6 @@
 """What is checked before models are put together, and while their tensors are written."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -98,48 +95,3 @@ def test_a_doubled_shared_expert_that_overflows(parts):
     ):
         upcycle(parts)
     assert not left_over(parts)
-
-
-MEMORY = """
-import re, sys
-from pathlib import Path
-from safetensors.torch import save_file
-import torch
-from nexus_ds.upcycling.sources import Part, mean_of
-from nexus_ds.upcycling.translated import _write_blend
-from nexus_ds.checkpoint.tensors import TensorReader, TensorWriter
-shape, root = (24_000, 1024), Path(sys.argv[1])
-readers = []
-for index in range(3):
-    (root / str(index)).mkdir()
-    with TensorWriter(root / str(index), {"w": ("F32", shape)}) as writer:
-        for start in range(0, shape[0], 1000):
-            writer.write_rows("w", start, torch.full((1000, shape[1]), float(index + 1)))
-    readers.append(TensorReader(root / str(index)))
-(root / "out").mkdir()
-def peak():
-    # not ru_maxrss, in which the process that started this one counts
-    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-before = peak()
-with TensorWriter(root / "out", {"w": ("F32", shape)}) as writer:
-    mean = mean_of([Part("m", reader, "w") for reader in readers])
-    _write_blend(writer, "w", shape, mean, torch.float32)
-print((peak() - before) // 1024)
-assert float(TensorReader(root / "out").read_rows("w", 100, 101).mean()) == 2.0
-"""
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_model(tmp_path):
-    """The mean of three tensors of 94 MiB is written with less than one of them in memory."""
-    result = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(tmp_path)],
-        # what is freed goes back to the system at once: what is counted is in use
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert int(result.stdout) < 90, f"{result.stdout} MiB"

@@ -1,6 +1,7 @@
 """What putting models together costs, against reading all of them once and writing the result once.
 
-A seed and its branches of a Llama's shapes are made up and stored in shards. Programs then take
+A seed and its branches of a Llama's shapes, or of a Qwen3's, whose mixture is written in another
+form, are made up and stored in shards. Programs then take
 turns, each in a process of its own that starts anew: `floor` reads every input in blocks, writes as
 many bytes as the mixture has and flushes them to the disk, as the verb does; `upcycle` is the verb
 with all that it checks and hashes, without a warm start; its bytecode is there, as an installed
@@ -56,6 +57,7 @@ HELP = "upcycling's one pass against reading and writing alone: time, CPU, memor
 KINDS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 SIZES = {"tiny": (64, 2), "250m": (1024, 16), "1b": (2048, 18)}
 """Hidden size and layers; a vocabulary of 32,768 (tiny: 320)."""
+FAMILIES = ("llama", "qwen3")
 NAMES = ("alpha", "beta", "gamma")
 BLOCK = 1 << 20
 MERGEKIT = "mergekit-moe"
@@ -90,10 +92,10 @@ class Row:
 # Models -------------------------------------------------------------------------------------------
 
 
-def _config(size: str, dtype: str) -> ConfigJson:
-    """Return config.json of a Llama with tied embeddings; `dtype` is a key of KINDS."""
+def _config(size: str, dtype: str, family: str) -> ConfigJson:
+    """Return config.json of a dense model with tied embeddings; `dtype` is a key of KINDS."""
     hidden, layers = SIZES[size]
-    return {
+    llama = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "dtype": MODEL_DTYPES[KINDS[dtype]],
@@ -111,6 +113,15 @@ def _config(size: str, dtype: str) -> ConfigJson:
         "bos_token_id": None,
         "eos_token_id": 0,
     }
+    heads = max(4, hidden // 128)
+    qwen3 = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 4,
+        "head_dim": hidden // heads,
+    }
+    return llama | qwen3 if family == "qwen3" else llama
 
 
 def _noise(number: int) -> np.ndarray:
@@ -131,6 +142,7 @@ def make_model(
     dtype: str,
     number: int,
     shard: int,
+    family: str = "llama",
 ) -> None:
     """Store a model; `number` 0 is the seed, others are its branches.
 
@@ -140,8 +152,9 @@ def make_model(
         dtype: a key of KINDS.
         number: what its noise is drawn by.
         shard: bytes of a file at most.
+        family: of FAMILIES.
     """
-    config = _config(size, dtype)
+    config = _config(size, dtype, family)
     kind = KINDS[dtype]
     data = _values(number, kind)
     weights = dense_weights(settings(config))
@@ -166,6 +179,7 @@ def make_inputs(
     size: str,
     dtype: str,
     shard: int,
+    family: str = "llama",
 ) -> None:
     """Store a seed, its branches, their tokenizer and domain embeddings."""
     for number, name in enumerate(("seed", *NAMES)):
@@ -177,6 +191,7 @@ def make_inputs(
             dtype,
             number,
             shard,
+            family,
         )
     vectors = np.random.default_rng(0).standard_normal((len(NAMES), 384), np.float32)
     domains = DomainEmbeddings(
@@ -379,6 +394,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=tuple(KINDS), default="bf16", help="of its weights (bf16)"
     )
+    parser.add_argument("--family", choices=FAMILIES, default="llama", help="of a model (llama)")
     parser.add_argument(
         "--shard", type=int, default=150, metavar="MB", help="a file of a model at most (150)"
     )
@@ -399,13 +415,18 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     """Measure and print."""
     if args.rounds < 1 or args.shard < 1:
         raise ConfigError(f"--rounds {args.rounds}, --shard {args.shard}: expected numbers above 0")
+    if args.family == "qwen3" and args.dtype == "fp16":
+        raise ConfigError(
+            "--family qwen3 --dtype fp16: found a mixture whose form fp16 can't hold; use bf16 or "
+            "fp32"
+        )
     programs = ["upcycle"]
-    if args.dtype == "bf16" and shutil.which(MERGEKIT):
+    if args.family == "llama" and args.dtype == "bf16" and shutil.which(MERGEKIT):
         programs.append(MERGEKIT)
     with tempfile.TemporaryDirectory(dir=args.work or Path.cwd()) as folder:
         root = Path(folder)
         say("making a seed and three branches")
-        make_inputs(root, args.size, args.dtype, args.shard * 1_000_000)
+        make_inputs(root, args.size, args.dtype, args.shard * 1_000_000, args.family)
         rows: list[Row] = []
         # not counted: it leaves the bytecode that later starts read
         cost("upcycle", root)
@@ -414,7 +435,8 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     if args.json:
         print(json.dumps([vars(row) for row in rows]))
         return 0
-    print(f"{args.size}, {args.dtype}, {args.rounds} rounds, {len(os.sched_getaffinity(0))} cores")
+    cores = len(os.sched_getaffinity(0))
+    print(f"{args.family}, {args.size}, {args.dtype}, {args.rounds} rounds, {cores} cores")
     print(describe(rows))
-    print("next: the same with --size, --dtype or --shard for models like yours")
+    print("next: the same with --family, --size, --dtype or --shard for models like yours")
     return 0

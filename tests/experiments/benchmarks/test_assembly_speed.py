@@ -22,10 +22,13 @@ from nexus_ds.experiments.benchmarks.assembly_speed import (
 )
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_the_floor_writes_as_many_bytes_as_the_verb(tmp_path, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "family"),
+    [("bf16", "llama"), ("fp16", "llama"), ("fp32", "llama"), ("bf16", "qwen3")],
+)
+def test_the_floor_writes_as_many_bytes_as_the_verb(tmp_path, dtype, family):
     (tmp_path / "in").mkdir()
-    make_inputs(tmp_path / "in", "tiny", dtype, 200_000)
+    make_inputs(tmp_path / "in", "tiny", dtype, 200_000, family)
     assert len(list((tmp_path / "in" / "seed").glob("*.safetensors"))) > 1
     for name, program in PROGRAMS.items():
         (tmp_path / name).mkdir()
@@ -33,9 +36,10 @@ def test_the_floor_writes_as_many_bytes_as_the_verb(tmp_path, dtype):
     verb = load_file(tmp_path / "upcycle" / "mixture" / "model.safetensors")
     floor = (tmp_path / "floor" / "model.safetensors").stat().st_size
     assert floor == sum(tensor.nbytes for tensor in verb.values())
-    name = "model.layers.0.mlp.up_proj.weight"
+    # of a Qwen3 columns of the others are multiplied
+    name = "model.layers.0.mlp.down_proj.weight"
     branch = TensorReader(tmp_path / "in" / "beta").read(name)
-    assert torch.equal(branch, verb["model.layers.0.mlp.experts.1.up_proj.weight"])
+    assert torch.equal(branch, verb["model.layers.0.mlp.experts.1.down_proj.weight"])
 
 
 def test_ratios_are_of_one_round_and_the_floor_comes_first_and_last(monkeypatch):
@@ -69,6 +73,8 @@ def test_the_verb_prints_a_table_or_json(tmp_path, capsys, monkeypatch):
 def test_numbers_that_make_no_sense(capsys):
     assert main(["bench", "assemble", "--rounds=0"]) == 1
     assert "--rounds 0, --shard 150: expected numbers above 0" in capsys.readouterr().err
+    assert main(["bench", "assemble", "--family=qwen3", "--dtype=fp16"]) == 1
+    assert "--dtype fp16: found a mixture whose form fp16 can't hold" in capsys.readouterr().err
 
 
 def stand_in(folder, text):

@@ -1,4 +1,4 @@
-"""What a form that translates weights is given: each kind of source, looked at on the way."""
+"""The one pass that writes a model: each kind of source, looked at on the way."""
 
 import numpy as np
 import pytest
@@ -8,9 +8,10 @@ from safetensors.torch import load_file
 from nexus_ds.checkpoint.tensors import TensorReader, TensorWriter
 from nexus_ds.errors import CheckpointError
 from nexus_ds.upcycling.sources import Blend, Computed, Part, Stack, mean_of
-from nexus_ds.upcycling.translated import _write
+from nexus_ds.upcycling.writing import write_tensors
 
 SHAPE = (6, 4)
+CONFIG = {"model_type": "llama"}
 
 
 def model(folder, *values):
@@ -26,8 +27,7 @@ def model(folder, *values):
 def written(folder, made, dtype=torch.float32):
     folder.mkdir()
     kind = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
-    with TensorWriter(folder, {"w.weight": (kind, SHAPE)}) as writer:
-        _write(writer, "w.weight", made, dtype, SHAPE)
+    write_tensors(folder, {"w.weight": (kind, SHAPE)}, {"w.weight": made}, "write", CONFIG)
     return load_file(folder / "model.safetensors")["w.weight"]
 
 
@@ -61,3 +61,10 @@ def test_what_overflows_is_named(tmp_path):
     doubled = Blend([Part("one", reader, "w.weight")], scale=2.0)
     with pytest.raises(CheckpointError, match=r"w.weight: 1 values overflow .*; one has weights"):
         written(tmp_path / "out", doubled, torch.bfloat16)
+
+
+def test_a_tensor_that_comes_from_nowhere_is_named_before_the_first_byte(tmp_path):
+    plan = {"w.weight": ("F32", SHAPE), "x.weight": ("F32", SHAPE)}
+    with pytest.raises(CheckpointError, match=r"1 planned tensors were not written, .*'x.weight'"):
+        write_tensors(tmp_path, plan, {"w.weight": 0.5}, "write", CONFIG)
+    assert not list(tmp_path.iterdir())
