@@ -216,7 +216,7 @@ def write_tensors(
     hashed: Mapping[str, Sequence[str]] | None = None,
     beside: Beside | None = None,
 ) -> dict[str, str]:
-    """Write the model file(s) of a checkpoint, one slice of one tensor in memory at a time.
+    """Write the model file(s) of a checkpoint, a few blocks in memory at a time.
 
     Args:
         directory: empty, not yet renamed.
@@ -225,7 +225,7 @@ def write_tensors(
         label: name in the progress line.
         config: config.json of the checkpoint, whose form decides how tensors lie in the file.
         hashed: by any name, tensors whose first sources are hashed together.
-        beside: what else is done meanwhile; nothing of a form that translates weights.
+        beside: what else is done meanwhile.
 
     Returns:
         For each name of `hashed` the `sha256_of_tensors` of the sources.
