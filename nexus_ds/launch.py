@@ -149,7 +149,11 @@ def adopt_launcher() -> Position:
     """
     env = os.environ
     here = position()
-    if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+    # A lone rank has nobody to meet: with a port of its own, runs of one GPU each may share a node,
+    # where every `deepspeed` command says 29500. At torchrun's, its agent serves the store.
+    served = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    lone = here.world == 1 and not served
+    if lone or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
         address, port = meeting_point(here)
         env.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     if "RANK" not in env:

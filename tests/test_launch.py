@@ -155,6 +155,21 @@ def test_plain_python_is_a_single_rank_with_a_port_of_its_own(environment):
     )
 
 
+def test_runs_of_one_rank_do_not_meet_each_other_at_their_launchers_port(environment):
+    """DeepSpeed's launcher says 29500 to each; torchrun's agent serves the store at its own."""
+    told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "CROSS_RANK": "0", **MEETING}
+    environment(told)
+    launch.adopt_launcher()
+    assert launch.os.environ["MASTER_PORT"] != "20000"
+    assert launch.os.environ["MASTER_ADDR"] == "127.0.0.1"
+    environment(told | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
+    launch.adopt_launcher()
+    assert launch.os.environ["MASTER_PORT"] == "20000"
+    environment(told | {"TORCHELASTIC_USE_AGENT_STORE": "False"})
+    launch.adopt_launcher()
+    assert launch.os.environ["MASTER_PORT"] != "20000"
+
+
 def test_what_a_launcher_set_stays(environment):
     theirs = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", **MEETING}
     environment(SRUN | theirs)

@@ -48,14 +48,20 @@ def join(seconds: float) -> dist.Store:
         seconds: that this rank waits for the server, and rank 0 for the others.
 
     Raises:
-        TrainingError: they did not come.
+        TrainingError: they did not come, or another run has the port.
     """
     if _Meeting.store is None:
         try:
             _Meeting.store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
         except RuntimeError as error:
+            told = str(error).splitlines()[0]
+            if "EADDRINUSE" in told:
+                raise TrainingError(
+                    f"another run has the ranks' port on this node ({told}); give the launcher "
+                    "another one: deepspeed --master_port PORT, torchrun --master-port PORT"
+                ) from error
             raise TrainingError(
-                f"the ranks did not meet within {duration(seconds)} ({str(error).splitlines()[0]});"
+                f"the ranks did not meet within {duration(seconds)} ({told});"
                 " look at the log of the one that is missing, or for a firewall"
             ) from error
     return _Meeting.store

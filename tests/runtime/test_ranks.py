@@ -1,7 +1,12 @@
 """One rank's failure is everybody's, with one message."""
 
+import re
+import socket
+import subprocess
+import sys
+
 import pytest
-from launch import start_ranks
+from launch import clean_environment, start_ranks
 
 RANK = """
 import torch.distributed as dist
@@ -43,6 +48,34 @@ print(torch.get_num_threads(), flush=True)
 dist.barrier()
 dist.destroy_process_group()
 """
+
+
+TAKEN = """
+from nexus_ds.errors import TrainingError
+from nexus_ds.runtime.ranks import join
+
+try:
+    join(5)
+except TrainingError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_port_that_another_run_has_is_told_with_what_to_do():
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        meeting = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        said = subprocess.run(
+            [sys.executable, "-c", TAKEN],
+            env=clean_environment() | meeting,
+            capture_output=True,
+            text=True,
+        )
+    message = (
+        rf"another run has the ranks' port on this node \(.*port: {port}.*\); give the launcher"
+    )
+    assert re.match(message, said.stdout), said.stderr
 
 
 @pytest.mark.slow
