@@ -38,6 +38,7 @@ from nexus_ds.checkpoint.headers import (
     tensor_bytes,
 )
 from nexus_ds.checkpoint.new_files import (
+    WHOLE,
     NewFiles,
     Place,
     Target,
@@ -51,8 +52,6 @@ from nexus_ds.checkpoint.qwen3_next_headers import (
 )
 from nexus_ds.checkpoint.values import read_values
 
-WHOLE = 1 << 62
-"""Bytes of a file at most: one is all that readers look for."""
 AT_ONCE = 1 << 16
 """Numbers that are multiplied at once: a few such blocks fit into a core's own cache."""
 
@@ -81,12 +80,10 @@ class Laid:
         file."""
         [whole] = self.ranges
         assert whole.size == self.size, "only rows of embeddings and head have several sources"
-        copies = tuple(copy.part(first, stop) for copy in self.copies)
         return replace(
             self,
             size=stop - first,
             ranges=[whole.part(first, stop)],
-            copies=copies,
             first=self.first + first,
         )
 

@@ -66,6 +66,10 @@ def write_file(path: Path, plan: Plan, contents: Iterable[tuple[str, memoryview]
             stream.write(data)
 
 
+WHOLE = 1 << 62
+"""Bytes of a file at most: one is all that readers look for."""
+
+
 class Target(Protocol):
     """Where a tensor goes, or a range of it: to a place, or by way of a form (`laid`)."""
 

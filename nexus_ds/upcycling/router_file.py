@@ -17,14 +17,11 @@ from typing import Self
 from nexus_ds.checkpoint import assembly
 from nexus_ds.checkpoint.arithmetic import Floats
 from nexus_ds.checkpoint.expert_rows import shapes_of
-from nexus_ds.checkpoint.new_files import Frontier, NewFiles, Target
+from nexus_ds.checkpoint.new_files import WHOLE, Frontier, NewFiles, Target
 from nexus_ds.checkpoint.records import ROUTER
 from nexus_ds.checkpoint.sidecar import Sidecar, check_parts, checked_layer, router_plan
 from nexus_ds.checkpoint.values import encoded
 from nexus_ds.upcycling.sources import Rows
-
-WHOLE = 1 << 62
-"""Bytes of a file at most: one is all that readers look for."""
 
 
 class RouterFile:
