@@ -22,25 +22,44 @@ from typing import Any
 import yaml
 
 from nexus_ds.errors import ConfigError
+from nexus_ds.inputs import require_file
 from nexus_ds.settings import SETTINGS, STAGES, Config, types_of
 from nexus_ds.words import nearest
 
 RECIPES = Path(__file__).parent / "recipes"
+MOST_CHARACTERS = 100_000  # of a recipe: YAML takes 30 s for a million brackets
+MOST_YAML = 4 * MOST_CHARACTERS  # bytes: four a character at most
+NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+MOST_DIGITS = 100  # of a number, also of one to another base: Python writes 4,300 digits at most
 # what a recipe or an override says, before it is known to be a setting
 Values = dict[str, object]
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys and aliases and reads `1e-5` as a number."""
+    """Safe YAML without aliases, tags, doubled keys and endless numbers; `1e-5` is a number."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        place = _place(event.start_mark)
         # Aliases of aliases make gigabytes of a few lines.
-        if self.check_event(yaml.events.AliasEvent):
-            place = _place(self.peek_event().start_mark)
+        if isinstance(event, yaml.events.AliasEvent):
             raise ConfigError(
                 f"{place}: YAML aliases are not allowed in recipes; write the value out"
             )
-        return super().compose_node(parent, index)
+        # what is made of a value is decided by its own form, which the library has checked
+        if getattr(event, "tag", None) is not None:
+            raise ConfigError(
+                f"{place}: the tag {event.tag[:100]!r} is not allowed in recipes; leave it out"
+            )
+        node = super().compose_node(parent, index)
+        if not isinstance(node, yaml.ScalarNode) or node.tag not in NUMBER_TAGS:
+            return node
+        if len(node.value) > MOST_DIGITS:
+            raise ConfigError(
+                f"{place}: a number of {len(node.value)} characters, expected at most "
+                f"{MOST_DIGITS}; put quotes around it if it is a text"
+            )
+        return node
 
     def construct_mapping(
         self, node: yaml.MappingNode, deep: bool = False
@@ -79,8 +98,10 @@ def parse_yaml(text: str, name: str) -> Any:
 # a comparison reads the same recipe and overrides hundreds of times
 @functools.lru_cache(maxsize=1024)
 def _parsed(text: str, name: str) -> object:
-    if len(text) > 1_000_000:
-        raise ConfigError(f"{name}: {len(text)} characters; a recipe has at most 1,000,000")
+    if len(text) > MOST_CHARACTERS:
+        raise ConfigError(
+            f"{name}: {len(text):,} characters; a recipe has at most {MOST_CHARACTERS:,}"
+        )
     try:
         # it looks for characters that YAML does not allow
         loader = _StrictLoader(text)
@@ -94,6 +115,15 @@ def _parsed(text: str, name: str) -> object:
         raise ConfigError(f"{name}: not a valid recipe: {error}") from error
     finally:
         loader.dispose()
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds, such as a training.yaml; ConfigError names what is wrong.
+
+    Bytes that are no UTF-8 stand for a character that no setting has.
+    """
+    require_file(path, MOST_YAML, ConfigError)
+    return parse_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path))
 
 
 def _coerce(value: object, annotation: Any, key: str) -> object:
@@ -272,6 +302,7 @@ def _read_one(path: str | Path) -> Values:
         known = sorted(str(file.relative_to(RECIPES).with_suffix("")) for file in files)
         raise ConfigError(f"no recipe at {path}; give a file, or one of: {', '.join(known)}")
     try:
+        require_file(found, MOST_YAML, ConfigError)
         text = found.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{found}: not UTF-8 text ({error}); save the recipe as UTF-8") from error

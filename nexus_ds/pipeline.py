@@ -26,7 +26,7 @@ from nexus_ds.command_lines import (
     typed_training,
     upcycle_words,
 )
-from nexus_ds.config import as_dict, load_config, parse_yaml
+from nexus_ds.config import as_dict, load_config, read_yaml
 from nexus_ds.errors import CheckpointError, ConfigError, OutputExistsError
 from nexus_ds.settings import (
     SETTINGS,
@@ -442,7 +442,7 @@ def check_made(plan: list[Step], recipe: str, overrides: Sequence[str]) -> None:
             continue
         now = as_dict(trained_config(step, recipe, overrides))
         # what is no text differs in everything, or is told as no YAML
-        then = parse_yaml(saved.read_text(encoding="utf-8", errors="replace"), str(saved))
+        then = read_yaml(saved)
         # An empty file differs in everything: the stage is not taken for this one.
         known = then if isinstance(then, dict) else {}
         different = _differences(known, now, as_dict(Config()) if known else {})

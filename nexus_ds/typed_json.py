@@ -22,6 +22,7 @@ from typing import NotRequired, TypeVar, Union, cast, get_args, get_origin, get_
 from typing import is_typeddict as is_typed
 
 from nexus_ds.errors import DataError
+from nexus_ds.inputs import read_bounded, require_few_values
 
 Value = TypeVar("Value")
 SHOWN = 60  # characters of a value that is not what it should be
@@ -154,6 +155,7 @@ def parsed(content: bytes) -> object:
 
     Half a character, as "\\ud800" names one, is refused: it could be written nowhere.
     """
+    require_few_values(content)
     text = content.decode("utf-8")
     value: object = json.loads(text)
     if "\\ud" in text.lower():
@@ -168,6 +170,6 @@ def read_typed(path: Path, kind: type[Value], what: str, mend: str) -> Value:
         DataError: the file is no such JSON; `refusing` has the other arguments.
         OSError: it can't be read.
     """
-    content = path.read_bytes()
+    content = read_bounded(path, error=DataError)
     with refusing(path, what, mend):
         return typed(parsed(content), kind)

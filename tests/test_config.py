@@ -1,5 +1,6 @@
 """Recipes and overrides: what is understood, and how everything else is refused."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def test_a_dumped_configuration_loads_to_the_same(tmp_path):
         ),
         ("training: {steps: 3, steps: 4}", r"recipe.yaml:1: the key 'steps' stands twice"),
         ("training: &a {steps: 3}\nrouter: *a", r"recipe.yaml:2: YAML aliases are not allowed"),
-        ("training: !!python/object/apply:os.system ['true']", r"not a valid recipe"),
+        ("training: !!python/object/apply:os.system ['true']", r"the tag 'tag:.*' is not allowed"),
         (
             "training: {steps: 3}\nrouter: {kind: liner}",
             r"router.kind: unknown value 'liner', did you mean linear\?",
@@ -127,9 +128,37 @@ def test_an_override_without_value_is_refused():
         load_config("demo", ["training.lr"])
 
 
-def test_a_huge_recipe_is_refused():
-    with pytest.raises(ConfigError, match="a recipe has at most 1,000,000"):
-        parse_yaml("a" * 1_000_001, "big.yaml")
+def test_a_huge_recipe_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="100,001 characters; a recipe has at most 100,000"):
+        parse_yaml("a" * 100_001, "big.yaml")
+    holes = tmp_path / "holes.yaml"
+    holes.touch()
+    os.truncate(holes, 3 << 30)
+    with pytest.raises(ConfigError, match="has 3,221,225,472 bytes, expected at most 400,000"):
+        load_config(holes)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["!!bool maybe", "!!timestamp x", "!!int ''", "!!float ''", "!!map [a]", "! x", "{a: !own x}"],
+)
+def test_tags_are_refused(text):
+    """The library makes each what it says, unchecked: KeyError, AttributeError, TypeError."""
+    with pytest.raises(ConfigError, match=r"F:1: the tag '.*' is not allowed in recipes"):
+        parse_yaml(text, "F")
+
+
+@pytest.mark.parametrize(
+    "digits", ["0x" + "f" * 4000, "9" * 101, "1" + ":59" * 40, "." + "0" * 200]
+)
+def test_endless_numbers_are_refused(digits):
+    """Python can't write the number 0xff...f of a message: a ValueError of its own."""
+    with pytest.raises(
+        ConfigError,
+        match=rf"lr:1: a number of {len(digits)} characters, expected at most 100; put quotes",
+    ):
+        load_config("demo", [f"training.lr={digits}"])
+    assert parse_yaml(f"'{digits}'", "F") == digits
 
 
 def test_defaults_of_the_router_are_those_that_the_readme_names():

@@ -90,6 +90,7 @@ def test_nesting_is_no_matter():
         b'{"a": NaN}',
         b'{"\\uD800": 1}',
         b"[" * 99999,
+        pytest.param(b"[" + b"{}," * 2_000_001 + b"{}]", id="many"),
     ],
 )
 def test_a_damaged_file_is_one_message(tmp_path, content):

@@ -15,6 +15,7 @@ their base when they began (PiSSA, OLoRA), several adapters on one base: refused
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -81,6 +82,9 @@ REASONS = {
     "use_qalora": "it adapts a quantised base",
     "loftq_config": "it adapts a quantised base",
 }
+MOST_PATTERNS = 2048  # the largest models have a thousand matrices that adapters change
+_NAME = r"(?:[\w.]|\\[.d]|\[[\w-]*\]){0,200}"
+PLAIN_PATTERN = re.compile(rf"\^?{_NAME}[*+]?{_NAME}\$?", re.ASCII)
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that left the base as it was."""
 
@@ -224,17 +228,34 @@ def _check_config(directory: Path, config: ConfigJson) -> None:
         )
 
 
-def _pattern_value(patterns: object, module: str, default: object, where: str) -> float:
+@functools.lru_cache(maxsize=MOST_PATTERNS)
+def _pattern(text: str, where: str) -> re.Pattern[str]:
+    """Return how PEFT compares a module's name with a key of `rank_pattern` or `alpha_pattern`."""
+    # a stranger's: alternatives and more repetitions can take longer than anybody waits
+    if not PLAIN_PATTERN.fullmatch(text):
+        raise UnsupportedModelError(
+            f"{where}: the pattern {text[:100]!r} is more than a module's name with one "
+            "repetition; write the modules out, or merge the adapter with peft"
+        )
+    try:
+        return re.compile(rf"(.*\.)?({text})$")
+    except re.error as error:
+        raise CheckpointError(
+            f"{where}: the pattern {text[:100]!r} is none ({error}); save the adapter again"
+        ) from error
+
+
+def _pattern_value(given: object, module: str, default: object, where: str) -> float:
     """Return what a module's name finds in `rank_pattern` or `alpha_pattern`, else the default."""
+    patterns = given if isinstance(given, dict) else {}
+    if len(patterns) > MOST_PATTERNS:
+        raise UnsupportedModelError(
+            f"{where}: it has {len(patterns):,} patterns of modules, expected at most "
+            f"{MOST_PATTERNS:,}; merge the adapter with peft"
+        )
     found = default
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        try:
-            matches = re.match(rf"(.*\.)?({pattern})$", module)
-        except re.error as error:
-            raise CheckpointError(
-                f"{where}: the pattern {pattern[:100]!r} is none ({error}); save the adapter again"
-            ) from error
-        if matches:
+    for text, value in patterns.items():
+        if _pattern(text, where).match(module):
             found = value
             break
     if isinstance(found, bool) or not isinstance(found, int | float) or not found > 0:

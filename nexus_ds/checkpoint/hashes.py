@@ -17,16 +17,17 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import NotRequired, Self, TypedDict
 
 import xxhash
 
 from nexus_ds.checkpoint.headers import TensorInfo, read_header, read_into
-from nexus_ds.checkpoint.json_files import read_json_object
+from nexus_ds.checkpoint.json_files import confined, read_json_object
 from nexus_ds.checkpoint.new_files import NewFiles
 from nexus_ds.checkpoint.records import SIDECAR
 from nexus_ds.errors import CheckpointError
 from nexus_ds.outputs import sync, write_json
+from nexus_ds.typed_json import typed
 
 KEY = "files"
 CHANGING = (SIDECAR, "README.md")
@@ -50,6 +51,14 @@ class FileHash:
         """Return it as nexus.json has it."""
         own: dict[str, object] = {"bytes": self.size, "sha256": self.sha256}
         return own | ({"tensors": self.tensors} if self.tensors else {})
+
+
+class _Recorded(TypedDict):
+    """A file's hashes in nexus.json."""
+
+    bytes: int
+    sha256: str
+    tensors: NotRequired[dict[str, str]]
 
 
 def _chunks(path: Path, start: int, end: int, memory: memoryview) -> Iterator[memoryview]:
@@ -190,21 +199,25 @@ def recorded(directory: Path) -> dict[str, FileHash] | None:
     """Return the hashes that nexus.json has; None where it was written without.
 
     Raises:
-        CheckpointError: a damaged record.
+        CheckpointError: a damaged record, or one of a file outside of the checkpoint.
     """
     value = read_json_object(directory, SIDECAR).get(KEY)
     if value is None:
         return None
     try:
-        return {
-            name: FileHash(entry["bytes"], entry["sha256"], dict(entry.get("tensors", {})))
-            for name, entry in value.items()
-        }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        known = typed(value, dict[str, _Recorded])
+    except TypeError as error:
         raise CheckpointError(
-            f"{directory / SIDECAR}: expected bytes and sha256 of each file under {KEY!r}; "
-            "the sidecar is damaged"
+            f"{directory / SIDECAR}: {error}; expected bytes and sha256 of each file under "
+            f"{KEY!r}; the sidecar is damaged"
         ) from error
+    for name in known:
+        # of a stranger's: not even whether there is such a file elsewhere is told
+        confined(directory, name)
+    return {
+        name: FileHash(each["bytes"], each["sha256"], each.get("tensors", {}))
+        for name, each in known.items()
+    }
 
 
 @dataclass

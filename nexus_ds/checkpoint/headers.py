@@ -28,6 +28,7 @@ from nexus_ds.checkpoint.json_files import (
     require_directory,
 )
 from nexus_ds.errors import CheckpointError
+from nexus_ds.inputs import require_file
 
 ITEM_BYTES = {
     "F64": 8,
@@ -47,6 +48,7 @@ ITEM_BYTES = {
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
+MOST_DIMENSIONS = 64  # torch has no tensor of more; a product of a million numbers takes hours
 SLICE = 1 << 22  # elements that `row_slices` allows at once
 CHUNK = 1 << 20  # bytes that are hashed at once
 MOST_KEPT = 64  # files that a thread keeps open: a process may have a thousand
@@ -75,8 +77,10 @@ def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
 
 
 def _is_sizes(value: object) -> bool:
+    if not isinstance(value, list) or len(value) > MOST_DIMENSIONS:
+        return False
     # type and not isinstance: JSON's true is an int to Python.
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return all(type(item) is int and item >= 0 for item in value)
 
 
 def _entry(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
@@ -136,7 +140,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             names, unknown dtypes, byte ranges that overlap, leave gaps, or do not end at the end of
             the file.
     """
-    size = file.stat().st_size
+    size = require_file(file)
     text = _read_header_bytes(file, size)
     # the format asks for it: JSON alone would allow spaces before
     if text[:1] != b"{":

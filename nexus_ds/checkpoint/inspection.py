@@ -36,7 +36,7 @@ from nexus_ds.checkpoint.records import ADOPT, SIDECAR, Manifest, is_nexus, read
 from nexus_ds.checkpoint.tokenizer import chat_templates
 from nexus_ds.checkpoint.values import read_values
 from nexus_ds.checkpoint.vocabulary import read_vocabulary
-from nexus_ds.config import parse_yaml
+from nexus_ds.config import read_yaml
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
 Facts = dict[str, Any]
@@ -257,7 +257,7 @@ def _sequence_length(directory: Path) -> int | None:
     if not path.is_file():
         return None
     # written by this program, but a checkpoint from elsewhere may have a file of this name
-    saved = parse_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path))
+    saved = read_yaml(path)
     if not isinstance(saved, dict):
         return None
     data = saved.get("data")

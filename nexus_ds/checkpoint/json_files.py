@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_ds.errors import CheckpointError
+from nexus_ds.inputs import read_bounded, require_few_values
 
 MAX_JSON = 100_000_000  # bytes of an index or configuration
 MAX_DEPTH = 64  # of what lies in each other; whatever walks it afterwards calls itself as deep
@@ -104,6 +105,7 @@ def parse_json_object(text: bytes, what: str) -> dict[str, Any]:
     CheckpointError starts with `what`.
     """
     try:
+        require_few_values(text)
         value = json.loads(
             text.decode("utf-8"), object_pairs_hook=_no_doubles, parse_int=_whole_number
         )
@@ -130,8 +132,4 @@ def read_json_object(directory: Path, name: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{directory} has no {name}; expected a model directory as transformers saves it"
         )
-    if path.stat().st_size > MAX_JSON:
-        raise CheckpointError(
-            f"{path} has {path.stat().st_size} bytes, expected at most {MAX_JSON}"
-        )
-    return parse_json_object(path.read_bytes(), str(path))
+    return parse_json_object(read_bounded(path, MAX_JSON), str(path))

@@ -61,9 +61,10 @@ from nexus_ds.checkpoint.records import (
 )
 from nexus_ds.checkpoint.values import encoded, read_floats, read_values
 from nexus_ds.errors import CheckpointError
+from nexus_ds.inputs import read_bounded, require_file
 from nexus_ds.outputs import new_file, write_json
 
-LAYER_TENSOR = re.compile(r"layers\.(?P<layer>\d+)\.(?P<own>.+)")
+LAYER_TENSOR = re.compile(r"layers\.(?P<layer>[0-9]{1,9})\.(?P<own>.+)")
 """Name of a tensor of one layer's P."""
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of a weight file that `content_fingerprint` reads
 FREE_ROWS = "a linear router has free rows; they are in the model file, not in the sidecar"
@@ -297,7 +298,7 @@ def content_fingerprint(directory: Path) -> str:
     directory = Path(directory)
     for path in [*sorted(directory.iterdir()), *sorted(directory.glob("nexus/*"))]:
         if path.name in ("config.json", SIDECAR, ROUTER_BEFORE):
-            content = path.read_bytes()
+            content = read_bounded(path)
             digest.update(path.name.encode() + content)
         elif path.suffix == ".safetensors":
             _add_samples(digest, path)
@@ -306,7 +307,7 @@ def content_fingerprint(directory: Path) -> str:
 
 def _add_samples(digest: hashlib._Hash, path: Path) -> None:
     """Add name, size and evenly spaced samples of a weight file to a digest."""
-    size = path.stat().st_size
+    size = require_file(path)
     digest.update(f"{path.name} {size}".encode())
     with path.open("rb") as file:
         for part in range(SAMPLES):

@@ -24,6 +24,7 @@ from nexus_ds.checkpoint.plain_tokenizer import plain_tokenizer
 from nexus_ds.data.encoding import beginning
 from nexus_ds.data.tokenizer import ANY_CLASS, CONFIG, EXTRA, for_any_class, open_tokenizer
 from nexus_ds.errors import CheckpointError, IncompatibleModelsError, UnsupportedModelError
+from nexus_ds.inputs import MOST_BYTES, read_bounded, require_file
 from nexus_ds.outputs import write_json
 
 if TYPE_CHECKING:
@@ -287,7 +288,7 @@ def _tokenizer_files(directory: Path) -> tuple[list[object], dict[str, bytes]]:
     config = _optional_json(directory, "config.json")
     names = (*VOCABULARY_FILES, *_template_files(directory))
     present = [name for name in names if (directory / name).is_file()]
-    contents = {name: confined(directory, name).read_bytes() for name in present}
+    contents = {name: read_bounded(confined(directory, name)) for name in present}
     return [config.get(key) for key in READER_KEYS], contents
 
 
@@ -337,6 +338,7 @@ def chat_templates(directory: Path) -> dict[str, Any]:
             found[name] = read_json_object(directory, name).get("chat_template")
         else:
             path = confined(directory, name)
+            require_file(path, MOST_BYTES)
             found[name] = path.read_text(encoding="utf-8", errors="replace")
     if found:
         return found

@@ -18,6 +18,7 @@ from typing import TypeGuard
 
 from nexus_ds.checkpoint.json_files import confined, read_json_object
 from nexus_ds.errors import CheckpointError
+from nexus_ds.inputs import read_bounded
 
 DEFINITION, PIECES, WORDS = "tokenizer.json", "tokenizer.model", "vocab.json"
 CONFIG, ADDED, SPECIAL = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
@@ -108,7 +109,7 @@ def _of_pieces(directory: Path) -> dict[int, str]:
     path = confined(directory, PIECES)
     processor = SentencePieceProcessor()
     try:
-        processor.LoadFromSerializedProto(path.read_bytes())
+        processor.LoadFromSerializedProto(read_bounded(path))
         return {index: processor.IdToPiece(index) for index in range(processor.GetPieceSize())}
     # the library has no narrower type for what it can't parse; a piece may be no UTF-8
     except (RuntimeError, UnicodeDecodeError) as error:

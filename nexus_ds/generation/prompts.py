@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nexus_ds.errors import ConfigError, DataError
+from nexus_ds.inputs import MOST_BYTES, require_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -84,6 +85,7 @@ def read_prompts(path: Path) -> dict[str, Given]:
         DataError: no file, no prompt in it, not UTF-8, or a line that is none; names it.
     """
     try:
+        require_file(path, MOST_BYTES, DataError)
         # with a byte order mark or without
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -43,6 +43,7 @@ from nexus_ds.checkpoint.records import (
 from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.data.tokenizer import CONFIG
 from nexus_ds.errors import ServingError
+from nexus_ds.inputs import MOST_BYTES, require_file
 from nexus_ds.outputs import write_json, write_text
 from nexus_ds.serving.directory import GENERATION, Opened, copy_licenses
 
@@ -168,6 +169,7 @@ def write_public(opened: Opened, out: Path, license_name: str) -> list[str]:
 
 
 def _written_card(card: Path) -> str:
+    require_file(card, MOST_BYTES, ServingError)
     try:
         return card.read_text("utf-8")
     except UnicodeDecodeError as error:

@@ -247,7 +247,7 @@ WIDE = torch.ones(4, 99)
         ({"r": 8}, {}, r"r is 8 for .*down_proj, its matrices have rank 4|r is 8 for"),
         ({"lora_alpha": 0}, {}, "expected a number above 0"),
         ({"lora_alpha": True}, {}, "expected a number above 0"),
-        ({"alpha_pattern": {"(": 1}}, {}, r"the pattern '\(' is none"),
+        ({"alpha_pattern": {"*": 1}}, {}, r"the pattern '\*' is none"),
         ({}, {"a.lora_A.weight": WIDE}, "has lora_A of a without its other matrix and can't be me"),
         (
             {},
@@ -268,6 +268,22 @@ def test_damaged_adapters(tmp_path, dense_dir, config, more, message):
         tmp_path / "law", dense_dir, FFN, {"r": 4} | config, {"gate_proj": 4, "down_proj": 4}, named
     )
     with pytest.raises(CheckpointError, match=message):
+        open_branch(tmp_path / "law")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["([a-z_.0-9]+)+!", "(.|.)(.|.)", "a{9999999999}", "(" * 3000, ".*.*x", "x" * 402]
+)
+def test_patterns_that_could_take_for_ever(tmp_path, dense_dir, pattern):
+    save_adapter(tmp_path / "law", dense_dir, FFN, {"alpha_pattern": {pattern: 1}})
+    with pytest.raises(UnsupportedModelError, match=r"the pattern .* is more than a module's name"):
+        open_branch(tmp_path / "law")
+
+
+def test_more_patterns_than_modules(tmp_path, dense_dir):
+    patterns = {f"x{number}": 1 for number in range(2049)}
+    save_adapter(tmp_path / "law", dense_dir, FFN, {"rank_pattern": patterns})
+    with pytest.raises(UnsupportedModelError, match="has 2,049 patterns of modules, expected at"):
         open_branch(tmp_path / "law")
 
 

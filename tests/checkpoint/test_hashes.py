@@ -158,10 +158,24 @@ def test_writing_the_sidecar_drops_what_is_no_longer_true(checkpoint):
 
 def test_a_damaged_record(checkpoint):
     path = checkpoint / "nexus.json"
-    for files in ([], {"config.json": 3}, {"config.json": {"bytes": 3}}):
+    numbers = {"config.json": {"bytes": 3, "sha256": 1}}
+    tensors = {"config.json": {"bytes": 3, "sha256": "", "tensors": [1]}}
+    for files in ([], {"config.json": 3}, {"config.json": {"bytes": 3}}, numbers, tensors):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"files": files}))
         with pytest.raises(CheckpointError, match="expected bytes and sha256 of each file"):
             recorded(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["../secret.txt", "/etc/hostname", "link"])
+def test_no_file_outside_is_hashed(checkpoint, name):
+    """Else whoever made the checkpoint learns whether there is such a file, and what it holds."""
+    (checkpoint.parent / "secret.txt").write_text("secret")
+    (checkpoint / "link").symlink_to(checkpoint.parent / "secret.txt")
+    path = checkpoint / "nexus.json"
+    entry = {"bytes": 6, "sha256": hashlib.sha256(b"secret").hexdigest()}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"files": {name: entry}}))
+    with pytest.raises(CheckpointError, match="lies outside the model's directory"):
+        recorded(checkpoint)
 
 
 def test_empty_tensors_and_files(tmp_path):

@@ -85,6 +85,9 @@ def test_pickles_are_refused_by_name_and_by_content(tmp_path, zipped):
         ({"a": entry(0, 8, [3])}, b"\0" * 8, r"8 bytes at \[0, 8\), expected 12"),
         ({"a": entry(0, 8, [-2])}, b"\0" * 8, "are no sizes"),
         ({"a": entry(0, 8, [2.0])}, b"\0" * 8, "are no sizes"),
+        # whose product takes hours
+        ({"a": entry(0, 8, [1 << 62] * 65)}, b"\0" * 8, "are no sizes"),
+        ({"a": entry(0, 8, [1 << 62] * 64)}, b"\0" * 8, "8 bytes at .*, expected [0-9]{1,9}"),
         ({"a": entry(8, 0, [2])}, b"\0" * 8, "-8 bytes"),
         ({"a": entry(0, 8, [1 << 62, 1 << 62])}, b"\0" * 8, "expected 8507"),
         ({"a": entry(0, 8, dtype="X9")}, b"\0" * 8, "unknown dtype 'X9'"),
@@ -103,6 +106,12 @@ def test_pickles_are_refused_by_name_and_by_content(tmp_path, zipped):
 def test_headers_that_lie(tmp_path, header, data, message):
     with pytest.raises(CheckpointError, match=message):
         read_header(raw(tmp_path / SINGLE, header, data))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match="is a pipe, socket or device, expected a file"):
+        Headers(tmp_path)
 
 
 @pytest.mark.parametrize("length", [1 << 62, 200_000_000, 17])

@@ -21,6 +21,12 @@ from nexus_ds.errors import CheckpointError
         (b'{"a": {"b": 1, "b": 1}}', "the name 'b' stands twice"),
         (b'{"a": "\xff"}', "thing is not valid JSON"),
         (b'{"a": ' + b"[" * 100_000, "thing is not valid JSON"),
+        # 400 MB of 6
+        pytest.param(
+            b'{"a": [' + b"{}," * 2_000_000 + b"{}]}",
+            "some 4,000,003 values, expected at most 4,000,000",
+            id="many",
+        ),
     ],
 )
 def test_text_that_is_no_object(text, message):

@@ -1,6 +1,7 @@
 """Prompts: files of them, conversations in the tokenizer's template, and what is refused."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -67,6 +68,13 @@ def test_files_that_are_none(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_prompts(tmp_path / name)
+
+
+def test_a_file_larger_than_memory(tmp_path):
+    (tmp_path / "p.txt").touch()
+    os.truncate(tmp_path / "p.txt", 3 << 30)
+    with pytest.raises(DataError, match="has 3,221,225,472 bytes, expected at most 100,000,000"):
+        read_prompts(tmp_path / "p.txt")
 
 
 def test_no_file(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -97,6 +98,10 @@ def test_a_card_that_somebody_wrote_is_kept(made, tmp_path):
     (made / "README.md").write_bytes("# für alle".encode("latin-1"))
     shutil.rmtree(tmp_path / "hub")
     with pytest.raises(ServingError, match=r"README.md: found other bytes than UTF-8 .*save it as"):
+        shown(made, tmp_path / "hub")
+    os.truncate(made / "README.md", 3 << 30)
+    shutil.rmtree(tmp_path / "hub")
+    with pytest.raises(ServingError, match=r"README.md has 3,221,225,472 bytes, expected at most"):
         shown(made, tmp_path / "hub")
 
 
