@@ -75,8 +75,19 @@ NUMBERS += [float("nan"), float("inf"), -float("inf")]
 TEXTS = ["", " ", "a", "x" * 300, "x" * 5000, "../x", "/etc/passwd", "/dev/zero", "a\0b", "\n"]
 TEXTS += ["\ud800", "é", "\u202e", "\x1b[2J", "'", "$(id)", "%s%n{0}", "-", "--help", "1e-5"]
 TEXTS += ["three", "nan", "true", "null", "F32", "I64", "BOOL", "F8_E4M3"]
+# digits to str.isdigit() that int() refuses, more than int() reads, patterns that take for ever
+TEXTS += [
+    "\u00b2",
+    "9" * 5000,
+    "(a|a)*!",
+    "([a-z_.0-9]+)+!",
+    "a{99999999999}",
+    '"""',
+    '"\nADAPTER /x',
+]
 GROUPS = [[], [[]], {}, {"a": {}}, [None], [1], [-1], [10**20], ["a"], [{}], {"": 0}, [0] * 50]
 GROUPS += [[2**40, 2**40], {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}, {"content": None}]
+GROUPS += [[2**62] * 5000, ["a"] * 5000, {"9" * 5000: {"content": "x"}}]
 HOSTILE = [None, True, False, *NUMBERS, *TEXTS, *GROUPS]
 PIECES = [b"\0", b"\xff", b"\xfe\xff", b"\xef\xbb\xbf", b"{", b"}", b"[", b"]", b'"', b":", b","]
 PIECES += [b"\n", b"\r", b"\\u0000", b"\\ud800", b"1e999", b"NaN", b"1" * 5000, b"[" * 2000]
@@ -84,6 +95,7 @@ PIECES += [b'{"a":' * 1500, b"!!python/object/apply:os.system ['id']\n", b"&a [*
 PIECES += [b"- ", b"---\n", b"!!binary ", b"!!set {a}", b"2001-01-01", b"2024-13-45", b"0x1F"]
 PIECES += [b"1_000", b"190:20:30", b"\t", b"%YAML 9.9\n", b"~", b"\x80\x04", b"PK\x03\x04"]
 PIECES += [b"-1", b"99999999999999999999", b"null", b"[]", b"{}", b'"x"', b"1e5", b"true"]
+PIECES += [b"!!bool maybe", b"!!timestamp x", b"!!int ''", b"!!map [a]", b"{}," * 3000, b"\xc2\xb2"]
 LENGTHS = [0, 1, 2, 7, 2**32, 2**63, 2**64 - 1, 100_000_000, 100_000_001]
 
 
@@ -129,7 +141,7 @@ def change(draw, value):
     elif kind == 6:
         del parent[key]
     elif kind == 7 and isinstance(parent, dict):
-        parent[str(hostile)[:50]] = parent.pop(key)
+        parent[str(hostile)[: draw(st.sampled_from([50, 50, 6000]))]] = parent.pop(key)
     elif kind == 8:
         parent[key] = nested(draw(st.sampled_from([50, 300, 900])), draw(st.booleans()))
     else:
@@ -336,6 +348,8 @@ def index(box):
 ODD = {
     "rope_scaling": {"rope_type": "yarn", "factor": 2.0},
     "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0},
+    "partial_rotary_factor": 0.5,
+    "original_max_position_embeddings": 32,
     "sliding_window": 16,
     "layer_types": ["full_attention", "full_attention"],
     "head_dim": 8,
@@ -423,12 +437,14 @@ def loaded_model(box):
 
 @target
 def sidecar(box):
+    from nexus_ds.checkpoint.hashes import differences, record_hashes, recorded
     from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings
     from nexus_ds.pipeline import checkpoint_domains
 
     make_nexus(box)
     [path] = (box / "nexus").iterdir()
     router = str(path.relative_to(box))
+    record_hashes(box)
     inputs = {
         "nexus.json": json_file(box, "nexus.json"),
         router: tensors(text_of(box, router)),
@@ -438,6 +454,7 @@ def sidecar(box):
         lambda: verify_expert_embeddings(box),
         lambda: checkpoint_domains(str(box)),
         lambda: inspect(box),
+        lambda: differences(box, recorded(box) or {}),
     ]
     return Target(inputs, readers, box, ["nexus.json"])
 
