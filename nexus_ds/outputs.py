@@ -99,6 +99,16 @@ def exit_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def numbered(folder: Path, start: str) -> list[int]:
+    """Return the numbers of the folders in `folder` that are named `start` and a number, sorted.
+
+    As this program writes numbers: a folder of any other name is somebody else's.
+    """
+    name = re.compile(re.escape(start) + r"(0|[1-9][0-9]{0,8})")
+    found = (name.fullmatch(path.name) for path in folder.glob(f"{start}*") if path.is_dir())
+    return sorted(int(match[1]) for match in found if match)
+
+
 # Writing ----------------------------------------------------------------------------------------
 
 

@@ -42,7 +42,7 @@ from nexus_ds.errors import CheckpointError, UnsupportedModelError
 Facts = dict[str, Any]
 """JSON."""
 # Of mixtures of any family, which no table describes: most name their experts' weights like this.
-ROUTED = re.compile(r"\.mlp\.experts\.(\d+)\.")
+ROUTED = re.compile(r"\.mlp\.experts\.([0-9]{1,9})\.")
 SIZES = {  # our name: config.json's
     "layers": "num_hidden_layers",
     "hidden_size": "hidden_size",

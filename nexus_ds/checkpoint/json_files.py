@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ MAX_DEPTH = 64  # of what lies in each other; whatever walks it afterwards calls
 MAX_NUMBER = 1 << 63  # of whole numbers: no size, offset or token is larger
 NO_LIMIT = int(1e30)
 """What transformers writes for "no limit", as model_max_length of a tokenizer."""
+DIGITS = re.compile(r"[0-9]{1,9}")
+"""A number in a name; `int` takes neither more than 4,300 digits nor all that isdigit() takes."""
 
 
 def require_directory(directory: Path) -> Path:

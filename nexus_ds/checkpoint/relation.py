@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nexus_ds.checkpoint.headers import Headers, kept_open
+from nexus_ds.checkpoint.json_files import DIGITS
 from nexus_ds.checkpoint.values import FLOATS, Comparison, sample
 
 UNRELATED = 0.1
@@ -37,7 +38,7 @@ def module_of(name: str) -> tuple[int, str]:
     model.layers.3.self_attn.q_proj.weight: (3, "self_attn"); lm_head.weight: (OUTSIDE, "lm_head").
     """
     words = name.removeprefix("model.").split(".")
-    if words[0] == "layers" and len(words) > 2 and words[1].isdecimal():
+    if words[0] == "layers" and len(words) > 2 and DIGITS.fullmatch(words[1]):
         return int(words[1]), words[2]
     return OUTSIDE, words[0]
 

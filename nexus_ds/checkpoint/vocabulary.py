@@ -16,7 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
-from nexus_ds.checkpoint.json_files import confined, read_json_object
+from nexus_ds.checkpoint.json_files import (
+    DIGITS,
+    confined,
+    read_json_object,
+)
 from nexus_ds.errors import CheckpointError
 from nexus_ds.inputs import read_bounded
 
@@ -144,7 +148,7 @@ def _added(directory: Path, config: dict[str, object]) -> dict[int, str]:
     listed = config.get("added_tokens_decoder")
     for index, token in listed.items() if isinstance(listed, dict) else ():
         text = _content(token)
-        if text is None or not str(index).isdecimal():
+        if text is None or not DIGITS.fullmatch(index):
             raise _damaged(directory / CONFIG, "added_tokens_decoder from ids to tokens")
         found[int(index)] = text
     return found

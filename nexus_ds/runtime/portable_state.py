@@ -16,6 +16,7 @@ import bisect
 import hashlib
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +36,8 @@ from nexus_ds.runtime.engine import moe_layers
 
 STACKED = tuple(internals.STACKED.items())
 RNG = "rng"
+PLACE = re.compile(r"[0-9]{1,18}")
+"""A tensor's first element, in its name; `int` takes no more than 4,300 digits."""
 CHUNK = 1 << 30  # bytes; one call of the system writes at most 2 GiB
 
 
@@ -235,7 +238,7 @@ class StateFiles:
                     continue
                 first, _, parameter = rest.partition(":")
                 shape = reader.info(name).shape
-                if not first.isdigit() or not parameter or len(shape) != 1:
+                if not PLACE.fullmatch(first) or not parameter or len(shape) != 1:
                     raise CheckpointError(
                         f"{directory / file}: tensor {name!r} belongs to no training state"
                     )

@@ -26,7 +26,13 @@ from typing import Any, TypedDict, cast
 import torch.distributed as dist
 
 from nexus_ds.errors import CheckpointError
-from nexus_ds.outputs import create, new_file, sync, write_text
+from nexus_ds.outputs import (
+    create,
+    new_file,
+    numbered,
+    sync,
+    write_text,
+)
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime import portable_state
 from nexus_ds.runtime.deepspeed_internals import Engine
@@ -145,9 +151,7 @@ def damage(directory: Path, share: int = 0, of: int = 1) -> str:
 
 def steps_saved(states: Path) -> list[int]:
     """Return the steps of all committed states, oldest first."""
-    folders = (path for path in states.glob("step_*") if path.is_dir())
-    numbers = (folder.name.removeprefix("step_") for folder in folders)
-    return sorted(int(number) for number in numbers if number.isdigit())
+    return numbered(states, "step_")
 
 
 def newest_good(states: Path) -> tuple[int, list[str]]:

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from nexus_ds.checkpoint.inspection import describe
@@ -40,6 +41,15 @@ def test_nexus_counts_only_the_chosen_expert_as_active(nexus_dir):
     assert [expert["name"] for expert in facts["experts"]] == ["alpha", "beta", "gamma"]
     assert facts["router"]["rows"] == "equal to P(D)" and facts["encoder"]["dimension"] == 8
     json.dumps(facts)
+
+
+def test_a_name_of_more_digits_than_int_takes_is_no_expert(dense_dir, tmp_path):
+    shutil.copytree(dense_dir, tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    tensors[f"model.layers.0.mlp.experts.{'9' * 5000}.up_proj.weight"] = torch.ones(3)
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
+    facts, before = describe(tmp_path / "m"), describe(dense_dir)
+    assert facts["parameters"]["active"] == before["parameters"]["active"] + 3
 
 
 def test_mixture_without_sidecar(plain_moe_dir):

@@ -23,6 +23,8 @@ def test_modules_by_their_names():
     assert module_of("model.layers.3.mlp.experts.1.up_proj.weight") == (3, "mlp")
     assert module_of("model.embed_tokens.weight") == (OUTSIDE, "embed_tokens")
     assert module_of("lm_head.weight") == (OUTSIDE, "lm_head")
+    # int() takes no more than 4,300 digits, and fewer signs than isdecimal()
+    assert module_of(f"model.layers.{'9' * 5000}.mlp.x") == (OUTSIDE, "layers")
 
 
 def test_a_branch_and_a_model_of_another_origin(dense_dir, tmp_path):

@@ -105,10 +105,13 @@ def test_none(tmp_path):
         ),
         ("tokenizer.model", "no protobuf", "expected a sentencepiece model; fetch or save"),
         ("added_tokens.json", '{"a": "1"}', "added_tokens.json: expected an object from tokens"),
-        (
-            "tokenizer_config.json",
-            '{"added_tokens_decoder": {"x": {"content": "a"}}}',
-            "expected added_tokens_decoder from ids to tokens",
+        *(
+            (
+                "tokenizer_config.json",
+                f'{{"added_tokens_decoder": {{"{index}": {{"content": "a"}}}}}}',
+                "expected added_tokens_decoder from ids to tokens",
+            )
+            for index in ("x", "²", "9" * 5000)
         ),
     ],
 )

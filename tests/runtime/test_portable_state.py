@@ -1,5 +1,7 @@
 """Training states without ranks: stacks cut at experts' borders, elements gathered over files."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -75,9 +77,10 @@ def test_elements_beyond_the_end_and_of_unknown_parameters_are_named(files):
     assert files.random_states("rank_00001.safetensors") == {}
 
 
-def test_a_tensor_of_another_kind_of_file_is_refused(tmp_path):
-    save_file({"model.norm.weight": torch.ones(2)}, tmp_path / "a.safetensors")
+@pytest.mark.parametrize("name", ["model.norm.weight", "fp32:²:w", f"fp32:{'9' * 5000}:w"])
+def test_a_tensor_of_another_kind_of_file_is_refused(tmp_path, name):
+    save_file({name: torch.ones(2)}, tmp_path / "a.safetensors")
     with pytest.raises(
-        CheckpointError, match=r"tensor 'model\.norm\.weight' belongs to no training state"
+        CheckpointError, match=rf"tensor '{re.escape(name)}' belongs to no training state"
     ):
         StateFiles(tmp_path, ["a.safetensors"])

@@ -130,6 +130,15 @@ def test_all_states_damaged_is_an_error_that_names_each_and_deletes_nothing(save
     assert steps_saved(saved) == [2, 4, 6]
 
 
+def test_a_folder_of_another_name_is_no_state(tmp_path):
+    """isdigit() takes more than int() does: '²' ended in its traceback."""
+    for name in ("step_12", "step_3", "step_²", "step_٣", "step_", "step_007", "step_1x"):
+        (tmp_path / name).mkdir()
+    (tmp_path / f"step_{'9' * 200}").mkdir()
+    (tmp_path / "step_5").touch()
+    assert steps_saved(tmp_path) == [3, 12]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("latest", ["", "step_99", "../../elsewhere", None])
 def test_what_latest_says_does_not_matter(saved, alone, latest):
