@@ -145,7 +145,8 @@ def adopt_launcher() -> Position:
     torchrun and deepspeed have set them; srun and plain python have not.
 
     Raises:
-        ConfigError, LayoutError: srun's ranks can't meet, or are spread unevenly.
+        ConfigError, LayoutError: srun's ranks can't meet, are spread unevenly, or have no number
+            on their node.
     """
     env = os.environ
     here = position()
@@ -157,10 +158,10 @@ def adopt_launcher() -> Position:
         address, port = meeting_point(here)
         env.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     if "RANK" not in env:
-        local = env["SLURM_LOCALID"] if here.world > 1 else "0"
+        local = _number(env, "SLURM_LOCALID") if here.world > 1 else 0
         env.update(
             RANK=str(here.rank),
-            LOCAL_RANK=local,
+            LOCAL_RANK=str(local),
             WORLD_SIZE=str(here.world),
         )
         env["LOCAL_WORLD_SIZE"] = str(here.local_world)
@@ -225,8 +226,9 @@ def let_memory_grow() -> None:
 
 
 def array_task(env: Mapping[str, str] = os.environ) -> str:
-    """Return the index of this task of a SLURM array as it stands there; '' outside of one."""
-    return env.get("SLURM_ARRAY_TASK_ID", "")
+    """Return the digits of this task's index in a SLURM array; '' outside of one."""
+    text = env.get("SLURM_ARRAY_TASK_ID", "")
+    return text if NUMBER.fullmatch(text) else ""
 
 
 def job_name(env: Mapping[str, str] = os.environ) -> str:
@@ -235,16 +237,34 @@ def job_name(env: Mapping[str, str] = os.environ) -> str:
     return env.get("SLURM_JOB_ID", str(os.getpid()))
 
 
-def allotted_gpus(env: Mapping[str, str] = os.environ) -> int:
-    """Return the GPUs that SLURM gave this job on this node; 0 if it does not say."""
-    text = env.get("SLURM_GPUS_ON_NODE", "")
+def _allotted(env: Mapping[str, str], name: str) -> int:
+    """Return a number that SLURM gave; 0 for none, or a word; LayoutError if no machine has it."""
+    text = env.get(name, "")
+    if text.isdecimal() and not NUMBER.fullmatch(text):
+        raise LayoutError(
+            f"{name} is {text[:100]!r}, expected a whole number of at most 9 digits, as sbatch "
+            "sets it; unset it, or set what this job has on a node"
+        )
     return int(text) if text.isdecimal() else 0
 
 
+def allotted_gpus(env: Mapping[str, str] = os.environ) -> int:
+    """Return the GPUs that SLURM gave this job on this node; 0 if it does not say.
+
+    Raises:
+        LayoutError: it says more than any machine has.
+    """
+    return _allotted(env, "SLURM_GPUS_ON_NODE")
+
+
 def allotted_memory(env: Mapping[str, str] = os.environ) -> int:
-    """Return the main memory in bytes that this job asked for on each node; 0 if it did not."""
-    text = env.get("SLURM_MEM_PER_NODE", "")  # MiB; 0 means all
-    return int(text) << 20 if text.isdecimal() else 0
+    """Return the main memory in bytes that this job asked for on each node; 0 if it did not.
+
+    Raises:
+        LayoutError: it says more than any machine has.
+    """
+    # MiB; 0 means all
+    return _allotted(env, "SLURM_MEM_PER_NODE") << 20
 
 
 def end(code: int) -> NoReturn:

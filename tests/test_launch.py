@@ -143,6 +143,18 @@ def test_what_srun_does_not_say_is_completed_for_torch(environment):
     assert launch.position() == Position(5, 8, 4, "n2")  # and so it is read again
 
 
+@pytest.mark.parametrize("local", ["", "x", "²", "9" * 5000, None])
+def test_a_rank_of_srun_without_a_number_on_its_node_is_refused(environment, local):
+    """It ended in a KeyError, or later in torch, which read what stood there."""
+    said = {} if local is None else {"SLURM_LOCALID": local}
+    environment(without(SRUN | MEETING, "SLURM_LOCALID") | said)
+    with pytest.raises(LayoutError) as caught:
+        launch.adopt_launcher()
+    assert str(caught.value).startswith(
+        f"SLURM_LOCALID is {(local or '')[:100]!r}, expected a whole number from 0 on, as torchrun"
+    )
+
+
 def test_plain_python_is_a_single_rank_with_a_port_of_its_own(environment):
     # a job script's, whose port belongs to the ranks of srun
     environment({"SLURMD_NODENAME": "n", **MEETING})
@@ -263,6 +275,26 @@ def test_what_slurm_gave_the_job():
         "",
     )
     assert launch.job_name({}).isdecimal()
+
+
+@pytest.mark.parametrize(
+    ("read", "name"),
+    [
+        (launch.allotted_gpus, "SLURM_GPUS_ON_NODE"),
+        (launch.allotted_memory, "SLURM_MEM_PER_NODE"),
+    ],
+)
+def test_more_than_any_machine_has_is_refused_by_name(read, name):
+    """int() takes no more than 4,300 digits: it ended in its traceback."""
+    for told in ("9" * 5000, "1" * 10, "٣"):
+        with pytest.raises(LayoutError) as caught:
+            read({name: told})
+        assert str(caught.value) == (
+            f"{name} is {told[:100]!r}, expected a whole number of at most 9 digits, as sbatch "
+            "sets it; unset it, or set what this job has on a node"
+        )
+    # a word says nothing, as before
+    assert read({name: "²"}) == 0
 
 
 @pytest.mark.parametrize(("visible", "number"), [(8, 3), (4, 3), (1, 0), (2, 3)])

@@ -27,6 +27,7 @@ from nexus_ds.outputs import (
     Ended,
     exit_on_signals,
     new_file,
+    numbered,
     remove_left,
     write_json,
     write_text,
@@ -88,7 +89,7 @@ def branch_domain(config: Config) -> str:
         return config.branch
     domains = _domains(config)
     text = array_task()
-    if not text.isdecimal():
+    if not text:
         raise ConfigError(
             f"which branch? submit with --array=0-{len(domains) - 1}, or give branch=DOMAIN"
         )
@@ -169,9 +170,7 @@ def _reached(step: Step, config: Config) -> int:
     if step.name == TOKENS:
         cache = Path(config.data.cache or places(config).tokens)
         return len(list(cache.glob("*.json")))
-    states = Path(f"{step.output}.training/states").glob("step_*")
-    numbers = [path.name.removeprefix("step_") for path in states]
-    return max((int(number) for number in numbers if number.isdigit()), default=0)
+    return max(numbered(Path(f"{step.output}.training/states"), "step_"), default=0)
 
 
 def show(what: str, config: Config, args: argparse.Namespace) -> str:

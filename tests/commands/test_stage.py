@@ -34,7 +34,7 @@ def test_an_array_task_finds_its_domain(monkeypatch):
     assert found == [*config.pipeline.domains, *config.pipeline.new_domains]
 
 
-@pytest.mark.parametrize("index", ["5", "-1", "x", "", "1; true"])
+@pytest.mark.parametrize("index", ["5", "-1", "x", "", "1; true", "²", "٣", "9" * 5000])
 def test_a_task_without_a_branch_says_which_there_are(monkeypatch, index):
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", index)
     with pytest.raises(ConfigError, match=r"--array=0-4"):
@@ -104,7 +104,7 @@ def test_progress_is_of_the_stage_and_of_what_it_makes_first(tmp_path):
     assert progress("embed") == "embed 0 embed:new 0"
     (run / "domains.safetensors").mkdir(parents=True)
     assert progress("embed") == "embed:new 0"
-    for name in ("step_8", "step_40", "partial"):
+    for name in ("step_8", "step_40", "partial", "step_²", "step_041"):
         (run / "seed.training" / "states" / name).mkdir(parents=True)
     assert progress("seed") == "seed 40", "a training tokenises for itself"
     assert progress("upcycle") == "tokens 0 seed 40 branch:docs 0 branch:law 0 upcycle 0"
