@@ -14,7 +14,7 @@ expert of another width).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -126,6 +126,19 @@ def shared_name(layer: int, part: str) -> str:
 def gate_name(layer: int) -> str:
     """Return the name of the router's weight [E, H]."""
     return f"model.layers.{layer}.mlp.gate.weight"
+
+
+def router_layers(config: ConfigJson, names: Collection[str]) -> list[int]:
+    """Return the layers that have a router, in any mixture whose routers have these names.
+
+    Args:
+        config: its config.json, which may be damaged.
+        names: of all its tensors.
+    """
+    layers = config.get("num_hidden_layers")
+    # each layer has tensors of its own: no more are counted than there are, whatever is stated
+    most = min(layers, len(names)) if type(layers) is int else 0
+    return [layer for layer in range(most) if gate_name(layer) in names]
 
 
 def mean_name(layer: int) -> str:

@@ -23,11 +23,16 @@ from typing import TYPE_CHECKING
 from nexus_ds.checkpoint.config_json import read_config
 from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.needs import ADDED, BATCH, Way
-from nexus_ds.checkpoint.qwen2_moe import gate_name
+from nexus_ds.checkpoint.qwen2_moe import gate_name, router_layers
 from nexus_ds.checkpoint.records import is_nexus, read_manifest
 from nexus_ds.console import visible
 from nexus_ds.data.tokenizer import open_tokenizer
-from nexus_ds.errors import ConfigError, OutputExistsError, UnsupportedModelError
+from nexus_ds.errors import (
+    CheckpointError,
+    ConfigError,
+    OutputExistsError,
+    UnsupportedModelError,
+)
 from nexus_ds.generation.prompts import Given, Prompt, read_prompts, tokenised
 from nexus_ds.progress import Progress
 
@@ -155,6 +160,19 @@ def _check(args: argparse.Namespace) -> None:
         raise OutputExistsError(f"{args.html} exists already; give another --html or remove it")
 
 
+def _most_rows(headers: Headers, layers: Sequence[int]) -> int:
+    """Return the rows [E, H] of the largest of some layers' routers; CheckpointError for none."""
+    shapes = {gate_name(layer): headers.info(gate_name(layer)).shape for layer in layers}
+    for name, shape in shapes.items():
+        # rows without a column take no room: there may be as many as a header likes
+        if len(shape) != 2 or 0 in shape:
+            raise CheckpointError(
+                f"{headers.directory}: {name} has the shape {shape}, expected a row for each "
+                "expert; the file is damaged, fetch or save it again"
+            )
+    return max(shape[0] for shape in shapes.values())
+
+
 def _legend(
     directory: Path,
     layer: int | None,
@@ -163,11 +181,8 @@ def _legend(
     from nexus_ds.report.routed_text import Legend
 
     config = read_config(directory)
-    names = set(Headers(directory).names())
-    count = config.get("num_hidden_layers")
-    # a damaged config.json may say anything; it is refused when the model is opened
-    numbers = range(count if type(count) is int else 0)
-    layers = [number for number in numbers if gate_name(number) in names]
+    headers = Headers(directory)
+    layers = router_layers(config, set(headers.names()))
     if not layers:
         raise UnsupportedModelError(
             f"{directory}: a {config.get('model_type')} without routers, of which there is no "
@@ -182,7 +197,9 @@ def _legend(
         labels = [expert.name for expert in experts]
         domains = [expert.domain for expert in experts]
     else:
-        labels = [f"expert {number}" for number in range(config["num_experts"])]
+        # a family's config.json has a name of its own for how many there are
+        count = _most_rows(headers, layers)
+        labels = [f"expert {number}" for number in range(count)]
         domains = [""] * len(labels)
     return Legend(labels, domains, layers, layer)
 

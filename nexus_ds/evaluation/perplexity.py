@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nexus_ds.checkpoint.config_json import read_config
+from nexus_ds.checkpoint.config_json import count, positive, read_config
 from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.needs import BATCH, Way
 from nexus_ds.checkpoint.pieces import (
@@ -38,7 +38,7 @@ from nexus_ds.checkpoint.pieces import (
     warn_of_time,
 )
 from nexus_ds.checkpoint.projection_module import domain_inputs
-from nexus_ds.checkpoint.qwen2_moe import gate_name
+from nexus_ds.checkpoint.qwen2_moe import gate_name, router_layers
 from nexus_ds.checkpoint.qwen3_next import open_reader
 from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.checkpoint.sidecar import read_sidecar
@@ -179,25 +179,34 @@ def window_length(asked: int, models: Sequence[Mapping[str, Any]]) -> int:
     Args:
         asked: 0 for a length that suits.
         models: what `inspection.describe` tells of each.
+
+    Raises:
+        CheckpointError: a model's config.json has no number where it says what it reads.
     """
     if asked:
         return asked
     # a model that was trained elsewhere doesn't tell its length
     trained = [model["sequence_length"] for model in models if model["sequence_length"]]
-    limits = [model["max_positions"] for model in models if model["max_positions"]]
-    lengths = trained or [DEFAULT_LENGTH]
-    return min(int(length) for length in [*lengths, *limits])
+    limits = [_positions(model) for model in models if model["max_positions"]]
+    return min([*(trained or [DEFAULT_LENGTH]), *limits])
 
 
-def expert_names(directory: Path, count: int) -> tuple[list[str], list[str]]:
-    """Return names and domains of `count` routed experts; without sidecar expert_0 .. and ""."""
+def _positions(model: Mapping[str, Any]) -> int:
+    """Return what a model reads at most; CheckpointError where its config.json has no number."""
+    name = "max_position_embeddings"
+    where = f"{model.get('directory')}/config.json"
+    return positive({name: model["max_positions"]}, name, where)
+
+
+def expert_names(directory: Path, number: int) -> tuple[list[str], list[str]]:
+    """Return names and domains of `number` routed experts; without sidecar expert_0 .. and ""."""
     if not is_nexus(directory):
-        numbered = [f"expert_{index}" for index in range(count)]
-        return numbered, [""] * count
+        numbered = [f"expert_{index}" for index in range(number)]
+        return numbered, [""] * number
     experts = read_sidecar(directory).experts
-    if len(experts) != count:
+    if len(experts) != number:
         raise CheckpointError(
-            f"{directory}: the model has {count} routed experts, nexus.json names {len(experts)}; "
+            f"{directory}: the model has {number} routed experts, nexus.json names {len(experts)}; "
             "they belong to different checkpoints, make the directory again"
         )
     names = [expert.name for expert in experts]
@@ -307,8 +316,9 @@ def score(
     if batch < 1:
         raise ConfigError(f"batch: expected a number above 0, found {batch}")
     config = read_config(model_dir)
-    positions = int(config.get("max_position_embeddings") or 0)
-    _check_windows(windows, int(config.get("vocab_size", 0)), positions, model_dir)
+    where = str(model_dir / "config.json")
+    positions = count(config, "max_position_embeddings", where)
+    _check_windows(windows, count(config, "vocab_size", where), positions, model_dir)
     windows = _answered(windows)
     title = f"score {label or model_dir.name}"
     # More copies of the model than batches would have nothing to do.
@@ -394,10 +404,9 @@ def cosines(directory: Path) -> Cosines:
     directory = Path(directory)
     config = read_config(directory)
     reader = open_reader(Headers(directory), config)
-    layers = int(config.get("num_hidden_layers", 0))
-    names = [gate_name(layer) for layer in range(layers)]
     # a Qwen2-MoE of another form may have dense layers in between
-    weights = [reader.read(name).float() for name in names if name in reader]
+    layers = router_layers(config, set(reader.names()))
+    weights = [reader.read(gate_name(layer)).float() for layer in layers]
     if not weights:
         raise CheckpointError(
             f"{directory}: no router weights ({gate_name(0)}); "

@@ -26,7 +26,7 @@ from typing import Any, Protocol, TextIO, TypedDict, TypeGuard
 
 import torch
 
-from nexus_ds.checkpoint.config_json import read_config
+from nexus_ds.checkpoint.config_json import count, read_config
 from nexus_ds.checkpoint.loading import device
 from nexus_ds.checkpoint.needs import BATCH, Need, Way
 from nexus_ds.checkpoint.pieces import in_pieces, need_of, open_way, planned_way, warn_of_time
@@ -166,7 +166,8 @@ def run_tasks(
     title = f"tasks {label or checkpoint.name}"
     place = device()
     need = need_of(checkpoint, precision, place).with_cache().with_all_logits()
-    positions = int(read_config(checkpoint).get("max_position_embeddings") or LONGEST)
+    where = str(checkpoint / "config.json")
+    positions = count(read_config(checkpoint), "max_position_embeddings", where) or LONGEST
     chosen = planned_way(need, [place], batch, min(positions, LONGEST), title)
     scores = TaskScores()
 

@@ -10,10 +10,16 @@ import sys
 import pytest
 import torch
 from conftest import add_token, make_nexus
+from safetensors.torch import save_file
 
 from nexus_ds.checkpoint import pieces
 from nexus_ds.commands import generate
-from nexus_ds.errors import ConfigError, OutputExistsError, UnsupportedModelError
+from nexus_ds.errors import (
+    CheckpointError,
+    ConfigError,
+    OutputExistsError,
+    UnsupportedModelError,
+)
 from nexus_ds.generation import continuation
 
 SGR = re.compile(r"\x1b\[[0-9;]*m")
@@ -254,6 +260,39 @@ def test_dense_models_have_no_routing(dense_dir, capsys):
     for words in (["--show-routing"], ["--html", "page.html"]):
         with pytest.raises(UnsupportedModelError, match=r"llama without routers, of .*or give"):
             run(capsys, dense_dir, "tree", *words)
+
+
+def claims(directory, shape=(2, 4), **config):
+    """Write a mixture that is nothing but one router's header and what config.json says."""
+    stated = {"model_type": "qwen2_moe", "num_hidden_layers": 1, **config}
+    (directory / "config.json").write_text(json.dumps(stated))
+    gate = {"model.layers.0.mlp.gate.weight": torch.zeros(shape)}
+    save_file(gate, directory / "model.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "deepseek_v2", "n_routed_experts": 2},
+        {"num_experts": 2, "num_hidden_layers": 2**62},
+        {"num_experts": "x"},
+    ],
+)
+def test_layers_and_experts_of_a_legend_are_those_that_have_weights(tmp_path, config):
+    """Found by reading config.json alone: KeyError, a loop without end, TypeError."""
+    legend = generate._legend(claims(tmp_path, **config), None)
+    assert (legend.experts, legend.layers) == (["expert 0", "expert 1"], [0])
+
+
+@pytest.mark.parametrize("shape", [(2,), (2**40, 0), (2, 2, 1)])
+def test_a_router_without_a_row_for_each_expert_is_named(tmp_path, shape):
+    with pytest.raises(CheckpointError) as caught:
+        generate._legend(claims(tmp_path, shape), None)
+    assert str(caught.value) == (
+        f"{tmp_path}: model.layers.0.mlp.gate.weight has the shape {shape}, expected a row for "
+        "each expert; the file is damaged, fetch or save it again"
+    )
 
 
 # As it comes -------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Scoring against plain transformers: losses, routing counts, gates, cosines; bad text and bad
 weights by message."""
 
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -249,3 +251,37 @@ def test_window_length():
     assert window_length(0, models[:1]) == DEFAULT_LENGTH
     assert window_length(0, [{"sequence_length": 512, "max_positions": 2048}]) == 512
     assert window_length(32, models) == 32
+
+
+@pytest.mark.parametrize("stated", ["abc", -1, 1e400, [64], True])
+def test_a_model_that_states_no_number_of_positions_is_named(stated):
+    told = [{"directory": "m", "sequence_length": None, "max_positions": stated}]
+    with pytest.raises(CheckpointError) as caught:
+        window_length(0, told)
+    assert str(caught.value) == (
+        f"m/config.json: max_position_embeddings is {stated!r}, expected a number above 0"
+    )
+
+
+def changed(directory, out, **config):
+    """Return a copy of a model whose config.json says something else."""
+    path = shutil.copytree(directory, out) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return out
+
+
+@pytest.mark.parametrize("key", ["max_position_embeddings", "vocab_size"])
+def test_a_model_of_sizes_that_are_none_is_named_before_it_is_scored(dense_dir, tmp_path, key):
+    copy = changed(dense_dir, tmp_path / "m", **{key: "abc"})
+    with pytest.raises(CheckpointError, match=rf"config\.json: {key} is 'abc', expected a whole"):
+        score(copy, some_windows())
+
+
+@pytest.mark.parametrize("stated", [2**62, "abc"])
+def test_layers_that_a_mixture_does_not_have_are_not_looked_for(plain_moe_dir, tmp_path, stated):
+    copy = changed(plain_moe_dir, tmp_path / "m", num_hidden_layers=stated)
+    if stated == "abc":
+        with pytest.raises(CheckpointError, match="no router weights"):
+            cosines(copy)
+    else:
+        assert cosines(copy).rows.shape == (2, 4, 4)

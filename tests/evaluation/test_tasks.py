@@ -3,6 +3,7 @@ tiny model."""
 
 import importlib.util
 import json
+import shutil
 import sys
 import types
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from nexus_ds.checkpoint import pieces
 from nexus_ds.checkpoint.needs import LOGITS_AT_ONCE, Way
 from nexus_ds.checkpoint.pieces import open_way
 from nexus_ds.data.tokenizer import open_tokenizer
-from nexus_ds.errors import ConfigError
+from nexus_ds.errors import CheckpointError, ConfigError
 from nexus_ds.evaluation import tasks
 from nexus_ds.evaluation.tasks import (
     PAPER,
@@ -216,6 +217,14 @@ def test_tasks_go_on_in_smaller_pieces_where_memory_runs_out(
         "tasks m: memory ran out (whole, 4 sequences at once); it goes on whole, "
         "2 sequences at once",
     ]
+
+
+def test_a_model_of_no_number_of_positions_is_named(made_up, nexus_dir, tmp_path):
+    path = shutil.copytree(nexus_dir, tmp_path / "m") / "config.json"
+    config = json.loads(path.read_text()) | {"max_position_embeddings": "abc"}
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="max_position_embeddings is 'abc', expected a whole"):
+        run_tasks(tmp_path / "m", GROUPS)
 
 
 def test_tasks_are_planned_with_the_logits_of_all_tokens(made_up, nexus_dir, monkeypatch):
