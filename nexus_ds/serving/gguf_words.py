@@ -13,7 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nexus_ds.checkpoint.tokenizer import chat_templates, read_tokenizer
+from nexus_ds.checkpoint.tokenizer import (
+    TokenizerMeaning,
+    chat_templates,
+    read_tokenizer,
+)
 from nexus_ds.data.encoding import beginning
 from nexus_ds.errors import ServingError
 
@@ -35,6 +39,9 @@ WAYS: Mapping[tuple[Step, ...], str] = {
 """llama.cpp's name of each way to split."""
 SPACE = "\u2581"
 """Stands for a space in SentencePiece's pieces."""
+LONGEST = 512
+"""Characters of a piece: SentencePiece's trainer makes them of 16, and the work on one grows with
+the square of its length."""
 NFC = "llama.cpp makes other tokens of letters whose accents stand apart (text that is not NFC)"
 SPACED = "llama.cpp puts one more space before a text that begins with one"
 NORMAL, UNKNOWN, CONTROL, OWN, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -154,7 +161,17 @@ def _spaced(directory: Path, definition: Json) -> bool:
 
 
 def _check_order(directory: Path, merges: list[tuple[str, str]], vocab: dict[str, int]) -> None:
-    """Raise ServingError unless merges follow from the order of the pieces, as llama.cpp has it."""
+    """Raise ServingError unless merges follow from the order of the pieces, as llama.cpp has it.
+
+    No piece may be longer than LONGEST.
+    """
+    longest = max(vocab, key=len, default="")
+    if len(longest) > LONGEST:
+        raise ServingError(
+            f"{directory}: the tokenizer has a piece of {len(longest):,} characters "
+            f"({longest[:20]!r}..), expected at most {LONGEST}; mend the vocabulary in its "
+            "tokenizer.json"
+        )
     # a score is the place in the vocabulary: merges have to come in that order
     ranks = [vocab[left + right] for left, right in merges]
     known = set(merges)
@@ -190,6 +207,17 @@ def _types(
     return types
 
 
+def _refuse_homeless(meaning: TokenizerMeaning, size: int) -> None:
+    """Raise ServingError for tokens that a model does not embed: the file has no place for them."""
+    last = meaning.size - 1
+    if last >= size:
+        raise ServingError(
+            f"{meaning.directory}: the tokenizer has token ids up to {last} "
+            f"({meaning.tokens[last][:100]!r}), the model embeds {size}; give it the tokenizer "
+            "that it was trained with"
+        )
+
+
 def _template(directory: Path) -> str:
     """Return the chat template, the one by default where there are several; empty: none."""
     # a dictionary of several is nothing that llama.cpp reads
@@ -208,9 +236,11 @@ def read_words(directory: Path, size: int) -> Words:
 
     Raises:
         CheckpointError: no tokenizer there.
-        ServingError: one that llama.cpp splits text otherwise with.
+        ServingError: one that llama.cpp splits text otherwise with, or that has other tokens than
+            the model embeds.
     """
     meaning = read_tokenizer(directory)
+    _refuse_homeless(meaning, size)
     backend = meaning.backend
     definition: Json = json.loads(backend.to_str())
     model, vocab = _bpe(directory, definition)

@@ -17,6 +17,7 @@ from nexus_ds.serving.gguf_words import (
     BYTE,
     CONTRACTIONS,
     CONTROL,
+    LONGEST,
     NFC,
     NORMAL,
     OWN,
@@ -59,19 +60,19 @@ WAYS = {
 }
 
 
-def save_bpe(out, before, normalizer=None, **more):
+def save_bpe(out, before, normalizer=None, end="<|end|>", **more):
     """Train a byte-level BPE that splits text in a given way, and save it."""
     backend = Tokenizer(models.BPE(**more))
     backend.pre_tokenizer, backend.normalizer = before, normalizer
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=["<|end|>"],
+        special_tokens=[end],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     backend.train_from_iterator([*sentences(1, 50), *ODD_TEXT * 3], trainer)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end)
     wrapped.add_tokens(["<own>"])
     wrapped.save_pretrained(out)
     return out
@@ -143,6 +144,32 @@ def test_pieces_in_another_order_are_refused(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | own))
     edit(tmp_path / "spm", lambda value: value.update(normalizer={"type": "NFC"}))
     refused(tmp_path / "spm", "takes NFC, Metaspace before its pieces")
+
+
+def test_tokens_that_the_model_does_not_embed_are_refused(tmp_path):
+    save_bpe(tmp_path, *WAYS["gpt-2"])
+    known = len(open_tokenizer(tmp_path))
+    assert len(read_words(tmp_path, known).tokens) == known
+    with pytest.raises(ServingError) as error:
+        read_words(tmp_path, known - 1)
+    assert str(error.value) == (
+        f"{tmp_path}: the tokenizer has token ids up to {known - 1} ('<own>'), the model embeds "
+        f"{known - 1}; give it the tokenizer that it was trained with"
+    )
+
+
+def test_a_piece_that_would_take_hours_is_refused(tmp_path):
+    """The work on it grows with the square of its length."""
+    open_tokenizer(save_sentencepiece(tmp_path / "slow")).save_pretrained(tmp_path / "spm")
+    edit(tmp_path / "spm", lambda value: value["model"]["vocab"].update({"a" * LONGEST: 320}))
+    read_words(tmp_path / "spm", 330)
+    edit(tmp_path / "spm", lambda value: value["model"]["vocab"].update({"a" * 1_000_000: 321}))
+    with pytest.raises(ServingError) as error:
+        read_words(tmp_path / "spm", 330)
+    assert str(error.value) == (
+        f"{tmp_path / 'spm'}: the tokenizer has a piece of 1,000,000 characters "
+        f"('{'a' * 20}'..), expected at most 512; mend the vocabulary in its tokenizer.json"
+    )
 
 
 def test_a_text_without_an_end_and_with_another_beginning_is_refused(tmp_path):
