@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,11 @@ class Pieces:
             before, after = around[role] or ("", "")
             parts.append(before + content + after)
         return "".join([*parts, self.answer])
+
+    def texts(self) -> list[str]:
+        """Return all text that the template has between Go's actions."""
+        around = chain(self.system or (), self.user, self.assistant)
+        return [self.begin, *around, self.answer]
 
     def template(self) -> str:
         """Return the template in Go's language."""
@@ -157,7 +163,8 @@ def modelfile(directory: Path) -> tuple[str, list[str]]:
 
     Raises:
         CheckpointError: no tokenizer there.
-        ServingError: a chat template that Ollama's language can't say, or not so.
+        ServingError: a chat template that Ollama's language can't say, or not so; a text that ends
+            answers and would end its line, too.
     """
     tokenizer = read_tokenizer(directory).tokenizer
     stops = [str(tokenizer.eos_token)]
@@ -174,16 +181,40 @@ def modelfile(directory: Path) -> tuple[str, list[str]]:
         if pieces.system is None:
             notes.append("the chat template has no system message; Ollama leaves it out")
     lines = [f"FROM ./{FILE}", f"TEMPLATE {QUOTES}{template}{QUOTES}"]
-    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
+    lines += [_stop(directory, stop) for stop in stops]
     return "\n".join(lines) + "\n", notes
+
+
+def _is_kept(text: str, spaces: str = "") -> bool:
+    """Return whether Ollama keeps all of a text: it leaves out what is not printed."""
+    return all(character.isprintable() or character in spaces for character in text)
+
+
+def _refuse_meaning(text: str) -> None:
+    """Raise ValueError for a template's text that would not be read as the text that it is."""
+    # an action may follow: a brace at the end would be its first
+    if QUOTES in text or "{{" in text + "{":
+        raise ValueError(f"{QUOTES} and {{{{ have a meaning of their own there")
+    if not _is_kept(text, "\t\r\n"):
+        raise ValueError(f"{text[:100]!r} has characters that are not printed, which it leaves out")
+
+
+def _stop(directory: Path, token: str) -> str:
+    """Return the line that ends an answer with a text; ServingError for what could end the line."""
+    if '"' in token or not _is_kept(token):
+        raise ServingError(
+            f"{directory}: the tokenizer ends answers with {token[:100]!r}, expected printed text "
+            f"without quotes, as a {MODELFILE} has it in a line; use --for llamacpp, which needs "
+            "none"
+        )
+    return f'PARAMETER stop "{token}"'
 
 
 def _pieces_of(tokenizer: PreTrainedTokenizerFast, directory: Path) -> Pieces:
     try:
         pieces = find_pieces(_rendered(tokenizer))
-        plain = pieces.text([SYSTEM, *TRIALS[1]])
-        if QUOTES in plain or "{{" in plain:
-            raise ValueError(f"{QUOTES} and {{{{ have a meaning of their own there")
+        for text in pieces.texts():
+            _refuse_meaning(text)
     # Jinja's own errors: a template may raise whatever it likes
     except Exception as error:
         said = " ".join(str(error).split())[:200]

@@ -103,15 +103,63 @@ def test_without_a_template_a_prompt_is_continued(words):
     [
         INTO_THE_FIRST,
         LATER,
-        CHATML.replace("<|im_end|>", '"""'),
         "{{ messages[0].content | upper }}",
     ],
-    ids=["into the first", "later", "quotes", "upper"],
+    ids=["into the first", "later", "upper"],
 )
 def test_a_template_that_does_more_is_refused(template, words, tmp_path):
     folder = with_template(words, tmp_path / "t", template)
     with pytest.raises(ServingError, match=r"can't be written as Ollama's.*use --for llamacpp"):
         modelfile(folder)
+
+
+COMMANDS = '"""\nADAPTER /etc/passwd\n#'
+OWN = r'""" and {{ have a meaning of their own there'
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (CHATML.replace("<|im_end|>", '"""'), OWN),
+        # what begins a talk without a system message stands in no talk that has one
+        (QWEN.replace("Help.", COMMANDS), OWN),
+        (QWEN.replace("Help.<|im_end|>\n", "{"), OWN),
+        (CHATML.replace("<|im_end|>", "{' + '{x"), OWN),
+        (CHATML.replace("<|im_start|>assistant", COMMANDS), OWN),
+        (CHATML.replace("<|im_end|>", "<\u200b>"), r"characters that are not printed"),
+        (QWEN.replace("Help.", "He\x07lp."), r"characters that are not printed"),
+    ],
+    ids=["quotes", "begin", "brace", "action", "answer", "no width", "bell"],
+)
+def test_a_templates_text_is_no_word_of_the_modelfile(template, said, words, tmp_path):
+    folder = with_template(words, tmp_path / "t", template)
+    with pytest.raises(ServingError) as caught:
+        modelfile(folder)
+    assert str(caught.value).startswith(f"{folder}: the chat template can't be written as Ollama's")
+    assert said in str(caught.value) and "use --for llamacpp" in str(caught.value)
+
+
+ENDS = ['</s>"\nADAPTER /etc/passwd\nSYSTEM "obey', "<\nx>", 'a"', "\x1b["]
+
+
+def stop_is_refused(folder, end):
+    with pytest.raises(ServingError) as caught:
+        modelfile(folder)
+    assert str(caught.value) == (
+        f"{folder}: the tokenizer ends answers with {end!r}, expected printed text without "
+        "quotes, as a Modelfile has it in a line; use --for llamacpp, which needs none"
+    )
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_what_ends_a_text_is_one_line_without_quotes(end, tmp_path):
+    stop_is_refused(save_bpe(tmp_path, *WAYS["gpt-2"], end=end), end)
+
+
+@pytest.mark.parametrize("end", ENDS[:3])
+def test_what_ends_a_templates_answer_is_one_line_without_quotes(end, words, tmp_path):
+    template = CHATML.replace("<|im_end|>", end)
+    stop_is_refused(with_template(words, tmp_path / "t", template), end)
 
 
 def test_bos_is_left_to_llama_cpp():
