@@ -88,12 +88,17 @@ class ModelCard:
     """Paragraphs, in Markdown."""
 
 
+def in_line(text: object) -> str:
+    """Return foreign text without its line ends, which would begin a heading or another item."""
+    return " ".join(str(text).split())
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return a table in Markdown; bars and line ends in cells do not break it."""
     lines = [header, ["---"] * len(header), *rows]
     texts = []
     for line in lines:
-        cells = [" ".join(str(cell).replace("|", "\\|").split()) for cell in line]
+        cells = [in_line(cell).replace("|", "\\|") for cell in line]
         texts.append(f"| {' | '.join(cells)} |")
     return "\n".join(texts)
 
@@ -110,7 +115,7 @@ def card_text(card: ModelCard) -> str:
         metadata["license"] = card.license
     metadata |= {"pipeline_tag": "text-generation", "tags": list(card.tags)}
     head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
-    return "\n\n".join([f"{FENCE}{head}{FENCE}\n# {card.title}", *card.parts]) + "\n"
+    return "\n\n".join([f"{FENCE}{head}{FENCE}\n# {in_line(card.title)}", *card.parts]) + "\n"
 
 
 def joint_license(licenses: Mapping[str, str]) -> str:
@@ -136,7 +141,7 @@ def _step_text(step: Step) -> str:
     entry = step.entry()
     kept = ("seed_model", "checkpoint", "experts", "lambda", "stage", "steps", "tokens", "mixture")
     facts = [f"{key} {entry[key]}" for key in kept if entry.get(key) not in (None, "")]
-    return f"{entry.get('verb', '?')}: {'; '.join(facts)}"
+    return in_line(f"{entry.get('verb', '?')}: {'; '.join(facts)}")
 
 
 def nexus_card(manifest: Manifest, license_name: str = "") -> ModelCard:
@@ -173,17 +178,18 @@ def nexus_card(manifest: Manifest, license_name: str = "") -> ModelCard:
     ]
     for seed, license_of_seed in seeds.items():
         what = "shared expert" if manifest.shared_expert == "seed" else "start of the branches"
-        parts.append(f"Seed ({what}): {seed}, license: {license_of_seed or NOT_SAID}.")
+        parts.append(in_line(f"Seed ({what}): {seed}, license: {license_of_seed or NOT_SAID}."))
     router, encoder = manifest.router, manifest.encoder
     if encoder:
         parts.append(
-            f"Domain embeddings: {encoder.name}, revision `{encoder.revision[:SHOWN]}`, "
+            f"Domain embeddings: {in_line(encoder.name)}, "
+            f"revision `{in_line(encoder.revision[:SHOWN])}`, "
             f"{encoder.dimension} numbers, of at least {encoder.documents} documents a domain. "
             f"Router: {router.kind}, top-{router.top_k}."
         )
     steps = [f"{number}. {_step_text(step)}" for number, step in enumerate(manifest.lineage, 1)]
     software = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
-    parts += ["## Recipe", "\n".join(steps), f"Written with {software}."]
+    parts += ["## Recipe", "\n".join(steps), f"Written with {in_line(software)}."]
     return ModelCard(
         title=f"A mixture of {', '.join(names)}",
         base_models=list(licenses),

@@ -130,3 +130,19 @@ def test_a_dense_model(tmp_path):
 
 def test_foreign_text_stays_in_its_cell():
     assert table(["a"], [["x | y\n# z"]]) == "| a |\n| --- |\n| x \\| y # z |"
+
+
+def test_foreign_text_begins_no_line(tmp_path):
+    """A branch's card states its license and encoder, and its directory's name may be anything."""
+    evil = "mit\n---\n\n# Approved"
+    found = manifest(law=evil, code=evil, seed=evil)
+    encoder = EncoderRecord(evil, "\n# Approved", 384, 200, True)
+    made = dataclasses.replace(found.lineage[0], seed_model=evil)
+    found = dataclasses.replace(found, encoder=encoder, lineage=[made], versions={"x": evil})
+    write_model_card(tmp_path, nexus_card(found))
+    text = (tmp_path / "README.md").read_text()
+    # in the metadata it is text that YAML reads back as it was, its lines indented
+    assert metadata_of(tmp_path)["license"] == evil
+    assert metadata_of(tmp_path)["base_model"][0] == evil
+    assert text.count("\n---\n") == 1 and "\n# Approved" not in text
+    assert "): mit --- # Approved, license: mit --- # Approved." in text
