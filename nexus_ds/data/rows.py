@@ -27,7 +27,10 @@ from nexus_ds.errors import DataError
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 MAX_LINE_BYTES = 16 << 20  # a long book has 5 MB
 KEPT_MESSAGES = 10
-CHUNK = 1 << 16  # bytes that are decompressed at once
+CHUNK = 1 << 16  # bytes that are read at once
+ZSTD_STEP = 1 << 9
+"""Bytes of a zstandard file that are decompressed at once: four may say 128 KiB of one character
+(RFC 8878, 3.1.1.2), so that a step gives at most 16 MiB, which is the longest line."""
 REMEDY = (
     "mend it, or skip such rows with data.on_bad_row=skip (--on-bad-row skip of embed and evaluate)"
 )
@@ -86,16 +89,16 @@ class _ZstdReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while self.position >= len(self.pending):
-            # what stood behind a frame's end in the last chunk begins the next frame
-            chunk = self.frame.unused_data or self.raw.read(CHUNK)
+            # what stood behind a frame's end in the last step begins the next frame
+            step = self.frame.unused_data or self.raw.read(ZSTD_STEP)
             if self.frame.eof:
                 self.frame = self.context.decompressobj()
                 self.inside = False
-            if not chunk:
+            if not step:
                 if self.inside:
                     raise EOFError("compressed file ended before the end of its last frame")
                 return 0
-            self.pending = self.frame.decompress(chunk)
+            self.pending = self.frame.decompress(step)
             self.position = 0
             self.inside = not self.frame.eof
         count = min(len(buffer), len(self.pending) - self.position)
@@ -113,7 +116,7 @@ def open_bytes(path: Path) -> io.BufferedIOBase:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".zst":
-        return io.BufferedReader(_ZstdReader(path.open("rb")), CHUNK)
+        return io.BufferedReader(_ZstdReader(path.open("rb", CHUNK)), CHUNK)
     return path.open("rb")
 
 
