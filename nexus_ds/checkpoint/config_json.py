@@ -34,6 +34,9 @@ HOOKS = (  # keys of a configuration that make transformers run code that is not
     "_experts_implementation",
     "kernel_config",
 )
+LARGEST = 1e30
+"""Of numbers that a class computes with, and of their inverses: fp32 has them, and fp64 their
+squares. What Python reads as JSON may be infinite."""
 HARMLESS = (
     "eager",
     "sdpa",
@@ -86,6 +89,17 @@ def positive(config: ConfigJson, key: str, where: str) -> int:
     if type(value) is not int or value <= 0:
         raise CheckpointError(f"{where}: {key} is {value!r}, expected a number above 0")
     return value
+
+
+def number(value: object, what: str, least: float = 1 / LARGEST) -> float:
+    """Return a number that a class computes with; CheckpointError, which starts with `what`, unless
+    it is one from `least` to LARGEST."""
+    # JSON's true is an int to Python
+    if isinstance(value, int | float) and value is not True and least <= value <= LARGEST:
+        return float(value)
+    raise CheckpointError(
+        f"{what} is {repr(value)[:100]}, expected a number from {least:g} to {LARGEST:g}"
+    )
 
 
 def count(config: ConfigJson, key: str, where: str, default: int = 0) -> int:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from nexus_ds.checkpoint.config_json import (
     ConfigJson,
     count,
+    number,
     positive,
     refuse_in_any_form,
     refuse_odd_type,
@@ -21,7 +22,13 @@ from nexus_ds.checkpoint.config_json import (
 from nexus_ds.checkpoint.families.delta_net import KEYS, DeltaNet
 from nexus_ds.checkpoint.families.qwen2 import QWEN2
 from nexus_ds.checkpoint.families.record import FULL, LINEAR, SLIDING, DenseSettings, Family
-from nexus_ds.checkpoint.families.rotary import attention_factor, over_the_whole_head
+from nexus_ds.checkpoint.families.rotary import (
+    FIRST_POSITIONS,
+    LEAST_BASE,
+    attention_factor,
+    check_rope,
+    over_the_whole_head,
+)
 from nexus_ds.checkpoint.families.table import FAMILIES
 from nexus_ds.checkpoint.forms import PLAIN, QWEN3_NEXT, as_source, native_family
 from nexus_ds.checkpoint.problems import Problems
@@ -29,8 +36,11 @@ from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
 
 def _alternating(config: ConfigJson) -> list[str]:
-    """Return the kinds of layers that a Qwen2-MoE has which does not list them."""
+    """Return the kinds of layers that a Qwen2-MoE has which does not list them; none where it does
+    not say, either, where its windows end."""
     first = config["max_window_layers"] if config.get("use_sliding_window") else 0
+    if first is None:
+        return []
     layers = range(config["num_hidden_layers"])
     return [SLIDING if layer < first and layer % 2 == 0 else FULL for layer in layers]
 
@@ -80,7 +90,7 @@ STRETCHED = ("dynamic", "yarn", "longrope")
 """Kinds of RoPE whose frequencies depend on max_position_embeddings."""
 POSITIONED = ("yarn", "longrope", "llama3")
 """Kinds of RoPE that know how many positions the model was first trained on."""
-BESIDE = ("rope_scaling", "original_max_position_embeddings")
+BESIDE = ("rope_scaling", FIRST_POSITIONS)
 """What may stand beside rope_parameters, besides the base."""
 BIASES = {
     "attention_bias": "a bias in o_proj (o_proj.bias)",
@@ -124,13 +134,10 @@ def filled(config: ConfigJson) -> ConfigJson:
 
 
 def _number(config: ConfigJson, key: str, where: str) -> float:
-    value = config[key]
-    # transformers takes a whole number for RoPE's base, and refuses it for an epsilon
-    fraction = key.endswith("_eps")
-    if type(value) not in (float, float if fraction else int) or not value > 0:
-        kind = "fraction" if fraction else "number"
-        raise CheckpointError(f"{where}: {key} is {value!r}, expected a {kind} above 0")
-    return float(value)
+    # transformers takes a whole number for others, and refuses it for an epsilon
+    if key.endswith("_eps") and type(config[key]) is int:
+        raise CheckpointError(f"{where}: {key} is {config[key]}, expected a fraction above 0")
+    return number(config[key], f"{where}: {key}")
 
 
 def _heads(config: ConfigJson, family: Family, where: str) -> None:
@@ -154,12 +161,21 @@ def _stated_rope(config: ConfigJson, family: Family) -> ConfigJson:
     if family.ropes is not None:
         rope["rope_type"] = family.ropes.get(rope["rope_type"], rope["rope_type"])
     if rope["rope_type"] in POSITIONED:
-        key = "original_max_position_embeddings"
-        rope.setdefault(key, config["max_position_embeddings"])
+        rope.setdefault(FIRST_POSITIONS, config["max_position_embeddings"])
         # The one that stands outside decides: transformers reads it last.
-        if key in config:
-            rope[key] = config[key]
+        if FIRST_POSITIONS in config:
+            rope[FIRST_POSITIONS] = config[FIRST_POSITIONS]
     return rope
+
+
+def _check_rope_object(rope: object, key: str, where: str) -> None:
+    """Raise CheckpointError for RoPE that is there, and is no object with a name."""
+    sound = rope is None or isinstance(rope, dict)
+    kinds = [rope.get(kind) for kind in ("type", "rope_type")] if isinstance(rope, dict) else []
+    if not sound or not all(isinstance(kind, str | None) for kind in kinds):
+        raise CheckpointError(
+            f"{where}: {key} is {str(rope)[:100]}, expected an object that names its rope_type"
+        )
 
 
 def _check_nested(config: ConfigJson, where: str) -> None:
@@ -168,13 +184,11 @@ def _check_nested(config: ConfigJson, where: str) -> None:
     A null says as much as a key that is missing.
     """
     for key in ("rope_scaling", "rope_parameters"):
-        rope = config.get(key)
-        sound = rope is None or isinstance(rope, dict)
-        kinds = [rope.get(kind) for kind in ("type", "rope_type")] if rope and sound else []
-        if not sound or not all(isinstance(kind, str | None) for kind in kinds):
-            raise CheckpointError(
-                f"{where}: {key} is {str(rope)[:100]}, expected an object that names its rope_type"
-            )
+        _check_rope_object(config.get(key), key, where)
+        stated = config.get(key) or {}
+        # by kinds of layers
+        for kind in (FULL, SLIDING):
+            _check_rope_object(stated.get(kind), f"{key}.{kind}", where)
     count(config, "max_window_layers", where)
     types = config.get("layer_types")
     words = types is None or (isinstance(types, list) and all(isinstance(t, str) for t in types))
@@ -208,6 +222,28 @@ def _ropes_by_kind(config: ConfigJson, family: Family, where: str) -> ConfigJson
     return found
 
 
+def _needed(rope: ConfigJson, family: Family, where: str) -> tuple[str, ...]:
+    """Return the keys without which RoPE of its kind computes nothing; all are there.
+
+    Raises:
+        UnsupportedModelError: a kind that can't be expressed.
+        CheckpointError: keys are missing.
+    """
+    kind = rope["rope_type"]
+    if kind not in (ROPES if family.ropes is None else family.ropes.values()):
+        raise UnsupportedModelError(
+            f"{where}: RoPE of type {kind!r} can't be expressed as Qwen2-MoE; "
+            f"known: {', '.join(dict.fromkeys(family.ropes.values()) if family.ropes else ROPES)}"
+        )
+    missing = [key for key in ROPES[kind] if key not in rope]
+    if missing:
+        raise CheckpointError(
+            f"{where}: RoPE of type {kind!r} needs {', '.join(missing)}; "
+            "mend rope_parameters, or fetch or save the model again"
+        )
+    return (*ROPES[kind], FIRST_POSITIONS) if kind in POSITIONED else ROPES[kind]
+
+
 def _rope(config: ConfigJson, family: Family, where: str) -> tuple[ConfigJson, int]:
     """Return rope_parameters in today's form, whatever form config.json has, and of how many
     channels of a head they speak.
@@ -221,20 +257,13 @@ def _rope(config: ConfigJson, family: Family, where: str) -> tuple[ConfigJson, i
         raise UnsupportedModelError(
             f"{where}: RoPE that differs between layers can't be expressed as Qwen2-MoE"
         )
-    kind = rope["rope_type"]
-    if kind not in (ROPES if family.ropes is None else family.ropes.values()):
-        raise UnsupportedModelError(
-            f"{where}: RoPE of type {kind!r} can't be expressed as Qwen2-MoE; "
-            f"known: {', '.join(dict.fromkeys(family.ropes.values()) if family.ropes else ROPES)}"
-        )
-    missing = [key for key in ROPES[kind] if key not in rope]
-    if missing:
-        raise CheckpointError(
-            f"{where}: RoPE of type {kind!r} needs {', '.join(missing)}; "
-            "mend rope_parameters, or fetch or save the model again"
-        )
-    rope["rope_theta"] = _number(rope, "rope_theta", where)
-    return rope, _turned(rope, config, family, where)
+    needed = _needed(rope, family, where)
+    rope["rope_theta"] = number(rope["rope_theta"], f"{where}: rope_theta", LEAST_BASE)
+    turned = _turned(rope, config, family, where)
+    # a share that is still there is for the mixture's class, which turns that part itself
+    pairs = int(turned * rope.get("partial_rotary_factor", 1.0)) // 2
+    check_rope(rope, needed, pairs, f"{where}: RoPE")
+    return rope, turned
 
 
 def _turned(rope: ConfigJson, config: ConfigJson, family: Family, where: str) -> int:
@@ -354,11 +383,19 @@ def _positions(rope: ConfigJson, values: ConfigJson) -> int | None:
     return values["max_position_embeddings"] if stretched else None
 
 
-def _turned_layers(family: Family, values: ConfigJson, types: Sequence[str]) -> tuple[bool, ...]:
+def _turned_layers(
+    family: Family, values: ConfigJson, types: Sequence[str], where: str
+) -> tuple[bool, ...]:
     """Return whether RoPE turns the heads of each layer."""
     if family.turned_layers is None:
         return (True,) * len(types)
-    return tuple(family.turned_layers(values, types))
+    found = tuple(family.turned_layers(values, types))
+    if len(found) != len(types):
+        raise CheckpointError(
+            f"{where}: no_rope_layers and no_rope_layer_interval say of {len(found)} layers "
+            f"whether RoPE turns their heads, expected {len(types)}: 0 or 1 for each layer"
+        )
+    return found
 
 
 def _norm_eps(values: ConfigJson, family: Family, where: str) -> float:
@@ -463,7 +500,7 @@ def settings(config: ConfigJson, where: str = "config.json") -> DenseSettings:
         qk_names=family.qk_names,
         sliding_window=window,
         layer_types=types,
-        turned_layers=_turned_layers(family, values, types),
+        turned_layers=_turned_layers(family, values, types, where),
         output_gate=family.output_gate,
         centred=family.centred,
         linear=_linear(values, family, where),
@@ -492,8 +529,7 @@ def both_ropes(config: ConfigJson) -> ConfigJson:
         older["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     if rope["rope_type"] == "longrope":
         # there it is no part of rope_scaling
-        key = "original_max_position_embeddings"
-        older[key] = rope[key]
+        older[FIRST_POSITIONS] = rope[FIRST_POSITIONS]
     kept = {key: value for key, value in config.items() if key != "rope_scaling"}
     return kept | {"rope_parameters": rope} | older
 
@@ -507,7 +543,7 @@ def cached_positions(config: ConfigJson) -> int | None:
     first = []
     for rope in _ropes_of(settings(config).rope):
         if rope["rope_type"] == "longrope" and rope["short_factor"] != rope["long_factor"]:
-            first.append(int(rope["original_max_position_embeddings"]))
+            first.append(rope[FIRST_POSITIONS])
     return min(first, default=None)
 
 

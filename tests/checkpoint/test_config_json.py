@@ -2,7 +2,13 @@
 
 import pytest
 
-from nexus_ds.checkpoint.config_json import positive, read_config, refuse_hooks, refuse_in_any_form
+from nexus_ds.checkpoint.config_json import (
+    number,
+    positive,
+    read_config,
+    refuse_hooks,
+    refuse_in_any_form,
+)
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
 
@@ -10,6 +16,17 @@ from nexus_ds.errors import CheckpointError, UnsupportedModelError
 def test_sizes_are_numbers_above_0(value):
     with pytest.raises(CheckpointError, match=r"here: n is .*, expected a number above 0"):
         positive({"n": value}, "n", "here")
+
+
+@pytest.mark.parametrize(
+    "value", [True, 0, -1.0, "3", None, [1], float("inf"), float("nan"), 1e-31, 1e31, 10**400]
+)
+def test_numbers_are_those_that_fp32_has(value):
+    with pytest.raises(
+        CheckpointError, match=r"here: n is .*, expected a number from 0.5 to 1e\+30"
+    ):
+        number(value, "here: n", 0.5)
+    assert type(number(1, "here: n")) is float
 
 
 def test_code_is_refused_at_any_depth():

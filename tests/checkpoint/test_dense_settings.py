@@ -26,7 +26,8 @@ SPELLINGS = {  # of one config.json; what a family does not know it leaves out o
     "base in two places": dict(rope_theta=7.0, rope_parameters=dict(rope_theta=500.0)),
     "positions outside": dict(rope_scaling=YARN, original_max_position_embeddings=16),
     "positions missing": dict(
-        rope_scaling=dict(type="longrope", short_factor=[1.5] * 4, long_factor=[2.5] * 4)
+        rope_scaling=dict(type="longrope", short_factor=[1.5] * 4, long_factor=[2.5] * 4),
+        head_dim=8,
     ),
     "heads": dict(num_key_value_heads=2, head_dim=16),
     "no head_dim": dict(num_key_value_heads=2),
@@ -69,7 +70,7 @@ REFUSED = {  # what transformers refuses, or can't compute with
     "old, scaled": ("phi3", "glm"),
     "both": ("phi3", "glm", *BY_KIND),
     "positions outside": ("phi3", "glm"),
-    "positions missing": ("glm",),
+    "positions missing": ("glm", "glm4", "qwen3_5_text"),
     "by kinds of layers": (*(name for name in FAMILIES if name not in BY_KIND), "qwen2_moe"),
 }
 NEEDED = {"ministral": dict(head_dim=8), "hunyuan_v1_dense": dict(head_dim=8)}
@@ -165,11 +166,90 @@ def test_what_a_file_leaves_out_is_what_transformers_takes(family):
             dict(rope_scaling=dict(type="llama3", factor=2.0)),
             "m: RoPE of type 'llama3' needs low_freq_factor, high_freq_factor; mend",
         ),
+        (
+            dict(rope_theta=float("inf")),
+            r"m: rope_theta is inf, expected a number from 2 to 1e\+30",
+        ),
+        (dict(rms_norm_eps=float("inf")), "m: rms_norm_eps is inf, expected a number from 1e-30"),
+        (
+            dict(rope_scaling=YARN | dict(attention_factor="x")),
+            "m: RoPE: attention_factor is 'x', expected a number from 1e-30",
+        ),
+        (
+            dict(rope_scaling=YARN, original_max_position_embeddings=[1]),
+            r"m: RoPE: original_max_position_embeddings is \[1\], expected a whole number of at",
+        ),
+        (
+            dict(rope_scaling=dict(type="longrope", short_factor=[1.0], long_factor=[1.0] * 4)),
+            r"m: RoPE: short_factor is \[1.0\], expected 4 numbers, one for each pair of channels",
+        ),
     ],
 )
 def test_what_transformers_can_not_read_is_named(keys, message):
     with pytest.raises(CheckpointError, match=message):
         settings(dict(model_type="llama", **SIZES, **keys), "m")
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "message"),
+    [
+        (
+            "gemma3_text",
+            dict(rope_parameters=dict(full_attention="x")),
+            "m: rope_parameters.full_attention is x, expected an object that names its rope_type",
+        ),
+        (
+            "olmo3",
+            dict(rope_parameters=dict(full_attention=dict(rope_type=[1]))),
+            r"m: rope_parameters.full_attention is .*\[1\].*, expected an object that names its",
+        ),
+        (
+            "gemma3_text",
+            dict(rope_local_base_freq=float("inf")),
+            "m: rope_theta is inf, expected a",
+        ),
+        (
+            "granite",
+            dict(residual_multiplier=1e-200),
+            "m: residual_multiplier is 1e-200, expected a number from 1e-30",
+        ),
+        (
+            "qwen2",
+            dict(max_window_layers=None, use_sliding_window=True),
+            "m: layer_types is missing, expected a kind of attention for each layer",
+        ),
+        (
+            "qwen2_moe",
+            dict(max_window_layers=None, use_sliding_window=True),
+            "m: layer_types is missing, expected a kind of attention for each layer",
+        ),
+        (
+            "smollm3",
+            dict(no_rope_layer_interval=0),
+            "m: layer_types is missing, expected a kind of attention for each layer",
+        ),
+        (
+            "smollm3",
+            dict(no_rope_layers=5, layer_types=["full_attention"] * 4),
+            "m: no_rope_layers and no_rope_layer_interval say of 0 layers .*, expected 4: 0 or 1",
+        ),
+    ],
+)
+def test_what_a_family_can_not_compute_with_is_named(family, keys, message):
+    needed = dict(moe_intermediate_size=8) if family == "qwen2_moe" else {}
+    settings(dict(model_type=family, **SIZES, **needed), "m")
+    with pytest.raises(CheckpointError, match=message):
+        settings(dict(model_type=family, **SIZES, **needed, **keys), "m")
+
+
+def test_a_longrope_without_a_share_reads_as_many_factors_as_its_class():
+    # Qwen3-Next's class turns a part of the head itself
+    rope = dict(rope_type="longrope", short_factor=[1.0], long_factor=[2.0])
+    keys = dict(model_type="qwen3_5_text", **SIZES, head_dim=8, partial_rotary_factor=0.25)
+    found = settings(keys | dict(rope_parameters=rope), "m").rope
+    assert found["short_factor"] == [1.0] and found["partial_rotary_factor"] == 0.25
+    with pytest.raises(CheckpointError, match=r"short_factor is .*, expected 1 numbers, one for"):
+        settings(keys | dict(rope_parameters=rope | dict(short_factor=[1.0] * 4)), "m")
 
 
 def test_a_dense_model_is_planned_without_torch(dense_dir):

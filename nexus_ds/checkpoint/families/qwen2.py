@@ -7,10 +7,12 @@ from nexus_ds.checkpoint.families.record import FULL, SLIDING, Family
 
 
 def windows_in_the_last_layers(config: ConfigJson) -> Sequence[str]:
-    """Return windows for the layers from `max_window_layers` on."""
+    """Return windows for the layers from `max_window_layers` on; no layers where it is null."""
     layers, first = config["num_hidden_layers"], config["max_window_layers"]
     if config["sliding_window"] is None:
         first = layers
+    if first is None:
+        return []
     return [SLIDING if layer >= first else FULL for layer in range(layers)]
 
 

@@ -16,28 +16,75 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nexus_ds.checkpoint.config_json import ConfigJson
+from nexus_ds.checkpoint.config_json import LARGEST, ConfigJson, number
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
 NEAR = 4
 """Numbers of fp32 that are tried on either side of a factor: two roundings lie behind it."""
-STILL = 1e30
+STILL = LARGEST
 """Factor of pairs that do not turn: at any position the sine is lost in rounding, the cosine 1.
 JSON has no infinity."""
+FIRST_POSITIONS = "original_max_position_embeddings"
+"""Key of how many positions a model was first trained on."""
+LEAST_BASE = 2.0
+"""yarn divides by the base's logarithm; no model has one near it."""
+NUMBERS = ("factor", "attention_factor", "low_freq_factor", "high_freq_factor")
+NONE_AT_0 = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+"""Keys of more numbers; of these 0 says as much as null."""
+
+
+def check_rope(rope: ConfigJson, needed: Sequence[str], pairs: int, where: str) -> None:
+    """Check what RoPE computes with, of whatever kind.
+
+    Args:
+        rope: `rope_parameters` with a base.
+        needed: keys that its kind does not do without; others may be null.
+        pairs: of channels that turn.
+        where: start of the messages.
+
+    Raises:
+        CheckpointError: what is no number, or none that can be computed with.
+    """
+    for key in (*NUMBERS, *NONE_AT_0):
+        value = rope.get(key)
+        unset = value is None or (key in NONE_AT_0 and value == 0)
+        if key in needed or not unset:
+            number(value, f"{where}: {key}")
+    first = rope.get(FIRST_POSITIONS)
+    # longrope divides by its logarithm
+    if (FIRST_POSITIONS in needed or first is not None) and (type(first) is not int or first < 2):
+        raise CheckpointError(
+            f"{where}: {FIRST_POSITIONS} is {repr(first)[:100]}, "
+            "expected a whole number of at least 2"
+        )
+    _check_pairs(rope, needed, pairs, where)
+
+
+def _check_pairs(rope: ConfigJson, needed: Sequence[str], pairs: int, where: str) -> None:
+    """Raise CheckpointError for factors that are not those of `pairs`, or stand in no order."""
+    for key in ("short_factor", "long_factor"):
+        if key in needed:
+            _check_factors(rope[key], pairs, f"{where}: {key}")
+    low, high = "low_freq_factor", "high_freq_factor"
+    # llama3 divides by how far they are apart
+    if high in needed and not rope[low] < rope[high]:
+        raise CheckpointError(
+            f"{where}: {high} is {rope[high]}, expected a number above {low}, {rope[low]}"
+        )
 
 
 def attention_factor(rope: ConfigJson, config: ConfigJson) -> float:
     """Return by what transformers multiplies channels that turn, of queries and of keys.
 
     Args:
-        rope: complete `rope_parameters`, of a kind that `over_the_whole_head` takes.
+        rope: `rope_parameters` that `check_rope` takes, of a kind that `over_the_whole_head` takes.
         config: filled.
     """
     if rope["rope_type"] == "default":
         return 1.0
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
-    first = rope["original_max_position_embeddings"]
+    first = rope[FIRST_POSITIONS]
     factor = rope.get("factor")
     if factor is None:
         factor = config["max_position_embeddings"] / first
@@ -52,14 +99,13 @@ def over_the_whole_head(
     Pair i is that of channels i and i + half of the head; the first `turned / 2` pairs turn.
 
     Args:
-        rope: `rope_parameters` of the channels that turn, all keys there.
+        rope: `rope_parameters` of the channels that turn, which `check_rope` takes.
         config: filled, with `head_dim` and `max_position_embeddings`.
         turned: channels of a head that turn.
         where: start of the messages.
 
     Raises:
         UnsupportedModelError: another kind of RoPE than default and longrope, an odd `turned`.
-        CheckpointError: factors of another number of pairs.
     """
     kind, width = rope["rope_type"], config["head_dim"]
     if kind not in ("default", "longrope") or turned % 2 or width % 2:
@@ -70,32 +116,33 @@ def over_the_whole_head(
     pairs = turned // 2
     whole = {"rope_type": "longrope", "factor": 1.0, "attention_factor": 1.0}
     # where both lists are the same, how many positions came first decides nothing
-    whole["original_max_position_embeddings"] = rope.get(
-        "original_max_position_embeddings", config["max_position_embeddings"]
-    )
+    whole[FIRST_POSITIONS] = rope.get(FIRST_POSITIONS) or config["max_position_embeddings"]
     for key in ("short_factor", "long_factor"):
-        factors = _checked(rope.get(key, [1.0] * pairs), pairs, f"{where}: {key}")
+        factors = rope[key] if kind == "longrope" else [1.0] * pairs
         whole[key] = _stretched(factors, rope["rope_theta"], turned, width)
     return rope | whole
 
 
-def _checked(factors: object, pairs: int, what: str) -> list[float]:
-    """Return factors of as many pairs; CheckpointError if they are anything else."""
-    numbers = factors if isinstance(factors, list) else []
-    if len(numbers) == pairs and all(type(x) in (int, float) and x > 0 for x in numbers):
-        return numbers
-    raise CheckpointError(
-        f"{what} is {str(factors)[:100]}, expected {pairs} numbers above 0, one for each pair of "
-        "channels that turn"
-    )
+def _check_factors(factors: object, pairs: int, what: str) -> None:
+    """Raise CheckpointError for anything but factors of as many pairs."""
+    if not isinstance(factors, list) or len(factors) != pairs:
+        raise CheckpointError(
+            f"{what} is {str(factors)[:100]}, expected {pairs} numbers, one for each pair of "
+            "channels that turn"
+        )
+    for index, factor in enumerate(factors):
+        number(factor, f"{what}[{index}]")
 
 
 def _stretched(factors: Sequence[float], base: float, turned: int, width: int) -> list[float]:
     """Return the factors of all pairs of a head that is `width` wide."""
     found = []
     for pair, factor in enumerate(factors):
-        wanted = np.float32(1) / (np.float32(factor) * _wavelength(base, pair, turned))
-        found.append(_factor(_wavelength(base, pair, width), wanted))
+        # of the largest factors and bases an infinite one, whose inverse is 0
+        with np.errstate(over="ignore"):
+            wanted = np.float32(1) / (np.float32(factor) * _wavelength(base, pair, turned))
+        still = wanted <= 1 / STILL
+        found.append(STILL if still else _factor(_wavelength(base, pair, width), wanted))
     return found + [STILL] * (width // 2 - len(factors))
 
 

@@ -7,13 +7,16 @@ from nexus_ds.checkpoint.families.record import FULL, SLIDING, Family
 
 
 def turned(config: ConfigJson, kinds: Sequence[str]) -> Sequence[bool]:
-    """Return what `no_rope_layers` says, 0 for a layer without RoPE, or its interval."""
+    """Return what `no_rope_layers` says, 0 for a layer without RoPE, or its interval.
+
+    No layers where neither is what it has to be.
+    """
     stated, every = config["no_rope_layers"], config["no_rope_layer_interval"]
-    if stated is None:
+    if stated is None and type(every) is int and every > 0:
         # 0 at the end of each interval
         stated = [layer % every for layer in range(1, config["num_hidden_layers"] + 1)]
     # 1 stands for RoPE, whatever the key's name says
-    return [bool(one) for one in stated]
+    return [bool(one) for one in stated] if isinstance(stated, list) else []
 
 
 def windows_without_rope(config: ConfigJson) -> Sequence[str]:
