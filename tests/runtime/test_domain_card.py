@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
-from branches import embed
+from branches import branch, embed
 
 from nexus_ds.checkpoint.cards import CARD, ffn_sha256, read_card
 from nexus_ds.checkpoint.dense import open_dense
@@ -66,6 +67,72 @@ def test_it_waits_beside_the_states_and_goes_with_the_weights(config, tmp_path, 
     place_card(config, tmp_path / "branch")
     placed = read_card(tmp_path / "branch")
     assert (placed.license, placed.ffn_sha256) == ("other", seed)
+
+
+def changed_text(config, seed):
+    file = Path(config.data.path) / "beta" / "train.jsonl"
+    file.write_text("\n".join(json.dumps({"text": "x" * 6}) for _ in range(9)) + "\n")
+
+
+def changed_seed(config, seed):
+    config.model.path = str(branch(Path(config.model.path), seed, 1))
+
+
+def changed_sample(config, seed):
+    config.pipeline.embedding_documents = 3
+
+
+def changed_drawing(config, seed):
+    config.seed = 5
+
+
+def damaged_record(config, seed):
+    path = Path(config.output + ".training") / domain_card.RECORD
+    path.write_text(path.read_text().replace('"beta"', '"gamma"'))
+
+
+def no_record(config, seed):
+    (Path(config.output + ".training") / domain_card.RECORD).unlink()
+
+
+CHANGES = (
+    changed_text,
+    changed_seed,
+    changed_sample,
+    changed_drawing,
+    damaged_record,
+    no_record,
+)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_waiting_card_of_something_else_is_made_again(config, tmp_path, text_folder, change):
+    config.data.path = str(shutil.copytree(text_folder, tmp_path / "text"))
+    work = tmp_path / "out.training"
+    prepare_card(config, {"beta": 1.0}, work)
+    # what tells the old card from a new one, whatever else is equal
+    (work / CARD).write_text((work / CARD).read_text().replace('"one"', '"old"'))
+    change(config, tmp_path / "other")
+    prepare_card(config, {"beta": 1.0}, work)
+    prepare_card(config, {"beta": 1.0}, tmp_path / "fresh")
+    assert read_card(work).encoder == "one"
+    assert read_card(work) == read_card(tmp_path / "fresh")
+
+
+def test_a_kill_between_card_and_record_leaves_no_record_of_another_card(
+    config, tmp_path, monkeypatch
+):
+    work = tmp_path / "work"
+    prepare_card(config, {"beta": 1.0}, work)
+
+    def killed(directory, card):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(domain_card, "write_card", killed)
+    config.seed = 5
+    with pytest.raises(KeyboardInterrupt):
+        prepare_card(config, {"beta": 1.0}, work)
+    assert not (work / domain_card.RECORD).exists()
 
 
 def test_the_license_of_the_seed_is_the_branch_s(config, tmp_path):
