@@ -52,7 +52,8 @@ ENDING = (
     signal.SIGQUIT,
     signal.SIGXCPU,
 )
-TEMPORARY = re.compile(r"\..+\.tmp-[0-9]+")
+TEMPORARY_END = r"\.tmp-[0-9]+"
+TEMPORARY = re.compile(r"\..+" + TEMPORARY_END)
 # A full disk, a quota, a limit on the size of files.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # File systems that can't flush a folder, as some of network shares, say so by one of these.

@@ -17,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,7 @@ from nexus_ds.data.encoding import Batches, Packed, Tokenizer, cores, load_token
 from nexus_ds.data.rows import BadRows, Document
 from nexus_ds.data.sources import SPLITS, Source, open_source, passes, read, require_domains
 from nexus_ds.errors import ConfigError, DataError
-from nexus_ds.outputs import create, new_file, write_text
+from nexus_ds.outputs import TEMPORARY_END, create, new_file, write_text
 from nexus_ds.progress import Progress, say
 from nexus_ds.sealed import read_sealed, seal
 from nexus_ds.typed_json import typed
@@ -55,6 +56,10 @@ TOLD_BYTES = 4 << 30  # of token files; seconds of hashing, less needs no line
 WIDTHS = {"uint16": 2, "uint32": 4}
 """Bytes of an id, by its type."""
 LITTLE_TEXT = 8 << 20  # bytes; less is tokenised faster than processes start
+# What a killed process leaves of a token file; a cache may be a folder of the user's own files.
+LEFTOVER = re.compile(
+    rf"\..+-({'|'.join(SPLITS)})-[0-9a-f]{{16}}\.(bin|labels|json){TEMPORARY_END}"
+)
 
 
 @dataclass
@@ -144,6 +149,13 @@ def _numbers(stream: BinaryIO, path: Path, dtype: str, start: int, count: int) -
             f"expected {count * width}; the file was cut short: remove it, and it is made again"
         )
     return np.frombuffer(content, dtype=dtype)
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """Remove what killed processes left half written; the cache's lock is ours."""
+    for path in cache.iterdir():
+        if LEFTOVER.fullmatch(path.name):
+            path.unlink()
 
 
 @contextmanager
@@ -324,6 +336,8 @@ class _Job:
     domain: str
     path: Path
     fingerprint: str
+    text: str
+    """Fingerprint of the text alone."""
     expected: int = 0
     """Bytes of text, about; 0: unknown."""
     tokens: int = 0
@@ -402,7 +416,7 @@ class _Maker:
         )
         fingerprint = hashlib.sha256(facts.encode()).hexdigest()
         path = cache / f"{domain}-{self.split}-{fingerprint[:16]}.bin"
-        return _Job(domain, path, fingerprint)
+        return _Job(domain, path, fingerprint, text)
 
     def make_all(self, jobs: Sequence[_Job], workers: int) -> None:
         """Tokenise some domains with `workers` processes; 0: as many as are worth their start."""
@@ -418,10 +432,27 @@ class _Maker:
             for group in passes(self.source, list(named)):
                 self._make([named[domain] for domain in group], pack)
 
+    def _check_text(self, jobs: Sequence[_Job]) -> None:
+        """Raise DataError where the text is not the one after which its token file is named."""
+        for job in jobs:
+            found = self.source.fingerprint(job.domain, self.split)
+            if found != job.text:
+                raise DataError(
+                    f"{self.source.name}: the {self.split} text of {job.domain} was changed while "
+                    f"it waited or was read: found fingerprint {found[:12]}, expected "
+                    f"{job.text[:12]}; start again when nobody writes it any more"
+                )
+
     def _make(
         self, jobs: Sequence[_Job], pack: Callable[[Batches], Iterator[tuple[str, Packed]]]
     ) -> None:
-        """Tokenise the text of some domains in one pass over it."""
+        """Tokenise the text of some domains in one pass over it.
+
+        Raises:
+            DataError: damaged rows, no chat that can be read, text that changes meanwhile.
+        """
+        # Before the hours that it may take, too: another process may have held the lock for long.
+        self._check_text(jobs)
         named = {job.domain: job for job in jobs}
         bad_rows = {job.domain: job.bad_rows for job in jobs}
         documents = read(
@@ -441,6 +472,7 @@ class _Maker:
                     streams[_labels_of(job.path)].write(part.learned)
             progress.advance(max(total - progress.done, 0))
             _check_documents(jobs)
+            self._check_text(jobs)
         for job in jobs:
             job.finish(self.tokenizer.dtype, self.split, self.max_bytes)
 
@@ -501,7 +533,8 @@ def token_files(
 
     Raises:
         ConfigError: an unknown split or `on_bad_row`.
-        DataError: an unknown domain, a domain without text, damaged rows.
+        DataError: an unknown domain, a domain without text, damaged rows, text that changes while
+            it is read.
         CheckpointError: no tokenizer that serves, or of chats one without a template.
     """
     if split not in SPLITS or on_bad_row not in ("error", "skip"):
@@ -518,9 +551,7 @@ def token_files(
     if any(_existing(job.path) is None for job in jobs):
         require_domains(source, domains)
         with _locked(Path(cache)):
-            # of a process that was killed: the lock is ours
-            for leftover in [*Path(cache).glob(".*.bin.tmp-*"), *Path(cache).glob(".*.labels.t*")]:
-                leftover.unlink()
+            _remove_leftovers(Path(cache))
             # others may have made some
             missing = [job for job in jobs if _existing(job.path) is None]
             maker.make_all(missing, workers)

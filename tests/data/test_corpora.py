@@ -327,10 +327,52 @@ def test_the_files_are_the_same_for_any_number_of_processes(
     assert multiprocessing.active_children() == []
 
 
-def test_what_a_killed_process_left_is_removed(corpus: Path, tokenizer_dir: Path, tmp_path: Path):
-    (tmp_path / ".alpha-train-0123.bin.tmp-1").write_bytes(b"half")
-    token_files(open_source(str(corpus)), ["alpha"], "train", tokenizer_dir, tmp_path)
-    assert not list(tmp_path.glob(".*.tmp-*"))
+def test_what_a_killed_process_left_is_removed_and_files_of_the_user_stay(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path
+):
+    half = f"alpha-train-{'0' * 16}"
+    for suffix in ("bin", "labels", "json"):
+        (tmp_path / f".{half}.{suffix}.tmp-1").write_bytes(b"half")
+    mine = [
+        ".train.labels.tsv",
+        ".run.labels.txt",
+        ".x.bin.tmp-backup",
+        ".x.bin.tmp-1",
+        f".{half}.bin.tmp-backup",
+        f"{half}.bin.tmp-1",
+    ]
+    for name in mine:
+        (tmp_path / name).write_bytes(b"mine")
+    file = token_files(open_source(str(corpus)), ["alpha"], "train", tokenizer_dir, tmp_path)
+    path = file["alpha"].path
+    made = [".lock", path.name, path.with_suffix(".json").name]
+    there = sorted(path.name for path in tmp_path.iterdir() if path != corpus)
+    assert there == sorted([*mine, *made])
+
+
+@pytest.mark.parametrize("meanwhile", ["the wait", "the reading"])
+def test_text_that_changes_under_way_makes_no_token_file_of_the_old_name(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch, meanwhile: str
+):
+    cache = tmp_path / "cache"
+    place, name = {
+        "the wait": (corpora, "_remove_leftovers"),
+        "the reading": (corpora, "_check_documents"),
+    }[meanwhile]
+    real = getattr(place, name)
+
+    def change(given: object) -> None:
+        write_jsonl(corpus / "alpha" / "train.jsonl", ["new text"])
+        real(given)
+
+    monkeypatch.setattr(place, name, change)
+    said = (
+        r"text: the train text of alpha was changed while it waited or was read: found "
+        r"fingerprint \w{12}, expected \w{12}; start again when nobody writes it any more$"
+    )
+    with pytest.raises(DataError, match=said):
+        token_files(open_source(str(corpus)), ["alpha"], "train", tokenizer_dir, cache)
+    assert [path.name for path in cache.iterdir()] == [".lock"]
 
 
 # Windows ------------------------------------------------------------------------------------------
