@@ -220,7 +220,7 @@ def _kill_one(soak):
 
 
 def _kill_in_save(soak):
-    soak.run.wait(60, (soak.run.states / "partial").exists)
+    soak.run.wait(60, lambda: any(soak.run.states.glob("partial_*")))
     _kill_one(soak)
 
 
@@ -383,7 +383,7 @@ class Soak:
             pass
         if (found := self.run.weights()) != straight:
             raise SoakError(f"other weights: {found}, expected {straight}")
-        if not self.run.out.exists() or (self.run.states / "partial").exists():
+        if not self.run.out.exists() or any(self.run.states.glob("partial*")):
             raise SoakError(f"something is left: {sorted(self.drive.rglob('*'))}")
         if left := list(self.drive.glob(".*.tmp-*")):
             raise SoakError(f"something is left: {left}")

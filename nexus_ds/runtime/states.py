@@ -4,7 +4,9 @@
                        configuration, parameters, size and sha256 of each file, and its own hash)
     states/latest      the name of the newest state, replaced in one step; for people, nothing
                        follows it
-    states/partial/    a state that is being saved, or whose saving was interrupted
+    states/partial_12_*/  a state that is being saved, or whose saving was interrupted; each saving
+                       has a name of its own, since a node of a network file system may go on for a
+                       while with the folder that it knows by a name
 
 Everything is safetensors and JSON: reading a state runs no code. A state says nothing of ranks, so
 any layout reads it. `NEXUS_FAULT=kill:rank0:before_rename:12` kills rank 0 with SIGKILL at that
@@ -18,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import signal
 from pathlib import Path
@@ -245,8 +248,7 @@ def resume(engine: Engine, states: Path, description: Description) -> tuple[int,
         CheckpointError: all states are damaged, or the state belongs to another configuration or
             model.
     """
-    # As large as a state, and of use to nobody.
-    on_rank_0(lambda: shutil.rmtree(states / "partial", ignore_errors=True))
+    on_rank_0(lambda: _remove_partial(states))
     step, problems = newest_good(states)
     messages = [f"{problem} - using step {step}" for problem in problems]
     if not step:
@@ -271,17 +273,29 @@ def resume(engine: Engine, states: Path, description: Description) -> tuple[int,
 # Saving -------------------------------------------------------------------------------------------
 
 
-def _start(states: Path, partial: Path, needed: int) -> None:
-    """Make an empty folder for a state of `needed` bytes; CheckpointError if there is no room."""
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+def _remove_partial(states: Path) -> None:
+    """Remove states whose saving was interrupted: as large as a state, and of use to nobody."""
+    for path in [*states.glob("partial_*"), states / "partial"]:  # the latter of older versions
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _start(states: Path, step: int, needed: int) -> str:
+    """Make an empty folder for a state of `needed` bytes; return its name, which none had before.
+
+    Raises:
+        CheckpointError: there is no room.
+    """
+    _remove_partial(states)
+    states.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(states).free
     if needed > free:
-        shutil.rmtree(partial)
         raise CheckpointError(
             f"{states}: not enough space for a training state: need {needed:,} bytes, free "
             f"{free:,}; make room, or lower training.keep_last; what was saved before is kept"
         )
+    partial = states / f"partial_{step}_{secrets.token_hex(4)}"
+    partial.mkdir()
+    return partial.name
 
 
 def _commit(states: Path, partial: Path, manifest: Manifest) -> None:
@@ -289,8 +303,18 @@ def _commit(states: Path, partial: Path, manifest: Manifest) -> None:
 
     The rename is what makes it count. All that it stands for is on the disk before, and the rename
     itself before `latest` tells of it, so that a loss of power leaves the old state or the new one.
+
+    Raises:
+        CheckpointError: a rank's file is not there, or not whole.
     """
     step = manifest["step"]
+    for name, entry in manifest["files"].items():
+        # What a rank has written may lie elsewhere, or be seen by its own node alone.
+        if problem := _size_problem(partial, name, entry):
+            raise CheckpointError(
+                f"{partial}: {problem}; the state of step {step} does not count, what was saved "
+                f"before is kept; expected storage on which all ranks see each other's files"
+            )
     text = seal(cast(dict[str, object], manifest))
     final = states / f"step_{step}"
     _fault("before_manifest", step)
@@ -341,7 +365,7 @@ def save(engine: Engine, states: Path, step: int, description: Description, keep
     if on_rank_0(lambda: _is_saved(states, step)):
         return  # this run came here before and fell back further; the same state again
     shapes = portable_state.shapes(engine.module)
-    entries = _write_files(engine, states, step, shapes)
+    partial, entries = _write_files(engine, states, step, shapes)
     manifest: Manifest = {
         "format": FORMAT,
         "step": step,
@@ -352,7 +376,7 @@ def save(engine: Engine, states: Path, step: int, description: Description, keep
     }
 
     def commit() -> None:
-        _commit(states, states / "partial", manifest)
+        _commit(states, partial, manifest)
         _retain(states, step, keep_last)
 
     on_rank_0(commit)
@@ -364,22 +388,21 @@ def _is_saved(states: Path, step: int) -> bool:
 
 def _write_files(
     engine: Engine, states: Path, step: int, shapes: dict[str, list[int]]
-) -> list[FileEntry]:
-    """Write each rank's file into the folder `partial`; return the entries of all, by rank."""
-    partial = states / "partial"
-    path = partial / _rank_file(dist.get_rank())
+) -> tuple[Path, list[FileEntry]]:
+    """Write each rank's file into a new folder; return it and the entries of all, by rank."""
     needed = BYTES * sum(math.prod(shape) for shape in shapes.values())
     _fault("before_files", step)
-    on_rank_0(lambda: _start(states, partial, needed))
+    partial = states / on_rank_0(lambda: _start(states, step, needed))
+    path = partial / _rank_file(dist.get_rank())
     try:
         entries = together(
             lambda: portable_state.write_rank(engine, path, lambda: _fault("during_file", step))
         )
     except CheckpointError:
-        on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
+        on_rank_0(lambda: _remove_partial(states))
         raise
     _fault("after_file", step)
-    return entries
+    return partial, entries
 
 
 def remove(states: Path) -> None:

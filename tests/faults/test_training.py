@@ -96,8 +96,9 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_run_goes_on(
     assert not out.exists()
     saved = steps_saved(states)[-1]
     # As an interrupted saving leaves it, of the size of a state.
-    (states / "partial").mkdir(exist_ok=True)
-    (states / "partial" / "rank_00000.safetensors").write_bytes(b"half")
+    for name in ("partial_9_0123abcd", "partial"):
+        (states / name).mkdir(exist_ok=True)
+        (states / name / "rank_00000.safetensors").write_bytes(b"half")
     # A disk flips one bit of an id while nothing runs.
     file = sorted((tmp_path / "tokens").glob("*-train-*.bin"))[0]
     content = bytearray(file.read_bytes())

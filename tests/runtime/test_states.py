@@ -298,8 +298,40 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path):
         CheckpointError,
         match="not enough space for a training state: need 1,000,000,000,000,000,000 by",
     ):
-        states._start(tmp_path, tmp_path / "partial", 10**18)
+        states._start(tmp_path, 12, 10**18)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_each_saving_has_a_name_of_its_own_and_clears_what_others_left(tmp_path):
+    """A node that still knows the last folder by its name would write into a committed state."""
+    (tmp_path / "partial").mkdir()  # of an older version
+    (tmp_path / "step_1").mkdir()
+    first = states._start(tmp_path, 12, 0)
+    (tmp_path / first / RANK_0).write_bytes(b"half")
+    second = states._start(tmp_path, 12, 0)
+    assert re.fullmatch(r"partial_12_\w{8}", first) and first != second
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([second, "step_1"])
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"), [(None, "not there"), (b"abc", "found 3 bytes, expected 4")]
+)
+def test_a_state_whose_files_are_not_all_there_is_not_committed(
+    tmp_path, monkeypatch, content, problem
+):
+    """As of a node whose write went elsewhere, or is not to be seen yet."""
+    monkeypatch.setattr(states, "_fault", lambda point, step: None)
+    partial = tmp_path / states._start(tmp_path, 12, 0)
+    (partial / RANK_0).write_bytes(b"abcd")
+    if content:
+        (partial / RANK_1).write_bytes(content)
+    entry = {"size": 4, "sha256": "0" * 64}
+    manifest = {"format": states.FORMAT, "step": 12, "optimizer_step": 12, "layout": ""}
+    manifest |= {"config": {}, "parameters": {}, "files": {RANK_0: entry, RANK_1: entry}}
+    said = f"{partial}: {RANK_1}: {problem}; the state of step 12 does not count, what was saved"
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        states._commit(tmp_path, partial, manifest)
+    assert steps_saved(tmp_path) == [] and not (tmp_path / "latest").exists()
 
 
 @pytest.mark.slow
@@ -332,8 +364,8 @@ def test_a_state_that_could_not_be_written_whole_does_not_count_and_the_older_on
     said = finish(ranks, code=1)
     assert re.search(
         r"NEXUS CheckpointError: \[Errno 27\] File too large: need [\d,]+ bytes more, "
-        rf"free [\d,]+: '{folder}/partial/{RANK_0}'",
+        rf"free [\d,]+: '{folder}/partial_7_\w{{8}}/{RANK_0}'",
         said,
     )
     assert steps_saved(folder) == [6] and damage(folder / "step_6") == ""
-    assert not (folder / "partial").exists()
+    assert not list(folder.glob("partial*"))

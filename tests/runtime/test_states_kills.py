@@ -51,7 +51,7 @@ def test_a_killed_save_leaves_a_state_that_resumes(
     tmp_path, monkeypatch, checkpoint, source, alone
 ):
     folder, words = check_kill(tmp_path, monkeypatch, checkpoint, source, "during_file", 1)
-    assert (folder / "partial").exists()
+    assert list(folder.glob("partial_*"))
     result = launch(checkpoint, folder, 2, *words, "until=6")
     assert result["first"] == 2
     assert equal(content(folder / "step_6"), content(source[0] / "step_6"))
