@@ -58,6 +58,8 @@ GREETING_SECONDS = 10.0  # that a connection may take to say whose it is
 # That the others wait, once a rank has said farewell because of an error, for errors of their own:
 # mostly it is the same one.
 FAREWELL_SECONDS = 5.0
+# That this rank's last words may take, to a terminal, pipe or disk that may not take them.
+LAST_WORDS_SECONDS = 5.0
 
 
 class Beat(TypedDict, total=False):
@@ -327,12 +329,30 @@ class Watchdog:
     def _end(self, judgement: str) -> None:
         for link in self.links.values():
             link.send({"end": judgement})
-        mine = self._mine(time.monotonic())
-        say(f"train.py: rank {self.here.rank}, in {mine}: {judgement}; this rank ends, its stacks:")
-        # Of the process, not of a test that catches what is printed.
-        faulthandler.dump_traceback(2, all_threads=True)
-        # Without any teardown: the main thread may be in a collective that never returns.
-        os._exit(EXIT_LOST)
+        try:
+            # Not where a full disk or a reader that stands still could keep it.
+            late = threading.Timer(LAST_WORDS_SECONDS, os._exit, [EXIT_LOST])
+            late.daemon = True
+            late.start()
+            mine = self._mine(time.monotonic())
+            told = f"train.py: rank {self.here.rank}, in {mine}: {judgement}"
+            say(f"{told}; this rank ends, its stacks:")
+            _write_stacks()
+        finally:
+            # Without any teardown: the main thread may be in a collective that never returns.
+            os._exit(EXIT_LOST)
+
+
+def _write_stacks() -> None:
+    """Write the stacks of all threads to the process's stderr, not to a test's that catches it."""
+    # By way of memory: faulthandler keeps the interpreter's lock while it writes, so that behind a
+    # full pipe no thread could end the process.
+    with open(os.memfd_create("stacks"), "w+b") as memory:
+        faulthandler.dump_traceback(memory.fileno(), all_threads=True)
+        memory.seek(0)
+        stacks = memory.read()
+    while stacks:
+        stacks = stacks[os.write(2, stacks) :]
 
 
 def _greeted(server: socket.socket, secret: str) -> tuple[int, socket.socket] | None:

@@ -1,11 +1,14 @@
 """A rank that dies or stands still ends the run in time, named with what it was at; nothing else
 does."""
 
+import fcntl
 import json
 import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -151,6 +154,45 @@ def test_a_single_rank_that_is_stuck_ends_with_its_stack(monkeypatch, capfd):
         r"train.py: rank 0, in a test, for \d+s \(.*\): no progress: rank 0 in a test", said
     )
     assert "in until" in said, "the stack of the main thread"
+
+
+STUCK = """
+import time
+from nexus_ds.launch import Position
+from nexus_ds.runtime import watchdog
+
+watchdog.LAST_WORDS_SECONDS = 1.0
+watchdog.at("the forward pass", 7)
+watchdog.Watchdog(Position(0, 1, 1, "node"), {}, 0.5)
+time.sleep(3600)
+"""
+
+
+def stuck_process(stderr):
+    """Start a rank that is stuck and ends after its limit of half a second."""
+    return subprocess.Popen([sys.executable, "-c", STUCK], stderr=stderr)
+
+
+def test_a_full_disk_under_the_log_does_not_keep_a_stuck_rank():
+    with open("/dev/full", "w") as full:
+        assert stuck_process(full).wait(30) == EXIT_LOST
+
+
+@pytest.mark.parametrize("free", [0, 600])
+def test_a_log_whose_reader_stands_still_does_not_keep_a_stuck_rank(free):
+    """With room for nothing, or for the judgement but not for the stacks."""
+    reader, writer = os.pipe()
+    size = fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    os.write(writer, b"x" * (size - free))
+    rank = stuck_process(writer)
+    try:
+        assert rank.wait(30) == EXIT_LOST
+    finally:
+        rank.kill()
+    said = os.read(reader, size)[size - free :]
+    assert (b"no progress: rank 0 in the forward pass of step 7" in said) == bool(free)
+    os.close(reader)
+    os.close(writer)
 
 
 def test_a_single_rank_that_goes_on_is_left_alone(monkeypatch, capfd):
