@@ -117,13 +117,14 @@ def _parsed(text: str, name: str) -> object:
         loader.dispose()
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> object:
     """Return what a YAML file holds, such as a training.yaml; ConfigError names what is wrong.
 
     Bytes that are no UTF-8 stand for a character that no setting has.
     """
     require_file(path, MOST_YAML, ConfigError)
-    return parse_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path))
+    found: object = parse_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path))
+    return found
 
 
 def _coerce(value: object, annotation: Any, key: str) -> object:
