@@ -55,6 +55,8 @@ LOOK_SECONDS = 0.25  # between two looks whether the run is over
 # That an error waits for a judgement: mostly it is the loss of another rank that caused it.
 JUDGEMENT_SECONDS = 6.0
 GREETING_SECONDS = 10.0  # that a connection may take to say whose it is
+LONGEST_GREETING = 1 << 10  # bytes
+MOST_GUESTS = 128  # connections that have not said it: a process may have a thousand files
 # That the others wait, once a rank has said farewell because of an error, for errors of their own:
 # mostly it is the same one.
 FAREWELL_SECONDS = 5.0
@@ -355,25 +357,93 @@ def _write_stacks() -> None:
         stacks = stacks[os.write(2, stacks) :]
 
 
-def _greeted(server: socket.socket, secret: str) -> tuple[int, socket.socket] | None:
-    """Return the next rank that connects; None if it was somebody else."""
-    connection, _ = server.accept()
-    connection.settimeout(GREETING_SECONDS)
-    try:
-        with connection.makefile("rb") as stream:
-            told = json.loads(stream.readline(1 << 10))
-        if told["secret"] == secret:
-            return int(told["rank"]), connection
-    except (OSError, ValueError, TypeError, KeyError):
-        pass  # a scanner of ports, or a rank that died on the way, which is found missing
-    connection.close()
-    return None
+@dataclass(eq=False)
+class _Guest:
+    """Whoever has connected to rank 0 and not yet said who it is: a rank, or anybody else."""
+
+    connection: socket.socket
+    until: float
+    """When it is shown out, of the monotonic clock."""
+    said: bytes = b""
+
+    def hear(self) -> bool:
+        """Take in what has come of a line; return whether no more is awaited."""
+        try:
+            while len(self.said) < LONGEST_GREETING and not self.said.endswith(b"\n"):
+                # one by one: what follows the line is for the watchdog
+                byte = self.connection.recv(1)
+                if not byte:
+                    return True
+                self.said += byte
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
+
+    def rank(self, secret: str) -> int | None:
+        """Return whose connection it is; None if it is nobody's who knows the secret."""
+        try:
+            told = json.loads(self.said)
+            return int(told["rank"]) if told["secret"] == secret else None
+        # a scanner of ports, or a rank that died on the way, which is found missing
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return None
+
+
+class _Door:
+    """Where the other ranks reach rank 0. Strangers may reach it too: none keeps a rank waiting."""
+
+    def __init__(self, server: socket.socket, secret: str) -> None:
+        self.server = server
+        self.secret = secret
+        self.found: dict[int, socket.socket] = {}
+        self.guests: list[_Guest] = []
+        self.selector = selectors.DefaultSelector()
+        server.setblocking(False)
+        self.selector.register(server, selectors.EVENT_READ)
+
+    def look(self, seconds: float) -> None:
+        """Wait so long for somebody to come or speak; show out who has said nothing for long."""
+        for key, _ in self.selector.select(seconds):
+            if key.data is None:
+                self._open()
+            elif key.data in self.guests and key.data.hear():
+                self._part(key.data, key.data.rank(self.secret))
+        for guest in [guest for guest in self.guests if guest.until < time.monotonic()]:
+            self._part(guest)
+
+    def close(self) -> None:
+        """Show out all that are no ranks."""
+        for guest in list(self.guests):
+            self._part(guest)
+        self.selector.close()
+
+    def _open(self) -> None:
+        # one that has gone again, or too many files: the others, and the next look, are served
+        with suppress(OSError):
+            connection, _ = self.server.accept()
+            connection.setblocking(False)
+            guest = _Guest(connection, time.monotonic() + GREETING_SECONDS)
+            self.selector.register(connection, selectors.EVENT_READ, guest)
+            self.guests.append(guest)
+        if len(self.guests) > MOST_GUESTS:
+            # ranks speak at once, so the oldest is none
+            self._part(self.guests[0])
+
+    def _part(self, guest: _Guest, rank: int | None = None) -> None:
+        """Be done with a guest: keep its connection if it is a rank's."""
+        self.guests.remove(guest)
+        self.selector.unregister(guest.connection)
+        if rank is None:
+            guest.connection.close()
+        else:
+            self.found[rank] = guest.connection
 
 
 def _accept(here: Position, limit: float) -> dict[int, socket.socket]:
-    """Return the connections of all other ranks to rank 0."""
+    """Return the connections of all other ranks to rank 0; TimeoutError beyond the limit."""
     secret = secrets.token_hex(16)
-    found: dict[int, socket.socket] = {}
     deadline = time.monotonic() + limit
     dual = socket.has_dualstack_ipv6()
     with socket.create_server(
@@ -383,12 +453,16 @@ def _accept(here: Position, limit: float) -> dict[int, socket.socket]:
         dualstack_ipv6=dual,
     ) as server:
         ranks.join(60 * PREPARING).set("watchdog", json.dumps([server.getsockname()[1], secret]))
-        while len(found) < here.world - 1:
-            server.settimeout(max(0.01, deadline - time.monotonic()))
-            greeted = _greeted(server, secret)
-            if greeted:
-                found[greeted[0]] = greeted[1]
-    return found
+        door = _Door(server, secret)
+        try:
+            while len(door.found) < here.world - 1:
+                # whoever goes on knocking does not move it
+                if time.monotonic() > deadline:
+                    raise TimeoutError("timed out")
+                door.look(LOOK_SECONDS)
+        finally:
+            door.close()
+    return door.found
 
 
 def _connect(here: Position, limit: float) -> dict[int, Link]:

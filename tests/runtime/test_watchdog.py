@@ -19,6 +19,7 @@ import pytest
 from launch import fork_ranks, start_ranks
 from test_train import TRAIN, Z3, settings
 
+from nexus_ds.errors import TrainingError
 from nexus_ds.launch import EXIT_LOST, Position
 from nexus_ds.runtime import watchdog
 from nexus_ds.runtime.watchdog import Link, Place, Watchdog, stuck
@@ -116,6 +117,131 @@ def test_a_torn_line_is_skipped_and_half_a_one_waited_for(link):
     assert mine.receive(1.0) == ""
     theirs.connection.send(b'"all end"}\n')
     assert mine.receive(1.0) == "all end"
+
+
+# Who may come in ----------------------------------------------------------------------------------
+
+SECRET = "s" * 32
+
+
+@pytest.fixture
+def entrance():
+    """A door of rank 0, and a function that knocks there with some bytes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        door = watchdog._Door(server, SECRET)
+        callers = []
+
+        def knock(said=b""):
+            caller = socket.create_connection(server.getsockname(), timeout=SLACK)
+            callers.append(caller)
+            caller.sendall(said)
+            return caller
+
+        yield door, knock
+        door.close()
+        for connection in [*callers, *door.found.values()]:
+            connection.close()
+
+
+def greeting(rank, secret=SECRET):
+    return json.dumps({"rank": rank, "secret": secret}).encode() + b"\n"
+
+
+def let_in(door, count):
+    """Look until so many ranks are in."""
+    deadline = time.monotonic() + SLACK
+    while len(door.found) < count:
+        assert time.monotonic() < deadline
+        door.look(0.01)
+
+
+STRANGERS = {
+    "nested": b"[" * 1023 + b"\n",
+    "no UTF-8": b"\xff\xfe\xfd\n",
+    "no JSON": b"GET / HTTP/1.1\r\n\r\n",
+    "a number that is none": b"NaN\n",
+    "a list": b"[1]\n",
+    "a text": b'"secret"\n',
+    "half a character": b'{"secret": "\\ud800", "rank": 1}\n',
+    "no secret": b'{"rank": 1}\n',
+    "another secret": greeting(1, "t" * 32),
+    "no rank": json.dumps({"secret": SECRET}).encode() + b"\n",
+    "a rank that is none": greeting("x"),
+    "a rank of a list": greeting([]),
+    "an endless line": b"x" * 5000,
+}
+
+
+@pytest.mark.parametrize("said", STRANGERS.values(), ids=STRANGERS)
+def test_a_stranger_is_shown_out_and_the_ranks_come_in(entrance, said):
+    """1,023 brackets ended the run in a RecursionError, before the secret was looked at."""
+    door, knock = entrance
+    stranger = knock(said)
+    knock(greeting(1))
+    let_in(door, 1)
+    with suppress(ConnectionResetError):  # what it said and nobody read
+        assert stranger.recv(1) == b""
+    assert list(door.found) == [1] and door.guests == []
+
+
+def test_who_says_nothing_or_little_keeps_nobody_waiting(entrance):
+    door, knock = entrance
+    silent, slow = knock(), knock(greeting(1)[:9])
+    knock().close()
+    knock(greeting(2))
+    since = time.monotonic()
+    let_in(door, 1)
+    assert list(door.found) == [2] and time.monotonic() - since < watchdog.GREETING_SECONDS
+    # a rank on a slow network has the time that there is
+    slow.sendall(greeting(1)[9:])
+    let_in(door, 2)
+    [guest] = door.guests
+    guest.until = 0.0
+    door.look(0.01)
+    assert silent.recv(1) == b"" and door.guests == []
+
+
+def test_many_that_say_nothing_take_no_more_than_their_room(entrance, monkeypatch):
+    monkeypatch.setattr(watchdog, "MOST_GUESTS", 3)
+    door, knock = entrance
+    crowd = []
+    for _ in range(5):
+        crowd.append(knock())
+        door.look(SLACK)
+    assert len(door.guests) == 3
+    assert crowd[0].recv(1) == crowd[1].recv(1) == b""
+    knock(greeting(1))
+    let_in(door, 1)
+
+
+def test_what_follows_a_greeting_is_left_for_the_watchdog(entrance):
+    door, knock = entrance
+    knock(greeting(1) + b'{"left": "no space"}\n')
+    let_in(door, 1)
+    found = Link(door.found[1], heard=0.0)
+    found.receive(1.0)
+    assert found.left == "no space"
+
+
+def test_strangers_that_go_on_knocking_do_not_move_the_limit(monkeypatch):
+    told = {}
+    monkeypatch.setattr(watchdog.ranks, "join", lambda seconds: Store(told))
+    looked = []
+    monkeypatch.setattr(watchdog._Door, "look", lambda door, seconds: looked.append(seconds))
+    with pytest.raises(TrainingError) as caught:
+        watchdog._connect(Position(0, 2, 1, "node"), 0.05)
+    assert looked and told["watchdog"]
+    assert str(caught.value) == (
+        "rank 0: no connection between the ranks within 0s (timed out); look at the log of the one "
+        "that is missing, or for a firewall"
+    )
+
+
+class Store:
+    """What the ranks meet at, as far as it is used."""
+
+    def __init__(self, told):
+        self.set = told.__setitem__
 
 
 # The thread ---------------------------------------------------------------------------------------
