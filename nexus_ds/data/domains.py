@@ -32,6 +32,7 @@ from nexus_ds.data.sources import Source
 from nexus_ds.errors import ConfigError, DataError, one_line
 from nexus_ds.outputs import create, new_file
 from nexus_ds.progress import Progress
+from nexus_ds.typed_json import typed
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -475,33 +476,17 @@ def read_domain_embeddings(path: Path) -> DomainEmbeddings:
         raise DataError(
             f"{path} holds {', '.join(names) or 'nothing'}, not domain embeddings; {remedy}"
         )
-    # a missing or an unknown key is a TypeError, text that is no JSON a ValueError
+    # a missing or an unknown key is a TypeError, as another type is, text that is no JSON a
+    # ValueError
     try:
         about = json.loads(metadata[METADATA_KEY])
-        embeddings = DomainEmbeddings(vectors=vectors, **about)
-        _check_types(embeddings)
+        embeddings = typed(DomainEmbeddings(vectors=vectors, **about), DomainEmbeddings)
     except (TypeError, ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: its description of the domains is damaged ({error}); {remedy}"
         ) from error
     _check(path, embeddings)
     return embeddings
-
-
-def _check_types(embeddings: DomainEmbeddings) -> None:
-    """Raise TypeError where a field is not of its type: JSON may have brought anything."""
-    names, documents = embeddings.names, embeddings.documents
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"names are {str(names)[:100]}, expected texts")
-    # type and not isinstance: JSON's true is an int to Python
-    if not isinstance(documents, dict) or any(type(n) is not int for n in documents.values()):
-        raise TypeError(f"documents are {str(documents)[:100]}, expected a number for each domain")
-    expected = {str: ("encoder", "revision", "data"), int: ("max_tokens", "windows", "seed")}
-    for kind, fields in expected.items():
-        for name in fields:
-            value = getattr(embeddings, name)
-            if type(value) is not kind:
-                raise TypeError(f"{name} is {str(value)[:100]}, expected {kind.__name__}")
 
 
 def _check(path: Path, embeddings: DomainEmbeddings) -> None:
@@ -514,6 +499,12 @@ def _check(path: Path, embeddings: DomainEmbeddings) -> None:
         )
     if len(set(names)) != len(names):
         raise DataError(f"{path}: a domain stands twice: {', '.join(names)}; embed again")
+    uncounted = [name for name in names if name not in embeddings.documents]
+    if uncounted:
+        raise DataError(
+            f"{path}: documents has no number for {', '.join(uncounted)}, expected one for each "
+            "domain; embed again"
+        )
     usable = np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)
     bad = [name for name, good in zip(names, usable, strict=True) if not good]
     if bad:

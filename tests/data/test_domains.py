@@ -177,6 +177,36 @@ def facts(**changes: object) -> dict[str, str]:
             "the vector of b is zero or has values",
         ),
         (np.array([[0.0, 0], [2, 1]], np.float32), facts(), "the vector of a is zero"),
+        (
+            np.ones((2, 4), np.float32),
+            facts(documents={"a": 5}),
+            "d.safetensors: documents has no number for b, expected one for each domain; embed",
+        ),
+        (
+            np.ones((2, 4), np.float32),
+            facts(text_documents=[]),
+            r"is damaged \(text_documents: found '\[\]', expected an object\); make it with: nexus",
+        ),
+        (
+            np.ones((2, 4), np.float32),
+            facts(text_bytes={"a": "x"}),
+            r"is damaged \(text_bytes.a: found 'x', expected a whole number\); make it with",
+        ),
+        (
+            np.ones((2, 4), np.float32),
+            facts(text_documents={"a": float("inf")}),
+            r"is damaged \(text_documents.a: found 'inf', expected a whole number\)",
+        ),
+        (
+            np.ones((2, 4), np.float32),
+            facts(names=["a", 1]),
+            r"is damaged \(names\[1\]: found '1', expected text\)",
+        ),
+        (
+            np.ones((2, 4), np.float32),
+            facts(windows=True),
+            r"is damaged \(windows: found 'True', expected a whole number\)",
+        ),
     ],
 )
 def test_damaged_files_are_refused(
