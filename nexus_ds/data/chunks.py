@@ -22,8 +22,8 @@ from nexus_ds.data.domains import (
     SentenceEncoder,
     document_vectors,
     encoder_directory,
-    weights_hash,
 )
+from nexus_ds.data.encoder_files import weights_hash
 from nexus_ds.errors import IncompatibleModelsError, one_line
 from nexus_ds.outputs import create, new_file
 from nexus_ds.progress import Progress, say

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from nexus_ds.data.encoder_files import is_language_model, weights_hash
 from nexus_ds.data.offline import stay_offline
 from nexus_ds.data.rows import Document
 from nexus_ds.data.sources import Source
@@ -61,7 +62,7 @@ class DomainEmbeddings:
     encoder: str
     """Encoder as given: a packaged name, a directory's name, or a hub name."""
     revision: str
-    """sha256 over the encoder's weight files."""
+    """sha256 over the encoder's weight files (`encoder_files.weights_hash`)."""
     max_tokens: int
     """Tokens of one window."""
     windows: int
@@ -292,20 +293,6 @@ def _hub_directory(encoder: str) -> Path:
         ) from error
 
 
-def is_language_model(directory: Path) -> bool:
-    """Return whether this is a language model's directory, and no sentence encoder's."""
-    config = directory / "config.json"
-    if (directory / "modules.json").is_file() or not config.is_file():
-        return False
-    try:
-        found = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        # the library that loads it says what is wrong
-        return False
-    names = found.get("architectures") if isinstance(found, dict) else None
-    return isinstance(names, list) and any(str(name).endswith("ForCausalLM") for name in names)
-
-
 def _average_states(model: SentenceTransformer) -> None:
     """Let a language model's embedding be the mean of its last hidden states."""
     # The last token's, which the library takes, says what comes next and not what all is about.
@@ -319,31 +306,6 @@ def _average_states(model: SentenceTransformer) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def weights_hash(directory: Path) -> str:
-    """Return the sha256 over names and bytes of all safetensors files under `directory`.
-
-    Of a language model also over how its states become one vector.
-
-    Raises:
-        ConfigError: no safetensors weights.
-    """
-    files = sorted(directory.rglob("*.safetensors"))
-    if not files:
-        raise ConfigError(
-            f"{directory} has no *.safetensors weights; pickled weights are not loaded: save the "
-            "encoder with model.save_pretrained(DIR, safe_serialization=True)"
-        )
-    digest = hashlib.sha256()
-    if is_language_model(directory):
-        # the library's own way with the same weights gives other vectors
-        digest.update(b"mean\0")
-    for file in files:
-        digest.update(str(file.relative_to(directory)).encode() + b"\0")
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
-
-
 class SentenceEncoder:
     """A sentence-transformers model, on a GPU where there is one.
 
@@ -354,8 +316,8 @@ class SentenceEncoder:
         encoder: packaged name, directory, or name on the hub of a model that was downloaded.
 
     Raises:
-        ConfigError: it is not on this machine, or is no sentence-transformers model with
-            safetensors weights.
+        ConfigError: it is not on this machine, is no sentence-transformers model with safetensors
+            weights, or has pickled ones besides.
     """
 
     def __init__(self, encoder: str = DEFAULT_ENCODER) -> None:

@@ -29,8 +29,8 @@ from nexus_ds.data.domains import (
     embed_domains,
     encoder_directory,
     read_domain_embeddings,
-    weights_hash,
 )
+from nexus_ds.data.encoder_files import weights_hash
 from nexus_ds.data.sources import open_source
 from nexus_ds.errors import ConfigError, DataError
 from nexus_ds.outputs import new_file, write_text

@@ -40,9 +40,9 @@ from nexus_ds.commands import extend, remove, upcycle
 from nexus_ds.data.domains import (
     encoder_directory,
     read_domain_embeddings,
-    weights_hash,
     write_domain_embeddings,
 )
+from nexus_ds.data.encoder_files import weights_hash
 from nexus_ds.data.token_counts import count_tokens
 from nexus_ds.errors import (
     ConfigError,

@@ -18,12 +18,10 @@ from nexus_ds.data.domains import (
     cosine_table,
     embed_domains,
     encoder_directory,
-    is_language_model,
     near_duplicates,
     read_domain_embeddings,
     sample_documents,
     unit,
-    weights_hash,
     write_domain_embeddings,
 )
 from nexus_ds.data.rows import Document
@@ -289,16 +287,6 @@ def test_an_encoder_by_path_has_the_name_of_its_directory(encoder: SentenceEncod
     np.testing.assert_array_equal(other.encode(["hello"]), encoder.encode(["hello"]))
 
 
-def test_the_revision_follows_the_weights(tmp_path: Path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "model.safetensors").write_bytes(b"one")
-    first = weights_hash(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    assert weights_hash(tmp_path) == first
-    (tmp_path / "sub" / "model.safetensors").write_bytes(b"two")
-    assert weights_hash(tmp_path) != first
-
-
 def language_model(source: Path, out: Path, dtype: torch.dtype) -> Path:
     shutil.copytree(source, out)
     config = json.loads((out / "config.json").read_text())
@@ -329,19 +317,6 @@ def test_a_language_model_embeds_by_the_mean_of_its_last_states(
     np.testing.assert_allclose(encoder.encode(texts), unit(np.stack(means)), atol=near)
     assert encoder.encode(texts).dtype == np.float32
     assert encoder.max_tokens <= 256
-
-
-def test_how_a_language_model_is_read_is_part_of_its_revision(dense_dir: Path, tmp_path: Path):
-    model = language_model(dense_dir, tmp_path / "seed", torch.float32)
-    read_as_model = weights_hash(model)
-    # a sentence encoder with the same weights
-    (model / "modules.json").write_text("[]")
-    assert weights_hash(model) != read_as_model
-    (model / "modules.json").unlink()
-    (model / "config.json").write_text("[1]")
-    assert not is_language_model(model)
-    (model / "config.json").write_text("{")
-    assert not is_language_model(model)
 
 
 @pytest.mark.parametrize("hook", ["modules.json", "config.json"])
