@@ -22,6 +22,7 @@ import io
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -58,6 +59,9 @@ TEMPORARY = re.compile(r"\..+" + TEMPORARY_END)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # File systems that can't flush a folder, as some of network shares, say so by one of these.
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+# Seconds that a lock is waited for (whoever clears up beside it holds it for an instant), and
+# between two looks.
+PATIENCE, PAUSE = 1.0, 0.02
 
 
 class Ended(SystemExit):
@@ -204,11 +208,22 @@ def refuse_existing(out: Path) -> None:
     """Refuse an output that can't be made, before hours go into what it is made of.
 
     Raises:
-        OutputExistsError: it exists (an empty directory counts as free).
+        OutputExistsError: it exists (an empty directory counts as free, unless nothing can be
+            renamed to its place).
         OSError: nobody may write there.
     """
+    if out.is_symlink():
+        raise OutputExistsError(
+            f"{out} is a link, whose place no output can take; give what it leads to "
+            f"({os.path.realpath(out)}), or another --out"
+        )
+    if os.path.ismount(out):
+        raise OutputExistsError(
+            f"{out} is a mount point, whose place no output can take; give a new folder in it, "
+            f"such as {out / 'out'}"
+        )
     free = out.is_dir() and not any(out.iterdir())
-    if not free and (out.exists() or out.is_symlink()):
+    if not free and out.exists():
         raise OutputExistsError(f"{out} exists already; give another --out or remove it first")
     there = next(folder for folder in out.absolute().parents if folder.exists())
     if not there.is_dir():
@@ -227,13 +242,19 @@ def _lock(path: Path, out: Path) -> tuple[IO[str], bool]:
     """Return `path`, opened, and whether this file system could lock it.
 
     Raises:
-        OutputBusyError: another process has it.
+        OutputBusyError: another process has it, and not just for the moment in which it looks for
+            what killed writers left.
     """
+    patient_until = time.monotonic() + PATIENCE
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if time.monotonic() < patient_until:
+                file.close()
+                time.sleep(PAUSE)
+                continue
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
@@ -259,6 +280,14 @@ def _is_at(file: IO[str] | IO[bytes], path: Path) -> bool:
 
 def _temporary(out: Path) -> Path:
     return out.parent / f".{out.name}.tmp-{os.getpid()}"
+
+
+def _temporary_file(out: Path) -> Path:
+    """Return a name that nobody else has.
+
+    Files have several writers, and two containers may have processes of the same number.
+    """
+    return Path(f"{_temporary(out)}{secrets.randbelow(10**9):09}")
 
 
 def _temporaries(folder: Path) -> list[Path]:
@@ -490,7 +519,7 @@ def new_file(out: Path, overwrite: bool = False) -> Iterator[Path]:
     if not overwrite:
         refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(out)
+    temporary = _temporary_file(out)
     with _start_file(temporary):
         try:
             yield temporary

@@ -58,7 +58,7 @@ from nexus_ds.config import dump, load_config
 from nexus_ds.data.preparation import make_tokenizer
 from nexus_ds.errors import BadBatchesError, CheckpointError, NexusError, OutputExistsError
 from nexus_ds.local_runner import run_steps
-from nexus_ds.outputs import held
+from nexus_ds.outputs import held, refuse_existing
 from nexus_ds.pipeline import (
     SEED,
     check_domains,
@@ -118,9 +118,15 @@ def _check_dense(path: Path) -> None:
 
 
 def _finished(config: Config) -> bool:
-    """Return whether this very run is done; OutputExistsError if something else is in its place."""
+    """Return whether this very run is done.
+
+    Raises:
+        OutputExistsError: something else is in its place, or nothing can take it.
+        OSError: nobody may write there.
+    """
     out = Path(config.output)
     if not out.exists():
+        refuse_existing(out)
         return False
     saved = out / "training.yaml"
     if saved.is_file() and saved.read_bytes() == dump(config).encode():

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -202,7 +203,8 @@ def test_a_killed_writer_of_a_file_leaves_nothing_to_the_next_one(
     other_file: subprocess.Popen, tmp_path: Path
 ):
     end(other_file)
-    assert names(tmp_path) == [f".out.tmp-{other_file.pid}"]
+    (left,) = names(tmp_path)
+    assert re.fullmatch(rf"\.out\.tmp-{other_file.pid}\d{{9}}", left)
     with held(tmp_path / "out"):
         write_json(tmp_path / "out", 1)
     assert names(tmp_path) == ["out"]
@@ -211,7 +213,8 @@ def test_a_killed_writer_of_a_file_leaves_nothing_to_the_next_one(
 def test_a_living_writer_of_a_file_keeps_it(other_file: subprocess.Popen, tmp_path: Path):
     with held(tmp_path / "out"):
         write_json(tmp_path / "out", 1)
-    assert names(tmp_path) == [f".out.tmp-{other_file.pid}", "out"]
+    temporary, out = names(tmp_path)
+    assert temporary.startswith(f".out.tmp-{other_file.pid}") and out == "out"
     other_file.communicate("\n", timeout=60)
     assert (other_file.returncode, (tmp_path / "out").read_text()) == (0, "whole")
     assert names(tmp_path) == ["out"]
@@ -222,12 +225,34 @@ def test_a_temporary_file_that_was_taken_for_a_leftover_is_made_again(tmp_path: 
 
     def late(file: object, how: int) -> None:
         monkeypatch.setattr(fcntl, "flock", flock)
-        (tmp_path / f".out.tmp-{os.getpid()}").unlink()  # between our opening and our locking it
+        next(tmp_path.glob(".out.tmp-*")).unlink()  # between our opening and our locking it
         flock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
     write_json(tmp_path / "out", 1)
     assert (tmp_path / "out").read_text() == "1\n"
+
+
+def test_two_writers_of_a_file_whose_processes_have_one_number_do_not_meet(tmp_path: Path):
+    """As of two containers; a thread's is that of its process too."""
+    out = tmp_path / "out"
+    with new_file(out, overwrite=True) as first:
+        first.write_text("first")
+        second = threading.Thread(target=write_json, args=(out, 2), daemon=True)
+        second.start()
+        second.join(20)
+        assert not second.is_alive() and out.read_text() == "2\n"
+        assert first.read_text() == "first"
+    assert out.read_text() == "first" and names(tmp_path) == ["out"]
+
+
+def test_a_lock_that_another_start_has_for_an_instant_is_waited_for(tmp_path: Path):
+    """Whoever clears up beside an output locks its lock file for a moment."""
+    lock = (tmp_path / ".out.lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    threading.Timer(0.3, lock.close).start()
+    with held(tmp_path / "out"):
+        pass
 
 
 # The disk ---------------------------------------------------------------------------------------
@@ -254,7 +279,8 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch):
     assert seen[-2][0] == temporary  # the folder itself after all that it names
     seen.clear()
     write_json(tmp_path / "figures.json", 1)
-    assert [name for name, _ in seen] == [f".figures.json.tmp-{os.getpid()}", tmp_path.name]
+    (written, _), (folder, _) = seen
+    assert written.startswith(f".figures.json.tmp-{os.getpid()}") and folder == tmp_path.name
 
 
 def test_a_disk_that_loses_what_was_written_is_told_and_the_old_file_stays(
@@ -464,6 +490,22 @@ def test_an_output_where_nobody_may_write_is_refused_before_the_work():
         advice = "give another --out, or write permission"
         assert said == f"[Errno 13] {out} can't be made; {advice}: '{folder}'"
         refuse_existing(out)
+
+
+def test_an_output_whose_place_can_not_be_taken_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch
+):
+    (tmp_path / "real").mkdir()
+    for target in ("real", "nowhere"):
+        link = tmp_path / f"to-{target}"
+        link.symlink_to(tmp_path / target)
+        said = f"to-{target} is a link, .*; give what it leads to \\({tmp_path / target}\\), or ano"
+        with pytest.raises(OutputExistsError, match=said):
+            refuse_existing(link)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "real")
+    said = "real is a mount point, .*; give a new folder in it, such as .*/real/out$"
+    with pytest.raises(OutputExistsError, match=said):
+        refuse_existing(tmp_path / "real")
 
 
 def test_an_output_below_a_file_is_refused(tmp_path: Path):

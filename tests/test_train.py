@@ -166,6 +166,16 @@ def test_a_finished_run_is_not_repeated_and_another_is_not_overwritten(
     assert "out exists already and is not the result of this configuration; give output=DIR" in said
 
 
+def test_an_output_that_can_take_no_place_is_refused_before_the_training(
+    tmp_path, nexus_dir, text_folder, capsys, monkeypatch
+):
+    (tmp_path / "out").symlink_to("nowhere")
+    words = settings(nexus_dir, text_folder, tmp_path / "out")
+    said = fails(capsys, ["--config", "demo", *words], monkeypatch, tmp_path)
+    assert f"train.py: {tmp_path / 'out'} is a link, whose place no output can take" in said
+    assert not (tmp_path / "out.training").exists()
+
+
 def test_a_second_run_of_the_same_output_is_refused(
     tmp_path, nexus_dir, text_folder, capsys, monkeypatch
 ):
