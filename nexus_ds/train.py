@@ -35,6 +35,7 @@ from nexus_ds.console import (
 )
 from nexus_ds.launch import (
     EXIT_BAD_BATCHES,
+    Position,
     adopt_launcher,
     end,
     first_rank,
@@ -136,6 +137,14 @@ def _finished(config: Config) -> bool:
     )
 
 
+def _tell_finished(config: Config, here: Position) -> int:
+    """Say on rank 0 that the run is done, and what comes next; return the exit code."""
+    if here.rank == 0:
+        following = next_evaluation(config.output, config.data)
+        print(f"{config.output} is finished already; next: {following}")
+    return 0
+
+
 def run(args: argparse.Namespace) -> int:
     """Train one stage; return the exit code."""
     let_memory_grow()
@@ -151,16 +160,17 @@ def run(args: argparse.Namespace) -> int:
         _check_dense(Path(config.model.path))
     here = adopt_launcher()
     if _finished(config):
-        if here.rank == 0:
-            following = next_evaluation(config.output, config.data)
-            print(f"{config.output} is finished already; next: {following}")
-        return 0
+        return _tell_finished(config, here)
     # Not at the top: it imports torch, and what is wrong above is told without it.
     from nexus_ds.runtime import ranks, watchdog
 
     with ExitStack() as stack:
         stack.enter_context(watchdog.watched(here, config.parallel.timeout_minutes))
         ranks.on_rank_0(lambda: stack.enter_context(held(Path(config.output + ".training"))))
+        # Another start may have finished it, and given the lock back, since the look above; all
+        # ranks learn it from one, for each might see something else.
+        if ranks.on_rank_0(lambda: _finished(config)):
+            return _tell_finished(config, here)
         watchdog.at("making what this stage starts from", minutes=watchdog.PREPARING)
         ranks.on_rank_0(lambda: _prepare(config, args))
         # Here, since it imports DeepSpeed: what is wrong with the inputs is told without it.

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from conftest import make_nexus
 from launch import clean_environment, finish, fork_ranks, start_ranks
 from safetensors.torch import load_file
 
+from nexus_ds import train
 from nexus_ds.config import dump, load_config
 from nexus_ds.errors import DataError
 from nexus_ds.outputs import held
@@ -164,6 +166,28 @@ def test_a_finished_run_is_not_repeated_and_another_is_not_overwritten(
     ]
     said = fails(capsys, ["--config", "demo", *words, "training.lr=1e-3"], monkeypatch, tmp_path)
     assert "out exists already and is not the result of this configuration; give output=DIR" in said
+
+
+def test_a_run_that_another_start_finished_meanwhile_is_not_repeated(
+    tmp_path, nexus_dir, text_folder, capsys, monkeypatch
+):
+    words = settings(nexus_dir, text_folder, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+
+    @contextmanager
+    def held_late(out):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "training.yaml").write_text(dump(resolve(load_config("demo", words))))
+        with held(out):
+            yield
+
+    def prepare(config, args):
+        raise AssertionError("it trains again")
+
+    monkeypatch.setattr(train, "held", held_late)
+    monkeypatch.setattr(train, "_prepare", prepare)
+    assert main(["--config", "demo", *words]) == 0
+    assert f"{tmp_path / 'out'} is finished already; next: " in capsys.readouterr().out
 
 
 def test_an_output_that_can_take_no_place_is_refused_before_the_training(

@@ -47,7 +47,7 @@ from nexus_ds.launch import EXIT_STOPPED, Position
 from nexus_ds.model.experts import grouped_kernel
 from nexus_ds.model.head import next_token_loss, unmarked
 from nexus_ds.model.router import SATURATED
-from nexus_ds.outputs import write_text
+from nexus_ds.outputs import new_file, write_text
 from nexus_ds.planning.fitting import fitted, host_refusal, offload_of, refusal, zero_of
 from nexus_ds.planning.layout import Layout, Machine, deepspeed_json
 from nexus_ds.planning.memory import disk
@@ -761,6 +761,15 @@ class Run:
         metrics.say(f"next: {next_evaluation(out, self.config.data)}")
 
 
+def write_config(work: Path, config: Config) -> None:
+    """Leave the configuration beside the states, in one step.
+
+    `status` reads it at any time, and a kill or a full disk leaves the old one whole.
+    """
+    with new_file(work / "config.yaml", overwrite=True) as temporary:
+        write_text(temporary, dump(config))
+
+
 def train(config: Config, ds_json: str, here: Position) -> int:
     """Train `config` on this rank.
 
@@ -783,7 +792,7 @@ def train(config: Config, ds_json: str, here: Position) -> int:
     on_first = here.rank == 0
     with closing(Metrics(run.work, config.name, first, run.total, on_first)) as metrics:
         if on_first:
-            write_text(run.work / "config.yaml", dump(config))
+            write_config(run.work, config)
         for message in messages:
             metrics.say(message)
         metrics.say(describe(run, first))

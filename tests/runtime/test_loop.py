@@ -14,11 +14,11 @@ import oracle
 import pytest
 import torch
 from conftest import DOMAINS, make_nexus, save_tokenizer
-from launch import finish, start_ranks
+from launch import file_limit, finish, start_ranks
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nexus_ds.config import _apply, parse_override
+from nexus_ds.config import _apply, dump, load_config, parse_override
 from nexus_ds.data.mixture import Sample
 from nexus_ds.errors import CheckpointError, LayoutError, NexusError
 from nexus_ds.evaluation.perplexity import score
@@ -40,6 +40,7 @@ from nexus_ds.runtime.loop import (
     machine_here,
     read_data,
     resolve,
+    write_config,
 )
 from nexus_ds.runtime.nexus_moe import Placement
 from nexus_ds.settings import (
@@ -707,6 +708,19 @@ def test_an_offloaded_optimizer_has_the_cores_of_the_host(monkeypatch, nexus_dir
     monkeypatch.setattr(loop, "machine_here", lambda here: None)
     layout = resolve(config, ds_json, here)
     assert fit_here(config, ds_json, layout, here) is layout and len(used) == calls
+
+
+def test_a_configuration_that_does_not_fit_leaves_the_old_one(tmp_path):
+    (tmp_path / "config.yaml").write_text("old")
+    config = load_config("demo", [])
+    with (
+        file_limit(100),
+        pytest.raises(OSError, match=r"File too large: need .*config\.yaml\.tmp-"),
+    ):
+        write_config(tmp_path, config)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+    write_config(tmp_path, config)
+    assert [path.read_text() for path in tmp_path.iterdir()] == [dump(config)]
 
 
 def test_the_first_line_says_how_the_batch_was_cut():
