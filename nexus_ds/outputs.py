@@ -36,7 +36,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, BinaryIO
 
-from nexus_ds.errors import OutputBusyError, OutputExistsError
+from nexus_ds.errors import NexusError, OutputBusyError, OutputExistsError
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
@@ -57,6 +57,8 @@ TEMPORARY_END = r"\.tmp-[0-9]+"
 TEMPORARY = re.compile(r"\..+" + TEMPORARY_END)
 # A full disk, a quota, a limit on the size of files.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# As errors of Rust's libraries end.
+IN_WORDS = re.compile(r"\(os error (\d+)\)")
 # File systems that can't flush a folder, as some of network shares, say so by one of these.
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 # Seconds that a lock is waited for (whoever clears up beside it holds it for an instant), and
@@ -121,7 +123,8 @@ def numbered(folder: Path, start: str) -> list[int]:
 def naming(path: Path, size: int | None = None, full_alone: bool = False) -> Iterator[None]:
     """Let a failed write (of `size` bytes) say of which file.
 
-    The system's error on a full disk names none.
+    The system's error on a full disk names none; libraries in Rust tell it in the words of an error
+    of their own, and numpy tells how much was written, without a number.
 
     Args:
         path: of the file, or of the folder where no more is known.
@@ -130,15 +133,24 @@ def naming(path: Path, size: int | None = None, full_alone: bool = False) -> Ite
     """
     try:
         yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
+    except Exception as error:
+        found = _system_error(error)
+        if found is None or (full_alone and found[0] not in FULL):
             raise
-        if full_alone and error.errno not in FULL:
-            raise
+        number, reason = found
         free = shutil.disk_usage(Path(path).parent).free
         needed = "" if size is None else f"need {size:,} bytes more, "
-        reason = f"{error.strerror}: {needed}free {free:,}"
-        raise OSError(error.errno, reason, str(path)) from error
+        raise OSError(number, f"{reason}: {needed}free {free:,}", str(path)) from error
+
+
+def _system_error(error: Exception) -> tuple[int, str] | None:
+    """Return the system's number and words of an error that names no file; None of any other."""
+    if isinstance(error, OSError):
+        if error.filename is not None:
+            return None
+        return error.errno or errno.EIO, error.strerror or str(error)
+    told = None if isinstance(error, NexusError) else IN_WORDS.search(str(error))
+    return (int(told[1]), os.strerror(int(told[1]))) if told else None
 
 
 def write_at(
@@ -433,15 +445,21 @@ def held(out: Path) -> Iterator[None]:
             for left in _left(out):
                 _remove_if_dead(left)
             _remove_beside(out)
-        file.truncate(0)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        holder = f"process {os.getpid()} on {socket.gethostname()} since {since}"
-        print(holder, file=file, flush=True)
         try:
+            _sign(file, path)
             yield
         finally:
             # While the lock is held, so that nobody has it.
             path.unlink(missing_ok=True)
+
+
+def _sign(file: IO[str], path: Path) -> None:
+    """Write into the lock file at `path` who holds it."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    holder = f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode()
+    file.truncate(0)
+    # Not by `file`, which would try once more when it is closed.
+    write_at(file.fileno(), 0, memoryview(holder), path)
 
 
 @contextmanager

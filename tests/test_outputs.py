@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from launch import file_limit, file_modes, umask
 
@@ -24,6 +25,7 @@ from nexus_ds.outputs import (
     create,
     exit_on_signals,
     held,
+    naming,
     new_directory,
     new_file,
     refuse_existing,
@@ -523,3 +525,52 @@ def test_a_library_that_finds_the_disk_full_gets_the_folder_named(tmp_path: Path
         (made / "figure.png").write_bytes(bytes(2000))
     with pytest.raises(OSError, match=r"^\[Errno 111\] refused$"), new_directory(tmp_path / "out"):
         raise OSError(errno.ECONNREFUSED, "refused")
+
+
+def save_tensors(folder: Path) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({"a": np.zeros(500)}, folder / "model.safetensors")
+
+
+def save_words(folder: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({str(word): word for word in range(500)})).save(
+        str(folder / "words")
+    )
+
+
+@pytest.mark.parametrize("save", [save_tensors, save_words])
+def test_a_library_that_tells_the_full_disk_in_words_of_its_own_gets_the_folder_named(
+    tmp_path: Path, save: Callable[[Path], None]
+):
+    said = r"^\[Errno 27\] File too large: free [\d,]+: '.*/\.out\.tmp-\d+'$"
+    with (
+        pytest.raises(OSError, match=said),
+        new_directory(tmp_path / "out") as made,
+        file_limit(1000),
+    ):
+        save(made)
+    assert names(tmp_path) == []
+    with pytest.raises(ValueError, match=r"^x \(os error 2\)$"), new_directory(tmp_path / "out"):
+        raise ValueError("x (os error 2)")
+
+
+def test_a_short_write_of_numpy_names_the_file(tmp_path: Path):
+    path = tmp_path / "numbers"
+    said = rf"written: free [\d,]+: '{path}'$"
+    with (
+        file_limit(5000),
+        pytest.raises(OSError, match=said),
+        path.open("wb") as file,
+        naming(path),
+    ):
+        np.zeros(100_000, np.uint8).tofile(file)
+
+
+def test_a_lock_file_that_does_not_fit_is_named_and_goes(tmp_path: Path):
+    said = r"^\[Errno 27\] File too large: need \d+ bytes more, free [\d,]+: '.*/\.out\.lock'$"
+    with file_limit(10), pytest.raises(OSError, match=said), held(tmp_path / "out"):
+        raise AssertionError("nobody could be told of this writer")
+    assert names(tmp_path) == []

@@ -25,7 +25,7 @@ from nexus_ds.data.encoding import beginning
 from nexus_ds.data.tokenizer import ANY_CLASS, CONFIG, EXTRA, for_any_class, open_tokenizer
 from nexus_ds.errors import CheckpointError, IncompatibleModelsError, UnsupportedModelError
 from nexus_ds.inputs import MOST_BYTES, read_bounded, require_file
-from nexus_ds.outputs import write_json
+from nexus_ds.outputs import write_json, write_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -410,5 +410,5 @@ def _is_for_any_class(directory: Path) -> bool:
 def _write_for_any_class(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write tokenizer.json, and the class that reads it as it is into tokenizer_config.json."""
     definition = tokenizer.backend_tokenizer.to_str(pretty=True)
-    (out / "tokenizer.json").write_text(definition, encoding="utf-8")
+    write_text(out / "tokenizer.json", definition)
     write_json(out / CONFIG, for_any_class(tokenizer, _optional_json(out, CONFIG)))

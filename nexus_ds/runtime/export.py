@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ from nexus_ds.checkpoint.tensors import DTYPES
 from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.config import dump
 from nexus_ds.errors import CheckpointError
-from nexus_ds.outputs import new_directory, write_text
+from nexus_ds.outputs import naming, new_directory, write_text
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime import watchdog
 from nexus_ds.runtime.deepspeed_internals import Engine
@@ -303,7 +303,7 @@ def _write_and_verify(
 ) -> Found:
     """Write on the rank with a `directory` and verify there; the others gather along."""
     # Each phase ends together: who goes on alone after a failure leaves the others waiting.
-    together(lambda: _write(model, config, dtype, directory, step))
+    together(lambda: _write_named(model, config, dtype, directory, step))
     hashes = together(lambda: held_hashes(model, _table(model), dtype))
 
     def verify() -> Found:
@@ -316,6 +316,14 @@ def _write_and_verify(
         return asdict(check_computes(directory, dtype, seen))
 
     return together(verify)[0]
+
+
+def _write_named(
+    model: Any, config: Config, dtype: torch.dtype, directory: Path | None, step: TrainStep
+) -> None:
+    """Write as `_write`; that the disk is full names the folder, before all ranks are told."""
+    with nullcontext() if directory is None else naming(directory, full_alone=True):
+        _write(model, config, dtype, directory, step)
 
 
 def _write(

@@ -42,6 +42,7 @@ from nexus_ds.errors import (
     ConfigError,
     ServingError,
 )
+from nexus_ds.outputs import naming
 from nexus_ds.serving.directory import Opened
 from nexus_ds.serving.gguf_words import Words
 from nexus_ds.serving.targets import Mixture
@@ -328,6 +329,7 @@ def write_gguf(opened: Opened, words: Words, path: Path) -> int:
 
     Raises:
         CheckpointError: not enough space.
+        OSError: the disk was full all the same; it names the file.
         ConfigError: without the package that writes it.
         ServingError: what stands there is not what was to be written.
     """
@@ -353,12 +355,13 @@ def write_gguf(opened: Opened, words: Words, path: Path) -> int:
         writer.add_tensor_info(name, shape, kind, size, raw)
         total += size
     _refuse_full_disk(path.parent, total)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for entry in table.values():
-        writer.write_tensor_data(_values(opened, entry))
-    writer.close()
+    with naming(path):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for entry in table.values():
+            writer.write_tensor_data(_values(opened, entry))
+        writer.close()
     _check(gguf, opened, table, path)
     return len(table)
 

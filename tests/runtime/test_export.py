@@ -13,10 +13,12 @@ from nexus_ds.checkpoint.build import load_stock, new_dense
 from nexus_ds.checkpoint.tensors import TensorReader
 from nexus_ds.errors import CheckpointError
 from nexus_ds.runtime import deepspeed_internals as internals
+from nexus_ds.runtime import export
 from nexus_ds.runtime.engine import moe_layers
 from nexus_ds.runtime.export import _plan, _Sink, _write_config, _write_experts
 from nexus_ds.runtime.nexus_moe import Placement
 from nexus_ds.runtime.parallel_model import load_nexus
+from nexus_ds.runtime.ranks import together
 from nexus_ds.settings import ModelConfig, RouterConfig
 
 
@@ -55,6 +57,18 @@ def test_a_failed_write_is_told_at_the_end_and_not_on_the_way(tmp_path):
     sink.write("b", torch.zeros(2))
     with pytest.raises(CheckpointError, match="a"):
         sink.close()
+
+
+def test_a_full_disk_is_named_before_all_ranks_are_told(tmp_path, monkeypatch):
+    """They are told in words, which can't be mended afterwards."""
+
+    def full(*given):
+        raise ValueError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(export, "_write", full)
+    said = rf"No space left on device: free [\d,]+: '{tmp_path / 'out'}'$"
+    with pytest.raises(CheckpointError, match=said):
+        together(lambda: export._write_named(None, None, torch.float32, tmp_path / "out", None))
 
 
 @pytest.mark.parametrize("kind", ["dense", "nexus"])

@@ -175,6 +175,17 @@ def test_a_file_without_its_tensors_is_refused(made, tmp_path, monkeypatch):
         write_gguf(open_checkpoint(made), plain_words(31), tmp_path / "m.gguf")
 
 
+def test_a_disk_that_is_full_on_the_way_gets_the_file_named(made, tmp_path, monkeypatch):
+    """numpy, by which the package writes, has no number of such an error."""
+    package = MagicMock()
+    short = OSError("100 requested and 5 written")
+    package.GGUFWriter.return_value.write_tensor_data.side_effect = short
+    monkeypatch.setitem(sys.modules, "gguf", package)
+    said = rf"100 requested and 5 written: free [\d,]+: '{tmp_path / 'm.gguf'}'$"
+    with pytest.raises(OSError, match=said):
+        write_gguf(open_checkpoint(made), plain_words(31), tmp_path / "m.gguf")
+
+
 # What stands in the file --------------------------------------------------------------------------
 
 
