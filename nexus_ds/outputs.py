@@ -73,13 +73,17 @@ class Ended(SystemExit):
         super().__init__(128 + number)
         self.signal = signal.Signals(number).name
 
+    def __str__(self) -> str:
+        return f"ended by {self.signal}"
+
 
 @contextmanager
 def exit_on_signals() -> Iterator[None]:
     """Inside, the signals of ENDING raise `Ended`, so that `finally` removes what is unfinished.
 
-    What was ignored (nohup) or has a handler already is left alone. Further signals don't disturb
-    the clearing up, nor does a second Ctrl-C.
+    What was ignored (nohup) or has a handler already is left alone, and so is a handler that is set
+    meanwhile, also afterwards. Further signals don't disturb the clearing up, nor does a second
+    Ctrl-C.
     """
     # Python lets no other thread set handlers.
     on_main = threading.current_thread() is threading.main_thread()
@@ -103,7 +107,8 @@ def exit_on_signals() -> Iterator[None]:
         yield
     finally:
         for number, handler in mine.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) in (leave, signal.SIG_IGN):
+                signal.signal(number, handler)
 
 
 def numbered(folder: Path, start: str) -> list[int]:

@@ -35,6 +35,7 @@ from nexus_ds.console import (
 )
 from nexus_ds.launch import (
     EXIT_BAD_BATCHES,
+    EXIT_STOPPED,
     Position,
     adopt_launcher,
     end,
@@ -59,7 +60,7 @@ from nexus_ds.config import dump, load_config
 from nexus_ds.data.preparation import make_tokenizer
 from nexus_ds.errors import BadBatchesError, CheckpointError, NexusError, OutputExistsError
 from nexus_ds.local_runner import run_steps
-from nexus_ds.outputs import held, refuse_existing
+from nexus_ds.outputs import Ended, exit_on_signals, held, refuse_existing
 from nexus_ds.pipeline import (
     SEED,
     check_domains,
@@ -146,7 +147,22 @@ def _tell_finished(config: Config, here: Position) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train one stage; return the exit code."""
+    """Train one stage; return the exit code.
+
+    A signal ends it at once until the first step, from then on at the next (runtime/signals).
+    """
+    try:
+        with exit_on_signals():
+            return _train(args)
+    except Ended as ended:
+        if first_rank():
+            again = "start the same command again to go on"
+            tell(f"train.py: {ended} before the first step of this start; {again}")
+        return EXIT_STOPPED
+
+
+def _train(args: argparse.Namespace) -> int:
+    """Train one stage; return the exit code, Ended after a signal before the first step."""
     let_memory_grow()
     given = load_config(args.config, args.overrides)
     if given.model.path and not Path(given.model.path).is_dir():

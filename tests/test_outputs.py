@@ -353,6 +353,18 @@ def test_a_second_signal_does_not_disturb_the_clearing_up_and_handlers_come_back
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_a_handler_that_is_set_meanwhile_stays():
+    def own(number, frame):
+        pass
+
+    try:
+        with exit_on_signals():
+            signal.signal(signal.SIGUSR1, own)
+        assert signal.getsignal(signal.SIGUSR1) is own
+    finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
 def test_a_second_ctrl_c_does_not_disturb_the_clearing_up_either(tmp_path: Path):
     with pytest.raises(KeyboardInterrupt), exit_on_signals(), new_directory(tmp_path / "out"):
         try:

@@ -138,6 +138,49 @@ def test_a_run_that_is_stopped_goes_on_to_bit_equal_weights(tmp_path, nexus_dir,
     assert steps == list(range(1, 41))
 
 
+EARLY = """
+import os, sys, time
+from nexus_ds import train
+from nexus_ds.runtime import loop
+
+class Run:
+    def __init__(self, *arguments):
+        os.kill(os.getpid(), int(sys.argv[1]))
+        time.sleep(60)
+
+loop.Run = Run
+train.end(train.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (
+            signal.SIGUSR1,
+            75,
+            "ended by SIGUSR1 before the first step of this start; start the same command again "
+            "to go on",
+        ),
+    ],
+)
+def test_a_signal_before_the_first_step_ends_a_run_at_once(
+    tmp_path, nexus_dir, text_folder, number, code, said
+):
+    """While it tokenises, loads or resumes, which may take hours, there is no step to wait for."""
+    words = settings(nexus_dir, text_folder, tmp_path / "out")
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY, str(int(number)), *words],
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (code, f"train.py: {said}")
+    assert "Traceback" not in done.stderr
+
+
 def fails(capsys, words, monkeypatch, tmp_path):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

@@ -38,6 +38,7 @@ def main():
         logits = run.engine(input_ids=probe, use_cache=False).logits.float()
     if rank == 0:
         torch.save({"probe": probe.cpu(), "logits": logits.cpu()}, logits_file)
+    run.save(run.total)
     run.finish(metrics)
     metrics.close()
     dist.barrier()

@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 COLLECTIVE_MARGIN = 1.0  # minutes that a collective may wait longer than the watchdog
+ROUNDS_A_LOOK = 8  # of a validation: for each look the host waits until the device is done
 
 
 MicroBatch = tuple[Tensor, Tensor]
@@ -403,6 +404,8 @@ class Run:
 
     ahead: tuple[int, int, MicroBatch] | None = None
     """Step and part of the micro-batch that was made ahead, and it."""
+    saved = 0
+    """Optimizer step of the newest state; 0: there is none."""
 
     def __init__(self, config: Config, ds_json: str, here: Position) -> None:
         self.config = config
@@ -569,14 +572,25 @@ class Run:
         )
 
     @torch.no_grad()
-    def validate(self, step: int, metrics: Metrics) -> None:
-        """Score the validation windows, spread over the ranks, and log the result."""
+    def validate(self, step: int, metrics: Metrics, stop: StopRequest | None = None) -> int:
+        """Score the validation windows, spread over the ranks, and log the result.
+
+        Returns:
+            The signal that `stop` was agreed for on the way, for which nothing is logged; else 0.
+        """
         self.engine.eval()
         names = list(self.data.validation)
         tally = Tally(len(names), len(self.experts), self.device)
         for index, name in enumerate(names):
-            self._score(torch.from_numpy(self.data.validation[name]), index, tally)
+            windows_NS = torch.from_numpy(self.data.validation[name])
+            if number := self._score(windows_NS, index, tally, stop):
+                return number
         tally.reduced()
+        self._log_validation(step, names, tally, metrics)
+        return 0
+
+    def _log_validation(self, step: int, names: list[str], tally: Tally, metrics: Metrics) -> None:
+        """Log what a validation found, and keep the perplexities."""
         losses = tally.losses(names)
         # e^700 is nearly the largest float64.
         perplexity = {}
@@ -597,8 +611,10 @@ class Run:
         metrics.log("validation", step, values, line)
         self.perplexity = perplexity
 
-    def _score(self, windows_NS: Tensor, domain: int, tally: Tally) -> None:
-        """Add this rank's share of a domain's windows [N, S+1] to `tally`.
+    def _score(
+        self, windows_NS: Tensor, domain: int, tally: Tally, stop: StopRequest | None
+    ) -> int:
+        """Add this rank's share of a domain's windows [N, S+1] to `tally`; return as `validate`.
 
         Expert parallelism needs every rank in every pass, so that one without windows of its own
         passes the first one, which does not count.
@@ -606,6 +622,9 @@ class Run:
         batch = max(1, self.batch.micro)
         rounds = math.ceil(len(windows_NS) / (batch * self.world))
         for turn in range(rounds):
+            due = turn % ROUNDS_A_LOOK == 0
+            if due and stop is not None and (number := stop.agreed()):
+                return number
             watchdog.at("validation")
             start = (turn * self.world + self.rank) * batch
             mine_BS = windows_NS[start : start + batch]
@@ -617,6 +636,7 @@ class Run:
             if not idle:
                 domain_B = torch.full((len(mine_BS),), domain, device=self.device)
                 tally.add(losses_BS, domain_B, self.layers, learned_BS)
+        return 0
 
     def own_share(self, routing: Routing) -> float | None:
         """Return the mean share of a domain's tokens at its own expert; None if none was seen."""
@@ -684,6 +704,15 @@ class Run:
             self.description,
             self.config.training.keep_last,
         )
+        self.saved = step
+
+    def end_early(self, number: int, step: int, metrics: Metrics) -> None:
+        """Save the state of this step, if it isn't, and tell of the signal that ended the run."""
+        if self.saved != step:
+            self.save(step)
+        metrics.say(
+            f"stopped by signal {number} after step {step}; start the same command again to go on"
+        )
 
     def loop(self, first: int, metrics: Metrics, stop: StopRequest) -> bool:
         """Train from step `first` to the end.
@@ -714,30 +743,25 @@ class Run:
             if done == self.total:
                 break
             number = stop.agreed()
-            if number or (training.save_every and done % training.save_every == 0):
+            if not number and training.save_every and done % training.save_every == 0:
                 self.save(done)
-            if number:
-                metrics.say(
-                    f"stopped by signal {number} after step {done}; start the same command again "
-                    "to go on"
-                )
-                return False
-            if training.eval_every and done % training.eval_every == 0:
+            if not number and training.eval_every and done % training.eval_every == 0:
                 paused = time.monotonic()
-                self.validate(done, metrics)
+                number = self.validate(done, metrics, stop)
                 started += time.monotonic() - paused  # the speed is that of training
+            if number:
+                self.end_early(number, done, metrics)
+                return False
         return True
 
     def _tally(self) -> Tally:
         return Tally(len(self.domains), len(self.experts), self.device)
 
     def finish(self, metrics: Metrics) -> None:
-        """Save the last state, write the verified checkpoint, and say where it is.
+        """Write the verified checkpoint, and say where it is.
 
-        The state comes first: if the export fails, no training is lost. Without `save_every` it is
-        removed afterwards.
+        Without `save_every` the last state, which is saved before, is removed afterwards.
         """
-        self.save(self.total)
         windows_NS = torch.from_numpy(next(iter(self.data.validation.values())))
         probe_BS = unmarked(windows_NS[:1, :-1]).to(self.device)
         step = TrainStep(
@@ -760,6 +784,26 @@ class Run:
         metrics.say(f"export checked: {found.describe()}")
         metrics.say(f"next: {next_evaluation(out, self.config.data)}")
 
+    def complete(self, first: int, metrics: Metrics, stop: StopRequest) -> bool:
+        """Train from step `first` to the end, validate and export.
+
+        The last state comes before the export: if that fails, no training is lost.
+
+        Returns:
+            False if a signal ended it early; the state is saved.
+        """
+        if not self.loop(first, metrics, stop):
+            return False
+        number = self.validate(self.total, metrics, stop)
+        if not number:
+            self.save(self.total)
+            number = stop.agreed()
+        if number:
+            self.end_early(number, self.total, metrics)
+            return False
+        self.finish(metrics)
+        return True
+
 
 def write_config(work: Path, config: Config) -> None:
     """Leave the configuration beside the states, in one step.
@@ -779,15 +823,15 @@ def train(config: Config, ds_json: str, here: Position) -> int:
         here: this rank.
 
     Returns:
-        The exit code: 0 finished, EXIT_STOPPED stopped by a signal with its state saved.
+        The exit code: 0 finished, EXIT_STOPPED stopped by a signal with its state saved. Before
+        the first step there is nothing to save: until then signals are the caller's affair.
     """
     # The watchdog speaks first: it knows more.
     internals.start(config.parallel.timeout_minutes + COLLECTIVE_MARGIN)
-    # Before the data is read: a signal that comes early is not lost.
-    stop = StopRequest()
     run = Run(config, ds_json, here)
     watchdog.at("the reading of the state", minutes=watchdog.SAVING)
     first, messages = states.resume(run.engine, run.work / "states", run.description)
+    run.saved = first
     messages = run.data.messages + messages
     on_first = here.rank == 0
     with closing(Metrics(run.work, config.name, first, run.total, on_first)) as metrics:
@@ -798,10 +842,7 @@ def train(config: Config, ds_json: str, here: Position) -> int:
         metrics.say(describe(run, first))
         if first == 0:
             run.validate(0, metrics)
-        finished = run.loop(first, metrics, stop)
-        if finished:
-            run.validate(run.total, metrics)
-            run.finish(metrics)
+        finished = run.complete(first, metrics, StopRequest())
     watchdog.at("the end")
     dist.barrier()
     dist.destroy_process_group()

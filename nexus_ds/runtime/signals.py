@@ -1,6 +1,7 @@
-"""Signals ask for a stop; all ranks agree on it at a step boundary.
+"""Signals ask for a stop; all ranks agree on it at a step boundary, or between rounds of a
+validation.
 
-Not covered: SIGKILL.
+Not covered: SIGKILL; signals before the first step, which end a rank at once (train.py).
 """
 
 from __future__ import annotations

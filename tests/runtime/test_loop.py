@@ -360,6 +360,76 @@ def test_a_stretch_that_was_left_out_is_not_logged(capsys):
     run.log(1, run._tally(), math.nan, 1.0, 1, None)
 
 
+class Stop:
+    """Agrees on signal 10 at the nth look, from 0 on."""
+
+    def __init__(self, look):
+        self.looks, self.look = 0, look
+
+    def agreed(self):
+        self.looks += 1
+        return 10 if self.looks > self.look else 0
+
+
+class Told:
+    """Stands for the metrics: keeps what is said and of what kind the records are."""
+
+    def __init__(self):
+        self.kinds, self.said = [], []
+
+    def log(self, kind, step, values, line):
+        self.kinds.append((kind, step))
+
+    def say(self, text):
+        self.said.append(text)
+
+    def advance(self):
+        pass
+
+    def eta(self, step):
+        return ""
+
+
+def stoppable(monkeypatch, steps=2, **training):
+    """Return a run of 40 validation windows, and the steps whose state is saved and exported."""
+    training = TrainingConfig(steps=steps, batch_size=1, log_every=1, **training)
+    run = bare(training, engine=Engine(), experts=[], expert_domains=[], domains=list("abc"))
+    run.data.validation = {"a": np.full((40, LENGTH + 1), 7)}
+    done = []
+    monkeypatch.setattr(internals, "optimizer_step", lambda engine: 1)
+    monkeypatch.setattr(states, "save", lambda engine, folder, step, *more: done.append(step))
+    run.work, run.description = Path("out.training"), {}
+    monkeypatch.setattr(loop, "export", lambda *arguments: done.append("export"))
+    return run, done
+
+
+STOPS = (
+    # looks that find nothing, what was done, what was logged
+    (0, [1], [("train", 1)]),
+    (1, [1], [("train", 1)]),  # at the first round of the validation after step 1
+    (5, [1], [("train", 1)]),  # at its last look
+    (6, [2], [("train", 1), ("validation", 1), ("train", 2)]),  # in the one at the end
+    (11, [2], [("train", 1), ("validation", 1), ("train", 2), ("validation", 2)]),
+)
+
+
+@pytest.mark.parametrize(("look", "done", "logged"), STOPS)
+def test_a_signal_ends_a_run_in_validations_and_before_the_export(monkeypatch, look, done, logged):
+    run, found = stoppable(monkeypatch, eval_every=1)
+    told = Told()
+    assert not run.complete(0, told, Stop(look))
+    assert (found, told.kinds) == (done, logged)
+    assert told.said == [
+        f"stopped by signal 10 after step {done[0]}; start the same command again to go on"
+    ]
+
+
+def test_a_state_that_a_signal_finds_saved_is_not_saved_twice(monkeypatch):
+    run, found = stoppable(monkeypatch, eval_every=1, save_every=1)
+    assert not run.complete(0, Told(), Stop(1))
+    assert found == [1]
+
+
 def test_the_own_share_is_that_of_each_experts_domain():
     run = bare(TrainingConfig(), experts=["x", "y", "z"], expert_domains=["b", "a", "unseen"])
     routing = {"a": {"x": 0.1, "y": 0.7, "z": 0.2}, "b": {"x": 0.5, "y": 0.25, "z": 0.25}}
