@@ -129,6 +129,28 @@ def test_a_domain_never_reaches_a_shell(shell, tmp_path, word):
     assert canaries(tmp_path) == []
 
 
+REFUSING = """#!/bin/sh
+case "$*" in *--job-name={template}*) {answer} ;; esac
+echo >> jobs
+wc -l < jobs
+"""
+
+
+@pytest.mark.parametrize("answer", ["echo no partition >&2; exit 1", "exit 0"])
+@pytest.mark.parametrize(
+    ("template", "before"), [("tokens", ""), ("dense_branch", "1 2"), ("evaluate", "1 2 3 4 5 6")]
+)
+def test_a_job_that_sbatch_refuses_ends_the_pipeline(shell, tmp_path, template, before, answer):
+    sbatch = REFUSING.format(template=template, answer=answer).replace("jobs", f"{tmp_path}/jobs")
+    (tmp_path / "bin" / "sbatch").write_text(sbatch)
+    code, output, _ = shell("pipeline", recipe(tmp_path / "recipe.yaml"))
+    assert code == 1
+    said = f"error: sbatch refused {template} (see above), so the run is not submitted as a whole"
+    if before:
+        said += f"\njobs before it are; to take them back type: scancel {before}"
+    assert output.endswith(f"{said}\n"), output
+
+
 @pytest.mark.parametrize("word", EVIL)
 def test_pipeline_submits_words_and_never_sbatch_lines(shell, tmp_path, word):
     file_name = "r" + word.replace("/", "") + ".yaml"
