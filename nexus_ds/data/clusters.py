@@ -62,6 +62,8 @@ KEPT_WORDS = 8 * SHOWN_WORDS  # of a domain: names skip words that others have t
 def corpus_files(path: Path) -> list[Path]:
     """Return a corpus' files, sorted: `path` itself, or all .jsonl[.gz|.zst] in and below it.
 
+    What is hidden there is no text: an output that is being written, or that a killed writer left.
+
     Raises:
         DataError: no such files.
     """
@@ -69,7 +71,8 @@ def corpus_files(path: Path) -> list[Path]:
         files = [path]
         otherwise = "a file of another kind"
     elif path.is_dir():
-        files = sorted(found for found in path.rglob("*.jsonl*") if found.is_file())
+        below = sorted(path.rglob("*.jsonl*"))
+        files = [found for found in below if found.is_file() and not _hidden(found, path)]
         otherwise = "none in it"
     else:
         files = []
@@ -81,6 +84,11 @@ def corpus_files(path: Path) -> list[Path]:
             f"{' or '.join(SUFFIXES)}"
         )
     return files
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    """Return whether a file, or a folder between it and `folder`, has a name with a dot ahead."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 class Words:

@@ -89,6 +89,14 @@ def discover(mixed: Path, out: Path, sample: int = 60, **settings) -> tuple:
     return work, clusters, work.write(clusters, out)
 
 
+def test_what_a_writer_has_not_finished_is_no_text(tmp_path: Path):
+    corpus = tmp_path / ".corpus"  # hidden itself, as given
+    for name in ("a.jsonl", "deep/b.jsonl", ".found.tmp-9/d/train.jsonl", "deep/.c.jsonl"):
+        (corpus / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(corpus / name, ["text"])
+    assert corpus_files(corpus) == [corpus / "a.jsonl", corpus / "deep" / "b.jsonl"]
+
+
 def test_known_domains_are_found_again(mixed: Path, tmp_path: Path):
     work, clusters, facts = discover(mixed, tmp_path / "out")
     found = written(tmp_path / "out")
