@@ -36,7 +36,12 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, BinaryIO
 
-from nexus_ds.errors import NexusError, OutputBusyError, OutputExistsError
+from nexus_ds.errors import (
+    ConfigError,
+    NexusError,
+    OutputBusyError,
+    OutputExistsError,
+)
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
@@ -227,6 +232,7 @@ def refuse_existing(out: Path) -> None:
     Raises:
         OutputExistsError: it exists (an empty directory counts as free, unless nothing can be
             renamed to its place).
+        ConfigError: it lies in a model.
         OSError: nobody may write there.
     """
     if out.is_symlink():
@@ -239,6 +245,12 @@ def refuse_existing(out: Path) -> None:
             f"{out} is a mount point, whose place no output can take; give a new folder in it, "
             f"such as {out / 'out'}"
         )
+    for folder in out.resolve().parents:
+        if _is_model(folder):
+            raise ConfigError(
+                f"{out} would lie in the model {folder}, which were no more what was written; "
+                "give an --out outside of it"
+            )
     free = out.is_dir() and not any(out.iterdir())
     if not free and out.exists():
         raise OutputExistsError(f"{out} exists already; give another --out or remove it first")
@@ -253,6 +265,11 @@ def refuse_existing(out: Path) -> None:
             f"{out} can't be made; give another --out, or write permission",
             str(there),
         )
+
+
+def _is_model(folder: Path) -> bool:
+    """Return whether a folder holds a model's configuration and weights."""
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
 def _lock(path: Path, out: Path) -> tuple[IO[str], bool]:

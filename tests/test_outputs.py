@@ -18,7 +18,7 @@ import pytest
 from launch import file_limit, file_modes, umask
 
 from nexus_ds.__main__ import main
-from nexus_ds.errors import OutputBusyError, OutputExistsError
+from nexus_ds.errors import ConfigError, OutputBusyError, OutputExistsError
 from nexus_ds.outputs import (
     ENDING,
     Ended,
@@ -520,6 +520,22 @@ def test_an_output_whose_place_can_not_be_taken_is_refused_before_the_work(
     said = "real is a mount point, .*; give a new folder in it, such as .*/real/out$"
     with pytest.raises(OutputExistsError, match=said):
         refuse_existing(tmp_path / "real")
+
+
+def test_an_output_in_a_model_is_refused_for_the_models_sake(tmp_path: Path):
+    """Its files are all that lie in it: it would not be what was written any more."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    refuse_existing(model / "out")  # no model, but some project's folder
+    (model / "model.safetensors").write_text("")
+    (tmp_path / "link").symlink_to(model)
+    for out in (model / "out", tmp_path / "link" / "more" / "out"):
+        said = f"{out} would lie in the model {model}, which .*; give an --out outside of it"
+        with pytest.raises(ConfigError, match=said), new_directory(out):
+            raise AssertionError("hours of work")
+    refuse_existing(tmp_path / "out")
+    assert names(model) == ["config.json", "model.safetensors"]
 
 
 def test_an_output_below_a_file_is_refused(tmp_path: Path):
