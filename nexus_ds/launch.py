@@ -29,8 +29,7 @@ EXIT_LOST = 69
 # Of a training that several bad batches in a row have ended (EX_DATAERR): it saved a state behind
 # them, which is no progress, so that slurm/common.sh never requeues it.
 EXIT_BAD_BATCHES = 65
-# What makes a process a rank; a launch inside of a launch must not inherit it. torch reads the
-# first six.
+# What makes a process a rank, besides what `launch_names` adds. torch reads the first six.
 LAUNCH_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
@@ -44,7 +43,11 @@ LAUNCH_VARIABLES = (
     "CROSS_RANK",
     "CROSS_SIZE",
     "LOCAL_SIZE",
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
 )
+# torchrun's, of which torch reads that its agent serves the store; of an srun step.
+LAUNCH_PREFIXES = ("TORCHELASTIC_", "SLURM_STEP")
 NUMBER = re.compile(r"[0-9]{1,9}")
 TASKS = re.compile(r"[0-9]{1,9}(\(x[0-9]{1,9}\))?(,[0-9]{1,9}(\(x[0-9]{1,9}\))?)*")
 """4(x2),3: two nodes with 4 each, one with 3."""
@@ -118,6 +121,15 @@ def position(env: Mapping[str, str] = os.environ) -> Position:
         world = _number(env, _first_of(env, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), least=1)
         return Position(_number(env, "SLURM_PROCID"), world, _ranks_a_node(env, world), node)
     return Position(0, 1, 1, node)
+
+
+def launch_names(env: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the names of all that makes this process a rank of a launch, whichever launcher's.
+
+    A launch inside of a launch must not inherit it: it would take itself for that rank, or wait for
+    a store that nobody serves.
+    """
+    return [name for name in env if name in LAUNCH_VARIABLES or name.startswith(LAUNCH_PREFIXES)]
 
 
 def meeting_point(here: Position, env: Mapping[str, str] = os.environ) -> tuple[str, int]:

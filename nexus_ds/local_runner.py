@@ -21,7 +21,7 @@ from typing import Protocol
 
 from nexus_ds.children import tied
 from nexus_ds.errors import NexusError
-from nexus_ds.launch import LAUNCH_VARIABLES, devices
+from nexus_ds.launch import devices, launch_names
 from nexus_ds.outputs import exit_on_signals
 from nexus_ds.pipeline import Step
 from nexus_ds.progress import duration, say
@@ -207,8 +207,8 @@ class _StepRunner(Runner):
 def _start(step: Step, gpus: int, slot: int) -> subprocess.Popen[bytes]:
     # A stage is a launch of its own: this process's rank is none of its business.
     inherited = dict(os.environ)
-    for name in LAUNCH_VARIABLES:
-        inherited.pop(name, None)
+    for name in launch_names():
+        del inherited[name]
     # Of a wide stage the launcher gives each rank its device.
     own = slot_environment(slot, 0 if step.wide else gpus)
     told = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "true"}

@@ -251,6 +251,14 @@ def test_nothing_else_reads_a_launchers_variables():
     assert readers.keys() == {"launch.py"}
 
 
+def test_a_launch_inside_of_a_launch_inherits_nothing_that_makes_a_rank():
+    job = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURMD_NODENAME": "n2", "HOME": "/"}
+    torchrun = {"RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "x"}
+    step = {"SLURM_STEPID": "0"} | {name: "1" for name in SRUN if name.startswith("SLURM_STEP")}
+    srun = step | {"SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
+    assert launch.launch_names(job | torchrun | srun) == [*torchrun, *srun]
+
+
 @pytest.mark.parametrize(
     ("env", "name", "first"),
     [

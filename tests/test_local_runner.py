@@ -81,6 +81,30 @@ def test_a_stage_is_a_launch_of_its_own(tmp_path, monkeypatch):
     assert out.read_text() == "None yes 1"
 
 
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True", "RANK": "0"}
+SRUN = {"SLURM_STEP_ID": "1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "8"}
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, SRUN], ids=["torchrun", "srun"])
+def test_a_stage_takes_itself_for_a_lone_rank_whatever_started_its_maker(
+    tmp_path, monkeypatch, launcher
+):
+    for name, value in (launcher | {"SLURM_JOB_ID": "7", "MASTER_PORT": "20001"}).items():
+        monkeypatch.setenv(name, value)
+    out = tmp_path / "out"
+    body = f"""
+import os, pathlib
+from nexus_ds.launch import adopt_launcher, job_name
+from nexus_ds.runtime import ranks
+here = adopt_launcher()
+ranks.join(5)
+told = here.rank, here.world, here.local_world, job_name()
+pathlib.Path({str(out)!r}).write_text(repr(told))
+"""
+    run_steps([Step("s", out, [sys.executable, "-c", body])])
+    assert out.read_text() == "(0, 1, 1, '7')"
+
+
 class Quiet(Runner):
     """Notes what it is told; goes on after a failure."""
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from nexus_ds.children import tied
 from nexus_ds.config import load_config
 from nexus_ds.errors import ConfigError, DataError
-from nexus_ds.launch import LAUNCH_VARIABLES, devices, free_port
+from nexus_ds.launch import devices, free_port, launch_names
 from nexus_ds.outputs import new_file, refuse_existing, write_json, write_text
 from nexus_ds.report.page import Cell, format_cell
 
@@ -303,7 +303,9 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 def environment() -> dict[str, str]:
     """Return the environment of a step: this checkout, no launcher's variables, no network."""
-    kept = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
+    kept = dict(os.environ)
+    for name in launch_names():
+        del kept[name]
     paths = [str(REPOSITORY), *kept.get("PYTHONPATH", "").split(os.pathsep)]
     return {
         # several steps share the cores; else every one takes them all

@@ -31,7 +31,7 @@ from nexus_ds.checkpoint.records import is_nexus
 from nexus_ds.children import tie_to_parent
 from nexus_ds.command_lines import typed_training
 from nexus_ds.errors import CheckpointError
-from nexus_ds.launch import LAUNCH_VARIABLES
+from nexus_ds.launch import launch_names
 from nexus_ds.local_runner import Runner, Task, slot_environment
 from nexus_ds.progress import duration, say
 
@@ -128,8 +128,8 @@ def _run_words(words: tuple[str, ...], log: Path, environment: Mapping[str, str]
         # The descriptors, not sys.stdout and sys.stderr: libraries print too.
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    for name in LAUNCH_VARIABLES:
-        os.environ.pop(name, None)
+    for name in launch_names():
+        del os.environ[name]
     os.environ.update(environment)
     # Ctrl-C is the parent's, which ends us with SIGTERM
     signal.signal(signal.SIGINT, signal.SIG_IGN)
