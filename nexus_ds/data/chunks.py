@@ -131,7 +131,8 @@ def _kept(path: Path) -> Tensor | None:
         if _sha256(vectors_NM) == expected:
             return vectors_NM
         problem = f"vectors that are not of sha256 {expected}"
-    except (SafetensorError, OSError, TypeError) as error:
+    # of sizes that torch or numpy can't have, the last two
+    except (SafetensorError, OSError, TypeError, RuntimeError, ValueError) as error:
         problem = one_line(error)
     say(f"{path}: found {problem}; the file is damaged, or of an older version, and is made again")
     return None

@@ -58,6 +58,13 @@ def test_mixture_without_sidecar(plain_moe_dir):
     assert facts["parameters"]["total"] - facts["parameters"]["active"] == (4 - 2) * 2 * 3 * 16 * 24
 
 
+def test_an_experts_number_that_python_makes_none_of_is_no_experts(tmp_path):
+    odd = f"model.layers.0.mlp.experts.{'9' * 5000}.up_proj.weight"
+    save_file({odd: torch.ones(2, 3)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "of somebody else"}')
+    assert describe(tmp_path)["parameters"] == {"total": 6, "active": 6}
+
+
 def test_damaged_rows_are_shown(nexus_dir, tmp_path):
     shutil.copytree(nexus_dir, tmp_path / "copy")
     tensors = load_file(tmp_path / "copy" / "model.safetensors")

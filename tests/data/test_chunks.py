@@ -1,5 +1,7 @@
 """Chunks with embeddings of their own: embedded once, found again by text and encoder."""
 
+import json
+
 import pytest
 import torch
 
@@ -74,7 +76,14 @@ def _unknown(content):
     return content.replace(b"F32", b"F33")
 
 
-@pytest.mark.parametrize("damage", [_cut, _flipped, _renamed, _unknown, lambda content: b""])
+def _huge(content):
+    # no bytes of sizes that numpy can't have
+    about = dict(dtype="F32", shape=[2**62, 0], data_offsets=[0, 0])
+    header = json.dumps({"vectors": about}).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+@pytest.mark.parametrize("damage", [_cut, _flipped, _renamed, _unknown, _huge, lambda content: b""])
 def test_a_damaged_file_is_made_again(damage, encoder, tmp_path, capsys):
     first = embed_chunks(TEXTS, "enc", REVISION, tmp_path)
     for path in tmp_path.iterdir():
