@@ -28,7 +28,6 @@ DEFINITION, PIECES, WORDS = "tokenizer.json", "tokenizer.model", "vocab.json"
 CONFIG, ADDED, SPECIAL = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 SHOWN = 3  # differences in a message
-ID_DIGITS = 19  # of the largest number that any file of a tokenizer has for an id
 
 
 @dataclass(frozen=True)
