@@ -20,7 +20,8 @@ from nexus_ds.console import (
     tell,
     unwinding,
 )
-from nexus_ds.errors import NexusError
+from nexus_ds.errors import BadBatchesError, NexusError
+from nexus_ds.launch import EXIT_BAD_BATCHES
 from nexus_ds.outputs import Ended, exit_on_signals
 from nexus_ds.words import parse_words
 
@@ -118,7 +119,8 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; a user's mistake is one line on stderr and exit code 1.
+    """Run one verb; a user's mistake is one line on stderr and exit code 1, several bad batches in
+    a row EXIT_BAD_BATCHES.
 
     SIGTERM and its like end a verb in order, with 128 + their number; `train` saves its state
     instead (runtime/signals).
@@ -148,7 +150,7 @@ def _run(args: argparse.Namespace, name: str) -> int:
         return BROKEN_PIPE
     except (NexusError, OSError) as error:  # of the operating system: a path, permissions, space
         tell(f"{name}: {error}")
-        return 1
+        return EXIT_BAD_BATCHES if isinstance(error, BadBatchesError) else 1
     except Ended as ended:
         tell(f"{name}: ended by {ended.signal}")
         return int(ended.code or 0)

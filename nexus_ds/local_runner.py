@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Protocol
 
 from nexus_ds.children import tied
-from nexus_ds.errors import NexusError
-from nexus_ds.launch import devices, launch_names
+from nexus_ds.errors import BadBatchesError, NexusError
+from nexus_ds.launch import EXIT_BAD_BATCHES, devices, launch_names
 from nexus_ds.outputs import exit_on_signals
 from nexus_ds.pipeline import Step
 from nexus_ds.progress import duration, say
@@ -201,7 +201,9 @@ class _StepRunner(Runner):
         say(f"== {task.name} done in {duration(seconds)}")
 
     def on_failure(self, task: Task, code: int, seconds: float) -> str:
-        raise NexusError(f"stage {task.name} failed (exit {code}); its message stands above")
+        # Its exit code is this process's too: a job that it ends is never requeued.
+        kind = BadBatchesError if code == EXIT_BAD_BATCHES else NexusError
+        raise kind(f"stage {task.name} failed (exit {code}); its message stands above")
 
 
 def _start(step: Step, gpus: int, slot: int) -> subprocess.Popen[bytes]:
@@ -229,6 +231,7 @@ def run_steps(todo: list[Step], side_by_side: int = 0) -> None:
 
     Raises:
         NexusError: a stage failed; those that run beside it are ended.
+        BadBatchesError: a training failed by them.
     """
     gpus = devices()
     outputs = {step.name: step.output for step in todo}

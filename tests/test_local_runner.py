@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from nexus_ds.errors import NexusError
+from nexus_ds.errors import BadBatchesError, NexusError
+from nexus_ds.launch import EXIT_BAD_BATCHES
 from nexus_ds.local_runner import Runner, Task, run_steps, slot_environment
 from nexus_ds.pipeline import Step
 
@@ -39,6 +40,11 @@ def test_a_failing_stage_ends_the_others(tmp_path):
     with pytest.raises(NexusError, match=r"stage bad failed \(exit 3\); its message stands above"):
         run_steps([step(tmp_path, "slow", seconds=60), step(tmp_path, "bad", code=3)], 2)
     assert not (tmp_path / "slow").exists()  # nobody waited until it was there
+
+
+def test_bad_batches_of_a_stage_stay_bad_batches(tmp_path):
+    with pytest.raises(BadBatchesError, match=r"stage bad failed \(exit 65\); its message stands"):
+        run_steps([step(tmp_path, "bad", code=EXIT_BAD_BATCHES)])
 
 
 def test_nothing_runs_beside_a_wide_stage(tmp_path):

@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from nexus_ds import __main__
 from nexus_ds.__main__ import VERBS
 from nexus_ds.checkpoint.sidecar import verify_expert_embeddings
+from nexus_ds.errors import BadBatchesError, DataError
 from nexus_ds.experiments.benchmarks.assembly_speed import make_inputs
 from tests.checkpoint.test_qwen3_next import SIZES, mixture
 
@@ -125,3 +128,13 @@ def test_models_are_put_together_without_torch(family, tmp_path):
     ):
         assert not HEAVY & imported(tmp_path, *words), words
     verify_expert_embeddings(tmp_path / "d")
+
+
+@pytest.mark.parametrize(("kind", "code"), [(BadBatchesError, 65), (DataError, 1)])
+def test_bad_batches_have_an_exit_code_of_their_own_in_every_verb(monkeypatch, capsys, kind, code):
+    def run(args):
+        raise kind("3 batches in a row")
+
+    monkeypatch.setattr(__main__, "_module", lambda verb: SimpleNamespace(run=run))
+    assert __main__._run(SimpleNamespace(verb="stage"), "nexus-ds stage") == code
+    assert capsys.readouterr().err == "nexus-ds stage: 3 batches in a row\n"

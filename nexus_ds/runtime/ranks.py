@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nexus_ds.errors import CheckpointError, NexusError, TrainingError
+from nexus_ds.errors import BadBatchesError, CheckpointError, NexusError, TrainingError
 from nexus_ds.launch import Position, position
 from nexus_ds.progress import duration, say
 
 Result = TypeVar("Result")
-Outcome = tuple[str, object]
-"""What is wrong ('' for nothing), and the result."""
+Outcome = tuple[str, bool, object]
+"""What is wrong ('' for nothing), whether it is of bad batches, and the result."""
 SAY_SECONDS = 60.0  # between two lines of who is waited for
 LONGEST_PAUSE = 0.5  # seconds between two looks into the store
 
@@ -75,26 +75,28 @@ def together(action: Callable[[], Result]) -> list[Result]:
     Raises:
         CheckpointError: it failed with an OSError or NexusError on some rank; the same message on
             all.
+        BadBatchesError: so it was there; its exit code is another.
     """
-    problem = ""
+    problem, bad = "", False
     result: Result | None = None
     try:
         result = action()
     except (OSError, NexusError) as error:
         # An exception without a text must count as one all the same.
         problem = str(error) or repr(error)
-    outcomes = _exchanged((problem, result), position())
-    problems = [problem for problem, _ in outcomes if problem]
-    if problems:
-        raise CheckpointError(problems[0])
-    return [cast(Result, result) for _, result in outcomes]
+        bad = isinstance(error, BadBatchesError)
+    outcomes = _exchanged((problem, bad, result), position())
+    for problem, bad, _ in outcomes:
+        if problem:
+            raise BadBatchesError(problem) if bad else CheckpointError(problem)
+    return [cast(Result, result) for *_, result in outcomes]
 
 
 def on_rank_0(action: Callable[[], Result]) -> Result:
     """Run `action` on rank 0 and return its result on all ranks. All must call.
 
     Raises:
-        CheckpointError: as `together`.
+        CheckpointError, BadBatchesError: as `together`.
     """
     results = together(lambda: action() if position().rank == 0 else None)
     return cast(Result, results[0])

@@ -10,7 +10,7 @@ from launch import clean_environment, start_ranks
 
 RANK = """
 import torch.distributed as dist
-from nexus_ds.errors import CheckpointError
+from nexus_ds.errors import BadBatchesError, CheckpointError
 from nexus_ds.runtime.ranks import join, on_rank_0, together
 
 join(240)
@@ -26,6 +26,14 @@ def fail():
 try:
     together(fail)
 except CheckpointError as error:
+    print(error, flush=True)
+
+def bad():
+    raise BadBatchesError("3 batches in a row")
+
+try:
+    on_rank_0(bad)
+except BadBatchesError as error:
     print(error, flush=True)
 dist.barrier()
 dist.destroy_process_group()
@@ -102,5 +110,6 @@ def test_a_failure_of_one_rank_reaches_all():
     said = [rank.communicate(timeout=240)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
     assert all(
-        "[Errno 28] No space left on device: 'rank_00001.safetensors'\n" in text for text in said
+        "[Errno 28] No space left on device: 'rank_00001.safetensors'\n3 batches in a row\n" in text
+        for text in said
     )
