@@ -9,7 +9,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -53,6 +54,16 @@ def take_back_unfinished(log: Path) -> None:
             stream.truncate(start + end)
 
 
+@contextmanager
+def unread() -> Iterator[None]:
+    """Let a terminal that was closed, or a log whose reader has gone, end no training.
+
+    What is told stands in metrics.jsonl.
+    """
+    with suppress(OSError, ValueError):
+        yield
+
+
 class Metrics:
     """Writes what `log` is given.
 
@@ -87,18 +98,20 @@ class Metrics:
             self.bar = tqdm(total=total_steps, initial=first_step, desc=name, unit="step")
 
     def say(self, text: str) -> None:
-        """Print one line."""
+        """Print one line, if there is still somebody to read it."""
         if not self.active:
             return
-        if self.bar is None:
-            print(text, file=sys.stderr, flush=True)
-        else:
-            tqdm.write(text, file=sys.stderr)
+        with unread():
+            if self.bar is None:
+                print(text, file=sys.stderr, flush=True)
+            else:
+                tqdm.write(text, file=sys.stderr)
 
     def advance(self) -> None:
         """Count one optimizer step on the bar."""
         if self.bar is not None:
-            self.bar.update(1)
+            with unread():
+                self.bar.update(1)
 
     def eta(self, step: int) -> str:
         """Return the time left, from the mean speed of this start."""
@@ -131,4 +144,5 @@ class Metrics:
             with naming(self.events):
                 self.board.close()
             if self.bar is not None:
-                self.bar.close()
+                with unread():
+                    self.bar.close()

@@ -1,13 +1,16 @@
 """What a run tells: one JSON line and one line of text a call, nested numbers flat on the board,
 nothing on other ranks."""
 
+import io
 import json
+import sys
 import threading
 import time
 from contextlib import closing
 
 import pytest
 from launch import file_limit
+from tqdm import tqdm
 
 from nexus_ds.runtime.metrics import Metrics, _flat
 
@@ -92,3 +95,33 @@ def test_a_full_disk_names_the_file(tmp_path, count, name):
         metrics.log("train", 1, {str(number): 1.0 for number in range(count)}, "line")
     for thread in set(threading.enumerate()) - threads if name == "tensorboard" else ():
         thread.join(60)  # it raises what was told here a moment later, in the next test
+
+
+class Lost(io.StringIO):
+    """A terminal that was closed, or a pipe whose reader has ended."""
+
+    def __init__(self, terminal):
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self):
+        return self.terminal
+
+    def write(self, text):
+        raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_log_that_nobody_reads_any_more_ends_nothing(tmp_path, monkeypatch, terminal):
+    metrics = Metrics(tmp_path, "moe", 0, 10, True)
+    lost = Lost(terminal)
+    if terminal:
+        metrics.bar = tqdm(total=10, file=io.StringIO(), mininterval=0)
+        metrics.bar.sp = lost.write  # by which it writes
+    monkeypatch.setattr(sys, "stderr", lost)
+    metrics.advance()
+    metrics.log("train", 1, {"loss": 3.0}, "line")
+    metrics.say("words")
+    metrics.close()
+    [record] = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(record)["loss"] == 3.0
