@@ -26,7 +26,11 @@ arguments() {
   export NEXUS_REPO
   site=${NEXUS_SITE:-$NEXUS_REPO/slurm/site.sh}
   # shellcheck disable=SC1090
-  if [ -f "$site" ]; then source "$site" || die "$site ended with an error"; fi
+  if [ -f "$site" ]; then
+    set +u # it may extend what nobody has set, as LD_LIBRARY_PATH=/opt/x:$LD_LIBRARY_PATH
+    source "$site" || die "$site ended with an error"
+    set -u
+  fi
   python=$NEXUS_REPO/.venv/bin/python
   if [ ! -x "$python" ]; then
     python=python3
@@ -80,6 +84,7 @@ launch() {
   srun "${SRUN_FLAGS[@]}" --kill-on-bad-exit=0 --wait=60 "${options[@]}" \
     "${CONTAINER[@]}" "$python" -u -m nexus_ds "$@" &
   child=$!
+  [ -z "$stopping" ] || kill -USR1 "$child" 2>/dev/null # it came before there was a child to tell
   while :; do # a trapped signal ends `wait` before the step does
     wait "$child"
     code=$?

@@ -318,3 +318,39 @@ def test_ranks_that_are_signalled_after_the_output_is_there_have_finished(
     assert ("stage seed is finished" in text) == (expected == 0)
     assert not any("requeue" in call for call in calls)
     assert expected == 0 or f"exit 1, although {output} is there" in text
+
+
+def test_a_site_may_extend_what_nobody_has_set(shell, tmp_path):
+    site = tmp_path / "site.sh"
+    site.write_text("export NEVER_SET=/opt/x:$NEVER_SET\n")
+    path = recipe(tmp_path / "recipe.yaml")
+    code, output, calls = shell("pipeline", path, NEXUS_SITE=str(site))
+    assert code == 0 and len(calls) == 7, output
+
+
+EARLY = """
+source {repo}/slurm/common.sh
+template=x python=python3
+trap 'on_signal USR1' USR1
+set -T
+trap '[ "$BASH_COMMAND" != "child=\\$!" ] || {{ trap - DEBUG; kill -USR1 $$; }}' DEBUG
+launch -- stage
+echo "code=$code stopping=$stopping"
+"""
+
+
+def test_a_signal_between_the_start_of_a_step_and_its_number_reaches_the_ranks(tmp_path):
+    srun = tmp_path / "srun"
+    srun.write_text(
+        "#!/bin/sh\ntrap 'exit 75' USR1\nfor i in 1 2 3 4 5 6 7 8 9 10; do sleep 1; done\n"
+    )
+    srun.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-c", EARLY.format(repo=REPO)],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    # 138: before it listened
+    assert done.stdout.splitlines()[-1] in ("code=75 stopping=USR1", "code=138 stopping=USR1")
