@@ -7,6 +7,7 @@ import pytest
 from nexus_ds import errors
 from nexus_ds.__main__ import main
 from nexus_ds.commands import status
+from nexus_ds.launch import EXIT_BAD_BATCHES
 
 KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass)]
 
@@ -17,7 +18,9 @@ def test_each_kind_is_reported_without_a_traceback(kind, monkeypatch, capsys):
         raise kind("3 found, 4 expected; give 4")
 
     monkeypatch.setattr(status, "run", run)
-    assert main(["status", "run"]) == 1
+    # by which a job that a batch ended is told from others
+    expected = EXIT_BAD_BATCHES if kind is errors.BadBatchesError else 1
+    assert main(["status", "run"]) == expected
     assert capsys.readouterr().err == "nexus-ds status: 3 found, 4 expected; give 4\n"
 
 

@@ -302,8 +302,14 @@ def _write_and_verify(
     seen: Seen,
 ) -> Found:
     """Write on the rank with a `directory` and verify there; the others gather along."""
+
+    def write() -> None:
+        # a full disk is told with its folder, before all ranks are told
+        with naming(directory, full_alone=True) if directory else nullcontext():
+            _write(model, config, dtype, directory, step)
+
     # Each phase ends together: who goes on alone after a failure leaves the others waiting.
-    together(lambda: _write_named(model, config, dtype, directory, step))
+    together(write)
     hashes = together(lambda: held_hashes(model, _table(model), dtype))
 
     def verify() -> Found:
@@ -316,14 +322,6 @@ def _write_and_verify(
         return asdict(check_computes(directory, dtype, seen))
 
     return together(verify)[0]
-
-
-def _write_named(
-    model: Any, config: Config, dtype: torch.dtype, directory: Path | None, step: TrainStep
-) -> None:
-    """Write as `_write`; that the disk is full names the folder, before all ranks are told."""
-    with nullcontext() if directory is None else naming(directory, full_alone=True):
-        _write(model, config, dtype, directory, step)
 
 
 def _write(

@@ -68,7 +68,7 @@ def test_a_full_disk_is_named_before_all_ranks_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "_write", full)
     said = rf"No space left on device: free [\d,]+: '{tmp_path / 'out'}'$"
     with pytest.raises(CheckpointError, match=said):
-        together(lambda: export._write_named(None, None, torch.float32, tmp_path / "out", None))
+        export._write_and_verify(None, None, torch.float32, tmp_path / "out", None, None)
 
 
 @pytest.mark.parametrize("kind", ["dense", "nexus"])

@@ -234,9 +234,11 @@ def test_a_failing_requeue_keeps_the_state_and_says_so(shell, tmp_path):
 def failing(tmp_path, made, code=1):
     """Let the fake srun end with `code` after somebody made a file of the run."""
     path = tmp_path / "run" / made
+    # a state is a folder
+    make = "mkdir" if path.name.startswith("step_") else "touch"
     srun = (
         '#!/bin/sh\ncase "$*" in *preflight*) exit 0;; esac\n'
-        f'mkdir -p "{path.parent}"; touch "{path}"\nexit {code}\n'
+        f'mkdir -p "{path.parent}"; {make} "{path}"\nexit {code}\n'
     )
     (tmp_path / "bin" / "srun").write_text(srun)
 
