@@ -18,7 +18,6 @@ from nexus_ds.runtime.engine import moe_layers
 from nexus_ds.runtime.export import _plan, _Sink, _write_config, _write_experts
 from nexus_ds.runtime.nexus_moe import Placement
 from nexus_ds.runtime.parallel_model import load_nexus
-from nexus_ds.runtime.ranks import together
 from nexus_ds.settings import ModelConfig, RouterConfig
 
 
