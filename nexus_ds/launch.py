@@ -276,7 +276,8 @@ def allotted_memory(env: Mapping[str, str] = os.environ) -> int:
         LayoutError: it says more than any machine has.
     """
     # MiB; 0 means all
-    return _allotted(env, "SLURM_MEM_PER_NODE") << 20
+    by_core = _allotted(env, "SLURM_MEM_PER_CPU") * _allotted(env, "SLURM_CPUS_ON_NODE")
+    return (_allotted(env, "SLURM_MEM_PER_NODE") or by_core) << 20
 
 
 def end(code: int) -> NoReturn:

@@ -714,8 +714,8 @@ FAULTS = (
     Fault(
         "a suspended job is ended",
         "runtime/watchdog.py",
-        "self.forgiven = now\n",
-        "return 'rank 1 is silent'\n",
+        "            self.forgiven = min(now",
+        "            return 'rank 1 is silent'\n            self.forgiven = min(now",
     ),
     Fault(
         "domains that are only scored are not tokenised",

@@ -275,6 +275,8 @@ def test_what_slurm_gave_the_job():
     given = {"SLURM_GPUS_ON_NODE": "4", "SLURM_MEM_PER_NODE": "2048", "LOCAL_RANK": "1"}
     assert launch.allotted_gpus(given) == 4 and launch.allotted_memory(given) == 2 << 30
     assert launch.allotted_gpus({}) == launch.allotted_memory({"SLURM_MEM_PER_NODE": "all"}) == 0
+    by_core = {"SLURM_MEM_PER_CPU": "512", "SLURM_CPUS_ON_NODE": "8"}
+    assert launch.allotted_memory(by_core) == 4 << 30
     assert (launch.local_rank(given), launch.local_rank({})) == (1, 0)
     named = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
     assert (launch.job_name(named), launch.array_task(named), launch.array_task({})) == (

@@ -219,9 +219,6 @@ def serve(descriptor: int) -> None:
     It closes by choice or because that process ended.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # they reach the starting process too, which decides
-    for number in (signal.SIGINT, *ENDING):
-        signal.signal(number, signal.SIG_IGN)
     pipe = Connection(descriptor)
     with suppress(EOFError, OSError):
         tokenizer = pipe.recv()
@@ -322,8 +319,11 @@ class _Team:
 
     def _start(self) -> Connection:
         ours, theirs = multiprocessing.Pipe()
+        signals = [int(number) for number in (signal.SIGINT, *ENDING)]
+        # They reach the starting process too, which decides. Before the imports: these take long.
         code = (
-            f"import sys; sys.path[:] = {sys.path!r}; "
+            f"import signal, sys; [signal.signal(n, signal.SIG_IGN) for n in {signals}]; "
+            f"sys.path[:] = {sys.path!r}; "
             f"from {__name__} import serve; serve({theirs.fileno()})"
         )
         command = [sys.executable, "-c", code]

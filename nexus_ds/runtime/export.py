@@ -218,10 +218,18 @@ def _write_tensors(
     sink = _Sink(directory, _plan(model, dtype), getattr(model, "config_json", {}))
     # vectors first: a form that translates norms needs them before the matrices behind them
     parts = sorted(_dense_part(model).items(), key=lambda item: len(full_shape(item[1])) > 1)
-    for name, parameter in parts:
-        watchdog.at(f"the writing of {name}", minutes=watchdog.LAYER)
-        with internals.gathered(parameter) as data:
-            sink.write(name, data)
+
+    def write_dense() -> None:
+        for name, parameter in parts:
+            watchdog.at(f"the writing of {name}", minutes=watchdog.LAYER)
+            with internals.gathered(parameter) as data:
+                sink.write(name, data)
+        if directory is None:
+            watchdog.at("waiting for rank 0 to write", minutes=watchdog.WAITING)
+
+    # Not only the rank that writes: the others would wait for it in a collective of the experts,
+    # whose patience is shorter.
+    together(write_dense)
     table = _table(model)
     for index, layer in enumerate(moe_layers(model)):
         assert sidecar is not None

@@ -33,6 +33,7 @@ from nexus_ds.outputs import naming, write_at
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.deepspeed_internals import Engine, full_shape
 from nexus_ds.runtime.engine import moe_layers
+from nexus_ds.runtime.ranks import together
 
 STACKED = tuple(internals.STACKED.items())
 RNG = "rng"
@@ -308,9 +309,14 @@ def read_rank(engine: Engine, files: StateFiles, optimizer_step: int, own_file: 
         CheckpointError: elements that no file has.
     """
     internals.set_optimizer_step(engine, optimizer_step)
-    for piece in pieces(engine):
-        for kind, view in piece.values.items():
-            files.fill(kind, piece.name, piece.start, view)
+
+    def fill() -> None:
+        for piece in pieces(engine):
+            for kind, view in piece.values.items():
+                files.fill(kind, piece.name, piece.start, view)
+
+    # One whose files come slowly has more patience here than in the collectives that follow.
+    together(fill)
     internals.weights_from_masters(engine)
     states = files.random_states(own_file)
     if "cpu" in states:

@@ -306,11 +306,15 @@ class Watchdog:
         return replace(_Main.place, age=age, where=_where())
 
     def _forgive(self, now: float) -> None:
-        """Begin to count anew if this thread did not run: the job was suspended, the others too."""
-        if now - self.woke > self.limit / 2:
-            self.forgiven = now
+        """Leave out what this thread slept beyond a beat: the job was suspended, the others too.
+
+        For hours, or for half of each minute, where jobs take turns at the processors.
+        """
+        lost = now - self.woke - self.beat
+        if lost > self.beat / 2:
+            self.forgiven = min(now, max(_Main.since, self.forgiven) + lost)
             for link in self.links.values():
-                link.heard = now
+                link.heard = min(now, link.heard + lost)
         self.woke = now
 
     def _judged(self, now: float) -> str:

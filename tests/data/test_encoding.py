@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from nexus_ds.data.encoding import beginning, load_tokenizer, packer
+from nexus_ds.data.encoding import _Team, beginning, load_tokenizer, packer
 from nexus_ds.errors import CheckpointError, DataError
 from tests.data.conftest import sentences
 
@@ -217,6 +217,21 @@ def test_signals_that_reach_all_processes_are_left_to_the_one_that_started_them(
     with packer(load_tokenizer(tokenizer_dir), 2) as pack:
         assert [key for key, _ in pack(batches())].count("b") == 50
     assert not children()
+
+
+def test_a_signal_while_a_worker_imports_is_left_to_others_too(tmp_path: Path, monkeypatch, capfd):
+    """Else each worker writes a traceback of KeyboardInterrupt beside the one line."""
+    (tmp_path / "nexus_ds").mkdir()
+    (tmp_path / "nexus_ds" / "__init__.py").write_text(
+        f"import os; os.kill(os.getpid(), {int(signal.SIGINT)}); os.mkdir({str(tmp_path / 'x')!r})"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    team = _Team({}, 1)
+    team._start()
+    [(process, _)] = team.started
+    process.wait(60)
+    team.end()
+    assert (tmp_path / "x").is_dir() and "KeyboardInterrupt" not in capfd.readouterr().err
 
 
 def test_what_a_worker_raises_is_raised_here(tokenizer_dir: Path):

@@ -333,10 +333,32 @@ def test_a_single_rank_that_goes_on_is_left_alone(monkeypatch, capfd):
 def test_time_in_which_the_whole_job_stood_still_counts_for_nobody(monkeypatch):
     mine, theirs = socket.socketpair()
     with dog(0, {1: Link(mine, time.monotonic())}, 60.0, monkeypatch) as (found, _):
+        found._leaving.set()
+        found._thread.join(SLACK)
         later = time.monotonic() + 1000
         assert found._judged(later) == ""
-        assert "rank 1 is silent" in found._judged(later + 29) + found._judged(later + 58)
+        # looks as it looks while it runs
+        looks = [found._judged(later + look * found.beat) for look in range(40)]
+        assert looks[20] == "" and "rank 1 is silent" in looks[-1]
     theirs.close()
+
+
+def test_a_job_that_runs_by_turns_has_its_whole_limit(monkeypatch):
+    """Fifteen seconds on, thirty off: three turns are 135 s of the clock, and 45 s of the job."""
+    with dog(0, {}, 60.0, monkeypatch) as (found, _):
+        found._leaving.set()
+        found._thread.join(SLACK)
+        now = time.monotonic()
+        monkeypatch.setattr(watchdog._Main, "since", now)
+        found.woke = found.forgiven = now
+        for _ in range(3):
+            for _ in range(10):
+                now += found.beat
+                assert found._judged(now) == ""
+            now += 30
+            assert found._judged(now) == ""
+        looks = [found._judged(now + look * found.beat) for look in range(20)]
+    assert looks[1] == "" and "no progress: rank 0 in a test" in looks[-1]
 
 
 def test_a_rank_that_stood_still_between_two_looks_tells_no_age_of_that_time(monkeypatch):
