@@ -111,7 +111,8 @@ class FitReport:
 
 # `lambda` is a word of Python's.
 FILE_KEYS = {"share": "lambda"}
-LEFT_OUT = ("seed_license", "scales", "perplexity", "aligned", "merge")  # where they are empty
+# where they are empty
+LEFT_OUT = ("seed_license", "scales", "perplexity", "aligned", "merge", "seed_sha256")
 FIELDS = {key: name for name, key in FILE_KEYS.items()}
 
 # Beside experts, whose names have no blanks.
@@ -173,6 +174,9 @@ class UpcycleStep(Step):
     with these experts, or from `the seed`; all others come from all."""
     merge: dict[str, object] = field(default_factory=dict)
     """Settings of merging, by their names in `ModelConfig`; empty: the plain mean."""
+    seed_sha256: dict[str, str] = field(default_factory=dict)
+    """Of the seed's FFN tensors, by their dtype (F32), where later experts need the seed again;
+    empty: they don't, or an older version wrote it."""
 
 
 @dataclass(frozen=True, kw_only=True)

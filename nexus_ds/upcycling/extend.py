@@ -34,7 +34,7 @@ from nexus_ds.upcycling.blend import (
     expert_start,
 )
 from nexus_ds.upcycling.branches import check_branches, open_all
-from nexus_ds.upcycling.compatible import NOTHING, Waived, check_disk, mixture_origin
+from nexus_ds.upcycling.compatible import NOTHING, Waived, check_disk, mixture_origin, note
 from nexus_ds.upcycling.new_checkpoint import (
     NewModel,
     OldModel,
@@ -45,6 +45,7 @@ from nexus_ds.upcycling.new_checkpoint import (
 )
 from nexus_ds.upcycling.new_router import domain_rows, free_rows, layer_draws, lengths, normal
 from nexus_ds.upcycling.same_tokenizers import Alignment, by_row
+from nexus_ds.upcycling.seeds import check_seed
 from nexus_ds.upcycling.sources import Blend, Part, Source
 
 # norm of a new expert embedding relative to the largest old one's
@@ -200,7 +201,8 @@ def seed_of(mixture: OldModel, base: Path | None, waived: Waived) -> Headers | N
 
     Raises:
         ConfigError: it is needed, and `base` is None.
-        IncompatibleModelsError: `base` is another model.
+        IncompatibleModelsError: `base` is another model, a relative of the seed too. Where that
+            can't be told, it is said on stderr.
     """
     task = start_scale(mixture.sidecar.lineage, "task")
     if task == 1.0:
@@ -214,6 +216,10 @@ def seed_of(mixture: OldModel, base: Path | None, waived: Waived) -> Headers | N
     models = {"base": open_dense(base)}
     origin = mixture_origin(mixture.directory, mixture.config, mixture.reader)
     check_branches(origin, models, waived, problems)
+    with problems.collected():
+        doubt = check_seed(mixture.sidecar.lineage, models["base"])
+        if doubt:
+            note(f"--base {doubt}")
     problems.refuse()
     return models["base"].reader
 

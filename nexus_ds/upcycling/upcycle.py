@@ -66,6 +66,7 @@ from nexus_ds.upcycling.new_checkpoint import (
 )
 from nexus_ds.upcycling.new_router import domain_rows, free_rows, layer_draws, new_state
 from nexus_ds.upcycling.same_tokenizers import Alignment
+from nexus_ds.upcycling.seeds import seed_hashes
 from nexus_ds.upcycling.sources import Computed, Part, Rows, Source
 from nexus_ds.warm_start.starts import check_start
 
@@ -142,6 +143,8 @@ def upcycled(
         scales=_scales(config),
         aligned=alignment.recorded(givers) if alignment else {},
         merge=recorded_merge(config.model),
+        # all of its FFNs are read for it: only where `extend` will ask for the seed
+        seed_sha256=seed_hashes(base) if config.model.task_scale != 1.0 else {},
     )
     sidecar = _upcycled_sidecar(models, embeddings, packages, vectors, config, step)
     return NewModel(

@@ -43,6 +43,7 @@ from nexus_ds.checkpoint.records import (
 )
 from nexus_ds.checkpoint.values import read_rows, rounded
 from nexus_ds.errors import CheckpointError, ConfigError
+from nexus_ds.upcycling.seeds import check_seed
 
 ULP = {"F32": 0.0, "BF16": 2.0**-7, "F16": 2.0**-10}
 """What rounding to a dtype adds to an average's relative difference, at most."""
@@ -199,11 +200,19 @@ def _sources(
 
 
 def _seed(directory: Path, manifest: Manifest, given: Mapping[str, Path]) -> Headers | None:
-    """Return the seed's tensors where routed experts are made of them too."""
+    """Return the seed's tensors where routed experts are made of them too.
+
+    Raises:
+        CheckpointError: it is not there.
+        IncompatibleModelsError: it is another model than recorded.
+    """
     task = start_scale(manifest.lineage, "task")
     for step in manifest.lineage:
         if isinstance(step, UpcycleStep) and task != 1.0:
-            return open_dense(_place(directory, "seed", step.seed_model, given)).reader
+            seed = open_dense(_place(directory, "seed", step.seed_model, given))
+            # what can't be told by the hash is told by the bytes
+            check_seed(manifest.lineage, seed)
+            return seed.reader
     return None
 
 
