@@ -43,6 +43,7 @@ from nexus_ds.upcycling.compatible import note
 from nexus_ds.upcycling.sources import Blend, Part
 
 _COMPUTING = threading.Lock()
+NO_DOMAINS: Mapping[str, str] = {}
 
 
 def expert_start(
@@ -120,14 +121,16 @@ def expert_records(
     models: Mapping[str, DenseModel],
     cards: Mapping[str, DomainCard],
     old: Sequence[ExpertRecord] = (),
+    domains: Mapping[str, str] = NO_DOMAINS,
 ) -> list[ExpertRecord]:
     """Return what the sidecar keeps of experts; of those whose card names no hash of its weights
     the hash is told by `write_tensors`.
 
     Args:
         models: by the experts' names.
-        cards: that say which domains these are; an expert without one is named by its domain.
+        cards: that say which domains these are.
         old: experts that stay beside them.
+        domains: of experts without a card, by name; others of them are named by their domain.
 
     Raises:
         DataError: a card of other weights.
@@ -139,7 +142,7 @@ def expert_records(
     for name, model in models.items():
         # where nothing is to be compared before, they are hashed as they are copied
         sha256 = ""
-        domain = name
+        domain = domains.get(name, name)
         card = cards.get(name)
         if card:
             domain = card.domain

@@ -55,13 +55,14 @@ def replaced(
     The FFNs of the named experts: exact copies of the new branches', at the old places. Averaged
     weights, in fp32: (1 - lambda) phi_moe + lambda / k * sum of the k new models. Rows: P of the
     new domain embedding; as stored where the embedding is the old one's or none is given, and
-    always for a linear router. All else: exact copies.
+    always for a linear router. All else: exact copies. The domain stays what it was, unless a card
+    names another.
 
     Args:
         checkpoint: Nexus checkpoint, upcycled or trained.
         experts: for each replaced expert's name its new dense model.
-        embeddings: rows of the experts' names, from the checkpoint's encoder; None: the text is the
-            old one.
+        embeddings: rows of the experts' domains (of cards: of their names), from the checkpoint's
+            encoder; None: the text is the old one.
         config: recorded with the lineage.
         share: lambda, the total share of the new branches; default k/n, what k of n experts have by
             right.
@@ -70,8 +71,9 @@ def replaced(
         out: where it will be written, if the disk's room is to be checked.
 
     Raises:
-        ConfigError: a name that no expert has, lambda outside [0, 1].
-        DataError: a domain that was not embedded.
+        ConfigError: a name that no expert has, a card of a domain that another expert has, lambda
+            outside [0, 1].
+        DataError: a domain that was not embedded, a card of other weights.
         CheckpointError, UnsupportedModelError, IncompatibleModelsError: models that can't be put
             together, or embeddings of another encoder. All that is wrong is told at once, in one
             error of the first one's type.
@@ -83,7 +85,7 @@ def replaced(
     vectors = old.vectors
     with problems.collected():
         places = _places(old, experts)
-        vectors = _vectors(old, places, embeddings)
+        vectors = _vectors(old, places, embeddings, packages)
     total = 0.0
     with problems.collected():
         # the number of experts stays: k of n have k / n of the averaged weights by right
@@ -131,25 +133,36 @@ def _records(
     places: Mapping[str, int],
     packages: Packages,
 ) -> list[ExpertRecord]:
-    """Return the records of all experts, those at `places` of their new models."""
+    """Return the records of all experts, those at `places` of their new models.
+
+    Errors: `expert_records`.
+    """
     records = list(old.experts)
-    for record in expert_records(models, packages.cards):
-        place = places[record.name]
-        # the domain stays what it was: text and evaluation are found by it
-        domain = records[place].domain
-        records[place] = dataclasses.replace(record, domain=domain)
+    staying = [record for record in records if record.name not in models]
+    # without a card the domain stays what it was: text and evaluation are found by it
+    domains = {name: records[place].domain for name, place in places.items()}
+    for record in expert_records(models, packages.cards, staying, domains):
+        records[places[record.name]] = record
     return records
 
 
 def _vectors(
-    sidecar: Sidecar, places: Mapping[str, int], embeddings: DomainEmbeddings | None
+    sidecar: Sidecar,
+    places: Mapping[str, int],
+    embeddings: DomainEmbeddings | None,
+    packages: Packages,
 ) -> Floats:
-    """Return the domain embeddings [n, m] of the new mixture."""
+    """Return the domain embeddings [n, m] of the new mixture; DataError for one that lacks."""
     vectors = sidecar.vectors.copy()
     # without new ones the text is taken for the old one's, and so is its place in P's input
     if embeddings is not None:
         check_encoder(sidecar, embeddings)
-        vectors[list(places.values())] = domain_vectors(embeddings, places)
+        # a card's row has the expert's name, one of a file that of the text
+        domains = [
+            name if name in packages.cards else sidecar.experts[place].domain
+            for name, place in places.items()
+        ]
+        vectors[list(places.values())] = domain_vectors(embeddings, domains)
     return vectors
 
 

@@ -83,13 +83,13 @@ def test_cards_alone_upcycle_and_extend(parts, capsys):
     assert main(["extend", *map(str, words), f"--expert=gamma={parts / 'gamma'}"]) == 0
     verify_expert_embeddings(parts / "wider")
     assert [e.domain for e in read_sidecar(parts / "wider").experts] == ["alpha", "bark", "gamma"]
-    # of an expert that is replaced the card's embedding is taken, too
-    edit_card(parts / "gamma", embedding=wanted[0])
+    # of an expert that is replaced the card's embedding is taken, too, with its domain
+    edit_card(parts / "gamma", embedding=wanted[0], domain="leaf")
     words = ["--checkpoint", parts / "wider", "--out", parts / "other", "--no-refit", "--replace"]
     assert main(["extend", *map(str, words), f"--expert=beta={parts / 'gamma'}"]) == 0
     other = read_sidecar(parts / "other")
     assert np.array_equal(other.vectors[1], np.array(wanted[0], np.float32))
-    assert other.experts[1].domain == "bark"
+    assert [e.domain for e in other.experts] == ["alpha", "leaf", "gamma"]
     assert "note" not in capsys.readouterr().err
 
 

@@ -12,13 +12,18 @@ import torch
 from conftest import of_another_origin, save_branch, train_shared_gates
 from safetensors.torch import load_file, save_file
 
+from nexus_ds.checkpoint.cards import card_of, write_card
 from nexus_ds.checkpoint.families.record import FFN_PARTS, dense_ffn_name
 from nexus_ds.checkpoint.projection_module import expert_embeddings
 from nexus_ds.checkpoint.qwen2_moe import expert_name, gate_name
 from nexus_ds.checkpoint.records import ReplaceStep
 from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings, write_sidecar
 from nexus_ds.commands import extend
-from nexus_ds.data.domains import DomainEmbeddings, write_domain_embeddings
+from nexus_ds.data.domains import (
+    DomainEmbeddings,
+    read_domain_embeddings,
+    write_domain_embeddings,
+)
 from nexus_ds.errors import CheckpointError, ConfigError, DataError, IncompatibleModelsError
 from nexus_ds.pipeline import checkpoint_domains
 
@@ -101,6 +106,39 @@ def test_rows_follow_the_embeddings(parts):
         assert not torch.equal(rows[1], old[gate_name(layer)][1])
     assert all(torch.equal(new[n], old[n]) for n in old if ".mlp." not in n)  # lambda 0
     verify_expert_embeddings(parts / "out")
+
+
+def test_a_row_of_the_file_is_that_of_the_domain(parts):
+    """Which may be another word than the expert's name, where a card has said so."""
+    sidecar = read_sidecar(parts / "nexus")
+    sidecar.experts[1].domain = "bark"
+    write_sidecar(parts / "nexus", sidecar)
+    where = ("--domains", str(parts / "domains.safetensors"))
+    fresh = embed(parts / "domains.safetensors", ("beta", "bark"))
+    run(parts, *where)
+    out = read_sidecar(parts / "out")
+    assert np.array_equal(out.vectors[1], fresh[1]) and out.experts[1].domain == "bark"
+    embed(parts / "domains.safetensors", ("beta",))
+    shutil.rmtree(parts / "out")
+    with pytest.raises(DataError, match="no embedding of the domain 'bark'; the file has: beta"):
+        run(parts, *where)
+
+
+@pytest.mark.parametrize("domain", ["alpha", "bark", "beta"])
+def test_a_card_says_the_domain_unless_another_expert_has_it(parts, domain):
+    fresh = embed(parts / "domains.safetensors", (domain,))
+    embeddings = read_domain_embeddings(parts / "domains.safetensors")
+    write_card(parts / "beta", card_of(embeddings, {domain: 1.0}, domain))
+    if domain == "alpha":
+        said = "expert beta is of the domain alpha, as the expert alpha is; expected a domain of"
+        with pytest.raises(ConfigError, match=said):
+            run(parts)
+        assert not (parts / "out").exists()
+        return
+    run(parts)
+    out = read_sidecar(parts / "out")
+    assert [expert.domain for expert in out.experts] == ["alpha", domain, "gamma"]
+    assert np.array_equal(out.vectors[1], fresh[0])
 
 
 def test_the_same_embedding_keeps_the_row(parts):
