@@ -225,14 +225,19 @@ def next_evaluation(out: Path | str, data: DataConfig) -> str:
     return shlex.join(["nexus-ds", "evaluate", *read, *_reading(data), *written])
 
 
-def next_extension(checkpoint: Path, seed: bool = False) -> str:
+def next_extension(checkpoint: Path, seed: bool = False, kept: bool = False) -> str:
     """Return a call of `extend` for a person to complete, quoted for a shell.
 
-    `seed`: whether routed experts go further from it than their branches.
+    Args:
+        checkpoint: the mixture.
+        seed: whether routed experts go further from it than their branches.
+        kept: whether all else is the seed's, and stays so.
     """
     options: dict[str, object] = {"--checkpoint": checkpoint, "--expert": "NAME=DIR"}
     if seed:
         options["--base"] = "SEED"
+    if kept:
+        options["--lambda"] = 0
     options |= {"--domains": "FILE", "--out": "DIR"}
     return shlex.join(["nexus-ds", "extend", *_options(options)])
 

@@ -117,6 +117,8 @@ def test_printed_commands_are_quoted_for_a_shell():
     assert words[:4] == ["nexus-ds", "extend", "--checkpoint", "a b"]
     assert parsed(words[1:-2]).expert == ["NAME=DIR"] and parsed(words[1:-2]).base is None
     assert parsed(shlex.split(next_extension(out, seed=True))[1:-2]).base == "SEED"
+    assert parsed(words[1:-2]).share is None
+    assert parsed(shlex.split(next_extension(out, kept=True))[1:-2]).share == 0
 
 
 def test_printed_commands_name_files_that_are_there(tmp_path, monkeypatch):

@@ -358,6 +358,14 @@ def start_scale(lineage: list[Step], kind: str) -> float:
     return 1.0
 
 
+def keeps_seed(lineage: list[Step]) -> bool:
+    """Return whether a mixture started with the seed's own weights outside of its FFNs
+    (model.merge=seed)."""
+    return any(
+        isinstance(step, UpcycleStep) and step.merge.get("merge") == "seed" for step in lineage
+    )
+
+
 def last_extension(lineage: list[Step]) -> list[str]:
     """Return the names of the experts that the last extension is about; none without one."""
     extensions = [step for step in lineage if step.is_extension]

@@ -10,7 +10,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from nexus_ds.checkpoint.records import start_scale
+from nexus_ds.checkpoint.records import keeps_seed, start_scale
 from nexus_ds.command_lines import next_extension
 from nexus_ds.outputs import new_directory, refuse_existing
 from nexus_ds.settings import RouterConfig
@@ -56,8 +56,9 @@ def run(args: argparse.Namespace) -> int:
     with new_directory(out) as temporary:
         # nothing is fitted to text, so neither the router's settings nor the seed matter
         found.model.write(temporary, None, RouterConfig(), 0)
-    far = start_scale(found.model.sidecar.lineage, "task") != 1.0
-    command = next_extension(out, seed=far)
+    lineage = found.model.sidecar.lineage
+    far = start_scale(lineage, "task") != 1.0
+    command = next_extension(out, seed=far, kept=keeps_seed(lineage))
     if args.json:
         layers = [dataclasses.asdict(layer) for layer in found.layers]
         result = found.model.summary(out, None) | {"layers": layers, "next": command}

@@ -22,7 +22,13 @@ from nexus_ds.checkpoint.dense_settings import settings
 from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.problems import Problems
 from nexus_ds.checkpoint.qwen2_moe import Role, Stored, check_shared_gates, gate_name, stored
-from nexus_ds.checkpoint.records import CHECKPOINT, ExtendStep, portable, start_scale
+from nexus_ds.checkpoint.records import (
+    CHECKPOINT,
+    ExtendStep,
+    keeps_seed,
+    portable,
+    start_scale,
+)
 from nexus_ds.checkpoint.sidecar import Sidecar, rows_of, versions
 from nexus_ds.checkpoint.values import read_floats
 from nexus_ds.data.domains import DomainEmbeddings
@@ -123,6 +129,8 @@ def extended(
     total = 0.0
     with problems.collected():
         total = merge_share(before, len(experts), share)
+    if share is None:
+        note_mixing(mixture, total)
     models, alignment = open_fitting(mixture, experts, packages.base, waived, problems)
     seed = seed_of(mixture, packages.base, waived)
     step = ExtendStep(
@@ -146,6 +154,16 @@ def extended(
     branches = Branches(models, places, total, alignment, seed)
     model = branched("extend", mixture, branches, sidecar, embeddings_of, out)
     return dataclasses.replace(model, kept=before)
+
+
+def note_mixing(mixture: OldModel, share: float) -> None:
+    """Say on stderr what a `share` that nobody has chosen does to weights that the seed gave."""
+    if keeps_seed(mixture.sidecar.lineage):
+        note(
+            f"{mixture.directory}: all but its feed-forward networks began as the seed's "
+            f"(model.merge=seed); of these weights {share:.3g} come from the new branches now "
+            "(the default of --lambda): --lambda 0 keeps them as they are, as the recipe own does"
+        )
 
 
 def _extended_sidecar(

@@ -34,6 +34,7 @@ from nexus_ds.upcycling.extend import (
     check_encoder,
     check_expert_embeddings,
     merge_share,
+    note_mixing,
     open_fitting,
     seed_of,
 )
@@ -90,6 +91,8 @@ def replaced(
     with problems.collected():
         # the number of experts stays: k of n have k / n of the averaged weights by right
         total = merge_share(len(old.experts) - len(experts), len(experts), share)
+    if share is None:
+        note_mixing(mixture, total)
     models, alignment = open_fitting(mixture, experts, packages.base, waived, problems)
     seed = seed_of(mixture, packages.base, waived)
     step = ReplaceStep(

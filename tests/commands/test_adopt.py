@@ -70,3 +70,15 @@ def test_experts_beyond_their_branches_need_the_seed_next(tmp_path, dense_dir, t
     stock(parts / "out").save_pretrained(parts / "tuned")
     assert main(["adopt", str(parts / "tuned"), "--from", str(parts / "out")]) == 0
     assert " --base SEED --domains FILE" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("merge", ["seed", "mean"])
+def test_what_the_seed_gave_is_kept_by_the_next_command(
+    tmp_path, dense_dir, text_folder, capsys, merge
+):
+    parts = make_parts(tmp_path, dense_dir, text_folder)
+    upcycle(parts, f"model.merge={merge}")
+    stock(parts / "out").save_pretrained(parts / "tuned")
+    assert main(["adopt", str(parts / "tuned"), "--from", str(parts / "out")]) == 0
+    said = " --lambda 0 --domains FILE" in capsys.readouterr().out.splitlines()[-1]
+    assert said == (merge == "seed")

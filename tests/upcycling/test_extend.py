@@ -1,9 +1,11 @@
 """Lambda, the checks of new rows, and what an extended mixture consists of."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
-from branches import embed
+from branches import embed, make_parts, upcycle
 from conftest import make_nexus, save_branch
 
 from nexus_ds.checkpoint.qwen2_moe import Role, gate_name, stored
@@ -12,6 +14,7 @@ from nexus_ds.config import load_config
 from nexus_ds.data.domains import read_domain_embeddings
 from nexus_ds.errors import CheckpointError, ConfigError
 from nexus_ds.upcycling.extend import check_expert_embeddings, extended, merge_share
+from nexus_ds.upcycling.replace import replaced
 from nexus_ds.upcycling.sources import Blend
 
 
@@ -42,6 +45,29 @@ def sources(tensors, config, role):
         if entry.role is role:
             found |= {(entry.expert, part.who, part.weight) for part in tensors[name].parts}
     return found
+
+
+@pytest.mark.parametrize("make", [extended, replaced])
+def test_what_the_default_share_does_to_weights_of_the_seed_is_said(
+    tmp_path, dense_dir, text_folder, capsys, make
+):
+    parts = make_parts(tmp_path, dense_dir, text_folder)
+    upcycle(parts, "model.merge=seed")
+    embed(parts / "more.safetensors", ("delta", "beta"), "gone", seed=3)
+    embeddings = read_domain_embeddings(parts / "more.safetensors")
+    experts = {"beta" if make is replaced else "delta": parts / "alpha"}
+    config = load_config("demo", [])
+    share = "0.333" if make is replaced else "0.25"
+    make(parts / "out", experts, embeddings, config)
+    said = f"of these weights {share} come from the new branches now (the default of --lambda): -"
+    assert said in capsys.readouterr().err
+    # by choice
+    for chosen in (0.0, 0.25):
+        make(parts / "out", experts, embeddings, config, chosen)
+    shutil.rmtree(parts / "out")
+    upcycle(parts)
+    make(parts / "out", experts, embeddings, config)
+    assert "--lambda" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("router_input", ["token", "context"])
