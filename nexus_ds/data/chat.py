@@ -216,6 +216,21 @@ def _learned(encoding: Encoding, spans: Sequence[Span], text: str) -> Iterator[b
         yield inside
 
 
+def _encoded(backend: Tokenizer, text: str) -> Encoding:
+    """Return a rendered chat as ids, the template's special tokens read as such."""
+    trimming = backend.post_processor
+    # All that it does here is to take the space before a word out of the word's offsets: one that
+    # is the prompt's would not be found out.
+    backend.post_processor = None
+    backend.encode_special_tokens = False
+    try:
+        return backend.encode(text, add_special_tokens=False)
+    finally:
+        # as it was: in plain text they are text
+        backend.encode_special_tokens = True
+        backend.post_processor = trimming
+
+
 def labelled(backend: Tokenizer, chat: ChatFormat, end: int, messages: Chat) -> Labelled:
     """Return a chat as ids, closed by the end-of-text token.
 
@@ -229,10 +244,7 @@ def labelled(backend: Tokenizer, chat: ChatFormat, end: int, messages: Chat) -> 
         DataError: see `answers_of`; a token that is of a prompt and of an answer.
     """
     text, spans = answers_of(chat, messages)
-    backend.encode_special_tokens = False
-    encoding = backend.encode(text, add_special_tokens=False)
-    # as it was: in plain text they are text
-    backend.encode_special_tokens = True
+    encoding = _encoded(backend, text)
     learned = list(_learned(encoding, spans, text))
     ids = list(encoding.ids)
     # documents are closed by it; a model that was never shown it after an answer is not taught it

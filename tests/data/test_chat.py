@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from nexus_ds.data.chat import chat_format, labelled
 from nexus_ds.data.corpora import open_source, token_files, windows
@@ -143,6 +144,27 @@ def test_a_token_of_a_prompt_and_an_answer_is_refused(folder):
     chat = (chat[0], {"role": "assistant", "content": "fell ra"}, chat[0])
     with pytest.raises(DataError, match="one token is partly of an answer and partly of a prompt"):
         found(folder, template, chat)
+
+
+def test_a_space_that_is_trimmed_off_a_token_is_the_prompts_all_the_same(folder):
+    """Byte-level post-processors leave a word's space out of its offsets, as Llama 3's does."""
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    chat = (CHAT[1], {"role": "assistant", "content": "the cat"})
+    form, tokenizer = speaking(folder, template)
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    before = backend.to_str()
+    with pytest.raises(DataError, match=r"one token is partly of an answer .*assistant: the'; end"):
+        labelled(backend, form, tokenizer.eos_token_id, chat)
+    # no space of the prompt's, and none that the answer's first token can take
+    form = dataclasses.replace(form, template=template.replace(": ", ":\n"))
+    own = labelled(backend, form, tokenizer.eos_token_id, chat)
+    answer = [i for i, learned in zip(own.ids, own.learned, strict=True) if learned]
+    assert tokenizer.decode(answer) == "the cat\n"
+    assert backend.to_str() == before and backend.encode_special_tokens
 
 
 def test_a_template_that_writes_the_date_renders_the_same_on_every_day(folder):
