@@ -315,7 +315,9 @@ class _Domain:
     def add(self, document: Document) -> None:
         """Write one document."""
         split = self._split()
-        content = {"text": document.text, "meta": document.meta}
+        # as the row had it: of a chat the roles, without which it would be plain text
+        key, value = ("messages", document.chat) if document.chat else ("text", document.text)
+        content = {key: value, "meta": document.meta}
         row = json.dumps(content, ensure_ascii=False) + "\n"
         # JSON's own way of writing a lone surrogate, which `meta` may hold and UTF-8 may not.
         line = row.encode("utf-8", errors="backslashreplace")

@@ -136,6 +136,29 @@ def test_every_document_is_written_once_in_order_and_unchanged(mixed: Path, tmp_
             assert numbers == sorted(numbers)
 
 
+def test_chats_stay_chats(mixed: Path, tmp_path: Path):
+    """And plain text beside them plain text."""
+    rows = (mixed / "a.jsonl").read_text().splitlines()
+    for number in range(0, len(rows), 2):
+        row = json.loads(rows[number])
+        question, answer = row["text"].split(" and ")
+        talk = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        rows[number] = json.dumps({"messages": talk, "meta": row["meta"]})
+    (mixed / "a.jsonl").write_text("\n".join(rows))
+    discover(mixed, tmp_path / "out")
+    original = [d for file in corpus_files(mixed) for d in read_rows(file)]
+    copies = [
+        document
+        for splits in written(tmp_path / "out").values()
+        for documents in splits.values()
+        for document in documents
+    ]
+    seen = [
+        sorted(str((d.text, d.meta, d.chat)) for d in documents) for documents in (original, copies)
+    ]
+    assert seen[0] == seen[1] and sum(d.chat is not None for d in copies) == 35
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_another_split(mixed: Path, tmp_path: Path):
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         discover(mixed, tmp_path / name, seed=seed)
