@@ -242,8 +242,10 @@ def next_extension(checkpoint: Path, seed: bool = False, kept: bool = False) -> 
     return shlex.join(["nexus-ds", "extend", *_options(options)])
 
 
-def next_words(checkpoint: Path, prompt: str, mixture: bool) -> str:
+def next_words(checkpoint: Path, prompt: str, mixture: bool, bos: bool = True) -> str:
     """Return the command, quoted for a shell, that lets a checkpoint speak, and a mixture show
-    which expert each token goes to."""
-    shown = ["--show-routing"] if mixture else []
-    return shlex.join(["nexus-ds", "generate", "--checkpoint", str(checkpoint), prompt, *shown])
+    which expert each token goes to; `bos`: whether text begins with BOS, as data.bos."""
+    words = ["nexus-ds", "generate", "--checkpoint", str(checkpoint), prompt]
+    words += ["--show-routing"] if mixture else []
+    words += [] if bos else ["--no-bos"]
+    return shlex.join(words)

@@ -135,6 +135,8 @@ nexus-ds generate --checkpoint {MODEL} --chat "What is a mixture of experts?"
   layers chose first, with `--layer` that of one layer. The page of `--html` has all of them.
 * `--prompts` takes a prompt a line, or JSON lines with `prompt` or `messages`. A prompt's text is
   the same in any batch; its draws have the seed of `--seed` plus its number, from 0.
+* A prompt begins as a document did in training; `--no-bos` is for models trained with
+  `data.bos=false`.
 * `--chat` and `messages` need a tokenizer with a chat template.
 """
 

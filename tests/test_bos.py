@@ -13,7 +13,7 @@ from conftest import add_token, save_branch
 
 from nexus_ds.__main__ import main
 from nexus_ds.checkpoint.sidecar import read_sidecar
-from nexus_ds.commands import demo
+from nexus_ds.commands import demo, generate
 from nexus_ds.config import load_config
 from nexus_ds.data.domains import DomainEmbeddings, write_domain_embeddings
 from nexus_ds.errors import IncompatibleModelsError
@@ -87,6 +87,20 @@ def test_evaluate(llama_like, text_folder, tmp_path, capsys, bos):
     assert main(["evaluate", *words, *more]) == 0
     expected = score(llama_like, windows_of(llama_like, text_folder, bos)).perplexity
     assert json.loads(capsys.readouterr().out)["perplexity"]["bos"] == pytest.approx(expected)
+
+
+@READS
+def test_generate(llama_like, capsys, monkeypatch, bos):
+    asked = []
+    prompted = generate.tokenised
+    monkeypatch.setattr(
+        generate, "tokenised", lambda *words: asked.append(prompted(*words)) or asked[-1]
+    )
+    words = ["--checkpoint", str(llama_like), "tree leaf", "--tokens", "1"]
+    assert main(["generate", *words, *([] if bos else ["--no-bos"])]) == 0
+    (prompt,) = asked
+    assert prompt.ids[:-2] == [BOS] * bos and BOS not in prompt.ids[-2:]
+    assert capsys.readouterr().out.startswith("tree leaf")
 
 
 @READS

@@ -113,6 +113,8 @@ def test_printed_commands_are_quoted_for_a_shell():
     routed = shlex.split(next_words(out, "it's $x", mixture=True))
     assert routed == [*spoken[:4], "it's $x", "--show-routing"]
     assert parsed_generate(routed[1:]).prompt == "it's $x"
+    without = shlex.split(next_words(out, "The first thing", mixture=False, bos=False))
+    assert without == [*spoken, "--no-bos"] and parsed_generate(without[1:]).no_bos
     words = shlex.split(next_extension(out))
     assert words[:4] == ["nexus-ds", "extend", "--checkpoint", "a b"]
     assert parsed(words[1:-2]).expert == ["NAME=DIR"] and parsed(words[1:-2]).base is None

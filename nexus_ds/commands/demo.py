@@ -312,7 +312,8 @@ def show(content: Json, config: Config) -> None:
     # of the text that the last expert was trained on
     domain = [*config.pipeline.domains, *config.pipeline.new_domains][-1]
     prompt = opening(open_source(config.data.path), domain)
-    print(f"next:        {next_words(last, prompt, mixture=True)}")
+    words = next_words(last, prompt, mixture=True, bos=config.data.bos)
+    print(f"next:        {words}")
 
 
 def _ranks(asked: int, batch: int) -> int:

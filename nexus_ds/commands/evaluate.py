@@ -445,7 +445,7 @@ def _show(summary: Summary, args: argparse.Namespace) -> None:
     # of the text that the model knows best
     prompt = opening(open_source(args.data), min(last, key=last.__getitem__))
     mixture = summary.models[name].routing is not None
-    print(f"next: {next_words(args.checkpoint[-1], prompt, mixture)}")
+    print(f"next: {next_words(args.checkpoint[-1], prompt, mixture, not args.no_bos)}")
 
 
 def run(args: argparse.Namespace) -> int:

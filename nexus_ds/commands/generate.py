@@ -26,6 +26,7 @@ from nexus_ds.checkpoint.needs import ADDED, BATCH, Way
 from nexus_ds.checkpoint.qwen2_moe import gate_name, router_layers
 from nexus_ds.checkpoint.records import is_nexus, read_manifest
 from nexus_ds.console import visible
+from nexus_ds.data.encoding import beginning
 from nexus_ds.data.tokenizer import open_tokenizer
 from nexus_ds.errors import (
     CheckpointError,
@@ -65,6 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat",
         action="store_true",
         help="the prompt is a user's message, in the tokenizer's chat template",
+    )
+    parser.add_argument(
+        "--no-bos",
+        action="store_true",
+        help="text doesn't begin with the BOS of the model's tokenizer "
+        "(trained with data.bos=false)",
     )
     _add_drawing(parser)
     _add_routing(parser)
@@ -449,9 +456,10 @@ def _job(args: argparse.Namespace) -> _Job:
     shown = args.show_routing or args.html is not None
     legend = _legend(args.checkpoint, args.layer) if shown else None
     tokenizer = open_tokenizer(args.checkpoint)
+    begin = () if args.no_bos else beginning(tokenizer.backend_tokenizer, args.checkpoint)
     prompts = []
     for name, text in given.items():
-        prompt = tokenised(tokenizer, text, name, args.chat)
+        prompt = tokenised(tokenizer, text, name, args.chat, begin)
         prompts.append(prompt)
     voice = _Voice(legend if args.show_routing else None)
     return _Job(args, tokenizer, prompts, legend, voice)

@@ -145,7 +145,11 @@ def _require_characters(
 
 
 def tokenised(
-    tokenizer: PreTrainedTokenizerFast, given: Given, name: str, chat: bool = False
+    tokenizer: PreTrainedTokenizerFast,
+    given: Given,
+    name: str,
+    chat: bool = False,
+    begin: Sequence[int] = (),
 ) -> Prompt:
     """Return a prompt with its tokens.
 
@@ -154,14 +158,16 @@ def tokenised(
         given: text, or messages, which always go through the tokenizer's chat template.
         name: for error messages.
         chat: text is the one message of a user.
+        begin: ids before a text, as in training (`encoding.beginning`).
 
     Raises:
         ConfigError: no template, or one that refuses the messages; characters that are none.
     """
     if isinstance(given, str) and not chat:
         _require_characters(given, name)
-        ids = tokenizer(given).input_ids
-        return Prompt(given, list(ids), name, chat=False)
+        # Some tokenizers close a text, too, which a model has learned to end with.
+        ids = tokenizer(given, add_special_tokens=False).input_ids
+        return Prompt(given, [*begin, *ids], name, chat=False)
     # a system's message has to be written as one
     messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
     text = _in_template(tokenizer, messages, name)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import save_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from nexus_ds.data.tokenizer import open_tokenizer
 from nexus_ds.errors import ConfigError, DataError
@@ -82,9 +83,17 @@ def test_no_file(tmp_path):
         read_prompts(tmp_path / "none")
 
 
-def test_text_begins_as_the_tokenizer_begins_it(tokenizer):
+def test_text_begins_as_documents_do_and_is_not_closed(tokenizer):
+    """Whatever the tokenizer puts around a text itself."""
     ids = tokenizer("tree leaf").input_ids
     assert tokenised(tokenizer, "tree leaf", "it") == Prompt("tree leaf", ids, "it", chat=False)
+    around = [("<unk>", 1), ("<|endoftext|>", 0)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<unk> $A <|endoftext|>", special_tokens=around
+    )
+    assert tokenizer("tree leaf").input_ids == [1, *ids, 0]
+    assert tokenised(tokenizer, "tree leaf", "it", begin=(1,)).ids == [1, *ids]
+    assert tokenised(tokenizer, "tree leaf", "it").ids == ids
 
 
 def test_a_conversation_is_written_by_the_template(chatty):
@@ -107,8 +116,8 @@ def test_a_template_writes_the_beginning_itself(chatty):
     from tokenizers import Tokenizer
 
     chatty._tokenizer = Tokenizer.from_str(json.dumps(state))
-    assert tokenised(chatty, "leaf", "it").ids[0] == 1
-    assert len(tokenised(chatty, "leaf", "it", chat=True).ids) == 4
+    assert tokenised(chatty, "leaf", "it", begin=(1,)).ids[0] == 1
+    assert len(tokenised(chatty, "leaf", "it", chat=True, begin=(1,)).ids) == 4
 
 
 def test_conversations_that_are_refused(tokenizer, chatty):
