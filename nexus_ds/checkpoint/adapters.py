@@ -411,24 +411,41 @@ def _adapted(headers: Headers, whole: DenseModel) -> DenseModel:
     return whole
 
 
-def _base_of(directory: Path, config: ConfigJson, base: Path | None, seed: Path | None) -> Path:
-    """Return the directory of an adapter's base: as given, as the adapter says, or the seed."""
+def _base_of(
+    directory: Path,
+    config: ConfigJson,
+    base: Path | None,
+    seed: Path | None,
+    fallback: Path | None,
+    option: str,
+) -> Path:
+    """Return the directory of an adapter's base; see `open_branch`."""
     if base is not None:
         return base
     named = str(config.get("base_model_name_or_path") or "")
+    # with a fallback a folder that is no model is none of the adapter's
+    wanted = os.path.join(named, "config.json") if fallback else named
     # unlike pathlib's, it says no of a name that is too long for a file's
-    if named and os.path.isdir(named):
+    if named and os.path.exists(wanted) and os.path.isdir(named):
         return Path(named)
+    if fallback is not None:
+        return fallback
     if seed is not None and named and Path(named).name == seed.resolve().name:
         return seed
     raise CheckpointError(
         f"{directory} holds an adapter of {named[:200] or 'an unnamed model'!r}, which is no "
-        "directory here" + (f" and not the name of {seed}" if seed else "") + ": give --base DIR, "
+        "directory here" + (f" and not the name of {seed}" if seed else "") + f": give {option}, "
         "the model that it is to be merged into"
     )
 
 
-def open_branch(directory: Path, base: Path | None = None, seed: Path | None = None) -> DenseModel:
+def open_branch(
+    directory: Path,
+    base: Path | None = None,
+    seed: Path | None = None,
+    fallback: Path | None = None,
+    option: str = "--base DIR",
+) -> DenseModel:
     """Open a dense model, or an adapter as the model that it makes of its base.
 
     Args:
@@ -436,6 +453,8 @@ def open_branch(directory: Path, base: Path | None = None, seed: Path | None = N
         base: of adapters; None: the directory that the adapter names, or `seed` if that has the
             name of the adapter's base.
         seed: model that branches come from.
+        fallback: base of adapters that name no model here, whatever they call it.
+        option: with which `base` can be given, for messages.
 
     Raises:
         CheckpointError: an adapter that is damaged, or not of this base; see `open_dense`, too.
@@ -451,7 +470,7 @@ def open_branch(directory: Path, base: Path | None = None, seed: Path | None = N
             f"{directory} holds an adapter without {ADAPTER_WEIGHTS}, so there is nothing to "
             "merge; pickled ones are not read: save it with safetensors"
         )
-    whole = open_dense(_base_of(directory, config, base, seed))
+    whole = open_dense(_base_of(directory, config, base, seed, fallback, option))
     headers = Headers.of_file(directory, ADAPTER_WEIGHTS)
     own = _adapted(headers, whole)
     adapter = AdapterWeights(headers, _changes(headers, own, config))

@@ -62,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base",
         metavar="DIR",
         help="dense model that adapters are merged into; default: the one that they name; where "
-        "experts started with model.task_scale: their seed",
+        "experts started with model.task_scale: their seed, into which only adapters are merged "
+        "that name no directory of a model here",
     )
     parser.add_argument(
         "--out",

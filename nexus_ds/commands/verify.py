@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="NAME=DIR",
         help="also compare it with the models that its last step put together; NAME=DIR where one "
-        "is not where it was (an expert's name, seed, or checkpoint)",
+        "is not where it was (an expert's name, seed, or checkpoint; base: the model that adapters "
+        "were merged into)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 

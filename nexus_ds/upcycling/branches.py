@@ -35,6 +35,7 @@ def open_all(
     problems: Problems,
     base: Path | None = None,
     seed: Path | None = None,
+    fallback: Path | None = None,
 ) -> dict[str, DenseModel]:
     """Return the dense models, or adapters, that can be opened, by name.
 
@@ -44,7 +45,7 @@ def open_all(
     models = {}
     for name, directory in directories.items():
         with problems.collected():
-            models[name] = open_branch(directory, base, seed)
+            models[name] = open_branch(directory, base, seed, fallback)
     for name, model in models.items():
         merged = describe_merge(model)
         if merged:

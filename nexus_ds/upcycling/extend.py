@@ -194,7 +194,10 @@ def open_fitting(
     waived: Waived,
     problems: Problems,
 ) -> tuple[dict[str, DenseModel], Alignment | None]:
-    """Open dense models, or adapters of `base`, that are to become experts, and check them.
+    """Open dense models, or adapters, that are to become experts, and check them.
+
+    Adapters are merged into `base`; where experts go further from the seed than their branches,
+    `base` is the seed, and an adapter that names a model here is merged into that.
 
     Returns:
         The models by name, and how embeddings are put together where vocabularies may have grown.
@@ -207,7 +210,12 @@ def open_fitting(
     """
     with problems.collected():
         check_shared_gates(mixture.reader, settings(mixture.config).layers)
-    models = open_all(experts, problems, base)
+    # where it is given as the seed, an adapter may have another base
+    far = start_scale(mixture.sidecar.lineage, "task") != 1.0
+    if far:
+        models = open_all(experts, problems, fallback=base)
+    else:
+        models = open_all(experts, problems, base)
     origin = mixture_origin(mixture.directory, mixture.config, mixture.reader)
     alignment = check_branches(origin, models, waived, problems)
     problems.refuse()

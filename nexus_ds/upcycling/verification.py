@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from nexus_ds.checkpoint.adapters import open_branch
+from nexus_ds.checkpoint.adapters import is_adapter, open_branch
 from nexus_ds.checkpoint.cards import ffn_sha256
 from nexus_ds.checkpoint.config_json import ConfigJson
 from nexus_ds.checkpoint.dense import DenseModel, open_dense
@@ -178,8 +179,8 @@ def _sources(
         if expert.name in new:
             with problems.collected():
                 place = _place(directory, expert.name, expert.source, given)
-                base_of = given.get("base")
-                models[expert.name] = _checked_source(place, expert.name, expert.sha256, base_of)
+                model = _open_source(place, directory, manifest, step, given)
+                models[expert.name] = _checked_source(model, expert.name, expert.sha256)
     names: dict[str, str] = {}
     base = seed = None
     with problems.collected():
@@ -216,20 +217,47 @@ def _seed(directory: Path, manifest: Manifest, given: Mapping[str, Path]) -> Hea
     return None
 
 
-def _checked_source(
+def _open_source(
     place: Path,
-    name: str,
-    sha256: str,
-    base: Path | None,
+    directory: Path,
+    manifest: Manifest,
+    step: PuttingTogether,
+    given: Mapping[str, Path],
 ) -> DenseModel:
-    """Open an expert's dense model, or its adapter of `base`; CheckpointError unless its FFNs are
-    those recorded."""
-    model = open_branch(place, base)
+    """Open an expert's dense model, or its adapter as the verb has merged it."""
+    base = given.get("base")
+    seed = None
+    if is_adapter(place) and base is None:
+        seed = _seed_place(directory, manifest, given)
+    option = "--sources base=DIR"
+    if isinstance(step, UpcycleStep):
+        return open_branch(place, base, seed, option=option)
+    # an extension has it as a base only where it was given as the seed
+    far = start_scale(manifest.lineage, "task") != 1.0
+    return open_branch(place, base, fallback=seed if far else None, option=option)
+
+
+def _seed_place(directory: Path, manifest: Manifest, given: Mapping[str, Path]) -> Path | None:
+    """Return where the seed is; None where nothing says so, or it is gone."""
+    for step in manifest.lineage:
+        if isinstance(step, UpcycleStep):
+            # who needs the seed itself tells that it is gone
+            with suppress(CheckpointError):
+                return _place(directory, "seed", step.seed_model, given)
+    return None
+
+
+def _checked_source(model: DenseModel, name: str, sha256: str) -> DenseModel:
+    """Return an expert's dense model; CheckpointError unless its FFNs are those recorded."""
     found = ffn_sha256(model)
     if found != sha256:
+        other = "it is another model, or was trained since"
+        if is_adapter(model.directory):
+            other += ", or its adapter was merged into another base: give that with --sources "
+            other += "base=DIR"
         raise CheckpointError(
-            f"expert {name}: {place} has feed-forward networks of sha256 {found[:12]}, the "
-            f"checkpoint was made of {sha256[:12]}: it is another model, or was trained since"
+            f"expert {name}: {model.directory} has feed-forward networks of sha256 "
+            f"{found[:12]}, the checkpoint was made of {sha256[:12]}: {other}"
         )
     return model
 
@@ -240,7 +268,8 @@ def verify_sources(directory: Path, given: Mapping[str, Path]) -> Verification:
     Args:
         directory: the checkpoint.
         given: directories of sources that are not where nexus.json says: by expert's name, and
-            "seed" or "checkpoint"; "base": the model that adapters were merged into.
+            "seed" or "checkpoint"; "base": the model that adapters were merged into, where that is
+            neither the one that they name nor the seed.
 
     Raises:
         ConfigError: a name that is no source's.

@@ -326,6 +326,23 @@ def test_which_base(tmp_path, dense_dir):
             open_branch(out, seed=given)
 
 
+def test_a_fallback_is_the_base_of_adapters_that_name_no_model(tmp_path, dense_dir, monkeypatch):
+    out = tmp_path / "law"
+    shutil.copytree(dense_dir, tmp_path / "other")
+    save_adapter(out, dense_dir, FFN)
+    other = tmp_path / "other"
+    assert open_branch(out, fallback=other).reader.base.directory == dense_dir
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "meta" / "Llama-3").mkdir(parents=True)
+    for named in ("meta/Llama-3", "meta/Llama-4", "x" * 300):
+        save_adapter(out, dense_dir, FFN, {"base_model_name_or_path": named})
+        assert open_branch(out, fallback=other).reader.base.directory == other
+        with pytest.raises(CheckpointError):
+            open_branch(out, option="--sources base=DIR")
+    with pytest.raises(CheckpointError, match="is no directory here: give --sources base=DIR, the"):
+        open_branch(out, option="--sources base=DIR")
+
+
 def test_a_base_of_a_name_that_no_folder_can_have(tmp_path, dense_dir):
     """Found by tests/fuzz.py: the traceback of an OSError."""
     save_adapter(tmp_path / "law", dense_dir, FFN, {"base_model_name_or_path": "x" * 300})

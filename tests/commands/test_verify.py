@@ -53,6 +53,14 @@ def test_sources_that_moved(parts, capsys):
         run(parts / "out", "--sources", "seed")
 
 
+def test_the_help_names_the_base_of_adapters():
+    parser = argparse.ArgumentParser()
+    verify.add_arguments(parser)
+    assert "base: the model that adapters were merged into" in " ".join(
+        parser.format_help().split()
+    )
+
+
 def test_no_nexus_checkpoint(parts):
     with pytest.raises(CheckpointError, match="it is no Nexus checkpoint"):
         run(parts / "seed")

@@ -8,6 +8,8 @@ import torch
 from branches import NAMES, edit_tensors, embed, grow, make_parts, upcycle
 from conftest import train_shared_gates
 
+from nexus_ds.checkpoint.adapters import open_branch
+from nexus_ds.checkpoint.cards import Packages, ffn_sha256
 from nexus_ds.checkpoint.families.record import EMBEDDING, HEAD
 from nexus_ds.checkpoint.qwen2_moe import expert_name, gate_name, shared_name
 from nexus_ds.checkpoint.records import OtherStep, TrainStep
@@ -21,6 +23,7 @@ from nexus_ds.upcycling.compatible import Waived
 from nexus_ds.upcycling.extend import extended
 from nexus_ds.upcycling.replace import replaced
 from nexus_ds.upcycling.verification import verify, verify_sources
+from tests.checkpoint.test_adapters import FFN, save_adapter
 
 
 @pytest.fixture
@@ -301,3 +304,43 @@ def test_zero_in_an_average_is_no_excuse(parts):
     edit_tensors(parts / "out", lambda t: t[name].copy_(torch.zeros_like(t[name])))
     [problem] = verify_sources(parts / "out", {}).problems
     assert problem.startswith(f"{name} is not the average of its sources: 256 values")
+
+
+def test_an_adapter_that_was_merged_into_the_seed_is_found_there(parts):
+    """By the seed's name, as upcycle does; what helps elsewhere is said in this verb's words."""
+    settings = {"base_model_name_or_path": "meta/seed"}
+    save_adapter(parts / "law", parts / "seed", FFN, settings)
+    upcycle(parts, experts={"alpha": parts / "law", "beta": parts / "beta"})
+    assert not verify_sources(parts / "out", {}).problems
+    shutil.move(parts / "seed", parts / "moved")
+    problems = verify_sources(parts / "out", {"seed": parts / "moved"}).problems
+    assert len(problems) == 1 and "give --sources base=DIR, the model that it is to" in problems[0]
+    moved = {"seed": parts / "moved", "base": parts / "moved"}
+    assert not verify_sources(parts / "out", moved).problems
+    [problem] = verify_sources(parts / "out", {**moved, "base": parts / "beta"}).problems
+    assert "or its adapter was merged into another base: give that with --sources base" in problem
+    first, second = verify_sources(parts / "out", {}).problems
+    assert "is no directory here: give --sources base=DIR" in first
+    assert "the source of seed is not at seed: give it with --sources seed=DIR" in second
+
+
+@pytest.mark.parametrize("named", ["meta/seed", "gamma"])
+@pytest.mark.parametrize("replace", [False, True])
+def test_where_the_seed_is_given_an_adapter_keeps_the_base_that_it_names(parts, named, replace):
+    upcycle(parts, "model.task_scale=2")
+    embed(parts / "more.safetensors", ("delta", "beta"), "gone", seed=3)
+    base = parts / "gamma" if named == "gamma" else parts / "seed"
+    at = str(base) if named == "gamma" else named
+    save_adapter(parts / "law", base, FFN, {"base_model_name_or_path": at})
+    new = (replaced if replace else extended)(
+        parts / "out",
+        {"beta" if replace else "delta": parts / "law"},
+        read_domain_embeddings(parts / "more.safetensors"),
+        load_config(str(parts / "recipe.yaml")),
+        packages=Packages(base=parts / "seed"),
+    )
+    with new_directory(parts / "wider") as directory:
+        new.write(directory, None, load_config("demo").router, 0)
+    [hash_of_law] = [e.sha256 for e in read_sidecar(parts / "wider").experts if e.source == "law"]
+    assert hash_of_law == ffn_sha256(open_branch(parts / "law", base))
+    assert not verify_sources(parts / "wider", {}).problems
