@@ -255,7 +255,7 @@ def note_unchanged(seed: DenseModel, models: Mapping[str, DenseModel]) -> None:
             not np.array_equal(sample(seed.reader, one), sample(model.reader, one))
             for one in model.ffn_names()
         )
-        if not changed and model.directory != seed.directory:
+        if not changed and model.directory.resolve() != seed.directory.resolve():
             note(
                 f"expert {name} ({model.directory}): its feed-forward networks are the seed's, so "
                 "a routed expert has nothing of its own; train them (an adapter's target_modules: "

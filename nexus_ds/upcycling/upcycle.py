@@ -240,7 +240,8 @@ def _domain_vectors(
     """
     others = []
     for name, path in experts.items():
-        is_seed = Path(path) == Path(seed)
+        # however its path is spelled, or linked to
+        is_seed = Path(path).resolve() == Path(seed).resolve()
         if name in embeddings.names or not is_seed:
             others.append(name)
     if config.router.kind == "nexus" or not others:

@@ -183,6 +183,21 @@ def test_experts_may_go_further_than_their_branches(parts, dtype):
     assert not verify_sources(parts / "out", {}).problems
 
 
+@pytest.mark.parametrize("spelled", ["same", "around", "link"])
+def test_the_seed_as_an_expert_is_known_however_its_path_is_spelled(parts, spelled, capsys):
+    """With free rows it needs no domain; that its FFNs are the seed's is no mistake."""
+    (parts / "link").symlink_to(parts / "seed")
+    paths = {"same": parts / "seed", "around": parts / "alpha" / ".." / "seed"}
+    experts = {"alpha": parts / "alpha", "general": paths.get(spelled, parts / "link")}
+    upcycle(parts, "router.kind=linear", "router.warm_start=none", experts=experts)
+    alpha, general = read_sidecar(parts / "out").vectors
+    assert np.array_equal(alpha, general)
+    assert "feed-forward networks are the seed's" not in capsys.readouterr().err
+    shutil.copytree(parts / "seed", parts / "copy")
+    with pytest.raises(DataError, match="no embedding of the domain 'general'"):
+        upcycle(parts, "router.kind=linear", experts=experts | {"general": parts / "copy"})
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("replace", [False, True])
 def test_a_later_expert_goes_as_far_as_the_first_ones(parts, replace):
