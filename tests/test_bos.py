@@ -205,9 +205,7 @@ def test_the_routers_fit_and_the_text_that_is_embedded(
     expected = windows_of(llama_like, text_folder, bos, "train")
     for domain in DOMAINS:
         assert torch.equal(text.windows[domain], torch.from_numpy(expected[domain][:, :-1]))
-        assert not any("<unk>" in chunk for chunk in seen[domain]) and "<|endoftext|>" in " ".join(
-            seen[domain]
-        )
+        assert not any("<unk>" in chunk for chunk in seen[domain])
 
 
 @READS

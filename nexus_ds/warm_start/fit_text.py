@@ -232,5 +232,15 @@ def _texts(tokenizer: PreTrainedTokenizerFast, tokens_nS: Tensor) -> list[str]:
     """Return the text of each window, as the encoder of the domains reads it."""
     # What begins a document is no text, and nothing that an encoder knows.
     begin = set(beginning(tokenizer.backend_tokenizer, Path(tokenizer.name_or_path)))
-    rows = [[token for token in row if token not in begin] for row in tokens_nS.tolist()]
-    return tokenizer.batch_decode(rows)
+    texts = []
+    for row in tokens_nS.tolist():
+        documents: list[list[int]] = [[]]
+        for token in row:
+            # Nor is what ends one: to an encoder its name would be a word of the text.
+            if token == tokenizer.eos_token_id:
+                documents.append([])
+            elif token not in begin:
+                documents[-1].append(token)
+        pieces = tokenizer.batch_decode([document for document in documents if document])
+        texts.append("\n".join(pieces))
+    return texts

@@ -8,6 +8,7 @@ from conftest import DOMAINS
 
 from nexus_ds.checkpoint.sidecar import read_sidecar
 from nexus_ds.config import load_config
+from nexus_ds.data.tokenizer import open_tokenizer
 from nexus_ds.errors import CheckpointError, ConfigError, DataError
 from nexus_ds.warm_start import fit_text
 from nexus_ds.warm_start.fit_text import read_fit_text
@@ -45,6 +46,17 @@ def test_starts_that_read_nothing(nexus_dir, start):
     sidecar = read_sidecar(nexus_dir)
     sidecar.router.kind = "linear"
     assert read(nexus_dir, "nowhere", f"router.warm_start={start}", sidecar=sidecar) is None
+
+
+def test_the_ends_of_documents_are_line_breaks_to_the_encoder(nexus_dir, text_folder, embedded):
+    text = read(nexus_dir, text_folder, "router.warm_start=chunks", "router.fit_chunks=4")
+    tokenizer = open_tokenizer(nexus_dir)
+    for domain, tokens_nS in text.windows.items():
+        whole = tokenizer.batch_decode(tokens_nS)
+        assert "<|endoftext|>" in " ".join(whole)
+        # the tokenizer of these tests puts spaces between words
+        parts = [[part.strip() for part in chunk.split("<|endoftext|>")] for chunk in whole]
+        assert embedded["texts"][domain] == ["\n".join(filter(None, chunk)) for chunk in parts]
 
 
 def test_chunks_are_of_the_older_experts_and_of_background(nexus_dir, text_folder, embedded):
