@@ -106,6 +106,12 @@ def percent(change: float, error: float = math.nan) -> str:
     return f"{shown} %" if math.isnan(error) else f"{shown} ± {100 * error:.1f} %"
 
 
+def relative(nats: float) -> float:
+    """Return the relative change of perplexity that a change of loss is, below the largest float,
+    as perplexities are."""
+    return math.expm1(min(700.0, nats))
+
+
 @dataclass(frozen=True)
 class Change:
     """One domain's text before and after."""
@@ -122,7 +128,7 @@ class Change:
     def change(self) -> float:
         """Relative change of perplexity; above 0 is worse."""
         # Perplexity is e^loss, so the ratio is e^difference.
-        return math.expm1(self.difference.mean)
+        return relative(self.difference.mean)
 
     @property
     def error(self) -> float:
@@ -136,7 +142,7 @@ class Change:
         # That of the loss, carried over: around the ratio itself it would not be symmetric.
         mean = self.difference.mean
         noise = self.difference.noise
-        return math.expm1(mean - noise), math.expm1(mean + noise)
+        return relative(mean - noise), relative(mean + noise)
 
     @property
     def verdict(self) -> str:
@@ -169,7 +175,7 @@ class Change:
             "after": self.after,
             "change": self.change,
             "change_error": number(self.error),
-            "interval": [low, high] if math.isfinite(high) else None,
+            "interval": [low, high] if math.isfinite(self.difference.noise) else None,
             "nats": self.difference.mean,
             "nats_error": number(self.difference.error),
             "verdict": self.verdict,

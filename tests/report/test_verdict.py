@@ -200,6 +200,19 @@ def test_only_rises_above_the_limit_fail(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("after", "failed"),
+    [([720.0 + 0.01 * i for i in range(48)], ["law"]), ([5.0, 125.0], []), ([1e4, 3e4], [])],
+)
+def test_a_model_that_has_diverged_is_judged_like_any_other(after, failed, tmp_path):
+    """By e^700, as perplexities are, where the change or the end of its interval is more."""
+    verdict = judge({"law": [2.0] * len(after)}, {"law": after}, 0.03)
+    assert verdict.failed == failed and verdict.undecided == ([] if failed else ["law"])
+    law = json.loads(json.dumps(verdict.as_dict(), allow_nan=False))["domains"]["law"]
+    assert law["interval"][1] == math.expm1(700) >= law["change"] > 1e20
+    assert verdict.text() and bool(verdict.exit_code("evaluate", tmp_path)) == bool(failed)
+
+
 def test_a_limit_below_the_band_narrows_it():
     assert sure(0.001).domains["code"].verdict == "worse"
     assert sure(0.5).domains["code"].verdict == "same"

@@ -5,7 +5,6 @@ Not covered: additions of one step; their tables have the budgets of that step (
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from nexus_ds.experiments.comparison.report_tables import (
@@ -16,6 +15,7 @@ from nexus_ds.experiments.comparison.report_tables import (
 from nexus_ds.experiments.comparison.result_file import ExtensionRow, Results, present
 from nexus_ds.report.page import Cell, Table
 from nexus_ds.report.paired import spread
+from nexus_ds.report.verdict import relative
 
 Losses = Mapping[str, float]
 """Nats per token, by seed."""
@@ -50,7 +50,7 @@ def forgotten(before: Losses, after: Losses) -> dict[str, float]:
     found = {}
     for seed, loss in after.items():
         if seed in before:
-            found[seed] = 100 * math.expm1(loss - before[seed])
+            found[seed] = 100 * relative(loss - before[seed])
     return found
 
 

@@ -86,6 +86,8 @@ def test_a_seed_that_lacks_turns_is_left_out(in_turn):
 
 def test_a_seed_without_a_start_tells_nothing_of_forgetting():
     assert forgotten({"0": 1.0}, {"0": 1.0, "1": 3.0}) == {"0": 0.0}
+    # a run that diverged
+    assert forgotten({"0": 1.0}, {"0": 800.0}) == {"0": 100 * math.expm1(700)}
 
 
 def test_the_page_and_the_terminal_show_it(in_turn, tmp_path):
