@@ -8,7 +8,8 @@ end of the text before. A document longer than a window goes through in pieces; 
 with the last token of the one before, so that every token is scored once.
 
 **Cloze.** The last word of a passage is one of the domain's frequent words. The model chooses by
-the summed log probability among it and CHOICES - 1 words of like frequency; a tie is no answer.
+the summed log probability among it and CHOICES - 1 words of like frequency, of which none begins
+with it or it with one; a tie is no answer.
 
 Shapes: D documents, W windows, S tokens a window, P passages, C choices.
 Not covered: tokenizers that change a text before they cut it, whose bits are those of another
@@ -189,7 +190,7 @@ def passages(text: HeldOut, domain: str, seed: int) -> list[Passage]:
         seed: which passages of a document, and which other choices.
 
     Raises:
-        DataError: too few frequent words, or no passage that ends with one.
+        DataError: too few frequent words to choose from, or no passage that ends with one.
     """
     ranks = {word: rank for rank, word in enumerate(text.frequent)}
     if len(ranks) <= NEAR:
@@ -218,12 +219,26 @@ def passages(text: HeldOut, domain: str, seed: int) -> list[Passage]:
 
 
 def _choices(words: Sequence[str], rank: int, generator: np.random.Generator) -> list[str]:
-    """Return the word of a rank, and others out of those next to it."""
-    last = len(words) - NEAR - 1
-    low = min(max(0, rank - NEAR // 2), last)
-    others = [word for word in words[low : low + NEAR + 1] if word != words[rank]]
+    """Return the word of a rank, and others out of those next to it.
+
+    Raises:
+        DataError: too few that neither begin the word nor are begun by it.
+    """
+    right = words[rank]
+    # The beginning of a word is never less likely than all of it: "some" would always win against
+    # "something", and always lose against "so".
+    related = [word.startswith(right) or right.startswith(word) for word in words]
+    apart = [word for word, is_related in zip(words, related, strict=True) if not is_related]
+    if len(apart) < CHOICES - 1:
+        raise DataError(
+            f"found {len(apart)} frequent words that neither begin {right!r} nor are begun by it, "
+            f"expected {CHOICES - 1} or more; give more text, or leave cloze out of --measures"
+        )
+    place = rank - sum(related[:rank])
+    low = max(0, min(place - NEAR // 2, len(apart) - NEAR))
+    others = apart[low : low + NEAR]
     drawn = generator.choice(len(others), CHOICES - 1, replace=False)
-    return [words[rank], *(others[index] for index in drawn)]
+    return [right, *(others[index] for index in drawn)]
 
 
 def cloze(reader: Reader, found: Mapping[str, Sequence[Passage]]) -> dict[str, ByDocument]:

@@ -115,7 +115,7 @@ def test_passages_are_text_before_frequent_words(held):
 
 
 def test_every_neighbour_may_be_a_choice():
-    words = [f"w{number}" for number in range(50)]
+    words = [f"w{number:02}" for number in range(50)]
     generator = np.random.default_rng(0)
     for rank, low in ((0, 0), (14, 0), (30, 15), (49, 19)):
         drawn = set()
@@ -124,6 +124,27 @@ def test_every_neighbour_may_be_a_choice():
             assert first == words[rank] and first not in others
             drawn.update(others)
         assert drawn == set(words[low : low + NEAR + 1]) - {words[rank]}
+
+
+def test_no_choice_begins_the_right_word_or_is_begun_by_it():
+    """The beginning of a word is as likely as the word or more: it could only win."""
+    words = [f"w{number:02}" for number in range(50)]
+    words[18:20], words[21:23] = ["w", "w2"], ["w20s", "w20so"]
+    generator = np.random.default_rng(0)
+    drawn = set()
+    for _ in range(200):
+        first, *others = module._choices(words, 20, generator)
+        assert first == "w20" and len(set(others)) == CHOICES - 1
+        drawn.update(others)
+    # as many as ever: in their place come the next ones
+    assert drawn == {*words[3:18], *words[23:38]}
+    few = ["some" + "x" * number for number in range(40)]
+    with pytest.raises(DataError) as caught:
+        module._choices([*few, *WORDS[:8]], 5, generator)
+    assert str(caught.value) == (
+        "found 8 frequent words that neither begin 'somexxxxx' nor are begun by it, expected 9 or "
+        "more; give more text, or leave cloze out of --measures"
+    )
 
 
 @pytest.mark.parametrize(("length", "begin"), [(40, (5,)), (256, ())])
