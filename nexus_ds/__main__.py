@@ -23,7 +23,7 @@ from nexus_ds.console import (
 from nexus_ds.errors import BadBatchesError, NexusError
 from nexus_ds.launch import EXIT_BAD_BATCHES
 from nexus_ds.outputs import Ended, exit_on_signals
-from nexus_ds.words import parse_words
+from nexus_ds.words import Parser, parse_words
 
 
 class Verb(NamedTuple):
@@ -106,7 +106,7 @@ def _module(verb: str) -> ModuleType:
 
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
     """Return the parser; the chosen verb alone is imported and declares its options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nexus-ds",
         description="One mixture-of-experts out of several dense models, and more experts later.",
     )

@@ -73,7 +73,7 @@ from nexus_ds.pipeline import (
     trained_step,
 )
 from nexus_ds.settings import Config
-from nexus_ds.words import parse_words
+from nexus_ds.words import Parser, parse_words
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -197,7 +197,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run as a file under a launcher; a user's mistake is one line, which names a rank above 0."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n", 1)[0])
+    parser = Parser(prog="train.py", description=__doc__.split("\n", 1)[0])
     add_arguments(parser)
     speak_any_encoding()
     if has_launcher():

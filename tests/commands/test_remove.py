@@ -128,7 +128,8 @@ def test_top_two_needs_two(tmp_path, capsys):
 
 def removed(nexus_dir, text_folder, out, *more):
     words = ["remove", "--checkpoint", str(nexus_dir), "--expert", "beta", "--out", str(out)]
-    return main([*words, "--data", str(text_folder), "--windows", "24", *more])
+    windows = [] if "--windows" in more else ["--windows", "24"]
+    return main([*words, "--data", str(text_folder), *windows, *more])
 
 
 @pytest.fixture(scope="module")
