@@ -187,6 +187,7 @@ class TrainStep(Step):
     stage: str
     steps: int
     tokens: int
+    """Of the steps that updated the model."""
     mixture: dict[str, float]
     """Share of each domain's text in the tokens."""
     perplexity: dict[str, float] = field(default_factory=dict)

@@ -764,10 +764,12 @@ class Run:
         """
         windows_NS = torch.from_numpy(next(iter(self.data.validation.values())))
         probe_BS = unmarked(windows_NS[:1, :-1]).to(self.device)
+        # steps that were left out taught nothing, before a resume or since
+        taught = internals.optimizer_step(self.engine)
         step = TrainStep(
             stage=self.config.stage,
             steps=self.total,
-            tokens=self.total * tokens_per_step(self.config.training, self.config.data),
+            tokens=taught * tokens_per_step(self.config.training, self.config.data),
             mixture=self.data.weights,
             perplexity={name: float(f"{x:.6g}") for name, x in self.perplexity.items()},
         )

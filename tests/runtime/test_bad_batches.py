@@ -12,6 +12,7 @@ from conftest import DOMAINS
 from launch import finish, fork_ranks
 from safetensors.torch import load_file
 
+from nexus_ds.checkpoint.sidecar import read_sidecar
 from nexus_ds.runtime import bad_batches
 from nexus_ds.runtime.bad_batches import BadBatches
 from nexus_ds.runtime.states import damage, steps_saved
@@ -46,6 +47,10 @@ def words(nexus, text, out, *more):
 def records(out, kind):
     lines = (out.parent / f"{out.name}.training" / "metrics.jsonl").read_text().splitlines()
     return [record for line in lines if (record := json.loads(line))["kind"] == kind]
+
+
+def tokens_learned(out):
+    return read_sidecar(out).lineage[-1].tokens
 
 
 def same_weights(one, other):
@@ -85,6 +90,7 @@ def test_a_bad_batch_leaves_the_run_as_if_its_step_had_not_been_done(
         if name == kind:
             assert "step 4 left out, nothing was updated (1 in a row, 3 end the run): " in said
     assert same_weights(tmp_path / kind, tmp_path / "omitted")
+    assert tokens_learned(tmp_path / kind) == 5 * 8 * 16
     assert [record["step"] for record in records(tmp_path / kind, "left out")] == [1, 4]
     # Of a stretch that was left out there is nothing to log, of the others nothing is missing.
     logged = records(tmp_path / kind, "train")
@@ -121,6 +127,7 @@ def test_several_in_a_row_end_the_run_and_the_next_start_goes_on_behind_them(
     given = words(nexus_dir, text_folder, tmp_path / "omitted")
     finish(fork_ranks([WORKER, "omitted", "0,1,2", *given], 2))
     assert same_weights(tmp_path / "bad", tmp_path / "omitted")
+    assert tokens_learned(tmp_path / "bad") == 4 * 8 * 16
 
 
 # The counting -------------------------------------------------------------------------------------
