@@ -101,8 +101,9 @@ def parse_limit(text: str | None) -> float | None:
 
 def percent(change: float, error: float = math.nan) -> str:
     """Return a change as people read it: 0.08 is +8.0 %, or +8.0 ± 0.5 % with a standard error."""
-    # Rounded to nothing, a change has no direction to warn of.
-    shown = f"{100 * change:+.1f}".replace("-0.0", "+0.0")
+    # Rounded to nothing, a change has no direction to warn of; a model that has diverged may have
+    # three hundred digits.
+    shown = f"{100 * change:{'+.1f' if change < 1e6 else '+.2g'}}".replace("-0.0", "+0.0")
     return f"{shown} %" if math.isnan(error) else f"{shown} ± {100 * error:.1f} %"
 
 

@@ -250,7 +250,8 @@ def test_percentages():
 
 
 @pytest.mark.parametrize(
-    ("change", "shown"), [(-0.5, "-50.0 %"), (0.08, "+8.0 %"), (-0.0001, "+0.0 %")]
+    ("change", "shown"),
+    [(-0.5, "-50.0 %"), (0.08, "+8.0 %"), (-0.0001, "+0.0 %"), (1e304, "+1e+306 %")],
 )
 def test_percent(change, shown):
     assert percent(change) == shown
