@@ -28,6 +28,8 @@ FIRST_POSITIONS = "original_max_position_embeddings"
 """Key of how many positions a model was first trained on."""
 LEAST_BASE = 2.0
 """yarn divides by the base's logarithm; no model has one near it."""
+MOST_CHANNELS = 1 << 14
+"""Of a head: lists as long as it is wide are made for it; heads of models have 512 at most."""
 NUMBERS = ("factor", "attention_factor", "low_freq_factor", "high_freq_factor")
 NONE_AT_0 = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 """Keys of more numbers; of these 0 says as much as null."""
@@ -105,14 +107,11 @@ def over_the_whole_head(
         where: start of the messages.
 
     Raises:
-        UnsupportedModelError: another kind of RoPE than default and longrope, an odd `turned`.
+        UnsupportedModelError: another kind of RoPE than default and longrope, an odd `turned`,
+            heads wider than any model's.
     """
     kind, width = rope["rope_type"], config["head_dim"]
-    if kind not in ("default", "longrope") or turned % 2 or width % 2:
-        raise UnsupportedModelError(
-            f"{where}: RoPE of type {kind!r} for {turned} of {width} channels of a head can't be "
-            "expressed as Qwen2-MoE; expected default or longrope, and even numbers"
-        )
+    _check_channels(kind, turned, width, where)
     pairs = turned // 2
     whole = {"rope_type": "longrope", "factor": 1.0, "attention_factor": 1.0}
     # where both lists are the same, how many positions came first decides nothing
@@ -121,6 +120,17 @@ def over_the_whole_head(
         factors = rope[key] if kind == "longrope" else [1.0] * pairs
         whole[key] = _stretched(factors, rope["rope_theta"], turned, width)
     return rope | whole
+
+
+def _check_channels(kind: str, turned: int, width: int, where: str) -> None:
+    """Raise UnsupportedModelError for what `over_the_whole_head` can't say."""
+    odd = turned % 2 or width % 2 or max(turned, width) > MOST_CHANNELS
+    if kind not in ("default", "longrope") or odd:
+        raise UnsupportedModelError(
+            f"{where}: RoPE of type {kind!r} for {turned} of {width} channels of a head can't be "
+            "expressed as Qwen2-MoE; expected default or longrope, and even numbers of at most "
+            f"{MOST_CHANNELS}"
+        )
 
 
 def _check_factors(factors: object, pairs: int, what: str) -> None:

@@ -123,3 +123,12 @@ def test_a_default_rope_does_not_read_the_factors_of_a_longrope():
     found = over_the_whole_head(plain | dict(short_factor="x", long_factor=None), sizes, 96, "m")
     factors = over_the_whole_head(plain, sizes, 96, "m")["short_factor"]
     assert found["short_factor"] == found["long_factor"] == factors
+
+
+@pytest.mark.parametrize(("width", "turned"), [(2**40, 2**39), (64, 2**40)])
+def test_heads_wider_than_any_models_take_no_memory(width, turned):
+    """Found by tests/guided.py: a MemoryError, of a head of a trillion channels."""
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    said = rf"m: RoPE of type 'default' for {turned} of {width} channels .* at most 16384"
+    with pytest.raises(UnsupportedModelError, match=said):
+        over_the_whole_head(plain, SIZES | {"head_dim": width}, turned, "m")
