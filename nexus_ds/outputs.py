@@ -248,8 +248,8 @@ def refuse_existing(out: Path) -> None:
     for folder in out.resolve().parents:
         if _is_model(folder):
             raise ConfigError(
-                f"{out} would lie in the model {folder}, which were no more what was written; "
-                "give an --out outside of it"
+                f"{out} would lie in the model {folder}, which would then be other than what was "
+                "written; give an --out outside of it"
             )
     free = out.is_dir() and not any(out.iterdir())
     if not free and out.exists():

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from nexus_ds.errors import ConfigError
+from nexus_ds.inputs import read_bounded
 from nexus_ds.typed_json import parsed, typed
 
 MODULES, CONFIG = "modules.json", "config.json"
@@ -41,8 +42,8 @@ def _object(path: Path) -> Mapping[str, object]:
     """Return the JSON object in a file; of anything else an empty one, for the library that loads
     it says what is wrong."""
     try:
-        return typed(parsed(path.read_bytes()), dict[str, object])
-    except (OSError, ValueError, TypeError, RecursionError):
+        return typed(parsed(read_bounded(path, error=ConfigError)), dict[str, object])
+    except (ConfigError, OSError, ValueError, TypeError, RecursionError):
         return {}
 
 
@@ -64,7 +65,7 @@ def _modules(directory: Path) -> list[_Module]:
     if not path.is_file():
         return []
     try:
-        return typed(parsed(path.read_bytes()), list[_Module], "modules")
+        return typed(parsed(read_bounded(path, error=ConfigError)), list[_Module], "modules")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{path}: {error}; expected a list of modules, each with its path and type; "
