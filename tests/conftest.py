@@ -124,6 +124,24 @@ def save_tokenizer(out: Path, words=WORDS):
     return len(known)
 
 
+def save_encoder(out: Path) -> Path:
+    """Save a sentence encoder with random weights: a Bert of one layer, its mean, a Dense of 8."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
+    from transformers import BertConfig, BertModel
+
+    base = out.with_name("bert")
+    sizes = dict(vocab_size=save_tokenizer(base), hidden_size=16, intermediate_size=24)
+    heads = dict(num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64)
+    path = base / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<unk>"}))
+    torch.manual_seed(0)
+    BertModel(BertConfig(**sizes, **heads)).save_pretrained(base)
+    modules = [Transformer(str(base)), Pooling(16, "mean"), Dense(16, 8)]
+    SentenceTransformer(modules=modules).save_pretrained(str(out))
+    return out
+
+
 def add_token(directory: Path):
     """Let a text end with a token beyond a checkpoint's 31 rows, which tokenizer_config.json alone
     knows."""

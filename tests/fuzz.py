@@ -41,7 +41,7 @@ import numpy as np
 import torch
 import yaml
 import zstandard
-from conftest import WORDS, make_nexus, save_tokenizer, sentences
+from conftest import WORDS, make_nexus, save_encoder, save_tokenizer, sentences
 from safetensors.torch import save_file
 
 from nexus_ds.errors import NexusError
@@ -563,6 +563,27 @@ def tokenizer(box):
         lambda: load_tokenizer(box).backend().encode("tree leaf"),
     ]
     return Target({name: json_text(value) for name, value in texts.items()}, readers, box)
+
+
+@target
+def encoder(box):
+    """A sentence encoder's folder, one whose last module has weights of its own."""
+    from nexus_ds.data.encoder_files import is_language_model, weights_hash
+    from nexus_ds.data.sentence_encoder import SentenceEncoder
+
+    save_encoder(box)
+    files = [str(path.relative_to(box)) for path in sorted(box.rglob("*"))]
+    inputs = {
+        name: json_text(json.loads(text_of(box, name))) for name in files if name.endswith(".json")
+    }
+    inputs |= {name: tensors(text_of(box, name)) for name in files if name.endswith(".safetensors")}
+
+    def use():
+        found = SentenceEncoder(str(box))
+        texts = [window for text in ("tree", "leaf " * 100) for window in found.windows(text, 2)]
+        found.encode(texts)
+
+    return Target(inputs, [lambda: is_language_model(box), lambda: weights_hash(box), use], box)
 
 
 TEMPLATES = [

@@ -821,9 +821,21 @@ FAULTS = (
     ),
     Fault(
         "an encoder's own code is run",
-        "data/domains.py",
-        "                trust_remote_code=False,",
-        "                trust_remote_code=True,",
+        "data/sentence_encoder.py",
+        "            trust_remote_code=False,",
+        "            trust_remote_code=True,",
+    ),
+    Fault(
+        "an encoder's missing weights are filled at random",
+        "data/sentence_encoder.py",
+        "    if drawn:",
+        "    if False:",
+    ),
+    Fault(
+        "an encoder names a kernel of the hub",
+        "data/encoder_checks.py",
+        "    _refuse_foreign(path, config)\n",
+        "",
     ),
     Fault(
         "a small domain has no validation text",

@@ -39,12 +39,15 @@ ALLOWED = {
     ("nexus_ds.commands.status", "subprocess"): "asks squeue and sacct, by a list of words",
     ("nexus_ds.checkpoint.loading", "huggingface_hub"): "the error that a config.json can raise",
     ("nexus_ds.data.offline", "huggingface_hub"): "tells it to stay offline",
-    ("nexus_ds.data.domains", "import_module"): "a packaged encoder, of the table ENCODERS",
     (
-        "nexus_ds.data.domains",
+        "nexus_ds.data.sentence_encoder",
+        "import_module",
+    ): "an encoder of the table ENCODERS",
+    (
+        "nexus_ds.data.sentence_encoder",
         "huggingface_hub",
     ): "an encoder that was downloaded; online on request",
-    ("nexus_ds.data.domains", "snapshot_download"): "the same",
+    ("nexus_ds.data.sentence_encoder", "snapshot_download"): "the same",
     (
         "nexus_ds.data.encoding",
         "multiprocessing",
@@ -201,7 +204,7 @@ def test_imports_by_a_name_that_is_computed_are_few():
     }
     assert computed == {
         "nexus_ds.__main__",
-        "nexus_ds.data.domains",
+        "nexus_ds.data.sentence_encoder",
         "nexus_ds.experiments.comparison.jobs",
     }
 

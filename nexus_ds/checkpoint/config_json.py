@@ -5,11 +5,11 @@ Not covered: what its sizes mean (`dense_settings`), the headers of weight files
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nexus_ds.checkpoint.json_files import read_json_object, require_directory
+from nexus_ds.code_hooks import ELSEWHERE, code_hooks
 from nexus_ds.errors import CheckpointError, UnsupportedModelError
 
 ConfigJson = dict[str, Any]
@@ -19,55 +19,14 @@ CONTEXT_MODEL = "nexus_moe"
 """`model_type` of checkpoints whose router reads a running mean (`router.input: context`): a stock
 Qwen2-MoE would route by single tokens."""
 ADAPTER = "adapter_config.json"
-ELSEWHERE = ("transformers_weights", "configuration_files")
-"""Keys by which transformers reads other files than model.safetensors and config.json."""
-HOOKS = (  # keys of a configuration that make transformers run code that is not its own
-    "auto_map",
-    "trust_remote_code",
-    "custom_pipelines",
-    "custom_generate",
-    "_attn_implementation_internal",
-    "_experts_implementation_internal",
-    "attn_implementation",
-    "_attn_implementation",
-    "experts_implementation",
-    "_experts_implementation",
-    "kernel_config",
-)
 LARGEST = 1e30
 """Of numbers that a class computes with, and of their inverses: fp32 has them, and fp64 their
 squares. What Python reads as JSON may be infinite."""
-HARMLESS = (
-    "eager",
-    "sdpa",
-    "flash_attention_2",
-    "flash_attention_3",
-    "flex_attention",
-    "grouped_mm",
-    "batched_mm",
-)
-"""Implementations that transformers itself carries; anything else may be the name of a kernel on a
-hub."""
-
-
-def _walk(value: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Yield (dotted path, key, value) of every key in nested JSON."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield f"{path}{key}", key, item
-            yield from _walk(item, f"{path}{key}.")
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _walk(item, f"{path}{index}.")
 
 
 def refuse_hooks(config: ConfigJson, where: str) -> None:
     """Raise UnsupportedModelError for keys, at any depth, that ask for code of the checkpoint."""
-    for path, key, value in _walk(config):
-        if key not in HOOKS or value in (None, False):
-            continue
-        if key.endswith("_implementation") and value in HARMLESS:
-            continue
+    for path, _, value in code_hooks(config):
         raise UnsupportedModelError(
             f"{where}: {path} = {str(value)[:100]!r} asks for code that is not part of "
             "transformers; such code is never run. "

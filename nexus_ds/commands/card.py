@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from nexus_ds.data import sample_options
-from nexus_ds.data.domains import SentenceEncoder
+from nexus_ds.data.sentence_encoder import SentenceEncoder
 from nexus_ds.data.sources import open_source, require_domains
 from nexus_ds.errors import OutputExistsError
 from nexus_ds.outputs import held

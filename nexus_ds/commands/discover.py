@@ -16,11 +16,11 @@ from nexus_ds.command_lines import typed_training, typed_upcycling
 from nexus_ds.data.clusters import Discovery, corpus_files
 from nexus_ds.data.domains import (
     DomainEmbeddings,
-    SentenceEncoder,
     embed_domains,
     near_duplicates,
     write_domain_embeddings,
 )
+from nexus_ds.data.sentence_encoder import SentenceEncoder
 from nexus_ds.data.sources import open_source
 from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import new_directory, refuse_existing, write_json

@@ -16,12 +16,12 @@ from nexus_ds.config import named_once
 from nexus_ds.data import sample_options
 from nexus_ds.data.domains import (
     DomainEmbeddings,
-    SentenceEncoder,
     cosine_table,
     cosines,
     near_duplicates,
     write_domain_embeddings,
 )
+from nexus_ds.data.sentence_encoder import SentenceEncoder
 from nexus_ds.data.sources import open_source, require_domains
 from nexus_ds.outputs import held, refuse_existing
 

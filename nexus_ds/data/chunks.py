@@ -17,13 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from nexus_ds.data.domains import (
-    ENCODE_BATCH,
-    SentenceEncoder,
-    document_vectors,
-    encoder_directory,
-)
+from nexus_ds.data.domains import ENCODE_BATCH, document_vectors
 from nexus_ds.data.encoder_files import weights_hash
+from nexus_ds.data.sentence_encoder import SentenceEncoder, encoder_directory
 from nexus_ds.errors import IncompatibleModelsError, one_line
 from nexus_ds.outputs import create, new_file
 from nexus_ds.progress import Progress, say

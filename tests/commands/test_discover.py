@@ -20,8 +20,9 @@ from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings
 from nexus_ds.command_lines import DS_JSON, TRAIN
 from nexus_ds.config import load_config
 from nexus_ds.data.demo_text import demo_source
-from nexus_ds.data.domains import SentenceEncoder, embed_domains, read_domain_embeddings
+from nexus_ds.data.domains import embed_domains, read_domain_embeddings
 from nexus_ds.data.rows import read_rows
+from nexus_ds.data.sentence_encoder import SentenceEncoder
 from nexus_ds.data.sources import open_source
 from nexus_ds.pipeline import resolve
 

@@ -37,12 +37,9 @@ from nexus_ds.checkpoint.qwen2_moe import gate_name, mean_name
 from nexus_ds.checkpoint.sidecar import read_sidecar, verify_expert_embeddings
 from nexus_ds.command_lines import DS_JSON, TRAIN
 from nexus_ds.commands import extend, remove, upcycle
-from nexus_ds.data.domains import (
-    encoder_directory,
-    read_domain_embeddings,
-    write_domain_embeddings,
-)
+from nexus_ds.data.domains import read_domain_embeddings, write_domain_embeddings
 from nexus_ds.data.encoder_files import weights_hash
+from nexus_ds.data.sentence_encoder import encoder_directory
 from nexus_ds.data.token_counts import count_tokens
 from nexus_ds.errors import (
     ConfigError,

@@ -5,8 +5,8 @@ import pytest
 from huggingface_hub import constants
 
 from nexus_ds.data.corpora import open_source
-from nexus_ds.data.domains import encoder_directory
 from nexus_ds.data.offline import stay_offline
+from nexus_ds.data.sentence_encoder import encoder_directory
 from nexus_ds.errors import ConfigError, DataError
 
 

@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 from nexus_ds.data import sample_options
-from nexus_ds.data.domains import DEFAULT_ENCODER
+from nexus_ds.data.sentence_encoder import DEFAULT_ENCODER
 from nexus_ds.errors import ConfigError
 
 
