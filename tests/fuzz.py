@@ -1102,6 +1102,7 @@ def gpu_json(box):
 HEAVY = ["nexus_ds.runtime.engine", "nexus_ds.data.corpora", "nexus_ds.checkpoint.loading"]
 HEAVY += ["transformers.models.llama.modeling_llama", "sklearn.cluster", "datasets"]
 HEAVY += ["transformers.models.qwen2_moe.modeling_qwen2_moe", "nexus_ds.commands.status"]
+HEAVY += ["sentence_transformers"]
 
 # Running -----------------------------------------------------------------------------------------
 
