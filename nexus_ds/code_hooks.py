@@ -31,8 +31,9 @@ HARMLESS = (
     "grouped_mm",
     "batched_mm",
 )
-"""Implementations that transformers itself carries; anything else may be the name of a kernel on a
-hub."""
+"""Implementations of transformers, or of flash attention's package; anything else may be the name
+of a kernel on a hub. (Without that package transformers takes its community's kernel, if `kernels`
+is installed and the hub may be asked.)"""
 ELSEWHERE = ("transformers_weights", "configuration_files")
 """Keys by which transformers reads other files than model.safetensors and config.json."""
 

@@ -62,7 +62,7 @@ class ServingError(NexusError):
     """A checkpoint that another program can't load, or would compute wrongly."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Return what a library says as one line of bearable length."""
     # transformers' messages can list every tensor of a model, or end in advice on upgrading
     return " ".join(str(error).split())[:300]

