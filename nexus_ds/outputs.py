@@ -260,11 +260,11 @@ def refuse_existing(out: Path) -> None:
             errno.ENOTDIR, f"{out} can't be made in what is not a directory", str(there)
         )
     if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(
-            errno.EACCES,
-            f"{out} can't be made; give another --out, or write permission",
-            str(there),
-        )
+        read_only = os.statvfs(there).f_flag & os.ST_RDONLY
+        kind, need = errno.EACCES, "write permission"
+        if read_only:
+            kind, need = errno.EROFS, "mount its disk for writing"
+        raise OSError(kind, f"{out} can't be made; give another --out, or {need}", str(there))
 
 
 def _is_model(folder: Path) -> bool:
