@@ -572,6 +572,11 @@ def new_file(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, replacing `path` in one step."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # half a character, which a stranger's JSON can name, is kept as it was written there
+        text = json.dumps(value, indent=2)
     with new_file(path, overwrite=True) as temporary:
-        text = json.dumps(value, indent=2, ensure_ascii=False)
         write_text(temporary, text + "\n")

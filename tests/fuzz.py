@@ -1099,6 +1099,49 @@ def gpu_json(box):
     )
 
 
+@target
+def trained(box):
+    """A mixture as stock transformers saves it, taken up again by `adopt`."""
+    from nexus_ds.upcycling.adopt import adopted
+
+    nexus = box.with_name("nexus")
+    make_nexus(nexus)
+    shutil.copytree(nexus, box, ignore=shutil.ignore_patterns("nexus*"), dirs_exist_ok=True)
+    inputs = {
+        "model.safetensors": tensors(text_of(box, "model.safetensors")),
+        **{name: json_file(box, name) for name in ("config.json", "tokenizer.json")},
+    }
+    # two directories are compared: by their options
+    named = ["the models differ where they must agree"]
+    return Target(inputs, [lambda: adopted(box, nexus, approximate=True)], box, named)
+
+
+@target
+def exported(box):
+    """A mixture of a stranger, written for other programs."""
+    from nexus_ds.serving.exporting import export_to
+    from nexus_ds.serving.modelfile import modelfile
+    from nexus_ds.serving.targets import TARGETS
+
+    make_nexus(box)
+    (box / "chat_template.jinja").write_text(TEMPLATES[0])
+    out = box.with_name("out")
+
+    def write(name):
+        try:
+            export_to(box, TARGETS[name], out)
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+
+    files = ("config.json", "nexus.json", "tokenizer_config.json", "generation_config.json")
+    inputs = {name: json_file(box, name) for name in files}
+    inputs["chat_template.jinja"] = changed_bytes(TEMPLATES[0].encode())
+    ways = [lambda name=name: write(name) for name in ("transformers4", "vllm", "hub")]
+    return Target(
+        inputs, [*ways, lambda: modelfile(box)], box, ["chat template", "of the checkpoint holds"]
+    )
+
+
 HEAVY = ["nexus_ds.runtime.engine", "nexus_ds.data.corpora", "nexus_ds.checkpoint.loading"]
 HEAVY += ["transformers.models.llama.modeling_llama", "sklearn.cluster", "datasets"]
 HEAVY += ["transformers.models.qwen2_moe.modeling_qwen2_moe", "nexus_ds.commands.status"]

@@ -1,5 +1,6 @@
 import errno
 import fcntl
+import json
 import os
 import re
 import signal
@@ -602,3 +603,10 @@ def test_a_lock_file_that_does_not_fit_is_named_and_goes(tmp_path: Path):
     with file_limit(10), pytest.raises(OSError, match=said), held(tmp_path / "out"):
         raise AssertionError("nobody could be told of this writer")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ["é", "half a character: \ud800 é"])
+def test_json_of_a_stranger_is_written_as_it_was(tmp_path: Path, text: str):
+    write_json(tmp_path / "a.json", {"a": text})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": text}
+    assert ("é" in (tmp_path / "a.json").read_text()) == (text == "é")
