@@ -167,6 +167,8 @@ PROMISES = (
             STATES + "test_a_full_disk_is_told_before_anything_is_written",
             STATES
             + "test_a_state_that_could_not_be_written_whole_does_not_count_and_the_older_one_stays",
+            STATES + "test_a_disk_that_fills_up_amid_a_save_is_told_with_file_need_and_room",
+            STATES + "test_a_manifest_that_does_not_fit_is_named_and_leaves_no_state_behind",
             OUTPUTS + "test_a_write_that_stops_short_goes_on_or_names_file_need_and_free",
             SOAK,
         ),
