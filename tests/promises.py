@@ -152,6 +152,7 @@ PROMISES = (
         (
             STATES + "test_what_latest_says_does_not_matter",
             STATES + "test_a_run_whose_states_are_gone_does_not_start_over_silently",
+            ONE + "test_a_run_whose_states_are_gone_says_that_it_starts_over",
             SOAK,
         ),
     ),

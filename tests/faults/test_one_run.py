@@ -182,6 +182,16 @@ def test_it_goes_on_after_all_that(run):
     assert run.ended(WAIT) == [75, 75]
 
 
+def test_a_run_whose_states_are_gone_says_that_it_starts_over(run):
+    shutil.rmtree(run.states)
+    last = max(step for step, _ in run.steps())
+    trained(run)
+    assert (
+        f"metrics.jsonl tells of training up to step {last}, but {run.states} holds" in run.said()
+    )
+    assert ", resumed" not in run.said()
+
+
 def test_a_disk_that_can_not_be_written_is_told_before_anything_is_read(
     tmp_path, nexus_dir, text_folder
 ):
