@@ -482,8 +482,12 @@ def remove_left(folder: Path) -> None:
 
 
 @contextmanager
-def held(out: Path) -> Iterator[None]:
+def held(out: Path, job: str = "") -> Iterator[None]:
     """Be the only process that writes `out` inside the context.
+
+    Args:
+        out: what is written.
+        job: of a cluster, in words, to which this process belongs; others are told of it.
 
     Raises:
         OutputBusyError: there is another, which the message names.
@@ -499,17 +503,18 @@ def held(out: Path) -> Iterator[None]:
                 _remove_if_dead(left)
             _remove_beside(out)
         try:
-            _sign(file, path)
+            _sign(file, path, job)
             yield
         finally:
             # While the lock is held, so that nobody has it.
             path.unlink(missing_ok=True)
 
 
-def _sign(file: IO[str], path: Path) -> None:
+def _sign(file: IO[str], path: Path, job: str) -> None:
     """Write into the lock file at `path` who holds it."""
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    holder = f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode()
+    where = f" in {job}" if job else ""
+    holder = f"process {os.getpid()} on {socket.gethostname()} since {since}{where}\n".encode()
     file.truncate(0)
     # Not by `file`, which would try once more when it is closed.
     write_at(file.fileno(), 0, memoryview(holder), path)

@@ -185,12 +185,13 @@ PROMISES = (
     ),
     Promise(
         "T20",
-        "A second run of one output is refused by process and host; the lock of a killed one is"
-        " none.",
+        "A second run of one output is refused by process, host and job; the lock of a killed one"
+        " is none.",
         (
             HEAP,
             "test_train.py::test_a_second_run_of_the_same_output_is_refused",
             OUTPUTS + "test_the_second_writer_is_told_who_the_first_is_and_the_first_goes_on",
+            OUTPUTS + "test_the_second_writer_is_told_the_job_of_the_first",
             OUTPUTS + "test_the_lock_of_a_killed_process_is_none",
         ),
     ),

@@ -109,6 +109,16 @@ def test_the_second_writer_is_told_who_the_first_is_and_the_first_goes_on(
         pass
 
 
+def test_the_second_writer_is_told_the_job_of_the_first(tmp_path: Path):
+    message = r"since \d+-\d+-\d+ \d+:\d+:\d+ in SLURM job 12_3; wait for it or give another"
+    with (
+        held(tmp_path / "out", "SLURM job 12_3"),
+        pytest.raises(OutputBusyError, match=message),
+        new_directory(tmp_path / "out"),
+    ):
+        raise AssertionError("both write")
+
+
 def test_the_lock_of_a_killed_process_is_none(other: subprocess.Popen, tmp_path: Path):
     other.send_signal(signal.SIGKILL)
     other.wait()
