@@ -171,6 +171,8 @@ PROMISES = (
             STATES + "test_a_disk_that_fills_up_amid_a_save_is_told_with_file_need_and_room",
             STATES + "test_a_manifest_that_does_not_fit_is_named_and_leaves_no_state_behind",
             OUTPUTS + "test_a_write_that_stops_short_goes_on_or_names_file_need_and_free",
+            OUTPUTS
+            + "test_a_copy_that_stops_short_names_what_it_writes_with_the_need_of_the_whole_file",
             SOAK,
         ),
     ),
