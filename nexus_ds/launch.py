@@ -243,6 +243,16 @@ def array_task(env: Mapping[str, str] = os.environ) -> str:
     return text if NUMBER.fullmatch(text) else ""
 
 
+def job_words(env: Mapping[str, str] = os.environ) -> str:
+    """Return this process's SLURM job as `squeue` and `scancel` name it, in words; '' for none."""
+    array = ["SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"]
+    names = array if array[0] in env else ["SLURM_JOB_ID"]
+    numbers = [env.get(name, "") for name in names]
+    if not all(NUMBER.fullmatch(number) for number in numbers):
+        return ""
+    return f"SLURM job {'_'.join(numbers)}"
+
+
 def job_name(env: Mapping[str, str] = os.environ) -> str:
     """Return what tells this job's temporary files from another's, the same on all of its ranks."""
     # Outside of SLURM a check has one rank.

@@ -168,17 +168,25 @@ def write_at(
     position: int,
     data: memoryview,
     path: Path,
+    after: int = 0,
 ) -> None:
     """Write all of `data` (bytes).
 
     One call of the system writes at most 2 GiB, and less where a limit or quota is near.
+
+    Args:
+        descriptor: of the opened file.
+        position: of the first byte in it.
+        data: what is written.
+        path: of the file.
+        after: bytes that the file needs besides; only told.
 
     Raises:
         OSError: names `path`, what is still to be written, and what is free.
     """
     done = 0
     while done < len(data):
-        with naming(path, len(data) - done):
+        with naming(path, len(data) - done + after):
             count = os.pwrite(descriptor, data[done:], position + done)
             # Without this a full disk that says so by writing nothing would be tried for ever.
             if not count:
@@ -204,6 +212,29 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file (UTF-8, line ends as they are)."""
     with create(path) as stream:
         stream.write(text.encode("utf-8"))
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy what a file holds; its mode and times are the copy's own.
+
+    Not by `shutil`: of a full disk it names what was read, without need or room.
+
+    Raises:
+        OSError: it names `target`, what is still to be written of it and what is free; `source`
+            where that can't be read.
+    """
+    with naming(target), source.open("rb", buffering=0) as old, create(target) as new:
+        size = os.fstat(old.fileno()).st_size
+        block = memoryview(bytearray(BUFFER))
+        done = 0
+        while True:
+            with naming(source):
+                count = old.readinto(block)
+            if not count:
+                return
+            left = max(size - done - count, 0)
+            write_at(new.fileno(), done, block[:count], target, left)
+            done += count
 
 
 def sync(path: Path) -> None:
@@ -451,8 +482,12 @@ def remove_left(folder: Path) -> None:
 
 
 @contextmanager
-def held(out: Path) -> Iterator[None]:
+def held(out: Path, job: str = "") -> Iterator[None]:
     """Be the only process that writes `out` inside the context.
+
+    Args:
+        out: what is written.
+        job: of a cluster, in words, to which this process belongs; others are told of it.
 
     Raises:
         OutputBusyError: there is another, which the message names.
@@ -468,17 +503,18 @@ def held(out: Path) -> Iterator[None]:
                 _remove_if_dead(left)
             _remove_beside(out)
         try:
-            _sign(file, path)
+            _sign(file, path, job)
             yield
         finally:
             # While the lock is held, so that nobody has it.
             path.unlink(missing_ok=True)
 
 
-def _sign(file: IO[str], path: Path) -> None:
+def _sign(file: IO[str], path: Path, job: str) -> None:
     """Write into the lock file at `path` who holds it."""
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    holder = f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode()
+    where = f" in {job}" if job else ""
+    holder = f"process {os.getpid()} on {socket.gethostname()} since {since}{where}\n".encode()
     file.truncate(0)
     # Not by `file`, which would try once more when it is closed.
     write_at(file.fileno(), 0, memoryview(holder), path)

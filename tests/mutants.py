@@ -436,8 +436,8 @@ FAULTS = (
     Fault(
         "a tokenizer's links are followed",
         "checkpoint/tokenizer.py",
-        "copyfile(confined(source, name), ",
-        "copyfile(source / name, ",
+        "copy_file(confined(source, name), ",
+        "copy_file(source / name, ",
     ),
     Fault(
         "a fingerprint without weights",

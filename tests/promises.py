@@ -152,6 +152,7 @@ PROMISES = (
         (
             STATES + "test_what_latest_says_does_not_matter",
             STATES + "test_a_run_whose_states_are_gone_does_not_start_over_silently",
+            ONE + "test_a_run_whose_states_are_gone_says_that_it_starts_over",
             SOAK,
         ),
     ),
@@ -167,7 +168,11 @@ PROMISES = (
             STATES + "test_a_full_disk_is_told_before_anything_is_written",
             STATES
             + "test_a_state_that_could_not_be_written_whole_does_not_count_and_the_older_one_stays",
+            STATES + "test_a_disk_that_fills_up_amid_a_save_is_told_with_file_need_and_room",
+            STATES + "test_a_manifest_that_does_not_fit_is_named_and_leaves_no_state_behind",
             OUTPUTS + "test_a_write_that_stops_short_goes_on_or_names_file_need_and_free",
+            OUTPUTS
+            + "test_a_copy_that_stops_short_names_what_it_writes_with_the_need_of_the_whole_file",
             SOAK,
         ),
     ),
@@ -182,12 +187,13 @@ PROMISES = (
     ),
     Promise(
         "T20",
-        "A second run of one output is refused by process and host; the lock of a killed one is"
-        " none.",
+        "A second run of one output is refused by process, host and job; the lock of a killed one"
+        " is none.",
         (
             HEAP,
             "test_train.py::test_a_second_run_of_the_same_output_is_refused",
             OUTPUTS + "test_the_second_writer_is_told_who_the_first_is_and_the_first_goes_on",
+            OUTPUTS + "test_the_second_writer_is_told_the_job_of_the_first",
             OUTPUTS + "test_the_lock_of_a_killed_process_is_none",
         ),
     ),

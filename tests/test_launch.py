@@ -288,6 +288,24 @@ def test_what_slurm_gave_the_job():
 
 
 @pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, ""),
+        ({"SLURM_JOB_ID": "15"}, "SLURM job 15"),
+        ({"SLURM_JOB_ID": "15", "SLURM_ARRAY_TASK_ID": "3"}, "SLURM job 15"),
+        (
+            {"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"},
+            "SLURM job 12_3",
+        ),
+        ({"SLURM_JOB_ID": "15\nprocess 1"}, ""),
+        ({"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12"}, ""),
+    ],
+)
+def test_a_job_is_told_as_the_cluster_names_it(given, words):
+    assert launch.job_words(given) == words
+
+
+@pytest.mark.parametrize(
     ("read", "name"),
     [
         (launch.allotted_gpus, "SLURM_GPUS_ON_NODE"),

@@ -1,5 +1,6 @@
 import errno
 import fcntl
+import io
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from nexus_ds.errors import ConfigError, OutputBusyError, OutputExistsError
 from nexus_ds.outputs import (
     ENDING,
     Ended,
+    copy_file,
     create,
     exit_on_signals,
     held,
@@ -106,6 +108,16 @@ def test_the_second_writer_is_told_who_the_first_is_and_the_first_goes_on(
         new_directory(tmp_path / "out"),
     ):
         pass
+
+
+def test_the_second_writer_is_told_the_job_of_the_first(tmp_path: Path):
+    message = r"since \d+-\d+-\d+ \d+:\d+:\d+ in SLURM job 12_3; wait for it or give another"
+    with (
+        held(tmp_path / "out", "SLURM job 12_3"),
+        pytest.raises(OutputBusyError, match=message),
+        new_directory(tmp_path / "out"),
+    ):
+        raise AssertionError("both write")
 
 
 def test_the_lock_of_a_killed_process_is_none(other: subprocess.Popen, tmp_path: Path):
@@ -415,6 +427,42 @@ def test_a_buffered_write_names_the_file_at_once_or_when_it_is_closed(
     with file_limit(1000), pytest.raises(OSError, match=said), create(tmp_path / "text") as stream:
         stream.write(b"x" * (1500 if at_close else 3 << 20))
         assert at_close, "larger than the buffer"
+
+
+def test_a_copy_that_stops_short_names_what_it_writes_with_the_need_of_the_whole_file(
+    tmp_path: Path,
+):
+    source, target = tmp_path / "shard", tmp_path / "copy"
+    source.write_bytes(os.urandom((5 << 20) + 7))
+    # In the middle of the third block of a MiB.
+    said = rf"^\[Errno 27\] File too large: need 2,621,447 bytes more, free [\d,]+: '{target}'$"
+    with file_limit(5 << 19), pytest.raises(OSError, match=said):
+        copy_file(source, target)
+    copy_file(source, target)
+    assert target.read_bytes() == source.read_bytes()
+    source.write_bytes(b"")
+    copy_file(source, target)
+    assert target.read_bytes() == b""
+
+
+def test_what_can_not_be_read_for_a_copy_is_named_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of a disk that loses blocks the system's error names no file."""
+    lost = tmp_path / "lost"
+    lost.write_bytes(b"x")
+
+    def opened(*_: object, **__: object) -> object:
+        return LostBlocks(lost)
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(OSError, match=rf"^\[Errno 5\] Input/output error: .*: '{lost}'$"):
+        copy_file(lost, tmp_path / "copy")
+
+
+class LostBlocks(io.FileIO):
+    def readinto(self, *_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def test_json_that_does_not_fit_leaves_the_old_one(tmp_path: Path):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,7 +24,7 @@ from nexus_ds.data.encoding import beginning
 from nexus_ds.data.tokenizer import ANY_CLASS, CONFIG, EXTRA, for_any_class, open_tokenizer
 from nexus_ds.errors import CheckpointError, IncompatibleModelsError, UnsupportedModelError
 from nexus_ds.inputs import MOST_BYTES, read_bounded, require_file
-from nexus_ds.outputs import write_json, write_text
+from nexus_ds.outputs import copy_file, write_json, write_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -389,7 +388,7 @@ def _copy_files(source: Path, out: Path, more: Iterable[str]) -> None:
         if (source / name).is_file():
             # templates may lie in a folder of their own
             (out / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(confined(source, name), out / name)
+            copy_file(confined(source, name), out / name)
 
 
 def _means(directory: Path, meaning: TokenizerMeaning) -> bool:

@@ -9,7 +9,6 @@ Not covered: consolidating a training state without an engine.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
@@ -56,7 +55,7 @@ from nexus_ds.checkpoint.tensors import DTYPES
 from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.config import dump
 from nexus_ds.errors import CheckpointError
-from nexus_ds.outputs import naming, new_directory, write_text
+from nexus_ds.outputs import copy_file, naming, new_directory, write_text
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime import watchdog
 from nexus_ds.runtime.deepspeed_internals import Engine
@@ -259,7 +258,7 @@ def _write_config(model: Any, source: Path | None, dtype: torch.dtype, directory
     values = both_ropes(values)
     write_text(directory / "config.json", json.dumps(values, indent=2) + "\n")
     if source and (source / "generation_config.json").is_file():
-        shutil.copyfile(source / "generation_config.json", directory / "generation_config.json")
+        copy_file(source / "generation_config.json", directory / "generation_config.json")
 
 
 def export(

@@ -69,7 +69,7 @@ from nexus_ds.runtime.engine import (
 )
 from nexus_ds.runtime.export import export
 from nexus_ds.runtime.frozen_experts import freeze, old_experts
-from nexus_ds.runtime.metrics import Metrics, Values
+from nexus_ds.runtime.metrics import Metrics, Values, steps_told
 from nexus_ds.runtime.nexus_moe import Placement
 from nexus_ds.runtime.node_checks import gpu_memory, host_memory, machine_of
 from nexus_ds.runtime.parallel_model import Partition, keep_whole, load_for_training
@@ -836,6 +836,8 @@ def train(config: Config, ds_json: str, here: Position) -> int:
     run.saved = first
     messages = run.data.messages + messages
     on_first = here.rank == 0
+    if on_first and not first:
+        messages = messages + lost_steps(run.work)
     with closing(Metrics(run.work, config.name, first, run.total, on_first)) as metrics:
         if on_first:
             write_config(run.work, config)
@@ -849,6 +851,22 @@ def train(config: Config, ds_json: str, here: Position) -> int:
     dist.barrier()
     dist.destroy_process_group()
     return 0 if finished else EXIT_STOPPED
+
+
+def lost_steps(work: Path) -> list[str]:
+    """Say that a run begins anew although its log tells of steps.
+
+    That is no error: to remove the states is how one starts over, and a run that was killed before
+    its first save has none. But they may also have been lost.
+    """
+    log = work / "metrics.jsonl"
+    told = steps_told(log)
+    if not told:
+        return []
+    return [
+        f"warning: {log} tells of training up to step {told}, but {work / 'states'} holds no "
+        "state: the run starts over at step 0, and its records follow those"
+    ]
 
 
 def describe(run: Run, first: int) -> str:

@@ -54,6 +54,26 @@ def take_back_unfinished(log: Path) -> None:
             stream.truncate(start + end)
 
 
+def steps_told(log: Path) -> int:
+    """Return the largest training step of which the end of a log tells; 0 for none.
+
+    Lines that are damaged tell nothing.
+    """
+    if not log.is_file():
+        return 0
+    with log.open("rb") as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - LONGEST))
+        lines = stream.read().splitlines()
+    found = [0]
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and record.get("kind") == "train":
+                step = record.get("step")
+                found += [step] if type(step) is int else []
+    return max(found)
+
+
 @contextmanager
 def unread() -> Iterator[None]:
     """Let a terminal that was closed, or a log whose reader has gone, end no training.

@@ -30,7 +30,6 @@ import torch.distributed as dist
 
 from nexus_ds.errors import CheckpointError
 from nexus_ds.outputs import (
-    create,
     new_file,
     numbered,
     sync,
@@ -318,10 +317,8 @@ def _commit(states: Path, partial: Path, manifest: Manifest) -> None:
     text = seal(cast(dict[str, object], manifest))
     final = states / f"step_{step}"
     _fault("before_manifest", step)
-    with create(partial / MANIFEST) as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    write_text(partial / MANIFEST, text)
+    sync(partial / MANIFEST)
     sync(partial)
     _fault("before_rename", step)
     shutil.rmtree(final, ignore_errors=True)  # only a damaged one can be there
@@ -376,7 +373,11 @@ def save(engine: Engine, states: Path, step: int, description: Description, keep
     }
 
     def commit() -> None:
-        _commit(states, partial, manifest)
+        try:
+            _commit(states, partial, manifest)
+        finally:
+            # Gone by its rename, or as large as a state on a disk that may be full.
+            _remove_partial(states)
         _retain(states, step, keep_last)
 
     on_rank_0(commit)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -47,7 +46,7 @@ from nexus_ds.checkpoint.qwen2_moe import (
 from nexus_ds.checkpoint.sidecar import verify_expert_embeddings
 from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.errors import ServingError
-from nexus_ds.outputs import write_json
+from nexus_ds.outputs import copy_file, write_json
 from nexus_ds.serving.targets import Mixture, Target, next_without_linear
 
 LICENSES = ("LICENSE*", "LICENCE*", "NOTICE*")
@@ -237,7 +236,7 @@ def copy_licenses(source: Path, out: Path) -> None:
     """Copy the licenses' texts that lie beside a model."""
     for pattern in LICENSES:
         for path in sorted(source.glob(pattern)):
-            shutil.copyfile(confined(source, path.name), out / path.name)
+            copy_file(confined(source, path.name), out / path.name)
 
 
 def write_directory(opened: Opened, target: Target, out: Path) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,7 +43,7 @@ from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.data.tokenizer import CONFIG
 from nexus_ds.errors import ServingError
 from nexus_ds.inputs import MOST_BYTES, require_file
-from nexus_ds.outputs import write_json, write_text
+from nexus_ds.outputs import copy_file, write_json, write_text
 from nexus_ds.serving.directory import GENERATION, Opened, copy_licenses
 
 NAMING = ("seed_model", "checkpoint")
@@ -190,9 +189,9 @@ def _copy_files(opened: Opened, out: Path) -> set[str]:
     read_generation_config(source)
     (out / ROUTER).parent.mkdir()
     for name in names:
-        shutil.copyfile(confined(source, name), out / name)
+        copy_file(confined(source, name), out / name)
     router = router_name(source)
-    shutil.copyfile(confined(source, router), out / ROUTER)
+    copy_file(confined(source, router), out / ROUTER)
     return {*names, router}
 
 

@@ -85,6 +85,7 @@ def listening(process):
 def test_signals_in_a_heap_make_one_save_and_secrets_and_files_stay_closed(run, monkeypatch):
     for name in ("HF_TOKEN", "WANDB_API_KEY"):
         monkeypatch.setenv(name, CANARY)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
     before = os.umask(0o027)
     try:
         trained(run)
@@ -99,7 +100,8 @@ def test_signals_in_a_heap_make_one_save_and_secrets_and_files_stay_closed(run, 
     finally:
         os.umask(before)
     assert second.returncode == 1
-    assert f"out.training is being written by process {run.ranks[0].pid} on" in second.stderr
+    holder = rf"process {run.ranks[0].pid} on \S+ since [-\d]+ [:\d]+ in SLURM job 4711"
+    assert re.search(rf"out\.training is being written by {holder}; wait for it", second.stderr)
     assert "Traceback" not in second.stderr
     # torch's rendezvous listens on all addresses, nothing else on more than the one of the job.
     ports = [listening(rank.pid) for rank in run.ranks]
@@ -180,6 +182,16 @@ def test_it_goes_on_after_all_that(run):
     assert f", resumed after step {last}" in run.said()
     run.ranks[0].send_signal(signal.SIGTERM)
     assert run.ended(WAIT) == [75, 75]
+
+
+def test_a_run_whose_states_are_gone_says_that_it_starts_over(run):
+    shutil.rmtree(run.states)
+    last = max(step for step, _ in run.steps())
+    trained(run)
+    assert (
+        f"metrics.jsonl tells of training up to step {last}, but {run.states} holds" in run.said()
+    )
+    assert ", resumed" not in run.said()
 
 
 def test_a_disk_that_can_not_be_written_is_told_before_anything_is_read(

@@ -1,5 +1,6 @@
 """The soak in short, and that it sees what it is there to see."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -48,3 +49,17 @@ def test_another_course_is_seen(tmp_path, wrong):
     soak.run = Run()
     with pytest.raises(SoakError, match="losses of another course"):
         soak._compare_losses()
+
+
+@pytest.mark.parametrize(
+    ("said", "enough"),
+    [
+        ("train.py: [Errno 28] No space left on device", False),
+        ("train.py: [Errno 28] No space left on device: '/d/src' -> '/d/dst'", False),
+        ("train.py: /d/states: not enough space for a training state", False),
+        ("[Errno 28] No space left on device: need 210 bytes more, free 0: '/d/log'", True),
+        ("/d/states: not enough space for a training state: need 1,200 bytes, free 0; make", True),
+    ],
+)
+def test_a_full_disk_has_to_be_told_with_what_is_free(said, enough):
+    assert bool(re.search(ON_DISK["full disk"].dying, said)) == enough

@@ -430,6 +430,26 @@ def test_a_state_that_a_signal_finds_saved_is_not_saved_twice(monkeypatch):
     assert found == [1]
 
 
+@pytest.mark.parametrize(("first", "steps"), [(0, [1, 2]), (0, []), (2, [1, 2])])
+def test_a_run_that_starts_over_says_so(tmp_path, monkeypatch, capsys, first, steps):
+    """Its states may have been removed for that, or lost."""
+    records = [json.dumps({"kind": "train", "step": step}) + "\n" for step in steps]
+    (tmp_path / "metrics.jsonl").write_text("".join(records))
+    run = SimpleNamespace(work=tmp_path, total=9, engine=None, description={})
+    run.data = SimpleNamespace(messages=[])
+    run.validate = lambda *_: None
+    run.complete = lambda *_: True
+    monkeypatch.setattr(loop, "Run", lambda *_: run)
+    monkeypatch.setattr(loop, "describe", lambda *_: "what is trained")
+    monkeypatch.setattr(loop, "dist", SimpleNamespace(barrier=int, destroy_process_group=int))
+    monkeypatch.setattr(internals, "start", lambda minutes: None)
+    monkeypatch.setattr(states, "resume", lambda *_: (first, []))
+    assert loop.train(Config(), "", Position(0, 1, 1, "node")) == 0
+    warned = f"warning: {tmp_path}/metrics.jsonl tells of training up to step 2, but "
+    warned += f"{tmp_path}/states holds no state: the run starts over at step 0"
+    assert (warned in capsys.readouterr().err) == (first == 0 and bool(steps))
+
+
 def test_the_own_share_is_that_of_each_experts_domain():
     run = bare(TrainingConfig(), experts=["x", "y", "z"], expert_domains=["b", "a", "unseen"])
     routing = {"a": {"x": 0.1, "y": 0.7, "z": 0.2}, "b": {"x": 0.5, "y": 0.25, "z": 0.25}}

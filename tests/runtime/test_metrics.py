@@ -12,7 +12,7 @@ import pytest
 from launch import file_limit
 from tqdm import tqdm
 
-from nexus_ds.runtime.metrics import Metrics, _flat
+from nexus_ds.runtime.metrics import Metrics, _flat, steps_told
 
 VALUES = {
     "loss": {"alpha": 2.5, "beta": 1},
@@ -95,6 +95,24 @@ def test_a_full_disk_names_the_file(tmp_path, count, name):
         metrics.log("train", 1, {str(number): 1.0 for number in range(count)}, "line")
     for thread in set(threading.enumerate()) - threads if name == "tensorboard" else ():
         thread.join(60)  # it raises what was told here a moment later, in the next test
+
+
+@pytest.mark.parametrize(
+    ("log", "step"),
+    [
+        (None, 0),
+        ("", 0),
+        ('{"kind": "validation", "step": 7}\n', 0),
+        ('{"kind": "train", "step": 9}\n{"kind": "train", "step": 4}\n', 9),
+        # damaged
+        ('{"kind": "train", "step": 3}\n[1]\n{"kind": "train", "step": "8"}\n{"kind": "tr', 3),
+        ('{"kind": "train", "step": 5}\n\xff' + "[" * 100_000, 5),
+    ],
+)
+def test_a_log_tells_how_far_its_run_had_come(tmp_path, log, step):
+    if log is not None:
+        (tmp_path / "metrics.jsonl").write_text(log, encoding="latin-1")
+    assert steps_told(tmp_path / "metrics.jsonl") == step
 
 
 class Lost(io.StringIO):

@@ -3,21 +3,27 @@
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from launch import file_limit, finish, start_ranks
 from saved_states import KINDS, RANK_0, RANK_1, WORKER, copy_step, flip
+from soak import ON_DISK, disk
 
 from nexus_ds.checkpoint.headers import header_of
 from nexus_ds.errors import CheckpointError
+from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime import portable_state, states
 from nexus_ds.runtime.portable_state import StateFiles
 from nexus_ds.runtime.states import damage, newest_good, read_manifest, steps_saved
 from nexus_ds.sealed import read_sealed, seal
+
+PAGE = os.sysconf("SC_PAGESIZE")  # what a tmpfs gives out
 
 # Damage -------------------------------------------------------------------------------------------
 
@@ -334,6 +340,75 @@ def test_a_state_whose_files_are_not_all_there_is_not_committed(
     assert steps_saved(tmp_path) == [] and not (tmp_path / "latest").exists()
 
 
+def test_a_manifest_that_does_not_fit_is_named_and_leaves_no_state_behind(
+    tmp_path, alone, monkeypatch
+):
+    """The ranks' files are whole by then, and as large as a state."""
+
+    def write_rank(engine, path, halfway):
+        path.write_bytes(b"x" * 1000)
+        return {"size": 1000, "sha256": ""}
+
+    monkeypatch.setattr(portable_state, "shapes", lambda model: {"w": [1]})
+    monkeypatch.setattr(portable_state, "write_rank", write_rank)
+    monkeypatch.setattr(internals, "optimizer_step", lambda engine: 12)
+    engine = SimpleNamespace(module=None)
+    folder = tmp_path / "states"
+    states.save(engine, folder, 6, {"layout": "", "config": {}}, 1)
+    said = (
+        r"File too large: need [\d,]+ bytes more, free [\d,]+: '.*/partial_12_\w{8}/manifest.json'"
+    )
+    with file_limit(2000), pytest.raises(CheckpointError, match=said):
+        states.save(engine, folder, 12, {"layout": "x" * 3000, "config": {}}, 1)
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_6"]
+    assert (folder / "latest").read_text() == "step_6\n"
+
+
+def one_rank_size(directory):
+    """Return the bytes of the values of a state, and those of its file where one rank holds all."""
+    shapes = read_manifest(directory)["parameters"]
+    held = {
+        f"{kind}:0:{name}": ("F32", (math.prod(shape),))
+        for name, shape in shapes.items()
+        for kind in KINDS
+    }
+    _, places = header_of(held | {"rng:cpu": ("U8", tuple(torch.get_rng_state().shape))})
+    values = states.BYTES * sum(math.prod(shape) for shape in shapes.values())
+    return values, places["rng:cpu"]
+
+
+ONE_RANK = ["stage=2", "router.load_balance=0", "training.batch_size=8"]
+SAVE_7 = ["until=7", "save=7", "keep=1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full_at", [RANK_0, "manifest.json"])
+def test_a_disk_that_fills_up_amid_a_save_is_told_with_file_need_and_room(
+    tmp_path, checkpoint, source, full_at
+):
+    """A real disk with room for what is foreseen, and for less than what is written."""
+    with disk(tmp_path / "disk") as allowed:
+        if not allowed:
+            pytest.skip("only root may mount a small disk")
+        folder = tmp_path / "disk" / "states"
+        copy_step(source[0], folder, 6)
+        values, (_, end) = one_rank_size(folder / "step_6")
+        # The head of the file and the random states are not foreseen.
+        room = values if full_at == RANK_0 else end
+        free = shutil.disk_usage(folder).free
+        (tmp_path / "disk" / "ballast").write_bytes(bytes(free - room // PAGE * PAGE - PAGE))
+        said = finish(
+            start_ranks([WORKER, checkpoint, folder, tmp_path / "out", *ONE_RANK, *SAVE_7], 1), 1
+        )
+        told = (
+            r"NEXUS CheckpointError: \[Errno 28\] No space left on device: need [\d,]+ bytes more, "
+        )
+        assert re.search(rf"{told}free [\d,]+: '{folder}/partial_7_\w{{8}}/{full_at}'", said), said
+        assert re.search(ON_DISK["full disk"].dying, said)
+        assert [path.name for path in folder.iterdir()] == ["step_6"]
+        assert damage(folder / "step_6") == ""
+
+
 @pytest.mark.slow
 def test_a_state_that_could_not_be_written_whole_does_not_count_and_the_older_one_stays(
     tmp_path, checkpoint, source
@@ -342,24 +417,10 @@ def test_a_state_that_could_not_be_written_whole_does_not_count_and_the_older_on
     does."""
     folder = tmp_path / "states"
     copy_step(source[0], folder, 6)
-    shapes = read_manifest(folder / "step_6")["parameters"]
-    held = {
-        f"{kind}:0:{name}": ("F32", (math.prod(shape),))
-        for name, shape in shapes.items()
-        for kind in KINDS
-    }
-    # one rank holds all
-    _, places = header_of(held | {"rng:cpu": ("U8", tuple(torch.get_rng_state().shape))})
-    words = [
-        "stage=2",
-        "router.load_balance=0",
-        "training.batch_size=8",
-        "until=7",
-        "save=7",
-        "keep=1",
-    ]
+    _, (_, end) = one_rank_size(folder / "step_6")
     # amidst the last write, so that none fails after it
-    with file_limit(places["rng:cpu"][1] - 1000):
+    with file_limit(end - 1000):
+        words = [*ONE_RANK, *SAVE_7]
         ranks = start_ranks([WORKER, checkpoint, folder, tmp_path / "out", *words], 1)
     said = finish(ranks, code=1)
     assert re.search(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from branches import make_parts, upcycle
+from launch import file_limit
 
 from nexus_ds.checkpoint.hashes import record_hashes
 from nexus_ds.checkpoint.model_card import metadata_of, split_card
@@ -61,6 +62,12 @@ def test_a_mixture_on_the_hub_can_be_extended_by_others(made, tmp_path):
     assert [e.name for e in after.sidecar.experts] == [e.name for e in before.sidecar.experts]
     assert np.array_equal(after.sidecar.vectors, before.sidecar.vectors)
     assert (tmp_path / "hub" / "nexus" / "nexus_router.safetensors").is_file()
+
+
+def test_weights_that_do_not_fit_are_named_with_need_and_room(made, tmp_path):
+    said = r"File too large: need [\d,]+ bytes more, free [\d,]+: '.*/hub/model[^/]*\.safetensors'$"
+    with file_limit(20_000), pytest.raises(OSError, match=said):
+        shown(made, tmp_path / "hub")
 
 
 def test_no_file_says_where_anything_lay(made, tmp_path):
