@@ -29,6 +29,7 @@ from nexus_ds.console import (
     BROKEN_PIPE,
     INTERRUPTED,
     answering_ctrl_c,
+    print_text,
     speak_any_encoding,
     tell,
     unwinding,
@@ -142,7 +143,7 @@ def _tell_finished(config: Config, here: Position) -> int:
     """Say on rank 0 that the run is done, and what comes next; return the exit code."""
     if here.rank == 0:
         following = next_evaluation(config.output, config.data)
-        print(f"{config.output} is finished already; next: {following}")
+        print_text(f"{config.output} is finished already; next: {following}")
     return 0
 
 

@@ -18,7 +18,6 @@ import fcntl
 import hashlib
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -394,7 +393,7 @@ class _Job:
             write_text(temporary, seal(cast(dict[str, object], manifest)))
         if bad.count:
             what = f"{self.domain}/{split}: {bad.count} damaged rows skipped"
-            print(f"{what}, first: {bad.messages[0]}", file=sys.stderr)
+            say(f"{what}, first: {bad.messages[0]}")
 
 
 @dataclass(frozen=True)
