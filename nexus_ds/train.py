@@ -73,6 +73,7 @@ from nexus_ds.pipeline import (
     steps,
     trained_step,
 )
+from nexus_ds.runtime.installed import refuse_older
 from nexus_ds.settings import Config
 from nexus_ds.words import Parser, parse_words
 
@@ -166,6 +167,7 @@ def _train(args: argparse.Namespace) -> int:
     """Train one stage; return the exit code, Ended after a signal before the first step."""
     let_memory_grow()
     given = load_config(args.config, args.overrides)
+    refuse_older()
     if given.model.path and not Path(given.model.path).is_dir():
         raise CheckpointError(
             f"no checkpoint at {given.model.path}; expected a directory that holds a model"
