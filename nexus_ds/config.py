@@ -31,12 +31,18 @@ MOST_CHARACTERS = 100_000  # of a recipe: YAML takes 30 s for a million brackets
 MOST_YAML = 4 * MOST_CHARACTERS  # bytes: four a character at most
 NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 MOST_DIGITS = 100  # of a number, also of one to another base: Python writes 4,300 digits at most
+GROUPED = re.compile(r"[-+]?[1-9][0-9]{0,2}(_[0-9]{3}){1,10}")
+SWITCHES = {"yes": True, "on": True, "no": False, "off": False}
 # what a recipe or an override says, before it is known to be a setting
 Values = dict[str, object]
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML without aliases, tags, doubled keys and endless numbers; `1e-5` is a number."""
+    """Safe YAML without aliases, tags, doubled keys and endless numbers.
+
+    Plain values are what YAML 1.2 takes them for, but that a number never begins with a needless 0:
+    017 is a text, as 1:30, 0x1F and yes are.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()
@@ -81,12 +87,21 @@ def _place(mark: yaml.Mark) -> str:
     return f"{mark.name}:{mark.line + 1}"
 
 
-# YAML 1.1 reads 1e-5 as text: its floats have a point.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)$"),
-    list("-+0123456789."),
-)
+# Instead of YAML 1.1's, which takes 1:30 for 90, 017 for 15 and the language `no` for False.
+_StrictLoader.yaml_implicit_resolvers = {}
+for _kind, _form, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"0|-?[1-9][0-9]*", "-0123456789"),
+    (
+        "float",
+        r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+):
+    _pattern = re.compile(rf"(?:{_form})\Z")
+    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", _pattern, list(_first))
 
 
 def parse_yaml(text: str, name: str) -> Any:
@@ -138,15 +153,16 @@ def _coerce(value: object, annotation: Any, key: str) -> object:
         return _coerce(value, inner, key)
     if origin is list:
         # data.domains=a,b: brackets would have to be quoted in a shell
-        words = [word for word in str(value).split(",") if word]
-        items = value if isinstance(value, list) else words
+        words = [word for word in value.split(",") if word] if isinstance(value, str) else [value]
+        items = value if isinstance(value, list) else [] if value is None else words
         return [_coerce(item, arguments[0], key) for item in items]
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{key}: expected a mapping, found {value!r}")
         made: dict[str, object] = {}
         for name, item in value.items():
-            made[str(name)] = _coerce(item, arguments[1], f"{key}.{name}")
+            named = str(_coerce_scalar(name, str, key))
+            made[named] = _coerce(item, arguments[1], f"{key}.{name}")
         return made
     # Whether it is one of a Literal's words is checked at the end, when the last layer has spoken.
     return _coerce_scalar(value, str if origin is typing.Literal else annotation, key)
@@ -165,10 +181,28 @@ def _coerce_scalar(value: object, annotation: type, key: str) -> object:
         return int(value)
     # names such as 2024, and `key:` without a value
     if annotation is str and (number or value is None):
+        # 1.10 is 1.1 by now, 1e5 is 100000.0
+        if isinstance(value, float):
+            raise ConfigError(
+                f"{key}: expected a text, found the number {value!r}; put quotes "
+                "around what you mean"
+            )
         return "" if value is None else str(value)
+    if isinstance(value, str) and annotation is not str:
+        value = _meant(value, annotation)
     if type(value) is not annotation:
         raise ConfigError(f"{key}: expected {annotation.__name__}, found {value!r}")
     return value
+
+
+def _meant(text: str, annotation: type) -> object:
+    """Return what a text says where a switch or a number is wanted; the text if it says none."""
+    if annotation is bool:
+        return SWITCHES.get(text.lower(), text)
+    # digits in groups: 1_000_000
+    if GROUPED.fullmatch(text):
+        return annotation(text.replace("_", ""))
+    return text
 
 
 def _apply(target: object, values: object, prefix: str) -> None:

@@ -1,10 +1,13 @@
 """How a program speaks to a terminal or a pipe, and how it ends where nobody listens any more.
 
 Ctrl-C ends it with 130 and one line at any moment: while modules are imported, while it works, and
-while the interpreter is torn down. A pipe whose reader has gone is no error. An encoding that lacks
-a character (LC_ALL=C) gets it as \\uXXXX, which JSON takes for the same; control characters of
-foreign text don't reach a terminal.
-Not covered: Ctrl-C in the first hundredths of a second, in which Python itself starts.
+while the interpreter is torn down; a training past its first step saves its state instead, and ends
+with 75. A pipe whose reader has gone is no error. An encoding that lacks a character (LC_ALL=C)
+gets it as \\uXXXX, which JSON takes for the same. So are control characters of foreign text
+written, on a terminal and off it, for all that is printed goes through `print_text`, `tell` or
+`progress.say`; only a text that `generate` adds keeps them where no terminal is.
+Not covered: Ctrl-C in the first hundredths of a second, in which Python itself starts; what other
+libraries print, and tracebacks.
 """
 
 from __future__ import annotations
@@ -28,8 +31,16 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def visible(text: str) -> str:
-    """Return foreign text with its control characters as \\xNN."""
-    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    """Return foreign text with its control characters as \\uXXXX."""
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def print_text(text: str = "") -> None:
+    """Print text for whoever asked for it, whatever names and words of others it holds.
+
+    At once: several processes write to one log.
+    """
+    print(visible(text), flush=True)
 
 
 def _as_json(error: UnicodeError) -> tuple[str, int]:

@@ -9,6 +9,8 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from nexus_ds.console import visible
+
 # between two plain lines
 LOG_SECONDS = 10.0
 
@@ -17,7 +19,7 @@ def say(text: str) -> None:
     """Print a line for whoever waits; stdout is for results."""
     # Flushed: several processes write to one log, and a job that is killed must not take its last
     # words with it.
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -49,7 +51,7 @@ class Progress:
         self.bar: tqdm[NoReturn] | None = None
         # A bar rewrites its line, which fills a log file with control characters.
         if sys.stderr.isatty():
-            self.bar = tqdm(total=total or None, desc=label, unit=unit, file=sys.stderr)
+            self.bar = tqdm(total=total or None, desc=visible(label), unit=unit, file=sys.stderr)
 
     def __enter__(self) -> Progress:
         return self

@@ -29,6 +29,7 @@ from nexus_ds.console import (
     BROKEN_PIPE,
     INTERRUPTED,
     answering_ctrl_c,
+    print_text,
     speak_any_encoding,
     tell,
     unwinding,
@@ -73,6 +74,7 @@ from nexus_ds.pipeline import (
     steps,
     trained_step,
 )
+from nexus_ds.runtime.installed import refuse_older
 from nexus_ds.settings import Config
 from nexus_ds.words import Parser, parse_words
 
@@ -143,7 +145,7 @@ def _tell_finished(config: Config, here: Position) -> int:
     """Say on rank 0 that the run is done, and what comes next; return the exit code."""
     if here.rank == 0:
         following = next_evaluation(config.output, config.data)
-        print(f"{config.output} is finished already; next: {following}")
+        print_text(f"{config.output} is finished already; next: {following}")
     return 0
 
 
@@ -166,6 +168,7 @@ def _train(args: argparse.Namespace) -> int:
     """Train one stage; return the exit code, Ended after a signal before the first step."""
     let_memory_grow()
     given = load_config(args.config, args.overrides)
+    refuse_older()
     if given.model.path and not Path(given.model.path).is_dir():
         raise CheckpointError(
             f"no checkpoint at {given.model.path}; expected a directory that holds a model"

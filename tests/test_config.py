@@ -1,6 +1,7 @@
 """Recipes and overrides: what is understood, and how everything else is refused."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,57 @@ def test_numbers_in_yaml_notation_are_numbers(tmp_path):
     config = load_config(recipe(tmp_path, "training: {steps: 3, lr: 1e-5, tokens: 1e6}"))
     assert config.training.lr == 1e-5
     assert config.training.tokens == 1_000_000
+
+
+@pytest.mark.parametrize("text", ["1:30", "1:59:59", "017", "-017", "0x1F", "0b11", "010.5", "1e"])
+def test_what_is_no_plain_number_is_a_text_and_no_setting_that_is_a_number(text):
+    """YAML 1.1 takes 1:30 for 90 and 017 for 15; YAML 1.2 takes 017 for 17."""
+    for key, kind in (("training.lr", "float"), ("training.steps", "int")):
+        with pytest.raises(ConfigError, match=rf"^{key}: expected {kind}, found '{text}'$"):
+            load_config("demo", [f"{key}={text}"])
+    assert load_config("demo", [f"data.domains=[{text}, 7]"]).data.domains == [text, "7"]
+
+
+@pytest.mark.parametrize("word", ["no", "yes", "on", "Off", "NO", "2024-1-2", "1_0", "1_000", "="])
+def test_a_name_stays_as_it_is_written(word):
+    """YAML 1.1 takes the language `no` for False, and 1_000 for 1000."""
+    config = load_config("demo", [f"name={word}", f"data.domains={word}"])
+    assert config.name == word and config.data.domains == [word]
+    assert load_config("demo", [f"data.domains=[{word}]"]).data.domains == [word]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("1.10", "expected a text, found the number 1.1; put quotes around what you mean"),
+        ("1e5", "expected a text, found the number 100000.0; put quotes"),
+        ("+1", "expected a text, found the number 1.0; put quotes"),
+        ("true", "expected str, found True"),
+    ],
+)
+def test_a_name_that_yaml_takes_for_something_else_is_refused(word, message):
+    for override in (f"name={word}", f"data.domains={word}", f"data.weights={{{word}: 1}}"):
+        key = override.partition("=")[0]
+        with pytest.raises(ConfigError, match=rf"^{key}: {re.escape(message)}"):
+            load_config("demo", [override])
+    assert load_config("demo", [f"data.domains=['{word}']"]).data.domains == [word]
+
+
+@pytest.mark.parametrize(
+    ("word", "value"), [("no", False), ("off", False), ("Yes", True), ("on", True), ("true", True)]
+)
+def test_where_a_switch_is_wanted_these_words_are_one(word, value):
+    assert load_config("demo", [f"router.centre={word}"]).router.centre is value
+
+
+def test_digits_in_groups_are_a_number_where_one_is_wanted():
+    config = load_config("demo", ["training.tokens=2_000_000", "training.lr=1_000"])
+    assert load_config("demo", ["training.steps=+3"]).training.steps == 3
+    assert (config.training.tokens, config.training.lr) == (2_000_000, 1000.0)
+    assert type(config.training.lr) is float
+    for odd in ("1_0", "1__000", "0_100", "_100"):
+        with pytest.raises(ConfigError, match=f"training.tokens: expected int, found '{odd}'"):
+            load_config("demo", [f"training.tokens={odd}"])
 
 
 def test_a_dumped_configuration_loads_to_the_same(tmp_path):
@@ -148,11 +200,9 @@ def test_tags_are_refused(text):
         parse_yaml(text, "F")
 
 
-@pytest.mark.parametrize(
-    "digits", ["0x" + "f" * 4000, "9" * 101, "1" + ":59" * 40, "." + "0" * 200]
-)
+@pytest.mark.parametrize("digits", ["9" * 101, "9" * 5000, "-1." + "0" * 200, "." + "0" * 200])
 def test_endless_numbers_are_refused(digits):
-    """Python can't write the number 0xff...f of a message: a ValueError of its own."""
+    """Python can't read a number of 5,000 digits: a ValueError of its own."""
     with pytest.raises(
         ConfigError,
         match=rf"lr:1: a number of {len(digits)} characters, expected at most 100; put quotes",

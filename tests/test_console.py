@@ -1,5 +1,6 @@
 """Ctrl-C, closed pipes, narrow encodings and foreign control characters, on real processes."""
 
+import ast
 import json
 import os
 import signal
@@ -8,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_architecture import MODULES
 
-from nexus_ds.console import visible
+from nexus_ds.console import CONTROL, print_text, tell, visible
+from nexus_ds.progress import say
 
 TRAIN = Path(__file__).parents[1] / "nexus_ds" / "train.py"
 # Stand for modules whose import takes long; the second swallows what an import may swallow.
@@ -132,10 +135,41 @@ def test_a_narrow_encoding_gets_what_it_lacks_in_the_spelling_of_json(tmp_path, 
 
     assert json.loads(inspect("--json", odd))["directory"] == str(odd)
     said = inspect(odd, dense_dir)
-    assert "mod\\u00e8le \\u2013 \\ud83d\\ude00\\x1b[31m" in said
+    assert "mod\\u00e8le \\u2013 \\ud83d\\ude00\\u001b[31m" in said
 
 
 def test_control_characters_of_foreign_text_are_shown_and_not_sent():
-    assert (
-        visible("a\x1b]52;c;x\x07b\x9b\x7f\tc\nd – é") == "a\\x1b]52;c;x\\x07b\\x9b\\x7f\tc\nd – é"
-    )
+    given = "a\x1b]52;c;x\x07b\x9b\x7f\tc\nd – é"
+    shown = "a\\u001b]52;c;x\\u0007b\\u009b\\u007f\tc\nd – é"
+    assert visible(given) == shown
+
+
+@pytest.mark.parametrize("speak", [print_text, tell, say])
+def test_whatever_is_printed_is_visible(capsys, speak):
+    speak("law\x1b[2J")
+    assert "".join(capsys.readouterr()) == "law\\u001b[2J\n"
+
+
+def test_json_stays_what_it_was(capsys):
+    given = {"na\x9bme": "\x00\x1b\x7f\r\n\t"}
+    print_text(json.dumps(given, ensure_ascii=False, indent=2))
+    said = capsys.readouterr().out
+    assert json.loads(said) == given and not CONTROL.search(said)
+
+
+# Where printing may be done, and what becomes visible before it.
+PRINTING = {
+    "nexus_ds.console": "print_text and tell",
+    "nexus_ds.progress": "say",
+    "nexus_ds.commands.generate": "an added text, visible on a terminal, with the experts' colours",
+}
+
+
+def test_nothing_is_printed_by_another_way():
+    found = set()
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = ast.unparse(node) if isinstance(node, ast.Name | ast.Attribute) else ""
+            if called == "print" or called.endswith(("stdout.write", "stderr.write")):
+                found.add(module)
+    assert found == set(PRINTING)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nexus_ds.checkpoint.records import keeps_seed, start_scale
 from nexus_ds.command_lines import next_extension
+from nexus_ds.console import print_text
 from nexus_ds.outputs import new_directory, refuse_existing
 from nexus_ds.settings import RouterConfig
 
@@ -62,9 +63,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         layers = [dataclasses.asdict(layer) for layer in found.layers]
         result = found.model.summary(out, None) | {"layers": layers, "next": command}
-        print(json.dumps(result, indent=2))
+        print_text(json.dumps(result, indent=2))
         return 0
-    print(found.text())
-    print(found.model.describe(out, None))
-    print(f"next: {command}")
+    print_text(found.text())
+    print_text(found.model.describe(out, None))
+    print_text(f"next: {command}")
     return 0

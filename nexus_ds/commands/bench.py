@@ -8,16 +8,17 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nexus_ds.console import print_text
 from nexus_ds.errors import ConfigError
 from nexus_ds.experiments.benchmarks import assembly_speed, data_speed, gpu
 from nexus_ds.experiments.benchmarks.figures import growth_curves, speed_bars
 from nexus_ds.outputs import new_directory, refuse_existing, write_text
+from nexus_ds.progress import say
 from nexus_ds.report.evaluation import write_csv
 
 if TYPE_CHECKING:
@@ -225,10 +226,6 @@ def _known(option: str, names: list[str]) -> list[str]:
     return names
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def _train(args: argparse.Namespace, shape: Shape) -> Comparison:
     from nexus_ds.experiments.benchmarks import layer_speed
     from nexus_ds.experiments.benchmarks.models import VARIANTS
@@ -244,7 +241,7 @@ def _train(args: argparse.Namespace, shape: Shape) -> Comparison:
     if shape.top_k > 2:
         names = [name for name in names if not name.startswith("deepspeed")]
     device, dtype = _place(args)
-    results, reading = layer_speed.measure(names, shape, device, dtype, args.rounds, _say)
+    results, reading = layer_speed.measure(names, shape, device, dtype, args.rounds, say)
     speeds = layer_speed.summary(results, reading, shape, baseline, device)
     seen = {part for speed in speeds for part in speed.shares}
     return Comparison(
@@ -261,8 +258,8 @@ def _growth(args: argparse.Namespace, shape: Shape) -> Growth:
 
     (model,) = _known("--model", [args.model])
     device, dtype = _place(args)
-    rows = scaling.sweep(shape, model, device, dtype, args.rounds, _say)
-    rows += scaling.router_sweep(shape, device, dtype, args.rounds, _say)
+    rows = scaling.sweep(shape, model, device, dtype, args.rounds, say)
+    rows += scaling.router_sweep(shape, device, dtype, args.rounds, say)
     return Growth(
         machine=layer_speed.machine(device),
         dtype=str(dtype),
@@ -377,9 +374,9 @@ def _router_line(law: dict[str, float]) -> str:
 def run(args: argparse.Namespace) -> int:
     """Measure, print, and with --out write."""
     if args.what == "data":
-        return data_speed.run(args, _say)
+        return data_speed.run(args, say)
     if args.what == "assemble":
-        return assembly_speed.run(args, _say)
+        return assembly_speed.run(args, say)
     if args.what == "gpu":
         return gpu.run(args)
     if args.what == "links":
@@ -402,14 +399,16 @@ def _run_models(args: argparse.Namespace) -> int:
     if args.out:
         _write(args.out, args.what, found, about)
     if args.json:
-        print(json.dumps({**about, **asdict(found)}))
+        print_text(json.dumps({**about, **asdict(found)}))
         return 0
     machine = ", ".join(f"{key} {value}" for key, value in found.machine.items())
     what = f"{args.what}, preset {args.preset}, {shape.tokens} tokens a step, {found.dtype}"
-    print(f"{what}; {machine}")
-    print(describe_train(found) if isinstance(found, Comparison) else describe_growth(found))
+    print_text(f"{what}; {machine}")
+    print_text(describe_train(found) if isinstance(found, Comparison) else describe_growth(found))
     if args.out:
-        print(f"wrote {args.out}; next: open {shlex.quote(str(args.out / (args.what + '.png')))}")
+        print_text(
+            f"wrote {args.out}; next: open {shlex.quote(str(args.out / (args.what + '.png')))}"
+        )
     else:
-        print("next: the same with --out DIR for JSONL, CSV and a figure")
+        print_text("next: the same with --out DIR for JSONL, CSV and a figure")
     return 0

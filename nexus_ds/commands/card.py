@@ -12,6 +12,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from nexus_ds.console import print_text
 from nexus_ds.data import sample_options
 from nexus_ds.data.sentence_encoder import SentenceEncoder
 from nexus_ds.data.sources import open_source, require_domains
@@ -78,9 +79,9 @@ def run(args: argparse.Namespace) -> int:
         )
         cards.write_card(args.directory, card)
     if args.json:
-        print(json.dumps(dataclasses.asdict(card), indent=2, ensure_ascii=False))
+        print_text(json.dumps(dataclasses.asdict(card), indent=2, ensure_ascii=False))
         return 0
-    print(
+    print_text(
         f"wrote {path}: {card.domain}, {card.documents} of {card.text_documents} documents "
         f"({card.text_bytes:,} bytes), {len(card.embedding)} numbers of {card.encoder}"
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from nexus_ds.command_lines import evaluate_words
+from nexus_ds.console import print_text
 from nexus_ds.data.corpora import open_source, require_domains
 from nexus_ds.errors import ConfigError, NexusError
 from nexus_ds.experiments.comparison.jobs import Job, Pool
@@ -164,10 +165,12 @@ def _measures(comparison: Comparison, config: Config, out: Path) -> None:
 def _show_plan(comparison: Comparison) -> None:
     jobs = comparison.builder.jobs.values()
     for job in jobs:
-        print(job.command())
+        print_text(job.command())
     flops = sum(job.flops for job in jobs)
     tokens = sum(job.tokens for job in jobs)
-    print(f"# {len(jobs)} jobs, {tokens:,} training tokens, {flops:.2e} floating-point operations")
+    print_text(
+        f"# {len(jobs)} jobs, {tokens:,} training tokens, {flops:.2e} floating-point operations"
+    )
 
 
 class _Earlier(TypedDict):
@@ -219,11 +222,11 @@ def _report(
 
 
 def _show(results: Results, out: Path) -> None:
-    print(f"{terminal_tables(results)}\n")
+    print_text(f"{terminal_tables(results)}\n")
     for sentence in verdict(results):
-        print(sentence)
+        print_text(sentence)
     took = duration(results.seconds or 0.0)
-    print(f"\nreport: {out / 'report.html'}, {out / RESULTS}; {took}")
+    print_text(f"\nreport: {out / 'report.html'}, {out / RESULTS}; {took}")
 
 
 def _check(config: Config) -> None:
@@ -274,7 +277,7 @@ def run(args: argparse.Namespace) -> int:
         seconds = max(time.monotonic() - started, earlier)
         results = _report(comparison, config, pool.failed, wanted, args.out, seconds)
     if args.json:
-        print(json.dumps(results.to_json(), ensure_ascii=False))
+        print_text(json.dumps(results.to_json(), ensure_ascii=False))
     else:
         _show(results, args.out)
     if pool.failed:

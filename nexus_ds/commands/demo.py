@@ -18,6 +18,7 @@ from typing import NotRequired, TypedDict
 from nexus_ds.children import tied
 from nexus_ds.command_lines import DS_JSON, evaluate_words, next_words, program
 from nexus_ds.config import load_config
+from nexus_ds.console import print_text
 from nexus_ds.data.corpora import open_source, require_domains
 from nexus_ds.data.opening import opening
 from nexus_ds.errors import ConfigError, DataError, NexusError
@@ -303,17 +304,17 @@ def show(content: Json, config: Config) -> None:
     where = places(config)
     last = where.extended if config.pipeline.new_domains else where.nexus
     checkpoints = [str(path) for path in (where.seed, where.nexus, last)]
-    print("\nperplexity by domain (lower is better)")
-    print(text_table(perplexity_table(Summary.from_json(content))))
-    print("\n" + "\n".join(content["findings"]))
-    print(f"\nreport:      {where.report / PAGE}")
-    print(f"checkpoints: {', '.join(checkpoints)}")
-    print(f"this run:    {duration(content['seconds'])}, all of it in {where.run}")
+    print_text("\nperplexity by domain (lower is better)")
+    print_text(text_table(perplexity_table(Summary.from_json(content))))
+    print_text("\n" + "\n".join(content["findings"]))
+    print_text(f"\nreport:      {where.report / PAGE}")
+    print_text(f"checkpoints: {', '.join(checkpoints)}")
+    print_text(f"this run:    {duration(content['seconds'])}, all of it in {where.run}")
     # of the text that the last expert was trained on
     domain = [*config.pipeline.domains, *config.pipeline.new_domains][-1]
     prompt = opening(open_source(config.data.path), domain)
     words = next_words(last, prompt, mixture=True, bos=config.data.bos)
-    print(f"next:        {words}")
+    print_text(f"next:        {words}")
 
 
 def _ranks(asked: int, batch: int) -> int:
@@ -368,7 +369,7 @@ def run(args: argparse.Namespace) -> int:
         _make_missing(config, plan)
         content = report(config, args, time.monotonic() - started)
     if args.json:
-        print(json.dumps(content, ensure_ascii=False))
+        print_text(json.dumps(content, ensure_ascii=False))
     else:
         show(content, config)
     return 0

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_ds.command_lines import typed_training, typed_upcycling
+from nexus_ds.console import print_text
 from nexus_ds.data.clusters import Discovery, corpus_files
 from nexus_ds.data.domains import (
     DomainEmbeddings,
@@ -130,9 +131,9 @@ def run(args: argparse.Namespace) -> int:
     command = _branch_training(clusters.names[0], args.out)
     result = facts | {"out": str(args.out), "next": command}
     if args.json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
+        print_text(json.dumps(result, indent=2, ensure_ascii=False))
     else:
-        print(_text(result, embeddings))
+        print_text(_text(result, embeddings))
     return 0
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from nexus_ds.command_lines import typed_upcycling
 from nexus_ds.config import named_once
+from nexus_ds.console import print_text
 from nexus_ds.data import sample_options
 from nexus_ds.data.domains import (
     DomainEmbeddings,
@@ -24,6 +24,7 @@ from nexus_ds.data.domains import (
 from nexus_ds.data.sentence_encoder import SentenceEncoder
 from nexus_ds.data.sources import open_source, require_domains
 from nexus_ds.outputs import held, refuse_existing
+from nexus_ds.progress import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,19 +65,20 @@ def run(args: argparse.Namespace) -> int:
     pairs = near_duplicates(embeddings)
     for first, second, cosine in pairs:
         # on stderr: with --json, stdout is for programs
-        print(
+        say(
             f"warning: {first} and {second} are nearly the same text (cosine {cosine:.3f}); "
-            "a router can hardly tell their experts apart",
-            file=sys.stderr,
+            "a router can hardly tell their experts apart"
         )
     if args.json:
-        print(json.dumps(_answer(args.out, embeddings, pairs), indent=2))
+        print_text(json.dumps(_answer(args.out, embeddings, pairs), indent=2))
         return 0
-    print(f"cosines between domains ({embeddings.encoder}, {embeddings.dimension} dimensions):")
-    print(cosine_table(embeddings))
-    print(f"wrote {args.out}")
+    print_text(
+        f"cosines between domains ({embeddings.encoder}, {embeddings.dimension} dimensions):"
+    )
+    print_text(cosine_table(embeddings))
+    print_text(f"wrote {args.out}")
     experts = dict.fromkeys(embeddings.names, Path("DIR"))
-    print(f"next: {typed_upcycling('DIR', experts, args.out)}")
+    print_text(f"next: {typed_upcycling('DIR', experts, args.out)}")
     return 0
 
 

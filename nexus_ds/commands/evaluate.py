@@ -19,6 +19,7 @@ import numpy as np
 from nexus_ds.checkpoint.needs import BATCH, WINDOWS
 from nexus_ds.command_lines import next_words
 from nexus_ds.config import named_once
+from nexus_ds.console import print_text
 from nexus_ds.data.corpora import Source, open_source, token_files, windows
 from nexus_ds.data.encoding import load_tokenizer
 from nexus_ds.data.held_out import HeldOut, held_out
@@ -415,37 +416,37 @@ def measure_documents(
 
 def _show(summary: Summary, args: argparse.Namespace) -> None:
     """Print the tables, the warnings, what was written and what to type next."""
-    print("perplexity (lower is better)")
-    print(text_table(perplexity_table(summary)))
+    print_text("perplexity (lower is better)")
+    print_text(text_table(perplexity_table(summary)))
     change = summary.change
     if change is not None and change.verdict is not None:
-        print(f"\nfrom {change.before} to {change.after}, ± one standard error")
-        print(change.verdict.text())
+        print_text(f"\nfrom {change.before} to {change.after}, ± one standard error")
+        print_text(change.verdict.text())
     routed = summary.routed_model
     routing = None if routed is None else summary.models[routed].routing
     # dense models have none
     if routing is not None:
-        print(
+        print_text(
             f"\nrouting of {routed}: share of each domain's tokens at each expert, mean over layers"
         )
-        print(text_table(routing_table(routing)))
+        print_text(text_table(routing_table(routing)))
     for measure, entry in summary.measures.items():
-        print(f"\n{TITLES[measure]}, ± one standard error")
-        print(text_table(measure_table(measure, entry)))
+        print_text(f"\n{TITLES[measure]}, ± one standard error")
+        print_text(text_table(measure_table(measure, entry)))
     if summary.tasks:
-        print("\ntasks (per cent ± one standard error, higher is better)")
-        print(text_table(task_table(summary.tasks)))
+        print_text("\ntasks (per cent ± one standard error, higher is better)")
+        print_text(text_table(task_table(summary.tasks)))
     if chats := answers(summary):
-        print(f"\n{chats}")
-    print(f"\n{summary.tokens_per_second:,.0f} tokens/s")
+        print_text(f"\n{chats}")
+    print_text(f"\n{summary.tokens_per_second:,.0f} tokens/s")
     for warning in summary.warnings:
-        print(f"warning: {warning}")
-    print(f"wrote {args.out / PAGE}, {args.out / SUMMARY}, {args.out / 'figures'}/")
+        print_text(f"warning: {warning}")
+    print_text(f"wrote {args.out / PAGE}, {args.out / SUMMARY}, {args.out / 'figures'}/")
     name, last = list(summary.perplexity.items())[-1]
     # of the text that the model knows best
     prompt = opening(open_source(args.data), min(last, key=last.__getitem__))
     mixture = summary.models[name].routing is not None
-    print(f"next: {next_words(args.checkpoint[-1], prompt, mixture, not args.no_bos)}")
+    print_text(f"next: {next_words(args.checkpoint[-1], prompt, mixture, not args.no_bos)}")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -476,7 +477,7 @@ def run(args: argparse.Namespace) -> int:
             summary = dataclasses.replace(summary, tasks=measure_tasks(args, names))
         write_evaluation(summary, folder)
     if args.json:
-        print(json.dumps(summary.to_json(), ensure_ascii=False))
+        print_text(json.dumps(summary.to_json(), ensure_ascii=False))
     else:
         _show(summary, args)
     verdict = summary.verdict

@@ -13,6 +13,7 @@ import json
 import shlex
 from pathlib import Path
 
+from nexus_ds.console import print_text
 from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import refuse_existing
 
@@ -81,12 +82,12 @@ def run(args: argparse.Namespace) -> int:
             "notes": notes,
             "next": command,
         }
-        print(json.dumps(facts, indent=2))
+        print_text(json.dumps(facts, indent=2))
         return 0
     seen = {"run": "was run with", "read": "was read of"}[target.seen]
-    print(f"wrote {args.out} for {target.program}: {tensors} tensors, {size:,} bytes, checked")
-    print(f"what that program does {seen} version {target.version}")
+    print_text(f"wrote {args.out} for {target.program}: {tensors} tensors, {size:,} bytes, checked")
+    print_text(f"what that program does {seen} version {target.version}")
     for note in notes:
-        print(f"note: {note}")
-    print(f"next: {command}")
+        print_text(f"note: {note}")
+    print_text(f"next: {command}")
     return 0

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from nexus_ds.command_lines import next_training
 from nexus_ds.config import load_config, named_once
+from nexus_ds.console import print_text
 from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import new_directory, refuse_existing
@@ -223,10 +224,10 @@ def run(args: argparse.Namespace) -> int:
             "next": command,
             "verdict": verdict.as_dict() if verdict else None,
         }
-        print(json.dumps(result, indent=2))
+        print_text(json.dumps(result, indent=2))
     else:
-        print(model.describe(out, report))
+        print_text(model.describe(out, report))
         if verdict:
-            print(verdict.text())
-        print(f"next: {command}")
+            print_text(verdict.text())
+        print_text(f"next: {command}")
     return verdict.exit_code("extend", out) if verdict else 0

@@ -25,7 +25,7 @@ from nexus_ds.checkpoint.headers import Headers
 from nexus_ds.checkpoint.needs import ADDED, BATCH, Way
 from nexus_ds.checkpoint.qwen2_moe import gate_name, router_layers
 from nexus_ds.checkpoint.records import is_nexus, read_manifest
-from nexus_ds.console import visible
+from nexus_ds.console import print_text, visible
 from nexus_ds.data.encoding import beginning
 from nexus_ds.data.tokenizer import open_tokenizer
 from nexus_ds.errors import (
@@ -246,6 +246,10 @@ class _Voice:
         # a file gets every byte
         return visible(text) if self.on_terminal else text
 
+    def write(self, text: str) -> None:
+        """Print what is safe, with the colours that are meant."""
+        print(text, end="", flush=True)
+
     def say(self, said: Said) -> None:
         """Print a token, unless that was done before memory ran out."""
         if self.legend is None and not said.added:
@@ -258,7 +262,7 @@ class _Voice:
             self.told = []
             # a painter knows the stretch that it is in
             self.painter = self._painter()
-            print()
+            self.write("\n")
             for token in before:
                 self._print(token)
             again = False
@@ -270,11 +274,11 @@ class _Voice:
         self.told.append(said)
         said = replace(said, text=self.safe(said.text))
         shown = self.painter.add(said) if self.painter else said.text
-        print(shown, end="", flush=True)
+        self.write(shown)
 
     def end(self) -> None:
         """End the text."""
-        print(self.painter.end() if self.painter else "")
+        self.write((self.painter.end() if self.painter else "") + "\n")
         self.begun = False
         self.told = []
         self.painter = self._painter()
@@ -285,7 +289,7 @@ class _Voice:
         from nexus_ds.report.routed_text import legend_text
 
         if self.legend is not None:
-            print("\n" + legend_text(self.legend, said, self.coloured()))
+            self.write("\n" + legend_text(self.legend, said, self.coloured()) + "\n")
 
 
 def _answer(
@@ -422,7 +426,7 @@ class _Job:
         again = self.voice.begun
         self.voice.begin()
         if not (again or prompt.chat or self.voice.legend):
-            print(self.voice.safe(str(prompt.given)), end="", flush=True)
+            self.voice.write(self.voice.safe(str(prompt.given)))
 
     def show(
         self, prompts: Sequence[Prompt], found: Sequence[Continuation], seconds: float
@@ -433,7 +437,7 @@ class _Job:
         for prompt, continuation in zip(prompts, found, strict=True):
             if self.args.json:
                 answer = _answer(prompt, continuation, speed, self.legend)
-                print(json.dumps(answer, ensure_ascii=False), flush=True)
+                print_text(json.dumps(answer, ensure_ascii=False))
                 continue
             if not self.spoken:
                 self.begin(prompt)
@@ -441,7 +445,7 @@ class _Job:
                     self.voice.say(said)
             self.voice.end()
             if len(self.prompts) > 1:
-                print(flush=True)
+                print_text()
 
 
 def _quiet(said: object = None) -> None:

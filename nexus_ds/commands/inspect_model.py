@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_ds.checkpoint.inspection import describe
-from nexus_ds.console import visible
+from nexus_ds.console import print_text
 from nexus_ds.report.page import Cell, Table, text_table
 from nexus_ds.upcycling.assessment import assess, related
 
@@ -192,15 +192,15 @@ def run(args: argparse.Namespace) -> int:
     alone = len(facts) == 1
     if args.json:
         answer = facts[0] if alone else facts
-        print(json.dumps(answer, indent=2, ensure_ascii=False))
+        print_text(json.dumps(answer, indent=2, ensure_ascii=False))
     elif alone:
-        print(visible(describe_text(facts[0])))
+        print_text(describe_text(facts[0]))
     else:
         rows, equal = differences(facts)
         header = ["differs", *map(str, args.directories)]
-        print(visible(text_table(Table(header=header, rows=rows))))
-        print(f"equal: {', '.join(equal)}\n")
-        print(visible("\n".join(relation_text(facts))))
+        print_text(text_table(Table(header=header, rows=rows)))
+        print_text(f"equal: {', '.join(equal)}\n")
+        print_text("\n".join(relation_text(facts)))
     if not args.json and "outlook" in facts[0]:
-        print(visible("\n" + "\n".join(outlook_text(facts[0]["outlook"]))))
+        print_text("\n" + "\n".join(outlook_text(facts[0]["outlook"])))
     return 0

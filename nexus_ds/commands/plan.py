@@ -14,6 +14,7 @@ from typing import Any
 
 from nexus_ds.command_lines import typed_training
 from nexus_ds.config import load_config
+from nexus_ds.console import print_text
 from nexus_ds.errors import ConfigError, LayoutError
 from nexus_ds.outputs import refuse_existing, write_json
 from nexus_ds.planning import assumptions, choose
@@ -354,11 +355,11 @@ def _run_verbs(args: argparse.Namespace, config: Config) -> int:
     found = verbs(config, sizes, machine, choose.WIDTH[config.model.dtype], tokens)
     if args.json:
         answer = {"verbs": [asdict(verb) for verb in found], "assumptions": assumed()}
-        print(json.dumps(answer, indent=2))
+        print_text(json.dumps(answer, indent=2))
         return 0
     rows = [[shown(verb) for shown in VERB_COLUMNS.values()] for verb in found]
-    print(text_table(Table(header=list(VERB_COLUMNS), rows=rows)))
-    print(
+    print_text(text_table(Table(header=list(VERB_COLUMNS), rows=rows)))
+    print_text(
         "counted: bytes of weights, activations and hidden states, without CUDA's context of "
         f"{assumptions.CONTEXT_BYTES / 1e9:.1f} GB\nestimated, not measured: all times ("
         + ", ".join(f"{name} {value:g}" for name, value in assumed().items())
@@ -379,16 +380,16 @@ def run(args: argparse.Namespace) -> int:
     if args.write:
         _write(args.write, plan)
     if args.json:
-        print(json.dumps(plan, indent=2, ensure_ascii=False))
+        print_text(json.dumps(plan, indent=2, ensure_ascii=False))
         return 0
-    print(describe(plan))
+    print_text(describe(plan))
     best = plan["best"]
     if not best:
-        print(
+        print_text(
             "next: try more GPUs, a smaller data.sequence_length, or --host-memory of a larger node"
         )
     elif args.write:
-        print(f"wrote {args.write}; next: {best['command']}")
+        print_text(f"wrote {args.write}; next: {best['command']}")
     else:
-        print(f"next: the same command with --write ds.json, then: {best['command']}")
+        print_text(f"next: the same command with --write ds.json, then: {best['command']}")
     return 0

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nexus_ds.command_lines import DS_JSON
 from nexus_ds.config import load_config
+from nexus_ds.console import print_text
 from nexus_ds.launch import meeting_point, position
 from nexus_ds.pipeline import BRANCH, MOE, STEP_KINDS, TRAINED, WIDE_STAGES, resolve
 from nexus_ds.words import add_stage_arguments
@@ -54,5 +55,5 @@ def run(args: argparse.Namespace) -> int:
             raise
         return 1  # rank 0 says why
     if here.rank == 0:
-        print(line)
+        print_text(line)
     return 0

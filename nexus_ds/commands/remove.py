@@ -12,6 +12,7 @@ import shlex
 from pathlib import Path
 
 from nexus_ds.config import named_once
+from nexus_ds.console import print_text
 from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import new_directory, refuse_existing
 from nexus_ds.report import verdict as before_after
@@ -91,12 +92,12 @@ def run(args: argparse.Namespace) -> int:
             "verdict": verdict.as_dict() if verdict else None,
             "next": command,
         }
-        print(json.dumps(result, indent=2))
+        print_text(json.dumps(result, indent=2))
     else:
-        print(model.describe(args.out, None))
+        print_text(model.describe(args.out, None))
         if verdict:
-            print(verdict.text())
-        print(f"next: {command}")
+            print_text(verdict.text())
+        print_text(f"next: {command}")
     return verdict.exit_code("remove", args.out) if verdict else 0
 
 

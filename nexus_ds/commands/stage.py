@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from nexus_ds.command_lines import DS_JSON, TRAIN, program
 from nexus_ds.config import dump, load_config
+from nexus_ds.console import print_text
 from nexus_ds.errors import ConfigError, NexusError
 from nexus_ds.launch import EXIT_STOPPED, array_task, first_rank
 from nexus_ds.local_runner import run_steps
@@ -279,7 +280,7 @@ def run(args: argparse.Namespace) -> int:
     """Make the stage; a finished one is left alone."""
     config = _config(args)
     if args.show:
-        print(show(args.show, config, args))
+        print_text(show(args.show, config, args))
         return 0
     run_folder = places(config).run
     for folder in (run_folder, run_folder / "branches"):
@@ -294,7 +295,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             code = make(names, found, config)
         if code == 0:
-            print(f"finished: {', '.join(str(step.output) for step in targets)}")
+            print_text(f"finished: {', '.join(str(step.output) for step in targets)}")
         return code
     # Other ranks wait in train.py for what rank 0 makes, and its watch can't begin here: this is a
     # process without torch, which hands its id to train.py afterwards, and a thread would not

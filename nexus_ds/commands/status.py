@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TypedDict, TypeGuard
 
 from nexus_ds.config import load_config
+from nexus_ds.console import print_text
 from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import unfinished
 from nexus_ds.pipeline import Step, branch_step, evaluation_step, needed_for, steps
@@ -374,13 +375,13 @@ def run(args: argparse.Namespace) -> int:
     """Print the table, or JSON."""
     stages = survey(args.run)
     if args.json:
-        print(json.dumps([asdict(stage) for stage in stages], ensure_ascii=False))
+        print_text(json.dumps([asdict(stage) for stage in stages], ensure_ascii=False))
         return 0
     width = max(len(stage.stage) for stage in stages)
     for stage in stages:
         job = f"job {stage.job}" if stage.job else ""
-        print(f"{stage.stage:{width}}  {stage.state:9}  {job:10}  {stage.detail}".rstrip())
+        print_text(f"{stage.stage:{width}}  {stage.state:9}  {job:10}  {stage.detail}".rstrip())
     for line in unfinished_lines(args.run):
-        print(line)
-    print(f"logs: {args.run / 'logs'}")
+        print_text(line)
+    print_text(f"logs: {args.run / 'logs'}")
     return 0

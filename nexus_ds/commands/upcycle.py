@@ -14,6 +14,7 @@ from pathlib import Path
 
 from nexus_ds.command_lines import next_training
 from nexus_ds.config import load_config
+from nexus_ds.console import print_text
 from nexus_ds.outputs import new_directory, refuse_existing
 from nexus_ds.upcycling import compatible
 
@@ -114,8 +115,8 @@ def run(args: argparse.Namespace) -> int:
         report = model.write(directory, text, config.router, config.seed)
     command = next_training(out, data or "DIR", args.config, "moe")
     if args.json:
-        print(json.dumps(model.summary(out, report) | {"next": command}, indent=2))
+        print_text(json.dumps(model.summary(out, report) | {"next": command}, indent=2))
     else:
-        print(model.describe(out, report))
-        print(f"next: {command}")
+        print_text(model.describe(out, report))
+        print_text(f"next: {command}")
     return 0

@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from nexus_ds.console import visible
+from nexus_ds.console import print_text
 from nexus_ds.errors import ConfigError
 from nexus_ds.upcycling.verification import verify, verify_sources
 
@@ -50,11 +50,11 @@ def run(args: argparse.Namespace) -> int:
         found.notes += more.notes
         found.checked += more.checked
     if args.json:
-        print(json.dumps(vars(found) | {"sound": not found.problems}, indent=2))
+        print_text(json.dumps(vars(found) | {"sound": not found.problems}, indent=2))
         return 1 if found.problems else 0
     lines = [f"checked: {one}" for one in found.checked]
     lines += [f"note: {one}" for one in found.notes]
     lines += [f"DIFFERS: {one}" for one in found.problems]
     lines.append(f"{args.directory}: {'NOT ' if found.problems else ''}what was written")
-    print(visible("\n".join(lines)))
+    print_text("\n".join(lines))
     return 1 if found.problems else 0

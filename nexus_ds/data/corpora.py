@@ -18,12 +18,11 @@ import fcntl
 import hashlib
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, NotRequired, TypedDict, cast
@@ -80,6 +79,8 @@ class TokenFile:
     """sha256 over text, tokenizer and settings."""
     answers: int | None = None
     """Ids that are labels; None where all are."""
+    made_from: dict[str, str] = field(default_factory=dict)
+    """The sha256 of the `text` and of the `tokenizer` alone; empty where they are not known."""
 
     @cached_property
     def _stream(self) -> BinaryIO:
@@ -338,6 +339,8 @@ class _Job:
     fingerprint: str
     text: str
     """Fingerprint of the text alone."""
+    tokenizer: str
+    """That of the tokenizer."""
     expected: int = 0
     """Bytes of text, about; 0: unknown."""
     tokens: int = 0
@@ -394,7 +397,7 @@ class _Job:
             write_text(temporary, seal(cast(dict[str, object], manifest)))
         if bad.count:
             what = f"{self.domain}/{split}: {bad.count} damaged rows skipped"
-            print(f"{what}, first: {bad.messages[0]}", file=sys.stderr)
+            say(f"{what}, first: {bad.messages[0]}")
 
 
 @dataclass(frozen=True)
@@ -416,7 +419,7 @@ class _Maker:
         )
         fingerprint = hashlib.sha256(facts.encode()).hexdigest()
         path = cache / f"{domain}-{self.split}-{fingerprint[:16]}.bin"
-        return _Job(domain, path, fingerprint, text)
+        return _Job(domain, path, fingerprint, text, self.tokenizer.fingerprint)
 
     def make_all(self, jobs: Sequence[_Job], workers: int) -> None:
         """Tokenise some domains with `workers` processes; 0: as many as are worth their start."""
@@ -564,7 +567,8 @@ def _made(jobs: Sequence[_Job], cache: Path) -> dict[str, TokenFile]:
     for job in jobs:
         file = _existing(job.path)
         if file is not None:
-            files[job.domain] = file
+            made_from = {"text": job.text, "tokenizer": job.tokenizer}
+            files[job.domain] = replace(file, made_from=made_from)
     # somebody emptied the cache meanwhile
     gone = [job.domain for job in jobs if job.domain not in files]
     if gone:

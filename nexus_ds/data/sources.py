@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +18,7 @@ from nexus_ds.data.demo_text import demo_source
 from nexus_ds.data.hub import SET_NAME, HubSource
 from nexus_ds.data.rows import SUFFIXES, BadRows, Document, capped, read_rows
 from nexus_ds.errors import DataError
+from nexus_ds.progress import say
 
 SPLITS = ("train", "validation")
 # bytes; larger files are known by size and time of change: every start asks
@@ -100,11 +100,7 @@ def require_domains(source: Source, domains: Sequence[str]) -> None:
     message = f"{source.name}: no domain {', '.join(missing)}; found: {', '.join(known) or 'none'}"
     if not isinstance(source, HubSource):
         raise DataError(message)
-    print(
-        f"{message} in the first rows; the stream is read on, to its end if need be",
-        file=sys.stderr,
-        flush=True,
-    )
+    say(f"{message} in the first rows; the stream is read on, to its end if need be")
 
 
 def passes(source: Source, domains: Sequence[str]) -> list[list[str]]:

@@ -121,17 +121,24 @@ def refusal(sizes: Sizes, machine: Machine, config: Config, found: Candidate) ->
     if needs.gpu_bytes > machine.gpu_memory:
         lacking.append(
             f"a rank is planned to need {short(needs.gpu_bytes)}B of GPU memory, "
-            f"a GPU has {short(machine.gpu_memory)}B"
+            f"a GPU has {short(machine.gpu_memory)}B ({_parts(needs.gpu)})"
         )
     if machine.host_memory and needs.host_bytes > machine.host_memory:
         lacking.append(
             f"{short(needs.host_bytes)}B of main memory are planned for a node, "
-            f"it has {short(machine.host_memory)}B"
+            f"it has {short(machine.host_memory)}B ({_parts(needs.host)})"
         )
     return (
         f"{found.layout.name}, {_cut(found.layout)}: {', and '.join(lacking)}; "
         f"{remedy(sizes, machine, config)}; {OVERRIDE}"
     )
+
+
+def _parts(memory: Mapping[str, float]) -> str:
+    """Return what memory goes to, the most first; all that is less than a hundredth is left out."""
+    least = sum(memory.values()) / 100
+    parts = sorted(memory.items(), key=lambda part: -part[1])
+    return ", ".join(f"{name} {short(size)}B" for name, size in parts if size >= least)
 
 
 def _cut(layout: Layout) -> str:

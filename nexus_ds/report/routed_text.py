@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nexus_ds.console import visible
 from nexus_ds.generation.continuation import Said
 from nexus_ds.generation.routes import first_choice
 from nexus_ds.outputs import new_file, write_text
@@ -143,7 +144,7 @@ class Marked:
             return ""
         mean = sum(self.weights) / len(self.weights)
         self.weights = []
-        return f"[{self.legend.experts[self.expert]} {mean:.2f}]"
+        return f"[{visible(self.legend.experts[self.expert])} {mean:.2f}]"
 
 
 def legend_text(
@@ -153,7 +154,7 @@ def legend_text(
 ) -> str:
     """Return the legend below a text, its rows in colours if asked for."""
     table = legend_table(legend, said)
-    heading, *rows = text_table(table).splitlines()
+    heading, *rows = visible(text_table(table)).splitlines()
     if colours:
         rows = [_painted(row, expert) for expert, row in enumerate(rows)]
     return "\n".join([legend.title, heading, *rows])

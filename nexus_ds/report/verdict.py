@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from typing import TYPE_CHECKING
 
 from nexus_ds.checkpoint.needs import WINDOWS
 from nexus_ds.errors import ConfigError
+from nexus_ds.progress import say
 from nexus_ds.report.page import Cell, Spread, Table, text_table
 from nexus_ds.report.paired import (
     CONFIDENCE,
@@ -311,13 +311,12 @@ class Verdict:
         if self.limit is None:
             return 0
         for note in self.notes():
-            print(f"nexus-ds {verb}: {note}", file=sys.stderr)
+            say(f"nexus-ds {verb}: {note}")
         if not self.failed:
             return 0
-        print(
+        say(
             f"nexus-ds {verb}: worse than --fail-if-worse {100 * self.limit:g}% allows: "
-            f"{self._listed(self.failed)}; {out} is written all the same",
-            file=sys.stderr,
+            f"{self._listed(self.failed)}; {out} is written all the same"
         )
         return EXIT_WORSE
 

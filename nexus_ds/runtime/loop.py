@@ -459,6 +459,7 @@ class Run:
             "model at the start": content_fingerprint(Path(path)) if path else "new",
             "data.weights": self.data.weights,
             states.FINGERPRINTS: {name: file.fingerprint for name, file in self.data.files.items()},
+            states.MADE_FROM: {name: file.made_from for name, file in self.data.files.items()},
         }
         return json.loads(json.dumps(kept))
 

@@ -16,8 +16,9 @@ from typing import TypeAlias
 
 from tqdm import tqdm
 
+from nexus_ds.console import visible
 from nexus_ds.outputs import create, naming
-from nexus_ds.progress import duration
+from nexus_ds.progress import duration, say
 
 Values: TypeAlias = Mapping[str, "float | str | Values"]
 """Numbers under names, nested; words go into the JSONL file alone."""
@@ -115,7 +116,7 @@ class Metrics:
         self.events = directory / "tensorboard"
         self.board = SummaryWriter(str(self.events), purge_step=first_step)
         if sys.stderr.isatty():
-            self.bar = tqdm(total=total_steps, initial=first_step, desc=name, unit="step")
+            self.bar = tqdm(total=total_steps, initial=first_step, desc=visible(name), unit="step")
 
     def say(self, text: str) -> None:
         """Print one line, if there is still somebody to read it."""
@@ -123,9 +124,9 @@ class Metrics:
             return
         with unread():
             if self.bar is None:
-                print(text, file=sys.stderr, flush=True)
+                say(text)
             else:
-                tqdm.write(text, file=sys.stderr)
+                tqdm.write(visible(text), file=sys.stderr)
 
     def advance(self) -> None:
         """Count one optimizer step on the bar."""

@@ -10,11 +10,9 @@ later.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import shutil
 import time
 import uuid
@@ -24,8 +22,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-
-from packaging.requirements import Requirement
 
 from nexus_ds.errors import ConfigError, NexusError
 from nexus_ds.launch import (
@@ -41,9 +37,9 @@ from nexus_ds.planning.choose import WIDTH
 from nexus_ds.planning.layout import Machine
 from nexus_ds.planning.memory import disk
 from nexus_ds.planning.sizes import sizes_of
+from nexus_ds.runtime.installed import version_problems, versions
 from nexus_ds.settings import Config
 
-COMPARED = ("torch", "deepspeed", "transformers", "safetensors", "numpy")
 REDUCED_FLOATS = 1 << 20  # 4 MiB
 LEAVING = 30.0  # seconds that the rank which serves the store waits for the others' last word
 FOLDER_SECONDS = 5.0  # a network file system may show a new file late
@@ -54,41 +50,6 @@ class PreflightError(NexusError):
 
     The message has one line a cause, each with its node; on other ranks than 0 it is empty.
     """
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that must agree on all nodes."""
-    found = {"python": platform.python_version()}
-    return found | {name: importlib.metadata.version(name) for name in COMPARED}
-
-
-def version_problems() -> list[str]:
-    """Return installed packages that are not what the package asks for."""
-    try:
-        wanted = [Requirement(text) for text in importlib.metadata.requires("nexus-ds") or []]
-    except importlib.metadata.PackageNotFoundError:
-        return []  # used from a folder, without installation: nothing says what is wanted
-    problems = [
-        _requirement_problem(requirement) for requirement in wanted if _is_needed(requirement)
-    ]
-    return [problem for problem in problems if problem]
-
-
-def _is_needed(requirement: Requirement) -> bool:
-    """Return whether a package is one that all need: none of an extra, of another system."""
-    marker = requirement.marker
-    return marker is None or marker.evaluate({"extra": ""})
-
-
-def _requirement_problem(requirement: Requirement) -> str:
-    """Return what is wrong with an installed package, '' if nothing is."""
-    try:
-        found = importlib.metadata.version(requirement.name)
-    except importlib.metadata.PackageNotFoundError:
-        return f"{requirement.name} is not installed, expected {requirement}; type: make setup"
-    if requirement.specifier.contains(found, prereleases=True):
-        return ""
-    return f"{requirement.name} {found} found, {requirement.specifier} expected; type: make setup"
 
 
 def device_problems(here: Position, visible: int, env: Mapping[str, str]) -> list[str]:

@@ -46,6 +46,7 @@ from nexus_ds.typed_json import typed
 MANIFEST = "manifest.json"
 FORMAT = 2  # 1 had no hash of itself
 FINGERPRINTS = "data fingerprint"  # of a configuration: a hash for each domain
+MADE_FROM = "data made from"  # of a configuration: hashes of what that hash covers; for messages
 BYTES = 12  # of a parameter in a state: fp32 and two moments
 
 
@@ -203,8 +204,8 @@ def _compare(manifest: Manifest, description: Description, shapes: dict[str, lis
         told
         for key in now
         # as text, since equal dictionaries may have another order
-        if key in saved and json.dumps(saved[key]) != json.dumps(now[key])
-        for told in _differences(key, saved[key], now[key])
+        if key in saved and key != MADE_FROM and json.dumps(saved[key]) != json.dumps(now[key])
+        for told in _differences(key, saved, now)
     ]
     if different:
         raise CheckpointError(
@@ -222,19 +223,35 @@ def _compare(manifest: Manifest, description: Description, shapes: dict[str, lis
         )
 
 
-def _differences(key: str, then: object, now: object) -> list[str]:
+def _differences(key: str, saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Return what differs in a setting or fingerprint, in words, entry by entry of a mapping."""
+    then, now = saved[key], current[key]
     if not isinstance(then, dict) or not isinstance(now, dict) or then.keys() != now.keys():
         return [f"{key}: {then!r} then, {now!r} now"]
     entries = [name for name in now if then[name] != now[name]]
     if not entries:
         return [f"{key}: in the order {', '.join(then)} then, {', '.join(now)} now"]
     if key == FINGERPRINTS:
-        return [
-            f"the text of {name}, its tokenizer or data.* are not what they were"
-            for name in entries
-        ]
+        return [_other_data(name, saved.get(MADE_FROM), current.get(MADE_FROM)) for name in entries]
     return [f"{key}.{name}: {then[name]!r} then, {now[name]!r} now" for name in entries]
+
+
+def _other_data(domain: str, saved: object, current: object) -> str:
+    """Return which of the things that make a domain's tokens is another."""
+    then, now = (
+        all_of.get(domain) if isinstance(all_of, dict) else None for all_of in (saved, current)
+    )
+    # states of before don't tell them apart
+    if not isinstance(then, dict) or not isinstance(now, dict):
+        return f"the text of {domain}, its tokenizer or data.* are not what they were"
+    words = {
+        "text": f"the text of {domain}",
+        "tokenizer": f"the tokenizer of {domain}, data.bos or data.chat",
+    }
+    other = [told for part, told in words.items() if then.get(part) != now.get(part)]
+    if not other:
+        return f"data.max_bytes, data.on_bad_row or the form of token files differs for {domain}"
+    return f"not what it was: {' and '.join(other)}"
 
 
 def resume(engine: Engine, states: Path, description: Description) -> tuple[int, list[str]]:

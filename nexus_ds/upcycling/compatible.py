@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from nexus_ds.checkpoint.relation import UNRELATED, Relation, relation
 from nexus_ds.checkpoint.values import FLOATS, read_values, sample
 from nexus_ds.checkpoint.wrappers import text_config
 from nexus_ds.errors import CheckpointError, IncompatibleModelsError
+from nexus_ds.progress import say
 
 ATTENTION = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
 SIZES = (
@@ -112,7 +112,7 @@ def waived_by(args: argparse.Namespace) -> Waived:
 
 def note(text: str) -> None:
     """Say on stderr what is no mistake, but may surprise."""
-    print(f"note: {text}", file=sys.stderr, flush=True)
+    say(f"note: {text}")
 
 
 # Settings -----------------------------------------------------------------------------------------

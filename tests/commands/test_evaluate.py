@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nexus_ds.commands import evaluate
+from nexus_ds.console import CONTROL
 from nexus_ds.errors import ConfigError, DataError, OutputExistsError
 from nexus_ds.report.evaluation import file_names
 from nexus_ds.report.page import PNG_MAGIC
@@ -157,6 +158,21 @@ def test_output_names_next_command(dense_dir, text_folder, tmp_path, capsys):
     assert (
         summary["routing"] == {} and summary["routed_model"] is None and summary["change"] is None
     )
+
+
+def test_names_of_a_strangers_model_reach_no_terminal_as_they_are(
+    nexus_dir, text_folder, tmp_path, capsys
+):
+    strange, text = tmp_path / "strange", tmp_path / "text"
+    shutil.copytree(nexus_dir, strange)
+    shutil.copytree(text_folder, text)
+    (text / "beta").rename(text / "be\x1b[2Jta")
+    sidecar = strange / "nexus.json"
+    sidecar.write_text(sidecar.read_text().replace('"gamma"', '"gam\\u001b[2Jma"'))
+    assert evaluate.run(arguments([strange], text, tmp_path / "out")) == 0
+    said = capsys.readouterr()
+    assert "be\\u001b[2Jta" in said.out and "gam\\u001b[2Jma" in said.out
+    assert not CONTROL.search(said.out + said.err)
 
 
 def test_json_is_the_summary_alone(dense_dir, text_folder, tmp_path, capsys):

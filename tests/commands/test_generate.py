@@ -354,4 +354,4 @@ def test_what_a_model_writes_moves_no_cursor(nexus_dir, capsys, monkeypatch):
     voice = generate._Voice(None)
     assert voice.safe("\x1b[2J") == "\x1b[2J", "a file gets the text as it is"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert generate._Voice(None).safe("\x1b[2Jx\n") == "\\x1b[2Jx\n"
+    assert generate._Voice(None).safe("\x1b[2Jx\n") == "\\u001b[2Jx\n"

@@ -7,6 +7,7 @@ import pytest
 from nexus_ds.__main__ import main
 from nexus_ds.commands import status
 from nexus_ds.config import dump, load_config
+from nexus_ds.console import CONTROL
 
 QUEUE = """#!/bin/sh
 cat "{file}"
@@ -129,6 +130,16 @@ def test_a_failure_shows_its_last_error_line_and_what_it_cancels(run):
             "cancelled",
             "needs branch:docs, which failed",
         )
+
+
+def test_what_a_log_says_reaches_no_terminal_as_it_is(run, capsys):
+    queue(run, [("2", "dense_branch")], ["2_1|FAILED|NonZeroExitCode"])
+    log = run / "logs" / "dense_branch-2_1.log"
+    log.write_text("error: \x1b]52;c;eA==\x07 \x9b2J of a library\n", encoding="utf-8")
+    for words in ([], ["--json"]):
+        assert main(["status", str(run), *words]) == 0
+        said = capsys.readouterr().out
+        assert not CONTROL.search(said) and "u001b]52;c;eA==" in said and "u009b2J of" in said
 
 
 def test_a_cancelled_job_that_never_started(run):

@@ -96,8 +96,13 @@ def test_a_second_call_reads_the_cache_and_any_change_misses_it(
     assert first.path.stat().st_mtime_ns == written
     assert ask(max_bytes=500).fingerprint != first.fingerprint
     assert ask(max_bytes=500).tokens < first.tokens
+    assert ask(max_bytes=500).made_from == first.made_from
     write_jsonl(corpus / "alpha" / "train.jsonl", sentences(9, 40))
-    assert ask().fingerprint != first.fingerprint
+    changed = ask()
+    assert changed.fingerprint != first.fingerprint
+    assert changed.made_from.keys() == first.made_from.keys() == {"text", "tokenizer"}
+    assert changed.made_from["text"] != first.made_from["text"]
+    assert changed.made_from["tokenizer"] == first.made_from["tokenizer"]
 
 
 def test_validation_files_hold_the_whole_validation_text(

@@ -162,8 +162,11 @@ def test_another_text_is_refused_by_its_name(run, text):
     run.start()
     assert run.ended(WAIT) == [1, 1], run.said()
     path.write_text(content)
-    assert "belongs to another configuration (" in run.said()
-    assert "beta" in run.said() and "Traceback" not in run.said()
+    refused = (
+        "belongs to another configuration (not what it was: the text of beta); restore these "
+        "settings, or give another output"
+    )
+    assert refused in run.said() and "Traceback" not in run.said()
 
 
 def test_a_folder_that_is_removed_ends_the_run_with_a_line(run):

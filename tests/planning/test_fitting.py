@@ -121,8 +121,11 @@ def test_a_refusal_says_what_fits_instead():
     said = refusal(CARDS, Z3)
     assert said.startswith(
         "ZeRO-3, expert parallel 4, micro-batch 1, activation checkpointing non_reentrant: a rank "
-        "is planned to need 29.3 GB of GPU memory, a GPU has 24 GB; what fits is ZeRO-3, expert "
-        "parallel 1, optimizer on CPU with parallel.expert=1 training.micro_batch_size="
+        "is planned to need 29.3 GB of GPU memory, a GPU has 24 GB (optimizer states 13.9 GB, "
+    )
+    assert (
+        "); what fits is ZeRO-3, expert parallel 1, optimizer on CPU with parallel.expert=1 "
+        "training.micro_batch_size=" in said
     )
     assert said.endswith(
         "(nexus-ds plan --write ds.json writes its DeepSpeed JSON, for --deepspeed); "
@@ -133,9 +136,22 @@ def test_a_refusal_says_what_fits_instead():
     assert "micro-batch 64" in said and "what fits is " in said
 
 
+def test_a_refusal_names_the_parts_of_what_it_adds_up():
+    said = refusal(CARDS, Z3)
+    listed = said[said.index("has 24 GB (") + 11 : said.index("); what fits")]
+    parts = {}
+    for part in listed.split(", "):
+        name, size, unit = part.rsplit(" ", 2)
+        parts[name] = float(size) * {"GB": 1, "MB": 1e-3}[unit]
+    assert {"weights", "gradients", "optimizer states"} < parts.keys()
+    # those below a hundredth are left out
+    assert sum(parts.values()) == pytest.approx(29.3, rel=0.02)
+    assert list(parts.values()) == sorted(parts.values(), reverse=True)
+
+
 def test_a_refusal_asks_for_main_memory_where_that_is_what_lacks():
     said = refusal(replace(CARDS, host_memory=100e9), {}, "parallel.expert=1")
-    assert "of main memory are planned for a node, it has 100 GB" in said
+    assert "of main memory are planned for a node, it has 100 GB (" in said
     assert "nothing fits 8 such GPUs; what fits is with " in said
     assert "B of main memory a node ZeRO-" in said and ", or on 16 GPUs ZeRO-" in said
 

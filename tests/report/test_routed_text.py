@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from nexus_ds.console import CONTROL
 from nexus_ds.errors import OutputExistsError
 from nexus_ds.generation.continuation import Said
 from nexus_ds.generation.routes import Decision
@@ -69,6 +70,16 @@ def test_the_legend_counts_tokens():
     plain = legend_text(LEGEND, SAID, colours=False)
     assert SGR.sub("", legend_text(LEGEND, SAID, colours=True)) == plain
     assert plain.splitlines()[0] == LEGEND.title and "legal" in plain and "\x1b" not in plain
+
+
+def test_names_send_nothing_to_a_terminal_but_the_colours_do():
+    legend = Legend(["law\x1b[2J", "code"], ["legal\x9b", "code"], [1, 3])
+    painter = Marked(legend)
+    marked = "".join(painter.add(said) for said in SAID) + painter.end()
+    coloured = legend_text(legend, SAID, colours=True)
+    for shown in (marked, SGR.sub("", coloured)):
+        assert "law\\u001b[2J" in shown and not CONTROL.search(shown)
+    assert SGR.search(coloured) and "legal\\u009b" in coloured
 
 
 def test_the_page_holds_every_token_with_every_layers_choice(tmp_path):

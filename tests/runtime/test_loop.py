@@ -738,7 +738,9 @@ def test_a_micro_batch_of_0_is_what_fits_the_gpus(nexus_dir):
 
 
 def test_what_cannot_fit_is_refused_unless_that_is_switched_off(nexus_dir):
-    with pytest.raises(LayoutError, match=r"a GPU has 1 GB; .*parallel.check_memory=false starts"):
+    parts = r"\(CUDA context \(estimated\) 1.2 GB, gradient buckets 100 MB\)"
+    message = rf"need 1.31 GB of GPU memory, a GPU has 1 GB {parts}; .*check_memory=false starts"
+    with pytest.raises(LayoutError, match=message):
         fitted_layout(nexus_dir, memory=1e9)
     assert fitted_layout(nexus_dir, "parallel.check_memory=false", memory=1e9).batch.micro == 1
 

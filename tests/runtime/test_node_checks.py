@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -31,16 +32,6 @@ def test_devices_against_the_request(visible, env, expected):
     found = node_checks.device_problems(HERE, visible, env)
     assert bool(found) == bool(expected)
     assert not found or found[0].startswith(expected)
-
-
-def test_installed_versions_are_compared_with_the_package_s(monkeypatch):
-    assert node_checks.version_problems() == []
-    asked = ["torch<1", 'of-an-extra; extra == "gguf"', "no-such-thing>=2"]
-    monkeypatch.setattr(node_checks.importlib.metadata, "requires", lambda name: asked)
-    found = node_checks.version_problems()
-    assert found[0].startswith("torch 2.") and "<1 expected; type: make setup" in found[0]
-    assert found[1] == "no-such-thing is not installed, expected no-such-thing>=2; type: make setup"
-    assert len(found) == 2
 
 
 def test_nodes_with_other_versions_are_named():
@@ -101,10 +92,12 @@ def test_a_batch_that_does_not_divide_is_found_before_training():
 
 def test_memory_against_the_plan():
     assert needs(gpu=80e9, host=200e9).problem == needs().problem == ""
-    assert "of GPU memory, a GPU has 1 GB; nothing fits" in needs(gpu=1e9).problem
+    refused = r"of GPU memory, a GPU has 1 GB \(CUDA context \(estimated\) 1.2 GB.*\); nothing fits"
+    assert re.search(refused, needs(gpu=1e9).problem)
     # the processes alone take 8 GB
     host = needs(gpu=80e9, host=4e9)
-    assert "of main memory are planned for a node, it has 4 GB; nothing fits 2" in host.problem
+    assert "of main memory are planned for a node, it has 4 GB (" in host.problem
+    assert "); nothing fits 2" in host.problem
     assert needs("parallel.check_memory=false", gpu=1e9).problem == ""
 
 

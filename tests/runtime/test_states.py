@@ -223,23 +223,68 @@ def test_a_state_of_another_model_or_configuration_is_refused(saved):
         states._compare(fewer, description, shapes)
 
 
+def differences(key, then, now):
+    return states._differences(key, {key: then}, {key: now})
+
+
 def test_a_difference_is_told_by_its_own_entry():
-    assert states._differences("training.lr", 0.1, 0.2) == ["training.lr: 0.1 then, 0.2 now"]
+    assert differences("training.lr", 0.1, 0.2) == ["training.lr: 0.1 then, 0.2 now"]
     weights = {"a": 0.5, "b": 0.5}
-    assert states._differences("data.weights", weights, weights | {"b": 0.6}) == [
+    assert differences("data.weights", weights, weights | {"b": 0.6}) == [
         "data.weights.b: 0.5 then, 0.6 now"
     ]
     turned = {"b": 0.5, "a": 0.5}
-    assert states._differences("data.weights", weights, turned) == [
+    assert differences("data.weights", weights, turned) == [
         "data.weights: in the order a, b then, b, a now"
     ]
-    hashes = {"a": "0" * 64, "b": "1" * 64}
-    assert states._differences("data fingerprint", hashes, hashes | {"b": "2" * 64}) == [
-        "the text of b, its tokenizer or data.* are not what they were"
-    ]
-    assert states._differences("data.weights", weights, {"a": 1.0}) == [
+    assert differences("data.weights", weights, {"a": 1.0}) == [
         "data.weights: {'a': 0.5, 'b': 0.5} then, {'a': 1.0} now"
     ]
+
+
+PARTS = {"text": "t", "tokenizer": "k"}
+OLDER = "the text of b, its tokenizer or data.* are not what they were"
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "told"),
+    [
+        (PARTS, PARTS | {"text": "u"}, "not what it was: the text of b"),
+        (
+            PARTS,
+            PARTS | {"tokenizer": "l"},
+            "not what it was: the tokenizer of b, data.bos or data.chat",
+        ),
+        (
+            PARTS,
+            {"text": "u", "tokenizer": "l"},
+            "not what it was: the text of b and the tokenizer of b, data.bos or data.chat",
+        ),
+        (
+            PARTS,
+            PARTS,
+            "data.max_bytes, data.on_bad_row or the form of token files differs for b",
+        ),
+        (None, PARTS, OLDER),
+        ([], PARTS, OLDER),
+    ],
+)
+def test_other_data_is_told_by_what_it_was_made_of(then, now, told):
+    saved = {"data fingerprint": {"a": "0", "b": "1"}, "data made from": {"a": PARTS, "b": then}}
+    current = {"data fingerprint": {"a": "0", "b": "2"}, "data made from": {"a": PARTS, "b": now}}
+    manifest = {"step": 6, "config": saved, "parameters": {}}
+    with pytest.raises(
+        CheckpointError, match=rf"another configuration \({re.escape(told)}\); restore"
+    ):
+        states._compare(manifest, {"layout": "any", "config": current}, {})
+
+
+@pytest.mark.parametrize("then", [{}, {"data made from": 3}, {"data made from": {"b": {}}}])
+def test_a_state_that_says_otherwise_what_its_data_was_made_from_resumes_all_the_same(then):
+    kept = {"data fingerprint": {"b": "1"}}
+    manifest = {"step": 6, "config": kept | then, "parameters": {}}
+    current = kept | {"data made from": {"b": PARTS}}
+    states._compare(manifest, {"layout": "any", "config": current}, {})
 
 
 @pytest.mark.slow

@@ -48,6 +48,7 @@ from nexus_ds.checkpoint.new_files import NewFiles
 from nexus_ds.checkpoint.qwen2_moe import moe_config, planned
 from nexus_ds.checkpoint.values import encoded
 from nexus_ds.children import tie_to_parent
+from nexus_ds.console import print_text
 from nexus_ds.data.domains import DomainEmbeddings, write_domain_embeddings
 from nexus_ds.data.tokenizer import train_tokenizer
 from nexus_ds.errors import ConfigError
@@ -302,7 +303,7 @@ def child(
     status = Path("/proc/self/status").read_text(encoding="ascii")
     [kib] = re.findall(r"VmHWM:\s+(\d+)", status)
     cpu = used.ru_utime + used.ru_stime
-    print(json.dumps({"cpu": cpu, "peak": int(kib) / 1024}))
+    print_text(json.dumps({"cpu": cpu, "peak": int(kib) / 1024}))
 
 
 # Measuring ----------------------------------------------------------------------------------------
@@ -433,10 +434,10 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
         for cold in (False, True):
             rows += measure(root, programs, args.rounds, cold, say)
     if args.json:
-        print(json.dumps([vars(row) for row in rows]))
+        print_text(json.dumps([vars(row) for row in rows]))
         return 0
     cores = len(os.sched_getaffinity(0))
-    print(f"{args.family}, {args.size}, {args.dtype}, {args.rounds} rounds, {cores} cores")
-    print(describe(rows))
-    print("next: the same with --family, --size, --dtype or --shard for models like yours")
+    print_text(f"{args.family}, {args.size}, {args.dtype}, {args.rounds} rounds, {cores} cores")
+    print_text(describe(rows))
+    print_text("next: the same with --family, --size, --dtype or --shard for models like yours")
     return 0

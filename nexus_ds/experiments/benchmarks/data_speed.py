@@ -24,6 +24,7 @@ from itertools import chain, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from nexus_ds.console import print_text
 from nexus_ds.data.corpora import TokenFile, token_files
 from nexus_ds.data.encoding import cores, load_tokenizer
 from nexus_ds.data.mixture import Sampler
@@ -168,7 +169,7 @@ def measure(
     tokenizer: Path,
     rounds: int,
     workers: int,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = print_text,
 ) -> Figures:
     """Time tokenizer, pipeline and reading on the same documents.
 
@@ -317,8 +318,8 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
             train_tokenizer(iter(some), VOCABULARY, tokenizer)
         found = measure(texts, tokenizer, args.rounds, args.workers, say).summary()
     if args.json:
-        print(json.dumps(found.to_json()))
+        print_text(json.dumps(found.to_json()))
         return 0
-    print(describe(found))
-    print("next: the same with --tokenizer DIR --data DIR for your own")
+    print_text(describe(found))
+    print_text("next: the same with --tokenizer DIR --data DIR for your own")
     return 0

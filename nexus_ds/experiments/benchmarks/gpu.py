@@ -26,9 +26,11 @@ from pathlib import Path
 
 from nexus_ds.children import tied
 from nexus_ds.config import load_config
+from nexus_ds.console import print_text
 from nexus_ds.errors import ConfigError, DataError
 from nexus_ds.launch import devices, free_port, launch_names
 from nexus_ds.outputs import new_file, refuse_existing, write_json, write_text
+from nexus_ds.progress import say
 from nexus_ds.report.page import Cell, format_cell
 
 REPOSITORY = Path(__file__).parents[3]
@@ -290,7 +292,7 @@ class Runner:
         write_json(self.out / "gpu.json", asdict(self.report))
         line = f"{result.name}: {result.state} ({result.seconds:.0f} s)"
         shown = [] if result.state == OK else result.tail
-        print("\n    ".join([line, *shown]), file=sys.stderr, flush=True)
+        say("\n    ".join([line, *shown]))
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -469,7 +471,7 @@ def run(args: argparse.Namespace) -> int:
     """Run all steps, or write the table of a run; return 1 if a step did not end well."""
     if args.table:
         put_table(read_report(args.out / "gpu.json"), args.table)
-        print(f"wrote {args.table}")
+        print_text(f"wrote {args.table}")
         return 0
     _check(args)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -483,8 +485,8 @@ def run(args: argparse.Namespace) -> int:
         runner = Runner(args.out, work, report, side_by_side)
         for wave in waves(inputs, work, args.small, not args.inputs):
             runner.run([replace(step, limit=patience * step.limit) for step in wave])
-    print(table(report))
+    print_text(table(report))
     written = args.out / "gpu.json"
     following = ["nexus-ds", "bench", "gpu", "--out", str(args.out), "--table", TABLE]
-    print(f"wrote {written}; next: {shlex.join(following)}")
+    print_text(f"wrote {written}; next: {shlex.join(following)}")
     return 0 if all(step.state == OK for step in report.steps) else 1

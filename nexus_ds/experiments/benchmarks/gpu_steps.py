@@ -29,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from nexus_ds.checkpoint.build import new_dense
 from nexus_ds.checkpoint.tokenizer import copy_tokenizer
 from nexus_ds.config import load_config
+from nexus_ds.console import print_text
 from nexus_ds.data.corpora import open_source
 from nexus_ds.data.domains import DomainEmbeddings, unit, write_domain_embeddings
 from nexus_ds.data.tokenizer import open_tokenizer, train_tokenizer, vocabulary_size
@@ -41,6 +42,7 @@ from nexus_ds.outputs import new_directory, write_text
 from nexus_ds.planning.layout import Layout, deepspeed_json
 from nexus_ds.planning.memory import memory
 from nexus_ds.planning.traffic import token_flops
+from nexus_ds.progress import say
 from nexus_ds.runtime import deepspeed_internals as internals
 from nexus_ds.runtime.engine import check_layout, deepspeed_config, start_engine
 from nexus_ds.settings import Config
@@ -161,7 +163,7 @@ def profiled(model: nn.Module, tokens_BS: torch.Tensor, device: torch.device) ->
     order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     averages = recorded.key_averages()
     # for whoever reads the log: the figures below don't say which kernel is slow
-    print(averages.table(sort_by=order, row_limit=40, max_name_column_width=70))
+    print_text(averages.table(sort_by=order, row_limit=40, max_name_column_width=70))
     return count_events(recorded.events() or ())
 
 
@@ -234,17 +236,13 @@ def step_profile(small: bool) -> Iterator[Figures]:
     yield found
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def speed(small: bool) -> Iterator[Figures]:
     """Yield tokens/s of the Nexus layer against a dense model and transformers' grouped layer."""
     device = device_here()
     shape = SMALL if small else PRESETS["470m"]
     rounds = 1 if small else 3
     names = COMPARED if small else COMPARED_ON_GPU
-    results, data = layer_speed.measure(names, shape, device, torch.bfloat16, rounds, _say)
+    results, data = layer_speed.measure(names, shape, device, torch.bfloat16, rounds, say)
     found: Figures = {}
     for row in layer_speed.summary(results, data, shape, "dense", device):
         found[row.model] = {
@@ -474,7 +472,7 @@ def main(words: list[str]) -> int:
         make_inputs(Path(arguments[0]))
         return 0
     for found in STEPS[name](small, *arguments):
-        print(json.dumps(found), flush=True)
+        print_text(json.dumps(found))
     return 0
 
 

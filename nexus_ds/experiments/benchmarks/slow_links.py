@@ -17,6 +17,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nexus_ds.console import print_text
 from nexus_ds.errors import ConfigError
 from nexus_ds.experiments.benchmarks.network import run_ranks
 from nexus_ds.planning import assumptions, traffic
@@ -322,7 +323,7 @@ def run(args: argparse.Namespace) -> int:
     rows = compare(links, measure(links))
     if args.json:
         told = {"settings": asdict(links), "links": [row.to_json() for row in rows]}
-        print(json.dumps(told, indent=2))
+        print_text(json.dumps(told, indent=2))
     else:
-        print(describe(links, rows))
+        print_text(describe(links, rows))
     return 0
