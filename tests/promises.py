@@ -195,6 +195,9 @@ PROMISES = (
         "T21",
         "A run resumed at any step reads each sample once.",
         (
+            "runtime/test_loop_resumed.py::"
+            "test_a_run_stopped_at_any_step_reads_what_one_reads_that_nobody_stops",
+            "runtime/test_loop_resumed.py::test_an_epoch_has_each_sample_once",
             MIXTURE + "test_random_access_equals_sequential_access",
             "runtime/test_loop.py::test_each_step_trains_on_each_of_its_samples_once",
             SOAK,
