@@ -38,6 +38,7 @@ HEAP = ONE + "test_signals_in_a_heap_make_one_save_and_secrets_and_files_stay_cl
 AGAIN = ONE + "test_a_state_that_is_damaged_is_saved_again_under_its_name"
 STATES = "runtime/test_states.py::"
 KILLS = "runtime/test_states_kills.py::"
+RESUMED = "runtime/test_loop_resumed.py::"
 LAYOUTS = "runtime/test_states_layouts.py::"
 WATCHDOG = "runtime/test_watchdog.py::"
 SURVIVAL = "slurm/test_survival.py::"
@@ -71,13 +72,21 @@ PROMISES = (
     Promise("T3", "Many signals, also during a save: one save, one message.", (HEAP,)),
     Promise(
         "T4",
-        "A kill while a state is being saved: the state before stays, and the run resumes from it.",
-        (KILLS + "test_a_killed_save_leaves_a_state_that_resumes", SOAK),
+        "A kill while a state is being saved, also one that SIGUSR1 asked for and that takes longer"
+        " than the grace: the state before stays, and the run resumes from it.",
+        (
+            RESUMED + "test_a_save_that_takes_longer_than_the_grace_leaves_the_state_before",
+            KILLS + "test_a_killed_save_leaves_a_state_that_resumes",
+            SOAK,
+        ),
     ),
     Promise(
         "T5",
-        "A requeue that fails: the command is named, the state kept.",
-        (INJECTION + "test_a_failing_requeue_keeps_the_state_and_says_so",),
+        "A requeue that fails, or has no scontrol: the command is named, the state kept.",
+        (
+            INJECTION + "test_a_failing_requeue_keeps_the_state_and_says_so",
+            INJECTION + "test_a_machine_without_scontrol_is_named_before_anything_starts",
+        ),
     ),
     Promise(
         "T6",
@@ -107,7 +116,7 @@ PROMISES = (
     ),
     Promise(
         "T9",
-        "kill -9 of rank 0 at each point of a save: the newest complete state is taken.",
+        "kill -9 of rank 0 at each point of a save: the newest complete state is gone on from.",
         (KILLS + "test_a_kill_at_any_point_of_a_save_leaves_a_good_state",),
     ),
     Promise("T10", "A damaged state in the place of the next one: it is saved again.", (AGAIN,)),
@@ -195,9 +204,8 @@ PROMISES = (
         "T21",
         "A run resumed at any step reads each sample once.",
         (
-            "runtime/test_loop_resumed.py::"
-            "test_a_run_stopped_at_any_step_reads_what_one_reads_that_nobody_stops",
-            "runtime/test_loop_resumed.py::test_an_epoch_has_each_sample_once",
+            RESUMED + "test_a_run_stopped_at_any_step_reads_what_one_reads_that_nobody_stops",
+            RESUMED + "test_an_epoch_has_each_sample_once",
             MIXTURE + "test_random_access_equals_sequential_access",
             "runtime/test_loop.py::test_each_step_trains_on_each_of_its_samples_once",
             SOAK,
