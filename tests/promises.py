@@ -227,7 +227,7 @@ PROMISES = (
     Promise(
         "T24",
         "A line of 50 MB, or of 20 kB that unpack to 200 MB, is refused in bounded memory.",
-        (ROWS + "test_a_long_line_of_a_small_file_is_refused_in_bounded_memory",),
+        (ROWS + "test_a_long_line_is_refused_by_a_process_of_bounded_memory",),
     ),
     Promise(
         "T25",
