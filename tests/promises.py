@@ -50,6 +50,7 @@ HEADERS = "checkpoint/test_headers.py::"
 TOKENIZER = "checkpoint/test_tokenizer.py::"
 LOADING = "checkpoint/test_loading.py::"
 CONFIG = "test_config.py::"
+AUDIT = "faults/test_audit.py::"
 OUTSIDE = "faults/test_outside_files.py::"
 OUTPUTS = "test_outputs.py::"
 
@@ -116,7 +117,7 @@ PROMISES = (
     ),
     Promise(
         "T9",
-        "kill -9 of rank 0 at each point of a save: the newest complete state is gone on from.",
+        "kill -9 of rank 0 at each point of a save: the next start takes the newest whole state.",
         (KILLS + "test_a_kill_at_any_point_of_a_save_leaves_a_good_state",),
     ),
     Promise("T10", "A damaged state in the place of the next one: it is saved again.", (AGAIN,)),
@@ -345,8 +346,8 @@ PROMISES = (
         (
             "test_trust.py::test_whatever_could_run_foreign_code_or_reach_out_is_named_with_its_reason",
             "test_trust.py::test_no_shell_and_no_code_of_a_checkpoint",
-            "faults/test_audit.py::test_a_training_that_dies_and_goes_on",
-            "faults/test_audit.py::test_verbs_that_read_checkpoints_of_others",
+            AUDIT + "test_a_training_that_dies_and_goes_on",
+            AUDIT + "test_verbs_that_read_checkpoints_of_others",
         ),
         "Places that need one of these are named with their reason.",
     ),
@@ -374,6 +375,8 @@ PROMISES = (
         (
             "data/test_offline.py::test_nothing_is_asked_of_the_network",
             LOADING + "test_hub_names_are_not_looked_up",
+            AUDIT + "test_a_training_that_dies_and_goes_on",
+            AUDIT + "test_verbs_that_read_checkpoints_of_others",
         ),
     ),
     Promise(
@@ -469,6 +472,12 @@ def by_file(tests):
     return sorted(tests, key=place)
 
 
+def to_run():
+    """Return what pytest is given: the table's tests, and all that stands under tests/faults."""
+    elsewhere = [test for test in named() if not test.startswith("faults/")]
+    return [*(TESTS / test for test in by_file(elsewhere)), TESTS / "faults"]
+
+
 def outcomes(report):
     """Return by test how many of its cases passed, failed and were skipped, of a JUnit report."""
     found = {}
@@ -482,13 +491,14 @@ def outcomes(report):
 
 
 def run(options):
-    """Run the tests of the table; keep what came out in tests/promises.json.
+    """Run the tests of the table and the rest of tests/faults; keep what came out of the table's in
+    tests/promises.json.
 
     What an option leaves out (-m "not slow") keeps the result of its last run.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        words = [str(TESTS / test) for test in by_file(named())]
+        words = [str(path) for path in to_run()]
         # A cluster's whole run is one test's fixture, and machines are shared.
         limits = [f"--junitxml={report}", "--timeout=1800"]
         command = [sys.executable, "-m", "pytest", *limits, *options, *words]
