@@ -92,7 +92,9 @@ test-serving: virtualenvs
 	$(BIN)/python tests/vllm_cpu.py
 	$(BIN)/pytest tests/serving tests/checkpoint/test_older_stacks.py -m slow --timeout 1800 -rs $(ARGS)
 
+# With SLURM where it can be installed, as test-slurm does; elsewhere its rows say "skipped".
 test-faults: $(READY)
+	$(BIN)/python tests/slurm/cluster.py install
 	$(BIN)/python tests/promises.py run -n $(JOBS) --dist loadfile $(ARGS)
 	$(BIN)/python tests/fuzz.py all 12
 

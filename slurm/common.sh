@@ -95,11 +95,13 @@ launch() {
 
 # settle STAGE: after a step without output. Requeues what was interrupted, or crashed after progress; ends the job.
 settle() {
-  local stage=$1 record=$logs/.progress-$job-$1 now step last stalled state
+  local stage=$1 record=$logs/.progress-$job-$1 now step last stalled state kept
   read -r stalled last <"$record"
   # What the stage, and what it has to make first, have reached; other jobs of the run don't count.
   now=$(ask progress "$1") || { say "how far $1 is can't be told (see above): counted as no progress"; now=$last; }
   step=${now##* }
+  kept="the state of step ${step:-0} is kept"
+  [ "${step:-0}" != 0 ] || kept='there is no state yet'
   # 65: several bad batches in a row. The state behind them is no progress that a requeue may count.
   case $code in *65) die "$stage ended after several bad batches in a row (see above); not requeued" ;; esac
   stalled=$([ "$now" = "$last" ] && echo $((stalled + 1)) || echo 0)
@@ -117,9 +119,9 @@ settle() {
     exit 75
   fi
   printf '%s %s\n' "$stalled" "$now" >"$record"
-  say "$stage is not finished (exit $code, last state: step ${step:-0}): requeue"
+  say "$stage is not finished (exit $code; $kept): requeue"
   scontrol requeue "$job" ||
-    die "'scontrol requeue $job' failed; the state of step ${step:-0} is kept: submit the same job again to go on"
+    die "'scontrol requeue $job' failed; $kept: submit the same job again to go on"
   sleep 120 # SLURM ends this script
   exit 75
 }

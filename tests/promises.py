@@ -38,6 +38,7 @@ HEAP = ONE + "test_signals_in_a_heap_make_one_save_and_secrets_and_files_stay_cl
 AGAIN = ONE + "test_a_state_that_is_damaged_is_saved_again_under_its_name"
 STATES = "runtime/test_states.py::"
 KILLS = "runtime/test_states_kills.py::"
+RESUMED = "runtime/test_loop_resumed.py::"
 LAYOUTS = "runtime/test_states_layouts.py::"
 WATCHDOG = "runtime/test_watchdog.py::"
 SURVIVAL = "slurm/test_survival.py::"
@@ -49,6 +50,7 @@ HEADERS = "checkpoint/test_headers.py::"
 TOKENIZER = "checkpoint/test_tokenizer.py::"
 LOADING = "checkpoint/test_loading.py::"
 CONFIG = "test_config.py::"
+AUDIT = "faults/test_audit.py::"
 OUTSIDE = "faults/test_outside_files.py::"
 OUTPUTS = "test_outputs.py::"
 INSTALLED = "runtime/test_installed.py::"
@@ -72,13 +74,21 @@ PROMISES = (
     Promise("T3", "Many signals, also during a save: one save, one message.", (HEAP,)),
     Promise(
         "T4",
-        "A kill while a state is being saved: the state before stays, and the run resumes from it.",
-        (KILLS + "test_a_killed_save_leaves_a_state_that_resumes", SOAK),
+        "A kill while a state is being saved, also one that SIGUSR1 asked for and that takes longer"
+        " than the grace: the state before stays, and the run resumes from it.",
+        (
+            RESUMED + "test_a_save_that_takes_longer_than_the_grace_leaves_the_state_before",
+            KILLS + "test_a_killed_save_leaves_a_state_that_resumes",
+            SOAK,
+        ),
     ),
     Promise(
         "T5",
-        "A requeue that fails: the command is named, the state kept.",
-        (INJECTION + "test_a_failing_requeue_keeps_the_state_and_says_so",),
+        "A requeue that fails, or has no scontrol: the command is named, the state kept.",
+        (
+            INJECTION + "test_a_failing_requeue_keeps_the_state_and_says_so",
+            INJECTION + "test_a_machine_without_scontrol_is_named_before_anything_starts",
+        ),
     ),
     Promise(
         "T6",
@@ -108,7 +118,7 @@ PROMISES = (
     ),
     Promise(
         "T9",
-        "kill -9 of rank 0 at each point of a save: the newest complete state is taken.",
+        "kill -9 of rank 0 at each point of a save: the next start takes the newest whole state.",
         (KILLS + "test_a_kill_at_any_point_of_a_save_leaves_a_good_state",),
     ),
     Promise("T10", "A damaged state in the place of the next one: it is saved again.", (AGAIN,)),
@@ -202,6 +212,8 @@ PROMISES = (
         "T21",
         "A run resumed at any step reads each sample once.",
         (
+            RESUMED + "test_a_run_stopped_at_any_step_reads_what_one_reads_that_nobody_stops",
+            RESUMED + "test_an_epoch_has_each_sample_once",
             MIXTURE + "test_random_access_equals_sequential_access",
             "runtime/test_loop.py::test_each_step_trains_on_each_of_its_samples_once",
             SOAK,
@@ -223,7 +235,7 @@ PROMISES = (
     Promise(
         "T24",
         "A line of 50 MB, or of 20 kB that unpack to 200 MB, is refused in bounded memory.",
-        (ROWS + "test_a_long_line_of_a_small_file_is_refused_in_bounded_memory",),
+        (ROWS + "test_a_long_line_is_refused_by_a_process_of_bounded_memory",),
     ),
     Promise(
         "T25",
@@ -353,8 +365,8 @@ PROMISES = (
         (
             "test_trust.py::test_whatever_could_run_foreign_code_or_reach_out_is_named_with_its_reason",
             "test_trust.py::test_no_shell_and_no_code_of_a_checkpoint",
-            "faults/test_audit.py::test_a_training_that_dies_and_goes_on",
-            "faults/test_audit.py::test_verbs_that_read_checkpoints_of_others",
+            AUDIT + "test_a_training_that_dies_and_goes_on",
+            AUDIT + "test_verbs_that_read_checkpoints_of_others",
         ),
         "Places that need one of these are named with their reason.",
     ),
@@ -382,6 +394,8 @@ PROMISES = (
         (
             "data/test_offline.py::test_nothing_is_asked_of_the_network",
             LOADING + "test_hub_names_are_not_looked_up",
+            AUDIT + "test_a_training_that_dies_and_goes_on",
+            AUDIT + "test_verbs_that_read_checkpoints_of_others",
         ),
     ),
     Promise(
@@ -481,6 +495,12 @@ def by_file(tests):
     return sorted(tests, key=place)
 
 
+def to_run():
+    """Return what pytest is given: the table's tests, and all that stands under tests/faults."""
+    elsewhere = [test for test in named() if not test.startswith("faults/")]
+    return [*(TESTS / test for test in by_file(elsewhere)), TESTS / "faults"]
+
+
 def outcomes(report):
     """Return by test how many of its cases passed, failed and were skipped, of a JUnit report."""
     found = {}
@@ -494,13 +514,14 @@ def outcomes(report):
 
 
 def run(options):
-    """Run the tests of the table; keep what came out in tests/promises.json.
+    """Run the tests of the table and the rest of tests/faults; keep what came out of the table's in
+    tests/promises.json.
 
     What an option leaves out (-m "not slow") keeps the result of its last run.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        words = [str(TESTS / test) for test in by_file(named())]
+        words = [str(path) for path in to_run()]
         # A cluster's whole run is one test's fixture, and machines are shared.
         limits = [f"--junitxml={report}", "--timeout=1800"]
         command = [sys.executable, "-m", "pytest", *limits, *options, *words]

@@ -23,13 +23,15 @@ import os
 import secrets
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import torch.distributed as dist
 
-from nexus_ds.errors import CheckpointError
+from nexus_ds.errors import CheckpointError, OutputBusyError
 from nexus_ds.outputs import (
+    held,
     new_file,
     numbered,
     sync,
@@ -264,7 +266,7 @@ def resume(engine: Engine, states: Path, description: Description) -> tuple[int,
         CheckpointError: all states are damaged, or the state belongs to another configuration or
             model.
     """
-    on_rank_0(lambda: _remove_partial(states))
+    on_rank_0(lambda: _remove_left(states))
     step, problems = newest_good(states)
     messages = [f"{problem} - using step {step}" for problem in problems]
     if not step:
@@ -293,6 +295,15 @@ def _remove_partial(states: Path) -> None:
     """Remove states whose saving was interrupted: as large as a state, and of use to nobody."""
     for path in [*states.glob("partial_*"), states / "partial"]:  # the latter of older versions
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove_left(states: Path) -> None:
+    """Remove all that an interrupted saving left, a `latest` that was being written included."""
+    _remove_partial(states)
+    if states.is_dir():
+        # a disk that can't be written is told where a state is saved
+        with suppress(OutputBusyError, OSError), held(states / "latest"):
+            pass
 
 
 def _start(states: Path, step: int, needed: int) -> str:

@@ -11,7 +11,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from branches import NAMES, embed, make_parts
+from branches import NAMES, embed, make_parts, stock
 from launch import finish, start_ranks
 from test_train import settings
 
@@ -69,6 +69,8 @@ PROGRAMS = {
     # which fonts there are, once for a user
     "fc-list": ("/matplotlib/font_manager.py",),
 }
+# Targets of an export that no package is needed for that is not always there.
+WRITTEN = ("transformers4", "vllm", "sglang", "hub")
 COMPILERS = {"c++", "g++", *shlex.split(os.environ.get("CXX", ""))[:1]}
 
 
@@ -208,6 +210,11 @@ def test_verbs_that_read_checkpoints_of_others(heard, tmp_path, nexus_dir, dense
     seed, delta = str(parts / "seed"), f"delta={parts / 'alpha'}"
     extend = ["extend", "--checkpoint", made, "--expert", delta, "--domains", new, "--out", wider]
     scores = ["--out", str(parts / "scores")]
+    # as another program writes it
+    stock(nexus_dir).save_pretrained(parts / "tuned")
+    fewer, data = ["--expert", "beta", "--expert", "alpha"], ["--data", str(text_folder)]
+    card = ["--domain", "alpha", "--seed-model", seed, "--documents", "4", "--windows", "4"]
+    mixed = ["--data", str(text_folder / "alpha" / "train.jsonl"), "--domains", "2"]
     verbs = [
         ["upcycle", "--seed", seed, *experts, "--domains", old, "--out", made, *recipe],
         [*extend, *recipe, "--no-refit"],
@@ -215,7 +222,15 @@ def test_verbs_that_read_checkpoints_of_others(heard, tmp_path, nexus_dir, dense
         ["evaluate", "--checkpoint", wider, "--data", str(text_folder), "--windows", "2", *scores],
         ["inspect", str(nexus_dir), str(dense_dir)],
         ["generate", "--checkpoint", str(nexus_dir), "tree leaf", "--tokens", "4"],
-        ["embed", "--data", str(text_folder), "--out", str(tmp_path / "d.safetensors")],
+        ["embed", *data, "--out", str(tmp_path / "d.safetensors")],
+        ["adopt", str(parts / "tuned"), "--from", str(nexus_dir)],
+        ["remove", "--checkpoint", str(nexus_dir), *fewer, "--out", str(parts / "fewer")],
+        *(
+            ["export", "--checkpoint", made, "--for", name, "--out", str(parts / f"for {name}")]
+            for name in WRITTEN
+        ),
+        ["card", str(parts / "alpha"), *data, *card],
+        ["discover", *mixed, "--out", str(parts / "found"), "--documents", "4"],
     ]
     finish(start_ranks(["-c", VERBS, json.dumps(verbs)], 1))
     check(heard())

@@ -82,6 +82,30 @@ def listening(process):
     return [int(port, 16) for address, port in open_to if not address.endswith("0100007F")]
 
 
+def held_in_a_save(run):
+    """Stop all ranks while they save a state; return its step."""
+    making = lambda: [path.name for path in run.states.glob("partial_*")]  # noqa: E731
+    deadline = time.monotonic() + WAIT
+    while time.monotonic() < deadline:
+        assert run.wait(WAIT, making), run.said()
+        for rank in run.ranks:
+            rank.send_signal(signal.SIGSTOP)
+        for rank in run.ranks:
+            until_stopped(rank.pid)
+        # Once nothing moves, for a save takes milliseconds; its files are there, its name is not.
+        if found := making():
+            return int(found[0].split("_")[1])
+        for rank in run.ranks:
+            rank.send_signal(signal.SIGCONT)
+    raise AssertionError(f"no save was met within {WAIT} s")
+
+
+def until_stopped(process):
+    """Wait until a process that was sent SIGSTOP stands still."""
+    while Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.001)
+
+
 def test_signals_in_a_heap_make_one_save_and_secrets_and_files_stay_closed(run, monkeypatch):
     for name in ("HF_TOKEN", "WANDB_API_KEY"):
         monkeypatch.setenv(name, CANARY)
@@ -106,15 +130,22 @@ def test_signals_in_a_heap_make_one_save_and_secrets_and_files_stay_closed(run, 
     # torch's rendezvous listens on all addresses, nothing else on more than the one of the job.
     ports = [listening(rank.pid) for rank in run.ranks]
     assert ports == [[meeting_port(run.ranks[0].pid)], []]
+    saving = held_in_a_save(run)
     for number in [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP] * 6:
         for rank in run.alive():
             rank.send_signal(number)
+        # the first ones meet the save, the others what follows
+        if number == signal.SIGHUP:
+            for rank in run.alive():
+                rank.send_signal(signal.SIGCONT)
         time.sleep(0.01)
     assert run.ended(WAIT) == [75, 75], run.said()
     assert run.said().count("stopped by signal") == 1
     assert "Traceback" not in run.said()
     assert not list(run.states.glob("partial*"))
     last = run.steps()[-1][0]
+    # The save that was met came to its end; the step that was due is the last.
+    assert last == saving + 1 and f"step_{saving}" in [path.name for path in run.saved()]
     assert run.saved()[-1].name == f"step_{last}" and not damage(run.saved()[-1], 0, 1)
     files = [path for path in run.work.rglob("*") if path.is_file()]
     assert files and all(stat.S_IMODE(path.stat().st_mode) == 0o640 for path in files)

@@ -5,7 +5,7 @@ import json
 
 import promises
 import pytest
-from promises import ONE, PROMISES, TESTS, by_file, functions, named, outcomes, page, result
+from promises import ONE, PROMISES, TESTS, by_file, functions, named, outcomes, page, result, to_run
 
 
 def test_every_promise_is_there_once():
@@ -29,6 +29,14 @@ def test_the_tests_of_a_file_run_in_its_order():
     text = (TESTS / "faults" / "test_one_run.py").read_text()
     places = [text.index(f"def {test.removeprefix(ONE)}(") for test in ours]
     assert len(places) == 7 and places == sorted(places)
+
+
+def test_what_is_run_is_the_table_and_this_folder():
+    *files, folder = to_run()
+    assert folder == TESTS / "faults"
+    given = {str(path.relative_to(TESTS)) for path in files}
+    assert not any(test.startswith("faults/") for test in given)
+    assert given | {test for test in named() if test.startswith("faults/")} == set(named())
 
 
 def test_the_page_is_the_tables():

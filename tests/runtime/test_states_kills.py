@@ -1,4 +1,4 @@
-"""A kill at any point of a save leaves a good state."""
+"""A kill at any point of a save leaves a good state, and the next start goes on from it."""
 
 import os
 
@@ -43,19 +43,28 @@ def check_kill(tmp_path, monkeypatch, checkpoint, source, point, rank):
     assert problems == []
     assert equal(content(folder / f"step_{step}"), content(source[0] / f"step_{step}"))
     monkeypatch.delenv("NEXUS_FAULT")
-    return folder, words
+    return folder, words, step
+
+
+def check_going_on(checkpoint, source, folder, words, step):
+    """Start the ranks once more: they take the state of `step` and end as if nothing had been."""
+    result = launch(checkpoint, folder, 2, *words, "until=6")
+    assert result["first"] == step and result["messages"] == []
+    losses = {number: loss for number, loss in source[1].items() if int(number) >= step}
+    assert result["losses"] == losses
+    assert equal(content(folder / "step_6"), content(source[0] / "step_6"))
+    assert sorted(os.listdir(folder)) == ["latest", "step_6"]
 
 
 @pytest.mark.slow
 def test_a_killed_save_leaves_a_state_that_resumes(
     tmp_path, monkeypatch, checkpoint, source, alone
 ):
-    folder, words = check_kill(tmp_path, monkeypatch, checkpoint, source, "during_file", 1)
-    assert list(folder.glob("partial_*"))
-    result = launch(checkpoint, folder, 2, *words, "until=6")
-    assert result["first"] == 2
-    assert equal(content(folder / "step_6"), content(source[0] / "step_6"))
-    assert sorted(os.listdir(folder)) == ["latest", "step_6"]
+    folder, words, step = check_kill(tmp_path, monkeypatch, checkpoint, source, "during_file", 1)
+    assert step == 2 and list(folder.glob("partial_*"))
+    # as a kill while `latest` is written leaves it
+    (folder / ".latest.tmp-123000000001").write_text("step_")
+    check_going_on(checkpoint, source, folder, words, step)
 
 
 @pytest.mark.slow
@@ -64,7 +73,8 @@ def test_a_killed_save_leaves_a_state_that_resumes(
 def test_a_kill_at_any_point_of_a_save_leaves_a_good_state(
     tmp_path, monkeypatch, checkpoint, source, alone, point
 ):
-    check_kill(tmp_path, monkeypatch, checkpoint, source, point, 0)
+    found = check_kill(tmp_path, monkeypatch, checkpoint, source, point, 0)
+    check_going_on(checkpoint, source, *found)
 
 
 @pytest.mark.slow
@@ -73,4 +83,5 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_good_state(
 def test_a_kill_of_another_rank_leaves_a_good_state(
     tmp_path, monkeypatch, checkpoint, source, alone, point
 ):
-    check_kill(tmp_path, monkeypatch, checkpoint, source, point, 1)
+    found = check_kill(tmp_path, monkeypatch, checkpoint, source, point, 1)
+    check_going_on(checkpoint, source, *found)

@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -216,19 +217,54 @@ def test_a_wrong_folder_or_a_missing_environment_says_what_to_type(shell, tmp_pa
     assert canaries(tmp_path) == []
 
 
-def test_a_failing_requeue_keeps_the_state_and_says_so(shell, tmp_path):
+def without_scontrol(tmp_path):
+    """Return a PATH of all programs of this machine but scontrol."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    paths = [tmp_path / "bin", *map(Path, os.environ["PATH"].split(os.pathsep))]
+    for path in (p for found in paths if found.is_dir() for p in found.iterdir()):
+        if path.name != "scontrol" and not (folder / path.name).is_symlink():
+            (folder / path.name).symlink_to(path)
+    return str(folder)
+
+
+REQUEUES = {
+    "it refuses": (
+        '[ "$1" != requeue ] || { echo no controller >&2; exit 1; }; echo node1',
+        "no controller",
+    ),
+    # its package is taken away while the job runs
+    "it is gone": ('[ "$1" != --oneliner ] || rm "$0"; echo node1', "scontrol: command not found"),
+}
+STATES = {0: "there is no state yet", 7: "the state of step 7 is kept"}
+
+
+@pytest.mark.parametrize("step", STATES)
+@pytest.mark.parametrize("how", REQUEUES)
+def test_a_failing_requeue_keeps_the_state_and_says_so(shell, tmp_path, how, step):
+    script, message = REQUEUES[how]
+    path, programs = recipe(tmp_path / "recipe.yaml"), without_scontrol(tmp_path)
+    (tmp_path / "bin" / "srun").write_text("#!/bin/sh\nexit 75\n")
+    scontrol = Path(programs) / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\n{script}\n")
+    scontrol.chmod(0o755)
+    state = tmp_path / "run" / "seed.training" / "states" / f"step_{step}" / "manifest.json"
+    if step:
+        state.parent.mkdir(parents=True)
+        state.write_text("{}")
+    code, output, _ = shell("seed", path, MAX_STALLED="3", PATH=programs)
+    assert code == 1 and message in output, output
+    said = f"'scontrol requeue 7_0' failed; {STATES[step]}: submit the same job again to go on"
+    assert said in output
+    assert not step or state.read_text() == "{}"
+
+
+def test_a_machine_without_scontrol_is_named_before_anything_starts(shell, tmp_path):
     path = recipe(tmp_path / "recipe.yaml")
-    programs = tmp_path / "bin"
-    (programs / "srun").write_text("#!/bin/sh\nexit 75\n")
-    (programs / "scontrol").write_text(
-        '#!/bin/sh\n[ "$1" != requeue ] || { echo no controller >&2; exit 1; }\necho node1\n'
-    )
-    code, output, _ = shell("seed", path, MAX_STALLED="3")
-    assert code == 1
-    assert (
-        "'scontrol requeue 7_0' failed; the state of step 0 is kept: submit the same job again "
-        "to go on" in output
-    )
+    code, output, calls = shell("seed", path, PATH=without_scontrol(tmp_path))
+    assert code == 1 and calls == []
+    assert "scontrol: command not found" in output
+    assert "error: scontrol show hostnames failed" in output
 
 
 def failing(tmp_path, made, code=1):
