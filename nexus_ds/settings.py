@@ -739,7 +739,8 @@ class ParallelConfig:
         between=(0.02, 1440),
     )
     """Minutes without progress after which a run ends: of a collective, of a rank's own work
-    between two of them, or without a word from a rank. Making and saving things takes its time."""
+    between two of them, without a word from a rank, or until all ranks have come at the start.
+    Making and saving things takes its time."""
 
 
 @dataclass(kw_only=True)

@@ -24,7 +24,7 @@ if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(_HERE))
 
 # Before what takes seconds to import.
-from nexus_ds.children import tie_to_parent
+from nexus_ds.children import tie_to_parent, tie_to_runner
 from nexus_ds.console import (
     BROKEN_PIPE,
     INTERRUPTED,
@@ -208,6 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     if has_launcher():
         # One that is killed would leave its ranks behind, at work.
         tie_to_parent()
+        tie_to_runner()
     args = parse_words(parser, argv)
     try:
         with unwinding():

@@ -105,8 +105,11 @@ PROMISES = (
             WATCHDOG + "test_a_rank_that_is_killed_ends_the_others_at_once",
             "faults/test_training.py::"
             "test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_run_goes_on",
+            "faults/test_training.py::test_a_deepspeed_that_is_killed_takes_its_ranks_along",
             SOAK,
         ),
+        "Of `deepspeed` over several nodes (pdsh, mpirun) kill the launchers of the nodes too; and"
+        " one that is killed in its first seconds, before its ranks look for it.",
     ),
     Promise(
         "T8",
@@ -129,8 +132,12 @@ PROMISES = (
             WATCHDOG + "test_a_training_whose_rank_stands_still_ends_and_keeps_its_state",
             WATCHDOG + "test_a_rank_that_stands_still_ends_the_run_within_the_limit",
             WATCHDOG + "test_a_rank_whose_main_thread_is_stuck_is_named_and_shows_where",
+            WATCHDOG + "test_a_rank_that_stands_still_before_it_comes_is_named_within_the_limit",
+            WATCHDOG + "test_a_store_that_does_not_answer_keeps_no_rank",
             SOAK,
         ),
+        "Of a rank that never came to the start the others know no phase; where rank 0 or torchrun"
+        " stands still while the ranks come, the address of the store.",
     ),
     Promise(
         "T12",
@@ -447,9 +454,10 @@ PROMISES = (
     Promise(
         "S11",
         "Nothing listens but the ranks' own connections, on the job's address.",
-        (HEAP,),
+        (HEAP, WATCHDOG + "test_rank_0_listens_where_the_others_reach_it_and_nowhere_else"),
         "torch's rendezvous listens on all addresses of rank 0's machine, and nothing asks who"
-        " connects: the network must be a trusted one.",
+        " connects: the network must be a trusted one. So does the watchdog's door until all ranks"
+        " have come, where an address by which they reach rank 0 is not its own; the log says it.",
     ),
     Promise(
         "S12",

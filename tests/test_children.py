@@ -75,6 +75,57 @@ def test_the_command_is_what_it_would_be_otherwise():
     assert (done.returncode, done.stdout) == (7, "['a b', '-S'] x\n")
 
 
+RANK = """
+import signal, sys, time
+from nexus_ds import children
+children.LOOK_SECONDS = 0.05
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(open({told!r}, "w").write("15")))
+children.tie_to_parent()
+children.tie_to_runner()
+print("at work", flush=True)
+time.sleep(60)
+"""
+LAUNCHER = """
+import subprocess, sys, time
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE)
+said = rank.stdout.readline().decode().strip()
+print(rank.pid, said, flush=True)
+time.sleep(60)
+"""
+RUNNER = """
+import os, subprocess, sys, time
+launcher = subprocess.Popen([sys.executable, "-c", *sys.argv[1:]])
+print(launcher.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("name, ends", [("deepspeed", True), ("a shell", False)])
+def test_a_rank_ends_with_the_runner_of_its_launcher_and_with_no_other_grandparent(
+    tmp_path, name, ends
+):
+    told, script = tmp_path / "told", tmp_path / name
+    script.write_text(RUNNER)
+    runner = subprocess.Popen(
+        [sys.executable, script, LAUNCHER, RANK.format(told=str(told))],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    launcher = int(runner.stdout.readline())
+    rank, said = runner.stdout.readline().split(maxsplit=1)
+    try:
+        assert said == "at work\n"
+        runner.kill()
+        runner.wait()
+        assert gone(int(rank), 30 if ends else 1) == ends
+        assert alive(launcher) and told.exists() == ends
+    finally:
+        for process in (launcher, int(rank)):
+            if alive(process):
+                os.kill(process, signal.SIGKILL)
+        runner.communicate()
+
+
 @pytest.mark.slow
 def test_a_killed_demo_leaves_nothing_running(tmp_path):
     """Its stages, and the workers of theirs, end too."""

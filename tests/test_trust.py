@@ -71,6 +71,8 @@ ALLOWED = {
     ("nexus_ds.outputs", "socket"): "the name of this machine, for a lock",
     ("nexus_ds.runtime.deepspeed_internals", "ctypes"): "malloc_trim of the C library",
     ("nexus_ds.runtime.deepspeed_internals", "import_module"): "modules of DeepSpeed, by name",
+    ("nexus_ds.runtime.ranks", "socket"): "learns by which address it reaches rank 0",
+    ("nexus_ds.runtime.ranks", "create_connection"): "the same",
     ("nexus_ds.runtime.watchdog", "socket"): "ranks tell rank 0 how far they are, as JSON",
     ("nexus_ds.runtime.watchdog", "create_connection"): "the same",
     ("nexus_ds.runtime.watchdog", "create_server"): "the same",

@@ -4,9 +4,12 @@ python watchdog_worker.py SECONDS WHAT      under the launcher's variables; SECO
 
 WHAT: go on until a signal comes | done: end after step 9 | stuck: rank 1 sleeps in step 5 | error:
 rank 1 ends with an error in step 5 | late: rank 0 works for longer than the limit while the others
-wait for it at the store
+wait for it at the store | absent:RANK: that rank stands still before it comes | serving: rank 0
+does so once it serves the store
 """
 
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -40,6 +43,10 @@ def step_of(rank, step, what):
 def main():
     seconds, what = float(sys.argv[1]), sys.argv[2]
     here = adopt_launcher()
+    if what == f"absent:{here.rank}":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if what == "serving" and here.rank == 0:
+        ranks._meet = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
     with watchdog.watched(here, seconds / 60):
         if what == "late":
             watchdog.at("long work", minutes=60)

@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -54,6 +55,7 @@ from nexus_ds.progress import say
 from nexus_ds.settings import Config
 from nexus_ds.words import add_stage_arguments
 
+LOOK_SECONDS = 2.0
 SHOWN = ("logs", "output", "progress", "branches", "extension")
 
 
@@ -236,8 +238,9 @@ def _until_a_signal(work: Callable[[], None]) -> int:
         with exit_on_signals():
             work()
     except Ended:
-        # What ran has saved its state or removed what was unfinished.
-        say("nexus-ds stage: stopped by a signal; start the same command again to go on")
+        # What ran has saved its state or removed what was unfinished; one rank says it for all.
+        if first_rank():
+            say("nexus-ds stage: stopped by a signal; start the same command again to go on")
         return EXIT_STOPPED
     return 0
 
@@ -297,13 +300,30 @@ def run(args: argparse.Namespace) -> int:
         if code == 0:
             print_text(f"finished: {', '.join(str(step.output) for step in targets)}")
         return code
-    # Other ranks wait in train.py for what rank 0 makes, and its watch can't begin here: this is a
-    # process without torch, which hands its id to train.py afterwards, and a thread would not
-    # outlive that. Each training that is made here watches itself, and a job's limit ends the rest.
-    needed = [step.name for step in missing(config, found, names) if step not in targets]
-    if needed and first_rank() and not targets[0].output.exists():
+    # Not in train.py, whose ranks wait for each other within a limit, and where the watch of rank 0
+    # can't begin before this: here is a process without torch, which hands its id to train.py
+    # afterwards, and a thread would not outlive that. Each training that is made here watches
+    # itself, and a job's limit ends the rest.
+    needed = _needed(config, found, names)
+    if needed and first_rank():
         with _only_one(places(config).run / "logs" / ".making"):
             code = make(needed, found, config)
-        if code:
-            return code
+    else:
+        code = _until_a_signal(lambda: _wait_for_rank_0(config, found, names))
+    if code:
+        return code
     train(config, args)
+
+
+def _needed(config: Config, found: list[Step], names: list[str]) -> list[str]:
+    """Return the names of what is missing before a training; of nothing where that is finished."""
+    targets = chosen(found, names)
+    if targets[0].output.exists():
+        return []
+    return [step.name for step in missing(config, found, names) if step not in targets]
+
+
+def _wait_for_rank_0(config: Config, found: list[Step], names: list[str]) -> None:
+    """Wait until all is there that rank 0 makes. Should it fail, the launcher ends this rank."""
+    while _needed(config, found, names):
+        time.sleep(LOOK_SECONDS)

@@ -2,7 +2,7 @@
 
 The ranks meet at torch's key-value store and not in a collective: there a GPU would spin while rank
 0 tokenises or verifies, and the collectives' limit would be too short for it. So they may meet
-before there is a process group.
+before there is a process group. They come there one by one, each within the limit of the first.
 Not covered: ranks that die or stand still; `watchdog` ends the others.
 """
 
@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import platform
+import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nexus_ds.errors import BadBatchesError, CheckpointError, NexusError, TrainingError
-from nexus_ds.launch import Position, position
+from nexus_ds.launch import Position, meeting_point, position
 from nexus_ds.progress import duration, say
 
 Result = TypeVar("Result")
@@ -30,6 +31,12 @@ Outcome = tuple[str, bool, object]
 """What is wrong ('' for nothing), whether it is of bad batches, and the result."""
 SAY_SECONDS = 60.0  # between two lines of who is waited for
 LONGEST_PAUSE = 0.5  # seconds between two looks into the store
+# Of one try to reach the store, and of one look into it, that count: what took longer was no
+# waiting, but a job that was suspended.
+LONGEST_TRY = 60.0
+LONGEST_LOOK = 2.0
+ABSENT = "absent"
+"""Key of the ranks that did not come, as a text: the first whose time is over says who they are."""
 
 
 class _Meeting:
@@ -45,26 +52,121 @@ def join(seconds: float) -> dist.Store:
     All ranks must call; a process keeps its store. Rank 0 serves it, under torchrun its agent does.
 
     Args:
-        seconds: that this rank waits for the server, and rank 0 for the others.
+        seconds: that this rank waits for all others.
 
     Raises:
-        TrainingError: they did not come, or another run has the port.
+        TrainingError: some did not come, and which; or another run has the port.
     """
     if _Meeting.store is None:
+        here = position()
+        store, waited = _reach(here, seconds)
         try:
-            _Meeting.store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+            _meet(store, here, seconds, waited)
         except RuntimeError as error:
-            told = str(error).splitlines()[0]
+            raise TrainingError(
+                f"rank 0, or its launcher, ended before all ranks had come ({_first_line(error)});"
+                " look at its log"
+            ) from error
+        store.set_timeout(timedelta(seconds=seconds))
+        _Meeting.store = store
+    return _Meeting.store
+
+
+def _first_line(error: RuntimeError) -> str:
+    return (str(error) or repr(error)).splitlines()[0]
+
+
+def _reach(here: Position, seconds: float) -> tuple[dist.Store, float]:
+    """Return the store and the seconds that this rank has waited for it; TrainingError beyond."""
+    waited = 0.0
+    while True:
+        began = time.monotonic()
+        attempt = min(LONGEST_TRY, seconds - waited)
+        try:
+            # As if alone: torch would wait for the others without a word of who is missing.
+            found = dist.rendezvous("env://", here.rank, 1, timeout=timedelta(seconds=attempt))
+            return next(found)[0], waited + min(attempt, time.monotonic() - began)
+        except RuntimeError as error:
+            told = _first_line(error)
             if "EADDRINUSE" in told:
                 raise TrainingError(
                     f"another run has the ranks' port on this node ({told}); give the launcher "
                     "another one: deepspeed --master_port PORT, torchrun --master-port PORT"
                 ) from error
-            raise TrainingError(
-                f"the ranks did not meet within {duration(seconds)} ({told});"
-                " look at the log of the one that is missing, or for a firewall"
-            ) from error
-    return _Meeting.store
+            # A name that nobody knows fails at once, and may be known soon; rank 0 fails at itself.
+            ours = here.rank == 0 and time.monotonic() - began < attempt / 2
+            time.sleep(LONGEST_PAUSE)
+            waited += min(attempt, time.monotonic() - began)
+            if ours or seconds - waited < LONGEST_PAUSE:
+                who = "rank 0" if here.rank else "the ranks' store"
+                raise TrainingError(_not_come(who, waited if ours else seconds, told)) from error
+
+
+def _not_come(who: str, seconds: float, why: str = "") -> str:
+    return (
+        f"{who} did not come within {duration(seconds)}{f' ({why})' if why else ''}; look at the "
+        "log there (a process that hangs before it trains, a node that is lost), or for a firewall;"
+        " where ranks start that far apart, raise parallel.timeout_minutes"
+    )
+
+
+def names(missing: list[int]) -> str:
+    """Return who is missing in words, the first eight."""
+    more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+    return f"rank {', '.join(map(str, missing[:8]))}{more}"
+
+
+def _meet(store: dist.Store, here: Position, seconds: float, waited: float) -> None:
+    """Tell the others that this rank is there, and at which address rank 0 is for it; wait for
+    them."""
+    keys = _arrivals(here)
+    store.set(keys[here.rank], _address_of_rank_0(here))
+    pause, then = 1e-3, time.monotonic()
+    while not store.check(keys):
+        if waited > seconds and (missing := _missing(store, keys)):
+            store.compare_set(ABSENT, "", _not_come(names(missing), seconds))
+        if store.check([ABSENT]):
+            told = store.get(ABSENT).decode()
+            if here.rank == 0:
+                # The store ends with this process, and the others have yet to read it.
+                time.sleep(4 * LONGEST_PAUSE)
+            raise TrainingError(told)
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE, seconds / 40)
+        now = time.monotonic()
+        waited += min(now - then, LONGEST_LOOK)
+        then = now
+
+
+def _missing(store: dist.Store, keys: list[str]) -> list[int]:
+    """Return the ranks whose key is not there: a question for each, so none for every look."""
+    return [rank for rank, key in enumerate(keys) if not store.check([key])]
+
+
+def _arrivals(here: Position) -> list[str]:
+    return [f"here/{rank}" for rank in range(here.world)]
+
+
+def _address_of_rank_0(here: Position) -> str:
+    """Return the number by which this rank reaches the machine of rank 0; '' on rank 0 itself.
+
+    Names may lead elsewhere there than here: Debian gives a machine's own name 127.0.1.1.
+    """
+    if here.rank == 0:
+        return ""
+    try:
+        with socket.create_connection(meeting_point(here), timeout=LONGEST_TRY) as probe:
+            return str(probe.getpeername()[0])
+    except OSError:
+        return ""
+
+
+def addresses_of_rank_0(here: Position) -> list[str]:
+    """Return the addresses by which the other ranks reach rank 0's machine, in their order; '' of
+    one that does not know. After `join`."""
+    store = _Meeting.store
+    assert store is not None, "ranks.join comes first"
+    return [address.decode() for address in store.multi_get(_arrivals(here)[1:])]
 
 
 def together(action: Callable[[], Result]) -> list[Result]:
@@ -135,10 +237,9 @@ def _wait(store: dist.Store, keys: list[str], here: Position) -> None:
         if now - said < SAY_SECONDS:
             continue
         said = now
-        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        missing = _missing(store, keys)
         if missing and here.rank == (1 if 0 in missing else 0):
-            names = ", ".join(map(str, missing[:8]))
-            say(f"waiting for rank {names}, {duration(now - started)} now")
+            say(f"waiting for {names(missing)}, {duration(now - started)} now")
 
 
 def use_cores() -> None:

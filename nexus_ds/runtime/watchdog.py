@@ -32,12 +32,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, NoReturn, TypedDict
 
 from nexus_ds.errors import TrainingError
 from nexus_ds.launch import EXIT_LOST, Position, meeting_point
 from nexus_ds.progress import duration, say
 from nexus_ds.runtime import ranks
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 # Minutes that the main thread may be at one thing, where that is long by nature: making text and
 # earlier stages, reading and saving what is as large as the model, and what is done layer by layer,
@@ -335,18 +338,48 @@ class Watchdog:
     def _end(self, judgement: str) -> None:
         for link in self.links.values():
             link.send({"end": judgement})
-        try:
-            # Not where a full disk or a reader that stands still could keep it.
-            late = threading.Timer(LAST_WORDS_SECONDS, os._exit, [EXIT_LOST])
-            late.daemon = True
-            late.start()
-            mine = self._mine(time.monotonic())
-            told = f"train.py: rank {self.here.rank}, in {mine}: {judgement}"
-            say(f"{told}; this rank ends, its stacks:")
-            _write_stacks()
-        finally:
-            # Without any teardown: the main thread may be in a collective that never returns.
-            os._exit(EXIT_LOST)
+        mine = self._mine(time.monotonic())
+        _last_words(f"rank {self.here.rank}, in {mine}: {judgement}")
+
+
+def _last_words(told: str) -> NoReturn:
+    """Say why this rank ends, with its stacks, and end it."""
+    try:
+        # Not where a full disk or a reader that stands still could keep it.
+        late = threading.Timer(LAST_WORDS_SECONDS, os._exit, [EXIT_LOST])
+        late.daemon = True
+        late.start()
+        say(f"train.py: {told}; this rank ends, its stacks:")
+        _write_stacks()
+    finally:
+        # Without any teardown: the main thread may be in a collective that never returns.
+        os._exit(EXIT_LOST)
+
+
+@contextmanager
+def _bounded(here: Position, seconds: float) -> Iterator[None]:
+    """End this process if what is done inside takes longer.
+
+    Torch's client waits for ever for a server that stands still, whatever it was told.
+    """
+    done = threading.Event()
+    threading.Thread(target=_end_late, args=[here, done, seconds], daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _end_late(here: Position, done: threading.Event, seconds: float) -> None:
+    # Counted, not read from a clock, which goes on while a job is suspended.
+    for _ in range(math.ceil(seconds / LOOK_SECONDS)):
+        if done.wait(LOOK_SECONDS):
+            return
+    address, port = meeting_point(here)
+    _last_words(
+        f"rank {here.rank}, in the start: the store of the ranks at {address}:{port} does not "
+        "answer; the process of rank 0, or of its torchrun, stands still, or its node is lost"
+    )
 
 
 def _write_stacks() -> None:
@@ -398,20 +431,20 @@ class _Guest:
 class _Door:
     """Where the other ranks reach rank 0. Strangers may reach it too: none keeps a rank waiting."""
 
-    def __init__(self, server: socket.socket, secret: str) -> None:
-        self.server = server
+    def __init__(self, servers: list[socket.socket], secret: str) -> None:
         self.secret = secret
         self.found: dict[int, socket.socket] = {}
         self.guests: list[_Guest] = []
         self.selector = selectors.DefaultSelector()
-        server.setblocking(False)
-        self.selector.register(server, selectors.EVENT_READ)
+        for server in servers:
+            server.setblocking(False)
+            self.selector.register(server, selectors.EVENT_READ)
 
     def look(self, seconds: float) -> None:
         """Wait so long for somebody to come or speak; show out who has said nothing for long."""
         for key, _ in self.selector.select(seconds):
-            if key.data is None:
-                self._open()
+            if isinstance(key.fileobj, socket.socket) and key.data is None:
+                self._open(key.fileobj)
             elif key.data in self.guests and key.data.hear():
                 self._part(key.data, key.data.rank(self.secret))
         for guest in [guest for guest in self.guests if guest.until < time.monotonic()]:
@@ -423,10 +456,10 @@ class _Door:
             self._part(guest)
         self.selector.close()
 
-    def _open(self) -> None:
+    def _open(self, server: socket.socket) -> None:
         # one that has gone again, or too many files: the others, and the next look, are served
         with suppress(OSError):
-            connection, _ = self.server.accept()
+            connection, _ = server.accept()
             connection.setblocking(False)
             guest = _Guest(connection, time.monotonic() + GREETING_SECONDS)
             self.selector.register(connection, selectors.EVENT_READ, guest)
@@ -445,46 +478,94 @@ class _Door:
             self.found[rank] = guest.connection
 
 
-def _accept(here: Position, limit: float) -> dict[int, socket.socket]:
-    """Return the connections of all other ranks to rank 0; TimeoutError beyond the limit."""
+def _listening(addresses: list[str], backlog: int) -> dict[str, socket.socket]:
+    """Return a server at each address by which other ranks reach this machine, and at no other.
+
+    Where one of them is not this machine's own (translated on the way), or a rank knows none: one
+    server at all addresses, by the name ''.
+    """
+    servers: dict[str, socket.socket] = {}
+    try:
+        for address in set(addresses):
+            if not address:
+                raise OSError("a rank does not know its address")
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            servers[address] = socket.create_server((address, 0), family=family, backlog=backlog)
+    except OSError as error:
+        for server in servers.values():
+            server.close()
+        wanted = sorted(set(addresses))
+        say(
+            "rank 0 listens at all of its addresses until the others have come: "
+            f"at {wanted}, by which they reach it, it can't ({error})"
+        )
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        servers = {
+            "": socket.create_server(("", 0), family=family, backlog=backlog, dualstack_ipv6=dual)
+        }
+    return servers
+
+
+def _accept(here: Position, store: dist.Store, limit: float) -> dict[int, socket.socket]:
+    """Return the connections of all other ranks to rank 0; TrainingError beyond the limit."""
     secret = secrets.token_hex(16)
     deadline = time.monotonic() + limit
-    dual = socket.has_dualstack_ipv6()
-    with socket.create_server(
-        ("", 0),
-        family=socket.AF_INET6 if dual else socket.AF_INET,
-        backlog=here.world,
-        dualstack_ipv6=dual,
-    ) as server:
-        ranks.join(60 * PREPARING).set("watchdog", json.dumps([server.getsockname()[1], secret]))
-        door = _Door(server, secret)
-        try:
-            while len(door.found) < here.world - 1:
-                # whoever goes on knocking does not move it
-                if time.monotonic() > deadline:
-                    raise TimeoutError("timed out")
-                door.look(LOOK_SECONDS)
-        finally:
-            door.close()
+    servers = _listening(ranks.addresses_of_rank_0(here), here.world)
+    ports = {address: server.getsockname()[1] for address, server in servers.items()}
+    store.set("watchdog", json.dumps([ports, secret]))
+    door = _Door(list(servers.values()), secret)
+    try:
+        while absent := sorted(set(range(1, here.world)) - set(door.found)):
+            # whoever goes on knocking does not move it
+            if time.monotonic() > deadline:
+                raise _unconnected(door, absent, limit)
+            door.look(LOOK_SECONDS)
+    finally:
+        door.close()
+        for server in servers.values():
+            server.close()
     return door.found
+
+
+def _unconnected(door: _Door, absent: list[int], limit: float) -> TrainingError:
+    """Tell those that have come who has not; return the error."""
+    who = f"{ranks.names(absent)} came to the store and did not connect to rank 0"
+    what = "look at the log there, or for a firewall between the nodes"
+    told = f"{who} within {duration(limit)}; {what}"
+    for connection in door.found.values():
+        Link(connection, 0.0).send({"end": told})
+        connection.close()
+    return TrainingError(told)
+
+
+def _reach_rank_0(here: Position, store: dist.Store, limit: float) -> socket.socket:
+    """Return this rank's connection to rank 0; OSError if there is none within the limit."""
+    ports, secret = json.loads(store.get("watchdog"))
+    mine = ranks.addresses_of_rank_0(here)[here.rank - 1]
+    port = ports.get(mine) or ports[""]
+    connection = socket.create_connection((mine or meeting_point(here)[0], port), timeout=limit)
+    greeting = json.dumps({"rank": here.rank, "secret": secret})
+    connection.sendall(greeting.encode() + b"\n")
+    return connection
 
 
 def _connect(here: Position, limit: float) -> dict[int, Link]:
     """Return this rank's links; TrainingError if the ranks don't reach each other."""
-    ranks.join(60 * PREPARING)
+    with _bounded(here, limit + JUDGEMENT_SECONDS):
+        store = ranks.join(limit)
+    # All were there a moment ago; before those inside find rank 0 silent, which waits at its door.
+    short = SILENCE / 2 * limit
     try:
-        if here.rank == 0:
-            connections = _accept(here, limit)
-        else:
-            port, secret = json.loads(ranks.join(0.0).get("watchdog"))
-            connection = socket.create_connection((meeting_point(here)[0], port), timeout=limit)
-            greeting = json.dumps({"rank": here.rank, "secret": secret})
-            connection.sendall(greeting.encode() + b"\n")
-            connections = {0: connection}
-    except OSError as error:
+        with _bounded(here, limit):
+            if here.rank == 0:
+                connections = _accept(here, store, short)
+            else:
+                connections = {0: _reach_rank_0(here, store, short)}
+    except (OSError, RuntimeError) as error:
         raise TrainingError(
-            f"rank {here.rank}: no connection between the ranks within {duration(limit)} ({error});"
-            " look at the log of the one that is missing, or for a firewall"
+            f"no connection to rank 0 within {duration(short)} ({error}); look at its log, or for "
+            "a firewall between the nodes"
         ) from error
     now = time.monotonic()
     for connection in connections.values():

@@ -274,6 +274,45 @@ def test_a_training_does_not_wait_for_the_text_of_others(monkeypatch, run_of_tex
     assert trained == ["seed"]
 
 
+@pytest.fixture
+def another_rank(monkeypatch, run_of_text):
+    """What rank 1 of a training of the mixture does while nothing is made yet, as it happens."""
+    done = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(stage, "make", lambda *given: pytest.fail("not rank 0's work"))
+    monkeypatch.setattr(stage, "train", lambda config, options: done.append("trained"))
+    return done, args("moe", *run_of_text, "pipeline.domains=[alpha,beta]", show=None)
+
+
+def test_other_ranks_begin_to_train_once_rank_0_has_made_what_comes_before(
+    another_rank, monkeypatch
+):
+    """In train.py they would wait under the limit of its start, which no training keeps."""
+    done, options = another_rank
+    config = stage._config(options)
+
+    def look(seconds):
+        assert len(done) < 9
+        done.append("looked")
+        if len(done) == 3:
+            for step in stage.plan(config, options):
+                if step.name != "moe":
+                    step.output.mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(stage.time, "sleep", look)
+    stage.run(options)
+    assert done == ["looked"] * 3 + ["trained"]
+
+
+def test_a_signal_ends_a_rank_that_waits_in_order_and_rank_0_says_it(
+    another_rank, monkeypatch, capsys
+):
+    done, options = another_rank
+    monkeypatch.setattr(stage.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert stage.run(options) == EXIT_STOPPED
+    assert done == [] and capsys.readouterr().err == ""
+
+
 def test_an_unknown_recipe_is_one_line(capsys):
     assert main(["stage", "--config=nowhere", "moe"]) == 1
     assert capsys.readouterr().err.startswith("nexus-ds stage: no recipe at nowhere")

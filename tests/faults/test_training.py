@@ -1,4 +1,5 @@
-"""Faults that hit a whole training under its launcher: torchrun, two ranks, real files."""
+"""Faults that hit a whole training under its launcher: torchrun or deepspeed, two ranks, real
+files."""
 
 import os
 import re
@@ -15,6 +16,7 @@ from launch import clean_environment, finish, free_port, start_ranks
 from nexus_ds.runtime.states import steps_saved
 
 pytestmark = pytest.mark.slow
+DEEPSPEED = Path(sys.executable).parent / "deepspeed"
 TRAIN = Path(__file__).parents[2] / "nexus_ds" / "train.py"
 
 
@@ -119,3 +121,31 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_run_goes_on(
         "latest",
         *(f"step_{step}" for step in steps_saved(states)),
     ]
+
+
+def test_a_deepspeed_that_is_killed_takes_its_ranks_along(tmp_path, nexus_dir, text_folder):
+    """Its launcher is a process of its own, which went on with the ranks and the lock."""
+    out = tmp_path / "out"
+    runner = subprocess.Popen(
+        [
+            *(DEEPSPEED, "--num_gpus", "2", "--master_port", str(free_port())),
+            *words(nexus_dir, text_folder, out),
+        ],
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    states = tmp_path / "out.training" / "states"
+    try:
+        until(lambda: states.is_dir() and steps_saved(states))
+        assert sorted(ranks_of(out)) == [0, 1]
+        os.kill(runner.pid, signal.SIGKILL)
+        until(lambda: not ranks_of(out), 60)
+    finally:
+        runner.kill()
+        for rank in ranks_of(out).values():
+            os.kill(rank, signal.SIGKILL)
+    # the launcher has the pipe too, and ends with its ranks
+    said = runner.communicate(timeout=60)[0]
+    assert "stopped by signal 15 after step" in said, said

@@ -8,6 +8,10 @@ import sys
 import pytest
 from launch import clean_environment, start_ranks
 
+from nexus_ds.errors import TrainingError
+from nexus_ds.launch import Position
+from nexus_ds.runtime import ranks
+
 RANK = """
 import torch.distributed as dist
 from nexus_ds.errors import BadBatchesError, CheckpointError
@@ -84,6 +88,116 @@ def test_a_port_that_another_run_has_is_told_with_what_to_do():
         rf"another run has the ranks' port on this node \(.*port: {port}.*\); give the launcher"
     )
     assert re.match(message, said.stdout), said.stderr
+
+
+class Store:
+    """What ranks meet at, seen by one of them, and a clock that goes on while it sleeps."""
+
+    def __init__(self, monkeypatch, here):
+        self.kept, self.now, self.slept = dict.fromkeys(here, ""), 0.0, []
+        monkeypatch.setattr(ranks.time, "sleep", self.sleep)
+        monkeypatch.setattr(ranks.time, "monotonic", lambda: self.now)
+
+    def set(self, key, value):
+        self.kept[key] = value
+
+    def compare_set(self, key, expected, value):
+        self.kept.setdefault(key, value)
+
+    def get(self, key):
+        return self.kept[key].encode()
+
+    def check(self, keys):
+        return self.kept.keys() >= set(keys)
+
+    def sleep(self, seconds):
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+NINTH = Position(0, 12, 12, "node")
+COME = ["here/3", "here/11"]
+
+
+def test_who_did_not_come_is_named_when_the_time_of_the_first_is_over(monkeypatch):
+    store = Store(monkeypatch, COME)
+    with pytest.raises(TrainingError) as caught:
+        ranks._meet(store, NINTH, 90.0, 30.0)
+    assert str(caught.value) == (
+        "rank 1, 2, 4, 5, 6, 7, 8, 9 and 1 more did not come within 1m30s; look at the log there "
+        "(a process that hangs before it trains, a node that is lost), or for a firewall; where "
+        "ranks start that far apart, raise parallel.timeout_minutes"
+    )
+    # rank 0 serves the others until they have read it
+    assert 60 < store.now < 63 + 1 and store.slept[-1] == 4 * ranks.LONGEST_PAUSE
+
+
+def test_what_the_first_has_said_is_what_all_say(monkeypatch):
+    store = Store(monkeypatch, COME)
+    store.set(ranks.ABSENT, "rank 7 did not come")
+    monkeypatch.setattr(ranks, "_address_of_rank_0", lambda here: "")
+    with pytest.raises(TrainingError, match="rank 7 did not come"):
+        ranks._meet(store, Position(1, 12, 12, "node"), 90.0, 0.0)
+    assert store.slept == []
+
+
+def test_a_job_that_is_suspended_while_its_ranks_come_is_not_ended(monkeypatch):
+    store = Store(monkeypatch, COME)
+
+    def sleep(seconds):
+        store.now += 3600
+        store.slept.append(seconds)
+        if len(store.slept) == 20:
+            store.kept |= {f"here/{rank}": "" for rank in range(12)}
+
+    monkeypatch.setattr(ranks.time, "sleep", sleep)
+    ranks._meet(store, NINTH, 90.0, 0.0)
+    assert len(store.slept) == 20
+
+
+def joined(monkeypatch, rank, rendezvous, seconds=100.0):
+    """Return the error with which a rank's coming ends."""
+    monkeypatch.setattr(ranks._Meeting, "store", None)
+    monkeypatch.setattr(ranks, "position", lambda: Position(rank, 2, 2, "node"))
+    monkeypatch.setattr(ranks.dist, "rendezvous", rendezvous)
+    with pytest.raises(TrainingError) as caught:
+        ranks.join(seconds)
+    return str(caught.value)
+
+
+def test_who_finds_no_store_tries_for_its_time_and_says_who_is_missing(monkeypatch):
+    tries, store = [], Store(monkeypatch, [])
+
+    def refused(url, rank, world, timeout):
+        tries.append(timeout.total_seconds())
+        # a name that is not known fails at once
+        store.now += 0.0 if len(tries) < 3 else tries[-1]
+        raise RuntimeError("connection refused\nmore")
+
+    assert joined(monkeypatch, 1, refused).startswith(
+        "rank 0 did not come within 1m40s (connection refused); look at the log there"
+    )
+    assert len(tries) == 4 and tries[0] == ranks.LONGEST_TRY and 99 < store.now < 102
+    store.now = 0.0
+    tries.clear()
+    assert "the ranks' store did not come within 0s (connection refused)" in joined(
+        monkeypatch, 0, refused
+    )
+    assert len(tries) == 1
+
+
+def test_a_store_that_ends_while_the_ranks_come_is_told(monkeypatch):
+    store = Store(monkeypatch, [])
+    monkeypatch.setattr(ranks, "_address_of_rank_0", lambda here: "")
+
+    def gone(keys):
+        raise RuntimeError("Connection reset by peer\nmore")
+
+    store.check = gone
+    assert joined(monkeypatch, 1, lambda *_, timeout: iter([(store, 1, 1)])) == (
+        "rank 0, or its launcher, ended before all ranks had come (Connection reset by peer); look "
+        "at its log"
+    )
 
 
 @pytest.mark.slow

@@ -128,7 +128,7 @@ SECRET = "s" * 32
 def entrance():
     """A door of rank 0, and a function that knocks there with some bytes."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        door = watchdog._Door(server, SECRET)
+        door = watchdog._Door([server], SECRET)
         callers = []
 
         def knock(said=b""):
@@ -223,25 +223,84 @@ def test_what_follows_a_greeting_is_left_for_the_watchdog(entrance):
     assert found.left == "no space"
 
 
-def test_strangers_that_go_on_knocking_do_not_move_the_limit(monkeypatch):
-    told = {}
-    monkeypatch.setattr(watchdog.ranks, "join", lambda seconds: Store(told))
+class Store:
+    """What the ranks meet at, as far as it is used."""
+
+    def __init__(self, addresses=("127.0.0.1",)):
+        self.values = {f"here/{rank}": name.encode() for rank, name in enumerate(addresses, 1)}
+
+    def set(self, key, value):
+        self.values[key] = value
+
+    def multi_get(self, keys):
+        return [self.values[key] for key in keys]
+
+
+@pytest.fixture
+def store(monkeypatch):
+    found = Store()
+    monkeypatch.setattr(watchdog.ranks, "join", lambda seconds: found)
+    monkeypatch.setattr(watchdog.ranks._Meeting, "store", found)
+    return found
+
+
+def test_strangers_that_go_on_knocking_do_not_move_the_limit(monkeypatch, store):
     looked = []
     monkeypatch.setattr(watchdog._Door, "look", lambda door, seconds: looked.append(seconds))
     with pytest.raises(TrainingError) as caught:
         watchdog._connect(Position(0, 2, 1, "node"), 0.05)
-    assert looked and told["watchdog"]
+    assert looked and store.values["watchdog"]
     assert str(caught.value) == (
-        "rank 0: no connection between the ranks within 0s (timed out); look at the log of the one "
-        "that is missing, or for a firewall"
+        "rank 1 came to the store and did not connect to rank 0 within 0s; look at the log there, "
+        "or for a firewall between the nodes"
     )
 
 
-class Store:
-    """What the ranks meet at, as far as it is used."""
+def test_who_has_come_is_told_who_has_not(monkeypatch):
+    mine, theirs = socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        door = watchdog._Door([server], SECRET)
+        door.found[1] = mine
+        error = watchdog._unconnected(door, [2, 3], 60.0)
+        door.close()
+    told = Link(theirs, 0.0)
+    assert told.receive(1.0) == str(error) and str(error).startswith("rank 2, 3 came to the store")
+    theirs.close()
 
-    def __init__(self, told):
-        self.set = told.__setitem__
+
+def bound(addresses):
+    """Return where the door of rank 0 listens for ranks that come by these addresses."""
+    servers = watchdog._listening(addresses, 3)
+    found = {name: server.getsockname()[0] for name, server in servers.items()}
+    for server in servers.values():
+        server.close()
+    return found
+
+
+def test_rank_0_listens_where_the_others_reach_it_and_nowhere_else(capfd):
+    assert bound(["127.0.0.1"] * 3) == {"127.0.0.1": "127.0.0.1"}
+    # a name that leads elsewhere on the machine itself than on other nodes
+    both = ["127.0.1.1", "127.0.0.1"]
+    assert bound(both) == {name: name for name in both}
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1", ""])
+def test_an_address_that_is_not_the_machine_s_own_opens_all_and_is_told(address, capfd):
+    """As behind a translation of addresses; 192.0.2.1 is no machine's."""
+    assert bound(["127.0.0.1", address]) in ({"": "::"}, {"": "0.0.0.0"})
+    said = capfd.readouterr().err
+    assert "rank 0 listens at all of its addresses until the others have come" in said
+    assert f"'{address}'" in said
+
+
+def test_no_connection_to_rank_0_is_an_error_that_says_so(monkeypatch, store):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setattr(store, "get", lambda key: json.dumps([{"127.0.0.1": port}, SECRET]), False)
+    with pytest.raises(TrainingError) as caught:
+        watchdog._connect(Position(1, 2, 1, "node"), 80.0)
+    assert re.match(r"no connection to rank 0 within 30s \(.*refused\); look at", str(caught.value))
 
 
 # The thread ---------------------------------------------------------------------------------------
@@ -424,6 +483,37 @@ def ended(ranks):
     """Return what each rank said and its exit code."""
     said = [rank.communicate(timeout=120)[0] for rank in ranks]
     return said, [rank.returncode for rank in ranks]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_stands_still_before_it_comes_is_named_within_the_limit(victim):
+    """A stuck import, a dead mount: the others waited a day, and then did not know for whom."""
+    ranks = launched(f"absent:{victim}")
+    since = time.monotonic()
+    said, codes = ended([rank for index, rank in enumerate(ranks) if index != victim])
+    assert time.monotonic() - since < LIMIT + SLACK
+    os.kill(ranks[victim].pid, signal.SIGKILL)
+    ended([ranks[victim]])
+    assert codes == [1, 1], said
+    told = (
+        rf"NEXUS rank {victim} did not come within 4s.*; look at the log there \(a process that "
+        r"hangs before it trains, a node that is lost\), or for a firewall; where ranks start that"
+        r" far apart, raise parallel.timeout_minutes\n"
+    )
+    assert all(re.search(told, text) for text in said), said
+
+
+@pytest.mark.slow
+def test_a_store_that_does_not_answer_keeps_no_rank():
+    """Rank 0 stands still once it serves: torch's client would wait for ever."""
+    ranks = launched("serving")
+    said, codes = ended(ranks[1:])
+    os.kill(ranks[0].pid, signal.SIGKILL)
+    ended(ranks[:1])
+    assert codes == [EXIT_LOST] * 2, said
+    told = r"rank \d, in the start: the store of the ranks at 127.0.0.1:\d+ does not answer; the"
+    assert all(re.search(told, text) and re.search("in _(meet|reach)", text) for text in said)
 
 
 @pytest.mark.slow
