@@ -444,6 +444,8 @@ def test_a_run_that_starts_over_says_so(tmp_path, monkeypatch, capsys, first, st
     monkeypatch.setattr(loop, "dist", SimpleNamespace(barrier=int, destroy_process_group=int))
     monkeypatch.setattr(internals, "start", lambda minutes: None)
     monkeypatch.setattr(states, "resume", lambda *_: (first, []))
+    # it would stay this process's handler of signals
+    monkeypatch.setattr(loop, "StopRequest", int)
     assert loop.train(Config(), "", Position(0, 1, 1, "node")) == 0
     warned = f"warning: {tmp_path}/metrics.jsonl tells of training up to step 2, but "
     warned += f"{tmp_path}/states holds no state: the run starts over at step 0"
