@@ -17,7 +17,7 @@ help:
 	@echo "make test      lint, types and tests (JOBS=2 files at once); make test-all adds the full parity matrix"
 	@echo "make test-slurm  the templates on a real SLURM, installed and started for the test (Debian, as root)"
 	@echo "make test-serving  exports in the programs that they are for: llama.cpp, vLLM, transformers 4 (2.5 GB of packages)"
-	@echo "make test-faults  every promise of docs/reliability.md, which it writes, and five minutes of hostile files: 20 minutes on two cores"
+	@echo "make test-faults  every promise of docs/reliability.md, which it writes, and five minutes of hostile files: some 20 minutes on two cores"
 	@echo "make fuzz SECONDS=60  hostile files for each reader of outside files, guided by coverage"
 	@echo "make soak MINUTES=30  a training under a seeded list of faults ends bit-equal to an undisturbed one"
 	@echo "make mutants   put faults into copies of the code and count those that the tests see"

@@ -129,11 +129,15 @@ def _check_config(path: Path, tensors: int) -> None:
     for place, key, value in walk(config):
         if key in FILES and value:
             raise _refused(path, f"{place} = {str(value)[:100]!r}")
-    for keys, most in ((COUNTS, SHARING * tensors), ("num_labels", MOST_LABELS)):
+    bounds = (
+        (COUNTS, SHARING * tensors, "layers or the like", f" for weights of {tensors} tensors"),
+        ("num_labels", MOST_LABELS, "labels", ""),
+    )
+    for keys, most, what, reason in bounds:
         if (largest := max(_numbers(config, keys), default=0)) > most:
             raise ConfigError(
-                f"{path}: found {largest} layers or the like, but the weights have {tensors} "
-                "tensors in all; fetch or save the encoder again"
+                f"{path}: found {largest} {what}, expected at most {most}{reason}; fetch or save "
+                "the encoder again"
             )
 
 

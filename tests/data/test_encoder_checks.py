@@ -47,9 +47,17 @@ def test_where_a_transformer_lies(encoder: Path):
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("config.json", {"num_hidden_layers": 10**12}, "found 10{12} layers or the like, but the"),
-        ("config.json", {"text_config": {"depths": [2, 201]}}, "found 201 layers .* have 25 tens"),
-        ("config.json", {"num_labels": 10**6}, "found 1000000 layers or the like"),
+        (
+            "config.json",
+            {"num_hidden_layers": 10**12},
+            "found 10{12} layers or the like, expected at",
+        ),
+        (
+            "config.json",
+            {"text_config": {"depths": [2, 201]}},
+            "found 201 layers .* at most 200 for weights of 25 ",
+        ),
+        ("config.json", {"num_labels": 10**6}, "found 1000000 labels, expected at most 100000;"),
         (
             "config.json",
             {"_attn_implementation_internal": "someone/kernel"},

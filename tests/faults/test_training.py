@@ -67,21 +67,19 @@ def until(happened, seconds=600):
         time.sleep(0.05)
 
 
+def launched(*command):
+    """Start a launcher; what it and its ranks say goes into one pipe."""
+    said = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=clean_environment(), **said)
+
+
 def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_run_goes_on(
     tmp_path, nexus_dir, text_folder
 ):
     out = tmp_path / "out"
-    launcher = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-            *("--master-addr", "127.0.0.1", "--master-port", str(free_port())),
-            *words(nexus_dir, text_folder, out),
-        ],
-        env=clean_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    meeting = ("--master-addr", "127.0.0.1", "--master-port", str(free_port()))
+    launcher = launched(*torchrun, *meeting, *words(nexus_dir, text_folder, out))
     states = tmp_path / "out.training" / "states"
     try:
         until(lambda: states.is_dir() and len(steps_saved(states)) >= 2)
@@ -126,16 +124,8 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_run_goes_on(
 def test_a_deepspeed_that_is_killed_takes_its_ranks_along(tmp_path, nexus_dir, text_folder):
     """Its launcher is a process of its own, which went on with the ranks and the lock."""
     out = tmp_path / "out"
-    runner = subprocess.Popen(
-        [
-            *(DEEPSPEED, "--num_gpus", "2", "--master_port", str(free_port())),
-            *words(nexus_dir, text_folder, out),
-        ],
-        env=clean_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    options = ("--num_gpus", "2", "--master_port", str(free_port()))
+    runner = launched(DEEPSPEED, *options, *words(nexus_dir, text_folder, out))
     states = tmp_path / "out.training" / "states"
     try:
         until(lambda: states.is_dir() and steps_saved(states))
