@@ -392,6 +392,7 @@ PROMISES = (
             "checkpoint/test_build.py::test_code_of_a_checkpoint_is_never_run",
             TOKENIZER + "test_code_of_a_model_is_refused_and_not_run",
             "data/test_sentence_encoder.py::test_code_of_an_encoder_is_not_run",
+            "data/test_sentence_encoder.py::test_code_beside_a_model_of_the_library_is_not_run",
             "data/test_encoder_checks.py::test_what_is_refused",
         ),
     ),

@@ -237,3 +237,12 @@ def test_a_tokenizer_that_panics_is_named(small: Path):
     edit(small / "tokenizer.json", post_processor=post)
     with pytest.raises(ConfigError, match=r"small can't .* as a sentence-transformers model"):
         SentenceEncoder(str(small)).encode(["tree"])
+
+
+def test_code_beside_a_model_of_the_library_is_not_run(small: Path, tmp_path: Path):
+    canary = tmp_path / "canary"
+    (small / "code.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")
+    own = {"AutoConfig": "code.Evil", "AutoModel": "code.Evil"}
+    edit(small / "config.json", auto_map=own)
+    SentenceEncoder(str(small)).encode(["tree"])
+    assert not canary.exists()
