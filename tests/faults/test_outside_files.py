@@ -222,7 +222,7 @@ def test_a_recipe(tmp_path):
             load_config(path)
 
 
-@pytest.mark.parametrize("word", ["name=a: b", "training.lr=\x0b", "seed=" + "[" * 400])
+@pytest.mark.parametrize("word", ["name=a: b: c", "training.lr=\x0b", "seed=" + "[" * 400])
 def test_an_override(word):
     with pytest.raises(ConfigError, match=r"^override \S+: not a valid recipe: "):
         load_config("demo", [word])
