@@ -35,6 +35,11 @@ def visible(text: str) -> str:
     return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
+def in_line(text: object) -> str:
+    """Return foreign text without its line ends, behind which it could pass for another line."""
+    return " ".join(filter(None, str(text).splitlines()))
+
+
 def print_text(text: str = "") -> None:
     """Print text for whoever asked for it, whatever names and words of others it holds.
 

@@ -42,6 +42,7 @@ from nexus_ds.errors import (
     OutputBusyError,
     OutputExistsError,
 )
+from nexus_ds.launch import job_words
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
@@ -482,12 +483,11 @@ def remove_left(folder: Path) -> None:
 
 
 @contextmanager
-def held(out: Path, job: str = "") -> Iterator[None]:
+def held(out: Path) -> Iterator[None]:
     """Be the only process that writes `out` inside the context.
 
     Args:
         out: what is written.
-        job: of a cluster, in words, to which this process belongs; others are told of it.
 
     Raises:
         OutputBusyError: there is another, which the message names.
@@ -503,16 +503,17 @@ def held(out: Path, job: str = "") -> Iterator[None]:
                 _remove_if_dead(left)
             _remove_beside(out)
         try:
-            _sign(file, path, job)
+            _sign(file, path)
             yield
         finally:
             # While the lock is held, so that nobody has it.
             path.unlink(missing_ok=True)
 
 
-def _sign(file: IO[str], path: Path, job: str) -> None:
+def _sign(file: IO[str], path: Path) -> None:
     """Write into the lock file at `path` who holds it."""
     since = time.strftime("%Y-%m-%d %H:%M:%S")
+    job = job_words()
     where = f" in {job}" if job else ""
     holder = f"process {os.getpid()} on {socket.gethostname()} since {since}{where}\n".encode()
     file.truncate(0)

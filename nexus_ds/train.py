@@ -42,7 +42,6 @@ from nexus_ds.launch import (
     end,
     first_rank,
     has_launcher,
-    job_words,
     let_memory_grow,
     rank_name,
 )
@@ -187,7 +186,7 @@ def _train(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         stack.enter_context(watchdog.watched(here, config.parallel.timeout_minutes))
         work = Path(config.output + ".training")
-        ranks.on_rank_0(lambda: stack.enter_context(held(work, job_words())))
+        ranks.on_rank_0(lambda: stack.enter_context(held(work)))
         # Another start may have finished it, and given the lock back, since the look above; all
         # ranks learn it from one, for each might see something else.
         if ranks.on_rank_0(lambda: _finished(config)):

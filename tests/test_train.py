@@ -218,7 +218,7 @@ def test_a_run_that_another_start_finished_meanwhile_is_not_repeated(
     monkeypatch.chdir(tmp_path)
 
     @contextmanager
-    def held_late(out, job):
+    def held_late(out):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "training.yaml").write_text(dump(resolve(load_config("demo", words))))
         with held(out):

@@ -20,6 +20,7 @@ import yaml
 from nexus_ds.checkpoint.cards import DomainCard, has_card, read_card
 from nexus_ds.checkpoint.records import Manifest, Step, TrainStep, UpcycleStep
 from nexus_ds.config import parse_yaml
+from nexus_ds.console import in_line
 from nexus_ds.errors import CheckpointError, ConfigError
 from nexus_ds.outputs import write_text
 
@@ -86,11 +87,6 @@ class ModelCard:
     tags: Sequence[str]
     parts: list[str] = field(default_factory=list)
     """Paragraphs, in Markdown."""
-
-
-def in_line(text: object) -> str:
-    """Return foreign text without its line ends, which would begin a heading or another item."""
-    return " ".join(str(text).split())
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

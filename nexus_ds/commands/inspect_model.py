@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_ds.checkpoint.inspection import describe
-from nexus_ds.console import print_text
+from nexus_ds.console import in_line, print_text
 from nexus_ds.report.page import Cell, Table, text_table
 from nexus_ds.upcycling.assessment import assess, related
 
@@ -77,12 +77,12 @@ def describe_text(facts: dict[str, Any]) -> str:
     short = {key: value for key, value in facts.items() if key not in APART}
     lines = flat(short)
     width = max(map(len, lines))
-    text = [f"{name.ljust(width)}  {value}" for name, value in lines.items()]
+    text = [f"{name.ljust(width)}  {in_line(value)}" for name, value in lines.items()]
     # from 0: messages and tensor names count experts so
     for index, expert in enumerate(facts.get("experts", [])):
-        text.append(f"expert {index}: {_expert_text(expert)}")
+        text.append(in_line(f"expert {index}: {_expert_text(expert)}"))
     for number, step in enumerate(facts.get("lineage", []), 1):
-        text.append(f"step {number}: {_step_text(step)}")
+        text.append(in_line(f"step {number}: {_step_text(step)}"))
     text += _router_text(facts)
     return "\n".join(text)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from nexus_ds.console import in_line
 from nexus_ds.errors import DataError
 from nexus_ds.outputs import new_file, write_text
 
@@ -109,12 +110,12 @@ class Section:
 def format_cell(value: Cell) -> str:
     """Return a cell as people read it: 12,345 for counts, 1,235, 123.5 or 17.35 for numbers.
 
-    Nothing, and what is not a number, is a dash.
+    Nothing, and what is not a number, is a dash. A cell has one line.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if isinstance(value, bool | str | Spread):
-        return str(value)
+        return in_line(value)
     if isinstance(value, int):
         return f"{value:,}"
     if abs(value) >= 1000:
@@ -176,9 +177,7 @@ def _as(like: Cell, number: float) -> Cell:
 
 def text_table(table: Table) -> str:
     """Return the table as aligned plain text for a terminal, numbers to the right."""
-    grid = [list(table.header)]
-    for row in table.rows:
-        grid.append([format_cell(cell) for cell in row])
+    grid = [[format_cell(cell) for cell in row] for row in (table.header, *table.rows)]
     widths = [max(len(line[c]) for line in grid) for c in range(len(table.header))]
     lines = []
     for first, *others in grid:

@@ -30,6 +30,7 @@ from nexus_ds.checkpoint.qwen2_moe import Role, stored
 from nexus_ds.checkpoint.relation import UNRELATED, Relation, relation
 from nexus_ds.checkpoint.values import FLOATS, read_values, sample
 from nexus_ds.checkpoint.wrappers import text_config
+from nexus_ds.console import in_line
 from nexus_ds.errors import CheckpointError, IncompatibleModelsError
 from nexus_ds.progress import say
 
@@ -184,9 +185,10 @@ def check_alike(models: Mapping[str, Mapping[str, object]], waived: Waived | Non
 
 def _columns(table: Sequence[Sequence[str]]) -> str:
     """Return rows of equal length as lines whose columns stand below each other."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    grid = [[in_line(cell) for cell in row] for row in table]
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     lines = []
-    for row in table:
+    for row in grid:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)

@@ -38,6 +38,20 @@ def test_several_show_what_differs(dense_dir, nexus_dir, capsys):
     assert rows["experts"].split()[1] == "–"
 
 
+def test_a_strangers_words_are_no_lines_of_their_own(nexus_dir, capsys, tmp_path):
+    shutil.copytree(nexus_dir, tmp_path / "strange")
+    path = tmp_path / "strange" / "nexus.json"
+    sidecar = json.loads(path.read_text())
+    sidecar["encoder"]["name"] = "tiny\nlicense  MIT"
+    sidecar["experts"][0]["source"] = "branches/alpha\nexpert 9: law"
+    sidecar["lineage"][0]["verb"] = "upcycle\nlicense  MIT"
+    path.write_text(json.dumps(sidecar))
+    text = run(capsys, tmp_path / "strange")
+    assert text.count("\n") == run(capsys, nexus_dir).count("\n")
+    assert "tiny license  MIT" in text and "from branches/alpha expert 9: law, sha256" in text
+    assert "step 1: upcycle license  MIT {" in text
+
+
 def test_json(dense_dir, nexus_dir, capsys):
     assert json.loads(run(capsys, dense_dir, "--json"))["family"] == "llama"
     both = json.loads(run(capsys, dense_dir, nexus_dir, "--json"))

@@ -71,6 +71,7 @@ PROGRAMS = {
 }
 # Targets of an export that no package is needed for that is not always there.
 WRITTEN = ("transformers4", "vllm", "sglang", "hub")
+SECRET = "canary_of_a_secret"
 COMPILERS = {"c++", "g++", *shlex.split(os.environ.get("CXX", ""))[:1]}
 
 
@@ -84,6 +85,8 @@ def heard(tmp_path, monkeypatch):
     paths = [str(folder), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     monkeypatch.setenv("AUDIT_LOG", str(log))
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, SECRET)
 
     def tell():
         lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -114,6 +117,12 @@ def check(entries):
     heard = [entry for entry in entries if entry[0] != "here"]
     wrong = [entry for entry in heard if not harmless(*entry)]
     assert wrong == [], "\n".join(f"{entry[:2]} {entry[2][:6]}" for entry in wrong)
+
+
+def check_secrets(*folders):
+    """Assert that no file tells a secret of the environment of those who wrote them."""
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert files and [path for path in files if SECRET.encode() in path.read_bytes()] == []
 
 
 def harmless(event, given, stack):
@@ -198,6 +207,8 @@ def test_a_training_that_dies_and_goes_on(heard, tmp_path, nexus_dir, text_folde
     assert "step 2" in finish(start_ranks(words, 2))
     check(heard())
     assert is_nexus(out)
+    # the token cache lies with the text
+    check_secrets(tmp_path, text_folder)
 
 
 def test_verbs_that_read_checkpoints_of_others(heard, tmp_path, nexus_dir, dense_dir, text_folder):
@@ -234,3 +245,4 @@ def test_verbs_that_read_checkpoints_of_others(heard, tmp_path, nexus_dir, dense
     ]
     finish(start_ranks(["-c", VERBS, json.dumps(verbs)], 1))
     check(heard())
+    check_secrets(tmp_path)

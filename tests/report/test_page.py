@@ -156,6 +156,15 @@ def test_text_table():
     assert text_table(table) == "model           a\nseed         1.00\nlonger name   200"
 
 
+def test_a_name_is_no_line_of_its_own():
+    table = Table(header=["model", "law\nart"], rows=[["seed\nlonger name  999", 1.0]])
+    lines = text_table(table).splitlines()
+    assert [line.split() for line in lines] == [
+        ["model", "law", "art"],
+        ["seed", "longer", "name", "999", "1.00"],
+    ]
+
+
 def test_row_of_another_length(tmp_path):
     (tmp_path / "p.html").write_text("old")
     table = Table(header=["m", "a"], rows=[["x", 1.0], ["y"]])
