@@ -26,8 +26,9 @@ from types import FrameType
 INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 128 + signal.SIGPIPE
 PROGRAMS = ("nexus-ds", "__main__.py", "train.py")
-# All but the end of a line and a tabulator: what moves a cursor, sets colours, writes clipboards.
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# All but the end of a line and a tabulator: what moves a cursor, sets colours, writes clipboards;
+# and halves of characters, which JSON can name and no encoding can write.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def visible(text: str) -> str:

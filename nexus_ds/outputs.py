@@ -210,9 +210,12 @@ def create(path: Path, append: bool = False) -> BinaryIO:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file (UTF-8, line ends as they are)."""
+    """Write a text file (UTF-8, line ends as they are).
+
+    Half a character, which JSON can name, is written as JSON does: as \\ud800.
+    """
     with create(path) as stream:
-        stream.write(text.encode("utf-8"))
+        stream.write(text.encode("utf-8", errors="backslashreplace"))
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -610,10 +613,5 @@ def new_file(out: Path, overwrite: bool = False) -> Iterator[Path]:
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, replacing `path` in one step."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        # half a character, which a stranger's JSON can name, is kept as it was written there
-        text = json.dumps(value, indent=2)
     with new_file(path, overwrite=True) as temporary:
         write_text(temporary, text + "\n")

@@ -659,4 +659,4 @@ def test_a_lock_file_that_does_not_fit_is_named_and_goes(tmp_path: Path):
 def test_json_of_a_stranger_is_written_as_it_was(tmp_path: Path, text: str):
     write_json(tmp_path / "a.json", {"a": text})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": text}
-    assert ("é" in (tmp_path / "a.json").read_text()) == (text == "é")
+    assert "é" in (tmp_path / "a.json").read_text()

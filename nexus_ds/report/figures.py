@@ -12,12 +12,16 @@ Shapes: L layers, D domains of text, E routed experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
+
+from nexus_ds.console import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +37,7 @@ LINES = ("-", "--", "-.", ":")
 MAX_PANELS = 8  # layers drawn; all are in the CSV
 MAX_GROUPED = 18  # bars in one group picture
 DPI = 130
+DOLLAR = re.compile(r"(?<!\\)\$")
 
 
 class Look(TypedDict):
@@ -63,10 +68,34 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def _as_it_is(name: str) -> str:
+    """Return a name as matplotlib draws it: no formula between dollars, nothing it fails at."""
+    return DOLLAR.sub(r"\\$", visible(name))
+
+
+def _told_as_it_is(place: float, index: int, tell: Callable[[float, int], str]) -> str:
+    return _as_it_is(tell(place, index))
+
+
+def _draw_names_as_they_are(figure: Figure) -> None:
+    """Have names of others drawn as text, whatever is in them."""
+    from matplotlib.text import Text
+    from matplotlib.ticker import FuncFormatter
+
+    for text in figure.findobj(Text):
+        text.set_text(_as_it_is(text.get_text()))
+    # Those of ticks are written anew by each drawing, powers of ten as formulas.
+    for axis in [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]:
+        tell = axis.get_major_formatter()
+        if isinstance(tell, FuncFormatter):
+            axis.set_major_formatter(partial(_told_as_it_is, tell=tell))
+
+
 def save_figure(figure: Figure, out: Path) -> Path:
     """Write a figure as PNG, its folder too; return the path."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    _draw_names_as_they_are(figure)
     # No date or version in the file: equal numbers give equal bytes.
     figure.savefig(out, format="png", metadata={"Software": None})
     return out

@@ -146,3 +146,17 @@ def test_foreign_text_begins_no_line(tmp_path):
     assert metadata_of(tmp_path)["base_model"][0] == evil
     assert text.count("\n---\n") == 1 and "\n# Approved" not in text
     assert "): mit --- # Approved, license: mit --- # Approved." in text
+
+
+def test_half_a_character_is_told_as_json_tells_it(tmp_path):
+    """Found by tests/fuzz.py: an export for the hub ended in a UnicodeEncodeError."""
+    half = "a\ud800"
+    found = manifest(law=half, code="mit", seed=half)
+    encoder = EncoderRecord(half, half, 384, 200, True)
+    made = dataclasses.replace(found.lineage[0], seed_model=half)
+    experts = [dataclasses.replace(one, name=half, sha256=half) for one in found.experts]
+    found = dataclasses.replace(found, encoder=encoder, lineage=[made], experts=experts)
+    write_model_card(tmp_path, nexus_card(found))
+    text = (tmp_path / "README.md").read_text()
+    assert "Domain embeddings: a\\ud800, revision `a\\ud800`" in text
+    assert metadata_of(tmp_path)["base_model"][0] == half

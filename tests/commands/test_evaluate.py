@@ -168,10 +168,10 @@ def test_names_of_a_strangers_model_reach_no_terminal_as_they_are(
     shutil.copytree(text_folder, text)
     (text / "beta").rename(text / "be\x1b[2Jta")
     sidecar = strange / "nexus.json"
-    sidecar.write_text(sidecar.read_text().replace('"gamma"', '"gam\\u001b[2Jma"'))
+    sidecar.write_text(sidecar.read_text().replace('"gamma"', '"gam\\u001b[2Jma\\ud800"'))
     assert evaluate.run(arguments([strange], text, tmp_path / "out")) == 0
     said = capsys.readouterr()
-    assert "be\\u001b[2Jta" in said.out and "gam\\u001b[2Jma" in said.out
+    assert "be\\u001b[2Jta" in said.out and "gam\\u001b[2Jma\\ud800" in said.out
     assert not CONTROL.search(said.out + said.err)
 
 

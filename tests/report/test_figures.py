@@ -109,6 +109,24 @@ def test_line_plot_leaves_out_what_is_not_finite(tmp_path, drawn):
     assert figure.axes[0].lines[0].get_xdata().tolist() == [1, 3]
 
 
+@pytest.mark.parametrize("name", ["$x^{$", "half \ud800", "\x1b[2J", "$5 to $7", "\\$"])
+def test_names_of_others_are_no_formulas_and_end_nothing(tmp_path, name):
+    """matplotlib fails at formulas that are none and at half a character."""
+    out, names = tmp_path / "x.png", [name, "b"]
+    check_png(figures.routing_heatmap(share(1)[:, :2], names, names, out, title=name))
+    check_png(figures.cosine_pair(np.eye(2), np.eye(2), names, out))
+    check_png(figures.perplexity_bars({name: {name: 2.0}, "b": {"b": 3.0}}, out))
+    check_png(figures.line_plot({name: ([1], [2])}, out, title=name, xlabel=name, ylabel=""))
+
+
+def test_a_price_is_drawn_as_one(tmp_path):
+    drawn = []
+    for title in ("$5 to $7", "\\$5 to \\$7"):
+        figures.cosine_pair(np.eye(2), np.eye(2), EXPERTS, tmp_path / "x.png", title=title)
+        drawn.append((tmp_path / "x.png").read_bytes())
+    assert drawn[0] == drawn[1]
+
+
 def test_equal_numbers_give_equal_bytes(tmp_path):
     paths = [
         figures.routing_heatmap(share(2), DOMAINS, EXPERTS, tmp_path / f"{i}.png") for i in range(2)
