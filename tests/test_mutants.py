@@ -7,7 +7,8 @@ from pathlib import Path
 
 import mutants
 import pytest
-from mutants import FAULTS, ROOT, Fault, confirmed, judge, main
+from mutant_faults import FAULTS, Fault
+from mutants import ROOT, confirmed, judge, main
 
 FOLDERS = {
     "checkpoint",
