@@ -20,6 +20,7 @@ from nexus_ds.experiments.benchmarks.figures import growth_curves, speed_bars
 from nexus_ds.outputs import new_directory, refuse_existing, write_text
 from nexus_ds.progress import say
 from nexus_ds.report.evaluation import write_csv
+from nexus_ds.report.page import Table, text_table
 
 if TYPE_CHECKING:
     import torch
@@ -299,14 +300,9 @@ def _write(out: Path, what: str, found: Comparison | Growth, about: dict[str, ob
 
 
 def _aligned(grid: list[list[str]]) -> str:
-    """Return a table as text: the first column to the left, the others to the right."""
-    columns = zip(*grid, strict=True)
-    first, *others = [max(map(len, column)) for column in columns]
-    lines = []
-    for name, *values in grid:
-        cells = [value.rjust(width) for value, width in zip(values, others, strict=True)]
-        lines.append("  ".join([name.ljust(first), *cells]).rstrip())
-    return "\n".join(lines)
+    """Return a header and its rows as text."""
+    header, *rows = grid
+    return text_table(Table(header=header, rows=rows))
 
 
 def _speed_cells(row: Speed) -> list[str]:
