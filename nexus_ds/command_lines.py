@@ -21,8 +21,9 @@ TRAIN = Path(__file__).parent / "train.py"
 # a link in a clone, a file in an installed package
 DS_JSON = Path(__file__).parent / "ds_configs" / "z3.json"
 # Of an expert, so of its domain: it stands before the = of --expert NAME=DIR, in lists with commas,
-# and names a folder.
-EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+# and names a folder, beside which others have longer names.
+EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
+EXPERT_NAMES = "at most 200 letters, digits, '_', '.', '-'"
 
 
 def program(words: Sequence[str]) -> list[str]:

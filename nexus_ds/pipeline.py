@@ -18,6 +18,7 @@ from typing import Any
 from nexus_ds.checkpoint.records import SIDECAR, is_nexus, last_extension, read_manifest
 from nexus_ds.command_lines import (
     EXPERT_NAME,
+    EXPERT_NAMES,
     embed_words,
     extend_words,
     program,
@@ -238,8 +239,8 @@ def check_domains(config: Config) -> None:
     for domain in domains:
         if not EXPERT_NAME.fullmatch(domain):
             raise ConfigError(
-                f"pipeline.domains: {domain!r} can't be the name of an expert; expected letters, "
-                "digits, '_', '.', '-'"
+                f"pipeline.domains: {domain[:300]!r} can't be the name of an expert; expected "
+                f"{EXPERT_NAMES}"
             )
 
 

@@ -86,7 +86,17 @@ def test_several_ranks_are_launched_and_meet_at_a_port_of_their_own():
     assert 10_000 <= int(command[command.index("--master_port") + 1]) < 20_000
 
 
-@pytest.mark.parametrize(("name", "good"), [("a_b.c-1", True), ("2024", True), ("a=b", False)])
+@pytest.mark.parametrize(
+    ("name", "good"),
+    [
+        ("a_b.c-1", True),
+        ("2024", True),
+        ("a=b", False),
+        # of a file's name, 255 at most, its lock and its temporary name take 55
+        ("x" * 200, True),
+        ("x" * 201, False),
+    ],
+)
 def test_names_of_experts(name, good):
     assert bool(EXPERT_NAME.fullmatch(name)) is good
 

@@ -36,7 +36,7 @@ from nexus_ds.checkpoint.records import (
     portable,
     start_scale,
 )
-from nexus_ds.command_lines import EXPERT_NAME
+from nexus_ds.command_lines import EXPERT_NAME, EXPERT_NAMES
 from nexus_ds.data.domains import DomainEmbeddings
 from nexus_ds.errors import CheckpointError, ConfigError
 from nexus_ds.upcycling.compatible import note
@@ -85,8 +85,7 @@ def parse_experts(values: Iterable[str]) -> dict[str, Path]:
         name, equals, directory = value.partition("=")
         if not equals or not directory or not EXPERT_NAME.fullmatch(name):
             raise ConfigError(
-                f"--expert {value!r}: expected NAME=DIR, "
-                "with a name of letters, digits, '_', '.', '-'"
+                f"--expert {value!r}: expected NAME=DIR, with a name of {EXPERT_NAMES}"
             )
         if name in experts:
             raise ConfigError(
@@ -153,7 +152,7 @@ def expert_records(
         if not EXPERT_NAME.fullmatch(domain):
             raise CheckpointError(
                 f"expert {name}: the domain {domain[:100]!r} of its card is no name of one; "
-                "expected letters, digits, '_', '.', '-'"
+                f"expected {EXPERT_NAMES}"
             )
         if domain in taken:
             raise ConfigError(
