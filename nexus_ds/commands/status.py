@@ -22,7 +22,14 @@ from nexus_ds.config import load_config
 from nexus_ds.console import print_text
 from nexus_ds.errors import ConfigError
 from nexus_ds.outputs import unfinished
-from nexus_ds.pipeline import Step, branch_step, evaluation_step, needed_for, steps
+from nexus_ds.pipeline import (
+    Step,
+    branch_step,
+    check_domains,
+    evaluation_step,
+    needed_for,
+    steps,
+)
 from nexus_ds.progress import duration
 from nexus_ds.runtime.schedule import total_steps
 from nexus_ds.settings import Config
@@ -39,6 +46,8 @@ TEMPLATES = {
 }
 QUEUED = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED")
 ACTIVE = ("RUNNING", "COMPLETING")
+# `12`, or `12_3` for a task of an array; files are named by it.
+JOB = re.compile(r"[0-9]{1,10}(_[0-9]{1,10})?")
 # Without SLURM: a log that did not grow for so long belongs to nothing that runs.
 QUIET_SECONDS = 120.0
 # Of a log: enough for its last error, and logs grow to gigabytes.
@@ -100,7 +109,7 @@ def run_config(run: Path) -> Config:
     """Return the configuration of a run, from what its jobs or trainings left in its folder.
 
     Raises:
-        ConfigError: nothing there tells what the run is made of.
+        ConfigError: nothing there tells what the run is made of, or what does names no stages.
     """
     saved = [
         run / "logs" / "recipe.yaml",
@@ -114,6 +123,7 @@ def run_config(run: Path) -> Config:
             "directory of a run that was started (pipeline.run of its recipe)"
         )
     config = load_config(path)
+    check_domains(config)
     # The folder may have been moved since.
     config.pipeline.run = str(run)
     return config
@@ -133,7 +143,7 @@ def recorded_jobs(run: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         identity, _, template = line.partition(" ")
-        if re.fullmatch(r"\d+(_\d+)?", identity) and template in TEMPLATES:
+        if JOB.fullmatch(identity) and template in TEMPLATES:
             found.setdefault(template, []).append(identity)
     return found
 

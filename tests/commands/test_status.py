@@ -179,6 +179,15 @@ def test_a_folder_that_is_no_run(tmp_path, capsys):
     assert "expected the directory of a run that was started" in capsys.readouterr().err
 
 
+def test_a_domain_that_names_no_folder_is_told_by_its_setting(run, capsys):
+    config = load_config("demo", [f"pipeline.domains=a,{'x' * 5000}"])
+    (run / "logs" / "recipe.yaml").write_text(dump(config))
+    assert main(["status", str(run)]) == 1
+    said = capsys.readouterr().err
+    assert "pipeline.domains: 'xxx" in said and "expected at most 200 letters" in said
+    assert len(said) < 1000
+
+
 def test_table_and_json(run, capsys):
     trained(run, "seed", 10)
     assert main(["status", str(run)]) == 0
@@ -221,5 +230,7 @@ def test_what_a_killed_job_left_is_told(run, capsys):
 
 def test_lines_of_other_programs_in_jobs_txt_are_ignored(run):
     lines = b"x seed\n1 nothing\n12_3 dense_branch\n\n\xff\xff\n7 seed extra\n"
+    # a number no file can be named by
+    lines += b"1" * 300 + b" upcycle\n"
     (run / "logs" / "jobs.txt").write_bytes(lines)
     assert status.recorded_jobs(run) == {"dense_branch": ["12_3"]}

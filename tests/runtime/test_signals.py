@@ -17,8 +17,9 @@ ASKING = (
 @pytest.fixture
 def request_():
     before = {number: signal.getsignal(number) for number in ASKING}
-    # Tests that are started under nohup ignore it.
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    # nohup ignores one of them, a shell without jobs two more of what it starts in the background
+    for number in ASKING:
+        signal.signal(number, signal.SIG_DFL)
     yield StopRequest()
     for number, handler in before.items():
         signal.signal(number, handler)
